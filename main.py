@@ -1,0 +1,156 @@
+"""The front door: a YAML becomes a Ray TorchTrainer job.
+
+    python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]
+
+Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stopped.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
+from utils.console import library_output_in, open_consoles
+
+DONE, FAILED, REFUSED = 0, 1, 2
+
+
+def main(arguments: list[str]) -> int:
+    """Check the file, then plan and run; returns the exit code."""
+    began = time.monotonic()
+    options = parse_arguments(arguments)
+    try:
+        loaded = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if options.print_config:
+        print(to_yaml(loaded.config), end="")
+        return DONE
+    return plan_and_run(loaded, options, began)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; a wrong one ends the process with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="main.py", description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes."
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the YAML; dotted for sections: lora_config.r=16",
+    )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--print-config", action="store_true", help="check the file alone and print the resolved YAML"
+    )
+    depth.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that needs no cluster, print the plan, and stop",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="end standard output with the result (or the plan) as JSON on its last line",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float) -> int:
+    """Everything behind the file: the plan, the run, the report."""
+    # Ray reads these when it is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
+    )  # a report waits for the next health check
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it breaks the hashing of datasets
+    from training.checkpoints import CheckpointError
+    from training.data.rows import DataError
+    from training.display import Watch, show_error, show_plan, show_result
+    from training.models.files import ModelError
+    from training.plan import AlreadyCompletedError, make_plan, needs_embedded_bucket, scratch_directory
+    from training.strategy import StrategyError
+    from utils.bucket import BucketError
+    from utils.embedded_bucket import embedded_bucket
+
+    output, progress = open_consoles()
+    screen = progress if options.json else output
+    command = ["python", "main.py", str(options.config), *options.overrides]
+    driver_log = (
+        scratch_directory(loaded.config)
+        / "logs"
+        / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+    )
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(library_output_in(driver_log))
+            watch = stack.enter_context(Watch(progress))
+            if needs_embedded_bucket(loaded.config):
+                watch.phase("starting the embedded bucket")
+                stack.enter_context(embedded_bucket())
+            plan, report = make_plan(loaded, progress=lambda what: watch.phase(f"checking the {what}"))
+            show_plan(screen, report)
+            if options.dry_run:
+                print_json(output, report.model_dump_json(), options)
+                return DONE
+            watch.phase("starting the workers")
+            from training.job import ClusterError, run_job
+
+            try:
+                result = run_job(
+                    plan, began=began, driver_log=driver_log, on_event=watch.on_event, stop=StopSignals()
+                )
+            except ClusterError as error:
+                show_error(progress, str(error))
+                return REFUSED
+    except AlreadyCompletedError as completed:
+        screen.print(
+            "This run is completed already; nothing is left to do. Choose another run_name to train it again."
+        )
+        result = completed.result
+    except (ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError) as error:
+        show_error(progress, str(error))
+        return REFUSED
+    show_result(screen, result, command)
+    print_json(output, result.model_dump_json(), options)
+    if result.status == "stopped":
+        return 128 + int(result.reason.split()[-1])
+    return DONE if result.status == "completed" else FAILED
+
+
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM; call it to ask."""
+
+    def __init__(self):
+        self.number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.number = self.number or number
+
+    def __call__(self) -> int | None:
+        """The signal's number, or None."""
+        return self.number
+
+
+def print_json(output: Console, text: str, options: argparse.Namespace) -> None:
+    """The last line of standard output under --json."""
+    if options.json:
+        output.print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""The one place that knows how a run lies in the bucket: its paths and its typed records."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+RESULT_FILE = "result.json"
+CURVE_FILE = "eval_loss.png"
+CHECKPOINTS = "checkpoints"
+MANIFEST_FILE = "MANIFEST.json"
+
+RunStatus = Literal["completed", "stopped", "failed"]
+
+
+def checkpoint_key(step: int, file: str = "") -> str:
+    """The key of a checkpoint (or of a file in it), relative to the run: zero-padded, so that keys sort by step."""
+    return f"{CHECKPOINTS}/step-{step:06d}/{file}"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """A file of a checkpoint as it was staged."""
+
+    path: str
+    """Relative to the checkpoint."""
+    size: int
+    """Bytes."""
+    checksum: str
+    """`crc64nvme:<hex>` of the content."""
+
+
+class DataPosition(_Record):
+    """Where the next optimizer step reads from."""
+
+    epoch: int
+    """Whole epochs trained."""
+    steps_in_epoch: int
+    """Optimizer steps taken in the epoch that has begun."""
+    rows_seen: int
+    """Rows trained since step 0, padding rows not counted."""
+
+
+class Manifest(_Record):
+    """Written last: a checkpoint exists when its manifest does, and is whole when every file matches it."""
+
+    format: Literal[1] = 1
+    step: int
+    epoch: float
+    eval_loss: float | None
+    world_size: int
+    zero_stage: int
+    config_hash: str
+    data_fingerprint: str
+    data_position: DataPosition
+    parent: str | None
+    """URI of the weights or the checkpoint that the run started from."""
+    created: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    files: list[FileRecord]
+
+
+class EvalLoss(_Record):
+    """One evaluation; `eval_loss` is nats a trained token, weighted by tokens."""
+
+    step: int
+    epoch: float
+    eval_loss: float
+
+
+class RunResult(_Record):
+    """What `result.json` holds and `--json` prints."""
+
+    status: RunStatus
+    reason: str
+    run_name: str
+    run_uri: str
+    best_checkpoint: str | None
+    last_checkpoint: str | None
+    eval_losses: list[EvalLoss]
+    train_steps: int
+    tokens: int
+    """Tokens of the rows trained on, padding not counted."""
+    trained_tokens: int
+    """Those of them that the loss looks at."""
+    tokens_per_second: float
+    """Tokens over the time spent in training steps, all workers together; evaluation and saving not counted."""
+    elapsed_seconds: float
+    """From the driver's start to the result."""
+    parent: str | None
+    trainable_parameters: int
+    log_files: list[str]
+    """Library output of the driver and the workers, as paths on their nodes."""
+    versions: dict[str, str]

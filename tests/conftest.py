@@ -1,0 +1,32 @@
+"""Fixtures that more than one package's tests use."""
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from utils.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucket
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBucket]:
+    """One real S3 server for the whole session; `s3://anneal/...` works here and in child processes."""
+    state_dir = tmp_path_factory.mktemp("bucket")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(STATE_VARIABLE, str(state_dir))
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in [
+            name
+            for name in os.environ
+            if name.startswith("AWS_") and name.endswith(("_KEY_ID", "_KEY", "_PROFILE"))
+        ]:
+            environment.delenv(name)
+        with embedded_bucket(state_dir) as server:
+            yield server
+
+
+@pytest.fixture
+def bucket_uri(bucket: EmbeddedBucket) -> str:
+    """An `s3://` prefix of its own for one test, with nothing in it."""
+    return f"s3://{bucket.bucket}/test-{secrets.token_hex(6)}"

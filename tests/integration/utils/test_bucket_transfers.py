@@ -1,0 +1,315 @@
+"""Both stores, and the sync to a node, against a real S3 server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.watched_proxy import WatchedProxy, watched_proxy
+from utils import bucket as bucket_module
+from utils.bucket import (
+    AlreadyExistsError,
+    BucketError,
+    NotFoundError,
+    UnsafeKeyError,
+    check_readable,
+    check_writable,
+    fetch_file,
+    join_uri,
+    open_store,
+    sync_to_node,
+    upload_directory,
+)
+from utils.embedded_bucket import EmbeddedBucket
+
+pytestmark = pytest.mark.timeout(60)
+MB = 1024 * 1024
+OWN_BUCKET = "own-models"
+SYNC = (
+    "import sys; from pathlib import Path; from utils.bucket import sync_to_node\n"
+    "print(sync_to_node(sys.argv[1], Path(sys.argv[2])))"
+)
+
+
+@pytest.fixture(params=["s3", "local"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "store")
+
+
+@pytest.fixture
+def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket reached as a user's own is: through the AWS variables."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    boto3.session.Session().client("s3").create_bucket(Bucket=OWN_BUCKET)
+    return f"s3://{OWN_BUCKET}"
+
+
+@pytest.fixture
+def proxy(bucket: EmbeddedBucket, own_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedProxy]:
+    with watched_proxy(bucket.endpoint, bytes_per_second=20 * MB) as watched:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", watched.endpoint)
+        yield watched
+
+
+def start_sync(uri: str, cache_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SYNC, uri, str(cache_dir)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_round_trip(store_uri: str, tmp_path: Path):
+    store = open_store(store_uri)
+    assert store.list() == []
+    assert store.read_if_exists("a/one") is None
+    store.write("a/one", b"1")
+    store.write("a/one", b"11")
+    store.write("a-two", b"2")
+    store.write("empty", b"")
+    assert store.read("a/one") == store.read_if_exists("a/one") == b"11"
+    assert [(item.key, item.size) for item in store.list()] == [("a-two", 1), ("a/one", 2), ("empty", 0)]
+    assert [item.key for item in store.list("a/")] == ["a/one"]
+    assert [item.key for item in open_store(join_uri(store_uri, "a")).list()] == ["one"]
+    assert store.uri_of("a/one") == f"{store_uri}/a/one"
+    for key in ("a/one", "empty"):
+        store.download(key, tmp_path / "got" / key)
+        assert (tmp_path / "got" / key).read_bytes() == store.read(key)
+    with pytest.raises(NotFoundError):
+        store.download("none", tmp_path / "got" / "none")
+    store.delete(["a/one", "empty", "none"])
+    assert [item.key for item in store.list()] == ["a-two"]
+    assert sorted(files_below(tmp_path / "got")) == ["a/one", "empty"]
+
+
+def test_an_etag_changes_with_the_content(store_uri: str):
+    store = open_store(store_uri)
+    store.write("key", b"1")
+    before = store.list()
+    store.write("key", b"2")
+    assert store.list() != before
+
+
+def test_only_the_first_write_counts_when_asked(store_uri: str):
+    store = open_store(store_uri)
+    store.write("manifest", b"first", only_if_absent=True)
+    with pytest.raises(AlreadyExistsError, match="already exists"):
+        store.write("manifest", b"second", only_if_absent=True)
+    assert store.read("manifest") == b"first"
+
+
+def test_a_directory_goes_up_and_comes_back_whole(store_uri: str, tmp_path: Path):
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "large").write_bytes(os.urandom(20 * MB))  # three parts
+    for number in range(30):
+        (source / "deep" / f"{number:02}").write_bytes(os.urandom(number))
+    (source / "unwanted").write_bytes(b"")
+    names = sorted(set(files_below(source)) - {"unwanted"})
+
+    store = open_store(store_uri)
+    upload_directory(source, store, "checkpoints/step-1", names)
+    arrived = sync_to_node(join_uri(store_uri, "checkpoints", "step-1"), tmp_path / "cache")
+    assert arrived.name == "step-1"
+    expected = files_below(source)
+    del expected["unwanted"]
+    assert files_below(arrived) == expected
+    store.delete(item.key for item in store.list())
+    assert store.list() == []
+
+
+def test_uploading_a_file_that_is_not_there(store_uri: str, tmp_path: Path):
+    with pytest.raises(NotFoundError, match="nothing-here"):
+        open_store(store_uri).upload(tmp_path / "nothing-here", "key")
+
+
+def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("model.safetensors", b"weights")
+    store.write("model.bin", b"pickle")
+    first = sync_to_node(bucket_uri, tmp_path, lambda key: not key.endswith(".bin"))
+    assert files_below(first) == {"model.safetensors": b"weights"}
+    store.write("model.safetensors", b"better!")
+    second = sync_to_node(bucket_uri, tmp_path, lambda key: not key.endswith(".bin"))
+    assert files_below(second) == {"model.safetensors": b"better!"}
+    assert files_below(first) == {"model.safetensors": b"weights"}
+    with pytest.raises(NotFoundError, match="none of its 2 objects"):
+        sync_to_node(bucket_uri, tmp_path, lambda key: False)
+
+
+def test_one_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("data/train.jsonl", b"{}\n")
+    store.write("data/train.jsonl.bak", b"old")
+    for bring in (fetch_file, sync_to_node):
+        path = bring(f"{bucket_uri}/data/train.jsonl", tmp_path)
+        assert (path.name, path.read_bytes()) == ("train.jsonl", b"{}\n")
+        with pytest.raises(NotFoundError, match=r"data/train: there is no such object"):
+            bring(f"{bucket_uri}/data/train", tmp_path)
+
+
+def test_a_damaged_copy_is_brought_again(bucket_uri: str, tmp_path: Path):
+    open_store(bucket_uri).write("weights", b"12345")
+    copy = sync_to_node(bucket_uri, tmp_path)
+    (copy / "weights").write_bytes(b"1")
+    assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+
+
+def test_four_processes_download_once(own_bucket: str, proxy: WatchedProxy, tmp_path: Path):
+    store = open_store(f"{own_bucket}/once")
+    for number in range(3):
+        store.write(str(number), os.urandom(2 * MB))
+    proxy.seen.clear()
+    processes = [start_sync(f"{own_bucket}/once", tmp_path) for _ in range(4)]
+    said = {process.communicate(timeout=50)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(said) == 1
+    assert len(proxy.bodies_sent(OWN_BUCKET)) == 3
+    # And not at all when it is there.
+    proxy.seen.clear()
+    assert str(sync_to_node(f"{own_bucket}/once", tmp_path)) == said.pop()
+    assert proxy.seen != []
+    assert proxy.bodies_sent(OWN_BUCKET) == []
+
+
+def test_a_killed_download_leaves_nothing_and_another_takes_over(
+    own_bucket: str, proxy: WatchedProxy, tmp_path: Path
+):
+    content = os.urandom(30 * MB)
+    store = open_store(f"{own_bucket}/killed")
+    store.write("large", content)
+    proxy.seen.clear()
+    cache_dir = tmp_path / "cache"
+    first, second = (start_sync(f"{own_bucket}/killed", cache_dir) for _ in range(2))
+    deadline = time.monotonic() + 20
+    while len(proxy.bodies_sent(OWN_BUCKET)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    holder = first if _writes_below(first.pid, cache_dir) else second
+    assert _writes_below(holder.pid, cache_dir)
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert not [path for path in cache_dir.iterdir() if path.is_dir() and not path.name.endswith(".partial")]
+    survivor = second if holder is first else first
+    arrived = Path(survivor.communicate(timeout=50)[0].strip())
+    assert files_below(arrived) == {"large": content}
+    assert {path.suffix for path in cache_dir.iterdir()} == {"", ".lock"}
+
+
+def _writes_below(pid: int, directory: Path) -> bool:
+    opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()]
+    return any(name.startswith(str(directory)) and not name.endswith(".lock") for name in opened)
+
+
+def test_keys_that_escape_write_nothing(bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The test server refuses to store such a key, a hostile one need not: the listing is where it comes from.
+    open_store(bucket_uri).write("good", b"1")
+    listed = [
+        *bucket_module.S3Store(bucket_uri).list(),
+        bucket_module.StoredObject("../../outside", 1, '"1"'),
+    ]
+    monkeypatch.setattr(bucket_module.S3Store, "list", lambda store: listed)
+    with pytest.raises(UnsafeKeyError, match=r"\.\./\.\./outside"):
+        sync_to_node(bucket_uri, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_download(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    open_store(bucket_uri).write("weights", bytes(3 * MB))
+    monkeypatch.setattr(bucket_module, "free_bytes", lambda path: MB)
+    with pytest.raises(BucketError, match=r"needs 3.0 MiB of disk, but .* has 1.0 MiB free"):
+        sync_to_node(bucket_uri, tmp_path)
+    assert files_below(tmp_path).keys() == {path.name for path in tmp_path.glob("*.lock")}
+
+
+def test_an_object_that_changes_during_the_download_is_refused(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("weights", os.urandom(9 * MB))
+    listed = store.list()
+    store.write("weights", os.urandom(9 * MB))
+    with pytest.raises(BucketError, match="changed"):
+        store.download_many({listed[0]: tmp_path / "weights"})
+    store.write("small", b"1")
+    listed = store.list("small")
+    store.write("small", b"12")
+    with pytest.raises(BucketError, match="changed"):
+        store.download_many({listed[0]: tmp_path / "small"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checks_of_a_bucket_that_works(own_bucket: str):
+    uri = f"{own_bucket}/checks"
+    check_writable(uri)
+    assert open_store(uri).list() == []
+    open_store(uri).write("a/file", b"")
+    for readable in (uri, f"{uri}/a", f"{uri}/a/", f"{uri}/a/file", own_bucket):
+        check_readable(readable)
+
+
+def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for check in (check_readable, check_writable):
+        with pytest.raises(BucketError, match="there is no bucket 'no-such-bucket'"):
+            check("s3://no-such-bucket/x")
+    open_store(own_bucket).write("there-2/x", b"")
+    with pytest.raises(NotFoundError, match="no such object and none below it"):
+        check_readable(f"{own_bucket}/there")
+
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+        with pytest.raises(BucketError, match="the secret key is wrong") as refused:
+            check_readable(own_bucket)
+        assert "hunter2" not in str(refused.value)
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        with pytest.raises(BucketError, match="access key is not known"):
+            check_writable(own_bucket)
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        with pytest.raises(BucketError, match="no credentials found"):
+            check_readable(own_bucket)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "not a url")
+    with pytest.raises(BucketError, match="check AWS_ENDPOINT_URL_S3"):
+        check_readable(own_bucket)
+
+
+def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
+    own_bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+        start = time.monotonic()
+        with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
+            check_readable(own_bucket)
+        assert time.monotonic() - start < 15
+    start = time.monotonic()
+    with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
+        check_readable(own_bucket)
+    assert time.monotonic() - start < 5
+
+
+def test_both_buckets_in_one_process(own_bucket: str, bucket_uri: str):
+    open_store(f"{own_bucket}/both").write("key", b"own")
+    open_store(bucket_uri).write("key", b"embedded")
+    assert open_store(f"{own_bucket}/both").read("key") == b"own"
+    assert open_store(bucket_uri).read("key") == b"embedded"

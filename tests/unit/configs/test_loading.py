@@ -1,0 +1,350 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configs.loading import ConfigError, load_config, to_yaml
+from configs.schema import FinetuneConfig
+from configs.yaml_source import MAX_BYTES
+
+BASE = "model_id: org/model\ntrain_path: train.jsonl\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "pydantic" not in message
+    assert "Traceback" not in message
+    return message
+
+
+def test_loads(write):
+    path = write(BASE + "learning_rate: 5e-6\nlora_config:\n  r: 4\n")
+    loaded = load_config(path)
+    assert loaded.path == path
+    assert loaded.config.learning_rate == 5e-6
+    assert loaded.given_keys == {"model_id", "train_path", "learning_rate", "lora_config", "lora_config.r"}
+    assert (loaded.warnings, loaded.refusals) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("5e-6", 5e-6),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("1e-4", 1e-4),
+        ("5.e-1", 0.5),
+        ("1_000.5", 1000.5),
+        ("2", 2.0),
+    ],
+)
+def test_what_looks_like_a_number_is_one(write, text: str, number: float):
+    assert load_config(write(f"{BASE}weight_decay: {text}\n")).config.weight_decay == number
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "on", "no", "12:30", "2024-01-01", "0x10", "007", "1.2.3", "'5'", "=", "0o7"]
+)
+def test_what_looks_like_text_is_text(write, text: str):
+    assert load_config(write(f"{BASE}output_dir: {text}\n")).config.output_dir == text.strip("'")
+
+
+def test_underscored_integers_and_resource_names(write):
+    text = "worker_resources:\n  memory: 53_687_091_200\n  anyscale/accelerator_shape:4xA10G: 0.001\n"
+    resources = load_config(write(BASE + text)).config.worker_resources
+    assert resources == {"memory": 53687091200, "anyscale/accelerator_shape:4xA10G": 0.001}
+
+
+def test_yes_for_a_bool_is_explained(write):
+    path = write(BASE + "packing: yes\n")
+    assert complaint(path) == f"{path}:3: `packing` is 'yes': write true or false (yes is text here)"
+
+
+def test_all_mistakes_are_reported_with_their_lines(write):
+    path = write(
+        "model_id: 3\n"
+        "trian_path: a\n"
+        "num_devices: '4'\n"
+        "optim: adam_torch\n"
+        "lora_config:\n"
+        "  r: abc\n"
+        "  rank: 3\n"
+        "lora_alpha: 16\n"
+        "seed: 1\n"
+        "seed: 2\n"
+        "num_warmup_steps: 1e2\n"
+    )
+    lines = complaint(path, "lora_config.lora_alpha=-1").splitlines()
+    assert [line.split(": ")[0].removeprefix(f"{path}:") for line in lines] == [
+        *["1", "1", "2", "3", "4", "6", "7", "8", "10", "11"],
+        "override 'lora_config.lora_alpha=-1'",
+    ]
+    everything = "\n".join(lines)
+    for words in (
+        "`train_path` is missing",
+        "did you mean `train_path`?",
+        "write a whole number without quotes",
+        "did you mean `adamw_torch`?",
+        "`lora_config.r` is 'abc': write a whole number",
+        "did you mean `lora_config.lora_alpha`?",
+        "`seed` is given twice",
+        "write a whole number: 100",
+        "write a number above 0",
+    ):
+        assert words in everything
+
+
+def test_a_conflict_stands_at_its_key(write):
+    path = write(BASE + "num_epochs: 1\ndtype: fp32\nmax_steps: 3\nflash_attention_2: true\n")
+    first, second = complaint(path).splitlines()
+    assert first.startswith(f"{path}:5: `num_epochs` and `max_steps`")
+    assert second.startswith(f"{path}:6: `flash_attention_2`")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ":1: is empty"),
+        ("# nothing\n", ":1: is empty"),
+        ("- a\n- b\n", "not a mapping"),
+        ("just text\n", "not a mapping"),
+        (BASE + "---\n" + BASE, ":3: a second YAML document"),
+        ("model_id: &m a\ntrain_path: *m\n", ":2: `train_path` is an alias"),
+        ("model_id: &m a\ntrain_path: b\n", ":1: `model_id` has an anchor"),
+        (BASE + "lora_config:\n  <<: {r: 3}\n", ":4: `<<`"),
+        (BASE + "seed: !!int 3\n", ":3: `seed` has a tag"),
+        (BASE + "x: !!python/object/apply:os.system [ls]\n", ":3: `x` has a tag"),
+        (BASE + "? [a]\n: 3\n", ":3: a key is a list"),
+        (BASE + "'': 3\n", ":3: a key is empty"),
+        (BASE + ": 3\n", ":3: not valid YAML"),
+        (BASE + "\tseed: 3\n", ":3: not valid YAML"),
+        (BASE + "seed: a: b\n", ":3: not valid YAML"),
+        (BASE + "output_dir: [a\n", "not valid YAML"),
+        (BASE + 'output_dir: "\\UFFFFFFFF"\n', "out of range"),
+        (BASE + 'output_dir: "\\uD800"\n', "lone surrogate"),
+        (b"model_id: a\ntrain_path: \xff\n", ":2: not UTF-8"),
+        ("model_id: a\n".encode("utf-16"), "not UTF-8"),
+        (b"model_id: a\ntrain_path: b\0c\n", ":2: a control character"),
+        ("x: " + "[" * 100_000, "levels deep"),
+        ("x: " + "{a: " * 1_000, "levels deep"),
+        ("\n".join(" " * depth + "a:" for depth in range(200)), "levels deep"),
+        (b"a: b\n" * (MAX_BYTES // 5 + 1), "larger than"),
+        (BASE + "num_devices:\n", "`num_devices` is null: write a whole number, or leave the key out"),
+        (BASE + "seed: " + "9" * 5000 + "\n", "`seed` is '9999"),
+        (BASE + "learning_rate: 1e999\n", "a finite number"),
+        (BASE + "worker_resources:\n  memory: lots\n", ":4: worker_resources: `memory` is a number of bytes"),
+        (BASE + "columns: {answer: a}\n", "write one of prompt, completion"),
+        (BASE + "logger: {provider: neptune}\n", "`provider: wandb`"),
+        (BASE + "logger: {}\n", "`provider: wandb`"),
+        (BASE + "lora_config: {learning_rate: 1}\n", "`learning_rate` stands at the top level"),
+        (BASE + "deepspeed: {config_pth: a}\n", "did you mean `deepspeed.config_path`?"),
+        (BASE + "run_name: 'a b'\n", "letters, digits"),
+        (BASE + "storage_path: gs://b/x\n", "gs:// is not supported"),
+    ],
+)
+def test_bad_files_are_refused(write, text: str | bytes, words: str):
+    assert words in complaint(write(text))
+
+
+def test_a_file_full_of_mistakes_is_reported_in_a_page(write):
+    path = write("".join(f"key{number}: 1\n" for number in range(20_000)))
+    assert len(complaint(path).splitlines()) == 50
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(write):
+    assert load_config(write(b"\xef\xbb\xbf" + BASE.encode())).config.model_id == "org/model"
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    assert "no such file" in complaint(tmp_path / "absent.yaml")
+    assert "is a directory" in complaint(tmp_path)
+
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        (f"hf_token: {TOKEN}\n", TOKEN),
+        ("aws_secret_access_key: abc/def+ghi\n", "abc/def+ghi"),
+        ("password: [hunter2]\n", "hunter2"),
+        ("env:\n  WANDB_API_KEY: 0123456789\n", "0123456789"),
+        (f"model_id: {TOKEN}\ntrain_path: 3\n", TOKEN),
+        ("valid_path: s3://KEYID:hush@bucket/x\n", "hush"),
+        ("valid_path: s3://bucket/x?X-Amz-Signature=hush\n", "hush"),
+        ("logger: {provider: wandb, api_key: hush}\n", "hush"),
+        (f"optim: {TOKEN}\n", TOKEN),
+        (f"num_devices: [{TOKEN}]\n", TOKEN),
+    ],
+)
+def test_secrets_are_refused_and_never_shown(write, text: str, secret: str):
+    message = complaint(write((BASE if "model_id" not in text else "") + text))
+    assert "come from the environment" in message or "is not a key" in message
+    assert secret not in message
+
+
+@pytest.mark.parametrize(
+    "override", [f"hf_token={TOKEN}", "password=hunter2", f"optim={TOKEN}", f"seed=[{TOKEN}"]
+)
+def test_secrets_in_overrides_are_never_shown(write, override: str):
+    message = complaint(write(BASE), override)
+    assert override.split("=")[1].strip("[") not in message
+
+
+def test_overrides(write):
+    path = write(BASE + "num_epochs: 3\ndeepspeed: zero_2\nseed: 1\n")
+    loaded = load_config(
+        path,
+        [
+            "num_epochs=",
+            "max_steps=2",
+            "lora_config.r=16",
+            "lora_config.target_modules=[q_proj, v_proj]",
+            "deepspeed=null",
+            "worker_resources.accelerator_type:A10G=0.001",
+            "train_path=hf://datasets/openai/gsm8k/main?split=train[50%:]",
+            "seed=2",
+            "seed=3",
+        ],
+    )
+    config = loaded.config
+    assert (config.num_epochs, config.max_steps, config.deepspeed, config.seed) == (None, 2, None, 3)
+    assert config.lora_config is not None
+    assert (config.lora_config.r, config.lora_config.target_modules) == (16, ["q_proj", "v_proj"])
+    assert config.worker_resources == {"accelerator_type:A10G": 0.001}
+    assert config.train_path == "hf://datasets/openai/gsm8k/main?split=train[50%:]"
+    assert "lora_config.r" in loaded.given_keys
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora_config.r=abc", "override 'lora_config.r=abc': `lora_config.r` is 'abc': write a whole number"),
+        ("seed", "override 'seed': not understood: write key=value"),
+        ("=3", "not understood"),
+        ("a..b=3", "not understood"),
+        (".".join(["a"] * 5000) + "=3", "not understood"),
+        ("deepspeed.config_path=x", "`deepspeed` is 'zero_2', which has no keys: set `deepspeed` itself"),
+        ("lora_config.target_modules.0=x", '`lora_config.target_modules` is ["q"], which has no keys'),
+        ("nun_devices=3", "did you mean `num_devices`?"),
+        ("seed=[", "override 'seed=[': not valid YAML"),
+        ("output_dir=*x", "alias"),
+        ("optim=adamw_torc", "did you mean `adamw_torch`?"),
+    ],
+)
+def test_bad_overrides_are_refused(write, override: str, words: str):
+    path = write(BASE + "deepspeed: zero_2\nlora_config: {target_modules: [q]}\n")
+    assert words in complaint(path, override)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BASE,
+        BASE + "run_name: '1e5'\noutput_dir: 'yes'\nlearning_rate: 1e-5\nworker_resources: {CPU: 1, x: .5}\n",
+        BASE
+        + "lora_config: {target_modules: 'null', rank_pattern: {'1': 2}}\ndeepspeed: {config_path: 'true'}\n",
+        BASE + "task: classification\nclassifier_config: {label_tokens: ['1', '~', ' x ', \"a\\nb\", é]}\n",
+        BASE + "logger: {provider: mlflow, tags: {a: '12:30', b: '.5'}}\n",
+    ],
+)
+def test_the_resolved_yaml_says_the_same(write, text: str):
+    config = load_config(write(text)).config
+    resolved = to_yaml(config)
+    again = load_config(write(resolved))
+    assert again.config == config
+    top_level = [line.split(":")[0] for line in resolved.splitlines() if not line.startswith((" ", "-"))]
+    assert top_level == list(FinetuneConfig.model_fields)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(min_size=1, max_size=30))
+def test_any_text_survives_the_resolved_yaml(tmp_path: Path, text: str):
+    path = tmp_path / "run.yaml"
+    config = FinetuneConfig(model_id="a", train_path="b", output_dir=text)
+    path.write_text(to_yaml(config), encoding="utf-8", errors="surrogatepass", newline="")
+    try:
+        assert load_config(path).config.output_dir == text
+    except ConfigError as error:
+        assert "secret" in str(error)
+
+
+WORDS = """
+model_id train_path lora_config r deepspeed config_path logger provider wandb worker_resources memory 50GiB
+columns prompt generation_config prompt_format liger_kernel kwargs no_gradient_checkpoint task
+classifier_config provider_config dataset_size_scaling_factor : - [ ] { } , ? | > & * ! % @ ` ' " # ~ << --- ... !!int true
+null 1 1e5 .inf 0x1 \\ é \U0001f600
+"""
+SPACES = ["\n", "\n  ", ": ", "\n- ", "\t", " ", "\n\n", '"\\u', "\x85", "\ufeff"]
+PIECES = st.sampled_from([*WORDS.split(), *SPACES])
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=300), st.lists(PIECES, max_size=60).map(lambda parts: "".join(parts).encode())
+    ),
+    st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=3),
+)
+def test_anything_at_all_is_loaded_or_refused(tmp_path: Path, content: bytes, overrides: list[str]):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    try:
+        load_config(path, overrides)
+    except ConfigError as error:
+        str(error).encode()
+        assert "pydantic" not in str(error)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5), below, max_size=3),
+    max_leaves=5,
+)
+LEGACY = ["no_gradient_checkpoint", "liger_kernel", "generation_config", "checkpoint_every_n_epochs"]
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.dictionaries(st.sampled_from([*FinetuneConfig.model_fields, *LEGACY]), VALUES, max_size=5))
+def test_any_value_for_any_key_is_loaded_or_refused(tmp_path: Path, data: dict[str, object]):
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model_id": "a", "train_path": "b", **data}), encoding="utf-8")
+    try:
+        load_config(path)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            assert line.startswith(f"{path}:")
+
+
+def test_checking_a_file_loads_no_framework_and_is_quick():
+    """CPU time of the import alone, the best of three: the machine's load does not count."""
+    code = (
+        "import sys, time; start = time.process_time(); import configs.loading; "
+        "print(time.process_time() - start, "
+        "[name for name in ('torch', 'ray', 'transformers', 'boto3', 'numpy') if name in sys.modules])"
+    )
+    spent = []
+    for _ in range(3):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seconds, loaded = out.split(" ", 1)
+        assert loaded.strip() == "[]"
+        spent.append(float(seconds))
+    assert min(spent) < 0.5

@@ -1,0 +1,263 @@
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from configs.schema import (
+    DEEPSPEED_DIRECTORY,
+    DEEPSPEED_PRESETS,
+    FinetuneConfig,
+    LoraConfig,
+    config_hash,
+    deepspeed_preset_path,
+    zero_stage,
+)
+
+LORA: dict[str, Any] = {"lora_config": {"r": 8}}
+
+
+def config(**settings: Any) -> FinetuneConfig:
+    return FinetuneConfig.model_validate({"model_id": "org/model", "train_path": "train.jsonl", **settings})
+
+
+def complaint(**settings: Any) -> str:
+    with pytest.raises(ValidationError) as caught:
+        config(**settings)
+    return str(caught.value)
+
+
+def test_two_keys_make_a_config():
+    made = config()
+    assert (made.task, made.learning_rate, made.num_checkpoints_to_keep) == ("instruction_tuning", 1e-4, 1)
+    assert made.checkpoint_and_evaluation_frequency.unit == "epochs"
+    assert not made.trains_adapter
+
+
+def test_every_field_has_help():
+    schema = FinetuneConfig.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    silent = [
+        f"{section['title']}.{name}"
+        for section in sections
+        for name, described in section["properties"].items()
+        if not described.get("description")
+    ]
+    assert silent == []
+
+
+def test_a_config_survives_the_wire():
+    made = config(
+        deepspeed={"config_path": "mine.json"},
+        lora_config={"target_modules": ["q_proj"], "rank_pattern": {"a": 4}},
+        worker_resources={"memory": "50GiB", "accelerator_type:A10G": 0.001},
+        logger={"provider": "mlflow", "experiment_name": "e"},
+        num_epochs=2,
+    )
+    sent = json.loads(json.dumps(made.model_dump(mode="json")))
+    assert FinetuneConfig.model_validate(sent) == made
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"load_in_4bit": True}, "lora_config"),
+        ({"load_in_4bit": True, "deepspeed": "zero_3", **LORA}, "ZeRO-3"),
+        ({"load_in_4bit": True, "deepspeed": {"config_path": "a/my_zero_3.json"}, **LORA}, "ZeRO-3"),
+        ({"kernels": "unsloth", "deepspeed": "zero_3_offload_optim"}, "liger"),
+        ({"gradient_checkpointing": "unsloth", "kernels": "torch"}, "write `true`"),
+        ({"kernels": "liger", "device": "cpu"}, "needs a GPU"),
+        ({"deepspeed": "zero_3_offload_optim", "device": "cpu"}, "write `deepspeed: zero_3`"),
+        ({"worker_resources": {"GPU": 0}, "device": "cuda", "num_devices": 2}, "device: cuda"),
+        ({"worker_resources": {"GPU": 2}}, "num_devices"),
+        ({"worker_resources": {"GPU": 1}, "device": "cpu"}, "device: cpu"),
+        ({"preference_tuning_config": {}}, "task: preference_tuning"),
+        ({"classifier_config": {"label_tokens": ["a", "b"]}}, "task: classification"),
+        ({"task": "classification"}, "label_tokens"),
+        ({"initial_adapter_model_ckpt_path": "a", "resume_from_checkpoint": "b"}, "resume_from_checkpoint"),
+        ({"initial_base_model_ckpt_path": "a", "resume_from_checkpoint": "b"}, "resume_from_checkpoint"),
+        ({"packing": True, "padding": "max_length"}, "padding: longest"),
+        ({"packing": True, "task": "preference_tuning"}, "packing: false"),
+        ({"optim": "adamw_8bit", "deepspeed": "zero_3_offload_optim"}, "adamw_torch"),
+        ({"optim": "adafactor", "deepspeed": "zero_3_offload_optim+param"}, "adamw_torch"),
+        ({"dtype": "fp32", "flash_attention_2": True}, "dtype: bf16"),
+        ({"num_epochs": 1, "min_update_steps": 5}, "say one"),
+        ({"num_epochs": 1, "max_steps": 5}, "say one"),
+        ({"max_steps": 1, "min_update_steps": 5}, "say one"),
+        ({"lr_scheduler_type": "constant", "num_warmup_steps": 5}, "constant_with_warmup"),
+        ({"task": "classification", "classifier_config": {"label_tokens": ["a", "a"]}}, "twice"),
+        ({"lora_config": {"layers_to_transform": [1]}}, "target_modules"),
+        ({"lora_config": {"layers_pattern": "h"}}, "layers_to_transform"),
+        ({"lora_config": {"lora_bias": True, "use_dora": True}}, "choose one"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], words: str):
+    assert words in complaint(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_in_4bit": True, "initial_adapter_model_ckpt_path": "s3://b/adapter"},
+        {"load_in_4bit": True, "deepspeed": "zero_2", **LORA},
+        {"flash_attention_2": True, "device": "cpu"},
+        {"deepspeed": "zero_3", "device": "cpu"},
+        {"kernels": "auto", "gradient_checkpointing": "unsloth"},
+        {"worker_resources": {"GPU": 0}, "device": "auto"},
+        {"worker_resources": {"anyscale/accelerator_shape:4xA10G": 0.001}},
+        {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
+        {"initial_adapter_model_ckpt_path": "run:first", **LORA},
+        {"lora_config": {"layers_to_transform": [1], "target_modules": ["q_proj"]}},
+        {"eval_first": True, "valid_path": None},
+        {"train_path": "hf://datasets/openai/gsm8k/main?split=train[50%:]"},
+        {"columns": {"prompt": "question", "completion": "answer"}},
+    ],
+)
+def test_settings_that_go_together_are_taken(settings: dict[str, Any]):
+    config(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_devices": 0},
+        {"num_devices": True},
+        {"num_devices": "4"},
+        {"learning_rate": 0},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"seed": 2**32},
+        {"run_name": "a/b"},
+        {"run_name": ".."},
+        {"run_name": "ü"},
+        {"train_path": "gs://bucket/x"},
+        {"train_path": "s3://"},
+        {"train_path": "hf://models/x"},
+        {"train_path": ""},
+        {"storage_path": "hf://datasets/a/b"},
+        {"deepspeed": "zero_4"},
+        {"deepspeed": {}},
+        {"columns": {"answer": "completion"}},
+        {"worker_resources": {"CPU": -1}},
+        {"worker_resources": {"memory": "much"}},
+        {"worker_resources": {"memory": "-1GiB"}},
+        {"lora_config": {"init_lora_weights": "pissa"}},
+        {"lora_config": {"task_type": "SEQ_CLS"}},
+        {"logger": {"provider": "wandb", "experiment_name": "e"}},
+        {"colour": "blue"},
+    ],
+)
+def test_values_out_of_range_are_refused(settings: dict[str, Any]):
+    complaint(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("50GiB", 50 * 2**30), ("50GB", 50 * 10**9), ("512MiB", 512 * 2**20), ("1.5 GiB", 3 * 2**29), (7, 7)],
+)
+def test_memory_is_bytes(text: str | int, amount: int):
+    memory = config(worker_resources={"memory": text}).worker_resources["memory"]
+    assert memory == amount
+    assert isinstance(memory, int)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps_per_epoch", "epochs"),
+    [
+        ({}, 100, 1),
+        ({}, 99, 2),
+        ({"min_update_steps": 10}, 3, 4),
+        ({"num_epochs": 0.5}, 1000, 0.5),
+        ({"max_steps": 7}, 3, None),
+    ],
+)
+def test_length_of_a_run(settings: dict[str, Any], steps_per_epoch: int, epochs: float | None):
+    assert config(**settings).number_of_epochs(steps_per_epoch) == epochs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"storage_path": "s3://elsewhere/runs"},
+        {"run_name": "other"},
+        {"output_dir": "/scratch"},
+        {"max_failures": 0},
+        {"num_checkpoints_to_keep": 5},
+        {"logger": {"provider": "tensorboard"}},
+        {"resume": "never"},
+        {"worker_resources": {"CPU": 2}},
+        {"trainer_resources": {"CPU": 2}},
+    ],
+)
+def test_hash_leaves_out_what_does_not_train(settings: dict[str, Any]):
+    assert config_hash(config(**settings)) == config_hash(config())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 1},
+        {"model_id": "org/other"},
+        LORA,
+        {"num_devices": 2},
+        {"deepspeed": "zero_2"},
+        {"max_steps": 3},
+    ],
+)
+def test_hash_sees_what_trains(settings: dict[str, Any]):
+    assert config_hash(config(**settings)) != config_hash(config())
+
+
+def test_hash_of_a_given_config_is_stable():
+    """The name of a run hangs on it: a change here makes every unnamed run of the past a new one."""
+    same = config(worker_resources={"CPU": 1}, lora_config={"lora_alpha": 16, "r": 8})
+    assert config_hash(same) == config_hash(config(lora_config={"r": 8, "lora_alpha": 16}))
+    assert len(config_hash(same)) == 64
+
+
+def test_presets_are_the_files():
+    assert sorted(path.stem for path in DEEPSPEED_DIRECTORY.glob("*.json")) == sorted(DEEPSPEED_PRESETS)
+
+
+@pytest.mark.parametrize("preset", DEEPSPEED_PRESETS)
+def test_a_preset_leaves_the_optimizer_to_the_yaml(preset: Any):
+    said = json.loads(deepspeed_preset_path(preset).read_text())
+    zero = said["zero_optimization"]
+    assert config(deepspeed=preset).deepspeed == preset
+    assert "optimizer" not in said
+    assert "scheduler" not in said
+    assert zero["stage"] == zero_stage(preset)
+    assert "auto" not in zero.values()
+    assert said["bf16"] == {"enabled": "auto"}
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert said[key] == "auto"
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (zero["stage"] == 3)
+    assert ("offload_optimizer" in zero, "offload_param" in zero) == ("optim" in preset, "param" in preset)
+
+
+def test_lora_fields_are_pefts():
+    """Read from PEFT's source: importing it would take seconds."""
+    import ast
+    import importlib.util
+    from pathlib import Path
+
+    found = importlib.util.find_spec("peft")
+    assert found is not None
+    assert found.origin is not None
+    source = (Path(found.origin).parent / "tuners" / "lora" / "config.py").read_text()
+    [peft] = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "LoraConfig"
+    ]
+    names = {
+        node.target.id
+        for node in peft.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert set(LoraConfig.model_fields) - names == {"task_type"}

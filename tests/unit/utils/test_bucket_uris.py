@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+
+from utils.bucket import (
+    AlreadyExistsError,
+    BucketError,
+    NotFoundError,
+    check_readable,
+    check_writable,
+    fetch_file,
+    is_remote,
+    join_uri,
+    open_store,
+    sync_to_node,
+    uses_embedded_bucket,
+)
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts", "joined"),
+    [
+        ("s3://b", ["a"], "s3://b/a"),
+        ("s3://b/p/", ["/a/", "", "b"], "s3://b/p/a/b"),
+        ("/x/", ["y"], "/x/y"),
+        ("/", ["y"], "/y"),
+        ("runs", [], "runs"),
+    ],
+)
+def test_join_uri(uri: str, parts: list[str], joined: str):
+    assert join_uri(uri, *parts) == joined
+
+
+def test_what_is_remote():
+    assert is_remote("s3://b/p")
+    assert not any(map(is_remote, ["/x", "x/y", "~/x", "file:///x", "x:y"]))
+    assert uses_embedded_bucket("s3://anneal/runs")
+    assert not any(map(uses_embedded_bucket, ["s3://anneal2/runs", "/anneal"]))
+
+
+@pytest.mark.parametrize("scheme", ["gs", "hdfs", "http", "https", "s3a"])
+def test_other_schemes_are_refused_by_name(scheme: str):
+    with pytest.raises(
+        BucketError, match=rf"{scheme}:// is not supported; use s3://bucket/prefix or a local path"
+    ):
+        open_store(f"{scheme}://somewhere/x")
+
+
+def test_a_password_in_a_uri_is_refused_and_not_repeated():
+    with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID") as refused:
+        open_store("s3://AKIA:hunter2@bucket/x")
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(BucketError, match="bucket's name is missing"):
+        open_store("s3:/bucket/x")
+
+
+def test_three_ways_to_write_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in ("a b", f"{tmp_path}/a b", f"file://{tmp_path}/a%20b"):
+        assert open_store(uri).uri == str(tmp_path / "a b")
+    with pytest.raises(BucketError, match="file:///absolute/path"):
+        open_store("file://server/x")
+
+
+def test_a_local_store_refuses_keys_that_leave_it(tmp_path: Path):
+    store = open_store(str(tmp_path / "store"))
+    for key in ("../x", "/x", "a/../../x"):
+        with pytest.raises(BucketError, match="refusing the key"):
+            store.write(key, b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_local_errors_say_what_and_where(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    with pytest.raises(NotFoundError, match="cannot read .*/none"):
+        store.read("none")
+    store.write("a/b", b"1")
+    with pytest.raises(AlreadyExistsError, match="already exists"):
+        store.write("a/b", b"2", only_if_absent=True)
+    with pytest.raises(BucketError, match="cannot write"):
+        store.write("a/b/c", b"2")
+    for check in (check_readable, sync_to_node, fetch_file):
+        with pytest.raises(NotFoundError, match="no such file"):
+            check(str(tmp_path / "none"), *([] if check is check_readable else [tmp_path]))
+
+
+def test_half_written_files_are_not_listed(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    store.write("a", b"1")
+    (tmp_path / ".a.0123.partial").write_bytes(b"")
+    assert [item.key for item in store.list()] == ["a"]
+
+
+def test_local_checks_create_nothing(tmp_path: Path):
+    check_writable(str(tmp_path / "x" / "y"))
+    with pytest.raises(NotFoundError, match="directory is empty"):
+        check_readable(str(tmp_path))
+    (tmp_path / "file").write_bytes(b"1")
+    check_readable(f"file://{tmp_path}/file")
+    check_readable(str(tmp_path))
+    with pytest.raises(BucketError, match="is a file"):
+        check_writable(str(tmp_path / "file" / "x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_local_data_is_not_copied_to_the_node(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes(b"{}")
+    assert sync_to_node(str(tmp_path / "model"), tmp_path / "cache") == tmp_path / "model"
+    assert (
+        fetch_file(f"{tmp_path}/model/config.json", tmp_path / "cache") == tmp_path / "model" / "config.json"
+    )
+    assert not (tmp_path / "cache").exists()

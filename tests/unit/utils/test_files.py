@@ -1,0 +1,116 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.files import (
+    BucketError,
+    UnsafeKeyError,
+    checksum,
+    checksum_bytes,
+    file_lock,
+    format_bytes,
+    free_bytes,
+    safe_join,
+    write_atomically,
+)
+
+
+def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path):
+    path = tmp_path / "new" / "file"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two", mode=0o600)
+    assert path.read_bytes() == b"two"
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError):
+        write_atomically(path, b"three", replace=False)
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_checksum_is_the_standard_crc64nvme(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"123456789")
+    assert checksum(path) == checksum_bytes(b"123456789") == "crc64nvme:ae8b14860a799888"
+    path.write_bytes(os.urandom(9 * 1024 * 1024))  # more than one block
+    assert checksum(path) == checksum_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")],
+)
+def test_format_bytes(count: int, text: str):
+    assert format_bytes(count) == text
+
+
+def test_free_bytes_of_what_does_not_exist_yet(tmp_path: Path):
+    assert free_bytes(tmp_path / "not" / "yet") > 0
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/etc/x", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", ".."]
+)
+def test_keys_that_leave_the_directory_are_refused(tmp_path: Path, key: str):
+    with pytest.raises(UnsafeKeyError, match="refusing the key") as refused:
+        safe_join(tmp_path, key)
+    assert isinstance(refused.value, ValueError)
+    assert isinstance(refused.value, BucketError)
+
+
+@given(st.text())
+def test_a_key_is_refused_or_stays_inside(key: str):
+    directory = Path("/some/directory")
+    try:
+        joined = safe_join(directory, key)
+    except UnsafeKeyError:
+        return
+    assert Path(os.path.normpath(joined)).is_relative_to(directory)
+    assert joined.relative_to(directory).as_posix() == key
+
+
+def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path):
+    lock = tmp_path / "lock"
+    hold = (
+        "import sys,time; from pathlib import Path; from utils.files import file_lock\n"
+        "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError), file_lock(lock, blocking=False):
+            pass
+        holder.kill()
+        start = time.monotonic()
+        with file_lock(lock):
+            assert time.monotonic() - start < 5
+
+
+def test_shared_locks_keep_out_only_exclusive_ones(tmp_path: Path):
+    lock = tmp_path / "lock"
+    with file_lock(lock, shared=True), file_lock(lock, shared=True, blocking=False):
+        with pytest.raises(BlockingIOError), file_lock(lock, blocking=False):
+            pass
+    with file_lock(lock, blocking=False):
+        pass
+
+
+def test_a_fork_does_not_keep_its_parents_lock(tmp_path: Path):
+    lock = tmp_path / "lock"
+    with file_lock(lock):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        with file_lock(lock, blocking=False):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -1,0 +1,145 @@
+"""What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from configs.schema import CheckpointFrequency
+from training.data.batches import BatchShape, rows_of_step
+from training.events import CheckpointCommitted, Evaluated, Event, StepDone
+
+
+class Schedule(TrainerCallback):
+    """Asks for evaluation and a checkpoint at the YAML's frequency, and at the end."""
+
+    def __init__(self, frequency: CheckpointFrequency, steps_per_epoch: int, *, evaluates: bool):
+        self.evaluates = evaluates
+        self.every = frequency.frequency * (steps_per_epoch if frequency.unit == "epochs" else 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = self.evaluates
+            control.should_save = True
+
+
+class Throughput(TrainerCallback):
+    """Counts what was trained, from the data's own order: no worker has to ask another.
+
+    Must stand behind the callbacks that evaluate or save, so that its clock starts again after them.
+    """
+
+    def __init__(
+        self, shape: BatchShape, seed: int, tokens_of_row: Sequence[int], trained_tokens_of_row: Sequence[int]
+    ):
+        self.shape = shape
+        self.seed = seed
+        self.tokens_of_row = tokens_of_row
+        self.trained_tokens_of_row = trained_tokens_of_row
+        self.tokens = 0
+        self.trained_tokens = 0
+        self.rows = 0
+        self.last_tokens_per_second = 0.0
+        self._seconds = 0.0
+        self._timed_tokens = 0
+        self._since = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Counts the steps of a restored run and starts the clock."""
+        for step in range(1, state.global_step + 1):
+            self._count(step)
+        self._since = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Counts an optimizer step with everything it took, reading its rows included."""
+        now = time.perf_counter()
+        tokens = self._count(state.global_step)
+        self.last_tokens_per_second = tokens / (now - self._since)
+        self._seconds += now - self._since
+        self._timed_tokens += tokens
+        self._since = now
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leaves evaluation out."""
+        self._since = time.perf_counter()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leaves saving out."""
+        self._since = time.perf_counter()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the steps that this process took, all workers together; evaluation and saving left out."""
+        return self._timed_tokens / self._seconds if self._seconds else 0.0
+
+    def _count(self, step: int) -> int:
+        rows = rows_of_step(self.shape, self.seed, step)
+        tokens = sum(self.tokens_of_row[row] for row in rows)
+        self.tokens += tokens
+        self.trained_tokens += sum(self.trained_tokens_of_row[row] for row in rows)
+        self.rows += len(rows)
+        return tokens
+
+
+class Telling(TrainerCallback):
+    """Tells the driver about steps and evaluations (rank 0)."""
+
+    def __init__(self, tell: Callable[[Event], None], throughput: Throughput):
+        self.tell = tell
+        self.throughput = throughput
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """After a step's loss or an eval loss is known."""
+        assert logs is not None
+        if "eval_loss" in logs:
+            self.tell(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"]))
+        elif "loss" in logs:
+            self.tell(
+                StepDone(
+                    state.global_step,
+                    state.max_steps,
+                    state.epoch or 0.0,
+                    logs["loss"],
+                    self.throughput.last_tokens_per_second,
+                )
+            )
+
+
+class Committing(TrainerCallback):
+    """Hands each saved checkpoint over to be committed, on every rank, and removes the local copy."""
+
+    def __init__(self, commit: Callable[[Path, TrainerState], str], tell: Callable[[Event], None]):
+        self.commit = commit
+        self.tell = tell
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After transformers saved into output_dir/checkpoint-STEP."""
+        assert args.output_dir is not None
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        uri = self.commit(directory, state)
+        self.tell(CheckpointCommitted(state.global_step, uri))
+        if args.local_process_index == 0:
+            shutil.rmtree(directory)

@@ -1,0 +1,1 @@
+"""Rows -> checked conversations -> tokens and labels -> batches."""

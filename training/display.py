@@ -1,0 +1,185 @@
+"""What a person sees: the plan before, one moving line during, the table after."""
+
+import shlex
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from runs.layout import RunResult
+from training.data.prepare import DataSummary
+from training.events import CheckpointCommitted, Evaluated, Event, ModelReady, Phase, StepDone
+from training.plan import PlanReport
+
+
+def show_plan(console: Console, report: PlanReport) -> None:
+    """Everything that is decided, and one example with what the loss looks at."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    trained = report.trainable_parameters / max(report.parameters, 1)
+    rows = [
+        ("run", report.run_name),
+        ("model", f"{report.model} ({report.architecture}, {report.parameters:,} parameters)"),
+        ("trainable", f"{report.trainable_parameters:,} parameters ({trained:.2%})"),
+        ("training rows", _describe(report.train)),
+        ("validation rows", _describe(report.valid) if report.valid else "none"),
+        (
+            "steps",
+            f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.rows_per_step:,} rows a step)",
+        ),
+        ("device", report.device),
+        ("parallelism", report.parallelism),
+        ("kernels", report.kernels),
+    ]
+    if report.starts_from:
+        rows.append(("starts from", report.starts_from))
+    if report.resumes_from:
+        rows.append(("resumes from", report.resumes_from))
+    rows.append(("results go to", report.run_uri))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+    console.print()
+    console.print(Text("First row, with what is trained on marked:", style="bold"))
+    console.print(mark_example(report.train.example, colour=console.is_terminal))
+    console.print()
+    for warning in report.warnings:
+        show_warning(console, warning)
+
+
+def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
+    """The pieces of a row, the trained ones green; without colours between «and»."""
+    text = Text()
+    for piece, trained in example:
+        if not trained:
+            text.append(piece, style="dim")
+        elif colour:
+            text.append(piece, style="bold green")
+        else:
+            text.append(f"«{piece}»")
+    return text
+
+
+def show_warning(console: Console, warning: str) -> None:
+    """A line that a person should know of."""
+    console.print(Text.assemble(("warning: ", "yellow"), warning))
+
+
+def show_error(console: Console, message: str) -> None:
+    """What went wrong; the message is complete."""
+    console.print(Text.assemble(("error: ", "bold red"), message))
+
+
+class Watch:
+    """The moving line while a run goes on: a bar on a terminal, plain lines in a log."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting the workers", total=None, figures="")
+        self._phase = ""
+
+    def __enter__(self) -> "Watch":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def phase(self, text: str) -> None:
+        """Say what is being done before the workers speak for themselves."""
+        self._progress.update(self._task, description=text)
+        if not self._console.is_terminal and text != self._phase:
+            self._console.print(Text(f"… {text}"))
+        self._phase = text
+
+    def on_event(self, event: Event) -> None:
+        """Show what the workers told."""
+        match event:
+            case Phase(text, fraction):
+                self.phase(text)
+                if fraction is not None:
+                    self._progress.update(self._task, description=f"{text} {fraction:.0%}")
+            case ModelReady(parameters, trainable):
+                self._line(f"model built: {parameters:,} parameters, {trainable:,} trainable")
+            case StepDone(step, max_steps, _, loss, tokens_per_second):
+                figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+                self._progress.update(
+                    self._task, description="training", completed=step, total=max_steps, figures=figures
+                )
+                if not self._console.is_terminal:
+                    self._line(f"step {step}/{max_steps}  {figures}")
+                self._phase = "training"
+            case Evaluated(step, epoch, eval_loss):
+                self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}")
+            case CheckpointCommitted(step, uri):
+                self._line(f"step {step}  checkpoint {uri}")
+
+    def _line(self, text: str) -> None:
+        self._progress.console.print(Text(text))
+
+
+def show_result(console: Console, result: RunResult, command: Sequence[str]) -> None:
+    """The eval losses, where everything lies, and what to type next."""
+    if result.eval_losses:
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for name in ("step", "epoch", "eval loss"):
+            table.add_column(name, justify="right")
+        lowest = min(loss.eval_loss for loss in result.eval_losses)
+        for loss in result.eval_losses:
+            mark = "  best" if loss.eval_loss == lowest else ""
+            table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}{mark}")
+        console.print()
+        console.print(table)
+    console.print()
+    facts = [
+        ("status", f"{result.status}: {result.reason}"),
+        ("best checkpoint", result.best_checkpoint or "none"),
+        ("last checkpoint", result.last_checkpoint or "none"),
+        ("run", result.run_uri),
+        (
+            "trained",
+            f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained), {result.tokens_per_second:,.0f} tokens/s",
+        ),
+        ("took", f"{result.elapsed_seconds:.0f} s"),
+        ("library output", ", ".join(result.log_files)),
+    ]
+    if result.status == "completed" and result.best_checkpoint:
+        facts.append(
+            (
+                "next",
+                "train on from it: initial_adapter_model_ckpt_path (LoRA) or initial_base_model_ckpt_path: run:"
+                + result.run_name,
+            )
+        )
+    elif result.last_checkpoint:
+        facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts:
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    console.print(table)
+
+
+def _describe(summary: DataSummary) -> str:
+    return f"{summary.rows:,} rows, {summary.tokens:,} tokens, {summary.trained_tokens:,} trained; longest {summary.longest:,}"

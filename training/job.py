@@ -1,0 +1,271 @@
+"""A RunPlan becomes a Ray TorchTrainer job, and its end a RunResult (driver side)."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from runs.curve import draw_eval_curve
+from runs.layout import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CURVE_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    EvalLoss,
+    Manifest,
+    RunResult,
+    RunStatus,
+    checkpoint_key,
+)
+from training import checkpoints
+from training.events import Event, EventMailbox
+from training.plan import RunPlan
+from training.worker import package_versions, train_worker, worker_log
+from utils.bucket import join_uri, open_store
+from utils.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, state_directory
+
+PROJECT = Path(__file__).parent.parent
+_TAKE_EVENTS_EVERY_SECONDS = 0.25
+
+
+class ClusterError(Exception):
+    """The cluster cannot take the job; the message says what it lacks and what to do."""
+
+
+def run_job(
+    plan: RunPlan,
+    *,
+    began: float,
+    driver_log: Path,
+    on_event: Callable[[Event], None],
+    stop: Callable[[], int | None],
+) -> RunResult:
+    """Train, and write result.json.
+
+    Args:
+        plan: What to do.
+        began: time.monotonic() when the driver started, for the result's elapsed seconds.
+        driver_log: Where this process's library output goes.
+        on_event: Called on this thread with what the workers tell.
+        stop: The number of the signal that asks to stop, or None.
+
+    Raises:
+        ClusterError: there are too few resources.
+        BucketError: the result cannot be written.
+    """
+    with _cluster(plan):
+        mailbox: Any = ray.remote(num_cpus=0)(EventMailbox).remote()
+        outcome = _Fit(_trainer(plan, mailbox))
+        signal_number = None
+        while outcome.running() and signal_number is None:
+            for event in ray.get(mailbox.take.remote()):
+                on_event(event)
+            signal_number = stop()
+            outcome.wait(_TAKE_EVENTS_EVERY_SECONDS)
+        for event in ray.get(mailbox.take.remote()):
+            on_event(event)
+        refusal: Any = ray.get(mailbox.refusal.remote())
+    status, reason = _status(outcome.error, refusal, signal_number)
+    logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
+    return _write_result(plan, status, reason, outcome.metrics, logs, time.monotonic() - began)
+
+
+class _Fit:
+    """TorchTrainer.fit() on a thread of its own, so that signals reach the driver's main thread."""
+
+    def __init__(self, trainer: TorchTrainer):
+        self.error: BaseException | None = None
+        self.metrics: dict[str, Any] = {}
+        self._trainer = trainer
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.metrics = self._trainer.fit().metrics or {}
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            self.error = error
+
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
+
+@contextmanager
+def _cluster(plan: RunPlan) -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
+    else:
+        ray.init(
+            num_cpus=plan.config.num_devices,
+            num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
+            resources={
+                name: amount * plan.config.num_devices for name, amount in _custom_resources(plan).items()
+            },
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+    try:
+        if address:
+            _check_cluster(plan)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _runtime_environment() -> dict[str, Any]:
+    return {
+        "working_dir": str(PROJECT),
+        "excludes": ["/.venv", "/.git", "/.anneal", "/tests", "/benchmarks"],
+        "env_vars": {STATE_VARIABLE: str(state_directory())},  # a path: the keys themselves never travel
+    }
+
+
+def _check_cluster(plan: RunPlan) -> None:
+    total = ray.cluster_resources()
+    wanted = {name: amount * plan.config.num_devices for name, amount in _resources_of_worker(plan).items()}
+    short = [
+        f"{name} {amount:g} (has {total.get(name, 0):g})"
+        for name, amount in wanted.items()
+        if total.get(name, 0) < amount
+    ]
+    if short:
+        raise ClusterError(
+            f"the cluster at {os.environ['RAY_ADDRESS']} lacks what {plan.config.num_devices} workers need: {', '.join(short)}. "
+            "Lower num_devices, write device: cpu, or join a larger cluster."
+        )
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 and f"{plan.run_uri}/".startswith(f"s3://{EMBEDDED_BUCKET}/"):
+        raise ClusterError(
+            f"the embedded bucket serves this machine only, and the cluster has {len(nodes)} nodes. Set storage_path to a bucket that "
+            "all nodes reach."
+        )
+
+
+def _custom_resources(plan: RunPlan) -> dict[str, float]:
+    return {
+        name: amount
+        for name, amount in plan.config.worker_resources.items()
+        if name not in ("CPU", "GPU", "memory")
+    }
+
+
+def _resources_of_worker(plan: RunPlan) -> dict[str, float]:
+    devices = {"CPU": 1.0, "GPU": 1.0} if plan.device == "cuda" else {"CPU": 1.0}
+    return devices | plan.config.worker_resources
+
+
+def _trainer(plan: RunPlan, mailbox: Any) -> TorchTrainer:
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan.model_dump(mode="json"), "mailbox": mailbox},
+        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=plan.config.num_devices,
+            use_gpu=plan.device == "cuda",
+            resources_per_worker=_resources_of_worker(plan),
+        ),
+        run_config=RunConfig(
+            # Ray continues a run of the same name by itself; ours continues by its manifests, so each try gets its own.
+            name=f"{plan.run_name}-{time.time_ns()}",
+            # Ray's own bookkeeping; checkpoints go into the bucket by the commit protocol.
+            storage_path=str(Path(plan.scratch) / "ray"),
+            failure_config=FailureConfig(max_failures=plan.config.max_failures),
+        ),
+    )
+
+
+def _status(
+    error: BaseException | None, refusal: str | None, signal_number: int | None
+) -> tuple[RunStatus, str]:
+    if signal_number is not None:
+        return "stopped", f"signal {signal_number}"
+    if refusal is not None:
+        return "failed", refusal
+    if error is None:
+        return "completed", "all steps done"
+    return "failed", classify(error)
+
+
+def classify(error: BaseException) -> str:
+    """Why training failed, in a line: out of memory, a lost worker, or the first worker's own words."""
+    causes = (
+        list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else [error]
+    )
+    text = "\n".join(str(cause) for cause in causes)
+    last_line = (str(causes[0]).strip().splitlines() or [type(causes[0]).__name__])[-1]
+    if "out of memory" in text.lower() or "OutOfMemory" in text:
+        return f"out of memory: {last_line}"
+    if "died" in text or "SYSTEM_ERROR" in text or "unavailable" in text:
+        return f"worker lost: {last_line}"
+    return last_line
+
+
+def _write_result(
+    plan: RunPlan, status: RunStatus, reason: str, metrics: dict[str, Any], logs: list[Path], elapsed: float
+) -> RunResult:
+    """result.json and the curve, from what lies in the bucket; a run that wrote nothing leaves nothing."""
+    store = open_store(plan.run_uri)
+    manifests = checkpoints.committed(store)
+    lines = (store.read_if_exists(METRICS_FILE) or b"").decode().splitlines()
+    eval_losses = [
+        EvalLoss(step=entry["step"], epoch=entry["epoch"], eval_loss=entry["eval_loss"])
+        for entry in map(json.loads, lines)
+        if "eval_loss" in entry
+    ]
+    last, best = (manifests[-1] if manifests else None), checkpoints.best(manifests)
+    result = RunResult(
+        status=status,
+        reason=reason,
+        run_name=plan.run_name,
+        run_uri=plan.run_uri,
+        best_checkpoint=_uri(plan, best),
+        last_checkpoint=_uri(plan, last),
+        eval_losses=eval_losses,
+        train_steps=last.step if last else 0,
+        tokens=metrics.get("tokens", 0),
+        trained_tokens=metrics.get("trained_tokens", 0),
+        tokens_per_second=round(metrics.get("tokens_per_second", 0.0), 3),
+        elapsed_seconds=round(elapsed, 3),
+        parent=plan.parent,
+        trainable_parameters=metrics.get("trainable_parameters", 0),
+        log_files=[str(log) for log in logs],
+        versions=package_versions(),
+    )
+    if store.read_if_exists(CONFIG_FILE) is not None:
+        if eval_losses:
+            store.write(CURVE_FILE, draw_eval_curve(plan.run_name, eval_losses, _parent_losses(plan)))
+        store.write(RESULT_FILE, result.model_dump_json(indent=2).encode())
+    return result
+
+
+def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
+    """The eval losses of the run whose checkpoint this one started from, up to that checkpoint."""
+    parent_run, separator, checkpoint = (plan.parent or "").rpartition(f"/{CHECKPOINTS}/step-")
+    if not separator:
+        return []
+    result = open_store(parent_run).read_if_exists(RESULT_FILE)
+    if result is None:
+        return []
+    return [
+        loss for loss in RunResult.model_validate_json(result).eval_losses if loss.step <= int(checkpoint)
+    ]
+
+
+def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:
+    return join_uri(plan.run_uri, checkpoint_key(manifest.step)).rstrip("/") if manifest else None

@@ -1,0 +1,61 @@
+"""A plan's model, ready to train: one module per kernel provider, one interface, imported only when chosen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from configs.schema import LoraConfig
+from training.models.kernels import Device, Provider
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ModelRequest", "build_model"]
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What is to be built, on this worker."""
+
+    directory: Path
+    """The base model's files."""
+    adapter_directory: Path | None
+    """A LoRA adapter to continue; trainable with the shape it has."""
+    lora: LoraConfig | None
+    """A new LoRA adapter; None without adapter_directory is full-parameter training."""
+    device: Device
+    dtype: Literal["bf16", "fp32"]
+    zero_stage: int
+    load_in_4bit: bool
+    flash_attention_2: bool
+    gradient_checkpointing: bool | Literal["unsloth"]
+    context_length: int
+    """Tokens of the longest row."""
+    seed: int
+    """Decides a new adapter's weights."""
+    trust_remote_code: bool
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is trained and the base stays as it is."""
+        return self.lora is not None or self.adapter_directory is not None
+
+    @property
+    def weights_dtype(self) -> Literal["bf16", "fp32"]:
+        """How the base is held: full-parameter training without DeepSpeed keeps fp32 masters and autocasts."""
+        return "bf16" if self.dtype == "bf16" and (self.is_lora or self.zero_stage > 0) else "fp32"
+
+
+def build_model(provider: Provider, request: ModelRequest) -> "PreTrainedModel":
+    """Load the base, put the adapter on it, and apply the provider's kernels."""
+    if provider == "unsloth":
+        from training.models import unsloth_provider
+
+        return unsloth_provider.build(request)
+    if provider == "liger":
+        from training.models import liger_provider
+
+        return liger_provider.build(request)
+    from training.models import torch_provider
+
+    return torch_provider.build(request)

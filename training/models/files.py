@@ -1,0 +1,283 @@
+"""What a model directory holds, read from its headers: shapes, sizes and mistakes, without torch and without weights."""
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from configs.schema import LoraConfig
+from utils.bucket import Store, is_remote, join_uri, open_store
+
+# Everything that from_pretrained reads; never pickle, optimizer state or another framework's weights.
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
+_TRAINER_FILES = {"trainer_state.json", "MANIFEST.json"}
+_PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
+_BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+class ModelError(Exception):
+    """A model or adapter that cannot be trained; the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A base model as its files describe it."""
+
+    source: str
+    """The hub id, directory or URI it was read from."""
+    architecture: str
+    parameter_shapes: dict[str, tuple[int, ...]]
+    weight_bytes: int
+    max_context: int | None
+    """Longest sequence, in tokens, that its position embeddings were made for."""
+    quantization: str | None
+    tie_word_embeddings: bool
+
+    @property
+    def parameters(self) -> int:
+        """Parameters stored in the files (4-bit weights are stored packed, two in a byte)."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes.values())
+
+
+def is_model_file(key: str) -> bool:
+    """Whether `from_pretrained` needs the file: weights in safetensors, configuration, tokenizer."""
+    path = PurePosixPath(key)
+    return len(path.parts) == 1 and path.suffix in _MODEL_FILES and path.name not in _TRAINER_FILES
+
+
+def is_tokenizer_file(key: str) -> bool:
+    """Whether the tokenizer and the model's configuration need the file: all that a dry run reads of a model."""
+    return is_model_file(key) and not key.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def is_hub_id(model_id: str) -> bool:
+    """`org/name` or `name`, as the Hugging Face hub spells a repository; a directory of that name comes first."""
+    return (
+        not is_remote(model_id)
+        and not Path(model_id).exists()
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) is not None
+    )
+
+
+def read_model_facts(source: str) -> ModelFacts:
+    """Read a model's configuration and the headers of its safetensors files.
+
+    Raises:
+        ModelError: no configuration, no weights, weights only as pickle, or a damaged header.
+        BucketError: the place cannot be read.
+    """
+    store = open_store(source)
+    names = {stored.key: stored.size for stored in store.list() if "/" not in stored.key}
+    if not names:
+        raise ModelError(
+            f"model {source}: nothing is there. Name a hub id (org/name), a directory or an s3:// prefix that holds "
+            "config.json, the tokenizer and *.safetensors."
+        )
+    if "config.json" not in names:
+        hint = (
+            " It holds a LoRA adapter: name it as initial_adapter_model_ckpt_path."
+            if "adapter_config.json" in names
+            else ""
+        )
+        raise ModelError(f"model {source}: config.json is missing (found: {_some(names)}).{hint}")
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if not weights:
+        pickled = sorted(name for name in names if name.endswith(_PICKLED_WEIGHTS))
+        if pickled:
+            raise ModelError(
+                f"model {source}: its weights are pickled only ({_some(pickled)}), and unpickling runs code from the bucket. "
+                "Save it as safetensors (save_pretrained does) and name that copy."
+            )
+        raise ModelError(
+            f"model {source}: no weights (*.safetensors) beside config.json (found: {_some(names)})."
+        )
+    config = _read_json(store, "config.json")
+    if not {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"} & names.keys():
+        raise ModelError(
+            f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) beside config.json."
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in weights:
+        shapes.update(_read_shapes(store, name, names[name]))
+    return _facts(source, config, shapes, sum(names[name] for name in weights))
+
+
+def _facts(
+    source: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], weight_bytes: int
+) -> ModelFacts:
+    text_config = config.get("text_config", config)
+    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    quantization = config.get("quantization_config") or {}
+    return ModelFacts(
+        source=source,
+        architecture=architectures[0],
+        parameter_shapes=shapes,
+        weight_bytes=weight_bytes,
+        max_context=text_config.get("max_position_embeddings"),
+        quantization=quantization.get("quant_method"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def read_hub_facts(model_id: str) -> ModelFacts:
+    """The same for a model of the Hugging Face hub, by its API: no weights are downloaded.
+
+    Raises:
+        ModelError: unknown, gated or unreachable.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+    )
+
+    try:
+        config = json.loads(Path(huggingface_hub.hf_hub_download(model_id, "config.json")).read_text("utf-8"))
+        metadata = huggingface_hub.get_safetensors_metadata(model_id)
+    except NotASafetensorsRepoError as error:
+        raise ModelError(
+            f"model {model_id}: the hub has no safetensors of it. Convert it, and name your copy."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"model {model_id}: cannot be read from the Hugging Face hub ({_first_line(error)}). If it is gated, accept its "
+            "licence and set HF_TOKEN; without a network, name a directory or an s3:// prefix that holds it."
+        ) from error
+    shapes = {
+        name: tuple(tensor.shape)
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+    weight_bytes = sum(
+        math.prod(tensor.shape) * _BYTES_OF_DTYPE.get(tensor.dtype, 1)
+        for file in metadata.files_metadata.values()
+        for tensor in file.tensors.values()
+    )
+    return _facts(model_id, config, shapes, weight_bytes)
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """A LoRA adapter as its files describe it."""
+
+    source: str
+    base_model: str
+    lora: dict[str, Any]
+    """adapter_config.json as it stands."""
+    parameter_shapes: dict[str, tuple[int, ...]]
+
+
+def read_adapter_facts(source: str) -> AdapterFacts:
+    """Read an adapter's configuration and shapes.
+
+    Raises:
+        ModelError: it is no LoRA adapter in safetensors.
+        BucketError: the place cannot be read.
+    """
+    store = open_store(source)
+    names = {stored.key: stored.size for stored in store.list() if "/" not in stored.key}
+    if "adapter_config.json" not in names:
+        hint = (
+            " It holds a full model: name it as initial_base_model_ckpt_path."
+            if "config.json" in names
+            else " Name the checkpoint itself (…/checkpoints/step-000120), or a finished run."
+        )
+        raise ModelError(f"adapter {source}: adapter_config.json is missing (found: {_some(names)}).{hint}")
+    if "adapter_model.safetensors" not in names:
+        raise ModelError(
+            f"adapter {source}: adapter_model.safetensors is missing (found: {_some(names)}). Pickled adapters (.bin) are not "
+            "loaded: unpickling runs code from the bucket. Load it where you trust it and save_pretrained() it again."
+        )
+    config = _read_json(store, "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ModelError(
+            f"adapter {source}: peft_type is {config.get('peft_type')!r}, and LORA is what can be continued."
+        )
+    shapes = _read_shapes(store, "adapter_model.safetensors", names["adapter_model.safetensors"])
+    return AdapterFacts(source, config.get("base_model_name_or_path") or "", config, shapes)
+
+
+def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
+    """How many parameters LoRA adds, from the shapes alone: `r * (inputs + outputs)` for each targeted matrix.
+
+    Counts what PEFT's `all-linear`, a list of module names or a regular expression would match.
+    """
+    total = 0
+    for name, shape in facts.parameter_shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) != 2 or module == name or not _targets(lora, module):
+            continue
+        rank = lora.r
+        total += rank * (shape[0] + shape[1])
+        if lora.use_dora:
+            total += shape[0]
+    for module in lora.modules_to_save or []:
+        total += sum(
+            math.prod(shape)
+            for name, shape in facts.parameter_shapes.items()
+            if name.split(".")[-2:-1] == [module]
+        )
+    return total
+
+
+def _targets(lora: LoraConfig, module: str) -> bool:
+    last = module.split(".")[-1]
+    if lora.target_modules == "all-linear" or lora.target_modules is None:
+        return not re.search(r"(embed|wte|wpe|lm_head|norm|embed_out)", last)
+    if isinstance(lora.target_modules, str):
+        return re.fullmatch(lora.target_modules, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in lora.target_modules)
+
+
+def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...]]:
+    where = join_uri(store.uri, name)
+    if size < 8:
+        raise ModelError(f"{where}: {size} bytes is no safetensors file. Upload it again.")
+    (length,) = struct.unpack("<Q", store.read_range(name, 0, 8))
+    if length > min(size - 8, _MAX_HEADER_BYTES):
+        raise ModelError(
+            f"{where}: its header says {length} bytes, the file has {size}: damaged or no safetensors file. Upload it again."
+        )
+    try:
+        header = json.loads(store.read_range(name, 8, length))
+        tensors = {key: value for key, value in header.items() if key != "__metadata__"}
+        end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
+        shapes = {key: tuple(value["shape"]) for key, value in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(
+            f"{where}: its header cannot be read ({_first_line(error)}). Upload it again."
+        ) from error
+    if 8 + length + end != size:
+        raise ModelError(
+            f"{where}: has {size} bytes where its header asks for {8 + length + end}: cut off. Upload it again."
+        )
+    return shapes
+
+
+def _read_json(store: Store, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(store.read(name))
+    except ValueError as error:
+        raise ModelError(
+            f"{join_uri(store.uri, name)}: not JSON ({_first_line(error)}). Upload it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ModelError(
+            f"{join_uri(store.uri, name)}: holds {type(value).__name__}, not an object. Upload it again."
+        )
+    return value
+
+
+def _some(names) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "nothing"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,20 @@
+"""Stock transformers with Liger's Triton kernels in the layers (GPU only)."""
+
+from typing import TYPE_CHECKING
+
+from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+from training.models import ModelRequest, torch_provider
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build(request: ModelRequest) -> "PreTrainedModel":
+    """The model of the request with fused RMSNorm, RoPE and SwiGLU.
+
+    The loss stays TRL's, which never builds the full logits either.
+    """
+    model = torch_provider.load_base(request)
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return torch_provider.with_adapter(model, request)

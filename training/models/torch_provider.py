@@ -1,0 +1,68 @@
+"""Stock transformers and PEFT: works everywhere, and is what the other providers are compared with."""
+
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from configs.schema import LoraConfig
+from training.models import ModelRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build(request: ModelRequest) -> "PreTrainedModel":
+    """The model of the request, on CPU or on this worker's GPU."""
+    return with_adapter(load_base(request), request)
+
+
+def load_base(request: ModelRequest) -> "PreTrainedModel":
+    """The base model alone."""
+    arguments: dict[str, Any] = {}
+    if request.load_in_4bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    # A quantised model cannot be moved after loading; ZeRO-3 splits the weights while they are loaded.
+    if request.load_in_4bit and request.device == "cuda":
+        arguments["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(
+        request.directory,
+        dtype=torch.bfloat16 if request.weights_dtype == "bf16" else torch.float32,
+        attn_implementation="flash_attention_2"
+        if request.flash_attention_2 and is_flash_attn_2_available()
+        else "sdpa",
+        trust_remote_code=request.trust_remote_code,
+        use_safetensors=True,
+        **arguments,
+    )
+    model.config.use_cache = False
+    return model
+
+
+def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrainedModel":
+    """The base with the continued or the new adapter on it; the base itself in full-parameter training."""
+    if not request.is_lora:
+        return model
+    if request.load_in_4bit:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # ZeRO-3 gathers parameters of one dtype at a time, so there the adapter keeps the base's.
+    autocast_adapter = request.zero_stage != 3 or request.load_in_4bit
+    if request.adapter_directory is not None:
+        return peft.PeftModel.from_pretrained(
+            model, request.adapter_directory, is_trainable=True, autocast_adapter_dtype=autocast_adapter
+        )  # pyright: ignore[reportReturnType]
+    assert request.lora is not None
+    set_seed(request.seed)
+    return peft.get_peft_model(model, peft_config(request.lora), autocast_adapter_dtype=autocast_adapter)  # pyright: ignore
+
+
+def peft_config(lora: LoraConfig) -> peft.LoraConfig:
+    """Our section as PEFT's own configuration."""
+    return peft.LoraConfig(**lora.model_dump())

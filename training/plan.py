@@ -1,0 +1,496 @@
+"""Everything that can be known before a cluster is asked for: a RunPlan, or one clear refusal."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.loading import ConfigError, LoadedConfig
+from configs.schema import FinetuneConfig, config_hash
+from runs.layout import RESULT_FILE, Manifest, RunResult, checkpoint_key
+from training.checkpoints import newest_committed, resolve_start
+from training.data.batches import BatchShape
+from training.data.prepare import DataRequest, DataSummary, prepare_data
+from training.data.rows import is_hub_dataset
+from training.models.files import (
+    ModelError,
+    ModelFacts,
+    count_lora_parameters,
+    is_hub_id,
+    is_model_file,
+    is_tokenizer_file,
+    read_adapter_facts,
+    read_hub_facts,
+    read_model_facts,
+)
+from training.models.kernels import Device, KernelChoice, choose_kernels
+from training.strategy import deepspeed_settings, zero_stage
+from utils.bucket import (
+    check_readable,
+    check_writable,
+    fetch_file,
+    is_remote,
+    join_uri,
+    missing_bytes,
+    open_store,
+    sync_to_node,
+)
+from utils.embedded_bucket import EMBEDDED_BUCKET
+from utils.files import checksum_bytes, format_bytes, free_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class RunPlan(BaseModel):
+    """What the driver decided and the workers follow. It crosses the wire as a plain dictionary and is validated again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: FinetuneConfig
+    config_hash: str
+    run_name: str
+    run_uri: str
+    device: Device
+    kernels: KernelChoice
+    deepspeed: dict[str, Any] | None
+    base_model: str
+    """Hub id, absolute directory or s3:// prefix of the weights to start from."""
+    adapter: str | None
+    """Directory or s3:// prefix of the LoRA adapter to continue."""
+    parent: str | None
+    """What the run started from, if not from the plain model: recorded in manifests and the result."""
+    restore_from: str | None
+    """URI of the checkpoint whose whole trainer state is taken."""
+    train: DataRequest
+    valid: DataRequest | None
+    data_fingerprint: str
+    max_steps: int
+    steps_per_epoch: int
+    scratch: str
+    """Absolute directory on each node for the cache and unfinished files."""
+
+    @property
+    def cache(self) -> Path:
+        """Where a node keeps what it downloaded and tokenised."""
+        return Path(self.scratch) / "cache"
+
+    @property
+    def batch_shape(self) -> Callable[[int], BatchShape]:
+        """Rows -> how they are dealt out."""
+        config = self.config
+        return lambda rows: BatchShape(
+            rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
+        )
+
+
+class PlanReport(BaseModel):
+    """What a person reads before a run starts, and `--dry-run --json` returns."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_name: str
+    run_uri: str
+    model: str
+    architecture: str
+    parameters: int
+    trainable_parameters: int
+    device: str
+    kernels: str
+    parallelism: str
+    train: DataSummary
+    valid: DataSummary | None
+    steps: int
+    steps_per_epoch: int
+    rows_per_step: int
+    resumes_from: str | None
+    starts_from: str | None
+    warnings: list[str]
+
+
+class AlreadyCompletedError(Exception):
+    """The same run was completed before; carries its result."""
+
+    def __init__(self, result: RunResult):
+        super().__init__(f"{result.run_uri} is completed")
+        self.result = result
+
+
+def needs_embedded_bucket(config: FinetuneConfig) -> bool:
+    """Whether a path of the run lies in the embedded bucket."""
+    uris = [
+        config.model_id,
+        config.train_path,
+        config.valid_path,
+        config.initial_base_model_ckpt_path,
+        config.initial_adapter_model_ckpt_path,
+        config.resume_from_checkpoint,
+        storage_path(config),
+    ]
+    return any(uri is not None and f"{uri}/".startswith(f"s3://{EMBEDDED_BUCKET}/") for uri in uris)
+
+
+def storage_path(config: FinetuneConfig) -> str:
+    """Where runs go: the YAML's word, else Anyscale's artifact storage, else the embedded bucket."""
+    if config.storage_path:
+        return _absolute(config.storage_path)
+    if artifacts := os.environ.get("ANYSCALE_ARTIFACT_STORAGE"):
+        return join_uri(artifacts, "anneal")
+    return f"s3://{EMBEDDED_BUCKET}/runs"
+
+
+def scratch_directory(config: FinetuneConfig) -> Path:
+    """A node's scratch: the YAML's output_dir, else the user's cache directory."""
+    if config.output_dir:
+        return Path(config.output_dir).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anneal"
+
+
+def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple[RunPlan, PlanReport]:
+    """Check everything that needs no cluster, cheapest first: settings, devices, storage, model, data.
+
+    Args:
+        loaded: The checked YAML.
+        progress: Told what is being looked at.
+
+    Raises:
+        ConfigError, StrategyError, ModelError, DataError, BucketError: what refuses the run.
+        AlreadyCompletedError: the same run was completed before.
+    """
+    config = loaded.config
+    _refuse_what_is_missing(loaded)
+    settings = deepspeed_settings(config)
+    device = _choose_device(config)
+    kernels = choose_kernels(config, device, zero_stage(settings))
+    storage, scratch = storage_path(config), scratch_directory(config)
+    _make_directory(scratch)
+
+    progress("storage")
+    check_writable(storage)
+    progress("model")
+    base_model, adapter, parent = _starting_weights(config, storage)
+    facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
+    _check_disk(base_model, facts, scratch)
+    warnings = list(_model_warnings(config, facts))
+
+    progress("data")
+    tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=config.trust_remote_code)
+    _check_template(config, tokenizer, base_model)
+    train_request = data_request(config, config.train_path, facts, scratch / "cache")
+    valid_request = (
+        data_request(config, config.valid_path, facts, scratch / "cache") if config.valid_path else None
+    )
+    train = prepare_data(train_request, tokenizer, tokenizer_dir, scratch / "cache").summary
+    valid = (
+        prepare_data(valid_request, tokenizer, tokenizer_dir, scratch / "cache").summary
+        if valid_request
+        else None
+    )
+    warnings += _data_warnings(config, train, valid)
+
+    fingerprint = checksum_bytes(f"{train.fingerprint} {valid.fingerprint if valid else ''}".encode())
+    outcome_hash = config_hash(config)
+    run_name = (
+        config.run_name
+        or f"{loaded.path.stem}-{checksum_bytes(f'{outcome_hash} {fingerprint}'.encode())[-8:]}"
+    )
+    run_uri = join_uri(storage, run_name)
+    shape = BatchShape(
+        train.rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
+    )
+    progress("earlier runs")
+    newest = _newest_of_the_same_run(config, run_uri, outcome_hash, fingerprint)
+    restore_from = newest or (
+        resolve_start(config.resume_from_checkpoint, storage) if config.resume_from_checkpoint else None
+    )
+    plan = RunPlan(
+        config=config,
+        config_hash=outcome_hash,
+        run_name=run_name,
+        run_uri=run_uri,
+        device=device,
+        kernels=kernels,
+        deepspeed=settings,
+        base_model=base_model,
+        adapter=adapter,
+        parent=parent if not config.resume_from_checkpoint else restore_from,
+        restore_from=restore_from,
+        train=train_request,
+        valid=valid_request,
+        data_fingerprint=fingerprint,
+        max_steps=count_steps(config, shape),
+        steps_per_epoch=shape.steps_per_epoch,
+        scratch=str(scratch),
+    )
+    report = PlanReport(
+        run_name=run_name,
+        run_uri=run_uri,
+        model=config.model_id,
+        architecture=facts.architecture,
+        parameters=facts.parameters,
+        trainable_parameters=_trainable_parameters(config, facts, adapter),
+        device=_describe_device(config, device),
+        kernels=f"{kernels.provider} ({kernels.reason})",
+        parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
+        if settings
+        else ("DDP" if config.num_devices > 1 else "one worker"),
+        train=train,
+        valid=valid,
+        steps=plan.max_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        rows_per_step=shape.rows_per_step,
+        resumes_from=newest,
+        starts_from=plan.parent,
+        warnings=warnings,
+    )
+    return plan, report
+
+
+def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
+    """Optimizer steps of the whole run."""
+    epochs = config.number_of_epochs(shape.steps_per_epoch)
+    if epochs is None:
+        assert config.max_steps is not None
+        return config.max_steps
+    return math.ceil(epochs * shape.steps_per_epoch)
+
+
+def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The wanted files of a model as a directory on this node, downloaded once a node.
+
+    Raises:
+        ModelError: the hub cannot be reached.
+        BucketError: the bucket cannot be read, or the disk is too small.
+    """
+    if not is_hub_id(source):
+        return sync_to_node(source, cache / "models", wanted)
+    import huggingface_hub
+
+    names = [sibling.rfilename for sibling in huggingface_hub.model_info(source).siblings or []]
+    return Path(
+        huggingface_hub.snapshot_download(source, allow_patterns=[name for name in names if wanted(name)])
+    )
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerFast":
+    """The model's own tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded, or gives no character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})."
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model {directory}: its tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast one."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # padding is masked everywhere, so which token it is does not matter
+    return tokenizer
+
+
+def data_request(config: FinetuneConfig, source: str, facts: ModelFacts, cache: Path) -> DataRequest:
+    """A source of the YAML with everything that decides its tokens; its file is brought to this node.
+
+    Raises:
+        BucketError: it cannot be read.
+    """
+    path = None
+    if not is_hub_dataset(source):
+        absolute = _absolute(source)
+        check_readable(absolute)
+        path = str(fetch_file(absolute, cache / "data"))
+    return DataRequest(
+        source=source,
+        path=path,
+        columns={str(ours): theirs for ours, theirs in config.columns.items()},
+        task="causal_lm" if config.task == "causal_lm" else "instruction_tuning",
+        context_length=config.context_length,
+        max_context=facts.max_context,
+        long_rows=config.long_rows,
+    )
+
+
+def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
+    refusals = list(loaded.refusals)
+    config = loaded.config
+    if config.task in ("preference_tuning", "classification"):
+        refusals.append(
+            f"task: {config.task} cannot be trained by this version. It trains instruction_tuning and causal_lm."
+        )
+    if config.packing:
+        refusals.append(
+            "packing: true cannot be trained by this version. Leave it out: rows are then padded to the longest of a batch."
+        )
+    if config.logger and not _is_importable(config.logger.provider):
+        refusals.append(
+            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). pip install {config.logger.provider}"
+        )
+    if refusals:
+        raise ConfigError("\n".join(refusals))
+
+
+def _is_importable(provider: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(provider) is not None
+
+
+def _choose_device(config: FinetuneConfig) -> Device:
+    if config.device == "cpu":
+        return "cpu"
+    if os.environ.get("RAY_ADDRESS"):
+        return "cuda"  # a cluster's GPUs cannot be seen from here; the job compares with what the cluster has
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        if config.device == "cuda":
+            raise ConfigError(
+                "device: cuda, and this machine has no CUDA device. Write device: cpu, or set RAY_ADDRESS to a cluster with GPUs."
+            )
+        return "cpu"
+    if found < config.num_devices:
+        raise ConfigError(
+            f"num_devices: {config.num_devices}, and this machine has {found} CUDA devices. Lower it, or set RAY_ADDRESS to a larger cluster."
+        )
+    return "cuda"
+
+
+def _describe_device(config: FinetuneConfig, device: Device) -> str:
+    workers = f"{config.num_devices} worker{'s' if config.num_devices > 1 else ''}"
+    cores = os.cpu_count() or 1
+    if device == "cpu" and config.num_devices > cores and not os.environ.get("RAY_ADDRESS"):
+        return f"cpu, {workers} sharing {cores} cores"
+    return f"{device}, {workers}"
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {directory} cannot be made ({error.strerror}). Name a directory that you may write to."
+        ) from error
+
+
+def _starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | None, str | None]:
+    """(base model, adapter, what the run is a continuation of)."""
+    base = config.model_id if is_hub_id(config.model_id) else _absolute(config.model_id)
+    adapter = None
+    if config.initial_base_model_ckpt_path:
+        base = resolve_start(config.initial_base_model_ckpt_path, storage)
+    if config.initial_adapter_model_ckpt_path:
+        adapter = resolve_start(config.initial_adapter_model_ckpt_path, storage)
+    return base, adapter, adapter or (base if config.initial_base_model_ckpt_path else None)
+
+
+def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
+    if is_hub_id(base_model) or not is_remote(base_model) or os.environ.get("RAY_ADDRESS"):
+        return  # the hub's cache and other nodes' disks are looked at where they are
+    missing, free = (
+        missing_bytes(base_model, scratch / "cache" / "models", is_model_file),
+        free_bytes(scratch),
+    )
+    if missing > free:
+        raise ModelError(
+            f"model {facts.source}: needs {format_bytes(missing)} on this node, and {scratch} has {format_bytes(free)} free. "
+            "Free some, or set output_dir to a larger disk."
+        )
+
+
+def _check_template(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:
+    if config.task == "instruction_tuning" and not tokenizer.chat_template:
+        raise ModelError(
+            f"model {base_model}: its tokenizer has no chat template, so conversations cannot be rendered. Take the model's instruct "
+            "version, or train on plain text with task: causal_lm."
+        )
+
+
+def _newest_of_the_same_run(
+    config: FinetuneConfig, run_uri: str, outcome_hash: str, fingerprint: str
+) -> str | None:
+    """URI of the checkpoint to go on from, if the run has begun before."""
+    store = open_store(run_uri)
+    newest = newest_committed(store)
+    if newest is None:
+        return None
+    if config.resume == "never":
+        raise ConfigError(
+            f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."
+        )
+    changed = _what_changed(newest, config, outcome_hash, fingerprint)
+    if changed:
+        raise ConfigError(
+            f"the run {run_uri} has begun with other settings: {'; '.join(changed)}. Choose another run_name for a new run, or go back "
+            "to its settings (its config.yaml) to continue it."
+        )
+    finished = store.read_if_exists(RESULT_FILE)
+    if finished is not None:
+        result = RunResult.model_validate_json(finished)
+        if result.status == "completed":
+            raise AlreadyCompletedError(result)
+    return join_uri(run_uri, checkpoint_key(newest.step))
+
+
+def _what_changed(
+    manifest: Manifest, config: FinetuneConfig, outcome_hash: str, fingerprint: str
+) -> list[str]:
+    changed = []
+    if manifest.data_fingerprint != fingerprint:
+        changed.append("the data is other data")
+    if manifest.world_size != config.num_devices:
+        changed.append(f"num_devices was {manifest.world_size} and is {config.num_devices}")
+    if not changed and manifest.config_hash != outcome_hash:
+        changed.append("a key that decides the outcome was changed")
+    return changed
+
+
+def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: str | None) -> int:
+    if adapter:
+        return sum(math.prod(shape) for shape in read_adapter_facts(adapter).parameter_shapes.values())
+    if config.lora_config:
+        return count_lora_parameters(facts, config.lora_config)
+    return facts.parameters
+
+
+def _model_warnings(config: FinetuneConfig, facts: ModelFacts):
+    if config.context_length and facts.max_context and config.context_length > facts.max_context:
+        yield f"context_length {config.context_length} is beyond the {facts.max_context} positions that {facts.source} was trained for"
+    if config.lora_config and config.initial_base_model_ckpt_path:
+        yield (
+            "a LoRA adapter on top of a full-parameter checkpoint: serving it will need that checkpoint, so it has neither the economy of "
+            "LoRA nor the quality of full-parameter training, unless many adapters share it"
+        )
+    if config.flash_attention_2 and not _is_importable("flash_attn"):
+        yield "flash_attention_2: the package flash-attn is not installed; torch's scaled_dot_product_attention is used"
+
+
+def _data_warnings(config: FinetuneConfig, train: DataSummary, valid: DataSummary | None):
+    for name, summary in (("train_path", train), ("valid_path", valid)):
+        if summary and summary.truncated_rows:
+            yield f"{name}: {summary.truncated_rows} rows were longer than the context and are cut off at it (long_rows: truncate)"
+        if summary and summary.dropped_rows:
+            yield f"{name}: {summary.dropped_rows} rows are left out: too long, or nothing to learn from within the context"
+    if valid is None:
+        yield "no valid_path: no eval loss, and the newest checkpoint counts as the best"
+
+
+def _absolute(uri: str) -> str:
+    return (
+        uri
+        if is_remote(uri) or is_hub_dataset(uri)
+        else str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    )

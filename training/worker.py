@@ -1,0 +1,328 @@
+"""The life of one worker, top to bottom: sync -> model -> data -> train -> report. It runs inside a Ray Train worker."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+
+from configs.loading import to_yaml
+from runs.layout import CONFIG_FILE, METRICS_FILE, DataPosition, Manifest, checkpoint_key
+from training import checkpoints
+from training.checkpoints import CheckpointError
+from training.data.prepare import PreparedData, prepare_data
+from training.data.rows import DataError
+from training.events import Event, ModelReady, Phase
+from training.models import ModelRequest, build_model
+from training.models.files import ModelError, is_model_file
+from training.plan import RunPlan, fetch_model, load_tokenizer
+from training.strategy import zero_stage
+from utils.bucket import BucketError, Store, join_uri, open_store, sync_to_node
+from utils.console import library_output_in
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from training.callbacks import Throughput
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
+# What starting the workers again cannot mend.
+_USER_ERRORS = (BucketError, CheckpointError, DataError, ModelError)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker stands in the run, and how it talks with the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @classmethod
+    def of_ray(cls) -> "Place":
+        """As Ray Train placed it."""
+        context = ray.train.get_context()
+        return cls(
+            context.get_world_rank(),
+            context.get_local_rank(),
+            context.get_world_size(),
+            context.get_local_world_size(),
+        )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; a barrier as well."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's entry point: `plan` is a RunPlan as a dictionary, `mailbox` the driver's EventMailbox."""
+    plan = RunPlan.model_validate(settings["plan"])
+    place = Place.of_ray()
+    mailbox = settings["mailbox"]
+    if ray.get(mailbox.refusal.remote()) is not None:
+        return  # an earlier attempt met what no restart mends
+
+    def tell(event: Event) -> None:
+        if place.rank == 0:
+            mailbox.put.remote(event)
+
+    with library_output_in(worker_log(plan, place.rank)):
+        _prepare_process(plan, place)
+        try:
+            _train(plan, place, tell)
+        except _USER_ERRORS as error:
+            ray.get(mailbox.refuse.remote(str(error)))
+            raise
+
+
+def worker_log(plan: RunPlan, rank: int) -> Path:
+    """Where a worker's library output goes, on its node."""
+    return Path(plan.scratch) / "logs" / plan.run_name / f"worker-{rank}.log"
+
+
+def package_versions() -> dict[str, str]:
+    """What the run's outcome depends on."""
+    return {package: version(package) for package in _PACKAGES}
+
+
+def _prepare_process(plan: RunPlan, place: Place) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan) / f"unsloth-{place.rank}")
+    if plan.kernels.provider == "unsloth":
+        import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
+    import torch
+
+    if plan.device == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    if plan.deepspeed is not None:
+        import deepspeed
+        import deepspeed.ops
+
+        if plan.device == "cpu":
+            # Its shared-memory collectives would be compiled with g++ for two minutes; gloo serves.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="gloo" if plan.device == "cpu" else "nccl", auto_mpi_discovery=False
+        )
+
+
+def _run_scratch(plan: RunPlan) -> Path:
+    return Path(plan.scratch) / "runs" / plan.run_name
+
+
+def _train(plan: RunPlan, place: Place, tell: Callable[[Event], None]) -> None:
+    tell(Phase("loading libraries"))
+    from datasets import Dataset
+
+    from training.callbacks import Committing, Schedule, Telling, Throughput
+    from training.trainers import FineTuningTrainer, trainer_arguments
+
+    config = plan.config
+    scratch = _run_scratch(plan)
+    if place.local_rank == 0:
+        shutil.rmtree(scratch / "trainer", ignore_errors=True)
+        (scratch / "trainer").mkdir(parents=True)
+    store = open_store(plan.run_uri)
+    committed = place.gather(checkpoints.committed(store) if place.rank == 0 else None)[0]
+    restore_from = (
+        join_uri(plan.run_uri, checkpoint_key(committed[-1].step)) if committed else plan.restore_from
+    )
+
+    tell(Phase("syncing the model to the node"))
+    model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
+    adapter_directory = (
+        sync_to_node(plan.adapter, plan.cache / "models", is_model_file) if plan.adapter else None
+    )
+    restored = _restore(restore_from, scratch / "trainer" / "restored", place) if restore_from else None
+    tokenizer = load_tokenizer(model_directory, trust_remote_code=config.trust_remote_code)
+
+    tell(Phase("preparing the data"))
+    train = prepare_data(plan.train, tokenizer, model_directory, plan.cache)
+    valid = prepare_data(plan.valid, tokenizer, model_directory, plan.cache) if plan.valid else None
+
+    tell(Phase("building the model"))
+    first_eval = config.eval_first and valid is not None and restored is None
+    # transformers looks at these arguments while it loads a model (ZeRO-3); Unsloth's CPU mode must not find them yet.
+    arguments_later = plan.kernels.provider == "unsloth" and plan.device == "cpu"
+    arguments = (
+        None if arguments_later else trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
+    )
+    model = build_model(
+        plan.kernels.provider, _model_request(plan, model_directory, adapter_directory, train, valid)
+    )
+    arguments = arguments or trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
+    parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trainable = sum(count for count, requires_grad in parameters if requires_grad)
+    tell(ModelReady(sum(count for count, _ in parameters), trainable))
+
+    shape = plan.batch_shape(train.summary.rows)
+    train_rows = Dataset.from_file(str(train.arrow_file))
+    throughput = Throughput(
+        shape,
+        config.seed,
+        train_rows.data["tokens"].to_pylist(),
+        train_rows.data["trained_tokens"].to_pylist(),
+    )
+    run = _Run(plan, place, store, committed, throughput, trainable)
+    trainer = FineTuningTrainer(
+        config=config,
+        shape=shape,
+        longest=config.context_length or train.summary.longest,
+        train_rows=train_rows,
+        eval_rows=Dataset.from_file(str(valid.arrow_file)) if valid else None,
+        model=model,
+        args=arguments,
+        tokenizer=tokenizer,
+        callbacks=[
+            Schedule(
+                config.checkpoint_and_evaluation_frequency, shape.steps_per_epoch, evaluates=valid is not None
+            ),
+            Committing(run.commit, tell),
+            throughput,
+            Telling(tell, throughput),
+        ],
+        on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
+    )
+    if place.rank == 0:
+        store.write(CONFIG_FILE, to_yaml(config).encode())
+    tell(Phase("training"))
+    trainer.train(resume_from_checkpoint=str(restored) if restored else None)
+
+
+def _restore(uri: str, directory: Path, place: Place) -> Path:
+    if place.local_rank == 0:
+        checkpoints.restore(uri, directory)
+    place.gather(None)
+    return directory
+
+
+def _model_request(
+    plan: RunPlan,
+    directory: Path,
+    adapter_directory: Path | None,
+    train: PreparedData,
+    valid: PreparedData | None,
+) -> ModelRequest:
+    config = plan.config
+    longest = max(train.summary.longest, valid.summary.longest if valid else 0)
+    return ModelRequest(
+        directory=directory,
+        adapter_directory=adapter_directory,
+        lora=config.lora_config,
+        device=plan.device,
+        dtype=config.dtype,
+        zero_stage=zero_stage(plan.deepspeed),
+        load_in_4bit=config.load_in_4bit,
+        flash_attention_2=config.flash_attention_2,
+        gradient_checkpointing=config.gradient_checkpointing,
+        context_length=config.context_length or longest,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _numel(parameter: Any) -> int:
+    # Under ZeRO-3 a parameter holds nothing itself; DeepSpeed keeps its real size.
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+
+
+class _Run:
+    """What the run has put into the bucket so far."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        place: Place,
+        store: Store,
+        committed: list[Manifest],
+        throughput: "Throughput",
+        trainable: int,
+    ):
+        self.plan = plan
+        self.place = place
+        self.store = store
+        self.committed = committed
+        self.throughput = throughput
+        self.trainable = trainable
+
+    def commit(self, directory: Path, state: "TrainerState") -> str:
+        """Upload a saved checkpoint from all nodes, write its manifest, and report to Ray. Every rank calls it."""
+        place, step = self.place, state.global_step
+        place.gather(None)  # every rank has written its files
+        files = checkpoints.checkpoint_files(directory) if place.local_rank == 0 else []
+        files_of_ranks = place.gather(files)
+        # Nodes save the same model files: the lowest rank's copy counts.
+        taken = {file for files_of_rank in files_of_ranks[: place.rank] for file in files_of_rank}
+        records = checkpoints.upload_files(
+            self.store, step, directory, [file for file in files if file not in taken]
+        )
+        all_records = [record for records_of_rank in place.gather(records) for record in records_of_rank]
+        eval_loss = next(
+            (
+                entry["eval_loss"]
+                for entry in reversed(state.log_history)
+                if entry["step"] == step and "eval_loss" in entry
+            ),
+            None,
+        )
+        if place.rank == 0:
+            self._publish(state, eval_loss, all_records)
+        uri = join_uri(self.plan.run_uri, checkpoint_key(step)).rstrip("/")
+        ray.train.report(
+            {
+                "step": step,
+                "epoch": state.epoch,
+                "eval_loss": eval_loss,
+                "checkpoint": uri,
+                "tokens": self.throughput.tokens,
+                "trained_tokens": self.throughput.trained_tokens,
+                "tokens_per_second": self.throughput.tokens_per_second,
+                "trainable_parameters": self.trainable,
+            }
+        )
+        return uri
+
+    def _publish(self, state: "TrainerState", eval_loss: float | None, files: list) -> None:
+        plan = self.plan
+        steps_per_epoch = plan.steps_per_epoch
+        manifest = Manifest(
+            step=state.global_step,
+            epoch=state.epoch or 0.0,
+            eval_loss=eval_loss if eval_loss is None or math.isfinite(eval_loss) else None,
+            world_size=self.place.world_size,
+            zero_stage=zero_stage(plan.deepspeed),
+            config_hash=plan.config_hash,
+            data_fingerprint=plan.data_fingerprint,
+            data_position=DataPosition(
+                epoch=state.global_step // steps_per_epoch,
+                steps_in_epoch=state.global_step % steps_per_epoch,
+                rows_seen=self.throughput.rows,
+            ),
+            parent=plan.parent,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=package_versions(),
+            files=sorted(files, key=lambda record: record.path),
+        )
+        metrics = "".join(
+            json.dumps(entry) + "\n" for entry in state.log_history if "loss" in entry or "eval_loss" in entry
+        )
+        self.store.write(METRICS_FILE, metrics.encode())
+        checkpoints.commit(self.store, manifest)
+        self.committed = [*(earlier for earlier in self.committed if earlier.step != manifest.step), manifest]
+        self.committed = checkpoints.prune(self.store, self.committed, plan.config.num_checkpoints_to_keep)

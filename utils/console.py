@@ -1,0 +1,42 @@
+"""The screen: ours stays on it, what libraries print goes to a log file."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+
+def open_consoles() -> tuple[Console, Console]:
+    """(standard output, standard error) as they are now, on descriptors of their own: redirecting libraries leaves them."""
+    return _on_copy_of(sys.stdout.fileno()), _on_copy_of(sys.stderr.fileno())
+
+
+def _on_copy_of(descriptor: int) -> Console:
+    file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
+    return Console(file=file, highlight=False, soft_wrap=not file.isatty(), markup=False)
+
+
+@contextmanager
+def library_output_in(path: Path) -> Iterator[None]:
+    """Send everything that this process prints, down to the file descriptors, to the end of a log file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _flush()
+    saved = os.dup(1), os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        _flush()
+        for target, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

@@ -1,0 +1,143 @@
+"""Small helpers for files: whole or not at all, locked, checked, measured. Also the errors of storage."""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"  # a name that is being written; nobody may read it
+_BLOCK_BYTES = 8 * 1024 * 1024
+
+
+class BucketError(Exception):
+    """Storage refused or failed; the message says what, where (URI) and what to do."""
+
+
+class UnsafeKeyError(BucketError, ValueError):
+    """A key would name a file outside the directory it belongs to."""
+
+
+def partial_name(path: Path) -> Path:
+    """Return a fresh hidden name next to `path`, for a file that is not whole yet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o666, replace: bool = True) -> None:
+    """Write `data` so that readers see the old file or the whole new one, also after a power cut.
+
+    `mode` are the permission bits before the umask. Creates missing parent directories. Raises
+    FileExistsError when `path` exists and `replace` is false, and OSError when the disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            path.hardlink_to(partial)  # unlike a rename, a link never overwrites
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy one file so that `path` is never seen half written. Raises OSError, also when the size differs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    try:
+        shutil.copyfile(source, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        if partial.stat().st_size != source.stat().st_size:
+            raise OSError(f"{source} changed its size while it was copied")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> str:
+    """Return "crc64nvme:<16 hex digits>" of a file, read in blocks of 8 MB. Raises OSError."""
+    from awscrt.checksums import crc64nvme
+
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            value = crc64nvme(block, value)
+    return f"crc64nvme:{value:016x}"
+
+
+def checksum_bytes(data: bytes) -> str:
+    """Return "crc64nvme:<16 hex digits>" of `data`: the same string `checksum` gives for a file of it."""
+    from awscrt.checksums import crc64nvme
+
+    return f"crc64nvme:{crc64nvme(data):016x}"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes an ordinary user may still write where `path` is, or will be once it exists."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return `path` itself, or its first parent that exists."""
+    path = path.absolute()
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+def format_bytes(count: int) -> str:
+    """Return bytes for people: 1536 -> "1.5 KiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = max(0, min((count.bit_length() - 1) // 10, len(units) - 1))
+    return f"{count / 1024**power:.1f} {units[power]}" if power else f"{count} B"
+
+
+def safe_join(directory: Path, key: str) -> Path:
+    """Return the path of `key` (parts separated by "/") below `directory`.
+
+    Raises UnsafeKeyError for a key that would leave the directory or name the same file as another key:
+    empty, absolute, with a backslash, a NUL, or a part that is empty, "." or "..".
+    """
+    if "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise UnsafeKeyError(f"refusing the key {key!r}: as a file name it could leave {directory}")
+    return directory / key
+
+
+_held_locks: set[int] = set()
+
+
+def _forget_locks() -> None:
+    # A fork copies the descriptors, and with them the locks: the child must not keep its parent's alive.
+    for descriptor in _held_locks:
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+@contextmanager
+def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Iterator[None]:
+    """Hold a lock on `path`, a file made for it; the kernel releases it when the holder dies, however.
+
+    Locks between processes and between threads. A `shared` lock keeps out only exclusive ones. Raises
+    BlockingIOError at once when `blocking` is false and another holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _held_locks.add(descriptor)
+    try:
+        fcntl.flock(
+            descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
+        )
+        yield
+    finally:
+        if descriptor in _held_locks:
+            _held_locks.remove(descriptor)
+            os.close(descriptor)
