@@ -70,7 +70,23 @@ class FineTuningTrainer(SFTTrainer):
         tokenizer: Any,
         callbacks: list[TrainerCallback],
         on_eval_progress: Callable[[float], None],
+        loss_of_transformers: bool,
     ):
+        """See SFTTrainer.
+
+        Args:
+            config: The YAML.
+            shape: How training rows are dealt out.
+            longest: Tokens that `padding: max_length` pads to.
+            train_rows: Prepared rows.
+            eval_rows: Prepared rows, or None.
+            model: Ready to train, its adapter on it.
+            args: From `trainer_arguments`.
+            tokenizer: Saved beside each checkpoint.
+            callbacks: See callbacks.py.
+            on_eval_progress: Told how much of an evaluation is done, 0 to 1.
+            loss_of_transformers: TRL's loss is a Triton kernel; where there is no GPU, take the model's own.
+        """
         multiple = longest if config.padding == "max_length" else (8 if not args.use_cpu else None)
         collator = DataCollatorForLanguageModeling(
             pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple
@@ -87,6 +103,13 @@ class FineTuningTrainer(SFTTrainer):
         self.eval_rows = eval_rows
         self.collator = collator
         self.on_eval_progress = on_eval_progress
+        self.loss_of_transformers = loss_of_transformers
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Loss a trained token: of all workers together in training, of this batch in evaluation."""
+        if self.loss_of_transformers:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """This worker's micro-batches; not prepared by accelerate, which would deal rows twice in an uneven epoch."""

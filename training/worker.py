@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -87,6 +88,9 @@ def train_worker(settings: dict[str, Any]) -> None:
             _train(plan, place, tell)
         except _USER_ERRORS as error:
             ray.get(mailbox.refuse.remote(str(error)))
+            raise
+        except Exception:
+            traceback.print_exc()  # for the log file; Ray carries the exception to the driver
             raise
 
 
@@ -198,6 +202,7 @@ def _train(plan: RunPlan, place: Place, tell: Callable[[Event], None]) -> None:
             Telling(tell, throughput),
         ],
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
+        loss_of_transformers=plan.device == "cpu" and plan.kernels.provider != "unsloth",
     )
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())

@@ -212,14 +212,7 @@ def fetch_file(uri: str, cache_dir: Path) -> Path:
         if not path.is_file():
             raise NotFoundError(f"{path}: no such file")
         return path
-    parent_uri, name = _parent(uri)
-    store = S3Store(parent_uri)
-    found = store.first(name)
-    if not name or found is None or found.key != name:
-        raise NotFoundError(
-            f"{uri}: there is no such object; look at the spelling and at upper and lower case"
-        )
-    return _node_copy(store, uri, [found], cache_dir) / name
+    return _download_once(_single_object(uri, cache_dir))
 
 
 def _everything(key: str) -> bool:
@@ -241,25 +234,18 @@ def sync_to_node(uri: str, cache_dir: Path, wanted: Callable[[str], bool] = _eve
         if not path.exists():
             raise NotFoundError(f"{path}: no such file or directory")
         return path
-    store = S3Store(uri)
-    listed = store.list()
-    if not listed:
-        return fetch_file(uri, cache_dir)
-    objects = [item for item in listed if wanted(item.key)]
-    if not objects:
-        raise NotFoundError(f"{uri}: none of its {len(listed)} objects is of the kind that is needed here")
-    return _node_copy(store, uri, objects, cache_dir, f"{_directory_name(uri)}/")
+    return _download_once(_node_copy(uri, cache_dir, wanted))
 
 
 def missing_bytes(uri: str, cache_dir: Path, wanted: Callable[[str], bool] = _everything) -> int:
-    """Return how many bytes `sync_to_node` would bring to this node: 0 when they are there, or local."""
+    """Return how many bytes `sync_to_node` would bring to this node: 0 when they are there, or local.
+
+    Raises BucketError, as `sync_to_node` does.
+    """
     if not is_remote(uri):
         return 0
-    store = S3Store(uri)
-    objects = [item for item in store.list() if wanted(item.key)]
-    below = _place_on_node(store, uri, objects, cache_dir) / _directory_name(uri)
-    sizes = {safe_join(below, item.key): item.size for item in objects}
-    return 0 if _is_whole(sizes) else sum(sizes.values())
+    copy = _node_copy(uri, cache_dir, wanted)
+    return 0 if copy.is_whole() else copy.size
 
 
 def upload_directory(directory: Path, store: Store, prefix: str, files: Iterable[str]) -> None:
@@ -269,58 +255,89 @@ def upload_directory(directory: Path, store: Store, prefix: str, files: Iterable
     )
 
 
-def _node_copy(
-    store: "S3Store", uri: str, objects: list[StoredObject], cache_dir: Path, below: str = ""
-) -> Path:
-    """Return the node's directory with exactly `objects` below `below`, downloading it if no one has.
+@dataclass(frozen=True)
+class _NodeCopy:
+    """Objects of a bucket and where they lie on this node once they are there."""
 
-    The directory is filled under another name and then renamed: that it exists means that it is whole.
-    """
-    place = _place_on_node(store, uri, objects, cache_dir)
+    store: "S3Store"
+    uri: str
+    place: (
+        Path  # of this copy alone; it is filled under another name, so that it exists means that it is whole
+    )
+    targets: Mapping[StoredObject, Path]
+    result: Path  # what the caller gets: the directory or the one file, in `place`
+
+    @property
+    def size(self) -> int:
+        return sum(item.size for item in self.targets)
+
+    def is_whole(self) -> bool:
+        # A look at each size, because cleaners of old files take single files.
+        try:
+            return all(path.stat().st_size == item.size for item, path in self.targets.items())
+        except FileNotFoundError:
+            return False
+
+
+def _node_copy(uri: str, cache_dir: Path, wanted: Callable[[str], bool]) -> _NodeCopy:
+    store = S3Store(uri)
+    listed = store.list()
+    if not listed:
+        return _single_object(uri, cache_dir)
+    objects = [item for item in listed if wanted(item.key)]
+    if not objects:
+        raise NotFoundError(f"{uri}: none of its {len(listed)} objects is of the kind that is needed here")
+    place = _place(store, uri, objects, cache_dir)
+    directory = safe_join(place, _parent(uri)[1] or store.bucket)
+    targets = {item: safe_join(directory, item.key) for item in objects}
+    return _NodeCopy(store, uri, place, targets, directory)
+
+
+def _single_object(uri: str, cache_dir: Path) -> _NodeCopy:
+    parent_uri, name = _parent(uri)
+    store = S3Store(parent_uri)
+    found = store.first(name)
+    if not name or found is None or found.key != name:
+        raise NotFoundError(
+            f"{uri}: there is no such object; look at the spelling and at upper and lower case"
+        )
+    place = _place(store, uri, [found], cache_dir)
+    path = safe_join(place, name)
+    return _NodeCopy(store, uri, place, {found: path}, path)
+
+
+def _place(store: "S3Store", uri: str, objects: list[StoredObject], cache_dir: Path) -> Path:
+    identity = [store.identity, uri, [(item.key, item.size, item.etag) for item in objects]]
+    return cache_dir.absolute() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+
+def _download_once(copy: _NodeCopy) -> Path:
+    """Make sure that the copy is on this node, whoever downloads it, and return its path."""
+    if copy.is_whole():
+        return copy.result
+    place = copy.place
     partial = place.with_name(f"{place.name}{PARTIAL_SUFFIX}")
-    # Every key is looked at before anything is written.
-    wanted = {safe_join(place, below + item.key): item.size for item in objects}
-    targets = {item: safe_join(partial, below + item.key) for item in objects}
-    if _is_whole(wanted):
-        return place / below
-
-    with _local_errors("sync to", str(cache_dir)), file_lock(place.with_name(f"{place.name}.lock")):
-        if _is_whole(wanted):
-            return place / below
+    with _local_errors("sync to", str(place)), file_lock(place.with_name(f"{place.name}.lock")):
+        if copy.is_whole():
+            return copy.result
         for leftover in (place, partial):  # of a process that died here, or of a cleaner of old files
             if leftover.exists():
                 shutil.rmtree(leftover)
-        needed, available = sum(wanted.values()), free_bytes(cache_dir)
-        if needed > available:
+        available = free_bytes(place)
+        if copy.size > available:
             raise BucketError(
-                f"{uri} needs {format_bytes(needed)} of disk, but {cache_dir} has {format_bytes(available)} free; "
-                "free some space, or choose a directory on a larger disk"
+                f"{copy.uri} needs {format_bytes(copy.size)} of disk, but {place.parent} has "
+                f"{format_bytes(available)} free; free some space, or choose a directory on a larger disk"
             )
-        _log.info("downloading %s: %d objects, %s", uri, len(objects), format_bytes(needed))
+        _log.info("downloading %s: %d objects, %s", copy.uri, len(copy.targets), format_bytes(copy.size))
         try:
-            store.download_many(targets)
+            copy.store.download_many(
+                {item: partial / path.relative_to(place) for item, path in copy.targets.items()}
+            )
             partial.replace(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return place / below
-
-
-def _place_on_node(store: "S3Store", uri: str, objects: list[StoredObject], cache_dir: Path) -> Path:
-    identity = [store.identity, uri, sorted((item.key, item.size, item.etag) for item in objects)]
-    return cache_dir / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-
-
-def _directory_name(uri: str) -> str:
-    """Return what a node's copy of a prefix is called: the prefix's last part, so that a model keeps its name."""
-    bucket, prefix = _split_s3(uri)
-    return prefix.rpartition("/")[2] or bucket
-
-
-def _is_whole(sizes: Mapping[Path, int]) -> bool:
-    try:
-        return all(path.stat().st_size == size for path, size in sizes.items())
-    except FileNotFoundError:
-        return False
+    return copy.result
 
 
 def _parent(uri: str) -> tuple[str, str]:
@@ -560,6 +577,9 @@ class S3Store:
 
     def read(self, key: str) -> bytes:
         """See Store."""
+        return self._read(key, {})
+
+    def _read(self, key: str, options: Mapping[str, str]) -> bytes:
         return self._get(key)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -586,6 +606,10 @@ class S3Store:
             return self.read(key)
         except NotFoundError:
             return None
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See Store."""
+        return self._read(key, {"Range": f"bytes={start}-{start + length - 1}"})
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         """See Store."""

@@ -181,15 +181,15 @@ def _start_weed(state_dir: Path) -> tuple[subprocess.Popen[bytes], dict[str, int
 
 def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Popen[bytes]:
     keys = json.loads((state_dir / "credentials.json").read_bytes())
+    data = state_dir / "data"
+    data.mkdir(exist_ok=True)
     # The master's state is kept by port, and our ports change; it learns the volumes from the volume server.
-    shutil.rmtree(state_dir / "master", ignore_errors=True)
-    for name in ("data", "master"):
-        (state_dir / name).mkdir(exist_ok=True)
+    for leftover in data.glob("m[0-9]*"):
+        shutil.rmtree(leftover)
     command = [
         weed,
         "mini",
-        f"-dir={state_dir / 'data'}",
-        f"-master.dir={state_dir / 'master'}",
+        f"-dir={data}",
         f"-bucket={EMBEDDED_BUCKET}",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",

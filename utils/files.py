@@ -140,4 +140,6 @@ def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Ite
     finally:
         if descriptor in _held_locks:
             _held_locks.remove(descriptor)
+            # Closing alone is not enough for a moment after a fork: the child still has its copy.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)

@@ -22,6 +22,7 @@ from utils.bucket import (
     check_writable,
     fetch_file,
     join_uri,
+    missing_bytes,
     open_store,
     sync_to_node,
     upload_directory,
@@ -88,6 +89,7 @@ def test_round_trip(store_uri: str, tmp_path: Path):
     assert [(item.key, item.size) for item in store.list()] == [("a-two", 1), ("a/one", 2), ("empty", 0)]
     assert [item.key for item in store.list("a/")] == ["a/one"]
     assert [item.key for item in open_store(join_uri(store_uri, "a")).list()] == ["one"]
+    assert store.read_range("a/one", 1, 1) == b"1"
     assert store.uri_of("a/one") == f"{store_uri}/a/one"
     for key in ("a/one", "empty"):
         store.download(key, tmp_path / "got" / key)
@@ -150,6 +152,10 @@ def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path
     second = sync_to_node(bucket_uri, tmp_path, lambda key: not key.endswith(".bin"))
     assert files_below(second) == {"model.safetensors": b"better!"}
     assert files_below(first) == {"model.safetensors": b"weights"}
+    assert missing_bytes(bucket_uri, tmp_path) == 13
+    sync_to_node(bucket_uri, tmp_path)
+    assert missing_bytes(bucket_uri, tmp_path) == 0
+    assert missing_bytes(f"{bucket_uri}/model.bin", tmp_path) == 6
     with pytest.raises(NotFoundError, match="none of its 2 objects"):
         sync_to_node(bucket_uri, tmp_path, lambda key: False)
 
@@ -214,7 +220,7 @@ def test_a_killed_download_leaves_nothing_and_another_takes_over(
 
 
 def _writes_below(pid: int, directory: Path) -> bool:
-    opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()]
+    opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()]
     return any(name.startswith(str(directory)) and not name.endswith(".lock") for name in opened)
 
 

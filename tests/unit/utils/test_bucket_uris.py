@@ -72,7 +72,7 @@ def test_a_local_store_refuses_keys_that_leave_it(tmp_path: Path):
 
 def test_local_errors_say_what_and_where(tmp_path: Path):
     store = open_store(str(tmp_path))
-    with pytest.raises(NotFoundError, match="cannot read .*/none"):
+    with pytest.raises(NotFoundError, match=r"cannot read .*/none"):
         store.read("none")
     store.write("a/b", b"1")
     with pytest.raises(AlreadyExistsError, match="already exists"):

@@ -31,7 +31,7 @@ def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path):
     with pytest.raises(FileExistsError):
         write_atomically(path, b"three", replace=False)
     assert path.read_bytes() == b"two"
-    assert os.listdir(path.parent) == ["file"]
+    assert [found.name for found in path.parent.iterdir()] == ["file"]
 
 
 def test_checksum_is_the_standard_crc64nvme(tmp_path: Path):
@@ -94,9 +94,13 @@ def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path):
 
 def test_shared_locks_keep_out_only_exclusive_ones(tmp_path: Path):
     lock = tmp_path / "lock"
-    with file_lock(lock, shared=True), file_lock(lock, shared=True, blocking=False):
-        with pytest.raises(BlockingIOError), file_lock(lock, blocking=False):
-            pass
+    with (
+        file_lock(lock, shared=True),
+        file_lock(lock, shared=True, blocking=False),
+        pytest.raises(BlockingIOError),
+        file_lock(lock, blocking=False),
+    ):
+        pass
     with file_lock(lock, blocking=False):
         pass
 
