@@ -110,7 +110,11 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
 
             try:
                 result = run_job(
-                    plan, began=began, driver_log=driver_log, on_event=watch.on_event, stop=StopSignals()
+                    plan,
+                    began=began,
+                    driver_log=driver_log,
+                    on_event=watch.on_event,
+                    signals=remember_signals(),
                 )
             except ClusterError as error:
                 show_error(progress, str(error))
@@ -130,20 +134,12 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     return DONE if result.status == "completed" else FAILED
 
 
-class StopSignals:
-    """Remembers the first SIGINT or SIGTERM; call it to ask."""
-
-    def __init__(self):
-        self.number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.number = self.number or number
-
-    def __call__(self) -> int | None:
-        """The signal's number, or None."""
-        return self.number
+def remember_signals() -> list[int]:
+    """A list that grows with every SIGINT and SIGTERM from now on, instead of what they would do."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signal_number, _: received.append(signal_number))
+    return received
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

@@ -126,10 +126,31 @@ class Telling(TrainerCallback):
             )
 
 
+class Stopping(TrainerCallback):
+    """Ends the run behind a checkpoint, at the same step on every rank, once somebody asked to stop.
+
+    Only rank 0's word counts; it is shared after each step, so that no rank goes on alone.
+    """
+
+    def __init__(self, asked_to_stop: Callable[[], bool], share: Callable[[bool], bool]):
+        self.asked_to_stop = asked_to_stop
+        self.share = share
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if self.share(self.asked_to_stop()):
+            control.should_save = True
+            control.should_training_stop = True
+
+
 class Committing(TrainerCallback):
     """Hands each saved checkpoint over to be committed, on every rank, and removes the local copy."""
 
-    def __init__(self, commit: Callable[[Path, TrainerState], str], tell: Callable[[Event], None]):
+    def __init__(
+        self, commit: Callable[[Path, TrainerState], CheckpointCommitted], tell: Callable[[Event], None]
+    ):
         self.commit = commit
         self.tell = tell
 
@@ -139,7 +160,6 @@ class Committing(TrainerCallback):
         """After transformers saved into output_dir/checkpoint-STEP."""
         assert args.output_dir is not None
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        uri = self.commit(directory, state)
-        self.tell(CheckpointCommitted(state.global_step, uri))
+        self.tell(self.commit(directory, state))
         if args.local_process_index == 0:
             shutil.rmtree(directory)

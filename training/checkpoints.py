@@ -164,4 +164,4 @@ def resolve_start(uri: str, storage: str) -> str:
         raise ConfigError(
             f"{uri}: the run {place} has no committed checkpoint to start from. Run it first, or name another."
         )
-    return join_uri(place, checkpoint_key(found.step)).rstrip("/")
+    return join_uri(place, checkpoint_key(found.step))

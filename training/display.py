@@ -24,7 +24,6 @@ from training.plan import PlanReport
 
 def show_plan(console: Console, report: PlanReport) -> None:
     """Everything that is decided, and one example with what the loss looks at."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     trained = report.trainable_parameters / max(report.parameters, 1)
     rows = [
         ("run", report.run_name),
@@ -45,12 +44,10 @@ def show_plan(console: Console, report: PlanReport) -> None:
     if report.resumes_from:
         rows.append(("resumes from", report.resumes_from))
     rows.append(("results go to", report.run_uri))
-    for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
-    console.print(table)
+    _print_facts(console, rows)
     console.print()
     console.print(Text("First row, with what is trained on marked:", style="bold"))
-    console.print(mark_example(report.train.example, colour=console.is_terminal))
+    console.print(mark_example(report.train.example, colour=console.is_terminal), soft_wrap=True)
     console.print()
     for warning in report.warnings:
         show_warning(console, warning)
@@ -133,11 +130,11 @@ class Watch:
                 self._phase = "training"
             case Evaluated(step, epoch, eval_loss):
                 self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}")
-            case CheckpointCommitted(step, uri):
+            case CheckpointCommitted(step=step, uri=uri):
                 self._line(f"step {step}  checkpoint {uri}")
 
     def _line(self, text: str) -> None:
-        self._progress.console.print(Text(text))
+        self._progress.console.print(Text(text), soft_wrap=True)
 
 
 def show_result(console: Console, result: RunResult, command: Sequence[str]) -> None:
@@ -163,7 +160,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str]) -> 
             f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained), {result.tokens_per_second:,.0f} tokens/s",
         ),
         ("took", f"{result.elapsed_seconds:.0f} s"),
-        ("library output", ", ".join(result.log_files)),
+        ("library output", " ".join(result.log_files)),
     ]
     if result.status == "completed" and result.best_checkpoint:
         facts.append(
@@ -175,10 +172,13 @@ def show_result(console: Console, result: RunResult, command: Sequence[str]) -> 
         )
     elif result.last_checkpoint:
         facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    _print_facts(console, facts)
+
+
+def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    # Soft wrapping leaves URIs whole, so that they can be copied.
     for name, value in facts:
-        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
-    console.print(table)
+        console.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
 
 
 def _describe(summary: DataSummary) -> str:

@@ -46,6 +46,12 @@ class CheckpointCommitted:
 
     step: int
     uri: str
+    tokens: int
+    """Trained on so far, padding not counted."""
+    trained_tokens: int
+    """Those of them that the loss looks at."""
+    tokens_per_second: float
+    """Over the steps of this attempt, all workers together."""
 
 
 Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted
@@ -57,6 +63,7 @@ class EventMailbox:
     def __init__(self):
         self._events: list[Event] = []
         self._refusal: str | None = None
+        self._stop = False
 
     def put(self, event: Event) -> None:
         """Called by rank 0."""
@@ -74,3 +81,11 @@ class EventMailbox:
     def refusal(self) -> str | None:
         """What it was, if anything."""
         return self._refusal
+
+    def ask_to_stop(self) -> None:
+        """The driver got a signal: commit a checkpoint and end."""
+        self._stop = True
+
+    def asked_to_stop(self) -> bool:
+        """Whether it did."""
+        return self._stop

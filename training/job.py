@@ -4,8 +4,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from runs.layout import (
     checkpoint_key,
 )
 from training import checkpoints
-from training.events import Event, EventMailbox
+from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase
 from training.plan import RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import join_uri, open_store
@@ -49,7 +50,7 @@ def run_job(
     began: float,
     driver_log: Path,
     on_event: Callable[[Event], None],
-    stop: Callable[[], int | None],
+    signals: Sequence[int],
 ) -> RunResult:
     """Train, and write result.json.
 
@@ -58,27 +59,49 @@ def run_job(
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: Where this process's library output goes.
         on_event: Called on this thread with what the workers tell.
-        stop: The number of the signal that asks to stop, or None.
+        signals: Grows with each signal that asks to stop: the first commits a checkpoint, the second ends at once.
 
     Raises:
         ClusterError: there are too few resources.
         BucketError: the result cannot be written.
     """
+    told = Told()
     with _cluster(plan):
         mailbox: Any = ray.remote(num_cpus=0)(EventMailbox).remote()
-        outcome = _Fit(_trainer(plan, mailbox))
-        signal_number = None
-        while outcome.running() and signal_number is None:
-            for event in ray.get(mailbox.take.remote()):
-                on_event(event)
-            signal_number = stop()
-            outcome.wait(_TAKE_EVENTS_EVERY_SECONDS)
-        for event in ray.get(mailbox.take.remote()):
-            on_event(event)
+        fit = _Fit(_trainer(plan, mailbox))
+        asked = False
+        while fit.running() and len(signals) < 2:
+            if signals and not asked:
+                asked = True
+                on_event(Phase("stopping behind a checkpoint; a second signal stops at once"))
+                mailbox.ask_to_stop.remote()
+            _take_events(mailbox, told, on_event)
+            fit.wait(_TAKE_EVENTS_EVERY_SECONDS)
+        _take_events(mailbox, told, on_event)
         refusal: Any = ray.get(mailbox.refusal.remote())
-    status, reason = _status(outcome.error, refusal, signal_number)
+    manifests = checkpoints.committed(open_store(plan.run_uri))
+    finished = bool(manifests) and manifests[-1].step >= plan.max_steps
+    status, reason = _status(fit.error, refusal, signals, finished)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
-    return _write_result(plan, status, reason, outcome.metrics, logs, time.monotonic() - began)
+    return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
+
+
+@dataclass
+class Told:
+    """The figures that the workers told last."""
+
+    model: ModelReady | None = None
+    checkpoint: CheckpointCommitted | None = None
+
+
+def _take_events(mailbox: Any, told: Told, on_event: Callable[[Event], None]) -> None:
+    events: Any = ray.get(mailbox.take.remote())
+    for event in events:
+        if isinstance(event, ModelReady):
+            told.model = event
+        if isinstance(event, CheckpointCommitted):
+            told.checkpoint = event
+        on_event(event)
 
 
 class _Fit:
@@ -86,14 +109,13 @@ class _Fit:
 
     def __init__(self, trainer: TorchTrainer):
         self.error: BaseException | None = None
-        self.metrics: dict[str, Any] = {}
         self._trainer = trainer
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.metrics = self._trainer.fit().metrics or {}
+            self._trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             self.error = error
 
@@ -191,14 +213,15 @@ def _trainer(plan: RunPlan, mailbox: Any) -> TorchTrainer:
 
 
 def _status(
-    error: BaseException | None, refusal: str | None, signal_number: int | None
+    error: BaseException | None, refusal: str | None, signals: Sequence[int], finished: bool
 ) -> tuple[RunStatus, str]:
-    if signal_number is not None:
-        return "stopped", f"signal {signal_number}"
+    if finished and error is None:
+        return "completed", "all steps done"
+    if signals:
+        return "stopped", f"signal {signals[0]}"
     if refusal is not None:
         return "failed", refusal
-    if error is None:
-        return "completed", "all steps done"
+    assert error is not None, "training ended early, without an error"
     return "failed", classify(error)
 
 
@@ -217,11 +240,16 @@ def classify(error: BaseException) -> str:
 
 
 def _write_result(
-    plan: RunPlan, status: RunStatus, reason: str, metrics: dict[str, Any], logs: list[Path], elapsed: float
+    plan: RunPlan,
+    manifests: list[Manifest],
+    status: RunStatus,
+    reason: str,
+    told: Told,
+    logs: list[Path],
+    elapsed: float,
 ) -> RunResult:
     """result.json and the curve, from what lies in the bucket; a run that wrote nothing leaves nothing."""
     store = open_store(plan.run_uri)
-    manifests = checkpoints.committed(store)
     lines = (store.read_if_exists(METRICS_FILE) or b"").decode().splitlines()
     eval_losses = [
         EvalLoss(step=entry["step"], epoch=entry["epoch"], eval_loss=entry["eval_loss"])
@@ -238,12 +266,12 @@ def _write_result(
         last_checkpoint=_uri(plan, last),
         eval_losses=eval_losses,
         train_steps=last.step if last else 0,
-        tokens=metrics.get("tokens", 0),
-        trained_tokens=metrics.get("trained_tokens", 0),
-        tokens_per_second=round(metrics.get("tokens_per_second", 0.0), 3),
+        tokens=told.checkpoint.tokens if told.checkpoint else 0,
+        trained_tokens=told.checkpoint.trained_tokens if told.checkpoint else 0,
+        tokens_per_second=round(told.checkpoint.tokens_per_second, 3) if told.checkpoint else 0.0,
         elapsed_seconds=round(elapsed, 3),
         parent=plan.parent,
-        trainable_parameters=metrics.get("trainable_parameters", 0),
+        trainable_parameters=told.model.trainable_parameters if told.model else 0,
         log_files=[str(log) for log in logs],
         versions=package_versions(),
     )
@@ -268,4 +296,4 @@ def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
 
 
 def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:
-    return join_uri(plan.run_uri, checkpoint_key(manifest.step)).rstrip("/") if manifest else None
+    return join_uri(plan.run_uri, checkpoint_key(manifest.step)) if manifest else None

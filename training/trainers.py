@@ -105,7 +105,9 @@ class FineTuningTrainer(SFTTrainer):
         self.on_eval_progress = on_eval_progress
         self.loss_of_transformers = loss_of_transformers
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Loss a trained token: of all workers together in training, of this batch in evaluation."""
         if self.loss_of_transformers:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

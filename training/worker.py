@@ -6,7 +6,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.data.prepare import PreparedData, prepare_data
 from training.data.rows import DataError
-from training.events import Event, ModelReady, Phase
+from training.events import CheckpointCommitted, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
 from training.models.files import ModelError, is_model_file
 from training.plan import RunPlan, fetch_model, load_tokenizer
@@ -69,6 +69,34 @@ class Place:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def of_rank_0(self, flag: bool) -> bool:
+        """Rank 0's flag, on every rank."""
+        if self.world_size == 1:
+            return flag
+        import torch
+
+        shared = torch.tensor(
+            [flag], dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
+        torch.distributed.broadcast(shared, src=0)
+        return bool(shared.item())
+
+
+class _StopQuestion:
+    """Asks the driver, again and again and without waiting, whether to stop."""
+
+    def __init__(self, mailbox: Any):
+        self._mailbox = mailbox
+        self._answer = mailbox.asked_to_stop.remote()
+
+    def __call__(self) -> bool:
+        ready, _ = ray.wait([self._answer], timeout=0)
+        if not ready:
+            return False
+        asked: Any = ray.get(self._answer)
+        self._answer = self._mailbox.asked_to_stop.remote()
+        return asked
+
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point: `plan` is a RunPlan as a dictionary, `mailbox` the driver's EventMailbox."""
@@ -85,7 +113,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     with library_output_in(worker_log(plan, place.rank)):
         _prepare_process(plan, place)
         try:
-            _train(plan, place, tell)
+            _train(plan, place, mailbox, tell)
         except _USER_ERRORS as error:
             ray.get(mailbox.refuse.remote(str(error)))
             raise
@@ -130,11 +158,11 @@ def _run_scratch(plan: RunPlan) -> Path:
     return Path(plan.scratch) / "runs" / plan.run_name
 
 
-def _train(plan: RunPlan, place: Place, tell: Callable[[Event], None]) -> None:
+def _train(plan: RunPlan, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
     tell(Phase("loading libraries"))
     from datasets import Dataset
 
-    from training.callbacks import Committing, Schedule, Telling, Throughput
+    from training.callbacks import Committing, Schedule, Stopping, Telling, Throughput
     from training.trainers import FineTuningTrainer, trainer_arguments
 
     config = plan.config
@@ -183,7 +211,7 @@ def _train(plan: RunPlan, place: Place, tell: Callable[[Event], None]) -> None:
         train_rows.data["tokens"].to_pylist(),
         train_rows.data["trained_tokens"].to_pylist(),
     )
-    run = _Run(plan, place, store, committed, throughput, trainable)
+    run = _Run(plan, place, store, committed, throughput)
     trainer = FineTuningTrainer(
         config=config,
         shape=shape,
@@ -197,6 +225,7 @@ def _train(plan: RunPlan, place: Place, tell: Callable[[Event], None]) -> None:
             Schedule(
                 config.checkpoint_and_evaluation_frequency, shape.steps_per_epoch, evaluates=valid is not None
             ),
+            Stopping(_StopQuestion(mailbox) if place.rank == 0 else lambda: False, place.of_rank_0),
             Committing(run.commit, tell),
             throughput,
             Telling(tell, throughput),
@@ -257,16 +286,14 @@ class _Run:
         store: Store,
         committed: list[Manifest],
         throughput: "Throughput",
-        trainable: int,
     ):
         self.plan = plan
         self.place = place
         self.store = store
         self.committed = committed
         self.throughput = throughput
-        self.trainable = trainable
 
-    def commit(self, directory: Path, state: "TrainerState") -> str:
+    def commit(self, directory: Path, state: "TrainerState") -> CheckpointCommitted:
         """Upload a saved checkpoint from all nodes, write its manifest, and report to Ray. Every rank calls it."""
         place, step = self.place, state.global_step
         place.gather(None)  # every rank has written its files
@@ -288,20 +315,15 @@ class _Run:
         )
         if place.rank == 0:
             self._publish(state, eval_loss, all_records)
-        uri = join_uri(self.plan.run_uri, checkpoint_key(step)).rstrip("/")
-        ray.train.report(
-            {
-                "step": step,
-                "epoch": state.epoch,
-                "eval_loss": eval_loss,
-                "checkpoint": uri,
-                "tokens": self.throughput.tokens,
-                "trained_tokens": self.throughput.trained_tokens,
-                "tokens_per_second": self.throughput.tokens_per_second,
-                "trainable_parameters": self.trainable,
-            }
+        committed = CheckpointCommitted(
+            step=step,
+            uri=join_uri(self.plan.run_uri, checkpoint_key(step)),
+            tokens=self.throughput.tokens,
+            trained_tokens=self.throughput.trained_tokens,
+            tokens_per_second=self.throughput.tokens_per_second,
         )
-        return uri
+        ray.train.report({"epoch": state.epoch, "eval_loss": eval_loss, **asdict(committed)})
+        return committed
 
     def _publish(self, state: "TrainerState", eval_loss: float | None, files: list) -> None:
         plan = self.plan

@@ -261,9 +261,7 @@ class _NodeCopy:
 
     store: "S3Store"
     uri: str
-    place: (
-        Path  # of this copy alone; it is filled under another name, so that it exists means that it is whole
-    )
+    place: Path  # of this copy alone; filled under another name, so that it exists means that it is whole
     targets: Mapping[StoredObject, Path]
     result: Path  # what the caller gets: the directory or the one file, in `place`
 
@@ -577,9 +575,6 @@ class S3Store:
 
     def read(self, key: str) -> bytes:
         """See Store."""
-        return self._read(key, {})
-
-    def _read(self, key: str, options: Mapping[str, str]) -> bytes:
         return self._get(key)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -606,10 +601,6 @@ class S3Store:
             return self.read(key)
         except NotFoundError:
             return None
-
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        """See Store."""
-        return self._read(key, {"Range": f"bytes={start}-{start + length - 1}"})
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         """See Store."""
@@ -691,7 +682,7 @@ class S3Store:
     def _errors(self, action: str, key: str = "", exists_if_refused: bool = False) -> Iterator[None]:
         """Turn what botocore, s3transfer and the disk raise into BucketErrors."""
         from botocore.exceptions import BotoCoreError, ClientError
-        from s3transfer.exceptions import RetriesExceededError
+        from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
         where = f"cannot {action} {self.uri_of(key)}"
         try:
@@ -705,6 +696,8 @@ class S3Store:
             raise _explain_refusal(error, where, self.bucket) from error
         except BotoCoreError as error:
             raise BucketError(f"{where}: {_explain_failure(error)}") from error
+        except S3DownloadFailedError as error:  # a part no longer has the ETag that was listed
+            raise BucketError(f"{where}: {_ADVICE['PreconditionFailed']}") from error
         except RetriesExceededError as error:
             raise BucketError(f"{where}: the connection broke again and again; run again later") from error
         except OSError as error:

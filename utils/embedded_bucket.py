@@ -133,7 +133,7 @@ def _serve(state_dir: Path) -> None:
     with file_lock(state_dir / "server.lock"):
         try:
             weed, ports = _start_weed(state_dir)
-        except BucketError as error:
+        except (BucketError, OSError) as error:
             sys.stdout.write(str(error))
             return
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -130,6 +130,57 @@ def saving(r: random.Random) -> Problem:
     )
 
 
+def shelves(r: random.Random) -> Problem:
+    """A product and a difference."""
+    name, thing, rows, each = r.choice(_NAMES), r.choice(_THINGS), r.randint(2, 6), r.randint(5, 12)
+    total = rows * each
+    taken = r.randint(2, total - 2)
+    question = f"{name} has {rows} shelves with {each} {thing} on each shelf and takes {taken} {thing} away. How many {thing} are left?"
+    return question, _answer(
+        f"The {rows} shelves hold {rows} * {each} = {total} {thing}.",
+        f"After taking {taken} away, {total} - {taken} = {total - taken} are left.",
+        result=total - taken,
+    )
+
+
+def walking(r: random.Random) -> Problem:
+    """A rate over days."""
+    name, miles, days = r.choice(_NAMES), r.randint(2, 9), r.randint(3, 12)
+    question = f"{name} walks {miles} miles a day. How many miles does {name} walk in {days} days?"
+    return question, _answer(
+        f"{name} walks {miles} miles on each of {days} days.",
+        f"That is {miles} * {days} = {miles * days} miles.",
+        result=miles * days,
+    )
+
+
+def two_piles(r: random.Random) -> Problem:
+    """Two products and their sum."""
+    name, thing, other = r.choice(_NAMES), *r.sample(_THINGS, 2)
+    first, second, price, other_price = r.randint(2, 6), r.randint(2, 6), r.randint(2, 9), r.randint(2, 9)
+    question = f"{name} buys {first} {thing} at ${price} each and {second} {other} at ${other_price} each. How many dollars does {name} pay in all?"
+    one, two = first * price, second * other_price
+    return question, _answer(
+        f"The {thing} cost {first} * {price} = ${one}.",
+        f"The {other} cost {second} * {other_price} = ${two}.",
+        f"Together they cost {one} + {two} = ${one + two}.",
+        result=one + two,
+    )
+
+
+def twice_as_many(r: random.Random) -> Problem:
+    """A multiple and a sum."""
+    name, friend = r.sample(_NAMES, 2)
+    thing, has, times = r.choice(_THINGS), r.randint(3, 15), r.randint(2, 4)
+    question = f"{name} has {has} {thing}. {friend} has {times} times as many. How many {thing} do they have together?"
+    more = has * times
+    return question, _answer(
+        f"{friend} has {has} * {times} = {more} {thing}.",
+        f"Together they have {has} + {more} = {has + more} {thing}.",
+        result=has + more,
+    )
+
+
 def packing_boxes(r: random.Random) -> Problem:
     """Held out: boxes of boxes."""
     name, thing, boxes, bags, each = (
@@ -161,5 +212,16 @@ def reading(r: random.Random) -> Problem:
     )
 
 
-TRAIN_KINDS = [buying, giving_away, collecting, sharing, change, saving]
+TRAIN_KINDS = [
+    buying,
+    giving_away,
+    collecting,
+    sharing,
+    change,
+    saving,
+    shelves,
+    walking,
+    two_piles,
+    twice_as_many,
+]
 VALID_KINDS = [packing_boxes, reading]

@@ -4,8 +4,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 
 class WatchedProxy:
@@ -32,30 +32,28 @@ class WatchedProxy:
                 client, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            server = socket.create_connection(self._upstream)
-            for target, source, sink in ((self._requests, client, server), (self._answers, server, client)):
-                threading.Thread(target=target, args=(source, sink), daemon=True).start()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _requests(self, client: socket.socket, server: socket.socket) -> None:
-        for block in _blocks(client, server):
-            self.seen += [found.decode() for found in re.findall(rb"(?:GET|HEAD|PUT|POST) /\S*", block)]
-            server.sendall(block)
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._upstream) as server:
+            answers = threading.Thread(target=self._pump, args=(server, client, self._wait), daemon=True)
+            answers.start()
+            self._pump(client, server, self._note)
+            answers.join()
 
-    def _answers(self, server: socket.socket, client: socket.socket) -> None:
-        for block in _blocks(server, client):
-            time.sleep(len(block) / self._bytes_per_second)
-            client.sendall(block)
+    def _note(self, block: bytes) -> None:
+        self.seen += [found.decode() for found in re.findall(rb"(?:GET|HEAD|PUT|POST) /\S*", block)]
 
+    def _wait(self, block: bytes) -> None:
+        time.sleep(len(block) / self._bytes_per_second)
 
-def _blocks(source: socket.socket, sink: socket.socket) -> Iterator[bytes]:
-    try:
-        while block := source.recv(65536):
-            yield block
-    except OSError:
-        pass
-    finally:
-        source.close()
-        sink.close()
+    def _pump(self, source: socket.socket, sink: socket.socket, before: Callable[[bytes], None]) -> None:
+        with suppress(OSError):  # either side may go at any time
+            while block := source.recv(65536):
+                before(block)
+                sink.sendall(block)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
 
 
 @contextmanager

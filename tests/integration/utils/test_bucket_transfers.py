@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,9 @@ def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    boto3.session.Session().client("s3").create_bucket(Bucket=OWN_BUCKET)
+    client = boto3.session.Session().client("s3")
+    with suppress(client.exceptions.BucketAlreadyOwnedByYou):  # by the test before
+        client.create_bucket(Bucket=OWN_BUCKET)
     return f"s3://{OWN_BUCKET}"
 
 
