@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stop
 
 import argparse
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from rich.console import Console
 from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
 from utils.console import library_output_in, open_consoles
 
-DONE, FAILED, REFUSED = 0, 1, 2
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: list[str]) -> int:
@@ -72,28 +71,30 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     """Everything behind the file: the plan, the run, the report."""
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
-    )  # a report waits for the next health check
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it breaks the hashing of datasets
+    # A report waits for the next health check.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Its patch of print breaks the hashing of datasets.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     from training.checkpoints import CheckpointError
     from training.data.rows import DataError
     from training.display import Watch, show_error, show_plan, show_result
     from training.models.files import ModelError
-    from training.plan import AlreadyCompletedError, make_plan, needs_embedded_bucket, scratch_directory
+    from training.plan import (
+        AlreadyCompletedError,
+        ClusterError,
+        make_plan,
+        make_scratch_directory,
+        needs_embedded_bucket,
+    )
     from training.strategy import StrategyError
     from utils.bucket import BucketError
     from utils.embedded_bucket import embedded_bucket
 
     output, progress = open_consoles()
     screen = progress if options.json else output
-    command = ["python", "main.py", str(options.config), *options.overrides]
-    driver_log = (
-        scratch_directory(loaded.config)
-        / "logs"
-        / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-    )
     try:
+        logs = make_scratch_directory(loaded.config) / "logs"
+        driver_log = logs / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
         with ExitStack() as stack:
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(progress))
@@ -106,40 +107,34 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 print_json(output, report.model_dump_json(), options)
                 return DONE
             watch.phase("starting the workers")
-            from training.job import ClusterError, run_job
+            from training.job import run_job
 
-            try:
-                result = run_job(
-                    plan,
-                    began=began,
-                    driver_log=driver_log,
-                    on_event=watch.on_event,
-                    signals=remember_signals(),
-                )
-            except ClusterError as error:
-                show_error(progress, str(error))
-                return REFUSED
+            result = run_job(plan, began=began, driver_log=driver_log, on_event=watch.on_event)
     except AlreadyCompletedError as completed:
         screen.print(
-            "This run is completed already; nothing is left to do. Choose another run_name to train it again."
+            "This run is completed already: nothing is left to do. Choose another run_name to train it again."
         )
         result = completed.result
-    except (ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError) as error:
+    except (
+        ConfigError,
+        StrategyError,
+        ModelError,
+        DataError,
+        CheckpointError,
+        BucketError,
+        ClusterError,
+    ) as error:
         show_error(progress, str(error))
         return REFUSED
+    except KeyboardInterrupt:
+        show_error(progress, "interrupted before training began; nothing was written")
+        return INTERRUPTED
+    command = ["python", "main.py", str(options.config), *options.overrides]
     show_result(screen, result, command)
     print_json(output, result.model_dump_json(), options)
     if result.status == "stopped":
         return 128 + int(result.reason.split()[-1])
     return DONE if result.status == "completed" else FAILED
-
-
-def remember_signals() -> list[int]:
-    """A list that grows with every SIGINT and SIGTERM from now on, instead of what they would do."""
-    received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signal_number, _: received.append(signal_number))
-    return received
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

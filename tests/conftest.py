@@ -3,10 +3,13 @@
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from utils.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucket
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test asks the hub
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,11 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBucket]
 def bucket_uri(bucket: EmbeddedBucket) -> str:
     """An `s3://` prefix of its own for one test, with nothing in it."""
     return f"s3://{bucket.bucket}/test-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory for tests to read, never to change: copy it for that."""
+    from tests.support.tiny_model import make_model  # imports torch, which most tests do without
+
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")

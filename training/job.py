@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from runs.layout import (
 )
 from training import checkpoints
 from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase
-from training.plan import RunPlan
+from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import join_uri, open_store
 from utils.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, state_directory
@@ -40,26 +41,14 @@ PROJECT = Path(__file__).parent.parent
 _TAKE_EVENTS_EVERY_SECONDS = 0.25
 
 
-class ClusterError(Exception):
-    """The cluster cannot take the job; the message says what it lacks and what to do."""
-
-
-def run_job(
-    plan: RunPlan,
-    *,
-    began: float,
-    driver_log: Path,
-    on_event: Callable[[Event], None],
-    signals: Sequence[int],
-) -> RunResult:
-    """Train, and write result.json.
+def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable[[Event], None]) -> RunResult:
+    """Train, and write result.json. A first SIGINT or SIGTERM commits a checkpoint and ends, a second ends at once.
 
     Args:
         plan: What to do.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: Where this process's library output goes.
         on_event: Called on this thread with what the workers tell.
-        signals: Grows with each signal that asks to stop: the first commits a checkpoint, the second ends at once.
 
     Raises:
         ClusterError: there are too few resources.
@@ -67,6 +56,7 @@ def run_job(
     """
     told = Told()
     with _cluster(plan):
+        signals = _remember_signals()  # only now: connecting to Ray installs a handler of its own
         mailbox: Any = ray.remote(num_cpus=0)(EventMailbox).remote()
         fit = _Fit(_trainer(plan, mailbox))
         asked = False
@@ -84,6 +74,14 @@ def run_job(
     status, reason = _status(fit.error, refusal, signals, finished)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
     return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
+
+
+def _remember_signals() -> list[int]:
+    """A list that grows with every SIGINT and SIGTERM from now on, instead of what they would do."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signal_number, _: received.append(signal_number))
+    return received
 
 
 @dataclass

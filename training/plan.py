@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import FinetuneConfig, config_hash
 from runs.layout import RESULT_FILE, Manifest, RunResult, checkpoint_key
-from training.checkpoints import newest_committed, resolve_start
+from training.checkpoints import newest_committed, read_manifest, resolve_start
 from training.data.batches import BatchShape
 from training.data.prepare import DataRequest, DataSummary, prepare_data
 from training.data.rows import is_hub_dataset
@@ -29,6 +30,8 @@ from training.models.files import (
 from training.models.kernels import Device, KernelChoice, choose_kernels
 from training.strategy import deepspeed_settings, zero_stage
 from utils.bucket import (
+    BucketError,
+    NotFoundError,
     check_readable,
     check_writable,
     fetch_file,
@@ -111,6 +114,10 @@ class PlanReport(BaseModel):
     warnings: list[str]
 
 
+class ClusterError(Exception):
+    """The cluster cannot take the job; the message says what it lacks and what to do."""
+
+
 class AlreadyCompletedError(Exception):
     """The same run was completed before; carries its result."""
 
@@ -157,7 +164,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         progress: Told what is being looked at.
 
     Raises:
-        ConfigError, StrategyError, ModelError, DataError, BucketError: what refuses the run.
+        ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError: what refuses the run.
         AlreadyCompletedError: the same run was completed before.
     """
     config = loaded.config
@@ -166,24 +173,27 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
     device = _choose_device(config)
     kernels = choose_kernels(config, device, zero_stage(settings))
     storage, scratch = storage_path(config), scratch_directory(config)
-    _make_directory(scratch)
 
     progress("storage")
-    check_writable(storage)
+    with _about("storage_path"):
+        check_writable(storage)
     progress("model")
     base_model, adapter, parent = _starting_weights(config, storage)
     facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
     _check_disk(base_model, facts, scratch)
+    tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
+    _check_architecture(config, tokenizer_dir, base_model)
+    tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=config.trust_remote_code, source=base_model)
+    _check_template(config, tokenizer, base_model)
     warnings = list(_model_warnings(config, facts))
 
     progress("data")
-    tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
-    tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=config.trust_remote_code)
-    _check_template(config, tokenizer, base_model)
-    train_request = data_request(config, config.train_path, facts, scratch / "cache")
-    valid_request = (
-        data_request(config, config.valid_path, facts, scratch / "cache") if config.valid_path else None
-    )
+    with _about("train_path"):
+        train_request = data_request(config, config.train_path, facts, scratch / "cache")
+    with _about("valid_path"):
+        valid_request = (
+            data_request(config, config.valid_path, facts, scratch / "cache") if config.valid_path else None
+        )
     train = prepare_data(train_request, tokenizer, tokenizer_dir, scratch / "cache").summary
     valid = (
         prepare_data(valid_request, tokenizer, tokenizer_dir, scratch / "cache").summary
@@ -204,9 +214,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
     )
     progress("earlier runs")
     newest = _newest_of_the_same_run(config, run_uri, outcome_hash, fingerprint)
-    restore_from = newest or (
-        resolve_start(config.resume_from_checkpoint, storage) if config.resume_from_checkpoint else None
-    )
+    restore_from = newest or _whole_state(config, storage)
     plan = RunPlan(
         config=config,
         config_hash=outcome_hash,
@@ -276,8 +284,15 @@ def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path
     )
 
 
-def load_tokenizer(directory: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    directory: Path, *, trust_remote_code: bool, source: str | None = None
+) -> "PreTrainedTokenizerFast":
     """The model's own tokenizer.
+
+    Args:
+        directory: The model's files on this node.
+        trust_remote_code: Whether code that lies beside them may run.
+        source: What messages call the model; the directory, when it is not given.
 
     Raises:
         ModelError: it cannot be loaded, or gives no character offsets.
@@ -286,18 +301,18 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool) -> "PreTrainedTo
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers has no class of its own for a damaged file
         raise ModelError(
-            f"model {directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})."
+            f"model {source or directory}: its tokenizer cannot be loaded ({_first_line(error)}). Copy its tokenizer files again from "
+            "where the model came from; one that needs code of its own also needs trust_remote_code: true."
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model {directory}: its tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast one."
+            f"model {source or directory}: its tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast one."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # padding is masked everywhere, so which token it is does not matter
+        # Padding is masked everywhere, so which token it is does not matter.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
@@ -377,7 +392,13 @@ def _describe_device(config: FinetuneConfig, device: Device) -> str:
     return f"{device}, {workers}"
 
 
-def _make_directory(directory: Path) -> None:
+def make_scratch_directory(config: FinetuneConfig) -> Path:
+    """The scratch directory, made if need be.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    directory = scratch_directory(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -385,16 +406,52 @@ def _make_directory(directory: Path) -> None:
             f"output_dir: {directory} cannot be made ({error.strerror}). Name a directory that you may write to."
         ) from error
 
+    return directory
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Say which key of the YAML storage refuses."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise NotFoundError(f"{key}: {error}. Look at its spelling.") from error
+    except BucketError as error:
+        raise BucketError(f"{key}: {error}") from error
+
 
 def _starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | None, str | None]:
     """(base model, adapter, what the run is a continuation of)."""
-    base = config.model_id if is_hub_id(config.model_id) else _absolute(config.model_id)
     adapter = None
     if config.initial_base_model_ckpt_path:
-        base = resolve_start(config.initial_base_model_ckpt_path, storage)
+        base = _resolve("initial_base_model_ckpt_path", config.initial_base_model_ckpt_path, storage)
+    elif is_hub_id(config.model_id):
+        base = config.model_id
+    else:
+        base = _absolute(config.model_id)
+        if is_remote(base):
+            with _about("model_id"):
+                check_readable(base)
     if config.initial_adapter_model_ckpt_path:
-        adapter = resolve_start(config.initial_adapter_model_ckpt_path, storage)
+        adapter = _resolve("initial_adapter_model_ckpt_path", config.initial_adapter_model_ckpt_path, storage)
     return base, adapter, adapter or (base if config.initial_base_model_ckpt_path else None)
+
+
+def _resolve(key: str, uri: str, storage: str) -> str:
+    """The place that a key names as a start, once it is known to be there."""
+    if uri.startswith("run:") or is_hub_id(uri):
+        return resolve_start(uri, storage)
+    with _about(key):
+        check_readable(_absolute(uri))
+    return resolve_start(_absolute(uri), storage)
+
+
+def _whole_state(config: FinetuneConfig, storage: str) -> str | None:
+    if config.resume_from_checkpoint is None:
+        return None
+    checkpoint = _resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage)
+    read_manifest(checkpoint)
+    return checkpoint
 
 
 def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
@@ -409,6 +466,18 @@ def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
             f"model {facts.source}: needs {format_bytes(missing)} on this node, and {scratch} has {format_bytes(free)} free. "
             "Free some, or set output_dir to a larger disk."
         )
+
+
+def _check_architecture(config: FinetuneConfig, directory: Path, base_model: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # each architecture checks its fields in its own way
+        raise ModelError(
+            f"model {base_model}: transformers cannot read its config.json ({_first_line(error)}). Name a model that the installed "
+            "transformers knows; one that needs code of its own also needs trust_remote_code: true."
+        ) from error
 
 
 def _check_template(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:
@@ -486,6 +555,10 @@ def _data_warnings(config: FinetuneConfig, train: DataSummary, valid: DataSummar
             yield f"{name}: {summary.dropped_rows} rows are left out: too long, or nothing to learn from within the context"
     if valid is None:
         yield "no valid_path: no eval loss, and the newest checkpoint counts as the best"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _absolute(uri: str) -> str:

@@ -18,7 +18,7 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
     """DeepSpeed's own configuration for the run, or None for plain data parallelism.
 
     Raises:
-        StrategyError: the file is missing, no JSON, or asks for what would be compiled or overridden.
+        StrategyError: the file is missing, no DeepSpeed configuration, or says what the YAML says.
     """
     if config.deepspeed is None:
         return None
@@ -34,9 +34,17 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
             f"deepspeed: {path} does not exist. Name a preset (zero_1, zero_2, zero_3, …) or an existing file."
         ) from error
     except (OSError, ValueError) as error:
-        raise StrategyError(f"deepspeed: {path} cannot be read as JSON ({error}).") from error
-    if not isinstance(settings, dict):
-        raise StrategyError(f"deepspeed: {path} holds no JSON object.")
+        raise StrategyError(
+            f"deepspeed: {path} cannot be read as JSON ({error}). Mend it, or name a preset (zero_1, zero_2, zero_3, …)."
+        ) from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise StrategyError(
+            f"deepspeed: {path} is no DeepSpeed configuration: it and its `zero_optimization` are JSON objects. Mend it, or name a "
+            "preset (zero_1, zero_2, zero_3, …)."
+        )
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise StrategyError(f"deepspeed: {path} has `zero_optimization.stage` {stage!r}. Write 0, 1, 2 or 3.")
     for block, key in (
         ("optimizer", "optim, learning_rate and weight_decay"),
         ("scheduler", "lr_scheduler_type and num_warmup_steps"),

@@ -92,7 +92,7 @@ def prepare_data(
     """Tokenise a source, or find it tokenised already: one process of a node does it, the others wait and map the file.
 
     Raises:
-        DataError: rows that cannot be trained on.
+        DataError: rows that cannot be trained on, or no place for their tokens.
     """
     fingerprint = _fingerprint(request, tokenizer_dir)
     directory = cache_dir / "prepared" / fingerprint.removeprefix("crc64nvme:")
@@ -125,6 +125,11 @@ def _prepare(
         summary = _write(request, tokenizer, fingerprint, staging / "data.arrow")
         write_atomically(staging / "summary.json", json.dumps(asdict(summary)).encode())
         staging.replace(directory)
+    except OSError as error:
+        raise DataError(
+            f"{request.source}: its tokens cannot be written to {directory.parent} ({error}). Free some space, or set output_dir to "
+            "another disk."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -176,7 +181,7 @@ def _write(
             f"\n… and {len(too_long) - 5} more rows" if len(too_long) > 5 else ""
         )
         raise DataError(
-            f"{len(too_long)} rows are longer than {request.limit} tokens and long_rows is error:\n{shown}\n"
+            f"{request.source}: long_rows is error, and of its rows {len(too_long)} exceed {request.limit} tokens:\n{shown}\n"
             "Raise context_length, shorten them, or set long_rows to truncate or drop."
         )
     if rows == 0:
@@ -233,10 +238,15 @@ def _tokenize_whole(
 def _render(
     messages: Iterable[Message], tokenizer: "PreTrainedTokenizerFast", where: str, *, prompt: bool = False
 ) -> str:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)  # pyright: ignore
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"{where}: the model's chat template is broken ({error}, line {error.lineno} of it). Copy the tokenizer's files again from "
+            "where the model came from."
+        ) from error
     except TemplateError as error:
         raise DataError(
             f"{where}: the model's chat template refuses the row ({error}). Change the row's roles to what it takes."

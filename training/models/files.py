@@ -15,6 +15,7 @@ from utils.bucket import Store, is_remote, join_uri, open_store
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
 _TRAINER_FILES = {"trainer_state.json", "MANIFEST.json"}
 _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
+_INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
 _BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
@@ -93,13 +94,19 @@ def read_model_facts(source: str) -> ModelFacts:
                 "Save it as safetensors (save_pretrained does) and name that copy."
             )
         raise ModelError(
-            f"model {source}: no weights (*.safetensors) beside config.json (found: {_some(names)})."
+            f"model {source}: no weights (*.safetensors) beside config.json (found: {_some(names)}). Copy them there, or name another place."
         )
     config = _read_json(store, "config.json")
     if not {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"} & names.keys():
         raise ModelError(
-            f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) beside config.json."
+            f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) beside config.json. Copy it there from where the model came from."
         )
+    if _INDEX in names:
+        missing = set(_read_json(store, _INDEX).get("weight_map", {}).values()) - names.keys()
+        if missing:
+            raise ModelError(
+                f"model {source}: {_INDEX} names weights that are not there ({_some(missing)}). Copy them there, or name another place."
+            )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weights:
         shapes.update(_read_shapes(store, name, names[name]))
@@ -206,15 +213,14 @@ def read_adapter_facts(source: str) -> AdapterFacts:
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
     """How many parameters LoRA adds, from the shapes alone: `r * (inputs + outputs)` for each targeted matrix.
 
-    Counts what PEFT's `all-linear`, a list of module names or a regular expression would match.
+    Counts the modules that PEFT would match; not the biases, experts and single tokens that it can train as well.
     """
     total = 0
     for name, shape in facts.parameter_shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) != 2 or module == name or not _targets(lora, module):
             continue
-        rank = lora.r
-        total += rank * (shape[0] + shape[1])
+        total += _rank(lora, module) * (shape[0] + shape[1])
         if lora.use_dora:
             total += shape[0]
     for module in lora.modules_to_save or []:
@@ -227,12 +233,32 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
 
 
 def _targets(lora: LoraConfig, module: str) -> bool:
-    last = module.split(".")[-1]
+    if lora.exclude_modules and _named(lora.exclude_modules, module):
+        return False
+    if lora.layers_to_transform is not None:
+        layer = re.match(r".*\.[^.]*\.(\d+)\.", module)
+        wanted = (
+            lora.layers_to_transform
+            if isinstance(lora.layers_to_transform, list)
+            else [lora.layers_to_transform]
+        )
+        if layer is None or int(layer[1]) not in wanted:
+            return False
     if lora.target_modules == "all-linear" or lora.target_modules is None:
-        return not re.search(r"(embed|wte|wpe|lm_head|norm|embed_out)", last)
-    if isinstance(lora.target_modules, str):
-        return re.fullmatch(lora.target_modules, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in lora.target_modules)
+        return not re.search(r"(embed|wte|wpe|lm_head|norm|embed_out)", module.split(".")[-1])
+    return _named(lora.target_modules, module)
+
+
+def _named(names: list[str] | str, module: str) -> bool:
+    """As PEFT matches: one regular expression for the whole name, or a list of its last parts."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _rank(lora: LoraConfig, module: str) -> int:
+    ranks = (rank for pattern, rank in lora.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(ranks, lora.r)
 
 
 def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,97 @@
+"""The same ten steps are the same ten losses, however they are spread: one worker, DDP, ZeRO-1, 2 and 3."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.jobs import read_metrics, run_main, write_yaml
+from tests.support.tiny_model import make_model, write_data
+
+# Eight rows a step in every one; the batch sizes of evaluation differ on purpose.
+SPREADS: dict[str, dict[str, Any]] = {
+    "one": {"num_devices": 1, "train_batch_size_per_device": 8, "eval_batch_size_per_device": 4},
+    "ddp": {
+        "num_devices": 2,
+        "train_batch_size_per_device": 2,
+        "gradient_accumulation_steps": 2,
+        "eval_batch_size_per_device": 3,
+    },
+    "zero_1": {"num_devices": 2, "train_batch_size_per_device": 4, "deepspeed": "zero_1"},
+    "zero_2": {
+        "num_devices": 2,
+        "train_batch_size_per_device": 2,
+        "gradient_accumulation_steps": 2,
+        "eval_batch_size_per_device": 1,
+        "deepspeed": "zero_2",
+    },
+    "zero_3": {
+        "num_devices": 2,
+        "train_batch_size_per_device": 4,
+        "eval_batch_size_per_device": 7,
+        "deepspeed": "zero_3",
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {"lora": {"lora_config": {"r": 4}}, "full": {}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("loss_equality")
+    make_model(directory / "model")
+    # 76 rows are 9.5 steps an epoch: the last step of the first epoch is a short one.
+    write_data(directory, train_rows=76, valid_rows=11)
+    return directory
+
+
+def train(files: Path, name: str, settings: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """(loss of each step, eval losses)."""
+    config = {
+        "model_id": str(files / "model"),
+        "train_path": str(files / "train.jsonl"),
+        "valid_path": str(files / "valid.jsonl"),
+        "storage_path": str(files / "runs"),
+        "output_dir": str(files / "scratch"),
+        "run_name": name,
+        "device": "cpu",
+        "dtype": "fp32",
+        "max_steps": 10,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "max_failures": 0,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 5},
+    }
+    finished = run_main(write_yaml(files / f"{name}.yaml", config | settings), "--json")
+    assert finished.exit_code == 0, finished.errors
+    metrics = read_metrics(files / "runs" / name)
+    losses = [entry["loss"] for entry in metrics if "loss" in entry]
+    eval_losses = [entry["eval_loss"] for entry in metrics if "eval_loss" in entry]
+    assert len(losses) == 10
+    assert len(eval_losses) == 3
+    return losses, eval_losses
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def on_one_worker(method: str, files: Path) -> tuple[list[float], list[float]]:
+    return train(files, f"{method}-one", METHODS[method] | SPREADS["one"])
+
+
+def test_training_changes_the_losses(on_one_worker: tuple[list[float], list[float]]):
+    """Else the comparisons below would hold for a trainer that does nothing."""
+    losses, eval_losses = on_one_worker
+    assert losses[0] - losses[-1] > 0.05
+    assert eval_losses[0] - eval_losses[-1] > 0.05
+
+
+@pytest.mark.parametrize("spread", [name for name in SPREADS if name != "one"])
+def test_losses_are_equal(
+    spread: str, method: str, files: Path, on_one_worker: tuple[list[float], list[float]]
+):
+    losses, eval_losses = train(files, f"{method}-{spread}", METHODS[method] | SPREADS[spread])
+    assert losses == pytest.approx(on_one_worker[0], abs=1e-4)
+    assert eval_losses == pytest.approx(on_one_worker[1], abs=1e-5)

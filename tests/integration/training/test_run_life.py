@@ -1,0 +1,238 @@
+"""A run from its first command to its last: what it leaves in the bucket, and what a signal or a lost worker does to it."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs.layout import Manifest
+from tests.support.jobs import PROJECT, Finished, command, environment, read_metrics, run_main, write_yaml
+from tests.support.tiny_model import make_model, write_data
+from utils.bucket import open_store, sync_to_node
+from utils.embedded_bucket import EmbeddedBucket
+from utils.files import checksum
+
+ROWS, VALID_ROWS = 40, 11
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run_life")
+    make_model(directory / "model")
+    write_data(directory, train_rows=ROWS, valid_rows=VALID_ROWS)
+    return directory
+
+
+def settings(files: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model_id": str(files / "model"),
+        "train_path": str(files / "train.jsonl"),
+        "valid_path": str(files / "valid.jsonl"),
+        "storage_path": str(files / "runs"),
+        "output_dir": str(files / "scratch"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "num_devices": 2,
+        "train_batch_size_per_device": 4,
+        "num_epochs": 2,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "max_failures": 0,
+        **more,
+    }
+
+
+def eval_loss_of(model: Any, tokenizer: Any, rows: Path) -> float:
+    """Token-weighted loss on the assistants' words, with nothing of ours."""
+    total, count = 0.0, 0
+    for line in rows.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        ids = torch.tensor(tokenizer(whole)["input_ids"])
+        begin = len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].float()
+        losses = torch.nn.functional.cross_entropy(logits[begin - 1 : -1], ids[begin:], reduction="none")
+        total, count = total + losses.sum().item(), count + len(losses)
+    return total / count
+
+
+def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path):
+    """From s3:// to s3://: model, data and results in the bucket; the adapter loads in plain PEFT."""
+    store = open_store(bucket_uri)
+    store.upload_many({f"model/{path.name}": path for path in (files / "model").iterdir()})
+    store.upload_many({name: files / name for name in ("train.jsonl", "valid.jsonl")})
+    config = write_yaml(
+        tmp_path / "lora.yaml",
+        settings(files, lora_config={"r": 4})
+        | {
+            "model_id": f"{bucket_uri}/model",
+            "train_path": f"{bucket_uri}/train.jsonl",
+            "valid_path": f"{bucket_uri}/valid.jsonl",
+            "storage_path": f"{bucket_uri}/runs",
+        },
+    )
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    result = finished.result
+    assert result["status"] == "completed"
+    assert result["train_steps"] == 10
+    assert [loss["step"] for loss in result["eval_losses"]] == [0, 5, 10]
+    assert "warning" not in finished.errors.lower(), "library noise on the screen"
+
+    run = open_store(result["run_uri"])
+    assert json.loads(run.read("result.json")) == result
+    assert run.read("eval_loss.png").startswith(b"\x89PNG")
+    assert b"secret" not in run.read("config.yaml")
+    lines = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    summaries = [
+        json.loads(path.read_text()) for path in (files / "scratch").glob("cache/prepared/*/summary.json")
+    ]
+    trained_on = next(summary for summary in summaries if summary["rows"] == ROWS)
+    assert result["tokens"] == 2 * trained_on["tokens"]
+    assert result["trained_tokens"] == 2 * trained_on["trained_tokens"]
+
+    checkpoint = sync_to_node(result["best_checkpoint"], tmp_path / "cache")
+    manifest = Manifest.model_validate_json((checkpoint / "MANIFEST.json").read_text())
+    assert {path.name for path in checkpoint.iterdir()} == {file.path for file in manifest.files} | {
+        "MANIFEST.json"
+    }
+    assert all(checksum(checkpoint / file.path) == file.checksum for file in manifest.files)
+    assert manifest.data_position.rows_seen == manifest.step * 8
+
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    best = min(loss["eval_loss"] for loss in result["eval_losses"])
+    assert eval_loss_of(model, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
+
+    again = run_main(config, "--json")
+    assert again.exit_code == 0
+    assert again.result == result, "a completed run is not trained again"
+
+
+def test_a_full_parameter_run(files: Path, tmp_path: Path):
+    """The last checkpoint loads in plain transformers and gives the last reported eval loss."""
+    config = write_yaml(tmp_path / "full.yaml", settings(files, num_checkpoints_to_keep=1))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    last = finished.result["last_checkpoint"]
+    model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval()
+    loss = eval_loss_of(model, AutoTokenizer.from_pretrained(last), files / "valid.jsonl")
+    assert loss == pytest.approx(finished.result["eval_losses"][-1]["eval_loss"], abs=1e-3)
+
+
+class Running:
+    """main.py while it runs."""
+
+    def __init__(self, config: Path):
+        self.process = subprocess.Popen(
+            command(config, "--json"),
+            cwd=PROJECT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.seen: list[str] = []
+
+    def wait_for(self, text: str) -> None:
+        """Read standard error until a line holds the text."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.seen.append(line)
+            if text in line:
+                return
+        raise AssertionError(f"ended before {text!r}:\n" + "".join(self.seen))
+
+    def workers(self) -> list[psutil.Process]:
+        """The Ray Train workers of this run."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+    def end(self) -> Finished:
+        """Wait for its end."""
+        output, errors = self.process.communicate(timeout=240)
+        return Finished(self.process.returncode, output, "".join(self.seen) + errors)
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    started: list[Running] = []
+
+    def begin(config: Path) -> Running:
+        started.append(Running(config))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+
+
+LONG = {"num_epochs": None, "max_steps": 300, "lora_config": {"r": 4, "lora_dropout": 0.1}}
+EVERY_100 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 100}}
+
+
+def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
+    files: Path, tmp_path: Path, start: Any
+):
+    """Stopped and continued, the run has the losses of one that was never stopped, dropout included."""
+    whole = run_main(
+        write_yaml(tmp_path / "whole.yaml", settings(files, **LONG, **EVERY_100)), "run_name=whole", "--json"
+    )
+    assert whole.exit_code == 0, whole.errors
+
+    config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_100, run_name="stopped"))
+    running = start(config)
+    running.wait_for("step 20/")
+    running.process.send_signal(signal.SIGTERM)
+    finished = running.end()
+    assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+    assert finished.result["status"] == "stopped"
+    stopped_at = finished.result["train_steps"]
+    assert 20 <= stopped_at < 300
+    assert finished.result["last_checkpoint"].endswith(f"step-{stopped_at:06d}")
+    assert "Traceback" not in finished.errors
+
+    continued = run_main(config, "--json")
+    assert continued.exit_code == 0, continued.errors
+    steps = {}
+    for name in ("whole", "stopped"):
+        steps[name] = [
+            (line["step"], line["loss"]) for line in read_metrics(files / "runs" / name) if "loss" in line
+        ]
+    assert steps["stopped"] == steps["whole"]
+    assert continued.result["tokens"] == whole.result["tokens"]
+
+
+def test_a_lost_worker(files: Path, tmp_path: Path, start: Any):
+    """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
+    config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_100, run_name="lost"))
+    running = start(config)
+    running.wait_for("checkpoint ")
+    workers = running.workers()
+    assert len(workers) == 2
+    os.kill(workers[1].pid, signal.SIGKILL)
+    finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert finished.result["status"] == "failed"
+    assert finished.result["reason"].startswith("worker lost")
+    assert "Traceback" not in finished.errors
+    assert finished.result["last_checkpoint"] is not None
+
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == 300

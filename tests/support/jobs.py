@@ -1,0 +1,69 @@
+"""Runs main.py as a user does, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run of main.py ended."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON object on the last line of standard output."""
+        return json.loads(self.output.splitlines()[-1])
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
+    """Write a config; returns its path."""
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    """The command line, without library warnings."""
+    return [sys.executable, str(PROJECT / "main.py"), str(config), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Ours, without a cluster of somebody else's."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def run_main(config: Path, *arguments: str, timeout: float = 300) -> Finished:
+    """Run main.py to its end.
+
+    Args:
+        config: The YAML.
+        arguments: Overrides and options.
+        timeout: Seconds.
+    """
+    done = subprocess.run(
+        command(config, *arguments),
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, from a run stored in a local directory."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

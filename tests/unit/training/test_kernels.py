@@ -1,0 +1,61 @@
+from typing import Any
+
+import pytest
+
+from configs.schema import FinetuneConfig
+from training.models import kernels
+from training.models.files import ModelError
+from training.models.kernels import Device, choose_kernels
+
+
+def config(**keys: Any) -> FinetuneConfig:
+    return FinetuneConfig(model_id="some/model", train_path="train.jsonl", **keys)
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "installed", "provider", "reason"),
+    [
+        ("cpu", 0, {"unsloth", "triton"}, "torch", "on CPU there is nothing for Triton kernels to speed up"),
+        ("cuda", 0, {"unsloth", "triton"}, "unsloth", "the fastest on one GPU a worker"),
+        ("cuda", 2, {"unsloth", "triton"}, "unsloth", "the fastest on one GPU a worker"),
+        ("cuda", 3, {"unsloth", "triton"}, "liger", "Unsloth does not split weights (ZeRO-3)"),
+        ("cuda", 0, {"triton"}, "liger", "Unsloth is not installed (make setup-unsloth)"),
+        ("cuda", 0, set(), "torch", "Triton is missing for Liger's"),
+    ],
+)
+def test_auto_takes_the_fastest_that_serves_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Device,
+    stage: int,
+    installed: set[str],
+    provider: str,
+    reason: str,
+):
+    monkeypatch.setattr(kernels, "_installed", lambda package: package in installed)
+    choice = choose_kernels(config(), device, stage)
+    assert choice.provider == provider
+    assert choice.reason.startswith("auto: ")
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "stage", "advice"),
+    [
+        ("unsloth", "cuda", 3, "Write kernels: auto, liger or torch"),
+        ("liger", "cpu", 0, "Write kernels: auto or torch"),
+    ],
+)
+def test_what_cannot_serve_is_refused_with_what_to_write(asked: str, device: Device, stage: int, advice: str):
+    with pytest.raises(ModelError, match=f"kernels: {asked}: .*{advice}"):
+        choose_kernels(config(kernels=asked), device, stage)
+
+
+def test_unsloth_that_is_not_installed_is_refused_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "_installed", lambda package: False)
+    with pytest.raises(ModelError, match="make setup-unsloth"):
+        choose_kernels(config(kernels="unsloth"), "cuda", 0)
+
+
+@pytest.mark.parametrize(("asked", "device"), [("torch", "cpu"), ("torch", "cuda"), ("liger", "cuda")])
+def test_what_is_asked_for_is_taken(asked: str, device: Device):
+    assert choose_kernels(config(kernels=asked), device, 0) == kernels.KernelChoice(asked, "asked for")

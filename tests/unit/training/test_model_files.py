@@ -1,0 +1,215 @@
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from transformers import AutoModelForCausalLM
+
+from configs.schema import LoraConfig
+from training.models.files import (
+    ModelError,
+    count_lora_parameters,
+    is_hub_id,
+    is_model_file,
+    is_tokenizer_file,
+    read_adapter_facts,
+    read_model_facts,
+)
+from training.models.torch_provider import peft_config
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    peft.get_peft_model(base, peft_config(LoraConfig(r=4))).save_pretrained(directory)
+    return directory
+
+
+def test_facts_are_those_of_the_loaded_model(tiny_model: Path):
+    facts = read_model_facts(str(tiny_model))
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert facts.parameter_shapes == {name: tuple(value.shape) for name, value in loaded.named_parameters()}
+    assert facts.parameters == loaded.num_parameters()
+    assert facts.weight_bytes == (tiny_model / "model.safetensors").stat().st_size
+    assert (facts.architecture, facts.max_context, facts.quantization) == ("LlamaForCausalLM", 512, None)
+    assert not facts.tie_word_embeddings
+
+
+def test_a_sharded_model_is_the_same_model(tiny_model: Path, model: Path):
+    (model / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(model, max_shard_size="200KB")
+    assert len(list(model.glob("*.safetensors"))) > 1
+    assert read_model_facts(str(model)).parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
+    next(model.glob("model-00002-*")).unlink()
+    with pytest.raises(
+        ModelError, match=r"names weights that are not there \(model-00002-of-\d+.safetensors\)"
+    ):
+        read_model_facts(str(model))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"r": 8},
+        {"r": 16, "target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*\.mlp\.(up|down)_proj"},
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"exclude_modules": ["down_proj"]},
+        {"rank_pattern": {"q_proj": 2}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"exclude_modules": r".*\.self_attn\..*"},
+    ],
+    ids=str,
+)
+def test_lora_parameters_are_counted_as_peft_makes_them(tiny_model: Path, keys: dict[str, Any]):
+    lora = LoraConfig(**keys)
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), peft_config(lora))
+    assert (
+        count_lora_parameters(read_model_facts(str(tiny_model)), lora)
+        == made.get_nb_trainable_parameters()[0]
+    )
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda directory: [(directory / name).unlink() for name in names] and None
+
+
+def cut_to(size: int) -> Callable[[Path], None]:
+    def cut(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+
+    return cut
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    def overwrite(directory: Path) -> None:
+        (directory / name).write_bytes(content)
+
+    return overwrite
+
+
+def pickled_only(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def header(content: Any) -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("config.json"), r"model .*/model: config.json is missing \(found: .*tokenizer.json"),
+        (without("model.safetensors"), r"no weights \(\*\.safetensors\) beside config.json .*Copy them"),
+        (
+            pickled_only,
+            r"weights are pickled only \(pytorch_model.bin\).* runs code .* Save it as safetensors",
+        ),
+        (without("tokenizer.json", "tokenizer_config.json"), r"no tokenizer .*Copy it there"),
+        (write("config.json", b"{"), r"/model/config.json: not JSON .*Upload it again"),
+        (write("config.json", b"[]"), "/model/config.json: holds list, not an object"),
+        (cut_to(0), "model.safetensors: 0 bytes is no safetensors file. Upload it again"),
+        (cut_to(100), r"model.safetensors: its header says \d+ bytes, the file has 100: damaged"),
+        (cut_to(3000), r"model.safetensors: has 3000 bytes where its header asks for \d+: cut off"),
+        (cut_to(-1), r"model.safetensors: has \d+ bytes where its header asks for \d+: cut off"),
+        (write("model.safetensors", b"PK\x03\x04" + bytes(400)), "its header cannot be read|its header says"),
+        (write("model.safetensors", struct.pack("<Q", 9) + b"not json!"), "its header cannot be read"),
+        (write("model.safetensors", header([1])), "its header cannot be read"),
+        (write("model.safetensors", header({"weight": {"shape": [2]}})), "its header cannot be read"),
+        (write("model.safetensors", header({"weight": 3})), "its header cannot be read"),
+        (
+            write("model.safetensors", header({"weight": {"shape": 3, "data_offsets": [0, 0]}})),
+            "its header cannot be read",
+        ),
+    ],
+)
+def test_a_damaged_model_is_refused_with_what_to_do(
+    model: Path, damage: Callable[[Path], None], message: str
+):
+    damage(model)
+    with pytest.raises(ModelError, match=message):
+        read_model_facts(str(model))
+
+
+def test_an_empty_place_is_refused(tmp_path: Path):
+    with pytest.raises(
+        ModelError, match=r"nothing is there. Name a hub id \(org/name\), a directory or an s3://"
+    ):
+        read_model_facts(str(tmp_path))
+
+
+def test_adapter_facts_are_those_of_peft(tiny_model: Path, adapter: Path):
+    facts = read_adapter_facts(str(adapter))
+    assert facts.base_model == str(tiny_model)
+    assert facts.lora["r"] == 4
+    loaded = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), adapter, is_trainable=True
+    )
+    total = sum(rows * columns for rows, columns in facts.parameter_shapes.values())
+    assert total == loaded.get_nb_trainable_parameters()[0]
+
+
+def test_a_model_and_an_adapter_in_each_others_place_are_told_the_right_key(tiny_model: Path, adapter: Path):
+    with pytest.raises(ModelError, match="holds a LoRA adapter: name it as initial_adapter_model_ckpt_path"):
+        read_model_facts(str(adapter))
+    with pytest.raises(ModelError, match="holds a full model: name it as initial_base_model_ckpt_path"):
+        read_adapter_facts(str(tiny_model))
+
+
+def test_an_adapter_that_cannot_be_continued_is_refused(adapter: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(ModelError, match="peft_type is 'PREFIX_TUNING', and LORA is what can be continued"):
+        read_adapter_facts(str(copy))
+    (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is missing .*unpickling runs code"):
+        read_adapter_facts(str(copy))
+    (copy / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=r"Name the checkpoint itself \(…/checkpoints/step-000120\)"):
+        read_adapter_facts(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("key", "for_model", "for_tokenizer"),
+    [
+        ("config.json", True, True),
+        ("tokenizer.json", True, True),
+        ("chat_template.jinja", True, True),
+        ("tokenizer.model", True, True),
+        ("model-00001-of-00002.safetensors", True, False),
+        ("model.safetensors.index.json", True, False),
+        ("pytorch_model.bin", False, False),
+        ("optimizer.pt", False, False),
+        ("trainer_state.json", False, False),
+        ("MANIFEST.json", False, False),
+        ("original/consolidated.safetensors", False, False),
+        ("modeling.py", False, False),
+    ],
+)
+def test_what_is_brought_to_a_node(key: str, for_model: bool, for_tokenizer: bool):
+    assert is_model_file(key) == for_model
+    assert is_tokenizer_file(key) == for_tokenizer
+
+
+def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    for hub_id in ("gpt2", "org/name", "meta-llama/Llama-3.1-8B"):
+        assert is_hub_id(hub_id)
+    for other in ("org/here", "s3://bucket/model", "./org/name", "/models/llama", "a/b/c", "run:name"):
+        assert not is_hub_id(other)
