@@ -1,0 +1,177 @@
+"""What Anneal costs on top of what it stands on: `make bench-overhead` prints two ratios, side by side in one run.
+
+- tokens/s of our job against plain TRL under torchrun: same model, rows, settings, 2 processes;
+- time from start to the end of the first step against a bare Ray TorchTrainer that builds the same model.
+
+Each round runs all three one after the other, in an order that rotates; the ratio is taken within a round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from cookbooks.quickstart import prepare
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
+from utils.bucket import sync_to_node
+from utils.embedded_bucket import embedded_bucket
+
+STEPS, BATCH_SIZE, WORKERS = 12, 4, 2
+LEARNING_RATE = 5e-4
+RESULTS = PROJECT / "benchmarks" / "results" / "overhead.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    prepare.main()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        with embedded_bucket():
+            model = sync_to_node(f"{prepare.HOME}/smollm2-135m", directory / "model")
+        rows = directory / "train.jsonl"
+        rows.write_text(write_problems(TRAIN_KINDS, STEPS * BATCH_SIZE * WORKERS, 1))
+        contestants = {"anneal": run_anneal, "torchrun_trl": run_torchrun, "bare_torch_trainer": run_bare}
+        measured: list[dict[str, Any]] = []
+        for number in range(rounds):
+            names = list(contestants)
+            order = names[number % 3 :] + names[: number % 3]
+            measured.append(
+                {"order": order} | {name: contestants[name](directory, model, rows) for name in order}
+            )
+            print(json.dumps(measured[-1]), flush=True)
+    speed = [r["anneal"]["tokens_per_second"] / r["torchrun_trl"]["tokens_per_second"] for r in measured]
+    start = [
+        r["anneal"]["first_step_seconds"] / r["bare_torch_trainer"]["first_step_seconds"] for r in measured
+    ]
+    summary = {"tokens_per_second_ratio": spread(speed), "first_step_ratio": spread(start)}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(
+        json.dumps({"machine": machine(), "summary": summary, "rounds": measured}, indent=2) + "\n"
+    )
+    for name, values in summary.items():
+        print(
+            f"{name}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {rounds} rounds)"
+        )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    packages = ("torch", "transformers", "trl", "peft", "ray")
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
+    """main.py, as a user starts it, checks included; no evaluation, as the peers have none."""
+    name = f"run-{time.time_ns()}"
+    config = directory / f"{name}.yaml"
+    settings = {
+        "model_id": str(model),
+        "train_path": str(rows),
+        "storage_path": str(directory / "runs"),
+        "output_dir": str(directory / name),
+        "run_name": name,
+        "device": "cpu",
+        "num_devices": WORKERS,
+        "train_batch_size_per_device": BATCH_SIZE,
+        "max_steps": STEPS,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "linear",
+        "gradient_checkpointing": False,
+        "lora_config": {"r": 8, "lora_alpha": 16},
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": STEPS},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    began = time.time()
+    first_step = 0.0
+    process = subprocess.Popen(
+        [sys.executable, "main.py", str(config), "--json"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None and process.stdout is not None
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            first_step = time.time() - began
+    result = json.loads(process.stdout.read().splitlines()[-1])
+    assert process.wait() == 0 and result["status"] == "completed", result
+    return {
+        "first_step_seconds": first_step,
+        "tokens": result["tokens"],
+        "tokens_per_second": result["tokens_per_second"],
+    }
+
+
+def run_torchrun(directory: Path, model: Path, rows: Path) -> dict[str, float]:
+    """Plain TRL on two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
+    return _run_peer(launcher, [], directory, model, rows, STEPS)
+
+
+def run_bare(directory: Path, model: Path, rows: Path) -> dict[str, float]:
+    """A bare TorchTrainer around the same script; one step is enough."""
+    return _run_peer([sys.executable], ["--ray"], directory, model, rows, 1)
+
+
+def _run_peer(
+    launcher: list[str], options: list[str], directory: Path, model: Path, rows: Path, steps: int
+) -> dict[str, float]:
+    name = f"peer-{time.time_ns()}"
+    report, settings_file = directory / f"{name}.report.json", directory / f"{name}.json"
+    settings = {
+        "began": time.time(),
+        "model": str(model),
+        "train_path": str(rows),
+        "output_dir": str(directory / name),
+        "batch_size": BATCH_SIZE,
+        "max_steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "report": str(report),
+    }
+    settings_file.write_text(json.dumps(settings))
+    # A fresh cache: ours tokenises anew in each round as well.
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_DATASETS_CACHE": str(directory / name / "cache"),
+    }
+    script = str(PROJECT / "benchmarks" / "plain_trl.py")
+    subprocess.run(
+        [*launcher, script, str(settings_file), *options], env=environment, check=True, capture_output=True
+    )
+    measured = json.loads(report.read_text())
+    if steps > 1:
+        measured["tokens_per_second"] = measured["tokens"] / measured["training_seconds"]
+    return measured
+
+
+if __name__ == "__main__":
+    main()
