@@ -43,9 +43,11 @@ def train(settings: dict[str, Any]) -> None:
         lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]},
         remove_columns=["messages"],
     )
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    model.config.use_cache = False  # TRL's own compute_loss turns it off
     clock = Clock()
     trainer = OnCpu(
-        model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16),
+        model=model,
         args=SFTConfig(
             output_dir=settings["output_dir"],
             per_device_train_batch_size=settings["batch_size"],
@@ -66,6 +68,7 @@ def train(settings: dict[str, Any]) -> None:
     )
     trainer.train()
     if trainer.is_world_process_zero():
+        assert trainer.train_dataset is not None
         measured = {
             "first_step_seconds": clock.first_step - settings["began"],
             "tokens": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),

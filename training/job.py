@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from utils.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, state_directo
 
 PROJECT = Path(__file__).parent.parent
 _TAKE_EVENTS_EVERY_SECONDS = 0.25
+_REACH_SECONDS = 10
 
 
 def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable[[Event], None]) -> RunResult:
@@ -129,6 +131,7 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _check_reachable(address)
         ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
     else:
         ray.init(
@@ -146,6 +149,20 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself goes on trying for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # "auto" and the like: Ray looks for a cluster on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS: nothing answers at {address} ({error}). Start the cluster, correct the address, or unset RAY_ADDRESS "
+            "to run on this machine."
+        ) from error
 
 
 def _runtime_environment() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from training.models.files import (
     ModelError,
     ModelFacts,
     count_lora_parameters,
+    fetch_hub_model,
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
@@ -276,12 +277,7 @@ def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path
     """
     if not is_hub_id(source):
         return sync_to_node(source, cache / "models", wanted)
-    import huggingface_hub
-
-    names = [sibling.rfilename for sibling in huggingface_hub.model_info(source).siblings or []]
-    return Path(
-        huggingface_hub.snapshot_download(source, allow_patterns=[name for name in names if wanted(name)])
-    )
+    return fetch_hub_model(source, wanted)
 
 
 def load_tokenizer(

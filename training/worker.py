@@ -182,7 +182,9 @@ def _train(plan: RunPlan, place: Place, mailbox: Any, tell: Callable[[Event], No
         sync_to_node(plan.adapter, plan.cache / "models", is_model_file) if plan.adapter else None
     )
     restored = _restore(restore_from, scratch / "trainer" / "restored", place) if restore_from else None
-    tokenizer = load_tokenizer(model_directory, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(
+        model_directory, source=plan.base_model, trust_remote_code=config.trust_remote_code
+    )
 
     tell(Phase("preparing the data"))
     train = prepare_data(plan.train, tokenizer, model_directory, plan.cache)

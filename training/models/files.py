@@ -4,6 +4,8 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,25 +139,10 @@ def read_hub_facts(model_id: str) -> ModelFacts:
         ModelError: unknown, gated or unreachable.
     """
     import huggingface_hub
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-    )
 
-    try:
+    with _hub_errors(model_id):
         config = json.loads(Path(huggingface_hub.hf_hub_download(model_id, "config.json")).read_text("utf-8"))
         metadata = huggingface_hub.get_safetensors_metadata(model_id)
-    except NotASafetensorsRepoError as error:
-        raise ModelError(
-            f"model {model_id}: the hub has no safetensors of it. Convert it, and name your copy."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise ModelError(
-            f"model {model_id}: cannot be read from the Hugging Face hub ({_first_line(error)}). If it is gated, accept its "
-            "licence and set HF_TOKEN; without a network, name a directory or an s3:// prefix that holds it."
-        ) from error
     shapes = {
         name: tuple(tensor.shape)
         for file in metadata.files_metadata.values()
@@ -167,6 +154,42 @@ def read_hub_facts(model_id: str) -> ModelFacts:
         for tensor in file.tensors.values()
     )
     return _facts(model_id, config, shapes, weight_bytes)
+
+
+def fetch_hub_model(model_id: str, wanted: Callable[[str], bool]) -> Path:
+    """The wanted files of a hub model as a directory on this node; the hub's own cache keeps them.
+
+    Raises:
+        ModelError: unknown, gated or unreachable.
+    """
+    import huggingface_hub
+
+    with _hub_errors(model_id):
+        names = [sibling.rfilename for sibling in huggingface_hub.model_info(model_id).siblings or []]
+        patterns = [name for name in names if wanted(name)]
+        return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns))
+
+
+@contextmanager
+def _hub_errors(model_id: str) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+    )
+
+    try:
+        yield
+    except NotASafetensorsRepoError as error:
+        raise ModelError(
+            f"model {model_id}: the hub has no safetensors of it. Convert it, and name your copy."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"model {model_id}: cannot be read from the Hugging Face hub ({_first_line(error)}). If it is gated, accept its "
+            "licence and set HF_TOKEN; without a network, name a directory or an s3:// prefix that holds it."
+        ) from error
 
 
 @dataclass(frozen=True)

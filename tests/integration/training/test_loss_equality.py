@@ -1,4 +1,4 @@
-"""The same ten steps are the same ten losses, however they are spread: one worker, DDP, ZeRO-1, 2 and 3."""
+"""The same ten steps are the same ten losses: on one worker, with DDP, ZeRO-1, 2 and 3, and with Unsloth's CPU mode."""
 
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ SPREADS: dict[str, dict[str, Any]] = {
         "eval_batch_size_per_device": 7,
         "deepspeed": "zero_3",
     },
+    "unsloth": {"num_devices": 2, "train_batch_size_per_device": 4, "kernels": "unsloth"},
 }
 METHODS: dict[str, dict[str, Any]] = {"lora": {"lora_config": {"r": 4}}, "full": {}}
 
