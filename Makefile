@@ -1,39 +1,88 @@
 # Every command that the README, the CI workflow and .ci/run use. `make help` lists them.
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
 
-PYTHON ?= python3.11
+# The first of these that is Python 3.11; `make setup PYTHON=/a/python3.11` says it outright.
+PYTHON = $(shell for python in python3.11 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 EXTRAS := quickstart unsloth dev
-# Nothing is resolved at install time: the locks name every file by its hash.
-INSTALL = $(BIN)/uv pip install --quiet --no-deps --require-hashes --python $(BIN)/python -r
 
-.PHONY: help setup setup-unsloth setup-dev quickstart test lint format lock clean
+# What the locks cannot hold: torch, whose build the machine decides.
+TORCH = $(shell sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)
+BOOTSTRAP = $(shell sed -nE 's/^([a-z-]+==[^ ;]+) \\$$/\1/p' requirements/bootstrap.lock)
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP = $(BIN)/pip install -qq --disable-pip-version-check --no-input
+# Nothing is resolved here: the locks name every file by its hash, and what builds the one source package too.
+INSTALL = $(BIN)/uv pip install --quiet --no-deps --require-hashes --build-constraints requirements/bootstrap.lock \
+	--python $(BIN)/python
+ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
+	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
+
+.PHONY: help setup setup-unsloth setup-dev quickstart test lint format lock bench-overhead clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
 
+# A step that was cut short leaves STAMP.begun behind, and the next run does it from the start.
 $(STAMPS)/torch: requirements/bootstrap.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	mkdir -p $(STAMPS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)"
-	touch $@
+	@if test -e $@.begun || ! $(BIN)/pip --version >/dev/null 2>&1; then \
+	  test -n "$(PYTHON)" || { echo "error: no Python 3.11 is found; install it, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	  echo "making $(VENV) with $(PYTHON)"; \
+	  rm -rf $(VENV) && mkdir -p $(STAMPS) && touch $@.begun && $(PYTHON) -m venv $(VENV); \
+	fi
+	@mkdir -p $(STAMPS)
+	@if ! $(ARE_INSTALLED) $(BOOTSTRAP) $(TORCH) 2>/dev/null; then \
+	  echo "installing $(TORCH)"; \
+	  touch $@.begun && $(PIP) --require-hashes -r requirements/bootstrap.lock && \
+	  if test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null; then \
+	    $(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) --index-url $(CPU_TORCH_INDEX) "$(TORCH)+cpu"; \
+	  else $(PIP) "$(TORCH)"; fi; \
+	fi
+	@rm -f $@.begun && touch $@
 
 $(STAMPS)/%: requirements/%.lock $(STAMPS)/torch
-	$(INSTALL) $<
-	touch $@
+	@echo "installing $<"
+	@again=; if test -e $@.begun; then again=--reinstall; fi; \
+	touch $@.begun && $(INSTALL) $$again -r $< && mv $@.begun $@
 
-setup: $(STAMPS)/quickstart  ## install what the quickstart needs into .venv
+setup: $(STAMPS)/quickstart  ## install what training and the quickstart need into .venv
 setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see README)
 setup-dev: setup-unsloth $(STAMPS)/dev  ## add what the tests and the linters need
 
-lock:  ## resolve pyproject.toml into requirements/*.lock
-	compile="$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --override requirements/overrides.txt"; \
+quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
+	$(BIN)/python cookbooks/quickstart/prepare.py
+	$(BIN)/python main.py cookbooks/quickstart/smollm2-135m.yaml
+
+test: setup-dev  ## run the tests
+	$(BIN)/python -m pytest tests
+
+lint: setup-dev  ## check style, types and the doors between the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup-dev  ## rewrite the Python files as the linter wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-overhead: setup  ## measure what Anneal costs beside the bare trainer
+	$(BIN)/python benchmarks/overhead.py
+
+lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	export UV_CUSTOM_COMPILE_COMMAND="make lock"; \
-	$$compile pyproject.toml -o requirements/runtime.lock; \
-	for extra in $(EXTRAS); do $$compile --extra $$extra -c requirements/runtime.lock pyproject.toml -o requirements/$$extra.lock; done; \
-	echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" | $$compile - -o requirements/bootstrap.lock
+	compile="$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --override requirements/overrides.txt"; \
+	$$compile pyproject.toml -o requirements/runtime.lock && \
+	for extra in $(EXTRAS); do \
+	  $$compile --extra $$extra -c requirements/runtime.lock pyproject.toml -o requirements/$$extra.lock || exit 1; \
+	done && \
+	printf '%s\n' "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" setuptools filelock fsspec jinja2 networkx sympy typing-extensions \
+	  | $$compile - -c requirements/runtime.lock -o requirements/bootstrap.lock
+
+clean:  ## remove caches and .anneal (the embedded bucket, with the runs in it); .venv stays
+	rm -rf .anneal .hypothesis .import_linter_cache .pytest_cache .ruff_cache unsloth_compiled_cache
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
