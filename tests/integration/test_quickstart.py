@@ -1,0 +1,111 @@
+"""The README's first commands, as they stand there: a real model learns from the embedded bucket."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.jobs import PROJECT, command, environment
+from utils.bucket import open_store
+from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
+
+YAML = Path("cookbooks/quickstart/smollm2-135m.yaml")
+GIGABYTE = 10**9
+
+
+class MemoryOfTree:
+    """The most memory that a process and its descendants hold at once, shared pages counted once (PSS)."""
+
+    def __init__(self, pid: int):
+        self.peak_bytes = 0
+        self._root = psutil.Process(pid)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(2):
+            total = 0
+            try:
+                tree = [self._root, *self._root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            for process in tree:
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+
+    def stop(self) -> int:
+        self._ended.set()
+        self._thread.join()
+        return self.peak_bytes
+
+
+@pytest.mark.timeout(900)
+def test_the_quickstart(tmp_path: Path):
+    """Eval loss falls by 30% on problem types that training never shows, in under 8 GB."""
+    variables = environment() | {
+        STATE_VARIABLE: str(tmp_path / "bucket"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    prepared = subprocess.run(
+        [sys.executable, "cookbooks/quickstart/prepare.py"],
+        cwd=PROJECT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    process = subprocess.Popen(
+        command(YAML, "--json"),
+        cwd=PROJECT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    memory = MemoryOfTree(process.pid)
+    output, errors = process.communicate()
+    peak = memory.stop()
+    assert process.returncode == 0, errors
+    result = json.loads(output.splitlines()[-1])
+    first, last = result["eval_losses"][0]["eval_loss"], result["eval_losses"][-1]["eval_loss"]
+    print(
+        f"\neval loss {first:.4f} -> {last:.4f}, {result['elapsed_seconds']:.0f} s, {peak / GIGABYTE:.2f} GB"
+    )
+    assert last < 0.7 * first
+    assert 0 < peak < 8 * GIGABYTE
+    assert all(Path(log).exists() for log in result["log_files"])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(STATE_VARIABLE, variables[STATE_VARIABLE])
+        with embedded_bucket():
+            run = open_store(result["run_uri"])
+            files = {item.key for item in run.list()}
+    assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png"} <= files
+    assert not _left_behind(tmp_path), "something of the run still lives"
+
+
+def _left_behind(directory: Path) -> list[str]:
+    """Command lines that name the test's own directories, a few seconds after nobody uses the bucket."""
+    for _ in range(50):
+        lines = []
+        for process in psutil.process_iter():
+            try:
+                line = " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+            if str(directory) in line and process.pid != os.getpid():
+                lines.append(line)
+        if not lines:
+            return []
+        threading.Event().wait(0.2)
+    return lines
