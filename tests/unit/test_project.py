@@ -33,7 +33,9 @@ def pins(lock: Path) -> list[tuple[str, str, str, str]]:
 
 
 def test_make_help_lists_every_command_that_is_written_anywhere():
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     listed = {line.split()[0] for line in said.splitlines()}
     phony = re.search(r"^\.PHONY: (.*)$", read("Makefile"), re.M)
     assert phony and listed == set(phony[1].split())
