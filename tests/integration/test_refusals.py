@@ -412,6 +412,15 @@ def test_a_refusal_of_a_run_comes_before_any_cluster(tiny_model: Path, tmp_path:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path):
+    config = config_file(tmp_path, tiny_model)
+    finished = run_main(config, "--json", "device=cpu", variables={"RAY_ADDRESS": "127.0.0.1:1"}, timeout=60)
+    assert finished.exit_code == 2
+    assert "error: RAY_ADDRESS: nothing answers at 127.0.0.1:1" in finished.errors.splitlines()[-1]
+    assert "Traceback" not in finished.errors
+    assert not (tmp_path / "runs").exists()
+
+
 def on_a_disk_of_300_kb(directory: Path, config: Path) -> Finished:
     """Run main.py --dry-run where `directory` is a disk of its own, which only that process sees."""
     directory.mkdir()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,21 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def run_main(config: Path, *arguments: str, timeout: float = 300) -> Finished:
+def run_main(
+    config: Path, *arguments: str, timeout: float = 300, variables: Mapping[str, str] | None = None
+) -> Finished:
     """Run main.py to its end.
 
     Args:
         config: The YAML.
         arguments: Overrides and options.
         timeout: Seconds.
+        variables: Set on top of the environment.
     """
     done = subprocess.run(
         command(config, *arguments),
         cwd=PROJECT,
-        env=environment(),
+        env=environment() | dict(variables or {}),
         capture_output=True,
         text=True,
         timeout=timeout,
