@@ -37,6 +37,7 @@ def draw_eval_curve(
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("eval loss (nats a trained token)")
+    axes.margins(x=0.12, y=0.15)  # room for the figures beside the points
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

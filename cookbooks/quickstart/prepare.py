@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
 from utils.bucket import open_store, upload_directory
-from utils.embedded_bucket import embedded_bucket
+from utils.console import library_output_in
+from utils.embedded_bucket import embedded_bucket, state_directory
 
 HOME = "s3://anneal/quickstart"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,7 +56,8 @@ def main() -> None:
                 file=sys.stderr,
             )
             with tempfile.TemporaryDirectory() as temporary:
-                save_model(Path(temporary))
+                with library_output_in(state_directory() / "prepare.log"):
+                    save_model(Path(temporary))
                 files = sorted(path.name for path in Path(temporary).iterdir())
                 files.remove("tokenizer.json")
                 upload_directory(Path(temporary), store, "smollm2-135m/", files)

@@ -174,12 +174,20 @@ def _conversation(
     if whole_text and (text := column("text")) is not None:
         if not isinstance(text, str) or not text.strip():
             raise RowError("`text` is empty or no string")
+        _check_text(text, "`text`")
         return Conversation(row, text=text)
     expected = "`messages`, or `prompt` and `completion`" + (", or `text`" if whole_text else "")
     found = ", ".join(list(value)[:6]) or "nothing"
     raise RowError(
         f"has no {expected} (found: {found}). If they are called otherwise, say so: columns: {{prompt: question}}"
     )
+
+
+def _check_text(text: str, what: str) -> None:
+    if "\x00" in text:
+        raise RowError(f"{what} holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RowError(f"{what} holds half of a surrogate pair, which is no character")
 
 
 def _check_messages(messages: Any) -> tuple[Message, ...]:
@@ -194,8 +202,7 @@ def _check_messages(messages: Any) -> tuple[Message, ...]:
             raise RowError(f"message {position} has the role {role!r}. Known: {', '.join(_ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise RowError(f"message {position} ({role}) is empty or no text")
-        if "\x00" in content:
-            raise RowError(f"message {position} ({role}) holds a NUL character")
+        _check_text(content, f"message {position} ({role})")
         previous = checked[-1]["role"] if checked else None
         if role == "system" and previous is not None:
             raise RowError(f"message {position}: a system message stands first or nowhere")
