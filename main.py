@@ -72,7 +72,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A report waits for the next health check.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Its patch of print breaks the hashing of datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     from training.checkpoints import CheckpointError

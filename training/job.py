@@ -39,7 +39,7 @@ from utils.bucket import join_uri, open_store
 from utils.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
-_TAKE_EVENTS_EVERY_SECONDS = 0.25
+_TAKE_EVENTS_EVERY_SECONDS = 1.0  # each look costs a core that trains on small machines
 _REACH_SECONDS = 10
 
 
