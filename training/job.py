@@ -134,36 +134,21 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
         _check_reachable(address)
         ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
     else:
-        with _own_process_group():
-            ray.init(
-                num_cpus=plan.config.num_devices,
-                num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
-                resources={
-                    name: amount * plan.config.num_devices for name, amount in _custom_resources(plan).items()
-                },
-                include_dashboard=False,
-                log_to_driver=False,
-            )
+        ray.init(
+            num_cpus=plan.config.num_devices,
+            num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
+            resources={
+                name: amount * plan.config.num_devices for name, amount in _custom_resources(plan).items()
+            },
+            include_dashboard=False,
+            log_to_driver=False,
+        )
     try:
         if address:
             _check_cluster(plan)
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _own_process_group() -> Iterator[None]:
-    """Start children in a process group of their own: a signal to ours must stop the run, not kill Ray under it."""
-    ours = os.getpgid(0)
-    if os.getsid(0) == os.getpid():  # a session's leader cannot leave its group
-        yield
-        return
-    os.setpgid(0, 0)
-    try:
-        yield
-    finally:
-        os.setpgid(0, ours)
 
 
 def _check_reachable(address: str) -> None:

@@ -144,7 +144,6 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            process_group=0,
         )
         self.seen: list[str] = []
 
@@ -199,7 +198,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
     config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_100, run_name="stopped"))
     running = start(config)
     running.wait_for("step 20/")
-    os.killpg(running.process.pid, signal.SIGTERM)  # as `timeout` and service managers do
+    running.process.send_signal(signal.SIGTERM)
     finished = running.end()
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert finished.result["status"] == "stopped"
