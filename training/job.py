@@ -35,8 +35,8 @@ from training import checkpoints
 from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
-from utils.bucket import join_uri, open_store
-from utils.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, state_directory
+from utils.bucket import join_uri, open_store, uses_embedded_bucket
+from utils.embedded_bucket import STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
 _TAKE_EVENTS_EVERY_SECONDS = 1.0  # each look costs a core that trains on small machines
@@ -187,7 +187,7 @@ def _check_cluster(plan: RunPlan) -> None:
             "Lower num_devices, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1 and f"{plan.run_uri}/".startswith(f"s3://{EMBEDDED_BUCKET}/"):
+    if len(nodes) > 1 and uses_embedded_bucket(plan.run_uri):
         raise ClusterError(
             f"the embedded bucket serves this machine only, and the cluster has {len(nodes)} nodes. Set storage_path to a bucket that "
             "all nodes reach."

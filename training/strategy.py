@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import configs
-from configs.schema import FinetuneConfig
-
-_PRESETS = Path(configs.__file__).parent / "deepspeed"
+from configs.schema import FinetuneConfig, deepspeed_preset_path
 
 
 class StrategyError(Exception):
@@ -23,7 +20,7 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
     if config.deepspeed is None:
         return None
     path = (
-        _PRESETS / f"{config.deepspeed}.json"
+        deepspeed_preset_path(config.deepspeed)
         if isinstance(config.deepspeed, str)
         else Path(config.deepspeed.config_path)
     )
