@@ -17,6 +17,7 @@ from rich.console import Console
 
 from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
 from utils.console import library_output_in, open_consoles
+from utils.processes import run_in_own_session
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -35,15 +36,20 @@ def main(arguments: list[str]) -> int:
     if options.print_config:
         print(to_yaml(loaded.config), end="")
         return DONE
-    return plan_and_run(loaded, options, began)
+    if options.dry_run:
+        return plan_and_run(loaded, options, began)
+    # Ray's own processes must outlive a signal to the process group, until the checkpoint is committed.
+    return run_in_own_session(lambda: plan_and_run(loaded, options, began))
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; a wrong one ends the process with code 2."""
     parser = argparse.ArgumentParser(
-        prog="main.py", description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes."
+        prog="main.py",
+        usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]",
+        description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -64,13 +70,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="end standard output with the result (or the plan) as JSON on its last line",
     )
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options may stand before overrides
+    if options.config is None:
+        parser.error("name a YAML file: main.py CONFIG.yaml")
+    return options
 
 
 def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float) -> int:
     """Everything behind the file: the plan, the run, the report."""
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The cluster of one machine gets no notice of preemption; watching for it is a process on cores that train.
+    os.environ.setdefault(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if os.environ.get("RAY_ADDRESS") else "0"
+    )
     # A report waits for the next health check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Its patch of print breaks the hashing of datasets.
@@ -82,6 +95,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from training.plan import (
         AlreadyCompletedError,
         ClusterError,
+        check_cluster_answers,
         make_plan,
         make_scratch_directory,
         needs_embedded_bucket,
@@ -98,6 +112,8 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
         with ExitStack() as stack:
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(progress))
+            if not options.dry_run:
+                check_cluster_answers()
             if needs_embedded_bucket(loaded.config):
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())

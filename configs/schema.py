@@ -489,7 +489,7 @@ def deepspeed_preset_path(preset: DeepspeedPreset) -> Path:
     return DEEPSPEED_DIRECTORY / f"{preset}.json"
 
 
-def zero_stage(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> int | None:
+def zero_stage_by_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> int | None:
     """The ZeRO stage that a preset or a file's name tells; None without DeepSpeed or when the name does not
     say."""
     match = re.search(r"(?:zero|stage)[_-]?([123])", _deepspeed_name(deepspeed))
@@ -609,13 +609,13 @@ def _precision_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     offloads = "offload" in _deepspeed_name(config.deepspeed)
-    if zero_stage(config.deepspeed) == 3 and config.load_in_4bit:
+    if zero_stage_by_name(config.deepspeed) == 3 and config.load_in_4bit:
         yield (
             "load_in_4bit",
             "`load_in_4bit` does not work with ZeRO-3, which cannot shard 4-bit weights: "
             "write `deepspeed: zero_2`, or `load_in_4bit: false`",
         )
-    if zero_stage(config.deepspeed) == 3 and config.kernels == "unsloth":
+    if zero_stage_by_name(config.deepspeed) == 3 and config.kernels == "unsloth":
         yield (
             "kernels",
             "`kernels: unsloth` does not work with ZeRO-3: write `kernels: liger` or `torch`, or use zero_2",

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from runs.layout import RunResult
 from training.data.prepare import DataSummary
-from training.events import CheckpointCommitted, Evaluated, Event, ModelReady, Phase, StepDone
+from training.events import CheckpointCommitted, Evaluated, Event, ModelReady, Phase, Refused, StepDone
 from training.plan import PlanReport
 
 
@@ -132,6 +132,8 @@ class Watch:
                 self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}")
             case CheckpointCommitted(step=step, uri=uri):
                 self._line(f"step {step}  checkpoint {uri}")
+            case Refused():
+                pass  # the result says it
 
     def _line(self, text: str) -> None:
         self._progress.console.print(Text(text), soft_wrap=True)

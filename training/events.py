@@ -1,5 +1,6 @@
 """What the workers tell the driver while they run; it is carried by a small actor."""
 
+import asyncio
 from dataclasses import dataclass
 
 
@@ -54,38 +55,59 @@ class CheckpointCommitted:
     """Over the steps of this attempt, all workers together."""
 
 
-Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted
+@dataclass(frozen=True)
+class Refused:
+    """A worker met what starting it again cannot mend."""
+
+    message: str
+
+
+Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted | Refused
 
 
 class EventMailbox:
-    """A Ray actor that holds events until the driver takes them. Workers never wait for it."""
+    """A Ray actor that hands events from rank 0 to the driver. Nobody polls: questions are answered when there is news."""
 
     def __init__(self):
         self._events: list[Event] = []
-        self._refusal: str | None = None
-        self._stop = False
+        self._news = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._refused = False
+        self._closed = False
 
-    def put(self, event: Event) -> None:
-        """Called by rank 0."""
+    async def put(self, event: Event) -> None:
+        """Called by rank 0, which does not wait for it."""
         self._events.append(event)
+        self._news.set()
 
-    def take(self) -> list[Event]:
-        """Called by the driver: everything since the last call."""
+    async def take(self) -> list[Event] | None:
+        """Called by the driver: waits for events and returns them; None once there will be no more."""
+        await self._news.wait()
         events, self._events = self._events, []
+        if self._closed:
+            return events or None
+        self._news.clear()
         return events
 
-    def refuse(self, message: str) -> None:
-        """A worker met what starting it again cannot mend; the first one's word counts."""
-        self._refusal = self._refusal or message
+    async def close(self) -> None:
+        """Called by the driver: no worker is left."""
+        self._closed = True
+        self._news.set()
 
-    def refusal(self) -> str | None:
-        """What it was, if anything."""
-        return self._refusal
+    async def refuse(self, message: str) -> None:
+        """Called by the first worker that meets what starting it again cannot mend."""
+        if not self._refused:
+            self._refused = True
+            await self.put(Refused(message))
 
-    def ask_to_stop(self) -> None:
-        """The driver got a signal: commit a checkpoint and end."""
-        self._stop = True
+    async def is_refused(self) -> bool:
+        """Whether one did."""
+        return self._refused
 
-    def asked_to_stop(self) -> bool:
-        """Whether it did."""
-        return self._stop
+    async def ask_to_stop(self) -> None:
+        """Called by the driver, who got a signal: commit a checkpoint and end."""
+        self._stop.set()
+
+    async def stop_is_asked(self) -> None:
+        """Returns when it did."""
+        await self._stop.wait()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runs.curve import draw_eval_curve
 from runs.layout import (
@@ -32,15 +32,20 @@ from runs.layout import (
     checkpoint_key,
 )
 from training import checkpoints
-from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase
+from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import join_uri, open_store, uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
-_TAKE_EVENTS_EVERY_SECONDS = 1.0  # each look costs a core that trains on small machines
-_REACH_SECONDS = 10
+_LOOK_FOR_SIGNALS_SECONDS = 1.0
+# glibc gives large blocks back to the kernel and asks for them again in every step; a worker's memory is its own anyway.
+_KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+}
 
 
 def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable[[Event], None]) -> RunResult:
@@ -59,21 +64,17 @@ def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable
     told = Told()
     with _cluster(plan):
         signals = _remember_signals()  # only now: connecting to Ray installs a handler of its own
-        mailbox: Any = ray.remote(num_cpus=0)(EventMailbox).remote()
-        fit = _Fit(_trainer(plan, mailbox))
-        asked = False
-        while fit.running() and len(signals) < 2:
-            if signals and not asked:
-                asked = True
-                on_event(Phase("stopping behind a checkpoint; a second signal stops at once"))
-                mailbox.ask_to_stop.remote()
-            _take_events(mailbox, told, on_event)
-            fit.wait(_TAKE_EVENTS_EVERY_SECONDS)
-        _take_events(mailbox, told, on_event)
-        refusal: Any = ray.get(mailbox.refusal.remote())
+        mailbox = _mailbox_on_this_node()
+        fit = _Fit(_trainer(plan, mailbox), mailbox)
+
+        def hear(event: Event) -> None:
+            told.hear(event)
+            on_event(event)
+
+        _follow(mailbox, signals, hear)
     manifests = checkpoints.committed(open_store(plan.run_uri))
     finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-    status, reason = _status(fit.error, refusal, signals, finished)
+    status, reason = _status(fit.error, told.refusal, signals, finished)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
     return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
 
@@ -88,42 +89,65 @@ def _remember_signals() -> list[int]:
 
 @dataclass
 class Told:
-    """The figures that the workers told last."""
+    """What the workers told last."""
 
     model: ModelReady | None = None
     checkpoint: CheckpointCommitted | None = None
+    refusal: str | None = None
+
+    def hear(self, event: Event) -> None:
+        """Remember what the result needs."""
+        match event:
+            case ModelReady():
+                self.model = event
+            case CheckpointCommitted():
+                self.checkpoint = event
+            case Refused(message):
+                self.refusal = message
 
 
-def _take_events(mailbox: Any, told: Told, on_event: Callable[[Event], None]) -> None:
-    events: Any = ray.get(mailbox.take.remote())
-    for event in events:
-        if isinstance(event, ModelReady):
-            told.model = event
-        if isinstance(event, CheckpointCommitted):
-            told.checkpoint = event
-        on_event(event)
+def _mailbox_on_this_node() -> Any:
+    """Beside the driver, so that it is lost only when the driver is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(EventMailbox)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _follow(mailbox: Any, signals: Sequence[int], hear: Callable[[Event], None]) -> None:
+    """Pass on what the workers tell until none is left; a first signal asks them to stop, a second does not wait for them."""
+    asked = False
+    news = mailbox.take.remote()
+    while len(signals) < 2:
+        if signals and not asked:
+            asked = True
+            hear(Phase("stopping behind a checkpoint; a second signal stops at once"))
+            mailbox.ask_to_stop.remote()
+        answered, _ = ray.wait([news], timeout=_LOOK_FOR_SIGNALS_SECONDS)
+        if not answered:
+            continue
+        events: Any = ray.get(news)
+        if events is None:
+            return
+        for event in events:
+            hear(event)
+        news = mailbox.take.remote()
 
 
 class _Fit:
-    """TorchTrainer.fit() on a thread of its own, so that signals reach the driver's main thread."""
+    """TorchTrainer.fit() on a thread of its own, so that signals reach the driver's main thread; it closes the mailbox."""
 
-    def __init__(self, trainer: TorchTrainer):
+    def __init__(self, trainer: TorchTrainer, mailbox: Any):
         self.error: BaseException | None = None
         self._trainer = trainer
-        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
-        self._thread.start()
+        self._mailbox = mailbox
+        threading.Thread(target=self._run, name="fit", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             self.error = error
-
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self, seconds: float) -> None:
-        self._thread.join(seconds)
+        self._mailbox.close.remote()
 
 
 @contextmanager
@@ -131,9 +155,10 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _check_reachable(address)
-        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
+        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment(plan))
     else:
+        # As variables of ours, which Ray's processes inherit: a runtime environment would start each of them anew.
+        os.environ.update(_variables_of_workers(plan))
         ray.init(
             num_cpus=plan.config.num_devices,
             num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
@@ -151,26 +176,18 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself goes on trying for minutes."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return  # "auto" and the like: Ray looks for a cluster on this machine
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"RAY_ADDRESS: nothing answers at {address} ({error}). Start the cluster, correct the address, or unset RAY_ADDRESS "
-            "to run on this machine."
-        ) from error
-
-
-def _runtime_environment() -> dict[str, Any]:
+def _runtime_environment(plan: RunPlan) -> dict[str, Any]:
     return {
         "working_dir": str(PROJECT),
         "excludes": ["/.venv", "/.git", "/.anneal", "/tests", "/benchmarks"],
-        "env_vars": {STATE_VARIABLE: str(state_directory())},  # a path: the keys themselves never travel
+        "env_vars": _variables_of_workers(plan),
     }
+
+
+def _variables_of_workers(plan: RunPlan) -> dict[str, str]:
+    memory = {name: os.environ.get(name, value) for name, value in _KEEP_FREED_MEMORY.items()}
+    # The embedded bucket by its path: the keys themselves never travel.
+    return {STATE_VARIABLE: str(state_directory())} | (memory if plan.device == "cpu" else {})
 
 
 def _check_cluster(plan: RunPlan) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,12 +42,15 @@ from utils.bucket import (
     missing_bytes,
     open_store,
     sync_to_node,
+    uses_embedded_bucket,
 )
 from utils.embedded_bucket import EMBEDDED_BUCKET
 from utils.files import checksum_bytes, format_bytes, free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_REACH_SECONDS = 10
 
 
 class RunPlan(BaseModel):
@@ -138,7 +142,7 @@ def needs_embedded_bucket(config: FinetuneConfig) -> bool:
         config.resume_from_checkpoint,
         storage_path(config),
     ]
-    return any(uri is not None and f"{uri}/".startswith(f"s3://{EMBEDDED_BUCKET}/") for uri in uris)
+    return any(uri is not None and uses_embedded_bucket(uri) for uri in uris)
 
 
 def storage_path(config: FinetuneConfig) -> str:
@@ -155,6 +159,25 @@ def scratch_directory(config: FinetuneConfig) -> Path:
     if config.output_dir:
         return Path(config.output_dir).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anneal"
+
+
+def check_cluster_answers() -> None:
+    """Make sure that something listens where RAY_ADDRESS points; Ray itself goes on trying for minutes.
+
+    Raises:
+        ClusterError: nothing answers.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # unset, or "auto" and the like: Ray looks for a cluster on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS: nothing answers at {address} ({error}). Start the cluster, correct the address, or unset RAY_ADDRESS "
+            "to run on this machine."
+        ) from error
 
 
 def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple[RunPlan, PlanReport]:

@@ -83,19 +83,14 @@ class Place:
 
 
 class _StopQuestion:
-    """Asks the driver, again and again and without waiting, whether to stop."""
+    """Asks the driver once whether to stop, and looks whether the answer has come."""
 
     def __init__(self, mailbox: Any):
-        self._mailbox = mailbox
-        self._answer = mailbox.asked_to_stop.remote()
+        self._answer = mailbox.stop_is_asked.remote()
 
     def __call__(self) -> bool:
-        ready, _ = ray.wait([self._answer], timeout=0)
-        if not ready:
-            return False
-        asked: Any = ray.get(self._answer)
-        self._answer = self._mailbox.asked_to_stop.remote()
-        return asked
+        answered, _ = ray.wait([self._answer], timeout=0)
+        return bool(answered)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -103,7 +98,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     plan = RunPlan.model_validate(settings["plan"])
     place = Place.of_ray()
     mailbox = settings["mailbox"]
-    if ray.get(mailbox.refusal.remote()) is not None:
+    if ray.get(mailbox.is_refused.remote()):
         return  # an earlier attempt met what no restart mends
 
     def tell(event: Event) -> None:
@@ -114,6 +109,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         _prepare_process(plan, place)
         try:
             _train(plan, place, mailbox, tell)
+            if place.rank == 0:
+                ray.get(mailbox.put.remote(Phase("ending")))  # behind it, all that was told has arrived
         except _USER_ERRORS as error:
             ray.get(mailbox.refuse.remote(str(error)))
             raise

@@ -63,6 +63,7 @@ _TRANSFER_THREADS = 16
 _WORK_ATTEMPTS, _WORK_TIMEOUT_SECONDS = 10, 30  # a run outlives a storage that is down for a minute
 _CHECK_ATTEMPTS, _CHECK_TIMEOUT_SECONDS = 2, 5  # a check answers within some 10 seconds
 _READ_ATTEMPTS = 5
+_ABOUT_EMBEDDED = "`make quickstart` fills this embedded bucket, whose data lies in"
 _DELETE_BATCH = 1000  # the most keys S3 takes in one request
 
 
@@ -150,8 +151,8 @@ def is_remote(uri: str) -> bool:
 
 
 def uses_embedded_bucket(uri: str) -> bool:
-    """Tell whether `uri` needs the embedded bucket to be running."""
-    return is_remote(uri) and _split_s3(uri)[0] == EMBEDDED_BUCKET
+    """Tell whether `uri`, of whatever scheme, needs the embedded bucket to be running."""
+    return _scheme(uri) == "s3" and _split_s3(uri)[0] == EMBEDDED_BUCKET
 
 
 def join_uri(uri: str, *parts: str) -> str:
@@ -177,7 +178,8 @@ def check_readable(uri: str) -> None:
     if found is None or found.key != name:
         found = parent.first(f"{name}/" if name else "")
     if found is None:
-        raise NotFoundError(f"{uri}: the bucket exists, but has no such object and none below it")
+        hint = f" ({_ABOUT_EMBEDDED} {state_directory()})" if uses_embedded_bucket(uri) else ""
+        raise NotFoundError(f"{uri}: the bucket exists, but has no such object and none below it{hint}")
     parent.stat(found.key)  # reading needs a permission that listing does not
 
 
@@ -198,8 +200,12 @@ def check_writable(uri: str) -> None:
         directory = nearest_existing(path)
         if not directory.is_dir():
             raise BucketError(f"cannot write to {path}: {directory} is a file; choose another place")
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        try:
+            tempfile.TemporaryFile(dir=directory).close()
+        except FileNotFoundError as error:  # /proc and its like
+            raise BucketError(
+                f"cannot write to {path}: {directory} takes no files; choose another place"
+            ) from error
 
 
 def fetch_file(uri: str, cache_dir: Path) -> Path:

@@ -12,7 +12,6 @@ The state directory: `credentials.json` and `server.json` (both readable by thei
 `data/`, and the locks.
 """
 
-import ctypes
 import json
 import os
 import secrets
@@ -24,12 +23,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.files import BucketError, file_lock, write_atomically
+from utils.processes import die_with
 
 EMBEDDED_BUCKET = "anneal"
 STATE_VARIABLE = "ANNEAL_EMBEDDED_BUCKET"  # the state directory; a job's workers get it as an absolute path
@@ -40,7 +40,6 @@ _START_SECONDS = 40
 _STOP_SECONDS = 5
 _POLL_SECONDS = 0.25
 _GRPC_OFFSET = 10_000
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -218,22 +217,10 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
     finally:
         os.close(log)
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return what a child runs before exec, so that the kernel kills it when its parent dies."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def before_exec() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return before_exec
 
 
 def _wait_until_serving(process: subprocess.Popen[bytes], ports: dict[str, int]) -> bool:

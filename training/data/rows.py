@@ -105,7 +105,7 @@ def _parse_line(line: bytes) -> Any:
     except RecursionError:
         return RowError("is nested too deeply to be a conversation")
     if not isinstance(value, dict):
-        return RowError(f"is a JSON {type(value).__name__}. One JSON object a line is expected")
+        return RowError(f"is {_json_type(value)}. One JSON object a line is expected")
     return value
 
 
@@ -169,40 +169,51 @@ def _conversation(
         return Conversation(row, messages=_check_messages(messages))
     prompt, completion = column("prompt"), column("completion")
     if prompt is not None and completion is not None:
-        pair = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return Conversation(row, messages=_check_messages(pair))
+        question = _checked_text(prompt, f"`{columns.get('prompt', 'prompt')}`")
+        answer = _checked_text(completion, f"`{columns.get('completion', 'completion')}`")
+        return Conversation(
+            row, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        )
     if whole_text and (text := column("text")) is not None:
-        if not isinstance(text, str) or not text.strip():
-            raise RowError("`text` is empty or no string")
-        _check_text(text, "`text`")
-        return Conversation(row, text=text)
+        return Conversation(row, text=_checked_text(text, f"`{columns.get('text', 'text')}`"))
     expected = "`messages`, or `prompt` and `completion`" + (", or `text`" if whole_text else "")
-    found = ", ".join(list(value)[:6]) or "nothing"
+    names = [f"{name} (null)" if value[name] is None else name for name in value]
+    found = ", ".join(names[:6]) or "nothing"
     raise RowError(
         f"has no {expected} (found: {found}). If they are called otherwise, say so: columns: {{prompt: question}}"
     )
 
 
-def _check_text(text: str, what: str) -> None:
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _checked_text(text: Any, what: str) -> str:
+    if not isinstance(text, str):
+        raise RowError(f"{what} is {_json_type(text)}, not text")
+    if not text.strip():
+        raise RowError(f"{what} is empty")
     if "\x00" in text:
         raise RowError(f"{what} holds a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise RowError(f"{what} holds half of a surrogate pair, which is no character")
+    return text
 
 
 def _check_messages(messages: Any) -> tuple[Message, ...]:
-    if not isinstance(messages, list | tuple) or not messages:
-        raise RowError("`messages` is no list, or an empty one")
+    if not isinstance(messages, list | tuple):
+        raise RowError(f"`messages` is {_json_type(messages)}, not a list of messages")
+    if not messages:
+        raise RowError("`messages` is an empty list")
     checked: list[Message] = []
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise RowError(f"message {position} is no object with role and content")
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         if role not in _ROLES:
             raise RowError(f"message {position} has the role {role!r}. Known: {', '.join(_ROLES)}")
-        if not isinstance(content, str) or not content.strip():
-            raise RowError(f"message {position} ({role}) is empty or no text")
-        _check_text(content, f"message {position} ({role})")
+        content = _checked_text(message.get("content"), f"message {position} ({role})")
         previous = checked[-1]["role"] if checked else None
         if role == "system" and previous is not None:
             raise RowError(f"message {position}: a system message stands first or nowhere")

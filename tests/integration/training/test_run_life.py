@@ -144,6 +144,7 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
         self.seen: list[str] = []
 
@@ -189,7 +190,10 @@ EVERY_100 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency
 def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
     files: Path, tmp_path: Path, start: Any
 ):
-    """Stopped and continued, the run has the losses of one that was never stopped, dropout included."""
+    """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
+
+    The signal goes to the whole process group, as from `timeout`, a service manager or a terminal.
+    """
     whole = run_main(
         write_yaml(tmp_path / "whole.yaml", settings(files, **LONG, **EVERY_100)), "run_name=whole", "--json"
     )
@@ -198,7 +202,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
     config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_100, run_name="stopped"))
     running = start(config)
     running.wait_for("step 20/")
-    running.process.send_signal(signal.SIGTERM)
+    os.killpg(running.process.pid, signal.SIGTERM)
     finished = running.end()
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert finished.result["status"] == "stopped"

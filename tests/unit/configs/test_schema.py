@@ -11,7 +11,7 @@ from configs.schema import (
     LoraConfig,
     config_hash,
     deepspeed_preset_path,
-    zero_stage,
+    zero_stage_by_name,
 )
 
 LORA: dict[str, Any] = {"lora_config": {"r": 8}}
@@ -231,7 +231,7 @@ def test_a_preset_leaves_the_optimizer_to_the_yaml(preset: Any):
     assert config(deepspeed=preset).deepspeed == preset
     assert "optimizer" not in said
     assert "scheduler" not in said
-    assert zero["stage"] == zero_stage(preset)
+    assert zero["stage"] == zero_stage_by_name(preset)
     assert "auto" not in zero.values()
     assert said["bf16"] == {"enabled": "auto"}
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):

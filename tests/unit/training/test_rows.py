@@ -72,14 +72,14 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path):
     [
         (b"{bad", "is not JSON"),
         (b'{"messages": [', "is not JSON"),
-        (b'"text"', "is a JSON str"),
-        (b"[1]", "is a JSON list"),
+        (b'"text"', "is text. One JSON object"),
+        (b"[1]", "is a list. One JSON object"),
         (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 13\)"),
         (b"[" * 100_000, "nested too deeply"),
         ({}, "found: nothing"),
         ({"prompt": "2 + 2?"}, "has no `messages`"),
-        ({"messages": "hello"}, "`messages` is no list"),
-        ({"messages": []}, "`messages` is no list, or an empty one"),
+        ({"messages": "hello"}, "`messages` is text, not a list"),
+        ({"messages": []}, "`messages` is an empty list"),
         ({"messages": ["hello"]}, "message 1 is no object with role and content"),
         (
             {"messages": [USER, {"role": "bot", "content": "4"}]},
@@ -87,10 +87,13 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path):
         ),
         ({"messages": [{"content": "4"}]}, "message 1 has the role None"),
         ({"messages": [USER, {"role": "assistant", "content": "  "}]}, r"message 2 \(assistant\) is empty"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"message 2 \(assistant\) is empty"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            r"message 2 \(assistant\) is null, not text",
+        ),
         (
             {"messages": [USER, {"role": "assistant", "content": [1]}]},
-            r"message 2 \(assistant\) is empty or no text",
+            r"message 2 \(assistant\) is a list, not text",
         ),
         ({"messages": [USER, {"role": "assistant", "content": "a\x00"}]}, "holds a NUL character"),
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2: a system message stands first or nowhere"),
@@ -100,8 +103,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path):
         ({"messages": [USER, ASSISTANT, ASSISTANT]}, "messages 2 and 3 are both from the assistant"),
         ({"messages": [USER]}, "has no assistant turn: there is nothing to learn"),
         ({"messages": [USER, ASSISTANT, USER]}, "ends with a user message that nobody answers"),
-        ({"prompt": "2 + 2?", "completion": ""}, r"message 2 \(assistant\) is empty"),
-        ({"prompt": 4, "completion": "4"}, r"message 1 \(user\) is empty or no text"),
+        ({"prompt": "2 + 2?", "completion": ""}, "`completion` is empty"),
+        ({"prompt": 4, "completion": "4"}, "`prompt` is a number, not text"),
+        ({"prompt": None, "completion": "4"}, r"found: prompt \(null\), completion"),
+        ({"messages": None}, r"found: messages \(null\)"),
+        ({"messages": {"role": "user"}}, "`messages` is an object"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_reason(tmp_path: Path, row: Any, reason: str):
