@@ -89,6 +89,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     # Its patch of print breaks the hashing of datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     from training.checkpoints import CheckpointError
+    from training.claims import ClaimError
     from training.data.rows import DataError
     from training.display import Watch, show_error, show_plan, show_result
     from training.models.files import ModelError
@@ -138,6 +139,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
         DataError,
         CheckpointError,
         BucketError,
+        ClaimError,
         ClusterError,
     ) as error:
         show_error(progress, str(error))

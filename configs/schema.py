@@ -25,7 +25,7 @@ DeepspeedPreset = Literal["zero_1", "zero_2", "zero_3", "zero_3_offload_optim", 
 DEEPSPEED_PRESETS: tuple[DeepspeedPreset, ...] = get_args(DeepspeedPreset)
 
 # Names that change nothing about the weights a run ends with.
-_NOT_IN_HASH = {
+NOT_IN_HASH = {
     "resume",
     "worker_resources",
     "trainer_resources",
@@ -480,7 +480,7 @@ def config_hash(config: FinetuneConfig) -> str:
     Where a run is stored, what it is called, how it is logged, retried and placed are left out. Files are
     known by their names only: what is in the data or in a DeepSpeed file of one's own is not looked at.
     """
-    said = config.model_dump(mode="json", exclude=_NOT_IN_HASH)
+    said = config.model_dump(mode="json", exclude=NOT_IN_HASH)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ RESULT_FILE = "result.json"
 CURVE_FILE = "eval_loss.png"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
+CLAIMS = "claim"
 
 RunStatus = Literal["completed", "stopped", "failed"]
 
@@ -17,6 +18,16 @@ RunStatus = Literal["completed", "stopped", "failed"]
 def checkpoint_key(step: int, file: str = "") -> str:
     """The key of a checkpoint (or of a file in it), relative to the run: zero-padded, so that keys sort by step."""
     return f"{CHECKPOINTS}/step-{step:06d}/{file}"
+
+
+def run_of(checkpoint: str) -> str:
+    """A checkpoint's URI -> its run's."""
+    return checkpoint.rstrip("/").rpartition(f"/{CHECKPOINTS}/")[0]
+
+
+def claim_key(number: int) -> str:
+    """The key of a claim on the run, relative to it; the highest number counts."""
+    return f"{CLAIMS}/{number:06d}.json"
 
 
 class _Record(BaseModel):
@@ -45,6 +56,13 @@ class DataPosition(_Record):
     """Rows trained since step 0, padding rows not counted."""
 
 
+class DataFingerprints(_Record):
+    """What the rows were, as tokens: equal for the same content wherever it lies."""
+
+    train: str
+    valid: str | None
+
+
 class Manifest(_Record):
     """Written last: a checkpoint exists when its manifest does, and is whole when every file matches it."""
 
@@ -55,7 +73,7 @@ class Manifest(_Record):
     world_size: int
     zero_stage: int
     config_hash: str
-    data_fingerprint: str
+    data: DataFingerprints
     data_position: DataPosition
     parent: str | None
     """URI of the weights or the checkpoint that the run started from."""
@@ -63,6 +81,23 @@ class Manifest(_Record):
     """UTC, ISO 8601."""
     versions: dict[str, str]
     files: list[FileRecord]
+
+
+class Claim(_Record):
+    """Who trains the run now."""
+
+    number: int
+    token: str
+    """Random: tells claims of one number apart."""
+    owner: str
+    """For people: who and where."""
+    since: str
+    """UTC, ISO 8601."""
+    machine: str
+    process: int
+    """Of the driver, on that machine."""
+    process_started: float
+    """Seconds since the epoch, by that machine's clock."""
 
 
 class EvalLoss(_Record):

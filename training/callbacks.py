@@ -1,5 +1,6 @@
 """What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from configs.schema import CheckpointFrequency
 from training.data.batches import BatchShape, rows_of_step
-from training.events import CheckpointCommitted, Evaluated, Event, StepDone
+from training.events import CheckpointCommitted, DivergedError, Evaluated, Event, StepDone
 
 
 class Schedule(TrainerCallback):
@@ -124,6 +125,49 @@ class Telling(TrainerCallback):
                     self.throughput.last_tokens_per_second,
                 )
             )
+
+
+class Diverging(TrainerCallback):
+    """Ends the run on every rank, before it saves, when a loss or a gradient is no number any more.
+
+    Args:
+        rows_of_step: Step -> numbers of the rows it trained, as in the training file.
+        source: What messages call that file.
+        last_good: URI of the newest committed checkpoint, if any.
+    """
+
+    def __init__(
+        self, rows_of_step: Callable[[int], Sequence[int]], source: str, last_good: Callable[[], str | None]
+    ):
+        self.rows_of_step = rows_of_step
+        self.source = source
+        self.last_good = last_good
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """After a step's figures are known, which are the same on every rank."""
+        figures = {
+            name: float(logs[name]) for name in ("loss", "grad_norm", "eval_loss") if logs and name in logs
+        }
+        wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
+        if not wrong:
+            return
+        rows = (
+            ", ".join(str(row) for row in self.rows_of_step(state.global_step)) if "loss" in figures else ""
+        )
+        where = f" on the rows {rows} of {self.source}" if rows else ""
+        left = self.last_good()
+        raise DivergedError(
+            f"step {state.global_step}: {' and '.join(wrong)}{where}. "
+            + (f"The last good checkpoint is {left}. " if left else "No checkpoint was committed before. ")
+            + "Lower learning_rate, raise num_warmup_steps, or look at those rows."
+        )
 
 
 class Stopping(TrainerCallback):

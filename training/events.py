@@ -65,6 +65,10 @@ class Refused:
 Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted | Refused
 
 
+class DivergedError(Exception):
+    """A loss or a gradient that is no number any more; the message says at which step, on which rows, and what is left."""
+
+
 class EventMailbox:
     """A Ray actor that hands events from rank 0 to the driver. Nobody polls: questions are answered when there is news."""
 
@@ -73,11 +77,14 @@ class EventMailbox:
         self._news = asyncio.Event()
         self._stop = asyncio.Event()
         self._refused = False
+        self._failures: dict[int, str] = {}
         self._closed = False
 
     async def put(self, event: Event) -> None:
         """Called by rank 0, which does not wait for it."""
         self._events.append(event)
+        if isinstance(event, CheckpointCommitted):
+            self._failures.clear()
         self._news.set()
 
     async def take(self) -> list[Event] | None:
@@ -99,6 +106,12 @@ class EventMailbox:
         if not self._refused:
             self._refused = True
             await self.put(Refused(message))
+
+    async def fails_again(self, rank: int, error: str) -> bool:
+        """Called by a worker that met an error: whether it is this rank's last one, with no checkpoint committed since."""
+        again = self._failures.get(rank) == error
+        self._failures[rank] = error
+        return again
 
     async def is_refused(self) -> bool:
         """Whether one did."""

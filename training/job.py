@@ -25,6 +25,7 @@ from runs.layout import (
     CURVE_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    Claim,
     EvalLoss,
     Manifest,
     RunResult,
@@ -32,6 +33,7 @@ from runs.layout import (
     checkpoint_key,
 )
 from training import checkpoints
+from training.claims import claimed
 from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
@@ -58,21 +60,28 @@ def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable
         on_event: Called on this thread with what the workers tell.
 
     Raises:
+        ClaimError: another driver trains the run.
         ClusterError: there are too few resources.
         BucketError: the result cannot be written.
     """
     told = Told()
-    with _cluster(plan):
+    store = open_store(plan.run_uri)
+    with (
+        claimed(
+            store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
+        ) as claim,
+        _cluster(plan),
+    ):
         signals = _remember_signals()  # only now: connecting to Ray installs a handler of its own
         mailbox = _mailbox_on_this_node()
-        fit = _Fit(_trainer(plan, mailbox), mailbox)
+        fit = _Fit(_trainer(plan, claim, mailbox), mailbox)
 
         def hear(event: Event) -> None:
             told.hear(event)
             on_event(event)
 
         _follow(mailbox, signals, hear)
-    manifests = checkpoints.committed(open_store(plan.run_uri))
+    manifests = checkpoints.committed(store)
     finished = bool(manifests) and manifests[-1].step >= plan.max_steps
     status, reason = _status(fit.error, told.refusal, signals, finished)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
@@ -224,10 +233,14 @@ def _resources_of_worker(plan: RunPlan) -> dict[str, float]:
     return devices | plan.config.worker_resources
 
 
-def _trainer(plan: RunPlan, mailbox: Any) -> TorchTrainer:
+def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
-        train_loop_config={"plan": plan.model_dump(mode="json"), "mailbox": mailbox},
+        train_loop_config={
+            "plan": plan.model_dump(mode="json"),
+            "claim": claim.model_dump(mode="json"),
+            "mailbox": mailbox,
+        },
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=plan.config.num_devices,

@@ -3,25 +3,30 @@
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import FinetuneConfig, config_hash
-from runs.layout import RESULT_FILE, Manifest, RunResult, checkpoint_key
+from configs.schema import NOT_IN_HASH, FinetuneConfig, config_hash
+from runs.layout import RESULT_FILE, DataFingerprints, RunResult, checkpoint_key, run_of
 from training.checkpoints import newest_committed, read_manifest, resolve_start
+from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape
 from training.data.prepare import DataRequest, DataSummary, prepare_data
 from training.data.rows import is_hub_dataset
+from training.models.architecture import check_architecture, parameter_shapes
 from training.models.files import (
+    AdapterFacts,
     ModelError,
     ModelFacts,
     count_lora_parameters,
     fetch_hub_model,
+    first_line,
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
@@ -29,7 +34,7 @@ from training.models.files import (
     read_hub_facts,
     read_model_facts,
 )
-from training.models.kernels import Device, KernelChoice, choose_kernels
+from training.models.kernels import Device, KernelChoice, Provider, choose_kernels
 from training.strategy import deepspeed_settings, zero_stage
 from utils.bucket import (
     BucketError,
@@ -75,7 +80,7 @@ class RunPlan(BaseModel):
     """URI of the checkpoint whose whole trainer state is taken."""
     train: DataRequest
     valid: DataRequest | None
-    data_fingerprint: str
+    data: DataFingerprints
     max_steps: int
     steps_per_epoch: int
     scratch: str
@@ -206,10 +211,18 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
     facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
     _check_disk(base_model, facts, scratch)
     tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
-    _check_architecture(config, tokenizer_dir, base_model)
+    check_architecture(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
+    adapter_facts = read_adapter_facts(adapter) if adapter else None
+    if adapter_facts or facts.quantization:
+        # By its architecture: files may be packed, or call things by older names.
+        shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
+        facts = replace(facts, parameter_shapes=shapes)
+    _check_quantization(config, facts)
+    if adapter_facts:
+        _check_adapter(config, adapter_facts, facts)
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=config.trust_remote_code, source=base_model)
     _check_template(config, tokenizer, base_model)
-    warnings = list(_model_warnings(config, facts))
+    warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
 
     progress("data")
     with _about("train_path"):
@@ -224,21 +237,19 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         if valid_request
         else None
     )
-    warnings += _data_warnings(config, train, valid)
+    warnings += _data_warnings(train, valid)
 
-    fingerprint = checksum_bytes(f"{train.fingerprint} {valid.fingerprint if valid else ''}".encode())
+    data = DataFingerprints(train=train.fingerprint, valid=valid.fingerprint if valid else None)
     outcome_hash = config_hash(config)
-    run_name = (
-        config.run_name
-        or f"{loaded.path.stem}-{checksum_bytes(f'{outcome_hash} {fingerprint}'.encode())[-8:]}"
-    )
+    fingerprint = checksum_bytes(f"{outcome_hash} {data.train} {data.valid or ''}".encode())
+    run_name = config.run_name or f"{loaded.path.stem}-{fingerprint[-8:]}"
     run_uri = join_uri(storage, run_name)
     shape = BatchShape(
         train.rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
     )
     progress("earlier runs")
-    newest = _newest_of_the_same_run(config, run_uri, outcome_hash, fingerprint)
-    restore_from = newest or _whole_state(config, storage)
+    newest = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
+    parent_state = _whole_state(config, storage, data, count_steps(config, shape))
     plan = RunPlan(
         config=config,
         config_hash=outcome_hash,
@@ -249,11 +260,11 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         deepspeed=settings,
         base_model=base_model,
         adapter=adapter,
-        parent=parent if not config.resume_from_checkpoint else restore_from,
-        restore_from=restore_from,
+        parent=parent_state or parent,
+        restore_from=newest or parent_state,
         train=train_request,
         valid=valid_request,
-        data_fingerprint=fingerprint,
+        data=data,
         max_steps=count_steps(config, shape),
         steps_per_epoch=shape.steps_per_epoch,
         scratch=str(scratch),
@@ -264,7 +275,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         model=config.model_id,
         architecture=facts.architecture,
         parameters=facts.parameters,
-        trainable_parameters=_trainable_parameters(config, facts, adapter),
+        trainable_parameters=_trainable_parameters(config, facts, adapter_facts),
         device=_describe_device(config, device),
         kernels=f"{kernels.provider} ({kernels.reason})",
         parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
@@ -322,7 +333,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers has no class of its own for a damaged file
         raise ModelError(
-            f"model {source or directory}: its tokenizer cannot be loaded ({_first_line(error)}). Copy its tokenizer files again from "
+            f"model {source or directory}: its tokenizer cannot be loaded ({first_line(error)}). Copy its tokenizer files again from "
             "where the model came from; one that needs code of its own also needs trust_remote_code: true."
         ) from error
     if not tokenizer.is_fast:
@@ -465,14 +476,6 @@ def _resolve(key: str, uri: str, storage: str) -> str:
     return resolve_start(_absolute(uri), storage)
 
 
-def _whole_state(config: FinetuneConfig, storage: str) -> str | None:
-    if config.resume_from_checkpoint is None:
-        return None
-    checkpoint = _resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage)
-    read_manifest(checkpoint)
-    return checkpoint
-
-
 def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
     if is_hub_id(base_model) or not is_remote(base_model) or os.environ.get("RAY_ADDRESS"):
         return  # the hub's cache and other nodes' disks are looked at where they are
@@ -487,18 +490,6 @@ def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
         )
 
 
-def _check_architecture(config: FinetuneConfig, directory: Path, base_model: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # each architecture checks its fields in its own way
-        raise ModelError(
-            f"model {base_model}: transformers cannot read its config.json ({_first_line(error)}). Name a model that the installed "
-            "transformers knows; one that needs code of its own also needs trust_remote_code: true."
-        ) from error
-
-
 def _check_template(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:
     if config.task == "instruction_tuning" and not tokenizer.chat_template:
         raise ModelError(
@@ -508,7 +499,7 @@ def _check_template(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast"
 
 
 def _newest_of_the_same_run(
-    config: FinetuneConfig, run_uri: str, outcome_hash: str, fingerprint: str
+    config: FinetuneConfig, run_uri: str, outcome_hash: str, data: DataFingerprints
 ) -> str | None:
     """URI of the checkpoint to go on from, if the run has begun before."""
     store = open_store(run_uri)
@@ -519,11 +510,17 @@ def _newest_of_the_same_run(
         raise ConfigError(
             f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."
         )
-    changed = _what_changed(newest, config, outcome_hash, fingerprint)
+    changed = differences(store, newest, config, may_change=NOT_IN_HASH)
+    if newest.data.train != data.train:
+        changed.append("train_path: its rows are others now")
+    if newest.data.valid != data.valid:
+        changed.append("valid_path: its rows are others now")
+    if not changed and newest.config_hash != outcome_hash:
+        changed.append("a key that decides the outcome")
     if changed:
         raise ConfigError(
-            f"the run {run_uri} has begun with other settings: {'; '.join(changed)}. Choose another run_name for a new run, or go back "
-            "to its settings (its config.yaml) to continue it."
+            f"the run {run_uri} has begun with other settings or other data; this is what changed:\n{_listed(changed)}\n"
+            "Choose another run_name for a new run, or go back to its settings (its config.yaml) to continue it."
         )
     finished = store.read_if_exists(RESULT_FILE)
     if finished is not None:
@@ -533,31 +530,87 @@ def _newest_of_the_same_run(
     return join_uri(run_uri, checkpoint_key(newest.step))
 
 
-def _what_changed(
-    manifest: Manifest, config: FinetuneConfig, outcome_hash: str, fingerprint: str
-) -> list[str]:
-    changed = []
-    if manifest.data_fingerprint != fingerprint:
-        changed.append("the data is other data")
-    if manifest.world_size != config.num_devices:
-        changed.append(f"num_devices was {manifest.world_size} and is {config.num_devices}")
-    if not changed and manifest.config_hash != outcome_hash:
-        changed.append("a key that decides the outcome was changed")
-    return changed
+def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
+    """URI of the checkpoint whose whole trainer state a new run takes."""
+    if config.resume_from_checkpoint is None:
+        return None
+    key = "resume_from_checkpoint"
+    checkpoint = _resolve(key, config.resume_from_checkpoint, storage)
+    manifest = read_manifest(checkpoint)
+    changed = differences(
+        open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_WHOLE_STATE
+    )
+    if manifest.data.train != data.train:
+        changed.append("train_path: its rows are others now")
+    if changed:
+        raise ConfigError(
+            f"{key}: {checkpoint} cannot be taken whole (weights, optimizer, schedule, position in the data), because this changed "
+            f"since:\n{_listed(changed)}\nGo back to those settings, or start from its weights alone: "
+            f"{'initial_adapter_model_ckpt_path' if config.lora_config else 'initial_base_model_ckpt_path'}: {config.resume_from_checkpoint}"
+        )
+    if manifest.step >= steps:
+        raise ConfigError(
+            f"{key}: {checkpoint} stands at step {manifest.step} already, and the run is to have {steps}. Raise num_epochs or max_steps: "
+            "both count from the first run's beginning."
+        )
+    return checkpoint
 
 
-def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: str | None) -> int:
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
+    if facts.quantization is None:
+        return
+    if facts.quantization != "bitsandbytes":
+        raise ModelError(
+            f"model {facts.source}: its weights are stored quantised by {facts.quantization}, which cannot be trained here. Name the model "
+            "that they were made from, or a bitsandbytes 4-bit copy."
+        )
+    if not config.load_in_4bit:
+        raise ModelError(
+            f"model {facts.source}: its weights are stored in 4 bits. Write load_in_4bit: true (with lora_config), or name the model that "
+            "they were made from."
+        )
+
+
+def _check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFacts) -> None:
+    """An adapter goes on with its own shape, on a model that it fits."""
+    key = "initial_adapter_model_ckpt_path"
+    wrong = misfits(adapter, facts)
+    if wrong:
+        more = [f"… and {len(wrong) - 3} more"] if len(wrong) > 3 else []
+        raise ModelError(
+            f"{key}: the adapter {adapter.source} (trained on {adapter.base_model or 'a model that it does not name'}) does not fit "
+            f"{facts.source}:\n{_listed(wrong[:3] + more)}\nName the model that it was trained on as model_id."
+        )
+    changed = adapter_differences(adapter, config.lora_config, facts)
+    if changed:
+        raise ConfigError(
+            f"{key}: the adapter {adapter.source} keeps its own shape, and the YAML asks for another:\n{_listed(changed)}\n"
+            "Leave lora_config out, or write what the adapter has."
+        )
+
+
+def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: AdapterFacts | None) -> int:
     if adapter:
-        return sum(math.prod(shape) for shape in read_adapter_facts(adapter).parameter_shapes.values())
+        return sum(math.prod(shape) for shape in adapter.parameter_shapes.values())
     if config.lora_config:
         return count_lora_parameters(facts, config.lora_config)
     return facts.parameters
 
 
-def _model_warnings(config: FinetuneConfig, facts: ModelFacts):
+def _model_warnings(
+    config: FinetuneConfig, facts: ModelFacts, adapter: AdapterFacts | None, kernels: Provider
+) -> Iterator[str]:
     if config.context_length and facts.max_context and config.context_length > facts.max_context:
         yield f"context_length {config.context_length} is beyond the {facts.max_context} positions that {facts.source} was trained for"
-    if config.lora_config and config.initial_base_model_ckpt_path:
+    if config.gradient_checkpointing == "unsloth" and kernels != "unsloth":
+        yield f"gradient_checkpointing: unsloth needs Unsloth's kernels; with {kernels} it is the usual one (true)"
+    if adapter and is_hub_id(config.model_id) and adapter.base_model not in ("", config.model_id):
+        yield f"the adapter names {adapter.base_model} as its base model, and this run puts it on {config.model_id}, which has the same shapes"
+    if config.trains_adapter and config.initial_base_model_ckpt_path:
         yield (
             "a LoRA adapter on top of a full-parameter checkpoint: serving it will need that checkpoint, so it has neither the economy of "
             "LoRA nor the quality of full-parameter training, unless many adapters share it"
@@ -566,7 +619,7 @@ def _model_warnings(config: FinetuneConfig, facts: ModelFacts):
         yield "flash_attention_2: the package flash-attn is not installed; torch's scaled_dot_product_attention is used"
 
 
-def _data_warnings(config: FinetuneConfig, train: DataSummary, valid: DataSummary | None):
+def _data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str]:
     for name, summary in (("train_path", train), ("valid_path", valid)):
         if summary and summary.truncated_rows:
             yield f"{name}: {summary.truncated_rows} rows were longer than the context and are cut off at it (long_rows: truncate)"
@@ -574,10 +627,6 @@ def _data_warnings(config: FinetuneConfig, train: DataSummary, valid: DataSummar
             yield f"{name}: {summary.dropped_rows} rows are left out: too long, or nothing to learn from within the context"
     if valid is None:
         yield "no valid_path: no eval loss, and the newest checkpoint counts as the best"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _absolute(uri: str) -> str:

@@ -36,7 +36,9 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool
         use_cpu=plan.device == "cpu",
         ddp_backend="gloo" if plan.device == "cpu" else "nccl",
         ddp_find_unused_parameters=False,
-        gradient_checkpointing=config.gradient_checkpointing is True,
+        # Unsloth's own kind is put into the model; with other kernels it means the usual one.
+        gradient_checkpointing=bool(config.gradient_checkpointing)
+        and not (config.gradient_checkpointing == "unsloth" and plan.kernels.provider == "unsloth"),
         deepspeed=plan.deepspeed,
         eval_strategy="no",  # the schedule callback asks for evaluation and checkpoints
         save_strategy="no",

@@ -16,14 +16,16 @@ import ray
 import ray.train
 
 from configs.loading import to_yaml
-from runs.layout import CONFIG_FILE, METRICS_FILE, DataPosition, Manifest, checkpoint_key
+from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, DataPosition, Manifest, checkpoint_key
 from training import checkpoints
 from training.checkpoints import CheckpointError
+from training.claims import ClaimError, check_claim
+from training.data.batches import rows_of_step
 from training.data.prepare import PreparedData, prepare_data
 from training.data.rows import DataError
-from training.events import CheckpointCommitted, Event, ModelReady, Phase
+from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
-from training.models.files import ModelError, is_model_file
+from training.models.files import ModelError, first_line, is_model_file
 from training.plan import RunPlan, fetch_model, load_tokenizer
 from training.strategy import zero_stage
 from utils.bucket import BucketError, Store, join_uri, open_store, sync_to_node
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
 # What starting the workers again cannot mend.
-_USER_ERRORS = (BucketError, CheckpointError, DataError, ModelError)
+_NOT_WORTH_A_RETRY = (BucketError, CheckpointError, ClaimError, DataError, DivergedError, ModelError)
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class _StopQuestion:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry point: `plan` is a RunPlan as a dictionary, `mailbox` the driver's EventMailbox."""
-    plan = RunPlan.model_validate(settings["plan"])
+    """Ray Train's entry point: `plan` is a RunPlan and `claim` a Claim as dictionaries, `mailbox` the driver's EventMailbox."""
+    plan, claim = RunPlan.model_validate(settings["plan"]), Claim.model_validate(settings["claim"])
     place = Place.of_ray()
     mailbox = settings["mailbox"]
     if ray.get(mailbox.is_refused.remote()):
@@ -108,14 +110,20 @@ def train_worker(settings: dict[str, Any]) -> None:
     with library_output_in(worker_log(plan, place.rank)):
         _prepare_process(plan, place)
         try:
-            _train(plan, place, mailbox, tell)
+            _train(plan, claim, place, mailbox, tell)
             if place.rank == 0:
                 ray.get(mailbox.put.remote(Phase("ending")))  # behind it, all that was told has arrived
-        except _USER_ERRORS as error:
+        except _NOT_WORTH_A_RETRY as error:
             ray.get(mailbox.refuse.remote(str(error)))
             raise
-        except Exception:
+        except Exception as error:
             traceback.print_exc()  # for the log file; Ray carries the exception to the driver
+            if ray.get(mailbox.fails_again.remote(place.rank, repr(error))):
+                ray.get(
+                    mailbox.refuse.remote(
+                        f"the same error twice, without progress between: {first_line(error)}"
+                    )
+                )
             raise
 
 
@@ -155,11 +163,11 @@ def _run_scratch(plan: RunPlan) -> Path:
     return Path(plan.scratch) / "runs" / plan.run_name
 
 
-def _train(plan: RunPlan, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
+def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
     tell(Phase("loading libraries"))
     from datasets import Dataset
 
-    from training.callbacks import Committing, Schedule, Stopping, Telling, Throughput
+    from training.callbacks import Committing, Diverging, Schedule, Stopping, Telling, Throughput
     from training.trainers import FineTuningTrainer, trainer_arguments
 
     config = plan.config
@@ -210,7 +218,7 @@ def _train(plan: RunPlan, place: Place, mailbox: Any, tell: Callable[[Event], No
         train_rows.data["tokens"].to_pylist(),
         train_rows.data["trained_tokens"].to_pylist(),
     )
-    run = _Run(plan, place, store, committed, throughput)
+    run = _Run(plan, claim, place, store, committed, throughput)
     trainer = FineTuningTrainer(
         config=config,
         shape=shape,
@@ -228,6 +236,11 @@ def _train(plan: RunPlan, place: Place, mailbox: Any, tell: Callable[[Event], No
             Committing(run.commit, tell),
             throughput,
             Telling(tell, throughput),
+            Diverging(
+                lambda step: [train_rows[row]["row"] for row in rows_of_step(shape, config.seed, step)],
+                plan.train.source,
+                lambda: run.newest_checkpoint,
+            ),
         ],
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
         loss_of_transformers=plan.device == "cpu" and plan.kernels.provider != "unsloth",
@@ -281,16 +294,25 @@ class _Run:
     def __init__(
         self,
         plan: RunPlan,
+        claim: Claim,
         place: Place,
         store: Store,
         committed: list[Manifest],
         throughput: "Throughput",
     ):
         self.plan = plan
+        self.claim = claim
         self.place = place
         self.store = store
         self.committed = committed
         self.throughput = throughput
+
+    @property
+    def newest_checkpoint(self) -> str | None:
+        """The URI of the last one that was committed."""
+        return (
+            join_uri(self.plan.run_uri, checkpoint_key(self.committed[-1].step)) if self.committed else None
+        )
 
     def commit(self, directory: Path, state: "TrainerState") -> CheckpointCommitted:
         """Upload a saved checkpoint from all nodes, write its manifest, and report to Ray. Every rank calls it."""
@@ -334,7 +356,7 @@ class _Run:
             world_size=self.place.world_size,
             zero_stage=zero_stage(plan.deepspeed),
             config_hash=plan.config_hash,
-            data_fingerprint=plan.data_fingerprint,
+            data=plan.data,
             data_position=DataPosition(
                 epoch=state.global_step // steps_per_epoch,
                 steps_in_epoch=state.global_step % steps_per_epoch,
@@ -348,6 +370,7 @@ class _Run:
         metrics = "".join(
             json.dumps(entry) + "\n" for entry in state.log_history if "loss" in entry or "eval_loss" in entry
         )
+        check_claim(self.store, self.claim)
         self.store.write(METRICS_FILE, metrics.encode())
         checkpoints.commit(self.store, manifest)
         self.committed = [*(earlier for earlier in self.committed if earlier.step != manifest.step), manifest]

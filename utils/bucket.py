@@ -14,10 +14,12 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +105,10 @@ class Store(Protocol):
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes (at least 1) from byte `start`. Raises NotFoundError."""
+        ...
+
+    def age(self, key: str) -> float | None:
+        """Return the seconds since an object was written, by the storage's own clock; None when there is none."""
         ...
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
@@ -396,6 +402,14 @@ class LocalStore:
             file.seek(start)
             return file.read(length)
 
+    def age(self, key: str) -> float | None:
+        """See Store."""
+        with _local_errors("read", self.uri_of(key)):
+            try:
+                return time.time() - safe_join(self.root, key).stat().st_mtime
+            except FileNotFoundError:
+                return None
+
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         """See Store."""
         with _local_errors("write", self.uri_of(key)):
@@ -607,6 +621,16 @@ class S3Store:
             return self.read(key)
         except NotFoundError:
             return None
+
+    def age(self, key: str) -> float | None:
+        """See Store."""
+        try:
+            with self._errors("read", key):
+                head = self._client.head_object(Bucket=self.bucket, Key=self._start + key)
+        except NotFoundError:
+            return None
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return (now - head["LastModified"]).total_seconds()
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         """See Store."""

@@ -34,6 +34,7 @@ class ModelFacts:
     """The hub id, directory or URI it was read from."""
     architecture: str
     parameter_shapes: dict[str, tuple[int, ...]]
+    """As the files store them: 4-bit weights are packed, two in a byte. See architecture.py for the true ones."""
     weight_bytes: int
     max_context: int | None
     """Longest sequence, in tokens, that its position embeddings were made for."""
@@ -42,8 +43,17 @@ class ModelFacts:
 
     @property
     def parameters(self) -> int:
-        """Parameters stored in the files (4-bit weights are stored packed, two in a byte)."""
+        """How many there are."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
+
+    @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module -> (outputs, inputs), for those whose weight is a matrix."""
+        return {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.parameter_shapes.items()
+            if len(shape) == 2 and name.endswith(".weight")
+        }
 
 
 def is_model_file(key: str) -> bool:
@@ -187,7 +197,7 @@ def _hub_errors(model_id: str) -> Iterator[None]:
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise ModelError(
-            f"model {model_id}: cannot be read from the Hugging Face hub ({_first_line(error)}). If it is gated, accept its "
+            f"model {model_id}: cannot be read from the Hugging Face hub ({first_line(error)}). If it is gated, accept its "
             "licence and set HF_TOKEN; without a network, name a directory or an s3:// prefix that holds it."
         ) from error
 
@@ -201,6 +211,25 @@ class AdapterFacts:
     lora: dict[str, Any]
     """adapter_config.json as it stands."""
     parameter_shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Each adapted module's name in the base model -> (outputs, inputs) of its matrix."""
+        down = {
+            name.split(".lora_A.")[0]: shape
+            for name, shape in self.parameter_shapes.items()
+            if ".lora_A." in name
+        }
+        up = {
+            name.split(".lora_B.")[0]: shape
+            for name, shape in self.parameter_shapes.items()
+            if ".lora_B." in name
+        }
+        return {
+            name.removeprefix("base_model.model."): (up[name][0], down[name][1])
+            for name in down
+            if name in up
+        }
 
 
 def read_adapter_facts(source: str) -> AdapterFacts:
@@ -239,13 +268,11 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
     Counts the modules that PEFT would match; not the biases, experts and single tokens that it can train as well.
     """
     total = 0
-    for name, shape in facts.parameter_shapes.items():
-        module = name.removesuffix(".weight")
-        if len(shape) != 2 or module == name or not _targets(lora, module):
-            continue
-        total += _rank(lora, module) * (shape[0] + shape[1])
+    for module in targeted_modules(facts, lora):
+        outputs, inputs = facts.matrix_shapes[module]
+        total += _rank(lora, module) * (outputs + inputs)
         if lora.use_dora:
-            total += shape[0]
+            total += outputs
     for module in lora.modules_to_save or []:
         total += sum(
             math.prod(shape)
@@ -253,6 +280,11 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
             if name.split(".")[-2:-1] == [module]
         )
     return total
+
+
+def targeted_modules(facts: ModelFacts, lora: LoraConfig) -> list[str]:
+    """The modules that get an adapter."""
+    return [module for module in facts.matrix_shapes if _targets(lora, module)]
 
 
 def _targets(lora: LoraConfig, module: str) -> bool:
@@ -300,7 +332,7 @@ def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...
         shapes = {key: tuple(value["shape"]) for key, value in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
-            f"{where}: its header cannot be read ({_first_line(error)}). Upload it again."
+            f"{where}: its header cannot be read ({first_line(error)}). Upload it again."
         ) from error
     if 8 + length + end != size:
         raise ModelError(
@@ -314,7 +346,7 @@ def _read_json(store: Store, name: str) -> dict[str, Any]:
         value = json.loads(store.read(name))
     except ValueError as error:
         raise ModelError(
-            f"{join_uri(store.uri, name)}: not JSON ({_first_line(error)}). Upload it again."
+            f"{join_uri(store.uri, name)}: not JSON ({first_line(error)}). Upload it again."
         ) from error
     if not isinstance(value, dict):
         raise ModelError(
@@ -328,5 +360,6 @@ def _some(names) -> str:
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "nothing"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

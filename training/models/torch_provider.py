@@ -43,7 +43,18 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
         **arguments,
     )
     model.config.use_cache = False
+    if request.load_in_4bit and request.device == "cpu":
+        _keep_4bit_layout(model)
     return model
+
+
+def _keep_4bit_layout(model: "PreTrainedModel") -> None:
+    """Without this an evaluation on AVX512-BF16 repacks the 4-bit weights, and later backward passes are wrong."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrainedModel":

@@ -1,0 +1,157 @@
+"""Who trains a run: one driver at a time holds its claim and renews it; every commit looks whether it still does.
+
+A claim is an object `claim/000001.json` in the run, made with the storage's own "only if absent". Its owner writes it
+again every few seconds and deletes it at the end. A claim that is not renewed expires: the next driver makes the next
+number, and what is left of the former owner cannot commit any more.
+"""
+
+import getpass
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from runs.layout import CLAIMS, Claim, claim_key
+from utils.bucket import AlreadyExistsError, BucketError, Store
+
+RENEW_SECONDS, EXPIRE_SECONDS = 5.0, 30.0
+_LOOK_SECONDS = 1.0
+
+
+class ClaimError(Exception):
+    """Somebody else trains the run; the message names who."""
+
+
+@contextmanager
+def claimed(store: Store, *, waiting: Callable[[str], None]) -> Iterator[Claim]:
+    """Hold the claim on a run for the length of the block.
+
+    Args:
+        store: The run.
+        waiting: Told whom we are waiting for, while it is not clear whether an owner still lives.
+
+    Raises:
+        ClaimError: another driver holds it.
+        BucketError: storage refuses or fails.
+    """
+    claim = _take(store, waiting)
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(store, claim, ended), name="claim", daemon=True)
+    renewing.start()
+    try:
+        yield claim
+    finally:
+        ended.set()
+        renewing.join()
+        store.delete([claim_key(number) for number in _numbers(store) if number <= claim.number])
+
+
+def check_claim(store: Store, claim: Claim) -> None:
+    """Make sure that the claim is still the newest.
+
+    Raises:
+        ClaimError: another driver has taken the run over.
+    """
+    newest = _newest(store)
+    if newest is None or newest.token != claim.token:
+        successor = f" by {newest.owner}" if newest else ""
+        raise ClaimError(
+            f"{store.uri}: this driver's claim had expired and the run was taken over{successor}. Nothing of this attempt was committed "
+            "since; look at that run."
+        )
+
+
+def _take(store: Store, waiting: Callable[[str], None]) -> Claim:
+    newest = _newest(store)
+    if newest is not None and _lives(store, newest, waiting):
+        raise ClaimError(
+            f"{store.uri} is being trained by {newest.owner}, since {newest.since}. Wait for its end, stop it (its claim expires after "
+            f"{EXPIRE_SECONDS:.0f} s), or choose another run_name."
+        )
+    number = max(_numbers(store), default=0) + 1
+    claim = Claim(
+        number=number,
+        token=secrets.token_hex(8),
+        owner=f"{_user()}@{socket.gethostname()}, process {os.getpid()}",
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=_machine(),
+        process=os.getpid(),
+        process_started=psutil.Process().create_time(),
+    )
+    try:
+        store.write(claim_key(number), _content(claim), only_if_absent=True)
+    except AlreadyExistsError:
+        return _take(store, waiting)  # somebody was faster: say who, or wait for them
+    return claim
+
+
+def _lives(store: Store, claim: Claim, waiting: Callable[[str], None]) -> bool:
+    """Whether the owner still renews; on our own machine the kernel knows it at once."""
+    if claim.machine == _machine():
+        try:
+            return psutil.Process(claim.process).create_time() == claim.process_started
+        except psutil.NoSuchProcess:
+            return False
+    first = age = store.age(claim_key(claim.number))
+    while age is not None and age < EXPIRE_SECONDS:
+        if first is None or age < first:
+            return True
+        waiting(claim.owner)
+        first = age
+        time.sleep(_LOOK_SECONDS)
+        age = store.age(claim_key(claim.number))
+    return False
+
+
+def _renew(store: Store, claim: Claim, ended: threading.Event) -> None:
+    while not ended.wait(RENEW_SECONDS):
+        try:
+            store.write(claim_key(claim.number), _content(claim))
+        except BucketError:
+            continue  # an outage longer than EXPIRE_SECONDS costs the claim, which the next commit finds out
+
+
+def _newest(store: Store) -> Claim | None:
+    for number in sorted(_numbers(store), reverse=True):
+        content = store.read_if_exists(claim_key(number))
+        if content is None:
+            continue  # its owner has just ended
+        try:
+            return Claim.model_validate_json(content)
+        except ValidationError as error:
+            raise ClaimError(
+                f"{store.uri_of(claim_key(number))} is damaged. If nobody trains this run, delete it and try again."
+            ) from error
+    return None
+
+
+def _numbers(store: Store) -> list[int]:
+    names = (Path(stored.key) for stored in store.list(f"{CLAIMS}/"))
+    return [int(name.stem) for name in names if name.stem.isdigit()]
+
+
+def _content(claim: Claim) -> bytes:
+    return claim.model_dump_json(indent=2).encode()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for this id
+        return str(os.getuid())
+
+
+def _machine() -> str:
+    """The same for processes that see one another by their ids: this boot, and this process namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return socket.gethostname()
+    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"

@@ -1,0 +1,110 @@
+"""What a continued run may change, decided in one place: the same run, a run that takes another's whole state, an adapter."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
+from runs.layout import CONFIG_FILE, Manifest
+from training.models.files import AdapterFacts, ModelFacts, targeted_modules
+from utils.bucket import Store
+
+# A whole trainer state goes on where it stood in its rows, with the optimizer and the schedule it has. What decides
+# neither may change; a longer run stretches the schedule over the steps that are to come.
+MAY_CHANGE_WITH_WHOLE_STATE = NOT_IN_HASH | {
+    "num_epochs",
+    "max_steps",
+    "min_update_steps",
+    "train_path",  # its rows are compared themselves
+    "columns",
+    "valid_path",
+    "eval_batch_size_per_device",
+    "eval_first",
+    "checkpoint_and_evaluation_frequency",
+    "resume_from_checkpoint",
+    "device",
+    "kernels",
+    "gradient_checkpointing",
+    "flash_attention_2",
+}
+
+
+def differences(
+    store: Store, manifest: Manifest, config: FinetuneConfig, *, may_change: frozenset[str] | set[str]
+) -> list[str]:
+    """What a run's configuration says otherwise than `config`, as `key: then -> now`, for keys that may not change.
+
+    Args:
+        store: The earlier run.
+        manifest: Its checkpoint that is continued.
+        config: The configuration now.
+        may_change: Keys that are not compared.
+    """
+    changed = []
+    if manifest.world_size != config.num_devices:
+        changed.append(f"num_devices: {manifest.world_size} -> {config.num_devices}")
+    earlier = _read_config(store)
+    if earlier is not None:
+        changed += _changed_keys(earlier, config, may_change | {"num_devices"})
+    return changed
+
+
+def _read_config(store: Store) -> FinetuneConfig | None:
+    content = store.read_if_exists(CONFIG_FILE)
+    if content is None:
+        return None
+    try:
+        return FinetuneConfig.model_validate(yaml.safe_load(content))
+    except (ValidationError, yaml.YAMLError):
+        return None  # of another version; the manifest's hash still tells whether something changed
+
+
+def _changed_keys(
+    earlier: FinetuneConfig, config: FinetuneConfig, may_change: frozenset[str] | set[str]
+) -> Iterator[str]:
+    then, now = earlier.model_dump(mode="json"), config.model_dump(mode="json")
+    for key in now:
+        if key in may_change or then[key] == now[key]:
+            continue
+        if isinstance(then[key], dict) and isinstance(now[key], dict):
+            for name in now[key]:
+                if then[key].get(name) != now[key][name]:
+                    yield f"{key}.{name}: {_shown(then[key].get(name))} -> {_shown(now[key][name])}"
+        else:
+            yield f"{key}: {_shown(then[key])} -> {_shown(now[key])}"
+
+
+def adapter_differences(adapter: AdapterFacts, lora: LoraConfig | None, model: ModelFacts) -> list[str]:
+    """What the YAML's `lora_config` says otherwise than the adapter that it continues, for the keys that it gives."""
+    changed = []
+    for name in sorted(lora.model_fields_set if lora else ()):
+        asked, has = getattr(lora, name), adapter.lora.get(name, LoraConfig.model_fields[name].default)
+        if name == "target_modules" and lora is not None:
+            asked = sorted(targeted_modules(model, lora))
+            has = sorted(adapter.modules)
+        if asked != has:
+            changed.append(
+                f"lora_config.{name}: the adapter has {_shown(has)}, the YAML says {_shown(asked)}"
+            )
+    return changed
+
+
+def misfits(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
+    """Where an adapter's matrices do not fit the base model's: module, and what was found."""
+    wrong = []
+    for module, (outputs, inputs) in sorted(adapter.modules.items()):
+        shape = model.matrix_shapes.get(module)
+        if shape is None:
+            wrong.append(f"the model has no {module}")
+        elif shape != (outputs, inputs):
+            wrong.append(
+                f"{module} is {shape[0]} x {shape[1]} in the model, {outputs} x {inputs} in the adapter"
+            )
+    return wrong
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
