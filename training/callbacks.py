@@ -189,6 +189,22 @@ class Stopping(TrainerCallback):
             control.should_training_stop = True
 
 
+class Preempted(TrainerCallback):
+    """Commits a checkpoint once when a node is about to be taken away; training goes on until it is."""
+
+    def __init__(self, notice: Callable[[], Any]):
+        self.notice = notice
+        self.is_noticed = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step; every rank hears the same."""
+        if not self.is_noticed and self.notice() is not None:
+            self.is_noticed = True
+            control.should_save = True
+
+
 class Committing(TrainerCallback):
     """Hands each saved checkpoint over to be committed, on every rank, and removes the local copy."""
 

@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,10 +10,8 @@ from configs.loading import ConfigError
 from runs.layout import (
     CHECKPOINTS,
     MANIFEST_FILE,
-    RESULT_FILE,
     FileRecord,
     Manifest,
-    RunResult,
     checkpoint_key,
 )
 from utils.bucket import Store, join_uri, open_store, upload_directory
@@ -77,11 +75,6 @@ def committed(store: Store) -> list[Manifest]:
     return sorted(manifests, key=lambda manifest: manifest.step)
 
 
-def newest_committed(store: Store) -> Manifest | None:
-    """The committed checkpoint with the highest step."""
-    return next(iter(reversed(committed(store))), None)
-
-
 def best(manifests: list[Manifest]) -> Manifest | None:
     """The lowest eval loss; without any, the newest."""
     evaluated = [manifest for manifest in manifests if manifest.eval_loss is not None]
@@ -142,26 +135,30 @@ def read_manifest(uri: str) -> Manifest:
         ) from error
 
 
-def resolve_start(uri: str, storage: str) -> str:
-    """What a YAML names as a start -> the place itself: `run:NAME` and a run's URI become its best checkpoint.
+def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], Manifest | None]) -> str:
+    """What a YAML names as a start -> the place itself: `run:NAME` and a run's URI become one of its checkpoints.
+
+    Args:
+        uri: As the YAML has it; a local path absolute.
+        storage: Where runs of that name are.
+        choose: `best` or `newest`, among a run's committed checkpoints.
 
     Raises:
         ConfigError: the run has no committed checkpoint.
     """
     place = join_uri(storage, uri.removeprefix("run:")) if uri.startswith("run:") else uri
     store = open_store(place)
-    finished = store.read_if_exists(RESULT_FILE)
-    if finished is not None:
-        checkpoint = RunResult.model_validate_json(finished).best_checkpoint
-        if checkpoint:
-            return checkpoint
-    elif not uri.startswith("run:") and not any(
-        item.key.startswith(f"{CHECKPOINTS}/") for item in store.list(f"{CHECKPOINTS}/")
-    ):
-        return place
-    found = best(committed(store))
-    if found is None:
+    manifests = committed(store)
+    found = choose(manifests)
+    if found is not None:
+        return join_uri(place, checkpoint_key(found.step))
+    if uri.startswith("run:") or store.list(f"{CHECKPOINTS}/"):
         raise ConfigError(
             f"{uri}: the run {place} has no committed checkpoint to start from. Run it first, or name another."
         )
-    return join_uri(place, checkpoint_key(found.step))
+    return place
+
+
+def newest(manifests: list[Manifest]) -> Manifest | None:
+    """The one with the highest step."""
+    return manifests[-1] if manifests else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -42,12 +43,7 @@ from utils.embedded_bucket import STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
-# glibc gives large blocks back to the kernel and asks for them again in every step; a worker's memory is its own anyway.
-_KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-}
+_LONGEST_REASON = 400  # characters
 
 
 def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable[[Event], None]) -> RunResult:
@@ -164,10 +160,8 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment(plan))
+        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
     else:
-        # As variables of ours, which Ray's processes inherit: a runtime environment would start each of them anew.
-        os.environ.update(_variables_of_workers(plan))
         ray.init(
             num_cpus=plan.config.num_devices,
             num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
@@ -185,18 +179,12 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
         ray.shutdown()
 
 
-def _runtime_environment(plan: RunPlan) -> dict[str, Any]:
+def _runtime_environment() -> dict[str, Any]:
     return {
         "working_dir": str(PROJECT),
         "excludes": ["/.venv", "/.git", "/.anneal", "/tests", "/benchmarks"],
-        "env_vars": _variables_of_workers(plan),
+        "env_vars": {STATE_VARIABLE: str(state_directory())},  # a path: the keys themselves never travel
     }
-
-
-def _variables_of_workers(plan: RunPlan) -> dict[str, str]:
-    memory = {name: os.environ.get(name, value) for name, value in _KEEP_FREED_MEMORY.items()}
-    # The embedded bucket by its path: the keys themselves never travel.
-    return {STATE_VARIABLE: str(state_directory())} | (memory if plan.device == "cpu" else {})
 
 
 def _check_cluster(plan: RunPlan) -> None:
@@ -277,8 +265,12 @@ def classify(error: BaseException) -> str:
     )
     text = "\n".join(str(cause) for cause in causes)
     last_line = (str(causes[0]).strip().splitlines() or [type(causes[0]).__name__])[-1]
-    if "out of memory" in text.lower() or "OutOfMemory" in text:
-        return f"out of memory: {last_line}"
+    # Ray explains over forty lines which of its processes it ended; the first that names memory says why.
+    memory = re.search(
+        r"^.*(?:out of memory|OutOfMemory|running low on memory).*$", text, re.MULTILINE | re.IGNORECASE
+    )
+    if memory:
+        return f"out of memory: {memory[0].strip()[:_LONGEST_REASON]}"
     if "died" in text or "SYSTEM_ERROR" in text or "unavailable" in text:
         return f"worker lost: {last_line}"
     return last_line
@@ -328,10 +320,10 @@ def _write_result(
 
 
 def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
-    """The eval losses of the run whose checkpoint this one started from, up to that checkpoint."""
+    """The eval losses of the run whose weights this one started from, up to that checkpoint."""
     parent_run, separator, checkpoint = (plan.parent or "").rpartition(f"/{CHECKPOINTS}/step-")
-    if not separator:
-        return []
+    if not separator or plan.config.resume_from_checkpoint:
+        return []  # a run that took the whole state has them in its own metrics
     result = open_store(parent_run).read_if_exists(RESULT_FILE)
     if result is None:
         return []

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import NOT_IN_HASH, FinetuneConfig, config_hash
-from runs.layout import RESULT_FILE, DataFingerprints, RunResult, checkpoint_key, run_of
-from training.checkpoints import newest_committed, read_manifest, resolve_start
+from runs.layout import RESULT_FILE, DataFingerprints, Manifest, RunResult, checkpoint_key, run_of
+from training.checkpoints import best, committed, newest, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape
 from training.data.prepare import DataRequest, DataSummary, prepare_data
@@ -248,7 +248,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         train.rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
     )
     progress("earlier runs")
-    newest = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
+    own_newest = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
     parent_state = _whole_state(config, storage, data, count_steps(config, shape))
     plan = RunPlan(
         config=config,
@@ -261,7 +261,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         base_model=base_model,
         adapter=adapter,
         parent=parent_state or parent,
-        restore_from=newest or parent_state,
+        restore_from=own_newest or parent_state,
         train=train_request,
         valid=valid_request,
         data=data,
@@ -286,7 +286,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         steps=plan.max_steps,
         steps_per_epoch=plan.steps_per_epoch,
         rows_per_step=shape.rows_per_step,
-        resumes_from=newest,
+        resumes_from=own_newest,
         starts_from=plan.parent,
         warnings=warnings,
     )
@@ -467,13 +467,17 @@ def _starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | 
     return base, adapter, adapter or (base if config.initial_base_model_ckpt_path else None)
 
 
-def _resolve(key: str, uri: str, storage: str) -> str:
+def _resolve(
+    key: str, uri: str, storage: str, choose: Callable[[list[Manifest]], Manifest | None] = best
+) -> str:
     """The place that a key names as a start, once it is known to be there."""
-    if uri.startswith("run:") or is_hub_id(uri):
-        return resolve_start(uri, storage)
+    if uri.startswith("run:"):
+        return resolve_start(uri, storage, choose=choose)
+    if is_hub_id(uri):
+        return uri
     with _about(key):
         check_readable(_absolute(uri))
-    return resolve_start(_absolute(uri), storage)
+    return resolve_start(_absolute(uri), storage, choose=choose)
 
 
 def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
@@ -503,19 +507,19 @@ def _newest_of_the_same_run(
 ) -> str | None:
     """URI of the checkpoint to go on from, if the run has begun before."""
     store = open_store(run_uri)
-    newest = newest_committed(store)
-    if newest is None:
+    last = newest(committed(store))
+    if last is None:
         return None
     if config.resume == "never":
         raise ConfigError(
             f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."
         )
-    changed = differences(store, newest, config, may_change=NOT_IN_HASH)
-    if newest.data.train != data.train:
+    changed = differences(store, last, config, may_change=NOT_IN_HASH)
+    if last.data.train != data.train:
         changed.append("train_path: its rows are others now")
-    if newest.data.valid != data.valid:
+    if last.data.valid != data.valid:
         changed.append("valid_path: its rows are others now")
-    if not changed and newest.config_hash != outcome_hash:
+    if not changed and last.config_hash != outcome_hash:
         changed.append("a key that decides the outcome")
     if changed:
         raise ConfigError(
@@ -527,7 +531,7 @@ def _newest_of_the_same_run(
         result = RunResult.model_validate_json(finished)
         if result.status == "completed":
             raise AlreadyCompletedError(result)
-    return join_uri(run_uri, checkpoint_key(newest.step))
+    return join_uri(run_uri, checkpoint_key(last.step))
 
 
 def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
@@ -535,7 +539,7 @@ def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, s
     if config.resume_from_checkpoint is None:
         return None
     key = "resume_from_checkpoint"
-    checkpoint = _resolve(key, config.resume_from_checkpoint, storage)
+    checkpoint = _resolve(key, config.resume_from_checkpoint, storage, newest)
     manifest = read_manifest(checkpoint)
     changed = differences(
         open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_WHOLE_STATE

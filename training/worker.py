@@ -167,7 +167,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     tell(Phase("loading libraries"))
     from datasets import Dataset
 
-    from training.callbacks import Committing, Diverging, Schedule, Stopping, Telling, Throughput
+    from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
     from training.trainers import FineTuningTrainer, trainer_arguments
 
     config = plan.config
@@ -233,6 +233,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
                 config.checkpoint_and_evaluation_frequency, shape.steps_per_epoch, evaluates=valid is not None
             ),
             Stopping(_StopQuestion(mailbox) if place.rank == 0 else lambda: False, place.of_rank_0),
+            *([Preempted(ray.train.get_preemption_info)] if _preemption_is_watched() else []),
             Committing(run.commit, tell),
             throughput,
             Telling(tell, throughput),
@@ -249,6 +250,11 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         store.write(CONFIG_FILE, to_yaml(config).encode())
     tell(Phase("training"))
     trainer.train(resume_from_checkpoint=str(restored) if restored else None)
+
+
+def _preemption_is_watched() -> bool:
+    # Ray hands the driver's setting to its workers; asking costs a round of messages between them in every step.
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1"
 
 
 def _restore(uri: str, directory: Path, place: Place) -> Path:

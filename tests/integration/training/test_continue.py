@@ -1,0 +1,284 @@
+"""What was trained goes on: adapters, full weights, whole trainer states; what may not change is refused with the difference."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.front_door import run_main_quickly
+from tests.support.jobs import read_metrics, run_main, write_yaml
+from tests.support.tiny_model import make_model, write_data
+from utils.bucket import open_store
+from utils.embedded_bucket import EmbeddedBucket
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("continue")
+    make_model(directory / "model")
+    write_data(directory, train_rows=40, valid_rows=11)
+    (directory / "more").mkdir()
+    write_data(directory / "more", train_rows=24, valid_rows=3)
+    return directory
+
+
+def settings(files: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model_id": str(files / "model"),
+        "train_path": str(files / "train.jsonl"),
+        "valid_path": str(files / "valid.jsonl"),
+        "storage_path": str(files / "runs"),
+        "output_dir": str(files / "scratch"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "train_batch_size_per_device": 8,
+        "num_epochs": 2,
+        "learning_rate": 2e-2,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "max_failures": 0,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def adapter_run(files: Path) -> dict[str, Any]:
+    """A finished LoRA run, by the name `first`; its result."""
+    config = write_yaml(files / "first.yaml", settings(files, run_name="first", lora_config=LORA))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+@pytest.fixture(scope="module")
+def full_run(files: Path) -> dict[str, Any]:
+    """A finished full-parameter run, by the name `full`; its result."""
+    config = write_yaml(files / "full.yaml", settings(files, run_name="full", learning_rate=2e-3))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+def best_loss(result: dict[str, Any]) -> float:
+    return min(loss["eval_loss"] for loss in result["eval_losses"])
+
+
+def refusal(files: Path, name: str, **more: Any) -> str:
+    """What a dry run of these settings is refused with."""
+    config = write_yaml(files / f"{name}.yaml", settings(files, **more))
+    finished = run_main_quickly(config, "--dry-run")
+    assert finished.exit_code == 2, finished.output
+    assert "Traceback" not in finished.errors
+    return finished.errors
+
+
+def test_an_adapter_goes_on_from_where_its_run_was_best(
+    files: Path, adapter_run: dict[str, Any], bucket: EmbeddedBucket, bucket_uri: str
+):
+    """The child's first eval loss is the parent's best; it keeps r, alpha and target modules; plain PEFT loads it."""
+    store = open_store(bucket_uri)
+    best = Path(adapter_run["best_checkpoint"])
+    store.upload_many({f"adapter/{path.name}": path for path in best.iterdir()})
+    child = settings(
+        files,
+        run_name="second",
+        train_path=str(files / "more" / "train.jsonl"),
+        initial_adapter_model_ckpt_path=f"{bucket_uri}/adapter",
+    )
+    finished = run_main(write_yaml(files / "second.yaml", child), "--json")
+    assert finished.exit_code == 0, finished.errors
+    first = finished.result["eval_losses"][0]
+    assert first["step"] == 0
+    assert first["eval_loss"] == pytest.approx(best_loss(adapter_run), rel=1e-2)
+    assert first["eval_loss"] < 0.8 * adapter_run["eval_losses"][0]["eval_loss"]
+    assert finished.result["parent"] == f"{bucket_uri}/adapter"
+    assert finished.result["trainable_parameters"] == adapter_run["trainable_parameters"]
+    last = finished.result["last_checkpoint"]
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, last)
+    trained = model.peft_config["default"]
+    assert isinstance(trained, peft.LoraConfig)
+    assert (trained.r, trained.lora_alpha, set(trained.target_modules or ())) == (4, 8, {"q_proj", "v_proj"})
+
+
+@pytest.mark.parametrize("way", ["name", "run", "checkpoint"])
+def test_a_start_is_named_as_a_run_or_as_a_checkpoint(files: Path, adapter_run: dict[str, Any], way: str):
+    named = {
+        "name": "run:first",
+        "run": adapter_run["run_uri"],
+        "checkpoint": adapter_run["best_checkpoint"],
+    }[way]
+    config = write_yaml(files / f"{way}.yaml", settings(files, initial_adapter_model_ckpt_path=named))
+    finished = run_main_quickly(config, "--dry-run", "--json")
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["starts_from"] == adapter_run["best_checkpoint"]
+    assert finished.result["trainable_parameters"] == adapter_run["trainable_parameters"]
+
+
+def test_an_adapter_keeps_its_own_shape(files: Path, adapter_run: dict[str, Any]):
+    same = write_yaml(
+        files / "same.yaml", settings(files, initial_adapter_model_ckpt_path="run:first", lora_config=LORA)
+    )
+    assert run_main_quickly(same, "--dry-run").exit_code == 0
+    message = refusal(
+        files,
+        "other",
+        initial_adapter_model_ckpt_path="run:first",
+        lora_config={"r": 16, "target_modules": "all-linear"},
+    )
+    assert "lora_config.r: the adapter has 4, the YAML says 16" in message
+    assert "lora_config.target_modules: the adapter has" in message
+    assert "lora_alpha" not in message, "a key that the YAML does not give is not compared"
+
+
+def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dict[str, Any]):
+    wider = files / "wider"
+    model = AutoModelForCausalLM.from_config(
+        AutoModelForCausalLM.from_pretrained(files / "model").config.__class__.from_pretrained(
+            files / "model", hidden_size=96
+        )
+    )
+    shutil.copytree(files / "model", wider)
+    model.save_pretrained(wider)
+    message = refusal(files, "wider", model_id=str(wider), initial_adapter_model_ckpt_path="run:first")
+    assert "does not fit" in message
+    assert "model.layers.0.self_attn.q_proj is 96 x 96 in the model, 64 x 64 in the adapter" in message
+
+
+def test_an_adapter_that_plain_peft_saved(files: Path):
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    saved = files / "plain_peft"
+    peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(saved)
+    adapter = json.loads((saved / "adapter_config.json").read_text())
+    # What older versions wrote: fewer keys, and no names of what came later.
+    kept = (
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+        "modules_to_save",
+        "init_lora_weights",
+    )
+    (saved / "adapter_config.json").write_text(json.dumps({key: adapter[key] for key in kept}))
+    config = write_yaml(
+        files / "plain.yaml",
+        settings(files, run_name="plain", initial_adapter_model_ckpt_path=str(saved), max_steps=2)
+        | {"num_epochs": None},
+    )
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+
+
+def test_full_weights_go_on_full_and_take_an_adapter_with_a_warning(files: Path, full_run: dict[str, Any]):
+    child = settings(files, run_name="full-2", initial_base_model_ckpt_path="run:full", num_epochs=1)
+    finished = run_main(write_yaml(files / "full_2.yaml", child), "--json")
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["eval_losses"][0]["eval_loss"] == pytest.approx(best_loss(full_run), rel=1e-4)
+    assert finished.result["trainable_parameters"] == full_run["trainable_parameters"]
+
+    on_top = write_yaml(
+        files / "on_top.yaml", settings(files, initial_base_model_ckpt_path="run:full", lora_config=LORA)
+    )
+    dry = run_main_quickly(on_top, "--dry-run")
+    assert dry.exit_code == 0
+    assert "serving it will need that checkpoint" in dry.output
+
+
+def test_a_longer_run_is_the_run_that_was_longer_from_the_start(files: Path):
+    """One epoch, then its whole state taken for a second one: the losses of two epochs in one go, dropout included."""
+    lora = LORA | {"lora_dropout": 0.2}
+    losses = {}
+    for name, more in (
+        ("whole", {"num_epochs": 2}),
+        ("short", {"num_epochs": 1}),
+        ("longer", {"num_epochs": 2, "resume_from_checkpoint": "run:short"}),
+    ):
+        config = write_yaml(files / f"{name}.yaml", settings(files, run_name=name, lora_config=lora, **more))
+        finished = run_main(config, "--json")
+        assert finished.exit_code == 0, finished.errors
+        lines = read_metrics(files / "runs" / name)
+        losses[name] = [
+            (line["step"], line.get("loss"), line.get("eval_loss"))
+            for line in lines
+            if "loss" in line or "eval_loss" in line
+        ]
+    assert len(losses["short"]) < len(losses["whole"])
+    assert losses["longer"] == losses["whole"]
+
+
+def test_what_a_whole_state_may_not_change_is_shown(files: Path, adapter_run: dict[str, Any]):
+    taken = {
+        "run_name": "taken",
+        "resume_from_checkpoint": "run:first",
+        "lora_config": LORA,
+        "num_epochs": 3,
+    }
+    fits = write_yaml(files / "fits.yaml", settings(files, **taken))
+    assert run_main_quickly(fits, "--dry-run").exit_code == 0
+
+    message = refusal(
+        files, "changed", **taken | {"learning_rate": 1e-3, "num_devices": 2, "lora_config": LORA | {"r": 8}}
+    )
+    for difference in ("learning_rate: 0.02 -> 0.001", "num_devices: 1 -> 2", "lora_config.r: 4 -> 8"):
+        assert difference in message
+    message = refusal(files, "rows", **taken, train_path=str(files / "more" / "train.jsonl"))
+    assert "train_path: its rows are others now" in message
+    assert "initial_adapter_model_ckpt_path: run:first" in message
+    message = refusal(files, "done", **taken | {"num_epochs": 2})
+    assert "stands at step 10 already, and the run is to have 10" in message
+
+
+def test_what_the_same_run_may_not_change_is_shown(files: Path, adapter_run: dict[str, Any]):
+    message = refusal(
+        files, "same_run", run_name="first", lora_config=LORA, learning_rate=1e-3, num_devices=2
+    )
+    assert "learning_rate: 0.02 -> 0.001" in message
+    assert "num_devices: 1 -> 2" in message
+
+
+def test_a_diverging_run_stops_with_step_rows_and_what_is_left(files: Path):
+    """Not tried again, and nothing of it is committed."""
+    config = write_yaml(
+        files / "diverging.yaml",
+        settings(files, run_name="diverging", lora_config=LORA, learning_rate=1e30, max_failures=3),
+    )
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 1
+    reason = finished.result["reason"]
+    assert "loss nan" in reason or "grad_norm" in reason
+    assert "on the rows" in reason and str(files / "train.jsonl") in reason
+    assert "No checkpoint was committed before" in reason
+    assert finished.result["last_checkpoint"] is None
+
+
+def test_a_4bit_base_with_an_adapter_on_top(files: Path):
+    """The settings of QLoRA, on CPU; what is saved is an adapter that a 16-bit base takes as well."""
+    qlora = {
+        "load_in_4bit": True,
+        "optim": "adamw_8bit",
+        "gradient_checkpointing": "unsloth",
+        "dtype": "bf16",
+        "lora_config": {"r": 4},
+        "run_name": "qlora",
+        "num_epochs": 1,
+    }
+    config = write_yaml(files / "qlora.yaml", settings(files, **qlora))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    first, last = (finished.result["eval_losses"][index]["eval_loss"] for index in (0, -1))
+    assert last < 0.9 * first
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    peft.PeftModel.from_pretrained(base, finished.result["last_checkpoint"])
