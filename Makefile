@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-dev quickstart test lint format lock bench-overhead clean
+.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume lint format lock bench-overhead clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU
 
 test: setup-dev  ## run the tests
 	$(BIN)/python -m pytest tests
+
+test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour)
+	RESUME_GRID=1 $(BIN)/python -m pytest tests/integration/training/test_resume.py
 
 lint: setup-dev  ## check style, types and the doors between the rooms
 	$(BIN)/ruff check .

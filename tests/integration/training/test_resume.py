@@ -1,0 +1,450 @@
+"""A killed run, sent again with the same command, ends as one that was never interrupted, to the last bit.
+
+`make test` takes a sample of the grid, `make test-resume` all of it (RESUME_GRID=1).
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runs.layout import MANIFEST_FILE, checkpoint_key
+from tests.support.faults import Job, Trap, injection, started, trapping_proxy
+from tests.support.jobs import write_yaml
+from tests.support.tiny_model import make_model, write_data
+from training.checkpoints import committed
+from training.data.batches import PADDING_ROW
+from utils.bucket import join_uri, open_store, sync_to_node
+from utils.embedded_bucket import EmbeddedBucket
+
+pytestmark = pytest.mark.timeout(900)
+
+# 5 steps of 8 rows and one of 3: with two workers the second has nothing but padding at the end of an epoch.
+ROWS, ROWS_PER_STEP, STEPS_PER_EPOCH, EPOCHS, INTERVAL = 43, 8, 6, 2, 2
+STEPS = EPOCHS * STEPS_PER_EPOCH
+FIGURES = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
+DROPOUT = 0.1
+
+
+class Kill(StrEnum):
+    """Where a run is killed; in this order they fit into one epoch."""
+
+    BEFORE_MANIFEST = "before_manifest"
+    AFTER_MANIFEST = "after_manifest"
+    AFTER_STEP = "after_step"
+    MID_SAVE = "mid_save"
+    MID_UPLOAD = "mid_upload"
+
+
+STEP_IN_EPOCH = {
+    Kill.BEFORE_MANIFEST: 2,
+    Kill.AFTER_MANIFEST: 2,
+    Kill.AFTER_STEP: 3,
+    Kill.MID_SAVE: 4,
+    Kill.MID_UPLOAD: 6,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a run trains."""
+
+    method: str
+    accumulation: int
+    workers: int
+    parallelism: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}"
+
+    @property
+    def model_file(self) -> str:
+        """The checkpoint's weights."""
+        return "adapter_model.safetensors" if self.method == "lora" else "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One run that is killed at each of these places in an epoch, and sent again after each."""
+
+    shape: Shape
+    epoch: int
+    kills: tuple[Kill, ...]
+
+    def __str__(self) -> str:
+        return f"{self.shape}-epoch_{self.epoch}"
+
+
+GRID = [
+    Chain(Shape(*shape), epoch, tuple(Kill))
+    for *shape, epoch in product(("lora", "full"), (1, 4), (1, 2), ("ddp", "zero_2"), (1, 2))
+]
+SAMPLE = [
+    Chain(Shape("lora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
+    Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
+    Chain(Shape("lora", 4, 2, "ddp"), 2, (Kill.AFTER_STEP,)),
+]
+CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
+SABOTAGED = Shape("lora", 1, 1, "ddp")
+
+
+@dataclass(frozen=True, order=True)
+class Taken:
+    """A row that a worker took for an optimizer step."""
+
+    step: int
+    rank: int
+    row: int
+
+
+@dataclass(frozen=True)
+class End:
+    """What a finished run is compared by."""
+
+    figures: list[dict[str, float]]
+    weights: dict[str, str]
+    optimizer: dict[str, str]
+    ledger: list[Taken]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and one model for LoRA and one with dropout of its own for full-parameter training."""
+    directory = tmp_path_factory.mktemp("resume")
+    make_model(directory / "lora")
+    shutil.copytree(directory / "lora", directory / "full")
+    config = directory / "full" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": DROPOUT}))
+    write_data(directory, train_rows=ROWS, valid_rows=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def storage(bucket: EmbeddedBucket) -> Iterator[str]:
+    """A bucket reached as a user's own is, so that a proxy can stand before it."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
+        patch.setenv("AWS_REGION", "us-east-1")
+        name = f"resume-{secrets.token_hex(6)}"
+        boto3.session.Session().client("s3").create_bucket(Bucket=name)
+        yield f"s3://{name}"
+
+
+class Run:
+    """A run of one name, and its attempts so far."""
+
+    def __init__(self, files: Path, storage: str, name: str, shape: Shape):
+        self.shape = shape
+        self.place = files / "attempts" / name
+        self.place.mkdir(parents=True)
+        self.scratch = files / "scratch"
+        self.uri = join_uri(storage, name)
+        self.name = name
+        self.ledgers: list[list[Taken]] = []
+        self.config = write_yaml(
+            self.place / "run.yaml",
+            {
+                "model_id": str(files / shape.method),
+                "train_path": str(files / "train.jsonl"),
+                "valid_path": str(files / "valid.jsonl"),
+                "storage_path": storage,
+                "run_name": name,
+                "output_dir": str(self.scratch),
+                "device": "cpu",
+                "dtype": "fp32",
+                "num_devices": shape.workers,
+                "train_batch_size_per_device": ROWS_PER_STEP // shape.accumulation // shape.workers,
+                "gradient_accumulation_steps": shape.accumulation,
+                "num_epochs": EPOCHS,
+                "learning_rate": 1e-2,
+                "gradient_checkpointing": False,
+                "max_failures": 0,
+                "num_checkpoints_to_keep": 1,
+                "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": INTERVAL},
+            }
+            | ({"lora_config": {"r": 4, "lora_dropout": DROPOUT}} if shape.method == "lora" else {})
+            | ({"deepspeed": shape.parallelism} if shape.parallelism != "ddp" else {}),
+        )
+
+    @property
+    def committed_step(self) -> int:
+        """Of the newest checkpoint, 0 when there is none."""
+        manifests = committed(open_store(self.uri))
+        return manifests[-1].step if manifests else 0
+
+    def finish(self, *, sabotage: str = "") -> End:
+        """Send it, and let it train to its end."""
+        ledger = self._next_ledger()
+        with started(self.config, injection(ledger, sabotage=sabotage)) as job:
+            finished = job.end()
+        assert finished.exit_code == 0, finished.errors
+        assert finished.result["train_steps"] == STEPS
+        self.ledgers.append(read_ledger(ledger))
+        return self._end(finished.result["last_checkpoint"])
+
+    def kill(self, kill: Kill, step: int, endpoint: str) -> None:
+        """Send it, and kill it with all that it started at one step."""
+        checkpoint = checkpoint_key(step)
+        traps = {
+            Kill.MID_UPLOAD: Trap("midway", checkpoint + self.shape.model_file),
+            Kill.BEFORE_MANIFEST: Trap("before", checkpoint + MANIFEST_FILE),
+            Kill.AFTER_MANIFEST: Trap("after", checkpoint + MANIFEST_FILE),
+        }
+        # Steps and saves last milliseconds here: where it would have gone on, it is held until the kill comes.
+        holds = {Kill.AFTER_STEP: f"after_step:{step}", Kill.MID_SAVE: f"in_save:{step}"}
+        ledger, trap = self._next_ledger(), traps.get(kill)
+        with ExitStack() as stack:
+            proxy = stack.enter_context(trapping_proxy(endpoint, trap))
+            variables = injection(ledger, hold=holds.get(kill, "")) | {"AWS_ENDPOINT_URL_S3": proxy}
+            job = stack.enter_context(started(self.config, variables))
+            self._wait_for(kill, step, job, trap)
+            job.kill_all()
+        if kill is Kill.MID_SAVE:
+            saved = {path.name for path in self._saved(step).iterdir()}
+            assert "trainer_state.json" not in saved, "the save was done"
+        self.ledgers.append(read_ledger(ledger))
+
+    def stop(self, step: int) -> int:
+        """Send it, and SIGTERM main.py once a step is seen; returns the step of the last checkpoint."""
+        ledger = self._next_ledger()
+        with started(self.config, injection(ledger)) as job:
+            job.wait_for_line(f"step {step}/")
+            job.process.send_signal(signal.SIGTERM)
+            finished = job.end()
+        assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+        self.ledgers.append(read_ledger(ledger))
+        return finished.result["train_steps"]
+
+    def _wait_for(self, kill: Kill, step: int, job: Job, trap: Trap | None) -> None:
+        if trap:
+            job.wait_until(trap.sprung.is_set, f"{kill} at step {step}")
+        elif kill is Kill.MID_SAVE:
+            job.wait_until(self._saved(step).is_dir, f"{kill} at step {step}")
+        else:
+            job.wait_for_line(f"step {step}/")
+
+    def _saved(self, step: int) -> Path:
+        return self.scratch / "runs" / self.name / "trainer" / f"checkpoint-{step}"
+
+    def _next_ledger(self) -> Path:
+        return self.place / f"ledger-{len(self.ledgers)}"
+
+    def _end(self, checkpoint: str) -> End:
+        copy = sync_to_node(checkpoint, self.place / "last")
+        lines = open_store(self.uri).read("metrics.jsonl").decode().splitlines()
+        return End(
+            [{name: line[name] for name in FIGURES if name in line} for line in map(json.loads, lines)],
+            digests(load_file(copy / self.shape.model_file)),
+            digests(optimizer_state(copy)),
+            trained(self.ledgers),
+        )
+
+
+def optimizer_state(checkpoint: Path) -> dict[str, Any]:
+    """Everything the optimizer and the schedule saved: one file of each, or DeepSpeed's, one for each rank."""
+    paths = [
+        path
+        for path in sorted(checkpoint.rglob("*.pt"))
+        if path.name in ("optimizer.pt", "scheduler.pt") or path.name.endswith("_optim_states.pt")
+    ]
+    assert any("optim" in path.name for path in paths)
+    # DeepSpeed pickles objects of its own; the file is one that we have just written.
+    return {
+        str(path.relative_to(checkpoint)): torch.load(path, map_location="cpu", weights_only=False)
+        for path in paths
+    }
+
+
+def digests(state: Any, name: str = "") -> dict[str, str]:
+    """The sha256 of every tensor and number in nested state, by its path."""
+    if isinstance(state, Mapping | list | tuple):
+        parts = state.items() if isinstance(state, Mapping) else enumerate(state)
+        return {
+            key: value for part, inner in parts for key, value in digests(inner, f"{name}/{part}").items()
+        }
+    if isinstance(state, torch.Tensor):
+        content = state.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return {name: hashlib.sha256(f"{state.dtype} {tuple(state.shape)} ".encode() + content).hexdigest()}
+    if isinstance(state, int | float):
+        return {name: hashlib.sha256(repr(state).encode()).hexdigest()}
+    return {}
+
+
+def read_ledger(directory: Path) -> list[Taken]:
+    """What the workers of one attempt took."""
+    lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
+    return [Taken(*map(int, line.split())) for line in lines]
+
+
+def first_step(ledger: Sequence[Taken]) -> int:
+    """The step with which an attempt began."""
+    return min(taken.step for taken in ledger)
+
+
+def trained(ledgers: Sequence[Sequence[Taken]]) -> list[Taken]:
+    """What is in the weights: of each attempt, its steps before those of the next one that trained."""
+    kept: list[Taken] = []
+    for ledger in ledgers:
+        if ledger:
+            kept = [taken for taken in kept if taken.step < first_step(ledger)] + list(ledger)
+    return sorted(kept)
+
+
+def wrong_rows(ledger: Sequence[Taken]) -> list[str]:
+    """Rows that an epoch took not once, over all workers."""
+    wrong = []
+    for epoch in range(EPOCHS):
+        counts = Counter(
+            taken.row
+            for taken in ledger
+            if (taken.step - 1) // STEPS_PER_EPOCH == epoch and taken.row != PADDING_ROW
+        )
+        wrong += [
+            f"epoch {epoch + 1}: row {row} {counts[row]} times"
+            for row in sorted(counts.keys() | set(range(ROWS)))
+            if counts[row] != (1 if row in range(ROWS) else 0)
+        ]
+    return wrong
+
+
+def differences(end: End, reference: End) -> list[str]:
+    """In what a run's end is not the other's."""
+    pairs = {
+        "figures": (end.figures, reference.figures),
+        "weights": (end.weights, reference.weights),
+        "optimizer": (end.optimizer, reference.optimizer),
+        "rows": (end.ledger, reference.ledger),
+    }
+    return [name for name, (one, other) in pairs.items() if one != other]
+
+
+class References:
+    """Each shape's run that nobody interrupts, made once."""
+
+    def __init__(self, files: Path, storage: str):
+        self._files = files
+        self._storage = storage
+        self._ends: dict[Shape, End] = {}
+
+    def __getitem__(self, shape: Shape) -> End:
+        if shape not in self._ends:
+            end = Run(self._files, self._storage, f"{shape}-reference", shape).finish()
+            losses = [line["loss"] for line in end.figures if "loss" in line]
+            assert len(losses) == STEPS
+            assert {taken.rank for taken in end.ledger} == set(range(shape.workers))
+            assert wrong_rows(end.ledger) == []
+            self._ends[shape] = end
+        return self._ends[shape]
+
+
+@pytest.fixture(scope="module")
+def references(files: Path, storage: str) -> References:
+    return References(files, storage)
+
+
+class _Count:
+    """Says at the end of the test session how much of the grid was passed."""
+
+    def __init__(self) -> None:
+        self.passed: list[Chain] = []
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        done = sum(len(chain.kills) for chain in self.passed)
+        whole = sum(len(chain.kills) for chain in GRID)
+        terminalreporter.write_line(
+            f"resume: {done} kills in {len(self.passed)} runs ended bit for bit as without them; the grid has {whole} in {len(GRID)}"
+        )
+
+
+@pytest.fixture(scope="module")
+def count(request: pytest.FixtureRequest) -> _Count:
+    counting = _Count()
+    request.config.pluginmanager.register(counting)
+    return counting
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+def test_a_killed_run_ends_as_if_it_was_not(
+    chain: Chain, files: Path, storage: str, bucket: EmbeddedBucket, references: References, count: _Count
+):
+    """Equal weights, optimizer and figures; each row once an epoch; no kill costs more than an interval."""
+    run = Run(files, storage, str(chain), chain.shape)
+    for kill in chain.kills:
+        restored = run.committed_step
+        step = (chain.epoch - 1) * STEPS_PER_EPOCH + STEP_IN_EPOCH[kill]
+        run.kill(kill, step, bucket.endpoint)
+        assert first_step(run.ledgers[-1]) == restored + 1
+        whole_intervals = step - step % INTERVAL
+        lost = INTERVAL if kill in (Kill.MID_SAVE, Kill.MID_UPLOAD, Kill.BEFORE_MANIFEST) else 0
+        assert run.committed_step == whole_intervals - lost
+        assert run.committed_step >= step - INTERVAL
+    restored = run.committed_step
+    end = run.finish()
+    assert first_step(run.ledgers[-1]) == restored + 1
+    assert differences(end, references[chain.shape]) == []
+    assert wrong_rows(end.ledger) == []
+    count.passed.append(chain)
+
+
+@pytest.fixture(scope="module")
+def stopped(files: Path) -> tuple[Run, int, int]:
+    """A run stopped by SIGTERM in the middle of its second epoch: (run, step seen, step of its last checkpoint)."""
+    run = Run(files, str(files / "stopped"), "stopped", SABOTAGED)
+    seen = STEPS_PER_EPOCH + 3
+    return run, seen, run.stop(seen)
+
+
+def copy_of(stopped: Run, files: Path, name: str) -> Run:
+    """The stopped run once more, elsewhere."""
+    run = Run(files, str(files / "stopped"), name, stopped.shape)
+    shutil.copytree(stopped.uri, run.uri)
+    run.ledgers = list(stopped.ledgers)
+    return run
+
+
+def test_a_stopped_run_loses_at_most_a_step(
+    stopped: tuple[Run, int, int], files: Path, references: References
+):
+    run, seen, last = stopped
+    assert seen <= last < STEPS
+    continued = copy_of(run, files, "continued")
+    end = continued.finish()
+    assert first_step(continued.ledgers[-1]) == last + 1
+    assert differences(end, references[SABOTAGED]) == []
+    assert wrong_rows(end.ledger) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "seen"),
+    [
+        ("rng", {"figures", "weights", "optimizer"}),
+        ("optimizer", {"figures", "weights", "optimizer"}),
+        ("position", {"figures", "weights", "optimizer", "rows"}),
+    ],
+)
+def test_what_is_not_restored_is_noticed(
+    part: str, seen: set[str], stopped: tuple[Run, int, int], files: Path, references: References
+):
+    """The comparison above fails for a checkpoint of which one part is left out."""
+    run = copy_of(stopped[0], files, f"without-{part}")
+    end = run.finish(sabotage=part)
+    assert set(differences(end, references[SABOTAGED])) == seen
+    assert bool(wrong_rows(end.ledger)) == ("rows" in seen)
