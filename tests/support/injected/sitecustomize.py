@@ -1,13 +1,15 @@
 """Python runs this first in every process that has this directory on PYTHONPATH: a run's own code, watched, held or sabotaged.
 
 RESUME_LEDGER names a directory: each worker notes the rows it trains, one "step rank row" a line.
-RESUME_HOLD is `after_step:N` or `in_save:N`: there every worker waits to be killed.
+RESUME_HOLD is `after_step:N` or `in_save:N`: there every worker waits to be killed; or `in_step_until_stop:N`: there the
+first worker waits until the driver has asked it to stop.
 RESUME_SABOTAGE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
 """
 
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -38,8 +40,12 @@ class _Ledger:
 _ledger = _Ledger()
 
 
+def _is_held(place: str, step: int) -> bool:
+    return (_holds, _held_step) == (place, str(step))
+
+
 def _hold(place: str, step: int) -> None:
-    if (_holds, _held_step) == (place, str(step)):
+    if _is_held(place, step):
         threading.Event().wait()
 
 
@@ -52,6 +58,22 @@ def _watch_rows(module: Any) -> None:
         return get(self, index)
 
     rows.__getitem__ = noted
+
+
+def _watch_stopping(module: Any) -> None:
+    stopping = module.Stopping
+    end_step = stopping.on_step_end
+
+    def held(self: Any, args: Any, state: Any, *others: Any, **named: Any) -> None:
+        while (
+            _is_held("in_step_until_stop", state.global_step)
+            and args.process_index == 0
+            and not self.asked_to_stop()
+        ):
+            time.sleep(0.01)
+        end_step(self, args, state, *others, **named)
+
+    stopping.on_step_end = held
 
 
 def _watch_trainer(module: Any) -> None:
@@ -101,6 +123,7 @@ _SABOTAGES: dict[str, Callable[[Any], None]] = {
 }
 _CHANGES: dict[str, Callable[[Any], None]] = {
     "training.data.batches": _watch_rows,
+    "training.callbacks": _watch_stopping,
     "transformers.trainer": _watch_trainer,
 }
 
