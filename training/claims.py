@@ -70,13 +70,14 @@ def check_claim(store: Store, claim: Claim) -> None:
 
 
 def _take(store: Store, waiting: Callable[[str], None]) -> Claim:
-    newest = _newest(store)
+    numbers = _numbers(store)
+    newest = _newest_of(store, numbers)
     if newest is not None and _lives(store, newest, waiting):
         raise ClaimError(
             f"{store.uri} is being trained by {newest.owner}, since {newest.since}. Wait for its end, stop it (its claim expires after "
             f"{EXPIRE_SECONDS:.0f} s), or choose another run_name."
         )
-    number = max(_numbers(store), default=0) + 1
+    number = max(numbers, default=0) + 1  # of the same listing: a claim made since then must be in our way
     claim = Claim(
         number=number,
         token=secrets.token_hex(8),
@@ -120,7 +121,11 @@ def _renew(store: Store, claim: Claim, ended: threading.Event) -> None:
 
 
 def _newest(store: Store) -> Claim | None:
-    for number in sorted(_numbers(store), reverse=True):
+    return _newest_of(store, _numbers(store))
+
+
+def _newest_of(store: Store, numbers: list[int]) -> Claim | None:
+    for number in sorted(numbers, reverse=True):
         content = store.read_if_exists(claim_key(number))
         if content is None:
             continue  # its owner has just ended
