@@ -36,6 +36,7 @@ from runs.layout import (
 from training import checkpoints
 from training.claims import claimed
 from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused
+from training.models.files import first_line
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import join_uri, open_store, uses_embedded_bucket
@@ -45,10 +46,10 @@ PROJECT = Path(__file__).parent.parent
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
 _LONGEST_REASON = 400  # characters
 # On CPU a step's large blocks are given back to the kernel and asked for again in the next one, for a tenth of the time.
-# Ray's own processes have jemalloc; workers too then, and it keeps what was freed for half a minute.
+# Ray's own processes have jemalloc; workers too then, and it keeps what was freed for ten seconds.
 _CPU_ALLOCATOR = {
     "RAY_LD_PRELOAD_ON_WORKERS": "1",
-    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:30000",
+    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
 }
 
 
@@ -166,7 +167,7 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
+        _join(address)
     else:
         if plan.device == "cpu":
             os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
@@ -185,6 +186,22 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env=_runtime_environment())
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        causes = f"{error} {error.__cause__}"
+        token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
+        raise ClusterError(
+            f"RAY_ADDRESS: the cluster at {address} cannot be joined ({first_line(error)}). "
+            + (
+                "It asks for a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH points."
+                if token
+                else "Look whether it runs the same version of Ray and Python as here."
+            )
+        ) from error
 
 
 def _runtime_environment() -> dict[str, Any]:

@@ -2,8 +2,14 @@
 
 import json
 import os
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +246,111 @@ def test_a_lost_worker(files: Path, tmp_path: Path, start: Any):
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
     assert recovered.result["train_steps"] == 300
+
+
+def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path, start: Any):
+    """Within max_failures the run ends by itself, and each step is trained once in the end."""
+    config = write_yaml(
+        tmp_path / "back.yaml", settings(files, **LONG, **EVERY_100, run_name="back", max_failures=1)
+    )
+    running = start(config)
+    running.wait_for("checkpoint ")
+    os.kill(running.workers()[0].pid, signal.SIGKILL)
+    finished = running.end()
+    assert finished.exit_code == 0, finished.errors
+    steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
+    assert steps == list(range(1, 301))
+
+
+def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path, start: Any):
+    """It ends at once, and what was committed is still there."""
+    config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_100, run_name="twice"))
+    running = start(config)
+    running.wait_for("checkpoint ")
+    running.process.send_signal(signal.SIGINT)
+    running.process.send_signal(signal.SIGINT)
+    finished = running.end()
+    assert finished.exit_code == 128 + signal.SIGINT, finished.errors
+    assert "Traceback" not in finished.errors
+    last = finished.result["last_checkpoint"]
+    assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 100
+
+
+def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path, start: Any):
+    """Exactly one trains; the other names it and leaves, and the first one does not notice."""
+    config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_100, run_name="one"))
+    running = start(config)
+    running.wait_for("starting the workers")
+    second = run_main(config, "--json")
+    assert second.exit_code == 2, second.errors
+    assert f"{files / 'runs' / 'one'} is being trained by" in second.errors
+    assert second.output.count("{") == 0
+    first = running.end()
+    assert first.exit_code == 0, first.errors
+    assert not (files / "runs" / "one" / "claim").exists() or not list(
+        (files / "runs" / "one" / "claim").iterdir()
+    )
+
+
+@pytest.fixture
+def ray_cluster() -> Iterator[dict[str, str]]:
+    """The variables that lead to a Ray cluster of one node, with a token, that somebody else has started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directory = Path(
+        tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    )  # paths of its sockets are limited to 107 bytes
+    ray = Path(sys.executable).with_name("ray")
+    command = [
+        str(ray),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+    ]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    head = subprocess.Popen(
+        [*command, "--disable-usage-stats", f"--temp-dir={directory}"],
+        env=environment() | token,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_until_open(port)
+        yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **token}
+    finally:
+        for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
+            process.kill()
+        head.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _wait_until_open(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "the cluster does not start"
+            time.sleep(0.2)
+
+
+def test_a_cluster_that_runs_already(files: Path, tmp_path: Path, ray_cluster: dict[str, str]):
+    """RAY_ADDRESS joins it, our code travels there, and it goes on when the job has ended."""
+    config = write_yaml(tmp_path / "joined.yaml", settings(files, lora_config={"r": 4}, num_epochs=1))
+    stranger = run_main(config, "--json", variables={"RAY_ADDRESS": ray_cluster["RAY_ADDRESS"]})
+    assert stranger.exit_code == 2
+    assert "It asks for a token: set RAY_AUTH_MODE=token" in stranger.errors
+    assert "Traceback" not in stranger.errors
+
+    joined = run_main(config, "--json", variables=ray_cluster)
+    assert joined.exit_code == 0, joined.errors
+    assert joined.result["train_steps"] == 5
+
+    too_many = run_main(config, "num_devices=3", "--json", variables=ray_cluster)
+    assert too_many.exit_code == 2
+    assert "lacks what 3 workers need: CPU 3 (has 2)" in too_many.errors
