@@ -120,13 +120,13 @@ class RunResult(_Record):
     eval_losses: list[EvalLoss]
     train_steps: int
     tokens: int
-    """Tokens of the rows trained on, padding not counted."""
+    """Tokens of the rows trained on since step 0, earlier attempts included, padding not counted."""
     trained_tokens: int
     """Those of them that the loss looks at."""
     tokens_per_second: float
-    """Tokens over the time spent in training steps, all workers together; evaluation and saving not counted."""
+    """Of this attempt: tokens over the time in training steps, all workers together, without evaluation and saving."""
     elapsed_seconds: float
-    """From the driver's start to the result."""
+    """Of this attempt: from the driver's start to the result."""
     parent: str | None
     trainable_parameters: int
     log_files: list[str]
