@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from utils.bucket import join_uri
+
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
@@ -18,6 +20,11 @@ RunStatus = Literal["completed", "stopped", "failed"]
 def checkpoint_key(step: int, file: str = "") -> str:
     """The key of a checkpoint (or of a file in it), relative to the run: zero-padded, so that keys sort by step."""
     return f"{CHECKPOINTS}/step-{step:06d}/{file}"
+
+
+def checkpoint_uri(run_uri: str, step: int) -> str:
+    """A checkpoint's URI."""
+    return join_uri(run_uri, checkpoint_key(step))
 
 
 def run_of(checkpoint: str) -> str:

@@ -13,6 +13,7 @@ from runs.layout import (
     FileRecord,
     Manifest,
     checkpoint_key,
+    checkpoint_uri,
 )
 from utils.bucket import Store, join_uri, open_store, upload_directory
 from utils.files import checksum, safe_join
@@ -151,7 +152,7 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
     manifests = committed(store)
     found = choose(manifests)
     if found is not None:
-        return join_uri(place, checkpoint_key(found.step))
+        return checkpoint_uri(place, found.step)
     if uri.startswith("run:") or store.list(f"{CHECKPOINTS}/"):
         raise ConfigError(
             f"{uri}: the run {place} has no committed checkpoint to start from. Run it first, or name another."

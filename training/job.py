@@ -31,7 +31,7 @@ from runs.layout import (
     Manifest,
     RunResult,
     RunStatus,
-    checkpoint_key,
+    checkpoint_uri,
 )
 from training import checkpoints
 from training.claims import claimed
@@ -39,7 +39,7 @@ from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady
 from training.models.files import first_line
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
-from utils.bucket import join_uri, open_store, uses_embedded_bucket
+from utils.bucket import open_store, uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
@@ -358,4 +358,4 @@ def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
 
 
 def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:
-    return join_uri(plan.run_uri, checkpoint_key(manifest.step)) if manifest else None
+    return checkpoint_uri(plan.run_uri, manifest.step) if manifest else None

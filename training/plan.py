@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import NOT_IN_HASH, FinetuneConfig, config_hash
-from runs.layout import RESULT_FILE, DataFingerprints, Manifest, RunResult, checkpoint_key, run_of
+from runs.layout import RESULT_FILE, DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
 from training.checkpoints import best, committed, newest, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape
@@ -531,7 +531,7 @@ def _newest_of_the_same_run(
         result = RunResult.model_validate_json(finished)
         if result.status == "completed":
             raise AlreadyCompletedError(result)
-    return join_uri(run_uri, checkpoint_key(last.step))
+    return checkpoint_uri(run_uri, last.step)
 
 
 def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:

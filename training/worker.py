@@ -16,7 +16,7 @@ import ray
 import ray.train
 
 from configs.loading import to_yaml
-from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, DataPosition, Manifest, checkpoint_key
+from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, DataPosition, Manifest, checkpoint_uri
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, check_claim
@@ -28,7 +28,7 @@ from training.models import ModelRequest, build_model
 from training.models.files import ModelError, first_line, is_model_file
 from training.plan import RunPlan, fetch_model, load_tokenizer
 from training.strategy import zero_stage
-from utils.bucket import BucketError, Store, join_uri, open_store, sync_to_node
+from utils.bucket import BucketError, Store, open_store, sync_to_node
 from utils.console import library_output_in
 
 if TYPE_CHECKING:
@@ -177,9 +177,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
     committed = place.gather(checkpoints.committed(store) if place.rank == 0 else None)[0]
-    restore_from = (
-        join_uri(plan.run_uri, checkpoint_key(committed[-1].step)) if committed else plan.restore_from
-    )
+    restore_from = checkpoint_uri(plan.run_uri, committed[-1].step) if committed else plan.restore_from
 
     tell(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
@@ -316,9 +314,7 @@ class _Run:
     @property
     def newest_checkpoint(self) -> str | None:
         """The URI of the last one that was committed."""
-        return (
-            join_uri(self.plan.run_uri, checkpoint_key(self.committed[-1].step)) if self.committed else None
-        )
+        return checkpoint_uri(self.plan.run_uri, self.committed[-1].step) if self.committed else None
 
     def commit(self, directory: Path, state: "TrainerState") -> CheckpointCommitted:
         """Upload a saved checkpoint from all nodes, write its manifest, and report to Ray. Every rank calls it."""
@@ -344,7 +340,7 @@ class _Run:
             self._publish(state, eval_loss, all_records)
         committed = CheckpointCommitted(
             step=step,
-            uri=join_uri(self.plan.run_uri, checkpoint_key(step)),
+            uri=checkpoint_uri(self.plan.run_uri, step),
             tokens=self.throughput.tokens,
             trained_tokens=self.throughput.trained_tokens,
             tokens_per_second=self.throughput.tokens_per_second,

@@ -34,6 +34,21 @@ def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
+def tiny_settings(files: Path) -> dict[str, Any]:
+    """What every run of the tiny model says: `files` holds model/, train.jsonl and valid.jsonl, and gets runs and scratch."""
+    return {
+        "model_id": str(files / "model"),
+        "train_path": str(files / "train.jsonl"),
+        "valid_path": str(files / "valid.jsonl"),
+        "storage_path": str(files / "runs"),
+        "output_dir": str(files / "scratch"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "gradient_checkpointing": False,
+        "max_failures": 0,
+    }
+
+
 def command(config: Path, *arguments: str) -> list[str]:
     """The command line, without library warnings."""
     return [sys.executable, str(PROJECT / "main.py"), str(config), *arguments]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.front_door import run_main_quickly
-from tests.support.jobs import read_metrics, run_main, write_yaml
+from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
@@ -31,20 +31,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(files: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model_id": str(files / "model"),
-        "train_path": str(files / "train.jsonl"),
-        "valid_path": str(files / "valid.jsonl"),
-        "storage_path": str(files / "runs"),
-        "output_dir": str(files / "scratch"),
-        "device": "cpu",
-        "dtype": "fp32",
+    return tiny_settings(files) | {
         "train_batch_size_per_device": 8,
         "num_epochs": 2,
         "learning_rate": 2e-2,
         "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "max_failures": 0,
         **more,
     }
 

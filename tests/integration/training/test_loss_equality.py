@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.jobs import read_metrics, run_main, write_yaml
+from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 
 # Eight rows a step in every one; the batch sizes of evaluation differ on purpose.
@@ -47,19 +47,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(files: Path, name: str, settings: dict[str, Any]) -> tuple[list[float], list[float]]:
     """(loss of each step, eval losses)."""
-    config = {
-        "model_id": str(files / "model"),
-        "train_path": str(files / "train.jsonl"),
-        "valid_path": str(files / "valid.jsonl"),
-        "storage_path": str(files / "runs"),
-        "output_dir": str(files / "scratch"),
+    config = tiny_settings(files) | {
         "run_name": name,
-        "device": "cpu",
-        "dtype": "fp32",
         "max_steps": 10,
         "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "max_failures": 0,
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 5},
     }
     finished = run_main(write_yaml(files / f"{name}.yaml", config | settings), "--json")

@@ -21,7 +21,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs.layout import Manifest
-from tests.support.jobs import PROJECT, Finished, command, environment, read_metrics, run_main, write_yaml
+from tests.support.jobs import (
+    PROJECT,
+    Finished,
+    command,
+    environment,
+    read_metrics,
+    run_main,
+    tiny_settings,
+    write_yaml,
+)
 from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store, sync_to_node
 from utils.embedded_bucket import EmbeddedBucket
@@ -39,20 +48,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(files: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model_id": str(files / "model"),
-        "train_path": str(files / "train.jsonl"),
-        "valid_path": str(files / "valid.jsonl"),
-        "storage_path": str(files / "runs"),
-        "output_dir": str(files / "scratch"),
-        "device": "cpu",
-        "dtype": "fp32",
+    return tiny_settings(files) | {
         "num_devices": 2,
         "train_batch_size_per_device": 4,
         "num_epochs": 2,
         "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "max_failures": 0,
         **more,
     }
 
