@@ -37,7 +37,7 @@ RESULTS = PROJECT / "benchmarks" / "results" / "overhead.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     prepare.main()
     with tempfile.TemporaryDirectory() as temporary:

@@ -17,6 +17,7 @@ import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runs.curve import draw_eval_curve
@@ -162,6 +163,18 @@ class _Fit:
         self._mailbox.close.remote()
 
 
+class _OwnClusterTrainer(TorchTrainer):
+    """A TorchTrainer whose cluster ends with its driver.
+
+    Ray's cleaner of placement groups is an actor that outlives a lost driver. Workers wait for it at their start, the
+    driver sometimes 12 s for its end, and here it has nothing to clean.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 @contextmanager
 def _cluster(plan: RunPlan) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
@@ -247,7 +260,8 @@ def _resources_of_worker(plan: RunPlan) -> dict[str, float]:
 
 
 def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
-    return TorchTrainer(
+    trainer = TorchTrainer if os.environ.get("RAY_ADDRESS") else _OwnClusterTrainer
+    return trainer(
         train_worker,
         train_loop_config={
             "plan": plan.model_dump(mode="json"),

@@ -49,6 +49,7 @@ class Place:
     local_rank: int
     world_size: int
     local_world_size: int
+    node_rank: int
 
     @classmethod
     def of_ray(cls) -> "Place":
@@ -59,6 +60,7 @@ class Place:
             context.get_local_rank(),
             context.get_world_size(),
             context.get_local_world_size(),
+            context.get_node_rank(),
         )
 
     def gather(self, value: Any) -> list[Any]:
@@ -140,7 +142,7 @@ def package_versions() -> dict[str, str]:
 def _prepare_process(plan: RunPlan, place: Place) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan) / f"unsloth-{place.rank}")
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, place) / f"unsloth-{place.rank}")
     if plan.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch
@@ -159,8 +161,9 @@ def _prepare_process(plan: RunPlan, place: Place) -> None:
         )
 
 
-def _run_scratch(plan: RunPlan) -> Path:
-    return Path(plan.scratch) / "runs" / plan.run_name
+def _run_scratch(plan: RunPlan, place: Place) -> Path:
+    # Nodes may share the directory, as home directories often are.
+    return Path(plan.scratch) / "runs" / plan.run_name / f"node-{place.node_rank}"
 
 
 def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
@@ -171,7 +174,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     from training.trainers import FineTuningTrainer, trainer_arguments
 
     config = plan.config
-    scratch = _run_scratch(plan)
+    scratch = _run_scratch(plan, place)
     if place.local_rank == 0:
         shutil.rmtree(scratch / "trainer", ignore_errors=True)
         (scratch / "trainer").mkdir(parents=True)

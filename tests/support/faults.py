@@ -1,24 +1,17 @@
 """What can happen to a run: killed at an exact place, seen through injected code, and cut off from its bucket by a proxy."""
 
 import os
-import signal
 import socket
-import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
-from tests.support.jobs import PROJECT, Finished, command, environment
 from tests.support.watched_proxy import WatchedProxy
 
 _INJECTED = Path(__file__).parent / "injected"
-_LOOK_SECONDS = 0.005
 _LIMIT_SECONDS = 240
 
 
@@ -117,73 +110,3 @@ def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, 
         "RESUME_HOLD": hold,
         "RESUME_SABOTAGE": sabotage,
     }
-
-
-class Job:
-    """main.py with everything that it starts."""
-
-    def __init__(self, config: Path, variables: Mapping[str, str]):
-        self._stdout, self._stderr = config.with_suffix(".stdout"), config.with_suffix(".stderr")
-        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                command(config, "--json"),
-                cwd=PROJECT,
-                env=environment() | dict(variables),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-            )
-
-    @property
-    def errors(self) -> str:
-        """What it wrote to standard error so far."""
-        return self._stderr.read_text("utf-8", errors="replace")
-
-    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        """Return as soon as something is so; fail when main.py ends first, or never gets there."""
-        deadline = time.monotonic() + _LIMIT_SECONDS
-        while not happened():
-            assert self.process.poll() is None, f"ended before {what}:\n{self.errors}"
-            assert time.monotonic() < deadline, f"no {what} in {_LIMIT_SECONDS} s:\n{self.errors}"
-            time.sleep(_LOOK_SECONDS)
-
-    def wait_for_line(self, text: str) -> None:
-        """Return when standard error holds the text."""
-        self.wait_until(lambda: text in self.errors, text)
-
-    def end(self) -> Finished:
-        """Wait for its own end."""
-        self.process.wait(_LIMIT_SECONDS)
-        return Finished(self.process.returncode, self._stdout.read_text("utf-8"), self.errors)
-
-    def kill_all(self) -> None:
-        """SIGKILL for main.py and all its descendants; returns when none of them lives."""
-        with suppress(psutil.NoSuchProcess):
-            main = psutil.Process(self.process.pid)
-            family = [main, *main.children(recursive=True)]
-            for process in family:
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL)
-            self.process.wait()
-            deadline = time.monotonic() + 30
-            while alive := [process for process in family if _lives(process)]:
-                assert time.monotonic() < deadline, f"still alive after SIGKILL: {alive}"
-                time.sleep(_LOOK_SECONDS)
-
-
-def _lives(process: psutil.Process) -> bool:
-    # An orphan stays a zombie where nobody collects it.
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@contextmanager
-def started(config: Path, variables: Mapping[str, str]) -> Iterator[Job]:
-    """main.py for the length of the block; nothing of it is left behind."""
-    job = Job(config, variables)
-    try:
-        yield job
-    finally:
-        job.kill_all()

@@ -1,17 +1,23 @@
-"""Runs main.py as a user does, in a process of its own."""
+"""Runs main.py as a user does, in a process of its own: to its end, or to be looked at and hurt on the way."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
+_LIMIT_SECONDS = 240
+_LOOK_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,79 @@ def run_main(
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, from a run stored in a local directory."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Job:
+    """main.py with everything that it starts."""
+
+    def __init__(self, config: Path, variables: Mapping[str, str]):
+        self._stdout, self._stderr = config.with_suffix(".stdout"), config.with_suffix(".stderr")
+        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                command(config, "--json"),
+                cwd=PROJECT,
+                env=environment() | dict(variables),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                process_group=0,
+            )
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to standard error so far."""
+        return self._stderr.read_text("utf-8", errors="replace")
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        """Return as soon as something is so; fail when main.py ends first, or never gets there."""
+        deadline = time.monotonic() + _LIMIT_SECONDS
+        while not happened():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.errors}"
+            assert time.monotonic() < deadline, f"no {what} in {_LIMIT_SECONDS} s:\n{self.errors}"
+            time.sleep(_LOOK_SECONDS)
+
+    def wait_for_line(self, text: str) -> None:
+        """Return when standard error holds the text."""
+        self.wait_until(lambda: text in self.errors, text)
+
+    def workers(self) -> list[psutil.Process]:
+        """The Ray Train workers on a cluster of its own."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+    def end(self) -> Finished:
+        """Wait for its own end."""
+        self.process.wait(_LIMIT_SECONDS)
+        return Finished(self.process.returncode, self._stdout.read_text("utf-8"), self.errors)
+
+    def kill_all(self) -> None:
+        """SIGKILL for main.py and all its descendants; returns when none of them lives."""
+        with suppress(psutil.NoSuchProcess):
+            main = psutil.Process(self.process.pid)
+            family = [main, *main.children(recursive=True)]
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            self.process.wait()
+            deadline = time.monotonic() + 30
+            while alive := [process for process in family if _lives(process)]:
+                assert time.monotonic() < deadline, f"still alive after SIGKILL: {alive}"
+                time.sleep(_LOOK_SECONDS)
+
+
+def _lives(process: psutil.Process) -> bool:
+    # An orphan stays a zombie where nobody collects it.
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def started(config: Path, variables: Mapping[str, str] | None = None) -> Iterator[Job]:
+    """main.py for the length of the block; nothing of it is left behind."""
+    job = Job(config, variables or {})
+    try:
+        yield job
+    finally:
+        job.kill_all()

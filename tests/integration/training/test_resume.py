@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from runs.layout import MANIFEST_FILE, checkpoint_key
-from tests.support.faults import Job, Trap, injection, started, trapping_proxy
-from tests.support.jobs import write_yaml
+from tests.support.faults import Trap, injection, trapping_proxy
+from tests.support.jobs import Job, started, write_yaml
 from tests.support.tiny_model import make_model, write_data
 from training.checkpoints import committed
 from training.data.batches import PADDING_ROW
@@ -245,7 +245,7 @@ class Run:
             job.wait_for_line(f"step {step}/")
 
     def _saved(self, step: int) -> Path:
-        return self.scratch / "runs" / self.name / "trainer" / f"checkpoint-{step}"
+        return self.scratch / "runs" / self.name / "node-0" / "trainer" / f"checkpoint-{step}"
 
     def _next_ledger(self) -> Path:
         return self.place / f"ledger-{len(self.ledgers)}"

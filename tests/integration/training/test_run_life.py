@@ -2,32 +2,20 @@
 
 import json
 import os
-import secrets
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs.layout import Manifest
 from tests.support.jobs import (
-    PROJECT,
-    Finished,
-    command,
-    environment,
     read_metrics,
     run_main,
+    started,
     tiny_settings,
     write_yaml,
 )
@@ -139,63 +127,11 @@ def test_a_full_parameter_run(files: Path, tmp_path: Path):
     assert loss == pytest.approx(finished.result["eval_losses"][-1]["eval_loss"], abs=1e-3)
 
 
-class Running:
-    """main.py while it runs."""
-
-    def __init__(self, config: Path):
-        self.process = subprocess.Popen(
-            command(config, "--json"),
-            cwd=PROJECT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
-        self.seen: list[str] = []
-
-    def wait_for(self, text: str) -> None:
-        """Read standard error until a line holds the text."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.seen.append(line)
-            if text in line:
-                return
-        raise AssertionError(f"ended before {text!r}:\n" + "".join(self.seen))
-
-    def workers(self) -> list[psutil.Process]:
-        """The Ray Train workers of this run."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
-
-    def end(self) -> Finished:
-        """Wait for its end."""
-        output, errors = self.process.communicate(timeout=240)
-        return Finished(self.process.returncode, output, "".join(self.seen) + errors)
-
-
-@pytest.fixture
-def start() -> Iterator[Any]:
-    started: list[Running] = []
-
-    def begin(config: Path) -> Running:
-        started.append(Running(config))
-        return started[-1]
-
-    yield begin
-    for running in started:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
-
-
 LONG = {"num_epochs": None, "max_steps": 300, "lora_config": {"r": 4, "lora_dropout": 0.1}}
 EVERY_100 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 100}}
 
 
-def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
-    files: Path, tmp_path: Path, start: Any
-):
+def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: Path, tmp_path: Path):
     """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
 
     The signal goes to the whole process group, as from `timeout`, a service manager or a terminal.
@@ -206,10 +142,10 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
     assert whole.exit_code == 0, whole.errors
 
     config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_100, run_name="stopped"))
-    running = start(config)
-    running.wait_for("step 20/")
-    os.killpg(running.process.pid, signal.SIGTERM)
-    finished = running.end()
+    with started(config) as running:
+        running.wait_for_line("step 20/")
+        os.killpg(running.process.pid, signal.SIGTERM)
+        finished = running.end()
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert finished.result["status"] == "stopped"
     stopped_at = finished.result["train_steps"]
@@ -228,15 +164,15 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(
     assert continued.result["tokens"] == whole.result["tokens"]
 
 
-def test_a_lost_worker(files: Path, tmp_path: Path, start: Any):
+def test_a_lost_worker(files: Path, tmp_path: Path):
     """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_100, run_name="lost"))
-    running = start(config)
-    running.wait_for("checkpoint ")
-    workers = running.workers()
-    assert len(workers) == 2
-    os.kill(workers[1].pid, signal.SIGKILL)
-    finished = running.end()
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        workers = running.workers()
+        assert len(workers) == 2
+        os.kill(workers[1].pid, signal.SIGKILL)
+        finished = running.end()
     assert finished.exit_code == 1, finished.errors
     assert finished.result["status"] == "failed"
     assert finished.result["reason"].startswith("worker lost")
@@ -248,109 +184,45 @@ def test_a_lost_worker(files: Path, tmp_path: Path, start: Any):
     assert recovered.result["train_steps"] == 300
 
 
-def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path, start: Any):
+def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path):
     """Within max_failures the run ends by itself, and each step is trained once in the end."""
     config = write_yaml(
         tmp_path / "back.yaml", settings(files, **LONG, **EVERY_100, run_name="back", max_failures=1)
     )
-    running = start(config)
-    running.wait_for("checkpoint ")
-    os.kill(running.workers()[0].pid, signal.SIGKILL)
-    finished = running.end()
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        os.kill(running.workers()[0].pid, signal.SIGKILL)
+        finished = running.end()
     assert finished.exit_code == 0, finished.errors
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
     assert steps == list(range(1, 301))
 
 
-def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path, start: Any):
+def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     """It ends at once, and what was committed is still there."""
     config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_100, run_name="twice"))
-    running = start(config)
-    running.wait_for("checkpoint ")
-    running.process.send_signal(signal.SIGINT)
-    running.process.send_signal(signal.SIGINT)
-    finished = running.end()
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        running.process.send_signal(signal.SIGINT)
+        running.process.send_signal(signal.SIGINT)
+        finished = running.end()
     assert finished.exit_code == 128 + signal.SIGINT, finished.errors
     assert "Traceback" not in finished.errors
     last = finished.result["last_checkpoint"]
     assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 100
 
 
-def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path, start: Any):
+def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
     """Exactly one trains; the other names it and leaves, and the first one does not notice."""
     config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_100, run_name="one"))
-    running = start(config)
-    running.wait_for("starting the workers")
-    second = run_main(config, "--json")
+    with started(config) as running:
+        running.wait_for_line("starting the workers")
+        second = run_main(config, "--json")
+        first = running.end()
     assert second.exit_code == 2, second.errors
     assert f"{files / 'runs' / 'one'} is being trained by" in second.errors
     assert second.output.count("{") == 0
-    first = running.end()
     assert first.exit_code == 0, first.errors
     assert not (files / "runs" / "one" / "claim").exists() or not list(
         (files / "runs" / "one" / "claim").iterdir()
     )
-
-
-@pytest.fixture
-def ray_cluster() -> Iterator[dict[str, str]]:
-    """The variables that lead to a Ray cluster of one node, with a token, that somebody else has started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    directory = Path(
-        tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    )  # paths of its sockets are limited to 107 bytes
-    ray = Path(sys.executable).with_name("ray")
-    command = [
-        str(ray),
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--num-cpus=2",
-        "--include-dashboard=false",
-    ]
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    head = subprocess.Popen(
-        [*command, "--disable-usage-stats", f"--temp-dir={directory}"],
-        env=environment() | token,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        _wait_until_open(port)
-        yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **token}
-    finally:
-        for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
-            process.kill()
-        head.wait()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _wait_until_open(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, "the cluster does not start"
-            time.sleep(0.2)
-
-
-def test_a_cluster_that_runs_already(files: Path, tmp_path: Path, ray_cluster: dict[str, str]):
-    """RAY_ADDRESS joins it, our code travels there, and it goes on when the job has ended."""
-    config = write_yaml(tmp_path / "joined.yaml", settings(files, lora_config={"r": 4}, num_epochs=1))
-    stranger = run_main(config, "--json", variables={"RAY_ADDRESS": ray_cluster["RAY_ADDRESS"]})
-    assert stranger.exit_code == 2
-    assert "It asks for a token: set RAY_AUTH_MODE=token" in stranger.errors
-    assert "Traceback" not in stranger.errors
-
-    joined = run_main(config, "--json", variables=ray_cluster)
-    assert joined.exit_code == 0, joined.errors
-    assert joined.result["train_steps"] == 5
-
-    too_many = run_main(config, "num_devices=3", "--json", variables=ray_cluster)
-    assert too_many.exit_code == 2
-    assert "lacks what 3 workers need: CPU 3 (has 2)" in too_many.errors

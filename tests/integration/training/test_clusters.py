@@ -1,0 +1,95 @@
+"""Jobs on Ray clusters: one of their own, one that runs already, and one that loses a node."""
+
+from pathlib import Path
+
+import pytest
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from runs.layout import Manifest
+from tests.support.jobs import read_metrics, run_main, started, tiny_settings, write_yaml
+from tests.support.ray_cluster import ray_cluster
+from tests.support.tiny_model import make_model, write_data
+from training.job import _OwnClusterTrainer
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("clusters")
+    make_model(root / "model")
+    write_data(root)
+    return root
+
+
+def config(files: Path, path: Path, **more: object) -> Path:
+    settings = {"num_devices": 2, "train_batch_size_per_device": 4, "lora_config": {"r": 4}, **more}
+    return write_yaml(path, tiny_settings(files) | settings)
+
+
+def test_a_cluster_of_its_own_goes_without_rays_cleaner():
+    """It would delay every start; a newer Ray that starts it otherwise shows here."""
+    trainer = _OwnClusterTrainer(
+        lambda: None,
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(name="any", failure_config=FailureConfig()),
+    )
+    everything = super(_OwnClusterTrainer, trainer)._create_default_callbacks()
+    assert any(isinstance(callback, PlacementGroupCleanerCallback) for callback in everything)
+    ours = trainer._create_default_callbacks()
+    assert [type(callback) for callback in ours] == [
+        type(callback) for callback in everything if not isinstance(callback, PlacementGroupCleanerCallback)
+    ]
+
+
+def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
+    """RAY_ADDRESS joins it, our code travels there, and it goes on when the job has ended."""
+    joining = config(files, tmp_path / "joined.yaml", num_epochs=1)
+    with ray_cluster(cpus=2) as cluster:
+        stranger = run_main(joining, "--json", variables={"RAY_ADDRESS": cluster.address})
+        joined = run_main(joining, "--json", variables=cluster.variables)
+        too_many = run_main(joining, "num_devices=3", "--json", variables=cluster.variables)
+    assert stranger.exit_code == 2
+    assert "It asks for a token: set RAY_AUTH_MODE=token" in stranger.errors
+    assert "Traceback" not in stranger.errors
+    assert joined.exit_code == 0, joined.errors
+    assert joined.result["train_steps"] == 5
+    assert too_many.exit_code == 2
+    assert "lacks what 3 workers need: CPU 3 (has 2)" in too_many.errors
+
+
+def test_a_node_that_is_taken_away(files: Path, tmp_path: Path):
+    """Its notice commits a checkpoint, and Ray brings the workers back on other nodes, from there; no failure is counted."""
+    name = "preempted"
+    preempted = config(
+        files,
+        tmp_path / "preempted.yaml",
+        run_name=name,
+        max_steps=STEPS,
+        num_epochs=None,
+        checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": STEPS},
+        num_checkpoints_to_keep=9,
+    )
+    with ray_cluster(cpus=1) as cluster:
+        taken = cluster.start_node(cpus=1)
+        with started(preempted, {**cluster.variables, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}) as job:
+            job.wait_for_line("step 10/")
+            cluster.start_node(cpus=1)
+            cluster.preempt(taken, seconds=8)
+            finished = job.end()
+    assert finished.exit_code == 0, finished.errors
+    checkpoints = sorted((files / "runs" / name / "checkpoints").iterdir())
+    steps = [
+        Manifest.model_validate_json((checkpoint / "MANIFEST.json").read_text()).step
+        for checkpoint in checkpoints
+    ]
+    assert len(steps) == 2
+    assert 10 <= steps[0] < STEPS
+    assert steps[1] == STEPS
+    assert [line["step"] for line in read_metrics(files / "runs" / name) if "loss" in line] == list(
+        range(1, STEPS + 1)
+    )
+    assert f"step {steps[0] + 1}/" in finished.errors.split("step 10/", 1)[1]

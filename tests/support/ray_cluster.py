@@ -1,0 +1,134 @@
+"""A Ray cluster that somebody else has started: real raylets on this machine, behind a token."""
+
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.support.jobs import environment
+
+_RAY = Path(sys.executable).with_name("ray")
+_LIMIT_SECONDS = 60
+_OTHER_NODES = """
+import json, ray
+ray.init(log_to_driver=False)
+print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "node:__internal_head__" not in node["Resources"]]))
+"""
+
+
+class RayCluster:
+    """A head, and one raylet after another, each a node of its own with its own CPUs."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS says."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What leads to it, the token included."""
+        return {"RAY_ADDRESS": self.address, **self._token}
+
+    def start_head(self, cpus: int) -> None:
+        """Start the first node; returns when it listens."""
+        self._start(
+            f"--num-cpus={cpus}",
+            "--head",
+            f"--port={self.port}",
+            "--include-dashboard=false",
+            f"--temp-dir={self._directory}",
+        )
+        _wait_until(self._listens, "head")
+
+    def start_node(self, cpus: int) -> str:
+        """Start another node; returns its id when it has joined."""
+        before = self.other_nodes()
+        self._start(f"--num-cpus={cpus}", f"--address={self.address}")
+        _wait_until(lambda: len(self.other_nodes()) > len(before), "node")
+        return next(node for node in self.other_nodes() if node not in before)
+
+    def other_nodes(self) -> list[str]:
+        """The ids of all nodes that live, without the head."""
+        return json.loads(self._run(sys.executable, "-c", _OTHER_NODES).splitlines()[-1])
+
+    def preempt(self, node: str, *, seconds: int) -> None:
+        """Give notice that a node will be taken away, as a cloud does with its spot instances."""
+        self._run(
+            str(_RAY),
+            "drain-node",
+            f"--address={self.address}",
+            f"--node-id={node}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message=taken away",
+            f"--deadline-remaining-seconds={seconds}",
+        )
+
+    def end(self) -> None:
+        """End every node with all its processes."""
+        for node in reversed(self._nodes):
+            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+                process.kill()
+            node.wait()
+
+    def _start(self, *options: str) -> None:
+        self._nodes.append(
+            subprocess.Popen(
+                [str(_RAY), "start", "--block", "--disable-usage-stats", *options],
+                env=environment() | self._token,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    def _run(self, *command: str) -> str:
+        done = subprocess.run(
+            command,
+            env=environment() | self.variables,
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+def _wait_until(happened: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, f"no {what} in {_LIMIT_SECONDS} s"
+        time.sleep(0.2)
+
+
+@contextmanager
+def ray_cluster(cpus: int) -> Iterator[RayCluster]:
+    """A cluster of one node for the length of the block."""
+    # Paths of Ray's sockets are limited to 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    cluster = RayCluster(directory)
+    try:
+        cluster.start_head(cpus)
+        yield cluster
+    finally:
+        cluster.end()
+        shutil.rmtree(directory, ignore_errors=True)
