@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume lint format lock bench-overhead clean
+.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume lint format lock bench-overhead bench-resume clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,9 @@ format: setup-dev  ## rewrite the Python files as the linter wants them
 
 bench-overhead: setup  ## measure what Anneal costs beside the bare trainer
 	$(BIN)/python benchmarks/overhead.py
+
+bench-resume: setup  ## measure what it costs to send a killed run again
+	$(BIN)/python benchmarks/resume.py
 
 lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	export UV_CUSTOM_COMPILE_COMMAND="make lock"; \

@@ -9,14 +9,10 @@ Each round runs all three one after the other, in an order that rotates; the rat
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from benchmarks.report import spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from utils.bucket import sync_to_node
@@ -32,7 +29,6 @@ from utils.embedded_bucket import embedded_bucket
 
 STEPS, BATCH_SIZE, WORKERS = 12, 4, 2
 LEARNING_RATE = 5e-4
-RESULTS = PROJECT / "benchmarks" / "results" / "overhead.json"
 
 
 def main() -> None:
@@ -60,31 +56,7 @@ def main() -> None:
         r["anneal"]["first_step_seconds"] / r["bare_torch_trainer"]["first_step_seconds"] for r in measured
     ]
     summary = {"tokens_per_second_ratio": spread(speed), "first_step_ratio": spread(start)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps({"machine": machine(), "summary": summary, "rounds": measured}, indent=2) + "\n"
-    )
-    for name, values in summary.items():
-        print(
-            f"{name}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {rounds} rounds)"
-        )
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    packages = ("torch", "transformers", "trl", "peft", "ray")
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
+    write_report("overhead", summary, measured)
 
 
 def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:

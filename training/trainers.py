@@ -1,5 +1,6 @@
 """The TRL trainer of a run, with our batches, an eval loss weighted by tokens, and checkpoints without what nobody reads."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class FineTuningTrainer(SFTTrainer):
         self,
         *,
         config: FinetuneConfig,
+        base_model: str,
         shape: BatchShape,
         longest: int,
         train_rows: Dataset,
@@ -78,6 +80,7 @@ class FineTuningTrainer(SFTTrainer):
 
         Args:
             config: The YAML.
+            base_model: What saved adapters call the model below them: hub id, directory or URI.
             shape: How training rows are dealt out.
             longest: Tokens that `padding: max_length` pads to.
             train_rows: Prepared rows.
@@ -101,6 +104,7 @@ class FineTuningTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.base_model = base_model
         self.shape = shape
         self.eval_rows = eval_rows
         self.collator = collator
@@ -165,3 +169,9 @@ class FineTuningTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
+        assert self.args.output_dir is not None
+        adapter = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "adapter_config.json"
+        if self.args.should_save and adapter.exists():
+            # PEFT writes where the base lay on this node.
+            settings = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": self.base_model}
+            adapter.write_text(json.dumps(settings, indent=2), "utf-8")

@@ -222,6 +222,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     run = _Run(plan, claim, place, store, committed, throughput)
     trainer = FineTuningTrainer(
         config=config,
+        base_model=plan.base_model,
         shape=shape,
         longest=config.context_length or train.summary.longest,
         train_rows=train_rows,

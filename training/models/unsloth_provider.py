@@ -1,9 +1,12 @@
-"""Unsloth: the only module that imports it. `prepare` must run before transformers, trl and peft are imported.
+"""Unsloth: the only module that imports it; the worker does so before transformers, trl and peft.
 
 Unsloth's files carry AGPL-3.0 headers; it is an optional package that this project neither ships nor copies.
 """
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import unsloth  # first: it patches what the imports below bring
 from transformers import set_seed
@@ -16,18 +19,11 @@ if TYPE_CHECKING:
 
 def build(request: ModelRequest) -> "PreTrainedModel":
     """The model of the request by Unsloth's loaders: its fused layers on a GPU, its CPU mode otherwise."""
-    import torch
-
-    model, _ = unsloth.FastLanguageModel.from_pretrained(
-        model_name=str(request.adapter_directory or request.directory),
-        max_seq_length=request.context_length,
-        dtype=torch.bfloat16 if request.weights_dtype == "bf16" else torch.float32,
-        load_in_4bit=request.load_in_4bit,
-        full_finetuning=not request.is_lora,
-        trust_remote_code=request.trust_remote_code,
-        use_gradient_checkpointing=request.gradient_checkpointing,
-    )
-    if request.lora is None or request.adapter_directory is not None:
+    if request.adapter_directory is not None:
+        with TemporaryDirectory() as temporary:
+            return _load(_adapter_on(request.directory, request.adapter_directory, Path(temporary)), request)
+    model = _load(request.directory, request)
+    if request.lora is None:
         return model
     set_seed(request.seed)
     lora = request.lora
@@ -44,3 +40,30 @@ def build(request: ModelRequest) -> "PreTrainedModel":
         random_state=request.seed,
         max_seq_length=request.context_length,
     )
+
+
+def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
+    """The adapter in a directory of its own, naming the base on this node: Unsloth loads what it names."""
+    for file in adapter.iterdir():
+        (directory / file.name).symlink_to(file.absolute())
+    settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (directory / "adapter_config.json").unlink()
+    (directory / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(base)}), "utf-8"
+    )
+    return directory
+
+
+def _load(directory: Path, request: ModelRequest) -> Any:
+    import torch
+
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        model_name=str(directory),
+        max_seq_length=request.context_length,
+        dtype=torch.bfloat16 if request.weights_dtype == "bf16" else torch.float32,
+        load_in_4bit=request.load_in_4bit,
+        full_finetuning=not request.is_lora,
+        trust_remote_code=request.trust_remote_code,
+        use_gradient_checkpointing=request.gradient_checkpointing,
+    )
+    return model

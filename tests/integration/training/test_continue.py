@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
@@ -144,9 +144,11 @@ def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dic
     assert "model.layers.0.self_attn.q_proj is 64 x 96 in the model, 64 x 64 in the adapter" in message
 
 
-def test_an_adapter_that_plain_peft_saved(files: Path):
+@pytest.mark.parametrize("kernels", ["torch", "unsloth"])
+def test_an_adapter_that_plain_peft_saved(files: Path, kernels: str):
+    """It goes on upon the model that the YAML names, wherever the one that it names may be."""
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
-    saved = files / "plain_peft"
+    saved = files / f"plain_peft_{kernels}"
     peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(saved)
     adapter = json.loads((saved / "adapter_config.json").read_text())
     # What older versions wrote: fewer keys, and no names of what came later.
@@ -164,14 +166,22 @@ def test_an_adapter_that_plain_peft_saved(files: Path):
         "modules_to_save",
         "init_lora_weights",
     )
-    (saved / "adapter_config.json").write_text(json.dumps({key: adapter[key] for key in kept}))
-    config = write_yaml(
-        files / "plain.yaml",
-        settings(files, run_name="plain", initial_adapter_model_ckpt_path=str(saved), max_steps=2)
-        | {"num_epochs": None},
+    elsewhere = {"base_model_name_or_path": str(files / "moved")}
+    (saved / "adapter_config.json").write_text(json.dumps({key: adapter[key] for key in kept} | elsewhere))
+    child = settings(
+        files,
+        run_name=f"plain-{kernels}",
+        initial_adapter_model_ckpt_path=str(saved),
+        kernels=kernels,
+        max_steps=2,
+        num_epochs=None,
     )
-    finished = run_main(config, "--json")
+    finished = run_main(write_yaml(files / f"plain_{kernels}.yaml", child), "--json")
     assert finished.exit_code == 0, finished.errors
+    last = Path(finished.result["last_checkpoint"])
+    assert json.loads((last / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        files / "model"
+    )
 
 
 def test_full_weights_go_on_full_and_take_an_adapter_with_a_warning(files: Path, full_run: dict[str, Any]):
@@ -256,18 +266,28 @@ def test_a_diverging_run_stops_with_step_rows_and_what_is_left(files: Path):
     assert finished.result["last_checkpoint"] is None
 
 
-def test_a_4bit_base_with_an_adapter_on_top(files: Path):
+@pytest.mark.parametrize("stored", ["16bit", "4bit"])
+def test_a_4bit_base_with_an_adapter_on_top(files: Path, stored: str):
     """The settings of QLoRA, on CPU; what is saved is an adapter that a 16-bit base takes as well."""
+    model = files / "model"
+    if stored == "4bit":
+        model = files / "model-4bit"
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        AutoModelForCausalLM.from_pretrained(
+            files / "model", quantization_config=quantization, dtype=torch.bfloat16
+        ).save_pretrained(model)
+        AutoTokenizer.from_pretrained(files / "model").save_pretrained(model)
     qlora = {
+        "model_id": str(model),
         "load_in_4bit": True,
         "optim": "adamw_8bit",
         "gradient_checkpointing": "unsloth",
         "dtype": "bf16",
         "lora_config": LORA,
-        "run_name": "qlora",
+        "run_name": f"qlora-{stored}",
         "num_epochs": 1,
     }
-    config = write_yaml(files / "qlora.yaml", settings(files, **qlora))
+    config = write_yaml(files / f"qlora-{stored}.yaml", settings(files, **qlora))
     finished = run_main(config, "--json")
     assert finished.exit_code == 0, finished.errors
     first, last = (finished.result["eval_losses"][index]["eval_loss"] for index in (0, -1))

@@ -104,6 +104,8 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     }
     assert all(checksum(checkpoint / file.path) == file.checksum for file in manifest.files)
     assert manifest.data_position.rows_seen == manifest.step * 8
+    adapter = json.loads((checkpoint / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == f"{bucket_uri}/model", "not where it lay on the node"
 
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, checkpoint).eval()
