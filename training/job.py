@@ -306,7 +306,9 @@ def classify(error: BaseException) -> str:
     last_line = (str(causes[0]).strip().splitlines() or [type(causes[0]).__name__])[-1]
     # Ray explains over forty lines which of its processes it ended; the first that names memory says why.
     memory = re.search(
-        r"^.*(?:out of memory|OutOfMemory|running low on memory).*$", text, re.MULTILINE | re.IGNORECASE
+        r"^.*(?:out of memory|OutOfMemory|running low on memory|can't allocate memory|MemoryError).*$",
+        text,
+        re.MULTILINE | re.IGNORECASE,
     )
     if memory:
         return f"out of memory: {memory[0].strip()[:_LONGEST_REASON]}"
