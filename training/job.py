@@ -1,6 +1,7 @@
 """A RunPlan becomes a Ray TorchTrainer job, and its end a RunResult (driver side)."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -36,7 +37,7 @@ from runs.layout import (
 )
 from training import checkpoints
 from training.claims import claimed
-from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused
+from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused, StepDone
 from training.models.files import first_line
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
@@ -84,7 +85,7 @@ def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable
             told.hear(event)
             on_event(event)
 
-        _follow(mailbox, signals, hear)
+        _follow(mailbox, signals, hear, lambda: told.has_uncommitted_steps)
     manifests = checkpoints.committed(store)
     finished = bool(manifests) and manifests[-1].step >= plan.max_steps
     status, reason = _status(fit.error, told.refusal, signals, finished)
@@ -107,14 +108,18 @@ class Told:
     model: ModelReady | None = None
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
+    has_uncommitted_steps: bool = False
 
     def hear(self, event: Event) -> None:
         """Remember what the result needs."""
         match event:
             case ModelReady():
                 self.model = event
+            case StepDone():
+                self.has_uncommitted_steps = True
             case CheckpointCommitted():
                 self.checkpoint = event
+                self.has_uncommitted_steps = False
             case Refused(message):
                 self.refusal = message
 
@@ -126,12 +131,23 @@ def _mailbox_on_this_node() -> Any:
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def _follow(mailbox: Any, signals: Sequence[int], hear: Callable[[Event], None]) -> None:
-    """Pass on what the workers tell until none is left; a first signal asks them to stop, a second does not wait for them."""
+def _follow(
+    mailbox: Any,
+    signals: Sequence[int],
+    hear: Callable[[Event], None],
+    has_uncommitted_steps: Callable[[], bool],
+) -> None:
+    """Pass on what the workers tell until none is left.
+
+    A first signal asks them to stop, and does not wait where nothing would be lost: workers may be stuck for want of a
+    machine. A second signal never waits.
+    """
     asked = False
     news = mailbox.take.remote()
     while len(signals) < 2:
         if signals and not asked:
+            if not has_uncommitted_steps():
+                return
             asked = True
             hear(Phase("stopping behind a checkpoint; a second signal stops at once"))
             mailbox.ask_to_stop.remote()
@@ -185,17 +201,18 @@ def _cluster(plan: RunPlan) -> Iterator[None]:
         if plan.device == "cpu":
             os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
         ray.init(
-            num_cpus=plan.config.num_devices,
+            num_cpus=math.ceil(_resources_of_workers(plan)["CPU"]),
             num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
             resources={
-                name: amount * plan.config.num_devices for name, amount in _custom_resources(plan).items()
+                name: amount
+                for name, amount in _resources_of_workers(plan).items()
+                if name not in ("CPU", "GPU", "memory")
             },
             include_dashboard=False,
             log_to_driver=False,
         )
     try:
-        if address:
-            _check_cluster(plan)
+        _check_cluster(plan, f"the cluster at {address}" if address else "this machine")
         yield
     finally:
         ray.shutdown()
@@ -225,18 +242,17 @@ def _runtime_environment() -> dict[str, Any]:
     }
 
 
-def _check_cluster(plan: RunPlan) -> None:
+def _check_cluster(plan: RunPlan, name: str) -> None:
     total = ray.cluster_resources()
-    wanted = {name: amount * plan.config.num_devices for name, amount in _resources_of_worker(plan).items()}
     short = [
-        f"{name} {amount:g} (has {total.get(name, 0):g})"
-        for name, amount in wanted.items()
-        if total.get(name, 0) < amount
+        f"{resource} {amount:g} (has {total.get(resource, 0):g})"
+        for resource, amount in _resources_of_workers(plan).items()
+        if total.get(resource, 0) < amount
     ]
     if short:
         raise ClusterError(
-            f"the cluster at {os.environ['RAY_ADDRESS']} lacks what {plan.config.num_devices} workers need: {', '.join(short)}. "
-            "Lower num_devices, write device: cpu, or join a larger cluster."
+            f"{name} lacks what {plan.config.num_devices} workers need: {', '.join(short)}. "
+            "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1 and uses_embedded_bucket(plan.run_uri):
@@ -246,12 +262,9 @@ def _check_cluster(plan: RunPlan) -> None:
         )
 
 
-def _custom_resources(plan: RunPlan) -> dict[str, float]:
-    return {
-        name: amount
-        for name, amount in plan.config.worker_resources.items()
-        if name not in ("CPU", "GPU", "memory")
-    }
+def _resources_of_workers(plan: RunPlan) -> dict[str, float]:
+    """Of all of them together."""
+    return {name: amount * plan.config.num_devices for name, amount in _resources_of_worker(plan).items()}
 
 
 def _resources_of_worker(plan: RunPlan) -> dict[str, float]:

@@ -45,6 +45,16 @@ def test_a_cluster_of_its_own_goes_without_rays_cleaner():
     ]
 
 
+def test_workers_that_no_machine_can_hold(files: Path, tmp_path: Path):
+    """More memory than there is would wait for ever; more CPUs are a figure that Ray is told."""
+    large = config(files, tmp_path / "large.yaml", max_steps=1, num_epochs=None)
+    refused = run_main(large, "worker_resources.memory=900TiB", "--json")
+    assert refused.exit_code == 2, refused.errors
+    assert "this machine lacks what 2 workers need: memory" in refused.errors
+    trained = run_main(large, "worker_resources.CPU=99", "--json")
+    assert trained.exit_code == 0, trained.errors
+
+
 def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
     """RAY_ADDRESS joins it, our code travels there, and it goes on when the job has ended."""
     joining = config(files, tmp_path / "joined.yaml", num_epochs=1)

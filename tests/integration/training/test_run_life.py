@@ -166,6 +166,18 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert continued.result["tokens"] == whole.result["tokens"]
 
 
+def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Path):
+    """There is nothing to commit, and nothing is written."""
+    config = write_yaml(tmp_path / "early.yaml", settings(files, **LONG, run_name="early"))
+    with started(config) as running:
+        running.wait_for_line("starting the workers")
+        running.process.send_signal(signal.SIGTERM)
+        finished = running.end()
+    assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+    assert "Traceback" not in finished.errors
+    assert not (files / "runs" / "early" / "result.json").exists()
+
+
 def test_a_lost_worker(files: Path, tmp_path: Path):
     """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_100, run_name="lost"))
