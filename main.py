@@ -91,10 +91,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from training.checkpoints import CheckpointError
     from training.claims import ClaimError
     from training.data.rows import DataError
-    from training.display import Watch, show_error, show_plan, show_result
+    from training.display import Watch, show_completed, show_error, show_plan, show_result
     from training.models.files import ModelError
     from training.plan import (
-        AlreadyCompletedError,
         ClusterError,
         check_cluster_answers,
         make_plan,
@@ -119,19 +118,20 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
             plan, report = make_plan(loaded, progress=lambda what: watch.phase(f"checking the {what}"))
-            show_plan(screen, report)
+            if options.dry_run or not report.completed:
+                show_plan(screen, report)
+            if report.completed:
+                show_completed(screen)
             if options.dry_run:
                 print_json(output, report.model_dump_json(), options)
                 return DONE
-            watch.phase("starting the workers")
-            from training.job import run_job
+            if report.completed:
+                result = report.completed
+            else:
+                watch.phase("starting the workers")
+                from training.job import run_job
 
-            result = run_job(plan, began=began, driver_log=driver_log, on_event=watch.on_event)
-    except AlreadyCompletedError as completed:
-        screen.print(
-            "This run is completed already: nothing is left to do. Choose another run_name to train it again."
-        )
-        result = completed.result
+                result = run_job(plan, began=began, driver_log=driver_log, on_event=watch.on_event)
     except (
         ConfigError,
         StrategyError,
@@ -148,7 +148,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
         show_error(progress, "interrupted before training began; nothing was written")
         return INTERRUPTED
     command = ["python", "main.py", str(options.config), *options.overrides]
-    show_result(screen, result, command)
+    show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
+    if result.status == "failed":
+        show_error(progress, result.reason)
     print_json(output, result.model_dump_json(), options)
     if result.status == "stopped":
         return 128 + int(result.reason.split()[-1])

@@ -48,6 +48,10 @@ class Migration:
         """Warns that the value at `path` changes nothing."""
         self.warn(path, f"has no effect any more: {reason}; leave it out")
 
+    def not_run(self, path: KeyPath) -> None:
+        """Warns that the value at `path` may be looked at only; `refuse` says why."""
+        self.warn(path, "is not understood by runs any more: they are refused while it is there")
+
     def take(self, path: KeyPath) -> Any:
         """Removes the value at `path` and returns it."""
         section = self.document.data
@@ -193,7 +197,9 @@ def _generation_config(migration: Migration, value: Any) -> None:
             "cannot be used: conversations are laid out by the model's own chat template; "
             "put the format into the tokenizer's chat_template and name that model, or leave it out",
         )
-    migration.no_effect(path, "the model's own chat template lays out conversations and ends them")
+        migration.not_run(path)
+    else:
+        migration.no_effect(path, "the model's own chat template lays out conversations and ends them")
     migration.take(path)
 
 
@@ -205,8 +211,10 @@ def _classifier_config(migration: Migration, value: Any) -> None:
         migration.refuse(
             (*path, "eval_metrics"), "cannot be computed: a run reports the evaluation loss; leave it out"
         )
-    if "eval_metrics" in value:
+        migration.not_run((*path, "eval_metrics"))
+    elif "eval_metrics" in value:
         migration.no_effect((*path, "eval_metrics"), "a run reports the evaluation loss")
+    if "eval_metrics" in value:
         migration.take((*path, "eval_metrics"))
     _infer_task(migration, path, "classification")
 

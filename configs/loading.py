@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from configs import legacy
@@ -262,7 +263,9 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
     else:
         value = errors[0]["input"]
         yield Problem(
-            path, origin, f"`{dotted(path)}` is {shown(value)}: {_expected(errors)}{_hint(value, errors)}"
+            path,
+            origin,
+            f"`{dotted(path)}` is {shown(value)}: {_expected(errors)}{_hint(path, value, errors)}",
         )
 
 
@@ -324,10 +327,12 @@ def _choices(error: ErrorDetails) -> str:
     return error.get("ctx", {})["expected"].replace("'", "")
 
 
-def _hint(value: Any, errors: list[ErrorDetails]) -> str:
+def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
     kinds = {error["type"] for error in errors}
     if value is None:
-        return ", or leave the key out for its default"
+        return "" if _is_required(path) else ", or leave the key out for its default"
+    if path == ("deepspeed",) and isinstance(value, str) and value.endswith(".json"):
+        return f" (a file is {{config_path: {value}}})"
     if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
         return f" ({value} is text here)"
     if (
@@ -340,6 +345,8 @@ def _hint(value: Any, errors: list[ErrorDetails]) -> str:
         return f": {int(value)}"
     if isinstance(value, str) and "literal_error" in kinds:
         choices = [choice.strip() for error in errors for choice in _choices_list(error)]
+        if value.lower() == "gpu" and "cuda" in choices:
+            return " (a GPU is `cuda`)"
         near = difflib.get_close_matches(value.lower(), choices, n=1)
         return f" (did you mean `{near[0]}`?)" if near else ""
     return ""
@@ -362,7 +369,7 @@ def _unknown_key(data: dict[str, Any], path: KeyPath) -> str:
         return f"`{dotted(path)}` is not a key: `{key}` stands at the top level, not in `{dotted(path[:-1])}`"
     if elsewhere:
         return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
-    if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.4):
+    if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
         return (
             f"`{dotted(path)}` is not a key (the nearest is `{dotted((*path[:-1], near[0]))}`): leave it out"
         )
@@ -392,10 +399,16 @@ def _choices_of(section: type[Section]) -> tuple[Any, ...]:
 
 
 def _help(path: KeyPath) -> str:
-    for section in _sections_at(path[:-1]):
-        if path[-1] in section.model_fields:
-            return section.model_fields[str(path[-1])].description or ""
-    return ""
+    return next((field.description or "" for field in _fields_at(path)), "")
+
+
+def _is_required(path: KeyPath) -> bool:
+    return any(field.is_required() for field in _fields_at(path))
+
+
+def _fields_at(path: KeyPath) -> list[FieldInfo]:
+    sections = _sections_at(path[:-1])
+    return [section.model_fields[str(path[-1])] for section in sections if path[-1] in section.model_fields]
 
 
 def _to_write(description: str) -> str:

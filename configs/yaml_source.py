@@ -201,6 +201,8 @@ def _advice(problem: str) -> str:
         return f"{problem}: check the indentation, the quotes and the `key: value` form of this line"
     if "cannot start any token" in problem:
         return f"{problem}: indent with spaces, and quote text that opens with a special character"
+    if "end of stream" in problem:
+        return f"{problem}: close the quote or bracket that is open at the end of the file"
     return problem
 
 

@@ -70,6 +70,13 @@ def show_warning(console: Console, warning: str) -> None:
     console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
+def show_completed(console: Console) -> None:
+    """That the same run was completed before."""
+    console.print(
+        "This run is completed already: nothing is left to do. Choose another run_name to train it again."
+    )
+
+
 def show_error(console: Console, message: str) -> None:
     """What went wrong; the message is complete."""
     console.print(Text.assemble(("error: ", "bold red"), message))
@@ -139,10 +146,10 @@ class Watch:
         self._progress.console.print(Text(text), soft_wrap=True)
 
 
-def show_result(console: Console, result: RunResult, command: Sequence[str]) -> None:
+def show_result(console: Console, result: RunResult, command: Sequence[str], *, trains_adapter: bool) -> None:
     """The eval losses, where everything lies, and what to type next."""
     if result.eval_losses:
-        table = Table(box=None, padding=(0, 3, 0, 0))
+        table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
         for name in ("step", "epoch", "eval loss"):
             table.add_column(name, justify="right")
         lowest = min(loss.eval_loss for loss in result.eval_losses)
@@ -153,7 +160,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str]) -> 
         console.print(table)
     console.print()
     facts = [
-        ("status", f"{result.status}: {result.reason}"),
+        ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
         ("best checkpoint", result.best_checkpoint or "none"),
         ("last checkpoint", result.last_checkpoint or "none"),
         ("run", result.run_uri),
@@ -165,13 +172,8 @@ def show_result(console: Console, result: RunResult, command: Sequence[str]) -> 
         ("library output", " ".join(result.log_files)),
     ]
     if result.status == "completed" and result.best_checkpoint:
-        facts.append(
-            (
-                "next",
-                "train on from it: initial_adapter_model_ckpt_path (LoRA) or initial_base_model_ckpt_path: run:"
-                + result.run_name,
-            )
-        )
+        key = "initial_adapter_model_ckpt_path" if trains_adapter else "initial_base_model_ckpt_path"
+        facts.append(("next", f"train on from it: {key}: run:{result.run_name}"))
     elif result.last_checkpoint:
         facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
     _print_facts(console, facts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import NOT_IN_HASH, FinetuneConfig, config_hash
+from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import RESULT_FILE, DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
 from training.checkpoints import best, committed, newest, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
@@ -33,6 +33,8 @@ from training.models.files import (
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
+    targeted_modules,
+    untargeted_names,
 )
 from training.models.kernels import Device, KernelChoice, Provider, choose_kernels
 from training.strategy import deepspeed_settings, zero_stage
@@ -121,19 +123,13 @@ class PlanReport(BaseModel):
     rows_per_step: int
     resumes_from: str | None
     starts_from: str | None
+    completed: RunResult | None
+    """What the same run left, if it ended before: nothing is left to do."""
     warnings: list[str]
 
 
 class ClusterError(Exception):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
-
-
-class AlreadyCompletedError(Exception):
-    """The same run was completed before; carries its result."""
-
-    def __init__(self, result: RunResult):
-        super().__init__(f"{result.run_uri} is completed")
-        self.result = result
 
 
 def needs_embedded_bucket(config: FinetuneConfig) -> bool:
@@ -194,7 +190,6 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
 
     Raises:
         ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError: what refuses the run.
-        AlreadyCompletedError: the same run was completed before.
     """
     config = loaded.config
     _refuse_what_is_missing(loaded)
@@ -222,6 +217,11 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         _check_adapter(config, adapter_facts, facts)
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=config.trust_remote_code, source=base_model)
     _check_template(config, tokenizer, base_model)
+    if config.lora_config and not adapter_facts:
+        if not targeted_modules(facts, config.lora_config):  # files may call modules by older names
+            shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
+            facts = replace(facts, parameter_shapes=shapes)
+        _check_targets(config.lora_config, facts)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
 
     progress("data")
@@ -247,9 +247,15 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
     shape = BatchShape(
         train.rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
     )
+    if shape.rows_per_step > train.rows:
+        warnings.append(
+            f"a step takes {shape.rows_per_step:,} rows (batch size, devices and accumulation multiplied), and "
+            f"train_path has {train.rows:,}: every step is a whole epoch"
+        )
     progress("earlier runs")
     own_newest = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
-    parent_state = _whole_state(config, storage, data, count_steps(config, shape))
+    completed = _completed(run_uri) if own_newest else None
+    parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
     plan = RunPlan(
         config=config,
         config_hash=outcome_hash,
@@ -288,6 +294,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         rows_per_step=shape.rows_per_step,
         resumes_from=own_newest,
         starts_from=plan.parent,
+        completed=completed,
         warnings=warnings,
     )
     return plan, report
@@ -526,12 +533,14 @@ def _newest_of_the_same_run(
             f"the run {run_uri} has begun with other settings or other data; this is what changed:\n{_listed(changed)}\n"
             "Choose another run_name for a new run, or go back to its settings (its config.yaml) to continue it."
         )
-    finished = store.read_if_exists(RESULT_FILE)
-    if finished is not None:
-        result = RunResult.model_validate_json(finished)
-        if result.status == "completed":
-            raise AlreadyCompletedError(result)
     return checkpoint_uri(run_uri, last.step)
+
+
+def _completed(run_uri: str) -> RunResult | None:
+    """The result of a run that has done all its steps."""
+    written = open_store(run_uri).read_if_exists(RESULT_FILE)
+    result = RunResult.model_validate_json(written) if written else None
+    return result if result and result.status == "completed" else None
 
 
 def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
@@ -579,6 +588,17 @@ def _check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
         )
 
 
+def _check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
+    """A new adapter has something to sit on."""
+    if targeted_modules(facts, lora):
+        return
+    names = sorted({module.split(".")[-1] for module in facts.matrix_shapes})
+    raise ConfigError(
+        f"lora_config.target_modules: {lora.target_modules} matches no matrix of {facts.source}. It has: {', '.join(names)}. "
+        "Name some of them, or write all-linear."
+    )
+
+
 def _check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFacts) -> None:
     """An adapter goes on with its own shape, on a model that it fits."""
     key = "initial_adapter_model_ckpt_path"
@@ -612,6 +632,9 @@ def _model_warnings(
         yield f"context_length {config.context_length} is beyond the {facts.max_context} positions that {facts.source} was trained for"
     if config.gradient_checkpointing == "unsloth" and kernels != "unsloth":
         yield f"gradient_checkpointing: unsloth needs Unsloth's kernels; with {kernels} it is the usual one (true)"
+    if config.lora_config and not adapter:
+        for name in untargeted_names(facts, config.lora_config):
+            yield f"lora_config.target_modules: {name} matches nothing in {facts.source} and is passed over"
     if adapter and is_hub_id(config.model_id) and adapter.base_model not in ("", config.model_id):
         yield f"the adapter names {adapter.base_model} as its base model, and this run puts it on {config.model_id}, which has the same shapes"
     if config.trains_adapter and config.initial_base_model_ckpt_path:

@@ -221,6 +221,8 @@ def fetch_file(uri: str, cache_dir: Path) -> Path:
     """
     if not is_remote(uri):
         path = _local_path(uri)
+        if path.is_dir():
+            raise BucketError(f"{path}: is a directory. Name a file in it.")
         if not path.is_file():
             raise NotFoundError(f"{path}: no such file")
         return path

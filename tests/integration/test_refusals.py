@@ -186,6 +186,26 @@ def test_an_output_dir_that_cannot_be_written(refused: Refused, tmp_path: Path):
     assert "Name a directory that you may write to" in message
 
 
+def test_target_modules_that_the_model_has_not(refused: Refused):
+    message = refused(lora_config={"target_modules": ["nope"]})
+    assert message.startswith("lora_config.target_modules: ['nope'] matches no matrix of ")
+    assert "It has: " in message
+    assert "q_proj" in message
+
+
+def test_a_target_module_that_is_misspelt(tiny_model: Path, tmp_path: Path):
+    changed = config_file(tmp_path, tiny_model, lora_config={"target_modules": ["q_proj", "v_porj"]})
+    finished = run_main_quickly(changed, "--dry-run", "--json")
+    assert finished.exit_code == 0
+    assert "v_porj matches nothing in" in "".join(finished.result["warnings"])
+
+
+def test_a_step_larger_than_the_data(tiny_model: Path, tmp_path: Path):
+    changed = config_file(tmp_path, tiny_model, train_batch_size_per_device=64)
+    finished = run_main_quickly(changed, "--dry-run", "--json")
+    assert "a step takes 64 rows" in "".join(finished.result["warnings"])
+
+
 # --- Data -------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +213,16 @@ def test_a_file_that_does_not_exist(refused: Refused, tmp_path: Path):
     message = refused(train_path=str(tmp_path / "nothing.jsonl"))
     assert message.startswith(f"train_path: cannot read {tmp_path}/nothing.jsonl: no such file")
     assert "Look at its spelling" in message
+
+
+def test_a_directory(refused: Refused, tmp_path: Path):
+    message = refused(train_path=str(tmp_path))
+    assert message.startswith(f"train_path: {tmp_path}: is a directory. Name a file in it")
+
+
+def test_a_format_that_is_not_read(refused: Refused, tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("question,answer\n1+1?,2\n")
+    assert "rows.csv: .csv files are not read. Write JSONL" in refused(train_path=str(tmp_path / "rows.csv"))
 
 
 def test_an_empty_file(refused: Refused, tmp_path: Path):

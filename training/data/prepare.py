@@ -185,8 +185,11 @@ def _write(
             "Raise context_length, shorten them, or set long_rows to truncate or drop."
         )
     if rows == 0:
+        advice = (
+            "Raise context_length." if request.context_length else "The model takes no more: shorten them."
+        )
         raise DataError(
-            f"{request.source}: no row has a trained token within {request.limit} tokens ({dropped} rows dropped). Raise context_length."
+            f"{request.source}: no row has a trained token within {request.limit} tokens ({dropped} rows dropped). {advice}"
         )
     return DataSummary(rows, tokens, trained_tokens, longest, truncated, dropped, fingerprint, example)
 

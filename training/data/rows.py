@@ -9,6 +9,7 @@ from typing import Any
 Message = dict[str, str]
 
 _ROLES = ("system", "user", "assistant")
+_OTHER_FORMATS = {".csv", ".tsv", ".arrow", ".gz", ".zst", ".zip", ".xlsx"}
 _MAX_SHOWN = 5
 _HUB_PREFIX = "hf://datasets/"
 
@@ -83,6 +84,10 @@ def read_rows(path: Path | None, source: str) -> Iterator[tuple[int, Any]]:
         yield from _read_hub(source)
     elif path.suffix == ".parquet" or source.endswith(".parquet"):
         yield from _read_parquet(path, source)
+    elif path.suffix in _OTHER_FORMATS:
+        raise DataError(
+            f"{source}: {path.suffix} files are not read. Write JSONL (one JSON object a line) or Parquet, with the extension .jsonl or .parquet."
+        )
     else:
         yield from _read_jsonl(path)
 

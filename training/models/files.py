@@ -287,6 +287,18 @@ def targeted_modules(facts: ModelFacts, lora: LoraConfig) -> list[str]:
     return [module for module in facts.matrix_shapes if _targets(lora, module)]
 
 
+def untargeted_names(facts: ModelFacts, lora: LoraConfig) -> list[str]:
+    """Those of a list of target modules that match none, such as misspelt ones; a tied head has no matrix of its own."""
+    if not isinstance(lora.target_modules, list):
+        return []
+    return [
+        name
+        for name in lora.target_modules
+        if not any(_named([name], module) for module in facts.matrix_shapes)
+        and not (name == "lm_head" and facts.tie_word_embeddings)
+    ]
+
+
 def _targets(lora: LoraConfig, module: str) -> bool:
     if lora.exclude_modules and _named(lora.exclude_modules, module):
         return False

@@ -116,6 +116,10 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     again = run_main(config, "--json")
     assert again.exit_code == 0
     assert again.result == result, "a completed run is not trained again"
+    looked_at = run_main(config, "--json", "--dry-run")
+    assert looked_at.exit_code == 0
+    assert looked_at.result["completed"] == result
+    assert looked_at.result["steps"] == result["train_steps"]
 
 
 def test_a_full_parameter_run(files: Path, tmp_path: Path):
