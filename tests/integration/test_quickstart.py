@@ -2,19 +2,38 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
 from utils.bucket import open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
 YAML = Path("cookbooks/quickstart/smollm2-135m.yaml")
+COOKBOOK = (PROJECT / "cookbooks" / "quickstart" / "README.md").read_text("utf-8")
+# Those that need nothing of the reader's own.
+README_COMMANDS = [
+    line
+    for line in re.findall(
+        rf"^ {{4}}(\.venv/bin/python main\.py {YAML}.*)$",
+        (PROJECT / "README.md").read_text("utf-8") + COOKBOOK,
+        re.M,
+    )
+    if "my" not in line
+]
+COPY_SNIPPET = textwrap.dedent(
+    COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
+)
 GIGABYTE = 10**9
 
 
@@ -91,6 +110,29 @@ def test_the_quickstart(tmp_path: Path):
             run = open_store(result["run_uri"])
             files = {item.key for item in run.list()}
     assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png"} <= files
+
+    for line in README_COMMANDS:
+        shown = shlex.split(line, comments=True)[2:]
+        looked_at = shown if "--print-config" in shown else [*shown, "--dry-run"]
+        yaml = Path(shutil.copy(PROJECT / looked_at[0], tmp_path))
+        finished = run_main_quickly(yaml, *dict.fromkeys(looked_at[1:]), variables=variables)
+        assert finished.exit_code == 0, (line, finished.errors)
+    copied = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            COPY_SNIPPET.replace("<run name>", result["run_name"]).replace(
+                "downloads", str(tmp_path / "downloads")
+            ),
+        ],
+        cwd=PROJECT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert copied.returncode == 0, copied.stderr
+    assert (Path(copied.stdout.strip()) / "adapter_model.safetensors").exists()
     assert not _left_behind(tmp_path), "something of the run still lives"
 
 
