@@ -10,10 +10,13 @@ from configs.loading import ConfigError
 from runs.layout import (
     CHECKPOINTS,
     MANIFEST_FILE,
+    RESULT_FILE,
     FileRecord,
     Manifest,
+    RunResult,
     checkpoint_key,
     checkpoint_uri,
+    run_of,
 )
 from utils.bucket import Store, join_uri, open_store, upload_directory
 from utils.files import checksum, safe_join
@@ -62,18 +65,36 @@ def committed(store: Store) -> list[Manifest]:
     Raises:
         BucketError: the run cannot be listed.
     """
+    return survey(store)[0]
+
+
+def survey(store: Store) -> tuple[list[Manifest], list[str]]:
+    """(committed checkpoints, what is wrong with those that were committed once and are damaged now).
+
+    Files without a manifest are no damage: an attempt that was killed leaves them.
+
+    Raises:
+        BucketError: the run cannot be listed.
+    """
     stored = {item.key: item.size for item in store.list(f"{CHECKPOINTS}/")}
-    manifests = []
+    manifests, damage = [], []
     for key in stored:
         if not key.endswith(f"/{MANIFEST_FILE}"):
             continue
         try:
             manifest = Manifest.model_validate_json(store.read(key))
         except ValidationError:
-            continue  # cut off or not ours: such a checkpoint was never committed
-        if all(stored.get(checkpoint_key(manifest.step, file.path)) == file.size for file in manifest.files):
+            damage.append(f"{store.uri_of(key)} is cut off, or none of ours")
+            continue
+        wrong = [
+            f"{store.uri_of(name)} has {stored.get(name, 'no')} bytes, and {file.size} were committed"
+            for file in manifest.files
+            if stored.get(name := checkpoint_key(manifest.step, file.path)) != file.size
+        ]
+        damage += wrong
+        if not wrong:
             manifests.append(manifest)
-    return sorted(manifests, key=lambda manifest: manifest.step)
+    return sorted(manifests, key=lambda manifest: manifest.step), damage
 
 
 def best(manifests: list[Manifest]) -> Manifest | None:
@@ -108,13 +129,32 @@ def restore(uri: str, directory: Path) -> Manifest:
     store = open_store(uri)
     named = {file.path for file in manifest.files}
     store.download_many({item: safe_join(directory, item.key) for item in store.list() if item.key in named})
-    for file in manifest.files:
-        if checksum(directory / file.path) != file.checksum:
-            shutil.rmtree(directory)
-            raise CheckpointError(
-                f"{join_uri(uri, file.path)}: its content is not what was committed. Remove {uri} to go on from the checkpoint before."
-            )
+    try:
+        _verify(manifest, uri, directory)
+    except CheckpointError:
+        shutil.rmtree(directory)
+        raise
     return manifest
+
+
+def verify_weights(uri: str, directory: Path) -> None:
+    """Compare what was brought to this node from a checkpoint with its manifest; what has none is taken as it is.
+
+    Raises:
+        CheckpointError: a file does not match its checksum.
+        BucketError: the place cannot be read.
+    """
+    if open_store(uri).read_if_exists(MANIFEST_FILE) is not None:
+        _verify(read_manifest(uri), uri, directory)
+
+
+def _verify(manifest: Manifest, uri: str, directory: Path) -> None:
+    for file in manifest.files:
+        path = safe_join(directory, file.path)
+        if path.exists() and checksum(path) != file.checksum:
+            raise CheckpointError(
+                f"{join_uri(uri, file.path)}: its content is not what was committed. Remove {uri}, or name another checkpoint."
+            )
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -145,19 +185,48 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
         choose: `best` or `newest`, among a run's committed checkpoints.
 
     Raises:
-        ConfigError: the run has no committed checkpoint.
+        ConfigError: there is no such run, none of its checkpoints is committed, or one is damaged.
     """
     place = join_uri(storage, uri.removeprefix("run:")) if uri.startswith("run:") else uri
     store = open_store(place)
-    manifests = committed(store)
+    manifests, damage = survey(store)
+    damage = damage or missing_of_completed(store, manifests)
+    if damage:
+        raise ConfigError(
+            f"{uri}: checkpoints of the run {place} are damaged:\n"
+            + "\n".join(f"  {line}" for line in damage)
+            + "\nRemove those checkpoints, or name the URI of the one to start from."
+        )
     found = choose(manifests)
     if found is not None:
         return checkpoint_uri(place, found.step)
+    if uri.startswith("run:") and not store.list():
+        raise ConfigError(f"{uri}: there is no run {place}. Look at its spelling and at storage_path.")
     if uri.startswith("run:") or store.list(f"{CHECKPOINTS}/"):
         raise ConfigError(
-            f"{uri}: the run {place} has no committed checkpoint to start from. Run it first, or name another."
+            f"{uri}: the run {place} has committed no checkpoint yet. Run it first, or name another."
+        )
+    if run_of(place) and store.read_if_exists(MANIFEST_FILE) is None:
+        raise ConfigError(
+            f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not as a whole. Name a committed checkpoint of {run_of(place)}."
         )
     return place
+
+
+def missing_of_completed(store: Store, manifests: list[Manifest]) -> list[str]:
+    """The checkpoints that a completed run's result.json names and that are there no more."""
+    result = read_result(store)
+    if result is None or result.status != "completed":
+        return []
+    there = {checkpoint_uri(result.run_uri, manifest.step) for manifest in manifests}
+    named = {uri for uri in (result.best_checkpoint, result.last_checkpoint) if uri}
+    return [f"{uri} is named by {RESULT_FILE}, and has no {MANIFEST_FILE}" for uri in sorted(named - there)]
+
+
+def read_result(store: Store) -> RunResult | None:
+    """A run's result.json, if it has one."""
+    written = store.read_if_exists(RESULT_FILE)
+    return RunResult.model_validate_json(written) if written else None
 
 
 def newest(manifests: list[Manifest]) -> Manifest | None:

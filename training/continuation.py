@@ -1,5 +1,6 @@
 """What a continued run may change, decided in one place: the same run, a run that takes another's whole state, an adapter."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,6 +69,9 @@ def _changed_keys(
     for key in now:
         if key in may_change or then[key] == now[key]:
             continue
+        if isinstance(then[key], dict) and now[key] is None:
+            yield f"{key}: the run has it, the YAML has none"
+            continue
         if isinstance(then[key], dict) and isinstance(now[key], dict):
             for name in now[key]:
                 if then[key].get(name) != now[key][name]:
@@ -93,7 +97,7 @@ def adapter_differences(adapter: AdapterFacts, lora: LoraConfig | None, model: M
 
 def misfits(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
     """Where an adapter's matrices do not fit the base model's: module, and what was found."""
-    wrong = []
+    wrong = [f"the adapter has nothing for {module}" for module in _other_layers(adapter, model)]
     for module, (outputs, inputs) in sorted(adapter.modules.items()):
         shape = model.matrix_shapes.get(module)
         if shape is None:
@@ -103,6 +107,20 @@ def misfits(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
                 f"{module} is {shape[0]} x {shape[1]} in the model, {outputs} x {inputs} in the adapter"
             )
     return wrong
+
+
+def _other_layers(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
+    """Modules of the model that the adapter covers in other layers only: it was trained on a model with fewer."""
+    chosen = [adapter.lora.get(key) for key in ("layers_to_transform", "exclude_modules")]
+    targets = adapter.lora.get("target_modules")
+    if any(chosen) or not isinstance(targets, list) or any(re.search(r"\d", name) for name in targets):
+        return []  # it may have been told to leave layers out
+    covered = {re.sub(r"\.\d+\.", ".*.", module) for module in adapter.modules}
+    return sorted(
+        module
+        for module in model.matrix_shapes
+        if module not in adapter.modules and re.sub(r"\.\d+\.", ".*.", module) in covered
+    )
 
 
 def _shown(value: Any) -> str:

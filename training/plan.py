@@ -13,8 +13,16 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig, config_hash
-from runs.layout import RESULT_FILE, DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
-from training.checkpoints import best, committed, newest, read_manifest, resolve_start
+from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
+from training.checkpoints import (
+    best,
+    missing_of_completed,
+    newest,
+    read_manifest,
+    read_result,
+    resolve_start,
+    survey,
+)
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape
 from training.data.prepare import DataRequest, DataSummary, prepare_data
@@ -253,7 +261,8 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
             f"train_path has {train.rows:,}: every step is a whole epoch"
         )
     progress("earlier runs")
-    own_newest = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
+    own_newest, damage = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
+    warnings += [f"a checkpoint of this run is passed over: {line}" for line in damage]
     completed = _completed(run_uri) if own_newest else None
     parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
     plan = RunPlan(
@@ -511,12 +520,18 @@ def _check_template(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast"
 
 def _newest_of_the_same_run(
     config: FinetuneConfig, run_uri: str, outcome_hash: str, data: DataFingerprints
-) -> str | None:
-    """URI of the checkpoint to go on from, if the run has begun before."""
+) -> tuple[str | None, list[str]]:
+    """(URI of the checkpoint to go on from, if the run has begun before; what is wrong with others of its checkpoints)."""
     store = open_store(run_uri)
-    last = newest(committed(store))
+    manifests, damage = survey(store)
+    if lost := missing_of_completed(store, manifests):
+        raise ConfigError(
+            f"the run {run_uri} is completed, and its checkpoints are damaged:\n{_listed(damage or lost)}\n"
+            "Choose another run_name to train it again, or remove the run."
+        )
+    last = newest(manifests)
     if last is None:
-        return None
+        return None, damage
     if config.resume == "never":
         raise ConfigError(
             f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."
@@ -533,13 +548,12 @@ def _newest_of_the_same_run(
             f"the run {run_uri} has begun with other settings or other data; this is what changed:\n{_listed(changed)}\n"
             "Choose another run_name for a new run, or go back to its settings (its config.yaml) to continue it."
         )
-    return checkpoint_uri(run_uri, last.step)
+    return checkpoint_uri(run_uri, last.step), damage
 
 
 def _completed(run_uri: str) -> RunResult | None:
     """The result of a run that has done all its steps."""
-    written = open_store(run_uri).read_if_exists(RESULT_FILE)
-    result = RunResult.model_validate_json(written) if written else None
+    result = read_result(open_store(run_uri))
     return result if result and result.status == "completed" else None
 
 
@@ -556,10 +570,11 @@ def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, s
     if manifest.data.train != data.train:
         changed.append("train_path: its rows are others now")
     if changed:
+        holds_adapter = any(file.path == "adapter_config.json" for file in manifest.files)
         raise ConfigError(
             f"{key}: {checkpoint} cannot be taken whole (weights, optimizer, schedule, position in the data), because this changed "
             f"since:\n{_listed(changed)}\nGo back to those settings, or start from its weights alone: "
-            f"{'initial_adapter_model_ckpt_path' if config.lora_config else 'initial_base_model_ckpt_path'}: {config.resume_from_checkpoint}"
+            f"{'initial_adapter_model_ckpt_path' if holds_adapter else 'initial_base_model_ckpt_path'}: {config.resume_from_checkpoint}"
         )
     if manifest.step >= steps:
         raise ConfigError(
@@ -635,8 +650,8 @@ def _model_warnings(
     if config.lora_config and not adapter:
         for name in untargeted_names(facts, config.lora_config):
             yield f"lora_config.target_modules: {name} matches nothing in {facts.source} and is passed over"
-    if adapter and is_hub_id(config.model_id) and adapter.base_model not in ("", config.model_id):
-        yield f"the adapter names {adapter.base_model} as its base model, and this run puts it on {config.model_id}, which has the same shapes"
+    if adapter and adapter.base_model not in ("", config.model_id, facts.source):
+        yield f"the adapter names {adapter.base_model} as its base model, and this run puts it on {facts.source}, which has the same shapes"
     if config.trains_adapter and config.initial_base_model_ckpt_path:
         yield (
             "a LoRA adapter on top of a full-parameter checkpoint: serving it will need that checkpoint, so it has neither the economy of "

@@ -25,7 +25,7 @@ from training.data.prepare import PreparedData, prepare_data
 from training.data.rows import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
-from training.models.files import ModelError, first_line, is_model_file
+from training.models.files import ModelError, first_line, is_hub_id, is_model_file
 from training.plan import RunPlan, fetch_model, load_tokenizer
 from training.strategy import zero_stage
 from utils.bucket import BucketError, Store, open_store, sync_to_node
@@ -187,6 +187,11 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     adapter_directory = (
         sync_to_node(plan.adapter, plan.cache / "models", is_model_file) if plan.adapter else None
     )
+    if place.local_rank == 0:
+        if not is_hub_id(plan.base_model):
+            checkpoints.verify_weights(plan.base_model, model_directory)
+        if plan.adapter and adapter_directory:
+            checkpoints.verify_weights(plan.adapter, adapter_directory)
     restored = _restore(restore_from, scratch / "trainer" / "restored", place) if restore_from else None
     tokenizer = load_tokenizer(
         model_directory, source=plan.base_model, trust_remote_code=config.trust_remote_code

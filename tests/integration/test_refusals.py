@@ -355,10 +355,10 @@ def test_a_model_in_the_adapters_place(refused: Refused, tiny_model: Path):
     assert "name it as initial_base_model_ckpt_path" in message
 
 
-def test_a_run_that_has_no_checkpoint(refused: Refused):
+def test_a_run_that_is_not_there(refused: Refused):
     message = refused(initial_adapter_model_ckpt_path="run:nothing")
-    assert message.startswith("run:nothing: the run ")
-    assert "has no committed checkpoint to start from. Run it first, or name another" in message
+    assert message.startswith("run:nothing: there is no run ")
+    assert "Look at its spelling and at storage_path" in message
 
 
 def test_a_checkpoint_that_was_never_committed(refused: Refused, tiny_model: Path):

@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(directory: Path, *, seed: int = 0) -> Path:
+def make_model(directory: Path, *, seed: int = 0, layers: int = 2) -> Path:
     """Write the model and its tokenizer to a directory, as save_pretrained does."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -46,7 +46,7 @@ def make_model(directory: Path, *, seed: int = 0) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -144,6 +144,92 @@ def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dic
     assert "model.layers.0.self_attn.q_proj is 64 x 96 in the model, 64 x 64 in the adapter" in message
 
 
+def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[str, Any]):
+    """Its matrices all fit, and the layers above them would stay as they are."""
+    deeper = files / "deeper"
+    make_model(deeper, layers=3)
+    message = refusal(files, "deeper", model_id=str(deeper), initial_adapter_model_ckpt_path="run:first")
+    assert "the adapter has nothing for model.layers.2.self_attn.q_proj" in message
+
+
+def copy_of_run(files: Path, result: dict[str, Any], name: str) -> Path:
+    """Another run with the same checkpoints; returns its directory."""
+    return Path(shutil.copytree(result["run_uri"], files / "runs" / name))
+
+
+def damage(path: Path) -> None:
+    """Turn one bit in the middle: the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+def test_damaged_weights_are_no_start(
+    files: Path, adapter_run: dict[str, Any], full_run: dict[str, Any], kind: str
+):
+    """A run that begins with other weights than were committed would look healthy: the checksums tell."""
+    result = adapter_run if kind == "adapter" else full_run
+    run = copy_of_run(files, result, f"damaged-{kind}")
+    weights = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
+    damage(run / "checkpoints" / Path(result["best_checkpoint"]).name / weights)
+    child = settings(
+        files, run_name=f"on-damaged-{kind}", **{f"initial_{kind}_model_ckpt_path": f"run:damaged-{kind}"}
+    )
+    finished = run_main(write_yaml(files / f"on-damaged-{kind}.yaml", child), "--json")
+    assert finished.exit_code == 1
+    assert f"{weights}: its content is not what was committed" in finished.errors
+    assert finished.result["last_checkpoint"] is None
+
+
+def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
+    files: Path, adapter_run: dict[str, Any]
+):
+    """Its best may be the one that is damaged: the second best is not taken without a word."""
+    best = Path(adapter_run["best_checkpoint"]).name
+    run = copy_of_run(files, adapter_run, "cut-off")
+    cut_off = run / "checkpoints" / best / "adapter_model.safetensors"
+    cut_off.write_bytes(cut_off.read_bytes()[:-8])
+    message = refusal(files, "from_cut_off", initial_adapter_model_ckpt_path="run:cut-off")
+    assert f"{best}/adapter_model.safetensors has" in message
+    assert "were committed" in message
+
+    run = copy_of_run(files, adapter_run, "half-removed")
+    (run / "checkpoints" / best / "MANIFEST.json").unlink()
+    result = json.loads((run / "result.json").read_text())
+    result["run_uri"] = str(run)
+    for key in ("best_checkpoint", "last_checkpoint"):
+        result[key] = result[key].replace("/first/", "/half-removed/")
+    (run / "result.json").write_text(json.dumps(result))
+    message = refusal(files, "from_half_removed", initial_adapter_model_ckpt_path="run:half-removed")
+    assert f"{best} is named by result.json, and has no MANIFEST.json" in message
+    message = refusal(
+        files,
+        "from_uncommitted",
+        initial_adapter_model_ckpt_path=str(run / "checkpoints" / best),
+    )
+    assert "no MANIFEST.json, so it was never committed" in message
+    message = refusal(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
+    assert "is completed, and its checkpoints are damaged" in message
+    assert "there is no run" in refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
+
+
+def test_a_damaged_checkpoint_of_the_same_run_is_passed_over_with_a_warning(
+    files: Path, adapter_run: dict[str, Any]
+):
+    run = copy_of_run(files, adapter_run, "first-damaged")
+    (run / "result.json").unlink()
+    newest = Path(adapter_run["last_checkpoint"]).name
+    (run / "checkpoints" / newest / "MANIFEST.json").write_text("{")
+    config = write_yaml(
+        files / "first-damaged.yaml", settings(files, run_name="first-damaged", lora_config=LORA)
+    )
+    dry = run_main_quickly(config, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.errors
+    assert f"{newest}/MANIFEST.json is cut off" in dry.errors
+    assert "step-000005" in dry.errors
+
+
 @pytest.mark.parametrize("kernels", ["torch", "unsloth"])
 def test_an_adapter_that_plain_peft_saved(files: Path, kernels: str):
     """It goes on upon the model that the YAML names, wherever the one that it names may be."""
