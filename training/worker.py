@@ -21,8 +21,8 @@ from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, check_claim
 from training.data.batches import rows_of_step
-from training.data.prepare import PreparedData, prepare_data
-from training.data.rows import DataError
+from training.data.prepare import PreparedData, fetch_prepared, verify_prepared
+from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
 from training.models.files import ModelError, first_line, is_hub_id, is_model_file
@@ -168,8 +168,6 @@ def _run_scratch(plan: RunPlan, place: Place) -> Path:
 
 def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
     tell(Phase("loading libraries"))
-    from datasets import Dataset
-
     from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
     from training.trainers import FineTuningTrainer, trainer_arguments
 
@@ -194,12 +192,19 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             checkpoints.verify_weights(plan.adapter, adapter_directory)
     restored = _restore(restore_from, scratch / "trainer" / "restored", place) if restore_from else None
     tokenizer = load_tokenizer(
-        model_directory, source=plan.base_model, trust_remote_code=config.trust_remote_code
+        model_directory,
+        source=plan.base_model,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=plan.chat_template,
     )
 
-    tell(Phase("preparing the data"))
-    train = prepare_data(plan.train, tokenizer, model_directory, plan.cache)
-    valid = prepare_data(plan.valid, tokenizer, model_directory, plan.cache) if plan.valid else None
+    tell(Phase("fetching the prepared rows"))
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
+    if place.local_rank == 0:
+        for prepared in (train, valid):
+            if prepared:
+                verify_prepared(prepared)
 
     tell(Phase("building the model"))
     first_eval = config.eval_first and valid is not None and restored is None
@@ -217,12 +222,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     tell(ModelReady(sum(count for count, _ in parameters), trainable))
 
     shape = plan.batch_shape(train.summary.rows)
-    train_rows = Dataset.from_file(str(train.arrow_file))
     throughput = Throughput(
-        shape,
-        config.seed,
-        train_rows.data["tokens"].to_pylist(),
-        train_rows.data["trained_tokens"].to_pylist(),
+        shape, config.seed, train.index.tokens.tolist(), train.index.trained_tokens.tolist()
     )
     run = _Run(plan, claim, place, store, committed, throughput)
     trainer = FineTuningTrainer(
@@ -230,8 +231,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         base_model=plan.base_model,
         shape=shape,
         longest=config.context_length or train.summary.longest,
-        train_rows=train_rows,
-        eval_rows=Dataset.from_file(str(valid.arrow_file)) if valid else None,
+        train_rows=train.dataset(),
+        eval_rows=valid.dataset() if valid else None,
         model=model,
         args=arguments,
         tokenizer=tokenizer,
@@ -245,8 +246,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             throughput,
             Telling(tell, throughput),
             Diverging(
-                lambda step: [train_rows[row]["row"] for row in rows_of_step(shape, config.seed, step)],
-                plan.train.source,
+                lambda step: train.places(rows_of_step(shape, config.seed, step)),
                 lambda: run.newest_checkpoint,
             ),
         ],
