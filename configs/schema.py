@@ -379,10 +379,12 @@ class FinetuneConfig(Section):
     """What happens to rows longer than context_length, once they are counted."""
 
     padding: Literal["longest", "max_length"] = "longest"
-    """Pad a batch to its longest row, or always to context_length (the worst case, for profiling)."""
+    """longest: a step takes rows that are about equally long, and a batch is padded to its longest row; max_length: always
+    to context_length (the worst case, for profiling)."""
 
     packing: bool = False
-    """Lay several rows into one sequence of context_length tokens, without letting them see one another."""
+    """Lay several rows into one sequence of context_length tokens (null: of the longest row), without letting them see one
+    another. Batch sizes count these sequences then."""
 
     num_devices: PositiveInt = 1
     """Ray Train workers, one device each."""
@@ -642,6 +644,18 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield "packing", "`packing` leaves nothing to pad: write `padding: longest`, or `packing: false`"
     if config.packing and config.task in ("preference_tuning", "classification"):
         yield "packing", f"`packing` does not work with `task: {config.task}`: write `packing: false`"
+    if config.task == "preference_tuning" and config.kernels == "unsloth":
+        yield (
+            "kernels",
+            "`kernels: unsloth` does not work with `task: preference_tuning`, which compares log-probabilities where "
+            "Unsloth's forward pass gives a loss: write `kernels: liger` or `torch`",
+        )
+    if config.packing and config.kernels == "unsloth":
+        yield (
+            "packing",
+            "`packing` does not work with `kernels: unsloth`, whose attention lets packed rows see one another: "
+            "write `kernels: liger` or `torch`, or `packing: false`",
+        )
 
 
 def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:

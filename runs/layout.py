@@ -1,6 +1,7 @@
 """The one place that knows how a run lies in the bucket: its paths and its typed records."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -113,6 +114,17 @@ class EvalLoss(_Record):
     step: int
     epoch: float
     eval_loss: float
+    figures: dict[str, float] = {}
+    """What the task reports beside the loss: accuracy and f1 of a classification, rewards of preference tuning."""
+
+
+def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:
+    """What a line of metrics.jsonl holds of an evaluation beside its loss."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in logged.items()
+        if name.startswith("eval_") and name != "eval_loss"
+    }
 
 
 class RunResult(_Record):

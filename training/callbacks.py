@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import CheckpointFrequency
-from training.data.batches import BatchShape, rows_of_step
+from runs.layout import eval_figures
+from training.data.batches import Order
 from training.events import CheckpointCommitted, DivergedError, Evaluated, Event, StepDone
 
 
@@ -36,11 +37,8 @@ class Throughput(TrainerCallback):
     Must stand behind the callbacks that evaluate or save, so that its clock starts again after them.
     """
 
-    def __init__(
-        self, shape: BatchShape, seed: int, tokens_of_row: Sequence[int], trained_tokens_of_row: Sequence[int]
-    ):
-        self.shape = shape
-        self.seed = seed
+    def __init__(self, order: Order, tokens_of_row: Sequence[int], trained_tokens_of_row: Sequence[int]):
+        self.order = order
         self.tokens_of_row = tokens_of_row
         self.trained_tokens_of_row = trained_tokens_of_row
         self.tokens = 0
@@ -88,7 +86,7 @@ class Throughput(TrainerCallback):
         return self._timed_tokens / self._seconds if self._seconds else 0.0
 
     def _count(self, step: int) -> int:
-        rows = rows_of_step(self.shape, self.seed, step)
+        rows = self.order.rows_of_step(step)
         tokens = sum(self.tokens_of_row[row] for row in rows)
         self.tokens += tokens
         self.trained_tokens += sum(self.trained_tokens_of_row[row] for row in rows)
@@ -114,7 +112,7 @@ class Telling(TrainerCallback):
         """After a step's loss or an eval loss is known."""
         assert logs is not None
         if "eval_loss" in logs:
-            self.tell(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"]))
+            self.tell(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"], eval_figures(logs)))
         elif "loss" in logs:
             self.tell(
                 StepDone(
@@ -123,6 +121,7 @@ class Telling(TrainerCallback):
                     state.epoch or 0.0,
                     logs["loss"],
                     self.throughput.last_tokens_per_second,
+                    {name: value for name, value in logs.items() if name.startswith("rewards/")},
                 )
             )
 

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -35,12 +35,14 @@ def show_plan(console: Console, report: PlanReport) -> None:
         ("validation rows", _describe(report.valid) if report.valid else "none"),
         (
             "steps",
-            f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.rows_per_step:,} rows a step)",
+            f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.sequences_per_step:,} {'packs' if report.packing else 'rows'} a step)",
         ),
         ("device", report.device),
         ("parallelism", report.parallelism),
         ("kernels", report.kernels),
     ]
+    if report.packing:
+        rows.append(("packing", report.packing))
     if report.starts_from:
         rows.append(("starts from", report.starts_from))
     if report.resumes_from:
@@ -144,16 +146,16 @@ class Watch:
                     self._progress.update(self._task, description=f"{text} {fraction:.0%}")
             case ModelReady(parameters, trainable):
                 self._line(f"model built: {parameters:,} parameters, {trainable:,} trainable")
-            case StepDone(step, max_steps, _, loss, tokens_per_second):
-                figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+            case StepDone(step, max_steps, _, loss, tokens_per_second, beside):
+                figures = f"loss {loss:.4f}{_listed(beside)}  {tokens_per_second:,.0f} tokens/s"
                 self._progress.update(
                     self._task, description="training", completed=step, total=max_steps, figures=figures
                 )
                 if not self._console.is_terminal:
                     self._line(f"step {step}/{max_steps}  {figures}")
                 self._phase = "training"
-            case Evaluated(step, epoch, eval_loss):
-                self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}")
+            case Evaluated(step, epoch, eval_loss, beside):
+                self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}{_listed(beside)}")
             case CheckpointCommitted(step=step, uri=uri):
                 self._line(f"step {step}  checkpoint {uri}")
             case Refused():
@@ -167,12 +169,14 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     """The eval losses, where everything lies, and what to type next."""
     if result.eval_losses:
         table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-        for name in ("step", "epoch", "eval loss"):
+        beside = list(result.eval_losses[0].figures)
+        for name in ("step", "epoch", "eval loss", "", *map(_short, beside)):
             table.add_column(name, justify="right")
         lowest = min(loss.eval_loss for loss in result.eval_losses)
         for loss in result.eval_losses:
-            mark = "  best" if loss.eval_loss == lowest else ""
-            table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}{mark}")
+            mark = "best" if loss.eval_loss == lowest else ""
+            figures = [f"{loss.figures[name]:.4f}" for name in beside]
+            table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
         console.print()
         console.print(table)
     console.print()
@@ -200,6 +204,14 @@ def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     # Soft wrapping leaves URIs whole, so that they can be copied.
     for name, value in facts:
         console.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
+
+
+def _listed(figures: Mapping[str, float]) -> str:
+    return "".join(f"  {_short(name)} {figure:.4f}" for name, figure in figures.items())
+
+
+def _short(figure: str) -> str:
+    return figure.removeprefix("rewards/")
 
 
 def _describe(summary: DataSummary) -> str:

@@ -30,6 +30,8 @@ class StepDone:
     epoch: float
     loss: float
     tokens_per_second: float
+    figures: dict[str, float]
+    """What the task reports beside the loss."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Evaluated:
     step: int
     epoch: float
     eval_loss: float
+    figures: dict[str, float]
+    """What the task reports beside the loss."""
 
 
 @dataclass(frozen=True)

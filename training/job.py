@@ -34,6 +34,7 @@ from runs.layout import (
     RunResult,
     RunStatus,
     checkpoint_uri,
+    eval_figures,
 )
 from training import checkpoints
 from training.claims import claimed
@@ -354,7 +355,12 @@ def _write_result(
     store = open_store(plan.run_uri)
     lines = (store.read_if_exists(METRICS_FILE) or b"").decode().splitlines()
     eval_losses = [
-        EvalLoss(step=entry["step"], epoch=entry["epoch"], eval_loss=entry["eval_loss"])
+        EvalLoss(
+            step=entry["step"],
+            epoch=entry["epoch"],
+            eval_loss=entry["eval_loss"],
+            figures=eval_figures(entry),
+        )
         for entry in map(json.loads, lines)
         if "eval_loss" in entry
     ]

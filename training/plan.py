@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
@@ -25,10 +26,10 @@ from training.checkpoints import (
     survey,
 )
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
-from training.data.batches import BatchShape
+from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import PREPARED, DataRequest, DataSummary, PreparedData, prepare_data
 from training.data.sources import find_files, is_hub_dataset
-from training.models.architecture import check_architecture, parameter_shapes
+from training.models.architecture import check_architecture, check_packing, parameter_shapes
 from training.models.files import (
     AdapterFacts,
     ModelError,
@@ -106,13 +107,9 @@ class RunPlan(BaseModel):
         """Where a node keeps what it downloaded and tokenised."""
         return Path(self.scratch) / "cache"
 
-    @property
-    def batch_shape(self) -> Callable[[int], BatchShape]:
-        """Rows -> how they are dealt out."""
-        config = self.config
-        return lambda rows: BatchShape(
-            rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
-        )
+    def order(self, lengths: np.ndarray, longest: int) -> Order:
+        """Which rows each step takes; see `order_of`."""
+        return order_of(self.config, lengths, longest)
 
 
 class PlanReport(BaseModel):
@@ -133,7 +130,10 @@ class PlanReport(BaseModel):
     valid: DataSummary | None
     steps: int
     steps_per_epoch: int
-    rows_per_step: int
+    sequences_per_step: int
+    """Rows, or packs of them."""
+    packing: str | None
+    """How many packs, and how full they are."""
     resumes_from: str | None
     starts_from: str | None
     completed: RunResult | None
@@ -227,6 +227,8 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     _check_disk(base_model, facts, scratch)
     tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
     check_architecture(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
+    if config.packing:
+        check_packing(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
     if adapter_facts or facts.quantization:
         # By its architecture: files may be packed, or call things by older names.
@@ -274,13 +276,13 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     fingerprint = checksum_bytes(f"{outcome_hash} {data.train} {data.valid or ''}".encode())
     run_name = config.run_name or f"{loaded.path.stem}-{fingerprint[-8:]}"
     run_uri = join_uri(storage, run_name)
-    shape = BatchShape(
-        train.rows, config.train_batch_size_per_device, config.num_devices, config.gradient_accumulation_steps
-    )
-    if shape.rows_per_step > train.rows:
+    order = order_of(config, prepared_train.index.length, train.longest)
+    shape = order.shape
+    if shape.sequences_per_step > shape.sequences:
+        what = "packs" if config.packing else "rows"
         warnings.append(
-            f"a step takes {shape.rows_per_step:,} rows (batch size, devices and accumulation multiplied), and "
-            f"train_path has {train.rows:,}: every step is a whole epoch"
+            f"a step takes {shape.sequences_per_step:,} {what} (batch size, devices and accumulation multiplied), and "
+            f"train_path has {shape.sequences:,}: every step is a whole epoch"
         )
     progress("earlier runs")
     own_newest, damage = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
@@ -324,13 +326,33 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         valid=valid,
         steps=plan.max_steps,
         steps_per_epoch=plan.steps_per_epoch,
-        rows_per_step=shape.rows_per_step,
+        sequences_per_step=shape.sequences_per_step,
+        packing=_describe_packing(config, train, shape) if config.packing else None,
         resumes_from=own_newest,
         starts_from=plan.parent,
         completed=completed,
         warnings=warnings,
     )
     return plan, report, [rows for rows in (prepared_train, prepared_valid) if rows]
+
+
+def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int) -> Order:
+    """Which rows each step of a run takes: the same here and on every worker.
+
+    Args:
+        config: The YAML.
+        lengths: Tokens of each training row.
+        longest: Of them.
+    """
+    packs = pack(lengths, config.context_length or longest) if config.packing else None
+    shape = BatchShape(
+        len(lengths) if packs is None else len(packs),
+        config.train_batch_size_per_device,
+        config.num_devices,
+        config.gradient_accumulation_steps,
+    )
+    is_padded_to_longest = config.padding == "longest" and packs is None
+    return Order(shape, config.seed, lengths=lengths if is_padded_to_longest else None, packs=packs)
 
 
 def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
@@ -453,14 +475,6 @@ def read_chat_template(config: FinetuneConfig) -> str | None:
 def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
     refusals = list(loaded.refusals)
     config = loaded.config
-    if config.task in ("preference_tuning", "classification"):
-        refusals.append(
-            f"task: {config.task} cannot be trained by this version. It trains instruction_tuning and causal_lm."
-        )
-    if config.packing:
-        refusals.append(
-            "packing: true cannot be trained by this version. Leave it out: rows are then padded to the longest of a batch."
-        )
     if config.logger and not _is_importable(config.logger.provider):
         refusals.append(
             f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). pip install {config.logger.provider}"
@@ -743,6 +757,12 @@ def _data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[st
             yield f"{name}: {summary.duplicates:,} rows say the same as one before; the first: {summary.first_duplicates[0]}"
     if valid is None:
         yield "no valid_path: no eval loss, and the newest checkpoint counts as the best"
+
+
+def _describe_packing(config: FinetuneConfig, train: DataSummary, shape: BatchShape) -> str:
+    capacity = config.context_length or train.longest
+    fill = train.tokens / (shape.sequences * capacity)
+    return f"{train.rows:,} rows in {shape.sequences:,} sequences of {capacity:,} tokens, {fill:.1%} full"
 
 
 def _absolute(uri: str) -> str:

@@ -2,19 +2,33 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # Unsloth replaces them here
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from configs.schema import FinetuneConfig
-from training.data.batches import BatchShape, EpochDataLoader, TokenRows, TrainBatches, eval_batches
+from training.data.batches import (
+    EpochDataLoader,
+    Order,
+    TrainBatches,
+    collate_packed,
+    eval_batches,
+)
 from training.data.prepare import IGNORED
+from training.models.kernels import Device
 from training.plan import RunPlan
+
+_NOT_LOOKED_AT = datasets.Dataset.from_dict(
+    {"input_ids": [[0]]}
+)  # TRL asks for rows; ours are dealt out otherwise
 
 
 def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool) -> SFTConfig:
@@ -57,6 +71,54 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool
     )
 
 
+@dataclass(frozen=True)
+class TrainingRows:
+    """What is trained and evaluated, and how it becomes batches."""
+
+    order: Order
+    """Which sequences each step takes."""
+    train: Dataset[dict[str, Any]]
+    """What `order` deals out; PADDING_ROW is in it, too."""
+    valid: Dataset[dict[str, Any]] | None
+    """What is evaluated, if anything."""
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:
+    """Batches are padded to a multiple of this, in tokens: of all of `longest` where the YAML says so."""
+    if config.padding == "max_length":
+        return longest
+    return 8 if device == "cuda" else None
+
+
+def collate_rows(
+    pad_token_id: int, multiple: int | None, *, packed: bool, attention: str | None
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Rows or packs as batches.
+
+    Args:
+        pad_token_id: Fills them up.
+        multiple: See `pad_to_multiple_of`.
+        packed: Sequences hold several rows.
+        attention: The model's kind, as transformers calls it. The flash-attn package tells packed rows apart in one long
+            sequence only, the others in any.
+    """
+    collator = DataCollatorForLanguageModeling(
+        pad_token_id,
+        pad_to_multiple_of=multiple,
+        padding_free=packed and attention == "flash_attention_2",
+        return_position_ids=packed,
+    )
+    return collate_packed(collator) if packed else collator
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats of each label under the logits before it, 0 where it is IGNORED: (rows, tokens - 1) from (rows, tokens)."""
+    return cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
+    )
+
+
 class FineTuningTrainer(SFTTrainer):
     """SFTTrainer over prepared tokens."""
 
@@ -65,10 +127,7 @@ class FineTuningTrainer(SFTTrainer):
         *,
         config: FinetuneConfig,
         base_model: str,
-        shape: BatchShape,
-        longest: int,
-        train_rows: Dataset,
-        eval_rows: Dataset | None,
+        rows: TrainingRows,
         model: Any,
         args: SFTConfig,
         tokenizer: Any,
@@ -81,10 +140,7 @@ class FineTuningTrainer(SFTTrainer):
         Args:
             config: The YAML.
             base_model: What saved adapters call the model below them: hub id, directory or URI.
-            shape: How training rows are dealt out.
-            longest: Tokens that `padding: max_length` pads to.
-            train_rows: Prepared rows.
-            eval_rows: Prepared rows, or None.
+            rows: What is trained and evaluated.
             model: Ready to train, its adapter on it.
             args: From `trainer_arguments`.
             tokenizer: Saved beside each checkpoint.
@@ -92,22 +148,17 @@ class FineTuningTrainer(SFTTrainer):
             on_eval_progress: Told how much of an evaluation is done, 0 to 1.
             loss_of_transformers: TRL's loss is a Triton kernel; where there is no GPU, take the model's own.
         """
-        multiple = longest if config.padding == "max_length" else (8 if not args.use_cpu else None)
-        collator = DataCollatorForLanguageModeling(
-            pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple
-        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
-            train_dataset=train_rows,
+            data_collator=rows.collate,
+            train_dataset=_NOT_LOOKED_AT,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.config = config
         self.base_model = base_model
-        self.shape = shape
-        self.eval_rows = eval_rows
-        self.collator = collator
+        self.rows = rows
         self.on_eval_progress = on_eval_progress
         self.loss_of_transformers = loss_of_transformers
 
@@ -115,57 +166,82 @@ class FineTuningTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss a trained token: of all workers together in training, of this batch in evaluation."""
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # 0, not no number, where nothing is trained
         if self.loss_of_transformers:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """This worker's micro-batches; not prepared by accelerate, which would deal rows twice in an uneven epoch."""
-        batches = TrainBatches(self.shape, rank=self.args.process_index, seed=self.args.seed)
-        rows = TokenRows(self.train_dataset, self.collator.pad_token_id)
         # Its own generator: drawing a base seed from the global one would tie dropout to how often we iterate.
         return EpochDataLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=self.collator,
+            self.rows.train,
+            batch_sampler=TrainBatches(self.rows.order, rank=self.args.process_index),
+            collate_fn=self.rows.collate,
             pin_memory=not self.args.use_cpu,
             generator=torch.Generator(),
         )
 
-    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """Eval loss as the sum over trained tokens divided by their number, over all workers.
+    def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """What is added up over all batches of an evaluation: here the loss and the trained tokens, as float64."""
+        count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        if count == 0:
+            return torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        mean = self.compute_loss(model, dict(inputs))
+        return torch.stack([mean.double() * count, count.double()])
 
-        It does not depend on the number of workers, the batch size or how rows are padded.
+    def figures(self, totals: list[float]) -> dict[str, float]:
+        """The sums over all batches and workers as what is reported: `loss` and what stands beside it."""
+        return {"loss": totals[0] / totals[1]}
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """Eval loss and figures from sums over all workers: the loss is that of a trained token.
+
+        They do not depend on the number of workers, the batch size or how rows are padded or packed.
         """
         del arguments, keywords
-        if self.eval_rows is None:
+        if self.rows.valid is None:
             return {}
-        rows = TokenRows(self.eval_rows, self.collator.pad_token_id)
+        totals = self.added_up(self.rows.valid, self.sums, self.on_eval_progress)
+        metrics = {f"eval_{name}": value for name, value in self.figures(totals.tolist()).items()}
+        self._metrics["eval"].clear()  # TRL's own averages are over batches, not tokens
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def added_up(
+        self,
+        sequences: Any,
+        sums: Callable[[Any, dict[str, Any]], torch.Tensor],
+        on_progress: Callable[[float], None],
+    ) -> torch.Tensor:
+        """The sums of all batches of all workers, without gradients or dropout."""
         mine = eval_batches(
-            len(rows), self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+            len(sequences),
+            self.args.per_device_eval_batch_size,
+            self.args.world_size,
+            self.args.process_index,
         )
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         model = self.model_wrapped
         assert model is not None
         was_training = model.training
         model.eval()
+        parts = []
         with torch.no_grad():
             for position, batch in enumerate(mine, start=1):
-                inputs = self._prepare_inputs(self.collator([rows[index] for index in batch]))
-                count = (inputs["labels"][:, 1:] != IGNORED).sum()
+                inputs = self._prepare_inputs(self.rows.collate([sequences[index] for index in batch]))
                 with self.compute_loss_context_manager():
-                    mean = self.compute_loss(model, dict(inputs))
-                if count > 0:
-                    totals += torch.stack([mean.double() * count, count.double()])
-                self.on_eval_progress(position / len(mine))
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        metrics = {"eval_loss": float(totals[0] / totals[1])}
-        self._metrics["eval"].clear()  # TRL's own averages are over batches, not tokens
-        self.log(dict(metrics))
+                    parts.append(sums(model, inputs))
+                on_progress(position / len(mine))
         model.train(was_training)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.of_all_workers(torch.stack(parts).sum(0))
+
+    def of_all_workers(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum over workers, on each of them."""
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return sums
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
@@ -175,3 +251,62 @@ class FineTuningTrainer(SFTTrainer):
             # PEFT writes where the base lay on this node.
             settings = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": self.base_model}
             adapter.write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+class ClassificationTrainer(FineTuningTrainer):
+    """Reports how often the label that the model would write is the right one."""
+
+    def __init__(self, *, label_tokens: list[list[int]], **arguments: Any):
+        """See FineTuningTrainer.
+
+        Args:
+            label_tokens: The tokens of each label.
+            arguments: FineTuningTrainer's.
+        """
+        super().__init__(**arguments)
+        self.label_tokens = label_tokens
+
+    def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss, the trained tokens, and how often each label (row) was taken for each (column)."""
+        labels = inputs["labels"]
+        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**unlabelled, use_cache=False).logits
+        taken_for = torch.zeros(len(self.label_tokens), len(self.label_tokens), dtype=torch.float64)
+        for row_logits, row_labels in zip(logits[:, :-1], labels[:, 1:], strict=True):
+            trained = row_labels != IGNORED
+            if trained.any():
+                tokens = row_labels[trained].tolist()
+                written = written_label(row_logits[trained].float().cpu(), tokens, self.label_tokens)
+                taken_for[self.label_tokens.index(tokens), written] += 1
+        loss = token_losses(logits, labels).double().sum()
+        count = (labels[:, 1:] != IGNORED).sum().double()
+        return torch.cat([torch.stack([loss, count]), taken_for.flatten().to(loss.device)])
+
+    def figures(self, totals: list[float]) -> dict[str, float]:
+        """The loss a token, the accuracy, and F1 as the mean over the labels that occur, in the rows or in the answers."""
+        loss, tokens, *flat = totals
+        taken_for = torch.tensor(flat).view(len(self.label_tokens), -1)
+        right, occurrences = taken_for.diagonal(), taken_for.sum(0) + taken_for.sum(1)
+        f1 = (2 * right / occurrences)[occurrences > 0].mean()
+        return {"loss": loss / tokens, "accuracy": float(right.sum() / taken_for.sum()), "f1": float(f1)}
+
+
+def written_label(scores: torch.Tensor, tokens: list[int], label_tokens: list[list[int]]) -> int:
+    """The label that a model writes when it may write nothing but labels, always the likeliest token.
+
+    Where it leaves the right label for several that begin alike, the first of them is taken: all of them are wrong.
+
+    Args:
+        scores: Of every token at each of the right label's tokens, (tokens, vocabulary).
+        tokens: Of the right label.
+        label_tokens: Of each label; none is the beginning of another.
+    """
+    possible = list(range(len(label_tokens)))
+    for place, right in enumerate(tokens):
+        written = max(
+            (label_tokens[label][place] for label in possible), key=lambda token: float(scores[place][token])
+        )
+        possible = [label for label in possible if label_tokens[label][place] == written]
+        if written != right:
+            break
+    return possible[0]

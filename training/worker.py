@@ -20,7 +20,6 @@ from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, DataPosition, Manifest
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, check_claim
-from training.data.batches import rows_of_step
 from training.data.prepare import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
@@ -169,7 +168,8 @@ def _run_scratch(plan: RunPlan, place: Place) -> Path:
 def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
     tell(Phase("loading libraries"))
     from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
-    from training.trainers import FineTuningTrainer, trainer_arguments
+    from training.objectives import build_trainer
+    from training.trainers import trainer_arguments
 
     config = plan.config
     scratch = _run_scratch(plan, place)
@@ -213,32 +213,28 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     arguments = (
         None if arguments_later else trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
     )
-    model = build_model(
-        plan.kernels.provider, _model_request(plan, model_directory, adapter_directory, train, valid)
-    )
+    request = _model_request(plan, model_directory, adapter_directory, train, valid)
+    model = build_model(plan.kernels.provider, request)
     arguments = arguments or trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(count for count, requires_grad in parameters if requires_grad)
     tell(ModelReady(sum(count for count, _ in parameters), trainable))
 
-    shape = plan.batch_shape(train.summary.rows)
-    throughput = Throughput(
-        shape, config.seed, train.index.tokens.tolist(), train.index.trained_tokens.tolist()
-    )
+    order = plan.order(train.index.length, train.summary.longest)
+    throughput = Throughput(order, train.index.tokens.tolist(), train.index.trained_tokens.tolist())
     run = _Run(plan, claim, place, store, committed, throughput)
-    trainer = FineTuningTrainer(
-        config=config,
-        base_model=plan.base_model,
-        shape=shape,
-        longest=config.context_length or train.summary.longest,
-        train_rows=train.dataset(),
-        eval_rows=valid.dataset() if valid else None,
+    trainer = build_trainer(
+        plan,
+        order,
+        train,
+        valid,
         model=model,
-        args=arguments,
+        request=request,
         tokenizer=tokenizer,
+        args=arguments,
         callbacks=[
             Schedule(
-                config.checkpoint_and_evaluation_frequency, shape.steps_per_epoch, evaluates=valid is not None
+                config.checkpoint_and_evaluation_frequency, plan.steps_per_epoch, evaluates=valid is not None
             ),
             Stopping(_StopQuestion(mailbox) if place.rank == 0 else lambda: False, place.of_rank_0),
             *([Preempted(ray.train.get_preemption_info)] if _preemption_is_watched() else []),
@@ -246,12 +242,11 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             throughput,
             Telling(tell, throughput),
             Diverging(
-                lambda step: train.places(rows_of_step(shape, config.seed, step)),
+                lambda step: train.places(order.rows_of_step(step)),
                 lambda: run.newest_checkpoint,
             ),
         ],
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
-        loss_of_transformers=plan.device == "cpu" and plan.kernels.provider != "unsloth",
     )
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())

@@ -405,20 +405,6 @@ def test_a_deepspeed_file_that_cannot_be_used(refused: Refused, tmp_path: Path, 
     assert message.startswith(f"deepspeed: {tmp_path}/ds.json {reason}")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"task": "preference_tuning"},
-            "task: preference_tuning cannot be trained by this version. It trains",
-        ),
-        ({"packing": True}, "packing: true cannot be trained by this version. Leave it out"),
-    ],
-)
-def test_what_this_version_does_not_train(refused: Refused, changes: dict[str, Any], message: str):
-    assert refused(**changes).startswith(message)
-
-
 def test_with_json_a_refusal_prints_no_json(refused: Refused, tmp_path: Path):
     assert "is not JSON" in refused("--json", train_path=rows(tmp_path, "{bad"))
 

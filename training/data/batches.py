@@ -1,10 +1,11 @@
 """Which row is trained when: the same order on any number of workers, each row exactly once an epoch."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -12,21 +13,24 @@ from training.data.prepare import IGNORED
 
 PADDING_ROW = -1  # stands where the last batch of an epoch has no row left: its labels are all ignored
 
+_MOST_STEPS_A_WINDOW = 50
+_LEAST_WINDOWS = 4
+
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How rows are dealt out."""
+    """How sequences are dealt out: rows, or packs of them."""
 
-    rows: int
+    sequences: int
     batch_size: int
-    """Rows a device and micro-batch."""
+    """Sequences a device and micro-batch."""
     world_size: int
     gradient_accumulation_steps: int
 
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches that each worker takes in an epoch."""
-        return -(-self.rows // (self.batch_size * self.world_size))
+        return -(-self.sequences // (self.batch_size * self.world_size))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -34,29 +38,140 @@ class BatchShape:
         return -(-self.batches_per_epoch // self.gradient_accumulation_steps)
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows in a full optimizer step, all workers together."""
+    def sequences_per_step(self) -> int:
+        """Sequences in a full optimizer step, all workers together."""
         return self.batch_size * self.world_size * self.gradient_accumulation_steps
 
 
-@lru_cache(maxsize=2)
-def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of rows in an epoch: a function of the seed and the epoch alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return tuple(torch.randperm(rows, generator=generator).tolist())
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Lay rows into few sequences by best fit: always the longest row that fits, and two that leave nothing as the last.
+
+    Sets of lengths are integers, bit n for a row of n tokens: all pairs with one sum are a shift and an `and` away.
+
+    Args:
+        lengths: Tokens of each row, at most `capacity`.
+        capacity: Tokens that a sequence holds.
+
+    Returns:
+        For each sequence, the rows in it. Equal lengths give equal packs.
+    """
+    lengths = np.asarray(lengths)
+    rows_with: defaultdict[int, list[int]] = defaultdict(list)
+    for row in range(len(lengths) - 1, -1, -1):
+        rows_with[int(lengths[row])].append(row)
+    left = sum(1 << length for length in rows_with)
+    mirrored = sum(1 << (capacity - length) for length in rows_with)
+    negligible = capacity // 100
+    packs: list[list[int]] = []
+    while left:
+        rows, space = [], capacity
+        while fitting := left & ((2 << space) - 1):
+            longest = fitting.bit_length() - 1
+            chosen = [longest]
+            if rows and longest < space - negligible <= 2 * longest:
+                chosen = _best_pair(rows_with, left, mirrored, capacity, space, negligible) or chosen
+            for length in chosen:
+                rows.append(rows_with[length].pop())
+                space -= length
+                if not rows_with[length]:
+                    left ^= 1 << length
+                    mirrored ^= 1 << (capacity - length)
+        packs.append(rows)
+    return packs
+
+
+def _best_pair(
+    rows_with: dict[int, list[int]], left: int, mirrored: int, capacity: int, space: int, negligible: int
+) -> list[int] | None:
+    """Two lengths, as equal as possible, that fill a space but for what is negligible: short rows stay for other gaps."""
+    for both in range(space, space - negligible - 1, -1):
+        half = -(-both // 2)
+        pairs = (
+            left & (mirrored >> (capacity - both))
+        ) >> half  # bit n: lengths half + n and both - half - n
+        while pairs:
+            longer = half + (pairs & -pairs).bit_length() - 1
+            if 2 * longer > both or len(rows_with[longer]) > 1:
+                return [longer, both - longer]
+            pairs &= pairs - 1
+    return None
+
+
+class Order:
+    """Which sequences an epoch and a step take: a function of the shape, the seed and the lengths alone."""
+
+    def __init__(
+        self,
+        shape: BatchShape,
+        seed: int,
+        *,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        packs: Sequence[Sequence[int]] | None = None,
+    ):
+        """See `pack` for packs.
+
+        Args:
+            shape: How sequences are dealt out.
+            seed: The run's.
+            lengths: Tokens of each sequence, so that a step takes such as are about equally long and little is padded;
+                None: steps take them as they fall.
+            packs: The rows in each sequence; None: sequences are rows.
+        """
+        self.shape = shape
+        self.seed = seed
+        self._lengths = None if lengths is None else torch.as_tensor(np.asarray(lengths))
+        self.packs = packs
+        self._epoch: tuple[int, torch.Tensor] | None = None
+
+    def epoch(self, epoch: int) -> list[int]:
+        """The order of all sequences in an epoch (from 0)."""
+        return self._of(epoch).tolist()
+
+    def step(self, step: int) -> list[int]:
+        """The sequences of an optimizer step (from 1), over all workers."""
+        epoch, step_in_epoch = divmod(step - 1, self.shape.steps_per_epoch)
+        begin = step_in_epoch * self.shape.sequences_per_step
+        return self._of(epoch)[begin : begin + self.shape.sequences_per_step].tolist()
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """The rows of an optimizer step (from 1), over all workers."""
+        sequences = self.step(step)
+        if self.packs is None:
+            return sequences
+        return [row for sequence in sequences for row in self.packs[sequence]]
+
+    def _of(self, epoch: int) -> torch.Tensor:
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.shape.sequences, generator=generator)
+            if self._lengths is not None:
+                order = self._group(order, self._lengths, generator)
+            self._epoch = (epoch, order)
+        return self._epoch[1]
+
+    def _group(self, order: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Sort windows of some steps by length, and mix their steps again; the short last step takes what is left over."""
+        per_step = self.shape.sequences_per_step
+        steps = len(order) // per_step
+        steps_a_window = min(_MOST_STEPS_A_WINDOW, max(1, steps // _LEAST_WINDOWS))
+        place = torch.arange(len(order))
+        window = torch.where(place < steps * per_step, place // (per_step * steps_a_window), steps)
+        longest_first = torch.argsort(-lengths[order], stable=True)
+        order = order[longest_first[torch.argsort(window[longest_first], stable=True)]]
+        mixed = order[: steps * per_step].view(steps, per_step)[torch.randperm(steps, generator=generator)]
+        return torch.cat([mixed.flatten(), order[steps * per_step :]])
 
 
 class TrainBatches(Sampler[list[int]]):
-    """One worker's micro-batches of an epoch, as lists of row indices or PADDING_ROW.
+    """One worker's micro-batches of an epoch, as lists of sequence indices or PADDING_ROW.
 
     Micro-batch i of all workers together is a contiguous piece of the epoch's order, so 1 worker with a batch of 4
     and 2 workers with a batch of 2 take the same steps.
     """
 
-    def __init__(self, shape: BatchShape, *, rank: int, seed: int):
-        self.shape = shape
+    def __init__(self, order: Order, *, rank: int):
+        self.order = order
         self.rank = rank
-        self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -64,49 +179,64 @@ class TrainBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.shape.batches_per_epoch
+        return self.order.shape.batches_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        shape = self.shape
-        order = list(epoch_order(shape.rows, self.seed, self.epoch))
+        shape = self.order.shape
+        order = self.order.epoch(self.epoch)
         order += [PADDING_ROW] * (len(self) * shape.batch_size * shape.world_size - len(order))
         for batch in range(len(self)):
             begin = (batch * shape.world_size + self.rank) * shape.batch_size
             yield order[begin : begin + shape.batch_size]
 
 
-def rows_of_step(shape: BatchShape, seed: int, step: int) -> tuple[int, ...]:
-    """The rows that optimizer step `step` (from 1) trained, over all workers."""
-    epoch, step_in_epoch = divmod(step - 1, shape.steps_per_epoch)
-    begin = step_in_epoch * shape.rows_per_step
-    return epoch_order(shape.rows, seed, epoch)[begin : begin + shape.rows_per_step]
-
-
-def eval_batches(rows: int, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
-    """One worker's share of the validation rows; every worker gets equally many batches, padded with PADDING_ROW."""
-    count = -(-rows // (batch_size * world_size))
-    order = list(range(rows)) + [PADDING_ROW] * (count * batch_size * world_size - rows)
+def eval_batches(sequences: int, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
+    """One worker's share of validation; every worker gets equally many batches, padded with PADDING_ROW."""
+    count = -(-sequences // (batch_size * world_size))
+    order = list(range(sequences)) + [PADDING_ROW] * (count * batch_size * world_size - sequences)
     return [
         order[(batch * world_size + rank) * batch_size : (batch * world_size + rank + 1) * batch_size]
         for batch in range(count)
     ]
 
 
-class TokenRows(Dataset[dict[str, Any]]):
-    """Prepared rows by index, and the empty one for PADDING_ROW."""
+class TokenSequences(Dataset[dict[str, Any]]):
+    """Prepared rows by sequence: one row, or the rows of a pack, or the empty one for PADDING_ROW."""
 
-    def __init__(self, rows: Any, pad_token_id: int):
+    def __init__(self, rows: Any, pad_token_id: int, packs: Sequence[Sequence[int]] | None = None):
         self.rows = rows
+        self.packs = packs
         self.padding = {"input_ids": [pad_token_id, pad_token_id], "labels": [IGNORED, IGNORED]}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self.packs is None else len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """`seq_lengths` are the tokens of each row in the sequence."""
         if index == PADDING_ROW:
-            return self.padding
-        row = self.rows[index]
-        return {"input_ids": row["input_ids"], "labels": row["labels"]}
+            rows = [self.padding]
+        else:
+            rows = [self.rows[row] for row in (self.packs[index] if self.packs is not None else [index])]
+        return {
+            "input_ids": [token for row in rows for token in row["input_ids"]],
+            # A row's first token follows from nothing, least of all from the row before it in a pack.
+            "labels": [label for row in rows for label in (IGNORED, *row["labels"][1:])],
+            "seq_lengths": [len(row["input_ids"]) for row in rows],
+        }
+
+
+def collate_packed(collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """Batches whose rows are told apart by their positions, which begin at 0 with each.
+
+    transformers looks at positions only where it gets neither an attention mask nor a cache.
+    """
+
+    def collate_without_mask(examples: list[Any]) -> dict[str, Any]:
+        batch = collate(examples)
+        batch.pop("attention_mask", None)
+        return batch | {"use_cache": False}
+
+    return collate_without_mask
 
 
 class EpochDataLoader(DataLoader[Any]):

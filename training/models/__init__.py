@@ -10,7 +10,10 @@ from training.models.kernels import Device, Provider
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelRequest", "build_model"]
+__all__ = ["REFERENCE_ADAPTER", "ModelRequest", "add_reference", "build_model"]
+
+REFERENCE_ADAPTER = "reference"
+"""PEFT's name for a continued adapter as it was, where the trained one is compared with it."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,19 @@ def build_model(provider: Provider, request: ModelRequest) -> "PreTrainedModel":
     from training.models import torch_provider
 
     return torch_provider.build(request)
+
+
+def add_reference(model: "PreTrainedModel", request: ModelRequest) -> "PreTrainedModel | None":
+    """What preference tuning compares a built model with: the model as it is now.
+
+    Returns:
+        A second model in full-parameter training. None for adapters: a new one is turned off, a continued one gets a frozen copy of
+        itself, called REFERENCE_ADAPTER.
+    """
+    from training.models import torch_provider
+
+    if not request.is_lora:
+        return torch_provider.load_base(request)
+    if request.adapter_directory is not None:
+        torch_provider.add_frozen_copy(model, request)
+    return None

@@ -1,8 +1,12 @@
 """What a model's architecture says without its weights: whether transformers knows it, and every parameter's shape."""
 
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from training.models.files import ModelError, first_line
+
+_MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def check_architecture(directory: Path, source: str, *, trust_remote_code: bool) -> None:
@@ -17,6 +21,36 @@ def check_architecture(directory: Path, source: str, *, trust_remote_code: bool)
         ModelError: it cannot.
     """
     _load_config(directory, source, trust_remote_code)
+
+
+def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> None:
+    """Make sure that rows packed into one sequence stay apart in the model: only attention joins tokens, and transformers
+    masks it by the positions, which begin anew with each row.
+
+    Args:
+        directory: The model's files on this node; its weights are not needed.
+        source: What messages call the model.
+        trust_remote_code: Whether code that lies beside them may run.
+
+    Raises:
+        ModelError: they do not, or nobody can tell.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = _load_config(directory, source, trust_remote_code)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    if model_class is None:
+        reason = "its code is not transformers' own, so nobody can tell whether packed rows stay apart in it"
+    elif model_class._is_stateful or not layers <= _MASKED_LAYERS:
+        reason = "its layers carry what they read from one packed row into the next"
+    elif "position_ids" not in signature(model_class.forward).parameters or not (
+        model_class._supports_attention_backend and model_class._supports_sdpa
+    ):
+        reason = "its attention does not go by positions, so packed rows would see one another"
+    else:
+        return
+    raise ModelError(f"packing: the model {source} cannot take it: {reason}. Write packing: false.")
 
 
 def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:

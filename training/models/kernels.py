@@ -29,7 +29,7 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
     if asked == "torch":
         return KernelChoice("torch", "asked for")
     if asked == "unsloth":
-        if reason := _why_not_unsloth(stage):
+        if reason := _why_not_unsloth(config, stage):
             raise ModelError(f"kernels: unsloth: {reason}. Write kernels: auto, liger or torch.")
         if not _installed("unsloth"):
             raise ModelError(
@@ -44,17 +44,21 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
         return KernelChoice("liger", "asked for")
     if device == "cpu":
         return KernelChoice("torch", "auto: on CPU there is nothing for Triton kernels to speed up")
-    if not _why_not_unsloth(stage) and _installed("unsloth"):
+    if not _why_not_unsloth(config, stage) and _installed("unsloth"):
         return KernelChoice("unsloth", "auto: the fastest on one GPU a worker")
-    why = _why_not_unsloth(stage) or "Unsloth is not installed (make setup-unsloth)"
+    why = _why_not_unsloth(config, stage) or "Unsloth is not installed (make setup-unsloth)"
     if _installed("triton"):
         return KernelChoice("liger", f"auto: {why}")
     return KernelChoice("torch", f"auto: {why}, and Triton is missing for Liger's")
 
 
-def _why_not_unsloth(stage: int) -> str | None:
+def _why_not_unsloth(config: FinetuneConfig, stage: int) -> str | None:
     if stage == 3:
         return "Unsloth does not split weights (ZeRO-3)"
+    if config.packing:
+        return "Unsloth's attention lets packed rows see one another"
+    if config.task == "preference_tuning":
+        return "preference tuning compares log-probabilities, and Unsloth's forward pass gives a loss"
     return None
 
 

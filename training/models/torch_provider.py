@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.schema import LoraConfig
-from training.models import ModelRequest
+from training.models import REFERENCE_ADAPTER, ModelRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,8 +63,7 @@ def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrained
         return model
     if request.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    # ZeRO-3 gathers parameters of one dtype at a time, so there the adapter keeps the base's.
-    autocast_adapter = request.zero_stage != 3 or request.load_in_4bit
+    autocast_adapter = _autocasts_adapter(request)
     if request.adapter_directory is not None:
         return peft.PeftModel.from_pretrained(
             model, request.adapter_directory, is_trainable=True, autocast_adapter_dtype=autocast_adapter
@@ -72,6 +71,22 @@ def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrained
     assert request.lora is not None
     set_seed(request.seed)
     return peft.get_peft_model(model, peft_config(request.lora), autocast_adapter_dtype=autocast_adapter)  # pyright: ignore
+
+
+def add_frozen_copy(model: "PreTrainedModel", request: ModelRequest) -> None:
+    """The continued adapter once more, as REFERENCE_ADAPTER."""
+    assert isinstance(model, peft.PeftModel)
+    model.load_adapter(
+        str(request.adapter_directory),
+        REFERENCE_ADAPTER,
+        is_trainable=False,
+        autocast_adapter_dtype=_autocasts_adapter(request),
+    )
+
+
+def _autocasts_adapter(request: ModelRequest) -> bool:
+    # ZeRO-3 gathers parameters of one dtype at a time, so there the adapter keeps the base's.
+    return request.zero_stage != 3 or request.load_in_4bit
 
 
 def peft_config(lora: LoraConfig) -> peft.LoraConfig:

@@ -1,4 +1,7 @@
-"""The same ten steps are the same ten losses: on one worker, with DDP, ZeRO-1, 2 and 3, and with Unsloth's CPU mode."""
+"""The same ten steps are the same ten losses: on one worker, with DDP, ZeRO-1, 2 and 3, and with Unsloth's CPU mode.
+
+Packed, too, where a step takes as many packs; and an evaluation does not depend on whether its rows are packed.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,16 @@ SPREADS: dict[str, dict[str, Any]] = {
     },
     "unsloth": {"num_devices": 2, "train_batch_size_per_device": 4, "kernels": "unsloth"},
 }
-METHODS: dict[str, dict[str, Any]] = {"lora": {"lora_config": {"r": 4}}, "full": {}}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_config": {"r": 4}},
+    "full": {},
+    "packed": {"lora_config": {"r": 4}, "packing": True, "context_length": 180},
+}
+OTHER_SPREADS = [name for name in SPREADS if name != "one"]
+CELLS = [(method, spread) for method in ("lora", "full") for spread in OTHER_SPREADS] + [
+    ("packed", "ddp"),
+    ("packed", "zero_2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +75,39 @@ def train(files: Path, name: str, settings: dict[str, Any]) -> tuple[list[float]
     return losses, eval_losses
 
 
-@pytest.fixture(scope="module", params=list(METHODS))
-def method(request: pytest.FixtureRequest) -> str:
-    return request.param
+class References:
+    """Each method's run on one worker, made once."""
+
+    def __init__(self, files: Path):
+        self._files = files
+        self._losses: dict[str, tuple[list[float], list[float]]] = {}
+
+    def __getitem__(self, method: str) -> tuple[list[float], list[float]]:
+        if method not in self._losses:
+            self._losses[method] = train(self._files, f"{method}-one", METHODS[method] | SPREADS["one"])
+        return self._losses[method]
 
 
 @pytest.fixture(scope="module")
-def on_one_worker(method: str, files: Path) -> tuple[list[float], list[float]]:
-    return train(files, f"{method}-one", METHODS[method] | SPREADS["one"])
+def on_one_worker(files: Path) -> References:
+    return References(files)
 
 
-def test_training_changes_the_losses(on_one_worker: tuple[list[float], list[float]]):
+@pytest.mark.parametrize("method", METHODS)
+def test_training_changes_the_losses(method: str, on_one_worker: References):
     """Else the comparisons below would hold for a trainer that does nothing."""
-    losses, eval_losses = on_one_worker
+    losses, eval_losses = on_one_worker[method]
     assert losses[0] - losses[-1] > 0.05
     assert eval_losses[0] - eval_losses[-1] > 0.05
 
 
-@pytest.mark.parametrize("spread", [name for name in SPREADS if name != "one"])
-def test_losses_are_equal(
-    spread: str, method: str, files: Path, on_one_worker: tuple[list[float], list[float]]
-):
+@pytest.mark.parametrize(("method", "spread"), CELLS)
+def test_losses_are_equal(method: str, spread: str, files: Path, on_one_worker: References):
     losses, eval_losses = train(files, f"{method}-{spread}", METHODS[method] | SPREADS[spread])
-    assert losses == pytest.approx(on_one_worker[0], abs=1e-4)
-    assert eval_losses == pytest.approx(on_one_worker[1], abs=1e-5)
+    assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
+    assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
+
+
+def test_packing_leaves_the_eval_loss(on_one_worker: References):
+    """Before the first step, when both are the same model."""
+    assert on_one_worker["packed"][1][0] == pytest.approx(on_one_worker["lora"][1][0], abs=1e-6)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from runs.layout import MANIFEST_FILE, checkpoint_key
 from tests.support.faults import Trap, injection, trapping_proxy
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.timeout(900)
 # 5 steps of 8 rows and one of 3: with two workers the second has nothing but padding at the end of an epoch.
 ROWS, ROWS_PER_STEP, STEPS_PER_EPOCH, EPOCHS, INTERVAL = 43, 8, 6, 2, 2
 STEPS = EPOCHS * STEPS_PER_EPOCH
+PACKED_TOKENS = 60
 FIGURES = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
 DROPOUT = 0.1
 
@@ -67,9 +69,11 @@ class Shape:
     accumulation: int
     workers: int
     parallelism: str
+    packing: bool = False
 
     def __str__(self) -> str:
-        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}"
+        packed = "-packed" if self.packing else ""
+        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}{packed}"
 
     @property
     def model_file(self) -> str:
@@ -94,11 +98,12 @@ GRID = [
     for method, accumulation, workers, parallelism, epoch in product(
         ("lora", "full"), (1, 4), (1, 2), ("ddp", "zero_2"), (1, 2)
     )
-]
+] + [Chain(Shape("lora", 4, 2, "ddp", packing=True), 2, tuple(Kill))]
 SAMPLE = [
     Chain(Shape("lora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
     Chain(Shape("lora", 4, 2, "ddp"), 2, (Kill.AFTER_STEP,)),
+    Chain(Shape("lora", 4, 2, "ddp", packing=True), 2, (Kill.AFTER_STEP,)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")
@@ -106,7 +111,7 @@ SABOTAGED = Shape("lora", 1, 1, "ddp")
 
 @dataclass(frozen=True, order=True)
 class Taken:
-    """A row that a worker took for an optimizer step."""
+    """A row, or a pack of rows, that a worker took for an optimizer step."""
 
     step: int
     rank: int
@@ -132,7 +137,24 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = directory / "full" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": DROPOUT}))
     write_data(directory, train_rows=ROWS, valid_rows=3)
+    _write_pairs_of_a_length(directory / "packed.jsonl", directory / "lora")
     return directory
+
+
+def _write_pairs_of_a_length(path: Path, model: Path) -> None:
+    """Rows of which any two fill a sequence of PACKED_TOKENS, and no three: ROWS sequences."""
+    sums = [(10 + row, 99 - row) for row in range(2 * ROWS)]
+    chats = [
+        [
+            {"role": "user", "content": f"What is {one} + {other}?"},
+            {"role": "assistant", "content": f"It is {one + other}."},
+        ]
+        for one, other in sums
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(tokenizer.apply_chat_template(chat, return_dict=False)) for chat in chats]
+    assert 2 * max(lengths) <= PACKED_TOKENS < 3 * min(lengths)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +187,7 @@ class Run:
             self.place / "run.yaml",
             {
                 "model_id": str(files / shape.method),
-                "train_path": str(files / "train.jsonl"),
+                "train_path": str(files / ("packed.jsonl" if shape.packing else "train.jsonl")),
                 "valid_path": str(files / "valid.jsonl"),
                 "storage_path": storage,
                 "run_name": name,
@@ -183,7 +205,8 @@ class Run:
                 "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": INTERVAL},
             }
             | ({"lora_config": {"r": 4, "lora_dropout": DROPOUT}} if shape.method == "lora" else {})
-            | ({"deepspeed": shape.parallelism} if shape.parallelism != "ddp" else {}),
+            | ({"deepspeed": shape.parallelism} if shape.parallelism != "ddp" else {})
+            | ({"packing": True, "context_length": PACKED_TOKENS} if shape.packing else {}),
         )
 
     @property

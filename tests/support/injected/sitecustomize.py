@@ -50,7 +50,7 @@ def _hold(place: str, step: int) -> None:
 
 
 def _watch_rows(module: Any) -> None:
-    rows = module.TokenRows
+    rows = module.TokenSequences
     get = rows.__getitem__
 
     def noted(self: Any, index: int) -> Any:

@@ -83,6 +83,7 @@ def test_a_config_does_not_change():
         ({"initial_base_model_ckpt_path": "a", "resume_from_checkpoint": "b"}, "resume_from_checkpoint"),
         ({"packing": True, "padding": "max_length"}, "padding: longest"),
         ({"packing": True, "task": "preference_tuning"}, "packing: false"),
+        ({"packing": True, "kernels": "unsloth"}, "lets packed rows see one another"),
         ({"optim": "adamw_8bit", "deepspeed": "zero_3_offload_optim"}, "adamw_torch"),
         ({"optim": "adafactor", "deepspeed": "zero_3_offload_optim+param"}, "adamw_torch"),
         ({"dtype": "fp32", "flash_attention_2": True}, "dtype: bf16"),

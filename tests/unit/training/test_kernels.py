@@ -38,6 +38,13 @@ def test_auto_takes_the_fastest_that_serves_and_says_why(
     assert reason in choice.reason
 
 
+def test_auto_keeps_packed_rows_apart(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    choice = choose_kernels(config(packing=True), "cuda", 0)
+    assert choice.provider == "liger"
+    assert "lets packed rows see one another" in choice.reason
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "stage", "advice"),
     [

@@ -1,0 +1,102 @@
+"""Packed rows are computed as if each stood alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from training.data.batches import TokenSequences, collate_packed, pack
+from training.data.prepare import IGNORED
+from training.models.architecture import check_packing
+from training.models.files import ModelError
+
+CAPACITY = 96
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in torch.randint(2, 60, (40,), generator=generator).tolist():
+        ids = torch.randint(3, 500, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORED] * (length // 3) + ids[length // 3 :]})
+    return rows
+
+
+def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss of each trained token, that token)."""
+    labels = batch["labels"][:, 1:]
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+    losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return losses[labels != IGNORED], labels[labels != IGNORED]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("flattened", [False, True], ids=["side by side", "in one sequence"])
+@torch.no_grad()
+def test_each_token_has_the_loss_that_it_has_alone(
+    attention: str, flattened: bool, tiny_model: Path, rows: list[dict[str, Any]]
+):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=attention
+    )
+    packs = pack([len(row["input_ids"]) for row in rows], CAPACITY)
+    assert len(packs) < len(rows) / 2
+    sequences = TokenSequences(rows, PAD, packs)
+    collate = collate_packed(
+        DataCollatorForLanguageModeling(PAD, padding_free=flattened, return_position_ids=True)
+    )
+    packed = token_losses(model, collate([sequences[index] for index in range(len(packs))]))
+    alone = [
+        token_losses(model, {name: torch.tensor([ids]) for name, ids in row.items()})
+        for row in (rows[row] for pack_ in packs for row in pack_)
+    ]
+    assert torch.equal(packed[1], torch.cat([tokens for _, tokens in alone]))
+    torch.testing.assert_close(packed[0], torch.cat([losses for losses, _ in alone]), atol=1e-6, rtol=0)
+
+
+def test_the_comparison_notices_a_leak(tiny_model: Path, rows: list[dict[str, Any]]):
+    """With an attention mask, rows are taken for one."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    sequences = TokenSequences(rows, PAD, [[0, 1]])
+    collate = DataCollatorForLanguageModeling(PAD, return_position_ids=True)
+    with torch.no_grad():
+        leaking, _ = token_losses(model, collate([sequences[0]]))
+        apart, _ = token_losses(model, collate_packed(collate)([sequences[0]]))
+    assert (leaking - apart).abs().max() > 1e-3
+
+
+def test_nothing_trained_is_a_loss_of_zero(tiny_model: Path):
+    """Of the empty row that fills the last batch of an epoch, as packed as alone."""
+    sequences = TokenSequences([], PAD)
+    batch = collate_packed(DataCollatorForLanguageModeling(PAD, return_position_ids=True))([sequences[-1]])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert model(**batch, num_items_in_batch=torch.tensor(1)).loss.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "mamba"}, "carry what they read"),
+        ({"model_type": "qwen3_next"}, "carry what they read"),
+        ({"model_type": "lfm2", "full_attn_idxs": [2, 5]}, "carry what they read"),
+        ({"model_type": "bloom"}, "does not go by positions"),
+        ({"model_type": "mpt"}, "does not go by positions"),
+    ],
+)
+def test_models_that_would_mix_rows_are_refused(settings: dict[str, Any], reason: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=reason):
+        check_packing(tmp_path, "mixing", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral"])
+def test_models_of_attention_alone_are_packed(architecture: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
+    check_packing(tmp_path, "plain", trust_remote_code=False)

@@ -1,0 +1,94 @@
+"""What a task trains: its rows as batches, and the trainer with its loss and its figures."""
+
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from training.data.batches import Order, TokenSequences, pack
+from training.data.labels import label_tokens
+from training.data.prepare import PreparedData
+from training.models import ModelRequest, add_reference
+from training.plan import RunPlan
+from training.preference import PairSequences, PreferenceTrainer, collate_pairs
+from training.trainers import (
+    ClassificationTrainer,
+    FineTuningTrainer,
+    TrainingRows,
+    collate_rows,
+    pad_to_multiple_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def build_trainer(
+    plan: RunPlan,
+    order: Order,
+    train: PreparedData,
+    valid: PreparedData | None,
+    *,
+    model: Any,
+    request: ModelRequest,
+    tokenizer: "PreTrainedTokenizerFast",
+    **arguments: Any,
+) -> FineTuningTrainer:
+    """The trainer of the plan's task.
+
+    Args:
+        plan: What to do.
+        order: Which sequences each step takes.
+        train: The training rows.
+        valid: The validation rows, if any.
+        model: Ready to train.
+        request: What it was built from.
+        tokenizer: The model's.
+        arguments: FineTuningTrainer's others.
+    """
+    config = plan.config
+    pad_token_id = tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int)
+    multiple = pad_to_multiple_of(config, plan.device, config.context_length or train.summary.longest)
+    arguments |= {
+        "config": config,
+        "base_model": plan.base_model,
+        "model": model,
+        "tokenizer": tokenizer,
+        "loss_of_transformers": plan.device == "cpu" and plan.kernels.provider != "unsloth",
+    }
+    if config.task == "preference_tuning":
+        loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
+
+        def pairs(rows: PreparedData) -> PairSequences:
+            return PairSequences(rows.dataset(), pad_token_id, with_mismatched=loss == "kto")
+
+        return PreferenceTrainer(
+            # orpo compares with nothing
+            reference_model=add_reference(model, request) if loss != "orpo" else None,
+            rows=TrainingRows(
+                order, pairs(train), pairs(valid) if valid else None, collate_pairs(pad_token_id, multiple)
+            ),
+            **arguments,
+        )
+    rows = TrainingRows(
+        order,
+        TokenSequences(train.dataset(), pad_token_id, order.packs),
+        _validation(config, valid, pad_token_id) if valid else None,
+        collate_rows(
+            pad_token_id,
+            multiple,
+            packed=config.packing,
+            attention=model.config._attn_implementation,
+        ),
+    )
+    if config.task == "classification":
+        assert config.classifier_config is not None
+        sources = [prepared.dataset() for prepared in (train, valid) if prepared]
+        tokens = label_tokens(sources, config.classifier_config.label_tokens)
+        return ClassificationTrainer(label_tokens=tokens, rows=rows, **arguments)
+    return FineTuningTrainer(rows=rows, **arguments)
+
+
+def _validation(config: FinetuneConfig, valid: PreparedData, pad_token_id: int) -> TokenSequences:
+    capacity = config.context_length or valid.summary.longest
+    packs = pack(valid.index.length, capacity) if config.packing else None
+    return TokenSequences(valid.dataset(), pad_token_id, packs)

@@ -1,0 +1,267 @@
+"""Preference tuning: chosen answers against rejected ones, on TRL's trainer, with losses and rewards weighted by pairs."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from torch.utils.data import Dataset
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+from configs.schema import PreferenceTuningConfig
+from training.data.batches import PADDING_ROW
+from training.data.prepare import IGNORED
+from training.models import REFERENCE_ADAPTER
+from training.trainers import FineTuningTrainer, token_losses
+
+FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+class PairSequences(Dataset[dict[str, Any]]):
+    """Prepared pairs by index, and the empty one for PADDING_ROW."""
+
+    def __init__(self, rows: Any, pad_token_id: int, *, with_mismatched: bool):
+        """See `pair_losses` for what is mismatched.
+
+        Args:
+            rows: With prompt_ids, chosen_ids and rejected_ids.
+            pad_token_id: Fills the empty pair.
+            with_mismatched: Add the next pair's answers, as mismatched_chosen_ids and mismatched_rejected_ids.
+        """
+        self.rows = rows
+        self.with_mismatched = with_mismatched
+        self.padding = {"prompt_ids": [pad_token_id] * 2, "chosen_ids": [], "rejected_ids": []}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.padding if index == PADDING_ROW else self.rows[index]
+        pair = {name: pair[name] for name in self.padding}
+        if self.with_mismatched:
+            other = self.padding if index == PADDING_ROW else self.rows[(index + 1) % len(self.rows)]
+            pair |= {f"mismatched_{name}": other[name] for name in ("chosen_ids", "rejected_ids")}
+        return pair
+
+
+def collate_pairs(
+    pad_token_id: int, pad_to_multiple_of: int | None
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Batches of pairs: 2 x pairs rows, chosen above rejected, with labels on the answers; `mismatched` is one more such batch."""
+    collator = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+
+    def collate_half(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collator(examples)
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
+        return batch | {"labels": labels}
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate_half(examples)
+        if "mismatched_chosen_ids" in examples[0]:
+            names = ("chosen_ids", "rejected_ids")
+            mismatched = [
+                {"prompt_ids": example["prompt_ids"]}
+                | {name: example[f"mismatched_{name}"] for name in names}
+                for example in examples
+            ]
+            batch["mismatched"] = collate_half(mismatched)
+        return batch
+
+    return collate
+
+
+def pair_losses(
+    settings: PreferenceTuningConfig,
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    tokens: torch.Tensor,
+    divergence: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each pair, and the implicit rewards of its answers.
+
+    Args:
+        settings: The loss and its beta.
+        policy: Log-probability of each answer, in nats: (2, pairs), chosen first.
+        reference: Under the reference model, as policy; orpo does not look at it.
+        tokens: Of each answer, as policy.
+        divergence: How far the policy is from the reference, in nats, at least 0; kto alone needs it.
+
+    Returns:
+        Losses (pairs) and rewards (2, pairs).
+
+    dpo: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. ipo: Azar et al. 2023 (arXiv 2310.12036), eq. 17, with the answers'
+    log-probabilities a token, as its authors compute it. orpo: Hong et al. 2024 (arXiv 2403.07691), eqs. 6 and 7, beta being
+    its lambda. kto: Ethayarajh et al. 2024 (arXiv 2402.01306), eqs. 7 and 8, each pair being one desirable and one undesirable
+    answer.
+    """
+    beta = settings.beta
+    if settings.loss == "orpo":
+        chosen, rejected = policy / tokens
+        log_odds = chosen - rejected - torch.log(-torch.expm1(chosen)) + torch.log(-torch.expm1(rejected))
+        return -chosen - beta * logsigmoid(log_odds), beta * policy / tokens
+    ratios = policy - reference
+    rewards = beta * ratios
+    if settings.loss == "ipo":
+        chosen, rejected = ratios / tokens
+        return (chosen - rejected - 1 / (2 * beta)) ** 2, rewards
+    if settings.loss == "kto":
+        assert divergence is not None
+        desirable = torch.sigmoid(rewards[0] - beta * divergence)
+        undesirable = torch.sigmoid(beta * divergence - rewards[1])
+        return 1 - (desirable + undesirable) / 2, rewards
+    return -logsigmoid(rewards[0] - rewards[1]), rewards
+
+
+class PreferenceTrainer(FineTuningTrainer):
+    """The reference is the base below a new adapter, the adapter that a run continues as it was, or a frozen copy of the model."""
+
+    def __init__(self, *, reference_model: Any | None, **arguments: Any):
+        """See FineTuningTrainer.
+
+        Args:
+            reference_model: The frozen copy in full-parameter training; None where there is none or needs to be none.
+            arguments: FineTuningTrainer's.
+        """
+        super().__init__(**arguments)
+        settings = self.config.preference_tuning_config or PreferenceTuningConfig()
+        self.settings = settings
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the pairs of the whole step
+        self.reference_model = self._prepared(reference_model) if reference_model is not None else None
+        self._trained = self._no_sums()
+        self._divergence: torch.Tensor | None = None  # while an evaluation goes on
+
+    def _prepared(self, model: Any) -> Any:
+        model.requires_grad_(False)
+        model.eval()
+        if not self.loss_of_transformers:
+            add_fused_lm_head(model)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        return model.to(self.args.device)
+
+    def _no_sums(self) -> torch.Tensor:
+        return torch.zeros(2 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """Pairs of a step, over all workers."""
+        count = sum((_is_pair(batch["labels"]).sum() for batch in batch_samples), torch.tensor(0))
+        return self.of_all_workers(count.to(device))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This worker's part of the mean over the step's pairs; DDP takes the mean over workers."""
+        losses, rewards = self._pairs(model, inputs)
+        self._trained += _sums(losses, rewards)
+        return losses.sum() / num_items_in_batch * self.args.world_size
+
+    def sums(self, model: Any, inputs: Any) -> torch.Tensor:
+        """Loss, pairs and figures of a batch."""
+        return _sums(*self._pairs(model, inputs))
+
+    def figures(self, totals: list[float]) -> dict[str, float]:
+        """A pair in the mean."""
+        loss, pairs, *figures = totals
+        return {"loss": loss / pairs} | {
+            name: figure / pairs for name, figure in zip(FIGURES, figures, strict=True)
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the figures of the step."""
+        if "loss" in logs:
+            figures = self.figures(self.of_all_workers(self._trained).tolist())
+            logs |= {name: figures[name] for name in FIGURES}
+            self._trained = self._no_sums()
+        super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """As FineTuningTrainer; kto's divergence is then that of all pairs, whatever the batches."""
+        if self.settings.loss == "kto" and self.rows.valid is not None:
+            totals = self.added_up(self.rows.valid, self._divergence_sums, self.on_eval_progress)
+            self._divergence = _mean_divergence(totals)
+        metrics = super().evaluate(*arguments, **keywords)
+        self._divergence = None
+        return metrics
+
+    def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Sum of the log-ratios of answers that do not belong to their prompts, and their number."""
+        mismatched = inputs["mismatched"]
+        real = _is_pair(mismatched["labels"])
+        with torch.no_grad():
+            policy = self._log_probabilities(model, mismatched)
+            ratios = (policy - self._under_reference(mismatched))[:, real]
+        return torch.stack([ratios.sum(), torch.tensor(ratios.numel(), device=ratios.device)]).double()
+
+    def _pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and rewards of the batch's pairs, those that only fill it left out."""
+        divergence = self._divergence
+        if divergence is None and self.settings.loss == "kto":
+            divergence = _mean_divergence(self.of_all_workers(self._divergence_sums(model, inputs)))
+        inputs = {name: value for name, value in inputs.items() if name != "mismatched"}
+        real = _is_pair(inputs["labels"])
+        policy = self._log_probabilities(model, inputs)
+        reference = (
+            torch.zeros_like(policy) if self.settings.loss == "orpo" else self._under_reference(inputs)
+        )
+        tokens = _halves((inputs["labels"][:, 1:] != IGNORED).sum(1))
+        losses, rewards = pair_losses(
+            self.settings, policy[:, real], reference[:, real], tokens[:, real], divergence
+        )
+        return losses, rewards.detach()
+
+    def _log_probabilities(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of each answer as a whole: (2, pairs)."""
+        if self.loss_of_transformers:
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = model(**unlabelled, use_cache=False).logits
+            return _halves(-token_losses(logits, inputs["labels"]).sum(1))
+        return _halves(model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum(1).float())
+
+    def _under_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
+            return self._log_probabilities(reference, inputs)
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        if self.reference_model is not None:
+            yield self.reference_model
+            return
+        model: Any = self.model
+        was_training = model.training
+        model.eval()  # no dropout
+        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
+        with use_adapter(model, adapter):
+            yield model
+        model.train(was_training)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        assert self.args.output_dir is not None
+        reference = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_ADAPTER
+        if self.args.should_save and reference.exists():
+            shutil.rmtree(reference)  # it is where the run started from
+
+
+def _halves(values: torch.Tensor) -> torch.Tensor:
+    return values.view(2, -1)
+
+
+def _is_pair(labels: torch.Tensor) -> torch.Tensor:
+    """Which pairs of a batch are none that only fill it."""
+    return _halves((labels != IGNORED).any(1)).all(0)
+
+
+def _sums(losses: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    chosen, rejected = rewards.double()
+    count = torch.tensor(chosen.numel(), dtype=torch.float64, device=chosen.device)
+    figures = (chosen, rejected, chosen - rejected, (chosen > rejected).double())
+    return torch.stack([losses.detach().double().sum(), count, *(figure.sum() for figure in figures)])
+
+
+def _mean_divergence(totals: torch.Tensor) -> torch.Tensor:
+    return (totals[0] / totals[1].clamp(min=1)).clamp(min=0).float()
