@@ -8,45 +8,16 @@ from typing import Any
 
 import torch
 from torch.nn.functional import logsigmoid
-from torch.utils.data import Dataset
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from configs.schema import PreferenceTuningConfig
-from training.data.batches import PADDING_ROW
 from training.data.prepare import IGNORED
 from training.models import REFERENCE_ADAPTER
 from training.trainers import FineTuningTrainer, token_losses
 
 FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-
-
-class PairSequences(Dataset[dict[str, Any]]):
-    """Prepared pairs by index, and the empty one for PADDING_ROW."""
-
-    def __init__(self, rows: Any, pad_token_id: int, *, with_mismatched: bool):
-        """See `pair_losses` for what is mismatched.
-
-        Args:
-            rows: With prompt_ids, chosen_ids and rejected_ids.
-            pad_token_id: Fills the empty pair.
-            with_mismatched: Add the next pair's answers, as mismatched_chosen_ids and mismatched_rejected_ids.
-        """
-        self.rows = rows
-        self.with_mismatched = with_mismatched
-        self.padding = {"prompt_ids": [pad_token_id] * 2, "chosen_ids": [], "rejected_ids": []}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.padding if index == PADDING_ROW else self.rows[index]
-        pair = {name: pair[name] for name in self.padding}
-        if self.with_mismatched:
-            other = self.padding if index == PADDING_ROW else self.rows[(index + 1) % len(self.rows)]
-            pair |= {f"mismatched_{name}": other[name] for name in ("chosen_ids", "rejected_ids")}
-        return pair
 
 
 def collate_pairs(

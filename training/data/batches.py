@@ -225,6 +225,33 @@ class TokenSequences(Dataset[dict[str, Any]]):
         }
 
 
+class PairSequences(Dataset[dict[str, Any]]):
+    """Prepared pairs by index, and the empty one for PADDING_ROW."""
+
+    def __init__(self, rows: Any, pad_token_id: int, *, with_mismatched: bool):
+        """Mismatched answers show how far a model is from its reference; see `pair_losses`.
+
+        Args:
+            rows: With prompt_ids, chosen_ids and rejected_ids.
+            pad_token_id: Fills the empty pair.
+            with_mismatched: Add the next pair's answers, as mismatched_chosen_ids and mismatched_rejected_ids.
+        """
+        self.rows = rows
+        self.with_mismatched = with_mismatched
+        self.padding = {"prompt_ids": [pad_token_id] * 2, "chosen_ids": [], "rejected_ids": []}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.padding if index == PADDING_ROW else self.rows[index]
+        pair = {name: pair[name] for name in self.padding}
+        if self.with_mismatched:
+            other = self.padding if index == PADDING_ROW else self.rows[(index + 1) % len(self.rows)]
+            pair |= {f"mismatched_{name}": other[name] for name in ("chosen_ids", "rejected_ids")}
+        return pair
+
+
 def collate_packed(collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
     """Batches whose rows are told apart by their positions, which begin at 0 with each.
 

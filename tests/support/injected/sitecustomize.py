@@ -50,14 +50,16 @@ def _hold(place: str, step: int) -> None:
 
 
 def _watch_rows(module: Any) -> None:
-    rows = module.TokenSequences
-    get = rows.__getitem__
+    for rows in (module.TokenSequences, module.PairSequences):
+        rows.__getitem__ = _noting(rows.__getitem__)
 
+
+def _noting(get: Callable[..., Any]) -> Callable[..., Any]:
     def noted(self: Any, index: int) -> Any:
         _ledger.note(index)
         return get(self, index)
 
-    rows.__getitem__ = noted
+    return noted
 
 
 def _watch_stopping(module: Any) -> None:

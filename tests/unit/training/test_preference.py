@@ -12,9 +12,9 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
-from training.data.batches import PADDING_ROW, BatchShape, Order
+from training.data.batches import PADDING_ROW, BatchShape, Order, PairSequences
 from training.data.prepare import IGNORED
-from training.preference import PairSequences, PreferenceTrainer, collate_pairs, pair_losses
+from training.preference import PreferenceTrainer, collate_pairs, pair_losses
 from training.trainers import TrainingRows
 
 PAIRS = 6
