@@ -50,12 +50,12 @@ class Request:
 class Fault:
     """What happens to requests of one method whose path ends with `key`: to a share of them, and to so many at most.
 
-    refuse: answered with `status` and `code`. reset, truncate, stall: the connection is cut, closed, or silent for
+    refuse: answered with `status` and `code`. lose: carried out, and the answer never comes. reset, truncate, stall: the connection is cut, closed, or silent for
     `seconds`, at byte `at` of the body (its middle, when not given). flip: one bit of that byte is another one. swap: the
     body is that of another object. The body is the answer's of a GET and the request's of a PUT.
     """
 
-    kind: Literal["refuse", "reset", "truncate", "stall", "flip", "swap"]
+    kind: Literal["refuse", "lose", "reset", "truncate", "stall", "flip", "swap"]
     method: str = "GET"
     key: str = ""
     share: float = 1.0
@@ -106,6 +106,7 @@ class BucketProxy:
         self._latency_seconds = latency_seconds
         self._bytes_per_second = bytes_per_second
         self._trap = trap
+        self._expired_key: str | None = None
         self._random = random.Random(0)
         self._drawing = threading.Lock()
         self._sockets: set[socket.socket] = set()
@@ -125,6 +126,10 @@ class BucketProxy:
     def body_bytes(self, bucket: str) -> int:
         """The bytes of objects' contents that went to clients."""
         return sum(request.sent for request in self.downloads(bucket))
+
+    def expire(self, access_key: str | None) -> None:
+        """Answer requests signed with this key as those are whose credentials have expired; None ends it."""
+        self._expired_key = access_key
 
     def close(self) -> None:
         self._closed.set()
@@ -159,12 +164,14 @@ class BucketProxy:
                 self._sockets -= {client, server}
 
     def draw_fault(self, request: Request) -> Fault | None:
+        if self._expired_key and self._expired_key in request.headers.get("authorization", ""):
+            return Fault("refuse", status=400, code="ExpiredToken")
         with self._drawing:
             for fault in self.faults:
                 if (
                     fault.method == request.method
                     and request.path.endswith(fault.key)
-                    and (fault.method != "GET" or request.is_download or fault.kind == "refuse")
+                    and (request.method != "GET" or request.is_download or fault.kind in ("refuse", "lose"))
                     and (fault.times is None or fault.struck < fault.times)
                     and self._random.random() < fault.share
                 ):
@@ -218,13 +225,18 @@ class _Exchange:
                 self._copy(self._client, self._server, int(request.headers["content-length"]) // 2)
                 trap.spring()
             self._copy_body(
-                self._client, self._server, request.headers, fault if request.method == "PUT" else None
+                self._client,
+                self._server,
+                request.headers,
+                fault if request.method == "PUT" and fault and fault.kind != "lose" else None,
             )
             answer = _read_head(self._server)
             while _status(answer) == 100:
                 answer = _read_head(self._server)
         if trap and trap.when == "after" and _status(answer) == 200:
             trap.spring()
+        if fault and fault.kind == "lose":
+            return False
         return self._answer(request, answer, fault if request.method == "GET" else None)
 
     def _refuse(self, request: Request, fault: Fault) -> bool:
