@@ -18,7 +18,7 @@ from typing import Any
 
 from utils.files import BucketError
 from utils.store import AlreadyExistsError, NotFoundError, StoredObject, explain_os_error, join_uri
-from utils.transfer import THREADS, Take, download_all
+from utils.transfer import LARGE_THREADS, Take, download_all
 
 PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}  # scheme -> what opens it
 _EXCLUSIVE = {"az": {"overwrite": False}, "abfs": {"overwrite": False}}  # else fsspec's own words for it
@@ -134,7 +134,7 @@ class FsspecStore:
 
     def upload_many(self, sources: Mapping[str, Path]) -> None:
         """See Store."""
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="upload") as pool:
+        with ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="upload") as pool:
             list(pool.map(lambda source: self.upload(source[1], source[0]), sources.items()))
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ from utils.store import (
     explain_os_error,
     join_uri,
 )
-from utils.transfer import THREADS, Take, download_all
+from utils.transfer import LARGE_THREADS, SMALL_BYTES, SMALL_THREADS, Take, download_all
 
 T = TypeVar("T")
 
@@ -170,8 +170,8 @@ class S3Store:
     def upload_many(self, sources: Mapping[str, Path]) -> None:
         """See Store. 16 parts are in memory at a time, of 8 MB each; larger ones where 10,000 would not do."""
         with (
-            ThreadPoolExecutor(THREADS, thread_name_prefix="upload") as files,
-            ThreadPoolExecutor(THREADS, thread_name_prefix="upload-part") as parts,
+            ThreadPoolExecutor(SMALL_THREADS, thread_name_prefix="upload") as files,
+            ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="upload-part") as parts,
         ):
             tasks = [files.submit(self._upload, path, key, parts) for key, path in sources.items()]
             try:
@@ -186,7 +186,7 @@ class S3Store:
         remaining = list(keys)
         with self._errors("delete from"):
             if not self._sends_checksums:  # deleting many at once needs one
-                with ThreadPoolExecutor(THREADS, thread_name_prefix="delete") as pool:
+                with ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="delete") as pool:
                     list(pool.map(self._delete_one, remaining))
                 return
             while remaining:
@@ -282,8 +282,10 @@ class S3Store:
     def _upload(self, path: Path, key: str, pool: ThreadPoolExecutor) -> None:
         with self._errors(f"upload {path} to", key):
             size = path.stat().st_size
-            if size <= _UPLOAD_PART_BYTES:
+            if size <= SMALL_BYTES:
                 self._put(key, path.read_bytes())
+            elif size <= _UPLOAD_PART_BYTES:
+                pool.submit(lambda: self._put(key, path.read_bytes())).result()
             else:
                 self._upload_in_parts(path, size, key, pool)
 
@@ -381,29 +383,34 @@ class S3Store:
         # boto3 takes half a second to import: only those who use a bucket pay for it.
         from boto3.session import Session
         from botocore.config import Config
+        from botocore.handlers import add_expect_header
 
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=min(10, self._patience.silence),
             read_timeout=self._patience.silence,
-            max_pool_connections=2 * THREADS,
+            max_pool_connections=SMALL_THREADS + LARGE_THREADS,
         )
-        if self.bucket != EMBEDDED_BUCKET:
+        if self.bucket == EMBEDDED_BUCKET:
+            server = embedded_endpoint()
+            client = Session().client(
+                "s3",
+                endpoint_url=server.endpoint,
+                region_name="us-east-1",
+                aws_access_key_id=server.access_key,
+                aws_secret_access_key=server.secret_key,
+                config=config.merge(Config(proxies={})),  # it is on this machine, whatever HTTP_PROXY says
+            )
+        else:
             try:
-                return Session().client("s3", config=config)
+                client = Session().client("s3", config=config)
             except ValueError as error:  # botocore's word for it
                 raise BucketError(
                     f"{self.uri}: {error}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL"
                 ) from error
-        server = embedded_endpoint()
-        return Session().client(
-            "s3",
-            endpoint_url=server.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=server.access_key,
-            aws_secret_access_key=server.secret_key,
-            config=config.merge(Config(proxies={})),  # it is on this machine, whatever HTTP_PROXY says
-        )
+        # A round trip more for every object, to ask whether its body may be sent.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
 
     def _request(self, send: Callable[[Any], T]) -> T:
         """Send a request and read its answer, again and again while it may help. Raises what botocore does."""
