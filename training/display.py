@@ -17,7 +17,16 @@ from rich.text import Text
 
 from runs.layout import RunResult
 from training.data.prepare import DataSummary
-from training.events import CheckpointCommitted, Evaluated, Event, ModelReady, Phase, Refused, StepDone
+from training.events import (
+    CheckpointCommitted,
+    Evaluated,
+    Event,
+    ModelReady,
+    Notice,
+    Phase,
+    Refused,
+    StepDone,
+)
 from training.plan import PlanReport
 
 
@@ -139,6 +148,8 @@ class Watch:
                 self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}")
             case CheckpointCommitted(step=step, uri=uri):
                 self._line(f"step {step}  checkpoint {uri}")
+            case Notice(text):
+                show_warning(self._progress.console, text)
             case Refused():
                 pass  # the result says it
 

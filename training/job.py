@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,24 @@ from runs.layout import (
     RunResult,
     RunStatus,
     checkpoint_uri,
+    run_of,
 )
 from training import checkpoints
 from training.claims import claimed
-from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused, StepDone
+from training.events import (
+    CheckpointCommitted,
+    Event,
+    EventMailbox,
+    ModelReady,
+    Notice,
+    Phase,
+    Refused,
+    StepDone,
+)
 from training.models.files import first_line
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
-from utils.bucket import open_store, uses_embedded_bucket
+from utils.bucket import BucketError, open_store, uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
@@ -77,6 +87,7 @@ def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable
         ) as claim,
         _cluster(plan),
     ):
+        _keep_parent(plan, on_event)
         signals = _remember_signals()  # only now: connecting to Ray installs a handler of its own
         mailbox = _mailbox_on_this_node()
         fit = _Fit(_trainer(plan, claim, mailbox), mailbox)
@@ -89,8 +100,25 @@ def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable
     manifests = checkpoints.committed(store)
     finished = bool(manifests) and manifests[-1].step >= plan.max_steps
     status, reason = _status(fit.error, told.refusal, signals, finished)
+    if status == "completed" and plan.parent and run_of(plan.parent):
+        with suppress(BucketError):  # the parent's run deletes a mark that is out of date
+            checkpoints.unmark(plan.parent, plan.run_uri)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
     return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
+
+
+def _keep_parent(plan: RunPlan, on_event: Callable[[Event], None]) -> None:
+    """Mark the checkpoint that this run starts from, so that its own run does not prune it."""
+    if not plan.parent or not run_of(plan.parent):
+        return
+    try:
+        checkpoints.mark_in_use(plan.parent, plan.run_uri)
+    except BucketError as error:
+        on_event(
+            Notice(
+                f"{plan.parent} cannot be marked as used by this run, so its own run may prune it: {error}"
+            )
+        )
 
 
 def _remember_signals() -> list[int]:
@@ -108,18 +136,22 @@ class Told:
     model: ModelReady | None = None
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
-    has_uncommitted_steps: bool = False
+    last_step: int = 0
+
+    @property
+    def has_uncommitted_steps(self) -> bool:
+        """Whether stopping at once would lose steps of this attempt."""
+        return self.last_step > (self.checkpoint.step if self.checkpoint else 0)
 
     def hear(self, event: Event) -> None:
         """Remember what the result needs."""
         match event:
             case ModelReady():
                 self.model = event
-            case StepDone():
-                self.has_uncommitted_steps = True
+            case StepDone(step=step):
+                self.last_step = step
             case CheckpointCommitted():
                 self.checkpoint = event
-                self.has_uncommitted_steps = False
             case Refused(message):
                 self.refusal = message
 
