@@ -90,7 +90,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     from training.checkpoints import CheckpointError
     from training.claims import ClaimError
-    from training.data.rows import DataError
+    from training.data.sources import DataError
     from training.display import Watch, show_completed, show_error, show_plan, show_result
     from training.models.files import ModelError
     from training.plan import (
@@ -117,7 +117,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
             if needs_embedded_bucket(loaded.config):
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
-            plan, report = make_plan(loaded, progress=lambda what: watch.phase(f"checking the {what}"))
+            plan, report, prepared = make_plan(loaded, progress=watch.checking)
             if options.dry_run or not report.completed:
                 show_plan(screen, report)
             if report.completed:
@@ -131,7 +131,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 watch.phase("starting the workers")
                 from training.job import run_job
 
-                result = run_job(plan, began=began, driver_log=driver_log, on_event=watch.on_event)
+                result = run_job(plan, prepared, began=began, driver_log=driver_log, on_event=watch.on_event)
     except (
         ConfigError,
         StrategyError,

@@ -95,7 +95,30 @@ Resources = Annotated[
     BeforeValidator(_memory_in_bytes),
 ]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Column = Literal["prompt", "completion", "messages", "text", "chosen", "rejected"]
+Column = Literal[
+    "messages",
+    "conversations",
+    "tools",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "label",
+    "chosen",
+    "rejected",
+]
+DataFormat = Literal[
+    "messages",
+    "conversations",
+    "prompt_completion",
+    "instruction",
+    "text",
+    "preference",
+    "classification",
+]
+"""How rows are written; docs of each stand at `data_format`."""
 
 
 class Section(BaseModel):
@@ -233,6 +256,16 @@ class ClassifierConfig(Section):
         return self
 
 
+class DataSource(Section):
+    """One of several sources of rows."""
+
+    path: DataUri
+    """File, directory or prefix, glob, or hub dataset."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of an epoch's rows, relative to the other sources' weights; null for all: every row once."""
+
+
 class WandbLogger(Section):
     """Weights & Biases; the key comes from WANDB_API_KEY in the environment."""
 
@@ -275,6 +308,14 @@ class TensorboardLogger(Section):
     """Where metrics also go."""
 
 
+DataPaths = DataUri | Annotated[list[DataUri | DataSource], Field(min_length=1)]
+
+
+def _sources(paths: DataPaths | None) -> tuple[DataSource, ...]:
+    listed = paths if isinstance(paths, list) else [paths] if paths else []
+    return tuple(item if isinstance(item, DataSource) else DataSource(path=item) for item in listed)
+
+
 class FinetuneConfig(Section):
     """One fine-tuning run."""
 
@@ -303,14 +344,32 @@ class FinetuneConfig(Section):
     """instruction_tuning: loss on the assistant's turns only; causal_lm: on every token; preference_tuning:
     chosen against rejected; classification: on the label only."""
 
-    train_path: DataUri
-    """Training rows, JSONL or Parquet: s3://, a local path, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]."""
+    train_path: DataPaths
+    """Training rows: JSONL, JSON, Parquet or CSV, also as .gz or .zst. One place (a file, a directory or prefix, a glob;
+    s3://, local, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]), a list of them, or a list of
+    `{path: ..., weight: ...}`: an epoch then has as many rows as all sources together, dealt out by weight."""
 
-    valid_path: DataUri | None = None
-    """Validation rows, as train_path; null: no evaluation, and the newest checkpoint is the best one."""
+    valid_path: DataPaths | None = None
+    """Validation rows, as train_path (without weights); null: no evaluation, and the newest checkpoint is the best one."""
+
+    data_format: Literal["auto"] | DataFormat = "auto"
+    """How rows are written. messages: chats of role and content (`tools`, `tool_calls`, `weight: 0`); conversations:
+    ShareGPT's from and value; prompt_completion; instruction: with input and output; text: as it is, for causal_lm;
+    preference: chosen and rejected, with or without prompt; classification: text and label. auto: by their columns."""
 
     columns: dict[Column, Text] = {}
     """What the files call a column: `{prompt: question, completion: answer}`."""
+
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to rows that cannot be learned from. error: they are named and nothing is trained; skip: they are
+    left out, counted, and listed in the run's skipped_rows.jsonl."""
+
+    chat_template: Text | None = None
+    """Jinja template that lays out conversations, inline or as a file's path; null: the model's own."""
+
+    prompt_template: Text | None = None
+    """Lays out rows without a chat template: text with {column} places, the answer's last, such as
+    `"### Instruction: {instruction} ### Response: {output}"`; the loss is on the answer and the end of text."""
 
     context_length: PositiveInt | None = None
     """Tokens of the longest row that is trained on; null: the longest row there is, at most what the model
@@ -457,6 +516,16 @@ class FinetuneConfig(Section):
         return self
 
     @property
+    def train_sources(self) -> tuple[DataSource, ...]:
+        """train_path as a list of sources."""
+        return _sources(self.train_path)
+
+    @property
+    def valid_sources(self) -> tuple[DataSource, ...]:
+        """valid_path as a list of sources; empty when there is none."""
+        return _sources(self.valid_path)
+
+    @property
     def trains_adapter(self) -> bool:
         """True for LoRA, new or continued; false for full-parameter training."""
         return self.lora_config is not None or self.initial_adapter_model_ckpt_path is not None
@@ -507,6 +576,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
     yield from _task_conflicts(config)
+    yield from _data_conflicts(config)
     yield from _device_conflicts(config)
     yield from _precision_conflicts(config)
     yield from _deepspeed_conflicts(config)
@@ -572,6 +642,45 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield "packing", "`packing` leaves nothing to pad: write `padding: longest`, or `packing: false`"
     if config.packing and config.task in ("preference_tuning", "classification"):
         yield "packing", f"`packing` does not work with `task: {config.task}`: write `packing: false`"
+
+
+def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    weighted = [source.weight is not None for source in config.train_sources]
+    if any(weighted) and not all(weighted):
+        yield "train_path", "`train_path` has a weight for some sources only: write one for each, or none"
+    if any(source.weight is not None for source in config.valid_sources):
+        yield (
+            "valid_path",
+            "`valid_path` has weights, but each validation row is evaluated once: leave them out",
+        )
+    if config.prompt_template is not None:
+        if config.chat_template is not None:
+            yield "prompt_template", "`prompt_template` and `chat_template` both lay out rows: keep one"
+        if not re.search(r"\{\w+\}.*\{\w+\}\s*$", config.prompt_template, re.DOTALL):
+            yield (
+                "prompt_template",
+                "`prompt_template` needs at least two {column} places and ends with the answer's: write something "
+                'like "### Instruction: {instruction} ### Response: {output}"',
+            )
+        if config.task in ("preference_tuning", "classification"):
+            yield (
+                "prompt_template",
+                f"`prompt_template` does not work with `task: {config.task}`: leave it out",
+            )
+    if config.data_format == "preference" and config.task != "preference_tuning":
+        yield "data_format", "`data_format: preference` is for `task: preference_tuning`: write that task too"
+    if config.task == "preference_tuning" and config.data_format not in ("auto", "preference"):
+        yield (
+            "data_format",
+            f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: write `preference`",
+        )
+    if config.data_format == "text" and config.task != "causal_lm":
+        yield "data_format", "`data_format: text` has no answer to train on: write `task: causal_lm`"
+    if config.data_format == "classification" and config.task != "classification":
+        yield (
+            "data_format",
+            "`data_format: classification` is for `task: classification`: write that task too",
+        )
 
 
 def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:

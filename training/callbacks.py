@@ -130,16 +130,12 @@ class Diverging(TrainerCallback):
     """Ends the run on every rank, before it saves, when a loss or a gradient is no number any more.
 
     Args:
-        rows_of_step: Step -> numbers of the rows it trained, as in the training file.
-        source: What messages call that file.
+        rows_of_step: Step -> where the rows that it trained were written, for messages.
         last_good: URI of the newest committed checkpoint, if any.
     """
 
-    def __init__(
-        self, rows_of_step: Callable[[int], Sequence[int]], source: str, last_good: Callable[[], str | None]
-    ):
+    def __init__(self, rows_of_step: Callable[[int], str], last_good: Callable[[], str | None]):
         self.rows_of_step = rows_of_step
-        self.source = source
         self.last_good = last_good
 
     def on_log(
@@ -157,10 +153,7 @@ class Diverging(TrainerCallback):
         wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
         if not wrong:
             return
-        rows = (
-            ", ".join(str(row) for row in self.rows_of_step(state.global_step)) if "loss" in figures else ""
-        )
-        where = f" on the rows {rows} of {self.source}" if rows else ""
+        where = f" on the rows {self.rows_of_step(state.global_step)}" if "loss" in figures else ""
         left = self.last_good()
         raise DivergedError(
             f"step {state.global_step}: {' and '.join(wrong)}{where}. "

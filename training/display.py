@@ -1,6 +1,7 @@
 """What a person sees: the plan before, one moving line during, the table after."""
 
 import shlex
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -29,6 +30,8 @@ from training.events import (
 )
 from training.plan import PlanReport
 
+_SECONDS_BETWEEN_LINES = 10
+
 
 def show_plan(console: Console, report: PlanReport) -> None:
     """Everything that is decided, and one example with what the loss looks at."""
@@ -54,9 +57,10 @@ def show_plan(console: Console, report: PlanReport) -> None:
     rows.append(("results go to", report.run_uri))
     _print_facts(console, rows)
     console.print()
-    console.print(Text("First row, with what is trained on marked:", style="bold"))
-    console.print(mark_example(report.train.example, colour=console.is_terminal), soft_wrap=True)
-    console.print()
+    console.print(Text("Rows, with what is trained on marked:", style="bold"))
+    for example in report.train.examples:
+        console.print(mark_example(example, colour=console.is_terminal), soft_wrap=True)
+        console.print()
     for warning in report.warnings:
         show_warning(console, warning)
 
@@ -112,6 +116,7 @@ class Watch:
         )
         self._task = self._progress.add_task("starting", total=None, figures="")
         self._phase = ""
+        self._said = 0.0
 
     def __enter__(self) -> "Watch":
         self._progress.start()
@@ -126,6 +131,18 @@ class Watch:
         if not self._console.is_terminal and text != self._phase:
             self._console.print(Text(f"… {text}"))
         self._phase = text
+
+    def checking(self, what: str, fraction: float | None = None, figures: str = "") -> None:
+        """Say what is being looked at; a log gets a line at first, and again every ten seconds."""
+        self.phase(f"checking the {what}")
+        if fraction is None:
+            self._progress.update(self._task, completed=0, total=None, figures="")
+            self._said = time.monotonic()
+            return
+        self._progress.update(self._task, completed=int(100 * fraction), total=100, figures=figures)
+        if not self._console.is_terminal and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._line(f"  {figures} ({fraction:.0%})")
 
     def on_event(self, event: Event) -> None:
         """Show what the workers told."""

@@ -38,6 +38,7 @@ from runs.layout import (
 )
 from training import checkpoints
 from training.claims import claimed
+from training.data.prepare import PreparedData, keep_prepared
 from training.events import (
     CheckpointCommitted,
     Event,
@@ -65,11 +66,19 @@ _CPU_ALLOCATOR = {
 }
 
 
-def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable[[Event], None]) -> RunResult:
+def run_job(
+    plan: RunPlan,
+    prepared: Sequence[PreparedData],
+    *,
+    began: float,
+    driver_log: Path,
+    on_event: Callable[[Event], None],
+) -> RunResult:
     """Train, and write result.json. A first SIGINT or SIGTERM commits a checkpoint and ends, a second ends at once.
 
     Args:
         plan: What to do.
+        prepared: The rows' tokens, which workers take from the bucket.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: Where this process's library output goes.
         on_event: Called on this thread with what the workers tell.
@@ -88,6 +97,8 @@ def run_job(plan: RunPlan, *, began: float, driver_log: Path, on_event: Callable
         _cluster(plan),
     ):
         _keep_parent(plan, on_event)
+        for rows in prepared:
+            keep_prepared(rows, plan.prepared)
         signals = _remember_signals()  # only now: connecting to Ray installs a handler of its own
         mailbox = _mailbox_on_this_node()
         fit = _Fit(_trainer(plan, claim, mailbox), mailbox)

@@ -2,17 +2,18 @@
 
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig, config_hash
+from configs.schema import NOT_IN_HASH, DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
 from training.checkpoints import (
     best,
@@ -25,8 +26,8 @@ from training.checkpoints import (
 )
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape
-from training.data.prepare import DataRequest, DataSummary, prepare_data
-from training.data.rows import is_hub_dataset
+from training.data.prepare import PREPARED, DataRequest, DataSummary, PreparedData, prepare_data
+from training.data.sources import find_files, is_hub_dataset
 from training.models.architecture import check_architecture, parameter_shapes
 from training.models.files import (
     AdapterFacts,
@@ -51,7 +52,6 @@ from utils.bucket import (
     NotFoundError,
     check_readable,
     check_writable,
-    fetch_file,
     is_remote,
     join_uri,
     missing_bytes,
@@ -88,8 +88,13 @@ class RunPlan(BaseModel):
     """What the run started from, if not from the plain model: recorded in manifests and the result."""
     restore_from: str | None
     """URI of the checkpoint whose whole trainer state is taken."""
-    train: DataRequest
-    valid: DataRequest | None
+    chat_template: str | None
+    """Jinja text that takes the place of the tokenizer's own."""
+    prepared: str
+    """Where the rows' tokens are kept in the bucket, by their keys."""
+    train: str
+    """Key of the training rows."""
+    valid: str | None
     data: DataFingerprints
     max_steps: int
     steps_per_epoch: int
@@ -144,8 +149,7 @@ def needs_embedded_bucket(config: FinetuneConfig) -> bool:
     """Whether a path of the run lies in the embedded bucket."""
     uris = [
         config.model_id,
-        config.train_path,
-        config.valid_path,
+        *(source.path for source in (*config.train_sources, *config.valid_sources)),
         config.initial_base_model_ckpt_path,
         config.initial_adapter_model_ckpt_path,
         config.resume_from_checkpoint,
@@ -189,8 +193,16 @@ def check_cluster_answers() -> None:
         ) from error
 
 
-def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple[RunPlan, PlanReport]:
+class Progress(Protocol):
+    """Told what is being looked at; where it takes long, also how much of it is done (0 to 1) and a figure."""
+
+    def __call__(self, what: str, fraction: float | None = None, figures: str = "") -> None: ...  # noqa: D102
+
+
+def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
     """Check everything that needs no cluster, cheapest first: settings, devices, storage, model, data.
+
+    The rows come back with the plan, prepared: training rows and, where there are any, validation rows.
 
     Args:
         loaded: The checked YAML.
@@ -223,8 +235,13 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
     _check_quantization(config, facts)
     if adapter_facts:
         _check_adapter(config, adapter_facts, facts)
-    tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=config.trust_remote_code, source=base_model)
-    _check_template(config, tokenizer, base_model)
+    chat_template = read_chat_template(config)
+    tokenizer = load_tokenizer(
+        tokenizer_dir,
+        trust_remote_code=config.trust_remote_code,
+        source=base_model,
+        chat_template=chat_template,
+    )
     if config.lora_config and not adapter_facts:
         if not targeted_modules(facts, config.lora_config):  # files may call modules by older names
             shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
@@ -232,19 +249,24 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         _check_targets(config.lora_config, facts)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
 
-    progress("data")
-    with _about("train_path"):
-        train_request = data_request(config, config.train_path, facts, scratch / "cache")
-    with _about("valid_path"):
-        valid_request = (
-            data_request(config, config.valid_path, facts, scratch / "cache") if config.valid_path else None
+    def prepare(key: str, sources: Sequence[DataSource]) -> PreparedData:
+        progress(f"rows of {key}")
+        with _about(key):
+            request = data_request(config, sources, facts, chat_template)
+        _check_template(request, tokenizer, base_model)
+        return prepare_data(
+            request,
+            tokenizer,
+            tokenizer_dir,
+            scratch / "cache",
+            bucket=prepared_uri,
+            progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
         )
-    train = prepare_data(train_request, tokenizer, tokenizer_dir, scratch / "cache").summary
-    valid = (
-        prepare_data(valid_request, tokenizer, tokenizer_dir, scratch / "cache").summary
-        if valid_request
-        else None
-    )
+
+    prepared_uri = join_uri(storage, PREPARED)
+    prepared_train = prepare("train_path", config.train_sources)
+    prepared_valid = prepare("valid_path", config.valid_sources) if config.valid_sources else None
+    train, valid = prepared_train.summary, prepared_valid.summary if prepared_valid else None
     warnings += _data_warnings(train, valid)
 
     data = DataFingerprints(train=train.fingerprint, valid=valid.fingerprint if valid else None)
@@ -277,8 +299,10 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         adapter=adapter,
         parent=parent_state or parent,
         restore_from=own_newest or parent_state,
-        train=train_request,
-        valid=valid_request,
+        chat_template=chat_template,
+        prepared=prepared_uri,
+        train=prepared_train.key,
+        valid=prepared_valid.key if prepared_valid else None,
         data=data,
         max_steps=count_steps(config, shape),
         steps_per_epoch=shape.steps_per_epoch,
@@ -306,7 +330,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Callable[[str], None]) -> tuple
         completed=completed,
         warnings=warnings,
     )
-    return plan, report
+    return plan, report, [rows for rows in (prepared_train, prepared_valid) if rows]
 
 
 def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
@@ -331,13 +355,14 @@ def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path
 
 
 def load_tokenizer(
-    directory: Path, *, trust_remote_code: bool, source: str | None = None
+    directory: Path, *, trust_remote_code: bool, chat_template: str | None, source: str | None = None
 ) -> "PreTrainedTokenizerFast":
     """The model's own tokenizer.
 
     Args:
         directory: The model's files on this node.
         trust_remote_code: Whether code that lies beside them may run.
+        chat_template: What takes the place of its own, if anything.
         source: What messages call the model; the directory, when it is not given.
 
     Raises:
@@ -356,32 +381,73 @@ def load_tokenizer(
         raise ModelError(
             f"model {source or directory}: its tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast one."
         )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so which token it is does not matter.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def data_request(config: FinetuneConfig, source: str, facts: ModelFacts, cache: Path) -> DataRequest:
-    """A source of the YAML with everything that decides its tokens; its file is brought to this node.
+def data_request(
+    config: FinetuneConfig, sources: Sequence[DataSource], facts: ModelFacts, chat_template: str | None
+) -> DataRequest:
+    """Sources of the YAML with everything that decides their tokens; their files are listed, not fetched.
 
     Raises:
-        BucketError: it cannot be read.
+        BucketError: a source cannot be read.
+        DataError: it holds no files of rows.
     """
-    path = None
-    if not is_hub_dataset(source):
-        absolute = _absolute(source)
-        check_readable(absolute)
-        path = str(fetch_file(absolute, cache / "data"))
     return DataRequest(
-        source=source,
-        path=path,
-        columns={str(ours): theirs for ours, theirs in config.columns.items()},
-        task="causal_lm" if config.task == "causal_lm" else "instruction_tuning",
+        paths=tuple(source.path for source in sources),
+        files=tuple(
+            file for number, source in enumerate(sources) for file in find_files(source.path, number)
+        ),
+        weights=tuple(source.weight for source in sources if source.weight is not None) or None,
+        task=config.task,
+        data_format=config.data_format,
+        columns=tuple(sorted((str(ours), theirs) for ours, theirs in config.columns.items())),
+        prompt_template=config.prompt_template,
+        chat_template=chat_template,
+        labels=tuple(config.classifier_config.label_tokens) if config.classifier_config else (),
         context_length=config.context_length,
         max_context=facts.max_context,
         long_rows=config.long_rows,
+        bad_rows=config.bad_rows,
+        seed=config.seed,
     )
+
+
+def read_chat_template(config: FinetuneConfig) -> str | None:
+    """The Jinja text that `chat_template` holds or names.
+
+    Raises:
+        ConfigError: it names a file that cannot be read, or is no template.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    said = config.chat_template
+    if said is None:
+        return None
+    if "{%" in said or "{{" in said:
+        text, place = said, "chat_template"
+    else:
+        place = f"chat_template: {said}"
+        try:
+            text = Path(said).expanduser().read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{place} cannot be read ({error}). Name a file of Jinja text, or write the template itself."
+            ) from error
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+        )
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{place}, line {error.lineno}: is no Jinja template ({error}). Mend it."
+        ) from error
+    return text
 
 
 def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
@@ -510,12 +576,13 @@ def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
         )
 
 
-def _check_template(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:
-    if config.task == "instruction_tuning" and not tokenizer.chat_template:
-        raise ModelError(
-            f"model {base_model}: its tokenizer has no chat template, so conversations cannot be rendered. Take the model's instruct "
-            "version, or train on plain text with task: causal_lm."
-        )
+def _check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:
+    if tokenizer.chat_template or request.prompt_template or request.task == "causal_lm":
+        return  # causal_lm may be plain text; of chats, the first says what is missing
+    raise ModelError(
+        f"model {base_model}: its tokenizer has no chat template, so conversations cannot be rendered. Write chat_template (Jinja text or "
+        "a file of it) or prompt_template, take the model's instruct version, or train on plain text with task: causal_lm."
+    )
 
 
 def _newest_of_the_same_run(
@@ -663,10 +730,17 @@ def _model_warnings(
 
 def _data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str]:
     for name, summary in (("train_path", train), ("valid_path", valid)):
-        if summary and summary.truncated_rows:
-            yield f"{name}: {summary.truncated_rows} rows were longer than the context and are cut off at it (long_rows: truncate)"
-        if summary and summary.dropped_rows:
-            yield f"{name}: {summary.dropped_rows} rows are left out: too long, or nothing to learn from within the context"
+        if summary is None:
+            continue
+        if summary.truncated_rows:
+            yield f"{name}: {summary.truncated_rows:,} rows were longer than the context and are cut off at it (long_rows: truncate)"
+        if summary.dropped_rows:
+            yield f"{name}: {summary.dropped_rows:,} rows are left out: too long, or nothing to learn from within the context"
+        if summary.skipped_rows:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped_rows.items())
+            yield f"{name}: {sum(summary.skipped_rows.values()):,} rows are left out (bad_rows: skip): {kinds}; the first: {summary.first_skipped[0]}"
+        if summary.duplicates:
+            yield f"{name}: {summary.duplicates:,} rows say the same as one before; the first: {summary.first_duplicates[0]}"
     if valid is None:
         yield "no valid_path: no eval loss, and the newest checkpoint counts as the best"
 

@@ -22,8 +22,8 @@ from training.checkpoints import CheckpointError
 from training.claims import ClaimError
 from training.commits import Commits, Saved
 from training.data.batches import rows_of_step
-from training.data.prepare import PreparedData, prepare_data
-from training.data.rows import DataError
+from training.data.prepare import PreparedData, fetch_prepared, verify_prepared
+from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
 from training.models.files import ModelError, first_line, is_hub_id, is_model_file
@@ -141,8 +141,6 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
 
     tell(Phase("loading libraries"))
-    from datasets import Dataset
-
     from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
     from training.trainers import FineTuningTrainer, trainer_arguments
 
@@ -157,12 +155,19 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         if plan.adapter and adapter_directory:
             checkpoints.verify_weights(plan.adapter, adapter_directory)
     tokenizer = load_tokenizer(
-        model_directory, source=plan.base_model, trust_remote_code=config.trust_remote_code
+        model_directory,
+        source=plan.base_model,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=plan.chat_template,
     )
 
-    tell(Phase("preparing the data"))
-    train = prepare_data(plan.train, tokenizer, model_directory, plan.cache)
-    valid = prepare_data(plan.valid, tokenizer, model_directory, plan.cache) if plan.valid else None
+    tell(Phase("fetching the prepared rows"))
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
+    if place.local_rank == 0:
+        for prepared in (train, valid):
+            if prepared:
+                verify_prepared(prepared)
 
     if restoring.committed or plan.restore_from:
         tell(Phase("restoring the trainer state"))
@@ -184,12 +189,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     tell(ModelReady(sum(count for count, _ in parameters), trainable))
 
     shape = plan.batch_shape(train.summary.rows)
-    train_rows = Dataset.from_file(str(train.arrow_file))
     throughput = Throughput(
-        shape,
-        config.seed,
-        train_rows.data["tokens"].to_pylist(),
-        train_rows.data["trained_tokens"].to_pylist(),
+        shape, config.seed, train.index.tokens.tolist(), train.index.trained_tokens.tolist()
     )
     commits = Commits(
         store, claim, place, restoring.committed, keep=config.num_checkpoints_to_keep, tell=tell
@@ -199,8 +200,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         base_model=plan.base_model,
         shape=shape,
         longest=config.context_length or train.summary.longest,
-        train_rows=train_rows,
-        eval_rows=Dataset.from_file(str(valid.arrow_file)) if valid else None,
+        train_rows=train.dataset(),
+        eval_rows=valid.dataset() if valid else None,
         model=model,
         args=arguments,
         tokenizer=tokenizer,
@@ -217,8 +218,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             throughput,
             Telling(tell, throughput),
             Diverging(
-                lambda step: [train_rows[row]["row"] for row in rows_of_step(shape, config.seed, step)],
-                plan.train.source,
+                lambda step: train.places(rows_of_step(shape, config.seed, step)),
                 lambda: commits.newest_checkpoint,
             ),
         ],

@@ -40,6 +40,7 @@ __all__ = [
     "check_readable",
     "check_writable",
     "fetch_file",
+    "find_objects",
     "is_remote",
     "join_uri",
     "missing_bytes",
@@ -121,6 +122,24 @@ def check_writable(uri: str) -> None:
             raise BucketError(
                 f"cannot write to {path}: {directory} takes no files; choose another place"
             ) from error
+
+
+def find_objects(uri: str) -> list[tuple[str, str]]:
+    """Return (full URI, what tells its version: size and ETag) of the object at `uri`, or of all below it, by key.
+
+    Raises BucketError when the listing fails; nothing there is an empty list.
+    """
+    if is_remote(uri):
+        parent_uri, name = _parent(uri)
+        parent = S3Store(parent_uri)
+        found = parent.first(name) if name else None
+        if found is not None and found.key == name:
+            return [(uri, f"{found.size} {found.etag}")]
+    elif (path := _local_path(uri)).is_file():
+        status = path.stat()
+        return [(str(path), f"{status.st_size} {status.st_mtime_ns:x}")]
+    store = open_store(uri)
+    return [(store.uri_of(item.key), f"{item.size} {item.etag}") for item in store.list()]
 
 
 def fetch_file(uri: str, cache_dir: Path) -> Path:

@@ -1,238 +1,519 @@
-"""Rows as people write them -> checked conversations. Every refusal names the file, the row and the reason."""
+"""Rows as people write them -> what can be learned from. Every refusal says what is wrong with the row and what is expected."""
 
 import json
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-Message = dict[str, str]
+from configs.schema import DataFormat
+from training.data.sources import RowError, json_type
 
-_ROLES = ("system", "user", "assistant")
-_OTHER_FORMATS = {".csv", ".tsv", ".arrow", ".gz", ".zst", ".zip", ".xlsx"}
-_MAX_SHOWN = 5
-_HUB_PREFIX = "hf://datasets/"
+Message = dict[str, Any]
+Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
+
+FORMAT_NAMES: dict[DataFormat, str] = {
+    "messages": "chats (messages)",
+    "conversations": "ShareGPT chats (conversations)",
+    "prompt_completion": "prompt and completion",
+    "instruction": "instruction, input and output",
+    "text": "plain text",
+    "preference": "preference pairs (chosen, rejected)",
+    "classification": "text and label",
+}
+_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "instruction": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "classification": ("text", "label"),
+    "text": ("text",),
+}
+"""What a row must have; the first that fits is taken."""
+_FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
+    "instruction_tuning": ("messages", "conversations", "prompt_completion", "instruction"),
+    "causal_lm": ("messages", "conversations", "prompt_completion", "instruction", "text"),
+    "preference_tuning": ("preference",),
+    "classification": (
+        "classification",
+        "messages",
+        "conversations",
+        "prompt_completion",
+        "instruction",
+    ),
+}
+_ROLES = ("system", "user", "assistant", "tool")
+_KEPT_KEYS = ("name", "tool_call_id", "reasoning_content")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
 
 
-class DataError(Exception):
-    """Data that cannot be trained on; the message says where (file, row), what and what to do."""
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with the assistant."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    untrained: tuple[int, ...] = ()
+    """Positions of assistant messages that `weight: 0` takes out of the loss."""
+    label: int | None = None
+    """Classification: which of the labels the last message is."""
 
 
-class RowError(ValueError):
-    """What is wrong with one row; the reader adds the file and the row's number."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to learn as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A row laid out by `prompt_template`."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two ways to go on from one beginning."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+Example = Chat | Text | Filled | Pair
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A row that can be learned from: either a chat, or a text as it is."""
+class Reading:
+    """How the rows of a source are read."""
 
-    row: int
-    """Its line (JSONL) or its position from 1 (Parquet, hub)."""
-    messages: tuple[Message, ...] = ()
-    text: str | None = None
-
-
-def is_hub_dataset(uri: str) -> bool:
-    """Whether the URI names a dataset of the Hugging Face hub."""
-    return uri.startswith(_HUB_PREFIX)
+    task: Task
+    data_format: DataFormat
+    columns: Mapping[str, str]
+    """Our name -> the name in the file."""
+    prompt_template: str | None
+    labels: tuple[str, ...]
+    """Of `classifier_config.label_tokens`."""
 
 
-def read_conversations(
-    path: Path | None, source: str, *, columns: Mapping[str, str], whole_text: bool
-) -> Iterator[Conversation]:
-    """Read and check every row.
-
-    Args:
-        path: The file on this node; None for a dataset of the hub.
-        source: The URI as the user wrote it, for messages.
-        columns: Our name -> the name in the file, for columns that are called otherwise.
-        whole_text: Accept plain `text` rows (the loss is then on every token).
+def recognise(
+    row: dict[str, Any], columns: Mapping[str, str], task: Task, prompt_template: str | None = None
+) -> DataFormat:
+    """The format of a row, by its columns that hold something.
 
     Raises:
-        DataError: after the last row, with the first rows that are wrong and their count; at once for a file that
-            cannot be read at all.
+        RowError: none that the task can learn from.
     """
-    wrong: list[str] = []
-    count = 0
-    for row, value in read_rows(path, source):
-        count += 1
-        try:
-            if isinstance(value, RowError):
-                raise value
-            conversation = _conversation(row, value, columns, whole_text)
-        except RowError as error:
-            wrong.append(f"{source}:{row}: {error}")
-            continue
-        yield conversation
-    if wrong:
-        more = f"\n… and {len(wrong) - _MAX_SHOWN} more rows" if len(wrong) > _MAX_SHOWN else ""
-        raise DataError(
-            f"{len(wrong)} of {count} rows cannot be trained on:\n"
-            + "\n".join(wrong[:_MAX_SHOWN])
-            + more
-            + "\nMend or remove them."
+    if prompt_template is not None and any(
+        row.get(columns.get(name, name)) is not None for name in places_of(prompt_template)
+    ):
+        return "prompt_completion" if "completion" in places_of(prompt_template) else "instruction"
+    found: list[DataFormat] = [
+        name
+        for name, needed in _COLUMNS.items()
+        if all(row.get(columns.get(column, column)) is not None for column in needed)
+    ]
+    allowed = _FORMATS_OF_TASK[task]
+    for name in found:
+        if name in allowed:
+            return name
+    if found:
+        better = next(other for other, formats in _FORMATS_OF_TASK.items() if found[0] in formats)
+        raise RowError(
+            "wrong format", f"is {FORMAT_NAMES[found[0]]}, which task: {better} learns from, not {task}"
         )
-    if count == 0:
-        raise DataError(
-            f"{source}: holds no rows. Name a JSONL or Parquet file with at least one conversation."
-        )
+    raise RowError("wrong columns", _missing_columns(row, allowed))
 
 
-def read_rows(path: Path | None, source: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, row): a row is a dictionary, or a RowError that says why it could not be read."""
-    if path is None:
-        yield from _read_hub(source)
-    elif path.suffix == ".parquet" or source.endswith(".parquet"):
-        yield from _read_parquet(path, source)
-    elif path.suffix in _OTHER_FORMATS:
-        raise DataError(
-            f"{source}: {path.suffix} files are not read. Write JSONL (one JSON object a line) or Parquet, with the extension .jsonl or .parquet."
-        )
-    else:
-        yield from _read_jsonl(path)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            yield number, _parse_line(line)
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return RowError(f"is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8")
-    except ValueError as error:
-        return RowError(f"is not JSON ({error}). One JSON object a line is expected")
-    except RecursionError:
-        return RowError("is nested too deeply to be a conversation")
-    if not isinstance(value, dict):
-        return RowError(f"is {_json_type(value)}. One JSON object a line is expected")
-    return value
-
-
-def _read_parquet(path: Path, source: str) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield number, value
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{source}: no Parquet file, or a damaged one ({str(error).splitlines()[0]}). Write it again."
-        ) from error
-
-
-def parse_hub_uri(uri: str) -> tuple[str, str | None, str]:
-    """`hf://datasets/ORG/NAME[/CONFIG][?split=SPLIT]` -> (ORG/NAME, CONFIG, SPLIT); the split is `train` unless named.
-
-    Raises:
-        DataError: the URI has another shape.
-    """
-    path, _, query = uri.removeprefix(_HUB_PREFIX).partition("?")
-    parts = path.strip("/").split("/")
-    split = "train"
-    if query:
-        key, _, split = query.partition("=")
-        if key != "split" or not split:
-            raise DataError(f"{uri}: after `?` only `split=...` is known, as in ?split=train[50%:].")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"{uri}: write hf://datasets/ORG/NAME/CONFIG?split=train (CONFIG may be left out).")
-    return f"{parts[0]}/{parts[1]}", parts[2] if len(parts) == 3 else None, split
-
-
-def _read_hub(source: str) -> Iterator[tuple[int, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    name, config, split = parse_hub_uri(source)
-    try:
-        dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{source}: cannot be read from the Hugging Face hub ({str(error).splitlines()[0]}). Check its name, config and split; "
-            "a gated one needs HF_TOKEN; without a network, name a JSONL file instead."
-        ) from error
-    yield from enumerate(dataset, start=1)
-
-
-def _conversation(
-    row: int, value: dict[str, Any], columns: Mapping[str, str], whole_text: bool
-) -> Conversation:
-    def column(name: str) -> Any:
-        return value.get(columns.get(name, name))
-
-    if (messages := column("messages")) is not None:
-        return Conversation(row, messages=_check_messages(messages))
-    prompt, completion = column("prompt"), column("completion")
-    if prompt is not None and completion is not None:
-        question = _checked_text(prompt, f"`{columns.get('prompt', 'prompt')}`")
-        answer = _checked_text(completion, f"`{columns.get('completion', 'completion')}`")
-        return Conversation(
-            row, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        )
-    if whole_text and (text := column("text")) is not None:
-        return Conversation(row, text=_checked_text(text, f"`{columns.get('text', 'text')}`"))
-    expected = "`messages`, or `prompt` and `completion`" + (", or `text`" if whole_text else "")
-    names = [f"{name} (null)" if value[name] is None else name for name in value]
+def _missing_columns(row: dict[str, Any], allowed: tuple[DataFormat, ...]) -> str:
+    expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
+    names = [f"{name} (null)" if value is None else str(name)[:40] for name, value in row.items()]
     found = ", ".join(names[:6]) or "nothing"
-    raise RowError(
-        f"has no {expected} (found: {found}). If they are called otherwise, say so: columns: {{prompt: question}}"
-    )
+    return f"has no {expected} (found: {found}). If they are called otherwise, say so: columns: {{prompt: question}}"
 
 
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def read_row(row: dict[str, Any], reading: Reading) -> Example:
+    """Check one row and bring it into its form.
+
+    Raises:
+        RowError: it cannot be learned from.
+    """
+    if reading.prompt_template is not None:
+        return _fill(row, reading.prompt_template, reading.columns)
+    chat = _READERS[reading.data_format](row, reading.columns)
+    if isinstance(chat, Chat) and reading.task == "classification":
+        return _labelled(chat, reading.labels)
+    if isinstance(chat, Chat) and reading.task != "causal_lm" and not _trains_anything(chat):
+        raise RowError("nothing trained", "has only assistant messages of weight 0: nothing is left to learn")
+    return chat
 
 
-def _checked_text(text: Any, what: str) -> str:
-    if not isinstance(text, str):
-        raise RowError(f"{what} is {_json_type(text)}, not text")
-    if not text.strip():
-        raise RowError(f"{what} is empty")
+def _trains_anything(chat: Chat) -> bool:
+    answers = sum(message["role"] == "assistant" for message in chat.messages)
+    return answers > len(chat.untrained)
+
+
+def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
+    answer = str(chat.messages[-1].get("content", "")).strip()
+    if answer not in labels:
+        known = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
+        raise RowError(
+            "unknown label",
+            f"has the label {answer[:40]!r}, which is none of classifier_config.label_tokens ({known})",
+        )
+    messages = [*chat.messages[:-1], {**chat.messages[-1], "content": answer}]
+    return Chat(messages, chat.tools, label=labels.index(answer))
+
+
+# --- prompt_template --------------------------------------------------------------------------------------------
+
+
+def places_of(prompt_template: str) -> list[str]:
+    """The columns that a prompt template names, the answer's last."""
+    return [name for _, name, _, _ in string.Formatter().parse(prompt_template) if name]
+
+
+def _fill(row: dict[str, Any], prompt_template: str, columns: Mapping[str, str]) -> Filled:
+    names = places_of(prompt_template)
+    values: dict[str, str] = {}
+    for name in names:
+        value = row.get(columns.get(name, name))
+        if name == "input" and value is None:
+            value = ""
+        if not isinstance(value, str):
+            raise RowError(
+                "wrong columns",
+                f"{_called(name, columns)} of prompt_template is {json_type(value)}, not text",
+            )
+        if name != "input" or value:
+            _check_text(value, lambda name=name: _called(name, columns))
+        values[name] = value
+    answer = values.pop(names[-1])
+    head = prompt_template.rstrip()[: -len(names[-1]) - 2]
+    return Filled(head.format(**values), answer)
+
+
+# --- Formats ----------------------------------------------------------------------------------------------------
+
+
+def _called(name: str, columns: Mapping[str, str]) -> str:
+    return f"`{columns.get(name, name)}`"
+
+
+def _text_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> str:
+    return _check_text(row.get(columns.get(name, name)), lambda: _called(name, columns))
+
+
+def _check_text(text: Any, what: Callable[[], str]) -> str:
+    if type(text) is not str:
+        raise RowError("wrong type", f"{what()} is {json_type(text)}, not text")
+    if not text or text.isspace():
+        raise RowError("empty content", f"{what()} is empty")
     if "\x00" in text:
-        raise RowError(f"{what} holds a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RowError(f"{what} holds half of a surrogate pair, which is no character")
+        raise RowError("NUL character", f"{what()} holds a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                "not UTF-8",
+                f"{what()} holds half of a surrogate pair, or a byte that is not UTF-8, which is no character (at character {error.start + 1})",
+            ) from None
     return text
 
 
-def _check_messages(messages: Any) -> tuple[Message, ...]:
-    if not isinstance(messages, list | tuple):
-        raise RowError(f"`messages` is {_json_type(messages)}, not a list of messages")
-    if not messages:
-        raise RowError("`messages` is an empty list")
+def _read_messages(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
+    name = columns.get("messages", "messages")
+    tools = _tools_of(row, columns)
+    return _check_chat(_listed(row.get(name), f"`{name}`"), tools)
+
+
+def _read_conversations(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
+    name = columns.get("conversations", "conversations")
+    turns = _listed(row.get(name), f"`{name}`")
+    messages = [_from_sharegpt(position, turn) for position, turn in enumerate(turns, start=1)]
+    system = row.get("system")
+    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    if isinstance(system, str) and system.strip() and not has_system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return _check_chat(messages, _tools_of(row, columns))
+
+
+def _from_sharegpt(position: int, turn: Any) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    said = turn["from"]
+    if not isinstance(said, str) or said not in _SHAREGPT_ROLES:
+        raise RowError(
+            "unknown role",
+            f"message {position} is from {_short(said)}. Known: {', '.join(_SHAREGPT_ROLES)}",
+        )
+    return {"role": _SHAREGPT_ROLES[said], "content": turn.get("value"), "weight": turn.get("weight")}
+
+
+def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
+    prompt, completion = (row.get(columns.get(name, name)) for name in ("prompt", "completion"))
+    if isinstance(prompt, list) or isinstance(completion, list):
+        return _check_chat(
+            [
+                *_side(prompt, "user", _called("prompt", columns)),
+                *_side(completion, "assistant", _called("completion", columns)),
+            ],
+            _tools_of(row, columns),
+        )
+    return _two_turns(_text_of(row, "prompt", columns), _text_of(row, "completion", columns))
+
+
+def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
+    question = _text_of(row, "instruction", columns)
+    more = row.get(columns.get("input", "input"))
+    if more is not None and not (isinstance(more, str) and not more.strip()):
+        question = f"{question}\n\n{_text_of(row, 'input', columns)}"
+    return _two_turns(question, _text_of(row, "output", columns))
+
+
+def _read_text(row: dict[str, Any], columns: Mapping[str, str]) -> Text:
+    return Text(_text_of(row, "text", columns))
+
+
+def _read_classification(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
+    label = row.get(columns.get("label", "label"))
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    return _two_turns(_text_of(row, "text", columns), _check_text(label, lambda: _called("label", columns)))
+
+
+def _two_turns(question: str, answer: str) -> Chat:
+    return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
+    prompt = row.get(columns.get("prompt", "prompt"))
+    sides = [
+        _side(row.get(columns.get(name, name)), "assistant", _called(name, columns))
+        for name in ("chosen", "rejected")
+    ]
+    if prompt is not None:
+        shared = _side(prompt, "user", _called("prompt", columns))
+        # Some repeat the prompt at the head of each side.
+        sides = [side[len(shared) :] if side[: len(shared)] == shared else side for side in sides]
+    else:
+        same = 0
+        while same < min(map(len, sides)) and sides[0][same] == sides[1][same]:
+            same += 1
+        shared = sides[0][:same]
+        if not shared or not all(side[same:] for side in sides):
+            raise RowError(
+                "no shared prompt",
+                "has no `prompt`, and `chosen` and `rejected` do not begin with the same messages and then differ",
+            )
+        sides = [side[same:] for side in sides]
+    tools = _tools_of(row, columns)
+    checked = []
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        try:
+            checked.append(_check_chat([*shared, *side], tools).messages[len(shared) :])
+        except RowError as error:
+            raise RowError(error.kind, f"{_called(name, columns)}: {error}") from None
+    if checked[0] == checked[1]:
+        raise RowError("nothing to prefer", "has the same text as `chosen` and as `rejected`")
+    return Pair(
+        _check_chat([*shared, *sides[0]], tools).messages[: len(shared)], checked[0], checked[1], tools
+    )
+
+
+def _side(value: Any, role: str, what: str) -> list[Any]:
+    """A column that holds a text or a list of messages, as messages."""
+    if isinstance(value, str) and not value.lstrip().startswith("[{"):
+        return [{"role": role, "content": _check_text(value, lambda: what)}]
+    return _listed(value, what)
+
+
+_READERS: dict[DataFormat, Callable[[dict[str, Any], Mapping[str, str]], Example]] = {
+    "messages": _read_messages,
+    "conversations": _read_conversations,
+    "prompt_completion": _read_prompt_completion,
+    "instruction": _read_instruction,
+    "text": _read_text,
+    "preference": _read_preference,
+    "classification": _read_classification,
+}
+assert set(_READERS) == set(_COLUMNS) == set(get_args(DataFormat))
+
+
+# --- Chats ------------------------------------------------------------------------------------------------------
+
+
+def _listed(value: Any, what: str) -> list[Any]:
+    """A list of messages; CSV and some Parquet files hold it as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _from_json(value, what)
+    if not isinstance(value, list | tuple):
+        raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of messages")
+    if not value:
+        raise RowError("empty content", f"{what} is an empty list")
+    return list(value)
+
+
+def _from_json(value: str, what: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RowError("not JSON", f"{what} is text that is not JSON ({error})") from None
+    except RecursionError:
+        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+
+
+def _tools_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    name = columns.get("tools", "tools")
+    tools = row.get(name)
+    if isinstance(tools, str):
+        tools = _from_json(tools, f"`{name}`") if tools.strip() else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("wrong type", f"`{name}` is {json_type(tools)}, not a list of JSON schemas")
+    _check_nesting(tools, f"`{name}`")
+    return tools
+
+
+def _check_nesting(value: Any, what: str) -> None:
+    """What a template prints as JSON must be printable."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except RecursionError:
+        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise RowError("wrong type", f"{what} cannot be written as JSON ({error})") from None
+    if "\\u0000" in text:
+        raise RowError("NUL character", f"{what} holds a NUL character")
+
+
+def _check_chat(messages: list[Any], tools: list[dict[str, Any]] | None) -> Chat:
     checked: list[Message] = []
+    untrained: list[int] = []
+    previous = None
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise RowError(f"message {position} is no object with role and content")
+            raise RowError("wrong type", f"message {position} is no object with role and content")
         role = message.get("role")
         if role not in _ROLES:
-            raise RowError(f"message {position} has the role {role!r}. Known: {', '.join(_ROLES)}")
-        content = _checked_text(message.get("content"), f"message {position} ({role})")
-        previous = checked[-1]["role"] if checked else None
-        if role == "system" and previous is not None:
-            raise RowError(f"message {position}: a system message stands first or nowhere")
-        if role == "assistant" and previous in (None, "system"):
             raise RowError(
-                f"message {position}: an assistant message answers a user message, and there is none before it"
+                "unknown role", f"message {position} has the role {_short(role)}. Known: {', '.join(_ROLES)}"
             )
-        if role == previous:
-            raise RowError(
-                f"messages {position - 1} and {position} are both from the {role}: roles take turns"
-            )
-        checked.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" for message in checked):
-        raise RowError("has no assistant turn: there is nothing to learn from it")
-    if checked[-1]["role"] != "assistant":
-        raise RowError("ends with a user message that nobody answers")
-    return tuple(checked)
+        if len(message) == 2 and "content" in message:
+            content = message["content"]
+            clean = message
+        else:
+            clean = _clean_message(message, position)
+            content = clean.get("content")
+            if role == "assistant" and _weight_of(message, position) == 0:
+                untrained.append(position - 1)
+        if content != "" or "tool_calls" not in clean:
+            _check_text(content, lambda position=position, role=role: f"message {position} ({role})")
+        _check_order(role, previous, position, checked)
+        checked.append(clean)
+        previous = role
+    if previous != "assistant":
+        if not any(message["role"] == "assistant" for message in checked):
+            raise RowError("nothing trained", "has no assistant turn: there is nothing to learn from it")
+        raise RowError("role order", f"ends with a {previous} message that nobody answers")
+    return Chat(checked, tools, tuple(untrained))
+
+
+def _check_order(role: str, previous: str | None, position: int, before: list[Message]) -> None:
+    if role == "system" and previous is not None:
+        raise RowError("role order", f"message {position}: a system message stands first or nowhere")
+    if role == "assistant" and previous in (None, "system"):
+        raise RowError(
+            "role order",
+            f"message {position}: an assistant message answers a user message, and there is none before it",
+        )
+    if role == "tool":
+        if previous == "tool" or (previous == "assistant" and "tool_calls" in before[-1]):
+            return
+        raise RowError(
+            "role order",
+            f"message {position}: a tool message answers an assistant's tool_calls, and there are none before it",
+        )
+    if role == previous:
+        raise RowError(
+            "role order", f"messages {position - 1} and {position} are both from the {role}: roles take turns"
+        )
+
+
+def _short(value: Any) -> str:
+    shown = repr(value) if isinstance(value, str | int | float | None) else json_type(value)
+    return shown if len(shown) <= 40 else shown[:40] + "…"
+
+
+def _weight_of(message: dict[str, Any], position: int) -> float:
+    weight = message.get("weight")
+    if weight is None:
+        return 1
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(
+            "wrong weight",
+            f"message {position} has the weight {_short(weight)}. A message is trained (1) or not (0)",
+        )
+    return weight
+
+
+def _clean_message(message: dict[str, Any], position: int) -> Message:
+    """Without the nulls that Parquet fills in, and without what no template reads."""
+    role = message["role"]
+    clean: Message = {"role": role, "content": message.get("content")}
+    for key in _KEPT_KEYS:
+        if value := message.get(key):
+            clean[key] = _check_text(value, lambda key=key: f"message {position} ({role}): `{key}`")
+    calls = message.get("tool_calls")
+    if not calls:
+        return clean
+    if role != "assistant":
+        raise RowError(
+            "role order", f"message {position} ({role}) has tool_calls, which only the assistant makes"
+        )
+    if isinstance(calls, str):
+        calls = _from_json(calls, f"message {position}: `tool_calls`")
+    if not isinstance(calls, list):
+        raise RowError("wrong type", f"message {position}: `tool_calls` is {json_type(calls)}, not a list")
+    clean["tool_calls"] = [
+        _clean_call(call, f"message {position}: tool call {number}") for number, call in enumerate(calls, 1)
+    ]
+    if clean["content"] is None:
+        clean["content"] = ""  # templates print a null as None
+    return clean
+
+
+def _clean_call(call: Any, what: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError("wrong type", f"{what} is no object with function.name and function.arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments, f"{what}: arguments") if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise RowError("wrong type", f"{what}: arguments is {json_type(arguments)}, not an object")
+    _check_nesting([function["name"], arguments], what)
+    clean: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+    if isinstance(call.get("id"), str):
+        clean["id"] = call["id"]
+    return clean

@@ -1,4 +1,3 @@
-import copy
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -6,34 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.support.prepared import prepare, request, rows_of
 from tests.support.tiny_model import write_data
-from training.data.prepare import IGNORED, DataRequest, PreparedData, prepare_data, tokenize
-from training.data.rows import Conversation, DataError
+from training.data.prepare import (
+    DATA_FILE,
+    IGNORED,
+    SKIPPED_FILE,
+    fetch_prepared,
+    keep_prepared,
+    prepare_data,
+    verify_prepared,
+)
+from training.data.sources import DataError
 
-LLAMA_3 = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ raise_exception('no system role here') }}"
-    "{% elif message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-# Only the last answer keeps its reasoning, as in some thinking models.
-FORGETFUL = (
-    "{% for message in messages %}{{ message['role'] + ': ' }}"
-    "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-ONE_TURN = [("Ada buys 3 apples for $2 each.", "3 * 2 = $6.\n#### 6")]
-THREE_TURNS = [("2 + 2?", "4"), ("And 3 more?", "It is 7.\n\nSure."), ("Über 7? 🍎", "  8, naïvely 🍏")]
+Turns = list[tuple[str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -41,134 +30,13 @@ def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def with_template(
-    tokenizer: PreTrainedTokenizerFast, template: str, *special: str
-) -> PreTrainedTokenizerFast:
-    changed = copy.deepcopy(tokenizer)
-    changed.add_special_tokens({"additional_special_tokens": list(special)})
-    changed.chat_template = template
-    return changed
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def chat(turns: list[tuple[str, str]], *, system: str | None = None) -> Conversation:
-    messages = [{"role": "system", "content": system}] if system else []
-    for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Conversation(1, messages=tuple(messages))
-
-
-def request(path: Path | None = None, **changes: Any) -> DataRequest:
-    plain = DataRequest(
-        source="s3://data/train.jsonl",
-        path=str(path) if path else None,
-        columns={},
-        task="instruction_tuning",
-        context_length=None,
-        max_context=None,
-        long_rows="truncate",
-    )
-    return replace(plain, **changes)
-
-
-def trained_pieces(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> list[str]:
-    """The text of each run of tokens that the loss looks at."""
-    (ids,), (labels,) = tokenize([conversation], tokenizer, request())
-    assert len(ids) == len(labels)
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    whole = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
-    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
-    pieces: list[list[int]] = [[]]
-    for label in labels:
-        if label != IGNORED:
-            pieces[-1].append(label)
-        elif pieces[-1]:
-            pieces.append([])
-    return [tokenizer.decode(piece) for piece in pieces if piece]
-
-
-@pytest.mark.parametrize("turns", [ONE_TURN, THREE_TURNS])
-@pytest.mark.parametrize("system", [None, "Answer as briefly as you can."])
-def test_chatml_trains_the_answers_and_their_end_marker(
-    chatml: PreTrainedTokenizerFast, turns: list[tuple[str, str]], system: str | None
-):
-    pieces = trained_pieces(chatml, chat(turns, system=system))
-    assert pieces == [f"{answer}<|im_end|>" for _, answer in turns]
-
-
-@pytest.mark.parametrize("turns", [ONE_TURN, THREE_TURNS])
-@pytest.mark.parametrize("system", [None, "Answer as briefly as you can."])
-def test_llama_3_trains_the_answers_and_their_end_marker(
-    chatml: PreTrainedTokenizerFast, turns: list[tuple[str, str]], system: str | None
-):
-    llama_3 = with_template(chatml, LLAMA_3, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    pieces = trained_pieces(llama_3, chat(turns, system=system))
-    assert pieces == [f"{answer.strip()}<|eot_id|>" for _, answer in turns]
-
-
-@pytest.mark.parametrize("turns", [ONE_TURN, THREE_TURNS])
-def test_mistral_trains_the_answers_and_their_end_marker(
-    chatml: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
-):
-    mistral = with_template(chatml, MISTRAL, "[INST]", "[/INST]")
-    assert trained_pieces(mistral, chat(turns)) == [f" {answer}<|im_end|>" for _, answer in turns]
-
-
-def test_labels_agree_with_the_mask_of_a_template_that_marks_its_generations(chatml: PreTrainedTokenizerFast):
-    marked = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    )
-    conversation = chat(THREE_TURNS, system="Be brief.")
-    expected = with_template(chatml, marked).apply_chat_template(
-        list(conversation.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    (ids,), (labels,) = tokenize([conversation], chatml, request())
-    assert ids == expected["input_ids"]
-    assert [int(label != IGNORED) for label in labels] == expected["assistant_masks"]
-
-
-def test_a_template_that_changes_earlier_turns_is_refused(chatml: PreTrainedTokenizerFast):
-    forgetful = with_template(chatml, FORGETFUL)
-    turns = [("2 + 2?", "<think>easy</think>4"), ("3 + 3?", "<think>easy</think>6")]
-    assert trained_pieces(forgetful, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
-    with pytest.raises(
-        DataError, match=r"s3://data/train.jsonl:1: .* renders message 2 differently .* one assistant turn"
-    ):
-        tokenize([chat(turns)], forgetful, request())
-
-
-def test_what_the_template_refuses_is_told_with_its_row(chatml: PreTrainedTokenizerFast):
-    with pytest.raises(DataError, match=r"train.jsonl:1: .*refuses the row \(no system role here\)"):
-        tokenize([chat(ONE_TURN, system="x")], with_template(chatml, MISTRAL), request())
-    with pytest.raises(DataError, match=r"chat template is broken .*line 1 of it"):
-        tokenize([chat(ONE_TURN)], with_template(chatml, "{% for %}"), request())
-
-
-def test_causal_lm_trains_every_token(chatml: PreTrainedTokenizerFast):
-    rows = [Conversation(1, text="Once upon a time"), chat(ONE_TURN)]
-    ids, labels = tokenize(rows, chatml, request(task="causal_lm"))
-    assert labels == ids
-    assert chatml.decode(ids[0]) == "Once upon a time<|im_end|>"
-    assert chatml.decode(ids[1]) == chatml.apply_chat_template(list(rows[1].messages), tokenize=False)
-
-
-# --- prepare_data ---
-
-
-def prepare(data: DataRequest, tokenizer: PreTrainedTokenizerFast, model: Path, cache: Path) -> PreparedData:
-    return prepare_data(data, tokenizer, model, cache)
-
-
-def table(prepared: PreparedData) -> list[dict[str, Any]]:
-    with pa.memory_map(str(prepared.arrow_file)) as source:
-        return pa.ipc.open_stream(source).read_all().to_pylist()
-
-
-def write_chats(path: Path, *conversations: Conversation) -> Path:
-    path.write_text(
-        "".join(json.dumps({"messages": conversation.messages}) + "\n" for conversation in conversations)
-    )
+def write(path: Path, *rows: dict[str, Any] | bytes) -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
@@ -177,28 +45,40 @@ def test_the_file_holds_what_the_summary_says(
 ):
     train, _ = write_data(tmp_path)
     prepared = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
-    rows, summary = table(prepared), prepared.summary
+    rows, summary = rows_of(prepared), prepared.summary
     assert [row["row"] for row in rows] == list(range(1, 41))
     assert summary.rows == 40
     assert summary.tokens == sum(len(row["input_ids"]) for row in rows) == sum(row["tokens"] for row in rows)
     trained = [sum(label != IGNORED for label in row["labels"]) for row in rows]
     assert [row["trained_tokens"] for row in rows] == trained
     assert summary.trained_tokens == sum(trained)
-    assert summary.longest == max(row["tokens"] for row in rows)
-    assert (summary.truncated_rows, summary.dropped_rows) == (0, 0)
-    first = json.loads(train.read_text().splitlines()[0])["messages"]
-    assert "".join(text for text, _ in summary.example) == chatml.apply_chat_template(first, tokenize=False)
-    assert [text for text, is_trained in summary.example if is_trained] == [
-        f"{first[1]['content']}<|im_end|>"
+    assert summary.longest == summary.lengths.longest == max(row["tokens"] for row in rows)
+    assert sum(summary.lengths.counts) == 40
+    assert (summary.truncated_rows, summary.dropped_rows, summary.lost_tokens, summary.skipped_rows) == (
+        0,
+        0,
+        0,
+        {},
+    )
+    assert [(source.path, source.format, source.rows, source.taken) for source in summary.sources] == [
+        (str(train), "messages", 40, 40)
     ]
+    written = [json.loads(line)["messages"] for line in train.read_text().splitlines()]
+    for example, messages in zip(summary.examples, [written[0], written[20], written[39]], strict=True):
+        assert "".join(text for text, _ in example) == chatml.apply_chat_template(messages, tokenize=False)
+        assert [text for text, is_trained in example if is_trained] == [f"{messages[1]['content']}<|im_end|>"]
+    assert prepared.places([2, 4]) == f"3, 5 of {train}"
 
 
 @pytest.fixture
-def short_and_long(chatml: PreTrainedTokenizerFast, tmp_path: Path) -> tuple[Path, int, int]:
+def short_and_long(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+) -> tuple[Path, int, int]:
     """(file of a short row, a long answer and a long question; length of the first, of the second)."""
-    rows = [chat([("2 + 2?", "4")]), chat([("Count.", "1 2 3 " * 60)]), chat([("1 2 3 " * 60, "So?")])]
-    ids, _ = tokenize(rows, chatml, request())
-    return write_chats(tmp_path / "rows.jsonl", *rows), len(ids[0]), len(ids[1])
+    rows = [chat("2 + 2?", "4"), chat("Count.", "1 2 3 " * 60), chat("1 2 3 " * 60, "So?")]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    lengths = prepare(request(path), chatml, tiny_model, tmp_path / "cache").index.length
+    return path, int(lengths[0]), int(lengths[1])
 
 
 @pytest.mark.parametrize("limit", ["context_length", "max_context"])
@@ -212,23 +92,28 @@ def test_long_rows_are_cut_and_counted(
     path, short, long = short_and_long
     tokens = (short + long) // 2
     prepared = prepare(request(path, **{limit: tokens}), chatml, tiny_model, tmp_path / "cache")
-    rows = table(prepared)
-    whole = table(prepare(request(path), chatml, tiny_model, tmp_path / "cache"))
+    rows = rows_of(prepared)
+    whole = rows_of(prepare(request(path), chatml, tiny_model, tmp_path / "cache"))
     assert [(row["row"], row["tokens"]) for row in rows] == [(1, short), (2, tokens)]
     assert rows[1]["input_ids"] == whole[1]["input_ids"][:tokens]
     assert rows[1]["labels"] == whole[1]["labels"][:tokens]
     # The third row's answer lies behind the cut: nothing of it can be learned.
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (2, 1)
+    assert prepared.summary.tokens + prepared.summary.lost_tokens == sum(row["tokens"] for row in whole)
+    (left_out,) = [json.loads(line) for line in (prepared.directory / SKIPPED_FILE).read_text().splitlines()]
+    assert (left_out["file"], left_out["row"]) == (str(path), 3)
+    assert f"no trained token within the {tokens} tokens" in left_out["reason"]
 
 
 def test_long_rows_are_dropped_and_counted(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, short_and_long: tuple[Path, int, int]
 ):
-    path, short, _ = short_and_long
+    path, short, long = short_and_long
     data = request(path, context_length=short, long_rows="drop")
     prepared = prepare(data, chatml, tiny_model, tmp_path / "cache")
-    assert [row["row"] for row in table(prepared)] == [1]
+    assert [row["row"] for row in rows_of(prepared)] == [1]
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (0, 2)
+    assert prepared.summary.lengths.longest >= long, "lengths are those of the rows as they were written"
 
 
 def test_long_rows_are_an_error_that_names_them(
@@ -237,14 +122,13 @@ def test_long_rows_are_an_error_that_names_them(
     path, short, long = short_and_long
     data = request(path, context_length=short, long_rows="error")
     with pytest.raises(DataError) as refused:
-        prepare(data, chatml, tiny_model, tmp_path / "cache")
+        prepare(data, chatml, tiny_model, tmp_path / "other")
     assert f"of its rows 2 exceed {short} tokens" in str(refused.value)
-    assert f"s3://data/train.jsonl:2: {long} tokens" in str(refused.value)
+    assert f"{path}:2: {long} tokens" in str(refused.value)
     assert "Raise context_length" in str(refused.value)
-    assert [found.suffix for found in (tmp_path / "cache" / "prepared").iterdir()] == [".lock"]
-    assert (
-        prepare(replace(data, context_length=1000), chatml, tiny_model, tmp_path / "cache").summary.rows == 3
-    )
+    assert [found.suffix for found in (tmp_path / "other" / "prepared").iterdir()] == [".lock"]
+    longer = replace(data, context_length=1000)
+    assert prepare(longer, chatml, tiny_model, tmp_path / "other").summary.rows == 3
 
 
 def test_nothing_left_to_learn_is_refused(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
@@ -253,37 +137,164 @@ def test_nothing_left_to_learn_is_refused(chatml: PreTrainedTokenizerFast, tiny_
         prepare(request(train, context_length=4), chatml, tiny_model, tmp_path / "cache")
 
 
-def test_data_is_prepared_once(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+BAD = [
+    b"{bad",
+    chat("2 + 2?", " "),
+    {"prompt": "2 + 2?", "completion": "4"},
+    {"messages": [{"role": "assistant", "content": "4"}]},
+    {"messages": [{"role": "bot", "content": "4"}]},
+    chat("2 + 2?", "4\x00"),
+    chat("2 + 2?", "4" * 9_000_000),
+]
+GOOD = [chat("2 + 2?", "4"), chat("3 + 3?", "6")]
+
+
+def test_bad_rows_are_counted_by_fault_and_the_first_are_shown(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(tmp_path / "rows.jsonl", GOOD[0], *BAD, GOOD[1])
+    with pytest.raises(DataError) as refused:
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache")
+    lines = str(refused.value).splitlines()
+    assert lines[0] == (
+        "7 of 9 rows cannot be trained on (1 not JSON, 1 empty content, 1 mixed formats, 1 role order, 1 unknown role, "
+        "1 NUL character, 1 too large):"
+    )
+    assert [line.split(": ")[0] for line in lines[1:6]] == [f"{path}:{row}" for row in range(2, 7)]
+    assert lines[6:] == ["… and 2 more rows", "Mend or remove them, or leave them out with bad_rows: skip."]
+    assert "is prompt and completion, and the rows before are chats (messages)" in lines[3]
+
+
+def test_skipped_rows_are_counted_and_written_for_reading(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(tmp_path / "rows.jsonl", GOOD[0], *BAD, GOOD[1])
+    prepared = prepare(request(path, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
+    assert [row["row"] for row in rows_of(prepared)] == [1, 9]
+    assert sum(prepared.summary.skipped_rows.values()) == 7
+    skipped = [json.loads(line) for line in (prepared.directory / SKIPPED_FILE).read_text().splitlines()]
+    assert [(line["file"], line["row"]) for line in skipped] == [(str(path), row) for row in range(2, 9)]
+    assert skipped[1]["reason"] == "message 2 (assistant) is empty"
+    assert skipped[2]["content"] == '{"prompt": "2 + 2?", "completion": "4"}'
+    nothing = write(tmp_path / "nothing.jsonl", *BAD)
+    with pytest.raises(DataError, match="7 of 7 rows cannot be trained on"):
+        prepare(request(nothing, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_a_file_without_rows_is_refused(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, content: bytes
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows.jsonl: holds no rows"):
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache")
+
+
+def test_rows_that_repeat_are_told(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+    first = write(tmp_path / "a.jsonl", *GOOD)
+    second = write(tmp_path / "b.jsonl", chat("5 + 5?", "10"), GOOD[1], GOOD[1])
+    summary = prepare(request(first, second), chatml, tiny_model, tmp_path / "cache").summary
+    assert summary.duplicates == 2
+    assert summary.first_duplicates == [f"{second}:2 repeats {first}:2", f"{second}:3 repeats {first}:2"]
+
+
+def test_sources_are_mixed_by_weight(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+    train, valid = write_data(tmp_path, train_rows=40, valid_rows=20)
+    data = request(train, valid, weights=(1.0, 3.0))
+    prepared = prepare(data, chatml, tiny_model, tmp_path / "cache")
+    rows = rows_of(prepared)
+    assert [source.taken for source in prepared.summary.sources] == [15, 45]
+    assert prepared.summary.rows == len(rows) == 60
+    assert prepared.summary.tokens == sum(len(row["input_ids"]) for row in rows)
+    taken = [[row["row"] for row in rows if row["file"] == file] for file in (0, 1)]
+    assert len(set(taken[0])) == 15, "a part of a source has no row twice"
+    assert sorted(np.bincount(taken[1], minlength=21)[1:]) == [2] * 15 + [3] * 5
+    plain = rows_of(prepare(request(train, valid), chatml, tiny_model, tmp_path / "cache"))
+    assert all(row["input_ids"] == plain[row["row"] - 1 + 40 * row["file"]]["input_ids"] for row in rows)
+    again = prepare(data, chatml, tiny_model, tmp_path / "again").summary
+    assert again == prepared.summary
+
+
+def test_data_is_prepared_once_on_a_node(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     train, _ = write_data(tmp_path)
     with ThreadPoolExecutor(4) as pool:
         prepared = list(
             pool.map(lambda _: prepare(request(train), chatml, tiny_model, tmp_path / "cache"), range(4))
         )
     assert all(other == prepared[0] for other in prepared)
-    written = prepared[0].arrow_file.stat()
-    elsewhere = tmp_path / "copy.jsonl"
-    shutil.copy(train, elsewhere)
-    again = prepare(
-        request(elsewhere, source="/somewhere/else.jsonl"), chatml, tiny_model, tmp_path / "cache"
-    )
+    written = (prepared[0].directory / DATA_FILE).stat()
+    again = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
     assert again == prepared[0]
-    assert again.arrow_file.stat() == written
-    name = again.arrow_file.parent.name
+    assert (again.directory / DATA_FILE).stat() == written
+    name = again.directory.name
     left = {found.name for found in (tmp_path / "cache" / "prepared").iterdir()}
     assert left == {name, f"{name}.lock"}
 
 
-def test_what_decides_the_tokens_decides_the_copy(
+def test_the_same_rows_elsewhere_have_the_same_fingerprint(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    train, _ = write_data(tmp_path)
+    elsewhere = tmp_path / "copy.jsonl"
+    shutil.copy(train, elsewhere)
+    here, there = (
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache") for path in (train, elsewhere)
+    )
+    assert here.summary.fingerprint == there.summary.fingerprint
+    assert there.place(0) == f"{elsewhere}:1"
+
+
+def test_what_was_prepared_is_found_in_the_bucket(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    train, _ = write_data(tmp_path)
+    bucket = str(tmp_path / "bucket" / "prepared")
+    first = prepare(request(train), chatml, tiny_model, tmp_path / "driver")
+    keep_prepared(first, bucket)
+    told: list[float] = []
+    again = prepare_data(
+        request(train),
+        chatml,
+        tiny_model,
+        tmp_path / "another driver",
+        bucket=bucket,
+        progress=lambda rows, fraction: told.append(fraction),
+    )
+    assert again.summary == first.summary
+    assert np.array_equal(again.index.digest, first.index.digest)
+    assert not (tmp_path / "another driver").exists(), "nothing was prepared again"
+    on_worker = fetch_prepared(first.key, tmp_path / "worker", bucket)
+    assert rows_of(on_worker) == rows_of(first)
+    verify_prepared(on_worker)
+
+
+def test_damaged_tokens_are_refused(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+    train, _ = write_data(tmp_path)
+    prepared = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
+    tokens = prepared.directory / DATA_FILE
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(DataError, match=rf"the prepared rows are damaged. Remove {prepared.key}"):
+        verify_prepared(prepared)
+
+
+def test_what_decides_the_tokens_decides_the_key(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     train, _ = write_data(tmp_path)
     other_model = shutil.copytree(tiny_model, tmp_path / "model")
-    (other_model / "chat_template.jinja").write_text(MISTRAL)
+    (other_model / "chat_template.jinja").write_text("{{ messages }}")
     changed = tmp_path / "changed.jsonl"
     changed.write_text(train.read_text() + train.read_text().splitlines()[0] + "\n")
     plain = request(train)
-    copies = [
-        prepare(data, chatml, model, tmp_path / "cache").summary.fingerprint
+
+    def key(data: Any, model: Path) -> str:
+        return prepare(data, chatml, model, tmp_path / "cache").key
+
+    keys = [
+        key(data, model)
         for data, model in [
             (plain, tiny_model),
             (plain, other_model),
@@ -291,6 +302,39 @@ def test_what_decides_the_tokens_decides_the_copy(
             (replace(plain, context_length=60), tiny_model),
             (replace(plain, context_length=60, long_rows="drop"), tiny_model),
             (replace(plain, task="causal_lm"), tiny_model),
+            (replace(plain, bad_rows="skip"), tiny_model),
+            (replace(plain, chat_template=chatml.chat_template), tiny_model),
         ]
     ]
-    assert len(set(copies)) == len(copies)
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_pair_keeps_its_prompt_when_it_is_cut(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(
+        tmp_path / "pairs.jsonl",
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5 " * 50},
+        {"prompt": "2 + 2? " * 50, "chosen": "4", "rejected": "5"},
+    )
+    data = request(path, task="preference_tuning", context_length=40)
+    prepared = prepare(data, chatml, tiny_model, tmp_path / "cache")
+    (row,) = rows_of(prepared)
+    assert len(row["prompt_ids"]) + len(row["rejected_ids"]) == row["length"] == 40
+    assert row["tokens"] == 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+    assert row["trained_tokens"] == len(row["chosen_ids"]) + len(row["rejected_ids"])
+    assert chatml.decode(row["chosen_ids"]) == "4<|im_end|>"
+    assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (2, 1)
+
+
+def test_a_classification_remembers_its_labels(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(
+        tmp_path / "a.jsonl", {"text": "I like it", "label": "good"}, {"text": "Not me", "label": "bad"}
+    )
+    data = request(path, task="classification", labels=("bad", "good"))
+    rows = rows_of(prepare(data, chatml, tiny_model, tmp_path / "cache"))
+    assert [row["label"] for row in rows] == [1, 0]
+    with pytest.raises(DataError, match="which is none of classifier_config"):
+        prepare(replace(data, labels=("bad", "fine")), chatml, tiny_model, tmp_path / "cache")

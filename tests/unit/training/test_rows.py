@@ -1,81 +1,159 @@
 import json
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.rows import Conversation, DataError, is_hub_dataset, parse_hub_uri, read_conversations
+from training.data.rows import Chat, Example, Filled, Pair, Reading, Task, Text, read_row, recognise
+from training.data.sources import RowError
 
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "Be brief."}
-GOOD = {"messages": [USER, ASSISTANT]}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}],
+}
+TOOL = {"role": "tool", "content": "4", "tool_call_id": "1"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
-def read(path: Path, *, columns: dict[str, str] | None = None, whole_text: bool = False):
-    return list(read_conversations(path, f"data/{path.name}", columns=columns or {}, whole_text=whole_text))
+def read(
+    row: dict[str, Any],
+    task: Task = "instruction_tuning",
+    *,
+    columns: dict[str, str] | None = None,
+    prompt_template: str | None = None,
+    labels: tuple[str, ...] = (),
+) -> Example:
+    data_format = recognise(row, columns or {}, task, prompt_template)
+    return read_row(row, Reading(task, data_format, columns or {}, prompt_template, labels))
 
 
-def jsonl(directory: Path, *rows: Any) -> Path:
-    path = directory / "rows.jsonl"
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
+def test_a_chat_keeps_its_turns():
+    assert read({"messages": [SYSTEM, USER, ASSISTANT], "id": 7}) == Chat([SYSTEM, USER, ASSISTANT])
+    assert read({"messages": [USER, ASSISTANT] * 3}) == Chat([USER, ASSISTANT] * 3)
 
 
-def test_a_chat_keeps_its_turns_and_its_line_number(tmp_path: Path):
-    path = jsonl(
-        tmp_path,
-        {"messages": [SYSTEM, USER, ASSISTANT]},
-        b"",
-        GOOD | {"id": 7},
-        {"messages": [USER, ASSISTANT] * 3},
-    )
-    conversations = read(path)
-    assert [conversation.row for conversation in conversations] == [1, 3, 4]
-    assert conversations[0].messages == (SYSTEM, USER, ASSISTANT)
-    assert conversations[2].messages == (USER, ASSISTANT) * 3
+def test_two_columns_are_a_chat_of_two_turns():
+    assert read({"prompt": "2 + 2?", "completion": "4"}) == Chat([USER, ASSISTANT])
+    assert read({"instruction": "2 + 2?", "output": "4"}) == Chat([USER, ASSISTANT])
+    assert read({"instruction": "2 + 2?", "input": " ", "output": "4"}) == Chat([USER, ASSISTANT])
+    both = read({"instruction": "Add.", "input": "2 + 2", "output": "4"})
+    assert both == Chat([{"role": "user", "content": "Add.\n\n2 + 2"}, ASSISTANT])
 
 
-def test_prompt_and_completion_are_a_chat_of_two_turns(tmp_path: Path):
-    (conversation,) = read(jsonl(tmp_path, {"prompt": "2 + 2?", "completion": "4"}))
-    assert conversation.messages == (USER, ASSISTANT)
+def test_sharegpt_turns_are_messages():
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "gpt", "value": "4"},
+    ]
+    assert read({"conversations": turns}) == Chat([SYSTEM, USER, ASSISTANT])
+    assert read({"conversations": turns[1:], "system": "Be brief."}) == Chat([SYSTEM, USER, ASSISTANT])
+    with pytest.raises(RowError, match=r"message 2 is from 'bing'. Known: system, human"):
+        read({"conversations": [turns[1], {"from": "bing", "value": "4"}]})
 
 
-def test_columns_may_be_called_otherwise(tmp_path: Path):
-    path = jsonl(tmp_path, {"question": "2 + 2?", "answer": "4"})
-    (conversation,) = read(path, columns={"prompt": "question", "completion": "answer"})
-    assert conversation.messages == (USER, ASSISTANT)
-    with pytest.raises(DataError, match=r"found: question, answer.*columns: \{prompt: question\}"):
-        read(path)
+def test_columns_may_be_called_otherwise():
+    row = {"question": "2 + 2?", "answer": "4"}
+    assert read(row, columns={"prompt": "question", "completion": "answer"}) == Chat([USER, ASSISTANT])
+    with pytest.raises(RowError, match=r"found: question, answer.*columns: \{prompt: question\}"):
+        read(row)
 
 
-def test_plain_text_is_for_causal_lm_only(tmp_path: Path):
-    path = jsonl(tmp_path, {"text": "Once upon a time"})
-    assert read(path, whole_text=True) == [Conversation(1, text="Once upon a time")]
-    with pytest.raises(DataError, match="has no `messages`, or `prompt` and `completion`"):
-        read(path)
+def test_plain_text_is_for_causal_lm_only():
+    assert read({"text": "Once upon a time"}, "causal_lm") == Text("Once upon a time")
+    with pytest.raises(
+        RowError, match="is plain text, which task: causal_lm learns from, not instruction_tuning"
+    ):
+        read({"text": "Once upon a time"})
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n" + json.dumps(GOOD).encode())
-    assert len(read(path)) == 2
+def test_a_weight_of_0_takes_a_message_out_of_the_loss():
+    chat = read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}]})
+    assert chat == Chat([USER, ASSISTANT] * 2, untrained=(1,))
+    with pytest.raises(RowError, match="has only assistant messages of weight 0"):
+        read({"messages": [USER, ASSISTANT | {"weight": 0}]})
+    with pytest.raises(
+        RowError, match=r"message 2 has the weight 0.5. A message is trained \(1\) or not \(0\)"
+    ):
+        read({"messages": [USER, ASSISTANT | {"weight": 0.5}]})
+
+
+def test_tool_calls_keep_what_templates_print():
+    chat = read({"messages": [USER, CALL, TOOL, ASSISTANT], "tools": TOOLS})
+    assert isinstance(chat, Chat)
+    assert chat.tools == TOOLS
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}, "id": "1"}
+    assert chat.messages == [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        TOOL,
+        ASSISTANT,
+    ]
+    assert read({"messages": json.dumps([USER, CALL, TOOL, ASSISTANT]), "tools": json.dumps(TOOLS)}) == chat
+    with pytest.raises(RowError, match="message 3: a tool message answers an assistant's tool_calls"):
+        read({"messages": [USER, ASSISTANT, TOOL, ASSISTANT]})
+    with pytest.raises(RowError, match=r"tool call 1: arguments is text that is not JSON"):
+        read(
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]},
+                ]
+            }
+        )
+
+
+def test_pairs_share_a_beginning():
+    expected = Pair([USER], [ASSISTANT], [{"role": "assistant", "content": "5"}])
+    five = {"role": "assistant", "content": "5"}
+    for row in (
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [five]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, five]},
+        {"prompt": "2 + 2?", "chosen": [USER, ASSISTANT], "rejected": [USER, five]},
+    ):
+        assert read(row, "preference_tuning") == expected
+    with pytest.raises(RowError, match="the same text as `chosen` and as `rejected`"):
+        read({"prompt": "2 + 2?", "chosen": "4", "rejected": "4"}, "preference_tuning")
+    with pytest.raises(RowError, match="do not begin with the same messages"):
+        read({"chosen": "4", "rejected": "5"}, "preference_tuning")
+    with pytest.raises(RowError, match=r"is preference pairs .* task: preference_tuning learns from"):
+        read({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
+
+
+def test_labels_are_those_of_the_yaml():
+    labels = ("bad", "good")
+    row = read({"text": "I like it", "label": "good"}, "classification", labels=labels)
+    assert isinstance(row, Chat)
+    assert (row.messages[-1]["content"], row.label) == ("good", 1)
+    assert read(
+        {"messages": [USER, {"role": "assistant", "content": " bad\n"}]}, "classification", labels=labels
+    ) == Chat([USER, {"role": "assistant", "content": "bad"}], label=0)
+    assert read({"text": "I like it", "label": 1}, "classification", labels=("0", "1")).label == 1
+    with pytest.raises(
+        RowError, match=r"has the label 'fine', which is none of classifier_config.label_tokens \(bad, good\)"
+    ):
+        read({"text": "I like it", "label": "fine"}, "classification", labels=labels)
+
+
+def test_a_prompt_template_lays_out_columns():
+    template = "### Instruction: {instruction} {input}\n### Response: {output}\n"
+    row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+    assert read(row, prompt_template=template) == Filled("### Instruction: Add. 2 + 2\n### Response: ", "4")
+    del row["input"]
+    assert read(row, prompt_template=template) == Filled("### Instruction: Add. \n### Response: ", "4")
+    with pytest.raises(RowError, match="`output` of prompt_template is null"):
+        read({"instruction": "Add."}, prompt_template=template)
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (b"{bad", "is not JSON"),
-        (b'{"messages": [', "is not JSON"),
-        (b'"text"', "is text. One JSON object"),
-        (b"[1]", "is a list. One JSON object"),
-        (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 13\)"),
-        (b"[" * 100_000, "nested too deeply"),
         ({}, "found: nothing"),
         ({"prompt": "2 + 2?"}, "has no `messages`"),
         ({"messages": "hello"}, "`messages` is text, not a list"),
@@ -105,96 +183,70 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path):
         ({"messages": [USER, ASSISTANT, USER]}, "ends with a user message that nobody answers"),
         ({"prompt": "2 + 2?", "completion": ""}, "`completion` is empty"),
         ({"prompt": 4, "completion": "4"}, "`prompt` is a number, not text"),
+        ({"prompt": "2 + 2?", "completion": "\ud800"}, "holds half of a surrogate pair"),
         ({"prompt": None, "completion": "4"}, r"found: prompt \(null\), completion"),
         ({"messages": None}, r"found: messages \(null\)"),
         ({"messages": {"role": "user"}}, "`messages` is an object"),
     ],
 )
-def test_a_wrong_row_is_named_with_its_reason(tmp_path: Path, row: Any, reason: str):
-    with pytest.raises(
-        DataError, match=rf"(?s)1 of 2 rows.*\ndata/rows.jsonl:2: .*{reason}.*\nMend or remove them"
-    ):
-        read(jsonl(tmp_path, GOOD, row))
-
-
-def test_many_wrong_rows_are_counted_and_five_are_shown(tmp_path: Path):
-    with pytest.raises(DataError) as refused:
-        read(jsonl(tmp_path, GOOD, *[b"{"] * 9))
-    message = str(refused.value)
-    assert message.startswith("9 of 10 rows cannot be trained on:\n")
-    assert message.count("data/rows.jsonl:") == 5
-    assert "… and 4 more rows" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
-def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"data/rows.jsonl: holds no rows"):
-        read(path)
-
-
-def test_parquet_rows_are_numbered_from_one(tmp_path: Path):
-    path = tmp_path / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist([{"messages": [USER, ASSISTANT]}, {"messages": [USER]}]), path)
-    with pytest.raises(DataError, match=r"data/rows.parquet:2: has no assistant turn"):
-        read(path)
-    pq.write_table(pa.Table.from_pylist([{"prompt": "2 + 2?", "completion": "4"}] * 3), path)
-    assert [conversation.row for conversation in read(path)] == [1, 2, 3]
-
-
-def test_a_damaged_parquet_file_is_refused(tmp_path: Path):
-    path = tmp_path / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist([GOOD] * 100), path)
-    whole = path.read_bytes()
-    for damaged in (b"", b"{}", whole[: len(whole) // 2], whole[:200] + bytes(100) + whole[300:]):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"data/rows.parquet: no Parquet file, or a damaged one"):
-            read(path)
+def test_a_wrong_row_is_refused_with_its_reason(row: dict[str, Any], reason: str):
+    with pytest.raises(RowError, match=reason):
+        read(row)
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["user", "assistant"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant", "tool"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["messages", "role", "content", "prompt", "completion", "text"]), inner
+            st.sampled_from(
+                [
+                    "messages",
+                    "conversations",
+                    "role",
+                    "from",
+                    "value",
+                    "content",
+                    "weight",
+                    "tools",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "arguments",
+                    "prompt",
+                    "completion",
+                    "chosen",
+                    "rejected",
+                    "instruction",
+                    "output",
+                    "text",
+                    "label",
+                ]
+            ),
+            inner,
         )
     ),
     max_leaves=12,
 )
 
 
-@given(row=_json, whole_text=st.booleans())
-def test_any_json_is_a_conversation_or_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, row: Any, whole_text: bool
-):
-    path = jsonl(tmp_path_factory.getbasetemp(), row)
+@given(
+    row=st.dictionaries(
+        st.sampled_from(
+            ["messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "label"]
+        ),
+        _json,
+    )
+)
+@pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm", "preference_tuning", "classification"])
+def test_any_json_is_an_example_or_is_refused(task: Task, row: dict[str, Any]):
     try:
-        (conversation,) = read(path, whole_text=whole_text)
-    except DataError:
+        example = read(row, task, labels=("0", "1"))
+    except RowError:
         return
-    assert conversation.text or conversation.messages[-1]["role"] == "assistant"
-
-
-@pytest.mark.parametrize(
-    ("uri", "parts"),
-    [
-        ("hf://datasets/openai/gsm8k", ("openai/gsm8k", None, "train")),
-        ("hf://datasets/openai/gsm8k/main", ("openai/gsm8k", "main", "train")),
-        ("hf://datasets/openai/gsm8k/main?split=test", ("openai/gsm8k", "main", "test")),
-        ("hf://datasets/openai/gsm8k?split=train[50%:]", ("openai/gsm8k", None, "train[50%:]")),
-    ],
-)
-def test_hub_uris(uri: str, parts: tuple[str, str | None, str]):
-    assert is_hub_dataset(uri)
-    assert parse_hub_uri(uri) == parts
-
-
-@pytest.mark.parametrize(
-    "uri",
-    ["hf://datasets/gsm8k", "hf://datasets/a/b/c/d", "hf://datasets/a/b?rows=3", "hf://datasets/a/b?split="],
-)
-def test_other_hub_uris_are_refused_with_the_form_to_write(uri: str):
-    with pytest.raises(DataError, match=r"split=|hf://datasets/ORG/NAME/CONFIG"):
-        parse_hub_uri(uri)
+    assert isinstance(example, Pair if task == "preference_tuning" else Chat | Text)

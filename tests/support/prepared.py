@@ -1,0 +1,74 @@
+"""Examples prepared by themselves, without a file."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerFast
+
+from training.data.prepare import (
+    DATA_FILE,
+    DataRequest,
+    PreparedData,
+    RenderedRow,
+    TokenWriter,
+    prepare_data,
+)
+from training.data.rows import Example, Task
+from training.data.sources import find_files
+from training.data.templates import Renderer
+
+
+def request(*paths: Path | str, **changes: Any) -> DataRequest:
+    """Files with the defaults of a YAML."""
+    plain = DataRequest(
+        paths=tuple(map(str, paths)),
+        files=tuple(file for number, path in enumerate(paths) for file in find_files(str(path), number)),
+        weights=None,
+        task="instruction_tuning",
+        data_format="auto",
+        columns=(),
+        prompt_template=None,
+        chat_template=None,
+        labels=(),
+        context_length=None,
+        max_context=None,
+        long_rows="truncate",
+        bad_rows="error",
+        seed=42,
+    )
+    return replace(plain, **changes)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, example: Example, task: Task = "instruction_tuning"
+) -> tuple[list[int], ...]:
+    """The token columns of one example, as data.arrow holds them."""
+    rendered = Renderer(tokenizer, whole_text=task == "causal_lm").render(example)
+    with tempfile.TemporaryDirectory() as directory:
+        writer = TokenWriter(request(task=task), tokenizer, Path(directory), lambda row, reason: None)
+        encodings = tokenizer.backend_tokenizer.encode_batch(
+            [sequence.text for sequence in rendered], add_special_tokens=rendered[0].ends_the_text
+        )
+        writer.add([RenderedRow(0, 1, rendered, 0)], encodings)
+        writer.close()
+        with pa.OSFile(f"{directory}/{DATA_FILE}") as source:
+            (row,) = pa.ipc.open_stream(source).read_all().to_pylist()
+    return tuple(ids for name, ids in row.items() if name != "label")
+
+
+def prepare(data: DataRequest, tokenizer: PreTrainedTokenizerFast, model: Path, cache: Path) -> PreparedData:
+    """Prepared on this node, without a bucket."""
+    return prepare_data(data, tokenizer, model, cache)
+
+
+def rows_of(prepared: PreparedData) -> list[dict[str, Any]]:
+    """Every row of an epoch with its tokens and what the index says of it."""
+    index = prepared.index
+    columns = ("file", "row", "tokens", "trained_tokens", "length")
+    return [
+        tokens | {name: int(getattr(index, name)[row]) for name in columns}
+        for row, tokens in enumerate(prepared.dataset())
+    ]

@@ -1,0 +1,319 @@
+"""What is trained on, proven against the templates themselves: decoded, it is the assistant's turns with their end marker."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.support.prepared import encode
+from training.data.prepare import IGNORED
+from training.data.rows import Chat, Filled, Message, Pair, Text
+from training.data.sources import DataError, RowError
+from training.data.templates import Renderer
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system role here') }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# Tools in the first turn, calls as JSON between tags, answers of tools as a user; reasoning only behind the last question.
+QWEN = (
+    "{% if tools %}{{ '<|im_start|>system\\n' + (messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '') }}"
+    "{{ '# Tools\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% elif messages[0]['role'] == 'system' %}{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% elif message['role'] == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response><|im_end|>\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if loop.last and not message['tool_calls'] %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Only the last answer keeps its reasoning, as in some thinking models.
+FORGETFUL = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+ONE_TURN = [("Ada buys 3 apples for $2 each.", "3 * 2 = $6.\n#### 6")]
+THREE_TURNS = [("2 + 2?", "4"), ("And 3 more?", "It is 7.\n\nSure."), ("Über 7? 🍎", "  8, naïvely 🍏")]
+
+
+Turns = list[tuple[str, str]]
+
+
+@pytest.fixture(scope="session")
+def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def with_template(
+    tokenizer: PreTrainedTokenizerFast, template: str, *special: str
+) -> PreTrainedTokenizerFast:
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"additional_special_tokens": list(special)})
+    changed.chat_template = template
+    return changed
+
+
+@pytest.fixture(scope="session")
+def styles(chatml: PreTrainedTokenizerFast) -> dict[str, PreTrainedTokenizerFast]:
+    return {
+        "chatml": chatml,
+        "smollm2": with_template(chatml, SMOLLM2),
+        "llama_3": with_template(chatml, LLAMA_3, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "qwen": with_template(chatml, QWEN),
+        "mistral": with_template(chatml, MISTRAL, "[INST]", "[/INST]"),
+    }
+
+
+def expected_answers(style: str, answers: list[str]) -> list[str]:
+    """The assistant's turns as the template writes them, with its end marker."""
+    match style:
+        case "llama_3":
+            return [f"{answer.strip()}<|eot_id|>" for answer in answers]
+        case "mistral":
+            return [f" {answer}<|im_end|>" for answer in answers]
+        case "qwen":
+            return [f"{answer}<|im_end|>" for answer in answers[:-1]] + [
+                f"<think>\n\n</think>\n\n{answers[-1]}<|im_end|>"
+            ]
+    return [f"{answer}<|im_end|>" for answer in answers]
+
+
+def chat(turns: Turns, *, system: str | None = None, **details: Any) -> Chat:
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Chat(messages, **details)
+
+
+def trained_pieces(tokenizer: PreTrainedTokenizerFast, conversation: Chat) -> list[str]:
+    """The text of each run of tokens that the loss looks at; the ids are those of the whole conversation."""
+    ids, labels = encode(tokenizer, conversation)
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    whole = tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    pieces: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORED:
+            pieces[-1].append(label)
+        elif pieces[-1]:
+            pieces.append([])
+    return [tokenizer.decode(piece) for piece in pieces if piece]
+
+
+STYLES = ["chatml", "smollm2", "llama_3", "qwen", "mistral"]
+SYSTEMS = [None, "Answer as briefly as you can."]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("turns", [ONE_TURN, THREE_TURNS])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_answers_and_their_end_marker_are_trained(
+    styles: dict[str, PreTrainedTokenizerFast], style: str, turns: Turns, system: str | None
+):
+    if style == "mistral" and system:
+        with pytest.raises(RowError, match=r"is refused by the chat template \(no system role here\)"):
+            encode(styles[style], chat(turns, system=system))
+        return
+    pieces = trained_pieces(styles[style], chat(turns, system=system))
+    assert pieces == expected_answers(style, [answer for _, answer in turns])
+
+
+# Text of every kind, and what templates write themselves, as somebody's words.
+_said = st.lists(
+    st.text(min_size=1, max_size=6)
+    | st.sampled_from(
+        [
+            " ",
+            "\n",
+            "é",
+            "🍎",
+            "👩‍👩‍👧",
+            "e\u0301",
+            "\u200b",
+            "مرحبا",
+            "你好",
+            "\ufeff",
+            "a b",
+            "12",
+            "assistant",
+            "[INST]",
+        ]
+    )
+    | st.sampled_from(
+        ["<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "</think>"]
+    ),
+    min_size=1,
+    max_size=5,
+).map("".join)
+_content = _said.filter(lambda text: bool(text.strip()))
+
+
+def _by_rendering_only(renderer: Renderer) -> Renderer:
+    """The same, without what it has learned of the template: each turn is found by rendering what comes before."""
+    slow = copy.copy(renderer)
+    slow._header = slow._end = ""
+    return slow
+
+
+@given(turns=st.lists(st.tuples(_content, _content), min_size=1, max_size=3), system=st.none() | _content)
+@pytest.mark.parametrize("style", STYLES)
+def test_any_words_keep_their_place(
+    styles: dict[str, PreTrainedTokenizerFast], style: str, turns: Turns, system: str | None
+):
+    tokenizer = styles[style]
+    conversation = chat(turns, system=None if style == "mistral" else system)
+    renderer = Renderer(tokenizer, whole_text=False)
+    (rendered,) = renderer.render(conversation)
+    assert rendered.text == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    if style != "qwen":  # its last turn reads differently once others follow: rendering alone cannot tell
+        assert _by_rendering_only(renderer).render(conversation) == (rendered,)
+    wanted = expected_answers(style, [answer for _, answer in turns])
+    assert [rendered.text[begin:end].strip() for begin, end in rendered.spans] == [
+        text.strip() for text in wanted
+    ]
+    ids, labels = encode(tokenizer, conversation)
+    assert ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+    assert [label for label in labels if label != IGNORED] == ids_of_spans(
+        tokenizer, rendered.text, rendered.spans
+    )
+
+
+def ids_of_spans(
+    tokenizer: PreTrainedTokenizerFast, text: str, spans: tuple[tuple[int, int], ...]
+) -> list[int]:
+    """By the offsets of each token: those that share a character with a span."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        token
+        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        if any(begin < last and end > first for first, last in spans)
+    ]
+
+
+def test_tool_calls_are_trained_and_tools_answers_are_not(styles: dict[str, PreTrainedTokenizerFast]):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+    messages: list[Message] = [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "It is 5."},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "b": "int"}}}]
+    conversation = Chat(messages, tools)
+    pieces = trained_pieces(styles["qwen"], conversation)
+    printed = '{"name": "add", "arguments": {"a": 2, "b": 3}}'
+    assert pieces == [
+        f"<tool_call>\n{printed}\n</tool_call><|im_end|>",
+        "<think>\n\n</think>\n\nIt is 5.<|im_end|>",
+    ]
+    (rendered,) = Renderer(styles["qwen"], whole_text=False).render(conversation)
+    assert '# Tools\n{"type": "function", "function": {"name": "add"' in rendered.text
+
+
+@pytest.mark.parametrize("style", ["smollm2", "llama_3"])
+def test_tools_that_the_template_has_no_place_for_are_refused(
+    styles: dict[str, PreTrainedTokenizerFast], style: str
+):
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    with_tools = chat(ONE_TURN, tools=[call])
+    with pytest.raises(RowError, match="has `tools`, and the chat template writes none of them"):
+        encode(styles[style], with_tools)
+    with_call = Chat(
+        [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    )
+    with pytest.raises(
+        RowError, match="message 2 calls `add`, and the chat template does not write the call"
+    ):
+        encode(styles[style], with_call)
+
+
+def test_a_message_of_weight_0_is_not_trained(styles: dict[str, PreTrainedTokenizerFast]):
+    conversation = chat(THREE_TURNS, untrained=(1, 5))
+    assert trained_pieces(styles["chatml"], conversation) == ["It is 7.\n\nSure.<|im_end|>"]
+
+
+def test_labels_agree_with_the_mask_of_a_template_that_marks_its_generations(chatml: PreTrainedTokenizerFast):
+    marked = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    conversation = chat(THREE_TURNS, system="Be brief.")
+    expected = with_template(chatml, marked).apply_chat_template(
+        conversation.messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, labels = encode(chatml, conversation)
+    assert ids == expected["input_ids"]
+    assert [int(label != IGNORED) for label in labels] == expected["assistant_masks"]
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(chatml: PreTrainedTokenizerFast):
+    forgetful = with_template(chatml, FORGETFUL)
+    turns = [("2 + 2?", "<think>easy</think>4"), ("3 + 3?", "<think>easy</think>6")]
+    assert trained_pieces(forgetful, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
+    with pytest.raises(RowError, match=r"message 2 reads differently .* one assistant turn"):
+        encode(forgetful, chat(turns))
+
+
+def test_a_broken_template_is_told_with_its_line(chatml: PreTrainedTokenizerFast):
+    with pytest.raises(DataError, match=r"chat template is broken .*line 1 of it"):
+        encode(with_template(chatml, "{% for %}"), chat(ONE_TURN))
+
+
+def test_causal_lm_trains_every_token(chatml: PreTrainedTokenizerFast):
+    for example, text in (
+        (Text("Once upon a time"), "Once upon a time<|im_end|>"),
+        (Filled("Q: 1 A: ", "2"), "Q: 1 A: 2<|im_end|>"),
+        (chat(ONE_TURN), chatml.apply_chat_template(chat(ONE_TURN).messages, tokenize=False)),
+    ):
+        ids, labels = encode(chatml, example, "causal_lm")
+        assert labels == ids
+        assert chatml.decode(ids) == text
+
+
+def test_a_prompt_template_trains_the_answer_and_the_end_of_text(chatml: PreTrainedTokenizerFast):
+    ids, labels = encode(chatml, Filled("### Instruction: Add. ### Response: ", "It is 4."))
+    assert chatml.decode(ids) == "### Instruction: Add. ### Response: It is 4.<|im_end|>"
+    assert chatml.decode([label for label in labels if label != IGNORED]).lstrip() == "It is 4.<|im_end|>"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_both_sides_of_a_pair_follow_one_prompt(styles: dict[str, PreTrainedTokenizerFast], style: str):
+    tokenizer = styles[style]
+    prompt, chosen, rejected = (
+        [{"role": "user", "content": "2 + 2?"}],
+        [{"role": "assistant", "content": "It is 4."}],
+        [{"role": "assistant", "content": "It is 5, 👩‍👩‍👧."}],
+    )
+    row = encode(tokenizer, Pair(prompt, chosen, rejected), "preference_tuning")
+    for side, messages in ((1, chosen), (2, rejected)):
+        whole = tokenizer.apply_chat_template([*prompt, *messages], tokenize=False).rstrip()
+        assert row[0] + row[side] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert [tokenizer.decode(row[side])] == expected_answers(style, [str(messages[0]["content"])])
+
+
+def test_a_classification_trains_its_label_alone(chatml: PreTrainedTokenizerFast):
+    ids, labels = encode(chatml, chat([("I like it", "good")], label=1), "classification")
+    assert chatml.decode([label for label in labels if label != IGNORED]) == "good"
+    assert labels[-1] == ids[-1] != IGNORED
