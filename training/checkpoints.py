@@ -122,9 +122,9 @@ def _wrong_sizes(store: Store, manifest: Manifest, stored: Mapping[str, int]) ->
 
 
 def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
-    """Delete what lies under a run's checkpoints and belongs to none that is committed; returns the keys, manifests first.
+    """Delete what lies under a run's checkpoints and belongs to none that is committed, parts of uploads included.
 
-    Killed attempts leave files without a manifest, and damaged checkpoints stand in the way of committing their steps again.
+    Returns the keys, manifests first. Killed attempts leave files without a manifest, and damaged checkpoints stand in the way of committing their steps again.
     Only the owner of the run's claim may call it.
     """
     named = {
@@ -137,6 +137,7 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
     others = [key for key in left if key not in manifests]
     store.delete(manifests)
     store.delete(others)
+    store.abort_stale_uploads(f"{CHECKPOINTS}/")
     return [*manifests, *others]
 
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import ray.train
-
 from runs.layout import METRICS_FILE, Claim, Manifest, checkpoint_uri
 from training import checkpoints
 from training.claims import check_claim
-from training.events import CheckpointCommitted, Event
+from training.events import CheckpointCommitted
 from training.place import Place
 from utils.bucket import Store
 
@@ -46,7 +44,7 @@ class Commits:
         committed: list[Manifest],
         *,
         keep: int,
-        tell: Callable[[Event], None],
+        on_commit: Callable[[CheckpointCommitted], None],
     ):
         """Every rank calls it.
 
@@ -56,14 +54,14 @@ class Commits:
             place: This worker.
             committed: What the run has already.
             keep: How many of the best to keep.
-            tell: Told of every commit (rank 0).
+            on_commit: Called on every rank, on the thread that commits, when a checkpoint exists.
         """
         self._store = store
         self._claim = claim
         self._place = place.in_the_background()
         self._committed = committed
         self._keep = keep
-        self._tell = tell
+        self._on_commit = on_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None
 
@@ -122,11 +120,10 @@ class Commits:
             check_claim(self._store, self._claim)
             self._store.write(METRICS_FILE, saved.metrics.encode())
             checkpoints.commit(self._store, manifest)
-            self._tell(saved.committed)
         place.gather(None)  # it exists
+        self._on_commit(saved.committed)
         if place.local_rank == 0:
             shutil.rmtree(saved.directory)
         self._committed = [*self._committed, manifest]
         if place.rank == 0:
             self._committed = checkpoints.prune(self._store, self._committed, self._keep)
-        ray.train.report({"step": step, "epoch": manifest.epoch, "eval_loss": manifest.eval_loss})

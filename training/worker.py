@@ -7,6 +7,7 @@ import pickle
 import shutil
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -192,8 +193,13 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     throughput = Throughput(
         shape, config.seed, train.index.tokens.tolist(), train.index.trained_tokens.tolist()
     )
+
+    def on_commit(committed: CheckpointCommitted) -> None:
+        tell(committed)
+        ray.train.report(asdict(committed))
+
     commits = Commits(
-        store, claim, place, restoring.committed, keep=config.num_checkpoints_to_keep, tell=tell
+        store, claim, place, restoring.committed, keep=config.num_checkpoints_to_keep, on_commit=on_commit
     )
     trainer = FineTuningTrainer(
         config=config,
