@@ -20,9 +20,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_report(
-    name: str, summary: Mapping[str, Mapping[str, float]], rounds: Sequence[Mapping[str, Any]]
+    name: str,
+    summary: Mapping[str, Mapping[str, float]],
+    rounds: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, float] | None = None,
 ) -> None:
-    """Keep the raw rounds, and print what they come to."""
+    """Keep the raw rounds, and print what they come to; `counts` are of no round."""
     machine = {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": platform.processor() or platform.machine(),
@@ -32,9 +35,14 @@ def write_report(
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(
-        json.dumps({"machine": machine, "summary": summary, "rounds": rounds}, indent=2) + "\n"
+        json.dumps(
+            {"machine": machine, "summary": summary, "counts": counts or {}, "rounds": rounds}, indent=2
+        )
+        + "\n"
     )
     for ratio, values in summary.items():
         print(
             f"{ratio}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {len(rounds)} rounds)"
         )
+    for what, count in (counts or {}).items():
+        print(f"{what}: {count:g}")

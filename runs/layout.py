@@ -1,5 +1,6 @@
 """The one place that knows how a run lies in the bucket: its paths and its typed records."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
 CLAIMS = "claim"
+USES = "used-by"
 
 RunStatus = Literal["completed", "stopped", "failed"]
 
@@ -39,6 +41,17 @@ def run_of(checkpoint: str) -> str:
 def claim_key(number: int) -> str:
     """The key of a claim on the run, relative to it; the highest number counts."""
     return f"{CLAIMS}/{number:06d}.json"
+
+
+def use_key(checkpoint: str, run_uri: str) -> str:
+    """The key, in the run of a checkpoint, of the mark that another run started from it."""
+    step = checkpoint.rstrip("/").rpartition("/")[2]
+    return f"{USES}/{step}/{hashlib.sha256(run_uri.encode()).hexdigest()[:16]}.json"
+
+
+def step_of_use(key: str) -> int:
+    """The step of the checkpoint that a mark is about."""
+    return int(key.split("/")[1].removeprefix("step-"))
 
 
 class _Record(BaseModel):
@@ -109,6 +122,12 @@ class Claim(_Record):
     """Of the driver, on that machine."""
     process_started: float
     """Seconds since the epoch, by that machine's clock."""
+
+
+class CheckpointUse(_Record):
+    """A run that started from this run's checkpoint and needs it until it is completed."""
+
+    run_uri: str
 
 
 class EvalLoss(_Record):

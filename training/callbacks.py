@@ -1,7 +1,6 @@
 """What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from configs.schema import CheckpointFrequency
 from runs.layout import eval_figures
 from training.data.batches import Order
-from training.events import CheckpointCommitted, DivergedError, Evaluated, Event, StepDone
+from training.events import DivergedError, Evaluated, Event, StepDone
 
 
 class Schedule(TrainerCallback):
@@ -198,20 +197,21 @@ class Preempted(TrainerCallback):
 
 
 class Committing(TrainerCallback):
-    """Hands each saved checkpoint over to be committed, on every rank, and removes the local copy."""
+    """Hands each saved checkpoint over to be committed, on every rank."""
 
-    def __init__(
-        self, commit: Callable[[Path, TrainerState], CheckpointCommitted], tell: Callable[[Event], None]
-    ):
+    def __init__(self, commit: Callable[[Path, TrainerState], None], check: Callable[[], None]):
         self.commit = commit
-        self.tell = tell
+        self.check = check
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ends the run when a checkpoint could not be committed."""
+        self.check()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """After transformers saved into output_dir/checkpoint-STEP."""
         assert args.output_dir is not None
-        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.tell(self.commit(directory, state))
-        if args.local_process_index == 0:
-            shutil.rmtree(directory)
+        self.commit(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)

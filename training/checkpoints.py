@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -9,16 +9,21 @@ from pydantic import ValidationError
 from configs.loading import ConfigError
 from runs.layout import (
     CHECKPOINTS,
+    CLAIMS,
     MANIFEST_FILE,
     RESULT_FILE,
+    USES,
+    CheckpointUse,
     FileRecord,
     Manifest,
     RunResult,
     checkpoint_key,
     checkpoint_uri,
     run_of,
+    step_of_use,
+    use_key,
 )
-from utils.bucket import Store, join_uri, open_store, upload_directory
+from utils.bucket import AlreadyExistsError, Store, join_uri, open_store, upload_directory
 from utils.files import checksum, safe_join
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
@@ -51,12 +56,23 @@ def upload_files(store: Store, step: int, directory: Path, files: Iterable[str])
 
 
 def commit(store: Store, manifest: Manifest) -> None:
-    """Make a checkpoint exist: every file it names lies in the bucket already.
+    """Make a checkpoint exist, once every file it names lies in the bucket as it was staged.
 
     Raises:
+        CheckpointError: a file is missing or has another size, or somebody else has committed this step meanwhile.
         BucketError: the manifest cannot be written.
     """
-    store.write(checkpoint_key(manifest.step, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode())
+    wrong = _wrong_sizes(store, manifest, _sizes(store, checkpoint_key(manifest.step)))
+    if wrong:
+        raise CheckpointError(f"step {manifest.step} is not committed: {'; '.join(wrong)}.")
+    key, content = checkpoint_key(manifest.step, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode()
+    try:
+        store.write(key, content, only_if_absent=True)
+    except AlreadyExistsError as error:
+        if store.read(key) != content:  # else an answer came too late, and the request sent again met itself
+            raise CheckpointError(
+                f"{store.uri_of(key)} was committed by somebody else meanwhile: another driver trains this run."
+            ) from error
 
 
 def committed(store: Store) -> list[Manifest]:
@@ -76,7 +92,7 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
     Raises:
         BucketError: the run cannot be listed.
     """
-    stored = {item.key: item.size for item in store.list(f"{CHECKPOINTS}/")}
+    stored = _sizes(store, f"{CHECKPOINTS}/")
     manifests, damage = [], []
     for key in stored:
         if not key.endswith(f"/{MANIFEST_FILE}"):
@@ -86,15 +102,43 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
         except ValidationError:
             damage.append(f"{store.uri_of(key)} is cut off, or none of ours")
             continue
-        wrong = [
-            f"{store.uri_of(name)} has {stored.get(name, 'no')} bytes, and {file.size} were committed"
-            for file in manifest.files
-            if stored.get(name := checkpoint_key(manifest.step, file.path)) != file.size
-        ]
+        wrong = _wrong_sizes(store, manifest, stored)
         damage += wrong
         if not wrong:
             manifests.append(manifest)
     return sorted(manifests, key=lambda manifest: manifest.step), damage
+
+
+def _sizes(store: Store, prefix: str) -> dict[str, int]:
+    return {item.key: item.size for item in store.list(prefix)}
+
+
+def _wrong_sizes(store: Store, manifest: Manifest, stored: Mapping[str, int]) -> list[str]:
+    return [
+        f"{store.uri_of(name)} has {stored.get(name, 'no')} bytes, and {file.size} were committed"
+        for file in manifest.files
+        if stored.get(name := checkpoint_key(manifest.step, file.path)) != file.size
+    ]
+
+
+def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
+    """Delete what lies under a run's checkpoints and belongs to none that is committed, parts of uploads included.
+
+    Returns the keys, manifests first. Killed attempts leave files without a manifest, and damaged checkpoints stand in the way of committing their steps again.
+    Only the owner of the run's claim may call it.
+    """
+    named = {
+        checkpoint_key(manifest.step, path)
+        for manifest in committed
+        for path in (MANIFEST_FILE, *(file.path for file in manifest.files))
+    }
+    left = [key for key in _sizes(store, f"{CHECKPOINTS}/") if key not in named]
+    manifests = [key for key in left if key.endswith(f"/{MANIFEST_FILE}")]
+    others = [key for key in left if key not in manifests]
+    store.delete(manifests)
+    store.delete(others)
+    store.abort_stale_uploads(f"{CHECKPOINTS}/")
+    return [*manifests, *others]
 
 
 def best(manifests: list[Manifest]) -> Manifest | None:
@@ -106,11 +150,14 @@ def best(manifests: list[Manifest]) -> Manifest | None:
 
 
 def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
-    """Delete all but the `keep` best checkpoints and the newest, each one's manifest first; returns those kept."""
+    """Delete all but the `keep` best checkpoints, the newest and those that other runs started from, each one's manifest first.
+
+    Returns those kept.
+    """
     by_loss = sorted(
         manifests, key=lambda manifest: (manifest.eval_loss is None, manifest.eval_loss, -manifest.step)
     )
-    kept = {manifest.step for manifest in by_loss[:keep]} | {manifests[-1].step}
+    kept = {manifest.step for manifest in by_loss[:keep]} | {manifests[-1].step} | _steps_in_use(store)
     for manifest in manifests:
         if manifest.step not in kept:
             store.delete([checkpoint_key(manifest.step, MANIFEST_FILE)])
@@ -118,8 +165,45 @@ def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest.step in kept]
 
 
+def mark_in_use(checkpoint: str, run_uri: str) -> None:
+    """Keep the run of a checkpoint from pruning it while a run that started from it is not completed.
+
+    Raises:
+        BucketError: nothing may be written there.
+    """
+    use = CheckpointUse(run_uri=run_uri)
+    store = open_store(run_of(checkpoint))
+    store.write(use_key(checkpoint, run_uri), use.model_dump_json(indent=2).encode())
+
+
+def unmark(checkpoint: str, run_uri: str) -> None:
+    """The run that started from the checkpoint is completed.
+
+    Raises:
+        BucketError: nothing may be deleted there.
+    """
+    open_store(run_of(checkpoint)).delete([use_key(checkpoint, run_uri)])
+
+
+def _steps_in_use(store: Store) -> set[int]:
+    """Of checkpoints that runs started from which are not completed; marks of others are deleted."""
+    steps = set[int]()
+    for item in store.list(f"{USES}/"):
+        content = store.read_if_exists(item.key)
+        if content is None:
+            continue
+        child = open_store(CheckpointUse.model_validate_json(content).run_uri)
+        result = read_result(child)
+        # Without a result it trains now, or was killed and may be sent again; without a claim it was removed.
+        if result.status != "completed" if result else child.list(f"{CLAIMS}/"):
+            steps.add(step_of_use(item.key))
+        else:
+            store.delete([item.key])
+    return steps
+
+
 def restore(uri: str, directory: Path) -> Manifest:
-    """Bring a committed checkpoint to an empty local directory and verify every byte.
+    """Bring a committed checkpoint to an empty local directory and verify every byte; a file that does not match is read twice.
 
     Raises:
         CheckpointError: it is not committed, or a file does not match its checksum.
@@ -128,12 +212,14 @@ def restore(uri: str, directory: Path) -> Manifest:
     manifest = read_manifest(uri)
     store = open_store(uri)
     named = {file.path for file in manifest.files}
-    store.download_many({item: safe_join(directory, item.key) for item in store.list() if item.key in named})
-    try:
-        _verify(manifest, uri, directory)
-    except CheckpointError:
-        shutil.rmtree(directory)
-        raise
+    stored = {item.key: item for item in store.list() if item.key in named}
+    store.download_many({item: safe_join(directory, item.key) for item in stored.values()})
+    again = [path for path in _damaged(manifest, directory) if path in stored]
+    store.download_many({stored[path]: safe_join(directory, path) for path in again})
+    damaged = _damaged(manifest, directory)
+    if damaged:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise _not_as_committed(uri, damaged[0])
     return manifest
 
 
@@ -144,17 +230,28 @@ def verify_weights(uri: str, directory: Path) -> None:
         CheckpointError: a file does not match its checksum.
         BucketError: the place cannot be read.
     """
-    if open_store(uri).read_if_exists(MANIFEST_FILE) is not None:
-        _verify(read_manifest(uri), uri, directory)
+    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
+        return
+    manifest = read_manifest(uri)
+    brought = [file for file in manifest.files if safe_join(directory, file.path).exists()]
+    damaged = _damaged(manifest.model_copy(update={"files": brought}), directory)
+    if damaged:
+        raise _not_as_committed(uri, damaged[0])
 
 
-def _verify(manifest: Manifest, uri: str, directory: Path) -> None:
-    for file in manifest.files:
-        path = safe_join(directory, file.path)
-        if path.exists() and checksum(path) != file.checksum:
-            raise CheckpointError(
-                f"{join_uri(uri, file.path)}: its content is not what was committed. Remove {uri}, or name another checkpoint."
-            )
+def _damaged(manifest: Manifest, directory: Path) -> list[str]:
+    """Files that are not there, or not as they were staged."""
+    return [
+        file.path
+        for file in manifest.files
+        if not (path := safe_join(directory, file.path)).exists() or checksum(path) != file.checksum
+    ]
+
+
+def _not_as_committed(uri: str, file: str) -> CheckpointError:
+    return CheckpointError(
+        f"{join_uri(uri, file)}: its content is not what was committed. Remove {uri}, or name another checkpoint."
+    )
 
 
 def read_manifest(uri: str) -> Manifest:

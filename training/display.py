@@ -19,7 +19,16 @@ from rich.text import Text
 
 from runs.layout import RunResult
 from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
-from training.events import CheckpointCommitted, Evaluated, Event, ModelReady, Phase, Refused, StepDone
+from training.events import (
+    CheckpointCommitted,
+    Evaluated,
+    Event,
+    ModelReady,
+    Notice,
+    Phase,
+    Refused,
+    StepDone,
+)
 from training.plan import PlanReport
 
 _SECONDS_BETWEEN_LINES = 10
@@ -188,6 +197,8 @@ class Watch:
                 self._line(f"step {step}  epoch {epoch:.2f}  eval loss {eval_loss:.4f}{_listed(beside)}")
             case CheckpointCommitted(step=step, uri=uri):
                 self._line(f"step {step}  checkpoint {uri}")
+            case Notice(text):
+                show_warning(self._progress.console, text)
             case Refused():
                 pass  # the result says it
 

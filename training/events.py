@@ -66,7 +66,14 @@ class Refused:
     message: str
 
 
-Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted | Refused
+@dataclass(frozen=True)
+class Notice:
+    """What a person should know of, while the run goes on."""
+
+    text: str
+
+
+Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted | Refused | Notice
 
 
 class DivergedError(Exception):

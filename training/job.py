@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,26 @@ from runs.layout import (
     RunStatus,
     checkpoint_uri,
     eval_figures,
+    run_of,
 )
 from training import checkpoints
 from training.claims import claimed
 from training.data.prepare import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport, to_html
-from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused, StepDone
+from training.events import (
+    CheckpointCommitted,
+    Event,
+    EventMailbox,
+    ModelReady,
+    Notice,
+    Phase,
+    Refused,
+    StepDone,
+)
 from training.models.files import first_line
 from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
-from utils.bucket import open_store, uses_embedded_bucket
+from utils.bucket import BucketError, open_store, uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
 
 PROJECT = Path(__file__).parent.parent
@@ -93,6 +103,7 @@ def run_job(
         ) as claim,
         _cluster(plan),
     ):
+        _keep_parent(plan, on_event)
         for rows in prepared:
             keep_prepared(rows, plan.prepared)
         _write_data_report(plan, prepared, report)
@@ -108,6 +119,9 @@ def run_job(
     manifests = checkpoints.committed(store)
     finished = bool(manifests) and manifests[-1].step >= plan.max_steps
     status, reason = _status(fit.error, told.refusal, signals, finished)
+    if status == "completed" and plan.parent and run_of(plan.parent):
+        with suppress(BucketError):  # the parent's run deletes a mark that is out of date
+            checkpoints.unmark(plan.parent, plan.run_uri)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
     return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
 
@@ -121,6 +135,20 @@ def _write_data_report(plan: RunPlan, prepared: Sequence[PreparedData], report: 
     skipped = b"".join((rows.directory / SKIPPED_FILE).read_bytes() for rows in prepared)
     if skipped:
         store.write(SKIPPED_ROWS_FILE, skipped)
+
+
+def _keep_parent(plan: RunPlan, on_event: Callable[[Event], None]) -> None:
+    """Mark the checkpoint that this run starts from, so that its own run does not prune it."""
+    if not plan.parent or not run_of(plan.parent):
+        return
+    try:
+        checkpoints.mark_in_use(plan.parent, plan.run_uri)
+    except BucketError as error:
+        on_event(
+            Notice(
+                f"{plan.parent} cannot be marked as used by this run, so its own run may prune it: {error}"
+            )
+        )
 
 
 def _remember_signals() -> list[int]:
@@ -138,18 +166,22 @@ class Told:
     model: ModelReady | None = None
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
-    has_uncommitted_steps: bool = False
+    last_step: int = 0
+
+    @property
+    def has_uncommitted_steps(self) -> bool:
+        """Whether stopping at once would lose steps of this attempt."""
+        return self.last_step > (self.checkpoint.step if self.checkpoint else 0)
 
     def hear(self, event: Event) -> None:
         """Remember what the result needs."""
         match event:
             case ModelReady():
                 self.model = event
-            case StepDone():
-                self.has_uncommitted_steps = True
+            case StepDone(step=step):
+                self.last_step = step
             case CheckpointCommitted():
                 self.checkpoint = event
-                self.has_uncommitted_steps = False
             case Refused(message):
                 self.refusal = message
 

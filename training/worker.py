@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,18 +17,21 @@ import ray
 import ray.train
 
 from configs.loading import to_yaml
-from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, DataPosition, Manifest, checkpoint_uri
+from runs.layout import CONFIG_FILE, Claim, DataPosition, Manifest, checkpoint_uri
 from training import checkpoints
 from training.checkpoints import CheckpointError
-from training.claims import ClaimError, check_claim
+from training.claims import ClaimError
+from training.commits import Commits, Saved
 from training.data.prepare import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
 from training.models.files import ModelError, first_line, is_hub_id, is_model_file
+from training.place import Place
 from training.plan import RunPlan, fetch_model, load_tokenizer
+from training.restoring import Restoring
 from training.strategy import zero_stage
-from utils.bucket import BucketError, Store, open_store, sync_to_node
+from utils.bucket import BucketError, open_store, sync_to_node
 from utils.console import library_output_in
 
 if TYPE_CHECKING:
@@ -38,51 +42,6 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
 # What starting the workers again cannot mend.
 _NOT_WORTH_A_RETRY = (BucketError, CheckpointError, ClaimError, DataError, DivergedError, ModelError)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this worker stands in the run, and how it talks with the others."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    node_rank: int
-
-    @classmethod
-    def of_ray(cls) -> "Place":
-        """As Ray Train placed it."""
-        context = ray.train.get_context()
-        return cls(
-            context.get_world_rank(),
-            context.get_local_rank(),
-            context.get_world_size(),
-            context.get_local_world_size(),
-            context.get_node_rank(),
-        )
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; a barrier as well."""
-        if self.world_size == 1:
-            return [value]
-        import torch
-
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-    def of_rank_0(self, flag: bool) -> bool:
-        """Rank 0's flag, on every rank."""
-        if self.world_size == 1:
-            return flag
-        import torch
-
-        shared = torch.tensor(
-            [flag], dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
-        torch.distributed.broadcast(shared, src=0)
-        return bool(shared.item())
 
 
 class _StopQuestion:
@@ -140,6 +99,8 @@ def package_versions() -> dict[str, str]:
 
 def _prepare_process(plan: RunPlan, place: Place) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # DeepSpeed unpickles its shards with whatever they execute; this overrides it for the whole process.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, place) / f"unsloth-{place.rank}")
     if plan.config.task == "classification":
@@ -153,7 +114,12 @@ def _prepare_process(plan: RunPlan, place: Place) -> None:
     if plan.deepspeed is not None:
         import deepspeed
         import deepspeed.ops
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 
+        # What its shards hold beside tensors: plain records.
+        torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
         if plan.device == "cpu":
             # Its shared-memory collectives would be compiled with g++ for two minutes; gloo serves.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -168,19 +134,18 @@ def _run_scratch(plan: RunPlan, place: Place) -> Path:
 
 
 def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
-    tell(Phase("loading libraries"))
-    from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
-    from training.objectives import build_trainer
-    from training.trainers import trainer_arguments
-
     config = plan.config
     scratch = _run_scratch(plan, place)
     if place.local_rank == 0:
         shutil.rmtree(scratch / "trainer", ignore_errors=True)
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
-    committed = place.gather(checkpoints.committed(store) if place.rank == 0 else None)[0]
-    restore_from = checkpoint_uri(plan.run_uri, committed[-1].step) if committed else plan.restore_from
+    restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
+
+    tell(Phase("loading libraries"))
+    from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
+    from training.objectives import build_trainer
+    from training.trainers import trainer_arguments
 
     tell(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
@@ -192,7 +157,6 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             checkpoints.verify_weights(plan.base_model, model_directory)
         if plan.adapter and adapter_directory:
             checkpoints.verify_weights(plan.adapter, adapter_directory)
-    restored = _restore(restore_from, scratch / "trainer" / "restored", place) if restore_from else None
     tokenizer = load_tokenizer(
         model_directory,
         source=plan.base_model,
@@ -207,6 +171,10 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         for prepared in (train, valid):
             if prepared:
                 verify_prepared(prepared)
+
+    if restoring.committed or plan.restore_from:
+        tell(Phase("restoring the trainer state"))
+    restored = restoring.finish(tell)
 
     tell(Phase("building the model"))
     first_eval = config.eval_first and valid is not None and restored is None
@@ -224,7 +192,14 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
 
     order = plan.order(train.index.length, train.summary.longest)
     throughput = Throughput(order, train.index.tokens.tolist(), train.index.trained_tokens.tolist())
-    run = _Run(plan, claim, place, store, committed, throughput)
+
+    def on_commit(committed: CheckpointCommitted) -> None:
+        tell(committed)
+        ray.train.report(asdict(committed))
+
+    commits = Commits(
+        store, claim, place, restoring.committed, keep=config.num_checkpoints_to_keep, on_commit=on_commit
+    )
     trainer = build_trainer(
         plan,
         order,
@@ -240,12 +215,15 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             ),
             Stopping(_StopQuestion(mailbox) if place.rank == 0 else lambda: False, place.of_rank_0),
             *([Preempted(ray.train.get_preemption_info)] if _preemption_is_watched() else []),
-            Committing(run.commit, tell),
+            Committing(
+                lambda directory, state: commits.start(_saved(plan, place, throughput, directory, state)),
+                commits.check,
+            ),
             throughput,
             Telling(tell, throughput),
             Diverging(
                 lambda step: train.places(order.rows_of_step(step)),
-                lambda: run.newest_checkpoint,
+                lambda: commits.newest_checkpoint,
             ),
         ],
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
@@ -253,19 +231,20 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())
     tell(Phase("training"))
-    trainer.train(resume_from_checkpoint=str(restored) if restored else None)
+    with commits:
+        try:
+            trainer.train(resume_from_checkpoint=str(restored) if restored else None)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{restoring.uri} holds more than tensors and settings, and nothing in it was executed "
+                f"({first_line(error)}). Look where it comes from."
+            ) from error
+        tell(Phase("committing the last checkpoint"))
 
 
 def _preemption_is_watched() -> bool:
     # Ray hands the driver's setting to its workers; asking costs a round of messages between them in every step.
     return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1"
-
-
-def _restore(uri: str, directory: Path, place: Place) -> Path:
-    if place.local_rank == 0:
-        checkpoints.restore(uri, directory)
-    place.gather(None)
-    return directory
 
 
 def _model_request(
@@ -298,88 +277,38 @@ def _numel(parameter: Any) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
-class _Run:
-    """What the run has put into the bucket so far."""
-
-    def __init__(
-        self,
-        plan: RunPlan,
-        claim: Claim,
-        place: Place,
-        store: Store,
-        committed: list[Manifest],
-        throughput: "Throughput",
-    ):
-        self.plan = plan
-        self.claim = claim
-        self.place = place
-        self.store = store
-        self.committed = committed
-        self.throughput = throughput
-
-    @property
-    def newest_checkpoint(self) -> str | None:
-        """The URI of the last one that was committed."""
-        return checkpoint_uri(self.plan.run_uri, self.committed[-1].step) if self.committed else None
-
-    def commit(self, directory: Path, state: "TrainerState") -> CheckpointCommitted:
-        """Upload a saved checkpoint from all nodes, write its manifest, and report to Ray. Every rank calls it."""
-        place, step = self.place, state.global_step
-        place.gather(None)  # every rank has written its files
-        files = checkpoints.checkpoint_files(directory) if place.local_rank == 0 else []
-        files_of_ranks = place.gather(files)
-        # Nodes save the same model files: the lowest rank's copy counts.
-        taken = {file for files_of_rank in files_of_ranks[: place.rank] for file in files_of_rank}
-        records = checkpoints.upload_files(
-            self.store, step, directory, [file for file in files if file not in taken]
-        )
-        all_records = [record for records_of_rank in place.gather(records) for record in records_of_rank]
-        eval_loss = next(
-            (
-                entry["eval_loss"]
-                for entry in reversed(state.log_history)
-                if entry["step"] == step and "eval_loss" in entry
-            ),
-            None,
-        )
-        if place.rank == 0:
-            self._publish(state, eval_loss, all_records)
-        committed = CheckpointCommitted(
-            step=step,
-            uri=checkpoint_uri(self.plan.run_uri, step),
-            tokens=self.throughput.tokens,
-            trained_tokens=self.throughput.trained_tokens,
-            tokens_per_second=self.throughput.tokens_per_second,
-        )
-        ray.train.report({"epoch": state.epoch, "eval_loss": eval_loss, **asdict(committed)})
-        return committed
-
-    def _publish(self, state: "TrainerState", eval_loss: float | None, files: list) -> None:
-        plan = self.plan
-        steps_per_epoch = plan.steps_per_epoch
-        manifest = Manifest(
-            step=state.global_step,
-            epoch=state.epoch or 0.0,
-            eval_loss=eval_loss if eval_loss is None or math.isfinite(eval_loss) else None,
-            world_size=self.place.world_size,
-            zero_stage=zero_stage(plan.deepspeed),
-            config_hash=plan.config_hash,
-            data=plan.data,
-            data_position=DataPosition(
-                epoch=state.global_step // steps_per_epoch,
-                steps_in_epoch=state.global_step % steps_per_epoch,
-                rows_seen=self.throughput.rows,
-            ),
-            parent=plan.parent,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=package_versions(),
-            files=sorted(files, key=lambda record: record.path),
-        )
-        metrics = "".join(
-            json.dumps(entry) + "\n" for entry in state.log_history if "loss" in entry or "eval_loss" in entry
-        )
-        check_claim(self.store, self.claim)
-        self.store.write(METRICS_FILE, metrics.encode())
-        checkpoints.commit(self.store, manifest)
-        self.committed = [*(earlier for earlier in self.committed if earlier.step != manifest.step), manifest]
-        self.committed = checkpoints.prune(self.store, self.committed, plan.config.num_checkpoints_to_keep)
+def _saved(
+    plan: RunPlan, place: Place, throughput: "Throughput", directory: Path, state: "TrainerState"
+) -> Saved:
+    """What is known of a checkpoint at the moment at which it was saved."""
+    step, epoch = state.global_step, state.epoch or 0.0
+    entries = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+    eval_loss = next(
+        (entry["eval_loss"] for entry in entries if entry["step"] == step and "eval_loss" in entry), None
+    )
+    manifest = Manifest(
+        step=step,
+        epoch=epoch,
+        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
+        world_size=place.world_size,
+        zero_stage=zero_stage(plan.deepspeed),
+        config_hash=plan.config_hash,
+        data=plan.data,
+        data_position=DataPosition(
+            epoch=step // plan.steps_per_epoch,
+            steps_in_epoch=step % plan.steps_per_epoch,
+            rows_seen=throughput.rows,
+        ),
+        parent=plan.parent,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=package_versions(),
+        files=[],
+    )
+    committed = CheckpointCommitted(
+        step=step,
+        uri=checkpoint_uri(plan.run_uri, step),
+        tokens=throughput.tokens,
+        trained_tokens=throughput.trained_tokens,
+        tokens_per_second=throughput.tokens_per_second,
+    )
+    return Saved(directory, manifest, "".join(json.dumps(entry) + "\n" for entry in entries), committed)

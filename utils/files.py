@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PARTIAL_SUFFIX = ".partial"  # a name that is being written; nobody may read it
 _BLOCK_BYTES = 8 * 1024 * 1024
@@ -62,22 +64,30 @@ def copy_atomically(source: Path, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def checksum(path: Path) -> str:
-    """Return "crc64nvme:<16 hex digits>" of a file, read in blocks of 8 MB. Raises OSError."""
-    from awscrt.checksums import crc64nvme
+def checksum(path: Path, algorithm: str = "crc64nvme") -> str:
+    """Return "crc64nvme:<16 hex digits>" of a file, read in blocks of 8 MB; crc32 and crc32c have 8. Raises OSError."""
+    from awscrt import checksums
 
+    update = {"crc64nvme": checksums.crc64nvme, "crc32": checksums.crc32, "crc32c": checksums.crc32c}[
+        algorithm
+    ]
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
-            value = crc64nvme(block, value)
-    return f"crc64nvme:{value:016x}"
+            value = update(block, value)
+    return checksum_text(value, algorithm)
 
 
 def checksum_bytes(data: bytes) -> str:
     """Return "crc64nvme:<16 hex digits>" of `data`: the same string `checksum` gives for a file of it."""
     from awscrt.checksums import crc64nvme
 
-    return f"crc64nvme:{crc64nvme(data):016x}"
+    return checksum_text(crc64nvme(data))
+
+
+def checksum_text(value: int, algorithm: str = "crc64nvme") -> str:
+    """Return a checksum as it is written everywhere: "algorithm:hex"."""
+    return f"{algorithm}:{value:0{16 if algorithm == 'crc64nvme' else 8}x}"
 
 
 def free_bytes(path: Path) -> int:
@@ -98,6 +108,14 @@ def format_bytes(count: int) -> str:
     return f"{count / 1024**power:.1f} {units[power]}" if power else f"{count} B"
 
 
+def parse_bytes(written: str) -> int:
+    """Return the bytes that people write: "1.5GiB", "200 GB", "1024". Raises ValueError."""
+    match = re.fullmatch(r"([0-9.]+) *(?:([KMGT]?)(i?)B)?", written.strip())
+    if not match:
+        raise ValueError("write a number of bytes, or one with a unit, such as 200GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+
+
 def safe_join(directory: Path, key: str) -> Path:
     """Return the path of `key` (parts separated by "/") below `directory`.
 
@@ -109,7 +127,26 @@ def safe_join(directory: Path, key: str) -> Path:
     return directory / key
 
 
+def refuse_clashes(keys: Iterable[str]) -> None:
+    """Raise UnsafeKeyError when two keys would be one file, or one key the directory of another, on some file system."""
+    seen: dict[str, str] = {}
+    for key in sorted(keys):
+        other = seen.setdefault(key.casefold(), key)
+        if other != key:
+            raise UnsafeKeyError(
+                f"refusing the keys {other!r} and {key!r}: they differ by case only, and are one file on some disks"
+            )
+    for folded, key in seen.items():
+        for parent in PurePosixPath(folded).parents:
+            if other := seen.get(parent.as_posix()):
+                raise UnsafeKeyError(
+                    f"refusing the key {key!r}: {other!r} is a file, and cannot be its directory"
+                )
+
+
 _held_locks: set[int] = set()
+_held_for_life: set[Path] = set()
+_holding = threading.Lock()
 
 
 def _forget_locks() -> None:
@@ -117,6 +154,7 @@ def _forget_locks() -> None:
     for descriptor in _held_locks:
         os.close(descriptor)
     _held_locks.clear()
+    _held_for_life.clear()
 
 
 os.register_at_fork(after_in_child=_forget_locks)
@@ -129,9 +167,7 @@ def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Ite
     Locks between processes and between threads. A `shared` lock keeps out only exclusive ones. Raises
     BlockingIOError at once when `blocking` is false and another holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    _held_locks.add(descriptor)
+    descriptor = _open_lock(path)
     try:
         fcntl.flock(
             descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
@@ -143,3 +179,19 @@ def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Ite
             # Closing alone is not enough for a moment after a fork: the child still has its copy.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+def hold_lock(path: Path) -> None:
+    """Hold a shared lock on `path` until this process ends, however it does; once, however often it is called."""
+    with _holding:
+        if path not in _held_for_life:
+            descriptor = _open_lock(path)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            _held_for_life.add(path)
+
+
+def _open_lock(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _held_locks.add(descriptor)
+    return descriptor

@@ -257,20 +257,38 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     assert "there is no run" in refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
 
 
-def test_a_damaged_checkpoint_of_the_same_run_is_passed_over_with_a_warning(
-    files: Path, adapter_run: dict[str, Any]
-):
-    run = copy_of_run(files, adapter_run, "first-damaged")
-    (run / "result.json").unlink()
-    newest = Path(adapter_run["last_checkpoint"]).name
-    (run / "checkpoints" / newest / "MANIFEST.json").write_text("{")
+@pytest.mark.parametrize("damaged", ["MANIFEST.json", "optimizer.pt"])
+def test_a_damaged_checkpoint_of_the_same_run_is_passed_over(files: Path, damaged: str):
+    """The one before is taken, with a warning; the end is the same, and what no checkpoint owns is gone."""
+    name = f"passed-over-{Path(damaged).stem.lower()}"
     config = write_yaml(
-        files / "first-damaged.yaml", settings(files, run_name="first-damaged", lora_config=LORA)
+        files / f"{name}.yaml",
+        settings(files, run_name=name, lora_config=LORA, num_checkpoints_to_keep=5),
     )
-    dry = run_main_quickly(config, "--dry-run", "--json")
-    assert dry.exit_code == 0, dry.errors
-    assert f"{newest}/MANIFEST.json is cut off" in dry.errors
-    assert "step-000005" in dry.errors
+    whole = run_main(config, "--json")
+    assert whole.exit_code == 0, whole.errors
+    run = Path(whole.result["run_uri"])
+    losses = read_metrics(run)
+    newest = Path(whole.result["last_checkpoint"])
+    weights = (newest / "adapter_model.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    if damaged == "MANIFEST.json":
+        (newest / damaged).write_text("{")
+    else:
+        damage(newest / damaged)
+    orphan = run / "checkpoints" / "step-000007" / "optimizer.pt"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"of an attempt that was killed")
+
+    again = run_main(config, "--json")
+    assert again.exit_code == 0, again.errors
+    assert f"{newest.name}/{damaged}" in again.errors, "a warning names what was passed over"
+    assert f"step-{5:06d}" in again.errors
+    assert [line for line in read_metrics(run) if "loss" in line] == [
+        line for line in losses if "loss" in line
+    ]
+    assert (newest / "adapter_model.safetensors").read_bytes() == weights
+    assert not orphan.exists()
 
 
 @pytest.mark.parametrize("kernels", ["torch", "unsloth"])

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from runs.layout import MANIFEST_FILE, checkpoint_key
-from tests.support.faults import Trap, injection, trapping_proxy
+from tests.support.bucket_proxy import Trap, bucket_proxy
+from tests.support.faults import injection
 from tests.support.jobs import Job, started, write_yaml
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from training.checkpoints import committed
@@ -249,7 +250,7 @@ class Run:
         holds = {Kill.AFTER_STEP: f"after_step:{step}", Kill.MID_SAVE: f"in_save:{step}"}
         ledger, trap = self._next_ledger(), traps.get(kill)
         with ExitStack() as stack:
-            proxy = stack.enter_context(trapping_proxy(endpoint, trap))
+            proxy = stack.enter_context(bucket_proxy(endpoint, trap=trap)).endpoint
             variables = injection(ledger, hold=holds.get(kill, "")) | {"AWS_ENDPOINT_URL_S3": proxy}
             job = stack.enter_context(started(self.config, variables))
             self._wait_for(kill, step, job, trap)

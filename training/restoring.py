@@ -1,0 +1,75 @@
+"""The checkpoint to go on from comes to the node while the worker loads its libraries; a damaged one is passed over."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from runs.layout import Manifest, checkpoint_uri
+from training import checkpoints
+from training.checkpoints import CheckpointError
+from training.events import Event, Notice
+from training.place import Place
+from utils.bucket import Store
+
+
+class Restoring:
+    """Begins at once, on one worker of each node; every rank makes the same calls."""
+
+    def __init__(self, store: Store, start: str | None, directory: Path, place: Place):
+        """Every rank calls it.
+
+        Args:
+            store: The run.
+            start: The checkpoint of another run whose whole state this one takes, while it has none of its own.
+            directory: Where to, on this node; not there yet.
+            place: This worker.
+        """
+        self._store = store
+        self._start = start
+        self._directory = directory
+        self._place = place
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="restore")
+        self.committed: list[Manifest] = place.gather(
+            checkpoints.committed(store) if place.rank == 0 else None
+        )[0]
+        self._running = self._begin()
+
+    def finish(self, tell: Callable[[Event], None]) -> Path | None:
+        """Where the trainer state to go on from lies; None where there is none.
+
+        `committed` is then what the run has up to that state, and nothing else is left in the run.
+
+        Raises:
+            CheckpointError: the other run's checkpoint is damaged.
+            BucketError: a checkpoint cannot be read.
+        """
+        while (damage := self._damage()) is not None:
+            if not self.committed:
+                raise CheckpointError(damage)
+            self.committed = self.committed[:-1]
+            self._running = self._begin()
+            tell(Notice(f"{damage} Passed over for {self.uri or 'a start from the beginning'}."))
+        self._thread.shutdown()
+        if self._place.rank == 0:
+            checkpoints.remove_leftovers(self._store, self.committed)
+        return self._directory if self.uri else None
+
+    @property
+    def uri(self) -> str | None:
+        """The checkpoint that is brought here, if any."""
+        return checkpoint_uri(self._store.uri, self.committed[-1].step) if self.committed else self._start
+
+    def _begin(self) -> "Future[Manifest] | None":
+        if self.uri is None or self._place.local_rank != 0:
+            return None
+        return self._thread.submit(checkpoints.restore, self.uri, self._directory)
+
+    def _damage(self) -> str | None:
+        """What is wrong with the checkpoint on any of the nodes."""
+        damage = None
+        try:
+            if self._running is not None:
+                self._running.result()
+        except CheckpointError as error:
+            damage = str(error)
+        return next((found for found in self._place.gather(damage) if found), None)

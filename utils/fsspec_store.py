@@ -1,0 +1,204 @@
+"""Google Cloud Storage, Azure and whatever else fsspec opens, as a store.
+
+The same protocol as on S3, slower, and as strong as the file system behind it. A write is whole or not there: object
+stores publish an object when its last byte has arrived. "Only if absent" is the storage's own condition through gcsfs and
+adlfs; elsewhere fsspec looks before it writes, which two writers at the same moment can both pass. No range is pinned to
+a version; an object's version is looked at when it has arrived. Unfinished uploads are not to be seen through fsspec: let
+a lifecycle rule of the bucket remove them.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from utils.files import BucketError
+from utils.store import AlreadyExistsError, NotFoundError, StoredObject, explain_os_error, join_uri
+from utils.transfer import LARGE_THREADS, Take, download_all
+
+PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}  # scheme -> what opens it
+_EXCLUSIVE = {"az": {"overwrite": False}, "abfs": {"overwrite": False}}  # else fsspec's own words for it
+_BLOCK_BYTES = 8 * 1024 * 1024
+
+
+class FsspecStore:
+    """A prefix of a file system that fsspec opens, as a store; credentials are that file system's own business."""
+
+    def __init__(self, uri: str):
+        self.uri = uri.rstrip("/")
+        self._scheme, _, path = self.uri.partition("://")
+        self._root = path.strip("/")
+        if not self._root:
+            raise BucketError(f"{uri}: the bucket's name is missing; write {self._scheme}://bucket/prefix")
+
+    @property
+    def identity(self) -> str:
+        """See Store."""
+        return self._scheme
+
+    @cached_property
+    def _files(self) -> Any:
+        import fsspec
+
+        try:
+            return fsspec.filesystem(self._scheme, use_listings_cache=False)
+        except ImportError as error:
+            raise BucketError(
+                f"{self.uri}: {self._scheme}:// needs a package: pip install {PACKAGES[self._scheme]}"
+            ) from error
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        """See Store."""
+        with self._errors("list", prefix):
+            directory = self._path(prefix.rpartition("/")[0])
+            self._files.invalidate_cache(directory)
+            try:
+                found = self._files.find(directory, detail=True)
+            except FileNotFoundError:
+                return []
+            items = [self._stored(path, details) for path, details in found.items()]
+        return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
+
+    def first(self, prefix: str) -> StoredObject | None:
+        """See Store."""
+        return next(iter(self.list(prefix)), None)
+
+    def stat(self, key: str) -> StoredObject:
+        """See Store."""
+        with self._errors("read", key):
+            path = self._path(key)
+            self._files.invalidate_cache(path)
+            item = self._stored(path, self._files.info(path))
+            self._files.cat_file(
+                path, start=0, end=min(1, item.size)
+            )  # reading needs a permission of its own
+        return item
+
+    def read(self, key: str) -> bytes:
+        """See Store."""
+        with self._errors("read", key):
+            return self._files.cat_file(self._path(key))
+
+    def read_if_exists(self, key: str) -> bytes | None:
+        """See Store."""
+        try:
+            return self.read(key)
+        except NotFoundError:
+            return None
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See Store."""
+        with self._errors("read", key):
+            return self._files.cat_file(self._path(key), start=start, end=start + length)
+
+    def age(self, key: str) -> float | None:
+        """See Store; by this machine's clock, since fsspec tells no other."""
+        with self._errors("read", key):
+            try:
+                modified = self._files.modified(self._path(key))
+            except FileNotFoundError:
+                return None
+        return time.time() - (modified if modified.tzinfo else modified.replace(tzinfo=UTC)).timestamp()
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        """See Store."""
+        path = self._path(key)
+        with self._errors("write", key):
+            if not only_if_absent:
+                self._files.pipe_file(path, data)
+                return
+            try:
+                self._files.pipe_file(path, data, **_EXCLUSIVE.get(self._scheme, {"mode": "create"}))
+            except Exception as error:  # each file system has its own
+                if not self._files.exists(path):
+                    raise
+                raise AlreadyExistsError(f"cannot write {self.uri_of(key)}: it already exists") from error
+
+    def download(self, key: str, path: Path) -> None:
+        """See Store."""
+        self.download_many({self.stat(key): path})
+
+    def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
+        """See Store."""
+        with self._errors("download from"):
+            return download_all(self, targets)
+
+    def upload(self, path: Path, key: str) -> None:
+        """See Store."""
+        with self._errors(f"upload {path} to", key):
+            self._files.put_file(str(path), self._path(key))
+
+    def upload_many(self, sources: Mapping[str, Path]) -> None:
+        """See Store."""
+        with ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="upload") as pool:
+            list(pool.map(lambda source: self.upload(source[1], source[0]), sources.items()))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See Store."""
+        with self._errors("delete from"):
+            for key in keys:
+                try:
+                    self._files.rm_file(self._path(key))
+                except FileNotFoundError:
+                    continue
+
+    def abort_stale_uploads(self, prefix: str = "") -> int:
+        """See Store, and the module: none can be seen here."""
+        return 0
+
+    def uri_of(self, key: str) -> str:
+        """See Store."""
+        return join_uri(self.uri, key)
+
+    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> None:
+        """See transfer.Source. fsspec pins no version: an object that changes meanwhile is told by its ETag afterwards."""
+        with self._errors("download", item.key):
+            path, end = self._path(item.key), start + length
+            while start < end:
+                block = self._files.cat_file(path, start=start, end=min(start + _BLOCK_BYTES, end))
+                if not block:
+                    break
+                take(block)
+                start += len(block)
+            self._files.invalidate_cache(path)
+            if start < end or self._stored(path, self._files.info(path)).etag != item.etag:
+                raise BucketError(
+                    f"cannot download {self.uri_of(item.key)}: it changed while it was read; run again"
+                )
+
+    def stored_checksum(self, item: StoredObject) -> str | None:
+        """See transfer.Source."""
+        return None
+
+    def _path(self, key: str) -> str:
+        return join_uri(self._root, key)
+
+    def _stored(self, path: str, details: Mapping[str, Any]) -> StoredObject:
+        key = path.strip("/").removeprefix(self._root).strip("/")
+        # What each file system calls the version of an object, else when it was made.
+        version = next(
+            (
+                details[name]
+                for name in ("etag", "ETag", "generation", "last_modified", "mtime", "created")
+                if details.get(name)
+            ),
+            "",
+        )
+        text = version.isoformat() if isinstance(version, datetime) else str(version)
+        return StoredObject(key, details["size"], f"{text}-{details['size']}")
+
+    @contextmanager
+    def _errors(self, action: str, key: str = "") -> Iterator[None]:
+        """Turn what a file system raises into BucketErrors; its own classes are unknown here."""
+        try:
+            yield
+        except BucketError:
+            raise
+        except OSError as error:
+            raise explain_os_error(error, action, self.uri_of(key)) from error
+        except Exception as error:  # gcsfs and adlfs raise their clients' errors
+            raise BucketError(f"cannot {action} {self.uri_of(key)}: {error}") from error

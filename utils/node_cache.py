@@ -1,0 +1,256 @@
+"""What this node has brought from buckets: each object once, whatever number of workers and jobs want it.
+
+    <cache>/<place>/                 of one prefix of one bucket on one server
+        lock                         held by the one who downloads into the place; the others wait for it
+        <version>/                   of the keys, sizes and ETags that were listed and wanted
+            ready.json               written last: what the files' checksums are
+            files/<name>/...         what callers get
+        <version>.lock               held, shared, by every process that uses the version, for as long as it lives
+        <version>.partial/           being downloaded
+
+The kernel drops a lock when its holder dies, so a waiting process takes over at once. An object that another version of
+the place holds already is linked, not downloaded. When the cache is larger than its limit, or the disk too small, the
+least recently used versions go that no process holds.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.files import (
+    PARTIAL_SUFFIX,
+    BucketError,
+    checksum,
+    file_lock,
+    format_bytes,
+    free_bytes,
+    hold_lock,
+    nearest_existing,
+    parse_bytes,
+    refuse_clashes,
+    safe_join,
+    write_atomically,
+)
+from utils.store import Store, StoredObject, explained
+
+LIMIT_VARIABLE = "ANNEAL_CACHE_LIMIT"  # bytes, or with a unit: 200GiB
+_SHARE_OF_DISK = 0.8
+_READY, _FILES = "ready.json", "files"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeCopy:
+    """Objects of a bucket, and where they lie on this node once they are there."""
+
+    store: Store
+    uri: str
+    place: Path
+    objects: tuple[StoredObject, ...]
+    directory: str  # the name of the directory they lie in; empty for a single object
+
+    @property
+    def version(self) -> Path:
+        """The directory of this copy alone."""
+        listed = [(item.key, item.size, item.etag) for item in self.objects]
+        return self.place / _digest([self.directory, *listed])
+
+    @property
+    def result(self) -> Path:
+        """What callers get: the directory, or the file."""
+        return self.version / _FILES / (self.directory or self.objects[0].key)
+
+    def path(self, item: StoredObject) -> Path:
+        """Where an object lies in the version's files. Raises UnsafeKeyError."""
+        return safe_join(self.version / _FILES / self.directory, item.key)
+
+
+def node_copy(
+    store: Store, uri: str, objects: Iterable[StoredObject], cache_dir: Path, directory: str = ""
+) -> NodeCopy:
+    """Say where objects of a store will lie. Raises UnsafeKeyError for keys that are no safe names for files."""
+    place = cache_dir.absolute() / _digest([store.identity, store.uri])
+    copy = NodeCopy(store, uri, place, tuple(objects), directory)
+    for item in copy.objects:
+        copy.path(item)
+    refuse_clashes(item.key for item in copy.objects)
+    return copy
+
+
+def missing_bytes(copy: NodeCopy) -> int:
+    """Return how many bytes `bring` would download now."""
+    if _is_ready(copy):
+        return 0
+    there = _held_by_other_versions(copy)
+    return sum(item.size for item in copy.objects if item not in there)
+
+
+def bring(copy: NodeCopy) -> Path:
+    """Make sure that the copy is on this node, whoever downloads it, and keep it there while this process lives.
+
+    Raises BucketError: not enough disk, or failing storage.
+    """
+    with explained("sync to", str(copy.version)):
+        hold_lock(_use_lock(copy.version))  # before the look, so that nobody can remove it in between
+        if not _is_ready(copy):
+            with file_lock(copy.place / "lock"):
+                if not _is_ready(copy):
+                    _download(copy)
+        os.utime(copy.version / _READY)  # the time of its last use
+        return copy.result
+
+
+def _download(copy: NodeCopy) -> None:
+    version = copy.version
+    partial = version.with_name(f"{version.name}{PARTIAL_SUFFIX}")
+    for leftover in (version, partial):  # of a process that died here, or of a cleaner of old files
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    targets = {item: partial / copy.path(item).relative_to(version) for item in copy.objects}
+    try:
+        checksums = {}
+        for item, (path, known) in _held_by_other_versions(copy).items():
+            targets[item].parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # removed meanwhile
+                targets[item].hardlink_to(path)
+                checksums[item.key] = known
+        wanted = {item: path for item, path in targets.items() if item.key not in checksums}
+        needed = sum(item.size for item in wanted)
+        _make_room(copy, needed)
+        _log.info("downloading %s: %d objects, %s", copy.uri, len(wanted), format_bytes(needed))
+        checksums |= copy.store.download_many(wanted)
+        ready = {
+            "uri": copy.uri,
+            "boot": _boot(),
+            "objects": [
+                {"key": item.key, "size": item.size, "etag": item.etag, "checksum": checksums[item.key]}
+                for item in copy.objects
+            ],
+        }
+        write_atomically(partial / _READY, json.dumps(ready, indent=2).encode())
+        partial.replace(version)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_ready(copy: NodeCopy) -> bool:
+    """Whether every file is there; a look at each size, because cleaners of old files take single files."""
+    ready = _read_ready(copy.version)
+    if ready is None:
+        return False
+    try:
+        if any(copy.path(item).stat().st_size != item.size for item in copy.objects):
+            return False
+        if ready["boot"] == _boot():
+            return True
+        # Files and marker were in memory when the machine went down; the disk may have the marker alone.
+        checksums = {entry["key"]: entry["checksum"] for entry in ready["objects"]}
+        if any(checksum(copy.path(item)) != checksums[item.key] for item in copy.objects):
+            return False
+        write_atomically(copy.version / _READY, json.dumps(ready | {"boot": _boot()}, indent=2).encode())
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read_ready(version: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((version / _READY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _held_by_other_versions(copy: NodeCopy) -> dict[StoredObject, tuple[Path, str]]:
+    """The objects that another version of the place holds: (file, checksum)."""
+    found = {}
+    for marker in copy.place.glob(f"*/{_READY}"):
+        ready = _read_ready(marker.parent)
+        if ready is None or ready["boot"] != _boot():
+            continue
+        files = next((marker.parent / _FILES).iterdir(), None)
+        known = {
+            (entry["key"], entry["size"], entry["etag"]): entry["checksum"] for entry in ready["objects"]
+        }
+        for item in copy.objects:
+            identity = (item.key, item.size, item.etag)
+            if files is None or item in found or identity not in known:
+                continue
+            path = files / item.key if files.is_dir() else files
+            with suppress(FileNotFoundError):
+                if path.stat().st_size == item.size:
+                    found[item] = (path, known[identity])
+    return found
+
+
+# --- Room ---------------------------------------------------------------------------------------------------------
+
+
+def cache_limit(cache_dir: Path) -> int:
+    """The most bytes that a cache directory may hold: $ANNEAL_CACHE_LIMIT, else four fifths of its disk.
+
+    Raises BucketError when the variable is no size.
+    """
+    written = os.environ.get(LIMIT_VARIABLE)
+    if not written:
+        return int(shutil.disk_usage(nearest_existing(cache_dir)).total * _SHARE_OF_DISK)
+    try:
+        return parse_bytes(written)
+    except ValueError as error:
+        raise BucketError(f"{LIMIT_VARIABLE}={written}: {error}") from error
+
+
+def _make_room(copy: NodeCopy, needed: int) -> None:
+    """Remove the least recently used versions that nobody holds, as long as there are any and it takes them."""
+    cache_dir = copy.place.parent
+    limit = cache_limit(cache_dir)
+    while _held_bytes(cache_dir) + needed > limit or free_bytes(copy.place) < needed:
+        if not _remove_oldest(cache_dir):
+            break
+    if (available := free_bytes(copy.place)) < needed:
+        raise BucketError(
+            f"{copy.uri} needs {format_bytes(needed)} of disk, but {cache_dir} has {format_bytes(available)} free; "
+            "free some space, or choose a directory on a larger disk"
+        )
+
+
+def _held_bytes(cache_dir: Path) -> int:
+    # By inode: versions share files.
+    files = (path.stat() for path in cache_dir.glob(f"*/*/{_FILES}/**/*") if path.is_file())
+    return sum({status.st_ino: status.st_size for status in files}.values())
+
+
+def _remove_oldest(cache_dir: Path) -> bool:
+    """Remove the version that was used longest ago, of those that no process holds; returns whether there was one."""
+    markers = []
+    for marker in cache_dir.glob(f"*/*/{_READY}"):
+        with suppress(FileNotFoundError):
+            markers.append((marker.stat().st_mtime, marker))
+    for _, marker in sorted(markers):
+        version = marker.parent
+        with suppress(BlockingIOError), file_lock(_use_lock(version), blocking=False):
+            _log.info("removing %s from the cache", version)
+            marker.unlink(missing_ok=True)
+            shutil.rmtree(version, ignore_errors=True)
+            return True
+    return False
+
+
+def _use_lock(version: Path) -> Path:
+    return version.with_name(f"{version.name}.lock")
+
+
+def _digest(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+
+def _boot() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else ""

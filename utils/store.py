@@ -1,0 +1,142 @@
+"""What a store of objects is, and the words for what goes wrong with one."""
+
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from utils.files import BucketError
+
+
+class NotFoundError(BucketError):
+    """There is no such object."""
+
+
+class AlreadyExistsError(BucketError):
+    """A write that was to be the first found an object in its place."""
+
+
+class DamagedError(BucketError):
+    """What arrived is not what was stored."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object as it was when it was listed: `key` relative to its store, `size` in bytes.
+
+    `checksum` ("crc64nvme:<16 hex digits>", see utils.files) is for those who know what its content must be.
+    """
+
+    key: str
+    size: int
+    etag: str
+    checksum: str | None = None
+
+
+class Store(Protocol):
+    """A place for objects. Every method raises BucketError when storage refuses or fails."""
+
+    uri: str
+
+    @property
+    def identity(self) -> str:
+        """What tells this place from one with the same URI elsewhere: the server, as a rule."""
+        ...
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        """Return the objects whose key starts with `prefix`, sorted by key; none where there is no place."""
+        ...
+
+    def first(self, prefix: str) -> StoredObject | None:
+        """Return the first object whose key starts with `prefix`, None when there is none."""
+        ...
+
+    def stat(self, key: str) -> StoredObject:
+        """Return what is known of one object; needs the right to read it. Raises NotFoundError."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """Return the whole object. Raises NotFoundError."""
+        ...
+
+    def read_if_exists(self, key: str) -> bytes | None:
+        """Return the whole object, None when there is none."""
+        ...
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Return `length` bytes (at least 1) from byte `start`. Raises NotFoundError."""
+        ...
+
+    def age(self, key: str) -> float | None:
+        """Return the seconds since an object was written, by the storage's own clock; None when there is none."""
+        ...
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        """Write a whole object; raises AlreadyExistsError when it is there and `only_if_absent`."""
+        ...
+
+    def download(self, key: str, path: Path) -> None:
+        """Bring one object to `path`, whole or not at all. Raises NotFoundError."""
+        ...
+
+    def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
+        """Bring listed objects to paths, in parallel; each is whole or not there. Returns key -> checksum.
+
+        Raises DamagedError when an object is not what its `checksum`, or the storage's own, says.
+        """
+        ...
+
+    def upload(self, path: Path, key: str) -> None:
+        """Store one file."""
+        ...
+
+    def upload_many(self, sources: Mapping[str, Path]) -> None:
+        """Store files (key -> path), in parallel; each object is whole or not there."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are not there count as deleted."""
+        ...
+
+    def abort_stale_uploads(self, prefix: str = "") -> int:
+        """Remove what dead writers left unfinished below `prefix`, and return how many; nobody may be writing there."""
+        ...
+
+    def uri_of(self, key: str) -> str:
+        """Return the full URI of an object."""
+        ...
+
+
+def join_uri(uri: str, *parts: str) -> str:
+    """Append path parts to a URI or a local path with single slashes; empty parts are left out."""
+    for part in parts:
+        if stripped := part.strip("/"):
+            uri = f"{uri.rstrip('/')}/{stripped}"
+    return uri
+
+
+@contextmanager
+def explained(action: str, uri: str) -> Iterator[None]:
+    """Turn what the disk raises into a BucketError that says what was done where."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_os_error(error, action, uri) from error
+
+
+def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
+    """Return the BucketError for what the disk raised."""
+    where = f"cannot {action} {uri}"
+    if isinstance(error, FileExistsError):
+        return AlreadyExistsError(f"{where}: it already exists")
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"{where}: no such file ({error.filename})")
+    if isinstance(error, PermissionError):
+        return BucketError(
+            f"{where}: permission denied ({error.filename}); change its owner or choose another place"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return BucketError(f"{where}: the disk is full; free some space or choose another place")
+    return BucketError(f"{where}: {error}")
