@@ -237,10 +237,10 @@ class PreferenceTuningConfig(Section):
     """Settings of `task: preference_tuning`."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the model is held to the reference model."""
+    """How strongly the model is held to the reference model; for orpo, how much the odds count beside the likelihood."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
-    """The preference loss."""
+    """The preference loss. dpo, ipo and kto compare with what the run starts from, orpo with nothing."""
 
 
 class ClassifierConfig(Section):

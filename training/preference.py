@@ -1,4 +1,8 @@
-"""Preference tuning: chosen answers against rejected ones, on TRL's trainer, with losses and rewards weighted by pairs."""
+"""Preference tuning: chosen answers against rejected ones, on TRL's supervised trainer, with losses and rewards weighted by pairs.
+
+TRL's trainers for preferences compute log-probabilities in a Triton kernel, which needs a GPU, and average over micro-batches; the
+tests compare the losses here with theirs.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
