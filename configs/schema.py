@@ -643,7 +643,10 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if config.packing and config.padding == "max_length":
         yield "packing", "`packing` leaves nothing to pad: write `padding: longest`, or `packing: false`"
     if config.packing and config.task in ("preference_tuning", "classification"):
-        yield "packing", f"`packing` does not work with `task: {config.task}`: write `packing: false`"
+        yield (
+            "packing",
+            f"`packing` does not work with `task: {config.task}`, which looks at answers one by one: write `packing: false`",
+        )
     if config.task == "preference_tuning" and config.kernels == "unsloth":
         yield (
             "kernels",
