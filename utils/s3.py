@@ -116,6 +116,8 @@ class S3Store:
 
     def stored_checksum(self, item: StoredObject) -> str | None:
         """See transfer.Source. A checksum of parts' checksums is no use here."""
+        if self._client().meta.config.response_checksum_validation == "when_required":
+            return None  # storage is not to be asked
         head = self._head(item.key, ChecksumMode="ENABLED")
         if head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
             return None
@@ -488,6 +490,17 @@ class _RefusedError(Exception):
     def __init__(self, error: Any, *, repeated: bool):
         super().__init__(str(error))
         self.error, self.code, self.repeated = error, _code(error), repeated
+
+
+def storage_options(uri: str) -> dict[str, str]:
+    """Return what s3fs needs (fsspec.open, datasets, pandas: `storage_options=`) to open an `s3://` URI as we do.
+
+    Nothing, as a rule: it goes through the same chain of settings and credentials. The embedded bucket has its own.
+    """
+    if split_s3(uri)[0] != EMBEDDED_BUCKET:
+        return {}
+    server = embedded_endpoint()
+    return {"endpoint_url": server.endpoint, "key": server.access_key, "secret": server.secret_key}
 
 
 def split_s3(uri: str) -> tuple[str, str]:

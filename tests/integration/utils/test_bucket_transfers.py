@@ -41,8 +41,10 @@ SYNC = (
 )
 
 
-@pytest.fixture(params=["s3", "local"])
+@pytest.fixture(params=["s3", "local", "fsspec"])
 def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "fsspec":
+        return f"memory://{tmp_path.name}"
     return request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "store")
 
 
