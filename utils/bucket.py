@@ -132,7 +132,7 @@ def find_objects(uri: str) -> list[tuple[str, str]]:
     """
     if is_remote(uri):
         parent_uri, name = _parent(uri)
-        parent = S3Store(parent_uri)
+        parent = _remote_store(parent_uri)
         found = parent.first(name) if name else None
         if found is not None and found.key == name:
             return [(uri, f"{found.size} {found.etag}")]
