@@ -453,7 +453,7 @@ class S3Store:
             yield
         except FlexibleChecksumError as error:
             raise DamagedError(
-                f"{where}: it does not match the checksum that storage sent with it"
+                key, f"{where}: it does not match the checksum that storage sent with it"
             ) from error
         except _RefusedError as refused:
             raise _explain_refusal(refused.error, where, self.bucket) from refused.error
