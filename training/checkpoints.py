@@ -128,7 +128,6 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
     Returns the keys, manifests first. Killed attempts leave files without a manifest, and damaged checkpoints stand in the way of committing their steps again.
     Only the owner of the run's claim may call it.
     """
-    store.abort_stale_uploads(f"{CHECKPOINTS}/")
     named = {
         checkpoint_key(manifest.step, path)
         for manifest in committed
@@ -139,6 +138,7 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
     others = [key for key in left if key not in manifests]
     store.delete(manifests)
     store.delete(others)
+    store.abort_stale_uploads(f"{CHECKPOINTS}/")
     return [*manifests, *others]
 
 
