@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume fuzz bench-data lint format lock bench-overhead bench-resume bench-bucket clean
+.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume fuzz bench-data lint format lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -85,6 +85,9 @@ bench-data: setup  ## measure how fast rows are prepared beside datasets.map
 
 bench-resume: setup  ## measure what it costs to send a killed run again
 	$(BIN)/python benchmarks/resume.py
+
+bench-checkpoints: setup-dev  ## measure what a checkpoint costs training
+	$(BIN)/python benchmarks/checkpoints.py
 
 bench-bucket: setup $(STAMPS)/bench  ## measure transfers to and from a bucket beside those of others
 	$(BIN)/python benchmarks/bucket.py

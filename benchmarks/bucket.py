@@ -26,8 +26,6 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from boto3.session import Session
-
 from benchmarks.report import spread, write_report
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from utils.bucket import BucketError, DamagedError, open_store
@@ -210,6 +208,7 @@ def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
 
 def refusals(endpoint: str, directory: Path) -> dict[str, int]:
     """Of so many downloads under refusals of half of all requests, how many succeed."""
+    from boto3.session import Session
 
     succeeded = {"anneal": 0, "boto3": 0}
     store = open_store(f"s3://{BUCKET}/refused")

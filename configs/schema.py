@@ -86,9 +86,10 @@ def _memory_in_bytes(resources: object) -> object:
 
 
 Text = Annotated[str, Field(min_length=1)]
-ModelUri = Annotated[Text, _uri("s3", "file")]
-DataUri = Annotated[Text, _uri("s3", "hf", "file")]
-StorageUri = Annotated[Text, _uri("s3", "file")]
+_BUCKETS = ("s3", "gs", "az", "abfs")
+ModelUri = Annotated[Text, _uri(*_BUCKETS, "file")]
+DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file")]
+StorageUri = Annotated[Text, _uri(*_BUCKETS, "file")]
 PositiveInt = Annotated[int, Field(gt=0)]
 Resources = Annotated[
     dict[Text, Annotated[int | float, Field(ge=0)]],

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ from runs.layout import (
     step_of_use,
     use_key,
 )
-from utils.bucket import AlreadyExistsError, Store, join_uri, open_store, upload_directory
+from utils.bucket import AlreadyExistsError, DamagedError, Store, join_uri, open_store, upload_directory
 from utils.files import checksum, safe_join
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
@@ -203,7 +204,7 @@ def _steps_in_use(store: Store) -> set[int]:
 
 
 def restore(uri: str, directory: Path) -> Manifest:
-    """Bring a committed checkpoint to an empty local directory and verify every byte; a file that does not match is read twice.
+    """Bring a committed checkpoint to an empty local directory and verify every byte on its way.
 
     Raises:
         CheckpointError: it is not committed, or a file does not match its checksum.
@@ -211,15 +212,15 @@ def restore(uri: str, directory: Path) -> Manifest:
     """
     manifest = read_manifest(uri)
     store = open_store(uri)
-    named = {file.path for file in manifest.files}
-    stored = {item.key: item for item in store.list() if item.key in named}
-    store.download_many({item: safe_join(directory, item.key) for item in stored.values()})
-    again = [path for path in _damaged(manifest, directory) if path in stored]
-    store.download_many({stored[path]: safe_join(directory, path) for path in again})
-    damaged = _damaged(manifest, directory)
-    if damaged:
+    stored = {item.key: item for item in store.list()}
+    if missing := [file.path for file in manifest.files if file.path not in stored]:
+        raise _not_as_committed(uri, missing[0])
+    expected = {file.path: replace(stored[file.path], checksum=file.checksum) for file in manifest.files}
+    try:
+        store.download_many({item: safe_join(directory, path) for path, item in expected.items()})
+    except DamagedError as error:
         shutil.rmtree(directory, ignore_errors=True)
-        raise _not_as_committed(uri, damaged[0])
+        raise _not_as_committed(uri, error.key) from error
     return manifest
 
 

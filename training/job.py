@@ -59,6 +59,7 @@ from training.plan import ClusterError, RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import BucketError, open_store, uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
+from utils.node_cache import LIMIT_VARIABLE
 
 PROJECT = Path(__file__).parent.parent
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
@@ -297,10 +298,13 @@ def _join(address: str) -> None:
 
 
 def _runtime_environment() -> dict[str, Any]:
+    variables = {STATE_VARIABLE: str(state_directory())}  # a path: the keys themselves never travel
+    if limit := os.environ.get(LIMIT_VARIABLE):
+        variables[LIMIT_VARIABLE] = limit
     return {
         "working_dir": str(PROJECT),
         "excludes": ["/.venv", "/.git", "/.anneal", "/tests", "/benchmarks"],
-        "env_vars": {STATE_VARIABLE: str(state_directory())},  # a path: the keys themselves never travel
+        "env_vars": variables,
     }
 
 

@@ -17,7 +17,7 @@ from utils.files import BucketError, UnsafeKeyError, nearest_existing, safe_join
 from utils.fsspec_store import PACKAGES, FsspecStore
 from utils.local_store import LocalStore
 from utils.node_cache import NodeCopy
-from utils.s3 import CHECK, WORK, Patience, S3Store, split_s3
+from utils.s3 import CHECK, WORK, Patience, S3Store, split_s3, storage_options
 from utils.store import (
     AlreadyExistsError,
     DamagedError,
@@ -45,6 +45,7 @@ __all__ = [
     "join_uri",
     "missing_bytes",
     "open_store",
+    "storage_options",
     "sync_to_node",
     "upload_directory",
     "uses_embedded_bucket",
@@ -131,7 +132,7 @@ def find_objects(uri: str) -> list[tuple[str, str]]:
     """
     if is_remote(uri):
         parent_uri, name = _parent(uri)
-        parent = S3Store(parent_uri)
+        parent = _remote_store(parent_uri)
         found = parent.first(name) if name else None
         if found is not None and found.key == name:
             return [(uri, f"{found.size} {found.etag}")]

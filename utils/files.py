@@ -110,7 +110,7 @@ def format_bytes(count: int) -> str:
 
 def parse_bytes(written: str) -> int:
     """Return the bytes that people write: "1.5GiB", "200 GB", "1024". Raises ValueError."""
-    match = re.fullmatch(r"([0-9.]+) *(?:([KMGT]?)(i?)B)?", written.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([KMGT]?)(i?)B)?", written.strip())
     if not match:
         raise ValueError("write a number of bytes, or one with a unit, such as 200GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))

@@ -188,7 +188,7 @@ class FsspecStore:
             ),
             "",
         )
-        text = version.isoformat() if isinstance(version, datetime) else str(version)
+        text = str(version.timestamp() if isinstance(version, datetime) else version)
         return StoredObject(key, details["size"], f"{text}-{details['size']}")
 
     @contextmanager

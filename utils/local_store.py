@@ -88,7 +88,7 @@ class LocalStore:
                 checksums[item.key] = checksum(path)
             if item.checksum not in (None, checksums[item.key]):
                 path.unlink()
-                raise DamagedError(f"{self.uri_of(item.key)}: its content is not what was stored")
+                raise DamagedError(item.key, f"{self.uri_of(item.key)}: its content is not what was stored")
         return checksums
 
     def upload(self, path: Path, key: str) -> None:

@@ -1,6 +1,6 @@
 """A prefix of an S3 bucket as a store.
 
-Every bucket goes through boto3's standard chain of credentials and settings (AWS_ENDPOINT_URL_S3, AWS_PROFILE,
+Every bucket goes through botocore's standard chain of credentials and settings (AWS_ENDPOINT_URL_S3, AWS_PROFILE,
 AWS_CA_BUNDLE, AWS_REQUEST_CHECKSUM_CALCULATION, ...), except `s3://anneal`, which is the embedded bucket. So one process
 may use both.
 
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -116,6 +117,8 @@ class S3Store:
 
     def stored_checksum(self, item: StoredObject) -> str | None:
         """See transfer.Source. A checksum of parts' checksums is no use here."""
+        if self._client().meta.config.response_checksum_validation == "when_required":
+            return None  # storage is not to be asked
         head = self._head(item.key, ChecksumMode="ENABLED")
         if head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
             return None
@@ -380,10 +383,13 @@ class S3Store:
             return self._made_client
 
     def _make_client(self) -> Any:
-        # boto3 takes half a second to import: only those who use a bucket pay for it.
-        from boto3.session import Session
+        # botocore takes long to import: only those who use a bucket pay for it.
         from botocore.config import Config
         from botocore.handlers import add_expect_header
+        from botocore.session import get_session
+
+        session = get_session()
+        session.register_component("data_loader", _service_descriptions())
 
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
@@ -393,7 +399,7 @@ class S3Store:
         )
         if self.bucket == EMBEDDED_BUCKET:
             server = embedded_endpoint()
-            client = Session().client(
+            client = session.create_client(
                 "s3",
                 endpoint_url=server.endpoint,
                 region_name="us-east-1",
@@ -403,7 +409,7 @@ class S3Store:
             )
         else:
             try:
-                client = Session().client("s3", config=config)
+                client = session.create_client("s3", config=config)
             except ValueError as error:  # botocore's word for it
                 raise BucketError(
                     f"{self.uri}: {error}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL"
@@ -447,7 +453,7 @@ class S3Store:
             yield
         except FlexibleChecksumError as error:
             raise DamagedError(
-                f"{where}: it does not match the checksum that storage sent with it"
+                key, f"{where}: it does not match the checksum that storage sent with it"
             ) from error
         except _RefusedError as refused:
             raise _explain_refusal(refused.error, where, self.bucket) from refused.error
@@ -488,6 +494,25 @@ class _RefusedError(Exception):
     def __init__(self, error: Any, *, repeated: bool):
         super().__init__(str(error))
         self.error, self.code, self.repeated = error, _code(error), repeated
+
+
+@cache
+def _service_descriptions() -> Any:
+    # A tenth of a second to read, and the same for every client.
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
+def storage_options(uri: str) -> dict[str, str]:
+    """Return what s3fs needs (fsspec.open, datasets, pandas: `storage_options=`) to open an `s3://` URI as we do.
+
+    Nothing, as a rule: it goes through the same chain of settings and credentials. The embedded bucket has its own.
+    """
+    if split_s3(uri)[0] != EMBEDDED_BUCKET:
+        return {}
+    server = embedded_endpoint()
+    return {"endpoint_url": server.endpoint, "key": server.access_key, "secret": server.secret_key}
 
 
 def split_s3(uri: str) -> tuple[str, str]:

@@ -19,7 +19,11 @@ class AlreadyExistsError(BucketError):
 
 
 class DamagedError(BucketError):
-    """What arrived is not what was stored."""
+    """What arrived of the object `key` is not what was stored."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,9 @@ class _Download:
             for part in self._parts:
                 self._read(part)
             if wrong := self._what_is_wrong():
-                raise DamagedError(f"{wrong}. Store it again, or look for what changes data on the way here.")
+                raise DamagedError(
+                    self.item.key, f"{wrong}. Store it again, or look for what changes data on the way here."
+                )
         self._close()
         self._partial.replace(self._path)
 

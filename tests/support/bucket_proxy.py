@@ -50,6 +50,8 @@ class Request:
 class Fault:
     """What happens to requests of one method whose path ends with `key`: to a share of them, and to so many at most.
 
+    Where `header` is given, to those only that carry a header which begins like that.
+
     refuse: answered with `status` and `code`. lose: carried out, and the answer never comes. reset, truncate, stall: the connection is cut, closed, or silent for
     `seconds`, at byte `at` of the body (its middle, when not given). flip: one bit of that byte is another one. swap: the
     body is that of another object. The body is the answer's of a GET and the request's of a PUT.
@@ -58,6 +60,7 @@ class Fault:
     kind: Literal["refuse", "lose", "reset", "truncate", "stall", "flip", "swap"]
     method: str = "GET"
     key: str = ""
+    header: str = ""
     share: float = 1.0
     times: int | None = None
     at: int | None = None
@@ -171,6 +174,7 @@ class BucketProxy:
                 if (
                     fault.method == request.method
                     and request.path.endswith(fault.key)
+                    and any(name.startswith(fault.header) for name in request.headers)
                     and (request.method != "GET" or request.is_download or fault.kind in ("refuse", "lose"))
                     and (fault.times is None or fault.struck < fault.times)
                     and self._random.random() < fault.share

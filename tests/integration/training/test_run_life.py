@@ -2,11 +2,14 @@
 
 import json
 import os
+import secrets
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import peft
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,6 +123,46 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     assert looked_at.exit_code == 0
     assert looked_at.result["completed"] == result
     assert looked_at.result["steps"] == result["train_steps"]
+
+
+def test_no_secret_is_left_anywhere(files: Path, bucket: EmbeddedBucket, tmp_path: Path):
+    """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
+    secrets_given = {
+        "AWS_ACCESS_KEY_ID": bucket.access_key,
+        "AWS_SECRET_ACCESS_KEY": bucket.secret_key,
+        "HF_TOKEN": f"hf_{secrets.token_hex(17)}",
+        "WANDB_API_KEY": secrets.token_hex(20),
+    }
+    runs = f"s3://{bucket.bucket}/secrets-{secrets.token_hex(6)}"
+    config = write_yaml(
+        tmp_path / "quiet.yaml",
+        settings(files, lora_config={"r": 4}, storage_path=runs, max_steps=2, num_epochs=None)
+        | {"output_dir": str(tmp_path / "scratch")},
+    )
+    variables = secrets_given | {"AWS_ENDPOINT_URL_S3": bucket.endpoint, "AWS_REGION": "us-east-1"}
+    command_lines = ""
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray_directory:  # sockets want a short path
+        with started(config, variables | {"RAY_TMPDIR": ray_directory}) as job:
+            job.wait_for_line("… training")
+            family = psutil.Process(job.process.pid).children(recursive=True)
+            command_lines = "\n".join(" ".join(process.cmdline()) for process in family)
+            finished = job.end()
+        assert finished.exit_code == 0, finished.errors
+        written = {
+            str(path): path.read_bytes()
+            for directory in (Path(ray_directory), tmp_path)
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
+    assert any("raylet" in path for path in written), "Ray's logs are among them"
+    store = open_store(finished.result["run_uri"])
+    written |= {item.key: store.read(item.key) for item in store.list()}
+    written |= {
+        "command lines": command_lines.encode(),
+        "screen": (finished.output + finished.errors).encode(),
+    }
+    for name, secret in secrets_given.items():
+        assert [path for path, content in written.items() if secret.encode() in content] == [], name
 
 
 def test_a_full_parameter_run(files: Path, tmp_path: Path):

@@ -170,6 +170,20 @@ def test_another_object_in_its_place_is_refused_by_the_checksum_that_is_known(
     assert not list((tmp_path / "down").glob(f"*{key}*"))
 
 
+@pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C"])
+def test_the_checksum_that_others_stored_is_held_against_what_arrives(
+    uri: str, behind: Behind, tmp_path: Path, algorithm: str
+):
+    client = S3Store(uri)._client()
+    key = f"{uri.removeprefix(f's3://{BUCKET}/')}/others"
+    client.put_object(Bucket=BUCKET, Key=key, Body=LARGE, ChecksumAlgorithm=algorithm)
+    behind(Fault("flip", key="others", at=0))
+    store = S3Store(uri, IMPATIENT)
+    with pytest.raises(DamagedError, match=f"{algorithm.lower()}:.*{algorithm.lower()}:"):
+        store.download("others", tmp_path / "others")
+    assert not (tmp_path / "others").exists()
+
+
 def test_an_upload_damaged_on_its_way_is_refused_by_storage(uri: str, behind: Behind, tmp_path: Path):
     (tmp_path / "file").write_bytes(LARGE)
     behind(Fault("flip", "PUT", key="up"))

@@ -1,10 +1,12 @@
 """Both stores, and the sync to a node, against a real S3 server."""
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,8 +43,10 @@ SYNC = (
 )
 
 
-@pytest.fixture(params=["s3", "local"])
+@pytest.fixture(params=["s3", "local", "fsspec"])
 def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "fsspec":
+        return f"memory://{tmp_path.name}"
     return request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "store")
 
 
@@ -140,6 +144,25 @@ def test_a_directory_goes_up_and_comes_back_whole(store_uri: str, tmp_path: Path
     assert files_below(arrived) == expected
     store.delete(item.key for item in store.list())
     assert store.list() == []
+
+
+def test_transfers_in_a_row_leave_no_thread_and_no_descriptor_behind(bucket_uri: str, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(4):
+        (source / str(number)).write_bytes(os.urandom(1000))
+
+    def come_and_go(times: int) -> int:
+        for number in range(times):
+            store = open_store(f"{bucket_uri}/{number}")
+            upload_directory(source, store, "", [str(number) for number in range(4)])
+            store.download_many({item: tmp_path / "back" / item.key for item in store.list()})
+            store.delete(item.key for item in store.list())
+        gc.collect()
+        return threading.active_count() + len(list(Path("/proc/self/fd").iterdir()))
+
+    before = come_and_go(5)
+    assert come_and_go(50) < before + 10  # one more or less may be open at the moment
 
 
 def test_uploading_a_file_that_is_not_there(store_uri: str, tmp_path: Path):

@@ -158,7 +158,7 @@ def test_a_conflict_stands_at_its_key(write):
         (BASE + "lora_config: {learning_rate: 1}\n", "`learning_rate` stands at the top level"),
         (BASE + "deepspeed: {config_pth: a}\n", "did you mean `deepspeed.config_path`?"),
         (BASE + "run_name: 'a b'\n", "letters, digits"),
-        (BASE + "storage_path: gs://b/x\n", "gs:// is not supported"),
+        (BASE + "storage_path: hdfs://b/x\n", "hdfs:// is not supported"),
     ],
 )
 def test_bad_files_are_refused(write, text: str | bytes, words: str):

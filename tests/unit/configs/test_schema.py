@@ -136,7 +136,7 @@ def test_settings_that_go_together_are_taken(settings: dict[str, Any]):
         {"run_name": "a/b"},
         {"run_name": ".."},
         {"run_name": "ü"},
-        {"train_path": "gs://bucket/x"},
+        {"train_path": "hdfs://bucket/x"},
         {"train_path": "s3://"},
         {"train_path": "hf://models/x"},
         {"train_path": ""},

@@ -17,6 +17,8 @@ from utils.files import (
     file_lock,
     format_bytes,
     free_bytes,
+    parse_bytes,
+    refuse_clashes,
     safe_join,
     write_atomically,
 )
@@ -38,6 +40,7 @@ def test_checksum_is_the_standard_crc64nvme(tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(b"123456789")
     assert checksum(path) == checksum_bytes(b"123456789") == "crc64nvme:ae8b14860a799888"
+    assert (checksum(path, "crc32"), checksum(path, "crc32c")) == ("crc32:cbf43926", "crc32c:e3069283")
     path.write_bytes(os.urandom(9 * 1024 * 1024))  # more than one block
     assert checksum(path) == checksum_bytes(path.read_bytes())
 
@@ -48,6 +51,27 @@ def test_checksum_is_the_standard_crc64nvme(tmp_path: Path):
 )
 def test_format_bytes(count: int, text: str):
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1024", 1024), ("200GiB", 200 * 2**30), ("1.5 GB", 1_500_000_000), ("7B", 7)]
+)
+def test_parse_bytes(text: str, count: int):
+    assert parse_bytes(text) == count
+    for wrong in ("", "much", "GiB", "1 GiBs", "-1"):
+        with pytest.raises(ValueError, match="200GiB"):
+            parse_bytes(wrong)
+
+
+def test_keys_that_would_be_one_file_are_refused():
+    refuse_clashes(["a", "b/a", "b/c/a"])
+    for keys, said in (
+        (["B/x", "b/X"], "case only"),
+        (["b", "b/x"], "directory"),
+        (["B", "b/c/x"], "directory"),
+    ):
+        with pytest.raises(UnsafeKeyError, match=said):
+            refuse_clashes(keys)
 
 
 def test_free_bytes_of_what_does_not_exist_yet(tmp_path: Path):

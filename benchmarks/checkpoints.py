@@ -1,0 +1,190 @@
+"""What a checkpoint costs training: `make bench-checkpoints` prints how long it stands still, beside a synchronous upload.
+
+Each round commits the same 256 MB twice to the embedded bucket behind a proxy with a round trip of 30 ms and 90 MB/s for
+each connection: once waiting for it, once while steps go on. A stall is what the steps until the commit took, less what as
+many undisturbed ones take. Steps run on one thread; writing the files to the node's disk stands before both and is in
+neither. Then two hundred small checkpoints in a row, and what the process holds after the 20th and the last.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.report import spread, write_report
+from runs.layout import DataFingerprints, DataPosition, Manifest
+from tests.support.bucket_proxy import bucket_proxy
+from training import checkpoints
+from training.claims import claimed
+from training.commits import Commits, Saved
+from training.events import CheckpointCommitted
+from training.place import Place
+from utils.bucket import Store, open_store
+from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
+
+MB = 1024 * 1024
+FILES, FILE_BYTES, SMALL_FILE_BYTES = 4, 64 * MB, 64 * 1024
+LATENCY_SECONDS, BYTES_PER_SECOND = 0.03, 90e6
+UNDISTURBED_STEPS = 30
+SETTLED, IN_A_ROW = 20, 200
+BUCKET = "bench"
+ALONE = Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as temporary:  # the server may still be ending
+        directory = Path(temporary)
+        os.environ[STATE_VARIABLE] = str(directory / "bucket")
+        with embedded_bucket() as server:
+            os.environ |= {
+                "AWS_ACCESS_KEY_ID": server.access_key,
+                "AWS_SECRET_ACCESS_KEY": server.secret_key,
+                "AWS_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+                "AWS_ENDPOINT_URL_S3": server.endpoint,
+            }
+            create_bucket()
+            with bucket_proxy(
+                server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND
+            ) as proxy:
+                os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
+                measured = [stalls(directory, number) for number in range(rounds)]
+            os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
+            counts = growth(directory)
+    ratios = [round_["background_stall_seconds"] / round_["synchronous_seconds"] for round_ in measured]
+    write_report("checkpoints", {"stall_to_synchronous_upload": spread(ratios)}, measured, counts)
+
+
+def create_bucket() -> None:
+    from boto3.session import Session
+
+    Session().client("s3").create_bucket(Bucket=BUCKET)
+
+
+def stalls(directory: Path, number: int) -> dict[str, Any]:
+    """Seconds that training stands still for a checkpoint, waiting for it and not."""
+    store = open_store(f"s3://{BUCKET}/stalls-{number}")
+    train = a_step()
+    undisturbed = statistics.median(timed(train) for _ in range(UNDISTURBED_STEPS))
+    committed = threading.Event()
+    with commits_of(store, committed) as commits:
+        synchronous = timed(lambda: (commits.start(saved(directory, 1, FILE_BYTES)), commits.wait()))
+        committed.clear()
+        checkpoint = saved(directory, 2, FILE_BYTES)
+        began, steps = time.perf_counter(), 0
+        commits.start(checkpoint)
+        while not committed.is_set():
+            train()
+            steps += 1
+        stall = time.perf_counter() - began - steps * undisturbed
+    return {
+        "synchronous_seconds": synchronous,
+        "background_stall_seconds": stall,
+        "steps_meanwhile": steps,
+        "undisturbed_step_seconds": undisturbed,
+    }
+
+
+def growth(directory: Path) -> dict[str, float]:
+    """How much more the process holds after the last checkpoint than after an early one."""
+    store = open_store(f"s3://{BUCKET}/in-a-row")
+    held: dict[int, dict[str, float]] = {}
+    with commits_of(store, threading.Event()) as commits:
+        for step in range(1, IN_A_ROW + 1):
+            commits.start(saved(directory, step, SMALL_FILE_BYTES))
+            if step in (SETTLED, IN_A_ROW):
+                commits.wait()
+                held[step] = {
+                    "MB of memory": psutil.Process().memory_info().rss / MB,
+                    "threads": threading.active_count(),
+                    "descriptors": psutil.Process().num_fds(),
+                    "files on the node": len(list(directory.glob("checkpoint-*"))),
+                    "objects in the run": len(store.list()),
+                }
+    return {
+        f"{what} more after {IN_A_ROW} checkpoints than after {SETTLED}": held[IN_A_ROW][what]
+        - held[SETTLED][what]
+        for what in held[SETTLED]
+    }
+
+
+@contextmanager
+def commits_of(store: Store, committed: threading.Event) -> Iterator[Commits]:
+    def on_commit(_: CheckpointCommitted) -> None:
+        committed.set()
+
+    def waiting(owner: str) -> None:
+        raise AssertionError(f"{owner} has a run of this benchmark")
+
+    with (
+        claimed(store, waiting=waiting) as claim,
+        Commits(store, claim, ALONE, checkpoints.committed(store), keep=1, on_commit=on_commit) as commits,
+    ):
+        yield commits
+
+
+def saved(directory: Path, step: int, size: int) -> Saved:
+    """A checkpoint on the node's disk."""
+    place = directory / f"checkpoint-{step}"
+    place.mkdir()
+    for number in range(FILES):
+        (place / f"file-{number}.safetensors").write_bytes(os.urandom(size))
+    manifest = Manifest(
+        step=step,
+        epoch=0.0,
+        eval_loss=None,
+        world_size=1,
+        zero_stage=0,
+        config_hash="",
+        data=DataFingerprints(train="", valid=None),
+        data_position=DataPosition(epoch=0, steps_in_epoch=step, rows_seen=step),
+        parent=None,
+        created="",
+        versions={},
+        files=[],
+    )
+    return Saved(place, manifest, "", CheckpointCommitted(step, "", 0, 0, 0.0))
+
+
+def a_step() -> Any:
+    """A forward and backward pass of about 50 ms on a core."""
+    layer = torch.nn.Linear(1024, 1024)
+    batch = torch.randn(512, 1024)
+
+    def step() -> None:
+        hidden = batch
+        for _ in range(4):
+            hidden = layer(hidden)
+        hidden.sum().backward()
+
+    return step
+
+
+def timed(call: Any) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

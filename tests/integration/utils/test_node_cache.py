@@ -1,0 +1,112 @@
+"""What a node keeps of buckets: once, shared between versions, within a limit, never taken from a process that uses it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.bucket import BucketError, missing_bytes, open_store, sync_to_node
+from utils.files import checksum_bytes, file_lock
+from utils.node_cache import LIMIT_VARIABLE
+
+pytestmark = pytest.mark.timeout(60)
+KB = 1000
+HOLD = (
+    "import sys; from pathlib import Path; from utils.bucket import sync_to_node\n"
+    "print(sync_to_node(sys.argv[1], Path(sys.argv[2])), flush=True); sys.stdin.read()"
+)
+
+
+def sync_elsewhere(uri: str, cache: Path) -> Path:
+    """Bring a prefix in a process that ends: nobody holds it afterwards."""
+    with held_elsewhere(uri, cache) as process:
+        return Path(process.communicate()[0].strip())
+
+
+def held_elsewhere(uri: str, cache: Path) -> "subprocess.Popen[str]":
+    """A process that holds a prefix until its standard input is closed."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, uri, str(cache)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_changed_prefix_moves_only_what_changed(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("weights", os.urandom(500 * KB))
+    store.write("config.json", b"{}")
+    first = sync_to_node(bucket_uri, tmp_path)
+    store.write("config.json", b'{"new": 1}')
+    assert missing_bytes(bucket_uri, tmp_path) == 10
+    second = sync_to_node(bucket_uri, tmp_path)
+    assert (second / "config.json").read_bytes() == b'{"new": 1}'
+    assert (first / "config.json").read_bytes() == b"{}"
+    assert (first / "weights").samefile(second / "weights")
+
+
+def test_the_marker_holds_every_checksum(bucket_uri: str, tmp_path: Path):
+    open_store(bucket_uri).write("weights", b"12345")
+    copy = sync_to_node(bucket_uri, tmp_path)
+    ready = json.loads((copy.parents[1] / "ready.json").read_bytes())
+    assert [(entry["key"], entry["checksum"]) for entry in ready["objects"]] == [
+        ("weights", checksum_bytes(b"12345"))
+    ]
+
+
+def test_a_copy_of_before_a_reboot_is_verified_once(bucket_uri: str, tmp_path: Path):
+    open_store(bucket_uri).write("weights", b"12345")
+    copy = sync_to_node(bucket_uri, tmp_path)
+    marker = copy.parents[1] / "ready.json"
+    today = marker.read_text()
+    before = json.dumps(json.loads(today) | {"boot": "another"})
+    marker.write_text(before)
+    assert sync_to_node(bucket_uri, tmp_path) == copy
+    assert json.loads(marker.read_text()) == json.loads(today)
+    marker.write_text(before)
+    (copy / "weights").write_bytes(b"1\0\0\0\0")  # of the right size, as a file is that the power cut short
+    assert (sync_to_node(bucket_uri, tmp_path) / "weights").read_bytes() == b"12345"
+
+
+def test_the_least_recently_used_goes_and_what_is_held_stays(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("oldest", "held", "used", "new"):
+        open_store(f"{bucket_uri}/{name}").write("weights", os.urandom(100 * KB))
+    monkeypatch.setenv(LIMIT_VARIABLE, "300 KB")
+    with held_elsewhere(f"{bucket_uri}/held", tmp_path) as holder:
+        assert holder.stdout
+        held = Path(holder.stdout.readline().strip())
+        oldest, used = (sync_elsewhere(f"{bucket_uri}/{name}", tmp_path) for name in ("oldest", "used"))
+        sync_elsewhere(f"{bucket_uri}/oldest", tmp_path)  # not the oldest any more
+        new = sync_elsewhere(f"{bucket_uri}/new", tmp_path)
+        assert [path.exists() for path in (held, oldest, used, new)] == [True, True, False, True]
+        # Held by nobody but needed now: the limit gives way, a run does not.
+        monkeypatch.setenv(LIMIT_VARIABLE, "1KB")
+        assert sync_elsewhere(f"{bucket_uri}/used", tmp_path) == used
+        assert [path.exists() for path in (held, oldest, used, new)] == [True, False, True, False]
+
+
+def test_what_this_process_has_synced_it_holds(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("first", "second"):
+        open_store(f"{bucket_uri}/{name}").write("weights", os.urandom(100 * KB))
+    monkeypatch.setenv(LIMIT_VARIABLE, "100KB")
+    first = sync_to_node(f"{bucket_uri}/first", tmp_path)
+    lock = first.parents[1].with_name(f"{first.parents[1].name}.lock")
+    with pytest.raises(BlockingIOError), file_lock(lock, blocking=False):
+        pass
+    sync_elsewhere(f"{bucket_uri}/second", tmp_path)
+    assert first.exists()
+
+
+def test_a_limit_that_is_no_size_is_refused(bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    open_store(bucket_uri).write("weights", b"1")
+    monkeypatch.setenv(LIMIT_VARIABLE, "much")
+    with pytest.raises(BucketError, match=f"{LIMIT_VARIABLE}=much: write a number of bytes"):
+        sync_to_node(bucket_uri, tmp_path)
