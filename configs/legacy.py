@@ -207,15 +207,17 @@ def _classifier_config(migration: Migration, value: Any) -> None:
     path = ("classifier_config",)
     if not isinstance(value, dict):
         return
-    if value.get("eval_metrics"):
-        migration.refuse(
-            (*path, "eval_metrics"), "cannot be computed: a run reports the evaluation loss; leave it out"
-        )
-        migration.not_run((*path, "eval_metrics"))
-    elif "eval_metrics" in value:
-        migration.no_effect((*path, "eval_metrics"), "a run reports the evaluation loss")
     if "eval_metrics" in value:
-        migration.take((*path, "eval_metrics"))
+        below = (*path, "eval_metrics")
+        asked = value["eval_metrics"] if isinstance(value["eval_metrics"], list) else [value["eval_metrics"]]
+        if others := [shown(name) for name in asked if name not in (None, "accuracy", "f1")]:
+            migration.refuse(
+                below, f"cannot be {', '.join(others)}: accuracy and F1 are reported; leave it out"
+            )
+            migration.not_run(below)
+        else:
+            migration.no_effect(below, "accuracy and F1 are always reported")
+        migration.take(below)
     _infer_task(migration, path, "classification")
 
 

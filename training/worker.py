@@ -142,6 +142,8 @@ def _prepare_process(plan: RunPlan, place: Place) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, place) / f"unsloth-{place.rank}")
+    if plan.config.task == "classification":
+        os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # evaluation looks at them
     if plan.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch

@@ -45,6 +45,15 @@ def save_model(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def put_rows(home: str, **files: str) -> None:
+    """Write JSONL files of these names into the embedded bucket, where they do not lie there already."""
+    with embedded_bucket():
+        store = open_store(home)
+        for name, content in files.items():
+            if store.read_if_exists(f"{name}.jsonl") != content.encode():
+                store.write(f"{name}.jsonl", content.encode())
+
+
 def main() -> None:
     """Put model and data into the bucket, the last file last."""
     with embedded_bucket():
@@ -62,14 +71,12 @@ def main() -> None:
                 files.remove("tokenizer.json")
                 upload_directory(Path(temporary), store, "smollm2-135m/", files)
                 upload_directory(Path(temporary), store, "smollm2-135m/", ["tokenizer.json"])
-        for name, kinds, rows, seed in (
-            ("train", TRAIN_KINDS, TRAIN_ROWS, 1),
-            ("valid", VALID_KINDS, VALID_ROWS, 2),
-        ):
-            content = write_problems(kinds, rows, seed).encode()
-            if store.read_if_exists(f"{name}.jsonl") != content:
-                store.write(f"{name}.jsonl", content)
-        print(f"quickstart: model and data lie in {HOME}", file=sys.stderr)
+    put_rows(
+        HOME,
+        train=write_problems(TRAIN_KINDS, TRAIN_ROWS, 1),
+        valid=write_problems(VALID_KINDS, VALID_ROWS, 2),
+    )
+    print(f"quickstart: model and data lie in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

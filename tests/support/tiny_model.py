@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cookbooks.preference_tuning.prepare import write_pairs
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
 
 CHAT_TEMPLATE = (
@@ -65,4 +66,12 @@ def write_data(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -
     train, valid = directory / "train.jsonl", directory / "valid.jsonl"
     train.write_text(write_problems(TRAIN_KINDS, train_rows, 1))
     valid.write_text(write_problems(VALID_KINDS, valid_rows, 2))
+    return train, valid
+
+
+def write_pairs_of(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -> tuple[Path, Path]:
+    """Worked answers against bare results as JSONL: (train, valid)."""
+    train, valid = directory / "train-pairs.jsonl", directory / "valid-pairs.jsonl"
+    train.write_text(write_pairs(TRAIN_KINDS, train_rows, 1))
+    valid.write_text(write_pairs(VALID_KINDS, valid_rows, 2))
     return train, valid

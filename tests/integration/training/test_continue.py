@@ -1,6 +1,7 @@
 """What was trained goes on: adapters, full weights, whole trainer states; what may not change is refused with the difference."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
@@ -25,6 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("continue")
     make_model(directory / "model")
     write_data(directory, train_rows=40, valid_rows=11)
+    write_pairs_of(directory, train_rows=24, valid_rows=11)
     (directory / "more").mkdir()
     write_data(directory / "more", train_rows=24, valid_rows=3)
     return directory
@@ -98,6 +100,47 @@ def test_an_adapter_goes_on_from_where_its_run_was_best(
     trained = model.peft_config["default"]
     assert isinstance(trained, peft.LoraConfig)
     assert (trained.r, trained.lora_alpha, set(trained.target_modules or ())) == (4, 8, {"q_proj", "v_proj"})
+
+
+def preferring(files: Path, name: str, **more: Any) -> dict[str, Any]:
+    """The result of a preference tuning of this name."""
+    config = settings(
+        files,
+        run_name=name,
+        task="preference_tuning",
+        train_path=str(files / "train-pairs.jsonl"),
+        valid_path=str(files / "valid-pairs.jsonl"),
+        **more,
+    )
+    finished = run_main(write_yaml(files / f"{name}.yaml", config), "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+def test_preferences_are_tuned_against_the_adapter_that_they_start_from(
+    files: Path, adapter_run: dict[str, Any]
+):
+    """At first the adapter is its own reference: every reward is 0, and the loss log 2. The reference is in no checkpoint."""
+    result = preferring(files, "preferring", initial_adapter_model_ckpt_path="run:first", learning_rate=1e-3)
+    first, *_, last = result["eval_losses"]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["figures"]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["figures"]["rewards/margins"] > 0.01
+    checkpoint = Path(result["last_checkpoint"])
+    assert not list(checkpoint.glob("reference*"))
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    assert list(peft.PeftModel.from_pretrained(base, checkpoint).peft_config) == ["default"]
+
+
+def test_a_preference_tuning_is_lengthened_with_its_whole_state(files: Path):
+    """It ends as one that was as long from the start: the reference is the base in both."""
+    lora = {"lora_config": {"r": 4}, "learning_rate": 1e-2}
+    preferring(files, "preferring-short", num_epochs=1, **lora)
+    longer = preferring(files, "preferring-longer", resume_from_checkpoint="run:preferring-short", **lora)
+    at_once = preferring(files, "preferring-at-once", **lora)
+    assert longer["train_steps"] == at_once["train_steps"] == 6
+    assert longer["eval_losses"] == at_once["eval_losses"]
 
 
 @pytest.mark.parametrize("way", ["name", "run", "checkpoint"])

@@ -1,14 +1,17 @@
-"""Every cookbook that goes on from an earlier run, in the order that its README gives, on a tiny model and rows like theirs."""
+"""The cookbooks that run on a machine without a GPU, in the order that their READMEs give, on a tiny model and rows like theirs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cookbooks.causal_lm.prepare import write_texts
+from cookbooks.classification.prepare import TOPICS, write_topics
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
 from tests.support.jobs import PROJECT, run_main
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model, write_data, write_pairs_of
 
 CONTINUE = PROJECT / "cookbooks" / "continue_from_checkpoint"
 RESUME = PROJECT / "cookbooks" / "resume_from_adapter"
@@ -23,6 +26,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cookbooks")
     make_model(directory / "model")
     write_data(directory, train_rows=16, valid_rows=4)
+    write_pairs_of(directory, train_rows=32, valid_rows=8)
+    (directory / "texts.jsonl").write_text(write_texts(TRAIN_KINDS, 64, 1))
+    (directory / "valid-texts.jsonl").write_text(write_texts(VALID_KINDS, 8, 2))
+    (directory / "topics.jsonl").write_text(write_topics(48, 1))
+    (directory / "valid-topics.jsonl").write_text(write_topics(12, 2))
     _write_questions(directory / "questions.jsonl", write_problems(TRAIN_KINDS, 16, 1))
     _write_questions(directory / "valid-questions.jsonl", write_problems(VALID_KINDS, 4, 1))
     return directory
@@ -108,3 +116,29 @@ def test_a_curriculum(files: Path):
         stages[0]["best_checkpoint"],
         stages[1]["best_checkpoint"],
     ]
+
+
+def test_preference_tuning(files: Path):
+    """It learns to tell the answers apart, from where it is its own reference."""
+    yaml = PROJECT / "cookbooks" / "preference_tuning" / "smollm2-135m.yaml"
+    first, *_, last = run(files, yaml, train="train-pairs.jsonl", valid="valid-pairs.jsonl")["eval_losses"]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["figures"]["rewards/margins"] > 0
+
+
+def test_causal_lm(files: Path):
+    yaml = PROJECT / "cookbooks" / "causal_lm" / "smollm2-135m.yaml"
+    result = run(files, yaml, train="texts.jsonl", valid="valid-texts.jsonl")
+    assert result["eval_losses"][-1]["eval_loss"] < result["eval_losses"][0]["eval_loss"]
+    assert result["trained_tokens"] == result["tokens"] - 64  # all but the first of each row
+
+
+def test_classification(files: Path):
+    """Labels that were no likelier than any other token become what the model writes."""
+    yaml = PROJECT / "cookbooks" / "classification" / "smollm2-135m.yaml"
+    result = run(files, yaml, train="topics.jsonl", valid="valid-topics.jsonl")
+    first, *_, last = result["eval_losses"]
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["figures"]["accuracy"] >= 1 / len(TOPICS)
+    assert 0 < last["figures"]["f1"] <= 1

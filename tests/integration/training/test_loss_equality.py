@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model, write_data, write_pairs_of
 
 # Eight rows a step in every one; the batch sizes of evaluation differ on purpose.
 SPREADS: dict[str, dict[str, Any]] = {
@@ -36,15 +36,28 @@ SPREADS: dict[str, dict[str, Any]] = {
     },
     "unsloth": {"num_devices": 2, "train_batch_size_per_device": 4, "kernels": "unsloth"},
 }
+PAIRS: dict[str, Any] = {
+    "task": "preference_tuning",
+    "train_path": "train-pairs.jsonl",
+    "valid_path": "valid-pairs.jsonl",
+    "learning_rate": 1e-3,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 4}},
     "full": {},
     "packed": {"lora_config": {"r": 4}, "packing": True, "context_length": 180},
+    "dpo_lora": {"lora_config": {"r": 4}} | PAIRS,
+    "dpo_full": PAIRS,
 }
 OTHER_SPREADS = [name for name in SPREADS if name != "one"]
 CELLS = [(method, spread) for method in ("lora", "full") for spread in OTHER_SPREADS] + [
     ("packed", "ddp"),
     ("packed", "zero_2"),
+    ("dpo_lora", "ddp"),
+    ("dpo_lora", "zero_2"),
+    ("dpo_lora", "zero_3"),
+    ("dpo_full", "zero_2"),
+    ("dpo_full", "zero_3"),
 ]
 
 
@@ -54,6 +67,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(directory / "model")
     # 76 rows are 9.5 steps an epoch: the last step of the first epoch is a short one.
     write_data(directory, train_rows=76, valid_rows=11)
+    write_pairs_of(directory, train_rows=76, valid_rows=11)
     return directory
 
 
@@ -65,7 +79,9 @@ def train(files: Path, name: str, settings: dict[str, Any]) -> tuple[list[float]
         "learning_rate": 1e-2,
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 5},
     }
-    finished = run_main(write_yaml(files / f"{name}.yaml", config | settings), "--json")
+    config |= settings
+    config |= {key: str(files / config[key]) for key in ("train_path", "valid_path")}
+    finished = run_main(write_yaml(files / f"{name}.yaml", config), "--json")
     assert finished.exit_code == 0, finished.errors
     metrics = read_metrics(files / "runs" / name)
     losses = [entry["loss"] for entry in metrics if "loss" in entry]

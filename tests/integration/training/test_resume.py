@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from runs.layout import MANIFEST_FILE, checkpoint_key
 from tests.support.faults import Trap, injection, trapping_proxy
 from tests.support.jobs import Job, started, write_yaml
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from training.checkpoints import committed
 from training.data.batches import PADDING_ROW
 from utils.bucket import join_uri, open_store, sync_to_node
@@ -38,6 +38,11 @@ pytestmark = pytest.mark.timeout(900)
 ROWS, ROWS_PER_STEP, STEPS_PER_EPOCH, EPOCHS, INTERVAL = 43, 8, 6, 2, 2
 STEPS = EPOCHS * STEPS_PER_EPOCH
 PACKED_TOKENS = 60
+KEYS: dict[str, dict[str, Any]] = {
+    "train": {},
+    "packed": {"packing": True, "context_length": PACKED_TOKENS},
+    "pairs": {"task": "preference_tuning"},
+}
 FIGURES = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
 DROPOUT = 0.1
 
@@ -69,11 +74,11 @@ class Shape:
     accumulation: int
     workers: int
     parallelism: str
-    packing: bool = False
+    rows: str = "train"
+    """The file that it trains on; see KEYS."""
 
     def __str__(self) -> str:
-        packed = "-packed" if self.packing else ""
-        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}{packed}"
+        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}-{self.rows}"
 
     @property
     def model_file(self) -> str:
@@ -98,12 +103,17 @@ GRID = [
     for method, accumulation, workers, parallelism, epoch in product(
         ("lora", "full"), (1, 4), (1, 2), ("ddp", "zero_2"), (1, 2)
     )
-] + [Chain(Shape("lora", 4, 2, "ddp", packing=True), 2, tuple(Kill))]
+] + [
+    Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, tuple(Kill)),
+    Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, tuple(Kill)),
+    Chain(Shape("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
+]
 SAMPLE = [
     Chain(Shape("lora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
     Chain(Shape("lora", 4, 2, "ddp"), 2, (Kill.AFTER_STEP,)),
-    Chain(Shape("lora", 4, 2, "ddp", packing=True), 2, (Kill.AFTER_STEP,)),
+    Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP,)),
+    Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, (Kill.AFTER_STEP,)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")
@@ -137,11 +147,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = directory / "full" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": DROPOUT}))
     write_data(directory, train_rows=ROWS, valid_rows=3)
-    _write_pairs_of_a_length(directory / "packed.jsonl", directory / "lora")
+    train_pairs, _ = write_pairs_of(directory, train_rows=ROWS, valid_rows=3)
+    train_pairs.rename(directory / "pairs.jsonl")
+    _write_rows_of_a_length(directory / "packed.jsonl", directory / "lora")
     return directory
 
 
-def _write_pairs_of_a_length(path: Path, model: Path) -> None:
+def _write_rows_of_a_length(path: Path, model: Path) -> None:
     """Rows of which any two fill a sequence of PACKED_TOKENS, and no three: ROWS sequences."""
     sums = [(10 + row, 99 - row) for row in range(2 * ROWS)]
     chats = [
@@ -187,8 +199,8 @@ class Run:
             self.place / "run.yaml",
             {
                 "model_id": str(files / shape.method),
-                "train_path": str(files / ("packed.jsonl" if shape.packing else "train.jsonl")),
-                "valid_path": str(files / "valid.jsonl"),
+                "train_path": str(files / f"{shape.rows}.jsonl"),
+                "valid_path": str(files / ("valid-pairs.jsonl" if shape.rows == "pairs" else "valid.jsonl")),
                 "storage_path": storage,
                 "run_name": name,
                 "output_dir": str(self.scratch),
@@ -206,7 +218,7 @@ class Run:
             }
             | ({"lora_config": {"r": 4, "lora_dropout": DROPOUT}} if shape.method == "lora" else {})
             | ({"deepspeed": shape.parallelism} if shape.parallelism != "ddp" else {})
-            | ({"packing": True, "context_length": PACKED_TOKENS} if shape.packing else {}),
+            | KEYS[shape.rows],
         )
 
     @property

@@ -223,11 +223,17 @@ def test_what_cannot_be_done_is_a_refusal(load, text: str, key: str, words: str)
     assert len(loaded.warnings) == 1
 
 
-def test_metrics_of_a_classifier_are_refused(load):
+@pytest.mark.parametrize(
+    ("metrics", "refused"), [("[accuracy, f1]", False), ("accuracy", False), ("[accuracy, prauc]", True)]
+)
+def test_metrics_of_a_classifier(load, metrics: str, refused: bool):
     text = "model_id: a\ntrain_path: b\ntask: classification\n"
-    loaded = load(text + "classifier_config:\n  label_tokens: [a, b]\n  eval_metrics: [accuracy]\n")
-    [refusal] = without_path(loaded.refusals)
-    assert refusal.startswith("6: `classifier_config.eval_metrics`")
+    loaded = load(text + f"classifier_config:\n  label_tokens: [a, b]\n  eval_metrics: {metrics}\n")
+    assert any("`classifier_config.eval_metrics`" in warning for warning in loaded.warnings)
+    refusals = without_path(loaded.refusals)
+    assert bool(refusals) == refused
+    if refused:
+        assert refusals[0].startswith("6: `classifier_config.eval_metrics` cannot be 'prauc'")
 
 
 @pytest.mark.parametrize(

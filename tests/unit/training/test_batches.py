@@ -93,3 +93,11 @@ def test_packs_hold_each_row_once_and_nothing_that_is_too_long(lengths: list[int
     # Else the two emptiest would be one.
     assert len(loads) == 1 or loads[0] + loads[1] > 60
     assert pack(lengths, 60) == packs
+
+
+def test_the_rows_of_a_step_are_those_of_its_packs():
+    packs = pack(LENGTHS, 400)
+    order = Order(BatchShape(len(packs), 2, 1, 2), 1, packs=packs)
+    taken = [row for step in range(1, order.shape.steps_per_epoch + 1) for row in order.rows_of_step(step)]
+    assert sorted(taken) == list(range(ROWS))
+    assert order.rows_of_step(1) == [row for sequence in order.step(1) for row in packs[sequence]]

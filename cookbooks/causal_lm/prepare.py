@@ -1,0 +1,41 @@
+"""Fill the embedded bucket with made-up plain text: word problems with their answers, without any roles.
+
+    python cookbooks/causal_lm/prepare.py
+
+The model is the quickstart's: `make quickstart` brings it.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cookbooks.quickstart.prepare import put_rows
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem
+
+HOME = "s3://anneal/causal_lm"
+TRAIN_ROWS, VALID_ROWS = 512, 64
+
+
+def write_texts(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
+    """`count` rows of JSONL text, the kinds taking turns."""
+    generator = random.Random(seed)
+    texts = ["\n".join(kinds[index % len(kinds)](generator)) for index in range(count)]
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def main() -> None:
+    """Put the texts into the bucket."""
+    put_rows(
+        HOME,
+        train=write_texts(TRAIN_KINDS, TRAIN_ROWS, 1),
+        valid=write_texts(VALID_KINDS, VALID_ROWS, 2),
+    )
+    print(f"causal_lm: the texts lie in {HOME}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

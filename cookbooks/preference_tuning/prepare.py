@@ -1,0 +1,51 @@
+"""Fill the embedded bucket with made-up pairs: word problems with worked answers, and with bare results.
+
+    python cookbooks/preference_tuning/prepare.py
+
+The model is the quickstart's: `make quickstart` brings it.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cookbooks.quickstart.prepare import put_rows
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem
+
+HOME = "s3://anneal/preference_tuning"
+TRAIN_ROWS, VALID_ROWS = 128, 32
+
+
+def write_pairs(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
+    """`count` rows of JSONL pairs, the kinds taking turns. The chosen answer shows how it got to its result, the rejected does not."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        question, worked = kinds[index % len(kinds)](generator)
+        result = worked.rpartition("#### ")[2]
+        bare = generator.choice([f"It is {result}.", f"The answer is {result}.", f"{result}"])
+        pair = {
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": worked}],
+            "rejected": [{"role": "assistant", "content": bare}],
+        }
+        rows.append(json.dumps(pair) + "\n")
+    return "".join(rows)
+
+
+def main() -> None:
+    """Put the pairs into the bucket."""
+    put_rows(
+        HOME,
+        train=write_pairs(TRAIN_KINDS, TRAIN_ROWS, 1),
+        valid=write_pairs(VALID_KINDS, VALID_ROWS, 2),
+    )
+    print(f"preference_tuning: the pairs lie in {HOME}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

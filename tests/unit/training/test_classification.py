@@ -1,0 +1,68 @@
+"""Which label a model writes, and what is reported of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from training.data.labels import label_tokens
+from training.data.prepare import IGNORED
+from training.data.sources import DataError
+from training.trainers import ClassificationTrainer, written_label
+
+LABELS = [[5, 7], [5, 8], [6]]
+
+
+def scores(*likeliest: int) -> torch.Tensor:
+    """Of ten tokens at each place: one of them is the likeliest."""
+    table = torch.zeros(len(likeliest), 10)
+    for place, token in enumerate(likeliest):
+        table[place, token] = 1.0
+    return table
+
+
+@pytest.mark.parametrize(
+    ("right", "likeliest", "written"),
+    [
+        ([5, 7], (5, 7), 0),
+        ([5, 7], (5, 8), 1),
+        ([5, 8], (5, 8), 1),
+        ([5, 8], (6, 8), 2),
+        ([6], (6,), 2),
+        ([6], (5,), 0),  # or 1: they begin alike
+        ([6], (9,), 0),  # a token that begins no label does not count; all others are equally likely
+    ],
+)
+def test_the_label_is_the_likeliest_of_those_that_may_be_written(
+    right: list[int], likeliest: tuple[int, ...], written: int
+):
+    assert written_label(scores(*likeliest), right, LABELS) == written
+
+
+def test_accuracy_and_f1():
+    """By hand. Right: a a b c, written: a b b b. F1 of a is 2/3, of b 1/2, of c 0."""
+    trainer: Any = ClassificationTrainer.__new__(ClassificationTrainer)
+    trainer.label_tokens = [*LABELS, [9]]  # the last one occurs nowhere and counts for nothing
+    taken_for = torch.zeros(4, 4)
+    for right, written in [(0, 0), (0, 1), (1, 1), (2, 1)]:
+        taken_for[right, written] += 1
+    figures = trainer.figures([4.0, 2.0, *taken_for.flatten().tolist()])
+    assert figures == pytest.approx({"loss": 2.0, "accuracy": 0.5, "f1": (2 / 3 + 1 / 2 + 0) / 3})
+
+
+def rows(*labels: tuple[int, list[int]]) -> Dataset:
+    return Dataset.from_list(
+        [{"label": label, "labels": [IGNORED, IGNORED, *tokens]} for label, tokens in labels]
+    )
+
+
+def test_tokens_of_labels_come_from_the_rows():
+    """Of training or validation, in the order of the YAML; a label that no row has is none."""
+    sources = [rows((2, [6]), (0, [5, 7]), (2, [6])), rows((1, [5, 8]))]
+    assert label_tokens(sources, ["a", "b", "c", "never"]) == LABELS
+
+
+def test_a_label_that_begins_another_is_refused():
+    with pytest.raises(DataError, match="'10' begins with the tokens of '1'"):
+        label_tokens([rows((0, [5]), (1, [5, 8]))], ["1", "10"])
