@@ -152,7 +152,7 @@ def test_a_conflict_stands_at_its_key(write):
         (BASE + "seed: " + "9" * 5000 + "\n", "`seed` is '9999"),
         (BASE + "learning_rate: 1e999\n", "a finite number"),
         (BASE + "worker_resources:\n  memory: lots\n", ":4: worker_resources: `memory` is a number of bytes"),
-        (BASE + "columns: {answer: a}\n", "write one of prompt, completion"),
+        (BASE + "columns: {answer: a}\n", "write one of messages, conversations"),
         (BASE + "logger: {provider: neptune}\n", "`provider: wandb`"),
         (BASE + "logger: {}\n", "`provider: wandb`"),
         (BASE + "lora_config: {learning_rate: 1}\n", "`learning_rate` stands at the top level"),
