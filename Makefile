@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume lint format lock bench-overhead bench-resume clean
+.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume fuzz bench-data lint format lock bench-overhead bench-resume clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU
 test: setup-dev  ## run the tests
 	$(BIN)/python -m pytest tests
 
+fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refused with a place (minutes)
+	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py
+
 test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour)
 	RESUME_GRID=1 $(BIN)/python -m pytest tests/integration/training/test_resume.py
 
@@ -76,6 +79,9 @@ format: setup-dev  ## rewrite the Python files as the linter wants them
 
 bench-overhead: setup  ## measure what Anneal costs beside the bare trainer
 	$(BIN)/python benchmarks/overhead.py
+
+bench-data: setup  ## measure how fast rows are prepared beside datasets.map
+	$(BIN)/python benchmarks/data.py
 
 bench-resume: setup  ## measure what it costs to send a killed run again
 	$(BIN)/python benchmarks/resume.py

@@ -90,8 +90,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     from training.checkpoints import CheckpointError
     from training.claims import ClaimError
+    from training.data.report import to_html
     from training.data.sources import DataError
-    from training.display import Watch, show_completed, show_error, show_plan, show_result
+    from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
     from training.models.files import ModelError
     from training.plan import (
         ClusterError,
@@ -103,6 +104,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from training.strategy import StrategyError
     from utils.bucket import BucketError
     from utils.embedded_bucket import embedded_bucket
+    from utils.files import write_atomically
 
     output, progress = open_consoles()
     screen = progress if options.json else output
@@ -123,6 +125,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
             if report.completed:
                 show_completed(screen)
             if options.dry_run:
+                page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
+                write_atomically(page, to_html(report, report.run_name).encode())
+                show_page(screen, page)
                 print_json(output, report.model_dump_json(), options)
                 return DONE
             if report.completed:
@@ -131,7 +136,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 watch.phase("starting the workers")
                 from training.job import run_job
 
-                result = run_job(plan, prepared, began=began, driver_log=driver_log, on_event=watch.on_event)
+                result = run_job(
+                    plan, prepared, report, began=began, driver_log=driver_log, on_event=watch.on_event
+                )
     except (
         ConfigError,
         StrategyError,

@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -17,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from runs.layout import RunResult
-from training.data.prepare import DataSummary
+from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
 from training.events import CheckpointCommitted, Evaluated, Event, ModelReady, Phase, Refused, StepDone
 from training.plan import PlanReport
 
 _SECONDS_BETWEEN_LINES = 10
+_BAR_WIDTH = 40
 
 
 def show_plan(console: Console, report: PlanReport) -> None:
@@ -31,8 +33,13 @@ def show_plan(console: Console, report: PlanReport) -> None:
         ("run", report.run_name),
         ("model", f"{report.model} ({report.architecture}, {report.parameters:,} parameters)"),
         ("trainable", f"{report.trainable_parameters:,} parameters ({trained:.2%})"),
-        ("training rows", _describe(report.train)),
-        ("validation rows", _describe(report.valid) if report.valid else "none"),
+        ("training rows", describe_rows(report.train)),
+        ("", describe_tokens(report.train)),
+        ("lengths", describe_lengths(report.train)),
+        ("lost", describe_loss(report.train, report.limit)),
+        ("padding", f"{report.padding_waste:.1%} of the tokens of an epoch"),
+        ("validation rows", describe_rows(report.valid) if report.valid else "none"),
+        *([("", describe_tokens(report.valid))] if report.valid else []),
         (
             "steps",
             f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.sequences_per_step:,} {'packs' if report.packing else 'rows'} a step)",
@@ -50,12 +57,35 @@ def show_plan(console: Console, report: PlanReport) -> None:
     rows.append(("results go to", report.run_uri))
     _print_facts(console, rows)
     console.print()
-    console.print(Text("Rows, with what is trained on marked:", style="bold"))
+    _print_histogram(console, report)
+    console.print(
+        Text("The first row, one from the middle and the last, with what is trained on marked:", style="bold")
+    )
     for example in report.train.examples:
         console.print(mark_example(example, colour=console.is_terminal), soft_wrap=True)
         console.print()
     for warning in report.warnings:
         show_warning(console, warning)
+
+
+def _print_histogram(console: Console, report: PlanReport) -> None:
+    console.print(Text("Tokens a training row, before anything is cut:", style="bold"))
+    most = max(report.train.lengths.counts)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column()
+    for edge, (label, count) in zip(report.train.lengths.edges, bars(report.train), strict=True):
+        over = report.limit is not None and edge >= report.limit
+        bar = Text("█" * round(_BAR_WIDTH * count / most) or ("▏" if count else ""))
+        table.add_row(label, f"{count:,}", bar.append(" over the limit") if over and count else bar)
+    console.print(table)
+    console.print()
+
+
+def show_page(console: Console, page: Path) -> None:
+    """Where the same can be looked at in a browser."""
+    _print_facts(console, [("data report", str(page))])
 
 
 def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
@@ -212,7 +242,3 @@ def _listed(figures: Mapping[str, float]) -> str:
 
 def _short(figure: str) -> str:
     return figure.removeprefix("rewards/")
-
-
-def _describe(summary: DataSummary) -> str:
-    return f"{summary.rows:,} rows, {summary.tokens:,} tokens, {summary.trained_tokens:,} trained; longest {summary.longest:,}"

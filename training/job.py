@@ -26,8 +26,11 @@ from runs.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
     CURVE_FILE,
+    DATA_PAGE_FILE,
+    DATA_REPORT_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    SKIPPED_ROWS_FILE,
     Claim,
     EvalLoss,
     Manifest,
@@ -38,7 +41,8 @@ from runs.layout import (
 )
 from training import checkpoints
 from training.claims import claimed
-from training.data.prepare import PreparedData, keep_prepared
+from training.data.prepare import SKIPPED_FILE, PreparedData, keep_prepared
+from training.data.report import DataReport, to_html
 from training.events import CheckpointCommitted, Event, EventMailbox, ModelReady, Phase, Refused, StepDone
 from training.models.files import first_line
 from training.plan import ClusterError, RunPlan
@@ -60,6 +64,7 @@ _CPU_ALLOCATOR = {
 def run_job(
     plan: RunPlan,
     prepared: Sequence[PreparedData],
+    report: DataReport,
     *,
     began: float,
     driver_log: Path,
@@ -70,6 +75,7 @@ def run_job(
     Args:
         plan: What to do.
         prepared: The rows' tokens, which workers take from the bucket.
+        report: What is kept of them for people.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: Where this process's library output goes.
         on_event: Called on this thread with what the workers tell.
@@ -89,6 +95,7 @@ def run_job(
     ):
         for rows in prepared:
             keep_prepared(rows, plan.prepared)
+        _write_data_report(plan, prepared, report)
         signals = _remember_signals()  # only now: connecting to Ray installs a handler of its own
         mailbox = _mailbox_on_this_node()
         fit = _Fit(_trainer(plan, claim, mailbox), mailbox)
@@ -103,6 +110,17 @@ def run_job(
     status, reason = _status(fit.error, told.refusal, signals, finished)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
     return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
+
+
+def _write_data_report(plan: RunPlan, prepared: Sequence[PreparedData], report: DataReport) -> None:
+    store = open_store(plan.run_uri)
+    store.write(
+        DATA_REPORT_FILE, report.model_dump_json(include=set(DataReport.model_fields), indent=2).encode()
+    )
+    store.write(DATA_PAGE_FILE, to_html(report, plan.run_name).encode())
+    skipped = b"".join((rows.directory / SKIPPED_FILE).read_bytes() for rows in prepared)
+    if skipped:
+        store.write(SKIPPED_ROWS_FILE, skipped)
 
 
 def _remember_signals() -> list[int]:

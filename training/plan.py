@@ -28,6 +28,7 @@ from training.checkpoints import (
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import PREPARED, DataRequest, DataSummary, PreparedData, prepare_data
+from training.data.report import DataReport, make_report
 from training.data.sources import find_files, is_hub_dataset
 from training.models.architecture import check_architecture, check_packing, parameter_shapes
 from training.models.files import (
@@ -112,10 +113,8 @@ class RunPlan(BaseModel):
         return order_of(self.config, lengths, longest)
 
 
-class PlanReport(BaseModel):
+class PlanReport(DataReport):
     """What a person reads before a run starts, and `--dry-run --json` returns."""
-
-    model_config = ConfigDict(frozen=True)
 
     run_name: str
     run_uri: str
@@ -126,12 +125,6 @@ class PlanReport(BaseModel):
     device: str
     kernels: str
     parallelism: str
-    train: DataSummary
-    valid: DataSummary | None
-    steps: int
-    steps_per_epoch: int
-    sequences_per_step: int
-    """Rows, or packs of them."""
     packing: str | None
     """How many packs, and how full they are."""
     resumes_from: str | None
@@ -310,7 +303,17 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         steps_per_epoch=shape.steps_per_epoch,
         scratch=str(scratch),
     )
+    rows = make_report(
+        prepared_train,
+        prepared_valid,
+        order,
+        limit=config.context_length or facts.max_context,
+        padded_to=(config.context_length or train.longest) if config.padding == "max_length" else None,
+        steps=plan.max_steps,
+    )
+    warnings += _overlap_warnings(rows)
     report = PlanReport(
+        **dict(rows),
         run_name=run_name,
         run_uri=run_uri,
         model=config.model_id,
@@ -322,11 +325,6 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
         if settings
         else ("DDP" if config.num_devices > 1 else "one worker"),
-        train=train,
-        valid=valid,
-        steps=plan.max_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        sequences_per_step=shape.sequences_per_step,
         packing=_describe_packing(config, train, shape) if config.packing else None,
         resumes_from=own_newest,
         starts_from=plan.parent,
@@ -763,6 +761,14 @@ def _describe_packing(config: FinetuneConfig, train: DataSummary, shape: BatchSh
     capacity = config.context_length or train.longest
     fill = train.tokens / (shape.sequences * capacity)
     return f"{train.rows:,} rows in {shape.sequences:,} sequences of {capacity:,} tokens, {fill:.1%} full"
+
+
+def _overlap_warnings(report: DataReport) -> Iterator[str]:
+    if report.in_both:
+        yield (
+            f"valid_path: {report.in_both:,} of its rows are training rows, too, and their loss says nothing about new ones; the first: "
+            f"{report.first_in_both[0]}"
+        )
 
 
 def _absolute(uri: str) -> str:

@@ -215,19 +215,21 @@ def test_a_file_that_does_not_exist(refused: Refused, tmp_path: Path):
     assert "Look at its spelling" in message
 
 
-def test_a_directory(refused: Refused, tmp_path: Path):
-    message = refused(train_path=str(tmp_path))
-    assert message.startswith(f"train_path: {tmp_path}: is a directory. Name a file in it")
+def test_a_directory_without_rows(refused: Refused, tmp_path: Path):
+    (tmp_path / "notes.md").write_text("# Notes")
+    assert f"{tmp_path}: none of the files there is read" in refused(train_path=str(tmp_path))
 
 
 def test_a_format_that_is_not_read(refused: Refused, tmp_path: Path):
-    (tmp_path / "rows.csv").write_text("question,answer\n1+1?,2\n")
-    assert "rows.csv: .csv files are not read. Write JSONL" in refused(train_path=str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    assert "rows.xlsx: .xlsx files are not read. Write JSONL" in refused(
+        train_path=str(tmp_path / "rows.xlsx")
+    )
 
 
 def test_an_empty_file(refused: Refused, tmp_path: Path):
     message = refused(train_path=rows(tmp_path))
-    assert f"{tmp_path}/rows.jsonl: holds no rows. Name a JSONL or Parquet file" in message
+    assert f"{tmp_path}/rows.jsonl: holds no rows. Name files with at least one row" in message
 
 
 @pytest.mark.parametrize("key", ["train_path", "valid_path"])
@@ -242,9 +244,9 @@ def test_an_empty_file(refused: Refused, tmp_path: Path):
 )
 def test_a_wrong_row(refused: Refused, tmp_path: Path, key: str, row: Any, reason: str):
     message = refused(**{key: rows(tmp_path, [USER, ASSISTANT], row)})
-    assert message.startswith("1 of 2 rows cannot be trained on:")
+    assert message.startswith("1 of 2 rows cannot be trained on (1 ")
     assert f"{tmp_path}/rows.jsonl:2: {reason}" in message
-    assert message.endswith("Mend or remove them.")
+    assert message.endswith("Mend or remove them, or leave them out with bad_rows: skip.")
 
 
 def test_a_row_over_context_length(refused: Refused, tmp_path: Path):

@@ -580,8 +580,9 @@ def _lengths(lengths: np.ndarray) -> Lengths:
     smallest_width = max(p99 / _BARS, 1)
     magnitude = 10 ** int(np.log10(smallest_width))
     width = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= smallest_width)
-    edges = list(range(0, p99 + 1, width))
-    counts = np.bincount(np.minimum(lengths // width, len(edges) - 1), minlength=len(edges))
+    first = int(lengths.min()) // width
+    edges = list(range(first * width, p99 + 1, width))
+    counts = np.bincount(np.minimum(lengths // width - first, len(edges) - 1), minlength=len(edges))
     return Lengths(p50, p95, p99, longest, edges, counts.tolist())
 
 

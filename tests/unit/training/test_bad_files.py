@@ -1,0 +1,51 @@
+"""Whatever stands in a file, it is prepared or refused with a place, and never ends in a traceback."""
+
+import os
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.support.bad_files import write_bad_file
+from tests.support.prepared import prepare, request, rows_of
+from training.data.prepare import IGNORED
+from training.data.rows import Task
+from training.data.sources import DataError
+
+FILES = int(os.environ.get("FUZZ_FILES", "500"))
+PIECES = 10
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_a_bad_file_is_prepared_or_refused_with_the_place(tiny_model: Path, tmp_path: Path, piece: int):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tasks: tuple[Task, ...] = get_args(Task)
+    outcomes = {"prepared": 0, "refused": 0}
+    for number in range(piece, FILES, PIECES):
+        path = write_bad_file(tmp_path, number)
+        task = tasks[number // PIECES % len(tasks)]
+        data = request(
+            path, task=task, bad_rows=("error", "skip")[number % 2], labels=("4", "naïve"), context_length=64
+        )
+        try:
+            prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
+        except DataError as error:
+            outcomes["refused"] += 1
+            assert str(path) in str(error), f"file {number}: no place in {error}"
+            if "rows cannot be trained on" in str(error):
+                assert re.search(rf"{re.escape(str(path))}:\d+: \S", str(error)), (
+                    f"file {number}: no row in {error}"
+                )
+        else:
+            outcomes["prepared"] += 1
+            for row in rows_of(prepared):
+                assert 0 < row["length"] <= 64, f"file {number}"
+                labels = row["labels"][1:] if "labels" in row else row["chosen_ids"] and row["rejected_ids"]
+                assert any(label != IGNORED for label in labels), (
+                    f"file {number}: a row without a trained token"
+                )
+        path.unlink()
+    assert all(outcomes.values()), outcomes
