@@ -216,8 +216,10 @@ def test_a_file_that_does_not_exist(refused: Refused, tmp_path: Path):
 
 
 def test_a_directory_without_rows(refused: Refused, tmp_path: Path):
-    (tmp_path / "notes.md").write_text("# Notes")
-    assert f"{tmp_path}: none of the files there is read" in refused(train_path=str(tmp_path))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.md").write_text("# Notes")
+    message = refused(train_path=str(tmp_path / "notes"))
+    assert message.startswith(f"{tmp_path}/notes: none of the files there is read. Rows are in .jsonl")
 
 
 def test_a_format_that_is_not_read(refused: Refused, tmp_path: Path):
@@ -330,7 +332,7 @@ def test_a_model_without_chat_template(refused: Refused, damaged_model: Path):
     (damaged_model / "chat_template.jinja").unlink()
     message = refused(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: its tokenizer has no chat template")
-    assert "Take the model's instruct version, or train on plain text with task: causal_lm" in message
+    assert "Write chat_template (Jinja text or a file of it) or prompt_template" in message
 
 
 def test_a_model_that_transformers_does_not_know(refused: Refused, damaged_model: Path):
@@ -474,6 +476,6 @@ def test_a_disk_that_is_too_small_for_the_tokens(tiny_model: Path, tmp_path: Pat
     write_data(tmp_path, train_rows=1500)
     config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))
     message = message_of(on_a_disk_of_300_kb(tmp_path / "small", config))
-    assert message.startswith(f"{tmp_path}/train.jsonl: its tokens cannot be written to {tmp_path}/small/")
+    assert message.startswith(f"{tmp_path}/train.jsonl: the tokens cannot be written to {tmp_path}/small/")
     assert "Free some space, or set output_dir to another disk" in message
     assert not (tmp_path / "runs").exists()

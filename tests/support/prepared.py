@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
+from training.data.encoding import Encoder
 from training.data.prepare import (
     DATA_FILE,
     DataRequest,
@@ -48,11 +49,9 @@ def encode(
     """The token columns of one example, as data.arrow holds them."""
     rendered = Renderer(tokenizer, whole_text=task == "causal_lm").render(example)
     with tempfile.TemporaryDirectory() as directory:
-        writer = TokenWriter(request(task=task), tokenizer, Path(directory), lambda row, reason: None)
-        encodings = tokenizer.backend_tokenizer.encode_batch(
-            [sequence.text for sequence in rendered], add_special_tokens=rendered[0].ends_the_text
-        )
-        writer.add([RenderedRow(0, 1, rendered, 0)], encodings)
+        encoder = Encoder(tokenizer, whole_text=task == "causal_lm")
+        writer = TokenWriter(request(task=task), encoder, Path(directory), lambda row, reason: None)
+        writer.add([RenderedRow(0, 1, rendered, 0)], encoder.encode(rendered))
         writer.close()
         with pa.OSFile(f"{directory}/{DATA_FILE}") as source:
             (row,) = pa.ipc.open_stream(source).read_all().to_pylist()

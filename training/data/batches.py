@@ -119,7 +119,7 @@ class Order:
         """
         self.shape = shape
         self.seed = seed
-        self._lengths = None if lengths is None else torch.as_tensor(np.asarray(lengths))
+        self._lengths = None if lengths is None else torch.as_tensor(np.array(lengths))
         self.packs = packs
         self._epoch: tuple[int, torch.Tensor] | None = None
 

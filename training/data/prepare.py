@@ -21,6 +21,7 @@ import pyarrow as pa
 import xxhash
 
 from configs.schema import DataFormat
+from training.data.encoding import Encoded, Encoder
 from training.data.rows import FORMAT_NAMES, Example, Reading, Task, read_row, recognise
 from training.data.sources import DataError, DataFile, RowError, open_file
 from training.data.templates import Rendered, Renderer
@@ -378,7 +379,8 @@ class _Preparation:
         self.rows_read = 0
         self.faults = _Faults()
         self.skipped = (directory / SKIPPED_FILE).open("w", encoding="utf-8")
-        self.tokens = TokenWriter(request, tokenizer, directory, self._leave_out)
+        self.encoder = Encoder(tokenizer, whole_text=request.task == "causal_lm")
+        self.tokens = TokenWriter(request, self.encoder, directory, self._leave_out)
         self.formats: list[DataFormat] = []
         self.rows_of_sources: list[int] = []
 
@@ -390,19 +392,13 @@ class _Preparation:
         self.tokens.close()
 
     def run(self, cache: Path, progress: Callable[[int, float], None]) -> DataSummary:
-        encoder = self.tokenizer.backend_tokenizer
-        encoder.no_truncation()
-        encoder.no_padding()
         pending: deque[tuple[list[RenderedRow], Future[list[Encoding]]]] = deque()
         with ThreadPoolExecutor(1, "encode") as pool:
             for source in range(len(self.request.paths)):
                 before = self.tokens.rows
                 for batch in _batched(self._rows_of(source, cache, progress)):
-                    texts = [sequence.text for row in batch for sequence in row.sequences]
-                    special = batch[0].sequences[0].ends_the_text
-                    pending.append(
-                        (batch, pool.submit(encoder.encode_batch, texts, add_special_tokens=special))
-                    )
+                    sequences = [sequence for row in batch for sequence in row.sequences]
+                    pending.append((batch, pool.submit(self.encoder.encode, sequences)))
                     if len(pending) > _AHEAD:
                         self._write_first(pending)
                 while pending:
@@ -619,14 +615,14 @@ class TokenWriter:
     def __init__(
         self,
         request: DataRequest,
-        tokenizer: "PreTrainedTokenizerFast",
+        encoder: Encoder,
         directory: Path,
         leave_out: Callable[[RenderedRow, str], None],
     ):
         self.request = request
         self.leave_out = leave_out
+        self.encoder = encoder
         self.files = request.files
-        self.end_of_text: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.rows = self.truncated = self.lost = self.dropped = 0
         self.lengths = array("i")
         self.too_long: list[str] = []
@@ -654,7 +650,7 @@ class TokenWriter:
         columns = _Columns(pairs=self.request.task == "preference_tuning")
         remaining = iter(encodings)
         for row in batch:
-            sequences = [self._sequence(rendered, next(remaining)) for rendered in row.sequences]
+            sequences = [self.encoder.locate(rendered, next(remaining)) for rendered in row.sequences]
             if self._fits(row, sequences):
                 columns.add(self.rows, row, sequences)
                 self.rows += 1
@@ -666,17 +662,7 @@ class TokenWriter:
                 )
             )
 
-    def _sequence(self, rendered: Rendered, encoding: "Encoding") -> "_Sequence":
-        ids = encoding.ids
-        spans = [_token_span(encoding, span, len(rendered.text), len(ids)) for span in rendered.spans]
-        if rendered.ends_the_text:
-            if self.end_of_text is not None and ids[-1:] != [self.end_of_text]:
-                ids.append(self.end_of_text)
-            first = 0 if self.request.task == "causal_lm" else spans[0][0]
-            spans = [(first, len(ids))]
-        return _Sequence(ids, spans)
-
-    def _fits(self, row: RenderedRow, sequences: "list[_Sequence]") -> bool:
+    def _fits(self, row: RenderedRow, sequences: list[Encoded]) -> bool:
         """Cut the sequences at the limit; false where the row is left out."""
         limit = self.request.limit
         length = max(len(sequence.ids) for sequence in sequences)
@@ -733,27 +719,6 @@ class TokenWriter:
             )
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """Token ids, and where the loss looks: [begin, end) token spans."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-
-    @property
-    def trained(self) -> int:
-        """Tokens that are predicted: nothing predicts the first."""
-        return sum(end - max(begin, 1) for begin, end in self.spans if end > max(begin, 1))
-
-    def cut(self, limit: int) -> int:
-        """Keep the first `limit` tokens; returns how many are lost."""
-        lost = max(len(self.ids) - limit, 0)
-        if lost:
-            self.ids = self.ids[:limit]
-            self.spans = [(begin, min(end, limit)) for begin, end in self.spans if begin < limit]
-        return lost
-
-
 class _Columns:
     """A batch on its way into Arrow: flat lists of tokens with the rows' ends."""
 
@@ -765,7 +730,7 @@ class _Columns:
         self._ends: list[list[int]] = [[0], [0], [0]] if pairs else [[0]]
         self._spans: list[tuple[int, int]] = []
 
-    def add(self, position: int, row: RenderedRow, sequences: list[_Sequence]) -> None:
+    def add(self, position: int, row: RenderedRow, sequences: list[Encoded]) -> None:
         if self.pairs:
             parts = _shared_prompt(*sequences)
             tokens, trained = sum(len(sequence.ids) for sequence in sequences), len(parts[1]) + len(parts[2])
@@ -801,34 +766,12 @@ class _Columns:
         return pa.record_batch(columns, schema=schema)
 
 
-def _shared_prompt(chosen: _Sequence, rejected: _Sequence) -> tuple[list[int], list[int], list[int]]:
+def _shared_prompt(chosen: Encoded, rejected: Encoded) -> tuple[list[int], list[int], list[int]]:
     """(prompt, chosen, rejected): a token that reaches over the prompt's end belongs to the completion."""
     shared = min(chosen.spans[0][0], rejected.spans[0][0])
     while chosen.ids[:shared] != rejected.ids[:shared]:
         shared -= 1
     return chosen.ids[:shared], chosen.ids[shared:], rejected.ids[shared:]
-
-
-def _token_span(encoding: "Encoding", span: tuple[int, int], characters: int, tokens: int) -> tuple[int, int]:
-    """The tokens of a span of characters; one that reaches over its beginning or end belongs to it."""
-    begin, end = span
-    first = _token_at(encoding, begin, end)
-    if first is None:
-        return 0, 0
-    last = None if end >= characters else _token_at(encoding, end, characters)
-    if last is None:
-        return first, tokens
-    while last < tokens and (found := encoding.token_to_chars(last)) is not None and found[0] < end:
-        last += 1
-    return first, last
-
-
-def _token_at(encoding: "Encoding", begin: int, end: int) -> int | None:
-    """The first token of the characters from `begin` on; some tokenizers leave white space out."""
-    for character in range(begin, end):
-        if (token := encoding.char_to_token(character)) is not None:
-            return token
-    return None
 
 
 def _examples(prepared: PreparedData, tokenizer: "PreTrainedTokenizerFast") -> list[list[tuple[str, bool]]]:

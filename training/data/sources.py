@@ -410,9 +410,11 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # Damaged names, dates and sizes raise Python's own errors.
+    damages = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
         file = pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
+    except damages as error:
         raise _parquet_error(uri, error) from error
     read = 0
 
@@ -424,7 +426,7 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
                     for value in batch.to_pylist():
                         read += 1
                         yield read, value
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except damages as error:
             raise _parquet_error(f"{uri}:{read + 1}", error) from error
 
     return OpenFile(rows(), lambda: read / max(file.metadata.num_rows, 1))

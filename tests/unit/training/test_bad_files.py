@@ -1,6 +1,7 @@
 """Whatever stands in a file, it is prepared or refused with a place, and never ends in a traceback."""
 
 import os
+import random
 import re
 from pathlib import Path
 from typing import get_args
@@ -26,9 +27,14 @@ def test_a_bad_file_is_prepared_or_refused_with_the_place(tiny_model: Path, tmp_
     outcomes = {"prepared": 0, "refused": 0}
     for number in range(piece, FILES, PIECES):
         path = write_bad_file(tmp_path, number)
-        task = tasks[number // PIECES % len(tasks)]
+        chance = random.Random(number)
         data = request(
-            path, task=task, bad_rows=("error", "skip")[number % 2], labels=("4", "naïve"), context_length=64
+            path,
+            task=chance.choice(tasks),
+            bad_rows=chance.choice(["error", "skip"]),
+            long_rows=chance.choice(["truncate", "drop", "error"]),
+            labels=("4", "naïve"),
+            context_length=64,
         )
         try:
             prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")

@@ -1,0 +1,79 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.support.prepared import prepare, request
+from tests.support.tiny_model import write_data
+from training.data.batches import BatchShape, Order
+from training.data.prepare import PreparedData
+from training.data.report import DataReport, describe_loss, make_report, to_html
+
+
+@pytest.fixture(scope="session")
+def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def report_of(train: PreparedData, valid: PreparedData | None = None, **changes: Any) -> DataReport:
+    order = Order(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
+    settings: dict[str, Any] = {"limit": None, "padded_to": None, "steps": 7} | changes
+    return make_report(train, valid, order, **settings)
+
+
+def test_padding_is_what_the_batches_hold_beside_their_rows(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path, _ = write_data(tmp_path, train_rows=42)
+    train = prepare(request(path), chatml, tiny_model, tmp_path / "cache")
+    lengths = train.index.length
+    order = Order(BatchShape(42, 4, 2, 1), 42).epoch(0)
+    batches = [lengths[order[begin : begin + 4]] for begin in range(0, 42, 4)]
+    padded = sum(max(batch) * len(batch) for batch in batches)
+    assert report_of(train).padding_waste == pytest.approx(1 - lengths.sum() / padded)
+    assert report_of(train, padded_to=100).padding_waste == pytest.approx(1 - lengths.sum() / (42 * 100))
+    assert report_of(train, lengths=lengths).padding_waste < report_of(train).padding_waste
+
+
+def test_validation_rows_that_are_training_rows_are_named(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    train_file, valid_file = write_data(tmp_path)
+    lines = train_file.read_text().splitlines(keepends=True)
+    with valid_file.open("a") as file:
+        file.writelines([lines[6], lines[2]])
+    train, valid = (
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache") for path in (train_file, valid_file)
+    )
+    report = report_of(train, valid)
+    assert report.in_both == 2
+    assert report.first_in_both == [
+        f"{valid_file}:12 is {train_file}:7",
+        f"{valid_file}:13 is {train_file}:3",
+    ]
+
+
+def test_the_page_shows_what_the_record_holds(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"<b>{number}</b>?", "completion": "1 2 3 " * number} for number in range(1, 30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "", "completion": "4"}]))
+    data = request(path, context_length=60, bad_rows="skip")
+    train = prepare(data, chatml, tiny_model, tmp_path / "cache")
+    report = report_of(train, limit=60)
+    page = to_html(report, "a-run")
+    assert not re.search(r"(src|href|url)\s*=|<script|@import", page), "the page needs nothing else"
+    assert "&lt;b&gt;1&lt;/b&gt;?" in page
+    assert "<mark>1 2 3 &lt;|im_end|&gt;</mark>" in page
+    assert f"{train.summary.truncated_rows:,} rows are cut" in page
+    assert f"{path}:30: `prompt` is empty" in page
+    assert DataReport.model_validate_json(report.model_dump_json()) == report
+    assert sum(train.summary.lengths.counts) == 29
+    whole = prepare(request(path, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
+    lost = int(np.maximum(whole.index.length - 60, 0).sum())
+    assert describe_loss(train.summary, 60).startswith(f"{lost:,} tokens")
