@@ -121,29 +121,13 @@ def tell(began: float) -> None:
 
 
 def ours(rows: Path, model: Path, out: Path) -> None:
-    from training.data.prepare import DataRequest, prepare_data
-    from training.data.sources import find_files
+    from tests.support.prepared import request
+    from training.data.prepare import prepare_data
     from training.plan import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=False, chat_template=None)
     began = time.monotonic()
-    request = DataRequest(
-        paths=(str(rows),),
-        files=tuple(find_files(str(rows), 0)),
-        weights=None,
-        task="instruction_tuning",
-        data_format="auto",
-        columns=(),
-        prompt_template=None,
-        chat_template=None,
-        labels=(),
-        context_length=None,
-        max_context=None,
-        long_rows="truncate",
-        bad_rows="error",
-        seed=0,
-    )
-    prepared = prepare_data(request, tokenizer, model, out)
+    prepared = prepare_data(request(rows), tokenizer, model, out)
     tell(began)
     prepared.dataset().select_columns(["input_ids"]).save_to_disk(str(out / "ids"))
 

@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -13,6 +13,7 @@ import pytest
 
 from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
+from tests.support.own_buckets import reach_as_a_user
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, claimed
@@ -29,16 +30,7 @@ BUCKET = "commits"
 @pytest.fixture
 def run_uri(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """A run in a bucket that is reached as a user's is."""
-    from boto3.session import Session
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    client = Session().client("s3")
-    with suppress(client.exceptions.BucketAlreadyOwnedByYou):
-        client.create_bucket(Bucket=BUCKET)
-    return f"s3://{BUCKET}/{secrets.token_hex(6)}"
+    return f"{reach_as_a_user(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from runs.layout import MANIFEST_FILE, checkpoint_key
 from tests.support.bucket_proxy import Trap, bucket_proxy
 from tests.support.faults import injection
 from tests.support.jobs import Job, started, write_yaml
+from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from training.checkpoints import committed
 from training.data.batches import PADDING_ROW
@@ -173,16 +174,8 @@ def _write_rows_of_a_length(path: Path, model: Path) -> None:
 @pytest.fixture(scope="module")
 def storage(bucket: EmbeddedBucket) -> Iterator[str]:
     """A bucket reached as a user's own is, so that a proxy can stand before it."""
-    from boto3.session import Session
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
-        patch.setenv("AWS_REGION", "us-east-1")
-        name = f"resume-{secrets.token_hex(6)}"
-        Session().client("s3").create_bucket(Bucket=name)
-        yield f"s3://{name}"
+        yield reach_as_a_user(patch, bucket, f"resume-{secrets.token_hex(6)}")
 
 
 class Run:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from tests.support.iam import is_allowed, needed
+from tests.support.own_buckets import reach_as_a_user
 from utils.bucket import (
     BucketError,
     check_readable,
@@ -36,16 +37,7 @@ POLICY = Path(__file__).resolve().parents[3] / "configs" / "iam_policy.json"
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """A prefix of a bucket that is reached as a user's own is: through the AWS variables."""
-    import boto3
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    client = boto3.session.Session().client("s3")
-    with suppress(client.exceptions.BucketAlreadyOwnedByYou):
-        client.create_bucket(Bucket=BUCKET)
-    return f"s3://{BUCKET}"
+    return reach_as_a_user(monkeypatch, bucket, BUCKET)
 
 
 def test_a_store_that_refuses_checksum_headers(

@@ -8,7 +8,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from typing import Protocol
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
+from tests.support.own_buckets import reach_as_a_user
 from utils.bucket import (
     AlreadyExistsError,
     BucketError,
@@ -38,15 +39,7 @@ IMPATIENT = Patience(silence=1, failing=20)
 @pytest.fixture
 def keys(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket of our own, reached as a user's is."""
-    import boto3
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    client = boto3.session.Session().client("s3")
-    with suppress(client.exceptions.BucketAlreadyOwnedByYou):
-        client.create_bucket(Bucket=BUCKET)
+    reach_as_a_user(monkeypatch, bucket, BUCKET)
 
 
 class Behind(Protocol):

@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, bucket_proxy
+from tests.support.own_buckets import reach_as_a_user
 from utils import node_cache
 from utils.bucket import (
     AlreadyExistsError,
@@ -53,16 +53,7 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket reached as a user's own is: through the AWS variables."""
-    import boto3
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret_key)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    client = boto3.session.Session().client("s3")
-    with suppress(client.exceptions.BucketAlreadyOwnedByYou):  # by the test before
-        client.create_bucket(Bucket=OWN_BUCKET)
-    return f"s3://{OWN_BUCKET}"
+    return reach_as_a_user(monkeypatch, bucket, OWN_BUCKET)
 
 
 @pytest.fixture
