@@ -46,7 +46,7 @@ def write_bad_file(directory: Path, number: int) -> Path:
         content = chance.choice(_DAMAGES)(chance, content)
     compression = chance.choice(["", "", "", ".gz", ".zst"])
     if compression == ".gz":
-        content = gzip.compress(content)
+        content = gzip.compress(content, mtime=0)
     elif compression == ".zst":
         content = pa.Codec("zstd").compress(content, asbytes=True)
     if compression and chance.random() < 0.5:

@@ -272,6 +272,10 @@ class Run:
             job.wait_until(self._saved(step).is_dir, f"{kill} at step {step}")
         else:
             job.wait_for_line(f"step {step}/")
+        if not trap:
+            # Steps of milliseconds leave the checkpoint before on its way, which would be lost as well.
+            due = (step - 1 if kill is Kill.MID_SAVE else step) // INTERVAL * INTERVAL
+            job.wait_until(lambda: self.committed_step >= due, f"the checkpoint of step {due}")
 
     def _saved(self, step: int) -> Path:
         return self.scratch / "runs" / self.name / "node-0" / "trainer" / f"checkpoint-{step}"
