@@ -1,7 +1,8 @@
 """What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from runs.layout import (
     use_key,
 )
 from utils.bucket import AlreadyExistsError, DamagedError, Store, join_uri, open_store, upload_directory
-from utils.files import checksum, safe_join
+from utils.files import checksum, format_bytes, free_bytes, is_disk_full, safe_join
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
 _LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
@@ -33,6 +34,30 @@ _LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be restored; the message says which, what and what to do."""
+
+
+@contextmanager
+def staging(directory: Path) -> Iterator[None]:
+    """Hold what saves a checkpoint on this node: where the disk takes no more, its files go again.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error, directory.parent):
+            raise
+        room = free_bytes(directory.parent)
+        for path in directory.rglob("*"):
+            if path.is_file():  # directories stay: other workers of the node may still be writing
+                with suppress(FileNotFoundError):  # or deleting
+                    room += path.stat().st_size
+                    path.unlink()
+        raise CheckpointError(
+            f"{directory}: the disk is full, a checkpoint takes more than the {format_bytes(room)} it has for it. Free some space, or "
+            "set output_dir to a larger disk, and run the same command again: the run goes on from its newest committed checkpoint."
+        ) from error
 
 
 def checkpoint_files(directory: Path) -> list[str]:

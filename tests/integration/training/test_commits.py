@@ -2,6 +2,9 @@
 
 import os
 import secrets
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ import pytest
 
 from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
+from tests.support.faults import on_a_small_disk, small_disks_are_allowed
 from tests.support.own_buckets import reach_as_a_user
 from training import checkpoints
 from training.checkpoints import CheckpointError
@@ -143,6 +147,43 @@ def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match="committed by somebody else"), commits_of(store) as commits:
         commits.start(saved(tmp_path, 1))
     assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
+
+
+def test_a_disk_that_takes_no_more_is_told_whoever_writes(tmp_path: Path):
+    """Python, safetensors and torch each fail in their own words; other failures keep theirs."""
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    save = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        import torch
+        from safetensors.torch import save_file
+        from training.checkpoints import CheckpointError, staging
+        directory, zeros = Path(sys.argv[1]) / "checkpoint-1", {"zeros": torch.zeros(1_000_000)}
+        directory.mkdir()
+        for write in (
+            lambda path: path.write_bytes(bytes(4_000_000)),
+            lambda path: save_file(zeros, path),
+            lambda path: torch.save(zeros, path),
+            lambda path: save_file(zeros, path / "missing"),
+            lambda path: torch.save(zeros, path / "missing"),
+        ):
+            try:
+                with staging(directory):
+                    write(directory / "file")
+            except Exception as error:
+                print([path.name for path in directory.iterdir()], error)
+        """
+    )
+    said = subprocess.run(
+        [*on_a_small_disk(tmp_path, "2m"), sys.executable, "-c", save, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    full = f"[] {tmp_path}/checkpoint-1: the disk is full, a checkpoint takes more than the 2.0 MiB"
+    assert [line.startswith(full) for line in said] == [True, True, True, False, False], said
 
 
 def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path):

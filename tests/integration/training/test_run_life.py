@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import tempfile
@@ -14,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runs.layout import Manifest
+from runs.layout import Manifest, checkpoint_key
+from tests.support.faults import fill_disk, on_a_small_disk, small_disks_are_allowed
 from tests.support.jobs import (
     read_metrics,
     run_main,
@@ -23,6 +25,7 @@ from tests.support.jobs import (
     write_yaml,
 )
 from tests.support.tiny_model import make_model, write_data
+from training import checkpoints
 from utils.bucket import open_store, sync_to_node
 from utils.embedded_bucket import EmbeddedBucket
 from utils.files import checksum
@@ -256,6 +259,39 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
         finished = running.end()
     assert finished.exit_code == 0, finished.errors
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
+    assert steps == list(range(1, 301))
+
+
+def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
+    """The checkpoint that does not fit is refused in a line, what was committed stays whole, and the same command goes on."""
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = write_yaml(
+        tmp_path / "full.yaml",
+        settings(files, **LONG, run_name="full", output_dir=str(disk))
+        | {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}},
+    )
+    with started(config, within=on_a_small_disk(disk, "32m")) as running:
+        running.wait_for_line("checkpoint ")
+        fill_disk(Path(f"/proc/{running.process.pid}/root{disk}"))
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert re.search(rf"{disk}\S*/checkpoint-\d+: the disk is full, .* set output_dir", finished.errors)
+    assert "Traceback" not in finished.errors
+    assert finished.result["status"] == "failed"
+    run = open_store(str(files / "runs" / "full"))
+    manifests, damage = checkpoints.survey(run)
+    assert damage == []
+    assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
+    whole = {checkpoint_key(manifest.step) for manifest in manifests}
+    assert {item.key.rpartition("/")[0] for item in run.list("checkpoints/")} == whole
+
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == 300
+    steps = [line["step"] for line in read_metrics(files / "runs" / "full") if "loss" in line]
     assert steps == list(range(1, 301))
 
 
