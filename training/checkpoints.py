@@ -25,7 +25,16 @@ from runs.layout import (
     step_of_use,
     use_key,
 )
-from utils.bucket import AlreadyExistsError, DamagedError, Store, join_uri, open_store, upload_directory
+from utils.bucket import (
+    AlreadyExistsError,
+    DamagedError,
+    Store,
+    is_remote,
+    join_uri,
+    open_store,
+    sync_to_node,
+    upload_directory,
+)
 from utils.files import checksum, format_bytes, free_bytes, is_disk_full, safe_join
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
@@ -249,29 +258,43 @@ def restore(uri: str, directory: Path) -> Manifest:
     return manifest
 
 
-def verify_weights(uri: str, directory: Path) -> None:
-    """Compare what was brought to this node from a checkpoint with its manifest; what has none is taken as it is.
+def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The wanted files of a model or an adapter as a directory on this node, as `sync_to_node`.
+
+    Those of a checkpoint are compared with its manifest on their way.
 
     Raises:
         CheckpointError: a file does not match its checksum.
-        BucketError: the place cannot be read.
+        BucketError: the place cannot be read, or the disk is too small.
     """
-    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
+    checksums = _committed_checksums(uri)
+    try:
+        return sync_to_node(uri, cache / "models", wanted, checksums)
+    except DamagedError as error:
+        if error.key not in checksums:
+            raise
+        raise _not_as_committed(uri, error.key) from error
+
+
+def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool]) -> None:
+    """Compare the wanted files of a checkpoint that is no bucket's with its manifest: they never were on their way.
+
+    Raises:
+        CheckpointError: a file does not match its checksum.
+    """
+    if is_remote(uri):
         return
-    manifest = read_manifest(uri)
-    brought = [file for file in manifest.files if safe_join(directory, file.path).exists()]
-    damaged = _damaged(manifest.model_copy(update={"files": brought}), directory)
-    if damaged:
-        raise _not_as_committed(uri, damaged[0])
+    for file, committed in _committed_checksums(uri).items():
+        path = safe_join(directory, file)
+        if wanted(file) and not (path.exists() and checksum(path) == committed):
+            raise _not_as_committed(uri, file)
 
 
-def _damaged(manifest: Manifest, directory: Path) -> list[str]:
-    """Files that are not there, or not as they were staged."""
-    return [
-        file.path
-        for file in manifest.files
-        if not (path := safe_join(directory, file.path)).exists() or checksum(path) != file.checksum
-    ]
+def _committed_checksums(uri: str) -> dict[str, str]:
+    """Of a checkpoint's files; none of what has no manifest and is taken as it is."""
+    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
+        return {}
+    return {file.path: file.checksum for file in read_manifest(uri).files}
 
 
 def _not_as_committed(uri: str, file: str) -> CheckpointError:

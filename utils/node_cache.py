@@ -2,15 +2,15 @@
 
     <cache>/<place>/                 of one prefix of one bucket on one server
         lock                         held by the one who downloads into the place; the others wait for it
-        <version>/                   of the keys, sizes and ETags that were listed and wanted
+        <version>/                   of the keys, sizes, ETags and known checksums that were listed and wanted
             ready.json               written last: what the files' checksums are
             files/<name>/...         what callers get
         <version>.lock               held, shared, by every process that uses the version, for as long as it lives
-        <version>.partial/           being downloaded
+        <version>.<boot>.partial/    being downloaded
 
-The kernel drops a lock when its holder dies, so a waiting process takes over at once. An object that another version of
-the place holds already is linked, not downloaded. When the cache is larger than its limit, or the disk too small, the
-least recently used versions go that no process holds.
+The kernel drops a lock when its holder dies, so a waiting process takes over at once, with the files that are whole. An
+object that another version of the place holds already is linked, not downloaded. When the cache is larger than its limit,
+or the disk too small, the least recently used versions go that no process holds, and what dead processes left of some.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class NodeCopy:
     @property
     def version(self) -> Path:
         """The directory of this copy alone."""
-        listed = [(item.key, item.size, item.etag) for item in self.objects]
+        listed = [(item.key, item.size, item.etag, item.checksum) for item in self.objects]
         return self.place / _digest([self.directory, *listed])
 
     @property
@@ -110,18 +110,25 @@ def bring(copy: NodeCopy) -> Path:
 
 def _download(copy: NodeCopy) -> None:
     version = copy.version
-    partial = version.with_name(f"{version.name}{PARTIAL_SUFFIX}")
-    for leftover in (version, partial):  # of a process that died here, or of a cleaner of old files
-        if leftover.exists():
+    # Files that were in memory when the machine went down are none that may be kept: hence the boot.
+    partial = version.with_name(f"{version.name}.{_boot()[:8]}{PARTIAL_SUFFIX}")
+    for leftover in (
+        version,
+        *copy.place.glob(f"*{PARTIAL_SUFFIX}"),
+    ):  # of cleaners of old files, of the dead
+        if leftover.exists() and leftover != partial:
             shutil.rmtree(leftover)
     targets = {item: partial / copy.path(item).relative_to(version) for item in copy.objects}
     try:
-        checksums = {}
+        for unfinished in partial.rglob(f".*{PARTIAL_SUFFIX}"):
+            unfinished.unlink()
+        checksums = {item.key: checksum(path) for item, path in targets.items() if path.exists()}
         for item, (path, known) in _held_by_other_versions(copy).items():
-            targets[item].parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # removed meanwhile
-                targets[item].hardlink_to(path)
-                checksums[item.key] = known
+            if item.key not in checksums:
+                targets[item].parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    targets[item].hardlink_to(path)
+                    checksums[item.key] = known
         wanted = {item: path for item, path in targets.items() if item.key not in checksums}
         needed = sum(item.size for item in wanted)
         _make_room(copy, needed)
@@ -183,6 +190,8 @@ def _held_by_other_versions(copy: NodeCopy) -> dict[StoredObject, tuple[Path, st
             identity = (item.key, item.size, item.etag)
             if files is None or item in found or identity not in known:
                 continue
+            if item.checksum not in (None, known[identity]):
+                continue
             path = files / item.key if files.is_dir() else files
             with suppress(FileNotFoundError):
                 if path.stat().st_size == item.size:
@@ -229,22 +238,23 @@ def _held_bytes(cache_dir: Path) -> int:
 
 def _remove_oldest(cache_dir: Path) -> bool:
     """Remove the version that was used longest ago, of those that no process holds; returns whether there was one."""
-    markers = []
-    for marker in cache_dir.glob(f"*/*/{_READY}"):
+    found = []
+    for files in cache_dir.glob(f"*/*/{_FILES}"):
+        version, marker = files.parent, files.parent / _READY
         with suppress(FileNotFoundError):
-            markers.append((marker.stat().st_mtime, marker))
-    for _, marker in sorted(markers):
-        version = marker.parent
+            found.append(((marker if marker.exists() else version).stat().st_mtime, version))
+    for _, version in sorted(found):
         with suppress(BlockingIOError), file_lock(_use_lock(version), blocking=False):
             _log.info("removing %s from the cache", version)
-            marker.unlink(missing_ok=True)
+            (version / _READY).unlink(missing_ok=True)
             shutil.rmtree(version, ignore_errors=True)
             return True
     return False
 
 
 def _use_lock(version: Path) -> Path:
-    return version.with_name(f"{version.name}.lock")
+    """The lock of a version, whole or partial."""
+    return version.with_name(f"{version.name.partition('.')[0]}.lock")
 
 
 def _digest(identity: list[Any]) -> str:

@@ -214,17 +214,20 @@ def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_p
     assert proxy.downloads(OWN_BUCKET) == []
 
 
-def test_a_killed_download_leaves_nothing_and_another_takes_over(
+def test_a_killed_download_is_taken_over_with_the_files_that_are_whole(
     own_bucket: str, proxy: BucketProxy, tmp_path: Path
 ):
     content = os.urandom(30 * MB)
     store = open_store(f"{own_bucket}/killed")
     store.write("large", content)
+    store.write("small", b"1")
     proxy.requests.clear()
     cache_dir = tmp_path / "cache"
     first, second = (start_sync(f"{own_bucket}/killed", cache_dir) for _ in range(2))
     deadline = time.monotonic() + 20
-    while len(proxy.downloads(OWN_BUCKET)) < 4 and time.monotonic() < deadline:
+    while time.monotonic() < deadline and not (
+        len(proxy.downloads(OWN_BUCKET)) > 4 and list(cache_dir.rglob("small"))
+    ):
         time.sleep(0.02)
     time.sleep(0.1)
     holder = first if _writes_below(first.pid, cache_dir) else second
@@ -234,7 +237,8 @@ def test_a_killed_download_leaves_nothing_and_another_takes_over(
     assert not list(cache_dir.rglob("ready.json"))
     survivor = second if holder is first else first
     arrived = Path(survivor.communicate(timeout=50)[0].strip())
-    assert files_below(arrived) == {"large": content}
+    assert files_below(arrived) == {"large": content, "small": b"1"}
+    assert len([asked for asked in proxy.downloads(OWN_BUCKET) if asked.path.endswith("small")]) == 1
     assert not list(cache_dir.rglob("*.partial"))
 
 
