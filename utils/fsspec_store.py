@@ -60,7 +60,11 @@ class FsspecStore:
                 found = self._files.find(directory, detail=True)
             except FileNotFoundError:
                 return []
-            items = [self._stored(path, details) for path, details in found.items()]
+            items = [
+                self._stored(path, details)
+                for path, details in found.items()
+                if details["type"] == "file" and not path.endswith("/")  # what consoles make for empty folders
+            ]
         return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
 
     def first(self, prefix: str) -> StoredObject | None:

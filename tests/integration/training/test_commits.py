@@ -17,7 +17,7 @@ import pytest
 from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, small_disks_are_allowed
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, claimed
@@ -32,9 +32,15 @@ BUCKET = "commits"
 
 
 @pytest.fixture
-def run_uri(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run in a bucket that is reached as a user's is."""
-    return f"{reach_as_a_user(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
+def run_uri(request: pytest.FixtureRequest, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run in a bucket that is reached as a user's is, by us or, where a test asks for it, through fsspec."""
+    reach = getattr(request, "param", reach_as_a_user)
+    return f"{reach(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
+
+
+by_both_ways = pytest.mark.parametrize(
+    "run_uri", [reach_as_a_user, reach_through_fsspec], ids=["s3", "s3fs"], indirect=True
+)
 
 
 @contextmanager
@@ -139,6 +145,7 @@ def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(
     assert steps(open_store(run_uri)) == [1]
 
 
+@by_both_ways
 def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     with commits_of(store) as commits:
@@ -186,6 +193,7 @@ def test_a_disk_that_takes_no_more_is_told_whoever_writes(tmp_path: Path):
     assert [line.startswith(full) for line in said] == [True, True, True, False, False], said
 
 
+@by_both_ways
 def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     checkpoint = saved(tmp_path, 1)
@@ -234,6 +242,7 @@ def _uploads(run_uri: str) -> list[str]:
     return [upload["UploadId"] for upload in listing.get("Uploads", [])]
 
 
+@by_both_ways
 def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     child_uri = f"{run_uri}-child"
@@ -254,6 +263,7 @@ def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri:
     assert store.list("used-by/") == []
 
 
+@by_both_ways
 def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     with claimed(store, waiting=nobody) as claim:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, bucket_proxy
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from utils import node_cache
 from utils.bucket import (
     AlreadyExistsError,
@@ -43,11 +43,19 @@ SYNC = (
 )
 
 
-@pytest.fixture(params=["s3", "local", "fsspec"])
-def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "fsspec":
-        return f"memory://{tmp_path.name}"
-    return request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "store")
+@pytest.fixture(params=["s3", "local", "memory", "s3fs"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of store; fsspec's by its own `memory://`, and with a real server behind it."""
+    match request.param:
+        case "s3":
+            return request.getfixturevalue("bucket_uri")
+        case "local":
+            return str(tmp_path / "store")
+        case "memory":
+            return f"memory://{tmp_path.name}"
+        case _:
+            server = request.getfixturevalue("bucket")
+            return f"{reach_through_fsspec(monkeypatch, server, OWN_BUCKET)}/{tmp_path.name}"
 
 
 @pytest.fixture
