@@ -63,7 +63,8 @@ class FsspecStore:
             items = [
                 self._stored(path, details)
                 for path, details in found.items()
-                if details["type"] == "file" and not path.endswith("/")  # what consoles make for empty folders
+                if details["type"] == "file"
+                and not path.endswith("/")  # what consoles make for empty folders
             ]
         return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
 

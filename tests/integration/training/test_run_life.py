@@ -18,11 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs.layout import Manifest, checkpoint_key
-from tests.support.bucket_proxy import Request, bucket_proxy
+from tests.support.bucket_proxy import Fault, Request, bucket_proxy
 from tests.support.faults import fill_disk, on_a_small_disk, small_disks_are_allowed
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
+    Finished,
     read_metrics,
     run_main,
     started,
@@ -136,11 +137,15 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
 
 @dataclass(frozen=True)
 class Watched:
-    """A run whose model, data and checkpoints lie in a user's own bucket, and all that it left and asked for."""
+    """A run whose model, data and checkpoints lie in a user's own bucket, and all that it left and asked for.
+
+    While it trains and commits, half of its requests are refused.
+    """
 
     secrets: dict[str, str]
     written: dict[str, bytes]
     requests: list[Request]
+    finished: Finished
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +182,11 @@ def watched(
                 job.wait_for_line("… training")
                 family = psutil.Process(job.process.pid).children(recursive=True)
                 command_lines = "\n".join(" ".join(process.cmdline()) for process in family)
+                proxy.faults += [
+                    Fault("refuse", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
+                ]
                 finished = job.end()
+            proxy.faults.clear()
             assert finished.exit_code == 0, finished.errors
             written = {
                 str(path): path.read_bytes()
@@ -192,7 +201,13 @@ def watched(
             "command lines": command_lines.encode(),
             "screen": (finished.output + finished.errors).encode(),
         }
-        yield Watched(given, written, requests)
+        yield Watched(given, written, requests, finished)
+
+
+def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
+    assert sum(request.status == 503 for request in watched.requests) > 10
+    assert watched.finished.result["train_steps"] == 3
+    assert checkpoints.survey(open_store(watched.finished.result["run_uri"]))[1] == []
 
 
 def test_no_secret_is_left_anywhere(watched: Watched):
