@@ -201,8 +201,12 @@ def test_one_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
 def test_a_damaged_copy_is_brought_again(bucket_uri: str, tmp_path: Path):
     open_store(bucket_uri).write("weights", b"12345")
     copy = sync_to_node(bucket_uri, tmp_path)
-    (copy / "weights").write_bytes(b"1")
-    assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+    for damage in (b"1", b"54321"):
+        (copy / "weights").write_bytes(damage)
+        assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+    for marker in ("{", "[]", "{}"):
+        (copy.parents[1] / "ready.json").write_text(marker)
+        assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
 
 
 def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_path: Path):
