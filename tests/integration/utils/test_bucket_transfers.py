@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,44 @@ def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
     with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
         check_readable(own_bucket)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (404, b"", "no S3 server"),
+        (404, b"<html>Not found</html>", "no S3 server"),
+        (301, b"", "only points elsewhere"),
+    ],
+)
+def test_a_server_that_is_none_of_s3_is_told(
+    own_bucket: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, message: str
+):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(BucketError, match=rf"{message}.* check AWS_ENDPOINT_URL_S3"):
+            check_readable(own_bucket)
+        server.shutdown()
+
+
+def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(variable, "")
+    check_writable(own_bucket)
 
 
 def test_both_buckets_in_one_process(own_bucket: str, bucket_uri: str):
