@@ -84,6 +84,10 @@ def explain_failure(error: Any) -> str:
     if isinstance(error, exceptions.SSOError | exceptions.TokenRetrievalError | exceptions.LoginError):
         return "the sign-in has expired; run `aws sso login` or `aws login` and try again"
     if isinstance(error, exceptions.SSLError):
+        if "WRONG_VERSION_NUMBER" in str(error):
+            return "the server does not speak TLS there; write http:// in AWS_ENDPOINT_URL_S3"
+        if "invalid path" in str(error):
+            return "AWS_CA_BUNDLE names no file"
         return "the server's certificate is not trusted; set AWS_CA_BUNDLE to the file that vouches for it"
     if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
         request_url = getattr(error, "kwargs", {}).get("endpoint_url", "")
