@@ -1,6 +1,7 @@
 """What can happen to a run besides its bucket's faults (see bucket_proxy): killed at an exact place, seen through injected code, out of disk."""
 
 import os
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +34,8 @@ def small_disks_are_allowed(directory: Path) -> bool:
     return tried.returncode == 0
 
 
-def fill_disk(directory: Path) -> None:
-    """Write a file there until the disk takes no more."""
-    with suppress(OSError), (directory / "filler").open("wb", buffering=0) as filler:
-        while True:
+def fill_disk(directory: Path, *, leaving: int) -> None:
+    """Make the file `filler` there as large as it takes, so that so many bytes stay free."""
+    with suppress(OSError), (directory / "filler").open("ab", buffering=0) as filler:
+        while shutil.disk_usage(directory).free > leaving:
             filler.write(bytes(4096))

@@ -6,6 +6,7 @@ import re
 import secrets
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,14 +329,16 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
         pytest.skip("this machine lets no ordinary user mount a file system of its own")
     disk = tmp_path / "disk"
     disk.mkdir()
+    every_20 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}}
     config = write_yaml(
         tmp_path / "full.yaml",
-        settings(files, **LONG, run_name="full", output_dir=str(disk))
-        | {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}},
+        settings(files, max_steps=300, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
     )
     with started(config, within=on_a_small_disk(disk, "32m")) as running:
         running.wait_for_line("checkpoint ")
-        fill_disk(Path(f"/proc/{running.process.pid}/root{disk}"))
+        while running.process.poll() is None:  # what is committed is removed there, and makes room
+            fill_disk(Path(f"/proc/{running.process.pid}/root{disk}"), leaving=500_000)
+            time.sleep(0.01)
         finished = running.end()
     assert finished.exit_code == 1, finished.errors
     assert re.search(rf"{disk}\S*/checkpoint-\d+: the disk is full, .* set output_dir", finished.errors)
