@@ -358,6 +358,25 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert steps == list(range(1, 301))
 
 
+def test_a_full_disk_where_runs_are_stored(files: Path, tmp_path: Path):
+    """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = write_yaml(
+        tmp_path / "runs.yaml",
+        settings(files, max_steps=1, num_epochs=None, run_name="full", storage_path=str(disk)),
+    )
+    with started(config, within=on_a_small_disk(disk, "1m")) as running:
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert re.search(
+        rf"error: cannot copy .* to {disk}/full/checkpoints/.*: the disk is full", finished.errors
+    )
+    assert "Traceback" not in finished.errors
+
+
 def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     """It ends at once, and what was committed is still there."""
     config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_100, run_name="twice"))
