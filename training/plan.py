@@ -18,6 +18,7 @@ from configs.schema import NOT_IN_HASH, DataSource, FinetuneConfig, LoraConfig, 
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
 from training.checkpoints import (
     best,
+    fetch_weights,
     missing_of_completed,
     newest,
     read_manifest,
@@ -58,7 +59,6 @@ from utils.bucket import (
     join_uri,
     missing_bytes,
     open_store,
-    sync_to_node,
     uses_embedded_bucket,
 )
 from utils.embedded_bucket import EMBEDDED_BUCKET
@@ -367,11 +367,9 @@ def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path
 
     Raises:
         ModelError: the hub cannot be reached.
-        BucketError: the bucket cannot be read, or the disk is too small.
+        CheckpointError, BucketError: see `fetch_weights`.
     """
-    if not is_hub_id(source):
-        return sync_to_node(source, cache / "models", wanted)
-    return fetch_hub_model(source, wanted)
+    return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
 
 
 def load_tokenizer(

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from configs.schema import FinetuneConfig
+from training import checkpoints
 from training.data.batches import (
     EpochDataLoader,
     Order,
@@ -244,13 +245,17 @@ class FineTuningTrainer(SFTTrainer):
         return sums
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
         assert self.args.output_dir is not None
-        adapter = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "adapter_config.json"
-        if self.args.should_save and adapter.exists():
-            # PEFT writes where the base lay on this node.
-            settings = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": self.base_model}
-            adapter.write_text(json.dumps(settings, indent=2), "utf-8")
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with checkpoints.staging(directory):
+            Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
+            adapter = directory / "adapter_config.json"
+            if self.args.should_save and adapter.exists():
+                # PEFT writes where the base lay on this node.
+                settings = json.loads(adapter.read_text("utf-8")) | {
+                    "base_model_name_or_path": self.base_model
+                }
+                adapter.write_text(json.dumps(settings, indent=2), "utf-8")
 
 
 class ClassificationTrainer(FineTuningTrainer):
