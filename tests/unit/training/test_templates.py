@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.prepared import encode
-from training.data.prepare import IGNORED
 from training.data.rows import Chat, Filled, Message, Pair, Text
 from training.data.sources import DataError, RowError
 from training.data.templates import Renderer
+from training.data.token_files import IGNORED
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
