@@ -1,5 +1,6 @@
 """Rendered text -> token ids, and which of them stand where the loss looks."""
 
+import json
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -11,7 +12,13 @@ from training.data.templates import Rendered, Span
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+    from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
+
+_NOT_KNOWN = (
+    1 << 40
+)  # bytes of a token that stands for what the vocabulary lacks: no text's sum comes out right
 
 
 @dataclass(slots=True)
@@ -55,7 +62,7 @@ class Encoder:
         self._whole_text = whole_text
         self._end_of_text: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._bytes_of = _bytes_of_tokens(tokenizer)
-        self._normalizes = self._backend.normalizer is not None
+        self._normalizes = "NFC" in _steps(self._backend.normalizer)
 
     def encode(self, sequences: Sequence[Rendered]) -> "list[Encoding]":
         """Encode sequences of one kind, in the library's own threads and without Python's lock."""
@@ -101,12 +108,16 @@ class Encoder:
 
 def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
     """Bytes that each token stands for, by its id; None where a token is not certain bytes of the text."""
-    from tokenizers import decoders, normalizers
+    from tokenizers import models
 
     backend = tokenizer.backend_tokenizer
-    if not isinstance(backend.decoder, decoders.ByteLevel):
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
-    if backend.normalizer is not None and not isinstance(backend.normalizer, normalizers.NFC):
+    steps = _steps(backend.pre_tokenizer)
+    if steps[-1:] != ["ByteLevel"] or not set(steps[:-1]) <= {"Split", "Digits"}:
+        return None
+    if not set(_steps(backend.normalizer)) <= {"NFC"}:
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = [0] * (max(vocabulary.values()) + 1)
@@ -114,9 +125,21 @@ def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
         lengths[number] = len(token)  # a character for each byte
     for number, added in backend.get_added_tokens_decoder().items():
         lengths[number] = len(added.content.encode())
+    for token in (model.unk_token, *(f"<0x{byte:02X}>" for byte in range(256))):
+        if token in vocabulary:
+            lengths[vocabulary[token]] = _NOT_KNOWN
     probe = "a b"  # some put a space before the text
     ids = backend.encode(probe, add_special_tokens=False).ids
     return lengths if sum(lengths[number] for number in ids) == len(probe) else None
+
+
+def _steps(part: "Normalizer | PreTokenizer | None") -> list[str]:
+    """What a part of a tokenizer does, step after step."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())  # the only way to look into a Sequence
+    steps = state.get("pretokenizers", state.get("normalizers", [state]))
+    return [step["type"] for step in steps]
 
 
 def _by_offsets(encoding: "Encoding", rendered: Rendered, tokens: int) -> list[Span]:
