@@ -87,23 +87,32 @@ class Encoder:
 
     def _by_lengths(self, ids: list[int], rendered: Rendered) -> list[Span] | None:
         """None where the tokens are not the text's bytes, one after another."""
-        text = rendered.text
+        text, spans = rendered.text, rendered.spans
         assert self._bytes_of is not None
-        ends = list(accumulate(map(self._bytes_of.__getitem__, ids)))
-        if text.isascii():
-            if not ends or ends[-1] != len(text):
-                return None
-            spans: Sequence[Span] = rendered.spans
-        else:
+        size = len(text)
+        if not text.isascii():
             if self._normalizes and not unicodedata.is_normalized("NFC", text):
                 return None
-            if not ends or ends[-1] != len(text.encode()):
-                return None
-            spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in rendered.spans]
+            spans, size = _in_bytes(text, spans)
+        ends = list(accumulate(map(self._bytes_of.__getitem__, ids)))
+        if not ends or ends[-1] != size:
+            return None
         return [(bisect_right(ends, begin), bisect_left(ends, end) + 1) for begin, end in spans]
 
     def _asked_again(self, ids: list[int], rendered: Rendered) -> list[Span]:
         return _by_offsets(self._backend.encode(rendered.text, add_special_tokens=False), rendered, len(ids))
+
+
+def _in_bytes(text: str, spans: tuple[Span, ...]) -> tuple[tuple[Span, ...], int]:
+    """Spans of characters as spans of UTF-8, and the whole text's size."""
+    in_bytes: list[Span] = []
+    character = size = 0
+    for begin, end in spans:
+        first = size + len(text[character:begin].encode())
+        size = first + len(text[begin:end].encode())
+        in_bytes.append((first, size))
+        character = end
+    return tuple(in_bytes), size + len(text[character:].encode())
 
 
 def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
