@@ -12,6 +12,8 @@ from tests.support.front_door import run_main_quickly
 from tests.support.hub import COMMIT, hub_of
 from tests.support.jobs import Finished, run_main, write_yaml
 from tests.support.prepared import prepare, request, rows_of
+from training.data.prepare import prepare_data
+from training.data.prepared import fetch_prepared, keep_prepared
 from training.data.sources import DataError, find_files
 from utils.bucket import NotFoundError, open_store
 
@@ -113,6 +115,24 @@ def test_sources_in_a_bucket_are_mixed_by_weight(
     assert places[2:] == [f"{home}/rows-of-others/d.jsonl:1"] * 5
     assert places[0].startswith(f"{home}/rows/")
     assert places[1].startswith(f"{home}/day-")
+
+
+def test_prepared_rows_are_kept_in_the_bucket(
+    home: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    """Another driver reads no rows, and another node gets their tokens."""
+    bucket, data = f"{home}/prepared", request(f"{home}/rows")
+    first = prepare_data(data, tokenizer, tiny_model, tmp_path / "driver", bucket=bucket)
+    keep_prepared(first, bucket)
+    again = prepare_data(data, tokenizer, tiny_model, tmp_path / "another", bucket=bucket)
+    assert again.summary == first.summary
+    assert not (tmp_path / "another" / "data").exists()
+    assert rows_of(fetch_prepared(first.key, tmp_path / "worker", bucket)) == rows_of(first)
+    put(home, {"rows/a.jsonl": lines("one")}, tmp_path)
+    changed = prepare_data(
+        request(f"{home}/rows"), tokenizer, tiny_model, tmp_path / "another", bucket=bucket
+    )
+    assert changed.summary.rows == 2
 
 
 def dry_run(directory: Path, tiny_model: Path, **settings: Any) -> Finished:
