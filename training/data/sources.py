@@ -215,6 +215,9 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
         return _open_parquet(path, file.uri)
     raw = path.open("rb")
     size = max(path.stat().st_size, 1)
+    if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raw.close()
+        raise DataError(f"{file.uri}: is UTF-16. Save the file as UTF-8.")
     stream = _decompressed(raw, compression) if compression else raw
     reader = {"json": _read_json, "csv": _read_csv}.get(kind, _read_jsonl)
     return OpenFile(
@@ -395,7 +398,18 @@ class _Characters:
 def _read_csv(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as lines:
-        yield from _csv_records(csv.reader(lines, strict=True), uri)
+        yield from _csv_records(csv.reader(_bounded(lines, uri), strict=True), uri)
+
+
+def _bounded(lines: io.TextIOWrapper, uri: str) -> Iterator[str]:
+    number = 0
+    while line := lines.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise DataError(
+                f"{uri}:{number}: has no line end within {MAX_ROW_BYTES / 1e6:.0f} MB, so it is no CSV. Write the file again."
+            )
+        yield line
 
 
 def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
