@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from configs.schema import DataFormat
-from training.data.sources import RowError, json_type
+from training.data.sources import MAX_ROW_BYTES, RowError, json_type
 
 Message = dict[str, Any]
 Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
@@ -223,6 +223,9 @@ def _check_text(text: Any, what: Callable[[], str]) -> str:
         raise RowError("wrong type", f"{what()} is {json_type(text)}, not text")
     if not text or text.isspace():
         raise RowError("empty content", f"{what()} is empty")
+    if len(text) > MAX_ROW_BYTES:
+        million = f"{len(text) / 1e6:.1f} million characters, and a row may have {MAX_ROW_BYTES / 1e6:.0f}"
+        raise RowError("too large", f"{what()} has {million}. Is it a whole document?")
     if "\x00" in text:
         raise RowError("NUL character", f"{what()} holds a NUL character")
     if not text.isascii():

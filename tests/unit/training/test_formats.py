@@ -16,6 +16,7 @@ from configs.schema import DataFormat
 from tests.support.prepared import prepare, request
 from training.data.prepared import PreparedData
 from training.data.rows import Task
+from training.data.sources import DataError
 from training.data.token_files import IGNORED
 
 USER, ASSISTANT = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
@@ -212,6 +213,21 @@ def test_rows_of_every_format_in_every_kind_of_file(
     prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
     assert [source.format for source in prepared.summary.sources] == [data_format]
     assert learned(tokenizer, prepared) == [(text, trained)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.zst"])
+def test_one_row_of_ten_megabytes_is_left_out(
+    tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, kind: str
+):
+    rows = [{"prompt": "2 + 2?", "completion": "4" * 10_000_000}, {"prompt": "2 + 2?", "completion": "4"}]
+    path = write(tmp_path / f"rows.{kind}", rows)
+    if kind in ("json", "csv"):  # where the next row begins cannot be told for sure
+        with pytest.raises(DataError, match=rf"rows.{kind}:[12]: .*8( MB|000000)"):
+            prepare(request(path), tokenizer, tiny_model, tmp_path / "cache")
+        return
+    prepared = prepare(request(path, bad_rows="skip"), tokenizer, tiny_model, tmp_path / "cache")
+    assert prepared.summary.skipped_rows == {"too large": 1}
+    assert len(prepared.index) == 1
 
 
 def test_a_prompt_template_lays_rows_out(
