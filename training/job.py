@@ -42,7 +42,7 @@ from runs.layout import (
 )
 from training import checkpoints
 from training.claims import claimed
-from training.data.prepare import SKIPPED_FILE, PreparedData, keep_prepared
+from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport, to_html
 from training.events import (
     CheckpointCommitted,

@@ -28,9 +28,12 @@ from training.checkpoints import (
 )
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
-from training.data.prepare import PREPARED, DataRequest, DataSummary, PreparedData, prepare_data
+from training.data.prepare import prepare_data
+from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
+from training.data.request import DataRequest
 from training.data.sources import find_files, is_hub_dataset
+from training.data.summary import DataSummary
 from training.models.architecture import check_architecture, check_packing, parameter_shapes
 from training.models.files import (
     AdapterFacts,

@@ -23,7 +23,7 @@ from training.data.batches import (
     collate_packed,
     eval_batches,
 )
-from training.data.prepare import IGNORED
+from training.data.token_files import IGNORED
 from training.models.kernels import Device
 from training.plan import RunPlan
 

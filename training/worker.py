@@ -22,7 +22,7 @@ from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError
 from training.commits import Commits, Saved
-from training.data.prepare import PreparedData, fetch_prepared, verify_prepared
+from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model

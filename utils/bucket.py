@@ -62,7 +62,7 @@ def open_store(uri: str) -> Store:
 
     Raises BucketError for other schemes.
     """
-    return _remote_store(uri) if is_remote(uri) else LocalStore(_local_path(uri))
+    return _remote_store(uri) if is_remote(uri) else LocalStore(local_path(uri))
 
 
 def is_remote(uri: str) -> bool:
@@ -113,7 +113,7 @@ def check_writable(uri: str) -> None:
         store.write(probe, b"probe")
         store.delete([probe])
         return
-    path = _local_path(uri)
+    path = local_path(uri)
     with explained("write to", str(path)):
         directory = nearest_existing(path)
         if not directory.is_dir():
@@ -137,7 +137,7 @@ def find_objects(uri: str) -> list[tuple[str, str]]:
         found = parent.first(name) if name else None
         if found is not None and found.key == name:
             return [(uri, f"{found.size} {found.etag}")]
-    elif (path := _local_path(uri)).is_file():
+    elif (path := local_path(uri)).is_file():
         status = path.stat()
         return [(str(path), f"{status.st_size} {status.st_mtime_ns:x}")]
     store = open_store(uri)
@@ -150,7 +150,7 @@ def fetch_file(uri: str, cache_dir: Path) -> Path:
     As `sync_to_node` in everything else. Raises NotFoundError when there is no such object.
     """
     if not is_remote(uri):
-        path = _local_path(uri)
+        path = local_path(uri)
         if path.is_dir():
             raise BucketError(f"{path}: is a directory. Name a file in it.")
         if not path.is_file():
@@ -182,7 +182,7 @@ def sync_to_node(
     DamagedError when an object has another content.
     """
     if not is_remote(uri):
-        path = _local_path(uri)
+        path = local_path(uri)
         if not path.exists():
             raise NotFoundError(f"{path}: no such file or directory")
         return path
@@ -204,6 +204,16 @@ def upload_directory(directory: Path, store: Store, prefix: str, files: Iterable
     store.upload_many(
         {join_uri(prefix, name) if prefix else name: safe_join(directory, name) for name in files}
     )
+
+
+def local_path(uri: str) -> Path:
+    """The absolute path that a local path or `file://` URI names. Raises BucketError for another machine's."""
+    if _scheme(uri) != "file":
+        return Path(uri).expanduser().absolute()
+    host, slash, path = uri.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise BucketError(f"{uri}: write file:///absolute/path")
+    return Path("/" + urllib.parse.unquote(path))
 
 
 def _node_copy(
@@ -244,7 +254,7 @@ def _parent(uri: str) -> tuple[str, str]:
 
 
 def _check_local_readable(uri: str) -> None:
-    path = _local_path(uri)
+    path = local_path(uri)
     with explained("read", str(path)):
         if path.is_dir():
             listed = LocalStore(path).list()
@@ -253,15 +263,6 @@ def _check_local_readable(uri: str) -> None:
             path = safe_join(path, listed[0].key)
         with path.open("rb") as file:
             file.read(1)
-
-
-def _local_path(uri: str) -> Path:
-    if _scheme(uri) != "file":
-        return Path(uri).expanduser().absolute()
-    host, slash, path = uri.partition("://")[2].partition("/")
-    if host not in ("", "localhost") or not slash:
-        raise BucketError(f"{uri}: write file:///absolute/path")
-    return Path("/" + urllib.parse.unquote(path))
 
 
 def _scheme(uri: str) -> str:
