@@ -187,7 +187,8 @@ class FineTuningTrainer(SFTTrainer):
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """What is added up over all batches of an evaluation: here the loss and the trained tokens, as float64."""
         count = (inputs["labels"][:, 1:] != IGNORED).sum()
-        mean = self.compute_loss(model, dict(inputs))  # for padding as well: workers wait for each other in it
+        # For padding as well: workers wait for each other in it.
+        mean = self.compute_loss(model, dict(inputs))
         if count == 0:
             return torch.zeros(2, dtype=torch.float64, device=self.args.device)
         return torch.stack([mean.double() * count, count.double()])
