@@ -204,6 +204,26 @@ def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path
     assert steps(store) == []
 
 
+@by_both_ways
+def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with commits_of(store) as commits:
+        commits.start(saved(tmp_path / "saved", 1))
+    checkpoint, weights = store.uri_of("checkpoints/step-000001"), checkpoint_key(1, "model.safetensors")
+
+    def fetch(cache: str) -> Path:
+        return checkpoints.fetch_weights(checkpoint, tmp_path / cache, lambda key: key == "model.safetensors")
+
+    committed = store.read(weights)
+    assert (fetch("first") / "model.safetensors").read_bytes() == committed
+    store.write(weights, bytes(len(committed)))
+    for cache in ("first", "second"):
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors: its content is not what was committed"
+        ):
+            fetch(cache)
+
+
 def test_what_killed_attempts_left_is_removed_by_the_next_owner(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     with commits_of(store) as commits:
