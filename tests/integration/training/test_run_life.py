@@ -358,22 +358,25 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert steps == list(range(1, 101))
 
 
-def test_a_full_disk_where_runs_are_stored(files: Path, tmp_path: Path):
+def test_storage_that_refuses_everything_in_the_midst_of_a_run(
+    files: Path, bucket: EmbeddedBucket, tmp_path: Path
+):
     """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
-    if not small_disks_are_allowed(tmp_path):
-        pytest.skip("this machine lets no ordinary user mount a file system of its own")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    config = write_yaml(
-        tmp_path / "runs.yaml",
-        settings(files, max_steps=1, num_epochs=None, run_name="full", storage_path=str(disk)),
-    )
-    with started(config, within=on_a_small_disk(disk, "1m")) as running:
-        finished = running.end()
+    with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
+        place = reach_as_a_user(environment, bucket, "refusing")
+        config = write_yaml(
+            tmp_path / "refused.yaml",
+            settings(files, max_steps=1, num_epochs=None, storage_path=f"{place}/runs"),
+        )
+        with started(config, {"AWS_ENDPOINT_URL_S3": proxy.endpoint}) as running:
+            running.wait_for_line("… training")
+            proxy.faults += [
+                Fault("refuse", method, status=403, code="AccessDenied") for method in ("GET", "PUT", "POST")
+            ]
+            finished = running.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(
-        rf"error: cannot copy .* to {disk}/full/checkpoints/.*: the disk is full", finished.errors
-    )
+    assert re.search(rf"error: cannot .*{place}/runs/\S+: access denied", finished.errors)
+    assert "result.json cannot be written: cannot" in finished.errors
     assert "Traceback" not in finished.errors
 
 
