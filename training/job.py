@@ -36,6 +36,7 @@ from runs.layout import (
     Manifest,
     RunResult,
     RunStatus,
+    Speed,
     checkpoint_uri,
     eval_figures,
     run_of,
@@ -425,6 +426,7 @@ def _write_result(
         for entry in map(json.loads, lines)
         if "eval_loss" in entry
     ]
+    speed = told.checkpoint.speed if told.checkpoint else Speed()
     last, best = (manifests[-1] if manifests else None), checkpoints.best(manifests)
     result = RunResult(
         status=status,
@@ -437,7 +439,8 @@ def _write_result(
         train_steps=last.step if last else 0,
         tokens=told.checkpoint.tokens if told.checkpoint else 0,
         trained_tokens=told.checkpoint.trained_tokens if told.checkpoint else 0,
-        tokens_per_second=round(told.checkpoint.tokens_per_second, 3) if told.checkpoint else 0.0,
+        tokens_per_second=speed.tokens_per_second,
+        speed=speed,
         elapsed_seconds=round(elapsed, 3),
         parent=plan.parent,
         trainable_parameters=told.model.trainable_parameters if told.model else 0,

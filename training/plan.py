@@ -34,7 +34,13 @@ from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import find_files, is_hub_dataset
 from training.data.summary import DataSummary
-from training.models.architecture import check_architecture, check_packing, parameter_shapes
+from training.flops import RowFlops, row_flops
+from training.models.architecture import (
+    ModelShape,
+    check_packing,
+    model_shape,
+    parameter_shapes,
+)
 from training.models.files import (
     AdapterFacts,
     ModelError,
@@ -45,6 +51,7 @@ from training.models.files import (
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
+    lora_ranks,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
@@ -103,6 +110,8 @@ class RunPlan(BaseModel):
     data: DataFingerprints
     max_steps: int
     steps_per_epoch: int
+    flops: RowFlops | None
+    """What a row is worth; None where nobody has counted it for such layers or such a task."""
     scratch: str
     """Absolute directory on each node for the cache and unfinished files."""
 
@@ -222,7 +231,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
     _check_disk(base_model, facts, scratch)
     tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
-    check_architecture(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
+    dimensions = model_shape(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     if config.packing:
         check_packing(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
@@ -304,6 +313,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         data=data,
         max_steps=count_steps(config, shape),
         steps_per_epoch=shape.steps_per_epoch,
+        flops=_flops(config, dimensions, facts, adapter_facts),
         scratch=str(scratch),
     )
     rows = make_report(
@@ -718,6 +728,31 @@ def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: Ad
     if config.lora_config:
         return count_lora_parameters(facts, config.lora_config)
     return facts.parameters
+
+
+def _ranks(config: FinetuneConfig, facts: ModelFacts, adapter: AdapterFacts | None) -> dict[str, int]:
+    """The rank of each module's adapter, new or continued."""
+    if adapter:
+        return adapter.ranks
+    return lora_ranks(facts, config.lora_config) if config.lora_config else {}
+
+
+def _flops(
+    config: FinetuneConfig, shape: ModelShape | None, facts: ModelFacts, adapter: AdapterFacts | None
+) -> RowFlops | None:
+    if (
+        shape is None or config.task == "preference_tuning"
+    ):  # a pair is several rows, and the reference's pass
+        return None
+    whole = set(config.lora_config.modules_to_save or []) if config.lora_config else set()
+    return row_flops(
+        shape,
+        facts.parameter_shapes,
+        is_trained=lambda name: (
+            not config.trains_adapter or any(f".{module}." in f".{name}" for module in whole)
+        ),
+        ranks=_ranks(config, facts, adapter),
+    )
 
 
 def _model_warnings(

@@ -1,5 +1,6 @@
 """What a model's architecture says without its weights: whether transformers knows it, and every parameter's shape."""
 
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,23 @@ from training.models.files import ModelError, first_line
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def check_architecture(directory: Path, source: str, *, trust_remote_code: bool) -> None:
-    """Make sure that transformers can read the model's configuration.
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a decoder whose layers are attention and an MLP."""
 
-    Args:
-        directory: The model's files on this node; its weights are not needed.
-        source: What messages call the model.
-        trust_remote_code: Whether code that lies beside them may run.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    _load_config(directory, source, trust_remote_code)
+    layers: int
+    hidden: int
+    intermediate: int
+    """Of the MLP, or of one expert."""
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    windows: tuple[int | None, ...]
+    """For each layer, how many tokens back its attention sees, itself counted; None: all."""
+    experts: int
+    """0: no mixture."""
+    experts_per_token: int
 
 
 def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> None:
@@ -68,6 +74,50 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> ModelShape | None:
+    """The model's dimensions; None where its layers are none that we know how to count.
+
+    Args:
+        directory: The model's files on this node; its weights are not needed.
+        source: What messages call the model.
+        trust_remote_code: Whether code that lies beside them may run.
+
+    Raises:
+        ModelError: transformers cannot read the configuration.
+    """
+    text: Any = _load_config(directory, source, trust_remote_code).get_text_config()
+    said = text.to_dict()  # without the defaults that attributes of other architectures would have
+    layers, heads, intermediate = (
+        getattr(text, name, None)
+        for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    )
+    kinds = said.get("layer_types") or []
+    if (
+        not layers
+        or not heads
+        or not intermediate
+        or said.get("kv_lora_rank")
+        or not set(kinds) <= _MASKED_LAYERS
+    ):
+        return None
+    experts = said.get("num_local_experts") or said.get("num_experts") or 0
+    window = said.get("sliding_window")
+    return ModelShape(
+        layers=layers,
+        hidden=text.hidden_size,
+        intermediate=(said.get("moe_intermediate_size") or intermediate) if experts else intermediate,
+        heads=heads,
+        key_value_heads=said.get("num_key_value_heads") or heads,
+        head_dim=said.get("head_dim") or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        if kinds
+        else (window if said.get("use_sliding_window", True) else None,) * layers,
+        experts=experts,
+        experts_per_token=said.get("num_experts_per_tok") or 0,
+    )
 
 
 def _load_config(directory: Path, source: str, trust_remote_code: bool):

@@ -227,6 +227,15 @@ class AdapterFacts:
             if name in up
         }
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted module, by its name in the base model."""
+        return {
+            name.split(".lora_A.")[0].removeprefix("base_model.model."): shape[0]
+            for name, shape in self.parameter_shapes.items()
+            if ".lora_A." in name
+        }
+
 
 def read_adapter_facts(source: str) -> AdapterFacts:
     """Read an adapter's configuration and shapes.
@@ -281,6 +290,11 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
 def targeted_modules(facts: ModelFacts, lora: LoraConfig) -> list[str]:
     """The modules that get an adapter."""
     return [module for module in facts.matrix_shapes if _targets(lora, module)]
+
+
+def lora_ranks(facts: ModelFacts, lora: LoraConfig) -> dict[str, int]:
+    """The rank of each module that gets an adapter."""
+    return {module: _rank(lora, module) for module in targeted_modules(facts, lora)}
 
 
 def untargeted_names(facts: ModelFacts, lora: LoraConfig) -> list[str]:
