@@ -5,24 +5,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from training.models.architecture import ModelShape
-
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
-_OTHER_MODALITY = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)")
-_EXPERT = re.compile(r"\.experts\.")
-_LAYER = re.compile(r"\.(\d+)\.")
-# Within a layer each stage reads what the stages before it made; where none is named, it is that of the MLP's first matrices.
-_STAGES = (
-    re.compile(r"\.(input_layernorm|ln_1)\."),
-    re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn)\."),
-    re.compile(r"\.(o_proj|attention\.dense|attn\.c_proj)\."),
-    re.compile(
-        r"\.(post_attention_layernorm|ln_2|gate_proj|up_proj|gate_up_proj|c_fc|dense_h_to_4h|w1|w3)\."
-    ),
-    re.compile(r"\.(down_proj|mlp\.c_proj|dense_4h_to_h|w2)\."),
+from training.models.architecture import (
+    ATTENTION_OUTPUT,
+    ModelShape,
+    is_embedding,
+    is_head,
+    position,
+    share_of_experts,
 )
-_QKV, _OUTPUT, _MLP = 1, 2, 3
+
+_OTHER_MODALITY = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)")
 
 
 @dataclass(frozen=True)
@@ -77,54 +69,38 @@ def row_flops(
         ranks: Module -> rank, where an adapter sits.
     """
     matrices = {
-        name: math.prod(size) * _share(shape, name)
+        name: math.prod(size) * share_of_experts(shape, name)
         for name, size in parameter_shapes.items()
-        if len(size) > 1 and not _EMBEDDING.search(name) and not _OTHER_MODALITY.search(name)
+        if len(size) > 1 and not is_embedding(name) and not _OTHER_MODALITY.search(name)
     }
     trained = {name for name in parameter_shapes if is_trained(name)}
     adapted = {f"{module}.weight": rank for module, rank in ranks.items()}
     first_trained = min(
-        (_position(shape, name) for name in (*trained, *adapted)), default=(shape.layers + 1, 0)
+        (position(shape, name) for name in (*trained, *adapted)), default=(shape.layers + 1, 0)
     )
     per_token = per_trained_token = 0.0
 
     for name, entries in matrices.items():
-        passes_on = first_trained < _position(shape, name)
+        passes_on = first_trained < position(shape, name)
         flops = 2.0 * entries * (1 + passes_on + (name in trained))
         if rank := adapted.get(name):
             outputs, inputs = parameter_shapes[name][-2:]
             forward = 2.0 * rank * (inputs + outputs)
-            flops += _share(shape, name) * (2 * forward + 2.0 * rank * (outputs + inputs * passes_on))
-        if _HEAD.search(name):
+            flops += share_of_experts(shape, name) * (
+                2 * forward + 2.0 * rank * (outputs + inputs * passes_on)
+            )
+        if is_head(name):
             per_trained_token += flops
         else:
             per_token += flops
-    if not any(_HEAD.search(name) for name in matrices):  # tied to the embedding
-        head_is_trained = any(_EMBEDDING.search(name) for name in trained)
+    if not any(is_head(name) for name in matrices):  # tied to the embedding
+        head_is_trained = any(is_embedding(name) for name in trained)
         passes_on = first_trained < (shape.layers, 1)
         per_trained_token += 2.0 * shape.vocabulary * shape.hidden * (1 + passes_on + head_is_trained)
 
     attention: dict[int | None, float] = {}
     for layer, window in enumerate(shape.windows):
-        goes_back = first_trained < (layer, _OUTPUT)
+        goes_back = first_trained < (layer, ATTENTION_OUTPUT)
         flops = 4.0 * shape.heads * shape.head_dim * (1 + 2 * goes_back)
         attention[window] = attention.get(window, 0.0) + flops
     return RowFlops(per_token, per_trained_token, tuple(attention.items()))
-
-
-def _share(shape: ModelShape, name: str) -> float:
-    """Which part of a matrix a token goes through: a mixture takes some of its experts."""
-    return shape.experts_per_token / shape.experts if shape.experts and _EXPERT.search(name) else 1.0
-
-
-def _position(shape: ModelShape, name: str) -> tuple[int, int]:
-    """Where a parameter is used: its layer (-1: the embedding; behind all layers: the head), and the stage in it."""
-    if _EMBEDDING.search(name):
-        return (-1, 0)
-    layer = _LAYER.search(name)
-    if layer is None:
-        return (shape.layers, 1 if _HEAD.search(name) else 0)
-    return (
-        int(layer[1]),
-        next((stage for stage, names in enumerate(_STAGES) if names.search(name)), _MLP),
-    )

@@ -1,5 +1,6 @@
 """What a model's architecture says without its weights: whether transformers knows it, and every parameter's shape."""
 
+import re
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -8,6 +9,22 @@ from typing import Any
 from training.models.files import ModelError, first_line
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+_EXPERT = re.compile(r"\.experts\.")
+_LAYER = re.compile(r"\.(\d+)\.")
+# Within a layer each stage reads what the stages before it made. A name that none has is taken to be of MLP_INPUT.
+_STAGES = (
+    re.compile(r"\.(input_layernorm|ln_1)\."),
+    re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn)\."),
+    re.compile(r"\.(o_proj|attention\.dense|attn\.c_proj)\."),
+    re.compile(
+        r"\.(post_attention_layernorm|ln_2|gate_proj|up_proj|gate_up_proj|c_fc|dense_h_to_4h|w1|w3)\."
+    ),
+    re.compile(r"\.(down_proj|mlp\.c_proj|dense_4h_to_h|w2)\."),
+)
+ATTENTION_OUTPUT, MLP_INPUT = 2, 3
+"""Stages of a layer, as `position` gives them."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,32 @@ class ModelShape:
     experts: int
     """0: no mixture."""
     experts_per_token: int
+
+
+def is_embedding(parameter: str) -> bool:
+    """Whether a parameter is looked up by token or position, by its name."""
+    return _EMBEDDING.search(parameter) is not None
+
+
+def is_head(parameter: str) -> bool:
+    """Whether a parameter makes logits, by its name; a tied one has the embedding's."""
+    return _HEAD.search(parameter) is not None
+
+
+def share_of_experts(shape: ModelShape, parameter: str) -> float:
+    """Which part of a matrix a token goes through: a mixture takes some of its experts."""
+    return shape.experts_per_token / shape.experts if shape.experts and _EXPERT.search(parameter) else 1.0
+
+
+def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
+    """Where a parameter is used: its layer (-1: the embedding; behind all layers: the head), and the stage in it."""
+    if is_embedding(parameter):
+        return (-1, 0)
+    layer = _LAYER.search(parameter)
+    if layer is None:
+        return (shape.layers, 1 if is_head(parameter) else 0)
+    stages = (stage for stage, names in enumerate(_STAGES) if names.search(parameter))
+    return (int(layer[1]), next(stages, MLP_INPUT))
 
 
 def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> None:
