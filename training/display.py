@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from training.events import (
     Refused,
     StepDone,
 )
+from training.memory import MemoryReport
 from training.plan import PlanReport
 from utils.files import format_bytes
 
@@ -58,6 +60,8 @@ def show_plan(console: Console, report: PlanReport) -> None:
         ("parallelism", report.parallelism),
         ("kernels", report.kernels),
     ]
+    if report.memory:
+        rows.append(("memory", _describe_memory(report.memory)))
     if report.packing:
         rows.append(("packing", report.packing))
     if report.starts_from:
@@ -76,6 +80,17 @@ def show_plan(console: Console, report: PlanReport) -> None:
         console.print()
     for warning in report.warnings:
         show_warning(console, warning)
+
+
+def _describe_memory(memory: MemoryReport) -> str:
+    estimate = asdict(memory.estimate)
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in estimate.items())
+    text = f"about {format_bytes(memory.total)} a device ({parts})"
+    if memory.accelerator is None:
+        return text
+    if memory.available is None:
+        return f"{text}; what {memory.accelerator} has is not known"
+    return f"{text}; {memory.verdict} {memory.accelerator} ({format_bytes(memory.available)}), with {memory.kernels}'s kernels"
 
 
 def _print_histogram(console: Console, report: PlanReport) -> None:

@@ -1,9 +1,9 @@
 """How much memory a device needs for a run, counted from shapes before anything is built."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -16,9 +16,10 @@ from training.models.architecture import (
     position,
     share_of_experts,
 )
-from training.models.files import AdapterFacts, ModelError, ModelFacts, lora_ranks
+from training.models.files import AdapterFacts, ModelError, ModelFacts, is_trained_whole, lora_ranks
 from training.models.kernels import Device, Provider, choose_kernels
 from training.strategy import deepspeed_settings, zero_stage
+from utils.files import format_bytes
 
 _FP32 = 4
 # bitsandbytes' NF4 with double quantisation: half a byte, an 8-bit scale for 64 weights, a 32-bit one for 256 of those
@@ -30,6 +31,7 @@ _LEAST_PAGED = 100_000  # smaller tensors of a paged optimizer stay on the devic
 # Of TRL's fused head: tokens and words that it computes logits of at a time.
 _HEAD_TOKENS, _HEAD_WORDS = 4096, 32768
 _ROWS_OF_A_PAIR = 2
+_SURE_SHARE = 0.9  # of a device: the rest is for CUDA, NCCL and the allocator's fragments
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class _Held:
 def estimate_memory(job: Job) -> MemoryEstimate:
     """Weights, gradients, optimizer, activations and logits of a device.
 
-    Left out is what CUDA, NCCL and the allocator's fragments take: a tenth of the device should stay free.
+    Left out is what CUDA, NCCL and the allocator's fragments take.
 
     Raises:
         ModelError: the kernels cannot serve the job.
@@ -130,7 +132,7 @@ def _hold(job: Job) -> _Held:
     shapes = {
         name: shape
         for name, shape in job.facts.parameter_shapes.items()
-        if not adapts or _is_trained_whole(config, name)
+        if not adapts or is_trained_whole(config.lora_config, name)
     }
     for module, rank in job.ranks.items():
         outputs, inputs = job.facts.matrix_shapes[module]
@@ -350,12 +352,6 @@ def _saved_inputs(job: Job, held: _Held) -> float:
     return (held.computed * (taken + sum(ranks.values())) + masks) / shape.layers
 
 
-def _is_trained_whole(config: FinetuneConfig, name: str) -> bool:
-    """Whether a parameter of the base is trained beside the adapter."""
-    modules = (config.lora_config.modules_to_save or []) if config.lora_config else []
-    return any(f".{module}." in f".{name}" for module in modules)
-
-
 def _is_in_layers(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and not is_embedding(name) and not is_head(name)
 
@@ -374,7 +370,57 @@ class Saving:
     """Bytes on each device."""
 
 
-def savings(job: Job) -> list[Saving]:
+Verdict = Literal["fits", "may not fit", "does not fit"]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a person reads of it."""
+
+    estimate: MemoryEstimate
+    total: int
+    kernels: Provider
+    accelerator: str | None
+    """What the workers are to have, or this machine's GPU; None where it is not known, and on CPU."""
+    available: int | None
+    """Bytes of it."""
+    verdict: Verdict | None
+    savings: list[Saving]
+    """The three changes of the YAML that save most, each by itself."""
+
+
+def report_memory(job: Job, accelerator: str | None, available: int | None) -> MemoryReport:
+    """The estimate, beside what a device has.
+
+    Raises:
+        ModelError: the kernels cannot serve the job.
+        StrategyError: DeepSpeed's settings cannot be used.
+    """
+    estimate = estimate_memory(job)
+    verdict: Verdict | None = None
+    if available is not None:
+        sure = estimate.total <= _SURE_SHARE * available
+        verdict = "fits" if sure else "may not fit" if estimate.total <= available else "does not fit"
+    return MemoryReport(
+        estimate=estimate,
+        total=estimate.total,
+        kernels=_hold(job).provider,
+        accelerator=accelerator,
+        available=available,
+        verdict=verdict,
+        savings=_savings(job),
+    )
+
+
+def describe_savings(savings: Sequence[Saving]) -> str:
+    """What would help, as a sentence; nothing where nothing does."""
+    if not savings:
+        return ""
+    listed = "; ".join(f"`{saving.setting}` ({format_bytes(saving.saved)} less)" for saving in savings)
+    return f"What would help most, estimated for each device: {listed}."
+
+
+def _savings(job: Job) -> list[Saving]:
     """The three changes that save most, each by itself."""
     now = estimate_memory(job).total
     found = []

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import NOT_IN_HASH, DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
+from training.accelerators import memory_of, named_accelerator
 from training.checkpoints import (
     best,
     fetch_weights,
@@ -35,8 +36,8 @@ from training.data.request import DataRequest
 from training.data.sources import find_files, is_hub_dataset
 from training.data.summary import DataSummary
 from training.flops import RowFlops, row_flops
+from training.memory import Job, MemoryReport, describe_savings, report_memory
 from training.models.architecture import (
-    ModelShape,
     check_packing,
     model_shape,
     parameter_shapes,
@@ -51,7 +52,7 @@ from training.models.files import (
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
-    lora_ranks,
+    is_trained_whole,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
@@ -141,6 +142,8 @@ class PlanReport(DataReport):
     """How many packs, and how full they are."""
     resumes_from: str | None
     starts_from: str | None
+    memory: MemoryReport | None
+    """Estimated; None where nobody has counted it for such layers."""
     completed: RunResult | None
     """What the same run left, if it ended before: nothing is left to do."""
     warnings: list[str]
@@ -294,6 +297,17 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     warnings += [f"a checkpoint of this run is passed over: {line}" for line in damage]
     completed = _completed(run_uri) if own_newest else None
     parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
+    accelerator = named_accelerator(config.worker_resources) if config.device != "cpu" else None
+    job = dimensions and Job(
+        config=config,
+        shape=dimensions,
+        facts=facts,
+        adapter=adapter_facts,
+        device="cuda" if accelerator else device,
+        longest=_longest_sequence(config, train),
+    )
+    memory = _memory(job, accelerator) if job else None
+    warnings += _memory_warnings(memory)
     plan = RunPlan(
         config=config,
         config_hash=outcome_hash,
@@ -313,7 +327,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         data=data,
         max_steps=count_steps(config, shape),
         steps_per_epoch=shape.steps_per_epoch,
-        flops=_flops(config, dimensions, facts, adapter_facts),
+        flops=_flops(job),
         scratch=str(scratch),
     )
     rows = make_report(
@@ -321,7 +335,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         prepared_valid,
         order,
         limit=config.context_length or facts.max_context,
-        padded_to=(config.context_length or train.longest) if config.padding == "max_length" else None,
+        padded_to=_longest_sequence(config, train) if config.padding == "max_length" else None,
         steps=plan.max_steps,
     )
     warnings += _overlap_warnings(rows)
@@ -341,6 +355,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         packing=_describe_packing(config, train, shape) if config.packing else None,
         resumes_from=own_newest,
         starts_from=plan.parent,
+        memory=memory,
         completed=completed,
         warnings=warnings,
     )
@@ -364,6 +379,12 @@ def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int) -> Order
     )
     is_padded_to_longest = config.padding == "longest" and packs is None
     return Order(shape, config.seed, lengths=lengths if is_padded_to_longest else None, packs=packs)
+
+
+def _longest_sequence(config: FinetuneConfig, train: DataSummary) -> int:
+    """Tokens of the longest sequence that is trained on, with what fills it up."""
+    filled = config.packing or config.padding == "max_length"
+    return (config.context_length if filled else None) or train.longest
 
 
 def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
@@ -730,29 +751,38 @@ def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: Ad
     return facts.parameters
 
 
-def _ranks(config: FinetuneConfig, facts: ModelFacts, adapter: AdapterFacts | None) -> dict[str, int]:
-    """The rank of each module's adapter, new or continued."""
-    if adapter:
-        return adapter.ranks
-    return lora_ranks(facts, config.lora_config) if config.lora_config else {}
-
-
-def _flops(
-    config: FinetuneConfig, shape: ModelShape | None, facts: ModelFacts, adapter: AdapterFacts | None
-) -> RowFlops | None:
+def _flops(job: Job | None) -> RowFlops | None:
     if (
-        shape is None or config.task == "preference_tuning"
-    ):  # a pair is several rows, and the reference's pass
+        job is None or job.config.task == "preference_tuning"
+    ):  # a pair is two rows, and the reference reads them, too
         return None
-    whole = set(config.lora_config.modules_to_save or []) if config.lora_config else set()
     return row_flops(
-        shape,
-        facts.parameter_shapes,
+        job.shape,
+        job.facts.parameter_shapes,
         is_trained=lambda name: (
-            not config.trains_adapter or any(f".{module}." in f".{name}" for module in whole)
+            not job.config.trains_adapter or is_trained_whole(job.config.lora_config, name)
         ),
-        ranks=_ranks(config, facts, adapter),
+        ranks=job.ranks,
     )
+
+
+def _memory(job: Job, accelerator: str | None) -> MemoryReport:
+    """For the accelerator that workers ask for, wherever this is planned; else for this machine's GPU."""
+    if accelerator:
+        return report_memory(job, accelerator, memory_of(accelerator))
+    if job.device == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return report_memory(job, None, None)
+    import torch
+
+    return report_memory(job, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+
+
+def _memory_warnings(memory: MemoryReport | None) -> Iterator[str]:
+    if memory and memory.verdict and memory.verdict != "fits":
+        yield (
+            f"memory: each device needs about {format_bytes(memory.total)}, which {memory.verdict} {memory.accelerator} with its "
+            f"{format_bytes(memory.available or 0)}. {describe_savings(memory.savings)}"
+        )
 
 
 def _model_warnings(

@@ -297,6 +297,11 @@ def lora_ranks(facts: ModelFacts, lora: LoraConfig) -> dict[str, int]:
     return {module: _rank(lora, module) for module in targeted_modules(facts, lora)}
 
 
+def is_trained_whole(lora: LoraConfig | None, parameter: str) -> bool:
+    """Whether a parameter of the base is trained beside the adapter."""
+    return any(f".{module}." in f".{parameter}" for module in (lora.modules_to_save or [] if lora else []))
+
+
 def untargeted_names(facts: ModelFacts, lora: LoraConfig) -> list[str]:
     """Those of a list of target modules that match none, such as misspelt ones; a tied head has no matrix of its own."""
     if not isinstance(lora.target_modules, list):
