@@ -29,6 +29,25 @@ class Schedule(TrainerCallback):
             control.should_save = True
 
 
+class Rehearsing(TrainerCallback):
+    """Behind the first step of an attempt, when the optimizer's states lie in memory, tries the largest batch that can come.
+
+    So a GPU that is too small shows in the first minute, and not when the longest row happens to come.
+    """
+
+    def __init__(self, rehearse: Callable[[], None]):
+        self.rehearse = rehearse
+        self.is_done = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if not self.is_done:
+            self.is_done = True
+            self.rehearse()
+
+
 class Telling(TrainerCallback):
     """Tells the driver about steps and evaluations (rank 0)."""
 

@@ -147,12 +147,16 @@ class Throughput(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Leaves evaluation out."""
-        self._since = time.perf_counter()
+        self.restart()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Leaves saving out."""
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step begins now: what was done since the last one is none of it."""
         self._since = time.perf_counter()
 
     def figures_of_step(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The TRL trainer of a run, with our batches, an eval loss weighted by tokens, and checkpoints without what nobody reads."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class TrainingRows:
     valid: Dataset[dict[str, Any]] | None
     """What is evaluated, if anything."""
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    longest: int = 0
+    """Which training sequence has most tokens."""
 
 
 def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:
@@ -186,6 +189,24 @@ class FineTuningTrainer(SFTTrainer):
         if self.accelerator.sync_gradients:
             self.clock.enter("optimizer")
         return loss
+
+    def rehearse(self) -> None:
+        """Forward and backward pass of the largest batch that can come: what it needs is missing now, or never.
+
+        Nothing of it is left: random states are as before, gradients are dropped, no worker sends another any, and neither loss nor
+        counts hear of it. DeepSpeed could not forget it, since it adds each backward pass to its own sums.
+        """
+        batch = self.rows.collate(
+            [self.rows.train[self.rows.longest]] * self.args.per_device_train_batch_size
+        )
+        counted = copy.deepcopy((self._metrics, self._total_train_tokens))
+        model: Any = self.model_wrapped
+        devices = [] if self.args.use_cpu else [torch.cuda.current_device()]
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+            super().training_step(model, batch, torch.tensor(1, device=self.args.device))
+        model.zero_grad()
+        self._metrics, self._total_train_tokens = counted
+        self.throughput.restart()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds how fast the step was."""

@@ -144,7 +144,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
 
     tell(Phase("loading libraries"))
-    from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling
+    from training.callbacks import Committing, Diverging, Preempted, Rehearsing, Schedule, Stopping, Telling
     from training.objectives import build_trainer
     from training.speed import PhaseClock, Throughput
     from training.trainers import trainer_arguments
@@ -238,6 +238,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         throughput=throughput,
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
     )
+    if plan.device == "cuda" and plan.deepspeed is None:
+        trainer.add_callback(Rehearsing(trainer.rehearse))
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())
     tell(Phase("training"))
