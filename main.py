@@ -98,6 +98,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from training.plan import (
         ClusterError,
         check_cluster_answers,
+        check_devices_are_here,
         make_plan,
         make_scratch_directory,
         needs_embedded_bucket,
@@ -134,6 +135,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
             if report.completed:
                 result = report.completed
             else:
+                check_devices_are_here(plan)
                 watch.phase("starting the workers")
                 from training.job import run_job
 

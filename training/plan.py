@@ -201,6 +201,24 @@ def check_cluster_answers() -> None:
         ) from error
 
 
+def check_devices_are_here(plan: RunPlan) -> None:
+    """Make sure that a run without a cluster finds its GPUs on this machine.
+
+    Raises:
+        ClusterError: there are fewer.
+    """
+    if plan.device == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    if (found := torch.cuda.device_count()) < plan.config.num_devices:
+        named = named_accelerator(plan.config.worker_resources)
+        raise ClusterError(
+            f"the run needs {plan.config.num_devices} x {named or 'CUDA device'}, and this machine has {found} CUDA devices. Set "
+            "RAY_ADDRESS to a cluster that has them, lower num_devices, or write device: cpu."
+        )
+
+
 class Progress(Protocol):
     """Told what is being looked at; where it takes long, also how much of it is done (0 to 1) and a figure."""
 
@@ -297,16 +315,15 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     warnings += [f"a checkpoint of this run is passed over: {line}" for line in damage]
     completed = _completed(run_uri) if own_newest else None
     parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
-    accelerator = named_accelerator(config.worker_resources) if config.device != "cpu" else None
     job = dimensions and Job(
         config=config,
         shape=dimensions,
         facts=facts,
         adapter=adapter_facts,
-        device="cuda" if accelerator else device,
+        device=device,
         longest=_longest_sequence(config, train),
     )
-    memory = _memory(job, accelerator) if job else None
+    memory = _memory(job) if job else None
     warnings += _memory_warnings(memory)
     plan = RunPlan(
         config=config,
@@ -522,7 +539,7 @@ def _is_importable(provider: str) -> bool:
 def _choose_device(config: FinetuneConfig) -> Device:
     if config.device == "cpu":
         return "cpu"
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") or named_accelerator(config.worker_resources):
         return "cuda"  # a cluster's GPUs cannot be seen from here; the job compares with what the cluster has
     import torch
 
@@ -766,15 +783,18 @@ def _flops(job: Job | None) -> RowFlops | None:
     )
 
 
-def _memory(job: Job, accelerator: str | None) -> MemoryReport:
+def _memory(job: Job) -> MemoryReport:
     """For the accelerator that workers ask for, wherever this is planned; else for this machine's GPU."""
-    if accelerator:
+    if job.device == "cpu":
+        return report_memory(job, None, None)
+    if accelerator := named_accelerator(job.config.worker_resources):
         return report_memory(job, accelerator, memory_of(accelerator))
-    if job.device == "cpu" or os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
         return report_memory(job, None, None)
     import torch
 
-    return report_memory(job, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+    device = torch.cuda.get_device_properties(0)
+    return report_memory(job, device.name, device.total_memory)
 
 
 def _memory_warnings(memory: MemoryReport | None) -> Iterator[str]:

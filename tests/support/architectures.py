@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -18,17 +18,20 @@ from transformers import (
 
 from tests.support.tiny_model import make_tokenizer
 
+_LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+)
+
 # Sizes as each model's config.json on the hub has them.
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    ),
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
+    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -78,27 +81,16 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
         head_dim=128,
         max_position_embeddings=40960,
     ),
-    "Qwen/Qwen3-0.6B": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    ),
-    "google/gemma-2-9b-it": Gemma2Config(
-        vocab_size=256000,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
+    "google/gemma-3-1b-it": Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
         head_dim=256,
-        max_position_embeddings=8192,
-        sliding_window=4096,
+        max_position_embeddings=32768,
+        sliding_window=512,
     ),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": LlamaConfig(
         vocab_size=49152,
