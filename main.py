@@ -122,6 +122,8 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
             plan, report, prepared = make_plan(loaded, progress=watch.checking)
+            if not options.dry_run and not report.completed:
+                check_devices_are_here(plan)
             if options.dry_run or not report.completed:
                 show_plan(screen, report)
             if report.completed:
@@ -135,7 +137,6 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
             if report.completed:
                 result = report.completed
             else:
-                check_devices_are_here(plan)
                 watch.phase("starting the workers")
                 from training.job import run_job
 

@@ -137,7 +137,8 @@ def _hold(job: Job) -> _Held:
     for module, rank in job.ranks.items():
         outputs, inputs = job.facts.matrix_shapes[module]
         shapes |= {f"{module}.lora_A": (rank, inputs), f"{module}.lora_B": (outputs, rank)}
-    provider = choose_kernels(config, job.device, stage).provider
+    # On CPU Unsloth computes as transformers and PEFT do.
+    provider = choose_kernels(config, job.device, stage).provider if job.device == "cuda" else "torch"
     # As training/models/__init__.py loads it; but PEFT turns to fp32 what stays out of 4 bits, and DeepSpeed back.
     in_fp32 = not stage and (not adapts or (config.load_in_4bit and provider != "unsloth"))
     return _Held(
@@ -443,10 +444,6 @@ def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
         yield ", ".join(f"{key}: {value}" for key, value in fewer.items()), fewer
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
-    yield (
-        "kernels: unsloth, gradient_checkpointing: unsloth",
-        {"kernels": "unsloth", "gradient_checkpointing": "unsloth"},
-    )
     if config.dtype == "fp32":
         yield "dtype: bf16", {"dtype": "bf16"}
     yield f"context_length: {job.longest // 2}", {"context_length": job.longest // 2}
@@ -459,6 +456,8 @@ def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
         if config.num_devices > 1:
             yield f"deepspeed: {preset}", {"deepspeed": preset}
     if job.device == "cuda":
+        unsloth = {"kernels": "unsloth", "gradient_checkpointing": "unsloth"}
+        yield ", ".join(f"{key}: {value}" for key, value in unsloth.items()), unsloth
         yield "flash_attention_2: true", {"flash_attention_2": True}
         yield "kernels: liger", {"kernels": "liger"}
 

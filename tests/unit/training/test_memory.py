@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from transformers import Trainer, TrainingArguments
 
 from configs.schema import FinetuneConfig
 from tests.support.tiny_model import make_model
-from training.memory import Job, MemoryEstimate, estimate_memory
+from training.memory import (
+    Job,
+    MemoryEstimate,
+    Saving,
+    describe_savings,
+    estimate_memory,
+    report_memory,
+)
 from training.models import ModelRequest, torch_provider
 from training.models.architecture import model_shape
 from training.models.files import read_model_facts
@@ -218,3 +226,40 @@ def test_zero_splits_what_a_single_device_has_whole(models: dict[int, Path]):
     assert split(3, 8).optimizer == split(2, 8).optimizer
     gathered = split(3, 8).weights - 2 * parameters // 8
     assert gathered == split(3, 4).weights - 2 * parameters // 4, "the layers in use are whole"
+
+
+@pytest.mark.parametrize(
+    ("available", "verdict"), [(1.2, "fits"), (1.05, "may not fit"), (0.99, "does not fit"), (None, None)]
+)
+def test_a_tenth_of_a_device_stays_free(
+    available: float | None, verdict: str | None, models: dict[int, Path]
+):
+    of = job(models[2], device="cuda", kernels="torch", **LORA)
+    needed = estimate_memory(of).total
+    report = report_memory(of, "A10G", int(available * needed) if available else None)
+    assert (report.total, report.verdict) == (needed, verdict)
+
+
+def test_what_would_help_is_what_another_estimate_says(models: dict[int, Path]):
+    """The three that save most, each of them a YAML that goes."""
+    of = job(models[2], longest=400, train_batch_size_per_device=8, kernels="torch", **LORA)
+    savings = report_memory(of, None, None).savings
+    assert len(savings) == 3
+    assert [saving.saved for saving in savings] == sorted((one.saved for one in savings), reverse=True)
+    changed = replace(of, config=of.config.model_copy(update={"gradient_checkpointing": True}))
+    less = estimate_memory(of).total - estimate_memory(changed).total
+    assert Saving("gradient_checkpointing: true", less) in savings
+    words = describe_savings(savings)
+    assert "`train_batch_size_per_device: 4, gradient_accumulation_steps: 2` (" in words
+    assert words.endswith(" less).")
+
+
+def test_what_does_not_go_together_is_not_advised(models: dict[int, Path]):
+    of = job(models[2], num_devices=2, deepspeed="zero_3", device="cuda", kernels="liger", **LORA)
+    settings = [saving.setting for saving in report_memory(of, None, None).savings]
+    assert settings
+    assert not any("load_in_4bit" in setting or "unsloth" in setting for setting in settings)
+
+
+def test_nothing_is_advised_where_nothing_helps():
+    assert describe_savings([]) == ""
