@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from configs.schema import FinetuneConfig
+from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.models.architecture import (
     ATTENTION_OUTPUT,
     ModelShape,
@@ -64,9 +64,9 @@ class MemoryEstimate:
     gradients: int
     """With the buffers in which they are exchanged."""
     optimizer: int
-    """Its states and fp32 masters, and what its step takes beside them beyond the activations that are gone by then."""
+    """Its states and fp32 masters, and what its step takes beyond the activations and logits that are gone by then."""
     activations: int
-    """What the backward pass needs of the forward pass, and what it works in."""
+    """What is kept of the forward pass for the backward pass, and what that takes beyond the logits that are gone by then."""
     logits: int
     """And their loss."""
 
@@ -112,14 +112,15 @@ def estimate_memory(job: Job) -> MemoryEstimate:
         StrategyError: DeepSpeed's settings cannot be used.
     """
     held = _hold(job)
-    layers, logits = _activations(job, held), _logits(job, held)
+    kept, works_in, logits = _kept(job, held), _works_in(job, held), _logits(job, held)
     optimizer, step = _optimizer(job, held)
+    # The backward pass of the layers comes when the logits are gone, and the optimizer's step when both are.
+    activations = kept + max(0, works_in - logits)
     return MemoryEstimate(
         weights=int(_weights(job, held)),
         gradients=int(_gradients(held)),
-        # The step comes when activations and logits are gone.
-        optimizer=int(optimizer + max(0, step - layers - logits)),
-        activations=int(layers),
+        optimizer=int(optimizer + max(0, step - activations - logits)),
+        activations=int(activations),
         logits=int(logits),
     )
 
@@ -167,8 +168,9 @@ def _weights(job: Job, held: _Held) -> float:
         base = facts.parameters * held.base
     adapter = held.trained_entries * held.trained if config.trains_adapter else 0
     copies = 2 * _cast_by_autocast(job, held) if held.autocast else 0
-    if config.task == "preference_tuning" and not config.trains_adapter:
-        base *= 2  # the reference
+    if config.task == "preference_tuning" and _loss(config) != "orpo":
+        # Its reference: a second model, the adapter as it was, or no more than the base.
+        base, adapter = base * (1 if config.trains_adapter else 2), adapter * (2 if job.adapter else 1)
     if held.stage < 3:
         return base + adapter + copies
     split = 0.0 if _is_offloaded(held, "offload_param") else (base + adapter) / held.devices
@@ -227,9 +229,8 @@ def _states(job: Job, name: str, shape: tuple[int, ...]) -> float:
     optim, size = job.config.optim, math.prod(shape)
     if optim == "sgd":
         return 0
-    if (
-        optim == "adafactor"
-    ):  # a row and a column in place of a matrix (Shazeer and Stern 2018, arXiv 1804.04235)
+    if optim == "adafactor":
+        # A row and a column in place of a matrix (Shazeer and Stern 2018, arXiv 1804.04235).
         return _FP32 * (sum(size / part for part in shape[-2:]) if len(shape) > 1 else size)
     if optim.startswith("paged") and job.device == "cuda" and size >= _LEAST_PAGED:
         return 0  # moves to the host's memory where the device's runs out
@@ -239,24 +240,30 @@ def _states(job: Job, name: str, shape: tuple[int, ...]) -> float:
     return moments * size * (_EIGHT_BITS if in_8_bits else _FP32)
 
 
-def _activations(job: Job, held: _Held) -> float:
-    """What is kept from the forward pass, and what the backward pass of a layer's MLP works in.
+def _kept(job: Job, held: _Held) -> float:
+    """What lies in memory when the forward pass of the layers is done.
 
-    With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) each layer's input is kept, and one layer at a time whole;
-    `unsloth` keeps the inputs in the host's memory.
+    With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) that is each layer's input; `unsloth` keeps these in the host's
+    memory.
     """
     shape, tokens = job.shape, _tokens(job)
-    layer = tokens * _layer(job, held)
-    width = shape.intermediate * max(1, shape.experts_per_token)
-    works_in = tokens * held.computed * (3 * width + 2 * shape.hidden)
     last = tokens * (_norm(job, held) + held.computed * shape.hidden)
-    mask = 0 if not _is_masked(job, held) else tokens * job.longest  # one byte, for all layers
-    checkpointing = job.config.gradient_checkpointing
-    if not checkpointing:
-        return shape.layers * layer + works_in + last + mask
-    offloads = checkpointing == "unsloth" and held.provider == "unsloth"
-    inputs = 0 if offloads else shape.layers * tokens * held.base * shape.hidden
-    return inputs + layer + works_in + last + mask
+    mask = tokens * job.longest if _is_masked(job, held) else 0  # a byte each, for all layers
+    if not job.config.gradient_checkpointing:
+        layers = shape.layers * tokens * _layer(job, held)
+    elif job.config.gradient_checkpointing == "unsloth" and held.provider == "unsloth":
+        layers = 0
+    else:
+        layers = shape.layers * tokens * held.base * shape.hidden
+    return layers + last + mask
+
+
+def _works_in(job: Job, held: _Held) -> float:
+    """What the backward pass of a layer takes: the gradients inside its MLP, and with gradient checkpointing the layer itself again."""
+    shape, tokens = job.shape, _tokens(job)
+    width = shape.intermediate * max(1, shape.experts_per_token)
+    gradients = tokens * held.computed * (3 * width + 2 * shape.hidden)
+    return gradients + (tokens * _layer(job, held) if job.config.gradient_checkpointing else 0)
 
 
 def _layer(job: Job, held: _Held) -> float:
@@ -292,13 +299,12 @@ def _norm(job: Job, held: _Held) -> float:
 
 
 def _logits(job: Job, held: _Held) -> float:
-    """transformers' loss has logits, their fp32 copy's log-softmax and both gradients; TRL's fused head has a tile of them, the hidden
-    states with their fp32 gradient, and the head's own where it is trained."""
+    """transformers' loss, on CPU, has 12 bytes for each token and word: the logits, their log-softmax in fp32, the gradient in fp32 and,
+    of logits in bf16, in bf16 again. TRL's fused head has a tile of logits, the hidden states with their fp32 gradient, and the head's
+    own where it is trained (`ChunkedLogProbFunction` in trl/kernels/chunked_logprob.py)."""
     shape, tokens = job.shape, _tokens(job)
     if job.device == "cpu":
-        return (
-            tokens * shape.vocabulary * (2 * held.computed + 2 * _FP32 if held.computed == 2 else 3 * _FP32)
-        )
+        return tokens * shape.vocabulary * 3 * _FP32
     tile = min(tokens, _HEAD_TOKENS) * min(shape.vocabulary, _HEAD_WORDS) * (held.computed + _FP32)
     head_is_trained = any(is_head(name) or is_embedding(name) for name in held.trained_shapes)
     head = _FP32 * shape.vocabulary * shape.hidden if head_is_trained else 0
@@ -351,6 +357,11 @@ def _saved_inputs(job: Job, held: _Held) -> float:
         masks += size * (held.trained if job.device == "cpu" else 1) if _dropout(job.config) else 0
     taken = own if held.autocast or _dropout(job.config) else sum(shared.values())
     return (held.computed * (taken + sum(ranks.values())) + masks) / shape.layers
+
+
+def _loss(config: FinetuneConfig) -> str:
+    """Of preference tuning."""
+    return (config.preference_tuning_config or PreferenceTuningConfig()).loss
 
 
 def _is_in_layers(name: str, shape: tuple[int, ...]) -> bool:
