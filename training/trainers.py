@@ -303,7 +303,9 @@ class FineTuningTrainer(SFTTrainer):
         assert self.args.output_dir is not None
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with checkpoints.staging(directory):
-            self.clock.timed("saving", Trainer._save_checkpoint)(self, model, trial)  # without TRL's model card
+            self.clock.timed("saving", Trainer._save_checkpoint)(
+                self, model, trial
+            )  # without TRL's model card
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
                 # PEFT writes where the base lay on this node.
