@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -47,7 +48,7 @@ class Job:
     longest: int
     """Tokens of the longest sequence of a batch."""
 
-    @property
+    @cached_property
     def ranks(self) -> dict[str, int]:
         """Module -> rank, where an adapter sits."""
         if self.adapter:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,7 +47,7 @@ class ModelFacts:
         """How many there are."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
 
-    @property
+    @cached_property
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Module -> (outputs, inputs), for those whose weight is a matrix."""
         return {
