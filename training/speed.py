@@ -199,6 +199,6 @@ class Throughput(TrainerCallback):
 
 
 def _peak_memory_bytes() -> int:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
