@@ -34,8 +34,8 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
     },
     ("unsloth", "cpu"): {
-        "LoRA": (TESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
-        "full": (TESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "LoRA": (UNTESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "full": (UNTESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
     },
     ("unsloth", "cuda"): {
