@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
+from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, Speed, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, small_disks_are_allowed
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
@@ -77,7 +77,7 @@ def saved(directory: Path, step: int, eval_loss: float | None = None) -> Saved:
     (place / "shards").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(os.urandom(100_000))
     (place / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
-    told = CheckpointCommitted(step, f"step {step}", 0, 0, 0.0)
+    told = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
     return Saved(place, manifest_of(step, eval_loss), "{}\n", told)
 
 

@@ -103,7 +103,22 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     assert run.read("eval_loss.png").startswith(b"\x89PNG")
     assert b"secret" not in run.read("config.yaml")
     lines = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    speed = result["speed"]
+    assert speed["tokens_per_second"] == result["tokens_per_second"] > speed["trained_tokens_per_second"] > 0
+    assert speed["mfu"] is None and not any("mfu" in line for line in steps), (
+        "nobody knows what this CPU could do"
+    )
+    assert all(line["peak_memory_bytes"] <= speed["peak_memory_bytes"] for line in steps)
+    worked = {"data", "forward", "backward", "optimizer", "evaluation", "saving"}
+    assert all(speed["seconds"][phase] > 0 for phase in worked)
+    assert sum(speed["seconds"].values()) < result["elapsed_seconds"]
+    for phase in ("data", "forward", "backward", "optimizer"):
+        of_steps = sum(line[f"seconds/{phase}"] for line in steps)
+        assert of_steps == pytest.approx(speed["seconds"][phase], abs=0.001), (
+            "each step has its own, and nobody else's"
+        )
     summaries = [
         json.loads(path.read_text()) for path in (files / "scratch").glob("cache/prepared/*/summary.json")
     ]
