@@ -1,7 +1,9 @@
-"""The eval loss of a run as a picture, its parent's before its own."""
+"""Eval losses as pictures: a run's after its parent's, and several runs' in one."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from runs.layout import EvalLoss
 
@@ -10,37 +12,58 @@ def draw_eval_curve(
     run_name: str, eval_losses: Sequence[EvalLoss], parent_losses: Sequence[EvalLoss] = ()
 ) -> bytes:
     """A PNG of eval loss over epochs; a parent's epochs come first, and the run's go on from where they end."""
+    buffer = io.BytesIO()
+    with _axes() as axes:
+        begin = parent_losses[-1].epoch if parent_losses else 0.0
+        if parent_losses:
+            _plot(axes, "parent run", parent_losses, style="o--", color="0.55")
+        _plot(axes, run_name, eval_losses, begin=begin, color="tab:blue")
+        for loss in eval_losses:
+            axes.annotate(
+                f"{loss.eval_loss:.4f}",
+                (begin + loss.epoch, loss.eval_loss),
+                textcoords="offset points",
+                xytext=(4, 6),
+                fontsize=8,
+            )
+        axes.margins(x=0.12, y=0.15)  # room for the figures beside the points
+        _finish(axes, buffer)
+    return buffer.getvalue()
+
+
+def draw_eval_curves(curves: Mapping[str, Sequence[EvalLoss]]) -> bytes:
+    """A PNG of the eval losses of several runs over epochs, each from its own beginning."""
+    buffer = io.BytesIO()
+    with _axes() as axes:
+        for name, losses in curves.items():
+            _plot(axes, name, losses)
+        _finish(axes, buffer)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _axes() -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
-    begin = parent_losses[-1].epoch if parent_losses else 0.0
-    if parent_losses:
-        axes.plot(
-            [loss.epoch for loss in parent_losses],
-            [loss.eval_loss for loss in parent_losses],
-            "o--",
-            color="0.55",
-            label="parent run",
-        )
-    epochs = [begin + loss.epoch for loss in eval_losses]
-    axes.plot(epochs, [loss.eval_loss for loss in eval_losses], "o-", color="tab:blue", label=run_name)
-    for epoch, loss in zip(epochs, eval_losses, strict=True):
-        axes.annotate(
-            f"{loss.eval_loss:.4f}",
-            (epoch, loss.eval_loss),
-            textcoords="offset points",
-            xytext=(4, 6),
-            fontsize=8,
-        )
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name is no formula
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
+        yield axes
+        pyplot.close(figure)
+
+
+def _plot(
+    axes: Any, name: str, losses: Sequence[EvalLoss], *, begin: float = 0.0, style: str = "o-", **line: Any
+) -> None:
+    epochs = [begin + loss.epoch for loss in losses]
+    axes.plot(epochs, [loss.eval_loss for loss in losses], style, label=name, **line)
+
+
+def _finish(axes: Any, buffer: io.BytesIO) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("eval loss (nats a trained token)")
-    axes.margins(x=0.12, y=0.15)  # room for the figures beside the points
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    pyplot.close(figure)
-    return buffer.getvalue()
+    axes.figure.savefig(buffer, format="png")

@@ -1,6 +1,5 @@
 """A RunPlan becomes a Ray TorchTrainer job, and its end a RunResult (driver side)."""
 
-import json
 import math
 import os
 import re
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runs.curve import draw_eval_curve
 from runs.layout import (
-    CHECKPOINTS,
     CONFIG_FILE,
     CURVE_FILE,
     DATA_PAGE_FILE,
     DATA_REPORT_FILE,
-    METRICS_FILE,
     RESULT_FILE,
     SKIPPED_ROWS_FILE,
     Claim,
@@ -37,9 +35,9 @@ from runs.layout import (
     RunResult,
     RunStatus,
     checkpoint_uri,
-    eval_figures,
     run_of,
 )
+from runs.reading import best, committed, eval_losses_of, parent_losses, read_metrics
 from training import checkpoints
 from training.claims import claimed
 from training.data.prepare import SKIPPED_FILE, PreparedData, keep_prepared
@@ -117,7 +115,7 @@ def run_job(
             on_event(event)
 
         _follow(mailbox, signals, hear, lambda: told.has_uncommitted_steps)
-    manifests = checkpoints.committed(store)
+    manifests = committed(store)
     finished = bool(manifests) and manifests[-1].step >= plan.max_steps
     status, reason = _status(fit.error, told.refusal, signals, finished)
     if status == "completed" and plan.parent and run_of(plan.parent):
@@ -407,24 +405,14 @@ def _write_result(
 ) -> RunResult:
     """result.json and the curve, from what lies in the bucket; a run that wrote nothing leaves nothing."""
     store = open_store(plan.run_uri)
-    lines = (store.read_if_exists(METRICS_FILE) or b"").decode().splitlines()
-    eval_losses = [
-        EvalLoss(
-            step=entry["step"],
-            epoch=entry["epoch"],
-            eval_loss=entry["eval_loss"],
-            figures=eval_figures(entry),
-        )
-        for entry in map(json.loads, lines)
-        if "eval_loss" in entry
-    ]
-    last, best = (manifests[-1] if manifests else None), checkpoints.best(manifests)
+    eval_losses = eval_losses_of(read_metrics(store))
+    last = manifests[-1] if manifests else None
     result = RunResult(
         status=status,
         reason=reason,
         run_name=plan.run_name,
         run_uri=plan.run_uri,
-        best_checkpoint=_uri(plan, best),
+        best_checkpoint=_uri(plan, best(manifests)),
         last_checkpoint=_uri(plan, last),
         eval_losses=eval_losses,
         train_steps=last.step if last else 0,
@@ -436,6 +424,7 @@ def _write_result(
         trainable_parameters=told.model.trainable_parameters if told.model else 0,
         log_files=[str(log) for log in logs],
         versions=package_versions(),
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if store.read_if_exists(CONFIG_FILE) is not None:
         if eval_losses:
@@ -445,16 +434,8 @@ def _write_result(
 
 
 def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
-    """The eval losses of the run whose weights this one started from, up to that checkpoint."""
-    parent_run, separator, checkpoint = (plan.parent or "").rpartition(f"/{CHECKPOINTS}/step-")
-    if not separator or plan.config.resume_from_checkpoint:
-        return []  # a run that took the whole state has them in its own metrics
-    result = open_store(parent_run).read_if_exists(RESULT_FILE)
-    if result is None:
-        return []
-    return [
-        loss for loss in RunResult.model_validate_json(result).eval_losses if loss.step <= int(checkpoint)
-    ]
+    """Of the run whose weights this one started from; one that took the whole state has them in its own metrics."""
+    return [] if plan.config.resume_from_checkpoint else parent_losses(plan.parent)
 
 
 def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:

@@ -15,16 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import NOT_IN_HASH, DataSource, FinetuneConfig, LoraConfig, config_hash
-from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
-from training.checkpoints import (
-    best,
-    missing_of_completed,
-    newest,
-    read_manifest,
-    read_result,
-    resolve_start,
-    survey,
-)
+from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
+from runs.reading import best, missing_of_completed, newest, read_result, survey
+from training.checkpoints import read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import PREPARED, DataRequest, DataSummary, PreparedData, prepare_data
@@ -61,7 +54,6 @@ from utils.bucket import (
     sync_to_node,
     uses_embedded_bucket,
 )
-from utils.embedded_bucket import EMBEDDED_BUCKET
 from utils.files import checksum_bytes, format_bytes, free_bytes
 
 if TYPE_CHECKING:
@@ -155,9 +147,7 @@ def storage_path(config: FinetuneConfig) -> str:
     """Where runs go: the YAML's word, else Anyscale's artifact storage, else the embedded bucket."""
     if config.storage_path:
         return _absolute(config.storage_path)
-    if artifacts := os.environ.get("ANYSCALE_ARTIFACT_STORAGE"):
-        return join_uri(artifacts, "anneal")
-    return f"s3://{EMBEDDED_BUCKET}/runs"
+    return default_storage()
 
 
 def scratch_directory(config: FinetuneConfig) -> Path:

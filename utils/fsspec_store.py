@@ -8,7 +8,7 @@ a lifecycle rule of the bucket remove them.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -62,6 +62,19 @@ class FsspecStore:
                 return []
             items = [self._stored(path, details) for path, details in found.items()]
         return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
+
+    def directories(self) -> Sequence[str]:
+        """See Store."""
+        with self._errors("list"):
+            self._files.invalidate_cache(self._root)
+            try:
+                found = self._files.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+        names = (
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"
+        )
+        return sorted(names)
 
     def first(self, prefix: str) -> StoredObject | None:
         """See Store."""

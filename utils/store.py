@@ -1,7 +1,7 @@
 """What a store of objects is, and the words for what goes wrong with one."""
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,10 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """Return the objects whose key starts with `prefix`, sorted by key; none where there is no place."""
+        ...
+
+    def directories(self) -> Sequence[str]:
+        """Return the first parts of keys that have more than one, sorted, each once; objects below are not listed."""
         ...
 
     def first(self, prefix: str) -> StoredObject | None:
