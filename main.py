@@ -123,6 +123,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from utils.embedded_bucket import embedded_bucket
     from utils.files import write_atomically
 
+    command = ["python", "main.py", str(options.config), *options.overrides]
     output, progress = open_consoles()
     screen = progress if options.json else output
     try:
@@ -154,7 +155,13 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 from training.job import run_job
 
                 result = run_job(
-                    plan, prepared, report, began=began, driver_log=driver_log, on_event=watch.on_event
+                    plan,
+                    prepared,
+                    report,
+                    command=command,
+                    began=began,
+                    driver_log=driver_log,
+                    on_event=watch.on_event,
                 )
     except (
         ConfigError,
@@ -171,7 +178,6 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     except KeyboardInterrupt:
         show_error(progress, "interrupted before training began; nothing was written")
         return INTERRUPTED
-    command = ["python", "main.py", str(options.config), *options.overrides]
     show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":
         show_error(progress, result.reason)

@@ -1,6 +1,6 @@
 """How a run stands, from what lies in the bucket: its result, its committed checkpoints, what was measured so far."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 
@@ -49,7 +49,7 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
         raise DamagedError(key, f"{store.uri_of(key)} is cut off, or none of ours") from error
 
 
-def eval_losses_of(metrics: list[MetricsLine]) -> list[EvalLoss]:
+def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:
     """The evaluations among the lines of metrics.jsonl."""
     return [
         EvalLoss(
@@ -63,15 +63,15 @@ def eval_losses_of(metrics: list[MetricsLine]) -> list[EvalLoss]:
     ]
 
 
-def parent_losses(parent: str | None) -> list[EvalLoss]:
-    """The eval losses of the run that a checkpoint belongs to, up to that checkpoint; none where it is no run's.
+def parent_metrics(parent: str | None) -> list[MetricsLine]:
+    """What was measured in the run that a checkpoint belongs to, up to that checkpoint; nothing where it is no run's.
 
     Args:
         parent: The checkpoint's URI, as a run's manifest and result name what it started from.
     """
     run, separator, step = (parent or "").rstrip("/").rpartition(f"/{CHECKPOINTS}/step-")
-    result = read_result(open_store(run)) if separator else None
-    return [loss for loss in result.eval_losses if loss.step <= int(step)] if result else []
+    lines = read_metrics(open_store(run)) if separator else []
+    return [line for line in lines if line.step <= int(step)]
 
 
 def committed(store: Store) -> list[Manifest]:

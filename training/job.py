@@ -2,13 +2,14 @@
 
 import math
 import os
+import platform
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from configs.loading import to_yaml
 from runs.curve import draw_eval_curve
 from runs.layout import (
     CONFIG_FILE,
     CURVE_FILE,
     DATA_PAGE_FILE,
     DATA_REPORT_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     SKIPPED_ROWS_FILE,
     Claim,
-    EvalLoss,
     Manifest,
+    MetricsLine,
     RunResult,
     RunStatus,
     checkpoint_uri,
     run_of,
 )
-from runs.reading import best, committed, eval_losses_of, parent_losses, read_metrics
+from runs.reading import best, committed, eval_losses_of, parent_metrics, read_metrics
+from runs.report import RunReport
+from runs.report import to_html as report_to_html
 from training import checkpoints
 from training.claims import claimed
 from training.data.prepare import SKIPPED_FILE, PreparedData, keep_prepared
@@ -53,7 +58,7 @@ from training.events import (
     StepDone,
 )
 from training.models.files import first_line
-from training.plan import ClusterError, RunPlan
+from training.plan import ClusterError, PlanReport, RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import BucketError, open_store, uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
@@ -73,8 +78,9 @@ _CPU_ALLOCATOR = {
 def run_job(
     plan: RunPlan,
     prepared: Sequence[PreparedData],
-    report: DataReport,
+    report: PlanReport,
     *,
+    command: Sequence[str],
     began: float,
     driver_log: Path,
     on_event: Callable[[Event], None],
@@ -84,7 +90,8 @@ def run_job(
     Args:
         plan: What to do.
         prepared: The rows' tokens, which workers take from the bucket.
-        report: What is kept of them for people.
+        report: What is kept of them for people, and of the plan.
+        command: What was typed, for the run's page.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: Where this process's library output goes.
         on_event: Called on this thread with what the workers tell.
@@ -122,7 +129,9 @@ def run_job(
         with suppress(BucketError):  # the parent's run deletes a mark that is out of date
             checkpoints.unmark(plan.parent, plan.run_uri)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
-    return _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
+    return _write_result(
+        plan, manifests, status, reason, told, logs, time.monotonic() - began, report, command
+    )
 
 
 def _write_data_report(plan: RunPlan, prepared: Sequence[PreparedData], report: DataReport) -> None:
@@ -166,6 +175,8 @@ class Told:
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
     last_step: int = 0
+    throughput: dict[int, float] = field(default_factory=dict)
+    """Steps of this attempt -> their tokens/s."""
 
     @property
     def has_uncommitted_steps(self) -> bool:
@@ -177,8 +188,9 @@ class Told:
         match event:
             case ModelReady():
                 self.model = event
-            case StepDone(step=step):
+            case StepDone(step=step, tokens_per_second=tokens_per_second):
                 self.last_step = step
+                self.throughput[step] = tokens_per_second
             case CheckpointCommitted():
                 self.checkpoint = event
             case Refused(message):
@@ -402,10 +414,13 @@ def _write_result(
     told: Told,
     logs: list[Path],
     elapsed: float,
+    report: PlanReport,
+    command: Sequence[str],
 ) -> RunResult:
-    """result.json and the curve, from what lies in the bucket; a run that wrote nothing leaves nothing."""
+    """result.json, the curve and the page, from what lies in the bucket; a run that wrote nothing leaves nothing."""
     store = open_store(plan.run_uri)
-    eval_losses = eval_losses_of(read_metrics(store))
+    metrics = read_metrics(store)
+    eval_losses = eval_losses_of(metrics)
     last = manifests[-1] if manifests else None
     result = RunResult(
         status=status,
@@ -427,15 +442,34 @@ def _write_result(
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if store.read_if_exists(CONFIG_FILE) is not None:
+        before = _parent_metrics(plan)
         if eval_losses:
-            store.write(CURVE_FILE, draw_eval_curve(plan.run_name, eval_losses, _parent_losses(plan)))
+            store.write(CURVE_FILE, draw_eval_curve(plan.run_name, eval_losses, eval_losses_of(before)))
+        page = RunReport(
+            result=result,
+            metrics=metrics,
+            parent_metrics=before,
+            throughput=told.throughput,
+            checkpoints=manifests,
+            config=to_yaml(plan.config),
+            environment={
+                "device": report.device,
+                "parallelism": report.parallelism,
+                "kernels": report.kernels,
+                "python": platform.python_version(),
+            },
+            command=command,
+            base_model=plan.base_model,
+            trains_adapter=plan.config.trains_adapter,
+        )
+        store.write(REPORT_FILE, report_to_html(page).encode())
         store.write(RESULT_FILE, result.model_dump_json(indent=2).encode())
     return result
 
 
-def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
+def _parent_metrics(plan: RunPlan) -> list[MetricsLine]:
     """Of the run whose weights this one started from; one that took the whole state has them in its own metrics."""
-    return [] if plan.config.resume_from_checkpoint else parent_losses(plan.parent)
+    return [] if plan.config.resume_from_checkpoint else parent_metrics(plan.parent)
 
 
 def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:
