@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume fuzz bench-data lint format lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
+.PHONY: help setup setup-unsloth setup-dev quickstart test test-resume fuzz bench-data lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,9 @@ lint: setup-dev  ## check style, types and the doors between the rooms
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports
+
+schema: setup  ## make configs/schema.json, by which editors complete and check YAMLs
+	$(BIN)/python -m configs.json_schema
 
 format: setup-dev  ## rewrite the Python files as the linter wants them
 	$(BIN)/ruff check --fix .
