@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from configs.loading import flat
 from runs.curve import draw_eval_curves
-from runs.listing import RunDetails, flat, read_run
+from runs.listing import RunDetails, read_run
 
 _NOT_COMPARED = {"run_name", "storage_path", "output_dir"}  # where a run is, not what it is
 

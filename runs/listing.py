@@ -4,7 +4,7 @@ A run of a thousand costs what one costs: a completed run is one request, any ot
 it has; they go out side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -134,16 +134,6 @@ def run_uri(name_or_uri: str) -> str:
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
     return open_store(name_or_uri).uri
-
-
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Sections as dotted keys: {"lora_config": {"r": 8}} -> {"lora_config.r": 8}."""
-    keys = {}
-    for key, value in settings.items():
-        keys |= (
-            flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
-        )
-    return keys
 
 
 def _checkpoint(uri: str, manifest: Manifest) -> CheckpointSummary:

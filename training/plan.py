@@ -14,7 +14,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import NOT_IN_HASH, DataSource, FinetuneConfig, LoraConfig, config_hash
+from configs.schema import (
+    NOT_IN_HASH,
+    DataSource,
+    FinetuneConfig,
+    LoraConfig,
+    MlflowLogger,
+    WandbLogger,
+    config_hash,
+)
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
 from runs.reading import best, missing_of_completed, newest, read_result, survey
 from training.checkpoints import read_manifest, resolve_start
@@ -463,9 +471,9 @@ def read_chat_template(config: FinetuneConfig) -> str | None:
 def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
     refusals = list(loaded.refusals)
     config = loaded.config
-    if config.logger and not _is_importable(config.logger.provider):
+    if isinstance(config.logger, WandbLogger | MlflowLogger) and not _is_importable(config.logger.provider):
         refusals.append(
-            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). pip install {config.logger.provider}"
+            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). `make setup-trackers` installs it."
         )
     if refusals:
         raise ConfigError("\n".join(refusals))
