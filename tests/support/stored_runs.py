@@ -26,6 +26,7 @@ from utils.bucket import Store
 from utils.files import checksum_bytes
 
 VERSIONS = {"torch": "2.13.0", "ray": "2.60.0"}
+_WEIGHTS = b"weights"
 
 
 def eval_losses(*losses: float) -> list[EvalLoss]:
@@ -86,9 +87,9 @@ def write_run(
     return store.uri_of(name)
 
 
-def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:
-    weights = b"weights"
-    manifest = Manifest(
+def manifest_of(loss: EvalLoss) -> Manifest:
+    """The manifest of a checkpoint of one file."""
+    return Manifest(
         step=loss.step,
         epoch=loss.epoch,
         eval_loss=loss.eval_loss,
@@ -100,7 +101,11 @@ def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:
         parent=None,
         created="2026-11-21T12:00:00+00:00",
         versions=VERSIONS,
-        files=[FileRecord(path="model.safetensors", size=len(weights), checksum=checksum_bytes(weights))],
+        files=[FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))],
     )
-    store.write(f"{name}/{checkpoint_key(loss.step, 'model.safetensors')}", weights)
-    store.write(f"{name}/{checkpoint_key(loss.step, MANIFEST_FILE)}", manifest.model_dump_json().encode())
+
+
+def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:
+    store.write(f"{name}/{checkpoint_key(loss.step, 'model.safetensors')}", _WEIGHTS)
+    content = manifest_of(loss).model_dump_json().encode()
+    store.write(f"{name}/{checkpoint_key(loss.step, MANIFEST_FILE)}", content)

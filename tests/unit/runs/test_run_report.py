@@ -9,7 +9,7 @@ from configs.loading import to_yaml
 from configs.schema import FinetuneConfig
 from runs.layout import MetricsLine
 from runs.report import RunReport, to_html
-from tests.support.stored_runs import eval_losses, result_of
+from tests.support.stored_runs import eval_losses, manifest_of, result_of
 
 ATTACK = "<script>alert(1)</script>"
 RUN = "s3://bucket/runs/a-run"
@@ -110,7 +110,7 @@ def test_nothing_that_others_wrote_becomes_markup():
     config = FinetuneConfig(model_id=f"org/{ATTACK}", train_path="rows.jsonl", chat_template=ATTACK)
     result = result_of(
         f"/runs/{ATTACK}",
-        eval_losses(2.0, 1.25),
+        [loss.model_copy(update={"figures": {ATTACK: 0.5}}) for loss in eval_losses(2.0, 1.25)],
         status="failed",
         reason=f"row 3: {ATTACK}",
         run_name=ATTACK,
@@ -125,6 +125,7 @@ def test_nothing_that_others_wrote_becomes_markup():
             environment={ATTACK: ATTACK},
             command=["python", "main.py", ATTACK],
             base_model=ATTACK,
+            checkpoints=[manifest_of(loss) for loss in eval_losses(2.0)],
         )
     )
     assert "<script" not in page
