@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import secrets
 import signal
+import subprocess
+import sys
 import tempfile
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs.layout import Manifest
+from runs.listing import list_runs
 from tests.support.jobs import (
+    PROJECT,
+    environment,
     read_metrics,
     run_main,
     started,
@@ -46,6 +53,20 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
         "learning_rate": 1e-2,
         **more,
     }
+
+
+def run_page_script(page: str, part: str, directory: Path) -> None:
+    """Run the one script of a run's page that has a part in it, as it stands there."""
+    (script,) = [unescape(code) for code in re.findall(r"<pre>(.*?)</pre>", page, re.S) if part in code]
+    ran = subprocess.run(
+        ["bash", "-c", script.replace(".venv/bin/python", sys.executable)],
+        cwd=directory,
+        env=environment() | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def eval_loss_of(model: Any, tokenizer: Any, rows: Path) -> float:
@@ -115,6 +136,14 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     best = min(loss["eval_loss"] for loss in result["eval_losses"])
     assert eval_loss_of(model, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
+
+    run_page_script(run.read("report.html").decode(), "PeftModel", tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert eval_loss_of(merged, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
+    (listed,) = list_runs(f"{bucket_uri}/runs")
+    assert (listed.run_uri, listed.status, listed.best_eval_loss) == (result["run_uri"], "completed", best)
+    assert listed.age_seconds is not None and listed.age_seconds < 600
 
     again = run_main(config, "--json")
     assert again.exit_code == 0
@@ -201,6 +230,9 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert 20 <= stopped_at < 300
     assert finished.result["last_checkpoint"].endswith(f"step-{stopped_at:06d}")
     assert "Traceback" not in finished.errors
+    page = (files / "runs" / "stopped" / "report.html").read_text()
+    assert "stopped: signal 15" in page
+    assert f"python main.py {config}" in page
 
     continued = run_main(config, "--json")
     assert continued.exit_code == 0, continued.errors
