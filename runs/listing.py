@@ -1,6 +1,6 @@
 """The runs below a place, and one of them in full.
 
-A run of a thousand costs what one costs: a completed run is one request, any other at most five, however many checkpoints
+A run of a thousand costs what one costs: a completed run is one request, any other at most four, however many checkpoints
 it has; they go out side by side.
 """
 

@@ -123,8 +123,8 @@ def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch:
         print(f"\n{len(runs)} runs in {time.monotonic() - began:.2f} s, {len(proxy.requests)} requests")
     assert sum(run.status == "completed" for run in runs) == completed
     assert sum(run.status == "interrupted" for run in runs) == unfinished
-    about_the_place = 5
-    assert len(proxy.requests) <= about_the_place + completed + 5 * unfinished
+    about_the_place = 3 + 2  # is it there, may it be read; two pages of names
+    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished
     read = [request.path for request in proxy.downloads("a-thousand-runs")]
     assert not [path for path in read if "checkpoints" in path]
 
