@@ -23,10 +23,10 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-dev quickstart test test-resume fuzz bench-data lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
+.PHONY: help setup setup-unsloth setup-trackers setup-dev quickstart test test-resume fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
 
 # A step that was cut short leaves STAMP.begun behind, and the next run does it from the start.
 $(STAMPS)/torch: requirements/bootstrap.lock pyproject.toml
@@ -86,6 +86,9 @@ bench-overhead: setup  ## measure what Anneal costs beside the bare trainer
 
 bench-data: setup  ## measure how fast rows are prepared beside datasets.map
 	$(BIN)/python benchmarks/data.py
+
+bench-data-memory: setup  ## measure the memory that preparing a file of 5 GB takes (a quarter of an hour, 20 GB of disk)
+	$(BIN)/python benchmarks/data.py --gigabytes 5
 
 bench-resume: setup  ## measure what it costs to send a killed run again
 	$(BIN)/python benchmarks/resume.py

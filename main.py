@@ -111,6 +111,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from training.data.report import to_html
     from training.data.sources import DataError
     from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
+    from training.events import UnrecordedError
     from training.models.files import ModelError
     from training.plan import (
         ClusterError,
@@ -175,6 +176,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     ) as error:
         show_error(progress, str(error))
         return REFUSED
+    except UnrecordedError as error:
+        show_error(progress, str(error))
+        return FAILED
     except KeyboardInterrupt:
         show_error(progress, "interrupted before training began; nothing was written")
         return INTERRUPTED

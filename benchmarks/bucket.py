@@ -19,19 +19,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from benchmarks.checkpoints import manifest_of
 from benchmarks.report import spread, write_report
+from runs.layout import MANIFEST_FILE, checkpoint_key, checkpoint_uri
 from tests.support.bucket_proxy import Fault, bucket_proxy
-from utils.bucket import BucketError, DamagedError, open_store
+from training import checkpoints
+from training.checkpoints import CheckpointError
+from utils.bucket import BucketError, open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
-from utils.files import checksum_bytes
-from utils.s3 import Patience, S3Store
 
 MB = 1024 * 1024
 LARGE_BYTES, SMALL_BYTES, SMALL_FILES = 512 * MB, 64 * 1024, 64
@@ -229,21 +230,38 @@ def refusals(endpoint: str, directory: Path) -> dict[str, int]:
 
 
 def damage(endpoint: str, directory: Path) -> dict[str, int]:
-    """Of so many downloads with a bit flipped at random, or another object's content, how many are accepted."""
-    content, other = os.urandom(SMALL_BYTES), os.urandom(SMALL_BYTES)
-    open_store(f"s3://{BUCKET}/damaged").write("file", content)
-    accepted, where = 0, random.Random(0)
+    """Of so many restores of a damaged checkpoint, how many are accepted.
+
+    In turn a bit of its weights is flipped on the way, another object comes in their place, its manifest is cut off, and its
+    manifest is that of an earlier attempt.
+    """
+    run, weights, restored = open_store(f"s3://{BUCKET}/run"), directory / "weights", directory / "restored"
+    manifests = []
+    for _ in range(2):
+        weights.write_bytes(os.urandom(SMALL_BYTES))
+        files = checkpoints.upload_files(run, 1, directory, [weights.name])
+        manifests.append(manifest_of(1).model_copy(update={"files": files}).model_dump_json().encode())
+    earlier, right = manifests
+    accepted, where, checkpoint = 0, random.Random(0), checkpoint_uri(run.uri, 1)
     with bucket_proxy(endpoint) as proxy:
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
-        store = S3Store(f"s3://{BUCKET}/damaged", Patience(silence=5, failing=5))
-        item = replace(store.stat("file"), checksum=checksum_bytes(content))
         for number in range(TRIES_OF_DAMAGE):
-            kind = "flip" if number % 2 else "swap"
-            proxy.faults[:] = [Fault(kind, at=where.randrange(SMALL_BYTES), content=other)]
-            with suppress(DamagedError):
-                store.download_many({item: directory / "damaged"})
+            kind = ("flip", "swap", "cut off", "earlier")[number % 4]
+            manifest = {"cut off": right[: where.randrange(len(right))], "earlier": earlier}.get(kind, right)
+            run.write(checkpoint_key(1, MANIFEST_FILE), manifest)
+            proxy.faults.clear()
+            if kind in ("flip", "swap"):
+                proxy.faults.append(
+                    Fault(kind, key=weights.name, at=where.randrange(SMALL_BYTES), content=bytes(SMALL_BYTES))
+                )
+            with suppress(CheckpointError):
+                checkpoints.restore(checkpoint, restored)
                 accepted += 1
+            shutil.rmtree(restored, ignore_errors=True)
             proxy.requests.clear()
+        proxy.faults.clear()
+        run.write(checkpoint_key(1, MANIFEST_FILE), right)
+        checkpoints.restore(checkpoint, restored)  # undamaged, it is accepted
     os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
     return {f"accepted of {TRIES_OF_DAMAGE} damaged": accepted}
 

@@ -1,6 +1,7 @@
 """One transfer by one contestant, in a process of its own: `bucket_peers.py TRANSFER CONTESTANT URI DIRECTORY` prints what it took.
 
 Clients are made and have answered once before the clock starts, as a run's have; s5cmd is a program and starts inside it.
+What has to be listed is listed inside it, too.
 """
 
 import json
@@ -22,11 +23,11 @@ def anneal(transfer: str, uri: str, directory: Path) -> Transfer:
     from utils.bucket import open_store, upload_directory
 
     store = open_store(uri)
-    listed = store.list()
+    store.list()
     if transfer == "up":
         names = [path.name for path in directory.iterdir()]
         return lambda: upload_directory(directory, store, "", names)
-    return lambda: store.download_many({item: directory / item.key for item in listed})
+    return lambda: store.download_many({item: directory / item.key for item in store.list()})
 
 
 def ray_train(transfer: str, uri: str, directory: Path) -> Transfer:

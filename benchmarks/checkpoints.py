@@ -148,7 +148,12 @@ def saved(directory: Path, step: int, size: int) -> Saved:
     place.mkdir()
     for number in range(FILES):
         (place / f"file-{number}.safetensors").write_bytes(os.urandom(size))
-    manifest = Manifest(
+    return Saved(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, 0.0))
+
+
+def manifest_of(step: int) -> Manifest:
+    """As it is when its files are not known yet."""
+    return Manifest(
         step=step,
         epoch=0.0,
         eval_loss=None,
@@ -162,7 +167,6 @@ def saved(directory: Path, step: int, size: int) -> Saved:
         versions={},
         files=[],
     )
-    return Saved(place, manifest, "", CheckpointCommitted(step, "", 0, 0, 0.0))
 
 
 def a_step() -> Any:

@@ -1,8 +1,9 @@
-"""How fast rows become tokens: `make bench-data` prepares 40 MB of chats, and lets datasets.map do it with two processes.
+"""How fast rows become tokens, and in how much memory.
 
-Both read the same JSONL, lay it out by the same chat template and encode it with the same tokenizer; ours also checks every
-row, finds what is trained on and looks for repeated rows. Rounds are interleaved, each in processes of their own, and
-every row's ids are compared. Then a million short rows are checked once.
+`make bench-data` prepares 40 MB of chats, and lets datasets.map do it with two processes. Both read the same JSONL, lay it
+out by the same chat template and encode it with the same tokenizer; ours also checks every row, finds what is trained on and
+looks for repeated rows. Then it checks a million short rows. Rounds are interleaved, each in processes of their own, and
+every row's ids are compared. `make bench-data-memory` prepares one file of 5 GB.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
@@ -25,8 +28,7 @@ from training.models.files import is_tokenizer_file
 from utils.bucket import sync_to_node
 from utils.embedded_bucket import embedded_bucket
 
-MEGABYTES = 40
-SHORT_ROWS = 1_000_000
+_SECONDS_BETWEEN_LOOKS = 0.25
 _SAMPLE = (
     "How many apples does she have left after giving seven of them to her brother? Größe über naïve café — 数据训练 "
     "The model reads a row, answers the question, and is trained on what it should have said. 🍎 x = 3 * (4 + 5)\n"
@@ -36,6 +38,9 @@ _SAMPLE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=float, default=40, help="of chats")
+    parser.add_argument("--short-rows", type=int, default=1_000_000)
+    parser.add_argument("--gigabytes", type=float, help="prepare one file of this size, and nothing else")
     parser.add_argument("--one", nargs=4, metavar=("HOW", "ROWS", "MODEL", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -43,34 +48,60 @@ def main() -> None:
         HOWS[how](Path(rows), Path(model), Path(out))
         return
     quickstart.main()
-    measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         with embedded_bucket():
             model = sync_to_node(f"{quickstart.HOME}/smollm2-135m", directory, is_tokenizer_file)
-        rows = write_chats(directory / "chats.jsonl", MEGABYTES * 1_000_000)
-        for number in range(options.rounds):
-            order = list(HOWS)[:: 1 if number % 2 else -1]
-            round_ = {how: measure(how, rows, model, directory / f"{how}-{number}") for how in order}
-            measured.append(round_)
-            print(round_, flush=True)
-        differing = compare(directory / f"ours-{options.rounds - 1}", directory / f"map-{options.rounds - 1}")
-        assert differing == 0, f"{differing} rows have other ids"
-        short = write_short_rows(directory / "short.jsonl", SHORT_ROWS)
-        million = measure("ours", short, model, directory / "short")
-        print(f"{SHORT_ROWS:,} short rows: {million}", flush=True)
+        if options.gigabytes:
+            measure_memory(directory, model, options.gigabytes)
+        else:
+            measure_speed(directory, model, options)
+
+
+def measure_speed(directory: Path, model: Path, options: argparse.Namespace) -> None:
+    """Rounds of chats by both and of short rows by ours."""
+    chats = write_chats(directory / "chats.jsonl", int(options.megabytes * 1e6))
+    short = write_short_rows(directory / "short.jsonl", options.short_rows)
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(options.rounds):
+        hows = [("ours", chats), ("map", chats), ("short", short)][:: 1 if number % 2 else -1]
+        rounds.append({how: measure(how, rows, model, directory / f"{how}-{number}") for how, rows in hows})
+        print(rounds[-1], flush=True)
+    last = options.rounds - 1
     write_report(
         "data",
         {
-            "map_to_ours_seconds": spread(
-                [round_["map"]["seconds"] / round_["ours"]["seconds"] for round_ in measured]
+            "map_to_ours": spread(
+                [round_["map"]["seconds"] / round_["ours"]["seconds"] for round_ in rounds]
             ),
-            "ours_seconds": spread([round_["ours"]["seconds"] for round_ in measured]),
-            "million_short_rows_seconds": spread([million["seconds"]]),
-            "million_short_rows_peak_mb": spread([million["peak_mb"]]),
+            "map_alone_to_ours": spread(
+                [round_["map"]["map_alone_seconds"] / round_["ours"]["seconds"] for round_ in rounds]
+            ),
+            "ours_seconds": spread([round_["ours"]["seconds"] for round_ in rounds]),
+            "short_rows_seconds": spread([round_["short"]["seconds"] for round_ in rounds]),
         },
-        [*measured, {"short": million}],
+        rounds,
+        {
+            "megabytes": options.megabytes,
+            "short_rows": options.short_rows,
+            "rows_with_other_ids": differing(directory / f"ours-{last}", directory / f"map-{last}"),
+            **{f"{how}_peak_mb": max(round_[how]["peak_mb"] for round_ in rounds) for how in HOWS},
+        },
     )
+
+
+def measure_memory(directory: Path, model: Path, gigabytes: float) -> None:
+    """One large file by ours."""
+    piece = write_chats(directory / "piece.jsonl", int(min(40e6, gigabytes * 1e9 / 10)))
+    rows = directory / "large.jsonl"
+    with rows.open("wb") as file:
+        number = 0
+        while file.tell() < gigabytes * 1e9:
+            number += 1  # no row is as one before
+            file.write(piece.read_bytes().replace(b'"content": "', b'"content": "%d ' % number))
+    piece.unlink()
+    measured = measure("short", rows, model, directory / "large")
+    write_report("data_memory", {}, [measured], {"gigabytes": rows.stat().st_size / 1e9, **measured})
 
 
 def write_chats(path: Path, size: int) -> Path:
@@ -80,15 +111,9 @@ def write_chats(path: Path, size: int) -> Path:
         while file.tell() < size:
             messages = []
             for _ in range(chance.randint(1, 3)):
-                messages.append(
-                    {"role": "user", "content": " ".join(chance.choices(words, k=chance.randint(5, 60)))}
-                )
-                messages.append(
-                    {
-                        "role": "assistant",
-                        "content": " ".join(chance.choices(words, k=chance.randint(5, 120))),
-                    }
-                )
+                for role, longest in (("user", 60), ("assistant", 120)):
+                    text = " ".join(chance.choices(words, k=chance.randint(5, longest)))
+                    messages.append({"role": role, "content": text})
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path
 
@@ -105,22 +130,36 @@ def write_short_rows(path: Path, count: int) -> Path:
 
 
 def measure(how: str, rows: Path, model: Path, out: Path) -> dict[str, float]:
-    """Seconds from open file to tokens on disk, and the peak memory of the process that leads."""
+    """What a process of its own says, and the peak memory (PSS) of it and all its children."""
     environment = os.environ | {"HF_HOME": str(out / "home"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, __file__, "--one", how, str(rows), str(model), str(out)]
-    finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+    with (Path(f"{out}.stdout")).open("w+") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _memory_of(process.pid))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if process.returncode:
+            raise SystemExit(f"{how} ended with code {process.returncode}")
+        output.seek(0)
+        return json.loads(output.readlines()[-1]) | {"peak_mb": round(peak / 1e6)}
 
 
-def tell(began: float) -> None:
-    """The figures as the process's last line."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": round(time.monotonic() - began, 3), "peak_mb": round(peak)}))
+def _memory_of(pid: int) -> int:
+    total = 0
+    try:
+        for process in (main := psutil.Process(pid), *main.children(recursive=True)):
+            total += process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0  # one ended while it was looked at
+    return total
 
 
 def ours(rows: Path, model: Path, out: Path) -> None:
+    short_rows(rows, model, out).dataset().select_columns(["input_ids"]).save_to_disk(str(out / "ids"))
+
+
+def short_rows(rows: Path, model: Path, out: Path) -> Any:
     from tests.support.prepared import request
     from training.data.prepare import prepare_data
     from training.plan import load_tokenizer
@@ -128,8 +167,8 @@ def ours(rows: Path, model: Path, out: Path) -> None:
     tokenizer = load_tokenizer(model, trust_remote_code=False, chat_template=None)
     began = time.monotonic()
     prepared = prepare_data(request(rows), tokenizer, model, out)
-    tell(began)
-    prepared.dataset().select_columns(["input_ids"]).save_to_disk(str(out / "ids"))
+    print(json.dumps({"seconds": time.monotonic() - began, "rows": prepared.summary.rows}))
+    return prepared
 
 
 def by_map(rows: Path, model: Path, out: Path) -> None:
@@ -139,20 +178,22 @@ def by_map(rows: Path, model: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     began = time.monotonic()
     dataset = load_dataset("json", data_files=str(rows), split="train")
+    loaded = time.monotonic()
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
         return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
 
     encoded = dataset.map(encode, batched=True, num_proc=2, remove_columns=dataset.column_names)  # pyright: ignore
-    tell(began)
+    ended = time.monotonic()
+    print(json.dumps({"seconds": ended - began, "map_alone_seconds": ended - loaded, "rows": len(encoded)}))  # pyright: ignore
     encoded.save_to_disk(str(out / "ids"))
 
 
-HOWS = {"ours": ours, "map": by_map}
+HOWS = {"ours": ours, "map": by_map, "short": short_rows}
 
 
-def compare(ours: Path, by_map: Path) -> int:
+def differing(ours: Path, by_map: Path) -> int:
     """Rows whose ids differ."""
     from datasets import load_from_disk
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from configs.prompt_format import to_chat_template
 from configs.schema import DEEPSPEED_PRESETS, FinetuneConfig
 from configs.yaml_source import Document, KeyPath, Origin, dotted, shown
 
@@ -191,16 +192,23 @@ def _generation_config(migration: Migration, value: Any) -> None:
     if not isinstance(value, dict) or set(value) - {"prompt_format", "stopping_sequences"}:
         _wrong_value(migration, path, value, "`prompt_format` and `stopping_sequences` only; leave it out")
         return
-    if value.get("prompt_format"):
-        migration.refuse(
-            (*path, "prompt_format"),
-            "cannot be used: conversations are laid out by the model's own chat template; "
-            "put the format into the tokenizer's chat_template and name that model, or leave it out",
-        )
-        migration.not_run(path)
-    else:
+    below = (*path, "prompt_format")
+    if not value.get("prompt_format"):
         migration.no_effect(path, "the model's own chat template lays out conversations and ends them")
-    migration.take(path)
+        migration.take(path)
+        return
+    try:
+        template = to_chat_template(value["prompt_format"])
+    except ValueError as error:
+        migration.refuse(below, f"has no chat template that writes the same ({error}); write `chat_template`")
+        migration.not_run(path)
+        migration.take(path)
+        return
+    if value.get("stopping_sequences"):
+        migration.no_effect((*path, "stopping_sequences"), "an answer ends as the chat template ends it")
+    migration.replace(
+        path[0], "chat_template", template, "`chat_template`, as --print-config shows it for this one,"
+    )
 
 
 def _classifier_config(migration: Migration, value: Any) -> None:

@@ -1,7 +1,8 @@
 """What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,17 @@ from runs.layout import (
     use_key,
 )
 from runs.reading import missing_of_completed, read_result, sizes, survey, wrong_sizes
-from utils.bucket import AlreadyExistsError, DamagedError, Store, join_uri, open_store, upload_directory
-from utils.files import checksum, safe_join
+from utils.bucket import (
+    AlreadyExistsError,
+    DamagedError,
+    Store,
+    is_remote,
+    join_uri,
+    open_store,
+    sync_to_node,
+    upload_directory,
+)
+from utils.files import checksum, format_bytes, free_bytes, is_disk_full, safe_join
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
 _LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
@@ -32,6 +42,30 @@ _LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be restored; the message says which, what and what to do."""
+
+
+@contextmanager
+def staging(directory: Path) -> Iterator[None]:
+    """Hold what saves a checkpoint on this node: where the disk takes no more, its files go again.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error, directory.parent):
+            raise
+        room = free_bytes(directory.parent)
+        for path in directory.rglob("*"):
+            if path.is_file():  # directories stay: other workers of the node may still be writing
+                with suppress(FileNotFoundError):  # or deleting
+                    room += path.stat().st_size
+                    path.unlink()
+        raise CheckpointError(
+            f"{directory}: the disk is full, a checkpoint takes more than the {format_bytes(room)} it has for it. Free some space, or "
+            "set output_dir to a larger disk, and run the same command again: the run goes on from its newest committed checkpoint."
+        ) from error
 
 
 def checkpoint_files(directory: Path) -> list[str]:
@@ -169,29 +203,43 @@ def restore(uri: str, directory: Path) -> Manifest:
     return manifest
 
 
-def verify_weights(uri: str, directory: Path) -> None:
-    """Compare what was brought to this node from a checkpoint with its manifest; what has none is taken as it is.
+def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The wanted files of a model or an adapter as a directory on this node, as `sync_to_node`.
+
+    Those of a checkpoint are compared with its manifest on their way.
 
     Raises:
         CheckpointError: a file does not match its checksum.
-        BucketError: the place cannot be read.
+        BucketError: the place cannot be read, or the disk is too small.
     """
-    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
+    checksums = _committed_checksums(uri)
+    try:
+        return sync_to_node(uri, cache / "models", wanted, checksums)
+    except DamagedError as error:
+        if error.key not in checksums:
+            raise
+        raise _not_as_committed(uri, error.key) from error
+
+
+def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool]) -> None:
+    """Compare the wanted files of a checkpoint that is no bucket's with its manifest: they never were on their way.
+
+    Raises:
+        CheckpointError: a file does not match its checksum.
+    """
+    if is_remote(uri):
         return
-    manifest = read_manifest(uri)
-    brought = [file for file in manifest.files if safe_join(directory, file.path).exists()]
-    damaged = _damaged(manifest.model_copy(update={"files": brought}), directory)
-    if damaged:
-        raise _not_as_committed(uri, damaged[0])
+    for file, committed in _committed_checksums(uri).items():
+        path = safe_join(directory, file)
+        if wanted(file) and not (path.exists() and checksum(path) == committed):
+            raise _not_as_committed(uri, file)
 
 
-def _damaged(manifest: Manifest, directory: Path) -> list[str]:
-    """Files that are not there, or not as they were staged."""
-    return [
-        file.path
-        for file in manifest.files
-        if not (path := safe_join(directory, file.path)).exists() or checksum(path) != file.checksum
-    ]
+def _committed_checksums(uri: str) -> dict[str, str]:
+    """Of a checkpoint's files; none of what has no manifest and is taken as it is."""
+    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
+        return {}
+    return {file.path: file.checksum for file in read_manifest(uri).files}
 
 
 def _not_as_committed(uri: str, file: str) -> CheckpointError:

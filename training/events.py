@@ -76,6 +76,10 @@ class Notice:
 Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted | Refused | Notice
 
 
+class UnrecordedError(Exception):
+    """A run ended, and its result cannot be written; the message says how it ended, and why not."""
+
+
 class DivergedError(Exception):
     """A loss or a gradient that is no number any more; the message says at which step, on which rows, and what is left."""
 

@@ -45,7 +45,7 @@ from runs.report import RunReport
 from runs.report import to_html as report_to_html
 from training import checkpoints
 from training.claims import claimed
-from training.data.prepare import SKIPPED_FILE, PreparedData, keep_prepared
+from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport, to_html
 from training.events import (
     CheckpointCommitted,
@@ -56,6 +56,7 @@ from training.events import (
     Phase,
     Refused,
     StepDone,
+    UnrecordedError,
 )
 from training.models.files import first_line
 from training.plan import ClusterError, PlanReport, RunPlan
@@ -99,7 +100,8 @@ def run_job(
     Raises:
         ClaimError: another driver trains the run.
         ClusterError: there are too few resources.
-        BucketError: the result cannot be written.
+        BucketError: the run cannot be written to, before it begins.
+        UnrecordedError: it cannot be written to when it has ended.
     """
     told = Told()
     store = open_store(plan.run_uri)
@@ -122,16 +124,20 @@ def run_job(
             on_event(event)
 
         _follow(mailbox, signals, hear, lambda: told.has_uncommitted_steps)
-    manifests = committed(store)
-    finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-    status, reason = _status(fit.error, told.refusal, signals, finished)
+    logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
+    try:
+        manifests = committed(store)
+        finished = bool(manifests) and manifests[-1].step >= plan.max_steps
+        status, reason = _status(fit.error, told.refusal, signals, finished)
+        elapsed = time.monotonic() - began
+        result = _write_result(plan, manifests, status, reason, told, logs, elapsed, report, command)
+    except BucketError as error:
+        end = told.refusal or (classify(fit.error) if fit.error else "trained to its end")
+        raise UnrecordedError(f"{end}\n{RESULT_FILE} cannot be written: {error}") from error
     if status == "completed" and plan.parent and run_of(plan.parent):
         with suppress(BucketError):  # the parent's run deletes a mark that is out of date
             checkpoints.unmark(plan.parent, plan.run_uri)
-    logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
-    return _write_result(
-        plan, manifests, status, reason, told, logs, time.monotonic() - began, report, command
-    )
+    return result
 
 
 def _write_data_report(plan: RunPlan, prepared: Sequence[PreparedData], report: DataReport) -> None:

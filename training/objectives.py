@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import Order, PairSequences, TokenSequences, pack
 from training.data.labels import label_tokens
-from training.data.prepare import PreparedData
+from training.data.prepared import PreparedData
 from training.models import ModelRequest, add_reference
 from training.plan import RunPlan
 from training.preference import PreferenceTrainer, collate_pairs

@@ -25,12 +25,15 @@ from configs.schema import (
 )
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
 from runs.reading import best, missing_of_completed, newest, read_result, survey
-from training.checkpoints import read_manifest, resolve_start
+from training.checkpoints import fetch_weights, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
-from training.data.prepare import PREPARED, DataRequest, DataSummary, PreparedData, prepare_data
+from training.data.prepare import prepare_data
+from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
+from training.data.request import DataRequest
 from training.data.sources import find_files, is_hub_dataset
+from training.data.summary import DataSummary
 from training.models.architecture import check_architecture, check_packing, parameter_shapes
 from training.models.files import (
     AdapterFacts,
@@ -59,7 +62,6 @@ from utils.bucket import (
     join_uri,
     missing_bytes,
     open_store,
-    sync_to_node,
     uses_embedded_bucket,
 )
 from utils.files import checksum_bytes, format_bytes, free_bytes
@@ -365,11 +367,9 @@ def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path
 
     Raises:
         ModelError: the hub cannot be reached.
-        BucketError: the bucket cannot be read, or the disk is too small.
+        CheckpointError, BucketError: see `fetch_weights`.
     """
-    if not is_hub_id(source):
-        return sync_to_node(source, cache / "models", wanted)
-    return fetch_hub_model(source, wanted)
+    return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
 
 
 def load_tokenizer(

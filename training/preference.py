@@ -17,7 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from configs.schema import PreferenceTuningConfig
-from training.data.prepare import IGNORED
+from training.data.token_files import IGNORED
 from training.models import REFERENCE_ADAPTER
 from training.trainers import FineTuningTrainer, token_losses
 

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from configs.schema import FinetuneConfig
+from training import checkpoints
 from training.data.batches import (
     EpochDataLoader,
     Order,
@@ -22,7 +23,7 @@ from training.data.batches import (
     collate_packed,
     eval_batches,
 )
-from training.data.prepare import IGNORED
+from training.data.token_files import IGNORED
 from training.models.kernels import Device
 from training.plan import RunPlan
 
@@ -186,9 +187,10 @@ class FineTuningTrainer(SFTTrainer):
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """What is added up over all batches of an evaluation: here the loss and the trained tokens, as float64."""
         count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        # For padding as well: workers wait for each other in it.
+        mean = self.compute_loss(model, dict(inputs))
         if count == 0:
             return torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        mean = self.compute_loss(model, dict(inputs))
         return torch.stack([mean.double() * count, count.double()])
 
     def figures(self, totals: list[float]) -> dict[str, float]:
@@ -244,13 +246,17 @@ class FineTuningTrainer(SFTTrainer):
         return sums
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
         assert self.args.output_dir is not None
-        adapter = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "adapter_config.json"
-        if self.args.should_save and adapter.exists():
-            # PEFT writes where the base lay on this node.
-            settings = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": self.base_model}
-            adapter.write_text(json.dumps(settings, indent=2), "utf-8")
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with checkpoints.staging(directory):
+            Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
+            adapter = directory / "adapter_config.json"
+            if self.args.should_save and adapter.exists():
+                # PEFT writes where the base lay on this node.
+                settings = json.loads(adapter.read_text("utf-8")) | {
+                    "base_model_name_or_path": self.base_model
+                }
+                adapter.write_text(json.dumps(settings, indent=2), "utf-8")
 
 
 class ClassificationTrainer(FineTuningTrainer):

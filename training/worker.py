@@ -22,7 +22,7 @@ from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError
 from training.commits import Commits, Saved
-from training.data.prepare import PreparedData, fetch_prepared, verify_prepared
+from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
 from training.models import ModelRequest, build_model
@@ -31,7 +31,7 @@ from training.place import Place
 from training.plan import RunPlan, fetch_model, load_tokenizer
 from training.restoring import Restoring
 from training.strategy import zero_stage
-from utils.bucket import BucketError, Store, open_store, sync_to_node
+from utils.bucket import BucketError, Store, open_store
 from utils.console import library_output_in
 
 if TYPE_CHECKING:
@@ -152,13 +152,12 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     tell(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
     adapter_directory = (
-        sync_to_node(plan.adapter, plan.cache / "models", is_model_file) if plan.adapter else None
+        checkpoints.fetch_weights(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     )
     if place.local_rank == 0:
-        if not is_hub_id(plan.base_model):
-            checkpoints.verify_weights(plan.base_model, model_directory)
-        if plan.adapter and adapter_directory:
-            checkpoints.verify_weights(plan.adapter, adapter_directory)
+        for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
+            if start and directory and not is_hub_id(start):
+                checkpoints.verify_local_weights(start, directory, is_model_file)
     tokenizer = load_tokenizer(
         model_directory,
         source=plan.base_model,

@@ -8,7 +8,8 @@ import re
 import secrets
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from utils import node_cache
@@ -61,7 +62,7 @@ def open_store(uri: str) -> Store:
 
     Raises BucketError for other schemes.
     """
-    return _remote_store(uri) if is_remote(uri) else LocalStore(_local_path(uri))
+    return _remote_store(uri) if is_remote(uri) else LocalStore(local_path(uri))
 
 
 def is_remote(uri: str) -> bool:
@@ -112,7 +113,7 @@ def check_writable(uri: str) -> None:
         store.write(probe, b"probe")
         store.delete([probe])
         return
-    path = _local_path(uri)
+    path = local_path(uri)
     with explained("write to", str(path)):
         directory = nearest_existing(path)
         if not directory.is_dir():
@@ -136,7 +137,7 @@ def find_objects(uri: str) -> list[tuple[str, str]]:
         found = parent.first(name) if name else None
         if found is not None and found.key == name:
             return [(uri, f"{found.size} {found.etag}")]
-    elif (path := _local_path(uri)).is_file():
+    elif (path := local_path(uri)).is_file():
         status = path.stat()
         return [(str(path), f"{status.st_size} {status.st_mtime_ns:x}")]
     store = open_store(uri)
@@ -149,7 +150,7 @@ def fetch_file(uri: str, cache_dir: Path) -> Path:
     As `sync_to_node` in everything else. Raises NotFoundError when there is no such object.
     """
     if not is_remote(uri):
-        path = _local_path(uri)
+        path = local_path(uri)
         if path.is_dir():
             raise BucketError(f"{path}: is a directory. Name a file in it.")
         if not path.is_file():
@@ -162,23 +163,30 @@ def _everything(key: str) -> bool:
     return True
 
 
-def sync_to_node(uri: str, cache_dir: Path, wanted: Callable[[str], bool] = _everything) -> Path:
+def sync_to_node(
+    uri: str,
+    cache_dir: Path,
+    wanted: Callable[[str], bool] = _everything,
+    checksums: Mapping[str, str] | None = None,
+) -> Path:
     """Bring the objects below a prefix to this node, once, and return their directory.
 
     However many processes call it at once, one downloads and the others wait for it; if it dies, the next takes
     over. A copy that is already there moves no object, and stays there while this process lives. It is keyed by
     what was listed (keys, sizes, ETags): a changed prefix is another copy, for which only what changed is moved.
-    `wanted` chooses among the keys (relative to the prefix). A `uri` that is a single object gives a file; local
-    files and directories are returned as they are. See utils.node_cache for where things lie, and what goes.
+    `wanted` chooses among the keys (relative to the prefix). `checksums` says, by key, what objects must contain: the
+    copy has nothing else. A `uri` that is a single object gives a file; local files and directories are returned as they
+    are. See utils.node_cache for where things lie, and what goes.
 
-    Raises BucketError: nothing there, not enough disk, keys that would leave the directory, failing storage.
+    Raises BucketError: nothing there, not enough disk, keys that would leave the directory, failing storage; of these
+    DamagedError when an object has another content.
     """
     if not is_remote(uri):
-        path = _local_path(uri)
+        path = local_path(uri)
         if not path.exists():
             raise NotFoundError(f"{path}: no such file or directory")
         return path
-    return node_cache.bring(_node_copy(uri, cache_dir, wanted))
+    return node_cache.bring(_node_copy(uri, cache_dir, wanted, checksums or {}))
 
 
 def missing_bytes(uri: str, cache_dir: Path, wanted: Callable[[str], bool] = _everything) -> int:
@@ -188,7 +196,7 @@ def missing_bytes(uri: str, cache_dir: Path, wanted: Callable[[str], bool] = _ev
     """
     if not is_remote(uri):
         return 0
-    return node_cache.missing_bytes(_node_copy(uri, cache_dir, wanted))
+    return node_cache.missing_bytes(_node_copy(uri, cache_dir, wanted, {}))
 
 
 def upload_directory(directory: Path, store: Store, prefix: str, files: Iterable[str]) -> None:
@@ -198,12 +206,24 @@ def upload_directory(directory: Path, store: Store, prefix: str, files: Iterable
     )
 
 
-def _node_copy(uri: str, cache_dir: Path, wanted: Callable[[str], bool]) -> NodeCopy:
+def local_path(uri: str) -> Path:
+    """The absolute path that a local path or `file://` URI names. Raises BucketError for another machine's."""
+    if _scheme(uri) != "file":
+        return Path(uri).expanduser().absolute()
+    host, slash, path = uri.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise BucketError(f"{uri}: write file:///absolute/path")
+    return Path("/" + urllib.parse.unquote(path))
+
+
+def _node_copy(
+    uri: str, cache_dir: Path, wanted: Callable[[str], bool], checksums: Mapping[str, str]
+) -> NodeCopy:
     store = _remote_store(uri)
     listed = store.list()
     if not listed:
         return _single_object(uri, cache_dir)
-    objects = [item for item in listed if wanted(item.key)]
+    objects = [replace(item, checksum=checksums.get(item.key)) for item in listed if wanted(item.key)]
     if not objects:
         raise NotFoundError(f"{uri}: none of its {len(listed)} objects is of the kind that is needed here")
     above, name = _parent(uri)
@@ -234,7 +254,7 @@ def _parent(uri: str) -> tuple[str, str]:
 
 
 def _check_local_readable(uri: str) -> None:
-    path = _local_path(uri)
+    path = local_path(uri)
     with explained("read", str(path)):
         if path.is_dir():
             listed = LocalStore(path).list()
@@ -243,15 +263,6 @@ def _check_local_readable(uri: str) -> None:
             path = safe_join(path, listed[0].key)
         with path.open("rb") as file:
             file.read(1)
-
-
-def _local_path(uri: str) -> Path:
-    if _scheme(uri) != "file":
-        return Path(uri).expanduser().absolute()
-    host, slash, path = uri.partition("://")[2].partition("/")
-    if host not in ("", "localhost") or not slash:
-        raise BucketError(f"{uri}: write file:///absolute/path")
-    return Path("/" + urllib.parse.unquote(path))
 
 
 def _scheme(uri: str) -> str:

@@ -1,10 +1,12 @@
 """Small helpers for files: whole or not at all, locked, checked, measured. Also the errors of storage."""
 
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 PARTIAL_SUFFIX = ".partial"  # a name that is being written; nobody may read it
 _BLOCK_BYTES = 8 * 1024 * 1024
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE_BYTES = 1024 * 1024
 
 
 class BucketError(Exception):
@@ -93,6 +97,23 @@ def checksum_text(value: int, algorithm: str = "crc64nvme") -> str:
 def free_bytes(path: Path) -> int:
     """Return the bytes an ordinary user may still write where `path` is, or will be once it exists."""
     return shutil.disk_usage(nearest_existing(path)).free
+
+
+def is_disk_full(error: Exception, directory: Path) -> bool:
+    """Tell whether `directory` could not be written to because the disk takes no more, a quota or a limit included.
+
+    Libraries in Rust and C++ raise what they like: of the former the text tells, of the latter only the disk.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    if told := re.search(r"os error (\d+)", str(error)):
+        return int(told[1]) in _NO_ROOM
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as refused:
+        return refused.errno in _NO_ROOM
+    return False
 
 
 def nearest_existing(path: Path) -> Path:

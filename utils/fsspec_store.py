@@ -1,10 +1,10 @@
 """Google Cloud Storage, Azure and whatever else fsspec opens, as a store.
 
 The same protocol as on S3, slower, and as strong as the file system behind it. A write is whole or not there: object
-stores publish an object when its last byte has arrived. "Only if absent" is the storage's own condition through gcsfs and
-adlfs; elsewhere fsspec looks before it writes, which two writers at the same moment can both pass. No range is pinned to
-a version; an object's version is looked at when it has arrived. Unfinished uploads are not to be seen through fsspec: let
-a lifecycle rule of the bucket remove them.
+stores publish an object when its last byte has arrived. "Only if absent" is the storage's own condition through gcsfs,
+adlfs and s3fs; elsewhere fsspec looks before it writes, which two writers at the same moment can both pass. No range is
+pinned to a version; an object's version is looked at when it has arrived. Requests are repeated as the file system does.
+Unfinished uploads are not to be seen through fsspec: let a lifecycle rule of the bucket remove them.
 """
 
 import time
@@ -60,7 +60,12 @@ class FsspecStore:
                 found = self._files.find(directory, detail=True)
             except FileNotFoundError:
                 return []
-            items = [self._stored(path, details) for path, details in found.items()]
+            items = [
+                self._stored(path, details)
+                for path, details in found.items()
+                if details["type"] == "file"
+                and not path.endswith("/")  # what consoles make for empty folders
+            ]
         return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
 
     def directories(self) -> Sequence[str]:

@@ -2,15 +2,15 @@
 
     <cache>/<place>/                 of one prefix of one bucket on one server
         lock                         held by the one who downloads into the place; the others wait for it
-        <version>/                   of the keys, sizes and ETags that were listed and wanted
+        <version>/                   of the keys, sizes, ETags and known checksums that were listed and wanted
             ready.json               written last: what the files' checksums are
             files/<name>/...         what callers get
         <version>.lock               held, shared, by every process that uses the version, for as long as it lives
-        <version>.partial/           being downloaded
+        <version>.<boot>.partial/    being downloaded
 
-The kernel drops a lock when its holder dies, so a waiting process takes over at once. An object that another version of
-the place holds already is linked, not downloaded. When the cache is larger than its limit, or the disk too small, the
-least recently used versions go that no process holds.
+The kernel drops a lock when its holder dies, so a waiting process takes over at once, with the files that are whole. An
+object that another version of the place holds already is linked, not downloaded. When the cache is larger than its limit,
+or the disk too small, the least recently used versions go that no process holds, and what dead processes left of some.
 """
 
 import hashlib
@@ -18,11 +18,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from utils.files import (
     PARTIAL_SUFFIX,
@@ -60,7 +62,7 @@ class NodeCopy:
     @property
     def version(self) -> Path:
         """The directory of this copy alone."""
-        listed = [(item.key, item.size, item.etag) for item in self.objects]
+        listed = [(item.key, item.size, item.etag, item.checksum) for item in self.objects]
         return self.place / _digest([self.directory, *listed])
 
     @property
@@ -68,9 +70,28 @@ class NodeCopy:
         """What callers get: the directory, or the file."""
         return self.version / _FILES / (self.directory or self.objects[0].key)
 
-    def path(self, item: StoredObject) -> Path:
-        """Where an object lies in the version's files. Raises UnsafeKeyError."""
-        return safe_join(self.version / _FILES / self.directory, item.key)
+    def paths(self, version: Path) -> dict[StoredObject, Path]:
+        """Where the objects lie in a version, whole or partial. Raises UnsafeKeyError."""
+        files = version / _FILES / self.directory
+        return {item: safe_join(files, item.key) for item in self.objects}
+
+
+class _Brought(BaseModel):
+    """An object that is on this node, and when its file was written to last (in ns)."""
+
+    key: str
+    size: int
+    etag: str
+    checksum: str
+    modified: int
+
+
+class _Ready(BaseModel):
+    """What is said of a version that is whole."""
+
+    uri: str
+    boot: str
+    objects: list[_Brought]
 
 
 def node_copy(
@@ -79,8 +100,7 @@ def node_copy(
     """Say where objects of a store will lie. Raises UnsafeKeyError for keys that are no safe names for files."""
     place = cache_dir.absolute() / _digest([store.identity, store.uri])
     copy = NodeCopy(store, uri, place, tuple(objects), directory)
-    for item in copy.objects:
-        copy.path(item)
+    copy.paths(copy.version)
     refuse_clashes(item.key for item in copy.objects)
     return copy
 
@@ -110,61 +130,78 @@ def bring(copy: NodeCopy) -> Path:
 
 def _download(copy: NodeCopy) -> None:
     version = copy.version
-    partial = version.with_name(f"{version.name}{PARTIAL_SUFFIX}")
-    for leftover in (version, partial):  # of a process that died here, or of a cleaner of old files
-        if leftover.exists():
+    # Files that were in memory when the machine went down are none that may be kept: hence the boot.
+    partial = version.with_name(f"{version.name}.{_boot()[:8]}{PARTIAL_SUFFIX}")
+    for leftover in (version, *copy.place.glob(f"*{PARTIAL_SUFFIX}")):
+        if leftover.exists() and leftover != partial:
             shutil.rmtree(leftover)
-    targets = {item: partial / copy.path(item).relative_to(version) for item in copy.objects}
+    targets = copy.paths(partial)
     try:
-        checksums = {}
+        for unfinished in partial.rglob(f".*{PARTIAL_SUFFIX}"):
+            unfinished.unlink()
+        checksums = {item.key: checksum(path) for item, path in targets.items() if path.exists()}
         for item, (path, known) in _held_by_other_versions(copy).items():
-            targets[item].parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # removed meanwhile
-                targets[item].hardlink_to(path)
-                checksums[item.key] = known
+            if item.key not in checksums:
+                targets[item].parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    targets[item].hardlink_to(path)
+                    checksums[item.key] = known
         wanted = {item: path for item, path in targets.items() if item.key not in checksums}
         needed = sum(item.size for item in wanted)
         _make_room(copy, needed)
         _log.info("downloading %s: %d objects, %s", copy.uri, len(wanted), format_bytes(needed))
         checksums |= copy.store.download_many(wanted)
-        ready = {
-            "uri": copy.uri,
-            "boot": _boot(),
-            "objects": [
-                {"key": item.key, "size": item.size, "etag": item.etag, "checksum": checksums[item.key]}
-                for item in copy.objects
-            ],
-        }
-        write_atomically(partial / _READY, json.dumps(ready, indent=2).encode())
+        _write_ready(partial, _look_at(copy, partial, checksums))
         partial.replace(version)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_ready(copy: NodeCopy) -> bool:
-    """Whether every file is there; a look at each size, because cleaners of old files take single files."""
+    """Whether every file is there as it was brought; cleaners of old files take single ones."""
     ready = _read_ready(copy.version)
     if ready is None:
         return False
+    checksums = {brought.key: brought.checksum for brought in ready.objects}
     try:
-        if any(copy.path(item).stat().st_size != item.size for item in copy.objects):
-            return False
-        if ready["boot"] == _boot():
-            return True
-        # Files and marker were in memory when the machine went down; the disk may have the marker alone.
-        checksums = {entry["key"]: entry["checksum"] for entry in ready["objects"]}
-        if any(checksum(copy.path(item)) != checksums[item.key] for item in copy.objects):
-            return False
-        write_atomically(copy.version / _READY, json.dumps(ready | {"boot": _boot()}, indent=2).encode())
+        now = _look_at(copy, copy.version, checksums)
+        if now != ready:
+            # Somebody wrote to a file, or they were in memory when the machine went down: the disk may have the marker alone.
+            if any(
+                checksum(path) != checksums.get(item.key) for item, path in copy.paths(copy.version).items()
+            ):
+                return False
+            _write_ready(copy.version, now)
     except FileNotFoundError:
         return False
     return True
 
 
-def _read_ready(version: Path) -> dict[str, Any] | None:
+def _look_at(copy: NodeCopy, version: Path, checksums: Mapping[str, str]) -> _Ready:
+    """The marker of files as they are now. Raises FileNotFoundError."""
+    objects = []
+    for item, path in copy.paths(version).items():
+        status = path.stat()
+        objects.append(
+            _Brought(
+                key=item.key,
+                size=status.st_size,
+                etag=item.etag,
+                checksum=checksums.get(item.key, ""),
+                modified=status.st_mtime_ns,
+            )
+        )
+    return _Ready(uri=copy.store.uri, boot=_boot(), objects=objects)
+
+
+def _write_ready(version: Path, ready: _Ready) -> None:
+    write_atomically(version / _READY, ready.model_dump_json(indent=2).encode())
+
+
+def _read_ready(version: Path) -> _Ready | None:
     try:
-        return json.loads((version / _READY).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return _Ready.model_validate_json((version / _READY).read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None
 
 
@@ -173,20 +210,18 @@ def _held_by_other_versions(copy: NodeCopy) -> dict[StoredObject, tuple[Path, st
     found = {}
     for marker in copy.place.glob(f"*/{_READY}"):
         ready = _read_ready(marker.parent)
-        if ready is None or ready["boot"] != _boot():
+        files = next((marker.parent / _FILES).glob("*"), None)
+        if ready is None or ready.boot != _boot() or files is None:
             continue
-        files = next((marker.parent / _FILES).iterdir(), None)
-        known = {
-            (entry["key"], entry["size"], entry["etag"]): entry["checksum"] for entry in ready["objects"]
-        }
+        held = {(brought.key, brought.size, brought.etag): brought for brought in ready.objects}
         for item in copy.objects:
-            identity = (item.key, item.size, item.etag)
-            if files is None or item in found or identity not in known:
+            brought = held.get((item.key, item.size, item.etag))
+            if brought is None or item.checksum not in (None, brought.checksum):
                 continue
             path = files / item.key if files.is_dir() else files
             with suppress(FileNotFoundError):
-                if path.stat().st_size == item.size:
-                    found[item] = (path, known[identity])
+                if path.stat().st_mtime_ns == brought.modified:
+                    found[item] = (path, brought.checksum)
     return found
 
 
@@ -229,22 +264,23 @@ def _held_bytes(cache_dir: Path) -> int:
 
 def _remove_oldest(cache_dir: Path) -> bool:
     """Remove the version that was used longest ago, of those that no process holds; returns whether there was one."""
-    markers = []
-    for marker in cache_dir.glob(f"*/*/{_READY}"):
+    found = []
+    for files in cache_dir.glob(f"*/*/{_FILES}"):
+        version, marker = files.parent, files.parent / _READY
         with suppress(FileNotFoundError):
-            markers.append((marker.stat().st_mtime, marker))
-    for _, marker in sorted(markers):
-        version = marker.parent
+            found.append(((marker if marker.exists() else version).stat().st_mtime, version))
+    for _, version in sorted(found):
         with suppress(BlockingIOError), file_lock(_use_lock(version), blocking=False):
             _log.info("removing %s from the cache", version)
-            marker.unlink(missing_ok=True)
+            (version / _READY).unlink(missing_ok=True)
             shutil.rmtree(version, ignore_errors=True)
             return True
     return False
 
 
 def _use_lock(version: Path) -> Path:
-    return version.with_name(f"{version.name}.lock")
+    """The lock of a version, whole or partial."""
+    return version.with_name(f"{version.name.partition('.')[0]}.lock")
 
 
 def _digest(identity: list[Any]) -> str:

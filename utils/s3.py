@@ -11,8 +11,8 @@ the body of an answer begins. When storage says that credentials have expired, t
 import base64
 import hashlib
 import random
+import re
 import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from utils.embedded_bucket import EMBEDDED_BUCKET, embedded_endpoint, state_directory
 from utils.files import BucketError
+from utils.s3_errors import CHANGED, EXPIRED, error_code, explain_failure, explain_refusal, may_pass
 from utils.store import (
     AlreadyExistsError,
     DamagedError,
@@ -53,10 +54,6 @@ _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 _BLOCK_BYTES = 1024 * 1024
 _UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
 _DELETE_BATCH = 1000  # the most keys S3 takes in one request
-
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"}
-_BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
 class S3Store:
@@ -244,7 +241,7 @@ class S3Store:
 
     def _check_answer(self, answer: Mapping[str, Any], item: StoredObject, length: int) -> None:
         if (item.etag and answer["ETag"] != item.etag) or answer["ContentLength"] != length:
-            raise BucketError(f"cannot download {self.uri_of(item.key)}: {_ADVICE['PreconditionFailed']}")
+            raise BucketError(f"cannot download {self.uri_of(item.key)}: {CHANGED}")
 
     def _listing(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
         page: dict[str, str] = {}
@@ -421,7 +418,10 @@ class S3Store:
             )
         else:
             try:
-                client = session.create_client("s3", config=config)
+                region = (
+                    session.get_config_variable("region") or "us-east-1"
+                )  # also where it is set, and empty
+                client = session.create_client("s3", region_name=region, config=config)
             except ValueError as error:  # botocore's word for it
                 raise BucketError(
                     f"{self.uri}: {error}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL"
@@ -445,11 +445,11 @@ class S3Store:
     def _wait_or_raise(self, error: Exception, attempts: "_Attempts", client: Any) -> None:
         from botocore.exceptions import ClientError
 
-        if not _may_pass(error) or attempts.are_over():
+        if not may_pass(error) or attempts.are_over():
             if isinstance(error, ClientError):
                 raise _RefusedError(error, repeated=attempts.failed > 0) from error
             raise error
-        if isinstance(error, ClientError) and _code(error) in _EXPIRED:
+        if isinstance(error, ClientError) and error_code(error) in EXPIRED:
             with self._making_client:
                 if self._made_client is client:  # others have made a new one meanwhile
                     self._made_client = None
@@ -468,9 +468,13 @@ class S3Store:
                 key, f"{where}: it does not match the checksum that storage sent with it"
             ) from error
         except _RefusedError as refused:
-            raise _explain_refusal(refused.error, where, self.bucket) from refused.error
+            raise explain_refusal(refused.error, where, self.bucket) from refused.error
+        except RecursionError as error:  # botocore asks again and again in which region the bucket is
+            raise BucketError(
+                f"{where}: the server only points elsewhere; check AWS_ENDPOINT_URL_S3"
+            ) from error
         except BotoCoreError as error:
-            raise BucketError(f"{where}: {_explain_failure(error)}") from error
+            raise BucketError(f"{where}: {explain_failure(error)}") from error
         except OSError as error:
             raise explain_os_error(error, action, self.uri_of(key)) from error
 
@@ -505,7 +509,7 @@ class _RefusedError(Exception):
 
     def __init__(self, error: Any, *, repeated: bool):
         super().__init__(str(error))
-        self.error, self.code, self.repeated = error, _code(error), repeated
+        self.error, self.code, self.repeated = error, error_code(error), repeated
 
 
 @cache
@@ -535,83 +539,7 @@ def split_s3(uri: str) -> tuple[str, str]:
             "an s3:// URI holds a bucket and a prefix only; keys belong into AWS_ACCESS_KEY_ID or AWS_PROFILE, "
             "a server's address into AWS_ENDPOINT_URL_S3"
         )
-    if not bucket:
-        raise BucketError(f"{uri}: the bucket's name is missing; write s3://bucket/prefix")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket):
+        problem = "no bucket is called that" if bucket else "the bucket's name is missing"
+        raise BucketError(f"{uri}: {problem}; write s3://bucket/prefix")
     return bucket, prefix.strip("/")
-
-
-def _code(error: Any) -> str:
-    return error.response.get("Error", {}).get("Code", "")
-
-
-def _may_pass(error: Any) -> bool:
-    """Whether another attempt may go better: storage is busy or not reached, or the credentials can be renewed."""
-    from botocore import exceptions
-
-    if isinstance(error, exceptions.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status in _BUSY_STATUSES or _code(error) in _BUSY | _EXPIRED | {"ConditionalRequestConflict"}
-    if isinstance(error, exceptions.SSLError | exceptions.InvalidProxiesConfigError):
-        return False
-    return isinstance(
-        error,
-        exceptions.ConnectionError
-        | exceptions.HTTPClientError
-        | exceptions.IncompleteReadError
-        | exceptions.CredentialRetrievalError
-        | exceptions.MetadataRetrievalError,
-    )
-
-
-_ADVICE = {
-    "NoSuchBucket": "there is no bucket {bucket!r}; create it, or correct the URI or AWS_ENDPOINT_URL_S3",
-    "NoSuchKey": "there is no such object",
-    "404": "there is no such object",
-    "AccessDenied": "access denied; these credentials need s3:ListBucket, s3:GetObject, s3:PutObject and "
-    "s3:DeleteObject there",
-    "403": "access denied; the credentials are wrong, expired, or may not do this",
-    "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID or AWS_PROFILE",
-    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
-    "ExpiredToken": "the credentials have expired; renew them and run again",
-    "ExpiredTokenException": "the credentials have expired; renew them and run again",
-    "RequestExpired": "the credentials have expired; renew them and run again",
-    "TokenRefreshRequired": "the credentials have expired; renew them and run again",
-    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN, or renew the credentials",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
-    "PreconditionFailed": "the object changed while it was read; run again",
-    "412": "the object changed while it was read; run again",
-    "PermanentRedirect": "the bucket is in another region; set AWS_REGION",
-    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_REGION",
-    "301": "the bucket is in another region; set AWS_REGION",
-    "SlowDown": "storage is overloaded and refused every attempt; run again later",
-    "ServiceUnavailable": "storage is overloaded and refused every attempt; run again later",
-    "503": "storage is overloaded and refused every attempt; run again later",
-}
-
-
-def _explain_refusal(error: Any, where: str, bucket: str) -> BucketError:
-    """Explain a botocore ClientError: storage answered, with a refusal."""
-    details = error.response.get("Error", {})
-    code = details.get("Code", "")
-    advice = _ADVICE.get(code)
-    if advice is None:
-        return BucketError(f"{where}: storage answered {code} ({details.get('Message', '')})")
-    kind = NotFoundError if code in ("NoSuchKey", "404") else BucketError
-    return kind(f"{where}: {advice.format(bucket=bucket)}")
-
-
-def _explain_failure(error: Any) -> str:
-    """Explain a BotoCoreError: storage was not reached, or what is needed to reach it is missing."""
-    from botocore import exceptions
-
-    if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
-        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, exceptions.SSOError | exceptions.TokenRetrievalError | exceptions.LoginError):
-        return "the sign-in has expired; run `aws sso login` or `aws login` and try again"
-    if isinstance(error, exceptions.SSLError):
-        return "the server's certificate is not trusted; set AWS_CA_BUNDLE to the file that vouches for it"
-    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
-        request_url = getattr(error, "kwargs", {}).get("endpoint_url", "")
-        server = urllib.parse.urlsplit(str(request_url)).netloc.rpartition("@")[2]
-        return f"the storage server {server} does not answer; check the network and AWS_ENDPOINT_URL_S3"
-    return str(error)

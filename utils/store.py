@@ -1,13 +1,12 @@
 """What a store of objects is, and the words for what goes wrong with one."""
 
-import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from utils.files import BucketError
+from utils.files import BucketError, format_bytes, free_bytes, is_disk_full
 
 
 class NotFoundError(BucketError):
@@ -145,6 +144,10 @@ def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
         return BucketError(
             f"{where}: permission denied ({error.filename}); change its owner or choose another place"
         )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BucketError(f"{where}: the disk is full; free some space or choose another place")
+    place = error.filename2 or error.filename  # of a copy, where to
+    if is_disk_full(error, Path(place or ".")):
+        free = f"; {format_bytes(free_bytes(Path(place)))} are free at {place}" if place else ""
+        return BucketError(
+            f"{where}: the disk is full ({error.strerror}{free}); free some space, or choose a directory on a larger disk"
+        )
     return BucketError(f"{where}: {error}")

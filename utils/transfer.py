@@ -121,9 +121,11 @@ class _Download:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         if self.item.size:
-            os.posix_fallocate(
-                self._descriptor, 0, self.item.size
-            )  # a full disk says so before a byte is moved
+            try:
+                os.posix_fallocate(self._descriptor, 0, self.item.size)  # a full disk, before a byte is moved
+            except OSError as error:
+                error.filename = str(self._path)
+                raise
 
     def _close(self) -> None:
         if self._descriptor >= 0:

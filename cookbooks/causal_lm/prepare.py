@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart.prepare import put_rows
-from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem, draw
 
 HOME = "s3://anneal/causal_lm"
 TRAIN_ROWS, VALID_ROWS = 512, 64
@@ -22,9 +22,8 @@ TRAIN_ROWS, VALID_ROWS = 512, 64
 
 def write_texts(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
     """`count` rows of JSONL text, the kinds taking turns."""
-    generator = random.Random(seed)
-    texts = ["\n".join(kinds[index % len(kinds)](generator)) for index in range(count)]
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    problems = draw(kinds, count, random.Random(seed))
+    return "".join(json.dumps({"text": "\n".join(problem)}) + "\n" for problem in problems)
 
 
 def main() -> None:

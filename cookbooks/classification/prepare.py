@@ -8,12 +8,14 @@ The model is the quickstart's: `make quickstart` brings it.
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart import word_problems
 from cookbooks.quickstart.prepare import put_rows
+from cookbooks.quickstart.word_problems import Problem, draw
 
 HOME = "s3://anneal/classification"
 TRAIN_ROWS, VALID_ROWS = 240, 60
@@ -31,19 +33,22 @@ TOPICS = {
 
 def write_topics(count: int, seed: int) -> str:
     """`count` rows of JSONL chat whose answer is the topic, the topics taking turns."""
-    generator = random.Random(seed)
     rows = []
-    for index in range(count):
-        topic = list(TOPICS)[index % len(TOPICS)]
-        question, _ = generator.choice(TOPICS[topic])(generator)
+    for question, topic in draw([_asking(topic) for topic in TOPICS], count, random.Random(seed)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": topic}]
-        rows.append(json.dumps({"messages": messages}))
-    return "\n".join(rows) + "\n"
+        rows.append(json.dumps({"messages": messages}) + "\n")
+    return "".join(rows)
+
+
+def _asking(topic: str) -> Callable[[random.Random], Problem]:
+    """Questions about a topic, answered with its name."""
+    return lambda generator: (generator.choice(TOPICS[topic])(generator)[0], topic)
 
 
 def main() -> None:
     """Put the rows into the bucket."""
-    put_rows(HOME, train=write_topics(TRAIN_ROWS, 1), valid=write_topics(VALID_ROWS, 2))
+    rows = write_topics(TRAIN_ROWS + VALID_ROWS, 1).splitlines(keepends=True)
+    put_rows(HOME, train="".join(rows[:TRAIN_ROWS]), valid="".join(rows[TRAIN_ROWS:]))
     print(f"classification: the rows lie in {HOME}", file=sys.stderr)
 
 

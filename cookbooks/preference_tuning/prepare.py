@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart.prepare import put_rows
-from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem, draw
 
 HOME = "s3://anneal/preference_tuning"
 TRAIN_ROWS, VALID_ROWS = 128, 32
@@ -24,8 +24,7 @@ def write_pairs(kinds: list[Callable[[random.Random], Problem]], count: int, see
     """`count` rows of JSONL pairs, the kinds taking turns. The chosen answer shows how it got to its result, the rejected does not."""
     generator = random.Random(seed)
     rows = []
-    for index in range(count):
-        question, worked = kinds[index % len(kinds)](generator)
+    for question, worked in draw(kinds, count, generator):
         result = worked.rpartition("#### ")[2]
         bare = generator.choice([f"It is {result}.", f"The answer is {result}.", f"{result}"])
         pair = {

@@ -6,7 +6,7 @@ an answer out and write it down, not these problems by heart.
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 Problem = tuple[str, str]
 
@@ -42,12 +42,22 @@ _THINGS = [
 ]
 
 
+def draw(
+    kinds: list[Callable[[random.Random], Problem]], count: int, generator: random.Random
+) -> Iterator[Problem]:
+    """`count` problems, the kinds taking turns, and none of them twice."""
+    drawn = set()
+    for index in range(count):
+        while (problem := kinds[index % len(kinds)](generator)) in drawn:
+            pass
+        drawn.add(problem)
+        yield problem
+
+
 def write_problems(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
     """`count` rows of JSONL chat, the kinds taking turns."""
-    generator = random.Random(seed)
     rows = []
-    for index in range(count):
-        question, answer = kinds[index % len(kinds)](generator)
+    for question, answer in draw(kinds, count, random.Random(seed)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append(json.dumps({"messages": messages}))
     return "\n".join(rows) + "\n"

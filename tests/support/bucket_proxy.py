@@ -5,6 +5,7 @@ fast connections: a rate is that of one connection, in each direction. A latency
 one for each request, and one more where a client asks whether it may send its body.
 """
 
+import html
 import os
 import random
 import re
@@ -22,12 +23,13 @@ _SO_MAX_PACING_RATE = 47  # <asm-generic/socket.h>; Python has no name for it
 _PIPE_BYTES = 1024 * 1024
 _MOST_HEAD_BYTES = 32 * 1024
 _HOLD_SECONDS = 240
+_KEY = re.compile(r"<Key>(.*?)</Key>")
 _ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>made by a test</Message></Error>'
 
 
 @dataclass
 class Request:
-    """What a client asked for; `sent` are the bytes of the answer's body that went to it."""
+    """What a client asked for; `sent` are the bytes of the answer's body that went to it, `deleted` the keys it named."""
 
     method: str
     path: str
@@ -35,6 +37,7 @@ class Request:
     headers: dict[str, str]
     status: int = 0
     sent: int = 0
+    deleted: tuple[str, ...] = ()
 
     @property
     def is_download(self) -> bool:
@@ -228,12 +231,17 @@ class _Exchange:
             if trap and trap.when == "midway":
                 self._copy(self._client, self._server, int(request.headers["content-length"]) // 2)
                 trap.spring()
-            self._copy_body(
-                self._client,
-                self._server,
-                request.headers,
-                fault if request.method == "PUT" and fault and fault.kind != "lose" else None,
-            )
+            if "delete" in request.query:
+                body = _receive(self._client, int(request.headers["content-length"]))
+                request.deleted = tuple(html.unescape(key) for key in _KEY.findall(body.decode()))
+                self._server.sendall(body)
+            else:
+                self._copy_body(
+                    self._client,
+                    self._server,
+                    request.headers,
+                    fault if request.method == "PUT" and fault and fault.kind != "lose" else None,
+                )
             answer = _read_head(self._server)
             while _status(answer) == 100:
                 answer = _read_head(self._server)

@@ -1,6 +1,9 @@
-"""What can happen to a run besides its bucket's faults (see bucket_proxy): killed at an exact place, seen through injected code."""
+"""What can happen to a run besides its bucket's faults (see bucket_proxy): killed at an exact place, seen through injected code, out of disk."""
 
 import os
+import shutil
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 _INJECTED = Path(__file__).parent / "injected"
@@ -16,3 +19,23 @@ def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, 
         "RESUME_HOLD": hold,
         "RESUME_SABOTAGE": sabotage,
     }
+
+
+def on_a_small_disk(directory: Path, size: str) -> list[str]:
+    """The beginning of a command line that has a disk of its own at `directory`: "16m" large, gone with the process."""
+    mount = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    return [*alone, "sh", "-c", mount, "sh", size, str(directory)]
+
+
+def small_disks_are_allowed(directory: Path) -> bool:
+    """Whether this machine lets an ordinary user make them."""
+    tried = subprocess.run([*on_a_small_disk(directory, "1m"), "true"], capture_output=True, check=False)
+    return tried.returncode == 0
+
+
+def fill_disk(directory: Path, *, leaving: int) -> None:
+    """Make the file `filler` there as large as it takes, so that so many bytes stay free."""
+    with suppress(OSError), (directory / "filler").open("ab", buffering=0) as filler:
+        while shutil.disk_usage(directory).free > leaving:
+            filler.write(bytes(4096))

@@ -9,7 +9,7 @@ from tests.support.bucket_proxy import Request
 
 def needed(requests: Iterable[Request]) -> set[tuple[str, str]]:
     """The (action, resource) that requests need, as AWS documents them for each operation."""
-    return {(_action(request), _resource(request)) for request in requests}
+    return {(_action(request), resource) for request in requests for resource in _resources(request)}
 
 
 def is_allowed(policy: Mapping[str, Any], action: str, resource: str) -> bool:
@@ -36,8 +36,7 @@ def _action(request: Request) -> str:
     return {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject"}[request.method]
 
 
-def _resource(request: Request) -> str:
+def _resources(request: Request) -> list[str]:
     bucket, _, key = request.path.strip("/").partition("/")
-    if "delete" in request.query:
-        return f"arn:aws:s3:::{bucket}/runs/*"  # the keys are in the body, and all of the store's
-    return f"arn:aws:s3:::{bucket}/{key}" if key else f"arn:aws:s3:::{bucket}"
+    keys = request.deleted or (key,)
+    return [f"arn:aws:s3:::{bucket}/{key}" if key else f"arn:aws:s3:::{bucket}" for key in keys]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +97,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 class Job:
     """main.py with everything that it starts."""
 
-    def __init__(self, config: Path, variables: Mapping[str, str]):
+    def __init__(self, config: Path, variables: Mapping[str, str], within: Sequence[str]):
         self._stdout, self._stderr = config.with_suffix(".stdout"), config.with_suffix(".stderr")
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command(config, "--json"),
+                [*within, *command(config, "--json")],
                 cwd=PROJECT,
                 env=environment() | dict(variables),
                 stdin=subprocess.DEVNULL,
@@ -161,9 +161,11 @@ def _lives(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def started(config: Path, variables: Mapping[str, str] | None = None) -> Iterator[Job]:
-    """main.py for the length of the block; nothing of it is left behind."""
-    job = Job(config, variables or {})
+def started(
+    config: Path, variables: Mapping[str, str] | None = None, *, within: Sequence[str] = ()
+) -> Iterator[Job]:
+    """main.py for the length of the block, by the command `within` where one is given; nothing of it is left behind."""
+    job = Job(config, variables or {}, within)
     try:
         yield job
     finally:

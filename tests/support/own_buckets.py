@@ -5,6 +5,7 @@ from contextlib import suppress
 import pytest
 
 from utils.embedded_bucket import EmbeddedBucket
+from utils.fsspec_store import PACKAGES
 
 
 def reach_as_a_user(environment: pytest.MonkeyPatch, server: EmbeddedBucket, bucket: str) -> str:
@@ -19,3 +20,13 @@ def reach_as_a_user(environment: pytest.MonkeyPatch, server: EmbeddedBucket, buc
     with suppress(client.exceptions.BucketAlreadyOwnedByYou):
         client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+def reach_through_fsspec(environment: pytest.MonkeyPatch, server: EmbeddedBucket, bucket: str) -> str:
+    """As `reach_as_a_user`, by another way: what fsspec opens there."""
+    environment.setitem(PACKAGES, *S3_THROUGH_FSSPEC)
+    return reach_as_a_user(environment, server, bucket).replace("s3://", "s3a://")
+
+
+S3_THROUGH_FSSPEC = ("s3a", "s3fs")
+"""A scheme that fsspec knows and `open_store` does not."""

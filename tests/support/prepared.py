@@ -9,17 +9,13 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from training.data.encoding import Encoder
-from training.data.prepare import (
-    DATA_FILE,
-    DataRequest,
-    PreparedData,
-    RenderedRow,
-    TokenWriter,
-    prepare_data,
-)
+from training.data.prepare import prepare_data
+from training.data.prepared import PreparedData
+from training.data.request import DataRequest
 from training.data.rows import Example, Task
 from training.data.sources import find_files
 from training.data.templates import Renderer
+from training.data.token_files import DATA_FILE, RenderedRow, TokenWriter
 
 
 def request(*paths: Path | str, **changes: Any) -> DataRequest:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from training.data.prepare import IGNORED
+from training.data.token_files import IGNORED
 
 PADDING_ROW = -1  # stands where the last batch of an epoch has no row left: its labels are all ignored
 

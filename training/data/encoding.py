@@ -1,5 +1,6 @@
 """Rendered text -> token ids, and which of them stand where the loss looks."""
 
+import json
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -11,7 +12,13 @@ from training.data.templates import Rendered, Span
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+    from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
+
+_NOT_KNOWN = (
+    1 << 40
+)  # bytes of a token that stands for what the vocabulary lacks: no text's sum comes out right
 
 
 @dataclass(slots=True)
@@ -55,7 +62,7 @@ class Encoder:
         self._whole_text = whole_text
         self._end_of_text: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._bytes_of = _bytes_of_tokens(tokenizer)
-        self._normalizes = self._backend.normalizer is not None
+        self._normalizes = "NFC" in _steps(self._backend.normalizer)
 
     def encode(self, sequences: Sequence[Rendered]) -> "list[Encoding]":
         """Encode sequences of one kind, in the library's own threads and without Python's lock."""
@@ -80,33 +87,46 @@ class Encoder:
 
     def _by_lengths(self, ids: list[int], rendered: Rendered) -> list[Span] | None:
         """None where the tokens are not the text's bytes, one after another."""
-        text = rendered.text
+        text, spans = rendered.text, rendered.spans
         assert self._bytes_of is not None
-        ends = list(accumulate(map(self._bytes_of.__getitem__, ids)))
-        if text.isascii():
-            if not ends or ends[-1] != len(text):
-                return None
-            spans: Sequence[Span] = rendered.spans
-        else:
+        size = len(text)
+        if not text.isascii():
             if self._normalizes and not unicodedata.is_normalized("NFC", text):
                 return None
-            if not ends or ends[-1] != len(text.encode()):
-                return None
-            spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in rendered.spans]
+            spans, size = _in_bytes(text, spans)
+        ends = list(accumulate(map(self._bytes_of.__getitem__, ids)))
+        if not ends or ends[-1] != size:
+            return None
         return [(bisect_right(ends, begin), bisect_left(ends, end) + 1) for begin, end in spans]
 
     def _asked_again(self, ids: list[int], rendered: Rendered) -> list[Span]:
         return _by_offsets(self._backend.encode(rendered.text, add_special_tokens=False), rendered, len(ids))
 
 
+def _in_bytes(text: str, spans: tuple[Span, ...]) -> tuple[tuple[Span, ...], int]:
+    """Spans of characters as spans of UTF-8, and the whole text's size."""
+    in_bytes: list[Span] = []
+    character = size = 0
+    for begin, end in spans:
+        first = size + len(text[character:begin].encode())
+        size = first + len(text[begin:end].encode())
+        in_bytes.append((first, size))
+        character = end
+    return tuple(in_bytes), size + len(text[character:].encode())
+
+
 def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
     """Bytes that each token stands for, by its id; None where a token is not certain bytes of the text."""
-    from tokenizers import decoders, normalizers
+    from tokenizers import models
 
     backend = tokenizer.backend_tokenizer
-    if not isinstance(backend.decoder, decoders.ByteLevel):
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
-    if backend.normalizer is not None and not isinstance(backend.normalizer, normalizers.NFC):
+    steps = _steps(backend.pre_tokenizer)
+    if steps[-1:] != ["ByteLevel"] or not set(steps[:-1]) <= {"Split", "Digits"}:
+        return None
+    if not set(_steps(backend.normalizer)) <= {"NFC"}:
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = [0] * (max(vocabulary.values()) + 1)
@@ -114,9 +134,21 @@ def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
         lengths[number] = len(token)  # a character for each byte
     for number, added in backend.get_added_tokens_decoder().items():
         lengths[number] = len(added.content.encode())
+    for token in (model.unk_token, *(f"<0x{byte:02X}>" for byte in range(256))):
+        if token in vocabulary:
+            lengths[vocabulary[token]] = _NOT_KNOWN
     probe = "a b"  # some put a space before the text
     ids = backend.encode(probe, add_special_tokens=False).ids
     return lengths if sum(lengths[number] for number in ids) == len(probe) else None
+
+
+def _steps(part: "Normalizer | PreTokenizer | None") -> list[str]:
+    """What a part of a tokenizer does, step after step."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())  # the only way to look into a Sequence
+    steps = state.get("pretokenizers", state.get("normalizers", [state]))
+    return [step["type"] for step in steps]
 
 
 def _by_offsets(encoding: "Encoding", rendered: Rendered, tokens: int) -> list[Span]:

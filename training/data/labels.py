@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from training.data.prepare import IGNORED
 from training.data.sources import DataError
+from training.data.token_files import IGNORED
 
 
 def label_tokens(sources: Sequence[Any], names: Sequence[str]) -> list[list[int]]:

@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from training.data.batches import Order
-from training.data.prepare import DataSummary, PreparedData
+from training.data.prepared import PreparedData
 from training.data.rows import FORMAT_NAMES
+from training.data.summary import DataSummary
 from utils.page import facts, page, table
 
 _MAX_SHOWN = 5

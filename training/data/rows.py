@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from configs.schema import DataFormat
-from training.data.sources import RowError, json_type
+from training.data.sources import MAX_ROW_BYTES, RowError, json_type
 
 Message = dict[str, Any]
 Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
@@ -135,14 +135,21 @@ def recognise(
         raise RowError(
             "wrong format", f"is {FORMAT_NAMES[found[0]]}, which task: {better} learns from, not {task}"
         )
-    raise RowError("wrong columns", _missing_columns(row, allowed))
+    raise RowError("wrong columns", _missing_columns(row, columns, allowed))
 
 
-def _missing_columns(row: dict[str, Any], allowed: tuple[DataFormat, ...]) -> str:
+def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: tuple[DataFormat, ...]) -> str:
+    needed = {column for name in allowed for column in _COLUMNS[name]}
+    for ours, theirs in columns.items():
+        if ours in needed and theirs not in row:
+            return f"has no `{theirs}`, which `columns` gives as `{ours}` ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
+    return f"has no {expected} ({_found(row)}). If they are called otherwise, say so: columns: {{prompt: question}}"
+
+
+def _found(row: dict[str, Any]) -> str:
     names = [f"{name} (null)" if value is None else str(name)[:40] for name, value in row.items()]
-    found = ", ".join(names[:6]) or "nothing"
-    return f"has no {expected} (found: {found}). If they are called otherwise, say so: columns: {{prompt: question}}"
+    return f"found: {', '.join(names[:6]) or 'nothing'}"
 
 
 def read_row(row: dict[str, Any], reading: Reading) -> Example:
@@ -190,17 +197,8 @@ def _fill(row: dict[str, Any], prompt_template: str, columns: Mapping[str, str])
     names = places_of(prompt_template)
     values: dict[str, str] = {}
     for name in names:
-        value = row.get(columns.get(name, name))
-        if name == "input" and value is None:
-            value = ""
-        if not isinstance(value, str):
-            raise RowError(
-                "wrong columns",
-                f"{_called(name, columns)} of prompt_template is {json_type(value)}, not text",
-            )
-        if name != "input" or value:
-            _check_text(value, lambda name=name: _called(name, columns))
-        values[name] = value
+        is_empty_input = name == "input" and not row.get(columns.get(name, name))
+        values[name] = "" if is_empty_input else _text_of(row, name, columns)
     answer = values.pop(names[-1])
     head = prompt_template.rstrip()[: -len(names[-1]) - 2]
     return Filled(head.format(**values), answer)
@@ -214,7 +212,10 @@ def _called(name: str, columns: Mapping[str, str]) -> str:
 
 
 def _text_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> str:
-    return _check_text(row.get(columns.get(name, name)), lambda: _called(name, columns))
+    text = row.get(columns.get(name, name))
+    if text is None and columns.get(name, name) not in row:
+        raise RowError("wrong columns", f"has no {_called(name, columns)} ({_found(row)})")
+    return _check_text(text, lambda: _called(name, columns))
 
 
 def _check_text(text: Any, what: Callable[[], str]) -> str:
@@ -222,6 +223,9 @@ def _check_text(text: Any, what: Callable[[], str]) -> str:
         raise RowError("wrong type", f"{what()} is {json_type(text)}, not text")
     if not text or text.isspace():
         raise RowError("empty content", f"{what()} is empty")
+    if len(text) > MAX_ROW_BYTES:
+        million = f"{len(text) / 1e6:.1f} million characters, and a row may have {MAX_ROW_BYTES / 1e6:.0f}"
+        raise RowError("too large", f"{what()} has {million}. Is it a whole document?")
     if "\x00" in text:
         raise RowError("NUL character", f"{what()} holds a NUL character")
     if not text.isascii():
@@ -411,6 +415,12 @@ def _check_chat(messages: list[Any], tools: list[dict[str, Any]] | None) -> Chat
         if not isinstance(message, dict):
             raise RowError("wrong type", f"message {position} is no object with role and content")
         role = message.get("role")
+        if role is None and "from" in message:
+            raise RowError(
+                "wrong format",
+                f"message {position} has `from`, not `role`: ShareGPT's chats need data_format: conversations, and where their column is "
+                "called messages, columns: {conversations: messages}",
+            )
         if role not in _ROLES:
             raise RowError(
                 "unknown role", f"message {position} has the role {_short(role)}. Known: {', '.join(_ROLES)}"

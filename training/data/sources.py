@@ -4,12 +4,14 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils.bucket import NotFoundError, check_readable, fetch_file, find_objects, is_remote
+from utils.bucket import NotFoundError, check_readable, fetch_file, find_objects, is_remote, local_path
 from utils.files import checksum
 
 MAX_ROW_BYTES = 8_000_000  # some two million tokens: more than any model reads at once
@@ -61,45 +63,60 @@ def find_files(path: str, source: int) -> list[DataFile]:
     """
     if is_hub_dataset(path):
         return [DataFile(path, _hub_version(path), source)]
-    if _is_glob(path):
-        uris = _matches(path)
-    else:
-        check_readable(path)
-        found = find_objects(path)
-        is_one_file = len(found) == 1 and PurePosixPath(found[0][0]).name == PurePosixPath(path).name
-        uris = (
-            [(path, found[0][1])]
-            if is_one_file
-            else [(uri, version) for uri, version in found if _is_data_file(uri, path)]
-        )
-    if not uris:
+    place = path if is_remote(path) else str(local_path(path))
+    found = _matches(place) if _is_glob(place) else _files_at(place)
+    if not found:
         raise DataError(
-            f"{path}: none of the files there is read. Rows are in {', '.join(_KINDS)}, also with .gz or .zst behind."
+            f"{place}: none of the files there is read. Rows are in {', '.join(_KINDS)}, also with .gz or .zst behind."
         )
     return [
-        DataFile(uri, version if is_remote(uri) else checksum(Path(uri)), source) for uri, version in uris
+        DataFile(uri, version if is_remote(uri) else checksum(Path(uri)), source) for uri, version in found
     ]
 
 
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in "*?[")
+def _files_at(place: str) -> list[tuple[str, str]]:
+    """(URI, version) of the file there, or of all files of rows below."""
+    check_readable(place)
+    found = find_objects(place)
+    is_one_file = [uri for uri, _ in found] == [place]
+    return found if is_one_file else [(uri, version) for uri, version in found if _is_data_file(uri, place)]
+
+
+def _is_glob(place: str) -> bool:
+    return any(character in place for character in "*?[") and (is_remote(place) or not Path(place).exists())
 
 
 def _matches(pattern: str) -> list[tuple[str, str]]:
-    above = pattern[: min(pattern.index(character) for character in "*?[" if character in pattern)]
-    directory = above.rpartition("/")[0]
+    """(URI, version) of the files whose path is as the pattern: `*` within a name, `**` for any directories."""
+    from fsspec.utils import glob_translate
+
+    directory = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
     if is_remote(pattern) and directory.count("/") < 2:
         raise DataError(f"{pattern}: a bucket's name cannot be a pattern; name the bucket.")
-    found = [item for item in find_objects(directory or "/") if PurePosixPath(item[0]).match(pattern)]
+    try:
+        matches = re.compile(glob_translate(pattern)).match
+    except ValueError as error:
+        raise DataError(
+            f"{pattern}: is no pattern ({error}). Write `**` alone between two slashes."
+        ) from error
+    found = [item for item in find_objects(directory or "/") if matches(item[0])]
+    if not _is_hidden(pattern, directory):
+        found = [item for item in found if not _is_hidden(item[0], directory)]
     if not found:
-        raise NotFoundError(f"{pattern}: matches no file below {directory or '/'}")
+        raise NotFoundError(
+            f"{pattern}: matches no file below {directory or '/'}; `*` stands for one name, `**` for directories, too"
+        )
     return found
 
 
 def _is_data_file(uri: str, directory: str) -> bool:
-    """Of a known kind, and not hidden as Spark's and others' markers are."""
+    return not _is_hidden(uri, directory) and _kind_of(uri)[0] in _KINDS.values()
+
+
+def _is_hidden(uri: str, directory: str) -> bool:
+    """As Spark's and others' markers are, somewhere below the directory."""
     parts = PurePosixPath(uri.removeprefix(directory)).parts
-    return not any(part.startswith((".", "_")) for part in parts) and _kind_of(uri)[0] in _KINDS.values()
+    return any(part.startswith((".", "_")) for part in parts)
 
 
 def _kind_of(uri: str) -> tuple[str, str | None]:
@@ -138,22 +155,28 @@ def parse_hub_uri(uri: str) -> tuple[str, str | None, str]:
 
 def _hub_version(uri: str) -> str:
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
-    name, _, _ = parse_hub_uri(uri)
-    if constants.HF_HUB_OFFLINE:
-        return "offline"
-    try:
+    name, config, _ = parse_hub_uri(uri)
+    with _hub_errors(uri):
+        if constants.HF_HUB_OFFLINE:
+            from datasets import load_dataset_builder
+
+            return load_dataset_builder(name, config).hash or ""  # the commit it was loaded of
         return HfApi().dataset_info(name, timeout=_HUB_SECONDS).sha or ""
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise _hub_error(uri, error) from error
 
 
-def _hub_error(uri: str, error: Exception) -> DataError:
-    return DataError(
-        f"{uri}: cannot be read from the Hugging Face hub ({(str(error).splitlines() or [''])[0]}). Check its name, config and split; "
-        "a gated one needs HF_TOKEN; without a network, name a JSONL file instead."
-    )
+@contextmanager
+def _hub_errors(uri: str) -> Iterator[None]:
+    import httpx
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, httpx.HTTPError, DatasetsError) as error:
+        raise DataError(
+            f"{uri}: cannot be read from the Hugging Face hub ({(str(error).splitlines() or [''])[0]}). Check its name, config and split; "
+            "a gated one needs HF_TOKEN; without a network, set HF_HUB_OFFLINE=1 to take what was loaded here before, or name a JSONL file."
+        ) from error
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------
@@ -177,7 +200,7 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
         DataError: now or while rows are taken: it is not what its name says, or damaged from some row on.
     """
     if is_hub_dataset(file.uri):
-        return _open_hub(file.uri)
+        return _open_hub(file)
     path = fetch_file(file.uri, cache)
     kind, compression = _kind_of(file.uri)
     if kind in _NOT_READ:
@@ -192,6 +215,9 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
         return _open_parquet(path, file.uri)
     raw = path.open("rb")
     size = max(path.stat().st_size, 1)
+    if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raw.close()
+        raise DataError(f"{file.uri}: is UTF-16. Save the file as UTF-8.")
     stream = _decompressed(raw, compression) if compression else raw
     reader = {"json": _read_json, "csv": _read_csv}.get(kind, _read_jsonl)
     return OpenFile(
@@ -372,7 +398,18 @@ class _Characters:
 def _read_csv(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as lines:
-        yield from _csv_records(csv.reader(lines, strict=True), uri)
+        yield from _csv_records(csv.reader(_bounded(lines, uri), strict=True), uri)
+
+
+def _bounded(lines: io.TextIOWrapper, uri: str) -> Iterator[str]:
+    number = 0
+    while line := lines.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise DataError(
+                f"{uri}:{number}: has no line end within {MAX_ROW_BYTES / 1e6:.0f} MB, so it is no CSV. Write the file again."
+            )
+        yield line
 
 
 def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
@@ -425,11 +462,24 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                     for value in batch.to_pylist():
                         read += 1
-                        yield read, value
+                        yield read, _without_filled_in(value)
         except damages as error:
             raise _parquet_error(f"{uri}:{read + 1}", error) from error
 
     return OpenFile(rows(), lambda: read / max(file.metadata.num_rows, 1))
+
+
+def _without_filled_in(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of columns: the nulls in it stand for keys that other rows have, and would be printed by templates."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    if isinstance(value, list):
+        return [_without_nulls(below) for below in value]
+    return value
 
 
 def _parquet_error(place: str, error: Exception) -> DataError:
@@ -438,21 +488,20 @@ def _parquet_error(place: str, error: Exception) -> DataError:
     )
 
 
-def _open_hub(uri: str) -> OpenFile:
+def _open_hub(file: DataFile) -> OpenFile:
     import datasets
-    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
 
-    name, config, split = parse_hub_uri(uri)
-    try:
-        dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise _hub_error(uri, error) from error
+    name, config, split = parse_hub_uri(file.uri)
+    revision = None if constants.HF_HUB_OFFLINE else file.version
+    with _hub_errors(file.uri):
+        dataset = datasets.load_dataset(name, config, split=split, revision=revision)
     read = 0
 
     def rows() -> Iterator[tuple[int, Any]]:
         nonlocal read
         for row in dataset:
             read += 1
-            yield read, row
+            yield read, _without_filled_in(row)  # pyright: ignore[reportArgumentType]
 
     return OpenFile(rows(), lambda: read / max(len(dataset), 1))  # pyright: ignore[reportArgumentType]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from training.data.rows import Chat, Example, Filled, Message, Pair, Text
 from training.data.sources import DataError, RowError
 
@@ -35,7 +37,10 @@ class Renderer:
             tokenizer: With its chat template.
             whole_text: Train on every token, not on the answers only.
         """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         self._tokenizer = tokenizer
+        self._render_jinja = render_jinja_template
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self._header, self._end = self._surroundings()
@@ -98,14 +103,11 @@ class Renderer:
     def _layout(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False
     ) -> str:
-        from jinja2 import TemplateError, TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         settings: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
         try:
             # What tokenizer.apply_chat_template does, without looking up the special tokens for each row.
             template = self._tokenizer.get_chat_template(None, settings["tools"])
-            rendered, _ = render_jinja_template([messages], chat_template=template, **settings)
+            rendered, _ = self._render_jinja([messages], chat_template=template, **settings)
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is broken ({error}, line {error.lineno} of it). Copy the tokenizer's files again from where the model "

@@ -182,12 +182,8 @@ def fetch_hub_model(model_id: str, wanted: Callable[[str], bool]) -> Path:
 
 @contextmanager
 def _hub_errors(model_id: str) -> Iterator[None]:
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-    )
+    import httpx
+    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
 
     try:
         yield
@@ -195,7 +191,7 @@ def _hub_errors(model_id: str) -> Iterator[None]:
         raise ModelError(
             f"model {model_id}: the hub has no safetensors of it. Convert it, and name your copy."
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"model {model_id}: cannot be read from the Hugging Face hub ({first_line(error)}). If it is gated, accept its "
             "licence and set HF_TOKEN; without a network, name a directory or an s3:// prefix that holds it."

@@ -1,4 +1,4 @@
-"""One driver at a time trains a run; a dead one's claim expires. On a local directory and on a real S3 server."""
+"""One driver at a time trains a run; a dead one's claim expires. On a local directory and on a real S3 server, by two ways."""
 
 import multiprocessing
 import os
@@ -13,18 +13,22 @@ from pathlib import Path
 import pytest
 
 from runs.layout import CLAIMS, Claim, claim_key
+from tests.support.own_buckets import S3_THROUGH_FSSPEC, reach_through_fsspec
 from training import claims
 from training.claims import ClaimError, check_claim, claimed
 from utils.bucket import Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
+from utils.fsspec_store import PACKAGES
 
 
-@pytest.fixture(params=["local", "s3"])
-def run_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["local", "s3", "s3fs"])
+def run_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "local":
         return str(tmp_path / "run")
-    request.getfixturevalue("bucket")
-    return request.getfixturevalue("bucket_uri")
+    server = request.getfixturevalue("bucket")
+    if request.param == "s3":
+        return request.getfixturevalue("bucket_uri")
+    return f"{reach_through_fsspec(monkeypatch, server, 'claims')}/{tmp_path.name}"
 
 
 def nobody(owner: str) -> None:
@@ -32,6 +36,7 @@ def nobody(owner: str) -> None:
 
 
 def hold(uri: str, ready: Connection) -> None:
+    PACKAGES.update([S3_THROUGH_FSSPEC])
     with claimed(open_store(uri), waiting=nobody) as claim:
         ready.send(claim.model_dump_json())
         time.sleep(60)
@@ -131,7 +136,7 @@ def test_of_many_at_once_one_takes_it(run_uri: str):
         everybody.wait()
         try:
             with claimed(store, waiting=nobody):
-                ended.wait(20)
+                ended.wait(60)
             return True
         except ClaimError:
             return False
@@ -144,7 +149,7 @@ def test_of_many_at_once_one_takes_it(run_uri: str):
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "never came"
         time.sleep(0.05)

@@ -2,6 +2,9 @@
 
 import os
 import secrets
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,8 @@ import pytest
 from runs import reading
 from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.faults import on_a_small_disk, small_disks_are_allowed
+from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, claimed
@@ -29,9 +33,15 @@ BUCKET = "commits"
 
 
 @pytest.fixture
-def run_uri(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run in a bucket that is reached as a user's is."""
-    return f"{reach_as_a_user(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
+def run_uri(request: pytest.FixtureRequest, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run in a bucket that is reached as a user's is, by us or, where a test asks for it, through fsspec."""
+    reach = getattr(request, "param", reach_as_a_user)
+    return f"{reach(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
+
+
+by_both_ways = pytest.mark.parametrize(
+    "run_uri", [reach_as_a_user, reach_through_fsspec], ids=["s3", "s3fs"], indirect=True
+)
 
 
 @contextmanager
@@ -136,6 +146,7 @@ def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(
     assert steps(open_store(run_uri)) == [1]
 
 
+@by_both_ways
 def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     with commits_of(store) as commits:
@@ -146,6 +157,44 @@ def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
 
 
+def test_a_disk_that_takes_no_more_is_told_whoever_writes(tmp_path: Path):
+    """Python, safetensors and torch each fail in their own words; other failures keep theirs."""
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    save = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        import torch
+        from safetensors.torch import save_file
+        from training.checkpoints import CheckpointError, staging
+        directory, zeros = Path(sys.argv[1]) / "checkpoint-1", {"zeros": torch.zeros(1_000_000)}
+        directory.mkdir()
+        for write in (
+            lambda path: path.write_bytes(bytes(4_000_000)),
+            lambda path: save_file(zeros, path),
+            lambda path: torch.save(zeros, path),
+            lambda path: save_file(zeros, path / "missing"),
+            lambda path: torch.save(zeros, path / "missing"),
+        ):
+            try:
+                with staging(directory):
+                    write(directory / "file")
+            except Exception as error:
+                print([path.name for path in directory.iterdir()], error)
+        """
+    )
+    said = subprocess.run(
+        [*on_a_small_disk(tmp_path, "2m"), sys.executable, "-c", save, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    full = f"[] {tmp_path}/checkpoint-1: the disk is full, a checkpoint takes more than the 2.0 MiB"
+    assert [line.startswith(full) for line in said] == [True, True, True, False, False], said
+
+
+@by_both_ways
 def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     checkpoint = saved(tmp_path, 1)
@@ -194,6 +243,7 @@ def _uploads(run_uri: str) -> list[str]:
     return [upload["UploadId"] for upload in listing.get("Uploads", [])]
 
 
+@by_both_ways
 def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     child_uri = f"{run_uri}-child"
@@ -214,6 +264,7 @@ def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri:
     assert store.list("used-by/") == []
 
 
+@by_both_ways
 def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     with claimed(store, waiting=nobody) as claim:

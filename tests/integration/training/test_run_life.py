@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runs.layout import Manifest
+from runs.layout import Manifest, checkpoint_key
 from runs.listing import list_runs
+from tests.support.bucket_proxy import Fault, Request, bucket_proxy
+from tests.support.faults import fill_disk, on_a_small_disk, small_disks_are_allowed
+from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
+    Finished,
     environment,
     read_metrics,
     run_main,
@@ -29,7 +36,9 @@ from tests.support.jobs import (
     tiny_settings,
     write_yaml,
 )
+from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data
+from training import checkpoints
 from utils.bucket import open_store, sync_to_node
 from utils.embedded_bucket import EmbeddedBucket
 from utils.files import checksum
@@ -154,44 +163,97 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     assert looked_at.result["steps"] == result["train_steps"]
 
 
-def test_no_secret_is_left_anywhere(files: Path, bucket: EmbeddedBucket, tmp_path: Path):
-    """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
-    secrets_given = {
-        "AWS_ACCESS_KEY_ID": bucket.access_key,
-        "AWS_SECRET_ACCESS_KEY": bucket.secret_key,
-        "HF_TOKEN": f"hf_{secrets.token_hex(17)}",
-        "WANDB_API_KEY": secrets.token_hex(20),
-    }
-    runs = f"s3://{bucket.bucket}/secrets-{secrets.token_hex(6)}"
-    config = write_yaml(
-        tmp_path / "quiet.yaml",
-        settings(files, lora_config={"r": 4}, storage_path=runs, max_steps=2, num_epochs=None)
-        | {"output_dir": str(tmp_path / "scratch")},
-    )
-    variables = secrets_given | {"AWS_ENDPOINT_URL_S3": bucket.endpoint, "AWS_REGION": "us-east-1"}
-    command_lines = ""
-    with tempfile.TemporaryDirectory(prefix="ray-") as ray_directory:  # sockets want a short path
-        with started(config, variables | {"RAY_TMPDIR": ray_directory}) as job:
-            job.wait_for_line("… training")
-            family = psutil.Process(job.process.pid).children(recursive=True)
-            command_lines = "\n".join(" ".join(process.cmdline()) for process in family)
-            finished = job.end()
-        assert finished.exit_code == 0, finished.errors
-        written = {
-            str(path): path.read_bytes()
-            for directory in (Path(ray_directory), tmp_path)
-            for path in directory.rglob("*")
-            if path.is_file()
+@dataclass(frozen=True)
+class Watched:
+    """A run whose model, data and checkpoints lie in a user's own bucket, and all that it left and asked for.
+
+    While it trains and commits, half of its requests are refused.
+    """
+
+    secrets: dict[str, str]
+    written: dict[str, bytes]
+    requests: list[Request]
+    finished: Finished
+
+
+@pytest.fixture(scope="module")
+def watched(
+    files: Path, bucket: EmbeddedBucket, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    directory = tmp_path_factory.mktemp("watched")
+    with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
+        place = reach_as_a_user(environment, bucket, "watched")
+        store = open_store(place)
+        store.upload_many({f"models/tiny/{path.name}": path for path in (files / "model").iterdir()})
+        store.upload_many({f"data/{name}": files / name for name in ("train.jsonl", "valid.jsonl")})
+        given = {
+            "AWS_ACCESS_KEY_ID": bucket.access_key,
+            "AWS_SECRET_ACCESS_KEY": bucket.secret_key,
+            "HF_TOKEN": f"hf_{secrets.token_hex(17)}",
+            "WANDB_API_KEY": secrets.token_hex(20),
         }
-    assert any("raylet" in path for path in written), "Ray's logs are among them"
-    store = open_store(finished.result["run_uri"])
-    written |= {item.key: store.read(item.key) for item in store.list()}
-    written |= {
-        "command lines": command_lines.encode(),
-        "screen": (finished.output + finished.errors).encode(),
-    }
-    for name, secret in secrets_given.items():
-        assert [path for path, content in written.items() if secret.encode() in content] == [], name
+        config = write_yaml(
+            directory / "quiet.yaml",
+            settings(files, lora_config={"r": 4}, max_steps=3, num_epochs=None)
+            | {
+                "model_id": f"{place}/models/tiny",
+                "train_path": f"{place}/data/train.jsonl",
+                "valid_path": f"{place}/data/valid.jsonl",
+                "storage_path": f"{place}/runs",
+                "output_dir": str(directory / "scratch"),
+                "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
+            },
+        )
+        with tempfile.TemporaryDirectory(prefix="ray-") as ray_directory:  # sockets want a short path
+            variables = given | {"RAY_TMPDIR": ray_directory, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+            with started(config, variables) as job:
+                job.wait_for_line("… training")
+                family = psutil.Process(job.process.pid).children(recursive=True)
+                command_lines = "\n".join(" ".join(process.cmdline()) for process in family)
+                proxy.faults += [
+                    Fault("refuse", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
+                ]
+                finished = job.end()
+            proxy.faults.clear()
+            assert finished.exit_code == 0, finished.errors
+            written = {
+                str(path): path.read_bytes()
+                for root in (Path(ray_directory), directory)
+                for path in root.rglob("*")
+                if path.is_file()
+            }
+        requests = list(proxy.requests)
+        run = open_store(finished.result["run_uri"])
+        written |= {item.key: run.read(item.key) for item in run.list()}
+        written |= {
+            "command lines": command_lines.encode(),
+            "screen": (finished.output + finished.errors).encode(),
+        }
+        yield Watched(given, written, requests, finished)
+
+
+def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
+    assert sum(request.status == 503 for request in watched.requests) > 10
+    assert watched.finished.result["train_steps"] == 3
+    assert checkpoints.survey(open_store(watched.finished.result["run_uri"]))[1] == []
+
+
+def test_no_secret_is_left_anywhere(watched: Watched):
+    """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
+    assert any("raylet" in path for path in watched.written), "Ray's logs are among them"
+    assert any("scratch/logs" in path for path in watched.written), "ours are"
+    for name, secret in watched.secrets.items():
+        found = [path for path, content in watched.written.items() if secret.encode() in content]
+        assert found == [], name
+
+
+def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
+    """Every request of the driver and the workers, up to the pruning of checkpoints."""
+    policy = json.loads((PROJECT / "configs" / "iam_policy.json").read_text().replace("MY-BUCKET", "watched"))
+    calls = needed(watched.requests)
+    assert {call for call in calls if not is_allowed(policy, *call)} == set()
+    deleted = {resource for action, resource in calls if action == "s3:DeleteObject"}
+    assert any(resource.endswith("/MANIFEST.json") for resource in deleted), "it pruned"
 
 
 def test_a_full_parameter_run(files: Path, tmp_path: Path):
@@ -289,6 +351,60 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
     assert finished.exit_code == 0, finished.errors
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
     assert steps == list(range(1, 301))
+
+
+def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
+    """The checkpoint that does not fit is refused in a line, what was committed stays whole, and the same command goes on."""
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    every_20 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}}
+    config = write_yaml(
+        tmp_path / "full.yaml",
+        settings(files, max_steps=300, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
+    )
+    with started(config, within=on_a_small_disk(disk, "32m")) as running:
+        running.wait_for_line("checkpoint ")
+        while running.process.poll() is None:  # what is committed is removed there, and makes room
+            fill_disk(Path(f"/proc/{running.process.pid}/root{disk}"), leaving=500_000)
+            time.sleep(0.01)
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert re.search(rf"{disk}\S*/checkpoint-\d+: the disk is full, .* set output_dir", finished.errors)
+    assert "Traceback" not in finished.errors
+    assert finished.result["status"] == "failed"
+    run = open_store(str(files / "runs" / "full"))
+    manifests, damage = checkpoints.survey(run)
+    assert damage == []
+    assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
+    whole = {checkpoint_key(manifest.step) for manifest in manifests}
+    assert {item.key.rpartition("/")[0] for item in run.list("checkpoints/")} == whole
+
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == 300
+    steps = [line["step"] for line in read_metrics(files / "runs" / "full") if "loss" in line]
+    assert steps == list(range(1, 301))
+
+
+def test_a_full_disk_where_runs_are_stored(files: Path, tmp_path: Path):
+    """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = write_yaml(
+        tmp_path / "runs.yaml",
+        settings(files, max_steps=1, num_epochs=None, run_name="full", storage_path=str(disk)),
+    )
+    with started(config, within=on_a_small_disk(disk, "1m")) as running:
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert re.search(
+        rf"error: cannot copy .* to {disk}/full/checkpoints/.*: the disk is full", finished.errors
+    )
+    assert "Traceback" not in finished.errors
 
 
 def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):

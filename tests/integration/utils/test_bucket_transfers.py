@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, bucket_proxy
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from utils import node_cache
 from utils.bucket import (
     AlreadyExistsError,
@@ -43,11 +44,19 @@ SYNC = (
 )
 
 
-@pytest.fixture(params=["s3", "local", "fsspec"])
-def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "fsspec":
-        return f"memory://{tmp_path.name}"
-    return request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "store")
+@pytest.fixture(params=["s3", "local", "memory", "s3fs"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of store; fsspec's by its own `memory://`, and with a real server behind it."""
+    match request.param:
+        case "s3":
+            return request.getfixturevalue("bucket_uri")
+        case "local":
+            return str(tmp_path / "store")
+        case "memory":
+            return f"memory://{tmp_path.name}"
+        case _:
+            server = request.getfixturevalue("bucket")
+            return f"{reach_through_fsspec(monkeypatch, server, OWN_BUCKET)}/{tmp_path.name}"
 
 
 @pytest.fixture
@@ -201,8 +210,12 @@ def test_one_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
 def test_a_damaged_copy_is_brought_again(bucket_uri: str, tmp_path: Path):
     open_store(bucket_uri).write("weights", b"12345")
     copy = sync_to_node(bucket_uri, tmp_path)
-    (copy / "weights").write_bytes(b"1")
-    assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+    for damage in (b"1", b"54321"):
+        (copy / "weights").write_bytes(damage)
+        assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+    for marker in ("{", "[]", "{}"):
+        (copy.parents[1] / "ready.json").write_text(marker)
+        assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
 
 
 def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_path: Path):
@@ -222,17 +235,20 @@ def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_p
     assert proxy.downloads(OWN_BUCKET) == []
 
 
-def test_a_killed_download_leaves_nothing_and_another_takes_over(
+def test_a_killed_download_is_taken_over_with_the_files_that_are_whole(
     own_bucket: str, proxy: BucketProxy, tmp_path: Path
 ):
     content = os.urandom(30 * MB)
     store = open_store(f"{own_bucket}/killed")
     store.write("large", content)
+    store.write("small", b"1")
     proxy.requests.clear()
     cache_dir = tmp_path / "cache"
     first, second = (start_sync(f"{own_bucket}/killed", cache_dir) for _ in range(2))
     deadline = time.monotonic() + 20
-    while len(proxy.downloads(OWN_BUCKET)) < 4 and time.monotonic() < deadline:
+    while time.monotonic() < deadline and not (
+        len(proxy.downloads(OWN_BUCKET)) > 4 and list(cache_dir.rglob("small"))
+    ):
         time.sleep(0.02)
     time.sleep(0.1)
     holder = first if _writes_below(first.pid, cache_dir) else second
@@ -242,7 +258,8 @@ def test_a_killed_download_leaves_nothing_and_another_takes_over(
     assert not list(cache_dir.rglob("ready.json"))
     survivor = second if holder is first else first
     arrived = Path(survivor.communicate(timeout=50)[0].strip())
-    assert files_below(arrived) == {"large": content}
+    assert files_below(arrived) == {"large": content, "small": b"1"}
+    assert len([asked for asked in proxy.downloads(OWN_BUCKET) if asked.path.endswith("small")]) == 1
     assert not list(cache_dir.rglob("*.partial"))
 
 
@@ -339,6 +356,44 @@ def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
     with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
         check_readable(own_bucket)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (404, b"", "no S3 server"),
+        (404, b"<html>Not found</html>", "no S3 server"),
+        (301, b"", "only points elsewhere"),
+    ],
+)
+def test_a_server_that_is_none_of_s3_is_told(
+    own_bucket: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, message: str
+):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(BucketError, match=rf"{message}.* check AWS_ENDPOINT_URL_S3"):
+            check_readable(own_bucket)
+        server.shutdown()
+
+
+def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(variable, "")
+    check_writable(own_bucket)
 
 
 def test_both_buckets_in_one_process(own_bucket: str, bucket_uri: str):

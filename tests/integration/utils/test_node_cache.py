@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.bucket import BucketError, missing_bytes, open_store, sync_to_node
+from utils.bucket import BucketError, DamagedError, missing_bytes, open_store, sync_to_node
 from utils.files import checksum_bytes, file_lock
 from utils.node_cache import LIMIT_VARIABLE
 
@@ -89,6 +89,36 @@ def test_the_least_recently_used_goes_and_what_is_held_stays(
         monkeypatch.setenv(LIMIT_VARIABLE, "1KB")
         assert sync_elsewhere(f"{bucket_uri}/used", tmp_path) == used
         assert [path.exists() for path in (held, oldest, used, new)] == [True, False, True, False]
+
+
+def test_what_dead_processes_left_makes_room(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of another boot it is never taken for whole; of a place that nobody wants any more it goes when room is needed."""
+    for name in ("first", "second"):
+        open_store(f"{bucket_uri}/{name}").write("weights", b"1" * 100 * KB)
+    version = sync_elsewhere(f"{bucket_uri}/first", tmp_path).parents[1]
+    (version / "ready.json").unlink()
+    partial = version.rename(version.with_name(f"{version.name}.another.partial"))
+    (partial / "files" / "first" / "weights").write_bytes(b"0" * 100 * KB)
+    again = sync_elsewhere(f"{bucket_uri}/first", tmp_path)
+    assert (again / "weights").read_bytes() == b"1" * 100 * KB
+    assert not partial.exists()
+    version.rename(partial)
+    monkeypatch.setenv(LIMIT_VARIABLE, "150KB")
+    sync_elsewhere(f"{bucket_uri}/second", tmp_path)
+    assert not partial.exists()
+
+
+def test_a_copy_with_another_content_than_is_known_is_refused(bucket_uri: str, tmp_path: Path):
+    """Whether it is brought now or lies there already, for somebody who knew of nothing."""
+    open_store(bucket_uri).write("weights", b"12345")
+    cached = sync_to_node(bucket_uri, tmp_path)
+    right, wrong = ({"weights": checksum_bytes(content)} for content in (b"12345", b"54321"))
+    assert (sync_to_node(bucket_uri, tmp_path, checksums=right) / "weights").samefile(cached / "weights")
+    with pytest.raises(DamagedError, match="weights"):
+        sync_to_node(bucket_uri, tmp_path, checksums=wrong)
+    assert (cached / "weights").read_bytes() == b"12345"
 
 
 def test_what_this_process_has_synced_it_holds(

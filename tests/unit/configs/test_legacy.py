@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.loading import ConfigError, LoadedConfig, load_config
+from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
 from configs.schema import DeepspeedFile, MlflowLogger
 
 BASE = "model_id: org/model\ntrain_path: train.jsonl\ntask: instruction_tuning\n"
@@ -202,7 +202,7 @@ preference_tuning_config:
 @pytest.mark.parametrize(
     ("text", "key", "words"),
     [
-        ("generation_config: {prompt_format: {user: '{instruction}'}}", "prompt_format", "chat template"),
+        ("generation_config: {prompt_format: {user: '{instruction}'}}", "prompt_format", "`system`: Field"),
         ("liger_kernel: {enabled: true, kwargs: {rope: false}}", "liger_kernel.kwargs.rope", "leave it out"),
         ("liger_kernel: {enabled: true, kwargs: {warp: true}}", "liger_kernel.kwargs.warp", "leave it out"),
         ("embedding_scaling_technique: linear", "embedding_scaling_technique", "leave it out"),
@@ -221,6 +221,36 @@ def test_what_cannot_be_done_is_a_refusal(load, text: str, key: str, words: str)
     assert key in refusal
     assert words in refusal
     assert len(loaded.warnings) == 1
+
+
+PROMPT_FORMAT = """\
+generation_config:
+  prompt_format:
+    system: "{instruction} + "
+    user: "[INST] {system}{instruction} [/INST]"
+    assistant: "{instruction}</s> "
+    trailing_assistant: ""
+    system_in_user: true
+"""
+
+
+def test_a_prompt_format_becomes_a_chat_template(load, tmp_path: Path):
+    loaded = load(BASE + PROMPT_FORMAT)
+    [warning] = without_path(loaded.warnings)
+    assert warning.startswith(
+        "4: `generation_config` is LLMForge's spelling: write `chat_template`, as --print-"
+    )
+    assert loaded.refusals == ()
+    template = loaded.config.chat_template
+    assert template is not None
+    assert '{{ "[INST] " }}' in template
+    assert load(to_yaml(loaded.config)).config == loaded.config
+    assert load(BASE + PROMPT_FORMAT, "chat_template=mine.jinja").config.chat_template == "mine.jinja"
+    stopped = load(BASE + PROMPT_FORMAT + "  stopping_sequences: ['</s>']\n")
+    assert stopped.config.chat_template == template
+    assert any("`generation_config.stopping_sequences` has no effect" in line for line in stopped.warnings)
+    with pytest.raises(ConfigError, match="`chat_template` and `generation_config` say the same"):
+        load(BASE + PROMPT_FORMAT + "chat_template: mine.jinja\n")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from training.data.labels import label_tokens
-from training.data.prepare import IGNORED
 from training.data.sources import DataError
+from training.data.token_files import IGNORED
 from training.trainers import ClassificationTrainer, written_label
 
 LABELS = [[5, 7], [5, 8], [6]]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from training.data.batches import TokenSequences, collate_packed, pack
-from training.data.prepare import IGNORED
+from training.data.token_files import IGNORED
 from training.models.architecture import check_packing
 from training.models.files import ModelError
 

@@ -11,16 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.prepared import prepare, request, rows_of
 from tests.support.tiny_model import write_data
-from training.data.prepare import (
-    DATA_FILE,
-    IGNORED,
-    SKIPPED_FILE,
-    fetch_prepared,
-    keep_prepared,
-    prepare_data,
-    verify_prepared,
-)
+from training.data.prepare import prepare_data
+from training.data.prepared import SKIPPED_FILE, fetch_prepared, keep_prepared, verify_prepared
 from training.data.sources import DataError
+from training.data.token_files import DATA_FILE, IGNORED
 
 Turns = list[tuple[str, str]]
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
 from training.data.batches import BatchShape, Order
-from training.data.prepare import PreparedData
+from training.data.prepared import PreparedData
 from training.data.report import DataReport, describe_loss, make_report, to_html
 
 

@@ -53,6 +53,8 @@ def test_sharegpt_turns_are_messages():
     ]
     assert read({"conversations": turns}) == Chat([SYSTEM, USER, ASSISTANT])
     assert read({"conversations": turns[1:], "system": "Be brief."}) == Chat([SYSTEM, USER, ASSISTANT])
+    misnamed = Reading("instruction_tuning", "conversations", {"conversations": "messages"}, None, ())
+    assert read_row({"messages": turns}, misnamed) == Chat([SYSTEM, USER, ASSISTANT])
     with pytest.raises(RowError, match=r"message 2 is from 'bing'. Known: system, human"):
         read({"conversations": [turns[1], {"from": "bing", "value": "4"}]})
 
@@ -62,6 +64,10 @@ def test_columns_may_be_called_otherwise():
     assert read(row, columns={"prompt": "question", "completion": "answer"}) == Chat([USER, ASSISTANT])
     with pytest.raises(RowError, match=r"found: question, answer.*columns: \{prompt: question\}"):
         read(row)
+    with pytest.raises(
+        RowError, match=r"has no `reply`, which `columns` gives as `completion` \(found: quest"
+    ):
+        read(row, columns={"prompt": "question", "completion": "reply"})
 
 
 def test_plain_text_is_for_causal_lm_only():
@@ -147,8 +153,14 @@ def test_a_prompt_template_lays_out_columns():
     assert read(row, prompt_template=template) == Filled("### Instruction: Add. 2 + 2\n### Response: ", "4")
     del row["input"]
     assert read(row, prompt_template=template) == Filled("### Instruction: Add. \n### Response: ", "4")
-    with pytest.raises(RowError, match="`output` of prompt_template is null"):
+    with pytest.raises(RowError, match=r"has no `output` \(found: instruction\)"):
         read({"instruction": "Add."}, prompt_template=template)
+
+
+def test_a_column_that_a_format_needs_is_missing_not_null():
+    reading = Reading("instruction_tuning", "instruction", {}, None, ())
+    with pytest.raises(RowError, match=r"has no `instruction` \(found: messages\)"):
+        read_row({"messages": [USER, ASSISTANT]}, reading)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +193,10 @@ def test_a_prompt_template_lays_out_columns():
         ({"messages": [USER, ASSISTANT, ASSISTANT]}, "messages 2 and 3 are both from the assistant"),
         ({"messages": [USER]}, "has no assistant turn: there is nothing to learn"),
         ({"messages": [USER, ASSISTANT, USER]}, "ends with a user message that nobody answers"),
+        (
+            {"messages": [{"from": "human", "value": "2 + 2?"}]},
+            "has `from`, not `role`: ShareGPT's chats need",
+        ),
         ({"prompt": "2 + 2?", "completion": ""}, "`completion` is empty"),
         ({"prompt": 4, "completion": "4"}, "`prompt` is a number, not text"),
         ({"prompt": "2 + 2?", "completion": "\ud800"}, "holds half of a surrogate pair"),

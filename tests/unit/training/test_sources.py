@@ -133,6 +133,9 @@ def test_a_line_that_is_no_object_does_not_hide_the_others(tmp_path: Path, line:
         ("a.json", b'[{"a": "' + b"b" * 2 * MAX_ROW_BYTES, "a.json:1: no JSON value ends within 8 MB"),
         ("a.csv", b'prompt,completion\na,"b', "a.csv:2: is not CSV"),
         ("a.csv", b"prompt,prompt\na,b", "a.csv:1: the header names 'prompt' twice"),
+        ("a.csv", jsonl(ROWS).decode().encode("utf-16"), "a.csv: is UTF-16. Save the file as UTF-8"),
+        ("a.jsonl", jsonl(ROWS).decode().encode("utf-16"), "a.jsonl: is UTF-16. Save the file as UTF-8"),
+        ("a.csv", b"prompt,completion\n" + b"a," * MAX_ROW_BYTES, "a.csv:2: has no line end within 8 MB"),
         ("a.parquet", b"", "a.parquet: no Parquet file"),
         ("a.parquet", as_parquet(ROWS)[:-20], "a.parquet: no Parquet file"),
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)[:-20], "damaged or cut off here"),
@@ -165,11 +168,13 @@ def test_cells_that_no_column_is_named_for_are_told(tmp_path: Path):
     assert reasons(path) == {2: "has 3 cells, and the header names 2 columns"}
 
 
-def test_a_directory_and_a_glob_name_their_files(tmp_path: Path):
+def test_a_directory_and_a_glob_name_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in (
         "b.jsonl",
         "a.parquet",
         "deep/c.csv",
+        "deep/deeper/f.jsonl",
+        "g[1].jsonl",
         "_SUCCESS",
         "notes.md",
         ".hidden/d.jsonl",
@@ -182,10 +187,18 @@ def test_a_directory_and_a_glob_name_their_files(tmp_path: Path):
     def names(path: str) -> list[str]:
         return [os.path.relpath(file.uri, tmp_path) for file in find_files(path, 0)]
 
-    assert names(str(tmp_path)) == ["a.parquet", "b.jsonl", "deep/c.csv"]
-    assert names(f"{tmp_path}/*.jsonl") == ["b.jsonl"]
+    assert names(str(tmp_path)) == ["a.parquet", "b.jsonl", "deep/c.csv", "deep/deeper/f.jsonl", "g[1].jsonl"]
+    assert names(f"{tmp_path}/*.jsonl") == ["b.jsonl", "g[1].jsonl"]
     assert names(f"{tmp_path}/d*/*.csv") == ["deep/c.csv"]
-    assert names(f"{tmp_path}/b.jsonl") == ["b.jsonl"]
+    assert names(f"{tmp_path}/**/[a-f].*") == ["a.parquet", "b.jsonl", "deep/c.csv", "deep/deeper/f.jsonl"]
+    assert names(f"{tmp_path}/_*/*") == ["_old/e.jsonl"]
+    assert names(f"{tmp_path}/b.jsonl") == names(f"file://{tmp_path}/b.jsonl") == ["b.jsonl"]
+    assert names(f"{tmp_path}/g[1].jsonl") == ["g[1].jsonl"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert names("b.jsonl") == names("~/b.jsonl") == names("b*.jsonl") == names("~/b*.jsonl") == ["b.jsonl"]
+    with pytest.raises(DataError, match=r"b\*\*: is no pattern .* Write `\*\*` alone"):
+        find_files("b**", 0)
     with pytest.raises(BucketError, match="matches no file"):
         find_files(f"{tmp_path}/*.parket", 0)
     (tmp_path / "empty").mkdir()

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from configs.prompt_format import to_chat_template
 from tests.support.prepared import encode
-from training.data.prepare import IGNORED
 from training.data.rows import Chat, Filled, Message, Pair, Text
 from training.data.sources import DataError, RowError
 from training.data.templates import Renderer
+from training.data.token_files import IGNORED
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -279,6 +280,19 @@ def test_a_template_that_changes_earlier_turns_is_refused(chatml: PreTrainedToke
 def test_a_broken_template_is_told_with_its_line(chatml: PreTrainedTokenizerFast):
     with pytest.raises(DataError, match=r"chat template is broken .*line 1 of it"):
         encode(with_template(chatml, "{% for %}"), chat(ONE_TURN))
+
+
+def test_llmforges_prompt_format_trains_its_answers(chatml: PreTrainedTokenizerFast):
+    template = to_chat_template(
+        {
+            "system": "{instruction} + ",
+            "user": "[INST] {system}{instruction} [/INST]",
+            "assistant": "{instruction}<|im_end|> ",
+            "system_in_user": True,
+        }
+    )
+    pieces = trained_pieces(with_template(chatml, template), chat(THREE_TURNS, system="Be brief."))
+    assert pieces == [f"{answer.strip()}<|im_end|>" for _, answer in THREE_TURNS]
 
 
 def test_causal_lm_trains_every_token(chatml: PreTrainedTokenizerFast):

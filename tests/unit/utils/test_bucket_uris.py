@@ -53,6 +53,8 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated():
     assert "hunter2" not in str(refused.value)
     with pytest.raises(BucketError, match="bucket's name is missing"):
         open_store("s3:/bucket/x")
+    with pytest.raises(BucketError, match="s3://My bucket!/x: no bucket is called that"):
+        open_store("s3://My bucket!/x")
 
 
 def test_three_ways_to_write_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,96 @@
+"""What S3 servers refuse, what fails on the way to them, and the words for it."""
+
+import urllib.parse
+from typing import Any
+
+from utils.files import BucketError
+from utils.store import NotFoundError
+
+CHANGED = "the object changed while it was read; run again"
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"}
+_BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
+
+
+def error_code(error: Any) -> str:
+    """Return S3's own word for a botocore ClientError; the HTTP status where the answer had none."""
+    return error.response.get("Error", {}).get("Code", "")
+
+
+def may_pass(error: Any) -> bool:
+    """Whether another attempt may go better: storage is busy or not reached, or the credentials can be renewed."""
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in _BUSY_STATUSES or error_code(error) in _BUSY | EXPIRED | {
+            "ConditionalRequestConflict"
+        }
+    if isinstance(error, exceptions.SSLError | exceptions.InvalidProxiesConfigError):
+        return False
+    return isinstance(
+        error,
+        exceptions.ConnectionError
+        | exceptions.HTTPClientError
+        | exceptions.IncompleteReadError
+        | exceptions.CredentialRetrievalError
+        | exceptions.MetadataRetrievalError,
+    )
+
+
+_ADVICE = {
+    "NoSuchBucket": "there is no bucket {bucket!r}; create it, or correct the URI or AWS_ENDPOINT_URL_S3",
+    "NoSuchKey": "there is no such object",
+    "404": "there is no such object",
+    "AccessDenied": "access denied; these credentials need s3:ListBucket, s3:GetObject, s3:PutObject and "
+    "s3:DeleteObject there",
+    "403": "access denied; the credentials are wrong, expired, or may not do this",
+    "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID or AWS_PROFILE",
+    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+    **dict.fromkeys(EXPIRED, "the credentials have expired; renew them and run again"),
+    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN, or renew the credentials",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    **dict.fromkeys(("PreconditionFailed", "412"), CHANGED),
+    **dict.fromkeys(
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "301"),
+        "the bucket is in another region; set AWS_REGION",
+    ),
+    **dict.fromkeys(
+        ("SlowDown", "ServiceUnavailable", "503"),
+        "storage is overloaded and refused every attempt; run again later",
+    ),
+}
+
+
+def explain_refusal(error: Any, where: str, bucket: str) -> BucketError:
+    """Explain a botocore ClientError: storage answered, with a refusal."""
+    details = error.response.get("Error", {})
+    code = details.get("Code", "")
+    if not code or (code == "404" and error.operation_name != "HeadObject"):
+        return BucketError(f"{where}: what answers there is no S3 server; check AWS_ENDPOINT_URL_S3")
+    advice = _ADVICE.get(code)
+    if advice is None:
+        return BucketError(f"{where}: storage answered {code} ({details.get('Message', '')})")
+    kind = NotFoundError if code in ("NoSuchKey", "404") else BucketError
+    return kind(f"{where}: {advice.format(bucket=bucket)}")
+
+
+def explain_failure(error: Any) -> str:
+    """Explain a BotoCoreError: storage was not reached, or what is needed to reach it is missing."""
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
+        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, exceptions.SSOError | exceptions.TokenRetrievalError | exceptions.LoginError):
+        return "the sign-in has expired; run `aws sso login` or `aws login` and try again"
+    if isinstance(error, exceptions.SSLError):
+        if "WRONG_VERSION_NUMBER" in str(error):
+            return "the server does not speak TLS there; write http:// in AWS_ENDPOINT_URL_S3"
+        if "invalid path" in str(error):
+            return "AWS_CA_BUNDLE names no file"
+        return "the server's certificate is not trusted; set AWS_CA_BUNDLE to the file that vouches for it"
+    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
+        request_url = getattr(error, "kwargs", {}).get("endpoint_url", "")
+        server = urllib.parse.urlsplit(str(request_url)).netloc.rpartition("@")[2]
+        return f"the storage server {server} does not answer; check the network and AWS_ENDPOINT_URL_S3"
+    return str(error)
