@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runs import reading
 from runs.layout import Manifest, checkpoint_key
 from runs.listing import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
@@ -38,7 +39,6 @@ from tests.support.jobs import (
 )
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data
-from training import checkpoints
 from utils.bucket import open_store, sync_to_node
 from utils.embedded_bucket import EmbeddedBucket
 from utils.files import checksum
@@ -235,7 +235,7 @@ def watched(
 def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
     assert sum(request.status == 503 for request in watched.requests) > 10
     assert watched.finished.result["train_steps"] == 3
-    assert checkpoints.survey(open_store(watched.finished.result["run_uri"]))[1] == []
+    assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
 
 
 def test_no_secret_is_left_anywhere(watched: Watched):
@@ -375,7 +375,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert "Traceback" not in finished.errors
     assert finished.result["status"] == "failed"
     run = open_store(str(files / "runs" / "full"))
-    manifests, damage = checkpoints.survey(run)
+    manifests, damage = reading.survey(run)
     assert damage == []
     assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
     whole = {checkpoint_key(manifest.step) for manifest in manifests}
