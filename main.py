@@ -1,6 +1,7 @@
 """The front door: a YAML becomes a Ray TorchTrainer job.
 
     python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]
+    python main.py runs | show | compare ...      looks at what was trained; see runs/commands.py
 
 Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stopped.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
+from runs.commands import COMMANDS, run_command
+from utils.bucket import BucketError
 from utils.console import library_output_in, open_consoles
 from utils.processes import run_in_own_session
 
@@ -25,6 +28,8 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str]) -> int:
     """Check the file, then plan and run; returns the exit code."""
     began = time.monotonic()
+    if arguments and arguments[0] in COMMANDS:
+        return look(arguments)
     options = parse_arguments(arguments)
     try:
         loaded = load_config(options.config, options.overrides)
@@ -42,12 +47,25 @@ def main(arguments: list[str]) -> int:
     return run_in_own_session(lambda: plan_and_run(loaded, options, began))
 
 
+def look(arguments: list[str]) -> int:
+    """Carry out a command that looks at runs; returns the exit code."""
+    try:
+        run_command(arguments)
+    except BucketError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; a wrong one ends the process with code 2."""
     parser = argparse.ArgumentParser(
         prog="main.py",
         usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]",
         description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes.",
+        epilog=f"Look at runs with main.py {', '.join(COMMANDS)}; each says how under --help.",
     )
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -104,10 +122,10 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
         needs_embedded_bucket,
     )
     from training.strategy import StrategyError
-    from utils.bucket import BucketError
     from utils.embedded_bucket import embedded_bucket
     from utils.files import write_atomically
 
+    command = ["python", "main.py", str(options.config), *options.overrides]
     output, progress = open_consoles()
     screen = progress if options.json else output
     try:
@@ -141,7 +159,13 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 from training.job import run_job
 
                 result = run_job(
-                    plan, prepared, report, began=began, driver_log=driver_log, on_event=watch.on_event
+                    plan,
+                    prepared,
+                    report,
+                    command=command,
+                    began=began,
+                    driver_log=driver_log,
+                    on_event=watch.on_event,
                 )
     except (
         ConfigError,
@@ -161,7 +185,6 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     except KeyboardInterrupt:
         show_error(progress, "interrupted before training began; nothing was written")
         return INTERRUPTED
-    command = ["python", "main.py", str(options.config), *options.overrides]
     show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":
         show_error(progress, result.reason)

@@ -25,9 +25,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks.report import spread, write_report
+from runs import reading
 from runs.layout import DataFingerprints, DataPosition, Manifest, Speed
 from tests.support.bucket_proxy import bucket_proxy
-from training import checkpoints
 from training.claims import claimed
 from training.commits import Commits, Saved
 from training.events import CheckpointCommitted
@@ -137,7 +137,7 @@ def commits_of(store: Store, committed: threading.Event) -> Iterator[Commits]:
 
     with (
         claimed(store, waiting=waiting) as claim,
-        Commits(store, claim, ALONE, checkpoints.committed(store), keep=1, on_commit=on_commit) as commits,
+        Commits(store, claim, ALONE, reading.committed(store), keep=1, on_commit=on_commit) as commits,
     ):
         yield commits
 

@@ -5,7 +5,7 @@ what to do about it.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from configs.yaml_source import (
     shown,
 )
 
-__all__ = ["ConfigError", "LoadedConfig", "load_config", "to_yaml"]
+__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "to_yaml"]
 
 MAX_PROBLEMS = 50
 """Lines of a report: a file with more mistakes is no configuration."""
@@ -101,6 +101,15 @@ def to_yaml(config: FinetuneConfig) -> str:
     return yaml.dump(
         config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
     )
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Sections as dotted keys: {"lora_config": {"r": 8}} -> {"lora_config.r": 8}."""
+    keys = {}
+    for key, value in settings.items():
+        name = f"{above}{key}"
+        keys |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return keys
 
 
 class _Dumper(yaml.SafeDumper):

@@ -94,6 +94,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Resources = Annotated[
     dict[Text, Annotated[int | float, Field(ge=0)]],
     BeforeValidator(_memory_in_bytes),
+    Field(json_schema_extra={"properties": {"memory": {"type": ["number", "string"]}}}),
 ]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Column = Literal[

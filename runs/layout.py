@@ -1,26 +1,39 @@
 """The one place that knows how a run lies in the bucket: its paths and its typed records."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from utils.bucket import join_uri
+from utils.bucket import EMBEDDED_BUCKET, join_uri
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 CURVE_FILE = "eval_loss.png"
+REPORT_FILE = "report.html"
 DATA_PAGE_FILE = "data_report.html"
 DATA_REPORT_FILE = "data_report.json"
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
+TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
 CLAIMS = "claim"
 USES = "used-by"
 
+CLAIM_EXPIRES_SECONDS = 30.0
+"""A claim that was not renewed for so long is nobody's any more."""
+
 RunStatus = Literal["completed", "stopped", "failed"]
+
+
+def default_storage() -> str:
+    """Where runs go when nothing says otherwise: Anyscale's artifact storage, else the embedded bucket."""
+    if artifacts := os.environ.get("ANYSCALE_ARTIFACT_STORAGE"):
+        return join_uri(artifacts, "anneal")
+    return f"s3://{EMBEDDED_BUCKET}/runs"
 
 
 def checkpoint_key(step: int, file: str = "") -> str:
@@ -140,6 +153,19 @@ class EvalLoss(_Record):
     """What the task reports beside the loss: accuracy and f1 of a classification, rewards of preference tuning."""
 
 
+class MetricsLine(BaseModel):
+    """A line of metrics.jsonl: an optimizer step (`loss`) or an evaluation (`eval_loss`), and what else was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    step: int
+    epoch: float
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+
+
 def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:
     """What a line of metrics.jsonl holds of an evaluation beside its loss."""
     return {
@@ -195,3 +221,5 @@ class RunResult(_Record):
     log_files: list[str]
     """Library output of the driver and the workers, as paths on their nodes."""
     versions: dict[str, str]
+    ended: str | None = None
+    """UTC, ISO 8601; None in results of before it was told."""

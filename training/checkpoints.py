@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +13,17 @@ from runs.layout import (
     CHECKPOINTS,
     CLAIMS,
     MANIFEST_FILE,
-    RESULT_FILE,
     USES,
     CheckpointUse,
     FileRecord,
     Manifest,
-    RunResult,
     checkpoint_key,
     checkpoint_uri,
     run_of,
     step_of_use,
     use_key,
 )
+from runs.reading import missing_of_completed, read_result, sizes, survey, wrong_sizes
 from utils.bucket import (
     AlreadyExistsError,
     DamagedError,
@@ -97,7 +96,7 @@ def commit(store: Store, manifest: Manifest) -> None:
         CheckpointError: a file is missing or has another size, or somebody else has committed this step meanwhile.
         BucketError: the manifest cannot be written.
     """
-    wrong = _wrong_sizes(store, manifest, _sizes(store, checkpoint_key(manifest.step)))
+    wrong = wrong_sizes(store, manifest, sizes(store, checkpoint_key(manifest.step)))
     if wrong:
         raise CheckpointError(f"step {manifest.step} is not committed: {'; '.join(wrong)}.")
     key, content = checkpoint_key(manifest.step, MANIFEST_FILE), manifest.model_dump_json(indent=2).encode()
@@ -108,52 +107,6 @@ def commit(store: Store, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"{store.uri_of(key)} was committed by somebody else meanwhile: another driver trains this run."
             ) from error
-
-
-def committed(store: Store) -> list[Manifest]:
-    """Every committed checkpoint of a run, by step: those whose manifest can be read and whose files have their sizes.
-
-    Raises:
-        BucketError: the run cannot be listed.
-    """
-    return survey(store)[0]
-
-
-def survey(store: Store) -> tuple[list[Manifest], list[str]]:
-    """(committed checkpoints, what is wrong with those that were committed once and are damaged now).
-
-    Files without a manifest are no damage: an attempt that was killed leaves them.
-
-    Raises:
-        BucketError: the run cannot be listed.
-    """
-    stored = _sizes(store, f"{CHECKPOINTS}/")
-    manifests, damage = [], []
-    for key in stored:
-        if not key.endswith(f"/{MANIFEST_FILE}"):
-            continue
-        try:
-            manifest = Manifest.model_validate_json(store.read(key))
-        except ValidationError:
-            damage.append(f"{store.uri_of(key)} is cut off, or none of ours")
-            continue
-        wrong = _wrong_sizes(store, manifest, stored)
-        damage += wrong
-        if not wrong:
-            manifests.append(manifest)
-    return sorted(manifests, key=lambda manifest: manifest.step), damage
-
-
-def _sizes(store: Store, prefix: str) -> dict[str, int]:
-    return {item.key: item.size for item in store.list(prefix)}
-
-
-def _wrong_sizes(store: Store, manifest: Manifest, stored: Mapping[str, int]) -> list[str]:
-    return [
-        f"{store.uri_of(name)} has {stored.get(name, 'no')} bytes, and {file.size} were committed"
-        for file in manifest.files
-        if stored.get(name := checkpoint_key(manifest.step, file.path)) != file.size
-    ]
 
 
 def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
@@ -167,21 +120,13 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
         for manifest in committed
         for path in (MANIFEST_FILE, *(file.path for file in manifest.files))
     }
-    left = [key for key in _sizes(store, f"{CHECKPOINTS}/") if key not in named]
+    left = [key for key in sizes(store, f"{CHECKPOINTS}/") if key not in named]
     manifests = [key for key in left if key.endswith(f"/{MANIFEST_FILE}")]
     others = [key for key in left if key not in manifests]
     store.delete(manifests)
     store.delete(others)
     store.abort_stale_uploads(f"{CHECKPOINTS}/")
     return [*manifests, *others]
-
-
-def best(manifests: list[Manifest]) -> Manifest | None:
-    """The lowest eval loss; without any, the newest."""
-    evaluated = [manifest for manifest in manifests if manifest.eval_loss is not None]
-    if evaluated:
-        return min(evaluated, key=lambda manifest: (manifest.eval_loss, manifest.step))
-    return manifests[-1] if manifests else None
 
 
 def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
@@ -357,24 +302,3 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
             f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not as a whole. Name a committed checkpoint of {run_of(place)}."
         )
     return place
-
-
-def missing_of_completed(store: Store, manifests: list[Manifest]) -> list[str]:
-    """The checkpoints that a completed run's result.json names and that are there no more."""
-    result = read_result(store)
-    if result is None or result.status != "completed":
-        return []
-    there = {checkpoint_uri(result.run_uri, manifest.step) for manifest in manifests}
-    named = {uri for uri in (result.best_checkpoint, result.last_checkpoint) if uri}
-    return [f"{uri} is named by {RESULT_FILE}, and has no {MANIFEST_FILE}" for uri in sorted(named - there)]
-
-
-def read_result(store: Store) -> RunResult | None:
-    """A run's result.json, if it has one."""
-    written = store.read_if_exists(RESULT_FILE)
-    return RunResult.model_validate_json(written) if written else None
-
-
-def newest(manifests: list[Manifest]) -> Manifest | None:
-    """The one with the highest step."""
-    return manifests[-1] if manifests else None

@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from runs.layout import CLAIMS, Claim, claim_key
+from runs.layout import CLAIM_EXPIRES_SECONDS, CLAIMS, Claim, claim_key
 from utils.bucket import AlreadyExistsError, BucketError, Store
 
-RENEW_SECONDS, EXPIRE_SECONDS = 5.0, 30.0
+RENEW_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 
 
@@ -76,7 +76,7 @@ def _take(store: Store, waiting: Callable[[str], None]) -> Claim:
     if newest is not None and _lives(store, newest, waiting):
         raise ClaimError(
             f"{store.uri} is being trained by {newest.owner}, since {newest.since}. Wait for its end, stop it (its claim expires after "
-            f"{EXPIRE_SECONDS:.0f} s), or choose another run_name."
+            f"{CLAIM_EXPIRES_SECONDS:.0f} s), or choose another run_name."
         )
     number = max(numbers, default=0) + 1  # of the same listing: a claim made since then must be in our way
     claim = Claim(
@@ -103,7 +103,7 @@ def _lives(store: Store, claim: Claim, waiting: Callable[[str], None]) -> bool:
         except psutil.NoSuchProcess:
             return False
     first = age = store.age(claim_key(claim.number))
-    while age is not None and age < EXPIRE_SECONDS:
+    while age is not None and age < CLAIM_EXPIRES_SECONDS:
         if first is None or age < first:
             return True
         waiting(claim.owner)
@@ -118,7 +118,7 @@ def _renew(store: Store, claim: Claim, ended: threading.Event) -> None:
         try:
             store.write(claim_key(claim.number), _content(claim))
         except BucketError:
-            continue  # an outage longer than EXPIRE_SECONDS costs the claim, which the next commit finds out
+            continue  # an outage longer than CLAIM_EXPIRES_SECONDS costs the claim, which the next commit finds out
 
 
 def _newest(store: Store) -> Claim | None:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runs.layout import RunResult, Speed
+from runs.screen import print_eval_losses, print_facts, short_name
 from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
 from training.events import (
     CheckpointCommitted,
@@ -69,7 +70,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
     if report.resumes_from:
         rows.append(("resumes from", report.resumes_from))
     rows.append(("results go to", report.run_uri))
-    _print_facts(console, rows)
+    print_facts(console, rows)
     console.print()
     _print_histogram(console, report)
     console.print(
@@ -110,7 +111,7 @@ def _print_histogram(console: Console, report: PlanReport) -> None:
 
 def show_page(console: Console, page: Path) -> None:
     """Where the same can be looked at in a browser."""
-    _print_facts(console, [("data report", str(page))])
+    print_facts(console, [("data report", str(page))])
 
 
 def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
@@ -228,17 +229,8 @@ class Watch:
 def show_result(console: Console, result: RunResult, command: Sequence[str], *, trains_adapter: bool) -> None:
     """The eval losses, where everything lies, and what to type next."""
     if result.eval_losses:
-        table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-        beside = list(result.eval_losses[0].figures)
-        for name in ("step", "epoch", "eval loss", "", *map(_short, beside)):
-            table.add_column(name, justify="right")
-        lowest = min(loss.eval_loss for loss in result.eval_losses)
-        for loss in result.eval_losses:
-            mark = "best" if loss.eval_loss == lowest else ""
-            figures = [f"{loss.figures[name]:.4f}" for name in beside]
-            table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
         console.print()
-        console.print(table)
+        print_eval_losses(console, result.eval_losses)
     console.print()
     facts = [
         ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
@@ -258,7 +250,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         facts.append(("next", f"train on from it: {key}: run:{result.run_name}"))
     elif result.last_checkpoint:
         facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
-    _print_facts(console, facts)
+    print_facts(console, facts)
 
 
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
@@ -282,15 +274,5 @@ def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
     ]
 
 
-def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    # Soft wrapping leaves URIs whole, so that they can be copied.
-    for name, value in facts:
-        console.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
-
-
 def _listed(figures: Mapping[str, float]) -> str:
-    return "".join(f"  {_short(name)} {figure:.4f}" for name, figure in figures.items())
-
-
-def _short(figure: str) -> str:
-    return figure.removeprefix("rewards/")
+    return "".join(f"  {short_name(name)} {figure:.4f}" for name, figure in figures.items())

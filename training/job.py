@@ -1,8 +1,8 @@
 """A RunPlan becomes a Ray TorchTrainer job, and its end a RunResult (driver side)."""
 
-import json
 import math
 import os
+import platform
 import re
 import signal
 import threading
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,28 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from configs.loading import to_yaml
 from runs.curve import draw_eval_curve
 from runs.layout import (
-    CHECKPOINTS,
     CONFIG_FILE,
     CURVE_FILE,
     DATA_PAGE_FILE,
     DATA_REPORT_FILE,
-    METRICS_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     SKIPPED_ROWS_FILE,
     Claim,
-    EvalLoss,
     Manifest,
+    MetricsLine,
     RunResult,
     RunStatus,
     Speed,
     checkpoint_uri,
-    eval_figures,
     run_of,
 )
+from runs.reading import best, committed, eval_losses_of, parent_metrics, read_metrics
+from runs.report import RunReport
+from runs.report import to_html as report_to_html
 from training import checkpoints
 from training.claims import claimed
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
@@ -80,6 +83,7 @@ def run_job(
     prepared: Sequence[PreparedData],
     report: PlanReport,
     *,
+    command: Sequence[str],
     began: float,
     driver_log: Path,
     on_event: Callable[[Event], None],
@@ -89,7 +93,8 @@ def run_job(
     Args:
         plan: What to do.
         prepared: The rows' tokens, which workers take from the bucket.
-        report: What is kept of them for people.
+        report: What is kept of them for people, and of the plan.
+        command: What was typed, for the run's page.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: Where this process's library output goes.
         on_event: Called on this thread with what the workers tell.
@@ -124,10 +129,11 @@ def run_job(
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
     savings = report.memory.savings if report.memory else []
     try:
-        manifests = checkpoints.committed(store)
+        manifests = committed(store)
         finished = bool(manifests) and manifests[-1].step >= plan.max_steps
         status, reason = _status(fit.error, told.refusal, signals, finished, savings)
-        result = _write_result(plan, manifests, status, reason, told, logs, time.monotonic() - began)
+        elapsed = time.monotonic() - began
+        result = _write_result(plan, manifests, status, reason, told, logs, elapsed, report, command)
     except BucketError as error:
         end = told.refusal or (classify(fit.error, savings) if fit.error else "trained to its end")
         raise UnrecordedError(f"{end}\n{RESULT_FILE} cannot be written: {error}") from error
@@ -418,28 +424,21 @@ def _write_result(
     told: Told,
     logs: list[Path],
     elapsed: float,
+    report: PlanReport,
+    command: Sequence[str],
 ) -> RunResult:
-    """result.json and the curve, from what lies in the bucket; a run that wrote nothing leaves nothing."""
+    """result.json, the curve and the page, from what lies in the bucket; a run that wrote nothing leaves nothing."""
     store = open_store(plan.run_uri)
-    lines = (store.read_if_exists(METRICS_FILE) or b"").decode().splitlines()
-    eval_losses = [
-        EvalLoss(
-            step=entry["step"],
-            epoch=entry["epoch"],
-            eval_loss=entry["eval_loss"],
-            figures=eval_figures(entry),
-        )
-        for entry in map(json.loads, lines)
-        if "eval_loss" in entry
-    ]
+    metrics = read_metrics(store)
+    eval_losses = eval_losses_of(metrics)
     speed = told.checkpoint.speed if told.checkpoint else Speed()
-    last, best = (manifests[-1] if manifests else None), checkpoints.best(manifests)
+    last = manifests[-1] if manifests else None
     result = RunResult(
         status=status,
         reason=reason,
         run_name=plan.run_name,
         run_uri=plan.run_uri,
-        best_checkpoint=_uri(plan, best),
+        best_checkpoint=_uri(plan, best(manifests)),
         last_checkpoint=_uri(plan, last),
         eval_losses=eval_losses,
         train_steps=last.step if last else 0,
@@ -452,25 +451,36 @@ def _write_result(
         trainable_parameters=told.model.trainable_parameters if told.model else 0,
         log_files=[str(log) for log in logs],
         versions=package_versions(),
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if store.read_if_exists(CONFIG_FILE) is not None:
+        before = _parent_metrics(plan)
         if eval_losses:
-            store.write(CURVE_FILE, draw_eval_curve(plan.run_name, eval_losses, _parent_losses(plan)))
+            store.write(CURVE_FILE, draw_eval_curve(plan.run_name, eval_losses, eval_losses_of(before)))
+        page = RunReport(
+            result=result,
+            metrics=metrics,
+            parent_metrics=before,
+            checkpoints=manifests,
+            config=to_yaml(plan.config),
+            environment={
+                "device": report.device,
+                "parallelism": report.parallelism,
+                "kernels": report.kernels,
+                "python": platform.python_version(),
+            },
+            command=command,
+            base_model=plan.base_model,
+            trains_adapter=plan.config.trains_adapter,
+        )
+        store.write(REPORT_FILE, report_to_html(page).encode())
         store.write(RESULT_FILE, result.model_dump_json(indent=2).encode())
     return result
 
 
-def _parent_losses(plan: RunPlan) -> list[EvalLoss]:
-    """The eval losses of the run whose weights this one started from, up to that checkpoint."""
-    parent_run, separator, checkpoint = (plan.parent or "").rpartition(f"/{CHECKPOINTS}/step-")
-    if not separator or plan.config.resume_from_checkpoint:
-        return []  # a run that took the whole state has them in its own metrics
-    result = open_store(parent_run).read_if_exists(RESULT_FILE)
-    if result is None:
-        return []
-    return [
-        loss for loss in RunResult.model_validate_json(result).eval_losses if loss.step <= int(checkpoint)
-    ]
+def _parent_metrics(plan: RunPlan) -> list[MetricsLine]:
+    """Of the run whose weights this one started from; one that took the whole state has them in its own metrics."""
+    return [] if plan.config.resume_from_checkpoint else parent_metrics(plan.parent)
 
 
 def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:

@@ -14,19 +14,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import NOT_IN_HASH, DataSource, FinetuneConfig, LoraConfig, config_hash
-from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, run_of
-from training.accelerators import memory_of, named_accelerator
-from training.checkpoints import (
-    best,
-    fetch_weights,
-    missing_of_completed,
-    newest,
-    read_manifest,
-    read_result,
-    resolve_start,
-    survey,
+from configs.schema import (
+    NOT_IN_HASH,
+    DataSource,
+    FinetuneConfig,
+    LoraConfig,
+    MlflowLogger,
+    WandbLogger,
+    config_hash,
 )
+from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
+from runs.reading import best, missing_of_completed, newest, read_result, survey
+from training.accelerators import memory_of, named_accelerator
+from training.checkpoints import fetch_weights, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import prepare_data
@@ -72,7 +72,6 @@ from utils.bucket import (
     open_store,
     uses_embedded_bucket,
 )
-from utils.embedded_bucket import EMBEDDED_BUCKET
 from utils.files import checksum_bytes, format_bytes, free_bytes
 
 if TYPE_CHECKING:
@@ -170,9 +169,7 @@ def storage_path(config: FinetuneConfig) -> str:
     """Where runs go: the YAML's word, else Anyscale's artifact storage, else the embedded bucket."""
     if config.storage_path:
         return _absolute(config.storage_path)
-    if artifacts := os.environ.get("ANYSCALE_ARTIFACT_STORAGE"):
-        return join_uri(artifacts, "anneal")
-    return f"s3://{EMBEDDED_BUCKET}/runs"
+    return default_storage()
 
 
 def scratch_directory(config: FinetuneConfig) -> Path:
@@ -522,9 +519,9 @@ def read_chat_template(config: FinetuneConfig) -> str | None:
 def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
     refusals = list(loaded.refusals)
     config = loaded.config
-    if config.logger and not _is_importable(config.logger.provider):
+    if isinstance(config.logger, WandbLogger | MlflowLogger) and not _is_importable(config.logger.provider):
         refusals.append(
-            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). pip install {config.logger.provider}"
+            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). `make setup-trackers` installs it."
         )
     if refusals:
         raise ConfigError("\n".join(refusals))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from runs import reading
 from runs.layout import Manifest, checkpoint_uri
 from training import checkpoints
 from training.checkpoints import CheckpointError
@@ -29,9 +30,9 @@ class Restoring:
         self._directory = directory
         self._place = place
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="restore")
-        self.committed: list[Manifest] = place.gather(
-            checkpoints.committed(store) if place.rank == 0 else None
-        )[0]
+        self.committed: list[Manifest] = place.gather(reading.committed(store) if place.rank == 0 else None)[
+            0
+        ]
         self._running = self._begin()
 
     def finish(self, tell: Callable[[Event], None]) -> Path | None:

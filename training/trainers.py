@@ -64,7 +64,7 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_on_each_node=True,
-        report_to=[config.logger.provider] if config.logger else [],
+        report_to=[],  # the tracking callback does
         run_name=plan.run_name,
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 
-from configs.loading import to_yaml
+from configs.loading import flat, to_yaml
 from runs.layout import CONFIG_FILE, Claim, DataPosition, Manifest, checkpoint_uri
 from training import checkpoints
 from training.accelerators import peak_flops_of
@@ -32,13 +32,14 @@ from training.place import Place
 from training.plan import RunPlan, fetch_model, load_tokenizer
 from training.restoring import Restoring
 from training.strategy import zero_stage
-from utils.bucket import BucketError, open_store
+from utils.bucket import BucketError, Store, open_store
 from utils.console import library_output_in
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
     from training.speed import Throughput
+    from training.trackers import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
 # What starting the workers again cannot mend.
@@ -138,7 +139,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     config = plan.config
     scratch = _run_scratch(plan, place)
     if place.local_rank == 0:
-        shutil.rmtree(scratch / "trainer", ignore_errors=True)
+        for leftover in ("trainer", "tracker"):
+            shutil.rmtree(scratch / leftover, ignore_errors=True)
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
     restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
@@ -230,6 +232,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             ),
             throughput,
             Telling(tell),
+            *(_tracking(plan, place, store, tell) if place.rank == 0 else []),
             Diverging(
                 lambda step: train.places(order.rows_of_step(step)),
                 lambda: commits.newest_checkpoint,
@@ -252,6 +255,20 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
                 f"({first_line(error)}). Look where it comes from."
             ) from error
         tell(Phase("committing the last checkpoint"))
+
+
+def _tracking(plan: RunPlan, place: Place, store: Store, tell: Callable[[Event], None]) -> "list[Tracking]":
+    from training.trackers import TrackedRun, Tracking
+
+    if plan.config.logger is None:
+        return []
+    run = TrackedRun(
+        name=plan.run_name,
+        store=store,
+        parameters=flat(plan.config.model_dump(mode="json")),
+        scratch=_run_scratch(plan, place) / "tracker",
+    )
+    return [Tracking(plan.config.logger, run, tell)]
 
 
 def _preemption_is_watched() -> bool:

@@ -16,7 +16,9 @@ def open_consoles() -> tuple[Console, Console]:
 
 def _on_copy_of(descriptor: int) -> Console:
     file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
-    return Console(file=file, highlight=False, soft_wrap=not file.isatty(), markup=False)
+    # In a file or a pipe a line is as long as what it says.
+    width = None if file.isatty() else 100_000
+    return Console(file=file, highlight=False, soft_wrap=not file.isatty(), markup=False, width=width)
 
 
 @contextmanager

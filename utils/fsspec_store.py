@@ -8,7 +8,7 @@ Unfinished uploads are not to be seen through fsspec: let a lifecycle rule of th
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -67,6 +67,19 @@ class FsspecStore:
                 and not path.endswith("/")  # what consoles make for empty folders
             ]
         return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
+
+    def directories(self) -> Sequence[str]:
+        """See Store."""
+        with self._errors("list"):
+            self._files.invalidate_cache(self._root)
+            try:
+                found = self._files.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+        names = (
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"
+        )
+        return sorted(names)
 
     def first(self, prefix: str) -> StoredObject | None:
         """See Store."""

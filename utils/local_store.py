@@ -33,6 +33,13 @@ class LocalStore:
                         found.append(self._stored(path))
         return sorted(found, key=lambda item: item.key)
 
+    def directories(self) -> Sequence[str]:
+        """See Store."""
+        with explained("list", self.uri):
+            if not self.root.is_dir():
+                return []
+            return sorted(path.name for path in self.root.iterdir() if path.is_dir())
+
     def first(self, prefix: str) -> StoredObject | None:
         """See Store."""
         return next(iter(self.list(prefix)), None)

@@ -74,19 +74,17 @@ class S3Store:
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """See Store."""
-        found: list[StoredObject] = []
-        page: dict[str, str] = {}
-        with self._errors("list", prefix):
-            while True:
-                answer = self._request(
-                    lambda client, page=page: client.list_objects_v2(
-                        Bucket=self.bucket, Prefix=self._start + prefix, **page
-                    )
-                )
-                found += self._objects(answer)
-                if not answer.get("IsTruncated"):
-                    return sorted(found, key=lambda item: item.key)
-                page = {"ContinuationToken": answer["NextContinuationToken"]}
+        found = [item for answer in self._listing(prefix) for item in self._objects(answer)]
+        return sorted(found, key=lambda item: item.key)
+
+    def directories(self) -> Sequence[str]:
+        """See Store. A request tells a thousand of them, whatever lies below."""
+        prefixes = [
+            found["Prefix"]
+            for answer in self._listing("", Delimiter="/")
+            for found in answer.get("CommonPrefixes", [])
+        ]
+        return sorted(prefix.removeprefix(self._start).rstrip("/") for prefix in prefixes)
 
     def first(self, prefix: str) -> StoredObject | None:
         """See Store."""
@@ -244,6 +242,20 @@ class S3Store:
     def _check_answer(self, answer: Mapping[str, Any], item: StoredObject, length: int) -> None:
         if (item.etag and answer["ETag"] != item.etag) or answer["ContentLength"] != length:
             raise BucketError(f"cannot download {self.uri_of(item.key)}: {CHANGED}")
+
+    def _listing(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
+        page: dict[str, str] = {}
+        with self._errors("list", prefix):
+            while True:
+                answer = self._request(
+                    lambda client, page=page: client.list_objects_v2(
+                        Bucket=self.bucket, Prefix=self._start + prefix, **options, **page
+                    )
+                )
+                yield answer
+                if not answer.get("IsTruncated"):
+                    return
+                page = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def _objects(self, listing: Mapping[str, Any]) -> Iterator[StoredObject]:
         for item in listing.get("Contents", []):

@@ -1,6 +1,6 @@
 """What a store of objects is, and the words for what goes wrong with one."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,10 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """Return the objects whose key starts with `prefix`, sorted by key; none where there is no place."""
+        ...
+
+    def directories(self) -> Sequence[str]:
+        """Return the first parts of keys that have more than one, sorted, each once; objects below are not listed."""
         ...
 
     def first(self, prefix: str) -> StoredObject | None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.front_door import run_main_quickly
+from runs.commands import COMMANDS
+from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
 from utils.bucket import open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
@@ -31,6 +32,11 @@ README_COMMANDS = [
     )
     if "my" not in line
 ]
+LOOKING_COMMANDS = re.findall(
+    r"^ {4}\.venv/bin/python main\.py ((?:runs|show|compare) .*)$",
+    (PROJECT / "README.md").read_text("utf-8"),
+    re.M,
+)
 COPY_SNIPPET = textwrap.dedent(
     COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
 )
@@ -109,7 +115,7 @@ def test_the_quickstart(tmp_path: Path):
         with embedded_bucket():
             run = open_store(result["run_uri"])
             files = {item.key for item in run.list()}
-    assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png"} <= files
+    assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png", "report.html"} <= files
 
     for line in README_COMMANDS:
         shown = shlex.split(line, comments=True)[2:]
@@ -117,6 +123,15 @@ def test_the_quickstart(tmp_path: Path):
         yaml = Path(shutil.copy(PROJECT / looked_at[0], tmp_path))
         finished = run_main_quickly(yaml, *dict.fromkeys(looked_at[1:]), variables=variables)
         assert finished.exit_code == 0, (line, finished.errors)
+    assert {line.split()[0] for line in LOOKING_COMMANDS} == set(COMMANDS)
+    for line in LOOKING_COMMANDS:
+        typed = line.replace("both.png", str(tmp_path / "both.png"))
+        arguments = re.sub(r"run:(NAME|OTHER)", f"run:{result['run_name']}", typed)
+        finished = run_command_quickly(
+            shlex.split(arguments, comments=True), tmp_path / "looked.txt", variables=variables
+        )
+        assert finished.exit_code == 0, (line, finished.errors)
+        assert result["run_name"] in finished.output
     copied = subprocess.run(
         [
             sys.executable,

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.jobs import Finished, environment
@@ -36,16 +36,23 @@ def run_main_quickly(config: Path, *arguments: str, variables: Mapping[str, str]
         arguments: Overrides and options.
         variables: Of the environment, on top of ours.
     """
-    stdout, stderr = config.with_suffix(".stdout"), config.with_suffix(".stderr")
+    return run_command_quickly([str(config), *arguments], config, variables=variables)
+
+
+def run_command_quickly(
+    arguments: Sequence[str], beside: Path, *, variables: Mapping[str, str] | None = None
+) -> Finished:
+    """Run main.py with any arguments to its end; what it prints is written to files beside a path."""
+    stdout, stderr = beside.with_suffix(".stdout"), beside.with_suffix(".stderr")
     process = _processes.Process(
-        target=_main, args=([str(config), *arguments], {**environment(), **(variables or {})}, stdout, stderr)
+        target=_main, args=(list(arguments), {**environment(), **(variables or {})}, stdout, stderr)
     )
     process.start()
     process.join(_LIMIT_SECONDS)
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise TimeoutError(f"main.py {config} ran for more than {_LIMIT_SECONDS} seconds")
+        raise TimeoutError(f"main.py {' '.join(arguments)} ran for more than {_LIMIT_SECONDS} seconds")
     return Finished(process.exitcode, stdout.read_text("utf-8"), stderr.read_text("utf-8"))
 
 

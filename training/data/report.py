@@ -3,7 +3,6 @@
 import html
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +11,7 @@ from training.data.batches import Order
 from training.data.prepared import PreparedData
 from training.data.rows import FORMAT_NAMES
 from training.data.summary import DataSummary
+from utils.page import facts, page, table
 
 _MAX_SHOWN = 5
 
@@ -137,27 +137,20 @@ def to_html(report: DataReport, run_name: str) -> str:
     sections = [_split_section("Training rows", report.train, report.limit)]
     if report.valid:
         sections.append(_split_section("Validation rows", report.valid, report.limit))
-    facts = _facts(
-        ("steps", f"{report.steps:,}, {report.steps_per_epoch:,} an epoch"),
-        ("padding", f"{report.padding_waste:.1%} of the tokens of an epoch"),
-        (
-            "validation rows that are training rows",
-            f"{report.in_both:,}" + _list(report.first_in_both),
-        ),
+    about_both = facts(
+        [
+            ("steps", f"{report.steps:,}, {report.steps_per_epoch:,} an epoch"),
+            ("padding", f"{report.padding_waste:.1%} of the tokens of an epoch"),
+            (
+                "validation rows that are training rows",
+                f"{report.in_both:,}" + _list(report.first_in_both),
+            ),
+        ]
     )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data of {html.escape(run_name)}</title>'
-        f"<style>{_STYLE}</style><h1>Data of {html.escape(run_name)}</h1>{facts}{''.join(sections)}</html>"
-    )
+    return page(f"Data of {run_name}", about_both, *sections, style=_STYLE)
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}td,th{padding:.15rem .9rem .15rem 0;text-align:left;vertical-align:top}"
-    "td.n{text-align:right;font-variant-numeric:tabular-nums}i{display:block;height:.9rem;background:#4a7ab5;min-width:1px}"
-    "i.over{background:#c8553d}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f5f5;padding:.8rem;color:#666}"
-    "mark{background:#cdeccd;color:#111}ul{margin:.2rem 0;padding-left:1.2rem}"
-)
+_STYLE = "i{display:block;height:.9rem;background:#4a7ab5;min-width:1px}i.over{background:#c8553d}mark{background:#cdeccd;color:#111}"
 
 
 def _split_section(title: str, summary: DataSummary, limit: int | None) -> str:
@@ -167,25 +160,34 @@ def _split_section(title: str, summary: DataSummary, limit: int | None) -> str:
         f'<i{_over(edge, limit)} style="width:{100 * count / most:.1f}%"></i></td></tr>'
         for edge, (label, count) in zip(summary.lengths.edges, bars(summary), strict=True)
     )
-    sources = "".join(
-        f'<tr><td>{html.escape(source.path)}</td><td>{FORMAT_NAMES[source.format]}</td><td class="n">{source.files:,}</td>'
-        f'<td class="n">{source.rows:,}</td><td class="n">{source.taken:,}</td></tr>'
-        for source in summary.sources
+    sources = table(
+        ["path", "rows are", ">files", ">rows", ">rows an epoch"],
+        (
+            (
+                source.path,
+                FORMAT_NAMES[source.format],
+                f"{source.files:,}",
+                f"{source.rows:,}",
+                f"{source.taken:,}",
+            )
+            for source in summary.sources
+        ),
     )
     examples = "".join(f"<pre>{''.join(_pieces(example))}</pre>" for example in summary.examples)
     skipped = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped_rows.items()) or "none"
     return (
         f"<h2>{title}</h2>"
-        + _facts(
-            ("rows", html.escape(describe_rows(summary))),
-            ("tokens", describe_tokens(summary)),
-            ("lengths", describe_lengths(summary)),
-            ("lost", describe_loss(summary, limit)),
-            ("skipped", skipped + _list(summary.first_skipped)),
-            ("repeated", f"{summary.duplicates:,}" + _list(summary.first_duplicates)),
+        + facts(
+            [
+                ("rows", html.escape(describe_rows(summary))),
+                ("tokens", describe_tokens(summary)),
+                ("lengths", describe_lengths(summary)),
+                ("lost", describe_loss(summary, limit)),
+                ("skipped", skipped + _list(summary.first_skipped)),
+                ("repeated", f"{summary.duplicates:,}" + _list(summary.first_duplicates)),
+            ]
         )
-        + "<h3>Sources</h3><table><tr><th>path<th>rows are<th>files<th>rows<th>rows an epoch</tr>"
-        + f"{sources}</table>"
+        + f"<h3>Sources</h3>{sources}"
         + f"<h3>Tokens a row, before anything is cut</h3><table>{histogram}</table>"
         + f"<h3>Examples; <mark>what is trained on</mark></h3>{examples}"
     )
@@ -198,10 +200,6 @@ def _over(edge: int, limit: int | None) -> str:
 def _pieces(example: list[tuple[str, bool]]) -> Iterator[str]:
     for text, trained in example:
         yield f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
-
-
-def _facts(*facts: tuple[str, Any]) -> str:
-    return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in facts)}</table>"
 
 
 def _list(items: list[str]) -> str:

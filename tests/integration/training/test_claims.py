@@ -115,7 +115,7 @@ def test_an_owner_elsewhere_that_renews_is_alive(run_uri: str):
 
 
 def test_an_owner_elsewhere_that_stays_silent_expires(run_uri: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(claims, "EXPIRE_SECONDS", 3.0)
+    monkeypatch.setattr(claims, "CLAIM_EXPIRES_SECONDS", 3.0)
     store = open_store(run_uri)
     theirs = elsewhere(store)
     waited_for: list[str] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runs import reading
 from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, Speed, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, small_disks_are_allowed
@@ -87,13 +88,13 @@ def commits_of(
 ) -> Iterator[Commits]:
     with (
         claimed(store, waiting=nobody) as claim,
-        Commits(store, claim, ALONE, checkpoints.committed(store), keep=keep, on_commit=on_commit) as commits,
+        Commits(store, claim, ALONE, reading.committed(store), keep=keep, on_commit=on_commit) as commits,
     ):
         yield commits
 
 
 def steps(store: Store) -> list[int]:
-    return [manifest.step for manifest in checkpoints.committed(store)]
+    return [manifest.step for manifest in reading.committed(store)]
 
 
 def test_training_goes_on_while_a_checkpoint_is_uploaded_and_waits_only_for_the_one_before(
@@ -233,7 +234,7 @@ def test_what_killed_attempts_left_is_removed_by_the_next_owner(run_uri: str, tm
     store.write(checkpoint_key(3, MANIFEST_FILE), b"{")
     upload = _unfinished_upload(run_uri, checkpoint_key(2, "optimizer.pt"))
     assert upload in _uploads(run_uri)
-    removed = checkpoints.remove_leftovers(store, checkpoints.committed(store))
+    removed = checkpoints.remove_leftovers(store, reading.committed(store))
     assert removed == [
         checkpoint_key(3, MANIFEST_FILE),
         checkpoint_key(2, "model.safetensors"),

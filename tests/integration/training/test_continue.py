@@ -127,6 +127,8 @@ def test_preferences_are_tuned_against_the_adapter_that_they_start_from(
     assert first["figures"]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert last["eval_loss"] < first["eval_loss"]
     assert last["figures"]["rewards/margins"] > 0.01
+    page = (files / "runs" / "preferring" / "report.html").read_text()
+    assert page.index("parent run, evaluation") < page.index(">evaluation</text>")
     checkpoint = Path(result["last_checkpoint"])
     assert not list(checkpoint.glob("reference*"))
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from runs.layout import MANIFEST_FILE, checkpoint_key
+from runs.reading import committed
 from tests.support.bucket_proxy import Trap, bucket_proxy
 from tests.support.faults import injection
 from tests.support.jobs import Job, started, write_yaml
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
-from training.checkpoints import committed
 from training.data.batches import PADDING_ROW
 from utils.bucket import join_uri, open_store, sync_to_node
 from utils.embedded_bucket import EmbeddedBucket

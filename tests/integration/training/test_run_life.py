@@ -5,10 +5,13 @@ import os
 import re
 import secrets
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runs import reading
 from runs.layout import Manifest, checkpoint_key
+from runs.listing import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
 from tests.support.faults import fill_disk, on_a_small_disk, small_disks_are_allowed
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
     Finished,
+    environment,
     read_metrics,
     run_main,
     started,
@@ -33,7 +39,6 @@ from tests.support.jobs import (
 )
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data
-from training import checkpoints
 from utils.bucket import open_store, sync_to_node
 from utils.embedded_bucket import EmbeddedBucket
 from utils.files import checksum
@@ -57,6 +62,20 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
         "learning_rate": 1e-2,
         **more,
     }
+
+
+def run_page_script(page: str, part: str, directory: Path) -> None:
+    """Run the one script of a run's page that has a part in it, as it stands there."""
+    (script,) = [unescape(code) for code in re.findall(r"<pre>(.*?)</pre>", page, re.S) if part in code]
+    ran = subprocess.run(
+        ["bash", "-c", script.replace(".venv/bin/python", sys.executable)],
+        cwd=directory,
+        env=environment() | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def eval_loss_of(model: Any, tokenizer: Any, rows: Path) -> float:
@@ -142,6 +161,14 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     best = min(loss["eval_loss"] for loss in result["eval_losses"])
     assert eval_loss_of(model, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
 
+    run_page_script(run.read("report.html").decode(), "PeftModel", tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert eval_loss_of(merged, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
+    (listed,) = list_runs(f"{bucket_uri}/runs")
+    assert (listed.run_uri, listed.status, listed.best_eval_loss) == (result["run_uri"], "completed", best)
+    assert listed.age_seconds is not None and listed.age_seconds < 600
+
     again = run_main(config, "--json")
     assert again.exit_code == 0
     assert again.result == result, "a completed run is not trained again"
@@ -223,7 +250,7 @@ def watched(
 def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
     assert sum(request.status == 503 for request in watched.requests) > 10
     assert watched.finished.result["train_steps"] == 3
-    assert checkpoints.survey(open_store(watched.finished.result["run_uri"]))[1] == []
+    assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
 
 
 def test_no_secret_is_left_anywhere(watched: Watched):
@@ -280,6 +307,9 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert 20 <= stopped_at < 300
     assert finished.result["last_checkpoint"].endswith(f"step-{stopped_at:06d}")
     assert "Traceback" not in finished.errors
+    page = (files / "runs" / "stopped" / "report.html").read_text()
+    assert "stopped: signal 15" in page
+    assert f"python main.py {config}" in page
 
     continued = run_main(config, "--json")
     assert continued.exit_code == 0, continued.errors
@@ -360,7 +390,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert "Traceback" not in finished.errors
     assert finished.result["status"] == "failed"
     run = open_store(str(files / "runs" / "full"))
-    manifests, damage = checkpoints.survey(run)
+    manifests, damage = reading.survey(run)
     assert damage == []
     assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
     whole = {checkpoint_key(manifest.step) for manifest in manifests}

@@ -112,6 +112,14 @@ def test_round_trip(store_uri: str, tmp_path: Path):
     assert sorted(files_below(tmp_path / "got")) == ["a/one", "empty"]
 
 
+def test_directories_are_told_without_what_lies_in_them(store_uri: str):
+    store = open_store(store_uri)
+    assert list(store.directories()) == []
+    for key in ("b/1", "b/deep/er/2", "a/3", "file", "b.c/4"):
+        store.write(key, b"")
+    assert list(store.directories()) == ["a", "b", "b.c"]
+
+
 def test_an_etag_changes_with_the_content(store_uri: str):
     store = open_store(store_uri)
     store.write("key", b"1")

@@ -1,0 +1,202 @@
+"""The runs below a place, and one of them in full.
+
+A run of a thousand costs what one costs: a completed run is one request, any other at most four, however many checkpoints
+it has; they go out side by side.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from runs.layout import (
+    CLAIM_EXPIRES_SECONDS,
+    CLAIMS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    EvalLoss,
+    Manifest,
+    RunResult,
+    RunStatus,
+    checkpoint_uri,
+    default_storage,
+)
+from runs.reading import eval_losses_of, read_metrics, read_result, survey
+from utils.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
+
+_REQUESTS_AT_ONCE = 32
+
+Standing = RunStatus | Literal["running", "interrupted", "damaged"]
+"""How a run stands. running: somebody trains it; interrupted: its driver is gone, and the same command goes on with it."""
+
+
+class RunSummary(BaseModel):
+    """A run in a line."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_name: str
+    run_uri: str
+    status: Standing
+    reason: str
+    """Why it ended, if it did."""
+    best_eval_loss: float | None
+    """Nats a trained token."""
+    steps: int
+    """Optimizer steps up to its newest committed checkpoint."""
+    age_seconds: float | None
+    """Since it last gave a sign of life: its result, else its claim or its metrics; None where that is not known."""
+
+
+class CheckpointSummary(BaseModel):
+    """A committed checkpoint in a line."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    step: int
+    epoch: float
+    eval_loss: float | None
+    size: int
+    """Bytes."""
+    created: str
+    """UTC, ISO 8601."""
+
+
+class RunDetails(RunSummary):
+    """A run in full."""
+
+    eval_losses: list[EvalLoss]
+    checkpoints: list[CheckpointSummary]
+    damage: list[str]
+    """What is wrong with checkpoints that were committed."""
+    config: dict[str, Any]
+    """Its config.yaml."""
+    result: RunResult | None
+    """Its result.json: of the attempt before, while it is running again."""
+
+
+def list_runs(storage: str) -> list[RunSummary]:
+    """The runs directly below a place, those heard of last first.
+
+    Raises:
+        NotFoundError: there is no such place, or no run below it.
+        BucketError: it cannot be read.
+    """
+    check_readable(storage)
+    store = open_store(storage)
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
+        found = list(pool.map(lambda name: _summarize(store, name), store.directories()))
+    runs = [run for run in found if run is not None]
+    if not runs:
+        is_run = store.read_if_exists(CONFIG_FILE) is not None
+        advice = f"It is a run itself: main.py show {storage}" if is_run else "Look at its spelling."
+        raise NotFoundError(f"{storage}: there is no run below it. {advice}")
+    return sorted(runs, key=lambda run: (run.age_seconds is None, run.age_seconds or 0.0, run.run_name))
+
+
+def read_run(uri: str) -> RunDetails:
+    """One run.
+
+    Raises:
+        NotFoundError: there is none.
+        BucketError: it cannot be read, or what lies there is damaged.
+    """
+    check_readable(uri)
+    store = open_store(uri)
+    summary = _summarize(store, "")
+    if summary is None:
+        raise NotFoundError(
+            f"{uri}: there is no run, neither a {RESULT_FILE} nor a {CONFIG_FILE}. Name a run's URI, or run:NAME."
+        )
+    if summary.status == "damaged":
+        raise DamagedError(RESULT_FILE, summary.reason)
+    result = read_result(store)
+    losses = eval_losses_of(read_metrics(store))
+    manifests, damage = survey(store)
+    config = yaml.safe_load(store.read_if_exists(CONFIG_FILE) or b"") or {}
+    return RunDetails(
+        **dict(summary),
+        eval_losses=losses,
+        checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
+        damage=damage,
+        config=config,
+        result=result,
+    )
+
+
+def run_uri(name_or_uri: str) -> str:
+    """`run:NAME` -> its URI where runs go by default; anything else as it is, local paths absolute."""
+    if name_or_uri.startswith("run:"):
+        return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
+    return open_store(name_or_uri).uri
+
+
+def _checkpoint(uri: str, manifest: Manifest) -> CheckpointSummary:
+    return CheckpointSummary(
+        uri=checkpoint_uri(uri, manifest.step),
+        step=manifest.step,
+        epoch=manifest.epoch,
+        eval_loss=manifest.eval_loss,
+        size=sum(file.size for file in manifest.files),
+        created=manifest.created,
+    )
+
+
+def _summarize(store: Store, name: str) -> RunSummary | None:
+    """How the run `name` in a store (empty: the store itself) stands; None where that is no run."""
+    uri = store.uri_of(name)
+    try:
+        return _standing(store, name, uri)
+    except DamagedError as error:
+        return _summary(uri, "damaged", str(error), [], 0, None)
+
+
+def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
+    result = read_result(store, join_uri(name, RESULT_FILE) if name else RESULT_FILE)
+    if result is not None and result.status == "completed":
+        return _of_result(uri, result)
+    prefix = f"{name}/" if name else ""
+    claim_age = _claim_age(store, prefix)
+    is_claimed = claim_age is not None and claim_age < CLAIM_EXPIRES_SECONDS
+    if result is not None and not is_claimed:
+        return _of_result(uri, result)
+    metrics = read_metrics(store, f"{prefix}{METRICS_FILE}")
+    age = (
+        claim_age
+        if claim_age is not None
+        else store.age(f"{prefix}{METRICS_FILE if metrics else CONFIG_FILE}")
+    )
+    if age is None:
+        return None
+    steps = metrics[-1].step if metrics else 0
+    return _summary(uri, "running" if is_claimed else "interrupted", "", eval_losses_of(metrics), steps, age)
+
+
+def _claim_age(store: Store, prefix: str) -> float | None:
+    """Seconds since the newest claim was renewed; None where there is none."""
+    claims = store.list(f"{prefix}{CLAIMS}/")
+    return store.age(claims[-1].key) if claims else None
+
+
+def _of_result(uri: str, result: RunResult) -> RunSummary:
+    age = (datetime.now(UTC) - datetime.fromisoformat(result.ended)).total_seconds() if result.ended else None
+    return _summary(uri, result.status, result.reason, result.eval_losses, result.train_steps, age)
+
+
+def _summary(
+    uri: str, status: Standing, reason: str, losses: Sequence[EvalLoss], steps: int, age: float | None
+) -> RunSummary:
+    return RunSummary(
+        run_name=uri.rstrip("/").rpartition("/")[2],
+        run_uri=uri,
+        status=status,
+        reason=reason,
+        best_eval_loss=min((loss.eval_loss for loss in losses), default=None),
+        steps=steps,
+        age_seconds=age,
+    )

@@ -1,0 +1,214 @@
+"""report.html: everything about a run on one page that needs nothing else."""
+
+import html
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from runs.curve import Line, draw_svg, eval_line
+from runs.layout import DATA_PAGE_FILE, Manifest, MetricsLine, RunResult, checkpoint_uri
+from runs.reading import eval_losses_of
+from utils.bucket import is_remote, uses_embedded_bucket
+from utils.files import format_bytes
+from utils.page import facts, page, preformatted, table
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What the page is made of."""
+
+    result: RunResult
+    metrics: Sequence[MetricsLine]
+    parent_metrics: Sequence[MetricsLine]
+    """Of the run that this one started from, up to there."""
+    checkpoints: Sequence[Manifest]
+    config: str
+    """The resolved YAML."""
+    environment: Mapping[str, str]
+    """Names and values, for people."""
+    command: Sequence[str]
+    """What was typed."""
+    base_model: str
+    """Hub id, directory or URI of what an adapter sits on."""
+    trains_adapter: bool
+
+
+def to_html(report: RunReport) -> str:
+    """The page."""
+    result = report.result
+    sections = [_summary(report), *_curves(report)]
+    if result.eval_losses:
+        sections += ["<h2>Evaluations</h2>", _evaluations(report)]
+    sections += [
+        f'<h2>Data</h2><p>Lengths, what was lost and examples: <a href="{DATA_PAGE_FILE}">{DATA_PAGE_FILE}</a>, beside this page.</p>',
+        "<h2>Checkpoints</h2>",
+        _checkpoints(report),
+        "<h2>What to do next</h2>",
+        *_commands(report),
+        "<h2>Configuration</h2>",
+        preformatted(report.config),
+        "<h2>Environment</h2>",
+        facts(
+            _escaped({**report.environment, **result.versions, "library output": " ".join(result.log_files)})
+        ),
+    ]
+    return page(result.run_name, *sections)
+
+
+def _summary(report: RunReport) -> str:
+    result = report.result
+    losses = [loss.eval_loss for loss in result.eval_losses]
+    return facts(
+        _escaped(
+            {
+                "status": f"{result.status}: {result.reason}",
+                "eval loss": f"{losses[0]:.4f} at first, {min(losses):.4f} at best" if losses else "none",
+                "started from": result.parent or report.base_model,
+                "trained": f"{result.train_steps:,} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained)",
+                "speed": f"{result.tokens_per_second:,.0f} tokens/s, all workers together",
+                "took": f"{result.elapsed_seconds:,.0f} s",
+                "ended": result.ended or "",
+                "trainable parameters": f"{result.trainable_parameters:,}",
+                "run": result.run_uri,
+            }
+        )
+    )
+
+
+def _curves(report: RunReport) -> list[str]:
+    parent = report.parent_metrics
+    begin = parent[-1].epoch if parent else 0.0
+    rates = {line.step: line.learning_rate for line in report.metrics if line.learning_rate is not None}
+    speeds = {
+        line.step: line.tokens_per_second for line in report.metrics if line.tokens_per_second is not None
+    }
+    losses = [
+        _training_line("parent run, training", parent, is_parents=True),
+        eval_line("parent run, evaluation", eval_losses_of(parent), is_parents=True),
+        _training_line("training", report.metrics, begin=begin),
+        eval_line("evaluation", report.result.eval_losses, begin=begin),
+    ]
+    charts = [
+        ("Loss", "epoch", "nats a trained token", losses),
+        ("Learning rate", "step", "learning rate", [Line("learning rate", [*rates], [*rates.values()])]),
+        (
+            "Throughput",
+            "step",
+            "tokens/s, all workers together",
+            [Line("tokens/s", [*speeds], [*speeds.values()])],
+        ),
+    ]
+    return [
+        f"<h2>{title}</h2>{draw_svg(x_label, y_label, drawn)}"
+        for title, x_label, y_label, lines in charts
+        if (drawn := [line for line in lines if line.x])
+    ]
+
+
+def _training_line(
+    name: str, metrics: Sequence[MetricsLine], *, begin: float = 0.0, is_parents: bool = False
+) -> Line:
+    points = [(begin + line.epoch, line.loss) for line in metrics if line.loss is not None]
+    return Line(name, [epoch for epoch, _ in points], [loss for _, loss in points], is_parents=is_parents)
+
+
+def _evaluations(report: RunReport) -> str:
+    losses = report.result.eval_losses
+    beside = list(losses[0].figures)
+    return table(
+        [">step", ">epoch", ">eval loss", *(f">{name}" for name in beside)],
+        (
+            (
+                f"{loss.step:,}",
+                f"{loss.epoch:.2f}",
+                f"{loss.eval_loss:.4f}",
+                *(f"{loss.figures[name]:.4f}" for name in beside),
+            )
+            for loss in losses
+        ),
+    )
+
+
+def _checkpoints(report: RunReport) -> str:
+    return table(
+        [">step", ">epoch", ">eval loss", ">size", "committed", "where"],
+        (
+            (
+                f"{manifest.step:,}",
+                f"{manifest.epoch:.2f}",
+                "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
+                format_bytes(sum(file.size for file in manifest.files)),
+                manifest.created,
+                checkpoint_uri(report.result.run_uri, manifest.step),
+            )
+            for manifest in report.checkpoints
+        ),
+    )
+
+
+def _commands(report: RunReport) -> list[str]:
+    """What may be typed next, each with what it does."""
+    result = report.result
+    commands = {}
+    if result.status != "completed":
+        commands["Go on from the newest checkpoint:"] = shlex.join(report.command)
+    elif result.best_checkpoint:
+        key = "initial_adapter_model_ckpt_path" if report.trains_adapter else "initial_base_model_ckpt_path"
+        commands["Train on from the best checkpoint, with other rows or settings: a YAML with"] = (
+            f"{key}: {result.best_checkpoint}"
+        )
+    if result.best_checkpoint and report.trains_adapter:
+        commands["Merge the best adapter into its base model:"] = _merging(
+            result.best_checkpoint, report.base_model
+        )
+        commands["Serve the merged model, with vLLM installed:"] = "vllm serve merged"
+    elif result.best_checkpoint:
+        commands["Bring the best model to this machine:"] = _bringing(result.best_checkpoint)
+        commands["Serve it, with vLLM installed:"] = "vllm serve model"
+    return [f"<p>{html.escape(what)}</p>{preformatted(command)}" for what, command in commands.items()]
+
+
+def _merging(adapter: str, base: str) -> str:
+    return _script(
+        [adapter, base],
+        ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"],
+        [f"adapter = {_here(adapter)}", f"base = {_here(base)}"],
+        [
+            'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)',
+            'model.merge_and_unload().save_pretrained("merged")',
+            'AutoTokenizer.from_pretrained(adapter).save_pretrained("merged")',
+        ],
+    )
+
+
+def _bringing(checkpoint: str) -> str:
+    return _script(
+        [checkpoint],
+        ["from transformers import AutoModelForCausalLM, AutoTokenizer"],
+        [f"checkpoint = {_here(checkpoint)}"],
+        [
+            'AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained("model")',
+            'AutoTokenizer.from_pretrained(checkpoint).save_pretrained("model")',
+        ],
+    )
+
+
+def _script(uris: Sequence[str], imports: Sequence[str], bring: Sequence[str], work: Sequence[str]) -> str:
+    """Python for a shell in the project's directory."""
+    first = []
+    if any(is_remote(uri) for uri in uris):
+        first += ["from pathlib import Path", "from utils.bucket import sync_to_node"]
+    if any(uses_embedded_bucket(uri) for uri in uris):
+        first.append("from utils.embedded_bucket import embedded_bucket")
+        bring = ["with embedded_bucket():", *(f"    {line}" for line in bring)]
+    lines = [*first, *imports, *bring, *work]
+    return "\n".join([".venv/bin/python - <<'END'", *lines, "END"])
+
+
+def _here(uri: str) -> str:
+    """The Python expression of a directory on this machine with what lies there."""
+    return f'sync_to_node({uri!r}, Path("downloads"))' if is_remote(uri) else repr(uri)
+
+
+def _escaped(items: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, html.escape(value)) for name, value in items.items()]

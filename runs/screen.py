@@ -1,0 +1,152 @@
+"""Runs as a person reads them: tables and facts on a console."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from runs.comparison import Comparison
+from runs.layout import EvalLoss
+from runs.listing import RunDetails, RunSummary
+from utils.files import format_bytes
+
+
+def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
+    """A line for each run."""
+    table = _table("run", "status", ">best eval loss", ">steps", ">age", "")
+    for run in runs:
+        reason = "" if run.status == "completed" else run.reason
+        table.add_row(
+            run.run_name,
+            run.status,
+            _loss(run.best_eval_loss),
+            f"{run.steps:,}",
+            _age(run.age_seconds),
+            reason,
+        )
+    console.print(table)
+
+
+def show_run(console: Console, run: RunDetails) -> None:
+    """What there is to know of one run, and what may be done with it."""
+    if run.eval_losses:
+        print_eval_losses(console, run.eval_losses)
+        console.print()
+    if run.checkpoints:
+        table = _table(">step", ">epoch", ">eval loss", ">size", "committed", "checkpoint")
+        for checkpoint in run.checkpoints:
+            table.add_row(
+                f"{checkpoint.step:,}",
+                f"{checkpoint.epoch:.2f}",
+                _loss(checkpoint.eval_loss),
+                format_bytes(checkpoint.size),
+                checkpoint.created,
+                checkpoint.uri,
+            )
+        console.print(table)
+        console.print()
+    facts = [
+        ("run", run.run_uri),
+        ("status", f"{run.status}: {run.reason}" if run.reason else run.status),
+        ("last heard of", _age(run.age_seconds) + " ago" if run.age_seconds is not None else "unknown"),
+        *(
+            (key, str(run.config[key]))
+            for key in ("model_id", "train_path", "valid_path")
+            if run.config.get(key)
+        ),
+    ]
+    if run.result:
+        facts += [
+            ("started from", run.result.parent or "the model"),
+            ("trained", describe_training(run)),
+            ("versions", " ".join(f"{name} {version}" for name, version in run.result.versions.items())),
+            ("library output", " ".join(run.result.log_files)),
+        ]
+    print_facts(console, [*facts, *(("damaged", line) for line in run.damage)])
+
+
+def describe_training(run: RunDetails) -> str:
+    """Steps, tokens and speed in a line, of a run with a result."""
+    assert run.result is not None
+    return (
+        f"{run.result.train_steps:,} steps, {run.result.tokens:,} tokens ({run.result.trained_tokens:,} trained), "
+        f"{run.result.tokens_per_second:,.0f} tokens/s, {run.result.trainable_parameters:,} trainable parameters"
+    )
+
+
+def show_comparison(console: Console, comparison: Comparison, picture: Path | None) -> None:
+    """The runs' figures side by side, the settings that differ, and where their curves are drawn."""
+    runs = comparison.runs
+    results = [run.result for run in runs]
+    facts: dict[str, Sequence[Any]] = {
+        "status": [run.status for run in runs],
+        "best eval loss": [_loss(run.best_eval_loss) for run in runs],
+        "last eval loss": [_loss(run.eval_losses[-1].eval_loss if run.eval_losses else None) for run in runs],
+        "steps": [f"{run.steps:,}" for run in runs],
+        "tokens trained on": [f"{result.tokens:,}" if result else "" for result in results],
+        "tokens/s": [f"{result.tokens_per_second:,.0f}" if result else "" for result in results],
+        "trainable parameters": [f"{result.trainable_parameters:,}" if result else "" for result in results],
+    }
+    table = _table("", *(run.run_name for run in runs))
+    for name, values in facts.items():
+        table.add_row(name, *values)
+    console.print(table)
+    console.print()
+    if comparison.differences:
+        table = _table("setting", *(run.run_name for run in runs))
+        for key, values in comparison.differences.items():
+            table.add_row(key, *("" if value is None else str(value) for value in values))
+        console.print(table)
+    else:
+        console.print("Their settings are the same.")
+    console.print()
+    print_facts(console, [("curves", str(picture) if picture else "none: no run has an eval loss")])
+
+
+def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
+    """A line for each evaluation, the best one marked; there is at least one."""
+    beside = list(losses[0].figures)
+    table = _table(">step", ">epoch", ">eval loss", ">", *(f">{short_name(name)}" for name in beside))
+    lowest = min(loss.eval_loss for loss in losses)
+    for loss in losses:
+        mark = "best" if loss.eval_loss == lowest else ""
+        figures = [f"{loss.figures[name]:.4f}" for name in beside]
+        table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
+    console.print(table)
+
+
+def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one a line; lines are not broken, so that URIs can be copied."""
+    for name, value in facts:
+        console.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
+
+
+def short_name(figure: str) -> str:
+    """What a figure that a task reports is called where there is little room."""
+    return figure.removeprefix("rewards/")
+
+
+def _table(*columns: str) -> Table:
+    """Columns by their headings; those that begin with > are numbers."""
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    for column in columns:
+        heading = column.removeprefix(">")
+        table.add_column(Text(heading), justify="right" if column != heading else "left", overflow="fold")
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _age(seconds: float | None) -> str:
+    """The largest unit of which there are two: 5400 -> 90 min."""
+    if seconds is None:
+        return ""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(seconds, 0):.0f} s"

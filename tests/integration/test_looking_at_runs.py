@@ -1,0 +1,262 @@
+"""main.py runs, show and compare: what they say of runs in every state, what they ask of the bucket, what they refuse."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runs.layout import CLAIM_EXPIRES_SECONDS, METRICS_FILE, RESULT_FILE, checkpoint_key, claim_key
+from runs.listing import list_runs
+from tests.support.bucket_proxy import bucket_proxy
+from tests.support.front_door import run_command_quickly
+from tests.support.jobs import Finished
+from tests.support.own_buckets import reach_as_a_user
+from tests.support.stored_runs import eval_losses, result_of, write_run
+from utils.bucket import Store, join_uri, open_store
+from utils.embedded_bucket import EmbeddedBucket
+
+PNG = b"\x89PNG\r\n"
+Look = Callable[..., Finished]
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Look:
+    """Run main.py with these arguments."""
+    return lambda *arguments, **variables: run_command_quickly(
+        arguments, tmp_path / "said.txt", variables=variables
+    )
+
+
+@pytest.fixture(params=["s3", "local"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """Where runs are."""
+    return open_store(
+        request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "runs")
+    )
+
+
+def write_in_every_state(storage: Store) -> None:
+    losses = eval_losses(2.0, 1.5, 1.75)
+    for status, hours in (("completed", 3), ("stopped", 50), ("failed", 4)):
+        uri = storage.uri_of(f"is-{status}")
+        write_run(
+            storage, f"is-{status}", losses, result=result_of(uri, losses, status=status, hours_ago=hours)
+        )
+    write_run(storage, "is-running", losses, result=None)
+    storage.write(f"is-running/{claim_key(1)}", b"{}")
+    again = result_of(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
+    write_run(storage, "is-running-again", losses, result=again)
+    storage.write(f"is-running-again/{claim_key(2)}", b"{}")
+    write_run(storage, "is-interrupted", losses, result=None)
+    write_run(storage, "is-damaged", losses, result=None)
+    storage.write(f"is-damaged/{RESULT_FILE}", b'{"status": "comp')
+    write_run(storage, "has-begun", [], result=None)
+    storage.write("prepared/0123/data.arrow", b"no run")
+
+
+def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
+    write_in_every_state(storage)
+    finished = look("runs", storage.uri, "--json")
+    assert finished.exit_code == 0, finished.errors
+    (line,) = finished.output.splitlines()
+    listed = {run["run_name"]: run for run in json.loads(line)}
+    assert {name: run["status"] for name, run in listed.items()} == {
+        "is-completed": "completed",
+        "is-stopped": "stopped",
+        "is-failed": "failed",
+        "is-running": "running",
+        "is-running-again": "running",
+        "is-interrupted": "interrupted",
+        "is-damaged": "damaged",
+        "has-begun": "interrupted",
+    }
+    assert {name: (run["best_eval_loss"], run["steps"]) for name, run in listed.items()} == {
+        **dict.fromkeys(listed, (1.5, 20)),
+        "is-damaged": (None, 0),
+        "has-begun": (None, 0),
+    }
+    assert listed["is-stopped"]["reason"] == "signal 15"
+    assert f"{listed['is-damaged']['run_uri']}/{RESULT_FILE} is cut off" in listed["is-damaged"]["reason"]
+    assert listed["is-stopped"]["age_seconds"] == pytest.approx(50 * 3600, abs=600)
+    assert list(listed)[-3:] == ["is-failed", "is-stopped", "is-damaged"], "those heard of last come first"
+
+    finished = look("runs", storage.uri)
+    assert finished.exit_code == 0, finished.errors
+    assert [line.split()[0] for line in finished.output.splitlines()] == ["run", *listed]
+    (stopped,) = [line.split() for line in finished.output.splitlines() if line.startswith("is-stopped")]
+    assert stopped == ["is-stopped", "stopped", "1.5000", "20", "2", "days", "signal", "15"]
+
+
+def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    write_run(storage, "lost", eval_losses(2.0), result=None)
+    storage.write(f"lost/{claim_key(1)}", b"{}")
+    assert [run.status for run in list_runs(storage.uri)] == ["running"]
+    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
+    os.utime(tmp_path / "lost" / claim_key(1), (long_ago, long_ago))
+    (run,) = list_runs(storage.uri)
+    assert run.status == "interrupted"
+    assert run.age_seconds == pytest.approx(2 * CLAIM_EXPIRES_SECONDS, abs=20)
+
+
+def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
+    """However many checkpoints they have; those that are not completed are a few more."""
+    completed, unfinished = 1000, 10
+    uri = join_uri(reach_as_a_user(monkeypatch, bucket, "a-thousand-runs"), "runs")
+    storage, losses = open_store(uri), eval_losses(2.0, 1.0)
+    result = result_of(storage.uri_of("run"), losses).model_dump_json().encode()
+    files = {f"run-{number:04d}/{RESULT_FILE}": result for number in range(completed)}
+    files |= {f"run-0000/{checkpoint_key(step, 'model.safetensors')}": b"w" for step in range(1200)}
+    files |= {f"left-{number}/{METRICS_FILE}": b"" for number in range(unfinished)}
+    files |= {f"left-{number}/config.yaml": b"" for number in range(unfinished)}
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda item: storage.write(*item), files.items()))
+    with bucket_proxy(bucket.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        began = time.monotonic()
+        runs = list_runs(uri)
+        print(f"\n{len(runs)} runs in {time.monotonic() - began:.2f} s, {len(proxy.requests)} requests")
+    assert sum(run.status == "completed" for run in runs) == completed
+    assert sum(run.status == "interrupted" for run in runs) == unfinished
+    about_the_place = 3 + 2  # is it there, may it be read; two pages of names
+    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished
+    read = [request.path for request in proxy.downloads("a-thousand-runs")]
+    assert not [path for path in read if "checkpoints" in path]
+
+
+def test_a_run_is_shown_in_full(storage: Store, look: Look):
+    losses = eval_losses(2.0, 1.5)
+    result = result_of(storage.uri_of("a"), losses, hours_ago=5)
+    uri = write_run(storage, "a", losses, result=result)
+    shown = look("show", uri, "--json").result
+    assert shown["result"] == result.model_dump()
+    assert shown["config"]["model_id"] == "some/model"
+    assert shown["eval_losses"] == [loss.model_dump() for loss in losses]
+    (checkpoint,) = shown["checkpoints"]
+    assert checkpoint["uri"] == f"{uri}/checkpoints/step-000010"
+    assert (checkpoint["size"], checkpoint["eval_loss"]) == (len(b"weights"), 1.5)
+    assert shown["damage"] == []
+
+    storage.delete([f"a/{checkpoint_key(10, 'model.safetensors')}"])
+    assert len(look("show", uri, "--json").result["damage"]) == 1
+    said = look("show", uri).output
+    for part in (uri, "completed: all steps done", "1.5000   best", "some/model", "12,345 tokens", "5 h ago"):
+        assert part in said
+    assert "model.safetensors has no bytes" in said
+
+
+def test_run_names_are_looked_for_where_runs_go_by_default(look: Look, bucket_uri: str):
+    losses = eval_losses(2.0)
+    storage = open_store(join_uri(bucket_uri, "anneal"))
+    uri = write_run(storage, "a", losses, result=result_of(storage.uri_of("a"), losses))
+    assert look("show", "run:a", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result["run_uri"] == uri
+    listed = look("runs", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result
+    assert [run["run_uri"] for run in listed] == [uri]
+
+
+def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
+    adapter = {"lora_config": {"r": 8, "lora_alpha": 16}}
+    one = write_run(storage, "one", eval_losses(2.0, 1.5), result=None, run_name="one", **adapter)
+    other = eval_losses(2.0, 1.25, 1.0)
+    two = write_run(
+        storage,
+        "two",
+        other,
+        result=result_of(storage.uri_of("two"), other),
+        lora_config={"r": 16, "lora_alpha": 16},
+        learning_rate=2e-4,
+    )
+    picture = tmp_path / "both.png"
+    finished = look("compare", one, two, "--picture", str(picture), "--json")
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["differences"] == {"learning_rate": [1e-4, 2e-4], "lora_config.r": [8, 16]}
+    assert [run["best_eval_loss"] for run in finished.result["runs"]] == [1.5, 1.0]
+    both = picture.read_bytes()
+    assert both.startswith(PNG)
+
+    said = look("compare", one, two, "--picture", str(picture)).output
+    rows = {line.split("   ")[0].strip(): line.split()[-2:] for line in said.splitlines() if line}
+    assert rows["best eval loss"] == ["1.5000", "1.0000"]
+    assert rows["lora_config.r"] == ["8", "16"]
+    assert rows["curves"][-1] == str(picture)
+    look("compare", one, "--picture", str(picture))
+    assert picture.read_bytes() not in (b"", both), "each run has a curve"
+
+
+def test_runs_without_an_eval_loss_have_no_picture(look: Look, tmp_path: Path):
+    run = write_run(open_store(str(tmp_path)), "a", [], result=None)
+    picture = tmp_path / "none.png"
+    finished = look("compare", run, run, "--picture", str(picture))
+    assert finished.exit_code == 0, finished.errors
+    assert "none: no run has an eval loss" in finished.output
+    assert not picture.exists()
+
+
+# --- What is refused: one message, exit code 2, nothing on standard output -------------------------------------------
+
+
+def refusal(finished: Finished) -> str:
+    assert finished.exit_code == 2, finished
+    assert finished.output == ""
+    assert "Traceback" not in finished.errors
+    assert finished.errors.count("error: ") == 1
+    return finished.errors.partition("error: ")[2]
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["compare"], ["runs", "a", "b"], ["show", "a", "--yaml"]])
+def test_a_wrong_command_line(look: Look, arguments: list[str]):
+    assert refusal(look(*arguments))
+
+
+@pytest.mark.parametrize("command", ["runs", "show", "compare"])
+def test_a_place_where_nothing_is(look: Look, storage: Store, command: str):
+    nowhere = storage.uri_of("nowhere")
+    assert nowhere in refusal(look(command, nowhere))
+    storage.write("else/where.txt", b"no run")
+    message = refusal(look(command, storage.uri))
+    assert message.startswith(f"{storage.uri}: there is no run")
+
+
+def test_a_run_where_runs_are_to_be_listed(look: Look, storage: Store):
+    uri = write_run(storage, "a", eval_losses(2.0), result=None)
+    assert f"It is a run itself: main.py show {uri}" in refusal(look("runs", uri))
+
+
+def test_a_damaged_run(look: Look, storage: Store):
+    uri = write_run(storage, "a", eval_losses(2.0), result=None)
+    storage.write(f"a/{METRICS_FILE}", b'{"step": 1}\n{"st')
+    assert f"{uri}/{METRICS_FILE} is cut off, or none of ours" in refusal(look("show", uri))
+
+
+@pytest.mark.parametrize("command", ["runs", "show", "compare"])
+def test_no_credentials(look: Look, bucket: EmbeddedBucket, tmp_path: Path, command: str):
+    variables = {
+        "AWS_ENDPOINT_URL_S3": bucket.endpoint,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "HOME": str(tmp_path),
+    }
+    assert "no credentials found" in refusal(look(command, "s3://some-bucket/runs", **variables))
+
+
+@pytest.mark.parametrize("command", ["runs", "show", "compare"])
+def test_no_network(look: Look, command: str):
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    variables = {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }
+    assert "does not answer" in refusal(look(command, "s3://some-bucket/runs", **variables))
+
+
+def test_a_picture_that_cannot_be_written(look: Look, tmp_path: Path):
+    run = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
+    (tmp_path / "file").write_text("")
+    message = refusal(look("compare", run, "--picture", str(tmp_path / "file" / "a.png")))
+    assert f"cannot write {tmp_path / 'file' / 'a.png'}" in message

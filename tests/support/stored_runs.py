@@ -1,0 +1,111 @@
+"""Runs as they lie in a bucket, written without training anything."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import yaml
+
+from runs.layout import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    DataFingerprints,
+    DataPosition,
+    EvalLoss,
+    FileRecord,
+    Manifest,
+    RunResult,
+    RunStatus,
+    checkpoint_key,
+    checkpoint_uri,
+)
+from utils.bucket import Store
+from utils.files import checksum_bytes
+
+VERSIONS = {"torch": "2.13.0", "ray": "2.60.0"}
+_WEIGHTS = b"weights"
+
+
+def eval_losses(*losses: float) -> list[EvalLoss]:
+    """One evaluation an epoch of ten steps, the first before step 0."""
+    return [
+        EvalLoss(step=10 * epoch, epoch=float(epoch), eval_loss=loss) for epoch, loss in enumerate(losses)
+    ]
+
+
+def result_of(
+    run_uri: str,
+    losses: Sequence[EvalLoss],
+    *,
+    status: RunStatus = "completed",
+    hours_ago: float = 0.0,
+    **changes: Any,
+) -> RunResult:
+    """What a run of these evaluations left."""
+    last = checkpoint_uri(run_uri, losses[-1].step) if losses else None
+    plain: dict[str, Any] = {
+        "status": status,
+        "reason": {"completed": "all steps done", "stopped": "signal 15", "failed": "out of memory"}[status],
+        "run_name": run_uri.rpartition("/")[2],
+        "run_uri": run_uri,
+        "best_checkpoint": last,
+        "last_checkpoint": last,
+        "eval_losses": losses,
+        "train_steps": losses[-1].step if losses else 0,
+        "tokens": 12_345,
+        "trained_tokens": 2_345,
+        "tokens_per_second": 321.0,
+        "elapsed_seconds": 60.0,
+        "parent": None,
+        "trainable_parameters": 8192,
+        "log_files": ["/node/driver.log"],
+        "versions": VERSIONS,
+        "ended": (datetime.now(UTC) - timedelta(hours=hours_ago)).isoformat(timespec="seconds"),
+    }
+    return RunResult(**plain | changes)
+
+
+def write_run(
+    store: Store, name: str, losses: Sequence[EvalLoss], *, result: RunResult | None, **settings: Any
+) -> str:
+    """Write a run with one committed checkpoint below a store; returns its URI."""
+    config = {"model_id": "some/model", "train_path": "rows.jsonl", "learning_rate": 1e-4, **settings}
+    store.write(f"{name}/{CONFIG_FILE}", yaml.safe_dump(config).encode())
+    lines = [
+        {"loss": loss.eval_loss + 0.1, "learning_rate": 1e-4, "epoch": loss.epoch, "step": loss.step}
+        for loss in losses
+    ] + [loss.model_dump(exclude={"figures"}) for loss in losses]
+    lines.sort(key=lambda line: line["step"])
+    store.write(f"{name}/{METRICS_FILE}", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if losses:
+        _write_checkpoint(store, name, losses[-1])
+    if result:
+        store.write(f"{name}/{RESULT_FILE}", result.model_dump_json().encode())
+    return store.uri_of(name)
+
+
+def manifest_of(loss: EvalLoss) -> Manifest:
+    """The manifest of a checkpoint of one file."""
+    return Manifest(
+        step=loss.step,
+        epoch=loss.epoch,
+        eval_loss=loss.eval_loss,
+        world_size=1,
+        zero_stage=0,
+        config_hash="0" * 64,
+        data=DataFingerprints(train="0", valid=None),
+        data_position=DataPosition(epoch=int(loss.epoch), steps_in_epoch=0, rows_seen=80),
+        parent=None,
+        created="2026-11-21T12:00:00+00:00",
+        versions=VERSIONS,
+        files=[FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))],
+    )
+
+
+def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:
+    store.write(f"{name}/{checkpoint_key(loss.step, 'model.safetensors')}", _WEIGHTS)
+    content = manifest_of(loss).model_dump_json().encode()
+    store.write(f"{name}/{checkpoint_key(loss.step, MANIFEST_FILE)}", content)

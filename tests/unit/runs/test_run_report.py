@@ -1,0 +1,136 @@
+"""A run's page: everything on it is there, escaped, and it needs nothing else."""
+
+import re
+from html import unescape
+from html.parser import HTMLParser
+from typing import Any
+
+from configs.loading import to_yaml
+from configs.schema import FinetuneConfig
+from runs.layout import MetricsLine
+from runs.report import RunReport, to_html
+from tests.support.stored_runs import eval_losses, manifest_of, result_of
+
+ATTACK = "<script>alert(1)</script>"
+RUN = "s3://bucket/runs/a-run"
+
+
+class _Elements(HTMLParser):
+    """The names of elements and the addresses that they ask for."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.names: set[str] = set()
+        self.addresses: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")
+        ]
+
+
+def metrics(*losses: float) -> list[MetricsLine]:
+    steps = [
+        MetricsLine(
+            step=step,
+            epoch=step / 10,
+            loss=2 / step,
+            learning_rate=1e-3 / step,
+            tokens_per_second=100.0 * step,
+        )
+        for step in range(1, 10 * len(losses))
+    ]
+    return steps + [
+        MetricsLine(step=loss.step, epoch=loss.epoch, eval_loss=loss.eval_loss)
+        for loss in eval_losses(*losses)
+    ]
+
+
+def report(**changes: Any) -> RunReport:
+    config = FinetuneConfig(model_id="org/base", train_path="rows.jsonl")
+    plain: dict[str, Any] = {
+        "result": result_of(RUN, eval_losses(2.0, 1.25)),
+        "metrics": metrics(2.0, 1.25),
+        "parent_metrics": [],
+        "checkpoints": [],
+        "config": to_yaml(config),
+        "environment": {"device": "cpu, 2 workers"},
+        "command": ["python", "main.py", "my file.yaml", "seed=1"],
+        "base_model": "org/base",
+        "trains_adapter": True,
+    }
+    return RunReport(**plain | changes)
+
+
+def test_the_page_needs_nothing_else_and_says_everything():
+    page = to_html(report())
+    elements = _Elements(page)
+    assert not elements.names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    assert {address for address in elements.addresses if not address.startswith("#")} == {"data_report.html"}
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert page.count("<svg") == 3
+    for part in (
+        "completed: all steps done",
+        "2.0000 at first, 1.2500 at best",
+        "12,345 tokens",
+        "model_id: org/base",
+        "cpu, 2 workers",
+        "2.13.0",
+        f"initial_adapter_model_ckpt_path: {RUN}/checkpoints/step-000010",
+        "vllm serve merged",
+    ):
+        assert part in unescape(page), part
+
+
+def test_a_parents_curves_come_before_its_childs():
+    alone, continued = to_html(report()), to_html(report(parent_metrics=metrics(4.0, 3.0)))
+    for name in ("parent run, training", "parent run, evaluation"):
+        assert name not in alone
+        assert continued.index(name) < continued.index(">evaluation</text>")
+
+
+def test_a_run_that_stopped_is_gone_on_with_by_the_same_command():
+    page = unescape(to_html(report(result=result_of(RUN, eval_losses(2.0), status="stopped"))))
+    assert "python main.py 'my file.yaml' seed=1" in page
+    assert "stopped: signal 15" in page
+
+
+def test_a_run_that_failed_before_it_measured_anything_has_a_page():
+    page = to_html(report(result=result_of(RUN, [], status="failed"), metrics=[], checkpoints=[]))
+    assert "failed: out of memory" in page
+    assert "<svg" not in page
+
+
+def test_full_weights_are_served_without_merging():
+    page = unescape(to_html(report(trains_adapter=False)))
+    assert "PeftModel" not in page
+    assert "vllm serve model" in page
+
+
+def test_nothing_that_others_wrote_becomes_markup():
+    config = FinetuneConfig(model_id=f"org/{ATTACK}", train_path="rows.jsonl", chat_template=ATTACK)
+    result = result_of(
+        f"/runs/{ATTACK}",
+        [loss.model_copy(update={"figures": {ATTACK: 0.5}}) for loss in eval_losses(2.0, 1.25)],
+        status="failed",
+        reason=f"row 3: {ATTACK}",
+        run_name=ATTACK,
+        parent=ATTACK,
+        log_files=[ATTACK],
+        versions={ATTACK: ATTACK},
+    )
+    page = to_html(
+        report(
+            result=result,
+            config=to_yaml(config),
+            environment={ATTACK: ATTACK},
+            command=["python", "main.py", ATTACK],
+            base_model=ATTACK,
+            checkpoints=[manifest_of(loss) for loss in eval_losses(2.0)],
+        )
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 10
+    assert "script" not in _Elements(page).names
