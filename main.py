@@ -116,6 +116,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     from training.plan import (
         ClusterError,
         check_cluster_answers,
+        check_devices_are_here,
         make_plan,
         make_scratch_directory,
         needs_embedded_bucket,
@@ -139,6 +140,8 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
             plan, report, prepared = make_plan(loaded, progress=watch.checking)
+            if not options.dry_run and not report.completed:
+                check_devices_are_here(plan)
             if options.dry_run or not report.completed:
                 show_plan(screen, report)
             if report.completed:

@@ -33,6 +33,7 @@ from training import checkpoints
 from training.checkpoints import CheckpointError
 from utils.bucket import BucketError, open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
+from utils.s3 import BLOCK_BYTES
 
 MB = 1024 * 1024
 LARGE_BYTES, SMALL_BYTES, SMALL_FILES = 512 * MB, 64 * 1024, 64
@@ -180,9 +181,9 @@ def _checksum_seconds() -> float:
     """CPU that the checksum of the large object takes in the blocks in which it arrives."""
     from awscrt.checksums import crc64nvme
 
-    block, value = os.urandom(MB), 0
+    block, value = os.urandom(BLOCK_BYTES), 0
     began = time.process_time()
-    for _ in range(LARGE_BYTES // MB):
+    for _ in range(LARGE_BYTES // BLOCK_BYTES):
         value = crc64nvme(block, value)
     return time.process_time() - began
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.report import spread, write_report
 from runs import reading
-from runs.layout import DataFingerprints, DataPosition, Manifest
+from runs.layout import DataFingerprints, DataPosition, Manifest, Speed
 from tests.support.bucket_proxy import bucket_proxy
 from training.claims import claimed
 from training.commits import Commits, Saved
@@ -148,7 +148,7 @@ def saved(directory: Path, step: int, size: int) -> Saved:
     place.mkdir()
     for number in range(FILES):
         (place / f"file-{number}.safetensors").write_bytes(os.urandom(size))
-    return Saved(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, 0.0))
+    return Saved(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
 
 
 def manifest_of(step: int) -> Manifest:

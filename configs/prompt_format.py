@@ -81,13 +81,10 @@ def _write(key: str, text: str, **places: str) -> str:
     names = [name for _, name, _, _ in pieces if name is not None]
     if sorted(names) != sorted(places):
         raise ValueError(f"`{key}` has the places {names}, and should have {list(places)}, each once")
-    printed = [
-        expression
-        for literal, name, _, _ in pieces
-        for expression in (
-            json.dumps(literal, ensure_ascii=False) if literal else "",
-            places[name] if name else "",
-        )
-        if expression
-    ]
+    printed: list[str] = []
+    for literal, name, _, _ in pieces:
+        if literal:
+            printed.append(json.dumps(literal, ensure_ascii=False))
+        if name:
+            printed.append(places[name])
     return "".join(f"{{{{ {expression} }}}}" for expression in printed)

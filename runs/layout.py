@@ -174,6 +174,26 @@ def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+Phase = Literal["data", "forward", "backward", "optimizer", "evaluation", "saving", "upload_stall", "other"]
+"""Where the time of training goes; training/speed.py says what each means."""
+
+
+class Speed(_Record):
+    """How fast an attempt trained: over its steps, all workers together, evaluation and saving left out."""
+
+    tokens_per_second: float = 0.0
+    """Of the rows, padding not counted."""
+    trained_tokens_per_second: float = 0.0
+    """Those of them that the loss looks at."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1: the operations a second that training needs (training/flops.py), over those that the
+    devices can do at most; None where either is not known."""
+    peak_memory_bytes: int = 0
+    """Of the first worker: on a GPU what its tensors took at most, else its process's resident memory."""
+    seconds: dict[Phase, float] = {}
+    """By phase, of the first worker, from the beginning of training."""
+
+
 class RunResult(_Record):
     """What `result.json` holds and `--json` prints."""
 
@@ -190,7 +210,9 @@ class RunResult(_Record):
     trained_tokens: int
     """Those of them that the loss looks at."""
     tokens_per_second: float
-    """Of this attempt: tokens over the time in training steps, all workers together, without evaluation and saving."""
+    """As in `speed`."""
+    speed: Speed = Speed()
+    """Of this attempt, until its last checkpoint."""
     elapsed_seconds: float
     """Of this attempt: from the driver's start to the result."""
     parent: str | None

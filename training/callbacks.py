@@ -1,8 +1,7 @@
 """What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from configs.schema import CheckpointFrequency
 from runs.layout import eval_figures
-from training.data.batches import Order
 from training.events import DivergedError, Evaluated, Event, StepDone
+from training.speed import PhaseClock
 
 
 class Schedule(TrainerCallback):
@@ -30,75 +29,30 @@ class Schedule(TrainerCallback):
             control.should_save = True
 
 
-class Throughput(TrainerCallback):
-    """Counts what was trained, from the data's own order: no worker has to ask another.
+class Rehearsing(TrainerCallback):
+    """Behind the first step of an attempt, when the optimizer's states lie in memory, tries the largest batch that can come.
 
-    Must stand behind the callbacks that evaluate or save, so that its clock starts again after them.
+    So a GPU that is too small shows in the first minute, and not when the longest row happens to come.
     """
 
-    def __init__(self, order: Order, tokens_of_row: Sequence[int], trained_tokens_of_row: Sequence[int]):
-        self.order = order
-        self.tokens_of_row = tokens_of_row
-        self.trained_tokens_of_row = trained_tokens_of_row
-        self.tokens = 0
-        self.trained_tokens = 0
-        self.rows = 0
-        self.last_tokens_per_second = 0.0
-        self._seconds = 0.0
-        self._timed_tokens = 0
-        self._since = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Counts the steps of a restored run and starts the clock."""
-        for step in range(1, state.global_step + 1):
-            self._count(step)
-        self._since = time.perf_counter()
+    def __init__(self, rehearse: Callable[[], None]):
+        self.rehearse = rehearse
+        self.is_done = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Counts an optimizer step with everything it took, reading its rows included."""
-        now = time.perf_counter()
-        tokens = self._count(state.global_step)
-        self.last_tokens_per_second = tokens / (now - self._since)
-        self._seconds += now - self._since
-        self._timed_tokens += tokens
-        self._since = now
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Leaves evaluation out."""
-        self._since = time.perf_counter()
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Leaves saving out."""
-        self._since = time.perf_counter()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over the steps that this process took, all workers together; evaluation and saving left out."""
-        return self._timed_tokens / self._seconds if self._seconds else 0.0
-
-    def _count(self, step: int) -> int:
-        rows = self.order.rows_of_step(step)
-        tokens = sum(self.tokens_of_row[row] for row in rows)
-        self.tokens += tokens
-        self.trained_tokens += sum(self.trained_tokens_of_row[row] for row in rows)
-        self.rows += len(rows)
-        return tokens
+        """After an optimizer step."""
+        if not self.is_done:
+            self.is_done = True
+            self.rehearse()
 
 
 class Telling(TrainerCallback):
     """Tells the driver about steps and evaluations (rank 0)."""
 
-    def __init__(self, tell: Callable[[Event], None], throughput: Throughput):
+    def __init__(self, tell: Callable[[Event], None]):
         self.tell = tell
-        self.throughput = throughput
 
     def on_log(
         self,
@@ -119,7 +73,9 @@ class Telling(TrainerCallback):
                     state.max_steps,
                     state.epoch or 0.0,
                     logs["loss"],
-                    self.throughput.last_tokens_per_second,
+                    logs["tokens_per_second"],
+                    logs.get("mfu"),
+                    logs["peak_memory_bytes"],
                     {name: value for name, value in logs.items() if name.startswith("rewards/")},
                 )
             )
@@ -199,8 +155,10 @@ class Preempted(TrainerCallback):
 class Committing(TrainerCallback):
     """Hands each saved checkpoint over to be committed, on every rank."""
 
-    def __init__(self, commit: Callable[[Path, TrainerState], None], check: Callable[[], None]):
-        self.commit = commit
+    def __init__(
+        self, commit: Callable[[Path, TrainerState], None], check: Callable[[], None], clock: PhaseClock
+    ):
+        self.commit = clock.timed("upload_stall", commit)
         self.check = check
 
     def on_step_end(

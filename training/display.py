@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from runs.layout import RunResult
+from runs.layout import RunResult, Speed
 from runs.screen import print_eval_losses, print_facts, short_name
 from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
 from training.events import (
@@ -30,7 +31,9 @@ from training.events import (
     Refused,
     StepDone,
 )
+from training.memory import MemoryReport
 from training.plan import PlanReport
+from utils.files import format_bytes
 
 _SECONDS_BETWEEN_LINES = 10
 _BAR_WIDTH = 40
@@ -58,6 +61,8 @@ def show_plan(console: Console, report: PlanReport) -> None:
         ("parallelism", report.parallelism),
         ("kernels", report.kernels),
     ]
+    if report.memory:
+        rows.append(("memory", _describe_memory(report.memory)))
     if report.packing:
         rows.append(("packing", report.packing))
     if report.starts_from:
@@ -76,6 +81,17 @@ def show_plan(console: Console, report: PlanReport) -> None:
         console.print()
     for warning in report.warnings:
         show_warning(console, warning)
+
+
+def _describe_memory(memory: MemoryReport) -> str:
+    estimate = asdict(memory.estimate)
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in estimate.items())
+    text = f"about {format_bytes(memory.total)} a device ({parts})"
+    if memory.accelerator is None:
+        return text
+    if memory.available is None:
+        return f"{text}; what {memory.accelerator} has is not known"
+    return f"{text}; {memory.verdict} {memory.accelerator} ({format_bytes(memory.available)}), with {memory.kernels}'s kernels"
 
 
 def _print_histogram(console: Console, report: PlanReport) -> None:
@@ -186,8 +202,11 @@ class Watch:
                     self._progress.update(self._task, description=f"{text} {fraction:.0%}")
             case ModelReady(parameters, trainable):
                 self._line(f"model built: {parameters:,} parameters, {trainable:,} trainable")
-            case StepDone(step, max_steps, _, loss, tokens_per_second, beside):
+            case StepDone(step, max_steps, _, loss, tokens_per_second, mfu, peak_memory, beside):
                 figures = f"loss {loss:.4f}{_listed(beside)}  {tokens_per_second:,.0f} tokens/s"
+                if mfu is not None:
+                    figures += f"  MFU {mfu:.1%}"
+                figures += f"  {format_bytes(peak_memory)}"
                 self._progress.update(
                     self._task, description="training", completed=step, total=max_steps, figures=figures
                 )
@@ -220,8 +239,9 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         ("run", result.run_uri),
         (
             "trained",
-            f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained), {result.tokens_per_second:,.0f} tokens/s",
+            f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained)",
         ),
+        *_describe_speed(result.speed),
         ("took", f"{result.elapsed_seconds:.0f} s"),
         ("library output", " ".join(result.log_files)),
     ]
@@ -231,6 +251,27 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     elif result.last_checkpoint:
         facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
     print_facts(console, facts)
+
+
+def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
+    """Nothing, where nothing was trained."""
+    total = sum(speed.seconds.values())
+    if not total:
+        return []
+    mfu = "" if speed.mfu is None else f", MFU {speed.mfu:.1%}"
+    phases = [
+        f"{phase.replace('_', ' ')} {seconds / total:.0%}"
+        for phase, seconds in speed.seconds.items()
+        if seconds >= 0.005 * total
+    ]
+    return [
+        (
+            "speed",
+            f"{speed.tokens_per_second:,.0f} tokens/s ({speed.trained_tokens_per_second:,.0f} trained){mfu}, "
+            f"{format_bytes(speed.peak_memory_bytes)} of memory at most",
+        ),
+        ("time in training", f"{total:,.0f} s: {', '.join(phases)}"),
+    ]
 
 
 def _listed(figures: Mapping[str, float]) -> str:

@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
+from runs.layout import Speed
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -30,6 +32,8 @@ class StepDone:
     epoch: float
     loss: float
     tokens_per_second: float
+    mfu: float | None
+    peak_memory_bytes: int
     figures: dict[str, float]
     """What the task reports beside the loss."""
 
@@ -55,8 +59,7 @@ class CheckpointCommitted:
     """Trained on so far, padding not counted."""
     trained_tokens: int
     """Those of them that the loss looks at."""
-    tokens_per_second: float
-    """Over the steps of this attempt, all workers together."""
+    speed: Speed
 
 
 @dataclass(frozen=True)

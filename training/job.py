@@ -37,6 +37,7 @@ from runs.layout import (
     MetricsLine,
     RunResult,
     RunStatus,
+    Speed,
     checkpoint_uri,
     run_of,
 )
@@ -58,6 +59,7 @@ from training.events import (
     StepDone,
     UnrecordedError,
 )
+from training.memory import Saving, describe_savings
 from training.models.files import first_line
 from training.plan import ClusterError, PlanReport, RunPlan
 from training.worker import package_versions, train_worker, worker_log
@@ -125,14 +127,15 @@ def run_job(
 
         _follow(mailbox, signals, hear, lambda: told.has_uncommitted_steps)
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
+    savings = report.memory.savings if report.memory else []
     try:
         manifests = committed(store)
         finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-        status, reason = _status(fit.error, told.refusal, signals, finished)
+        status, reason = _status(fit.error, told.refusal, signals, finished, savings)
         elapsed = time.monotonic() - began
         result = _write_result(plan, manifests, status, reason, told, logs, elapsed, report, command)
     except BucketError as error:
-        end = told.refusal or (classify(fit.error) if fit.error else "trained to its end")
+        end = told.refusal or (classify(fit.error, savings) if fit.error else "trained to its end")
         raise UnrecordedError(f"{end}\n{RESULT_FILE} cannot be written: {error}") from error
     if status == "completed" and plan.parent and run_of(plan.parent):
         with suppress(BucketError):  # the parent's run deletes a mark that is out of date
@@ -380,7 +383,11 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
 
 
 def _status(
-    error: BaseException | None, refusal: str | None, signals: Sequence[int], finished: bool
+    error: BaseException | None,
+    refusal: str | None,
+    signals: Sequence[int],
+    finished: bool,
+    savings: Sequence[Saving],
 ) -> tuple[RunStatus, str]:
     if finished and error is None:
         return "completed", "all steps done"
@@ -389,11 +396,11 @@ def _status(
     if refusal is not None:
         return "failed", refusal
     assert error is not None, "training ended early, without an error"
-    return "failed", classify(error)
+    return "failed", classify(error, savings)
 
 
-def classify(error: BaseException) -> str:
-    """Why training failed, in a line: out of memory, a lost worker, or the first worker's own words."""
+def classify(error: BaseException, savings: Sequence[Saving]) -> str:
+    """Why training failed, in a line: out of memory and what would save some, a lost worker, or the first worker's own words."""
     causes = (
         list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else [error]
     )
@@ -406,7 +413,7 @@ def classify(error: BaseException) -> str:
         re.MULTILINE | re.IGNORECASE,
     )
     if memory:
-        return f"out of memory: {memory[0].strip()[:_LONGEST_REASON]}"
+        return f"out of memory: {memory[0].strip()[:_LONGEST_REASON]} {describe_savings(savings)}".strip()
     if "died" in text or "SYSTEM_ERROR" in text or "unavailable" in text:
         return f"worker lost: {last_line}"
     return last_line
@@ -427,6 +434,7 @@ def _write_result(
     store = open_store(plan.run_uri)
     metrics = read_metrics(store)
     eval_losses = eval_losses_of(metrics)
+    speed = told.checkpoint.speed if told.checkpoint else Speed()
     last = manifests[-1] if manifests else None
     result = RunResult(
         status=status,
@@ -439,7 +447,8 @@ def _write_result(
         train_steps=last.step if last else 0,
         tokens=told.checkpoint.tokens if told.checkpoint else 0,
         trained_tokens=told.checkpoint.trained_tokens if told.checkpoint else 0,
-        tokens_per_second=round(told.checkpoint.tokens_per_second, 3) if told.checkpoint else 0.0,
+        tokens_per_second=speed.tokens_per_second,
+        speed=speed,
         elapsed_seconds=round(elapsed, 3),
         parent=plan.parent,
         trainable_parameters=told.model.trainable_parameters if told.model else 0,

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
-from training.data.batches import Order, PairSequences, TokenSequences, pack
+from training.data.batches import Order, PairSequences, TokenSequences, longest_sequence, pack
 from training.data.labels import label_tokens
 from training.data.prepared import PreparedData
 from training.models import ModelRequest, add_reference
@@ -65,7 +65,11 @@ def build_trainer(
             # orpo compares with nothing
             reference_model=add_reference(model, request) if loss != "orpo" else None,
             rows=TrainingRows(
-                order, pairs(train), pairs(valid) if valid else None, collate_pairs(pad_token_id, multiple)
+                order,
+                pairs(train),
+                pairs(valid) if valid else None,
+                collate_pairs(pad_token_id, multiple),
+                longest_sequence(train.index.length, None),
             ),
             **arguments,
         )
@@ -79,6 +83,7 @@ def build_trainer(
             packed=config.packing,
             attention=model.config._attn_implementation,
         ),
+        longest_sequence(train.index.length, order.packs),
     )
     if config.task == "classification":
         assert config.classifier_config is not None

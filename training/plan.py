@@ -25,6 +25,7 @@ from configs.schema import (
 )
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
 from runs.reading import best, missing_of_completed, newest, read_result, survey
+from training.accelerators import memory_of, named_accelerator
 from training.checkpoints import fetch_weights, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
@@ -34,7 +35,13 @@ from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import find_files, is_hub_dataset
 from training.data.summary import DataSummary
-from training.models.architecture import check_architecture, check_packing, parameter_shapes
+from training.flops import RowFlops, row_flops
+from training.memory import Job, MemoryReport, describe_savings, report_memory
+from training.models.architecture import (
+    check_packing,
+    model_shape,
+    parameter_shapes,
+)
 from training.models.files import (
     AdapterFacts,
     ModelError,
@@ -45,6 +52,7 @@ from training.models.files import (
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
+    is_trained_whole,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
@@ -102,6 +110,8 @@ class RunPlan(BaseModel):
     data: DataFingerprints
     max_steps: int
     steps_per_epoch: int
+    flops: RowFlops | None
+    """What a row is worth; None where nobody has counted it for such layers or such a task."""
     scratch: str
     """Absolute directory on each node for the cache and unfinished files."""
 
@@ -131,6 +141,8 @@ class PlanReport(DataReport):
     """How many packs, and how full they are."""
     resumes_from: str | None
     starts_from: str | None
+    memory: MemoryReport | None
+    """Estimated; None where nobody has counted it for such layers."""
     completed: RunResult | None
     """What the same run left, if it ended before: nothing is left to do."""
     warnings: list[str]
@@ -186,6 +198,24 @@ def check_cluster_answers() -> None:
         ) from error
 
 
+def check_devices_are_here(plan: RunPlan) -> None:
+    """Make sure that a run without a cluster finds its GPUs on this machine.
+
+    Raises:
+        ClusterError: there are fewer.
+    """
+    if plan.device == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    if (found := torch.cuda.device_count()) < plan.config.num_devices:
+        named = named_accelerator(plan.config.worker_resources)
+        raise ClusterError(
+            f"the run needs {plan.config.num_devices} x {named or 'CUDA device'}, and this machine has {found} CUDA devices. Set "
+            "RAY_ADDRESS to a cluster that has them, lower num_devices, or write device: cpu."
+        )
+
+
 class Progress(Protocol):
     """Told what is being looked at; where it takes long, also how much of it is done (0 to 1) and a figure."""
 
@@ -219,7 +249,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
     _check_disk(base_model, facts, scratch)
     tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
-    check_architecture(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
+    dimensions = model_shape(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     if config.packing:
         check_packing(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
@@ -282,6 +312,16 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     warnings += [f"a checkpoint of this run is passed over: {line}" for line in damage]
     completed = _completed(run_uri) if own_newest else None
     parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
+    job = dimensions and Job(
+        config=config,
+        shape=dimensions,
+        facts=facts,
+        adapter=adapter_facts,
+        device=device,
+        longest=_longest_sequence(config, train),
+    )
+    memory = _memory(job) if job else None
+    warnings += _memory_warnings(memory)
     plan = RunPlan(
         config=config,
         config_hash=outcome_hash,
@@ -301,6 +341,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         data=data,
         max_steps=count_steps(config, shape),
         steps_per_epoch=shape.steps_per_epoch,
+        flops=_flops(job),
         scratch=str(scratch),
     )
     rows = make_report(
@@ -308,7 +349,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         prepared_valid,
         order,
         limit=config.context_length or facts.max_context,
-        padded_to=(config.context_length or train.longest) if config.padding == "max_length" else None,
+        padded_to=_longest_sequence(config, train) if config.padding == "max_length" else None,
         steps=plan.max_steps,
     )
     warnings += _overlap_warnings(rows)
@@ -328,6 +369,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         packing=_describe_packing(config, train, shape) if config.packing else None,
         resumes_from=own_newest,
         starts_from=plan.parent,
+        memory=memory,
         completed=completed,
         warnings=warnings,
     )
@@ -351,6 +393,12 @@ def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int) -> Order
     )
     is_padded_to_longest = config.padding == "longest" and packs is None
     return Order(shape, config.seed, lengths=lengths if is_padded_to_longest else None, packs=packs)
+
+
+def _longest_sequence(config: FinetuneConfig, train: DataSummary) -> int:
+    """Tokens of the longest sequence that is trained on, with what fills it up."""
+    filled = config.packing or config.padding == "max_length"
+    return (config.context_length if filled else None) or train.longest
 
 
 def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
@@ -488,7 +536,7 @@ def _is_importable(provider: str) -> bool:
 def _choose_device(config: FinetuneConfig) -> Device:
     if config.device == "cpu":
         return "cpu"
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") or named_accelerator(config.worker_resources):
         return "cuda"  # a cluster's GPUs cannot be seen from here; the job compares with what the cluster has
     import torch
 
@@ -715,6 +763,43 @@ def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: Ad
     if config.lora_config:
         return count_lora_parameters(facts, config.lora_config)
     return facts.parameters
+
+
+def _flops(job: Job | None) -> RowFlops | None:
+    if (
+        job is None or job.config.task == "preference_tuning"
+    ):  # a pair is two rows, and the reference reads them, too
+        return None
+    return row_flops(
+        job.shape,
+        job.facts.parameter_shapes,
+        is_trained=lambda name: (
+            not job.config.trains_adapter or is_trained_whole(job.config.lora_config, name)
+        ),
+        ranks=job.ranks,
+    )
+
+
+def _memory(job: Job) -> MemoryReport:
+    """For the accelerator that workers ask for, wherever this is planned; else for this machine's GPU."""
+    if job.device == "cpu":
+        return report_memory(job, None, None)
+    if accelerator := named_accelerator(job.config.worker_resources):
+        return report_memory(job, accelerator, memory_of(accelerator))
+    if os.environ.get("RAY_ADDRESS"):
+        return report_memory(job, None, None)
+    import torch
+
+    device = torch.cuda.get_device_properties(0)
+    return report_memory(job, device.name, device.total_memory)
+
+
+def _memory_warnings(memory: MemoryReport | None) -> Iterator[str]:
+    if memory and memory.verdict and memory.verdict != "fits":
+        yield (
+            f"memory: each device needs about {format_bytes(memory.total)}, which {memory.verdict} {memory.accelerator} with its "
+            f"{format_bytes(memory.available or 0)}. {describe_savings(memory.savings)}"
+        )
 
 
 def _model_warnings(

@@ -154,6 +154,12 @@ class PreferenceTrainer(FineTuningTrainer):
             self._trained = self._no_sums()
         super().log(logs, start_time)
 
+    def rehearse(self) -> None:
+        """As FineTuningTrainer; rewards do not hear of it either."""
+        trained = self._trained.clone()
+        super().rehearse()
+        self._trained = trained
+
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """As FineTuningTrainer; kto's divergence is then that of all pairs, whatever the batches."""
         if self.settings.loss == "kto" and self.rows.valid is not None:

@@ -1,5 +1,6 @@
 """The TRL trainer of a run, with our batches, an eval loss weighted by tokens, and checkpoints without what nobody reads."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from training.data.batches import (
 from training.data.token_files import IGNORED
 from training.models.kernels import Device
 from training.plan import RunPlan
+from training.speed import Throughput
 
 _NOT_LOOKED_AT = datasets.Dataset.from_dict(
     {"input_ids": [[0]]}
@@ -83,6 +85,8 @@ class TrainingRows:
     valid: Dataset[dict[str, Any]] | None
     """What is evaluated, if anything."""
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    longest: int = 0
+    """Which training sequence has most tokens."""
 
 
 def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:
@@ -133,6 +137,7 @@ class FineTuningTrainer(SFTTrainer):
         args: SFTConfig,
         tokenizer: Any,
         callbacks: list[TrainerCallback],
+        throughput: Throughput,
         on_eval_progress: Callable[[float], None],
         loss_of_transformers: bool,
     ):
@@ -145,7 +150,8 @@ class FineTuningTrainer(SFTTrainer):
             model: Ready to train, its adapter on it.
             args: From `trainer_arguments`.
             tokenizer: Saved beside each checkpoint.
-            callbacks: See callbacks.py.
+            callbacks: See callbacks.py; `throughput` stands among them.
+            throughput: Says how fast each step was.
             on_eval_progress: Told how much of an evaluation is done, 0 to 1.
             loss_of_transformers: TRL's loss is a Triton kernel; where there is no GPU, take the model's own.
         """
@@ -160,8 +166,53 @@ class FineTuningTrainer(SFTTrainer):
         self.config = config
         self.base_model = base_model
         self.rows = rows
+        self.throughput = throughput
+        self.clock = throughput.clock
         self.on_eval_progress = on_eval_progress
         self.loss_of_transformers = loss_of_transformers
+
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **keywords)
+        self.accelerator.backward = self.clock.timed("backward", self.accelerator.backward)
+        if self.is_deepspeed_enabled:  # it takes the optimizer's step inside of the backward pass
+            engine: Any = self.model_wrapped
+            engine.step = self.clock.timed("optimizer", engine.step)
+        return prepared
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        """The micro-batches of a step."""
+        return self.clock.timed("data", super().get_batch_samples)(*arguments, **keywords)
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch; behind the last of a step comes the optimizer."""
+        loss = self.clock.timed("forward", super().training_step)(*arguments, **keywords)
+        if self.accelerator.sync_gradients:
+            self.clock.enter("optimizer")
+        return loss
+
+    def rehearse(self) -> None:
+        """Forward and backward pass of the largest batch that can come: what it needs is missing now, or never.
+
+        Nothing of it is left: random states are as before, gradients are dropped, no worker sends another any, and neither loss nor
+        counts hear of it. DeepSpeed could not forget it, since it adds each backward pass to its own sums.
+        """
+        batch = self.rows.collate(
+            [self.rows.train[self.rows.longest]] * self.args.per_device_train_batch_size
+        )
+        counted = copy.deepcopy((self._metrics, self._total_train_tokens))
+        model: Any = self.model_wrapped
+        devices = [] if self.args.use_cpu else [torch.cuda.current_device()]
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+            super().training_step(model, batch, torch.tensor(1, device=self.args.device))
+        model.zero_grad()
+        self._metrics, self._total_train_tokens = counted
+        self.throughput.restart()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds how fast the step was."""
+        if "loss" in logs:
+            logs |= self.throughput.figures_of_step()
+        super().log(logs, start_time)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -196,6 +247,9 @@ class FineTuningTrainer(SFTTrainer):
     def figures(self, totals: list[float]) -> dict[str, float]:
         """The sums over all batches and workers as what is reported: `loss` and what stands beside it."""
         return {"loss": totals[0] / totals[1]}
+
+    def _evaluate(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.clock.timed("evaluation", super()._evaluate)(*arguments, **keywords)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """Eval loss and figures from sums over all workers: the loss is that of a trained token.
@@ -249,7 +303,9 @@ class FineTuningTrainer(SFTTrainer):
         assert self.args.output_dir is not None
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with checkpoints.staging(directory):
-            Trainer._save_checkpoint(self, model, trial)  # without TRL's model card
+            self.clock.timed("saving", Trainer._save_checkpoint)(
+                self, model, trial
+            )  # without TRL's model card
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
                 # PEFT writes where the base lay on this node.

@@ -19,6 +19,7 @@ import ray.train
 from configs.loading import flat, to_yaml
 from runs.layout import CONFIG_FILE, Claim, DataPosition, Manifest, checkpoint_uri
 from training import checkpoints
+from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError
 from training.commits import Commits, Saved
@@ -37,7 +38,7 @@ from utils.console import library_output_in
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-    from training.callbacks import Throughput
+    from training.speed import Throughput
     from training.trackers import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
@@ -145,8 +146,9 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
 
     tell(Phase("loading libraries"))
-    from training.callbacks import Committing, Diverging, Preempted, Schedule, Stopping, Telling, Throughput
+    from training.callbacks import Committing, Diverging, Preempted, Rehearsing, Schedule, Stopping, Telling
     from training.objectives import build_trainer
+    from training.speed import PhaseClock, Throughput
     from training.trainers import trainer_arguments
 
     tell(Phase("syncing the model to the node"))
@@ -192,11 +194,18 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     tell(ModelReady(sum(count for count, _ in parameters), trainable))
 
     order = plan.order(train.index.length, train.summary.longest)
-    throughput = Throughput(order, train.index.tokens.tolist(), train.index.trained_tokens.tolist())
+    throughput = Throughput(
+        order,
+        train.index.tokens.tolist(),
+        train.index.trained_tokens.tolist(),
+        clock=PhaseClock(),
+        flops=plan.flops,
+        peak_flops=_peak_flops(plan),
+    )
 
     def on_commit(committed: CheckpointCommitted) -> None:
         tell(committed)
-        ray.train.report(asdict(committed))
+        ray.train.report(asdict(committed) | {"speed": committed.speed.model_dump()})
 
     commits = Commits(
         store, claim, place, restoring.committed, keep=config.num_checkpoints_to_keep, on_commit=on_commit
@@ -219,17 +228,21 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             Committing(
                 lambda directory, state: commits.start(_saved(plan, place, throughput, directory, state)),
                 commits.check,
+                throughput.clock,
             ),
             throughput,
-            Telling(tell, throughput),
+            Telling(tell),
             *(_tracking(plan, place, store, tell) if place.rank == 0 else []),
             Diverging(
                 lambda step: train.places(order.rows_of_step(step)),
                 lambda: commits.newest_checkpoint,
             ),
         ],
+        throughput=throughput,
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
     )
+    if plan.device == "cuda" and plan.deepspeed is None:
+        trainer.add_callback(Rehearsing(trainer.rehearse))
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())
     tell(Phase("training"))
@@ -288,6 +301,16 @@ def _model_request(
     )
 
 
+def _peak_flops(plan: RunPlan) -> float | None:
+    """What all devices can do in a second, taken to be like this one; None where that is not known."""
+    if plan.device == "cpu" or plan.config.dtype != "bf16":
+        return None
+    import torch
+
+    peak = peak_flops_of(torch.cuda.get_device_name())
+    return peak * plan.config.num_devices if peak else None
+
+
 def _numel(parameter: Any) -> int:
     # Under ZeRO-3 a parameter holds nothing itself; DeepSpeed keeps its real size.
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
@@ -313,7 +336,7 @@ def _saved(
         data_position=DataPosition(
             epoch=step // plan.steps_per_epoch,
             steps_in_epoch=step % plan.steps_per_epoch,
-            rows_seen=throughput.rows,
+            rows_seen=throughput.trained.rows,
         ),
         parent=plan.parent,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -323,8 +346,8 @@ def _saved(
     committed = CheckpointCommitted(
         step=step,
         uri=checkpoint_uri(plan.run_uri, step),
-        tokens=throughput.tokens,
-        trained_tokens=throughput.trained_tokens,
-        tokens_per_second=throughput.tokens_per_second,
+        tokens=throughput.trained.tokens,
+        trained_tokens=throughput.trained.trained_tokens,
+        speed=throughput.speed(),
     )
     return Saved(directory, manifest, "".join(json.dumps(entry) + "\n" for entry in entries), committed)

@@ -120,9 +120,9 @@ def bring(copy: NodeCopy) -> Path:
     """
     with explained("sync to", str(copy.version)):
         hold_lock(_use_lock(copy.version))  # before the look, so that nobody can remove it in between
-        if not _is_ready(copy):
+        if not _is_ready(copy, compare=False):
             with file_lock(copy.place / "lock"):
-                if not _is_ready(copy):
+                if not _is_ready(copy):  # one of those who wait reads the files, if they have to be read
                     _download(copy)
         os.utime(copy.version / _READY)  # the time of its last use
         return copy.result
@@ -157,8 +157,11 @@ def _download(copy: NodeCopy) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_ready(copy: NodeCopy) -> bool:
-    """Whether every file is there as it was brought; cleaners of old files take single ones."""
+def _is_ready(copy: NodeCopy, *, compare: bool = True) -> bool:
+    """Whether every file is there as it was brought; cleaners of old files take single ones.
+
+    A doubtful one is compared with its checksum, or counts as not there.
+    """
     ready = _read_ready(copy.version)
     if ready is None:
         return False
@@ -167,9 +170,8 @@ def _is_ready(copy: NodeCopy) -> bool:
         now = _look_at(copy, copy.version, checksums)
         if now != ready:
             # Somebody wrote to a file, or they were in memory when the machine went down: the disk may have the marker alone.
-            if any(
-                checksum(path) != checksums.get(item.key) for item, path in copy.paths(copy.version).items()
-            ):
+            paths = copy.paths(copy.version)
+            if not compare or any(checksum(path) != checksums.get(item.key) for item, path in paths.items()):
                 return False
             _write_ready(copy.version, now)
     except FileNotFoundError:

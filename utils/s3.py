@@ -51,7 +51,7 @@ WORK = Patience(silence=30, failing=120)  # a run outlives a storage that is dow
 CHECK = Patience(silence=5, failing=2)  # a check answers within some 10 seconds
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
-_BLOCK_BYTES = 1024 * 1024
+BLOCK_BYTES = 256 * 1024  # of a body at a time: larger ones leave the processor's cache, and cost it more
 _UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
 _DELETE_BATCH = 1000  # the most keys S3 takes in one request
 
@@ -231,7 +231,7 @@ class S3Store:
                     answer = client.get_object(Bucket=self.bucket, Key=self._start + item.key, **pinned)
                     self._check_answer(answer, item, end - start)
                     body = answer["Body"]
-                    while block := body.read(_BLOCK_BYTES):
+                    while block := body.read(BLOCK_BYTES):
                         take(block)
                         start += len(block)
                         attempts.progressed()

@@ -144,9 +144,9 @@ def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
         return BucketError(
             f"{where}: permission denied ({error.filename}); change its owner or choose another place"
         )
-    place = error.filename2 or error.filename  # of a copy, where to
-    if is_disk_full(error, Path(place or ".")):
-        free = f"; {format_bytes(free_bytes(Path(place)))} are free at {place}" if place else ""
+    place = Path(error.filename2 or error.filename or "").parent  # of a copy, where to
+    if is_disk_full(error, place):
+        free = f"; {format_bytes(free_bytes(place))} are free in {place}" if error.filename else ""
         return BucketError(
             f"{where}: the disk is full ({error.strerror}{free}); free some space, or choose a directory on a larger disk"
         )

@@ -48,16 +48,13 @@ def download_all(source: Source, targets: Mapping[StoredObject, Path]) -> dict[s
     when an object arrives twice with another content than it was stored with, and OSError when the disk refuses.
     """
     stop = threading.Event()
-    downloads = [_Download(source, item, path, stop) for item, path in targets.items()]
+    largest_first = sorted(targets, key=lambda item: item.size, reverse=True)
+    downloads = [_Download(source, item, targets[item], stop) for item in largest_first]
     with (
         ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="download-part") as large,
         ThreadPoolExecutor(SMALL_THREADS, thread_name_prefix="download") as small,
     ):
-        tasks = [
-            task
-            for download in downloads
-            for task in download.begin(small if download.item.size <= SMALL_BYTES else large)
-        ]
+        tasks = [task for download in downloads for task in download.begin(large, small)]
         try:
             for task in as_completed(tasks):
                 task.result()
@@ -90,10 +87,10 @@ class _Download:
         self._waiting = len(self._parts)
         self._lock = threading.Lock()
 
-    def begin(self, pool: ThreadPoolExecutor) -> list["Future[None]"]:
-        if len(self._parts) > 1 and not self.item.checksum:
-            # Before the parts, so that it has been asked for when they wait for it. A small object's comes with it.
-            self._stored_checksum = pool.submit(self._source.stored_checksum, self.item)
+    def begin(self, large: ThreadPoolExecutor, small: ThreadPoolExecutor) -> list["Future[None]"]:
+        if len(self._parts) > 1 and not self.item.checksum:  # a small object's comes with it
+            self._stored_checksum = small.submit(self._source.stored_checksum, self.item)
+        pool = small if self.item.size <= SMALL_BYTES else large
         return [pool.submit(self._receive, part) for part in self._parts]
 
     def discard(self) -> None:

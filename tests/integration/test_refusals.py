@@ -380,6 +380,20 @@ def test_a_gpu_that_is_not_there(refused: Refused):
     assert "Write device: cpu, or set RAY_ADDRESS" in message
 
 
+def test_an_accelerator_that_is_not_there_is_planned_for_and_not_trained_without(
+    tiny_model: Path, tmp_path: Path
+):
+    asks = {"device": "auto", "worker_resources": {"accelerator_type:H100": 0.001}, "num_devices": 2}
+    config = config_file(tmp_path, tiny_model, **asks)
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+    planned = run_main_quickly(config, "--dry-run", variables=no_gpu)
+    assert planned.exit_code == 0, planned.errors
+    assert "fits H100 (79.0 GiB)" in planned.output
+    message = message_of(run_main_quickly(config, variables=no_gpu))
+    assert message.startswith("the run needs 2 x H100, and this machine has 0 CUDA devices. Set RAY_ADDRESS")
+    assert not (tmp_path / "runs" / "config").exists()
+
+
 def test_an_unknown_key(refused: Refused, tmp_path: Path):
     message = refused(epochs=3)
     assert message == f"{tmp_path}/config.yaml:9: `epochs` is not a key: did you mean `num_epochs`?"

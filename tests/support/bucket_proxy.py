@@ -232,9 +232,7 @@ class _Exchange:
                 self._copy(self._client, self._server, int(request.headers["content-length"]) // 2)
                 trap.spring()
             if "delete" in request.query:
-                body = _receive(self._client, int(request.headers["content-length"]))
-                request.deleted = tuple(html.unescape(key) for key in _KEY.findall(body.decode()))
-                self._server.sendall(body)
+                self._server.sendall(self._deletion(request))
             else:
                 self._copy_body(
                     self._client,
@@ -251,8 +249,16 @@ class _Exchange:
             return False
         return self._answer(request, answer, fault if request.method == "GET" else None)
 
+    def _deletion(self, request: Request) -> bytes:
+        """The body of a request that deletes many objects; their keys are noted."""
+        body = _receive(self._client, int(request.headers["content-length"]))
+        request.deleted = tuple(html.unescape(key) for key in _KEY.findall(body.decode()))
+        return body
+
     def _refuse(self, request: Request, fault: Fault) -> bool:
-        if request.headers.get("expect") != "100-continue":
+        if "delete" in request.query:
+            self._deletion(request)
+        elif request.headers.get("expect") != "100-continue":
             _receive(self._client, int(request.headers.get("content-length", 0)))
         body = _ERROR.format(code=fault.code).encode() if request.method != "HEAD" else b""
         request.status = fault.status

@@ -162,6 +162,17 @@ class Order:
         return torch.cat([mixed.flatten(), order[steps * per_step :]])
 
 
+def longest_sequence(lengths: Sequence[int] | np.ndarray, packs: Sequence[Sequence[int]] | None) -> int:
+    """Which sequence has most tokens.
+
+    Args:
+        lengths: Tokens of each row.
+        packs: The rows in each sequence; None: sequences are rows.
+    """
+    lengths = np.asarray(lengths)
+    return int(np.argmax(lengths if packs is None else [lengths[list(rows)].sum() for rows in packs]))
+
+
 class TrainBatches(Sampler[list[int]]):
     """One worker's micro-batches of an epoch, as lists of sequence indices or PADDING_ROW.
 

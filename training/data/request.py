@@ -10,7 +10,7 @@ from training.data.rows import Task
 from training.data.sources import DataFile
 from utils.files import checksum, checksum_bytes
 
-_FORMAT = 2  # raise it when prepared files change their meaning
+_FORMAT = 3  # raise it when prepared files change their meaning
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

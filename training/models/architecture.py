@@ -1,5 +1,7 @@
 """What a model's architecture says without its weights: whether transformers knows it, and every parameter's shape."""
 
+import re
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -7,20 +9,67 @@ from typing import Any
 from training.models.files import ModelError, first_line
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+_EXPERT = re.compile(r"\.experts\.")
+_LAYER = re.compile(r"\.(\d+)\.")
+# Within a layer each stage reads what the stages before it made. A name that none has is taken to be of MLP_INPUT.
+_STAGES = (
+    re.compile(r"\.(input_layernorm|ln_1)\."),
+    re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn)\."),
+    re.compile(r"\.(o_proj|attention\.dense|attn\.c_proj)\."),
+    re.compile(
+        r"\.(post_attention_layernorm|ln_2|gate_proj|up_proj|gate_up_proj|c_fc|dense_h_to_4h|w1|w3)\."
+    ),
+    re.compile(r"\.(down_proj|mlp\.c_proj|dense_4h_to_h|w2)\."),
+)
+ATTENTION_OUTPUT, MLP_INPUT = 2, 3
+"""Stages of a layer, as `position` gives them."""
 
 
-def check_architecture(directory: Path, source: str, *, trust_remote_code: bool) -> None:
-    """Make sure that transformers can read the model's configuration.
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a decoder whose layers are attention and an MLP."""
 
-    Args:
-        directory: The model's files on this node; its weights are not needed.
-        source: What messages call the model.
-        trust_remote_code: Whether code that lies beside them may run.
+    layers: int
+    hidden: int
+    intermediate: int
+    """Of the MLP, or of one expert."""
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    windows: tuple[int | None, ...]
+    """For each layer, how many tokens back its attention sees, itself counted; None: all."""
+    experts: int
+    """0: no mixture."""
+    experts_per_token: int
 
-    Raises:
-        ModelError: it cannot.
-    """
-    _load_config(directory, source, trust_remote_code)
+
+def is_embedding(parameter: str) -> bool:
+    """Whether a parameter is looked up by token or position, by its name."""
+    return _EMBEDDING.search(parameter) is not None
+
+
+def is_head(parameter: str) -> bool:
+    """Whether a parameter makes logits, by its name; a tied one has the embedding's."""
+    return _HEAD.search(parameter) is not None
+
+
+def share_of_experts(shape: ModelShape, parameter: str) -> float:
+    """Which part of a matrix a token goes through: a mixture takes some of its experts."""
+    return shape.experts_per_token / shape.experts if shape.experts and _EXPERT.search(parameter) else 1.0
+
+
+def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
+    """Where a parameter is used: its layer (-1: the embedding; behind all layers: the head), and the stage in it."""
+    if is_embedding(parameter):
+        return (-1, 0)
+    layer = _LAYER.search(parameter)
+    if layer is None:
+        return (shape.layers, 1 if is_head(parameter) else 0)
+    stages = (stage for stage, names in enumerate(_STAGES) if names.search(parameter))
+    return (int(layer[1]), next(stages, MLP_INPUT))
 
 
 def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> None:
@@ -68,6 +117,50 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> ModelShape | None:
+    """The model's dimensions; None where its layers are none that we know how to count.
+
+    Args:
+        directory: The model's files on this node; its weights are not needed.
+        source: What messages call the model.
+        trust_remote_code: Whether code that lies beside them may run.
+
+    Raises:
+        ModelError: transformers cannot read the configuration.
+    """
+    text: Any = _load_config(directory, source, trust_remote_code).get_text_config()
+    said = text.to_dict()  # without the defaults that attributes of other architectures would have
+    layers, heads, intermediate = (
+        getattr(text, name, None)
+        for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    )
+    kinds = said.get("layer_types") or []
+    if (
+        not layers
+        or not heads
+        or not intermediate
+        or said.get("kv_lora_rank")
+        or not set(kinds) <= _MASKED_LAYERS
+    ):
+        return None
+    experts = said.get("num_local_experts") or said.get("num_experts") or 0
+    window = said.get("sliding_window")
+    return ModelShape(
+        layers=layers,
+        hidden=text.hidden_size,
+        intermediate=(said.get("moe_intermediate_size") or intermediate) if experts else intermediate,
+        heads=heads,
+        key_value_heads=said.get("num_key_value_heads") or heads,
+        head_dim=said.get("head_dim") or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        if kinds
+        else (window if said.get("use_sliding_window", True) else None,) * layers,
+        experts=experts,
+        experts_per_token=said.get("num_experts_per_tok") or 0,
+    )
 
 
 def _load_config(directory: Path, source: str, trust_remote_code: bool):

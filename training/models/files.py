@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,7 +47,7 @@ class ModelFacts:
         """How many there are."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
 
-    @property
+    @cached_property
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Module -> (outputs, inputs), for those whose weight is a matrix."""
         return {
@@ -227,6 +228,15 @@ class AdapterFacts:
             if name in up
         }
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted module, by its name in the base model."""
+        return {
+            name.split(".lora_A.")[0].removeprefix("base_model.model."): shape[0]
+            for name, shape in self.parameter_shapes.items()
+            if ".lora_A." in name
+        }
+
 
 def read_adapter_facts(source: str) -> AdapterFacts:
     """Read an adapter's configuration and shapes.
@@ -281,6 +291,16 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
 def targeted_modules(facts: ModelFacts, lora: LoraConfig) -> list[str]:
     """The modules that get an adapter."""
     return [module for module in facts.matrix_shapes if _targets(lora, module)]
+
+
+def lora_ranks(facts: ModelFacts, lora: LoraConfig) -> dict[str, int]:
+    """The rank of each module that gets an adapter."""
+    return {module: _rank(lora, module) for module in targeted_modules(facts, lora)}
+
+
+def is_trained_whole(lora: LoraConfig | None, parameter: str) -> bool:
+    """Whether a parameter of the base is trained beside the adapter."""
+    return any(f".{module}." in f".{parameter}" for module in (lora.modules_to_save or [] if lora else []))
 
 
 def untargeted_names(facts: ModelFacts, lora: LoraConfig) -> list[str]:

@@ -1,14 +1,70 @@
-"""Which kernels a run takes: one table of what goes together, from which `auto` chooses and the README is checked."""
+"""Which kernels a run takes: one table of what goes together, from which `auto` chooses and which the README shows."""
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from typing import Literal, get_args
 
 from configs.schema import FinetuneConfig
 from training.models.files import ModelError
 
 Device = Literal["cuda", "cpu"]
 Provider = Literal["unsloth", "liger", "torch"]
+Method = Literal["LoRA", "QLoRA", "full"]
+
+SPREADS = ("one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+"""How a run lies over devices; the columns of the table."""
+
+TESTED, UNTESTED = "T", "·"
+
+_NO_GPU = "its Triton kernels need a GPU, and the run is on CPU"
+_WHOLE_WEIGHTS = "Unsloth does not split weights (ZeRO-3)"
+_4BIT = "ZeRO-3 cannot split 4-bit weights"
+
+# Of each method, for each spread: tested (on CPU), untested (no GPU was at hand), or why not.
+COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, str, str]]] = {
+    ("torch", "cpu"): {
+        "LoRA": (TESTED, TESTED, TESTED, TESTED, TESTED),
+        "full": (TESTED, TESTED, TESTED, TESTED, TESTED),
+        "QLoRA": (TESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
+    },
+    ("torch", "cuda"): {
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
+    },
+    ("unsloth", "cpu"): {
+        "LoRA": (UNTESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "full": (UNTESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+    },
+    ("unsloth", "cuda"): {
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+    },
+    ("liger", "cpu"): {
+        "LoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
+        "full": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
+        "QLoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
+    },
+    ("liger", "cuda"): {
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
+    },
+}
+
+# What `auto` takes: the first that goes with the run and is installed; with what is said for it.
+_PREFERRED: dict[Device, tuple[tuple[Provider, str], ...]] = {
+    "cpu": (("torch", "on CPU there is nothing for Triton kernels to speed up"),),
+    "cuda": (("unsloth", "the fastest on one GPU a worker"), ("liger", ""), ("torch", "")),
+}
+_NEEDS: dict[Provider, tuple[str, str]] = {
+    "unsloth": ("unsloth", "Unsloth is not installed (make setup-unsloth)"),
+    "liger": ("triton", "Triton is missing for Liger's"),
+}
+"""The package that a provider needs, and what is said without it."""
 
 
 @dataclass(frozen=True)
@@ -26,40 +82,63 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
         ModelError: the kernels that were asked for cannot serve the run, or are not installed.
     """
     asked = config.kernels
-    if asked == "torch":
-        return KernelChoice("torch", "asked for")
-    if asked == "unsloth":
-        if reason := _why_not_unsloth(config, stage):
-            raise ModelError(f"kernels: unsloth: {reason}. Write kernels: auto, liger or torch.")
-        if not _installed("unsloth"):
-            raise ModelError(
-                "kernels: unsloth: Unsloth is not installed. `make setup-unsloth` installs it (its licence: see README)."
-            )
-        return KernelChoice("unsloth", "asked for" + (", in its CPU mode" if device == "cpu" else ""))
-    if asked == "liger":
-        if device == "cpu":
-            raise ModelError(
-                "kernels: liger: its Triton kernels need a GPU, and the run is on CPU. Write kernels: auto or torch."
-            )
-        return KernelChoice("liger", "asked for")
-    if device == "cpu":
-        return KernelChoice("torch", "auto: on CPU there is nothing for Triton kernels to speed up")
-    if not _why_not_unsloth(config, stage) and _installed("unsloth"):
-        return KernelChoice("unsloth", "auto: the fastest on one GPU a worker")
-    why = _why_not_unsloth(config, stage) or "Unsloth is not installed (make setup-unsloth)"
-    if _installed("triton"):
-        return KernelChoice("liger", f"auto: {why}")
-    return KernelChoice("torch", f"auto: {why}, and Triton is missing for Liger's")
+    if asked == "auto":
+        return _choose(config, device, stage)
+    if reason := _why_not(asked, config, device, stage):
+        others = [name for name in get_args(Provider) if not _why_not(name, config, device, stage)]
+        advice = (
+            f"kernels: auto or {' or '.join(others)}"
+            if others
+            else "deepspeed: zero_2, or load_in_4bit: false"
+        )
+        raise ModelError(f"kernels: {asked}: {reason}. Write {advice}.")
+    if asked == "unsloth" and not _installed("unsloth"):
+        raise ModelError(
+            "kernels: unsloth: Unsloth is not installed. `make setup-unsloth` installs it (its licence: see README)."
+        )
+    in_cpu_mode = asked == "unsloth" and device == "cpu"
+    return KernelChoice(asked, "asked for" + (", in its CPU mode" if in_cpu_mode else ""))
 
 
-def _why_not_unsloth(config: FinetuneConfig, stage: int) -> str | None:
-    if stage == 3:
-        return "Unsloth does not split weights (ZeRO-3)"
-    if config.packing:
+def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
+    passed_over = []
+    for provider, praise in _PREFERRED[device]:
+        reason = _why_not(provider, config, device, stage) or _missing(provider)
+        if reason is None:
+            return KernelChoice(provider, f"auto: {', and '.join(passed_over) or praise}")
+        passed_over.append(reason)
+    raise ModelError(f"kernels: auto: {passed_over[-1]}. Write deepspeed: zero_2, or load_in_4bit: false.")
+
+
+def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: int) -> str | None:
+    method: Method = "QLoRA" if config.load_in_4bit else "LoRA" if config.trains_adapter else "full"
+    spread = f"ZeRO-{stage}" if stage else "DDP" if config.num_devices > 1 else "one worker"
+    cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
+    if cell not in (TESTED, UNTESTED):
+        return cell
+    if provider == "unsloth" and config.packing:
         return "Unsloth's attention lets packed rows see one another"
-    if config.task == "preference_tuning":
+    if provider == "unsloth" and config.task == "preference_tuning":
         return "preference tuning compares log-probabilities, and Unsloth's forward pass gives a loss"
     return None
+
+
+def _missing(provider: Provider) -> str | None:
+    if provider not in _NEEDS:
+        return None
+    package, words = _NEEDS[provider]
+    return None if _installed(package) else words
+
+
+def compatibility_as_markdown() -> str:
+    """The table for people: methods that stand alike share a row, and what is refused is a dash."""
+    refused = "–"  # noqa: RUF001
+    lines = [f"| kernels | device | method | {' | '.join(SPREADS)} |", "|---" * (3 + len(SPREADS)) + "|"]
+    for (provider, device), methods in COMPATIBILITY.items():
+        for cells, alike in groupby(methods, key=lambda method: methods[method]):
+            shown = " | ".join(cell if cell in (TESTED, UNTESTED) else refused for cell in cells)
+            lines.append(f"| {provider} | {device} | {', '.join(alike)} | {shown} |")
+    return "\n".join(lines)
 
 
 def _installed(package: str) -> bool:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from runs import reading
-from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, checkpoint_key
+from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, Speed, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, small_disks_are_allowed
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
@@ -78,7 +78,7 @@ def saved(directory: Path, step: int, eval_loss: float | None = None) -> Saved:
     (place / "shards").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(os.urandom(100_000))
     (place / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
-    told = CheckpointCommitted(step, f"step {step}", 0, 0, 0.0)
+    told = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
     return Saved(place, manifest_of(step, eval_loss), "{}\n", told)
 
 
@@ -203,6 +203,26 @@ def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path
     with pytest.raises(CheckpointError, match=r"model.safetensors has 17 bytes, and 100000 were committed"):
         checkpoints.commit(store, checkpoint.manifest.model_copy(update={"files": records}))
     assert steps(store) == []
+
+
+@by_both_ways
+def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with commits_of(store) as commits:
+        commits.start(saved(tmp_path / "saved", 1))
+    checkpoint, weights = store.uri_of("checkpoints/step-000001"), checkpoint_key(1, "model.safetensors")
+
+    def fetch(cache: str) -> Path:
+        return checkpoints.fetch_weights(checkpoint, tmp_path / cache, lambda key: key == "model.safetensors")
+
+    committed = store.read(weights)
+    assert (fetch("first") / "model.safetensors").read_bytes() == committed
+    store.write(weights, bytes(len(committed)))
+    for cache in ("first", "second"):
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors: its content is not what was committed"
+        ):
+            fetch(cache)
 
 
 def test_what_killed_attempts_left_is_removed_by_the_next_owner(run_uri: str, tmp_path: Path):

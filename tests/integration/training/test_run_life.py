@@ -122,7 +122,22 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     assert run.read("eval_loss.png").startswith(b"\x89PNG")
     assert b"secret" not in run.read("config.yaml")
     lines = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    speed = result["speed"]
+    assert speed["tokens_per_second"] == result["tokens_per_second"] > speed["trained_tokens_per_second"] > 0
+    assert speed["mfu"] is None and not any("mfu" in line for line in steps), (
+        "nobody knows what this CPU could do"
+    )
+    assert all(line["peak_memory_bytes"] <= speed["peak_memory_bytes"] for line in steps)
+    worked = {"data", "forward", "backward", "optimizer", "evaluation", "saving"}
+    assert all(speed["seconds"][phase] > 0 for phase in worked)
+    assert sum(speed["seconds"].values()) < result["elapsed_seconds"]
+    for phase in ("data", "forward", "backward", "optimizer"):
+        of_steps = sum(line[f"seconds/{phase}"] for line in steps)
+        assert of_steps == pytest.approx(speed["seconds"][phase], abs=0.001), (
+            "each step has its own, and nobody else's"
+        )
     summaries = [
         json.loads(path.read_text()) for path in (files / "scratch").glob("cache/prepared/*/summary.json")
     ]
@@ -362,7 +377,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     every_20 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}}
     config = write_yaml(
         tmp_path / "full.yaml",
-        settings(files, max_steps=300, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
+        settings(files, max_steps=100, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
     )
     with started(config, within=on_a_small_disk(disk, "32m")) as running:
         running.wait_for_line("checkpoint ")
@@ -379,31 +394,34 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert damage == []
     assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
     whole = {checkpoint_key(manifest.step) for manifest in manifests}
-    assert {item.key.rpartition("/")[0] for item in run.list("checkpoints/")} == whole
+    assert {item.key.rpartition("/")[0] + "/" for item in run.list("checkpoints/")} == whole
 
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
-    assert recovered.result["train_steps"] == 300
+    assert recovered.result["train_steps"] == 100
     steps = [line["step"] for line in read_metrics(files / "runs" / "full") if "loss" in line]
-    assert steps == list(range(1, 301))
+    assert steps == list(range(1, 101))
 
 
-def test_a_full_disk_where_runs_are_stored(files: Path, tmp_path: Path):
+def test_storage_that_refuses_everything_in_the_midst_of_a_run(
+    files: Path, bucket: EmbeddedBucket, tmp_path: Path
+):
     """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
-    if not small_disks_are_allowed(tmp_path):
-        pytest.skip("this machine lets no ordinary user mount a file system of its own")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    config = write_yaml(
-        tmp_path / "runs.yaml",
-        settings(files, max_steps=1, num_epochs=None, run_name="full", storage_path=str(disk)),
-    )
-    with started(config, within=on_a_small_disk(disk, "1m")) as running:
-        finished = running.end()
+    with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
+        place = reach_as_a_user(environment, bucket, "refusing")
+        config = write_yaml(
+            tmp_path / "refused.yaml",
+            settings(files, max_steps=1, num_epochs=None, storage_path=f"{place}/runs"),
+        )
+        with started(config, {"AWS_ENDPOINT_URL_S3": proxy.endpoint}) as running:
+            running.wait_for_line("… training")
+            proxy.faults += [
+                Fault("refuse", method, status=403, code="AccessDenied") for method in ("GET", "PUT", "POST")
+            ]
+            finished = running.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(
-        rf"error: cannot copy .* to {disk}/full/checkpoints/.*: the disk is full", finished.errors
-    )
+    assert re.search(rf"error: cannot .*{place}/runs/\S+: access denied", finished.errors)
+    assert "result.json cannot be written: cannot" in finished.errors
     assert "Traceback" not in finished.errors
 
 

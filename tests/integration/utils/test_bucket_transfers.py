@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, bucket_proxy
+from tests.support.faults import on_a_small_disk, small_disks_are_allowed
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from utils import node_cache
 from utils.bucket import (
@@ -289,6 +291,31 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(
     with pytest.raises(BucketError, match=r"needs 3.0 MiB of disk, but .* has 1.0 MiB free"):
         sync_to_node(bucket_uri, tmp_path)
     assert all(name.endswith("lock") for name in files_below(tmp_path))
+
+
+def test_a_full_disk_where_a_local_store_lies(tmp_path: Path):
+    if not small_disks_are_allowed(tmp_path):
+        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    disk, file = tmp_path / "disk", tmp_path / "file"
+    disk.mkdir()
+    file.write_bytes(bytes(2 * MB))
+    upload = (
+        "import sys; from pathlib import Path; from utils.bucket import BucketError, open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "store.write('before', b'1')\n"
+        "try: store.upload(Path(sys.argv[2]), 'a/file')\n"
+        "except BucketError as error: print(error, [item.key for item in store.list()])"
+    )
+    said = subprocess.run(
+        [*on_a_small_disk(disk, "1m"), sys.executable, "-c", upload, str(disk), str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(
+        rf"the disk is full \(No space left on device; .* are free in {disk}/a\); free some", said
+    )
+    assert said.endswith("['before']\n")
 
 
 def test_an_object_that_changes_during_the_download_is_refused(bucket_uri: str, tmp_path: Path):

@@ -6,6 +6,7 @@ import ray.train
 import torch
 
 from training.job import classify
+from training.memory import Saving
 
 
 def as_ray_tells_it(cause: Exception) -> ray.train.WorkerGroupError:
@@ -13,25 +14,39 @@ def as_ray_tells_it(cause: Exception) -> ray.train.WorkerGroupError:
     return ray.train.WorkerGroupError("Training failed due to worker errors", {1: cause})
 
 
+def reason_of(cause: Exception) -> str:
+    return classify(as_ray_tells_it(cause), [])
+
+
 def test_torch_without_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    reason = classify(as_ray_tells_it(caught.value))
+    reason = reason_of(caught.value)
     assert reason.startswith("out of memory: ")
     assert "\n" not in reason
 
 
 def test_a_worker_that_ray_ended_for_its_memory():
     words = "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB.\nTop 10 memory users: …"
-    reason = classify(as_ray_tells_it(ray.exceptions.OutOfMemoryError(words)))
+    reason = reason_of(ray.exceptions.OutOfMemoryError(words))
     assert reason == "out of memory: Task was killed due to the node running low on memory."
 
 
 def test_a_worker_that_is_gone():
-    reason = classify(as_ray_tells_it(ray.exceptions.ActorDiedError()))
+    reason = reason_of(ray.exceptions.ActorDiedError())
     assert reason.startswith("worker lost: ")
 
 
 def test_an_error_of_the_workers_own():
     error = ValueError("row 3: no")
-    assert classify(as_ray_tells_it(error)) == "row 3: no"
+    assert reason_of(error) == "row 3: no"
+
+
+def test_what_would_save_memory_stands_behind_the_reason():
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB.\nSee documentation."
+    savings = [Saving("gradient_checkpointing: true", 5 * 2**30), Saving("optim: adamw_8bit", 3 * 2**29)]
+    reason = classify(as_ray_tells_it(torch.OutOfMemoryError(words)), savings)
+    assert reason == (
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB. What would help most, "
+        "estimated for each device: `gradient_checkpointing: true` (5.0 GiB less); `optim: adamw_8bit` (1.5 GiB less)."
+    )

@@ -1,11 +1,23 @@
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from configs.schema import FinetuneConfig
 from training.models import kernels
 from training.models.files import ModelError
-from training.models.kernels import Device, choose_kernels
+from training.models.kernels import (
+    COMPATIBILITY,
+    SPREADS,
+    TESTED,
+    UNTESTED,
+    Device,
+    Method,
+    Provider,
+    choose_kernels,
+    compatibility_as_markdown,
+)
 
 
 def config(**keys: Any) -> FinetuneConfig:
@@ -48,8 +60,8 @@ def test_auto_keeps_packed_rows_apart(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("asked", "device", "stage", "advice"),
     [
-        ("unsloth", "cuda", 3, "Write kernels: auto, liger or torch"),
-        ("liger", "cpu", 0, "Write kernels: auto or torch"),
+        ("unsloth", "cuda", 3, "Write kernels: auto or liger or torch"),
+        ("liger", "cpu", 0, "Write kernels: auto or unsloth or torch"),
     ],
 )
 def test_what_cannot_serve_is_refused_with_what_to_write(asked: str, device: Device, stage: int, advice: str):
@@ -66,3 +78,36 @@ def test_unsloth_that_is_not_installed_is_refused_with_how_to_install_it(monkeyp
 @pytest.mark.parametrize(("asked", "device"), [("torch", "cpu"), ("torch", "cuda"), ("liger", "cuda")])
 def test_what_is_asked_for_is_taken(asked: str, device: Device):
     assert choose_kernels(config(kernels=asked), device, 0) == kernels.KernelChoice(asked, "asked for")
+
+
+def test_readme_shows_the_table():
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text("utf-8")
+    assert f"\n\n{compatibility_as_markdown()}\n\n" in readme
+
+
+@pytest.mark.parametrize("provider", get_args(Provider))
+@pytest.mark.parametrize("device", get_args(Device))
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("spread", SPREADS)
+def test_what_the_table_refuses_is_refused_and_what_it_has_is_taken(
+    monkeypatch: pytest.MonkeyPatch, provider: Provider, device: Device, method: Method, spread: str
+):
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    keys: dict[str, Any] = {} if method == "full" else {"lora_config": {"r": 4}}
+    keys |= {"load_in_4bit": True} if method == "QLoRA" else {}
+    keys["num_devices"] = 1 if spread == "one worker" else 2
+    stage = int(spread[-1]) if spread.startswith("ZeRO") else 0
+    asked = config(**keys, kernels=provider)
+    cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
+    if cell in (TESTED, UNTESTED):
+        assert choose_kernels(asked, device, stage).provider == provider
+    else:
+        with pytest.raises(ModelError, match=re.escape(f"kernels: {provider}: {cell}. Write ")):
+            choose_kernels(asked, device, stage)
+
+
+def test_what_no_kernels_can_do_is_refused_with_what_to_change():
+    qlora = config(load_in_4bit=True, lora_config={"r": 4}, num_devices=2)
+    for device in get_args(Device):
+        with pytest.raises(ModelError, match=r"cannot split 4-bit weights\. Write deepspeed: zero_2, or"):
+            choose_kernels(qlora, device, 3)

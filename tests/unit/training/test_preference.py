@@ -15,6 +15,7 @@ from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import PADDING_ROW, BatchShape, Order, PairSequences
 from training.data.token_files import IGNORED
 from training.preference import PreferenceTrainer, collate_pairs, pair_losses
+from training.speed import PhaseClock, Throughput
 from training.trainers import TrainingRows
 
 PAIRS = 6
@@ -52,13 +53,12 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = PairSequences(rows, tokenizer.pad_token_id, with_mismatched=loss == "kto")
+    order = Order(BatchShape(PAIRS, 2, 1, 1), 0)
     trainer = PreferenceTrainer(
         reference_model=None,
         config=config,
         base_model="m",
-        rows=TrainingRows(
-            Order(BatchShape(PAIRS, 2, 1, 1), 0), pairs, pairs, collate_pairs(tokenizer.pad_token_id, None)
-        ),
+        rows=TrainingRows(order, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None)),
         model=tuned_model(tiny_model),
         args=SFTConfig(
             str(directory),
@@ -72,6 +72,7 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
         ),
         tokenizer=tokenizer,
         callbacks=[],
+        throughput=Throughput(order, [], [], clock=PhaseClock(), flops=None, peak_flops=None),
         on_eval_progress=lambda _: None,
         loss_of_transformers=True,
     )

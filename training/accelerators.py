@@ -1,0 +1,60 @@
+"""What is known of GPUs by their names: memory and peak speed, from their makers' data sheets."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PREFIX = "accelerator_type:"
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One kind of GPU."""
+
+    name: str
+    """As Ray calls it in `accelerator_type:NAME`; the forms that Ray does not tell apart have the least of them."""
+    device_name: str
+    """Regular expression of what CUDA calls it, whole."""
+    memory: int
+    """Bytes that a process sees, about: CUDA keeps a part of what the data sheet says, and error correction another."""
+    peak_flops: float
+    """Dense bf16 on tensor cores with fp32 sums, a second: data sheets give twice that, "with sparsity"."""
+
+
+def _gib(amount: float) -> int:
+    return int(amount * 2**30)
+
+
+# NVIDIA's data sheets of each product, "BFLOAT16 Tensor Core", halved where they say "with sparsity". The first that matches counts.
+ACCELERATORS = (
+    Accelerator("A10G", r"NVIDIA A10G", _gib(22), 70e12),
+    Accelerator("A10", r"NVIDIA A10", _gib(22), 125e12),
+    Accelerator("L4", r"NVIDIA L4", _gib(22), 121e12),
+    Accelerator("L40S", r"NVIDIA L40S", _gib(44), 362e12),
+    Accelerator("A100", r"(NVIDIA )?A100-(SXM4?|PCIE)-40GB", _gib(39), 312e12),
+    Accelerator("A100-40G", r"(NVIDIA )?A100-(SXM4?|PCIE)-40GB", _gib(39), 312e12),
+    Accelerator("A100-80G", r"(NVIDIA )?A100(-SXM4?-80GB| 80GB PCIe)", _gib(79), 312e12),
+    Accelerator("H100", r"NVIDIA H100 80GB HBM3", _gib(79), 989e12),
+    Accelerator("H100", r"NVIDIA H100 PCIe", _gib(79), 756e12),
+    Accelerator("H100", r"NVIDIA H100 NVL", _gib(93), 835e12),
+    Accelerator("H200", r"NVIDIA H200", _gib(139), 989e12),
+    Accelerator("H200", r"NVIDIA H200 NVL", _gib(139), 835e12),
+    Accelerator("B200", r"NVIDIA B200", _gib(178), 2250e12),
+)
+
+
+def named_accelerator(resources: Iterable[str]) -> str | None:
+    """The accelerator that Ray resources ask for, if any."""
+    return next((name.removeprefix(_PREFIX) for name in resources if name.startswith(_PREFIX)), None)
+
+
+def memory_of(name: str) -> int | None:
+    """Bytes of an accelerator by Ray's name; None where it is not known."""
+    return min((known.memory for known in ACCELERATORS if known.name == name), default=None)
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """Dense bf16 operations a second, by what CUDA calls the device; None where it is not known, as for a part of one (MIG)."""
+    return next(
+        (known.peak_flops for known in ACCELERATORS if re.fullmatch(known.device_name, device_name)), None
+    )
