@@ -163,6 +163,8 @@ class MetricsLine(BaseModel):
     loss: float | None = None
     eval_loss: float | None = None
     learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,6 @@ class Told:
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
     last_step: int = 0
-    throughput: dict[int, float] = field(default_factory=dict)
-    """Steps of this attempt -> their tokens/s."""
 
     @property
     def has_uncommitted_steps(self) -> bool:
@@ -197,9 +195,8 @@ class Told:
         match event:
             case ModelReady():
                 self.model = event
-            case StepDone(step=step, tokens_per_second=tokens_per_second):
+            case StepDone(step=step):
                 self.last_step = step
-                self.throughput[step] = tokens_per_second
             case CheckpointCommitted():
                 self.checkpoint = event
             case Refused(message):
@@ -464,7 +461,6 @@ def _write_result(
             result=result,
             metrics=metrics,
             parent_metrics=before,
-            throughput=told.throughput,
             checkpoints=manifests,
             config=to_yaml(plan.config),
             environment={
