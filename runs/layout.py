@@ -164,6 +164,7 @@ class MetricsLine(BaseModel):
     eval_loss: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:

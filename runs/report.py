@@ -66,6 +66,7 @@ def _summary(report: RunReport) -> str:
                 "started from": result.parent or report.base_model,
                 "trained": f"{result.train_steps:,} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained)",
                 "speed": f"{result.tokens_per_second:,.0f} tokens/s, all workers together",
+                "memory": f"{format_bytes(result.speed.peak_memory_bytes)} at most, first worker",
                 "took": f"{result.elapsed_seconds:,.0f} s",
                 "ended": result.ended or "",
                 "trainable parameters": f"{result.trainable_parameters:,}",
@@ -78,10 +79,6 @@ def _summary(report: RunReport) -> str:
 def _curves(report: RunReport) -> list[str]:
     parent = report.parent_metrics
     begin = parent[-1].epoch if parent else 0.0
-    rates = {line.step: line.learning_rate for line in report.metrics if line.learning_rate is not None}
-    speeds = {
-        line.step: line.tokens_per_second for line in report.metrics if line.tokens_per_second is not None
-    }
     losses = [
         _training_line("parent run, training", parent, is_parents=True),
         eval_line("parent run, evaluation", eval_losses_of(parent), is_parents=True),
@@ -90,12 +87,23 @@ def _curves(report: RunReport) -> list[str]:
     ]
     charts = [
         ("Loss", "epoch", "nats a trained token", losses),
-        ("Learning rate", "step", "learning rate", [Line("learning rate", [*rates], [*rates.values()])]),
+        (
+            "Learning rate",
+            "step",
+            "learning rate",
+            [_by_step("learning rate", [(line.step, line.learning_rate) for line in report.metrics])],
+        ),
         (
             "Throughput",
             "step",
             "tokens/s, all workers together",
-            [Line("tokens/s", [*speeds], [*speeds.values()])],
+            [_by_step("tokens/s", [(line.step, line.tokens_per_second) for line in report.metrics])],
+        ),
+        (
+            "Memory",
+            "step",
+            "bytes, at most so far",
+            [_by_step("first worker", [(line.step, line.peak_memory_bytes) for line in report.metrics])],
         ),
     ]
     return [
@@ -103,6 +111,11 @@ def _curves(report: RunReport) -> list[str]:
         for title, x_label, y_label, lines in charts
         if (drawn := [line for line in lines if line.x])
     ]
+
+
+def _by_step(name: str, figures: Sequence[tuple[int, float | None]]) -> Line:
+    points = [(step, figure) for step, figure in figures if figure is not None]
+    return Line(name, [step for step, _ in points], [figure for _, figure in points])
 
 
 def _training_line(

@@ -31,15 +31,13 @@ class _Elements(HTMLParser):
         ]
 
 
+def figures(step: int) -> dict[str, float]:
+    return {"learning_rate": 1e-3 / step, "tokens_per_second": 100.0 * step, "peak_memory_bytes": 2**30}
+
+
 def metrics(*losses: float) -> list[MetricsLine]:
     steps = [
-        MetricsLine(
-            step=step,
-            epoch=step / 10,
-            loss=2 / step,
-            learning_rate=1e-3 / step,
-            tokens_per_second=100.0 * step,
-        )
+        MetricsLine(step=step, epoch=step / 10, loss=2 / step, **figures(step))
         for step in range(1, 10 * len(losses))
     ]
     return steps + [
@@ -70,7 +68,7 @@ def test_the_page_needs_nothing_else_and_says_everything():
     assert not elements.names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     assert {address for address in elements.addresses if not address.startswith("#")} == {"data_report.html"}
     assert not re.search(r"@import|url\((?!#)", page)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     for part in (
         "completed: all steps done",
         "2.0000 at first, 1.2500 at best",
