@@ -268,7 +268,11 @@ def test_no_row_that_fits(refused: Refused):
     ("key", "uri", "advice"),
     [
         ("model_id", "nobody/no-such-model", "without a network, name a directory or an s3:// prefix"),
-        ("train_path", "hf://datasets/nobody/no-such-rows", "without a network, name a JSONL file"),
+        (
+            "train_path",
+            "hf://datasets/nobody/no-such-rows",
+            "to take what was loaded here before, or name a JSONL file",
+        ),
     ],
 )
 def test_a_hub_that_cannot_be_reached(refused: Refused, key: str, uri: str, advice: str):

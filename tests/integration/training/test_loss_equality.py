@@ -53,11 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
 OTHER_SPREADS = [name for name in SPREADS if name != "one"]
 CELLS = [(method, spread) for method in ("lora", "full") for spread in OTHER_SPREADS] + [
     ("packed", "ddp"),
-    ("packed", "zero_2"),
     ("dpo_lora", "ddp"),
-    ("dpo_lora", "zero_2"),
     ("dpo_lora", "zero_3"),
-    ("dpo_full", "zero_2"),
     ("dpo_full", "zero_3"),
 ]
 

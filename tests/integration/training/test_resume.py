@@ -113,7 +113,6 @@ GRID = [
 SAMPLE = [
     Chain(Shape("lora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
-    Chain(Shape("lora", 4, 2, "ddp"), 2, (Kill.AFTER_STEP,)),
     Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP,)),
     Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, (Kill.AFTER_STEP,)),
 ]
