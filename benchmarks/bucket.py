@@ -25,10 +25,11 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.checkpoints import manifest_of
 from benchmarks.report import spread, write_report
 from runs.layout import MANIFEST_FILE, checkpoint_key, checkpoint_uri
 from tests.support.bucket_proxy import Fault, bucket_proxy
+from tests.support.own_buckets import variables_of
+from tests.support.stored_runs import manifest_of
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from utils.bucket import BucketError, open_store
@@ -55,13 +56,7 @@ def main() -> None:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
         server = stack.enter_context(embedded_bucket())
-        os.environ |= {
-            "AWS_ACCESS_KEY_ID": server.access_key,
-            "AWS_SECRET_ACCESS_KEY": server.secret_key,
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL_S3": server.endpoint,
-        }
+        os.environ |= variables_of(server)
         small = fill_bucket(directory)
         shaped = stack.enter_context(
             bucket_proxy(server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND)

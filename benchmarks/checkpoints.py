@@ -26,8 +26,10 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.report import spread, write_report
 from runs import reading
-from runs.layout import DataFingerprints, DataPosition, Manifest, Speed
+from runs.layout import Speed
 from tests.support.bucket_proxy import bucket_proxy
+from tests.support.own_buckets import variables_of
+from tests.support.stored_runs import manifest_of
 from training.claims import claimed
 from training.commits import Commits, Saved
 from training.events import CheckpointCommitted
@@ -55,13 +57,7 @@ def main() -> None:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
         with embedded_bucket() as server:
-            os.environ |= {
-                "AWS_ACCESS_KEY_ID": server.access_key,
-                "AWS_SECRET_ACCESS_KEY": server.secret_key,
-                "AWS_REGION": "us-east-1",
-                "AWS_EC2_METADATA_DISABLED": "true",
-                "AWS_ENDPOINT_URL_S3": server.endpoint,
-            }
+            os.environ |= variables_of(server)
             create_bucket()
             with bucket_proxy(
                 server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND
@@ -149,24 +145,6 @@ def saved(directory: Path, step: int, size: int) -> Saved:
     for number in range(FILES):
         (place / f"file-{number}.safetensors").write_bytes(os.urandom(size))
     return Saved(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
-
-
-def manifest_of(step: int) -> Manifest:
-    """As it is when its files are not known yet."""
-    return Manifest(
-        step=step,
-        epoch=0.0,
-        eval_loss=None,
-        world_size=1,
-        zero_stage=0,
-        config_hash="",
-        data=DataFingerprints(train="", valid=None),
-        data_position=DataPosition(epoch=0, steps_in_epoch=step, rows_seen=step),
-        parent=None,
-        created="",
-        versions={},
-        files=[],
-    )
 
 
 def a_step() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, Finished, command, environment, run_main, write_yaml
 from tests.support.tiny_model import write_data
@@ -462,12 +463,9 @@ def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path):
 def on_a_disk_of_300_kb(directory: Path, config: Path) -> Finished:
     """Run main.py --dry-run where `directory` is a disk of its own, which only that process sees."""
     directory.mkdir()
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    mount = 'mount -t tmpfs -o size=300k disk "$0"'
-    if subprocess.run([*inside, mount, directory], capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine lets nobody mount a small disk (unshare --mount is refused)")
+    require_small_disks(directory)
     done = subprocess.run(
-        [*inside, f'{mount} && exec "$@"', directory, *command(config, "--dry-run")],
+        [*on_a_small_disk(directory, "300k"), *command(config, "--dry-run")],
         cwd=PROJECT,
         env=environment(),
         capture_output=True,

@@ -87,25 +87,33 @@ def write_run(
     return store.uri_of(name)
 
 
-def manifest_of(loss: EvalLoss) -> Manifest:
-    """The manifest of a checkpoint of one file."""
+def manifest_of(
+    step: int, epoch: float = 0.0, eval_loss: float | None = None, files: Sequence[FileRecord] = ()
+) -> Manifest:
+    """The manifest of a checkpoint of one worker."""
     return Manifest(
-        step=loss.step,
-        epoch=loss.epoch,
-        eval_loss=loss.eval_loss,
+        step=step,
+        epoch=epoch,
+        eval_loss=eval_loss,
         world_size=1,
         zero_stage=0,
         config_hash="0" * 64,
         data=DataFingerprints(train="0", valid=None),
-        data_position=DataPosition(epoch=int(loss.epoch), steps_in_epoch=0, rows_seen=80),
+        data_position=DataPosition(epoch=int(epoch), steps_in_epoch=0, rows_seen=step),
         parent=None,
         created="2026-11-21T12:00:00+00:00",
         versions=VERSIONS,
-        files=[FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))],
+        files=list(files),
     )
+
+
+def manifest_with_weights(loss: EvalLoss) -> Manifest:
+    """The manifest of a checkpoint of one file."""
+    weights = FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))
+    return manifest_of(loss.step, loss.epoch, loss.eval_loss, [weights])
 
 
 def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:
     store.write(f"{name}/{checkpoint_key(loss.step, 'model.safetensors')}", _WEIGHTS)
-    content = manifest_of(loss).model_dump_json().encode()
+    content = manifest_with_weights(loss).model_dump_json().encode()
     store.write(f"{name}/{checkpoint_key(loss.step, MANIFEST_FILE)}", content)

@@ -15,10 +15,11 @@ import psutil
 import pytest
 
 from runs import reading
-from runs.layout import MANIFEST_FILE, Claim, DataFingerprints, DataPosition, Manifest, Speed, checkpoint_key
+from runs.layout import MANIFEST_FILE, Claim, Speed, checkpoint_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
-from tests.support.faults import on_a_small_disk, small_disks_are_allowed
+from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
+from tests.support.stored_runs import manifest_of
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, claimed
@@ -56,30 +57,13 @@ def nobody(owner: str) -> None:
     raise AssertionError(f"waits for {owner}")
 
 
-def manifest_of(step: int, eval_loss: float | None = None) -> Manifest:
-    return Manifest(
-        step=step,
-        epoch=float(step),
-        eval_loss=eval_loss,
-        world_size=1,
-        zero_stage=0,
-        config_hash="config",
-        data=DataFingerprints(train="rows", valid=None),
-        data_position=DataPosition(epoch=0, steps_in_epoch=step, rows_seen=step),
-        parent=None,
-        created="2026-01-01T00:00:00+00:00",
-        versions={},
-        files=[],
-    )
-
-
 def saved(directory: Path, step: int, eval_loss: float | None = None) -> Saved:
     place = directory / f"checkpoint-{step}"
     (place / "shards").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(os.urandom(100_000))
     (place / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
     told = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
-    return Saved(place, manifest_of(step, eval_loss), "{}\n", told)
+    return Saved(place, manifest_of(step, float(step), eval_loss), "{}\n", told)
 
 
 @contextmanager
@@ -159,8 +143,7 @@ def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
 
 def test_a_disk_that_takes_no_more_is_told_whoever_writes(tmp_path: Path):
     """Python, safetensors and torch each fail in their own words; other failures keep theirs."""
-    if not small_disks_are_allowed(tmp_path):
-        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    require_small_disks(tmp_path)
     save = textwrap.dedent(
         """
         import sys

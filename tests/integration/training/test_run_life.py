@@ -25,7 +25,7 @@ from runs import reading
 from runs.layout import Manifest, checkpoint_key
 from runs.listing import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
-from tests.support.faults import fill_disk, on_a_small_disk, small_disks_are_allowed
+from tests.support.faults import fill_disk, on_a_small_disk, require_small_disks
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
@@ -370,8 +370,7 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
 
 def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     """The checkpoint that does not fit is refused in a line, what was committed stays whole, and the same command goes on."""
-    if not small_disks_are_allowed(tmp_path):
-        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    require_small_disks(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
     every_20 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, bucket_proxy
-from tests.support.faults import on_a_small_disk, small_disks_are_allowed
+from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from utils import node_cache
 from utils.bucket import (
@@ -294,8 +294,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(
 
 
 def test_a_full_disk_where_a_local_store_lies(tmp_path: Path):
-    if not small_disks_are_allowed(tmp_path):
-        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    require_small_disks(tmp_path)
     disk, file = tmp_path / "disk", tmp_path / "file"
     disk.mkdir()
     file.write_bytes(bytes(2 * MB))

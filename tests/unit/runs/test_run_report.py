@@ -9,7 +9,7 @@ from configs.loading import to_yaml
 from configs.schema import FinetuneConfig
 from runs.layout import MetricsLine
 from runs.report import RunReport, to_html
-from tests.support.stored_runs import eval_losses, manifest_of, result_of
+from tests.support.stored_runs import eval_losses, manifest_with_weights, result_of
 
 ATTACK = "<script>alert(1)</script>"
 RUN = "s3://bucket/runs/a-run"
@@ -126,7 +126,7 @@ def test_nothing_that_others_wrote_becomes_markup():
             environment={ATTACK: ATTACK},
             command=["python", "main.py", ATTACK],
             base_model=ATTACK,
-            checkpoints=[manifest_of(loss) for loss in eval_losses(2.0)],
+            checkpoints=[manifest_with_weights(loss) for loss in eval_losses(2.0)],
         )
     )
     assert "<script" not in page
