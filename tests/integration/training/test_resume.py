@@ -254,6 +254,7 @@ class Run:
 
     def stop(self, step: int) -> int:
         """Send it, and SIGTERM main.py once a step is seen; returns the step of the last checkpoint."""
+        assert step % INTERVAL != 0, "with nothing uncommitted, a run stops at once"
         ledger = self._next_ledger()
         # Else these steps of milliseconds would be over before the signal comes.
         with started(self.config, injection(ledger, hold=f"in_step_until_stop:{step + 1}")) as job:
@@ -443,7 +444,7 @@ def test_a_killed_run_ends_as_if_it_was_not(
 def stopped(files: Path) -> tuple[Run, int, int]:
     """A run stopped by SIGTERM in the middle of its second epoch: (run, step seen, step of its last checkpoint)."""
     run = Run(files, str(files / "stopped"), "stopped", SABOTAGED)
-    seen = STEPS_PER_EPOCH + INTERVAL
+    seen = STEPS_PER_EPOCH + INTERVAL + 1
     return run, seen, run.stop(seen)
 
 
@@ -458,10 +459,9 @@ def copy_of(stopped: Run, files: Path, name: str) -> Run:
 def test_a_stopped_run_loses_at_most_a_step(
     stopped: tuple[Run, int, int], files: Path, references: References
 ):
-    """The step in which the signal came is the last one, and its checkpoint lies between two intervals."""
+    """The step in which the signal came is the last one; test_run_life stops a run between two intervals."""
     run, seen, last = stopped
     assert last == seen + 1
-    assert last % INTERVAL != 0
     continued = copy_of(run, files, "continued")
     end = continued.finish()
     assert first_step(continued.ledgers[-1]) == last + 1
