@@ -11,6 +11,19 @@ from utils.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucke
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test asks the hub
 
+KILLS = "kills"
+"""The property under which a test of resume says how often it killed its run."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much of the grid of resume was passed."""
+    passed: list[pytest.TestReport] = terminalreporter.getreports("passed")
+    kills = [value for report in passed for name, value in report.user_properties if name == KILLS]
+    if kills:
+        terminalreporter.write_line(
+            f"{sum(kills)} kills in {len(kills)} runs, each of which ended bit for bit as one that nobody killed"
+        )
+
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBucket]:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from runs.layout import MANIFEST_FILE, checkpoint_key
 from runs.reading import committed
+from tests.conftest import KILLS
 from tests.support.bucket_proxy import Trap, bucket_proxy
 from tests.support.faults import injection
 from tests.support.jobs import Job, started, write_yaml
@@ -118,6 +119,11 @@ SAMPLE = [
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")
+
+
+def side_by_side(shape: Shape) -> pytest.MarkDecorator:
+    """Runs of one shape go to one process, which needs one reference for them (`--dist loadgroup`)."""
+    return pytest.mark.xdist_group(str(shape))
 
 
 @dataclass(frozen=True, order=True)
@@ -396,30 +402,16 @@ def references(files: Path, storage: str) -> References:
     return References(files, storage)
 
 
-class _Count:
-    """Says at the end of the test session how much of the grid was passed."""
-
-    def __init__(self) -> None:
-        self.passed: list[Chain] = []
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        done = sum(len(chain.kills) for chain in self.passed)
-        whole = sum(len(chain.kills) for chain in GRID)
-        terminalreporter.write_line(
-            f"resume: {done} kills in {len(self.passed)} runs ended bit for bit as without them; the grid has {whole} in {len(GRID)}"
-        )
-
-
-@pytest.fixture(scope="module")
-def count(request: pytest.FixtureRequest) -> _Count:
-    counting = _Count()
-    request.config.pluginmanager.register(counting)
-    return counting
-
-
-@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize(
+    "chain", [pytest.param(chain, id=str(chain), marks=side_by_side(chain.shape)) for chain in CHAINS]
+)
 def test_a_killed_run_ends_as_if_it_was_not(
-    chain: Chain, files: Path, storage: str, bucket: EmbeddedBucket, references: References, count: _Count
+    chain: Chain,
+    files: Path,
+    storage: str,
+    bucket: EmbeddedBucket,
+    references: References,
+    record_property: Callable[[str, object], None],
 ):
     """Equal weights, optimizer and figures; each row once an epoch; no kill costs more than an interval."""
     run = Run(files, storage, str(chain), chain.shape)
@@ -437,7 +429,7 @@ def test_a_killed_run_ends_as_if_it_was_not(
     assert first_step(run.ledgers[-1]) == restored + 1
     assert differences(end, references[chain.shape]) == []
     assert wrong_rows(end.ledger) == []
-    count.passed.append(chain)
+    record_property(KILLS, len(chain.kills))
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +448,7 @@ def copy_of(stopped: Run, files: Path, name: str) -> Run:
     return run
 
 
+@side_by_side(SABOTAGED)
 def test_a_stopped_run_loses_at_most_a_step(
     stopped: tuple[Run, int, int], files: Path, references: References
 ):
@@ -469,6 +462,7 @@ def test_a_stopped_run_loses_at_most_a_step(
     assert wrong_rows(end.ledger) == []
 
 
+@side_by_side(SABOTAGED)
 @pytest.mark.parametrize("part", ["rng", "optimizer", "position"])
 def test_what_is_not_restored_is_noticed(
     part: str, stopped: tuple[Run, int, int], files: Path, references: References
