@@ -66,7 +66,7 @@ fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refu
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py
 
 test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour)
-	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration/training/test_resume.py
+	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/test_resume.py
 
 lint: setup-dev  ## check style, types and the doors between the rooms
 	$(BIN)/ruff check .

@@ -121,11 +121,6 @@ CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")
 
 
-def side_by_side(shape: Shape) -> pytest.MarkDecorator:
-    """Runs of one shape go to one process, which needs one reference for them (`--dist loadgroup`)."""
-    return pytest.mark.xdist_group(str(shape))
-
-
 @dataclass(frozen=True, order=True)
 class Taken:
     """A row, or a pack of rows, that a worker took for an optimizer step."""
@@ -402,9 +397,7 @@ def references(files: Path, storage: str) -> References:
     return References(files, storage)
 
 
-@pytest.mark.parametrize(
-    "chain", [pytest.param(chain, id=str(chain), marks=side_by_side(chain.shape)) for chain in CHAINS]
-)
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
 def test_a_killed_run_ends_as_if_it_was_not(
     chain: Chain,
     files: Path,
@@ -448,7 +441,6 @@ def copy_of(stopped: Run, files: Path, name: str) -> Run:
     return run
 
 
-@side_by_side(SABOTAGED)
 def test_a_stopped_run_loses_at_most_a_step(
     stopped: tuple[Run, int, int], files: Path, references: References
 ):
@@ -462,7 +454,6 @@ def test_a_stopped_run_loses_at_most_a_step(
     assert wrong_rows(end.ledger) == []
 
 
-@side_by_side(SABOTAGED)
 @pytest.mark.parametrize("part", ["rng", "optimizer", "position"])
 def test_what_is_not_restored_is_noticed(
     part: str, stopped: tuple[Run, int, int], files: Path, references: References
