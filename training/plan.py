@@ -655,8 +655,13 @@ def _newest_of_the_same_run(
             "Choose another run_name to train it again, or remove the run."
         )
     last = newest(manifests)
+    if last is None and damage:
+        raise ConfigError(
+            f"the run {run_uri} has begun before, and none of its checkpoints is whole:\n{_listed(damage)}\n"
+            "Bring back what is missing, or choose another run_name. To train it from the beginning, remove the run."
+        )
     if last is None:
-        return None, damage
+        return None, []
     if config.resume == "never":
         raise ConfigError(
             f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."

@@ -41,15 +41,15 @@ class Restoring:
         `committed` is then what the run has up to that state, and nothing else is left in the run.
 
         Raises:
-            CheckpointError: the other run's checkpoint is damaged.
+            CheckpointError: every checkpoint is damaged, or the other run's is.
             BucketError: a checkpoint cannot be read.
         """
         while (damage := self._damage()) is not None:
-            if not self.committed:
+            if len(self.committed) < 2:  # to begin anew would remove what people may still mend
                 raise CheckpointError(damage)
             self.committed = self.committed[:-1]
             self._running = self._begin()
-            tell(Notice(f"{damage} Passed over for {self.uri or 'a start from the beginning'}."))
+            tell(Notice(f"{damage} Passed over for {self.uri}."))
         self._thread.shutdown()
         if self._place.rank == 0:
             checkpoints.remove_leftovers(self._store, self.committed)

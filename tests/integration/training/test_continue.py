@@ -256,6 +256,11 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     assert "no MANIFEST.json, so it was never committed" in message
     message = refusal(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
     assert "is completed, and its checkpoints are damaged" in message
+    (run / "result.json").unlink()
+    for manifest in run.glob("checkpoints/*/MANIFEST.json"):
+        manifest.write_bytes(manifest.read_bytes()[:-8])
+    message = refusal(files, "all_damaged", run_name="half-removed", lora_config=LORA)
+    assert "has begun before, and none of its checkpoints is whole" in message
     assert "there is no run" in refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
 
 
