@@ -1,5 +1,6 @@
 """What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from runs.layout import (
 from runs.reading import missing_of_completed, read_result, sizes, survey, wrong_sizes
 from utils.bucket import (
     AlreadyExistsError,
+    BucketError,
     DamagedError,
     Store,
     is_remote,
@@ -38,6 +40,8 @@ from utils.files import checksum, format_bytes, free_bytes, is_disk_full, safe_j
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
 _LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(Exception):
@@ -172,14 +176,23 @@ def _steps_in_use(store: Store) -> set[int]:
         content = store.read_if_exists(item.key)
         if content is None:
             continue
-        child = open_store(CheckpointUse.model_validate_json(content).run_uri)
-        result = read_result(child)
-        # Without a result it trains now, or was killed and may be sent again; without a claim it was removed.
-        if result.status != "completed" if result else child.list(f"{CLAIMS}/"):
+        if _needs_its_start(store.uri_of(item.key), content):
             steps.add(step_of_use(item.key))
         else:
             store.delete([item.key])
     return steps
+
+
+def _needs_its_start(mark: str, content: bytes) -> bool:
+    """Whether the run that a mark names may still go on; one that cannot be looked at may."""
+    try:
+        child = open_store(CheckpointUse.model_validate_json(content).run_uri)
+        result = read_result(child)
+        # Without a result it trains now, or was killed and may be sent again; without a claim it was removed.
+        return result.status != "completed" if result else bool(child.list(f"{CLAIMS}/"))
+    except (BucketError, ValidationError) as error:
+        _log.warning("%s: its run cannot be looked at, so the checkpoint is kept: %s", mark, error)
+        return True
 
 
 def restore(uri: str, directory: Path) -> Manifest:

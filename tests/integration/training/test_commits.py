@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from runs import reading
-from runs.layout import MANIFEST_FILE, Claim, Speed, checkpoint_key
+from runs.layout import MANIFEST_FILE, CheckpointUse, Claim, Speed, checkpoint_key, use_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
@@ -24,8 +24,9 @@ from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, claimed
 from training.commits import Commits, Saved
-from training.events import CheckpointCommitted
+from training.events import CheckpointCommitted, Event, Notice
 from training.place import Place
+from training.restoring import Restoring
 from utils.bucket import BucketError, Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 
@@ -265,6 +266,35 @@ def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri:
         commits.start(saved(tmp_path, 4, losses[4]))
     assert steps(store) == [2, 4]
     assert store.list("used-by/") == []
+
+
+@pytest.mark.parametrize("mark", ["{", CheckpointUse(run_uri="s3://no-such-bucket/x").model_dump_json()])
+def test_a_checkpoint_is_kept_for_a_run_that_cannot_be_looked_at(run_uri: str, tmp_path: Path, mark: str):
+    store = open_store(run_uri)
+    with commits_of(store, keep=1) as commits:
+        commits.start(saved(tmp_path, 1, 3.0))
+        commits.wait()
+        store.write(use_key("step-000001", "another"), mark.encode())
+        for step in (2, 3):
+            commits.start(saved(tmp_path, step, 1.0 / step))
+    assert steps(store) == [1, 3]
+
+
+def test_where_every_checkpoint_is_damaged_none_is_removed(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with commits_of(store, keep=2) as commits:
+        for step in (1, 2):
+            commits.start(saved(tmp_path, step))
+    for step in (1, 2):
+        store.write(checkpoint_key(step, "model.safetensors"), bytes(100_000))
+    before = store.list()
+    told: list[Event] = []
+    with pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: its content is not"):
+        Restoring(store, None, tmp_path / "restored", ALONE).finish(told.append)
+    (notice,) = told
+    assert isinstance(notice, Notice)
+    assert notice.text.endswith("Passed over for " + store.uri_of("checkpoints/step-000001") + ".")
+    assert store.list() == before
 
 
 @by_both_ways
