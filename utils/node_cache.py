@@ -259,9 +259,14 @@ def _make_room(copy: NodeCopy, needed: int) -> None:
 
 
 def _held_bytes(cache_dir: Path) -> int:
-    # By inode: versions share files.
-    files = (path.stat() for path in cache_dir.glob(f"*/*/{_FILES}/**/*") if path.is_file())
-    return sum({status.st_ino: status.st_size for status in files}.values())
+    sizes = dict[int, int]()  # by inode: versions share files
+    for files in cache_dir.glob(f"*/*/{_FILES}"):
+        for directory, _, names in os.walk(files):  # passes over what others rename or remove meanwhile
+            for name in names:
+                with suppress(FileNotFoundError):
+                    status = Path(directory, name).stat()
+                    sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def _remove_oldest(cache_dir: Path) -> bool:
@@ -276,7 +281,9 @@ def _remove_oldest(cache_dir: Path) -> bool:
             _log.info("removing %s from the cache", version)
             (version / _READY).unlink(missing_ok=True)
             shutil.rmtree(version, ignore_errors=True)
-            return True
+            if not version.exists():
+                return True
+            _log.warning("%s cannot be removed from the cache", version)
     return False
 
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from tests.support.faults import on_a_small_disk, require_small_disks
+from utils import node_cache
 from utils.bucket import BucketError, DamagedError, missing_bytes, open_store, sync_to_node
 from utils.files import checksum_bytes, file_lock
 from utils.node_cache import LIMIT_VARIABLE
@@ -108,6 +112,47 @@ def test_what_dead_processes_left_makes_room(
     monkeypatch.setenv(LIMIT_VARIABLE, "150KB")
     sync_elsewhere(f"{bucket_uri}/second", tmp_path)
     assert not partial.exists()
+
+
+def test_what_cannot_be_removed_stays_and_stops_nobody(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    require_small_disks(tmp_path)
+    for name in ("first", "second"):
+        open_store(f"{bucket_uri}/{name}").write("weights", b"1" * 100 * KB)
+    first = sync_elsewhere(f"{bucket_uri}/first", tmp_path)
+    monkeypatch.setenv(LIMIT_VARIABLE, "150KB")
+    with_a_mount_point = on_a_small_disk(first, "1m")
+    second = subprocess.run(
+        [*with_a_mount_point, sys.executable, "-c", HOLD, f"{bucket_uri}/second", str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert (Path(second.stdout.strip()) / "weights").exists()
+    assert first.exists()
+
+
+def test_the_cache_is_measured_while_others_fill_and_clear_it(tmp_path: Path):
+    files = tmp_path / "place" / "version" / "files"
+    ended = threading.Event()
+
+    def fill_and_clear() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (files / str(number)).mkdir(parents=True)
+                (files / str(number) / "weights").write_bytes(b"1")
+            shutil.rmtree(files.parent)
+
+    other = threading.Thread(target=fill_and_clear)
+    other.start()
+    try:
+        assert all(0 <= node_cache._held_bytes(tmp_path) <= 20 for _ in range(2000))
+    finally:
+        ended.set()
+        other.join()
 
 
 def test_a_copy_with_another_content_than_is_known_is_refused(bucket_uri: str, tmp_path: Path):
