@@ -172,7 +172,7 @@ class FsspecStore:
         """See Store."""
         return join_uri(self.uri, key)
 
-    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> None:
+    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
         """See transfer.Source. fsspec pins no version: an object that changes meanwhile is told by its ETag afterwards."""
         with self._errors("download", item.key):
             path, end = self._path(item.key), start + length
@@ -187,6 +187,7 @@ class FsspecStore:
                 raise BucketError(
                     f"cannot download {self.uri_of(item.key)}: it changed while it was read; run again"
                 )
+        return False
 
     def stored_checksum(self, item: StoredObject) -> str | None:
         """See transfer.Source."""

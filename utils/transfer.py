@@ -25,9 +25,10 @@ Take = Callable[[bytes], None]
 class Source(Protocol):
     """Where objects come from."""
 
-    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> None:
+    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
         """Give every byte of a range to `take`, in order and each once, whatever breaks on the way.
 
+        Returns whether they were compared with a checksum that storage sent with them.
         Raises NotFoundError, DamagedError, or another BucketError when the object is not `item` any more.
         """
         ...
@@ -83,6 +84,7 @@ class _Download:
         self._partial = partial_name(path)
         self._descriptor = -1
         self._stored_checksum: Future[str | None] | None = None
+        self._is_compared = False
         self._parts = [_Part(start, length) for start, length in split(item.size)]
         self._waiting = len(self._parts)
         self._lock = threading.Lock()
@@ -152,7 +154,7 @@ class _Download:
                 position += written
                 rest = rest[written:]
 
-        self._source.read_into(self.item, part.start, part.length, take)
+        self._is_compared = self._source.read_into(self.item, part.start, part.length, take)
 
     def _finish(self) -> None:
         if wrong := self._what_is_wrong():
@@ -171,6 +173,8 @@ class _Download:
         expected = self.item.checksum
         if expected is None and self._stored_checksum:
             expected = self._stored_checksum.result()
+        elif expected is None and not self._is_compared:  # a small one broke off, and its rest came without
+            expected = self._source.stored_checksum(self.item)
         if expected is None:
             return ""
         algorithm = expected.partition(":")[0]

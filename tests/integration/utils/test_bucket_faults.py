@@ -151,6 +151,16 @@ def test_a_body_damaged_on_its_way_is_read_again_or_refused(
             S3Store(uri, IMPATIENT).read(key)
 
 
+def test_the_rest_of_a_small_body_is_compared_as_well(uri: str, behind: Behind, tmp_path: Path):
+    """Storage sends its checksum with a whole body only; the rest of one that broke off comes without."""
+    flip, truncate = Fault("flip", key="small-1", header="range"), Fault("truncate", key="small-1")
+    behind(flip, truncate)
+    with pytest.raises(DamagedError, match="small-1"):
+        download(uri, tmp_path / "down")
+    assert flip.struck == truncate.struck == 2
+    assert not list((tmp_path / "down").glob("*small-1*"))
+
+
 @pytest.mark.parametrize("key", ["large", "small-1"])
 def test_another_object_in_its_place_is_refused_by_the_checksum_that_is_known(
     uri: str, tmp_path: Path, key: str
