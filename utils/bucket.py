@@ -73,6 +73,8 @@ def is_remote(uri: str) -> bool:
         raise BucketError(
             f"{uri}: {scheme}:// is not supported; use s3://bucket/prefix, a local path, or one of {others}"
         )
+    if scheme not in ("", "file") and "://" not in uri:
+        raise BucketError(f"{uri}: the bucket's name is missing; write {scheme}://bucket/prefix")
     return scheme not in ("", "file")
 
 
@@ -247,7 +249,7 @@ def _remote_store(uri: str, patience: Patience = WORK) -> Store:
 
 def _parent(uri: str) -> tuple[str, str]:
     """Return (URI without its last part, last part); the last part is empty for a whole bucket."""
-    scheme, _, path = uri.rstrip("/").partition("://")
+    scheme, _, path = uri.partition("://")
     bucket, _, prefix = path.partition("/")
     above, _, name = prefix.strip("/").rpartition("/")
     return join_uri(f"{scheme}://{bucket}", above), name

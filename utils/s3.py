@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from utils.embedded_bucket import EMBEDDED_BUCKET, embedded_endpoint, state_directory
 from utils.files import BucketError
-from utils.s3_errors import CHANGED, EXPIRED, error_code, explain_failure, explain_refusal, may_pass
+from utils.s3_errors import CHANGED, EXPIRED, NO_S3, error_code, explain_failure, explain_refusal, may_pass
 from utils.store import (
     AlreadyExistsError,
     DamagedError,
@@ -89,11 +89,7 @@ class S3Store:
     def first(self, prefix: str) -> StoredObject | None:
         """See Store."""
         with self._errors("list", prefix):
-            answer = self._request(
-                lambda client: client.list_objects_v2(
-                    Bucket=self.bucket, Prefix=self._start + prefix, MaxKeys=100
-                )
-            )
+            answer = self._list_page(prefix, MaxKeys=100)
         return next(iter(self._objects(answer)), None)
 
     def stat(self, key: str) -> StoredObject:
@@ -215,7 +211,7 @@ class S3Store:
         """See Store."""
         return f"{self.uri}/{key}" if key else self.uri
 
-    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> None:
+    def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
         """See transfer.Source. What breaks off is continued where it broke off."""
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -235,7 +231,7 @@ class S3Store:
                         take(block)
                         start += len(block)
                         attempts.progressed()
-                    return
+                    return "Range" not in pinned
                 except (BotoCoreError, ClientError) as error:
                     self._wait_or_raise(error, attempts, client)
 
@@ -247,15 +243,19 @@ class S3Store:
         page: dict[str, str] = {}
         with self._errors("list", prefix):
             while True:
-                answer = self._request(
-                    lambda client, page=page: client.list_objects_v2(
-                        Bucket=self.bucket, Prefix=self._start + prefix, **options, **page
-                    )
-                )
+                answer = self._list_page(prefix, **options, **page)
                 yield answer
                 if not answer.get("IsTruncated"):
                     return
                 page = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def _list_page(self, prefix: str, **options: Any) -> Mapping[str, Any]:
+        answer = self._request(
+            lambda client: client.list_objects_v2(Bucket=self.bucket, Prefix=self._start + prefix, **options)
+        )
+        if "Name" not in answer:  # any XML, a web page too, reads like a listing of nothing
+            raise BucketError(f"cannot list {self.uri_of(prefix)}: {NO_S3}")
+        return answer
 
     def _objects(self, listing: Mapping[str, Any]) -> Iterator[StoredObject]:
         for item in listing.get("Contents", []):

@@ -7,6 +7,7 @@ from utils.files import BucketError
 from utils.store import NotFoundError
 
 CHANGED = "the object changed while it was read; run again"
+NO_S3 = "what answers there is no S3 server; check AWS_ENDPOINT_URL_S3"
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"}
 _BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
@@ -67,7 +68,7 @@ def explain_refusal(error: Any, where: str, bucket: str) -> BucketError:
     details = error.response.get("Error", {})
     code = details.get("Code", "")
     if not code or (code == "404" and error.operation_name != "HeadObject"):
-        return BucketError(f"{where}: what answers there is no S3 server; check AWS_ENDPOINT_URL_S3")
+        return BucketError(f"{where}: {NO_S3}")
     advice = _ADVICE.get(code)
     if advice is None:
         return BucketError(f"{where}: storage answered {code} ({details.get('Message', '')})")
@@ -86,11 +87,20 @@ def explain_failure(error: Any) -> str:
     if isinstance(error, exceptions.SSLError):
         if "WRONG_VERSION_NUMBER" in str(error):
             return "the server does not speak TLS there; write http:// in AWS_ENDPOINT_URL_S3"
-        if "invalid path" in str(error):
-            return "AWS_CA_BUNDLE names no file"
+        if "No such file" in str(error) or "NO_CERTIFICATE" in str(error):
+            return "AWS_CA_BUNDLE names no file with certificates"
         return "the server's certificate is not trusted; set AWS_CA_BUNDLE to the file that vouches for it"
+    if isinstance(error, exceptions.ProxyConnectionError):
+        proxy = _address(error.kwargs["proxy_url"])
+        return f"the proxy {proxy} does not answer; check HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
     if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
         request_url = getattr(error, "kwargs", {}).get("endpoint_url", "")
-        server = urllib.parse.urlsplit(str(request_url)).netloc.rpartition("@")[2]
+        server = _address(request_url)
         return f"the storage server {server} does not answer; check the network and AWS_ENDPOINT_URL_S3"
     return str(error)
+
+
+def _address(url: object) -> str:
+    """Host and port, without a password."""
+    text = str(url)
+    return urllib.parse.urlsplit(text if "://" in text else f"//{text}").netloc.rpartition("@")[2]

@@ -382,6 +382,9 @@ def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
     with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
         check_readable(own_bucket)
     assert time.monotonic() - start < 5
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@127.0.0.1:{port}")
+    with pytest.raises(BucketError, match=rf"the proxy 127\.0\.0\.1:{port} does not answer"):
+        check_readable(own_bucket)
 
 
 @pytest.mark.parametrize(
@@ -389,6 +392,7 @@ def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
     [
         (404, b"", "no S3 server"),
         (404, b"<html>Not found</html>", "no S3 server"),
+        (200, b"<html>Welcome</html>", "no S3 server"),
         (301, b"", "only points elsewhere"),
     ],
 )

@@ -51,8 +51,9 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated():
     with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID") as refused:
         open_store("s3://AKIA:hunter2@bucket/x")
     assert "hunter2" not in str(refused.value)
-    with pytest.raises(BucketError, match="bucket's name is missing"):
-        open_store("s3:/bucket/x")
+    for nameless in ("s3:/bucket/x", "s3://", "s3:///x"):
+        with pytest.raises(BucketError, match="bucket's name is missing; write s3://bucket/prefix"):
+            check_readable(nameless)
     with pytest.raises(BucketError, match="s3://My bucket!/x: no bucket is called that"):
         open_store("s3://My bucket!/x")
 
