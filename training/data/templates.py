@@ -131,9 +131,7 @@ class Renderer:
             ) from error
         return rendered[0]
 
-    def _check_answers(
-        self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> None:
+    def _check_answers(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
         """Templates for content in parts pass over text: what the assistant says must change what is written."""
         last = messages[-1]
         if self._writes_answers or "tool_calls" in last:
