@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -675,12 +676,8 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if config.prompt_template is not None:
         if config.chat_template is not None:
             yield "prompt_template", "`prompt_template` and `chat_template` both lay out rows: keep one"
-        if not re.search(r"\{\w+\}.*\{\w+\}\s*$", config.prompt_template, re.DOTALL):
-            yield (
-                "prompt_template",
-                "`prompt_template` needs at least two {column} places and ends with the answer's: write something "
-                'like "### Instruction: {instruction} ### Response: {output}"',
-            )
+        if fault := _prompt_template_fault(config.prompt_template):
+            yield "prompt_template", fault
         if config.task in ("preference_tuning", "classification"):
             yield (
                 "prompt_template",
@@ -700,6 +697,27 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "data_format",
             "`data_format: classification` is for `task: classification`: write that task too",
         )
+
+
+def _prompt_template_fault(template: str) -> str | None:
+    """Why rows cannot be laid out by it, if they cannot."""
+    braces = "write {{ and }} for braces that are text, and {column} for a place"
+    try:
+        places = [parts[1:] for parts in string.Formatter().parse(template) if parts[1] is not None]
+    except ValueError as error:
+        return f"`prompt_template` cannot be read ({error}): {braces}"
+    names = [str(name) for name, _, _ in places]
+    for name, form, conversion in places:
+        if form or conversion or not re.fullmatch(r"\w*[^\W\d]\w*", str(name)):
+            return f"`prompt_template` has a place that names no column ({{{name}…}}): {braces}"
+    if len(names) < 2 or not template.rstrip().endswith(f"{{{names[-1]}}}"):
+        return (
+            "`prompt_template` needs at least two {column} places and ends with the answer's: write something "
+            'like "### Instruction: {instruction} ### Response: {output}"'
+        )
+    if names[-1] in names[:-1]:
+        return f"`prompt_template` has the answer's place `{names[-1]}` twice: keep the one at its end"
+    return None
 
 
 def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:

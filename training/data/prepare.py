@@ -242,6 +242,12 @@ class _Preparation:
                 + (", or leave them out with bad_rows: skip." if count < self.rows_read else ".")
             )
         self.tokens.refuse_long_rows()
+        for path, rows in zip(request.paths, self.rows_of_sources, strict=True):
+            if request.weights and not rows:
+                raise DataError(
+                    f"{path}: none of its rows is left to learn from, so it cannot have its weight's share of an epoch. Mend it, or take "
+                    "it out of train_path."
+                )
 
     def _summary(self) -> DataSummary:
         request, tokens = self.request, self.tokens

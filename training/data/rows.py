@@ -130,7 +130,10 @@ def recognise(
     for name in found:
         if name in allowed:
             return name
-    if found:
+    has_empty_columns = any(
+        all(columns.get(column, column) in row for column in _COLUMNS[name]) for name in allowed
+    )
+    if found and not has_empty_columns:
         better = next(other for other, formats in _FORMATS_OF_TASK.items() if found[0] in formats)
         raise RowError(
             "wrong format", f"is {FORMAT_NAMES[found[0]]}, which task: {better} learns from, not {task}"
@@ -388,8 +391,11 @@ def _tools_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[dict[str,
         tools = _from_json(tools, f"`{name}`") if tools.strip() else None
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list):
         raise RowError("wrong type", f"`{name}` is {json_type(tools)}, not a list of JSON schemas")
+    for number, tool in enumerate(tools, start=1):
+        if not isinstance(tool, dict):
+            raise RowError("wrong type", f"tool {number} of `{name}` is {json_type(tool)}, not a JSON schema")
     _check_nesting(tools, f"`{name}`")
     return tools
 
@@ -403,7 +409,7 @@ def _check_nesting(value: Any, what: str) -> None:
         raise RowError("nested too deeply", f"{what} is nested too deeply") from None
     except (ValueError, TypeError) as error:
         raise RowError("wrong type", f"{what} cannot be written as JSON ({error})") from None
-    if "\\u0000" in text:
+    if "\\u0000" in text.replace("\\\\", ""):  # a backslash that is text is written as two
         raise RowError("NUL character", f"{what} holds a NUL character")
 
 

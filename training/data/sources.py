@@ -17,6 +17,7 @@ from utils.files import checksum
 MAX_ROW_BYTES = 8_000_000  # some two million tokens: more than any model reads at once
 
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _NOT_READ = (".tsv", ".arrow", ".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
 _HUB_PREFIX = "hf://datasets/"
@@ -215,15 +216,25 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
         return _open_parquet(path, file.uri)
     raw = path.open("rb")
     size = max(path.stat().st_size, 1)
-    if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if fault := None if compression else _other_kind(raw.peek(4)):
         raw.close()
-        raise DataError(f"{file.uri}: is UTF-16. Save the file as UTF-8.")
+        raise DataError(f"{file.uri}: {fault}.")
     stream = _decompressed(raw, compression) if compression else raw
     reader = {"json": _read_json, "csv": _read_csv}.get(kind, _read_jsonl)
     return OpenFile(
         _closing(raw, _naming_damage(reader(stream, file.uri), file.uri)),
         lambda: 1.0 if raw.closed else raw.tell() / size,
     )
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What a file that begins so is, where it is no text."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "is UTF-16. Save the file as UTF-8"
+    for magic, ending in _MAGIC.items():
+        if head.startswith(magic):
+            return f"is {ending} by its content. Let its name end so"
+    return None
 
 
 def _closing(raw: io.BufferedReader, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -284,7 +295,9 @@ def _parse_line(line: bytes) -> Any:
         return RowError("not JSON", f"is not JSON ({error}). One JSON object a line is expected")
     except RecursionError:
         return RowError("nested too deeply", "is nested too deeply to be a conversation")
-    return _checked_object(value, "One JSON object a line is expected")
+    return _checked_object(
+        value, "One JSON object a line is expected; a file of one JSON array is named .json"
+    )
 
 
 def _checked_object(value: Any, expected: str) -> Any:
@@ -296,7 +309,8 @@ def _checked_object(value: Any, expected: str) -> Any:
 def json_type(value: Any) -> str:
     """What JSON calls a value, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), f"of type {type(value).__name__}")  # Parquet has bytes, dates and others
 
 
 def _read_json(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
@@ -378,7 +392,8 @@ class _Characters:
             except ValueError as error:
                 if len(self._text) - self._position > MAX_ROW_BYTES:
                     raise DataError(
-                        f"{self._uri}:{number}: no JSON value ends within {MAX_ROW_BYTES / 1e6:.0f} MB ({error}). Write the file again."
+                        f"{self._uri}:{number}: no JSON value ends within {MAX_ROW_BYTES / 1e6:.0f} MB ({error}). Shorten or remove the row if it is "
+                        "that long; JSONL can leave it out with bad_rows: skip."
                     ) from error
                 if not self._grow():
                     raise DataError(
@@ -407,7 +422,8 @@ def _bounded(lines: io.TextIOWrapper, uri: str) -> Iterator[str]:
         number += 1
         if len(line) > MAX_ROW_BYTES:
             raise DataError(
-                f"{uri}:{number}: has no line end within {MAX_ROW_BYTES / 1e6:.0f} MB, so it is no CSV. Write the file again."
+                f"{uri}:{number}: has no line end within {MAX_ROW_BYTES / 1e6:.0f} MB. Shorten or remove the row if it is that long; JSONL can "
+                "leave it out with bad_rows: skip."
             )
         yield line
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-_EXAMPLES, _EXAMPLE_TOKENS = 3, 400
+_EXAMPLES, _EXAMPLE_PIECES = 3, 8
+PIECE_TOKENS = 200  # shown of each piece of an example: its beginning and its end
 _BARS = 14
 _MAX_SHOWN = 5
 
@@ -55,6 +56,7 @@ class DataSummary:
     trained_tokens: int
     longest: int
     truncated_rows: int
+    """Kept without their end."""
     lost_tokens: int
     """Cut off, or in rows that are dropped."""
     dropped_rows: int
@@ -115,11 +117,25 @@ def _ids_and_trained(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
 def _mark(
     tokenizer: "PreTrainedTokenizerFast", ids: list[int], trained: list[bool]
 ) -> list[tuple[str, bool]]:
-    ids, trained = ids[:_EXAMPLE_TOKENS], trained[:_EXAMPLE_TOKENS]
     pieces: list[tuple[str, bool]] = []
     begin = 0
     for position in range(1, len(ids) + 1):
         if position == len(ids) or trained[position] != trained[begin]:
-            pieces.append((str(tokenizer.decode(ids[begin:position])), trained[begin]))
+            if len(pieces) == _EXAMPLE_PIECES:
+                pieces.append((_left_out(len(ids) - begin), False))
+                break
+            pieces.append((_shortened(tokenizer, ids[begin:position]), trained[begin]))
             begin = position
     return pieces
+
+
+def _shortened(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
+    """Without its middle where it is long, so that a long question does not hide its answer."""
+    if len(ids) <= PIECE_TOKENS:
+        return str(tokenizer.decode(ids))
+    half = PIECE_TOKENS // 2
+    return f"{tokenizer.decode(ids[:half])}{_left_out(len(ids) - 2 * half)}{tokenizer.decode(ids[-half:])}"
+
+
+def _left_out(tokens: int) -> str:
+    return f" … {tokens:,} tokens … "

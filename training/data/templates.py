@@ -44,6 +44,7 @@ class Renderer:
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self._header, self._end = self._surroundings()
+        self._writes_answers = False
         self._writes_tools: bool | None = None
         self._writes_calls: bool | None = None
 
@@ -63,6 +64,7 @@ class Renderer:
         if isinstance(example, Pair):
             return tuple(self._completed(example, side) for side in (example.chosen, example.rejected))
         whole = self._layout(example.messages, example.tools)
+        self._check_answers(whole, example.messages, example.tools)
         self._check_tools(whole, example)
         if self._whole_text:
             return (Rendered(whole, ((0, len(whole)),)),)
@@ -83,6 +85,7 @@ class Renderer:
     def _completed(self, pair: Pair, side: list[Message]) -> Rendered:
         before = self._layout(pair.prompt, pair.tools, prompt=True)
         whole = self._layout([*pair.prompt, *side], pair.tools)
+        self._check_answers(whole, [*pair.prompt, *side], pair.tools)
         if not whole.startswith(before):
             raise RowError(
                 "template",
@@ -113,12 +116,33 @@ class Renderer:
                 f"the chat template is broken ({error}, line {error.lineno} of it). Copy the tokenizer's files again from where the model "
                 "came from, or mend chat_template."
             ) from error
-        except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise RowError(
                 "template",
                 f"is refused by the chat template ({error}). Change the row to the roles and fields that it takes",
             ) from error
         return rendered[0]
+
+    def _check_answers(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Templates for content in parts pass over text: what the assistant says must change what is written."""
+        last = messages[-1]
+        if self._writes_answers or "tool_calls" in last:
+            return
+        changed = {**last, "content": f"{last['content']} {_ANSWER}"}
+        self._writes_answers = whole != self._layout([*messages[:-1], changed], tools)
+        if not self._writes_answers:
+            raise DataError(
+                "the chat template writes nothing of what the assistant says, so there is nothing to learn from. Set chat_template, or "
+                "use a model whose template takes a message's content as text."
+            )
 
     def _check_tools(self, whole: str, chat: Chat) -> None:
         """Most templates pass over what they do not know: tools must change what is written, and so must calls."""

@@ -131,6 +131,7 @@ class TokenWriter:
         limit = self.request.limit
         length = max(len(sequence.ids) for sequence in sequences)
         self.lengths.append(length)
+        cut = 0
         if limit and length > limit:
             if self.request.long_rows == "error":
                 self.too_long_rows += 1
@@ -142,9 +143,8 @@ class TokenWriter:
                 self.lost += sum(len(sequence.ids) for sequence in sequences)
                 self.leave_out(row, f"has {length:,} tokens, and {limit:,} are taken (long_rows: drop)")
                 return False
-            self.truncated += 1
-            for sequence in sequences:
-                self.lost += sequence.cut(limit)
+            cut = sum(sequence.cut(limit) for sequence in sequences)
+            self.lost += cut
         if not all(sequence.trained for sequence in sequences):
             self.dropped += 1
             self.lost += sum(len(sequence.ids) for sequence in sequences)
@@ -155,6 +155,7 @@ class TokenWriter:
                 else "has no trained token",
             )
             return False
+        self.truncated += cut > 0
         return True
 
     def refuse_long_rows(self) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tests.support.tiny_model import write_data
 from training.data.prepare import prepare_data
 from training.data.prepared import SKIPPED_FILE, fetch_prepared, keep_prepared, verify_prepared
 from training.data.sources import DataError
+from training.data.summary import PIECE_TOKENS
 from training.data.token_files import DATA_FILE, IGNORED
 
 Turns = list[tuple[str, str]]
@@ -92,7 +94,7 @@ def test_long_rows_are_cut_and_counted(
     assert rows[1]["input_ids"] == whole[1]["input_ids"][:tokens]
     assert rows[1]["labels"] == whole[1]["labels"][:tokens]
     # The third row's answer lies behind the cut: nothing of it can be learned.
-    assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (2, 1)
+    assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
     assert prepared.summary.tokens + prepared.summary.lost_tokens == sum(row["tokens"] for row in whole)
     (left_out,) = [json.loads(line) for line in (prepared.directory / SKIPPED_FILE).read_text().splitlines()]
     assert (left_out["file"], left_out["row"]) == (str(path), 3)
@@ -210,6 +212,31 @@ def test_sources_are_mixed_by_weight(chatml: PreTrainedTokenizerFast, tiny_model
     assert again == prepared.summary
 
 
+def test_a_source_with_nothing_left_cannot_have_its_weight(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    good = write(tmp_path / "good.jsonl", chat("2 + 2?", "4"))
+    bad = write(tmp_path / "bad.jsonl", chat("2 + 2?", ""))
+    data = request(good, bad, weights=(1.0, 1.0), bad_rows="skip")
+    with pytest.raises(DataError, match=rf"{bad}: none of its rows is left .* share"):
+        prepare(data, chatml, tiny_model, tmp_path / "cache")
+    prepare(replace(data, weights=None), chatml, tiny_model, tmp_path / "cache")
+
+
+def test_an_example_with_a_long_question_shows_its_answer(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    question, answer = "1 2 3 " * 500, "So? " + "4 5 6 " * 500
+    path = write(tmp_path / "rows.jsonl", chat(question, answer))
+    prepared = prepare(request(path), chatml, tiny_model, tmp_path / "cache")
+    (example,) = prepared.summary.examples
+    (trained,) = [text for text, is_trained in example if is_trained]
+    assert trained.startswith("So? 4") and trained.endswith("6 <|im_end|>")
+    left_out = [re.findall(r" … ([0-9,]+) tokens … ", text) for text, _ in example]
+    assert left_out[1] == [f"{prepared.summary.trained_tokens - PIECE_TOKENS:,}"]
+    assert len(left_out[0]) == 1, "the question, too"
+
+
 def test_data_is_prepared_once_on_a_node(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     train, _ = write_data(tmp_path)
     with ThreadPoolExecutor(4) as pool:
@@ -318,7 +345,7 @@ def test_a_pair_keeps_its_prompt_when_it_is_cut(
     assert row["tokens"] == 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     assert row["trained_tokens"] == len(row["chosen_ids"]) + len(row["rejected_ids"])
     assert chatml.decode(row["chosen_ids"]) == "4<|im_end|>"
-    assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (2, 1)
+    assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
 
 
 def test_a_classification_remembers_its_labels(

@@ -89,6 +89,17 @@ def test_a_weight_of_0_takes_a_message_out_of_the_loss():
         read({"messages": [USER, ASSISTANT | {"weight": 0.5}]})
 
 
+def test_words_about_a_nul_character_are_none():
+    def calling(code: str) -> dict[str, Any]:
+        call = {"name": "run", "arguments": {"code": code}}
+        return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+
+    read(calling(r"print('\u0000')"))
+    for code in ("\x00", "\\\x00"):
+        with pytest.raises(RowError, match="holds a NUL character"):
+            read(calling(code))
+
+
 def test_tool_calls_keep_what_templates_print():
     chat = read({"messages": [USER, CALL, TOOL, ASSISTANT], "tools": TOOLS})
     assert isinstance(chat, Chat)
@@ -199,15 +210,22 @@ def test_a_column_that_a_format_needs_is_missing_not_null():
         ),
         ({"prompt": "2 + 2?", "completion": ""}, "`completion` is empty"),
         ({"prompt": 4, "completion": "4"}, "`prompt` is a number, not text"),
+        ({"prompt": b"2 + 2?", "completion": "4"}, "`prompt` is of type bytes, not text"),
         ({"prompt": "2 + 2?", "completion": "\ud800"}, "holds half of a surrogate pair"),
         ({"prompt": None, "completion": "4"}, r"found: prompt \(null\), completion"),
         ({"messages": None}, r"found: messages \(null\)"),
         ({"messages": {"role": "user"}}, "`messages` is an object"),
+        ({"messages": [USER, ASSISTANT], "tools": ["add"]}, "tool 1 of `tools` is text, not a JSON schema"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_reason(row: dict[str, Any], reason: str):
     with pytest.raises(RowError, match=reason):
         read(row)
+
+
+def test_a_label_that_is_null_is_missing():
+    with pytest.raises(RowError, match=r"has no `text` and `label`.*found: text, label \(null\)"):
+        read({"text": "2 + 2?", "label": None}, "classification", labels=("0", "1"))
 
 
 _json = st.recursive(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.prompt_format import to_chat_template
 from tests.support.prepared import encode
-from training.data.rows import Chat, Filled, Message, Pair, Text
+from training.data.rows import Chat, Filled, Message, Pair, Task, Text
 from training.data.sources import DataError, RowError
 from training.data.templates import Renderer
 from training.data.token_files import IGNORED
@@ -280,6 +280,38 @@ def test_a_template_that_changes_earlier_turns_is_refused(chatml: PreTrainedToke
 def test_a_broken_template_is_told_with_its_line(chatml: PreTrainedTokenizerFast):
     with pytest.raises(DataError, match=r"chat template is broken .*line 1 of it"):
         encode(with_template(chatml, "{% for %}"), chat(ONE_TURN))
+
+
+CONTENT_IN_PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm"])
+def test_a_template_that_leaves_the_answers_out_is_refused(chatml: PreTrainedTokenizerFast, task: Task):
+    tokenizer = with_template(chatml, CONTENT_IN_PARTS)
+    with pytest.raises(DataError, match="writes nothing of what the assistant says"):
+        encode(tokenizer, chat(ONE_TURN), task)
+    ids, _ = encode(tokenizer, Filled("Q: 1 A: ", "2"), task)
+    assert ids, "what no chat template lays out needs none"
+
+
+def test_a_template_that_leaves_the_sides_of_a_pair_out_is_refused(chatml: PreTrainedTokenizerFast):
+    question, answer, other = (*chat(ONE_TURN).messages, {"role": "assistant", "content": "5"})
+    with pytest.raises(DataError, match="writes nothing of what the assistant says"):
+        encode(
+            with_template(chatml, CONTENT_IN_PARTS), Pair([question], [answer], [other]), "preference_tuning"
+        )
+
+
+@pytest.mark.parametrize("expression", ["'{x}'.format()", "'{}'.format()", "'text' | dictsort"])
+def test_whatever_a_template_stumbles_over_is_told_with_the_row(
+    chatml: PreTrainedTokenizerFast, expression: str
+):
+    with pytest.raises(RowError, match="is refused by the chat template"):
+        encode(with_template(chatml, "{{ " + expression + " }}"), chat(ONE_TURN))
 
 
 def test_llmforges_prompt_format_trains_its_answers(chatml: PreTrainedTokenizerFast):
