@@ -25,7 +25,16 @@ from typing import Any, TypeVar
 
 from utils.embedded_bucket import EMBEDDED_BUCKET, embedded_endpoint, state_directory
 from utils.files import BucketError
-from utils.s3_errors import CHANGED, EXPIRED, NO_S3, error_code, explain_failure, explain_refusal, may_pass
+from utils.s3_errors import (
+    CHANGED,
+    ELSEWHERE,
+    EXPIRED,
+    NO_S3,
+    error_code,
+    explain_failure,
+    explain_refusal,
+    may_pass,
+)
 from utils.store import (
     AlreadyExistsError,
     DamagedError,
@@ -470,9 +479,7 @@ class S3Store:
         except _RefusedError as refused:
             raise explain_refusal(refused.error, where, self.bucket) from refused.error
         except RecursionError as error:  # botocore asks again and again in which region the bucket is
-            raise BucketError(
-                f"{where}: the server only points elsewhere; check AWS_ENDPOINT_URL_S3"
-            ) from error
+            raise BucketError(f"{where}: {ELSEWHERE}") from error
         except BotoCoreError as error:
             raise BucketError(f"{where}: {explain_failure(error)}") from error
         except OSError as error:

@@ -8,6 +8,7 @@ from utils.store import NotFoundError
 
 CHANGED = "the object changed while it was read; run again"
 NO_S3 = "what answers there is no S3 server; check AWS_ENDPOINT_URL_S3"
+ELSEWHERE = "the server only points elsewhere; check AWS_ENDPOINT_URL_S3"
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"}
 _BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
@@ -27,7 +28,7 @@ def may_pass(error: Any) -> bool:
         return status in _BUSY_STATUSES or error_code(error) in _BUSY | EXPIRED | {
             "ConditionalRequestConflict"
         }
-    if isinstance(error, exceptions.SSLError | exceptions.InvalidProxiesConfigError):
+    if isinstance(error, exceptions.SSLError | exceptions.InvalidProxiesConfigError) or _is_too_deep(error):
         return False
     return isinstance(
         error,
@@ -93,11 +94,18 @@ def explain_failure(error: Any) -> str:
     if isinstance(error, exceptions.ProxyConnectionError):
         proxy = _address(error.kwargs["proxy_url"])
         return f"the proxy {proxy} does not answer; check HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
+    if _is_too_deep(error):
+        return ELSEWHERE
     if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
         request_url = getattr(error, "kwargs", {}).get("endpoint_url", "")
         server = _address(request_url)
         return f"the storage server {server} does not answer; check the network and AWS_ENDPOINT_URL_S3"
     return str(error)
+
+
+def _is_too_deep(error: Any) -> bool:
+    """Whether botocore has followed a server that only points elsewhere until Python's stack was used up inside a request."""
+    return isinstance(getattr(error, "kwargs", {}).get("error"), RecursionError)
 
 
 def _address(url: object) -> str:

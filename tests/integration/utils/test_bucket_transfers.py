@@ -36,6 +36,7 @@ from utils.bucket import (
 )
 from utils.embedded_bucket import EmbeddedBucket
 from utils.s3 import S3Store
+from utils.s3_errors import explain_failure
 
 pytestmark = pytest.mark.timeout(60)
 MB = 1024 * 1024
@@ -418,6 +419,13 @@ def test_a_server_that_is_none_of_s3_is_told(
         with pytest.raises(BucketError, match=rf"{message}.* check AWS_ENDPOINT_URL_S3"):
             check_readable(own_bucket)
         server.shutdown()
+
+
+def test_the_end_of_pointing_elsewhere_is_told_wherever_it_strikes():
+    """botocore follows until Python's stack is used up, which may be inside a request."""
+    from botocore.exceptions import HTTPClientError
+
+    assert "only points elsewhere" in explain_failure(HTTPClientError(error=RecursionError("too deep")))
 
 
 def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
