@@ -256,12 +256,19 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     assert "no MANIFEST.json, so it was never committed" in message
     message = refusal(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
     assert "is completed, and its checkpoints are damaged" in message
+    assert "there is no run" in refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_does_not_begin_anew(
+    files: Path, adapter_run: dict[str, Any]
+):
+    """To begin anew would remove what may still be mended."""
+    run = copy_of_run(files, adapter_run, "all-damaged")
     (run / "result.json").unlink()
     for manifest in run.glob("checkpoints/*/MANIFEST.json"):
         manifest.write_bytes(manifest.read_bytes()[:-8])
-    message = refusal(files, "all_damaged", run_name="half-removed", lora_config=LORA)
+    message = refusal(files, "all_damaged", run_name="all-damaged", lora_config=LORA)
     assert "has begun before, and none of its checkpoints is whole" in message
-    assert "there is no run" in refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
 
 
 def losses_of(metrics: list[dict[str, Any]]) -> list[tuple[int, float, float, float]]:
