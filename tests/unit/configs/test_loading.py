@@ -277,7 +277,7 @@ def test_the_resolved_yaml_says_the_same(write, text: str):
     assert top_level == list(FinetuneConfig.model_fields)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(min_size=1, max_size=30))
 def test_any_text_survives_the_resolved_yaml(tmp_path: Path, text: str):
     path = tmp_path / "run.yaml"
@@ -299,7 +299,7 @@ SPACES = ["\n", "\n  ", ": ", "\n- ", "\t", " ", "\n\n", '"\\u', "\x85", "\ufeff
 PIECES = st.sampled_from([*WORDS.split(), *SPACES])
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(
         st.binary(max_size=300), st.lists(PIECES, max_size=60).map(lambda parts: "".join(parts).encode())
@@ -324,7 +324,7 @@ VALUES = st.recursive(
 LEGACY = ["no_gradient_checkpoint", "liger_kernel", "generation_config", "checkpoint_every_n_epochs"]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*FinetuneConfig.model_fields, *LEGACY]), VALUES, max_size=5))
 def test_any_value_for_any_key_is_loaded_or_refused(tmp_path: Path, data: dict[str, object]):
     import yaml
