@@ -65,7 +65,7 @@ test: setup-dev  ## run the tests
 fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refused with a place (minutes)
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py
 
-test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour)
+test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour and a half on two cores)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/test_resume.py
 
 lint: setup-dev  ## check style, types and the doors between the rooms
