@@ -96,8 +96,11 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
     for key in stored:
         if not key.endswith(f"/{MANIFEST_FILE}"):
             continue
+        content = store.read_if_exists(key)
+        if content is None:
+            continue  # a run that trains has removed it meanwhile
         try:
-            manifest = Manifest.model_validate_json(store.read(key))
+            manifest = Manifest.model_validate_json(content)
         except ValidationError:
             damage.append(f"{store.uri_of(key)} is cut off, or none of ours")
             continue

@@ -333,3 +333,17 @@ def test_many_checkpoints_leave_nothing_behind(run_uri: str, tmp_path: Path):
     assert later_descriptors - descriptors < more // 2
     assert later_objects == objects
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_goes_while_the_run_is_looked_at_is_passed_over(
+    run_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Who trains removes older checkpoints at any time."""
+    store = open_store(run_uri)
+    with commits_of(store, keep=2) as commits:
+        for step in (1, 2):
+            commits.start(saved(tmp_path, step))
+    listed = store.list("checkpoints/")
+    store.delete([checkpoint_key(1, MANIFEST_FILE)])
+    monkeypatch.setattr(store, "list", lambda prefix: listed)
+    assert [manifest.step for manifest in reading.committed(store)] == [2]
