@@ -308,8 +308,15 @@ def _checked_object(value: Any, expected: str) -> Any:
 
 def json_type(value: Any) -> str:
     """What JSON calls a value, for messages."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    names |= {int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), f"of type {type(value).__name__}")  # Parquet has bytes, dates and others
 
 
