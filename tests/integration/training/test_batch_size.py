@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from configs.loading import load_config, to_yaml
+from runs.layout import CONFIG_FILE, MANIFEST_FILE, FileRecord, checkpoint_key
 from tests.support.front_door import run_main_quickly
-from tests.support.jobs import run_main, tiny_settings, write_yaml
+from tests.support.jobs import tiny_settings, write_yaml
+from tests.support.stored_runs import manifest_of
 from tests.support.tiny_model import make_model, write_data
+from training.plan import RunPlan, make_plan
+from utils.bucket import open_store
+from utils.files import checksum_bytes
 
 AUTO: dict[str, Any] = {"train_batch_size_per_device": "auto", "train_batch_size": 16}
 ON_A10G: dict[str, Any] = {"device": "cuda", "worker_resources": {"accelerator_type:A10G": 0.001}}
@@ -29,20 +34,38 @@ def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
     return finished.result
 
 
+def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
+    config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
+    plan, _, _ = make_plan(load_config(config), progress=lambda *_: None)
+    return plan
+
+
+def commit(plan: RunPlan) -> None:
+    """What a run of the plan has in its bucket behind its first checkpoint, as far as a plan looks at it."""
+    store, weights = open_store(plan.run_uri), b"weights"
+    record = FileRecord(path="model.safetensors", size=len(weights), checksum=checksum_bytes(weights))
+    manifest = manifest_of(1, files=[record]).model_copy(
+        update={"config_hash": plan.config_hash, "data": plan.data}
+    )
+    store.write(CONFIG_FILE, to_yaml(plan.config).encode())
+    store.write(checkpoint_key(1, record.path), weights)
+    store.write(checkpoint_key(1, MANIFEST_FILE), manifest.model_dump_json().encode())
+
+
 def test_a_run_keeps_what_it_began_with(files: Path):
     """On a machine with more memory, too, and when another run takes over its state."""
     four = planned(files, "four", train_batch_size_per_device=4, gradient_accumulation_steps=4)
     for_four = 1_000_000_000 + int(four["memory"]["total"] / 0.9) + 1
-    settings = AUTO | {"worker_resources": {"memory": for_four}, "max_steps": 2, "run_name": "kept"}
-    finished = run_main(write_yaml(files / "kept.yaml", tiny_settings(files) | settings), "--json")
-    assert finished.exit_code == 0, finished.errors
-    said = yaml.safe_load((files / "runs" / "kept" / "config.yaml").read_text())
-    assert (said["train_batch_size_per_device"], said["gradient_accumulation_steps"]) == (4, 4)
+    begun = plan_of(files, "kept", **AUTO, worker_resources={"memory": for_four})
+    assert (begun.config.batch_size, begun.config.gradient_accumulation_steps) == (4, 4)
+    commit(begun)
 
     more = AUTO | {"worker_resources": {"memory": "8GB"}}
     kept = "4 rows a device, 4 accumulated (auto: as it began)"
-    assert planned(files, "kept", max_steps=2, **more)["batch"] == kept
-    assert planned(files, "longer", resume_from_checkpoint="run:kept", max_steps=4, **more)["batch"] == kept
+    again = planned(files, "kept", **more)
+    assert again["batch"] == kept
+    assert again["resumes_from"]
+    assert planned(files, "longer", resume_from_checkpoint="run:kept", **more)["batch"] == kept
     assert planned(files, "anew", **more)["batch"].startswith(
         "16 rows a device, 1 accumulated (auto: the most"
     )
