@@ -50,10 +50,15 @@ $(STAMPS)/%: requirements/%.lock $(STAMPS)/torch
 	@again=; if test -e $@.begun; then again=--reinstall; fi; \
 	touch $@.begun && $(INSTALL) $$again -r $< && mv $@.begun $@
 
+# Triton for its interpreter, which runs kernels on CPU. Beside the environment: where Triton can be imported, TRL takes a GPU for granted.
+$(STAMPS)/interpreter: requirements/interpreter.lock $(STAMPS)/torch
+	@echo "installing $<"
+	@$(INSTALL) --target $(VENV)/interpreter -r $< && touch $@
+
 setup: $(STAMPS)/quickstart  ## install what training and the quickstart need into .venv
 setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see README)
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
-setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev  ## add what the tests and the linters need
+setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add what the tests and the linters need
 
 quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
 	$(BIN)/python cookbooks/quickstart/prepare.py
@@ -106,6 +111,7 @@ lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	for extra in $(EXTRAS); do \
 	  $$compile --extra $$extra -c requirements/runtime.lock pyproject.toml -o requirements/$$extra.lock || exit 1; \
 	done && \
+	echo triton==3.7.1 | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate - -o requirements/interpreter.lock && \
 	printf '%s\n' "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" setuptools filelock fsspec jinja2 networkx sympy typing-extensions \
 	  | $$compile - -c requirements/runtime.lock -o requirements/bootstrap.lock
 

@@ -411,8 +411,12 @@ class FinetuneConfig(Section):
     """As many whole epochs as it takes to make at least this many optimizer steps; 100 when none of the
     three is given."""
 
-    train_batch_size_per_device: PositiveInt = 1
-    """Rows a device takes at once."""
+    train_batch_size_per_device: PositiveInt | Literal["auto"] = 1
+    """Rows a device takes at once; auto: the most of train_batch_size that are estimated to fit."""
+
+    train_batch_size: PositiveInt | None = None
+    """For `train_batch_size_per_device: auto`, rows of an optimizer step over all devices: as many batches are accumulated as
+    that takes, so that what is learned does not depend on a device's memory."""
 
     eval_batch_size_per_device: PositiveInt | None = None
     """Rows a device evaluates at once; null: as train_batch_size_per_device."""
@@ -521,6 +525,27 @@ class FinetuneConfig(Section):
         return self
 
     @property
+    def batch_size(self) -> int:
+        """train_batch_size_per_device of a configuration in which it is a number, as it is in every plan."""
+        assert self.train_batch_size_per_device != "auto"
+        return self.train_batch_size_per_device
+
+    def with_batch_size(self, rows: int) -> Self:
+        """What `train_batch_size_per_device: auto` comes to: the same rows a step, `rows` of them on a device at once.
+
+        Args:
+            rows: a divisor of train_batch_size / num_devices.
+        """
+        assert self.train_batch_size is not None
+        accumulated = self.train_batch_size // (self.num_devices * rows)
+        said = self.model_dump(exclude_unset=True) | {
+            "train_batch_size_per_device": rows,
+            "gradient_accumulation_steps": accumulated,
+            "train_batch_size": None,
+        }
+        return self.model_validate(said)
+
+    @property
     def train_sources(self) -> tuple[DataSource, ...]:
         """train_path as a list of sources."""
         return _sources(self.train_path)
@@ -580,6 +605,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     """What only shows when keys are seen together: (key, what is wrong and what to do)."""
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
+    yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
     yield from _data_conflicts(config)
     yield from _device_conflicts(config)
@@ -621,6 +647,35 @@ def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "num_warmup_steps",
             "`lr_scheduler_type: constant` has no warm-up: write `constant_with_warmup`, or "
             "`num_warmup_steps: 0`",
+        )
+
+
+def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    rows = config.train_batch_size
+    if config.train_batch_size_per_device != "auto":
+        if rows is not None:
+            yield (
+                "train_batch_size",
+                "`train_batch_size` is for `train_batch_size_per_device: auto`: write that, or leave it out (a step takes "
+                "train_batch_size_per_device x num_devices x gradient_accumulation_steps rows)",
+            )
+        return
+    if rows is None:
+        yield (
+            "train_batch_size_per_device",
+            "`train_batch_size_per_device: auto` needs `train_batch_size`, the rows of an optimizer step: what is learned would "
+            "depend on a device's memory without it",
+        )
+    elif rows % config.num_devices:
+        yield (
+            "train_batch_size",
+            f"`train_batch_size` is {rows}, which {config.num_devices} devices cannot share equally: write a multiple of "
+            f"{config.num_devices}",
+        )
+    if config.gradient_accumulation_steps > 1:
+        yield (
+            "gradient_accumulation_steps",
+            "`gradient_accumulation_steps` follows from `train_batch_size` with `train_batch_size_per_device: auto`: leave it out",
         )
 
 

@@ -25,7 +25,15 @@ def _gib(amount: float) -> int:
     return int(amount * 2**30)
 
 
-# NVIDIA's data sheets of each product, "BFLOAT16 Tensor Core", halved where they say "with sparsity". The first that matches counts.
+# Peaks are those of NVIDIA's data sheets, "BFLOAT16 Tensor Core", halved where they say "with sparsity" and compared with the
+# tables of torchtitan (tools/utils.py) and Composer (callbacks/speed_monitor.py) where they have the device:
+#   A10G: NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf, 70 | 140 with sparsity. Tables that say 125 have the A10's.
+#   A10: a10-datasheet.pdf, 125.  L4: l4-datasheet, 242 with sparsity.  L40S: l40s-datasheet-28413, 362.05 | 733.
+#   A100: nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf, 312 in every form.
+#   H100: nvidia-tensor-core-gpu-datasheet, with sparsity SXM 1,979, PCIe 1,513, NVL 1,671.
+#   H200: nvidia.com/en-us/data-center/h200, with sparsity SXM 1,979, NVL 1,671.
+#   B200: blackwell-datasheet-3384703, HGX 4,500 with sparsity.
+# Memory is what nvidia-smi shows, rounded down. The first that matches counts.
 ACCELERATORS = (
     Accelerator("A10G", r"NVIDIA A10G", _gib(22), 70e12),
     Accelerator("A10", r"NVIDIA A10", _gib(22), 125e12),

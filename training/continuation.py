@@ -52,6 +52,20 @@ def differences(
     return changed
 
 
+def batch_size_of(store: Store, config: FinetuneConfig) -> int | None:
+    """What `train_batch_size_per_device: auto` came to in an earlier run; None where a step of it had other rows.
+
+    Args:
+        store: The earlier run.
+        config: The configuration now, which says auto.
+    """
+    earlier = _read_config(store)
+    if earlier is None or earlier.num_devices != config.num_devices:
+        return None
+    rows = earlier.num_devices * earlier.batch_size * earlier.gradient_accumulation_steps
+    return earlier.batch_size if rows == config.train_batch_size else None
+
+
 def _read_config(store: Store) -> FinetuneConfig | None:
     content = store.read_if_exists(CONFIG_FILE)
     if content is None:

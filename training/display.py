@@ -59,6 +59,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
         ),
         ("device", report.device),
         ("parallelism", report.parallelism),
+        ("batch", report.batch),
         ("kernels", report.kernels),
     ]
     if report.memory:

@@ -314,7 +314,7 @@ def _logits(job: Job, held: _Held) -> float:
 
 def _tokens(job: Job) -> int:
     """Of a batch, padding included."""
-    rows = job.config.train_batch_size_per_device
+    rows = job.config.batch_size
     return rows * job.longest * (_ROWS_OF_A_PAIR if job.config.task == "preference_tuning" else 1)
 
 
@@ -322,11 +322,7 @@ def _is_masked(job: Job, held: _Held) -> bool:
     """Whether attention gets a mask: for padding or packs, unless a package tells rows apart without."""
     if held.provider == "unsloth" or job.config.flash_attention_2:
         return False
-    padded = (
-        job.device == "cuda"
-        or job.config.train_batch_size_per_device > 1
-        or job.config.padding == "max_length"
-    )
+    padded = job.device == "cuda" or job.config.batch_size > 1 or job.config.padding == "max_length"
     return padded or job.config.packing
 
 
@@ -433,6 +429,28 @@ def describe_savings(savings: Sequence[Saving]) -> str:
     return f"What would help most, estimated for each device: {listed}."
 
 
+def largest_batch(job: Job, available: int) -> int:
+    """What `train_batch_size_per_device: auto` comes to: the most rows that are estimated to fit surely, and 1 where none do.
+
+    Candidates are what divides a device's share of train_batch_size, so that the rows of a step stay what they are.
+
+    Args:
+        job: Its configuration says auto.
+        available: Bytes of a device.
+    """
+    assert job.config.train_batch_size is not None
+    share = job.config.train_batch_size // job.config.num_devices
+    for rows in range(share, 1, -1):
+        if share % rows:
+            continue
+        if (
+            estimate_memory(replace(job, config=job.config.with_batch_size(rows))).total
+            <= _SURE_SHARE * available
+        ):
+            return rows
+    return 1
+
+
 def _savings(job: Job) -> list[Saving]:
     """The three changes that save most, each by itself."""
     now = estimate_memory(job).total
@@ -450,7 +468,7 @@ def _savings(job: Job) -> list[Saving]:
 
 def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     config = job.config
-    rows, accumulation = config.train_batch_size_per_device, config.gradient_accumulation_steps
+    rows, accumulation = config.batch_size, config.gradient_accumulation_steps
     if rows > 1:
         fewer = {"train_batch_size_per_device": rows // 2, "gradient_accumulation_steps": accumulation * 2}
         yield ", ".join(f"{key}: {value}" for key, value in fewer.items()), fewer

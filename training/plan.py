@@ -27,7 +27,13 @@ from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, d
 from runs.reading import best, missing_of_completed, newest, read_result, survey
 from training.accelerators import memory_of, named_accelerator
 from training.checkpoints import fetch_weights, read_manifest, resolve_start
-from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
+from training.continuation import (
+    MAY_CHANGE_WITH_WHOLE_STATE,
+    adapter_differences,
+    batch_size_of,
+    differences,
+    misfits,
+)
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
@@ -36,7 +42,7 @@ from training.data.request import DataRequest
 from training.data.sources import find_files, is_hub_dataset
 from training.data.summary import DataSummary
 from training.flops import RowFlops, row_flops
-from training.memory import Job, MemoryReport, describe_savings, report_memory
+from training.memory import Job, MemoryReport, describe_savings, largest_batch, report_memory
 from training.models.architecture import (
     check_packing,
     model_shape,
@@ -78,6 +84,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _REACH_SECONDS = 10
+# Bytes that stay for Python, torch and what is loaded with it: a worker with a tiny model had 0.7 GB at most (2026-11-21).
+_CPU_PROCESS = 1_000_000_000
 
 
 class RunPlan(BaseModel):
@@ -137,6 +145,8 @@ class PlanReport(DataReport):
     device: str
     kernels: str
     parallelism: str
+    batch: str
+    """What a device takes at once, and how often before a step."""
     packing: str | None
     """How many packs, and how full they are."""
     resumes_from: str | None
@@ -299,6 +309,19 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     fingerprint = checksum_bytes(f"{outcome_hash} {data.train} {data.valid or ''}".encode())
     run_name = config.run_name or f"{loaded.path.stem}-{fingerprint[-8:]}"
     run_uri = join_uri(storage, run_name)
+    job = dimensions and Job(
+        config=config,
+        shape=dimensions,
+        facts=facts,
+        adapter=adapter_facts,
+        device=device,
+        longest=_longest_sequence(config, train),
+    )
+    batch_reason = ""
+    if config.train_batch_size_per_device == "auto":
+        rows_at_once, batch_reason = _choose_batch_size(config, run_uri, storage, job)
+        config = config.with_batch_size(rows_at_once)
+        job = job and replace(job, config=config)
     order = order_of(config, prepared_train.index.length, train.longest)
     shape = order.shape
     if shape.sequences_per_step > shape.sequences:
@@ -312,15 +335,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     warnings += [f"a checkpoint of this run is passed over: {line}" for line in damage]
     completed = _completed(run_uri) if own_newest else None
     parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
-    job = dimensions and Job(
-        config=config,
-        shape=dimensions,
-        facts=facts,
-        adapter=adapter_facts,
-        device=device,
-        longest=_longest_sequence(config, train),
-    )
-    memory = _memory(job) if job else None
+    memory = report_memory(job, *_accelerator(config, device)) if job else None
     warnings += _memory_warnings(memory)
     plan = RunPlan(
         config=config,
@@ -366,6 +381,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
         if settings
         else ("DDP" if config.num_devices > 1 else "one worker"),
+        batch=_describe_batch(config, batch_reason),
         packing=_describe_packing(config, train, shape) if config.packing else None,
         resumes_from=own_newest,
         starts_from=plan.parent,
@@ -387,7 +403,7 @@ def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int) -> Order
     packs = pack(lengths, config.context_length or longest) if config.packing else None
     shape = BatchShape(
         len(lengths) if packs is None else len(packs),
-        config.train_batch_size_per_device,
+        config.batch_size,
         config.num_devices,
         config.gradient_accumulation_steps,
     )
@@ -785,18 +801,60 @@ def _flops(job: Job | None) -> RowFlops | None:
     )
 
 
-def _memory(job: Job) -> MemoryReport:
-    """For the accelerator that workers ask for, wherever this is planned; else for this machine's GPU."""
-    if job.device == "cpu":
-        return report_memory(job, None, None)
-    if accelerator := named_accelerator(job.config.worker_resources):
-        return report_memory(job, accelerator, memory_of(accelerator))
+def _accelerator(config: FinetuneConfig, device: Device) -> tuple[str | None, int | None]:
+    """(what workers ask for, wherever this is planned, else this machine's GPU; its bytes). None where that is not known."""
+    if device == "cpu":
+        return None, None
+    if accelerator := named_accelerator(config.worker_resources):
+        return accelerator, memory_of(accelerator)
     if os.environ.get("RAY_ADDRESS"):
-        return report_memory(job, None, None)
+        return None, None
     import torch
 
-    device = torch.cuda.get_device_properties(0)
-    return report_memory(job, device.name, device.total_memory)
+    found = torch.cuda.get_device_properties(0)
+    return found.name, found.total_memory
+
+
+def _choose_batch_size(
+    config: FinetuneConfig, run_uri: str, storage: str, job: Job | None
+) -> tuple[int, str]:
+    """What `train_batch_size_per_device: auto` comes to, and why.
+
+    A run that goes on keeps what it began with, whatever devices it has now: other batches would round otherwise, and its end
+    would not be that of a run that was never interrupted.
+    """
+    earlier = [run_uri] if survey(open_store(run_uri))[0] else []
+    if config.resume_from_checkpoint:
+        start = _resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage, newest)
+        earlier.append(run_of(start))
+    for run in earlier:
+        if rows := batch_size_of(open_store(run), config):
+            return rows, "auto: as it began"
+    key = "train_batch_size_per_device: auto"
+    if job is None:
+        raise ConfigError(f"{key}: nobody has counted what layers such as this model's need. Write a number.")
+    name, available = _accelerator(config, job.device)
+    if job.device == "cpu":
+        memory = config.worker_resources.get("memory")
+        if memory is None:
+            raise ConfigError(
+                f"{key}: on CPU nothing says how much memory a worker may take. Write it as worker_resources: {{memory: 8GiB}}, "
+                "or a number of rows."
+            )
+        name, available = "worker_resources.memory", int(memory) - _CPU_PROCESS
+    if available is None:
+        raise ConfigError(
+            f"{key}: it is not known how much memory {name or 'the devices of the cluster'} has. Name an accelerator that is known in "
+            "worker_resources, such as {accelerator_type:A10G: 0.001}, or write a number."
+        )
+    return largest_batch(job, available), f"auto: the most that are estimated to fit {name}"
+
+
+def _describe_batch(config: FinetuneConfig, reason: str) -> str:
+    sequences = "pack" if config.packing else "row"
+    rows, accumulated = config.batch_size, config.gradient_accumulation_steps
+    text = f"{rows:,} {sequences}{'s' if rows > 1 else ''} a device, {accumulated:,} accumulated"
+    return f"{text} ({reason})" if reason else text
 
 
 def _memory_warnings(memory: MemoryReport | None) -> Iterator[str]:

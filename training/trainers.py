@@ -40,8 +40,8 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool
     return SFTConfig(
         output_dir=str(output_directory),
         max_steps=plan.max_steps,
-        per_device_train_batch_size=config.train_batch_size_per_device,
-        per_device_eval_batch_size=config.eval_batch_size_per_device or config.train_batch_size_per_device,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size_per_device or config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,

@@ -15,6 +15,7 @@ from configs.schema import (
 )
 
 LORA: dict[str, Any] = {"lora_config": {"r": 8}}
+AUTO: dict[str, Any] = {"train_batch_size_per_device": "auto"}
 
 
 def config(**settings: Any) -> FinetuneConfig:
@@ -32,6 +33,13 @@ def test_two_keys_make_a_config():
     assert (made.task, made.learning_rate, made.num_checkpoints_to_keep) == ("instruction_tuning", 1e-4, 1)
     assert made.checkpoint_and_evaluation_frequency.unit == "epochs"
     assert not made.trains_adapter
+
+
+def test_a_batch_that_is_chosen_keeps_the_rows_of_a_step():
+    chosen = config(num_devices=2, train_batch_size=24, seed=7, **AUTO).with_batch_size(4)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps, chosen.num_devices) == (4, 3, 2)
+    assert (chosen.train_batch_size, chosen.seed) == (None, 7)
+    assert FinetuneConfig.model_validate(chosen.model_dump(mode="json")) == chosen
 
 
 def test_every_field_has_help():
@@ -99,6 +107,10 @@ def test_a_config_does_not_change():
         ({"num_epochs": 1, "min_update_steps": 5}, "say one"),
         ({"num_epochs": 1, "max_steps": 5}, "say one"),
         ({"max_steps": 1, "min_update_steps": 5}, "say one"),
+        ({"train_batch_size_per_device": "auto"}, "needs `train_batch_size`"),
+        ({"train_batch_size": 8}, "train_batch_size_per_device: auto"),
+        ({"train_batch_size": 9, "num_devices": 2, **AUTO}, "write a multiple of 2"),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2, **AUTO}, "leave it out"),
         ({"lr_scheduler_type": "constant", "num_warmup_steps": 5}, "constant_with_warmup"),
         ({"task": "classification", "classifier_config": {"label_tokens": ["a", "a"]}}, "twice"),
         ({"lora_config": {"layers_to_transform": [1]}}, "target_modules"),

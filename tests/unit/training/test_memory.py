@@ -20,6 +20,7 @@ from training.memory import (
     Saving,
     describe_savings,
     estimate_memory,
+    largest_batch,
     report_memory,
 )
 from training.models import ModelRequest, torch_provider
@@ -272,6 +273,21 @@ def test_a_tenth_of_a_device_stays_free(
     needed = estimate_memory(of).total
     report = report_memory(of, "A10G", int(available * needed) if available else None)
     assert (report.total, report.verdict) == (needed, verdict)
+
+
+def test_the_largest_batch_that_fits_is_taken(models: dict[int, Path]):
+    """Of what divides a device's share of a step: here 1, 2, 3, 4, 6 and 12 rows."""
+    auto = {"train_batch_size_per_device": "auto", "train_batch_size": 24, "num_devices": 2}
+    of = job(models[2], device="cuda", kernels="torch", **auto, **LORA)
+    needed = {
+        rows: estimate_memory(replace(of, config=of.config.with_batch_size(rows))).total / 0.9
+        for rows in (1, 2, 3, 4, 6, 12)
+    }
+    for rows, bytes_of_rows in needed.items():
+        assert largest_batch(of, int(bytes_of_rows) + 1) == rows
+        fewer = max((less for less in needed if less < rows), default=1)
+        assert largest_batch(of, int(bytes_of_rows) - 1) == fewer
+    assert largest_batch(of, 2 * int(needed[12])) == 12
 
 
 def test_what_would_help_is_what_another_estimate_says(models: dict[int, Path]):

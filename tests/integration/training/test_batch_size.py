@@ -1,0 +1,98 @@
+"""`train_batch_size_per_device: auto`: chosen before a cluster is asked for, kept by the run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loading import load_config, to_yaml
+from runs.layout import CONFIG_FILE, MANIFEST_FILE, FileRecord, checkpoint_key
+from tests.support.front_door import run_main_quickly
+from tests.support.jobs import tiny_settings, write_yaml
+from tests.support.stored_runs import manifest_of
+from tests.support.tiny_model import make_model, write_data
+from training.plan import RunPlan, make_plan
+from utils.bucket import open_store
+from utils.files import checksum_bytes
+
+AUTO: dict[str, Any] = {"train_batch_size_per_device": "auto", "train_batch_size": 16}
+ON_A10G: dict[str, Any] = {"device": "cuda", "worker_resources": {"accelerator_type:A10G": 0.001}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("batch_size")
+    make_model(directory / "model")
+    write_data(directory)
+    return directory
+
+
+def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
+    config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
+    finished = run_main_quickly(config, "--dry-run", "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
+    config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
+    plan, _, _ = make_plan(load_config(config), progress=lambda *_: None)
+    return plan
+
+
+def commit(plan: RunPlan) -> None:
+    """What a run of the plan has in its bucket behind its first checkpoint, as far as a plan looks at it."""
+    store, weights = open_store(plan.run_uri), b"weights"
+    record = FileRecord(path="model.safetensors", size=len(weights), checksum=checksum_bytes(weights))
+    manifest = manifest_of(1, files=[record]).model_copy(
+        update={"config_hash": plan.config_hash, "data": plan.data}
+    )
+    store.write(CONFIG_FILE, to_yaml(plan.config).encode())
+    store.write(checkpoint_key(1, record.path), weights)
+    store.write(checkpoint_key(1, MANIFEST_FILE), manifest.model_dump_json().encode())
+
+
+def test_a_run_keeps_what_it_began_with(files: Path):
+    """On a machine with more memory, too, and when another run takes over its state."""
+    four = planned(files, "four", train_batch_size_per_device=4, gradient_accumulation_steps=4)
+    for_four = 1_000_000_000 + int(four["memory"]["total"] / 0.9) + 1
+    begun = plan_of(files, "kept", **AUTO, worker_resources={"memory": for_four})
+    assert (begun.config.batch_size, begun.config.gradient_accumulation_steps) == (4, 4)
+    commit(begun)
+
+    more = AUTO | {"worker_resources": {"memory": "8GB"}}
+    kept = "4 rows a device, 4 accumulated (auto: as it began)"
+    again = planned(files, "kept", **more)
+    assert again["batch"] == kept
+    assert again["resumes_from"]
+    assert planned(files, "longer", resume_from_checkpoint="run:kept", **more)["batch"] == kept
+    assert planned(files, "anew", **more)["batch"].startswith(
+        "16 rows a device, 1 accumulated (auto: the most"
+    )
+
+
+def test_a_known_accelerator_decides(files: Path):
+    plan = planned(files, "a10g", **AUTO, **ON_A10G)
+    assert plan["batch"] == (
+        "16 rows a device, 1 accumulated (auto: the most that are estimated to fit A10G)"
+    )
+    assert plan["sequences_per_step"] == 16
+    assert plan["memory"]["verdict"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "on CPU nothing says how much memory a worker may take"),
+        (
+            {"device": "cuda", "worker_resources": {"accelerator_type:Intel-GAUDI": 0.001}},
+            "it is not known how much memory Intel-GAUDI has",
+        ),
+    ],
+)
+def test_memory_that_nobody_knows_is_asked_for(changes: dict[str, Any], words: str, files: Path):
+    settings = tiny_settings(files) | AUTO | changes
+    finished = run_main_quickly(write_yaml(files / "unknown.yaml", settings), "--dry-run")
+    assert finished.exit_code == 2
+    assert f"train_batch_size_per_device: auto: {words}" in finished.errors
+    assert "Traceback" not in finished.errors
