@@ -20,7 +20,8 @@ import ray.exceptions
 import ray.train
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state
-from ray.autoscaler.v2.sdk import get_cluster_status
+from ray._raylet import GcsClient
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -382,8 +383,8 @@ def check_cluster(plan: RunPlan, name: str) -> str | None:
 
 def _has_node_groups() -> bool:
     """Whether something (KubeRay, an autoscaler) makes the cluster's nodes, so that more may come."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return any(node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes))
+    cluster = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
+    return any(node.ray_node_type_name for node in cluster.node_states)
 
 
 def _resources_of_workers(plan: RunPlan) -> dict[str, float]:
