@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -225,23 +224,20 @@ def check_job_server_answers(address: str) -> None:
     Raises:
         ClusterError: nothing answers, or it is no address of a job server.
     """
-    try:
-        url = urlsplit(address)
-        port = url.port or {"http": 80, "https": 443}[url.scheme]
-    except (ValueError, KeyError):
-        url = port = None
-    if not url or not port or not url.hostname:
+    match = re.match(r"https?://([^/:@]+|\[[0-9a-f:]+\])(?::(\d+))?(?:/|$)", address)
+    if match is None:
         raise ClusterError(
-            f"--submit: {address} is no job server. Write http://HEAD:8265, the address of Ray's dashboard."
+            f"--submit: {address} is no address of a job server. Write http://HEAD:8265, where Ray's dashboard is."
         )
-    check_answers("--submit", address, url.hostname, port, "Start the cluster, or correct the address.")
+    host, port = match[1], int(match[2] or (443 if address.startswith("https") else 80))
+    check_answers("--submit", address, host, port, "Start the cluster, or correct the address.")
 
 
 def check_answers(said: str, address: str, host: str, port: int, advice: str) -> None:
     """Raises ClusterError, with what said the address and what to do, when nothing listens there."""
     try:
         socket.create_connection((host.strip("[]"), port), _REACH_SECONDS).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter for a port beyond 65535
         raise ClusterError(f"{said}: nothing answers at {address} ({error}). {advice}") from error
 
 
