@@ -24,7 +24,7 @@ RUN python3 -m venv /opt/venv \
     && export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 \
     && /opt/venv/bin/pip install --require-hashes -r requirements/bootstrap.lock \
     && /opt/venv/bin/pip install "$(sed -nE 's/^    "(torch==[^"]+)",$/\1/p' pyproject.toml)" \
-    && locks=(-r requirements/runtime.lock) \
+    && locks=(-r requirements/runtime.lock -r requirements/cluster.lock) \
     && if [[ "$UNSLOTH" == 1 ]]; then locks+=(-r requirements/unsloth.lock); fi \
     && /opt/venv/bin/uv pip install --no-deps --require-hashes --build-constraints requirements/bootstrap.lock \
         --compile-bytecode --python /opt/venv/bin/python "${locks[@]}"

@@ -9,7 +9,7 @@ PYTHON = $(shell for python in python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-EXTRAS := quickstart unsloth trackers dev bench
+EXTRAS := quickstart unsloth trackers cluster dev bench
 
 # What the locks cannot hold: torch, whose build the machine decides.
 TORCH = $(shell sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)
@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-dev quickstart test test-resume fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -58,7 +58,8 @@ $(STAMPS)/interpreter: requirements/interpreter.lock $(STAMPS)/torch
 setup: $(STAMPS)/quickstart  ## install what training and the quickstart need into .venv
 setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see README)
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
-setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add what the tests and the linters need
+setup-cluster: setup $(STAMPS)/cluster  ## add Ray's dashboard and job server, for the head of a cluster
+setup-dev: setup-unsloth setup-trackers setup-cluster $(STAMPS)/dev $(STAMPS)/interpreter  ## add what the tests and the linters need
 
 quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
 	$(BIN)/python cookbooks/quickstart/prepare.py

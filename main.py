@@ -1,6 +1,6 @@
 """The front door: a YAML becomes a Ray TorchTrainer job.
 
-    python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]
+    python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]
     python main.py runs | show | compare ...      looks at what was trained; see runs/commands.py
 
 Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stopped.
@@ -8,11 +8,13 @@ Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stop
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -41,10 +43,14 @@ def main(arguments: list[str]) -> int:
     if options.print_config:
         print(to_yaml(loaded.config), end="")
         return DONE
-    if options.dry_run:
-        return plan_and_run(loaded, options, began)
-    # Ray's own processes must outlive a signal to the process group, until the checkpoint is committed.
-    return run_in_own_session(lambda: plan_and_run(loaded, options, began))
+    command = ["python", "main.py", str(options.config), *options.overrides]
+    if options.submit:
+        return submit(loaded, options, [*command, "--submit", options.submit])
+    if options.dry_run or os.environ.get("RAY_ADDRESS"):
+        return plan_and_run(loaded, options, command, began)
+    # Ray's own processes must outlive a signal to the process group, until the checkpoint is committed. Those of a cluster do,
+    # and its job server signals each of a job's processes by itself.
+    return run_in_own_session(lambda: plan_and_run(loaded, options, command, began))
 
 
 def look(arguments: list[str]) -> int:
@@ -63,7 +69,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; a wrong one ends the process with code 2."""
     parser = argparse.ArgumentParser(
         prog="main.py",
-        usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]",
+        usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]",
         description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes.",
         epilog=f"Look at runs with main.py {', '.join(COMMANDS)}; each says how under --help.",
     )
@@ -81,8 +87,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     depth.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that needs no cluster, print the plan, and stop",
+        help="check everything that needs no workers, print the plan, and stop",
     )
+    depth.add_argument(
+        "--submit",
+        metavar="http://HEAD:8265",
+        help="run as a job of this cluster's job server, and follow it; Ctrl-C leaves the job running",
+    )
+    parser.add_argument("--detach", action="store_true", help="with --submit: do not follow the job")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -91,12 +103,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)  # options may stand before overrides
     if options.config is None:
         parser.error("name a YAML file: main.py CONFIG.yaml")
+    if options.detach and not options.submit:
+        parser.error("--detach goes with --submit URL")
     return options
 
 
-def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float) -> int:
-    """Everything behind the file: the plan, the run, the report."""
-    # Ray reads these when it is imported.
+def set_ray_up() -> None:
+    """Settings that Ray reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The cluster of one machine gets no notice of preemption; watching for it is a process on cores that train.
     os.environ.setdefault(
@@ -106,26 +119,26 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Its patch of print breaks the hashing of datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    from training.checkpoints import CheckpointError
+
+
+def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: list[str], began: float) -> int:
+    """Everything behind the file: the plan, the run, the report."""
+    set_ray_up()
     from training.claims import ClaimError
     from training.data.report import to_html
-    from training.data.sources import DataError
     from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
     from training.events import UnrecordedError
-    from training.models.files import ModelError
     from training.plan import (
-        ClusterError,
+        REFUSALS,
         check_cluster_answers,
         check_devices_are_here,
         make_plan,
         make_scratch_directory,
         needs_embedded_bucket,
     )
-    from training.strategy import StrategyError
     from utils.embedded_bucket import embedded_bucket
     from utils.files import write_atomically
 
-    command = ["python", "main.py", str(options.config), *options.overrides]
     output, progress = open_consoles()
     screen = progress if options.json else output
     try:
@@ -134,12 +147,16 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
         with ExitStack() as stack:
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(progress))
-            if not options.dry_run:
-                check_cluster_answers()
+            check_cluster_answers()
             if needs_embedded_bucket(loaded.config):
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
             plan, report, prepared = make_plan(loaded, progress=watch.checking)
+            if options.dry_run and os.environ.get("RAY_ADDRESS"):
+                watch.phase("asking the cluster")
+                from training.job import ask_cluster
+
+                report = report.model_copy(update={"cluster": ask_cluster(plan)})
             if not options.dry_run and not report.completed:
                 check_devices_are_here(plan)
             if options.dry_run or not report.completed:
@@ -167,16 +184,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                     driver_log=driver_log,
                     on_event=watch.on_event,
                 )
-    except (
-        ConfigError,
-        StrategyError,
-        ModelError,
-        DataError,
-        CheckpointError,
-        BucketError,
-        ClaimError,
-        ClusterError,
-    ) as error:
+    except (*REFUSALS, ClaimError) as error:
         show_error(progress, str(error))
         return REFUSED
     except UnrecordedError as error:
@@ -189,9 +197,70 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     if result.status == "failed":
         show_error(progress, result.reason)
     print_json(output, result.model_dump_json(), options)
-    if result.status == "stopped":
-        return 128 + int(result.reason.split()[-1])
-    return DONE if result.status == "completed" else FAILED
+    return result.exit_code
+
+
+def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]) -> int:
+    """Check the run from here, hand it over as a job, and follow it; returns the exit code of the job's own main.py."""
+    # The cluster of this run, for whoever asks: the checks, which then look for no GPU here, and Ray's client.
+    os.environ["RAY_ADDRESS"] = options.submit
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+    set_ray_up()
+    from training import submission
+    from training.display import (
+        Watch,
+        show_completed,
+        show_error,
+        show_submitted,
+        show_warning,
+    )
+    from training.plan import REFUSALS, check_job_server_answers, make_scratch_directory
+    from training.travel import pack
+
+    output, progress = open_consoles()
+    job = None
+    try:
+        with ExitStack() as stack:
+            # output_dir is a place on the nodes.
+            logs = make_scratch_directory(loaded.config.model_copy(update={"output_dir": None})) / "logs"
+            log = logs / f"submit-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+            stack.enter_context(library_output_in(log))
+            with Watch(progress) as watch, TemporaryDirectory(prefix="anneal-") as directory:
+                check_job_server_answers(options.submit)
+                watch.phase("packing")
+                packed = pack(loaded, Path(directory))
+                checked = submission.check_from_here(packed, watch.checking)
+                report = None if isinstance(checked, str) else checked
+                if report and report.completed:
+                    show_completed(progress)
+                    print_json(output, report.completed.model_dump_json(), options)
+                    return DONE
+                watch.phase("submitting")
+                job = submission.submit(submission.connect(options.submit), options.submit, packed)
+            for warning in (
+                report.warnings if report else [f"not checked from here, but by the job: {checked}"]
+            ):
+                show_warning(progress, warning)
+            screen = output if options.detach and not options.json else progress
+            show_submitted(screen, job, report.run_uri if report else None, command)
+            if options.detach:
+                print_json(output, job.to_json(), options)
+                return DONE
+            end = submission.follow(job, lambda line: progress.out(line, highlight=False))
+    except REFUSALS as error:
+        show_error(progress, str(error))
+        return FAILED if job else REFUSED
+    except KeyboardInterrupt:
+        fate = (
+            f"the job goes on; to stop it: {shlex.join(job.stop_command)}" if job else "nothing was submitted"
+        )
+        show_error(progress, f"interrupted: {fate}")
+        return INTERRUPTED
+    if end.reason:
+        show_error(progress, end.reason)
+    if end.result:
+        print_json(output, end.result.model_dump_json(), options)
+    return end.exit_code
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

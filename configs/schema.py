@@ -497,14 +497,15 @@ class FinetuneConfig(Section):
     """Checkpoints kept, best by evaluation loss; the newest is always kept too."""
 
     storage_path: StorageUri | None = None
-    """Bucket prefix that runs are kept under; null: $ANYSCALE_ARTIFACT_STORAGE, else the embedded bucket."""
+    """Bucket prefix that runs are kept under; null: $ANYSCALE_ARTIFACT_STORAGE, else /mnt/cluster_storage where it
+    exists, else the embedded bucket."""
 
     run_name: RunName | None = None
     """Name of the run under storage_path; null: made from the YAML's name and what is in it, so that the same
     command continues the same run."""
 
     output_dir: Text | None = None
-    """Scratch directory on each node; null: one is chosen."""
+    """Scratch directory on each node; null: /mnt/local_storage where it exists, else the user's cache directory."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Gated models take HF_TOKEN from the environment."""

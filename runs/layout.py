@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -29,10 +30,16 @@ CLAIM_EXPIRES_SECONDS = 30.0
 RunStatus = Literal["completed", "stopped", "failed"]
 
 
+CLUSTER_STORAGE = Path("/mnt/cluster_storage")
+"""A directory that all nodes of an Anyscale cluster share, where it exists."""
+
+
 def default_storage() -> str:
-    """Where runs go when nothing says otherwise: Anyscale's artifact storage, else the embedded bucket."""
+    """Where runs go when nothing says otherwise: Anyscale's artifact storage, what its nodes share, else the embedded bucket."""
     if artifacts := os.environ.get("ANYSCALE_ARTIFACT_STORAGE"):
         return join_uri(artifacts, "anneal")
+    if CLUSTER_STORAGE.is_dir():
+        return str(CLUSTER_STORAGE / "anneal")
     return f"s3://{EMBEDDED_BUCKET}/runs"
 
 
@@ -224,3 +231,10 @@ class RunResult(_Record):
     versions: dict[str, str]
     ended: str | None = None
     """UTC, ISO 8601; None in results of before it was told."""
+
+    @property
+    def exit_code(self) -> int:
+        """What main.py ends with: 0 done, 1 failed, 128 + the signal that stopped it."""
+        if self.status == "stopped":
+            return 128 + int(self.reason.split()[-1])
+        return 0 if self.status == "completed" else 1

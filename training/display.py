@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -34,6 +35,9 @@ from training.events import (
 from training.memory import MemoryReport
 from training.plan import PlanReport
 from utils.files import format_bytes
+
+if TYPE_CHECKING:
+    from training.submission import SubmittedJob
 
 _SECONDS_BETWEEN_LINES = 10
 _BAR_WIDTH = 40
@@ -70,7 +74,10 @@ def show_plan(console: Console, report: PlanReport) -> None:
         rows.append(("starts from", report.starts_from))
     if report.resumes_from:
         rows.append(("resumes from", report.resumes_from))
+    if report.cluster:
+        rows.append(("cluster", report.cluster))
     rows.append(("results go to", report.run_uri))
+    rows.append(("", report.storage))
     print_facts(console, rows)
     console.print()
     _print_histogram(console, report)
@@ -137,6 +144,22 @@ def show_completed(console: Console) -> None:
     """That the same run was completed before."""
     console.print(
         "This run is completed already: nothing is left to do. Choose another run_name to train it again."
+    )
+
+
+def show_submitted(
+    console: Console, job: "SubmittedJob", run_uri: str | None, command: Sequence[str]
+) -> None:
+    """Where the job is, and the commands for it."""
+    print_facts(
+        console,
+        [
+            ("job", f"{job.submission_id} at {job.address}"),
+            ("results go to", run_uri or "what the job's own plan says"),
+            ("follow", shlex.join(job.follow_command)),
+            ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint)"),
+            ("go on", f"{shlex.join(command)}  (the same command, once the job has ended)"),
+        ],
     )
 
 

@@ -26,7 +26,7 @@ from configs.schema import (
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
 from runs.reading import best, missing_of_completed, newest, read_result, survey
 from training.accelerators import memory_of, named_accelerator
-from training.checkpoints import fetch_weights, read_manifest, resolve_start
+from training.checkpoints import CheckpointError, fetch_weights, read_manifest, resolve_start
 from training.continuation import (
     MAY_CHANGE_WITH_WHOLE_STATE,
     adapter_differences,
@@ -39,7 +39,7 @@ from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
-from training.data.sources import find_files, is_hub_dataset
+from training.data.sources import DataError, find_files, is_hub_dataset
 from training.data.summary import DataSummary
 from training.flops import RowFlops, row_flops
 from training.memory import Job, MemoryReport, describe_savings, largest_batch, report_memory
@@ -66,7 +66,7 @@ from training.models.files import (
     untargeted_names,
 )
 from training.models.kernels import Device, KernelChoice, Provider, choose_kernels
-from training.strategy import deepspeed_settings, zero_stage
+from training.strategy import StrategyError, deepspeed_settings, zero_stage
 from utils.bucket import (
     BucketError,
     NotFoundError,
@@ -83,6 +83,7 @@ from utils.files import checksum_bytes, format_bytes, free_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKEN_ADVICE = "It asks for a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH points."
 _REACH_SECONDS = 10
 # Bytes that stay for Python, torch and what is loaded with it: a worker with a tiny model had 0.7 GB at most (2026-11-21).
 _CPU_PROCESS = 1_000_000_000
@@ -138,6 +139,10 @@ class PlanReport(DataReport):
 
     run_name: str
     run_uri: str
+    storage: str
+    """What was tried where the run will go, with the credentials that are here."""
+    cluster: str | None = None
+    """What the cluster that RAY_ADDRESS names has for the workers, or has to scale up to; None where it was not asked."""
     model: str
     architecture: str
     parameters: int
@@ -162,6 +167,10 @@ class ClusterError(Exception):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
 
 
+REFUSALS = (ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError, ClusterError)
+"""What says that a run cannot begin as it is; each message is complete."""
+
+
 def needs_embedded_bucket(config: FinetuneConfig) -> bool:
     """Whether a path of the run lies in the embedded bucket."""
     uris = [
@@ -176,16 +185,22 @@ def needs_embedded_bucket(config: FinetuneConfig) -> bool:
 
 
 def storage_path(config: FinetuneConfig) -> str:
-    """Where runs go: the YAML's word, else Anyscale's artifact storage, else the embedded bucket."""
+    """Where runs go: the YAML's word, else `default_storage`."""
     if config.storage_path:
         return _absolute(config.storage_path)
     return default_storage()
 
 
+LOCAL_STORAGE = Path("/mnt/local_storage")
+"""An Anyscale node's own fast disks, where it has some."""
+
+
 def scratch_directory(config: FinetuneConfig) -> Path:
-    """A node's scratch: the YAML's output_dir, else the user's cache directory."""
+    """A node's scratch: the YAML's output_dir, else an Anyscale node's own disks, else the user's cache directory."""
     if config.output_dir:
         return Path(config.output_dir).expanduser().absolute()
+    if LOCAL_STORAGE.is_dir():
+        return LOCAL_STORAGE / "anneal"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anneal"
 
 
@@ -193,19 +208,47 @@ def check_cluster_answers() -> None:
     """Make sure that something listens where RAY_ADDRESS points; Ray itself goes on trying for minutes.
 
     Raises:
-        ClusterError: nothing answers.
+        ClusterError: nothing answers, or it is a job server, which no driver can join.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS: {address} is a job server. Hand the run over to it with --submit {address}, or write RAY_ADDRESS=HEAD:6379 "
+            "to join its cluster from one of its machines."
+        )
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdigit():
         return  # unset, or "auto" and the like: Ray looks for a cluster on this machine
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
-    except OSError as error:
+    check_answers(
+        "RAY_ADDRESS",
+        address,
+        host,
+        int(port),
+        "Start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine.",
+    )
+
+
+def check_job_server_answers(address: str) -> None:
+    """As `check_cluster_answers`, for what --submit names.
+
+    Raises:
+        ClusterError: nothing answers, or it is no address of a job server.
+    """
+    match = re.match(r"https?://([^/:@]+|\[[0-9a-f:]+\])(?::(\d+))?(?:/|$)", address)
+    if match is None:
         raise ClusterError(
-            f"RAY_ADDRESS: nothing answers at {address} ({error}). Start the cluster, correct the address, or unset RAY_ADDRESS "
-            "to run on this machine."
-        ) from error
+            f"--submit: {address} is no address of a job server. Write http://HEAD:8265, where Ray's dashboard is."
+        )
+    host, port = match[1], int(match[2] or (443 if address.startswith("https") else 80))
+    check_answers("--submit", address, host, port, "Start the cluster, or correct the address.")
+
+
+def check_answers(said: str, address: str, host: str, port: int, advice: str) -> None:
+    """Raises ClusterError, with what said the address and what to do, when nothing listens there."""
+    try:
+        socket.create_connection((host.strip("[]"), port), _REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:  # the latter for a port beyond 65535
+        raise ClusterError(f"{said}: nothing answers at {address} ({error}). {advice}") from error
 
 
 def check_devices_are_here(plan: RunPlan) -> None:
@@ -252,7 +295,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     storage, scratch = storage_path(config), scratch_directory(config)
 
     progress("storage")
-    with _about("storage_path"):
+    with about_key("storage_path"):
         check_writable(storage)
     progress("model")
     base_model, adapter, parent = _starting_weights(config, storage)
@@ -286,7 +329,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
 
     def prepare(key: str, sources: Sequence[DataSource]) -> PreparedData:
         progress(f"rows of {key}")
-        with _about(key):
+        with about_key(key):
             request = data_request(config, sources, facts, chat_template)
         _check_template(request, tokenizer, base_model)
         return prepare_data(
@@ -372,6 +415,9 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         **dict(rows),
         run_name=run_name,
         run_uri=run_uri,
+        storage="an object was written, read and deleted there"
+        if is_remote(storage)
+        else "this user may write there",
         model=config.model_id,
         architecture=facts.architecture,
         parameters=facts.parameters,
@@ -596,8 +642,8 @@ def make_scratch_directory(config: FinetuneConfig) -> Path:
 
 
 @contextmanager
-def _about(key: str) -> Iterator[None]:
-    """Say which key of the YAML storage refuses."""
+def about_key(key: str) -> Iterator[None]:
+    """Say which key of the YAML a place that storage refuses stands under."""
     try:
         yield
     except NotFoundError as error:
@@ -616,7 +662,7 @@ def _starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | 
     else:
         base = _absolute(config.model_id)
         if is_remote(base):
-            with _about("model_id"):
+            with about_key("model_id"):
                 check_readable(base)
     if config.initial_adapter_model_ckpt_path:
         adapter = _resolve("initial_adapter_model_ckpt_path", config.initial_adapter_model_ckpt_path, storage)
@@ -631,7 +677,7 @@ def _resolve(
         return resolve_start(uri, storage, choose=choose)
     if is_hub_id(uri):
         return uri
-    with _about(key):
+    with about_key(key):
         check_readable(_absolute(uri))
     return resolve_start(_absolute(uri), storage, choose=choose)
 

@@ -104,15 +104,16 @@ def check_readable(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Make sure that objects can be put at and deleted from `uri`. Raises BucketError.
+    """Make sure that objects can be put at, read from and deleted from `uri`. Raises BucketError.
 
-    A bucket gets a small probe object for a moment; of a local path only the nearest existing directory is
-    probed, nothing is created.
+    A bucket gets a small probe object for a moment, written as a manifest is: only where there is none. Of a local path only
+    the nearest existing directory is probed, nothing is created.
     """
     if is_remote(uri):
         store = _remote_store(uri, CHECK)
         probe = f".write-probe-{secrets.token_hex(8)}"
-        store.write(probe, b"probe")
+        store.write(probe, b"probe", only_if_absent=True)
+        store.read(probe)
         store.delete([probe])
         return
     path = local_path(uri)

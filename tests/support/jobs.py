@@ -97,11 +97,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 class Job:
     """main.py with everything that it starts."""
 
-    def __init__(self, config: Path, variables: Mapping[str, str], within: Sequence[str]):
+    def __init__(
+        self, config: Path, variables: Mapping[str, str], within: Sequence[str], arguments: Sequence[str]
+    ):
         self._stdout, self._stderr = config.with_suffix(".stdout"), config.with_suffix(".stderr")
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*within, *command(config, "--json")],
+                [*within, *command(config, *arguments, "--json")],
                 cwd=PROJECT,
                 env=environment() | dict(variables),
                 stdin=subprocess.DEVNULL,
@@ -162,10 +164,14 @@ def _lives(process: psutil.Process) -> bool:
 
 @contextmanager
 def started(
-    config: Path, variables: Mapping[str, str] | None = None, *, within: Sequence[str] = ()
+    config: Path,
+    variables: Mapping[str, str] | None = None,
+    *,
+    within: Sequence[str] = (),
+    arguments: Sequence[str] = (),
 ) -> Iterator[Job]:
     """main.py for the length of the block, by the command `within` where one is given; nothing of it is left behind."""
-    job = Job(config, variables or {}, within)
+    job = Job(config, variables or {}, within, arguments)
     try:
         yield job
     finally:

@@ -1,6 +1,7 @@
 """A Ray cluster that somebody else has started: real raylets on this machine, behind a token."""
 
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -8,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -28,12 +29,11 @@ print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "n
 class RayCluster:
     """A head, and one raylet after another, each a node of its own with its own CPUs."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, variables: Mapping[str, str]):
         self._directory = directory
+        self._variables = variables
         self._nodes: list[subprocess.Popen[bytes]] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port, self._job_server_port, self._agent_port = _free_ports(3)
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     @property
@@ -42,20 +42,34 @@ class RayCluster:
         return f"127.0.0.1:{self.port}"
 
     @property
+    def job_server(self) -> str:
+        """What --submit says, where the head was started with one."""
+        return f"http://127.0.0.1:{self._job_server_port}"
+
+    @property
+    def token(self) -> dict[str, str]:
+        """What lets a client in."""
+        return self._token
+
+    @property
     def variables(self) -> dict[str, str]:
         """What leads to it, the token included."""
         return {"RAY_ADDRESS": self.address, **self._token}
 
-    def start_head(self, cpus: int) -> None:
+    def start_head(self, cpus: int, *, job_server: bool) -> None:
         """Start the first node; returns when it listens."""
         self._start(
             f"--num-cpus={cpus}",
             "--head",
             f"--port={self.port}",
-            "--include-dashboard=false",
+            f"--include-dashboard={str(job_server).lower()}",
+            f"--dashboard-port={self._job_server_port}",
+            f"--dashboard-agent-listen-port={self._agent_port}",
             f"--temp-dir={self._directory}",
         )
-        _wait_until(self._listens, "head")
+        _wait_until(lambda: _listens(self.port), "head")
+        if job_server:
+            _wait_until(lambda: _listens(self._job_server_port), "job server")
 
     def start_node(self, cpus: int) -> str:
         """Start another node; returns its id when it has joined."""
@@ -91,7 +105,11 @@ class RayCluster:
         self._nodes.append(
             subprocess.Popen(
                 [str(_RAY), "start", "--block", "--disable-usage-stats", *options],
-                env=environment() | self._token,
+                # `python` is ours on every node, as in an image.
+                env=environment()
+                | {"PATH": f"{_RAY.parent}:{os.environ['PATH']}"}
+                | self._token
+                | dict(self._variables),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
@@ -108,9 +126,18 @@ class RayCluster:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def _listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
 
 
 def _wait_until(happened: Callable[[], bool], what: str) -> None:
@@ -121,13 +148,21 @@ def _wait_until(happened: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def ray_cluster(cpus: int) -> Iterator[RayCluster]:
-    """A cluster of one node for the length of the block."""
+def ray_cluster(
+    cpus: int, *, job_server: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[RayCluster]:
+    """A cluster of one node for the length of the block.
+
+    Args:
+        cpus: Of the node.
+        job_server: Whether jobs can be submitted to it.
+        variables: Of its nodes' environment, on top of ours.
+    """
     # Paths of Ray's sockets are limited to 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
-    cluster = RayCluster(directory)
+    cluster = RayCluster(directory, variables or {})
     try:
-        cluster.start_head(cpus)
+        cluster.start_head(cpus, job_server=job_server)
         yield cluster
     finally:
         cluster.end()

@@ -64,15 +64,24 @@ def find_files(path: str, source: int) -> list[DataFile]:
     """
     if is_hub_dataset(path):
         return [DataFile(path, _hub_version(path), source)]
+    return [
+        DataFile(uri, version if is_remote(uri) else checksum(Path(uri)), source)
+        for uri, version in matching_files(path)
+    ]
+
+
+def matching_files(path: str) -> list[tuple[str, str]]:
+    """(URI, what tells its version without reading it) of each file that a path of the YAML names; not of a hub dataset.
+
+    Raises as `find_files` does.
+    """
     place = path if is_remote(path) else str(local_path(path))
     found = _matches(place) if _is_glob(place) else _files_at(place)
     if not found:
         raise DataError(
             f"{place}: none of the files there is read. Rows are in {', '.join(_KINDS)}, also with .gz or .zst behind."
         )
-    return [
-        DataFile(uri, version if is_remote(uri) else checksum(Path(uri)), source) for uri, version in found
-    ]
+    return found
 
 
 def _files_at(place: str) -> list[tuple[str, str]]:

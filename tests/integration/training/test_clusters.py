@@ -60,15 +60,35 @@ def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
     joining = config(files, tmp_path / "joined.yaml", num_epochs=1)
     with ray_cluster(cpus=2) as cluster:
         stranger = run_main(joining, "--json", variables={"RAY_ADDRESS": cluster.address})
+        asked = run_main(joining, "--dry-run", "--json", variables=cluster.variables)
         joined = run_main(joining, "--json", variables=cluster.variables)
         too_many = run_main(joining, "num_devices=3", "--json", variables=cluster.variables)
+        never = run_main(joining, "num_devices=3", "--dry-run", variables=cluster.variables)
     assert stranger.exit_code == 2
     assert "It asks for a token: set RAY_AUTH_MODE=token" in stranger.errors
     assert "Traceback" not in stranger.errors
+    assert asked.exit_code == 0, asked.errors
+    assert asked.result["cluster"] == f"{cluster.address} has what the workers need"
     assert joined.exit_code == 0, joined.errors
     assert joined.result["train_steps"] == 5
-    assert too_many.exit_code == 2
-    assert "lacks what 3 workers need: CPU 3 (has 2)" in too_many.errors
+    for refused in (too_many, never):
+        assert refused.exit_code == 2
+        assert "lacks what 3 workers need: CPU 3 (has 2)" in refused.errors
+
+
+def test_a_cluster_that_grows(files: Path, tmp_path: Path):
+    """One whose nodes come from groups may have too few of them yet: that is said, and waited for."""
+    growing = config(files, tmp_path / "growing.yaml", num_epochs=1)
+    with ray_cluster(cpus=1, variables={"RAY_NODE_TYPE_NAME": "workers"}) as cluster:
+        asked = run_main(growing, "--dry-run", "--json", variables=cluster.variables)
+        with started(growing, cluster.variables) as job:
+            job.wait_for_line("waiting for the cluster to scale up: CPU 2 (has 1)")
+            cluster.start_node(cpus=1)
+            finished = job.end()
+    assert asked.exit_code == 0, asked.errors
+    assert asked.result["cluster"] == "has to scale up: CPU 2 (has 1)"
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["train_steps"] == 5
 
 
 def test_a_node_that_is_taken_away(files: Path, tmp_path: Path):
