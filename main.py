@@ -2,12 +2,14 @@
 
     python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]
     python main.py runs | show | compare ...      looks at what was trained; see runs/commands.py
+    python main.py export | chat | evaluate ...   uses it; see training/commands.py
 
 Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stopped.
 """
 
 import argparse
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -17,10 +19,12 @@ from pathlib import Path
 from rich.console import Console
 
 from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
-from runs.commands import COMMANDS, run_command
+from configs.schema import ExportConfig
+from runs import commands as looking
+from training import commands as using
 from utils.bucket import BucketError
 from utils.console import library_output_in, open_consoles
-from utils.processes import run_in_own_session
+from utils.processes import FORWARDED, run_in_own_session
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,8 +32,10 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str]) -> int:
     """Check the file, then plan and run; returns the exit code."""
     began = time.monotonic()
-    if arguments and arguments[0] in COMMANDS:
+    if arguments and arguments[0] in looking.COMMANDS:
         return look(arguments)
+    if arguments and arguments[0] in using.COMMANDS:
+        return use(arguments)
     options = parse_arguments(arguments)
     try:
         loaded = load_config(options.config, options.overrides)
@@ -50,10 +56,29 @@ def main(arguments: list[str]) -> int:
 def look(arguments: list[str]) -> int:
     """Carry out a command that looks at runs; returns the exit code."""
     try:
-        run_command(arguments)
+        looking.run_command(arguments)
     except BucketError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
+
+
+def use(arguments: list[str]) -> int:
+    """Carry out a command that uses what was trained; returns the exit code."""
+    set_ray_up()
+    from training.events import WorkersFailedError
+    from training.plan import REFUSALS
+
+    try:
+        using.run_command(arguments)
+    except REFUSALS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except WorkersFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
@@ -65,7 +90,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="main.py",
         usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run] [--json]",
         description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes.",
-        epilog=f"Look at runs with main.py {', '.join(COMMANDS)}; each says how under --help.",
+        epilog=f"Look at runs with main.py {', '.join(looking.COMMANDS)}, use what they trained with "
+        f"{', '.join(using.COMMANDS)}; each says how under --help.",
     )
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -94,9 +120,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float) -> int:
-    """Everything behind the file: the plan, the run, the report."""
-    # Ray reads these when it is imported.
+def set_ray_up() -> None:
+    """Settings that Ray reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The cluster of one machine gets no notice of preemption; watching for it is a process on cores that train.
     os.environ.setdefault(
@@ -106,22 +131,23 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Its patch of print breaks the hashing of datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    from training.checkpoints import CheckpointError
+
+
+def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float) -> int:
+    """Everything behind the file: the plan, the run, the report."""
+    set_ray_up()
     from training.claims import ClaimError
     from training.data.report import to_html
-    from training.data.sources import DataError
     from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
     from training.events import UnrecordedError
-    from training.models.files import ModelError
     from training.plan import (
-        ClusterError,
+        REFUSALS,
         check_cluster_answers,
         check_devices_are_here,
         make_plan,
         make_scratch_directory,
         needs_embedded_bucket,
     )
-    from training.strategy import StrategyError
     from utils.embedded_bucket import embedded_bucket
     from utils.files import write_atomically
 
@@ -167,16 +193,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
                     driver_log=driver_log,
                     on_event=watch.on_event,
                 )
-    except (
-        ConfigError,
-        StrategyError,
-        ModelError,
-        DataError,
-        CheckpointError,
-        BucketError,
-        ClaimError,
-        ClusterError,
-    ) as error:
+    except (*REFUSALS, ClaimError) as error:
         show_error(progress, str(error))
         return REFUSED
     except UnrecordedError as error:
@@ -188,10 +205,33 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":
         show_error(progress, result.reason)
+    exported = True
+    if result.status == "completed" and loaded.config.export:
+        exported = export_completed(result.run_uri, loaded.config.export, screen, progress)
     print_json(output, result.model_dump_json(), options)
+    if not exported:
+        return FAILED
     if result.status == "stopped":
         return 128 + int(result.reason.split()[-1])
     return DONE if result.status == "completed" else FAILED
+
+
+def export_completed(run_uri: str, settings: ExportConfig, screen: Console, progress: Console) -> bool:
+    """What the YAML's `export` asks for, behind a completed run; whether it was done."""
+    from training.display import show_error
+    from training.plan import REFUSALS
+
+    for number in FORWARDED:  # run_job kept them for itself
+        signal.signal(number, signal.default_int_handler)
+    try:
+        using.export_run(run_uri, settings, screen, progress)
+    except REFUSALS as error:
+        show_error(progress, f"the run is completed, and not exported: {error}")
+        return False
+    except KeyboardInterrupt:
+        show_error(progress, "interrupted: the run is completed, and not exported; the same command exports it")
+        return False
+    return True
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

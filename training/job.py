@@ -61,6 +61,7 @@ from training.events import (
 )
 from training.memory import Saving, describe_savings
 from training.models.files import first_line
+from training.models.kernels import Device
 from training.plan import ClusterError, PlanReport, RunPlan
 from training.worker import package_versions, train_worker, worker_log
 from utils.bucket import BucketError, open_store, uses_embedded_bucket
@@ -111,7 +112,7 @@ def run_job(
         claimed(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
         ) as claim,
-        _cluster(plan),
+        cluster(_workers(plan)),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:
@@ -270,28 +271,49 @@ class _OwnClusterTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
+@dataclass(frozen=True)
+class Workers:
+    """What a cluster is asked for."""
+
+    count: int
+    device: Device
+    each: dict[str, float]
+    """Ray resources of one."""
+    storage: str
+    """URI that all of them must reach."""
+
+    @property
+    def together(self) -> dict[str, float]:
+        """Ray resources of all."""
+        return {name: amount * self.count for name, amount in self.each.items()}
+
+
 @contextmanager
-def _cluster(plan: RunPlan) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
+def cluster(workers: Workers) -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, or a local one sized to the workers that ends with the block.
+
+    Raises:
+        ClusterError: it cannot be joined, or has too little.
+    """
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _join(address)
     else:
-        if plan.device == "cpu":
+        if workers.device == "cpu":
             os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
         ray.init(
-            num_cpus=math.ceil(_resources_of_workers(plan)["CPU"]),
-            num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
+            num_cpus=math.ceil(workers.together["CPU"]),
+            num_gpus=workers.count if workers.device == "cuda" else 0,
             resources={
                 name: amount
-                for name, amount in _resources_of_workers(plan).items()
+                for name, amount in workers.together.items()
                 if name not in ("CPU", "GPU", "memory")
             },
             include_dashboard=False,
             log_to_driver=False,
         )
     try:
-        _check_cluster(plan, f"the cluster at {address}" if address else "this machine")
+        _check_cluster(workers, f"the cluster at {address}" if address else "this machine")
         yield
     finally:
         ray.shutdown()
@@ -324,29 +346,28 @@ def _runtime_environment() -> dict[str, Any]:
     }
 
 
-def _check_cluster(plan: RunPlan, name: str) -> None:
+def _check_cluster(workers: Workers, name: str) -> None:
     total = ray.cluster_resources()
     short = [
         f"{resource} {amount:g} (has {total.get(resource, 0):g})"
-        for resource, amount in _resources_of_workers(plan).items()
+        for resource, amount in workers.together.items()
         if total.get(resource, 0) < amount
     ]
     if short:
         raise ClusterError(
-            f"{name} lacks what {plan.config.num_devices} workers need: {', '.join(short)}. "
+            f"{name} lacks what {workers.count} workers need: {', '.join(short)}. "
             "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1 and uses_embedded_bucket(plan.run_uri):
+    if len(nodes) > 1 and uses_embedded_bucket(workers.storage):
         raise ClusterError(
             f"the embedded bucket serves this machine only, and the cluster has {len(nodes)} nodes. Set storage_path to a bucket that "
             "all nodes reach."
         )
 
 
-def _resources_of_workers(plan: RunPlan) -> dict[str, float]:
-    """Of all of them together."""
-    return {name: amount * plan.config.num_devices for name, amount in _resources_of_worker(plan).items()}
+def _workers(plan: RunPlan) -> Workers:
+    return Workers(plan.config.num_devices, plan.device, _resources_of_worker(plan), plan.run_uri)
 
 
 def _resources_of_worker(plan: RunPlan) -> dict[str, float]:

@@ -26,15 +26,16 @@ from configs.schema import (
 from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
 from runs.reading import best, missing_of_completed, newest, read_result, survey
 from training.accelerators import memory_of, named_accelerator
-from training.checkpoints import fetch_weights, read_manifest, resolve_start
+from training.checkpoints import CheckpointError, fetch_weights, read_manifest, resolve_start
 from training.continuation import MAY_CHANGE_WITH_WHOLE_STATE, adapter_differences, differences, misfits
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
-from training.data.sources import find_files, is_hub_dataset
+from training.data.sources import DataError, find_files, is_hub_dataset
 from training.data.summary import DataSummary
+from training.exporting import check_export
 from training.flops import RowFlops, row_flops
 from training.memory import Job, MemoryReport, describe_savings, report_memory
 from training.models.architecture import (
@@ -60,7 +61,7 @@ from training.models.files import (
     untargeted_names,
 )
 from training.models.kernels import Device, KernelChoice, Provider, choose_kernels
-from training.strategy import deepspeed_settings, zero_stage
+from training.strategy import StrategyError, deepspeed_settings, zero_stage
 from utils.bucket import (
     BucketError,
     NotFoundError,
@@ -152,6 +153,10 @@ class ClusterError(Exception):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
 
 
+REFUSALS = (ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError, ClusterError)
+"""What says that a run cannot begin as it is; each message is complete."""
+
+
 def needs_embedded_bucket(config: FinetuneConfig) -> bool:
     """Whether a path of the run lies in the embedded bucket."""
     uris = [
@@ -161,6 +166,7 @@ def needs_embedded_bucket(config: FinetuneConfig) -> bool:
         config.initial_adapter_model_ckpt_path,
         config.resume_from_checkpoint,
         storage_path(config),
+        config.export.to if config.export else None,
     ]
     return any(uri is not None and uses_embedded_bucket(uri) for uri in uris)
 
@@ -237,7 +243,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     config = loaded.config
     _refuse_what_is_missing(loaded)
     settings = deepspeed_settings(config)
-    device = _choose_device(config)
+    device = choose_device(config)
     kernels = choose_kernels(config, device, zero_stage(settings))
     storage, scratch = storage_path(config), scratch_directory(config)
 
@@ -258,6 +264,8 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
         facts = replace(facts, parameter_shapes=shapes)
     _check_quantization(config, facts)
+    with _about("export"):
+        check_export(config, facts)
     if adapter_facts:
         _check_adapter(config, adapter_facts, facts)
     chat_template = read_chat_template(config)
@@ -533,7 +541,12 @@ def _is_importable(provider: str) -> bool:
     return importlib.util.find_spec(provider) is not None
 
 
-def _choose_device(config: FinetuneConfig) -> Device:
+def choose_device(config: FinetuneConfig) -> Device:
+    """What `device` means here.
+
+    Raises:
+        ConfigError: there are not as many GPUs as it asks for.
+    """
     if config.device == "cpu":
         return "cpu"
     if os.environ.get("RAY_ADDRESS") or named_accelerator(config.worker_resources):
