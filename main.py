@@ -67,12 +67,13 @@ def look(arguments: list[str]) -> int:
 
 def use(arguments: list[str]) -> int:
     """Carry out a command that uses what was trained; returns the exit code."""
+    options = using.parse_arguments(arguments)
     set_ray_up()
     from training.events import WorkersFailedError
     from training.plan import REFUSALS
 
     try:
-        using.run_command(arguments)
+        using.run_command(options)
     except REFUSALS as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -205,33 +206,35 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, began: float
     show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":
         show_error(progress, result.reason)
-    exported = True
+    exported = DONE
     if result.status == "completed" and loaded.config.export:
         exported = export_completed(result.run_uri, loaded.config.export, screen, progress)
     print_json(output, result.model_dump_json(), options)
-    if not exported:
-        return FAILED
+    if exported != DONE:
+        return exported
     if result.status == "stopped":
         return 128 + int(result.reason.split()[-1])
     return DONE if result.status == "completed" else FAILED
 
 
-def export_completed(run_uri: str, settings: ExportConfig, screen: Console, progress: Console) -> bool:
-    """What the YAML's `export` asks for, behind a completed run; whether it was done."""
+def export_completed(run_uri: str, settings: ExportConfig, screen: Console, progress: Console) -> int:
+    """What the YAML's `export` asks for, behind a completed run; returns the exit code."""
     from training.display import show_error
     from training.plan import REFUSALS
 
-    for number in FORWARDED:  # run_job kept them for itself
+    for number in FORWARDED:  # the run's end kept them for itself
         signal.signal(number, signal.default_int_handler)
     try:
         using.export_run(run_uri, settings, screen, progress)
     except REFUSALS as error:
         show_error(progress, f"the run is completed, and not exported: {error}")
-        return False
+        return FAILED
     except KeyboardInterrupt:
-        show_error(progress, "interrupted: the run is completed, and not exported; the same command exports it")
-        return False
-    return True
+        show_error(
+            progress, "interrupted: the run is completed, and not exported; the same command exports it"
+        )
+        return INTERRUPTED
+    return DONE
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

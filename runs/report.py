@@ -175,7 +175,9 @@ def _commands(report: RunReport) -> list[str]:
         commands["Answer and score held-out rows:"] = shlex.join(
             [*main, "evaluate", result.run_uri, "--data", "test.jsonl"]
         )
-        what = "Merge the best adapter into its base model" if report.trains_adapter else "Export the best model"
+        what = (
+            "Merge the best adapter into its base model" if report.trains_adapter else "Export the best model"
+        )
         commands[f"{what}, then serve it, with vLLM installed:"] = (
             f"{shlex.join([*main, 'export', result.run_uri, '--to', 'exported'])}\nvllm serve exported"
         )

@@ -10,7 +10,7 @@ from training.prompting import encode_prompt, stop_tokens
 from training.trained import TrainedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 
 class Chat:
@@ -53,7 +53,7 @@ class Chat:
         streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         with torch.inference_mode():
             generated = self._model.generate(
-                tokens,
+                input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=stop_tokens(self._model, self._tokenizer),

@@ -22,34 +22,22 @@ COMMANDS = ("export", "chat", "evaluate")
 """What may stand where else a YAML does; a file of that name is written ./export."""
 
 
-def run_command(arguments: list[str]) -> None:
-    """Carry out one of COMMANDS; a wrong command line ends the process with code 2.
-
-    Raises:
-        ConfigError, ModelError, DataError, CheckpointError, ClusterError, BucketError: it cannot be done; the message says why.
-        WorkersFailedError: the workers of an evaluation failed.
-    """
-    options = _parse(arguments)
-    output, errors = open_consoles()
-    match options.command:
-        case "export":
-            _export(options, output, errors)
-        case "chat":
-            _chat(options, output, errors)
-        case _:
-            _evaluate(options, output, errors)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line of one of COMMANDS; a wrong one ends the process with code 2."""
     parser = argparse.ArgumentParser(prog="main.py", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     exporting = commands.add_parser(
         "export", help="write the best checkpoint as other programs load it: one model, or the adapter alone"
     )
-    exporting.add_argument("--to", metavar="URI", help="an empty prefix or directory; default: exports/ in the run")
     exporting.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights; default: %(default)s"
+        "--to", metavar="URI", help="an empty prefix or directory; default: exports/ in the run"
+    )
+    exporting.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="of the weights; default: %(default)s",
     )
     form = exporting.add_mutually_exclusive_group()
     form.add_argument(
@@ -80,14 +68,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="what the file calls a column: prompt=question completion=answer; default: the run's",
     )
     evaluating.add_argument(
-        "--name", type=_name, metavar="NAME", help="of evaluations/NAME.jsonl in the run; default: the file's, and the step"
+        "--name",
+        type=_name,
+        metavar="NAME",
+        help="of evaluations/NAME.jsonl in the run; default: the file's, and the step",
     )
     evaluating.add_argument(
-        "--num-devices", type=_positive, default=1, metavar="N", help="Ray workers, one device each; default: 1"
+        "--num-devices",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="Ray workers, one device each; default: 1",
     )
     evaluating.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: the run's")
     evaluating.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="rows that a worker answers at once; default: 8"
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="rows that a worker answers at once; default: 8",
     )
     for command in (chatting, evaluating):
         command.add_argument(
@@ -108,6 +107,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run_command(options: argparse.Namespace) -> None:
+    """Carry out one of COMMANDS.
+
+    Raises:
+        ConfigError, ModelError, DataError, CheckpointError, ClusterError, BucketError: it cannot be done; the message says why.
+        WorkersFailedError: the workers of an evaluation failed.
+    """
+    output, errors = open_consoles()
+    match options.command:
+        case "export":
+            _export(options, output, errors)
+        case "chat":
+            _chat(options, output, errors)
+        case _:
+            _evaluate(options, output, errors)
+
+
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: write a whole number of at least 1")
@@ -117,7 +133,9 @@ def _positive(text: str) -> int:
 def _column(text: str) -> tuple[str, str]:
     ours, separator, theirs = text.partition("=")
     if not separator or not theirs or ours not in get_args(Column):
-        raise argparse.ArgumentTypeError(f"{text}: write OURS=THEIRS, with one of {', '.join(get_args(Column))} first")
+        raise argparse.ArgumentTypeError(
+            f"{text}: write OURS=THEIRS, with one of {', '.join(get_args(Column))} first"
+        )
     return ours, theirs
 
 
@@ -145,7 +163,11 @@ def export_run(run: str, settings: ExportConfig, screen: Console, progress: Cons
     from training.exporting import export
     from training.trained import trained_model
 
-    with trained_model(run, settings.to or "") as trained, _libraries_quiet(trained), Watch(progress) as watch:
+    with (
+        trained_model(run, settings.to or "") as trained,
+        _libraries_quiet(trained),
+        Watch(progress) as watch,
+    ):
         exported = export(trained, settings, progress=watch.phase)
     show_export(screen, exported)
     return exported

@@ -295,11 +295,14 @@ def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
         ("answers", evaluation.answers),
     ]
     if evaluation.trained_rows and evaluation.exact_match_of_others is not None:
-        facts.insert(1, ("without those trained on", f"{evaluation.exact_match_of_others:.1%} of {others:,} rows"))
+        facts.insert(
+            1, ("without those trained on", f"{evaluation.exact_match_of_others:.1%} of {others:,} rows")
+        )
     print_facts(console, facts)
     if evaluation.trained_rows:
         show_warning(
-            console, f"{evaluation.trained_rows:,} of these rows were trained on, and say nothing of new ones."
+            console,
+            f"{evaluation.trained_rows:,} of these rows were trained on, and say nothing of new ones.",
         )
 
 

@@ -107,7 +107,12 @@ class Evaluation(BaseModel):
 
 
 def evaluate(
-    trained: TrainedModel, data: str, name: str | None, how: HowToEvaluate, *, progress: Callable[[str, float], None]
+    trained: TrainedModel,
+    data: str,
+    name: str | None,
+    how: HowToEvaluate,
+    *,
+    progress: Callable[[str, float], None],
 ) -> Evaluation:
     """Answer and score every row, and write them to the run.
 
@@ -133,7 +138,8 @@ def evaluate(
         _score(question, text, how.match, None if digests is None else question.digest in digests)
         for question, text in zip(questions, texts, strict=True)
     ]
-    key = evaluation_key(name or f"{PurePosixPath(data).name.partition('.')[0]}-step-{trained.manifest.step:06d}")
+    file = re.sub(r"[^\w-]+", "-", PurePosixPath(data).name.partition(".")[0])
+    key = evaluation_key(name or f"{file}-step-{trained.manifest.step:06d}")
     run = open_store(trained.run_uri)
     run.write(key, "".join(answer.model_dump_json() + "\n" for answer in answers).encode())
     others = [answer.correct for answer in answers if answer.trained is False]
@@ -219,7 +225,8 @@ def _question(
     expected = _expected(example)
     if _looked_for(expected, how.match) is None:
         raise RowError(
-            "no number", f"has an answer without a number ({expected[:40]!r}). Compare whole texts: --match text"
+            "no number",
+            f"has an answer without a number ({expected[:40]!r}). Compare whole texts: --match text",
         )
     (rendered,) = renderer.render(replace(example, untrained=()) if isinstance(example, Chat) else example)
     prompt = rendered.text[: rendered.spans[-1][0]]
@@ -305,7 +312,9 @@ class _Worker:
             pad_token_id=self._tokenizer.pad_token_id,
         )
 
-    def answer(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[int], list[str]]:
+    def answer(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[int], list[str]]:
         """(the rows' numbers as given, their answers)."""
         import torch
 
@@ -317,7 +326,7 @@ class _Worker:
             mask[row, width - len(prompt) :] = 1
         device = self._model.device
         with torch.inference_mode():
-            generated = self._model.generate(tokens.to(device), attention_mask=mask.to(device))
+            generated = self._model.generate(input_ids=tokens.to(device), attention_mask=mask.to(device))
         return rows, self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
 
 
@@ -338,7 +347,8 @@ def _answer(
         pool = ActorPool([actor.remote(trained, how) for _ in range(min(how.num_devices, len(batches)))])
         try:
             for rows, texts in pool.map_unordered(
-                lambda worker, rows: worker.answer.remote(rows, [questions[row].tokens for row in rows]), batches
+                lambda worker, rows: worker.answer.remote(rows, [questions[row].tokens for row in rows]),
+                batches,
             ):
                 answers.update(zip(rows, texts, strict=True))
                 progress("generating", len(answers) / len(questions))

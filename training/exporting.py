@@ -44,7 +44,15 @@ _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
 # What no program loads an export without.
 _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
-_NOT_IN_VLLM = ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+_NOT_IN_VLLM = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
 """What vLLM's reader of adapters (lora/peft_helper.py) refuses, or passes over and computes something else."""
 
 
@@ -146,7 +154,9 @@ def _written_before(store: Store) -> Export | None:
     try:
         return Export.model_validate_json(content)
     except ValidationError as error:
-        raise ConfigError(f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or name another place.") from error
+        raise ConfigError(
+            f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or name another place."
+        ) from error
 
 
 def _same(written: Export, planned: Export, store: Store) -> Export:
@@ -211,7 +221,9 @@ def _check_base(base: ModelFacts) -> None:
 
 
 def _check_adapter(lora: dict) -> None:
-    said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (["bias"] if lora.get("bias", "none") != "none" else [])
+    said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (
+        ["bias"] if lora.get("bias", "none") != "none" else []
+    )
     if said:
         raise ConfigError(
             f"merge: false writes an adapter that vLLM loads, and it loads none with {', '.join(said)}. Write merge: true; in PEFT the "
@@ -250,7 +262,7 @@ def _write_model(
 
     assert planned.dtype is not None
     weights, base = trained.weights(), trained.base_weights()
-    model: "PreTrainedModel" = load_weights(
+    model: PreTrainedModel = load_weights(
         base or weights, dtype=planned.dtype, trust_remote_code=trained.config.trust_remote_code
     )
     if base is not None:
@@ -307,7 +319,9 @@ def _card(trained: "TrainedModel", planned: Export) -> Card:
 def _publish(store: Store, planned: Export, directory: Path) -> Export:
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     last = _LOADED_BY[planned.kind]
-    store.write(_UNFINISHED, b"This export is being written, or was cut off; the same command makes it whole.\n")
+    store.write(
+        _UNFINISHED, b"This export is being written, or was cut off; the same command makes it whole.\n"
+    )
     store.delete([last])
     store.delete(set(sizes(store, "")) - {_UNFINISHED})
     records = [

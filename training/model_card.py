@@ -117,7 +117,11 @@ class Card:
         return _table(
             ("", "eval loss (nats a trained token)", *figures),
             [
-                (when, f"{loss.eval_loss:.4f}", *(f"{loss.figures.get(name, float('nan')):.4f}" for name in figures))
+                (
+                    when,
+                    f"{loss.eval_loss:.4f}",
+                    *(f"{loss.figures.get(name, float('nan')):.4f}" for name in figures),
+                )
                 for when, loss in rows
             ],
         )

@@ -19,9 +19,7 @@ def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
     return sorted(stops | (set(first) & set(tokenizer.added_tokens_decoder)))
 
 
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_laid_out: bool
-) -> Sequence[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_laid_out: bool) -> Sequence[int]:
     """The tokens that an answer follows.
 
     Args:

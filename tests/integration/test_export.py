@@ -116,11 +116,18 @@ def test_an_export_holds_all_that_a_server_needs(use: Use, run: str, tiny_model:
     tokenizer = AutoTokenizer.from_pretrained(place)
     original = AutoTokenizer.from_pretrained(tiny_model)
     chat = [{"role": "user", "content": "2 + 2?"}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(
+        chat, tokenize=False
+    )
     assert GenerationConfig.from_pretrained(place).eos_token_id == tokenizer.eos_token_id
     card = ModelCard.load(place / "README.md")
     assert (card.data.base_model, card.data.library_name) == (str(tiny_model), "transformers")
-    for said in ("| before the first step | 2.0000 |", "after step 10 | 1.5000 |", "rows.jsonl", "lora_config.r | 4"):
+    for said in (
+        "| before the first step | 2.0000 |",
+        "after step 10 | 1.5000 |",
+        "rows.jsonl",
+        "lora_config.r | 4",
+    ):
         assert said in card.text, said
 
 
@@ -204,7 +211,10 @@ def test_what_loads_an_export_comes_last(
     with bucket_proxy(bucket.endpoint) as proxy:
         exported_by(use("export", run, "--to", place, "--json", AWS_ENDPOINT_URL_S3=proxy.endpoint))
         written = [request.path.rpartition("/")[2] for request in proxy.requests if request.method == "PUT"]
-    assert [name for name in written if not name.startswith(".write-probe")][-2:] == ["config.json", EXPORT_FILE]
+    assert [name for name in written if not name.startswith(".write-probe")][-2:] == [
+        "config.json",
+        EXPORT_FILE,
+    ]
     assert {"model.safetensors", "tokenizer.json"} <= set(written[:-2])
 
 
@@ -288,7 +298,9 @@ def test_weights_that_exist_in_4_bits_only(
     assert exported_by(use("export", run, "--no-merge", "--json")).kind == "adapter"
 
 
-def test_an_adapter_that_vllm_does_not_load(use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]):
+def test_an_adapter_that_vllm_does_not_load(
+    use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
     run = store_adapter_run(storage, "run", tiny_model, {**LORA, "use_dora": True}, **scratch)
     assert "it loads none with use_dora" in refusal(use("export", run, "--no-merge"))
 

@@ -22,9 +22,13 @@ def store_adapter_run(storage: Store, name: str, model: Path, lora: dict[str, An
     """Write a run that trained an adapter on the model in a directory; returns its URI."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora))
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
+    )
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # what is trained beside the adapter as well, and enough for it to be seen
+        if (
+            parameter.requires_grad
+        ):  # what is trained beside the adapter as well, and enough for it to be seen
             parameter.data += 0.05 * torch.randn_like(parameter)
     adapted.peft_config["default"].base_model_name_or_path = str(model)
     return _store(storage, name, model, adapted, lora_config=lora, **settings)
@@ -44,7 +48,13 @@ def _store(storage: Store, name: str, model: Path, trained: Any, **settings: Any
     uri = storage.uri_of(name)
     store = open_store(uri)
     losses = eval_losses(2.0, 1.5)
-    config = {"model_id": str(model), "train_path": "rows.jsonl", "device": "cpu", "dtype": "fp32", **settings}
+    config = {
+        "model_id": str(model),
+        "train_path": "rows.jsonl",
+        "device": "cpu",
+        "dtype": "fp32",
+        **settings,
+    }
     store.write(CONFIG_FILE, yaml.safe_dump(config).encode())
     lines = [loss.model_dump(exclude={"figures"}) for loss in losses]
     store.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -5,7 +5,7 @@ import os
 import pty
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from runs.layout import EXPORT_FILE, Export
-from tests.support.jobs import PROJECT, Finished, environment, read_metrics, run_main, tiny_settings, write_yaml
+from tests.support.front_door import run_command_quickly
+from tests.support.jobs import PROJECT, environment, read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 
 ROWS, NEW_TOKENS = 12, 24
@@ -78,8 +79,23 @@ def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-def use(files: Path, name: str, *arguments: str, said: str | None = None) -> Finished:
-    """A command about the run, with text on standard input where there is any."""
+@pytest.fixture
+def refused(files: Path, tmp_path: Path) -> Callable[..., str]:
+    """The message of a command about the run that refuses something."""
+
+    def run(name: str, *arguments: str) -> str:
+        finished = run_command_quickly(command(name, files, *arguments)[2:], tmp_path / "said.txt")
+        assert finished.exit_code == 2, finished
+        assert finished.output == ""
+        assert "Traceback" not in finished.errors
+        assert finished.errors.count("error: ") == 1, finished.errors
+        return finished.errors.partition("error: ")[2]
+
+    return run
+
+
+def use(files: Path, name: str, *arguments: str, said: str = "") -> str:
+    """A command about the run, with text on standard input where there is any; returns what it prints."""
     done = subprocess.run(
         command(name, files, *arguments),
         cwd=PROJECT,
@@ -87,9 +103,10 @@ def use(files: Path, name: str, *arguments: str, said: str | None = None) -> Fin
         capture_output=True,
         text=True,
         check=False,
-        input=said or "",
+        input=said,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def command(name: str, files: Path, *arguments: str) -> list[str]:
@@ -118,12 +135,8 @@ def test_one_answer(files: Path, model: Any, tokenizer: Any):
     expected = greedy(model, tokenizer, asked(question))
     assert expected.strip(), "the model says something"
     limit = ("--max-new-tokens", str(NEW_TOKENS))
-    for finished in (
-        use(files, "chat", "--prompt", question, *limit),
-        use(files, "chat", *limit, said=question + "\n"),
-    ):
-        assert finished.exit_code == 0, finished.errors
-        assert finished.output == expected + "\n"
+    assert use(files, "chat", "--prompt", question, *limit) == expected + "\n"
+    assert use(files, "chat", *limit, said=question + "\n") == expected + "\n"
 
 
 def test_a_conversation_on_a_terminal(files: Path, model: Any, tokenizer: Any):
@@ -163,61 +176,54 @@ def held_out(files: Path, model: Any, tokenizer: Any) -> Path:
     for messages in others[:4]:
         messages[1]["content"] = f" {greedy(model, tokenizer, messages[:1])}\n"
     path = files / "test.jsonl"
-    path.write_text("".join(f"{line}\n" for line in [*trained, *(json.dumps({"messages": m}) for m in others)]))
+    path.write_text(
+        "".join(f"{line}\n" for line in [*trained, *(json.dumps({"messages": m}) for m in others)])
+    )
     return path
 
 
-def evaluate(files: Path, data: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(files: Path, data: Path, *arguments: str) -> str:
     limit = ("--max-new-tokens", str(NEW_TOKENS))
-    finished = use(files, "evaluate", "--data", str(data), *limit, *arguments, "--json")
-    assert finished.exit_code == 0, finished.errors
-    (line,) = finished.output.splitlines()
-    result = json.loads(line)
-    return result, [json.loads(answer) for answer in Path(result["answers"]).read_text().splitlines()]
+    return use(files, "evaluate", "--data", str(data), "--match", "text", *limit, *arguments)
+
+
+def answers_in(files: Path, name: str) -> list[dict[str, Any]]:
+    path = files / "runs" / "run" / "evaluations" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_workers(
     files: Path, held_out: Path, model: Any, tokenizer: Any
 ):
-    result, answers = evaluate(files, held_out, "--match", "text", "--batch-size", "4", "--name", "batched")
-    expected = [
-        greedy(model, tokenizer, json.loads(line)["messages"][:1]) for line in held_out.read_text().splitlines()
-    ]
-    assert [answer["answer"] for answer in answers] == expected
-    assert [answer["row"] for answer in answers] == [f"{held_out}:{row + 1}" for row in range(len(expected))]
-    assert result["answers"].endswith("/runs/run/evaluations/batched.jsonl")
+    (line,) = evaluate(files, held_out, "--batch-size", "4", "--name", "batched", "--json").splitlines()
+    result, answers = json.loads(line), answers_in(files, "batched")
+    rows = [json.loads(row)["messages"] for row in held_out.read_text().splitlines()]
+    assert [answer["answer"] for answer in answers] == [greedy(model, tokenizer, row[:1]) for row in rows]
+    assert [answer["row"] for answer in answers] == [f"{held_out}:{number}" for number in range(1, 12)]
+    assert [answer["expected"] for answer in answers] == [row[1]["content"] for row in rows]
     right = [answer["correct"] for answer in answers]
-    assert right[2:6] == [True] * 4, "where the row's answer is what the model says"
-    assert (result["rows"], result["correct"], result["exact_match"]) == (11, 4, 4 / 11)
+    assert right == [False] * 2 + [True] * 4 + [False] * 5, "where the row's answer is what the model says"
     assert [answer["trained"] for answer in answers] == [True] * 2 + [False] * 9
-    assert (result["trained_rows"], result["exact_match_of_others"]) == (2, 4 / 9)
+    assert {key: result[key] for key in ("rows", "correct", "exact_match", "trained_rows")} == {
+        "rows": 11,
+        "correct": 4,
+        "exact_match": 4 / 11,
+        "trained_rows": 2,
+    }
+    assert result["exact_match_of_others"] == 4 / 9
+    assert result["answers"] == str(files / "runs" / "run" / "evaluations" / "batched.jsonl")
 
-    began = time.monotonic()
-    two, answers_of_two = evaluate(files, held_out, "--num-devices", "2", "--batch-size", "3", "--match", "text")
-    print(f"\nevaluated in {time.monotonic() - began:.1f} s")
-    assert answers_of_two == answers
-    assert two["answers"].endswith("/evaluations/test-step-000003.jsonl")
-
-
-def test_the_table(files: Path, held_out: Path):
-    finished = use(files, "evaluate", "--data", str(held_out), "--max-new-tokens", "4", "--match", "text", "--name", "t")
-    assert finished.exit_code == 0, finished.errors
-    assert "of 11 rows)" in finished.output
-    assert "warning: 2 of these rows were trained on" in finished.output
+    said = evaluate(files, held_out, "--num-devices", "2", "--batch-size", "3")
+    assert answers_in(files, "test-step-000003") == answers
+    assert "36.4% (4 of 11 rows)" in said
+    assert "44.4% of 9 rows" in said
+    assert "warning: 2 of these rows were trained on" in said
 
 
 # --- Refused ------------------------------------------------------------------------------------------------------
 
 
-def refusal(finished: Finished) -> str:
-    assert finished.exit_code == 2, finished
-    assert finished.output == ""
-    assert "Traceback" not in finished.errors
-    assert finished.errors.count("error: ") == 1, finished.errors
-    return finished.errors.partition("error: ")[2]
-
-
-def test_rows_that_cannot_be_compared(files: Path, tmp_path: Path):
+def test_rows_that_cannot_be_compared(files: Path, refused: Callable[..., str], tmp_path: Path):
     rows = [
         {"messages": [*asked("2 + 2?"), {"role": "assistant", "content": "four"}]},
         {"text": "no answer"},
@@ -225,12 +231,13 @@ def test_rows_that_cannot_be_compared(files: Path, tmp_path: Path):
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = refusal(use(files, "evaluate", "--data", str(data)))
+    message = refused("evaluate", "--data", str(data))
     assert "3 of 3 rows cannot be evaluated" in message
     assert f"{data}:1: has an answer without a number ('four')" in message
     assert f"{data}:2: " in message
     assert "than the 512 that the model takes" in message
+    assert not (files / "runs" / "run" / "evaluations" / "rows-step-000003.jsonl").exists()
 
 
-def test_no_prompt(files: Path):
-    assert "there is no prompt" in refusal(use(files, "chat"))
+def test_no_prompt(refused: Callable[..., str]):
+    assert "there is no prompt" in refused("chat")
