@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     pass
 
 
-class Chat:
-    """A conversation; what was said stays in it where the model was trained on chats."""
+class Conversation:
+    """What was said stays in it where the model was trained on chats."""
 
     def __init__(self, trained: TrainedModel):
         """Load the model, onto the first GPU where there is one.

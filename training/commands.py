@@ -60,12 +60,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="compare the final number (as GSM8K marks it: #### 18), or the whole text; default: number, text for a classification",
     )
     evaluating.add_argument(
-        "--columns",
-        nargs="+",
+        "--column",
+        dest="columns",
+        action="append",
         type=_column,
         default=[],
         metavar="OURS=THEIRS",
-        help="what the file calls a column: prompt=question completion=answer; default: the run's",
+        help="what the file calls a column, such as prompt=question; once for each; default: the run's",
     )
     evaluating.add_argument(
         "--name",
@@ -174,7 +175,7 @@ def export_run(run: str, settings: ExportConfig, screen: Console, progress: Cons
 
 
 def _chat(options: argparse.Namespace, output: Console, errors: Console) -> None:
-    from training.chat import Chat
+    from training.chat import Conversation
     from training.display import Watch
     from training.trained import trained_model
 
@@ -190,14 +191,14 @@ def _chat(options: argparse.Namespace, output: Console, errors: Console) -> None
     with trained_model(options.run) as trained, _libraries_quiet(trained):
         with Watch(errors) as watch:
             watch.phase(f"loading {trained.checkpoint}")
-            chat = Chat(trained)
+            conversation = Conversation(trained)
         if not is_conversation:
-            chat.answer(prompt.strip(), say, max_new_tokens=options.max_new_tokens)
+            conversation.answer(prompt.strip(), say, max_new_tokens=options.max_new_tokens)
             say("\n")
             return
         errors.print("An empty line, Ctrl-D or Ctrl-C ends the conversation.")
         while asked := _ask(errors):
-            chat.answer(asked, say, max_new_tokens=options.max_new_tokens)
+            conversation.answer(asked, say, max_new_tokens=options.max_new_tokens)
             say("\n")
 
 

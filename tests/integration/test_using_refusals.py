@@ -42,7 +42,7 @@ def refusal(finished: Finished) -> str:
         ["chat", "a", "b"],
         ["chat", "a", "--max-new-tokens", "0"],
         ["evaluate", "a"],
-        ["evaluate", "a", "--data", "rows.jsonl", "--columns", "question"],
+        ["evaluate", "a", "--data", "rows.jsonl", "--column", "question"],
         ["evaluate", "a", "--data", "rows.jsonl", "--name", "../a"],
         ["evaluate", "a", "--data", "rows.jsonl", "--batch-size", "many"],
     ],
