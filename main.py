@@ -2,6 +2,7 @@
 
     python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]
     python main.py runs | show | compare ...      looks at what was trained; see runs/commands.py
+    python main.py export | chat | evaluate ...   uses it; see training/commands.py
 
 Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stopped.
 """
@@ -9,6 +10,7 @@ Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stop
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -19,10 +21,12 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
-from runs.commands import COMMANDS, run_command
+from configs.schema import ExportConfig
+from runs import commands as looking
+from training import commands as using
 from utils.bucket import BucketError
 from utils.console import library_output_in, open_consoles
-from utils.processes import run_in_own_session
+from utils.processes import FORWARDED, run_in_own_session
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -30,8 +34,10 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str]) -> int:
     """Check the file, then plan and run; returns the exit code."""
     began = time.monotonic()
-    if arguments and arguments[0] in COMMANDS:
+    if arguments and arguments[0] in looking.COMMANDS:
         return look(arguments)
+    if arguments and arguments[0] in using.COMMANDS:
+        return use(arguments)
     options = parse_arguments(arguments)
     try:
         loaded = load_config(options.config, options.overrides)
@@ -56,10 +62,30 @@ def main(arguments: list[str]) -> int:
 def look(arguments: list[str]) -> int:
     """Carry out a command that looks at runs; returns the exit code."""
     try:
-        run_command(arguments)
+        looking.run_command(arguments)
     except BucketError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
+
+
+def use(arguments: list[str]) -> int:
+    """Carry out a command that uses what was trained; returns the exit code."""
+    options = using.parse_arguments(arguments)
+    set_ray_up()
+    from training.events import WorkersFailedError
+    from training.plan import REFUSALS
+
+    try:
+        using.run_command(options)
+    except REFUSALS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except WorkersFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
@@ -71,7 +97,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="main.py",
         usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]",
         description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes.",
-        epilog=f"Look at runs with main.py {', '.join(COMMANDS)}; each says how under --help.",
+        epilog=f"Look at runs with main.py {', '.join(looking.COMMANDS)}, use what they trained with "
+        f"{', '.join(using.COMMANDS)}; each says how under --help.",
     )
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -152,11 +179,11 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
             plan, report, prepared = make_plan(loaded, progress=watch.checking)
-            if options.dry_run and os.environ.get("RAY_ADDRESS"):
+            if options.dry_run and (address := os.environ.get("RAY_ADDRESS")):
                 watch.phase("asking the cluster")
-                from training.job import ask_cluster
+                from training.cluster import ask_cluster, workers_of
 
-                report = report.model_copy(update={"cluster": ask_cluster(plan)})
+                report = report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
             if not options.dry_run and not report.completed:
                 check_devices_are_here(plan)
             if options.dry_run or not report.completed:
@@ -196,8 +223,11 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
     show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":
         show_error(progress, result.reason)
+    exported = DONE
+    if result.status == "completed" and loaded.config.export:
+        exported = export_completed(result.run_uri, loaded.config.export, screen, progress)
     print_json(output, result.model_dump_json(), options)
-    return result.exit_code
+    return exported or result.exit_code
 
 
 def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]) -> int:
@@ -261,6 +291,26 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
     if end.result:
         print_json(output, end.result.model_dump_json(), options)
     return end.exit_code
+
+
+def export_completed(run_uri: str, settings: ExportConfig, screen: Console, progress: Console) -> int:
+    """What the YAML's `export` asks for, behind a completed run; returns the exit code."""
+    from training.display import show_error
+    from training.plan import REFUSALS
+
+    for number in FORWARDED:  # the run's end kept them for itself
+        signal.signal(number, signal.default_int_handler)
+    try:
+        using.export_run(run_uri, settings, screen, progress)
+    except REFUSALS as error:
+        show_error(progress, f"the run is completed, and not exported: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        show_error(
+            progress, "interrupted: the run is completed, and not exported; the same command exports it"
+        )
+        return INTERRUPTED
+    return DONE
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ NOT_IN_HASH = {
     "output_dir",
     "max_failures",
     "logger",
+    "export",
 }
 
 
@@ -311,6 +312,30 @@ class TensorboardLogger(Section):
     """Where metrics also go."""
 
 
+class ExportConfig(Section):
+    """What is made of the best checkpoint once the run is completed, as `main.py export` makes it."""
+
+    merge: bool = True
+    """true: one model, an adapter merged into its base model's 16-bit weights; false: the adapter alone, as vLLM loads it."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """How the weights of the model are written; an adapter keeps its own."""
+
+    to: StorageUri | None = None
+    """Bucket prefix or directory of its own; null: exports/ in the run."""
+
+    gguf: bool = False
+    """Write a GGUF file beside it; needs llama.cpp's convert_hf_to_gguf.py on the PATH."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.gguf and not self.merge:
+            raise ConflictError(
+                [("gguf", "`gguf` is made of a whole model: write `merge: true`, or leave `gguf` out")]
+            )
+        return self
+
+
 DataPaths = DataUri | Annotated[list[DataUri | DataSource], Field(min_length=1)]
 
 
@@ -518,6 +543,9 @@ class FinetuneConfig(Section):
     ) = None
     """Where metrics go besides the run's own metrics.jsonl."""
 
+    export: ExportConfig | None = None
+    """Export the best checkpoint once the run is completed: `{merge: true, dtype: bf16, to: s3://...}`; null: not by itself."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         conflicts = list(_conflicts(self))
@@ -612,6 +640,11 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _device_conflicts(config)
     yield from _precision_conflicts(config)
     yield from _deepspeed_conflicts(config)
+    if config.export and not config.export.merge and not config.trains_adapter:
+        yield (
+            "export.merge",
+            "`export.merge: false` exports an adapter, and this run trains the whole model: leave `merge` out",
+        )
 
 
 def _start_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,9 @@ CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
 CLAIMS = "claim"
 USES = "used-by"
+EXPORTS = "exports"
+EXPORT_FILE = "EXPORT.json"
+EVALUATIONS = "evaluations"
 
 CLAIM_EXPIRES_SECONDS = 30.0
 """A claim that was not renewed for so long is nobody's any more."""
@@ -56,6 +59,16 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 def run_of(checkpoint: str) -> str:
     """A checkpoint's URI -> its run's."""
     return checkpoint.rstrip("/").rpartition(f"/{CHECKPOINTS}/")[0]
+
+
+def export_uri(run_uri: str, step: int, kind: str) -> str:
+    """Where an export of a checkpoint goes when nothing says otherwise."""
+    return join_uri(run_uri, EXPORTS, f"step-{step:06d}-{kind}")
+
+
+def evaluation_key(name: str) -> str:
+    """The key of an evaluation's rows, relative to the run."""
+    return f"{EVALUATIONS}/{name}.jsonl"
 
 
 def claim_key(number: int) -> str:
@@ -121,6 +134,27 @@ class Manifest(_Record):
     data_position: DataPosition
     parent: str | None
     """URI of the weights or the checkpoint that the run started from."""
+    created: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    files: list[FileRecord]
+
+
+class Export(_Record):
+    """Written last into an export: it exists when this does, and is whole when every file matches it."""
+
+    format: Literal[1] = 1
+    checkpoint: str
+    """URI of what was exported."""
+    uri: str
+    """Where it was written."""
+    kind: Literal["model", "merged", "adapter"]
+    dtype: Literal["bf16", "fp16", "fp32"] | None
+    """Of the weights; None: an adapter's own."""
+    gguf: str | None
+    """The GGUF file beside them."""
+    notes: list[str]
+    """What a person should know of how it was made."""
     created: str
     """UTC, ISO 8601."""
     versions: dict[str, str]

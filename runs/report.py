@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from runs.curve import Line, draw_svg, eval_line
 from runs.layout import DATA_PAGE_FILE, Manifest, MetricsLine, RunResult, checkpoint_uri
 from runs.reading import eval_losses_of
-from utils.bucket import is_remote, uses_embedded_bucket
 from utils.files import format_bytes
 from utils.page import facts, page, preformatted, table
 
@@ -170,57 +169,19 @@ def _commands(report: RunReport) -> list[str]:
         commands["Train on from the best checkpoint, with other rows or settings: a YAML with"] = (
             f"{key}: {result.best_checkpoint}"
         )
-    if result.best_checkpoint and report.trains_adapter:
-        commands["Merge the best adapter into its base model:"] = _merging(
-            result.best_checkpoint, report.base_model
+    if result.best_checkpoint:
+        main = [".venv/bin/python", "main.py"]
+        commands["Talk with the best checkpoint:"] = shlex.join([*main, "chat", result.run_uri])
+        commands["Answer and score held-out rows:"] = shlex.join(
+            [*main, "evaluate", result.run_uri, "--data", "test.jsonl"]
         )
-        commands["Serve the merged model, with vLLM installed:"] = "vllm serve merged"
-    elif result.best_checkpoint:
-        commands["Bring the best model to this machine:"] = _bringing(result.best_checkpoint)
-        commands["Serve it, with vLLM installed:"] = "vllm serve model"
+        what = (
+            "Merge the best adapter into its base model" if report.trains_adapter else "Export the best model"
+        )
+        commands[f"{what}, then serve it, with vLLM installed:"] = (
+            f"{shlex.join([*main, 'export', result.run_uri, '--to', 'exported'])}\nvllm serve exported"
+        )
     return [f"<p>{html.escape(what)}</p>{preformatted(command)}" for what, command in commands.items()]
-
-
-def _merging(adapter: str, base: str) -> str:
-    return _script(
-        [adapter, base],
-        ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"],
-        [f"adapter = {_here(adapter)}", f"base = {_here(base)}"],
-        [
-            'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)',
-            'model.merge_and_unload().save_pretrained("merged")',
-            'AutoTokenizer.from_pretrained(adapter).save_pretrained("merged")',
-        ],
-    )
-
-
-def _bringing(checkpoint: str) -> str:
-    return _script(
-        [checkpoint],
-        ["from transformers import AutoModelForCausalLM, AutoTokenizer"],
-        [f"checkpoint = {_here(checkpoint)}"],
-        [
-            'AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained("model")',
-            'AutoTokenizer.from_pretrained(checkpoint).save_pretrained("model")',
-        ],
-    )
-
-
-def _script(uris: Sequence[str], imports: Sequence[str], bring: Sequence[str], work: Sequence[str]) -> str:
-    """Python for a shell in the project's directory."""
-    first = []
-    if any(is_remote(uri) for uri in uris):
-        first += ["from pathlib import Path", "from utils.bucket import sync_to_node"]
-    if any(uses_embedded_bucket(uri) for uri in uris):
-        first.append("from utils.embedded_bucket import embedded_bucket")
-        bring = ["with embedded_bucket():", *(f"    {line}" for line in bring)]
-    lines = [*first, *imports, *bring, *work]
-    return "\n".join([".venv/bin/python - <<'END'", *lines, "END"])
-
-
-def _here(uri: str) -> str:
-    """The Python expression of a directory on this machine with what lies there."""
-    return f'sync_to_node({uri!r}, Path("downloads"))' if is_remote(uri) else repr(uri)
 
 
 def _escaped(items: Mapping[str, str]) -> list[tuple[str, str]]:

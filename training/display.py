@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from runs.layout import RunResult, Speed
+from runs.layout import Export, RunResult, Speed
 from runs.screen import print_eval_losses, print_facts, short_name
 from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
 from training.events import (
@@ -32,11 +32,14 @@ from training.events import (
     Refused,
     StepDone,
 )
+from training.exporting import describe
 from training.memory import MemoryReport
 from training.plan import PlanReport
+from utils.bucket import join_uri
 from utils.files import format_bytes
 
 if TYPE_CHECKING:
+    from training.evaluation import Evaluation
     from training.submission import SubmittedJob
 
 _SECONDS_BETWEEN_LINES = 10
@@ -271,10 +274,57 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     ]
     if result.status == "completed" and result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if trains_adapter else "initial_base_model_ckpt_path"
-        facts.append(("next", f"train on from it: {key}: run:{result.run_name}"))
+        facts += [
+            ("next", f"talk with it: python main.py chat {result.run_uri}"),
+            ("", f"serve it: python main.py export {result.run_uri}"),
+            ("", f"train on from it: {key}: run:{result.run_name}"),
+        ]
     elif result.last_checkpoint:
         facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
     print_facts(console, facts)
+
+
+def show_export(console: Console, exported: Export) -> None:
+    """What was written, where, and what to do with it."""
+    size = format_bytes(sum(file.size for file in exported.files))
+    print_facts(
+        console,
+        [
+            ("exported", f"{describe(exported)}, {len(exported.files)} files, {size}"),
+            ("of", exported.checkpoint),
+            ("to", exported.uri),
+            *([("GGUF", join_uri(exported.uri, exported.gguf))] if exported.gguf else []),
+            *(("note", note) for note in exported.notes),
+        ],
+    )
+
+
+def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
+    """The score, what it is worth, and where the answers are."""
+    others = evaluation.rows - (evaluation.trained_rows or 0)
+    trained = (
+        "cannot be told: the prepared training rows were removed, or are preference pairs"
+        if evaluation.trained_rows is None
+        else f"{evaluation.trained_rows:,} of the rows"
+    )
+    facts = [
+        ("exact match", f"{evaluation.exact_match:.1%} ({evaluation.correct:,} of {evaluation.rows:,} rows)"),
+        ("compared", "the final number" if evaluation.match == "number" else "the whole text"),
+        ("nothing found", f"in {evaluation.without_answer:,} answers"),
+        ("trained on", trained),
+        ("checkpoint", evaluation.checkpoint),
+        ("answers", evaluation.answers),
+    ]
+    if evaluation.trained_rows and evaluation.exact_match_of_others is not None:
+        facts.insert(
+            1, ("without those trained on", f"{evaluation.exact_match_of_others:.1%} of {others:,} rows")
+        )
+    print_facts(console, facts)
+    if evaluation.trained_rows:
+        show_warning(
+            console,
+            f"{evaluation.trained_rows:,} of these rows were trained on, and say nothing of new ones.",
+        )
 
 
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:

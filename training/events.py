@@ -83,6 +83,10 @@ class UnrecordedError(Exception):
     """A run ended, and its result cannot be written; the message says how it ended, and why not."""
 
 
+class WorkersFailedError(Exception):
+    """The workers of an evaluation failed; the message says how."""
+
+
 class DivergedError(Exception):
     """A loss or a gradient that is no number any more; the message says at which step, on which rows, and what is left."""
 

@@ -1,15 +1,13 @@
 """A RunPlan becomes a Ray TorchTrainer job, and its end a RunResult (driver side)."""
 
-import json
-import math
 import os
 import platform
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +16,9 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray._private.state import state
-from ray._raylet import GcsClient
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -51,6 +46,7 @@ from runs.report import RunReport
 from runs.report import to_html as report_to_html
 from training import checkpoints
 from training.claims import claimed
+from training.cluster import cluster, workers_of
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport, to_html
 from training.events import (
@@ -65,22 +61,12 @@ from training.events import (
     UnrecordedError,
 )
 from training.memory import Saving, describe_savings
-from training.models.files import first_line
-from training.plan import TOKEN_ADVICE, ClusterError, PlanReport, RunPlan
-from training.travel import EVERYTHING_BUT_CODE, PROJECT
+from training.plan import PlanReport, RunPlan
 from training.worker import package_versions, train_worker, worker_log
-from utils.bucket import BucketError, open_store, uses_embedded_bucket
-from utils.embedded_bucket import STATE_VARIABLE, state_directory
-from utils.node_cache import LIMIT_VARIABLE
+from utils.bucket import BucketError, open_store
 
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
 _LONGEST_REASON = 400  # characters
-# On CPU a step's large blocks are given back to the kernel and asked for again in the next one, for a tenth of the time.
-# Ray's own processes have jemalloc; workers too then, and it keeps what was freed for ten seconds.
-_CPU_ALLOCATOR = {
-    "RAY_LD_PRELOAD_ON_WORKERS": "1",
-    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
-}
 
 
 def run_job(
@@ -116,7 +102,10 @@ def run_job(
         claimed(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
         ) as claim,
-        _cluster(plan, on_event),
+        cluster(
+            workers_of(plan),
+            waiting=lambda growth: on_event(Phase(f"waiting for the cluster to scale up: {growth}")),
+        ),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:
@@ -263,143 +252,22 @@ class _Fit:
         self._mailbox.close.remote()
 
 
-class _OwnClusterTrainer(TorchTrainer):
-    """A TorchTrainer whose cluster ends with its driver.
+class _Trainer(TorchTrainer):
+    """A TorchTrainer without two of Ray's actors, whose start every worker would wait for.
 
-    Ray's cleaner of placement groups is an actor that outlives a lost driver. Workers wait for it at their start, the
-    driver sometimes 12 s for its end, and here it has nothing to clean.
+    One hands out Ray Data's datasets, and there are none. The other cleans placement groups up behind a lost driver; a
+    cluster that ends with its driver has nothing to clean, and the driver would wait for it, sometimes 12 s.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-
-@contextmanager
-def _cluster(plan: RunPlan, on_event: Callable[[Event], None]) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, or a local one sized to the job that ends with it."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _join(address, _runtime_environment())
-    else:
-        if plan.device == "cpu":
-            os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
-        ray.init(
-            num_cpus=math.ceil(_resources_of_workers(plan)["CPU"]),
-            num_gpus=plan.config.num_devices if plan.device == "cuda" else 0,
-            resources={
-                name: amount
-                for name, amount in _resources_of_workers(plan).items()
-                if name not in ("CPU", "GPU", "memory")
-            },
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-    try:
-        growth = check_cluster(plan, f"the cluster at {address}" if address else "this machine")
-        if growth:
-            on_event(Phase(f"waiting for the cluster to scale up: {growth}"))
-        yield
-    finally:
-        ray.shutdown()
-
-
-def ask_cluster(plan: RunPlan) -> str | None:
-    """What the cluster that RAY_ADDRESS names has for the workers; nothing is started there. None without one.
-
-    Raises:
-        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        return None
-    _join(address, {})
-    try:
-        growth = check_cluster(plan, f"the cluster at {address}")
-    finally:
-        ray.shutdown()
-    return f"has to scale up: {growth}" if growth else f"{address} has what the workers need"
-
-
-def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
-    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        causes = f"{error} {error.__cause__}"
-        token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
-        raise ClusterError(
-            f"RAY_ADDRESS: the cluster at {address} cannot be joined ({first_line(error)}). "
-            + (TOKEN_ADVICE if token else "Look whether it runs the same version of Ray and Python as here.")
-        ) from error
-
-
-def _runtime_environment() -> dict[str, Any]:
-    """What workers get besides what the job server, if it started this driver, gives them: Ray takes nothing twice."""
-    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
-    variables = {STATE_VARIABLE: str(state_directory())}  # a path: the keys themselves never travel
-    if limit := os.environ.get(LIMIT_VARIABLE):
-        variables[LIMIT_VARIABLE] = limit
-    of_the_job = submitted.get("env_vars") or {}
-    environment: dict[str, Any] = {
-        "env_vars": {name: value for name, value in variables.items() if name not in of_the_job}
-    }
-    if "working_dir" not in submitted:
-        environment |= {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
-    return environment
-
-
-def check_cluster(plan: RunPlan, name: str) -> str | None:
-    """What a joined cluster has to scale up to before the workers find their places; None where they do now.
-
-    Raises:
-        ClusterError: it has too little, and cannot scale up to it.
-    """
-    needed, has = _resources_of_workers(plan), ray.cluster_resources()
-    short = {resource: amount for resource, amount in needed.items() if has.get(resource, 0) < amount}
-    most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
-    listed = ", ".join(
-        f"{resource} {amount:g} (has {has.get(resource, 0):g}{f', at most {most.get(resource, 0):g}' if most else ''})"
-        for resource, amount in short.items()
-    )
-    may_grow = (
-        all(most.get(resource, 0) >= amount for resource, amount in short.items())
-        if most
-        else _has_node_groups()
-    )
-    if short and not may_grow:
-        raise ClusterError(
-            f"{name} lacks what {plan.config.num_devices} workers need: {listed}. "
-            "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
-        )
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if (len(nodes) > 1 or short) and uses_embedded_bucket(plan.run_uri):
-        count = len(nodes) if len(nodes) > 1 else "more than one"
-        raise ClusterError(
-            f"the embedded bucket serves this machine only, and the cluster has {count} nodes. Set storage_path to a bucket that "
-            "all nodes reach."
-        )
-    return listed or None
-
-
-def _has_node_groups() -> bool:
-    """Whether something (KubeRay, an autoscaler) makes the cluster's nodes, so that more may come."""
-    cluster = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
-    return any(node.ray_node_type_name for node in cluster.node_states)
-
-
-def _resources_of_workers(plan: RunPlan) -> dict[str, float]:
-    """Of all of them together."""
-    return {name: amount * plan.config.num_devices for name, amount in _resources_of_worker(plan).items()}
-
-
-def _resources_of_worker(plan: RunPlan) -> dict[str, float]:
-    devices = {"CPU": 1.0, "GPU": 1.0} if plan.device == "cuda" else {"CPU": 1.0}
-    return devices | plan.config.worker_resources
+        needless: list[type] = [DatasetsCallback]
+        if not os.environ.get("RAY_ADDRESS"):
+            needless.append(PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(needless))]
 
 
 def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
-    trainer = TorchTrainer if os.environ.get("RAY_ADDRESS") else _OwnClusterTrainer
-    return trainer(
+    return _Trainer(
         train_worker,
         train_loop_config={
             "plan": plan.model_dump(mode="json"),
@@ -410,7 +278,7 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
         scaling_config=ScalingConfig(
             num_workers=plan.config.num_devices,
             use_gpu=plan.device == "cuda",
-            resources_per_worker=_resources_of_worker(plan),
+            resources_per_worker=workers_of(plan).each,
         ),
         run_config=RunConfig(
             # Ray continues a run of the same name by itself; ours continues by its manifests, so each try gets its own.

@@ -41,6 +41,7 @@ from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import DataError, find_files, is_hub_dataset
 from training.data.summary import DataSummary
+from training.exporting import check_export
 from training.flops import RowFlops, row_flops
 from training.memory import Job, MemoryReport, describe_savings, largest_batch, report_memory
 from training.models.architecture import (
@@ -180,6 +181,7 @@ def needs_embedded_bucket(config: FinetuneConfig) -> bool:
         config.initial_adapter_model_ckpt_path,
         config.resume_from_checkpoint,
         storage_path(config),
+        config.export.to if config.export else None,
     ]
     return any(uri is not None and uses_embedded_bucket(uri) for uri in uris)
 
@@ -290,7 +292,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     config = loaded.config
     _refuse_what_is_missing(loaded)
     settings = deepspeed_settings(config)
-    device = _choose_device(config)
+    device = choose_device(config)
     kernels = choose_kernels(config, device, zero_stage(settings))
     storage, scratch = storage_path(config), scratch_directory(config)
 
@@ -311,6 +313,8 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
         facts = replace(facts, parameter_shapes=shapes)
     _check_quantization(config, facts)
+    with about_key("export"):
+        check_export(config, facts)
     if adapter_facts:
         _check_adapter(config, adapter_facts, facts)
     chat_template = read_chat_template(config)
@@ -595,7 +599,12 @@ def _is_importable(provider: str) -> bool:
     return importlib.util.find_spec(provider) is not None
 
 
-def _choose_device(config: FinetuneConfig) -> Device:
+def choose_device(config: FinetuneConfig) -> Device:
+    """What `device` means here.
+
+    Raises:
+        ConfigError: there are not as many GPUs as it asks for.
+    """
     if config.device == "cpu":
         return "cpu"
     if os.environ.get("RAY_ADDRESS") or named_accelerator(config.worker_resources):

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs.commands import COMMANDS
+from runs import commands as looking
 from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
+from training import commands as using
 from utils.bucket import open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
@@ -32,8 +33,9 @@ README_COMMANDS = [
     )
     if "my" not in line
 ]
-LOOKING_COMMANDS = re.findall(
-    r"^ {4}\.venv/bin/python main\.py ((?:runs|show|compare) .*)$",
+COMMANDS = (*looking.COMMANDS, *using.COMMANDS)
+RUN_COMMANDS = re.findall(
+    rf"^ {{4}}\.venv/bin/python main\.py ((?:{'|'.join(COMMANDS)}) .*)$",
     (PROJECT / "README.md").read_text("utf-8"),
     re.M,
 )
@@ -123,15 +125,15 @@ def test_the_quickstart(tmp_path: Path):
         yaml = Path(shutil.copy(PROJECT / looked_at[0], tmp_path))
         finished = run_main_quickly(yaml, *dict.fromkeys(looked_at[1:]), variables=variables)
         assert finished.exit_code == 0, (line, finished.errors)
-    assert {line.split()[0] for line in LOOKING_COMMANDS} == set(COMMANDS)
-    for line in LOOKING_COMMANDS:
-        typed = line.replace("both.png", str(tmp_path / "both.png"))
+    assert {line.split()[0] for line in RUN_COMMANDS} == set(COMMANDS)
+    for line in RUN_COMMANDS:
+        typed = re.sub(r"(both\.png|exported)( |$)", rf"{tmp_path}/\1\2", line)
         arguments = re.sub(r"run:(NAME|OTHER)", f"run:{result['run_name']}", typed)
         finished = run_command_quickly(
             shlex.split(arguments, comments=True), tmp_path / "looked.txt", variables=variables
         )
         assert finished.exit_code == 0, (line, finished.errors)
-        assert result["run_name"] in finished.output
+        assert finished.output.strip() if line.startswith("chat") else result["run_name"] in finished.output
     copied = subprocess.run(
         [
             sys.executable,

@@ -43,7 +43,8 @@ class Renderer:
         self._render_jinja = render_jinja_template
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
-        self._header, self._end = self._surroundings()
+        self._header, self.end_marker = self._surroundings()
+        """What stands behind an answer; empty where the template does not say."""
         self._writes_answers = False
         self._writes_tools: bool | None = None
         self._writes_calls: bool | None = None
@@ -192,7 +193,7 @@ class Renderer:
     def _answers(self, whole: str, chat: Chat) -> list[Span]:
         """Where each assistant turn stands in the conversation's text."""
         positions = _answer_positions(chat.messages)
-        header, marker = self._header, self._end
+        header, marker = self._header, self.end_marker
         # Counting makes sure that nobody's words are taken for a header.
         starts_are_known = bool(header) and whole.count(header) == len(positions)
         spans: list[Span] = []

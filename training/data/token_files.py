@@ -73,6 +73,11 @@ class RenderedRow:
     label: int | None
 
 
+def digest_of(sequences: tuple[Rendered, ...]) -> int:
+    """What is equal for rows that say the same."""
+    return xxhash.xxh3_64_intdigest("\x00".join(sequence.text for sequence in sequences).encode())
+
+
 class TokenWriter:
     """Encoded rows -> data.arrow and index.arrow, within the limit."""
 
@@ -207,8 +212,7 @@ class _Columns:
         for flat, ends, part in zip(self._flat, self._ends, parts, strict=True):
             flat += part
             ends.append(len(flat))
-        texts = [sequence.text for sequence in row.sequences]
-        digest = xxhash.xxh3_64_intdigest("\x00".join(texts).encode())
+        digest = digest_of(row.sequences)
         length = max(len(sequence.ids) for sequence in sequences)
         self.index.append((position, row.file, row.row, tokens, trained, length, digest))
         self.labels.append(row.label)

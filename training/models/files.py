@@ -16,7 +16,7 @@ from utils.bucket import Store, is_remote, join_uri, open_store
 
 # Everything that from_pretrained reads; never pickle, optimizer state or another framework's weights.
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
-_TRAINER_FILES = {"trainer_state.json", "MANIFEST.json"}
+_OUR_FILES = {"trainer_state.json", "MANIFEST.json", "EXPORT.json"}
 _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
@@ -60,7 +60,7 @@ class ModelFacts:
 def is_model_file(key: str) -> bool:
     """Whether `from_pretrained` needs the file: weights in safetensors, configuration, tokenizer."""
     path = PurePosixPath(key)
-    return len(path.parts) == 1 and path.suffix in _MODEL_FILES and path.name not in _TRAINER_FILES
+    return len(path.parts) == 1 and path.suffix in _MODEL_FILES and path.name not in _OUR_FILES
 
 
 def is_tokenizer_file(key: str) -> bool:

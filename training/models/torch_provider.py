@@ -1,6 +1,7 @@
 """Stock transformers and PEFT: works everywhere, and is what the other providers are compared with."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import peft
 import torch
@@ -9,9 +10,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.schema import LoraConfig
 from training.models import REFERENCE_ADAPTER, ModelRequest
+from training.models.kernels import Device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build(request: ModelRequest) -> "PreTrainedModel":
@@ -21,8 +25,30 @@ def build(request: ModelRequest) -> "PreTrainedModel":
 
 def load_base(request: ModelRequest) -> "PreTrainedModel":
     """The base model alone."""
+    model = load_weights(
+        request.directory,
+        dtype=request.weights_dtype,
+        device=request.device,
+        load_in_4bit=request.load_in_4bit,
+        flash_attention_2=request.flash_attention_2,
+        trust_remote_code=request.trust_remote_code,
+    )
+    model.config.use_cache = False
+    return model
+
+
+def load_weights(
+    directory: Path,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"],
+    device: Device = "cpu",
+    load_in_4bit: bool = False,
+    flash_attention_2: bool = False,
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """A model as its files say, in a dtype of our choice; on CPU, but for 4-bit weights."""
     arguments: dict[str, Any] = {}
-    if request.load_in_4bit:
+    if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -30,20 +56,19 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     # A quantised model cannot be moved after loading; ZeRO-3 splits the weights while they are loaded.
-    if request.load_in_4bit and request.device == "cuda":
+    if load_in_4bit and device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForCausalLM.from_pretrained(
-        request.directory,
-        dtype=torch.bfloat16 if request.weights_dtype == "bf16" else torch.float32,
+        directory,
+        dtype=_DTYPES[dtype],
         attn_implementation="flash_attention_2"
-        if request.flash_attention_2 and is_flash_attn_2_available()
+        if flash_attention_2 and is_flash_attn_2_available()
         else "sdpa",
-        trust_remote_code=request.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         use_safetensors=True,
         **arguments,
     )
-    model.config.use_cache = False
-    if request.load_in_4bit and request.device == "cpu":
+    if load_in_4bit and device == "cpu":
         _keep_4bit_layout(model)
     return model
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from runs.layout import Manifest
 from tests.support.jobs import read_metrics, run_main, started, tiny_settings, write_yaml
 from tests.support.ray_cluster import ray_cluster
 from tests.support.tiny_model import make_model, write_data
-from training.job import _OwnClusterTrainer
+from training.job import _Trainer
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -30,19 +31,25 @@ def config(files: Path, path: Path, **more: object) -> Path:
     return write_yaml(path, tiny_settings(files) | settings)
 
 
-def test_a_cluster_of_its_own_goes_without_rays_cleaner():
-    """It would delay every start; a newer Ray that starts it otherwise shows here."""
-    trainer = _OwnClusterTrainer(
+@pytest.mark.parametrize(
+    ("address", "needless"),
+    [("", {DatasetsCallback, PlacementGroupCleanerCallback}), ("head:6379", {DatasetsCallback})],
+    ids=["own", "joined"],
+)
+def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(
+    address: str, needless: set[type], monkeypatch: pytest.MonkeyPatch
+):
+    """They would delay every start; a newer Ray that starts them otherwise shows here."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    trainer = _Trainer(
         lambda: None,
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="any", failure_config=FailureConfig()),
     )
-    everything = super(_OwnClusterTrainer, trainer)._create_default_callbacks()
-    assert any(isinstance(callback, PlacementGroupCleanerCallback) for callback in everything)
-    ours = trainer._create_default_callbacks()
-    assert [type(callback) for callback in ours] == [
-        type(callback) for callback in everything if not isinstance(callback, PlacementGroupCleanerCallback)
-    ]
+    everything = [type(callback) for callback in super(_Trainer, trainer)._create_default_callbacks()]
+    assert needless <= set(everything)
+    ours = [type(callback) for callback in trainer._create_default_callbacks()]
+    assert ours == [callback for callback in everything if callback not in needless]
 
 
 def test_workers_that_no_machine_can_hold(files: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,13 +65,13 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def run_page_script(page: str, part: str, directory: Path) -> None:
-    """Run the one script of a run's page that has a part in it, as it stands there."""
-    (script,) = [unescape(code) for code in re.findall(r"<pre>(.*?)</pre>", page, re.S) if part in code]
+def run_export_of_page(page: str, to: Path) -> None:
+    """Run the command of a run's page that exports the best checkpoint, in fp32."""
+    (line,) = re.findall(r"<pre>\.venv/bin/python (main\.py export .*) --to exported$", unescape(page), re.M)
     ran = subprocess.run(
-        ["bash", "-c", script.replace(".venv/bin/python", sys.executable)],
-        cwd=directory,
-        env=environment() | {"PYTHONPATH": str(PROJECT)},
+        [sys.executable, *shlex.split(line), "--to", str(to), "--dtype", "fp32"],
+        cwd=PROJECT,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -161,7 +162,7 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     best = min(loss["eval_loss"] for loss in result["eval_losses"])
     assert eval_loss_of(model, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
 
-    run_page_script(run.read("report.html").decode(), "PeftModel", tmp_path)
+    run_export_of_page(run.read("report.html").decode(), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert eval_loss_of(merged, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)

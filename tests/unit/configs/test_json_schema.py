@@ -53,6 +53,7 @@ def test_cookbooks_fit_it_and_tell_editors_where_it_is(path: Path):
         "worker_resources: {memory: 50GiB, 'accelerator_type:A10G': 0.001}",
         "learning_rate: 5e-6",
         "deepspeed: zero_2",
+        "export: {merge: true, dtype: fp16, to: s3://bucket/model}",
         "deepspeed: {config_path: mine.json}",
         "logger: {provider: mlflow, tags: {a: b}}",
         "train_path: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]",

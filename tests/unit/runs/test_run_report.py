@@ -77,7 +77,9 @@ def test_the_page_needs_nothing_else_and_says_everything():
         "cpu, 2 workers",
         "2.13.0",
         f"initial_adapter_model_ckpt_path: {RUN}/checkpoints/step-000010",
-        "vllm serve merged",
+        f"main.py chat {RUN}",
+        f"main.py evaluate {RUN} --data test.jsonl",
+        f"main.py export {RUN} --to exported\nvllm serve exported",
     ):
         assert part in unescape(page), part
 
@@ -101,10 +103,11 @@ def test_a_run_that_failed_before_it_measured_anything_has_a_page():
     assert "<svg" not in page
 
 
-def test_full_weights_are_served_without_merging():
+def test_full_weights_are_not_merged():
+    assert "Merge the best adapter" in to_html(report())
     page = unescape(to_html(report(trains_adapter=False)))
-    assert "PeftModel" not in page
-    assert "vllm serve model" in page
+    assert "Merge" not in page
+    assert "vllm serve exported" in page
 
 
 def test_nothing_that_others_wrote_becomes_markup():

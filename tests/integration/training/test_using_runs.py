@@ -1,0 +1,243 @@
+"""A run that exports itself, and then is talked with and evaluated: main.py chat and evaluate."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
+from runs.layout import EXPORT_FILE, Export
+from tests.support.front_door import run_command_quickly
+from tests.support.jobs import PROJECT, environment, read_metrics, run_main, tiny_settings, write_yaml
+from tests.support.tiny_model import make_model, write_data
+
+ROWS, NEW_TOKENS = 12, 24
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run called `run` was trained, and exported."""
+    directory = tmp_path_factory.mktemp("using")
+    make_model(directory / "model")
+    write_data(directory, train_rows=ROWS, valid_rows=4)
+    config = write_yaml(
+        directory / "run.yaml",
+        tiny_settings(directory)
+        | {
+            "run_name": "run",
+            "num_epochs": 1,
+            "train_batch_size_per_device": 4,
+            "learning_rate": 1e-2,
+            "lora_config": {"r": 8},
+            "export": {"dtype": "fp32", "to": str(directory / "exported")},
+        },
+    )
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    assert "the merged model in fp32, " in finished.errors
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(files: Path) -> Any:
+    """The best checkpoint in plain PEFT."""
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    (checkpoint,) = (files / "runs" / "run" / "checkpoints").iterdir()
+    return peft.PeftModel.from_pretrained(base, checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(files: Path) -> Any:
+    return AutoTokenizer.from_pretrained(files / "model")
+
+
+def greedy(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """One answer, with nothing of ours."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = torch.tensor([tokenizer(text)["input_ids"]])
+    generated = model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def asked(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+@pytest.fixture
+def refused(files: Path, tmp_path: Path) -> Callable[..., str]:
+    """The message of a command about the run that refuses something."""
+
+    def run(name: str, *arguments: str) -> str:
+        finished = run_command_quickly(command(name, files, *arguments)[2:], tmp_path / "said.txt")
+        assert finished.exit_code == 2, finished
+        assert finished.output == ""
+        assert "Traceback" not in finished.errors
+        assert finished.errors.count("error: ") == 1, finished.errors
+        return finished.errors.partition("error: ")[2]
+
+    return run
+
+
+def use(files: Path, name: str, *arguments: str, said: str = "") -> str:
+    """A command about the run, with text on standard input where there is any; returns what it prints."""
+    done = subprocess.run(
+        command(name, files, *arguments),
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        input=said,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command(name: str, files: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(PROJECT / "main.py"), name, str(files / "runs" / "run"), *arguments]
+
+
+def test_a_run_exports_itself_and_the_same_command_does_so_again(files: Path, model: Any):
+    to = files / "exported"
+    exported = Export.model_validate_json((to / EXPORT_FILE).read_text())
+    assert exported.checkpoint == str(next((files / "runs" / "run" / "checkpoints").iterdir()))
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(to)(input_ids=tokens).logits
+        torch.testing.assert_close(merged, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+    (to / EXPORT_FILE).unlink()
+    (to / "EXPORT.unfinished").touch()
+    losses = read_metrics(files / "runs" / "run")
+    again = run_main(files / "run.yaml", "--json")
+    assert again.exit_code == 0, again.errors
+    assert (to / EXPORT_FILE).exists()
+    assert read_metrics(files / "runs" / "run") == losses, "nothing was trained"
+
+
+def test_one_answer(files: Path, model: Any, tokenizer: Any):
+    question = "Ada has 3 apples and buys 4. How many?"
+    expected = greedy(model, tokenizer, asked(question))
+    assert expected.strip(), "the model says something"
+    limit = ("--max-new-tokens", str(NEW_TOKENS))
+    assert use(files, "chat", "--prompt", question, *limit) == expected + "\n"
+    assert use(files, "chat", *limit, said=question + "\n") == expected + "\n"
+
+
+def test_a_conversation_on_a_terminal(files: Path, model: Any, tokenizer: Any):
+    """What was said before is part of the next question."""
+    questions = ["Ada has 3 apples.", "How many?"]
+    messages: list[dict[str, str]] = []
+    answers = []
+    for question in questions:
+        messages += asked(question)
+        answers.append(greedy(model, tokenizer, messages))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command("chat", files, "--max-new-tokens", str(NEW_TOKENS)),
+        cwd=PROJECT,
+        env=environment(),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        os.write(ours, "".join(f"{question}\n" for question in [*questions, ""]).encode())
+        output, errors = process.communicate(timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, errors
+    assert output.decode() == "".join(answer + "\n" for answer in answers)
+    assert errors.decode().count("> ") == len(questions) + 1
+
+
+@pytest.fixture(scope="module")
+def held_out(files: Path, model: Any, tokenizer: Any) -> Path:
+    """Rows of many lengths: some that were trained, and some whose answer is what the model says."""
+    trained = (files / "train.jsonl").read_text().splitlines()[:2]
+    others = [json.loads(line)["messages"] for line in write_problems(TRAIN_KINDS, 9, 77).splitlines()]
+    for position, messages in enumerate(others):
+        messages[0]["content"] += " Please." * position
+    for messages in others[:4]:
+        messages[1]["content"] = f" {greedy(model, tokenizer, messages[:1])}\n"
+    path = files / "test.jsonl"
+    path.write_text(
+        "".join(f"{line}\n" for line in [*trained, *(json.dumps({"messages": m}) for m in others)])
+    )
+    return path
+
+
+def evaluate(files: Path, data: Path, *arguments: str) -> str:
+    limit = ("--max-new-tokens", str(NEW_TOKENS))
+    return use(files, "evaluate", "--data", str(data), "--match", "text", *limit, *arguments)
+
+
+def answers_in(files: Path, name: str) -> list[dict[str, Any]]:
+    path = files / "runs" / "run" / "evaluations" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_workers(
+    files: Path, held_out: Path, model: Any, tokenizer: Any
+):
+    (line,) = evaluate(files, held_out, "--batch-size", "4", "--name", "batched", "--json").splitlines()
+    result, answers = json.loads(line), answers_in(files, "batched")
+    rows = [json.loads(row)["messages"] for row in held_out.read_text().splitlines()]
+    assert [answer["answer"] for answer in answers] == [greedy(model, tokenizer, row[:1]) for row in rows]
+    assert [answer["row"] for answer in answers] == [f"{held_out}:{number}" for number in range(1, 12)]
+    assert [answer["expected"] for answer in answers] == [row[1]["content"] for row in rows]
+    right = [answer["correct"] for answer in answers]
+    assert right == [False] * 2 + [True] * 4 + [False] * 5, "where the row's answer is what the model says"
+    assert [answer["trained"] for answer in answers] == [True] * 2 + [False] * 9
+    assert {key: result[key] for key in ("rows", "correct", "exact_match", "trained_rows")} == {
+        "rows": 11,
+        "correct": 4,
+        "exact_match": 4 / 11,
+        "trained_rows": 2,
+    }
+    assert result["exact_match_of_others"] == 4 / 9
+    assert result["answers"] == str(files / "runs" / "run" / "evaluations" / "batched.jsonl")
+
+    said = evaluate(files, held_out, "--num-devices", "2", "--batch-size", "3")
+    assert answers_in(files, "test-step-000003") == answers
+    assert "36.4% (4 of 11 rows)" in said
+    assert "44.4% of 9 rows" in said
+    assert "warning: 2 of these rows were trained on" in said
+
+
+# --- Refused ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_compared(files: Path, refused: Callable[..., str], tmp_path: Path):
+    rows = [
+        {"messages": [*asked("2 + 2?"), {"role": "assistant", "content": "four"}]},
+        {"text": "no answer"},
+        {"messages": [*asked("2 + 2? " * 200), {"role": "assistant", "content": "4"}]},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = refused("evaluate", "--data", str(data))
+    assert "3 of 3 rows cannot be evaluated" in message
+    assert f"{data}:1: has an answer without a number ('four')" in message
+    assert f"{data}:2: " in message
+    assert "than the 512 that the model takes" in message
+    assert not (files / "runs" / "run" / "evaluations" / "rows-step-000003.jsonl").exists()
+
+
+def test_no_prompt(refused: Callable[..., str]):
+    assert "there is no prompt" in refused("chat")

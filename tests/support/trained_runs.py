@@ -1,0 +1,68 @@
+"""Runs of the tiny model whose checkpoints are real, written without training anything: adapters of random weights."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs.layout import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from tests.support.stored_runs import eval_losses, manifest_of, result_of
+from training import checkpoints
+from utils.bucket import Store, open_store
+
+STEP = 10
+
+
+def store_adapter_run(storage: Store, name: str, model: Path, lora: dict[str, Any], **settings: Any) -> str:
+    """Write a run that trained an adapter on the model in a directory; returns its URI."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
+    )
+    for parameter in adapted.parameters():
+        if (
+            parameter.requires_grad
+        ):  # what is trained beside the adapter as well, and enough for it to be seen
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    return _store(storage, name, model, adapted, lora_config=lora, **settings)
+
+
+def store_full_run(storage: Store, name: str, model: Path, **settings: Any) -> str:
+    """Write a run that trained the whole model in a directory; returns its URI."""
+    torch.manual_seed(2)
+    trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for parameter in trained.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    trained.config.use_cache = False  # as training leaves it
+    return _store(storage, name, model, trained, **settings)
+
+
+def _store(storage: Store, name: str, model: Path, trained: Any, **settings: Any) -> str:
+    uri = storage.uri_of(name)
+    store = open_store(uri)
+    losses = eval_losses(2.0, 1.5)
+    config = {
+        "model_id": str(model),
+        "train_path": "rows.jsonl",
+        "device": "cpu",
+        "dtype": "fp32",
+        **settings,
+    }
+    store.write(CONFIG_FILE, yaml.safe_dump(config).encode())
+    lines = [loss.model_dump(exclude={"figures"}) for loss in losses]
+    store.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    with tempfile.TemporaryDirectory() as directory:
+        trained.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+        files = checkpoints.checkpoint_files(Path(directory))
+        records = checkpoints.upload_files(store, STEP, Path(directory), files)
+    checkpoints.commit(store, manifest_of(STEP, 1.0, losses[-1].eval_loss, records))
+    store.write(RESULT_FILE, result_of(uri, losses).model_dump_json().encode())
+    return uri

@@ -1,0 +1,89 @@
+"""Talking with what a run has trained: one answer, or a conversation on a terminal."""
+
+from collections.abc import Callable
+from typing import Any
+
+from configs.loading import ConfigError
+from training.data.rows import Filled, Message, Reading, places_of, read_row
+from training.data.sources import RowError
+from training.prompting import encode_prompt, stop_tokens
+from training.trained import TrainedModel
+
+
+class Conversation:
+    """What was said stays in it where the model was trained on chats."""
+
+    def __init__(self, trained: TrainedModel):
+        """Load the model, onto the first GPU where there is one.
+
+        Raises:
+            ConfigError: its prompt_template asks for more than one text.
+            ModelError, CheckpointError, BucketError: it cannot be loaded.
+        """
+        import torch
+
+        self._trained = trained
+        self._tokenizer = trained.tokenizer()
+        self._messages: list[Message] = []
+        _ = self._laid_out("probe")  # a refusal comes before the weights are loaded
+        self._model: Any = trained.load("cuda" if torch.cuda.is_available() else "cpu")
+
+    def answer(self, prompt: str, say: Callable[[str], None], *, max_new_tokens: int) -> str:
+        """Answer a prompt.
+
+        Args:
+            prompt: What the user says.
+            say: Given the answer piece by piece, while it is made.
+            max_new_tokens: It ends there at the latest.
+        """
+        import torch
+        from transformers import TextStreamer
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                say(text)
+
+        text, is_laid_out = self._laid_out(prompt)
+        tokens = torch.tensor(
+            [encode_prompt(self._tokenizer, text, is_laid_out=is_laid_out)], device=self._model.device
+        )
+        streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        with torch.inference_mode():
+            generated = self._model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_tokens(self._model, self._tokenizer),
+                pad_token_id=self._tokenizer.pad_token_id,
+                streamer=streamer,
+            )
+        answer = str(self._tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True))
+        if is_laid_out:
+            self._messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return answer
+
+    def _laid_out(self, prompt: str) -> tuple[str, bool]:
+        """(what the model reads, whether a chat template made it)."""
+        template = self._trained.config.prompt_template
+        if template is not None:
+            return _fill(template, prompt), False
+        if not self._tokenizer.chat_template:
+            return prompt, False
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        return str(
+            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ), True
+
+
+def _fill(template: str, prompt: str) -> str:
+    """The prompt in the template's first place; `input` may stay empty, and the answer's place is left out."""
+    *places, answer = places_of(template)
+    row = {places[0]: prompt, answer: "-"}
+    try:
+        filled = read_row(row, Reading("instruction_tuning", "instruction", {}, template, ()))
+    except RowError as error:
+        raise ConfigError(
+            f"prompt_template takes {', '.join(places)}, and a chat has one text for it. Answer rows of a file with main.py evaluate."
+        ) from error
+    assert isinstance(filled, Filled)
+    return filled.prompt

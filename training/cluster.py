@@ -1,0 +1,173 @@
+"""The cluster that a run's workers are placed on: the one that RAY_ADDRESS names, or one of this machine (driver side)."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.state import state
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+from training.models.files import first_line
+from training.models.kernels import Device
+from training.plan import TOKEN_ADVICE, ClusterError, RunPlan
+from training.travel import EVERYTHING_BUT_CODE, PROJECT
+from utils.bucket import uses_embedded_bucket
+from utils.embedded_bucket import STATE_VARIABLE, state_directory
+from utils.node_cache import LIMIT_VARIABLE
+
+# On CPU a step's large blocks are given back to the kernel and asked for again in the next one, for a tenth of the time.
+# Ray's own processes have jemalloc; workers too then, and it keeps what was freed for ten seconds.
+_CPU_ALLOCATOR = {
+    "RAY_LD_PRELOAD_ON_WORKERS": "1",
+    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
+}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a cluster is asked for."""
+
+    count: int
+    device: Device
+    each: dict[str, float]
+    """Ray resources of one."""
+    storage: str
+    """URI that all of them must reach."""
+
+    @property
+    def together(self) -> dict[str, float]:
+        """Ray resources of all."""
+        return {name: amount * self.count for name, amount in self.each.items()}
+
+
+def workers_of(plan: RunPlan) -> Workers:
+    """What a run trains on."""
+    devices = {"CPU": 1.0, "GPU": 1.0} if plan.device == "cuda" else {"CPU": 1.0}
+    return Workers(plan.config.num_devices, plan.device, devices | plan.config.worker_resources, plan.run_uri)
+
+
+@contextmanager
+def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, or a local one sized to the workers that ends with the block.
+
+    Args:
+        workers: What has to find its place.
+        waiting: Told what the cluster has to scale up to first, where it does.
+
+    Raises:
+        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _join(address, _runtime_environment())
+    else:
+        if workers.device == "cpu":
+            os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
+        ray.init(
+            num_cpus=math.ceil(workers.together["CPU"]),
+            num_gpus=workers.count if workers.device == "cuda" else 0,
+            resources={
+                name: amount
+                for name, amount in workers.together.items()
+                if name not in ("CPU", "GPU", "memory")
+            },
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+    try:
+        growth = _missing(workers, f"the cluster at {address}" if address else "this machine")
+        if growth:
+            waiting(growth)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def ask_cluster(workers: Workers, address: str) -> str:
+    """What a cluster has for the workers; nothing is started there.
+
+    Raises:
+        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
+    """
+    _join(address, {})
+    try:
+        growth = _missing(workers, f"the cluster at {address}")
+    finally:
+        ray.shutdown()
+    return f"has to scale up: {growth}" if growth else f"{address} has what the workers need"
+
+
+def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        causes = f"{error} {error.__cause__}"
+        token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
+        raise ClusterError(
+            f"RAY_ADDRESS: the cluster at {address} cannot be joined ({first_line(error)}). "
+            + (TOKEN_ADVICE if token else "Look whether it runs the same version of Ray and Python as here.")
+        ) from error
+
+
+def _runtime_environment() -> dict[str, Any]:
+    """What workers get besides what the job server, if it started this driver, gives them: Ray takes nothing twice."""
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
+    variables = {STATE_VARIABLE: str(state_directory())}  # a path: the keys themselves never travel
+    if limit := os.environ.get(LIMIT_VARIABLE):
+        variables[LIMIT_VARIABLE] = limit
+    of_the_job = submitted.get("env_vars") or {}
+    environment: dict[str, Any] = {
+        "env_vars": {name: value for name, value in variables.items() if name not in of_the_job}
+    }
+    if "working_dir" not in submitted:
+        environment |= {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
+    return environment
+
+
+def _missing(workers: Workers, name: str) -> str | None:
+    """What a joined cluster has to scale up to before the workers find their places; None where they do now.
+
+    Raises:
+        ClusterError: it has too little, and cannot scale up to it.
+    """
+    has = ray.cluster_resources()
+    short = {
+        resource: amount for resource, amount in workers.together.items() if has.get(resource, 0) < amount
+    }
+    most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
+    listed = ", ".join(
+        f"{resource} {amount:g} (has {has.get(resource, 0):g}{f', at most {most.get(resource, 0):g}' if most else ''})"
+        for resource, amount in short.items()
+    )
+    may_grow = (
+        all(most.get(resource, 0) >= amount for resource, amount in short.items())
+        if most
+        else _has_node_groups()
+    )
+    if short and not may_grow:
+        raise ClusterError(
+            f"{name} lacks what {workers.count} workers need: {listed}. "
+            "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
+        )
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if (len(nodes) > 1 or short) and uses_embedded_bucket(workers.storage):
+        count = len(nodes) if len(nodes) > 1 else "more than one"
+        raise ClusterError(
+            f"the embedded bucket serves this machine only, and the cluster has {count} nodes. Set storage_path to a bucket that "
+            "all nodes reach."
+        )
+    return listed or None
+
+
+def _has_node_groups() -> bool:
+    """Whether something (KubeRay, an autoscaler) makes the cluster's nodes, so that more may come."""
+    cluster = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
+    return any(node.ray_node_type_name for node in cluster.node_states)

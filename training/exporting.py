@@ -1,0 +1,336 @@
+"""A checkpoint becomes what other programs serve: one merged model, or the adapter alone; with its tokenizer and a card.
+
+The files come first, then the one without which nothing loads them, and EXPORT.json last: nobody takes half an export for a
+whole one. Until then EXPORT.unfinished says whose files they are.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+from pydantic import ValidationError
+
+from configs.loading import ConfigError
+from configs.schema import ExportConfig, FinetuneConfig
+from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
+from runs.reading import read_metrics, read_result, sizes
+from training.model_card import Card
+from training.models.files import (
+    ModelError,
+    ModelFacts,
+    is_hub_id,
+    read_adapter_facts,
+    read_hub_facts,
+    read_model_facts,
+)
+from training.prompting import stop_tokens
+from utils.bucket import Store, check_writable, is_remote, local_path, open_store, upload_directory
+from utils.files import checksum, format_bytes, free_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from training.trained import TrainedModel
+
+GGUF_TOOL = "convert_hf_to_gguf.py"
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+_LARGEST_SHARD = "5GB"
+_UNFINISHED = "EXPORT.unfinished"
+# What no program loads an export without.
+_LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
+_NOT_IN_VLLM = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
+"""What vLLM's reader of adapters (lora/peft_helper.py) refuses, or passes over and computes something else."""
+
+
+def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
+    """Refuse before training what could not be exported behind it.
+
+    Raises:
+        ConfigError, ModelError, BucketError: why not.
+    """
+    if config.export is None:
+        return
+    if config.export.to:
+        check_writable(config.export.to)
+    if config.export.gguf:
+        _gguf_tool()
+    if config.trains_adapter and config.export.merge:
+        _check_base(base)
+    elif config.lora_config and not config.export.merge:
+        _check_adapter(config.lora_config.model_dump())
+
+
+def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
+    """Write an export, whole or not at all; one that is there already is returned as it is.
+
+    Args:
+        trained: What is exported.
+        settings: What is made of it, and where.
+        progress: Told what is being done.
+
+    Raises:
+        ConfigError, ModelError, CheckpointError, BucketError: it cannot be made, or not there.
+    """
+    planned = _plan(trained, settings)
+    store = open_store(planned.uri)
+    check_writable(planned.uri)
+    if (written := _written_before(store)) is not None:
+        return _same(written, planned, store)
+    _check_place(store)
+    _check_tools_and_weights(trained, planned)
+    scratch = trained.cache.parent / "exports"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+        staged = Path(temporary)
+        if planned.kind == "adapter":
+            progress("copying the adapter")
+            _copy_adapter(trained, staged)
+        else:
+            progress("loading the weights")
+            _write_model(trained, planned, staged, progress)
+        trained.tokenizer().save_pretrained(staged)
+        if planned.gguf:
+            progress("writing the GGUF file")
+            _write_gguf(planned, staged)
+        (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
+        progress(f"writing to {planned.uri}")
+        return _publish(store, planned, staged)
+
+
+def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
+    is_adapter = trained.base is not None
+    if not settings.merge and not is_adapter:
+        raise ConfigError(
+            f"{trained.checkpoint} is a whole model: it has no adapter that could be exported alone. Leave merge: false out."
+        )
+    kind: Literal["model", "merged", "adapter"] = (
+        "model" if not is_adapter else "merged" if settings.merge else "adapter"
+    )
+    dtype = None if kind == "adapter" else settings.dtype
+    name = f"{kind}-{dtype}" if dtype else kind
+    place = settings.to or export_uri(trained.run_uri, trained.manifest.step, name)
+    run_name = trained.run_uri.rpartition("/")[2]
+    return Export(
+        checkpoint=trained.checkpoint,
+        uri=place if is_remote(place) else str(local_path(place)),
+        kind=kind,
+        dtype=dtype,
+        gguf=f"{run_name}-{dtype}.gguf" if settings.gguf else None,
+        notes=list(_notes(trained, kind)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=trained.manifest.versions,
+        files=[],
+    )
+
+
+def _notes(trained: "TrainedModel", kind: str) -> Iterator[str]:
+    if trained.config.load_in_4bit and kind == "merged":
+        yield (
+            "The adapter was trained on the base model held in 4 bits (NF4) and is merged into its 16-bit weights: rounding the merged "
+            "weights to 4 bits again would lose most of what the adapter adds. The loss is that of the adapter on the 16-bit base."
+        )
+    if trained.config.load_in_4bit and kind == "adapter":
+        yield "The adapter was trained on the base model held in 4 bits (bitsandbytes NF4, double quantisation)."
+
+
+def _written_before(store: Store) -> Export | None:
+    content = store.read_if_exists(EXPORT_FILE)
+    if content is None:
+        return None
+    try:
+        return Export.model_validate_json(content)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or name another place."
+        ) from error
+
+
+def _same(written: Export, planned: Export, store: Store) -> Export:
+    """What is there, where it is what was asked for."""
+    if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
+        raise ConfigError(
+            f"{planned.uri} holds another export already: {describe(written)} of {written.checkpoint}. Name another place, or remove it."
+        )
+    stored = sizes(store, "")
+    if wrong := [file.path for file in written.files if stored.get(file.path) != file.size]:
+        raise ConfigError(
+            f"{store.uri_of(wrong[0])}: is not as it was exported. Remove {planned.uri}, or name another place."
+        )
+    return written
+
+
+def _check_place(store: Store) -> None:
+    stored = sizes(store, "")
+    if stored and _UNFINISHED not in stored:
+        raise ConfigError(f"{store.uri} is not empty: it holds {min(stored)}. Name an empty place.")
+
+
+def describe(exported: Export) -> str:
+    """What an export is, in a few words."""
+    kind = {"merged": "the merged model", "model": "the model", "adapter": "the adapter"}[exported.kind]
+    return f"{kind} in {exported.dtype}" if exported.dtype else kind
+
+
+# --- What can be made ---------------------------------------------------------------------------------------------
+
+
+def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
+    if planned.gguf:
+        _gguf_tool()
+    if trained.base is None:
+        _check_room(read_model_facts(trained.checkpoint), planned, trained.cache)
+    elif planned.kind == "adapter":
+        _check_adapter(read_adapter_facts(trained.checkpoint).lora)
+    else:
+        facts = read_hub_facts(trained.base) if is_hub_id(trained.base) else read_model_facts(trained.base)
+        _check_base(facts)
+        _check_room(facts, planned, trained.cache)
+
+
+def _gguf_tool() -> str:
+    tool = shutil.which(GGUF_TOOL)
+    if tool is None:
+        raise ConfigError(
+            f"gguf: {GGUF_TOOL} is not on the PATH. It comes with llama.cpp (https://github.com/ggml-org/llama.cpp): put its directory on "
+            "the PATH, or leave gguf out."
+        )
+    return tool
+
+
+def _check_base(base: ModelFacts) -> None:
+    if base.quantization is not None:
+        raise ModelError(
+            f"model {base.source}: its weights are stored in 4 bits only, and an adapter is merged into 16-bit weights: rounded to 4 bits "
+            "again, most of what it adds would be lost. Write merge: false (--no-merge) and serve the adapter on this base, or train on "
+            "the 16-bit model that it was made from, with load_in_4bit: true."
+        )
+
+
+def _check_adapter(lora: dict) -> None:
+    said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (
+        ["bias"] if lora.get("bias", "none") != "none" else []
+    )
+    if said:
+        raise ConfigError(
+            f"merge: false writes an adapter that vLLM loads, and it loads none with {', '.join(said)}. Write merge: true; in PEFT the "
+            "checkpoint itself loads as it is."
+        )
+
+
+def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
+    """One copy of the weights in memory, and what is staged on the disk."""
+    assert planned.dtype is not None
+    need = facts.parameters * _BYTES[planned.dtype]
+    memory, disk = psutil.virtual_memory().available, free_bytes(cache)
+    if need > memory:
+        raise ModelError(
+            f"model {facts.source}: takes {format_bytes(need)} of memory in {planned.dtype}, and this machine has {format_bytes(memory)} "
+            "free. Export it on a larger one: main.py export needs nothing else of the run."
+        )
+    staged = need * (2 if planned.gguf else 1)
+    if staged > disk:
+        raise ModelError(
+            f"model {facts.source}: the export takes {format_bytes(staged)}, and the disk of {cache.parent} has {format_bytes(disk)} free. "
+            "Free some."
+        )
+
+
+# --- Making it ----------------------------------------------------------------------------------------------------
+
+
+def _write_model(
+    trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
+) -> None:
+    """One copy in memory: PEFT merges layer by layer in place, transformers writes shard by shard."""
+    import peft
+
+    from training.models.torch_provider import load_weights
+
+    assert planned.dtype is not None
+    weights, base = trained.weights(), trained.base_weights()
+    model: PreTrainedModel = load_weights(
+        base or weights, dtype=planned.dtype, trust_remote_code=trained.config.trust_remote_code
+    )
+    if base is not None:
+        progress("merging")
+        adapted = peft.PeftModel.from_pretrained(model, weights)  # pyright: ignore[reportArgumentType]
+        model = adapted.merge_and_unload(safe_merge=False)  # pyright: ignore[reportCallIssue]
+    model.config.use_cache = True  # training turns it off
+    if model.generation_config is not None:
+        stops = stop_tokens(model, trained.tokenizer())
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+    progress("writing the weights")
+    model.save_pretrained(directory, max_shard_size=_LARGEST_SHARD)
+
+
+def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
+    weights = trained.weights()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(weights / name, directory / name)
+
+
+def _write_gguf(planned: Export, directory: Path) -> None:
+    assert planned.gguf is not None and planned.dtype is not None
+    file = directory / planned.gguf
+    done = subprocess.run(
+        [_gguf_tool(), str(directory), "--outfile", str(file), "--outtype", _GGUF_TYPES[planned.dtype]],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0 or not file.exists():
+        last = (done.stderr.strip().splitlines() or ["it wrote no file"])[-1]
+        raise ModelError(
+            f"gguf: {GGUF_TOOL} cannot convert {planned.checkpoint} ({last}). Leave gguf out, or look whether this llama.cpp knows the model."
+        )
+
+
+def _card(trained: "TrainedModel", planned: Export) -> Card:
+    run = open_store(trained.run_uri)
+    return Card(
+        export=planned,
+        base=trained.base or trained.config.initial_base_model_ckpt_path or trained.config.model_id,
+        config=trained.config,
+        manifest=trained.manifest,
+        rank=read_adapter_facts(trained.checkpoint).lora["r"] if trained.base else 0,
+        result=read_result(run),
+        metrics=read_metrics(run),
+    )
+
+
+# --- Putting it there ---------------------------------------------------------------------------------------------
+
+
+def _publish(store: Store, planned: Export, directory: Path) -> Export:
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    last = _LOADED_BY[planned.kind]
+    store.write(
+        _UNFINISHED, b"This export is being written, or was cut off; the same command makes it whole.\n"
+    )
+    store.delete([last])
+    store.delete(set(sizes(store, "")) - {_UNFINISHED})
+    records = [
+        FileRecord(path=name, size=(directory / name).stat().st_size, checksum=checksum(directory / name))
+        for name in names
+    ]
+    upload_directory(directory, store, "", [name for name in names if name != last])
+    store.upload(directory / last, last)
+    exported = planned.model_copy(update={"files": records})
+    store.write(EXPORT_FILE, exported.model_dump_json(indent=2).encode(), only_if_absent=True)
+    store.delete([_UNFINISHED])
+    return exported

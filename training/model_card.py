@@ -1,0 +1,161 @@
+"""README.md of an export: what it is, what it was made of and how, and how to use it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from configs.loading import flat
+from configs.schema import FinetuneConfig
+from runs.layout import Export, Manifest, MetricsLine, RunResult
+from runs.reading import eval_losses_of
+
+_TITLES = {
+    "merged": "LoRA adapter merged into {base}",
+    "adapter": "LoRA adapter for {base}",
+    "model": "fine-tuned from {base}",
+}
+_SETTINGS = (
+    "task",
+    "context_length",
+    "packing",
+    "num_devices",
+    "train_batch_size_per_device",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_warmup_steps",
+    "weight_decay",
+    "optim",
+    "seed",
+    "dtype",
+    "load_in_4bit",
+    "deepspeed",
+    "preference_tuning_config",
+    "classifier_config",
+)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What --max-lora-rank takes."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card says."""
+
+    export: Export
+    base: str
+    """What the weights were made from: hub id, directory or URI."""
+    config: FinetuneConfig
+    manifest: Manifest
+    """Of the checkpoint."""
+    rank: int
+    """Of an adapter; 0: the weights are whole."""
+    result: RunResult | None
+    metrics: Sequence[MetricsLine]
+
+    def to_markdown(self) -> str:
+        """Markdown with the metadata that the Hugging Face hub reads at its head."""
+        from huggingface_hub import ModelCardData
+
+        kind = self.export.kind
+        metadata = ModelCardData(
+            base_model=self.base,
+            library_name="peft" if kind == "adapter" else "transformers",
+            pipeline_tag="text-generation",
+            tags=["anneal", *(["lora"] if self.config.trains_adapter else [])],
+            # The hub's words for how a model comes from its base.
+            base_model_relation={"adapter": "adapter"}.get(kind, "finetune"),
+        )
+        run_name = self.export.checkpoint.split("/")[-3]
+        return "\n".join(
+            [
+                f"---\n{metadata.to_yaml()}\n---\n",
+                f"# {run_name}: {_TITLES[kind].format(base=self.base)}\n",
+                *(f"{note}\n" for note in self.export.notes),
+                "## How it was made\n",
+                _table(("", ""), self._facts()),
+                "\n## Evaluation\n",
+                self._evaluations(),
+                "\n## Settings\n",
+                _table(("key", "value"), self._settings()),
+                "\n## How to use it\n",
+                *self._usage(),
+                "\n## Versions\n",
+                _table(("package", "version"), self.export.versions.items()),
+                "",
+            ]
+        )
+
+    def _facts(self) -> list[tuple[str, Any]]:
+        config, manifest = self.config, self.manifest
+        facts = [
+            ("base model", self.base),
+            ("checkpoint", self.export.checkpoint),
+            ("weights", self.export.dtype or "the adapter, as it was trained"),
+            ("trained on", _places(config.train_sources)),
+            ("evaluated on", _places(config.valid_sources) or "nothing"),
+            ("fingerprint of the training rows", manifest.data.train),
+            ("trained", f"{manifest.step:,} steps, {manifest.epoch:.2f} epochs"),
+        ]
+        if self.result and self.result.best_checkpoint == self.result.last_checkpoint:
+            facts.append(
+                ("tokens", f"{self.result.tokens:,}, of which {self.result.trained_tokens:,} were trained")
+            )
+        if manifest.parent:
+            facts.append(("started from", manifest.parent))
+        facts.append(("exported", self.export.created))
+        return facts
+
+    def _evaluations(self) -> str:
+        losses = [loss for loss in eval_losses_of(self.metrics) if loss.step <= self.manifest.step]
+        if not losses:
+            return "The run had no validation rows."
+        first, last = losses[0], losses[-1]
+        rows = [("before the first step" if first.step == 0 else f"after step {first.step}", first)]
+        if last.step != first.step:
+            rows.append((f"of this checkpoint, after step {last.step}", last))
+        figures = list(last.figures)
+        return _table(
+            ("", "eval loss (nats a trained token)", *figures),
+            [
+                (
+                    when,
+                    f"{loss.eval_loss:.4f}",
+                    *(f"{loss.figures.get(name, float('nan')):.4f}" for name in figures),
+                )
+                for when, loss in rows
+            ],
+        )
+
+    def _settings(self) -> list[tuple[str, Any]]:
+        said = self.config.model_dump(mode="json")
+        chosen = {key: said[key] for key in (*_SETTINGS, "lora_config") if said[key] is not None}
+        return list(flat(chosen).items())
+
+    def _usage(self) -> list[str]:
+        if self.export.kind == "adapter":
+            most = next((rank for rank in _VLLM_RANKS if rank >= self.rank), self.rank)
+            return [
+                f"    vllm serve {self.base} --enable-lora --max-lora-rank {most} --lora-modules tuned=DIRECTORY\n",
+                "or, in Python:\n",
+                "    base = AutoModelForCausalLM.from_pretrained(BASE)",
+                "    model = PeftModel.from_pretrained(base, DIRECTORY)",
+            ]
+        return [
+            "    vllm serve DIRECTORY\n",
+            "or, in Python:\n",
+            "    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)",
+            "    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
+        ]
+
+
+def _places(sources: Sequence[Any]) -> str:
+    return ", ".join(source.path for source in sources)
+
+
+def _table(headings: Sequence[str], rows: Any) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
