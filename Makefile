@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-dev quickstart test test-resume fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
+.PHONY: help setup setup-unsloth setup-trackers setup-dev quickstart test test-resume test-kernels fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,9 @@ fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refu
 
 test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration/training/test_resume.py
+
+test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU, where `make test` takes a sample (ten minutes)
+	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/test_loss_equality.py
 
 lint: setup-dev  ## check style, types and the doors between the rooms
 	$(BIN)/ruff check .

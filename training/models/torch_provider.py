@@ -44,11 +44,11 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
     )
     model.config.use_cache = False
     if request.load_in_4bit and request.device == "cpu":
-        _keep_4bit_layout(model)
+        keep_4bit_layout(model)
     return model
 
 
-def _keep_4bit_layout(model: "PreTrainedModel") -> None:
+def keep_4bit_layout(model: "PreTrainedModel") -> None:
     """Without this an evaluation on AVX512-BF16 repacks the 4-bit weights, and later backward passes are wrong."""
     from bitsandbytes.nn.modules import Linear4bit
 
