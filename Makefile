@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,9 @@ fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refu
 test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour and a half on two cores)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/test_resume.py
 
+test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU, and every part of bench-gpu, where `make test` takes a sample
+	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/test_loss_equality.py tests/integration/test_gpu_benchmark.py
+
 lint: setup-dev  ## check style, types and the doors between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,6 +107,9 @@ bench-checkpoints: setup-dev  ## measure what a checkpoint costs training
 
 bench-bucket: setup $(STAMPS)/bench  ## measure transfers to and from a bucket beside those of others
 	$(BIN)/python benchmarks/bucket.py
+
+bench-gpu: setup-unsloth  ## measure speed and memory on a GPU beside Unsloth's and TRL's own scripts (an hour)
+	$(BIN)/python benchmarks/gpu.py
 
 lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	export UV_CUSTOM_COMPILE_COMMAND="make lock"; \

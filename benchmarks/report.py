@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,6 +14,14 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "ray")
+
+
+def _gpu() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    return subprocess.check_output(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True
+    ).strip()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -24,17 +34,19 @@ def write_report(
     summary: Mapping[str, Mapping[str, float]],
     rounds: Sequence[Mapping[str, Any]],
     counts: Mapping[str, float] | None = None,
+    directory: Path = RESULTS,
 ) -> None:
-    """Keep the raw rounds, and print what they come to; `counts` are of no round."""
+    """Keep the raw rounds in a directory, and print what they come to; `counts` are of no round."""
     machine = {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "gpu": _gpu(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in _PACKAGES},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(
+    directory.mkdir(exist_ok=True)
+    (directory / f"{name}.json").write_text(
         json.dumps(
             {"machine": machine, "summary": summary, "counts": counts or {}, "rounds": rounds}, indent=2
         )

@@ -493,6 +493,10 @@ class FinetuneConfig(Section):
     load_in_4bit: bool = False
     """Hold the frozen base weights in 4 bits (QLoRA)."""
 
+    deterministic: bool = False
+    """Only operations that give the same bits every time: without it a GPU may round a continued run otherwise, by an order of
+    sums. Costs some speed; on CPU it is so anyway."""
+
     flash_attention_2: bool = False
     """Use the flash-attn package; false: PyTorch's own attention."""
 

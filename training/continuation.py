@@ -29,6 +29,7 @@ MAY_CHANGE_WITH_WHOLE_STATE = NOT_IN_HASH | {
     "kernels",
     "gradient_checkpointing",
     "flash_attention_2",
+    "deterministic",
 }
 
 

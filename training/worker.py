@@ -70,7 +70,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             mailbox.put.remote(event)
 
     with library_output_in(worker_log(plan, place.rank)):
-        _prepare_process(plan, place)
+        prepare_process(plan, place)
         try:
             _train(plan, claim, place, mailbox, tell)
             if place.rank == 0:
@@ -99,18 +99,25 @@ def package_versions() -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES}
 
 
-def _prepare_process(plan: RunPlan, place: Place) -> None:
+def prepare_process(plan: RunPlan, place: Place) -> None:
+    """What must be so before anything is imported that trains, on every rank."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # DeepSpeed unpickles its shards with whatever they execute; this overrides it for the whole process.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, place) / f"unsloth-{place.rank}")
+    if plan.config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch.use_deterministic_algorithms asks
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers hands it to the flash-attn package
     if plan.config.task == "classification":
         os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # evaluation looks at them
     if plan.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch
 
+    if plan.config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # what is read was written before
     if plan.device == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     if plan.deepspeed is not None:
@@ -186,7 +193,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     arguments = (
         None if arguments_later else trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
     )
-    request = _model_request(plan, model_directory, adapter_directory, train, valid)
+    request = model_request(plan, model_directory, adapter_directory, train, valid)
     model = build_model(plan.kernels.provider, request)
     arguments = arguments or trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
@@ -200,7 +207,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         train.index.trained_tokens.tolist(),
         clock=PhaseClock(),
         flops=plan.flops,
-        peak_flops=_peak_flops(plan),
+        peak_flops=peak_flops(plan),
     )
 
     def on_commit(committed: CheckpointCommitted) -> None:
@@ -276,13 +283,14 @@ def _preemption_is_watched() -> bool:
     return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1"
 
 
-def _model_request(
+def model_request(
     plan: RunPlan,
     directory: Path,
     adapter_directory: Path | None,
     train: PreparedData,
     valid: PreparedData | None,
 ) -> ModelRequest:
+    """The plan's model, from files on this node."""
     config = plan.config
     longest = max(train.summary.longest, valid.summary.longest if valid else 0)
     return ModelRequest(
@@ -301,7 +309,7 @@ def _model_request(
     )
 
 
-def _peak_flops(plan: RunPlan) -> float | None:
+def peak_flops(plan: RunPlan) -> float | None:
     """What all devices can do in a second, taken to be like this one; None where that is not known."""
     if plan.device == "cpu" or plan.config.dtype != "bf16":
         return None

@@ -69,11 +69,11 @@ def load_weights(
         **arguments,
     )
     if load_in_4bit and device == "cpu":
-        _keep_4bit_layout(model)
+        keep_4bit_layout(model)
     return model
 
 
-def _keep_4bit_layout(model: "PreTrainedModel") -> None:
+def keep_4bit_layout(model: "PreTrainedModel") -> None:
     """Without this an evaluation on AVX512-BF16 repacks the 4-bit weights, and later backward passes are wrong."""
     from bitsandbytes.nn.modules import Linear4bit
 

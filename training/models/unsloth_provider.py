@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import unsloth  # first: it patches what the imports below bring
 from transformers import set_seed
 
-from training.models import ModelRequest
+from training.models import ModelRequest, torch_provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,4 +66,6 @@ def _load(directory: Path, request: ModelRequest) -> Any:
         trust_remote_code=request.trust_remote_code,
         use_gradient_checkpointing=request.gradient_checkpointing,
     )
+    if request.load_in_4bit and request.device == "cpu":
+        torch_provider.keep_4bit_layout(model)
     return model

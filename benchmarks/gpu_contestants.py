@@ -1,0 +1,224 @@
+"""What benchmarks/gpu.py runs beside main.py, each in a process of its own: `python benchmarks/gpu_contestants.py NAME SETTINGS.json`.
+
+- make_model: a Llama of the settings' shape with random weights;
+- plan: what main.py decides for a YAML, for `alone`;
+- alone: our own trainer without Ray, bucket and checkpoints, by the plan;
+- trl: TRL and PEFT as their documentation writes it;
+- unsloth: Unsloth as its documentation writes it.
+
+Those that train write to the settings' `report`: seconds and loss of each step, and the most memory that was taken.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+SEED = 42
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_model(settings: dict[str, Any]) -> None:
+    """Write it with a tokenizer whose words are fewer than the model has."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.support.tiny_model import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(**settings["shape"], tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(SEED)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(settings["directory"], max_shard_size="4GB")
+    tokenizer.save_pretrained(settings["directory"])
+
+
+def plan(settings: dict[str, Any]) -> None:
+    """In a process of its own, since it imports what Unsloth must be imported before."""
+    from configs.loading import load_config
+    from training.plan import make_plan
+
+    made, _, _ = make_plan(load_config(Path(settings["yaml"])), progress=lambda *_: None)
+    Path(settings["plan"]).write_text(made.model_dump_json())
+
+
+def alone(settings: dict[str, Any]) -> None:
+    """What a worker does between loading the model and the last step."""
+    from training.place import Place
+    from training.plan import RunPlan, fetch_model, load_tokenizer
+    from training.worker import model_request, peak_flops, prepare_process
+
+    made = RunPlan.model_validate_json(Path(settings["plan"]).read_text())
+    prepare_process(made, Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
+    from training.data.prepared import fetch_prepared
+    from training.models import build_model
+    from training.models.files import is_model_file
+    from training.objectives import build_trainer
+    from training.speed import PhaseClock, Throughput
+    from training.trainers import trainer_arguments
+
+    model_directory = fetch_model(made.base_model, made.cache, is_model_file)
+    rows = fetch_prepared(made.train, made.cache, made.prepared)
+    request = model_request(made, model_directory, None, rows, None)
+    model = build_model(made.kernels.provider, request)
+    order = made.order(rows.index.length, rows.summary.longest)
+    throughput = Throughput(
+        order,
+        rows.index.tokens.tolist(),
+        rows.index.trained_tokens.tolist(),
+        clock=PhaseClock(),
+        flops=made.flops,
+        peak_flops=peak_flops(made),
+    )
+    trainer = build_trainer(
+        made,
+        order,
+        rows,
+        None,
+        model=model,
+        request=request,
+        tokenizer=load_tokenizer(
+            model_directory, trust_remote_code=False, source=made.base_model, chat_template=None
+        ),
+        args=trainer_arguments(made, Path(settings["output_dir"]), eval_first=False),
+        callbacks=[throughput],
+        throughput=throughput,
+        on_eval_progress=lambda _: None,
+    )
+    trainer.train()
+    steps = [line for line in trainer.state.log_history if "loss" in line]
+    write_report(
+        settings,
+        [order_tokens(order, rows.index.tokens, line["step"]) / line["tokens_per_second"] for line in steps],
+        [line["loss"] for line in steps],
+        mfu=[line.get("mfu") for line in steps],
+    )
+
+
+def order_tokens(order: Any, tokens_of_row: Any, step: int) -> int:
+    """Real tokens of a step."""
+    return int(sum(tokens_of_row[row] for row in order.rows_of_step(step)))
+
+
+def trl(settings: dict[str, Any]) -> None:
+    """LoRA on a base in bf16."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    if settings["device"] == "cuda":
+        model.to("cuda")
+    adapter = peft.LoraConfig(
+        r=settings["rank"], lora_alpha=settings["rank"], target_modules=MATRICES, task_type="CAUSAL_LM"
+    )
+    train(settings, SFTTrainer, model, AutoTokenizer.from_pretrained(settings["model"]), peft_config=adapter)
+
+
+def unsloth(settings: dict[str, Any]) -> None:
+    """LoRA on a base in bf16, or in 4 bits."""
+    from unsloth import FastLanguageModel  # isort: skip  # first: it patches what the imports below bring
+
+    import torch
+    from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=settings["model"],
+        max_seq_length=settings["context_length"],
+        dtype=torch.bfloat16,
+        load_in_4bit=settings["load_in_4bit"],
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=settings["rank"],
+        lora_alpha=settings["rank"],
+        target_modules=MATRICES,
+        use_gradient_checkpointing="unsloth",
+        random_state=SEED,
+    )
+    train(settings, SFTTrainer, model, tokenizer)
+
+
+def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: Any, **arguments: Any) -> None:
+    """The steps, each timed until its loss is known."""
+    from datasets import load_dataset
+    from transformers import Trainer, TrainerCallback
+    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    class Clock(TrainerCallback):
+        """Steps come with their loss, which waits for the GPU."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+            self.losses: list[float] = []
+
+        def on_train_begin(self, args, state, control, **_):
+            self.ends.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if logs and "loss" in logs:
+                self.ends.append(time.perf_counter())
+                self.losses.append(logs["loss"])
+
+    class OnCpu(trainer_class):
+        # TRL's own loss is a Triton kernel and cannot run on CPU.
+        compute_loss = Trainer.compute_loss
+
+    clock, on_cpu = Clock(), settings["device"] == "cpu"
+    trainer = (OnCpu if on_cpu else trainer_class)(
+        model=model,
+        args=SFTConfig(
+            output_dir=settings["output_dir"],
+            max_length=settings["context_length"],
+            dataset_text_field="text",
+            per_device_train_batch_size=settings["batch_size"],
+            gradient_accumulation_steps=settings["accumulation"],
+            max_steps=settings["steps"],
+            learning_rate=settings["learning_rate"],
+            lr_scheduler_type="constant",
+            seed=SEED,
+            bf16=True,
+            use_cpu=on_cpu,
+            gradient_checkpointing=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=load_dataset("json", data_files=settings["train_path"], split="train"),
+        processing_class=tokenizer,
+        callbacks=[clock],
+        **arguments,
+    )
+    trainer.train()
+    write_report(settings, [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)], clock.losses)
+
+
+def write_report(
+    settings: dict[str, Any], step_seconds: list[float], losses: list[float], **more: Any
+) -> None:
+    import torch
+
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    measured = {"step_seconds": step_seconds, "losses": losses, "peak_memory_bytes": peak} | more
+    Path(settings["report"]).write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    {f.__name__: f for f in (make_model, plan, alone, trl, unsloth)}[sys.argv[1]](
+        json.loads(Path(sys.argv[2]).read_text())
+    )
