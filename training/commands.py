@@ -179,9 +179,10 @@ def _chat(options: argparse.Namespace, output: Console, errors: Console) -> None
     from training.display import Watch
     from training.trained import trained_model
 
-    is_conversation = options.prompt is None and sys.stdin.isatty()
-    prompt = options.prompt if options.prompt is not None or is_conversation else sys.stdin.read()
-    if not is_conversation and not prompt.strip():
+    prompt: str | None = options.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
         raise ConfigError("there is no prompt: write --prompt TEXT, or send text to standard input")
 
     def say(text: str) -> None:
@@ -192,7 +193,7 @@ def _chat(options: argparse.Namespace, output: Console, errors: Console) -> None
         with Watch(errors) as watch:
             watch.phase(f"loading {trained.checkpoint}")
             conversation = Conversation(trained)
-        if not is_conversation:
+        if prompt is not None:
             conversation.answer(prompt.strip(), say, max_new_tokens=options.max_new_tokens)
             say("\n")
             return

@@ -320,7 +320,7 @@ class _Worker:
         import torch
 
         width = max(map(len, prompts))
-        tokens = torch.full((len(prompts), width), self._tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        tokens = torch.full((len(prompts), width), int(self._tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
         mask = torch.zeros_like(tokens)
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = torch.tensor(prompt)

@@ -13,7 +13,8 @@ def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
     """What ends an answer: what the model and the tokenizer say, and the mark that the chat template puts behind answers."""
     said = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(said if isinstance(said, list) else [] if said is None else [said])
-    stops |= {tokenizer.eos_token_id} - {None}
+    if isinstance(tokenizer.eos_token_id, int):
+        stops.add(tokenizer.eos_token_id)
     end = Renderer(tokenizer, whole_text=False).end_marker
     first = tokenizer.encode(end, add_special_tokens=False)[:1] if end else []
     return sorted(stops | (set(first) & set(tokenizer.added_tokens_decoder)))

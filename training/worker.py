@@ -117,7 +117,7 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
 
     if plan.config.deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # what is read was written before
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # read is what was written
     if plan.device == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     if plan.deepspeed is not None:
