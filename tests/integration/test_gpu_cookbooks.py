@@ -45,6 +45,11 @@ def write_rows(path: Path, config: FinetuneConfig) -> Path:
         rows = [{question: "Why?", answer: text} for text in answers]
     elif config.task == "causal_lm":
         rows = [{"text": text} for text in answers]
+    elif config.task == "instruction_tuning":
+        rows = [
+            {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}]}
+            for text in answers
+        ]
     elif config.task == "preference_tuning":
         rows = [{"prompt": "Why?", "chosen": text, "rejected": text + "!"} for text in answers]
     else:

@@ -39,7 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(directory: Path, *, seed: int = 0, layers: int = 2) -> Path:
+def make_model(directory: Path, *, seed: int = 0, layers: int = 2, positions: int = 512) -> Path:
     """Write the model and its tokenizer to a directory, as save_pretrained does."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -50,7 +50,7 @@ def make_model(directory: Path, *, seed: int = 0, layers: int = 2) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,0 +1,211 @@
+"""Search the learning rate and the LoRA rank with Ray Tune: a trial is a run of main.py, and one that falls behind is stopped early.
+
+    python cookbooks/modifying_hyperparameters/search.py CONFIG.yaml [key=value ...] [--trials 6] [--at-once 1]
+
+Without RAY_ADDRESS each run has a cluster of its own on this machine; with it, all share the one that it names.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each run has its own metrics.jsonl
+
+import ray
+from ray import tune
+from ray.tune.result import DONE
+from ray.tune.schedulers import ASHAScheduler
+from rich.console import Console
+from rich.table import Table
+
+from configs.loading import ConfigError, load_config
+from runs.layout import EvalLoss
+from runs.reading import eval_losses_of, read_metrics
+from training.plan import needs_embedded_bucket, storage_path
+from utils.bucket import join_uri, open_store
+from utils.embedded_bucket import embedded_bucket
+
+# What is tried; any key of a YAML may stand here.
+SPACE: dict[str, Any] = {
+    "learning_rate": tune.loguniform(1e-4, 3e-3),
+    "lora_config.r": tune.choice([2, 4, 8, 16]),
+}
+# From the second evaluation on (the first is before any step), only the better half goes on.
+SCHEDULER = {"grace_period": 2, "reduction_factor": 2, "max_t": 1000}
+
+_LOOK_SECONDS = 1.0
+_STOP_SECONDS = 300.0
+
+
+class Trial(tune.Trainable):
+    """One run of main.py; a step ends with an evaluation that is committed with a checkpoint."""
+
+    def setup(self, config: dict[str, Any]) -> None:  # noqa: D102  # Ray Tune's own
+        self._run, self._told = config["run"], 0
+        log = Path(config["logs"]) / f"{Path(self._run).name}.log"
+        self._log = log.open("wb")
+        self._process = subprocess.Popen(
+            [
+                *config["command"],
+                *(f"{key}={config[key]}" for key in SPACE),
+                f"run_name={Path(self._run).name}",
+            ],
+            cwd=PROJECT,
+            env=_environment(config["address"]),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def step(self) -> dict[str, Any]:  # noqa: D102
+        while True:
+            code = self._process.poll()
+            losses = eval_losses_of(read_metrics(open_store(self._run)))
+            if len(losses) > self._told:
+                self._told += 1
+                return _reported(losses[self._told - 1])
+            if code == 0 and losses:
+                return {**_reported(losses[-1]), DONE: True}
+            if code is not None:
+                end = Path(self._log.name).read_text("utf-8", "replace")[-1000:]
+                raise RuntimeError(f"{self._run} ended with code {code}:\n{end}")
+            time.sleep(_LOOK_SECONDS)
+
+    def cleanup(self) -> None:  # noqa: D102
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)  # it commits a checkpoint, and ends
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._log.close()
+
+
+def _environment(address: str | None) -> dict[str, str]:
+    """Without what Ray tells this trial's own process; with the cluster that the runs share."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
+    return ours | kept | ({"RAY_ADDRESS": address} if address else {})
+
+
+def _reported(loss: EvalLoss) -> dict[str, Any]:
+    return {"eval_loss": loss.eval_loss, "training_step": loss.step}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the trials and show them, the best first; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides).config
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if config.valid_path is None:
+        print(
+            f"error: {options.config}: valid_path: trials are compared by their eval loss. Name rows for it.",
+            file=sys.stderr,
+        )
+        return 2
+    search = f"{options.config.stem}-search-{time.strftime('%Y%m%d-%H%M%S')}"
+    address = os.environ.get("RAY_ADDRESS")
+    with ExitStack() as stack:
+        if needs_embedded_bucket(config):
+            stack.enter_context(embedded_bucket())
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anneal-search-")))
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT)}},
+            **({} if address else {"num_cpus": options.at_once, "include_dashboard": False}),
+        )
+        stack.callback(ray.shutdown)
+        # Beside this process, where the project and the YAML are; the runs ask the cluster for their devices themselves.
+        here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+        results = tune.Tuner(
+            tune.with_resources(Trial, tune.PlacementGroupFactory([here])),
+            param_space=SPACE
+            | {
+                "command": [
+                    sys.executable,
+                    str(PROJECT / "main.py"),
+                    str(options.config.absolute()),
+                    *options.overrides,
+                ],
+                "run": tune.sample_from(
+                    lambda _: join_uri(storage_path(config), f"{search}-{os.urandom(3).hex()}")
+                ),
+                "logs": str(logs),
+                "address": address,
+            },
+            tune_config=tune.TuneConfig(
+                metric="eval_loss",
+                mode="min",
+                num_samples=options.trials,
+                max_concurrent_trials=options.at_once,
+                scheduler=ASHAScheduler(**SCHEDULER),
+            ),
+            run_config=tune.RunConfig(name=search, storage_path=str(logs / "tune"), verbose=1),
+        ).fit()
+        for error in results.errors:
+            print(f"error: a trial failed: {error}", file=sys.stderr)
+        if len(results.errors) == len(results):
+            return 1
+        _show(results)
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="search.py CONFIG.yaml [key=value ...] [--trials N] [--at-once N]",
+        description=f"Search {' and '.join(SPACE)} with Ray Tune.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    parser.add_argument(
+        "--trials", type=int, default=6, metavar="N", help="runs in all; default: %(default)s"
+    )
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N", help="runs at the same time; default: %(default)s"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def _show(results: tune.ResultGrid) -> None:
+    frame = results.get_dataframe(filter_metric="eval_loss", filter_mode="min").sort_values("eval_loss")
+    table = Table("run", *SPACE, "best eval loss", "at step", "evaluations")
+    evaluations = {
+        result.config["run"]: result.metrics["training_iteration"]
+        for result in results
+        if result.config and result.metrics
+    }
+    for _, row in frame.iterrows():
+        run = row["config/run"]
+        values = [f"{row[f'config/{key}']:.4g}" for key in SPACE]
+        table.add_row(
+            Path(run).name,
+            *values,
+            f"{row['eval_loss']:.4f}",
+            str(row["training_step"]),
+            str(evaluations[run]),
+        )
+    console = Console()
+    console.print(table)
+    best = frame.iloc[0]["config/run"]
+    console.print(f"best: {best}", soft_wrap=True)
+    console.print(f"look at it: python main.py show {best}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
