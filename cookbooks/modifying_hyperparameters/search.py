@@ -19,9 +19,6 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each run has its own metrics.jsonl
-
 import ray
 from ray import tune
 from ray.tune.result import DONE
@@ -107,6 +104,8 @@ def _reported(loss: EvalLoss) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Run the trials and show them, the best first; returns the exit code."""
     options = _parse(arguments)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each run has its own metrics.jsonl
     try:
         config = load_config(options.config, options.overrides).config
     except ConfigError as error:
