@@ -16,8 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ray
 from ray import tune
@@ -32,6 +31,8 @@ from runs.reading import eval_losses_of, read_metrics
 from training.plan import needs_embedded_bucket, storage_path
 from utils.bucket import join_uri, open_store
 from utils.embedded_bucket import embedded_bucket
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 # What is tried; any key of a YAML may stand here.
 SPACE: dict[str, Any] = {
