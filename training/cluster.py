@@ -72,6 +72,7 @@ def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
         if workers.device == "cpu":
             os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
         ray.init(
+            address="local",  # else Ray joins one that somebody started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
             num_gpus=workers.count if workers.device == "cuda" else 0,
             resources={

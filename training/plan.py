@@ -41,6 +41,7 @@ from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import DataError, find_files, is_hub_dataset
 from training.data.summary import DataSummary
+from training.data.templates import Renderer
 from training.exporting import check_export
 from training.flops import RowFlops, row_flops
 from training.memory import Job, MemoryReport, describe_savings, largest_batch, report_memory
@@ -349,6 +350,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     prepared_train = prepare("train_path", config.train_sources)
     prepared_valid = prepare("valid_path", config.valid_sources) if config.valid_sources else None
     train, valid = prepared_train.summary, prepared_valid.summary if prepared_valid else None
+    warnings += _template_warnings(config, tokenizer)
     warnings += _data_warnings(train, valid)
 
     data = DataFingerprints(train=train.fingerprint, valid=valid.fingerprint if valid else None)
@@ -939,6 +941,15 @@ def _model_warnings(
         )
     if config.flash_attention_2 and not _is_importable("flash_attn"):
         yield "flash_attention_2: the package flash-attn is not installed; torch's scaled_dot_product_attention is used"
+
+
+def _template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:
+    """Where the template lays answers out, and says where they begin."""
+    if config.prompt_template is not None or config.task not in ("instruction_tuning", "preference_tuning"):
+        return
+    renderer = Renderer(tokenizer, whole_text=False)
+    if renderer.header and not renderer.end_marker:
+        yield "the chat template puts nothing behind an answer, so the model does not learn to end one; chat_template can add a mark"
 
 
 def _data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str]:

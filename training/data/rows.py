@@ -166,7 +166,13 @@ def read_row(row: dict[str, Any], reading: Reading) -> Example:
     chat = _READERS[reading.data_format](row, reading.columns)
     if isinstance(chat, Chat) and reading.task == "classification":
         return _labelled(chat, reading.labels)
-    if isinstance(chat, Chat) and reading.task != "causal_lm" and not _trains_anything(chat):
+    if isinstance(chat, Chat) and reading.task == "causal_lm" and chat.untrained:
+        raise RowError(
+            "wrong weight",
+            f"message {chat.untrained[0] + 1} has the weight 0, and task: causal_lm trains on all of a row. Take the weights out, or use "
+            "task: instruction_tuning",
+        )
+    if isinstance(chat, Chat) and not _trains_anything(chat):
         raise RowError("nothing trained", "has only assistant messages of weight 0: nothing is left to learn")
     return chat
 

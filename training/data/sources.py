@@ -462,6 +462,14 @@ def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
                 raise DataError(
                     f"{uri}:{line}: the header names {', '.join(map(repr, repeated))} twice. Give each column its own name."
                 )
+            separators = [
+                separator for separator in (";", "\t", "|") if len(cells) == 1 and separator in cells[0]
+            ]
+            if separators:
+                raise DataError(
+                    f"{uri}:{line}: the header is one column with {separators[0]!r} in it, and cells are separated by commas here. Write the "
+                    "file again with commas, or as Parquet or JSONL."
+                )
         elif not cells:
             continue
         elif len(cells) != len(header):

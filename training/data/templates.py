@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 
 _QUESTION, _ANSWER = "What is it?", "That is it."
+_SPEAKERS = {"user", "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,9 @@ class Renderer:
         self._render_jinja = render_jinja_template
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
-        self._header, self.end_marker = self._surroundings()
-        """What stands behind an answer; empty where the template does not say."""
-        self._writes_answers = False
+        self.header, self.end_marker = self._surroundings()
+        """What stands before and behind an answer; both empty where the template does not only append."""
+        self._written: set[str] = set()
         self._writes_tools: bool | None = None
         self._writes_calls: bool | None = None
 
@@ -65,7 +66,7 @@ class Renderer:
         if isinstance(example, Pair):
             return tuple(self._completed(example, side) for side in (example.chosen, example.rejected))
         whole = self._layout(example.messages, example.tools)
-        self._check_answers(whole, example.messages, example.tools)
+        self._check_words(whole, example.messages, example.tools)
         self._check_tools(whole, example)
         if self._whole_text:
             return (Rendered(whole, ((0, len(whole)),)),)
@@ -86,7 +87,7 @@ class Renderer:
     def _completed(self, pair: Pair, side: list[Message]) -> Rendered:
         before = self._layout(pair.prompt, pair.tools, prompt=True)
         whole = self._layout([*pair.prompt, *side], pair.tools)
-        self._check_answers(whole, [*pair.prompt, *side], pair.tools)
+        self._check_words(whole, [*pair.prompt, *side], pair.tools)
         if not whole.startswith(before):
             raise RowError(
                 "template",
@@ -132,18 +133,22 @@ class Renderer:
             ) from error
         return rendered[0]
 
-    def _check_answers(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
-        """Templates for content in parts pass over text: what the assistant says must change what is written."""
-        last = messages[-1]
-        if self._writes_answers or "tool_calls" in last:
-            return
-        changed = {**last, "content": f"{last['content']} {_ANSWER}"}
-        self._writes_answers = whole != self._layout([*messages[:-1], changed], tools)
-        if not self._writes_answers:
-            raise DataError(
-                "the chat template writes nothing of what the assistant says, so there is nothing to learn from. Set chat_template, or "
-                "use a model whose template takes a message's content as text."
-            )
+    def _check_words(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Templates for content in parts pass over text: what is said last must change what is written, asked or answered."""
+        for position in range(len(messages) - 1, -1, -1):
+            if self._written >= _SPEAKERS:
+                return
+            message = messages[position]
+            role = message["role"]
+            if role in self._written or role not in _SPEAKERS or "tool_calls" in message:
+                continue
+            changed = {**message, "content": f"{message['content']} {_ANSWER}"}
+            if whole == self._layout([*messages[:position], changed, *messages[position + 1 :]], tools):
+                raise DataError(
+                    f"the chat template writes nothing of what the {role} says. Set chat_template, or use a model whose template takes a "
+                    "message's content as text."
+                )
+            self._written.add(role)
 
     def _check_tools(self, whole: str, chat: Chat) -> None:
         """Most templates pass over what they do not know: tools must change what is written, and so must calls."""
@@ -193,7 +198,7 @@ class Renderer:
     def _answers(self, whole: str, chat: Chat) -> list[Span]:
         """Where each assistant turn stands in the conversation's text."""
         positions = _answer_positions(chat.messages)
-        header, marker = self._header, self.end_marker
+        header, marker = self.header, self.end_marker
         # Counting makes sure that nobody's words are taken for a header.
         starts_are_known = bool(header) and whole.count(header) == len(positions)
         spans: list[Span] = []

@@ -87,6 +87,8 @@ def test_a_weight_of_0_takes_a_message_out_of_the_loss():
         RowError, match=r"message 2 has the weight 0.5. A message is trained \(1\) or not \(0\)"
     ):
         read({"messages": [USER, ASSISTANT | {"weight": 0.5}]})
+    with pytest.raises(RowError, match="message 2 has the weight 0, and task: causal_lm trains on all"):
+        read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT]}, "causal_lm")
 
 
 def test_words_about_a_nul_character_are_none():

@@ -133,6 +133,7 @@ def test_a_line_that_is_no_object_does_not_hide_the_others(tmp_path: Path, line:
         ("a.json", b'[{"a": "' + b"b" * 2 * MAX_ROW_BYTES, "a.json:1: no JSON value ends within 8 MB"),
         ("a.csv", b'prompt,completion\na,"b', "a.csv:2: is not CSV"),
         ("a.csv", b"prompt,prompt\na,b", "a.csv:1: the header names 'prompt' twice"),
+        ("a.csv", b"prompt;completion\na;b", "a.csv:1: the header is one column with ';' in it"),
         ("a.csv", jsonl(ROWS).decode().encode("utf-16"), "a.csv: is UTF-16. Save the file as UTF-8"),
         ("a.jsonl", jsonl(ROWS).decode().encode("utf-16"), "a.jsonl: is UTF-16. Save the file as UTF-8"),
         ("a.jsonl", gzip.compress(jsonl(ROWS)), "a.jsonl: is .gz by its content"),

@@ -298,6 +298,16 @@ def test_a_template_that_leaves_the_answers_out_is_refused(chatml: PreTrainedTok
     assert ids, "what no chat template lays out needs none"
 
 
+def test_a_template_that_leaves_the_questions_out_is_refused(chatml: PreTrainedTokenizerFast):
+    template = str(chatml.chat_template)
+    answers_alone = template.replace(
+        "message['content']", "(message['content'] if message['role'] == 'assistant' else '')"
+    )
+    assert answers_alone != template
+    with pytest.raises(DataError, match="writes nothing of what the user says"):
+        encode(with_template(chatml, answers_alone), chat(ONE_TURN), "instruction_tuning")
+
+
 def test_a_template_that_leaves_the_sides_of_a_pair_out_is_refused(chatml: PreTrainedTokenizerFast):
     question, answer, other = (*chat(ONE_TURN).messages, {"role": "assistant", "content": "5"})
     with pytest.raises(DataError, match="writes nothing of what the assistant says"):
