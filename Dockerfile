@@ -56,6 +56,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     ANNEAL_EMBEDDED_BUCKET=/home/anneal/bucket
 USER 1001:1001
 HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["python", "-c", "import ray, torch"]
-# A YAML or an option goes to main.py; any other command (ray start, bash) runs as it stands.
-ENTRYPOINT ["/bin/bash", "-c", "case \"$1\" in *.yaml|*.yml|-*) exec python main.py \"$@\";; *) exec \"$@\";; esac", "anneal"]
+# A YAML, an option or a command of main.py's goes there; any other (ray start, bash) runs as it stands.
+ENTRYPOINT ["/bin/bash", "-c", "case \"$1\" in *.yaml|*.yml|-*|runs|show|compare|export|chat|evaluate) exec python main.py \"$@\";; *) exec \"$@\";; esac", "anneal"]
 CMD ["--help"]

@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -80,11 +80,15 @@ test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU,
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model, where `make test` takes a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/test_cookbooks.py
 
-lint: setup-dev  ## check style, types and the doors between the rooms
+test-image: setup-dev  ## do what the image's build installs, without Docker, and start what it starts (3 GB, a minute or two)
+	TEST_IMAGE=1 $(BIN)/python -m pytest tests/integration/test_image.py
+
+lint: setup-dev  ## check style, types, the doors between the rooms and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 schema: setup  ## make configs/schema.json, by which editors complete and check YAMLs
 	$(BIN)/python -m configs.json_schema
