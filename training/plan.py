@@ -552,6 +552,11 @@ def data_request(
     )
 
 
+def is_template(said: str) -> bool:
+    """Whether `chat_template` holds Jinja text, and names no file of it."""
+    return "{%" in said or "{{" in said
+
+
 def read_chat_template(config: FinetuneConfig) -> str | None:
     """The Jinja text that `chat_template` holds or names.
 
@@ -563,7 +568,7 @@ def read_chat_template(config: FinetuneConfig) -> str | None:
     said = config.chat_template
     if said is None:
         return None
-    if "{%" in said or "{{" in said:
+    if is_template(said):
         text, place = said, "chat_template"
     else:
         place = f"chat_template: {said}"

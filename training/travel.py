@@ -10,7 +10,7 @@ from configs.loading import ConfigError, LoadedConfig, to_yaml
 from configs.schema import DataSource, DeepspeedFile, FinetuneConfig
 from training.data.sources import is_hub_dataset, matching_files
 from training.models.files import is_hub_id
-from training.plan import about_key, storage_path
+from training.plan import about_key, is_template, storage_path
 from utils.bucket import check_readable, is_remote, local_path, uses_embedded_bucket
 from utils.files import format_bytes
 
@@ -71,7 +71,7 @@ def pack(loaded: LoadedConfig, directory: Path) -> Packed:
     luggage = _Luggage()
     changes: dict[str, Any] = {key: luggage.take_model(key, getattr(config, key)) for key in _MODEL_KEYS}
     changes |= {key: luggage.take_data(key, getattr(config, key)) for key in _DATA_KEYS}
-    if config.chat_template and not _is_template(config.chat_template):
+    if config.chat_template and not is_template(config.chat_template):
         changes["chat_template"] = luggage.take_file("chat_template", config.chat_template)
     if isinstance(config.deepspeed, DeepspeedFile):
         name = luggage.take_file("deepspeed", config.deepspeed.config_path)
@@ -178,10 +178,6 @@ def _keys_on_the_cluster(config: FinetuneConfig) -> list[str]:
 def _is_local(place: str) -> bool:
     """A path of this machine; `file:` is one of the cluster's."""
     return not is_remote(place) and not place.startswith("file:")
-
-
-def _is_template(said: str) -> bool:
-    return "{%" in said or "{{" in said
 
 
 def _files_below(directory: Path) -> list[Path]:
