@@ -11,7 +11,7 @@ import io
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -46,7 +46,7 @@ def write_chats(kinds: list[Callable[[random.Random], Problem]], count: int, see
     )
 
 
-def _csv(rows: list[tuple[str, str]] | list[list[str]]) -> str:
+def _csv(rows: Sequence[Sequence[str]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("Question", "Reply"))

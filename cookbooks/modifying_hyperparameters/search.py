@@ -39,9 +39,6 @@ SPACE: dict[str, Any] = {
     "learning_rate": tune.loguniform(1e-4, 3e-3),
     "lora_config.r": tune.choice([2, 4, 8, 16]),
 }
-# From the second evaluation on (the first is before any step), only the better half goes on.
-SCHEDULER = {"grace_period": 2, "reduction_factor": 2, "max_t": 1000}
-
 _LOOK_SECONDS = 1.0
 _STOP_SECONDS = 300.0
 
@@ -154,7 +151,8 @@ def main(arguments: list[str]) -> int:
                 mode="min",
                 num_samples=options.trials,
                 max_concurrent_trials=options.at_once,
-                scheduler=ASHAScheduler(**SCHEDULER),
+                # From the second evaluation on (the first is before any step), only the better half goes on.
+                scheduler=ASHAScheduler(grace_period=2, reduction_factor=2, max_t=1000),
             ),
             run_config=tune.RunConfig(name=search, storage_path=str(logs / "tune"), verbose=1),
         ).fit()
@@ -191,7 +189,7 @@ def _show(results: tune.ResultGrid) -> None:
         if result.config and result.metrics
     }
     for _, row in frame.iterrows():
-        run = row["config/run"]
+        run = str(row["config/run"])
         values = [f"{row[f'config/{key}']:.4g}" for key in SPACE]
         table.add_row(
             Path(run).name,
@@ -202,7 +200,7 @@ def _show(results: tune.ResultGrid) -> None:
         )
     console = Console()
     console.print(table)
-    best = frame.iloc[0]["config/run"]
+    best = str(frame.iloc[0]["config/run"])
     console.print(f"best: {best}", soft_wrap=True)
     console.print(f"look at it: python main.py show {best}", soft_wrap=True)
 
