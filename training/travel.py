@@ -18,8 +18,13 @@ PROJECT = Path(__file__).parent.parent
 CODE = ("main.py", "configs", "utils", "runs", "training")
 """All that a node runs."""
 
-EVERYTHING_BUT_CODE = ["/*", *(f"!/{name}" for name in CODE)]
-"""For Ray's `excludes`, as lines of a .gitignore."""
+EVERYTHING_BUT_CODE = [
+    "/[!.]*",
+    "/.?*",
+    *(f"!/{pattern}" for name in CODE for pattern in (name, f"{name}/**")),
+    "__pycache__",
+]
+"""For Ray's `excludes`, as lines of a .gitignore. Ray asks them of the directory itself, too, which it calls "."."""
 
 MAX_PACKED_BYTES = 100 * 1024**2
 """Of local files that travel with a job: Ray holds them in the memory of its head, and brings them to every node."""

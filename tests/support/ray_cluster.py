@@ -74,7 +74,9 @@ class RayCluster:
     def start_node(self, cpus: int) -> str:
         """Start another node; returns its id when it has joined."""
         before = self.other_nodes()
-        self._start(f"--num-cpus={cpus}", f"--address={self.address}")
+        # A directory of its own, as a machine has: nodes that share one unpack the code into each other's hands.
+        directory = self._directory / str(len(self._nodes))
+        self._start(f"--num-cpus={cpus}", f"--address={self.address}", f"--temp-dir={directory}")
         _wait_until(lambda: len(self.other_nodes()) > len(before), "node")
         return next(node for node in self.other_nodes() if node not in before)
 
