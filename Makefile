@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks test-submit test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -59,7 +59,7 @@ setup: $(STAMPS)/quickstart  ## install what training and the quickstart need in
 setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see README)
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
 setup-cluster: setup $(STAMPS)/cluster  ## add Ray's dashboard and job server, for the head of a cluster
-setup-dev: setup-unsloth setup-trackers setup-cluster $(STAMPS)/dev $(STAMPS)/interpreter  ## add what the tests and the linters need
+setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add what the tests and the linters need
 
 quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
 	$(BIN)/python cookbooks/quickstart/prepare.py
@@ -79,6 +79,9 @@ test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU,
 
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model, where `make test` takes a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/test_cookbooks.py
+
+test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (its packages slow the start of every Ray cluster)
+	$(BIN)/python -m pytest tests/integration/training/test_submission.py tests/integration/training/test_clusters.py
 
 test-image: setup-dev  ## do what the image's build installs, without Docker, and start what it starts (3 GB, a minute or two)
 	TEST_IMAGE=1 $(BIN)/python -m pytest tests/integration/test_image.py

@@ -1,5 +1,6 @@
 """Jobs on Ray clusters: one of their own, one that runs already, and one that loses a node."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
         assert "lacks what 3 workers need: CPU 3 (has 2)" in refused.errors
 
 
+@pytest.mark.skipif(find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`")
 def test_a_cluster_that_grows(files: Path, tmp_path: Path):
     """One whose nodes come from groups may have too few of them yet: that is said, and waited for."""
     growing = config(files, tmp_path / "growing.yaml", num_epochs=1)

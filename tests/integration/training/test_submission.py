@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`"),
+]
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "q" * 34,
