@@ -32,7 +32,7 @@ def make_model(settings: dict[str, Any]) -> None:
     from tests.support.tiny_model import make_tokenizer
 
     tokenizer = make_tokenizer()
-    config = LlamaConfig(**settings["shape"], tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(**settings["shape"], tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -46,7 +46,7 @@ def plan(settings: dict[str, Any]) -> None:
     from configs.loading import load_config
     from training.plan import make_plan
 
-    made, _, _ = make_plan(load_config(Path(settings["yaml"])), progress=lambda *_: None)
+    made, _, _ = make_plan(load_config(Path(settings["yaml"])), progress=lambda *_: None)  # pyright: ignore[reportArgumentType]
     Path(settings["plan"]).write_text(made.model_dump_json())
 
 
@@ -97,7 +97,10 @@ def alone(settings: dict[str, Any]) -> None:
     steps = [line for line in trainer.state.log_history if "loss" in line]
     write_report(
         settings,
-        [order_tokens(order, rows.index.tokens, line["step"]) / line["tokens_per_second"] for line in steps],
+        [
+            order_tokens(order, rows.index.tokens, int(line["step"])) / line["tokens_per_second"]
+            for line in steps
+        ],
         [line["loss"] for line in steps],
         mfu=[line.get("mfu") for line in steps],
     )
@@ -117,7 +120,7 @@ def trl(settings: dict[str, Any]) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
     if settings["device"] == "cuda":
-        model.to("cuda")
+        model.to("cuda")  # pyright: ignore[reportArgumentType]
     adapter = peft.LoraConfig(
         r=settings["rank"], lora_alpha=settings["rank"], target_modules=MATRICES, task_type="CAUSAL_LM"
     )

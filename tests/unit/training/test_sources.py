@@ -136,7 +136,7 @@ def test_a_line_that_is_no_object_does_not_hide_the_others(tmp_path: Path, line:
         ("a.csv", b"prompt;completion\na;b", "a.csv:1: the header is one column with ';' in it"),
         ("a.csv", jsonl(ROWS).decode().encode("utf-16"), "a.csv: is UTF-16. Save the file as UTF-8"),
         ("a.jsonl", jsonl(ROWS).decode().encode("utf-16"), "a.jsonl: is UTF-16. Save the file as UTF-8"),
-        ("a.jsonl", gzip.compress(jsonl(ROWS)), "a.jsonl: is .gz by its content"),
+        ("a.jsonl", gzip.compress(jsonl(ROWS), mtime=0), "a.jsonl: is .gz by its content"),
         ("a.json", zstd(jsonl(ROWS)), "a.json: is .zst by its content"),
         ("a.csv", as_parquet(ROWS), "a.csv: is .parquet by its content"),
         ("a.csv", b"prompt,completion\n" + b"a," * MAX_ROW_BYTES, "a.csv:2: has no line end within 8 MB"),
