@@ -121,12 +121,16 @@ class Throughput(TrainerCallback):
         self._since = 0.0
         self._told = clock.seconds()
 
+    def count_restored(self, last_step: int) -> None:
+        """Counts what earlier attempts trained, up to their last step."""
+        for step in range(1, last_step + 1):
+            self.trained += self._work_of(step)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Counts the steps of a restored run and starts the clocks."""
-        for step in range(1, state.global_step + 1):
-            self.trained += self._work_of(step)
+        self.count_restored(state.global_step)
         self.clock.start()
         self._told = self.clock.seconds()
         self._since = time.perf_counter()

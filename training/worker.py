@@ -210,6 +210,14 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         peak_flops=peak_flops(plan),
     )
 
+    done = restoring.committed[-1].step if restoring.committed else 0
+    if (
+        done >= plan.max_steps
+    ):  # an attempt ended behind its last checkpoint; the loop would train another step
+        throughput.count_restored(done)
+        tell(_committed(plan, done, throughput))
+        return
+
     def on_commit(committed: CheckpointCommitted) -> None:
         tell(committed)
         ray.train.report(asdict(committed) | {"speed": committed.speed.model_dump()})
@@ -351,11 +359,15 @@ def _saved(
         versions=package_versions(),
         files=[],
     )
-    committed = CheckpointCommitted(
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    return Saved(directory, manifest, lines, _committed(plan, step, throughput))
+
+
+def _committed(plan: RunPlan, step: int, throughput: "Throughput") -> CheckpointCommitted:
+    return CheckpointCommitted(
         step=step,
         uri=checkpoint_uri(plan.run_uri, step),
         tokens=throughput.trained.tokens,
         trained_tokens=throughput.trained.trained_tokens,
         speed=throughput.speed(),
     )
-    return Saved(directory, manifest, "".join(json.dumps(entry) + "\n" for entry in entries), committed)

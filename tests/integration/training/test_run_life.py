@@ -283,6 +283,28 @@ def test_a_full_parameter_run(files: Path, tmp_path: Path):
     assert loss == pytest.approx(finished.result["eval_losses"][-1]["eval_loss"], abs=1e-3)
 
 
+def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_path: Path):
+    """Killed behind its last checkpoint, in the midst of an epoch: the same command trains nothing more, and writes it down."""
+    config = write_yaml(
+        tmp_path / "ended.yaml", settings(files, num_epochs=None, max_steps=7, run_name="ended")
+    )
+    first = run_main(config, "--json")
+    assert first.exit_code == 0, first.errors
+    run = open_store(first.result["run_uri"])
+    left = read_metrics(files / "runs" / "ended")
+    run.delete(["result.json", "report.html", "eval_loss.png"])
+
+    again = run_main(config, "--json")
+    assert again.exit_code == 0, again.errors
+    of_an_attempt = {"elapsed_seconds", "ended", "tokens_per_second", "speed", "log_files"}
+    assert {key: value for key, value in again.result.items() if key not in of_an_attempt} == {
+        key: value for key, value in first.result.items() if key not in of_an_attempt
+    }
+    assert again.result["train_steps"] == 7
+    assert read_metrics(files / "runs" / "ended") == left
+    assert json.loads(run.read("result.json")) == again.result
+
+
 LONG = {"num_epochs": None, "max_steps": 300, "lora_config": {"r": 4, "lora_dropout": 0.1}}
 EVERY_100 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 100}}
 
