@@ -19,6 +19,8 @@ from runs.layout import (
 )
 from utils.bucket import DamagedError, Store, open_store
 
+_UNREADABLE = "is cut off, of another version of Anneal, or none of ours"
+
 
 def read_result(store: Store, key: str = RESULT_FILE) -> RunResult | None:
     """A run's result.json, if it has one.
@@ -37,7 +39,7 @@ def read_result(store: Store, key: str = RESULT_FILE) -> RunResult | None:
     try:
         return RunResult.model_validate_json(written)
     except ValidationError as error:
-        raise DamagedError(key, f"{store.uri_of(key)} is cut off, or none of ours") from error
+        raise DamagedError(key, f"{store.uri_of(key)} {_UNREADABLE}") from error
 
 
 def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
@@ -46,7 +48,7 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
     try:
         return [MetricsLine.model_validate_json(line) for line in written.splitlines()]
     except ValidationError as error:
-        raise DamagedError(key, f"{store.uri_of(key)} is cut off, or none of ours") from error
+        raise DamagedError(key, f"{store.uri_of(key)} {_UNREADABLE}") from error
 
 
 def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:
@@ -102,7 +104,7 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
         try:
             manifest = Manifest.model_validate_json(content)
         except ValidationError:
-            damage.append(f"{store.uri_of(key)} is cut off, or none of ours")
+            damage.append(f"{store.uri_of(key)} {_UNREADABLE}")
             continue
         wrong = wrong_sizes(store, manifest, stored)
         damage += wrong

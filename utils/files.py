@@ -27,8 +27,8 @@ class UnsafeKeyError(BucketError, ValueError):
 
 
 def partial_name(path: Path) -> Path:
-    """Return a fresh hidden name next to `path`, for a file that is not whole yet."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    """Return a fresh hidden name next to `path`, for a file that is not whole yet; `path` may have the longest of names."""
+    return path.with_name(f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666, replace: bool = True) -> None:

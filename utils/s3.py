@@ -10,6 +10,7 @@ the body of an answer begins. When storage says that credentials have expired, t
 
 import base64
 import hashlib
+import os
 import random
 import re
 import time
@@ -62,6 +63,7 @@ CHECK = Patience(silence=5, failing=2)  # a check answers within some 10 seconds
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 BLOCK_BYTES = 256 * 1024  # of a body at a time: larger ones leave the processor's cache, and cost it more
 _UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
+_TOKEN_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 _DELETE_BATCH = 1000  # the most keys S3 takes in one request
 
 
@@ -483,6 +485,10 @@ class S3Store:
         except BotoCoreError as error:
             raise BucketError(f"{where}: {explain_failure(error)}") from error
         except OSError as error:
+            if error.filename and str(error.filename) == os.environ.get(_TOKEN_VARIABLE):  # botocore reads it
+                raise BucketError(
+                    f"{where}: the token that {_TOKEN_VARIABLE} names cannot be read ({error})"
+                ) from error
             raise explain_os_error(error, action, self.uri_of(key)) from error
 
 

@@ -364,6 +364,12 @@ def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.Mon
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
         with pytest.raises(BucketError, match="no credentials found"):
             check_readable(own_bucket)
+        patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/trainer")
+        patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere/token")
+        with pytest.raises(
+            BucketError, match="the token that AWS_WEB_IDENTITY_TOKEN_FILE names cannot be read"
+        ):
+            open_store(own_bucket).read_if_exists("MANIFEST.json")  # nothing is said of the object
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "not a url")
     with pytest.raises(BucketError, match="check AWS_ENDPOINT_URL_S3"):
         check_readable(own_bucket)

@@ -14,6 +14,7 @@ from utils.files import (
     UnsafeKeyError,
     checksum,
     checksum_bytes,
+    copy_atomically,
     file_lock,
     format_bytes,
     free_bytes,
@@ -72,6 +73,13 @@ def test_keys_that_would_be_one_file_are_refused():
     ):
         with pytest.raises(UnsafeKeyError, match=said):
             refuse_clashes(keys)
+
+
+def test_a_name_may_have_the_longest_length_that_disks_take(tmp_path: Path):
+    path = tmp_path / ("x" * 255)
+    write_atomically(path, b"1")
+    copy_atomically(path, tmp_path / ("y" * 255))
+    assert {found.name[0] for found in tmp_path.iterdir()} == {"x", "y"}
 
 
 def test_free_bytes_of_what_does_not_exist_yet(tmp_path: Path):
