@@ -155,6 +155,7 @@ class FineTuningTrainer(SFTTrainer):
             on_eval_progress: Told how much of an evaluation is done, 0 to 1.
             loss_of_transformers: TRL's loss is a Triton kernel; where there is no GPU, take the model's own.
         """
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(
             model=model,
             args=args,
@@ -163,6 +164,10 @@ class FineTuningTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        # TRL rounds the adapter on a 4-bit base to bf16; one that comes from a checkpoint would not be, and train otherwise.
+        for parameter, data in trained.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data
         self.config = config
         self.base_model = base_model
         self.rows = rows

@@ -46,8 +46,16 @@ KEYS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "context_length": PACKED_TOKENS},
     "pairs": {"task": "preference_tuning"},
 }
-FIGURES = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
 DROPOUT = 0.1
+LORA = {"r": 4, "lora_dropout": DROPOUT}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora_config": LORA},
+    # Matrices large enough for an 8-bit optimizer to hold them in 8 bits.
+    "qlora": {"lora_config": LORA | {"r": 64}, "load_in_4bit": True, "optim": "adamw_8bit"},
+    "bf16": {"lora_config": LORA, "dtype": "bf16"},
+}
+FIGURES = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
 
 
 class Kill(StrEnum):
@@ -86,7 +94,7 @@ class Shape:
     @property
     def model_file(self) -> str:
         """The checkpoint's weights."""
-        return "adapter_model.safetensors" if self.method == "lora" else "model.safetensors"
+        return "model.safetensors" if self.method == "full" else "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,9 @@ GRID = [
         ("lora", "full"), (1, 4), (1, 2), ("ddp", "zero_2"), (1, 2)
     )
 ] + [
+    Chain(Shape("qlora", 1, 1, "ddp"), 1, tuple(Kill)),
+    Chain(Shape("qlora", 4, 2, "ddp"), 2, tuple(Kill)),
+    Chain(Shape("bf16", 1, 2, "ddp"), 2, tuple(Kill)),
     Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, tuple(Kill)),
     Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, tuple(Kill)),
     Chain(Shape("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
@@ -114,6 +125,7 @@ GRID = [
 SAMPLE = [
     Chain(Shape("lora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
+    Chain(Shape("qlora", 1, 1, "ddp"), 1, (Kill.AFTER_STEP,)),
     Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP,)),
     Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, (Kill.AFTER_STEP,)),
 ]
@@ -142,16 +154,16 @@ class End:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and one model for LoRA and one with dropout of its own for full-parameter training."""
+    """Data, and one model for adapters and one with dropout of its own for full-parameter training."""
     directory = tmp_path_factory.mktemp("resume")
-    make_model(directory / "lora")
-    shutil.copytree(directory / "lora", directory / "full")
-    config = directory / "full" / "config.json"
+    make_model(directory / "model")
+    shutil.copytree(directory / "model", directory / "model-with-dropout")
+    config = directory / "model-with-dropout" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": DROPOUT}))
     write_data(directory, train_rows=ROWS, valid_rows=3)
     train_pairs, _ = write_pairs_of(directory, train_rows=ROWS, valid_rows=3)
     train_pairs.rename(directory / "pairs.jsonl")
-    _write_rows_of_a_length(directory / "packed.jsonl", directory / "lora")
+    _write_rows_of_a_length(directory / "packed.jsonl", directory / "model")
     return directory
 
 
@@ -192,7 +204,7 @@ class Run:
         self.config = write_yaml(
             self.place / "run.yaml",
             {
-                "model_id": str(files / shape.method),
+                "model_id": str(files / ("model-with-dropout" if shape.method == "full" else "model")),
                 "train_path": str(files / f"{shape.rows}.jsonl"),
                 "valid_path": str(files / ("valid-pairs.jsonl" if shape.rows == "pairs" else "valid.jsonl")),
                 "storage_path": storage,
@@ -210,7 +222,7 @@ class Run:
                 "num_checkpoints_to_keep": 1,
                 "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": INTERVAL},
             }
-            | ({"lora_config": {"r": 4, "lora_dropout": DROPOUT}} if shape.method == "lora" else {})
+            | METHODS[shape.method]
             | ({"deepspeed": shape.parallelism} if shape.parallelism != "ddp" else {})
             | KEYS[shape.rows],
         )
