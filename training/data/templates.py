@@ -71,16 +71,14 @@ class Renderer:
         spans = self._answers(whole, example)
         if example.label is not None:
             return (self._up_to_label(whole, spans[-1], str(example.messages[-1]["content"])),)
-        return (
-            Rendered(
-                whole,
-                tuple(
-                    span
-                    for position, span in zip(_answer_positions(example.messages), spans, strict=True)
-                    if position not in example.untrained
-                ),
-            ),
-        )
+        if example.untrained:
+            positions = _answer_positions(example.messages)
+            spans = [
+                span
+                for position, span in zip(positions, spans, strict=True)
+                if position not in example.untrained
+            ]
+        return (Rendered(whole, tuple(spans)),)
 
     def _completed(self, pair: Pair, side: list[Message]) -> Rendered:
         before = self._layout(pair.prompt, pair.tools, prompt=True)
