@@ -2,11 +2,12 @@
 
 import json
 import unicodedata
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from training.data.templates import Rendered, Span
 
@@ -16,30 +17,44 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
-_NOT_KNOWN = (
-    1 << 40
-)  # bytes of a token that stands for what the vocabulary lacks: no text's sum comes out right
+_NOT_KNOWN = 1 << 30  # bytes of a token that stands for what the vocabulary lacks: more than any row has
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids, and the trained ones among them: [begin, end) in tokens."""
+    """Sequences as tokens, one behind another."""
 
-    ids: list[int]
-    spans: list[Span]
+    ids: np.ndarray
+    """int32 [tokens]"""
+    trained: np.ndarray
+    """bool [tokens]: whether the loss looks at it."""
+    lengths: np.ndarray
+    """int64 [sequences]: tokens of each."""
 
-    @property
-    def trained(self) -> int:
-        """Tokens that are predicted: nothing predicts the first."""
-        return sum(end - max(begin, 1) for begin, end in self.spans if end > max(begin, 1))
+    def begins(self) -> np.ndarray:
+        """int64 [sequences + 1]: where each sequence begins, and where the last ends."""
+        return _sums(self.lengths)
 
-    def cut(self, limit: int) -> int:
-        """Keep the first `limit` tokens; returns how many are lost."""
-        lost = max(len(self.ids) - limit, 0)
-        if lost:
-            self.ids = self.ids[:limit]
-            self.spans = [(begin, min(end, limit)) for begin, end in self.spans if begin < limit]
-        return lost
+    def places(self) -> np.ndarray:
+        """int64 [tokens]: each token's place in its sequence."""
+        return np.arange(len(self.ids)) - np.repeat(self.begins()[:-1], self.lengths)
+
+    def predicted(self) -> np.ndarray:
+        """int64 [sequences]: trained tokens that something stands before; nothing predicts the first."""
+        begins = self.begins()
+        trained = self.trained.copy()
+        trained[begins[:-1][self.lengths > 0]] = False
+        return np.diff(_sums(trained)[begins])
+
+    def cut(self, limit: int) -> "Encoded":
+        """The first `limit` tokens of each sequence."""
+        kept = self.places() < limit
+        return Encoded(self.ids[kept], self.trained[kept], np.minimum(self.lengths, limit))
+
+    def take(self, sequences: np.ndarray) -> "Encoded":
+        """Some of the sequences: bool [sequences]."""
+        kept = np.repeat(sequences, self.lengths)
+        return Encoded(self.ids[kept], self.trained[kept], self.lengths[sequences])
 
 
 class Encoder:
@@ -73,49 +88,87 @@ class Encoder:
             return self._backend.encode_batch(texts, add_special_tokens=False)
         return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
-    def locate(self, rendered: Rendered, encoding: "Encoding") -> Encoded:
-        """The ids of a sequence and its trained tokens; one that reaches over a span's beginning or end belongs to it."""
-        ids = encoding.ids
-        if rendered.ends_the_text:
-            first = 0 if self._whole_text else _by_offsets(encoding, rendered, len(ids))[0][0]
-            if self._end_of_text is not None and ids[-1:] != [self._end_of_text]:
-                ids.append(self._end_of_text)
-            return Encoded(ids, [(first, len(ids))])
-        if self._bytes_of is None:
-            return Encoded(ids, _by_offsets(encoding, rendered, len(ids)))
-        return Encoded(ids, self._by_lengths(ids, rendered) or self._asked_again(ids, rendered))
+    def locate(self, sequences: Sequence[Rendered], encodings: "Sequence[Encoding]") -> Encoded:
+        """Sequences of one kind as tokens; a token that reaches over a span's beginning or end belongs to it."""
+        ids = [encoding.ids for encoding in encodings]
+        if sequences[0].ends_the_text:
+            ids = [self._with_end(each) for each in ids]
+        lengths = np.array([len(each) for each in ids], np.int64)
+        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        begins = _sums(lengths)
+        owners = np.repeat(np.arange(len(sequences)), [len(sequence.spans) for sequence in sequences])
+        if sequences[0].ends_the_text:
+            first = [self._first_of_the_text(*each) for each in zip(sequences, encodings, strict=True)]
+            spans = np.stack([first, lengths], 1)
+        elif self._bytes_of is None:
+            spans = _pairs(chain.from_iterable(map(_by_offsets, sequences, encodings)))
+        else:
+            spans = self._by_lengths(sequences, flat, begins, owners)
+        first, end = (spans + begins[owners, None]).T
+        steps = np.bincount(first, minlength=len(flat) + 1) - np.bincount(end, minlength=len(flat) + 1)
+        return Encoded(flat, np.cumsum(steps[:-1]) > 0, lengths)
 
-    def _by_lengths(self, ids: list[int], rendered: Rendered) -> list[Span] | None:
-        """None where the tokens are not the text's bytes, one after another."""
-        text, spans = rendered.text, rendered.spans
+    def _with_end(self, ids: list[int]) -> list[int]:
+        if self._end_of_text is None or ids[-1:] == [self._end_of_text]:
+            return ids
+        return [*ids, self._end_of_text]
+
+    def _first_of_the_text(self, rendered: Rendered, encoding: "Encoding") -> int:
+        return 0 if self._whole_text else _by_offsets(rendered, encoding)[0][0]
+
+    def _by_lengths(
+        self, sequences: Sequence[Rendered], ids: np.ndarray, begins: np.ndarray, owners: np.ndarray
+    ) -> np.ndarray:
+        """[spans, 2] in tokens of their sequence: characters -> bytes -> tokens; the arrays go over all sequences.
+
+        Args:
+            sequences: What was encoded.
+            ids: [tokens].
+            begins: [sequences + 1], in tokens.
+            owners: [spans]: the sequence that each span is of.
+        """
         assert self._bytes_of is not None
-        size = len(text)
-        if not text.isascii():
-            if self._normalizes and not unicodedata.is_normalized("NFC", text):
-                return None
-            spans, size = _in_bytes(text, spans)
-        ends = list(accumulate(map(self._bytes_of.__getitem__, ids)))
-        if not ends or ends[-1] != size:
-            return None
-        return [(bisect_right(ends, begin), bisect_left(ends, end) + 1) for begin, end in spans]
+        texts = [sequence.text for sequence in sequences]
+        whole = "".join(texts)
+        text_begins = _sums([len(text) for text in texts])
+        spans = _pairs(chain.from_iterable(sequence.spans for sequence in sequences))
+        spans += text_begins[owners, None]
+        if not whole.isascii():
+            offsets = _byte_offsets(whole)
+            spans, text_begins = offsets[spans], offsets[text_begins]
+        token_begins = _sums(self._bytes_of[ids])
+        # Where one's tokens are not its bytes, those of the sequences behind it stand elsewhere than their text.
+        moved = token_begins[begins] - text_begins
+        first, end = (spans + moved[owners, None]).T
+        found = np.stack(
+            [np.searchsorted(token_begins, first, "right") - 1, np.searchsorted(token_begins, end, "left")], 1
+        )
+        found -= begins[owners, None]
+        agrees = np.diff(moved) == 0
+        if self._normalizes:
+            agrees &= [text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts]
+        for number in np.flatnonzero(~agrees).tolist():
+            asked = self._backend.encode(texts[number], add_special_tokens=False)
+            found[owners == number] = _pairs(_by_offsets(sequences[number], asked))
+        return found
 
-    def _asked_again(self, ids: list[int], rendered: Rendered) -> list[Span]:
-        return _by_offsets(self._backend.encode(rendered.text, add_special_tokens=False), rendered, len(ids))
+
+def _sums(counts: np.ndarray | list[int]) -> np.ndarray:
+    """int64 [counts + 1]: what stands before each, and all."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _in_bytes(text: str, spans: tuple[Span, ...]) -> tuple[tuple[Span, ...], int]:
-    """Spans of characters as spans of UTF-8, and the whole text's size."""
-    in_bytes: list[Span] = []
-    character = size = 0
-    for begin, end in spans:
-        first = size + len(text[character:begin].encode())
-        size = first + len(text[begin:end].encode())
-        in_bytes.append((first, size))
-        character = end
-    return tuple(in_bytes), size + len(text[character:].encode())
+def _pairs(spans: Iterable[Span]) -> np.ndarray:
+    return np.array(list(spans), np.int64).reshape(-1, 2)
 
 
-def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
+def _byte_offsets(text: str) -> np.ndarray:
+    """int64 [characters + 1]: where in UTF-8 each character begins, and where the last ends."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    return np.append(np.flatnonzero(content & 0xC0 != 0x80), len(content))
+
+
+def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
     """Bytes that each token stands for, by its id; None where a token is not certain bytes of the text."""
     from tokenizers import models
 
@@ -129,7 +182,7 @@ def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
     if not set(_steps(backend.normalizer)) <= {"NFC"}:
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    lengths = [0] * (max(vocabulary.values()) + 1)
+    lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
     for token, number in vocabulary.items():
         lengths[number] = len(token)  # a character for each byte
     for number, added in backend.get_added_tokens_decoder().items():
@@ -139,7 +192,7 @@ def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int] | None:
             lengths[vocabulary[token]] = _NOT_KNOWN
     probe = "a b"  # some put a space before the text
     ids = backend.encode(probe, add_special_tokens=False).ids
-    return lengths if sum(lengths[number] for number in ids) == len(probe) else None
+    return lengths if lengths[ids].sum() == len(probe) else None
 
 
 def _steps(part: "Normalizer | PreTokenizer | None") -> list[str]:
@@ -151,8 +204,8 @@ def _steps(part: "Normalizer | PreTokenizer | None") -> list[str]:
     return [step["type"] for step in steps]
 
 
-def _by_offsets(encoding: "Encoding", rendered: Rendered, tokens: int) -> list[Span]:
-    characters = len(rendered.text)
+def _by_offsets(rendered: Rendered, encoding: "Encoding") -> list[Span]:
+    characters, tokens = len(rendered.text), len(encoding)
     return [_token_span(encoding, span, characters, tokens) for span in rendered.spans]
 
 

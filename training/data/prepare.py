@@ -3,6 +3,7 @@
 Text is laid out on this thread while the tokenizers library encodes the batch before on its own.
 """
 
+import gc
 import json
 import shutil
 import tempfile
@@ -93,6 +94,7 @@ def _prepare(
     progress: Callable[[int, float], None],
 ) -> None:
     staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
+    gc.freeze()  # garbage is looked for among the rows only, not in every library that is loaded
     try:
         with _Preparation(request, tokenizer, staging) as preparation:
             summary = preparation.run(cache, progress)
@@ -104,6 +106,7 @@ def _prepare(
             "to another disk."
         ) from error
     finally:
+        gc.unfreeze()
         shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -1,9 +1,10 @@
 """Examples -> the text that a model reads, and where in it the answers stand, end marker included."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 
 from training.data.rows import Chat, Example, Filled, Message, Pair, Text
 from training.data.sources import DataError, RowError
@@ -38,10 +39,7 @@ class Renderer:
             tokenizer: With its chat template.
             whole_text: Train on every token, not on the answers only.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         self._tokenizer = tokenizer
-        self._render_jinja = render_jinja_template
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self.header, self.end_marker = self._surroundings()
@@ -73,16 +71,14 @@ class Renderer:
         spans = self._answers(whole, example)
         if example.label is not None:
             return (self._up_to_label(whole, spans[-1], str(example.messages[-1]["content"])),)
-        return (
-            Rendered(
-                whole,
-                tuple(
-                    span
-                    for position, span in zip(_answer_positions(example.messages), spans, strict=True)
-                    if position not in example.untrained
-                ),
-            ),
-        )
+        if example.untrained:
+            positions = _answer_positions(example.messages)
+            spans = [
+                span
+                for position, span in zip(positions, spans, strict=True)
+                if position not in example.untrained
+            ]
+        return (Rendered(whole, tuple(spans)),)
 
     def _completed(self, pair: Pair, side: list[Message]) -> Rendered:
         before = self._layout(pair.prompt, pair.tools, prompt=True)
@@ -108,11 +104,16 @@ class Renderer:
     def _layout(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False
     ) -> str:
-        settings: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
         try:
-            # What tokenizer.apply_chat_template does, without looking up the special tokens for each row.
-            template = self._tokenizer.get_chat_template(None, settings["tools"])
-            rendered, _ = self._render_jinja([messages], chat_template=template, **settings)
+            # What tokenizer.apply_chat_template does, without looking up for each row what is the same for all.
+            template = _compiled(self._tokenizer.get_chat_template(None, tools))
+            return template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._special_tokens,
+            )
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is broken ({error}, line {error.lineno} of it). Copy the tokenizer's files again from where the model "
@@ -131,7 +132,6 @@ class Renderer:
                 "template",
                 f"is refused by the chat template ({error}). Change the row to the roles and fields that it takes",
             ) from error
-        return rendered[0]
 
     def _check_words(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
         """Templates for content in parts pass over text: what is said last must change what is written, asked or answered."""
@@ -230,6 +230,15 @@ class Renderer:
         if not whole.startswith(after):
             raise RowError("template", _changes(position))
         return len(after.rstrip())
+
+
+@lru_cache
+def _compiled(chat_template: str) -> Template:
+    """With transformers' sandbox, filters and functions, and these in one dictionary: Jinja merges them again for every row."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(chat_template).environment
+    return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
 
 
 def _answer_positions(messages: list[Message]) -> list[int]:

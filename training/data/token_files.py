@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -102,6 +102,7 @@ class TokenWriter:
         if request.task == "classification":
             columns.append(("label", pa.int32()))
         self._schema = pa.schema(columns)
+        self._per_row = 2 if request.task == "preference_tuning" else 1  # sequences
         self._files = ExitStack()
         self._data = self._open(directory / DATA_FILE, self._schema)
         self._index = self._open(directory / INDEX_FILE, INDEX_SCHEMA)
@@ -116,52 +117,62 @@ class TokenWriter:
 
     def add(self, batch: "list[RenderedRow]", encodings: "list[Encoding]") -> None:
         """Write a batch's rows; `encodings` are of their sequences, one after another."""
-        columns = _Columns(pairs=self.request.task == "preference_tuning")
-        remaining = iter(encodings)
-        for row in batch:
-            sequences = [self.encoder.locate(rendered, next(remaining)) for rendered in row.sequences]
-            if self._fits(row, sequences):
-                columns.add(self.rows, row, sequences)
-                self.rows += 1
-        if columns.index:
-            self._data.write_batch(columns.data(self._schema))
-            self._index.write_batch(
-                pa.record_batch(
-                    [list(column) for column in zip(*columns.index, strict=True)], schema=INDEX_SCHEMA
-                )
-            )
+        encoded = self.encoder.locate([sequence for row in batch for sequence in row.sequences], encodings)
+        encoded, kept = self._within_limit(batch, encoded)
+        rows = [batch[number] for number in np.flatnonzero(kept)]
+        if not rows:
+            return
+        columns, trained = _pair_columns(encoded) if self._per_row == 2 else _columns(encoded)
+        if "label" in self._schema.names:
+            columns.append(pa.array([row.label for row in rows], pa.int32()))
+        index = [
+            np.arange(self.rows, self.rows + len(rows)),
+            [row.file for row in rows],
+            [row.row for row in rows],
+            self._by_row(encoded.lengths).sum(axis=1),
+            trained,
+            self._by_row(encoded.lengths).max(axis=1),
+            [digest_of(row.sequences) for row in rows],
+        ]
+        self._data.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._index.write_batch(pa.record_batch(index, schema=INDEX_SCHEMA))
+        self.rows += len(rows)
 
-    def _fits(self, row: RenderedRow, sequences: list[Encoded]) -> bool:
-        """Cut the sequences at the limit; false where the row is left out."""
-        limit = self.request.limit
-        length = max(len(sequence.ids) for sequence in sequences)
-        self.lengths.append(length)
-        cut = 0
-        if limit and length > limit:
-            if self.request.long_rows == "error":
+    def _by_row(self, of_sequences: np.ndarray) -> np.ndarray:
+        """[rows, sequences of a row]"""
+        return of_sequences.reshape(-1, self._per_row)
+
+    def _within_limit(self, batch: "list[RenderedRow]", encoded: Encoded) -> tuple[Encoded, np.ndarray]:
+        """Cut the sequences at the limit; what is kept of them, and which rows: bool [rows]."""
+        limit, long_rows = self.request.limit, self.request.long_rows
+        longest = self._by_row(encoded.lengths).max(axis=1)
+        self.lengths.extend(longest.tolist())
+        too_long = longest > limit if limit else np.zeros(len(batch), bool)
+        if limit and long_rows == "truncate" and too_long.any():
+            self.lost += int(np.maximum(encoded.lengths - limit, 0).sum())
+            encoded = encoded.cut(limit)
+        kept = self._by_row(encoded.predicted()).min(axis=1) > 0
+        if long_rows != "truncate":
+            kept &= ~too_long
+        self.truncated += int((too_long & kept).sum())
+        tokens = self._by_row(encoded.lengths).sum(axis=1)
+        for number in np.flatnonzero(~kept):
+            row = batch[number]
+            if long_rows == "error" and too_long[number]:
                 self.too_long_rows += 1
                 if len(self.too_long) < _MAX_SHOWN:
-                    self.too_long.append(f"{self.files[row.file].uri}:{row.row}: {length} tokens")
-                return False
-            if self.request.long_rows == "drop":
-                self.dropped += 1
-                self.lost += sum(len(sequence.ids) for sequence in sequences)
-                self.leave_out(row, f"has {length:,} tokens, and {limit:,} are taken (long_rows: drop)")
-                return False
-            cut = sum(sequence.cut(limit) for sequence in sequences)
-            self.lost += cut
-        if not all(sequence.trained for sequence in sequences):
+                    self.too_long.append(f"{self.files[row.file].uri}:{row.row}: {longest[number]} tokens")
+                continue
             self.dropped += 1
-            self.lost += sum(len(sequence.ids) for sequence in sequences)
-            self.leave_out(
-                row,
-                f"has no trained token within the {limit:,} tokens that are taken"
-                if limit
-                else "has no trained token",
-            )
-            return False
-        self.truncated += cut > 0
-        return True
+            self.lost += int(tokens[number])
+            if long_rows == "drop" and too_long[number]:
+                reason = f"has {longest[number]:,} tokens, and {limit:,} are taken (long_rows: drop)"
+            elif limit:
+                reason = f"has no trained token within the {limit:,} tokens that are taken"
+            else:
+                reason = "has no trained token"
+            self.leave_out(row, reason)
+        return (encoded if kept.all() else encoded.take(np.repeat(kept, self._per_row))), kept
 
     def refuse_long_rows(self) -> None:
         """Raise what `long_rows: error` and an empty result ask for.
@@ -189,55 +200,38 @@ class TokenWriter:
             )
 
 
-class _Columns:
-    """A batch on its way into Arrow: flat lists of tokens with the rows' ends."""
-
-    def __init__(self, *, pairs: bool):
-        self.pairs = pairs
-        self.index: list[tuple[int, ...]] = []
-        self.labels: list[int | None] = []
-        self._flat: list[list[int]] = [[], [], []] if pairs else [[]]
-        self._ends: list[list[int]] = [[0], [0], [0]] if pairs else [[0]]
-        self._spans: list[tuple[int, int]] = []
-
-    def add(self, position: int, row: RenderedRow, sequences: list[Encoded]) -> None:
-        if self.pairs:
-            parts = _shared_prompt(*sequences)
-            tokens, trained = sum(len(sequence.ids) for sequence in sequences), len(parts[1]) + len(parts[2])
-        else:
-            begin = len(self._flat[0])
-            parts = (sequences[0].ids,)
-            tokens, trained = len(sequences[0].ids), sequences[0].trained
-            self._spans += [(begin + first, begin + end) for first, end in sequences[0].spans]
-        for flat, ends, part in zip(self._flat, self._ends, parts, strict=True):
-            flat += part
-            ends.append(len(flat))
-        digest = digest_of(row.sequences)
-        length = max(len(sequence.ids) for sequence in sequences)
-        self.index.append((position, row.file, row.row, tokens, trained, length, digest))
-        self.labels.append(row.label)
-
-    def data(self, schema: pa.Schema) -> pa.RecordBatch:
-        flat = [np.array(part, dtype=np.int32) for part in self._flat]
-        ends = [np.array(part, dtype=np.int32) for part in self._ends]
-        if not self.pairs:
-            steps = np.zeros(len(flat[0]) + 1, dtype=np.int8)
-            for begin, end in self._spans:
-                steps[begin] += 1
-                steps[end] -= 1
-            flat.append(np.where(np.cumsum(steps[:-1]) > 0, flat[0], np.int32(IGNORED)))
-            ends.append(ends[0])
-        columns: list[Any] = [
-            pa.ListArray.from_arrays(end, part) for end, part in zip(ends, flat, strict=True)
-        ]
-        if "label" in schema.names:
-            columns.append(pa.array(self.labels, pa.int32()))
-        return pa.record_batch(columns, schema=schema)
+def _columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:
+    """Token columns of rows of one sequence, and how many tokens of each row are trained."""
+    labels = np.where(encoded.trained, encoded.ids, np.int32(IGNORED))
+    return [_lists(encoded.ids, encoded.lengths), _lists(labels, encoded.lengths)], encoded.predicted()
 
 
-def _shared_prompt(chosen: Encoded, rejected: Encoded) -> tuple[list[int], list[int], list[int]]:
-    """(prompt, chosen, rejected): a token that reaches over the prompt's end belongs to the completion."""
-    shared = min(chosen.spans[0][0], rejected.spans[0][0])
-    while chosen.ids[:shared] != rejected.ids[:shared]:
-        shared -= 1
-    return chosen.ids[:shared], chosen.ids[shared:], rejected.ids[shared:]
+def _pair_columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:
+    """As `_columns`, of preference pairs: prompt, chosen and rejected."""
+    begins = encoded.begins()
+    shared = np.array(
+        [_shared(encoded, *begins[first : first + 3]) for first in range(0, len(begins) - 1, 2)]
+    )
+    in_prompt = encoded.places() < np.repeat(np.repeat(shared, 2), encoded.lengths)
+    in_chosen = np.repeat(np.arange(len(encoded.lengths)) % 2 == 0, encoded.lengths)
+    chosen, rejected = encoded.lengths[::2] - shared, encoded.lengths[1::2] - shared
+    columns = [
+        _lists(encoded.ids[in_chosen & in_prompt], shared),
+        _lists(encoded.ids[in_chosen & ~in_prompt], chosen),
+        _lists(encoded.ids[~in_chosen & ~in_prompt], rejected),
+    ]
+    return columns, chosen + rejected
+
+
+def _shared(encoded: Encoded, begin: int, middle: int, end: int) -> int:
+    """Tokens of a pair's prompt: one that reaches over the prompt's end belongs to the completion."""
+    chosen, rejected = slice(begin, middle), slice(middle, end)
+    shared = min(int(encoded.trained[side].argmax()) for side in (chosen, rejected))
+    differs = encoded.ids[chosen][:shared] != encoded.ids[rejected][:shared]
+    return int(differs.argmax()) if differs.any() else shared
+
+
+def _lists(ids: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    """int32 lists, one behind another."""
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, ids)

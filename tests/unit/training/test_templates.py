@@ -53,6 +53,15 @@ FORGETFUL = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+# What transformers gives a template beside the row: its functions, filters, statements and the special tokens.
+WITH_EVERYTHING = (
+    "{{ bos_token }}{{ strftime_now('%Y') }}{{ 'no tools' if tools is none }}{{ 'no documents' if documents is none }}"
+    "{{ 'no names' if xyz is not defined }}{% set count = namespace(turns=0) %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% continue %}{% endif %}{% set count.turns = count.turns + 1 %}"
+    "{{ count.turns }} {{ message | tojson }}{% generation %}{{ message['content'] }}{% endgeneration %}{{ eos_token }}"
+    "{% endfor %}{{ range(2) | list }}"
+)
+
 ONE_TURN = [("Ada buys 3 apples for $2 each.", "3 * 2 = $6.\n#### 6")]
 THREE_TURNS = [("2 + 2?", "4"), ("And 3 more?", "It is 7.\n\nSure."), ("Über 7? 🍎", "  8, naïvely 🍏")]
 
@@ -173,7 +182,7 @@ _content = _said.filter(lambda text: bool(text.strip()))
 def _by_rendering_only(renderer: Renderer) -> Renderer:
     """The same, without what it has learned of the template: each turn is found by rendering what comes before."""
     slow = copy.copy(renderer)
-    slow._header = slow._end = ""
+    slow.header = slow.end_marker = ""
     return slow
 
 
@@ -210,6 +219,14 @@ def ids_of_spans(
         for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         if any(begin < last and end > first for first, last in spans)
     ]
+
+
+def test_a_template_has_all_that_transformers_gives_it(chatml: PreTrainedTokenizerFast):
+    tokenizer = with_template(chatml, WITH_EVERYTHING)
+    conversation = chat(THREE_TURNS, system="Be brief.")
+    (rendered,) = Renderer(tokenizer, whole_text=True).render(conversation)
+    assert rendered.text == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    assert "no toolsno documentsno names1 {" in rendered.text
 
 
 def test_tool_calls_are_trained_and_tools_answers_are_not(styles: dict[str, PreTrainedTokenizerFast]):
