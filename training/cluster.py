@@ -50,17 +50,22 @@ class Workers:
 
 def workers_of(plan: RunPlan) -> Workers:
     """What a run trains on."""
-    devices = {"CPU": 1.0, "GPU": 1.0} if plan.device == "cuda" else {"CPU": 1.0}
-    return Workers(plan.config.num_devices, plan.device, devices | plan.config.worker_resources, plan.run_uri)
+    each = resources_of_device(plan.device) | plan.config.worker_resources
+    return Workers(plan.config.num_devices, plan.device, each, plan.run_uri)
+
+
+def resources_of_device(device: Device) -> dict[str, float]:
+    """Ray resources of a worker that has one, where nobody asks for others."""
+    return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
 
 
 @contextmanager
-def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
+def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the workers that ends with the block.
 
     Args:
         workers: What has to find its place.
-        waiting: Told what the cluster has to scale up to first, where it does.
+        tell: Told that it waits for the cluster to scale up, where it does, and to what.
 
     Raises:
         ClusterError: it cannot be joined, or has too little and cannot scale up to it.
@@ -86,7 +91,7 @@ def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
     try:
         growth = _missing(workers, f"the cluster at {address}" if address else "this machine")
         if growth:
-            waiting(growth)
+            tell(f"waiting for the cluster to scale up: {growth}")
         yield
     finally:
         ray.shutdown()

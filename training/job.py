@@ -102,10 +102,7 @@ def run_job(
         claimed(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
         ) as claim,
-        cluster(
-            workers_of(plan),
-            waiting=lambda growth: on_event(Phase(f"waiting for the cluster to scale up: {growth}")),
-        ),
+        cluster(workers_of(plan), tell=lambda text: on_event(Phase(text))),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:

@@ -11,11 +11,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.jobs import environment
+
+needs_ray_default = pytest.mark.skipif(
+    find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`"
+)
+"""For tests of what only the dashboard's own packages bring: the job server, an autoscaler's view of its nodes."""
 
 _RAY = Path(sys.executable).with_name("ray")
 _LIMIT_SECONDS = 60
