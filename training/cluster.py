@@ -36,6 +36,9 @@ class Workers:
     """What a cluster is asked for."""
 
     count: int
+    """The most that are placed."""
+    least: int
+    """With fewer nothing begins."""
     device: Device
     each: dict[str, float]
     """Ray resources of one."""
@@ -47,11 +50,17 @@ class Workers:
         """Ray resources of all."""
         return {name: amount * self.count for name, amount in self.each.items()}
 
+    @property
+    def at_least(self) -> dict[str, float]:
+        """Ray resources of the fewest that begin."""
+        return {name: amount * self.least for name, amount in self.each.items()}
+
 
 def workers_of(plan: RunPlan) -> Workers:
     """What a run trains on."""
-    each = resources_of_device(plan.device) | plan.config.worker_resources
-    return Workers(plan.config.num_devices, plan.device, each, plan.run_uri)
+    config = plan.config
+    each = resources_of_device(plan.device) | config.worker_resources
+    return Workers(config.most_devices, config.fewest_devices, plan.device, each, plan.run_uri)
 
 
 def resources_of_device(device: Device) -> dict[str, float]:
@@ -79,7 +88,7 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
         ray.init(
             address="local",  # else Ray joins one that somebody started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
-            num_gpus=workers.count if workers.device == "cuda" else 0,
+            num_gpus=_gpus_here(workers),
             resources={
                 name: amount
                 for name, amount in workers.together.items()
@@ -95,6 +104,14 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _gpus_here(workers: Workers) -> int:
+    if workers.device == "cpu":
+        return 0
+    import torch
+
+    return min(workers.count, torch.cuda.device_count())
 
 
 def ask_cluster(workers: Workers, address: str) -> str:
@@ -145,9 +162,7 @@ def _missing(workers: Workers, name: str) -> str | None:
         ClusterError: it has too little, and cannot scale up to it.
     """
     has = ray.cluster_resources()
-    short = {
-        resource: amount for resource, amount in workers.together.items() if has.get(resource, 0) < amount
-    }
+    short = _short(workers, has)
     most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
     listed = ", ".join(
         f"{resource} {amount:g} (has {has.get(resource, 0):g}{f', at most {most.get(resource, 0):g}' if most else ''})"
@@ -160,7 +175,7 @@ def _missing(workers: Workers, name: str) -> str | None:
     )
     if short and not may_grow:
         raise ClusterError(
-            f"{name} lacks what {workers.count} workers need: {listed}. "
+            f"{name} lacks what {describe_least(workers)}: {listed}. "
             "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -171,6 +186,26 @@ def _missing(workers: Workers, name: str) -> str | None:
             "all nodes reach."
         )
     return listed or None
+
+
+def _short(workers: Workers, has: Mapping[str, float]) -> dict[str, float]:
+    """Resource -> what the fewest workers that begin need of it, where the cluster has less."""
+    return {name: amount for name, amount in workers.at_least.items() if has.get(name, 0) < amount}
+
+
+def describe_least(workers: Workers) -> str:
+    """The beginning of a sentence on what they need."""
+    return f"{workers.least} workers need" if workers.least > 1 else "a worker needs"
+
+
+def lacking(workers: Workers) -> str | None:
+    """What a cluster that has lost nodes lacks before the workers find their places again; None where it lacks nothing."""
+    has = ray.cluster_resources()
+    short = _short(workers, has)
+    if not short:
+        return None
+    listed = ", ".join(f"{name} {amount:g} (has {has.get(name, 0):g})" for name, amount in short.items())
+    return f"waiting for the cluster to have what {describe_least(workers)}: {listed}"
 
 
 def _has_node_groups() -> bool:

@@ -342,7 +342,7 @@ def _answer(
     batches = [order[begin : begin + how.batch_size] for begin in range(0, len(order), how.batch_size)]
     each = resources_of_device(how.device)
     answers: dict[int, str] = {}
-    workers = Workers(how.num_devices, how.device, each, trained.run_uri)
+    workers = Workers(how.num_devices, how.num_devices, how.device, each, trained.run_uri)
     progress("starting the workers", 0)
     with cluster(workers, tell=lambda text: progress(text, 0)):
         actor: Any = ray.remote(_Worker).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))

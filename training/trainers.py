@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # Unsloth replaces them here
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -34,15 +35,15 @@ _NOT_LOOKED_AT = datasets.Dataset.from_dict(
 )  # TRL asks for rows; ours are dealt out otherwise
 
 
-def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool) -> SFTConfig:
-    """The plan as TRL's arguments. With DeepSpeed, torch.distributed must be up already."""
+def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, eval_first: bool) -> SFTConfig:
+    """The plan as TRL's arguments, on so many devices. With DeepSpeed, torch.distributed must be up already."""
     config = plan.config
     return SFTConfig(
         output_dir=str(output_directory),
         max_steps=plan.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size_per_device or config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.accumulation_on(devices),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.num_warmup_steps,
@@ -298,6 +299,21 @@ class FineTuningTrainer(SFTTrainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
         return sums
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's random states; where the checkpoint has none, such as follow from the seed, the step and the rank.
+
+        It has none of ranks that it was not saved on: then the run goes on with other dropout than it would have had, but always
+        with the same, and no two ranks with one.
+        """
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        rank = self.args.process_index
+        name = f"rng_state_{rank}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if not (Path(checkpoint) / name).is_file():
+            derived = np.random.SeedSequence([self.config.seed, self.state.global_step, rank])
+            set_seed(int(derived.generate_state(1)[0]))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
