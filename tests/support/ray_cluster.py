@@ -92,10 +92,12 @@ class RayCluster:
         before = self.other_nodes()
         # A directory of its own, as a machine has: nodes that share one unpack the code into each other's hands.
         directory = self._directory / str(len(self._nodes))
+        # Ray takes nodes of one address for one node: of two workers there, one would wait for what the other never fetches.
+        address = within.address if within else f"127.0.0.{len(self._nodes) + 1}"
         self._start(
             f"--num-cpus={cpus}",
             f"--address={self.address}",
-            f"--node-ip-address={within.address if within else self._host}",
+            f"--node-ip-address={address}",
             f"--temp-dir={directory}",
             within=within.command if within else (),
         )

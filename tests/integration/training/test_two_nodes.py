@@ -33,7 +33,6 @@ SPREADS: dict[str, dict[str, Any]] = {
     "ddp": {"num_devices": 2, "train_batch_size_per_device": 4},
     "zero_3": {"num_devices": 2, "train_batch_size_per_device": 4, "deepspeed": "zero_3"},
 }
-WITHOUT_CODE_OF_OURS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +97,8 @@ def losses_of(store: Store) -> tuple[list[float], list[float]]:
     """(of each step, of each evaluation)."""
     metrics = reading.read_metrics(store)
     return (
-        [line["loss"] for line in metrics if "loss" in line],
-        [line["eval_loss"] for line in metrics if "eval_loss" in line],
+        [line.loss for line in metrics if line.loss is not None],
+        [line.eval_loss for line in metrics if line.eval_loss is not None],
     )
 
 
@@ -155,15 +154,18 @@ def steps_of(files: Path, name: str) -> dict[int, float]:
 
 def test_what_is_left_finishes_when_a_node_is_lost(files: Path, tmp_path: Path):
     """From the newest checkpoint, with the same rows a step: the losses are those of a run that lost nothing."""
-    whole = run_main(lasting(files, tmp_path / "whole.yaml", "whole", num_devices=2), "--json")
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    yaml = lasting(files, tmp_path / "whole.yaml", "whole", num_devices=2)
+    whole = run_main(yaml, "--json", variables=own)
     assert whole.exit_code == 0, whole.errors
     config = lasting(files, tmp_path / "elastic.yaml", "elastic", num_devices=RANGE, max_failures=1)
     with ray_cluster(cpus=1) as cluster:
         lost = cluster.start_node(cpus=1)
-        with started(config, cluster.variables) as job:
+        with started(config, cluster.variables | own) as job:
             job.wait_for_line("step 50/")
             cluster.kill(lost)
             finished = job.end()
+        assert all((cache / "anneal" / "runs" / "elastic").exists() for cache in cluster.caches())
     assert finished.exit_code == 0, finished.errors
     assert "1 of 2 workers has its place" in finished.errors
     assert finished.result["train_steps"] == LONG
@@ -182,7 +184,7 @@ def test_who_needs_both_nodes_waits_for_one(files: Path, tmp_path: Path):
     waiting = "waiting for the cluster to have what 2 workers need: CPU 2 (has 1)"
     with ray_cluster(cpus=1) as cluster:
         lost = cluster.start_node(cpus=1)
-        with started(config, cluster.variables) as job:
+        with started(config, cluster.variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")}) as job:
             job.wait_for_line("checkpoint ")
             cluster.kill(lost)
             job.wait_for_line(waiting)
@@ -197,3 +199,35 @@ def test_who_needs_both_nodes_waits_for_one(files: Path, tmp_path: Path):
     assert finished.result["status"] == "stopped"
     assert finished.result["last_checkpoint"] is not None
     assert "Traceback" not in finished.errors
+
+
+def test_a_node_that_joins_is_taken_in_behind_a_checkpoint(files: Path, tmp_path: Path):
+    """No step is trained twice for it, though no checkpoint was due."""
+    config = lasting(
+        files,
+        tmp_path / "growing.yaml",
+        "growing",
+        num_devices=RANGE,
+        max_steps=100_000,
+        num_checkpoints_to_keep=9,
+        checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 100_000},
+    )
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with ray_cluster(cpus=1) as cluster, started(config, cluster.variables | own) as job:
+        job.wait_for_line("step 10/")
+        alone = job.errors
+        cluster.start_node(cpus=1)
+        job.wait_for_line("… making room for more workers")
+        before = len(job.errors)
+        job.wait_until(
+            lambda: re.search(r"^step \d+/", job.errors[before:], re.M) is not None, "a step of both"
+        )
+        job.process.send_signal(signal.SIGTERM)
+        finished = job.end()
+    assert "1 of 2 workers has its place" in alone
+    assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+    trained = [int(step) for step in re.findall(r"^step (\d+)/", finished.errors, re.M)]
+    assert trained == list(range(1, len(trained) + 1))
+    manifests = reading.committed(open_store(str(files / "runs" / "growing")))
+    assert [manifest.world_size for manifest in manifests] == [1, 2]
+    assert manifests[-1].step == len(trained)
