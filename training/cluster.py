@@ -98,7 +98,7 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
             log_to_driver=False,
         )
     try:
-        growth = _missing(workers, f"the cluster at {address}" if address else "this machine")
+        growth = _missing(workers, address)
         if growth:
             tell(f"waiting for the cluster to scale up: {growth}")
         yield
@@ -122,7 +122,7 @@ def ask_cluster(workers: Workers, address: str) -> str:
     """
     _join(address, {})
     try:
-        growth = _missing(workers, f"the cluster at {address}")
+        growth = _missing(workers, address)
     finally:
         ray.shutdown()
     return f"has to scale up: {growth}" if growth else f"{address} has what the workers need"
@@ -155,14 +155,18 @@ def _runtime_environment() -> dict[str, Any]:
     return environment
 
 
-def _missing(workers: Workers, name: str) -> str | None:
-    """What a joined cluster has to scale up to before the workers find their places; None where they do now.
+def _missing(workers: Workers, address: str | None) -> str | None:
+    """What a cluster has to scale up to before the fewest workers find their places; None where they do now.
+
+    Args:
+        workers: What has to find its place.
+        address: Of the cluster that is joined; None where it is this machine.
 
     Raises:
         ClusterError: it has too little, and cannot scale up to it.
     """
     has = ray.cluster_resources()
-    short = _short(workers, has)
+    short = _short(workers.at_least, has)
     most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
     listed = ", ".join(
         f"{resource} {amount:g} (has {has.get(resource, 0):g}{f', at most {most.get(resource, 0):g}' if most else ''})"
@@ -175,11 +179,12 @@ def _missing(workers: Workers, name: str) -> str | None:
     )
     if short and not may_grow:
         raise ClusterError(
-            f"{name} lacks what {describe_least(workers)}: {listed}. "
+            f"{f'the cluster at {address}' if address else 'this machine'} lacks what {describe_least(workers)}: {listed}. "
             "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if (len(nodes) > 1 or short) and uses_embedded_bucket(workers.storage):
+    may_get_nodes = short or (address and _short(workers.together, has))
+    if (len(nodes) > 1 or may_get_nodes) and uses_embedded_bucket(workers.storage):
         count = len(nodes) if len(nodes) > 1 else "more than one"
         raise ClusterError(
             f"the embedded bucket serves this machine only, and the cluster has {count} nodes. Set storage_path to a bucket that "
@@ -188,9 +193,9 @@ def _missing(workers: Workers, name: str) -> str | None:
     return listed or None
 
 
-def _short(workers: Workers, has: Mapping[str, float]) -> dict[str, float]:
-    """Resource -> what the fewest workers that begin need of it, where the cluster has less."""
-    return {name: amount for name, amount in workers.at_least.items() if has.get(name, 0) < amount}
+def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, float]:
+    """Resource -> what is needed of it, where the cluster has less."""
+    return {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
 
 
 def describe_least(workers: Workers) -> str:
@@ -201,7 +206,7 @@ def describe_least(workers: Workers) -> str:
 def lacking(workers: Workers) -> str | None:
     """What a cluster that has lost nodes lacks before the workers find their places again; None where it lacks nothing."""
     has = ray.cluster_resources()
-    short = _short(workers, has)
+    short = _short(workers.at_least, has)
     if not short:
         return None
     listed = ", ".join(f"{name} {amount:g} (has {has.get(name, 0):g})" for name, amount in short.items())

@@ -301,19 +301,13 @@ class FineTuningTrainer(SFTTrainer):
         return sums
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """This rank's random states; where the checkpoint has none, such as follow from the seed, the step and the rank.
-
-        It has none of ranks that it was not saved on: then the run goes on with other dropout than it would have had, but always
-        with the same, and no two ranks with one.
-        """
+        """This rank's random states; where the checkpoint has none, since it was saved on other ranks, such as follow from it."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        rank = self.args.process_index
-        name = f"rng_state_{rank}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        if not (Path(checkpoint) / name).is_file():
-            derived = np.random.SeedSequence([self.config.seed, self.state.global_step, rank])
-            set_seed(int(derived.generate_state(1)[0]))
+        rank, world_size = self.args.process_index, self.args.world_size
+        if not has_random_states(Path(checkpoint), rank, world_size):
+            set_seed(seed_of_new_rank(self.config.seed, self.state.global_step, rank))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
@@ -329,6 +323,16 @@ class FineTuningTrainer(SFTTrainer):
                     "base_model_name_or_path": self.base_model
                 }
                 adapter.write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+def has_random_states(checkpoint: Path, rank: int, world_size: int) -> bool:
+    """Whether a checkpoint on this node holds what transformers restores for a rank of so many."""
+    return (checkpoint / (f"rng_state_{rank}.pth" if world_size > 1 else "rng_state.pth")).is_file()
+
+
+def seed_of_new_rank(seed: int, step: int, rank: int) -> int:
+    """Where the random states of a rank that had none at a step begin: always alike, and otherwise for every rank and step."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 class ClassificationTrainer(FineTuningTrainer):
