@@ -15,6 +15,7 @@ import pytest
 
 from runs import reading
 from tests.support.bucket_proxy import bucket_proxy
+from tests.support.front_door import run_main_quickly
 from tests.support.jobs import Finished, read_metrics, run_main, started, tiny_settings, write_yaml
 from tests.support.namespaces import network_namespace
 from tests.support.own_buckets import reach_as_a_user
@@ -173,6 +174,12 @@ def test_what_is_left_finishes_when_a_node_is_lost(files: Path, tmp_path: Path):
     assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-3)
     run = open_store(str(files / "runs" / "elastic"))
     assert [manifest.world_size for manifest in reading.committed(run)][-1] == 1
+    assert run_main_quickly(config, "--dry-run", variables=own).exit_code == 0, (
+        "it may be looked at as before"
+    )
+    refused = run_main_quickly(config, "num_devices=1", "--dry-run", variables=own)
+    assert refused.exit_code == 2
+    assert "num_devices: {'min': 1, 'max': 2} -> 1" in refused.errors
 
 
 def test_who_needs_both_nodes_waits_for_one(files: Path, tmp_path: Path):
