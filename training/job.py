@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.loading import to_yaml
@@ -69,6 +70,7 @@ from training.worker_groups import GroupSizes, PlacesTold
 from utils.bucket import BucketError, open_store
 
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
+_WAIT_FOR_LOST_PLACES_SECONDS = 20
 _LONGEST_REASON = 400  # characters
 
 
@@ -299,6 +301,9 @@ class _Trainer(TorchTrainer):
 
 def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
     config = plan.config
+    if len(config.device_counts) > 1:
+        # Ray counts a lost node for some seconds more, and would wait a minute for its places.
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(_WAIT_FOR_LOST_PLACES_SECONDS))
     scaling = ScalingConfig(
         num_workers=(config.fewest_devices, config.most_devices)
         if len(config.device_counts) > 1
