@@ -69,14 +69,14 @@ def alone(settings: dict[str, Any]) -> None:
     rows = fetch_prepared(made.train, made.cache, made.prepared)
     request = model_request(made, model_directory, None, rows, None)
     model = build_model(made.kernels.provider, request)
-    order = made.order(rows.index.length, rows.summary.longest)
+    order = made.order(rows.index.length, rows.summary.longest, 1)
     throughput = Throughput(
         order,
         rows.index.tokens.tolist(),
         rows.index.trained_tokens.tolist(),
         clock=PhaseClock(),
         flops=made.flops,
-        peak_flops=peak_flops(made),
+        peak_flops=peak_flops(made, 1),
     )
     trainer = build_trainer(
         made,
@@ -88,7 +88,7 @@ def alone(settings: dict[str, Any]) -> None:
         tokenizer=load_tokenizer(
             model_directory, trust_remote_code=False, source=made.base_model, chat_template=None
         ),
-        args=trainer_arguments(made, Path(settings["output_dir"]), eval_first=False),
+        args=trainer_arguments(made, Path(settings["output_dir"]), devices=1, eval_first=False),
         callbacks=[throughput],
         throughput=throughput,
         on_eval_progress=lambda _: None,

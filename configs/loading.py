@@ -349,7 +349,7 @@ def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
         and kinds & {"int_type", "float_type"}
         and not isinstance(plain_scalar(value), str)
     ):
-        return " without quotes"
+        return " (a number is written without quotes)"
     if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
         return f": {int(value)}"
     if isinstance(value, str) and "literal_error" in kinds:

@@ -227,6 +227,31 @@ class DeepspeedFile(Section):
     block: those come from this YAML."""
 
 
+class DeviceRange(Section):
+    """Ray Train workers of a run that goes on with fewer when nodes are lost, and with more when they come back."""
+
+    min: PositiveInt
+    """Fewest workers that it trains on; with fewer it waits."""
+
+    max: PositiveInt
+    """Most workers that it trains on, and what train_batch_size_per_device and gradient_accumulation_steps are meant for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ConflictError([("max", f"`max` is {self.max}, and `min` is {self.min}: exchange them")])
+        if self.min == self.max:  # two spellings of one run would be two runs, by their hashes
+            raise ConflictError(
+                [
+                    (
+                        "max",
+                        f"`max` and `min` are both {self.max}, which is no range: write `num_devices: {self.max}`",
+                    )
+                ]
+            )
+        return self
+
+
 class CheckpointFrequency(Section):
     """How often a checkpoint is written and the validation set is run."""
 
@@ -414,8 +439,10 @@ class FinetuneConfig(Section):
     """Lay several rows into one sequence of context_length tokens (null: of the longest row), without letting them see one
     another. Batch sizes count these sequences then."""
 
-    num_devices: PositiveInt = 1
-    """Ray Train workers, one device each."""
+    num_devices: PositiveInt | DeviceRange = 1
+    """Ray Train workers, one device each. `{min: 1, max: 2}`: as many of them as the cluster has nodes for. A step takes the same
+    rows then, whatever their number: with fewer than max, each accumulates more batches, and counts that cannot share them
+    equally are passed over."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU for each worker where the cluster has any, else CPU."""
@@ -563,14 +590,48 @@ class FinetuneConfig(Section):
         assert self.train_batch_size_per_device != "auto"
         return self.train_batch_size_per_device
 
+    @property
+    def most_devices(self) -> int:
+        """num_devices, or the end of its range."""
+        return self.num_devices.max if isinstance(self.num_devices, DeviceRange) else self.num_devices
+
+    @property
+    def fewest_devices(self) -> int:
+        """num_devices, or the beginning of its range."""
+        return self.num_devices.min if isinstance(self.num_devices, DeviceRange) else self.num_devices
+
+    @property
+    def device_counts(self) -> tuple[int, ...]:
+        """The numbers of workers that it may train on, ascending: those that can share a step's batches equally."""
+        batches = self.most_devices * self.gradient_accumulation_steps
+        return tuple(
+            devices for devices in range(self.fewest_devices, self.most_devices + 1) if batches % devices == 0
+        )
+
+    def accumulation_on(self, devices: int) -> int:
+        """Batches that each device adds up before an optimizer step, so that the step takes the same rows on any number of them.
+
+        Args:
+            devices: one of device_counts.
+        """
+        return self.most_devices * self.gradient_accumulation_steps // devices
+
+    def possible_batch_sizes(self) -> Iterator[int]:
+        """What `train_batch_size_per_device: auto` may come to, descending: each number of devices shares a step's batches equally."""
+        assert self.train_batch_size is not None
+        share = self.train_batch_size // self.most_devices
+        for rows in range(share, 0, -1):
+            if share % rows == 0 and (self.train_batch_size // rows) % self.fewest_devices == 0:
+                yield rows
+
     def with_batch_size(self, rows: int) -> Self:
         """What `train_batch_size_per_device: auto` comes to: the same rows a step, `rows` of them on a device at once.
 
         Args:
-            rows: a divisor of train_batch_size / num_devices.
+            rows: one of possible_batch_sizes.
         """
         assert self.train_batch_size is not None
-        accumulated = self.train_batch_size // (self.num_devices * rows)
+        accumulated = self.train_batch_size // (self.most_devices * rows)
         said = self.model_dump(exclude_unset=True) | {
             "train_batch_size_per_device": rows,
             "gradient_accumulation_steps": accumulated,
@@ -642,6 +703,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _task_conflicts(config)
     yield from _data_conflicts(config)
     yield from _device_conflicts(config)
+    yield from _range_conflicts(config)
     yield from _precision_conflicts(config)
     yield from _deepspeed_conflicts(config)
     if config.export and not config.export.merge and not config.trains_adapter:
@@ -691,6 +753,14 @@ def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     rows = config.train_batch_size
     if config.train_batch_size_per_device != "auto":
+        if config.fewest_devices not in config.device_counts:
+            batches = config.most_devices * config.gradient_accumulation_steps
+            usable = [str(count) for count in range(1, config.most_devices) if batches % count == 0]
+            yield (
+                "num_devices.min",
+                f"`num_devices.min` is {config.fewest_devices}, and so many devices cannot share the {batches} batches of a step equally "
+                f"(max x gradient_accumulation_steps): write {' or '.join(usable)}, or another `gradient_accumulation_steps`",
+            )
         if rows is not None:
             yield (
                 "train_batch_size",
@@ -704,12 +774,12 @@ def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "`train_batch_size_per_device: auto` needs `train_batch_size`, the rows of an optimizer step: what is learned would "
             "depend on a device's memory without it",
         )
-    elif rows % config.num_devices:
-        yield (
-            "train_batch_size",
-            f"`train_batch_size` is {rows}, which {config.num_devices} devices cannot share equally: write a multiple of "
-            f"{config.num_devices}",
-        )
+    for devices in dict.fromkeys((config.fewest_devices, config.most_devices)):
+        if rows is not None and rows % devices:
+            yield (
+                "train_batch_size",
+                f"`train_batch_size` is {rows}, which {devices} devices cannot share equally: write a multiple of {devices}",
+            )
     if config.gradient_accumulation_steps > 1:
         yield (
             "gradient_accumulation_steps",
@@ -843,6 +913,23 @@ def _precision_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "gradient_checkpointing",
             f"`gradient_checkpointing: unsloth` needs `kernels: unsloth`, not "
             f"`{config.kernels}`: write `true`",
+        )
+
+
+def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if not isinstance(config.num_devices, DeviceRange):
+        return
+    if config.deepspeed is not None:
+        yield (
+            "num_devices",
+            "`num_devices` as a range does not work with `deepspeed`, whose checkpoints hold the optimizer in as many pieces as there "
+            f"were devices: write `num_devices: {config.num_devices.max}`, or leave `deepspeed` out",
+        )
+    if config.preference_tuning_config and config.preference_tuning_config.loss == "kto":
+        yield (
+            "num_devices",
+            "`num_devices` as a range does not work with `loss: kto`, which looks at all pairs that the devices hold at once: write "
+            f"`num_devices: {config.num_devices.max}`, or another loss",
         )
 
 

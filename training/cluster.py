@@ -36,6 +36,9 @@ class Workers:
     """What a cluster is asked for."""
 
     count: int
+    """The most that are placed."""
+    least: int
+    """With fewer nothing begins."""
     device: Device
     each: dict[str, float]
     """Ray resources of one."""
@@ -47,20 +50,31 @@ class Workers:
         """Ray resources of all."""
         return {name: amount * self.count for name, amount in self.each.items()}
 
+    @property
+    def at_least(self) -> dict[str, float]:
+        """Ray resources of the fewest that begin."""
+        return {name: amount * self.least for name, amount in self.each.items()}
+
 
 def workers_of(plan: RunPlan) -> Workers:
     """What a run trains on."""
-    devices = {"CPU": 1.0, "GPU": 1.0} if plan.device == "cuda" else {"CPU": 1.0}
-    return Workers(plan.config.num_devices, plan.device, devices | plan.config.worker_resources, plan.run_uri)
+    config = plan.config
+    each = resources_of_device(plan.device) | config.worker_resources
+    return Workers(config.most_devices, config.fewest_devices, plan.device, each, plan.run_uri)
+
+
+def resources_of_device(device: Device) -> dict[str, float]:
+    """Ray resources of a worker that has one, where nobody asks for others."""
+    return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
 
 
 @contextmanager
-def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
+def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one sized to the workers that ends with the block.
 
     Args:
         workers: What has to find its place.
-        waiting: Told what the cluster has to scale up to first, where it does.
+        tell: Told that it waits for the cluster to scale up, where it does, and to what.
 
     Raises:
         ClusterError: it cannot be joined, or has too little and cannot scale up to it.
@@ -74,7 +88,7 @@ def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
         ray.init(
             address="local",  # else Ray joins one that somebody started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
-            num_gpus=workers.count if workers.device == "cuda" else 0,
+            num_gpus=_gpus_here(workers),
             resources={
                 name: amount
                 for name, amount in workers.together.items()
@@ -84,12 +98,20 @@ def cluster(workers: Workers, waiting: Callable[[str], None]) -> Iterator[None]:
             log_to_driver=False,
         )
     try:
-        growth = _missing(workers, f"the cluster at {address}" if address else "this machine")
+        growth = _missing(workers, address)
         if growth:
-            waiting(growth)
+            tell(f"waiting for the cluster to scale up: {growth}")
         yield
     finally:
         ray.shutdown()
+
+
+def _gpus_here(workers: Workers) -> int:
+    if workers.device == "cpu":
+        return 0
+    import torch
+
+    return min(workers.count, torch.cuda.device_count())
 
 
 def ask_cluster(workers: Workers, address: str) -> str:
@@ -100,7 +122,7 @@ def ask_cluster(workers: Workers, address: str) -> str:
     """
     _join(address, {})
     try:
-        growth = _missing(workers, f"the cluster at {address}")
+        growth = _missing(workers, address)
     finally:
         ray.shutdown()
     return f"has to scale up: {growth}" if growth else f"{address} has what the workers need"
@@ -133,16 +155,18 @@ def _runtime_environment() -> dict[str, Any]:
     return environment
 
 
-def _missing(workers: Workers, name: str) -> str | None:
-    """What a joined cluster has to scale up to before the workers find their places; None where they do now.
+def _missing(workers: Workers, address: str | None) -> str | None:
+    """What a cluster has to scale up to before the fewest workers find their places; None where they do now.
+
+    Args:
+        workers: What has to find its place.
+        address: Of the cluster that is joined; None where it is this machine.
 
     Raises:
         ClusterError: it has too little, and cannot scale up to it.
     """
     has = ray.cluster_resources()
-    short = {
-        resource: amount for resource, amount in workers.together.items() if has.get(resource, 0) < amount
-    }
+    short = _short(workers.at_least, has)
     most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
     listed = ", ".join(
         f"{resource} {amount:g} (has {has.get(resource, 0):g}{f', at most {most.get(resource, 0):g}' if most else ''})"
@@ -155,17 +179,38 @@ def _missing(workers: Workers, name: str) -> str | None:
     )
     if short and not may_grow:
         raise ClusterError(
-            f"{name} lacks what {workers.count} workers need: {listed}. "
+            f"{f'the cluster at {address}' if address else 'this machine'} lacks what {describe_least(workers)}: {listed}. "
             "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if (len(nodes) > 1 or short) and uses_embedded_bucket(workers.storage):
+    may_get_nodes = short or (address and _short(workers.together, has))
+    if (len(nodes) > 1 or may_get_nodes) and uses_embedded_bucket(workers.storage):
         count = len(nodes) if len(nodes) > 1 else "more than one"
         raise ClusterError(
             f"the embedded bucket serves this machine only, and the cluster has {count} nodes. Set storage_path to a bucket that "
             "all nodes reach."
         )
     return listed or None
+
+
+def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, float]:
+    """Resource -> what is needed of it, where the cluster has less."""
+    return {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
+
+
+def describe_least(workers: Workers) -> str:
+    """The beginning of a sentence on what they need."""
+    return f"{workers.least} workers need" if workers.least > 1 else "a worker needs"
+
+
+def lacking(workers: Workers) -> str | None:
+    """What a cluster that has lost nodes lacks before the workers find their places again; None where it lacks nothing."""
+    has = ray.cluster_resources()
+    short = _short(workers.at_least, has)
+    if not short:
+        return None
+    listed = ", ".join(f"{name} {amount:g} (has {has.get(name, 0):g})" for name, amount in short.items())
+    return f"waiting for the cluster to have what {describe_least(workers)}: {listed}"
 
 
 def _has_node_groups() -> bool:

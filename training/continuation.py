@@ -44,12 +44,10 @@ def differences(
         config: The configuration now.
         may_change: Keys that are not compared.
     """
-    changed = []
-    if manifest.world_size != config.num_devices:
-        changed.append(f"num_devices: {manifest.world_size} -> {config.num_devices}")
     earlier = _read_config(store)
-    if earlier is not None:
-        changed += _changed_keys(earlier, config, may_change | {"num_devices"})
+    changed = list(_changed_keys(earlier, config, may_change)) if earlier is not None else []
+    if manifest.world_size not in config.device_counts and not any("num_devices" in line for line in changed):
+        changed.append(f"num_devices: {manifest.world_size} -> {_shown(config.num_devices)}")
     return changed
 
 
@@ -63,7 +61,7 @@ def batch_size_of(store: Store, config: FinetuneConfig) -> int | None:
     earlier = _read_config(store)
     if earlier is None or earlier.num_devices != config.num_devices:
         return None
-    rows = earlier.num_devices * earlier.batch_size * earlier.gradient_accumulation_steps
+    rows = earlier.most_devices * earlier.batch_size * earlier.gradient_accumulation_steps
     return earlier.batch_size if rows == config.train_batch_size else None
 
 

@@ -29,6 +29,8 @@ from training.events import (
     ModelReady,
     Notice,
     Phase,
+    PlacesFound,
+    PlacesWanted,
     Refused,
     StepDone,
 )
@@ -246,8 +248,8 @@ class Watch:
                 self._line(f"step {step}  checkpoint {uri}")
             case Notice(text):
                 show_warning(self._progress.console, text)
-            case Refused():
-                pass  # the result says it
+            case Refused() | PlacesWanted() | PlacesFound():
+                pass  # the result says it; who waits for places is told what is missing
 
     def _line(self, text: str) -> None:
         self._progress.console.print(Text(text), soft_wrap=True)

@@ -16,7 +16,7 @@ from ray.util import ActorPool
 
 from runs.layout import evaluation_key, run_of
 from training.checkpoints import CheckpointError, read_manifest
-from training.cluster import Workers, cluster
+from training.cluster import Workers, cluster, resources_of_device
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
 from training.data.rows import Chat, Example, Filled, Reading, read_row, recognise
 from training.data.sources import DataError, RowError, find_files, open_file
@@ -340,13 +340,11 @@ def _answer(
     # Prompts of about one length together: little is padded, and the slowest batches come first.
     order = sorted(range(len(questions)), key=lambda row: -len(questions[row].tokens))
     batches = [order[begin : begin + how.batch_size] for begin in range(0, len(order), how.batch_size)]
-    each = {"CPU": 1.0, "GPU": 1.0} if how.device == "cuda" else {"CPU": 1.0}
+    each = resources_of_device(how.device)
     answers: dict[int, str] = {}
-    workers = Workers(how.num_devices, how.device, each, trained.run_uri)
+    workers = Workers(how.num_devices, how.num_devices, how.device, each, trained.run_uri)
     progress("starting the workers", 0)
-    with cluster(
-        workers, waiting=lambda growth: progress(f"waiting for the cluster to scale up: {growth}", 0)
-    ):
+    with cluster(workers, tell=lambda text: progress(text, 0)):
         actor: Any = ray.remote(_Worker).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))
         pool = ActorPool([actor.remote(trained, how) for _ in range(min(how.num_devices, len(batches)))])
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from typing import Literal
 
 from runs.layout import Speed
 
@@ -13,6 +14,18 @@ class Phase:
     text: str
     fraction: float | None = None
     """How much of it is done, where that can be told."""
+
+
+@dataclass(frozen=True)
+class PlacesWanted:
+    """The workers, if there were any, are gone, and Ray looks for places for others."""
+
+
+@dataclass(frozen=True)
+class PlacesFound:
+    """All workers have theirs."""
+
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,17 @@ class Notice:
     text: str
 
 
-Event = Phase | ModelReady | StepDone | Evaluated | CheckpointCommitted | Refused | Notice
+Event = (
+    Phase
+    | PlacesWanted
+    | PlacesFound
+    | ModelReady
+    | StepDone
+    | Evaluated
+    | CheckpointCommitted
+    | Refused
+    | Notice
+)
 
 
 class UnrecordedError(Exception):
@@ -97,7 +120,9 @@ class EventMailbox:
     def __init__(self):
         self._events: list[Event] = []
         self._news = asyncio.Event()
-        self._stop = asyncio.Event()
+        self._asked: Literal["stop", "regroup"] | None = None
+        self._is_asked = asyncio.Event()
+        self._at_rest = False
         self._refused = False
         self._failures: dict[int, str] = {}
         self._closed = False
@@ -141,8 +166,31 @@ class EventMailbox:
 
     async def ask_to_stop(self) -> None:
         """Called by the driver, who got a signal: commit a checkpoint and end."""
-        self._stop.set()
+        self._asked = "stop"
+        self._is_asked.set()
 
-    async def stop_is_asked(self) -> None:
-        """Returns when it did."""
-        await self._stop.wait()
+    async def ask_to_regroup(self) -> None:
+        """Called by Ray's controller, which has room for more workers: commit a checkpoint and rest."""
+        if self._asked is None:
+            self._asked = "regroup"
+            self._is_asked.set()
+
+    async def what_is_asked(self) -> Literal["stop", "regroup"] | None:
+        """Returns when something is."""
+        await self._is_asked.wait()
+        return self._asked
+
+    async def rest(self) -> None:
+        """Called by rank 0: the workers have committed, and wait for the end of their group."""
+        self._at_rest = True
+
+    async def is_at_rest(self) -> bool:
+        """Whether they do."""
+        return self._at_rest
+
+    async def go_on(self) -> None:
+        """Called by Ray's controller before it starts a group: nobody rests, and there is nothing to make room for."""
+        self._at_rest = False
+        if self._asked == "regroup":
+            self._asked = None
+            self._is_asked.clear()

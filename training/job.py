@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.loading import to_yaml
@@ -46,7 +47,7 @@ from runs.report import RunReport
 from runs.report import to_html as report_to_html
 from training import checkpoints
 from training.claims import claimed
-from training.cluster import cluster, workers_of
+from training.cluster import Workers, cluster, lacking, workers_of
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport, to_html
 from training.events import (
@@ -56,6 +57,8 @@ from training.events import (
     ModelReady,
     Notice,
     Phase,
+    PlacesFound,
+    PlacesWanted,
     Refused,
     StepDone,
     UnrecordedError,
@@ -63,9 +66,11 @@ from training.events import (
 from training.memory import Saving, describe_savings
 from training.plan import PlanReport, RunPlan
 from training.worker import package_versions, train_worker, worker_log
+from training.worker_groups import GroupSizes, PlacesTold
 from utils.bucket import BucketError, open_store
 
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
+_WAIT_FOR_LOST_PLACES_SECONDS = 20
 _LONGEST_REASON = 400  # characters
 
 
@@ -97,15 +102,13 @@ def run_job(
         UnrecordedError: it cannot be written to when it has ended.
     """
     told = Told()
+    workers = workers_of(plan)
     store = open_store(plan.run_uri)
     with (
         claimed(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
         ) as claim,
-        cluster(
-            workers_of(plan),
-            waiting=lambda growth: on_event(Phase(f"waiting for the cluster to scale up: {growth}")),
-        ),
+        cluster(workers, tell=lambda text: on_event(Phase(text))),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:
@@ -118,9 +121,11 @@ def run_job(
         def hear(event: Event) -> None:
             told.hear(event)
             on_event(event)
+            if isinstance(event, PlacesFound) and event.workers < workers.count:
+                on_event(Notice(_describe_fewer(event.workers, workers.count)))
 
-        _follow(mailbox, signals, hear, lambda: told.has_uncommitted_steps)
-    logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.num_devices))]
+        _follow(mailbox, signals, hear, told, workers)
+    logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))]
     savings = report.memory.savings if report.memory else []
     try:
         manifests = committed(store)
@@ -178,6 +183,8 @@ class Told:
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
     last_step: int = 0
+    are_without_places: bool = False
+    """Whether there are no workers, since Ray has no places for them yet, or has lost some."""
 
     @property
     def has_uncommitted_steps(self) -> bool:
@@ -191,6 +198,11 @@ class Told:
                 self.model = event
             case StepDone(step=step):
                 self.last_step = step
+            case PlacesWanted():
+                self.are_without_places = True
+                self.last_step = 0  # what was not committed is lost
+            case PlacesFound():
+                self.are_without_places = False
             case CheckpointCommitted():
                 self.checkpoint = event
             case Refused(message):
@@ -208,9 +220,10 @@ def _follow(
     mailbox: Any,
     signals: Sequence[int],
     hear: Callable[[Event], None],
-    has_uncommitted_steps: Callable[[], bool],
+    told: Told,
+    workers: Workers,
 ) -> None:
-    """Pass on what the workers tell until none is left.
+    """Pass on what the workers tell until none is left, and for what they wait where they have no places.
 
     A first signal asks them to stop, and does not wait where nothing would be lost: workers may be stuck for want of a
     machine. A second signal never waits.
@@ -218,14 +231,18 @@ def _follow(
     asked = False
     news = mailbox.take.remote()
     while len(signals) < 2:
+        if signals and told.are_without_places:
+            return
         if signals and not asked:
-            if not has_uncommitted_steps():
+            if not told.has_uncommitted_steps:
                 return
             asked = True
             hear(Phase("stopping behind a checkpoint; a second signal stops at once"))
             mailbox.ask_to_stop.remote()
         answered, _ = ray.wait([news], timeout=_LOOK_FOR_SIGNALS_SECONDS)
         if not answered:
+            if told.are_without_places and (waits_for := lacking(workers)):
+                hear(Phase(waits_for))
             continue
         events: Any = ray.get(news)
         if events is None:
@@ -252,12 +269,28 @@ class _Fit:
         self._mailbox.close.remote()
 
 
+def _describe_fewer(workers: int, most: int) -> str:
+    return (
+        f"{workers} of {most} workers {'has its place' if workers == 1 else 'have their places'}: a step takes the same rows, and "
+        "longer. When there are places for more, the run goes on with them, from a checkpoint that it commits then."
+    )
+
+
 class _Trainer(TorchTrainer):
-    """A TorchTrainer without two of Ray's actors, whose start every worker would wait for.
+    """A TorchTrainer without two of Ray's actors, whose start every worker would wait for, and with sizes of our own.
 
     One hands out Ray Data's datasets, and there are none. The other cleans placement groups up behind a lost driver; a
     cluster that ends with its driver has nothing to clean, and the driver would wait for it, sometimes 12 s.
     """
+
+    def __init__(self, *arguments: Any, sizes: GroupSizes | None = None, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self._sizes = sizes
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self._sizes is not None:
+            arguments["scaling_policy"] = self._sizes
+        return super()._initialize_and_run_controller(**arguments)
 
     def _create_default_callbacks(self) -> list[Any]:
         needless: list[type] = [DatasetsCallback]
@@ -267,6 +300,17 @@ class _Trainer(TorchTrainer):
 
 
 def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
+    config = plan.config
+    if len(config.device_counts) > 1:
+        # Ray counts a lost node for some seconds more, and would wait a minute for its places.
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(_WAIT_FOR_LOST_PLACES_SECONDS))
+    scaling = ScalingConfig(
+        num_workers=(config.fewest_devices, config.most_devices)
+        if len(config.device_counts) > 1
+        else config.most_devices,
+        use_gpu=plan.device == "cuda",
+        resources_per_worker=workers_of(plan).each,
+    )
     return _Trainer(
         train_worker,
         train_loop_config={
@@ -275,17 +319,15 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
             "mailbox": mailbox,
         },
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=plan.config.num_devices,
-            use_gpu=plan.device == "cuda",
-            resources_per_worker=workers_of(plan).each,
-        ),
+        scaling_config=scaling,
+        sizes=GroupSizes(scaling, config.device_counts, mailbox) if scaling.elasticity_enabled else None,
         run_config=RunConfig(
             # Ray continues a run of the same name by itself; ours continues by its manifests, so each try gets its own.
             name=f"{plan.run_name}-{time.time_ns()}",
             # Ray's own bookkeeping; checkpoints go into the bucket by the commit protocol.
             storage_path=str(Path(plan.scratch) / "ray"),
             failure_config=FailureConfig(max_failures=plan.config.max_failures),
+            callbacks=[PlacesTold(mailbox)],  # pyright: ignore[reportArgumentType]  # Ray takes its own kinds as well
         ),
     )
 

@@ -147,7 +147,7 @@ def _hold(job: Job) -> _Held:
         provider=provider,
         stage=stage,
         zero=(settings or {}).get("zero_optimization", {}),
-        devices=config.num_devices,
+        devices=config.most_devices,
         base=_FP32 if in_fp32 else half,
         # DeepSpeed casts what is trained to bf16 and keeps fp32 masters; PEFT holds adapters in fp32 without it.
         trained=half if stage else _FP32,
@@ -432,17 +432,11 @@ def describe_savings(savings: Sequence[Saving]) -> str:
 def largest_batch(job: Job, available: int) -> int:
     """What `train_batch_size_per_device: auto` comes to: the most rows that are estimated to fit surely, and 1 where none do.
 
-    Candidates are what divides a device's share of train_batch_size, so that the rows of a step stay what they are.
-
     Args:
         job: Its configuration says auto.
         available: Bytes of a device.
     """
-    assert job.config.train_batch_size is not None
-    share = job.config.train_batch_size // job.config.num_devices
-    for rows in range(share, 1, -1):
-        if share % rows:
-            continue
+    for rows in job.config.possible_batch_sizes():
         if (
             estimate_memory(replace(job, config=job.config.with_batch_size(rows))).total
             <= _SURE_SHARE * available
@@ -483,7 +477,7 @@ def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.optim.startswith("adamw_torch"):
         yield "optim: adamw_8bit", {"optim": "adamw_8bit"}
     for preset in ("zero_2", "zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"):
-        if config.num_devices > 1:
+        if config.most_devices > 1:
             yield f"deepspeed: {preset}", {"deepspeed": preset}
     if job.device == "cuda":
         unsloth = {"kernels": "unsloth", "gradient_checkpointing": "unsloth"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -124,16 +124,22 @@ class RunPlan(BaseModel):
     flops: RowFlops | None
     """What a row is worth; None where nobody has counted it for such layers or such a task."""
     scratch: str
-    """Absolute directory on each node for the cache and unfinished files."""
+    """Absolute directory for the cache and unfinished files: the driver's; see `on_this_node`."""
 
     @property
     def cache(self) -> Path:
         """Where a node keeps what it downloaded and tokenised."""
         return Path(self.scratch) / "cache"
 
-    def order(self, lengths: np.ndarray, longest: int) -> Order:
+    def order(self, lengths: np.ndarray, longest: int, devices: int) -> Order:
         """Which rows each step takes; see `order_of`."""
-        return order_of(self.config, lengths, longest)
+        return order_of(self.config, lengths, longest, devices)
+
+    def on_this_node(self) -> Self:
+        """The plan with a scratch directory of the node that asks, where the YAML names none: nodes need not have the driver's."""
+        if self.config.output_dir:
+            return self
+        return self.model_copy(update={"scratch": str(scratch_directory(self.config))})
 
 
 class PlanReport(DataReport):
@@ -264,10 +270,10 @@ def check_devices_are_here(plan: RunPlan) -> None:
         return
     import torch
 
-    if (found := torch.cuda.device_count()) < plan.config.num_devices:
+    if (found := torch.cuda.device_count()) < plan.config.fewest_devices:
         named = named_accelerator(plan.config.worker_resources)
         raise ClusterError(
-            f"the run needs {plan.config.num_devices} x {named or 'CUDA device'}, and this machine has {found} CUDA devices. Set "
+            f"the run needs {plan.config.fewest_devices} x {named or 'CUDA device'}, and this machine has {found} CUDA devices. Set "
             "RAY_ADDRESS to a cluster that has them, lower num_devices, or write device: cpu."
         )
 
@@ -371,7 +377,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         rows_at_once, batch_reason = _choose_batch_size(config, run_uri, storage, job)
         config = config.with_batch_size(rows_at_once)
         job = job and replace(job, config=config)
-    order = order_of(config, prepared_train.index.length, train.longest)
+    order = order_of(config, prepared_train.index.length, train.longest, config.most_devices)
     shape = order.shape
     if shape.sequences_per_step > shape.sequences:
         what = "packs" if config.packing else "rows"
@@ -432,7 +438,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         kernels=f"{kernels.provider} ({kernels.reason})",
         parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
         if settings
-        else ("DDP" if config.num_devices > 1 else "one worker"),
+        else ("DDP" if config.most_devices > 1 else "one worker"),
         batch=_describe_batch(config, batch_reason),
         packing=_describe_packing(config, train, shape) if config.packing else None,
         resumes_from=own_newest,
@@ -444,20 +450,21 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     return plan, report, [rows for rows in (prepared_train, prepared_valid) if rows]
 
 
-def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int) -> Order:
-    """Which rows each step of a run takes: the same here and on every worker.
+def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices: int) -> Order:
+    """Which rows each step of a run takes: the same here and on every worker, and on any number of them.
 
     Args:
         config: The YAML.
         lengths: Tokens of each training row.
         longest: Of them.
+        devices: One of the configuration's device_counts.
     """
     packs = pack(lengths, config.context_length or longest) if config.packing else None
     shape = BatchShape(
         len(lengths) if packs is None else len(packs),
         config.batch_size,
-        config.num_devices,
-        config.gradient_accumulation_steps,
+        devices,
+        config.accumulation_on(devices),
     )
     is_padded_to_longest = config.padding == "longest" and packs is None
     return Order(shape, config.seed, lengths=lengths if is_padded_to_longest else None, packs=packs)
@@ -625,17 +632,19 @@ def choose_device(config: FinetuneConfig) -> Device:
                 "device: cuda, and this machine has no CUDA device. Write device: cpu, or set RAY_ADDRESS to a cluster with GPUs."
             )
         return "cpu"
-    if found < config.num_devices:
+    if found < config.fewest_devices:
         raise ConfigError(
-            f"num_devices: {config.num_devices}, and this machine has {found} CUDA devices. Lower it, or set RAY_ADDRESS to a larger cluster."
+            f"num_devices: {config.fewest_devices}, and this machine has {found} CUDA devices. Lower it, or set RAY_ADDRESS to a larger cluster."
         )
     return "cuda"
 
 
 def _describe_device(config: FinetuneConfig, device: Device) -> str:
-    workers = f"{config.num_devices} worker{'s' if config.num_devices > 1 else ''}"
+    counts = config.device_counts
+    fewer = f"{', '.join(map(str, counts[:-1]))} or " if len(counts) > 1 else ""
+    workers = f"{fewer}{config.most_devices} worker{'s' if config.most_devices > 1 else ''}"
     cores = os.cpu_count() or 1
-    if device == "cpu" and config.num_devices > cores and not os.environ.get("RAY_ADDRESS"):
+    if device == "cpu" and config.most_devices > cores and not os.environ.get("RAY_ADDRESS"):
         return f"cpu, {workers} sharing {cores} cores"
     return f"{device}, {workers}"
 
@@ -916,6 +925,8 @@ def _describe_batch(config: FinetuneConfig, reason: str) -> str:
     sequences = "pack" if config.packing else "row"
     rows, accumulated = config.batch_size, config.gradient_accumulation_steps
     text = f"{rows:,} {sequences}{'s' if rows > 1 else ''} a device, {accumulated:,} accumulated"
+    for devices in config.device_counts[-2::-1]:
+        text += f", {config.accumulation_on(devices):,} on {devices} device{'s' if devices > 1 else ''}"
     return f"{text} ({reason})" if reason else text
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # Unsloth replaces them here
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -34,15 +35,15 @@ _NOT_LOOKED_AT = datasets.Dataset.from_dict(
 )  # TRL asks for rows; ours are dealt out otherwise
 
 
-def trainer_arguments(plan: RunPlan, output_directory: Path, *, eval_first: bool) -> SFTConfig:
-    """The plan as TRL's arguments. With DeepSpeed, torch.distributed must be up already."""
+def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, eval_first: bool) -> SFTConfig:
+    """The plan as TRL's arguments, on so many devices. With DeepSpeed, torch.distributed must be up already."""
     config = plan.config
     return SFTConfig(
         output_dir=str(output_directory),
         max_steps=plan.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size_per_device or config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.accumulation_on(devices),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.num_warmup_steps,
@@ -304,6 +305,15 @@ class FineTuningTrainer(SFTTrainer):
             torch.distributed.all_reduce(sums)
         return sums
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's random states; where the checkpoint has none, since it was saved on other ranks, such as follow from it."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        rank, world_size = self.args.process_index, self.args.world_size
+        if not has_random_states(Path(checkpoint), rank, world_size):
+            set_seed(seed_of_new_rank(self.config.seed, self.state.global_step, rank))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -318,6 +328,16 @@ class FineTuningTrainer(SFTTrainer):
                     "base_model_name_or_path": self.base_model
                 }
                 adapter.write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+def has_random_states(checkpoint: Path, rank: int, world_size: int) -> bool:
+    """Whether a checkpoint on this node holds what transformers restores for a rank of so many."""
+    return (checkpoint / (f"rng_state_{rank}.pth" if world_size > 1 else "rng_state.pth")).is_file()
+
+
+def seed_of_new_rank(seed: int, step: int, rank: int) -> int:
+    """Where the random states of a rank that had none at a step begin: always alike, and otherwise for every rank and step."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 class ClassificationTrainer(FineTuningTrainer):

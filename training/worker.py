@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,6 +38,7 @@ from utils.console import library_output_in
 
 if TYPE_CHECKING:
     from transformers import TrainerState
+    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from training.speed import Throughput
     from training.trackers import Tracking
@@ -46,20 +48,24 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", 
 _NOT_WORTH_A_RETRY = (BucketError, CheckpointError, ClaimError, DataError, DivergedError, ModelError)
 
 
-class _StopQuestion:
-    """Asks the driver once whether to stop, and looks whether the answer has come."""
+class _Question:
+    """Asks once whether to stop, or to make room for more workers, and looks whether the answer has come."""
 
     def __init__(self, mailbox: Any):
-        self._answer = mailbox.stop_is_asked.remote()
+        self._answer = mailbox.what_is_asked.remote()
 
-    def __call__(self) -> bool:
+    def is_answered(self) -> bool:
         answered, _ = ray.wait([self._answer], timeout=0)
         return bool(answered)
+
+    def is_to_regroup(self) -> bool:
+        return self.is_answered() and ray.get(self._answer) == "regroup"
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point: `plan` is a RunPlan and `claim` a Claim as dictionaries, `mailbox` the driver's EventMailbox."""
-    plan, claim = RunPlan.model_validate(settings["plan"]), Claim.model_validate(settings["claim"])
+    plan = RunPlan.model_validate(settings["plan"]).on_this_node()
+    claim = Claim.model_validate(settings["claim"])
     place = Place.of_ray()
     mailbox = settings["mailbox"]
     if ray.get(mailbox.is_refused.remote()):
@@ -190,24 +196,26 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     first_eval = config.eval_first and valid is not None and restored is None
     # transformers looks at these arguments while it loads a model (ZeRO-3); Unsloth's CPU mode must not find them yet.
     arguments_later = plan.kernels.provider == "unsloth" and plan.device == "cpu"
-    arguments = (
-        None if arguments_later else trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
-    )
+
+    def make_arguments() -> "SFTConfig":
+        return trainer_arguments(plan, scratch / "trainer", devices=place.world_size, eval_first=first_eval)
+
+    arguments = None if arguments_later else make_arguments()
     request = model_request(plan, model_directory, adapter_directory, train, valid)
     model = build_model(plan.kernels.provider, request)
-    arguments = arguments or trainer_arguments(plan, scratch / "trainer", eval_first=first_eval)
+    arguments = arguments or make_arguments()
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(count for count, requires_grad in parameters if requires_grad)
     tell(ModelReady(sum(count for count, _ in parameters), trainable))
 
-    order = plan.order(train.index.length, train.summary.longest)
+    order = plan.order(train.index.length, train.summary.longest, place.world_size)
     throughput = Throughput(
         order,
         train.index.tokens.tolist(),
         train.index.trained_tokens.tolist(),
         clock=PhaseClock(),
         flops=plan.flops,
-        peak_flops=peak_flops(plan),
+        peak_flops=peak_flops(plan, place.world_size),
     )
 
     done = restoring.committed[-1].step if restoring.committed else 0
@@ -222,6 +230,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         tell(committed)
         ray.train.report(asdict(committed) | {"speed": committed.speed.model_dump()})
 
+    question = _Question(mailbox) if place.rank == 0 else None
     commits = Commits(
         store, claim, place, restoring.committed, keep=config.num_checkpoints_to_keep, on_commit=on_commit
     )
@@ -238,7 +247,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             Schedule(
                 config.checkpoint_and_evaluation_frequency, plan.steps_per_epoch, evaluates=valid is not None
             ),
-            Stopping(_StopQuestion(mailbox) if place.rank == 0 else lambda: False, place.of_rank_0),
+            Stopping(question.is_answered if question else lambda: False, place.of_rank_0),
             *([Preempted(ray.train.get_preemption_info)] if _preemption_is_watched() else []),
             Committing(
                 lambda directory, state: commits.start(_saved(plan, place, throughput, directory, state)),
@@ -270,6 +279,12 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
                 f"({first_line(error)}). Look where it comes from."
             ) from error
         tell(Phase("committing the last checkpoint"))
+    stopped_early = trainer.state.global_step < plan.max_steps
+    if stopped_early and place.of_rank_0(question is not None and question.is_to_regroup()):
+        tell(Phase("making room for more workers"))
+        if place.rank == 0:
+            ray.get(mailbox.rest.remote())
+        threading.Event().wait()  # Ray's controller ends this process, and starts all of them from the checkpoint
 
 
 def _tracking(plan: RunPlan, place: Place, store: Store, tell: Callable[[Event], None]) -> "list[Tracking]":
@@ -317,14 +332,14 @@ def model_request(
     )
 
 
-def peak_flops(plan: RunPlan) -> float | None:
+def peak_flops(plan: RunPlan, devices: int) -> float | None:
     """What all devices can do in a second, taken to be like this one; None where that is not known."""
     if plan.device == "cpu" or plan.config.dtype != "bf16":
         return None
     import torch
 
     peak = peak_flops_of(torch.cuda.get_device_name())
-    return peak * plan.config.num_devices if peak else None
+    return peak * devices if peak else None
 
 
 def _numel(parameter: Any) -> int:

@@ -105,6 +105,7 @@ class BucketProxy:
         bytes_per_second: float | None,
         faults: Sequence[Fault],
         trap: Trap | None,
+        address: str,
     ):
         self.requests: list[Request] = []
         self.faults = list(faults)
@@ -117,8 +118,8 @@ class BucketProxy:
         self._drawing = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._closed = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((address, 0), backlog=256)
+        self.endpoint = f"http://{address}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def downloads(self, bucket: str) -> list[Request]:
@@ -407,8 +408,9 @@ def bucket_proxy(
     latency_seconds: float = 0.0,
     bytes_per_second: float | None = None,
     trap: Trap | None = None,
+    address: str = "127.0.0.1",
 ) -> Iterator[BucketProxy]:
-    """Put a proxy in front of the server at `endpoint` (http://host:port)."""
+    """Put a proxy in front of the server at `endpoint` (http://host:port), listening at an address of this machine."""
     host, _, port = endpoint.removeprefix("http://").partition(":")
     proxy = BucketProxy(
         (host, int(port)),
@@ -416,6 +418,7 @@ def bucket_proxy(
         bytes_per_second=bytes_per_second,
         faults=faults,
         trap=trap,
+        address=address,
     )
     try:
         yield proxy

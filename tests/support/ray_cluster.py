@@ -9,13 +9,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.jobs import environment
+from tests.support.namespaces import NetworkNamespace
+
+needs_ray_default = pytest.mark.skipif(
+    find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`"
+)
+"""For tests of what only the dashboard's own packages bring: the job server, an autoscaler's view of its nodes."""
 
 _RAY = Path(sys.executable).with_name("ray")
 _LIMIT_SECONDS = 60
@@ -27,19 +35,21 @@ print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "n
 
 
 class RayCluster:
-    """A head, and one raylet after another, each a node of its own with its own CPUs."""
+    """A head, and one raylet after another, each a node of its own with its own CPUs and cache directory."""
 
-    def __init__(self, directory: Path, variables: Mapping[str, str]):
+    def __init__(self, directory: Path, variables: Mapping[str, str], host: str):
         self._directory = directory
         self._variables = variables
+        self._host = host
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._node_of_id: dict[str, subprocess.Popen[bytes]] = {}
         self.port, self._job_server_port, self._agent_port = _free_ports(3)
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     @property
     def address(self) -> str:
         """What RAY_ADDRESS says."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self._host}:{self.port}"
 
     @property
     def job_server(self) -> str:
@@ -62,23 +72,47 @@ class RayCluster:
             f"--num-cpus={cpus}",
             "--head",
             f"--port={self.port}",
+            f"--node-ip-address={self._host}",
             f"--include-dashboard={str(job_server).lower()}",
             f"--dashboard-port={self._job_server_port}",
             f"--dashboard-agent-listen-port={self._agent_port}",
             f"--temp-dir={self._directory}",
         )
-        _wait_until(lambda: _listens(self.port), "head")
+        _wait_until(lambda: _listens(self._host, self.port), "head")
         if job_server:
-            _wait_until(lambda: _listens(self._job_server_port), "job server")
+            _wait_until(lambda: _listens("127.0.0.1", self._job_server_port), "job server")
 
-    def start_node(self, cpus: int) -> str:
-        """Start another node; returns its id when it has joined."""
+    def start_node(self, cpus: int, *, within: NetworkNamespace | None = None) -> str:
+        """Start another node; returns its id when it has joined.
+
+        Args:
+            cpus: Of the node.
+            within: Where it lives, if not on this machine's own network.
+        """
         before = self.other_nodes()
         # A directory of its own, as a machine has: nodes that share one unpack the code into each other's hands.
         directory = self._directory / str(len(self._nodes))
-        self._start(f"--num-cpus={cpus}", f"--address={self.address}", f"--temp-dir={directory}")
+        # Ray takes nodes of one address for one node: of two workers there, one would wait for what the other never fetches.
+        address = within.address if within else f"127.0.0.{len(self._nodes) + 1}"
+        self._start(
+            f"--num-cpus={cpus}",
+            f"--address={self.address}",
+            f"--node-ip-address={address}",
+            f"--temp-dir={directory}",
+            within=within.command if within else (),
+        )
         _wait_until(lambda: len(self.other_nodes()) > len(before), "node")
-        return next(node for node in self.other_nodes() if node not in before)
+        node = next(node for node in self.other_nodes() if node not in before)
+        self._node_of_id[node] = self._nodes[-1]
+        return node
+
+    def caches(self) -> list[Path]:
+        """Where each node's user has caches (XDG_CACHE_HOME), in the order of their start."""
+        return [self._cache_of(number) for number in range(len(self._nodes))]
+
+    def kill(self, node: str) -> None:
+        """End a node's processes with SIGKILL, as a machine ends that loses its power."""
+        _kill(self._node_of_id[node])
 
     def other_nodes(self) -> list[str]:
         """The ids of all nodes that live, without the head."""
@@ -99,17 +133,20 @@ class RayCluster:
     def end(self) -> None:
         """End every node with all its processes."""
         for node in reversed(self._nodes):
-            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-                process.kill()
-            node.wait()
+            if node.poll() is None:
+                _kill(node)
 
-    def _start(self, *options: str) -> None:
+    def _cache_of(self, number: int) -> Path:
+        return self._directory / f"cache-{number}"
+
+    def _start(self, *options: str, within: Sequence[str] = ()) -> None:
         self._nodes.append(
             subprocess.Popen(
-                [str(_RAY), "start", "--block", "--disable-usage-stats", *options],
+                [*within, str(_RAY), "start", "--block", "--disable-usage-stats", *options],
                 # `python` is ours on every node, as in an image.
                 env=environment()
                 | {"PATH": f"{_RAY.parent}:{os.environ['PATH']}"}
+                | {"XDG_CACHE_HOME": str(self._cache_of(len(self._nodes)))}
                 | self._token
                 | dict(self._variables),
                 stdout=subprocess.DEVNULL,
@@ -129,9 +166,16 @@ class RayCluster:
         return done.stdout
 
 
-def _listens(port: int) -> bool:
+def _kill(node: subprocess.Popen[bytes]) -> None:
+    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+        with suppress(psutil.NoSuchProcess):  # it may have ended with the one before
+            process.kill()
+    node.wait()
+
+
+def _listens(host: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def _free_ports(count: int) -> list[int]:
@@ -151,7 +195,11 @@ def _wait_until(happened: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def ray_cluster(
-    cpus: int, *, job_server: bool = False, variables: Mapping[str, str] | None = None
+    cpus: int,
+    *,
+    job_server: bool = False,
+    variables: Mapping[str, str] | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[RayCluster]:
     """A cluster of one node for the length of the block.
 
@@ -159,10 +207,11 @@ def ray_cluster(
         cpus: Of the node.
         job_server: Whether jobs can be submitted to it.
         variables: Of its nodes' environment, on top of ours.
+        host: The address of this machine that other nodes reach it by.
     """
     # Paths of Ray's sockets are limited to 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
-    cluster = RayCluster(directory, variables or {})
+    cluster = RayCluster(directory, variables or {}, host)
     try:
         cluster.start_head(cpus, job_server=job_server)
         yield cluster

@@ -112,7 +112,7 @@ def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
 
 def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: int) -> str | None:
     method: Method = "QLoRA" if config.load_in_4bit else "LoRA" if config.trains_adapter else "full"
-    spread = f"ZeRO-{stage}" if stage else "DDP" if config.num_devices > 1 else "one worker"
+    spread = f"ZeRO-{stage}" if stage else "DDP" if config.most_devices > 1 else "one worker"
     cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
     if cell not in (TESTED, UNTESTED):
         return cell

@@ -1,6 +1,5 @@
 """Jobs on Ray clusters: one of their own, one that runs already, and one that loses a node."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from runs.layout import Manifest
 from tests.support.jobs import read_metrics, run_main, started, tiny_settings, write_yaml
-from tests.support.ray_cluster import ray_cluster
+from tests.support.ray_cluster import needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from training.job import _Trainer
 
@@ -84,7 +83,7 @@ def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
         assert "lacks what 3 workers need: CPU 3 (has 2)" in refused.errors
 
 
-@pytest.mark.skipif(find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`")
+@needs_ray_default
 def test_a_cluster_that_grows(files: Path, tmp_path: Path):
     """One whose nodes come from groups may have too few of them yet: that is said, and waited for."""
     growing = config(files, tmp_path / "growing.yaml", num_epochs=1)

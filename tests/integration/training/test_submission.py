@@ -10,7 +10,6 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from http.server import HTTPServer, SimpleHTTPRequestHandler
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,14 @@ from cookbooks.launch_as_job.prepare import main as prepare
 from runs.layout import Manifest
 from tests.support.jobs import PROJECT, Finished, command, environment, run_main, started, write_yaml
 from tests.support.own_buckets import variables_of
-from tests.support.ray_cluster import RayCluster, ray_cluster
+from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
 pytestmark = [
     pytest.mark.timeout(300),
-    pytest.mark.skipif(find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`"),
+    needs_ray_default,
 ]
 
 SECRETS = {

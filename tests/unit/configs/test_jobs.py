@@ -134,7 +134,7 @@ def test_the_ray_jobs_cluster_can_hold_the_run(ray_job: dict[str, Any], run: Fin
     (group,) = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert group["maxReplicas"] * gpus >= run.num_devices
+    assert group["maxReplicas"] * gpus >= run.most_devices
 
 
 def test_the_ray_job_finds_its_yaml(ray_job: dict[str, Any]):

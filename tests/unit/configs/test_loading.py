@@ -98,7 +98,7 @@ def test_all_mistakes_are_reported_with_their_lines(write):
     for words in (
         "`train_path` is missing",
         "did you mean `train_path`?",
-        "write a whole number without quotes",
+        "(a number is written without quotes)",
         "did you mean `adamw_torch`?",
         "`lora_config.r` is 'abc': write a whole number",
         "did you mean `lora_config.lora_alpha`?",
@@ -148,7 +148,8 @@ def test_a_conflict_stands_at_its_key(write):
         ("x: " + "{a: " * 1_000, "levels deep"),
         ("\n".join(" " * depth + "a:" for depth in range(200)), "levels deep"),
         (b"a: b\n" * (MAX_BYTES // 5 + 1), "larger than"),
-        (BASE + "num_devices:\n", "`num_devices` is null: write a whole number, or leave the key out"),
+        (BASE + "seed:\n", "`seed` is null: write a whole number, or leave the key out"),
+        (BASE + "num_devices: [1, 2]\n", "write a whole number or a section of `key: value` lines"),
         (BASE + "seed: " + "9" * 5000 + "\n", "`seed` is '9999"),
         (BASE + "learning_rate: 1e999\n", "a finite number"),
         (BASE + "worker_resources:\n  memory: lots\n", ":4: worker_resources: `memory` is a number of bytes"),

@@ -42,6 +42,29 @@ def test_a_batch_that_is_chosen_keeps_the_rows_of_a_step():
     assert FinetuneConfig.model_validate(chosen.model_dump(mode="json")) == chosen
 
 
+def test_a_step_takes_the_same_rows_on_any_number_of_devices():
+    """What cannot share a step's batches equally is none of the numbers."""
+    made = config(
+        num_devices={"min": 1, "max": 6}, train_batch_size_per_device=4, gradient_accumulation_steps=2
+    )
+    assert made.device_counts == (1, 2, 3, 4, 6)
+    assert [made.accumulation_on(devices) for devices in made.device_counts] == [12, 6, 4, 3, 2]
+    assert config(num_devices=5).device_counts == (5,)
+    assert config(num_devices=5, gradient_accumulation_steps=3).accumulation_on(5) == 3
+
+
+def test_a_batch_that_is_chosen_goes_on_any_number_of_devices():
+    asked = config(num_devices={"min": 3, "max": 4}, train_batch_size=24, **AUTO)
+    assert list(asked.possible_batch_sizes()) == [
+        2,
+        1,
+    ]  # 6 or 3 at once would leave 4 or 8 batches for 3 devices
+    for rows in asked.possible_batch_sizes():
+        chosen = asked.with_batch_size(rows)
+        assert chosen.device_counts == (3, 4)
+        assert all(rows * chosen.accumulation_on(count) * count == 24 for count in (3, 4))
+
+
 def test_every_field_has_help():
     schema = FinetuneConfig.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
@@ -113,6 +136,22 @@ def test_a_config_does_not_change():
         ({"train_batch_size": 8}, "train_batch_size_per_device: auto"),
         ({"train_batch_size": 9, "num_devices": 2, **AUTO}, "write a multiple of 2"),
         ({"train_batch_size": 8, "gradient_accumulation_steps": 2, **AUTO}, "leave it out"),
+        ({"num_devices": {"min": 3, "max": 2}}, "exchange them"),
+        ({"num_devices": {"min": 2, "max": 2}}, "write `num_devices: 2`"),
+        ({"num_devices": {"min": 3, "max": 4}}, "write 1 or 2, or another `gradient_accumulation_steps`"),
+        (
+            {"num_devices": {"min": 1, "max": 2}, "deepspeed": "zero_2"},
+            "write `num_devices: 2`, or leave `deepspeed` out",
+        ),
+        (
+            {
+                "num_devices": {"min": 1, "max": 2},
+                "task": "preference_tuning",
+                "preference_tuning_config": {"loss": "kto"},
+            },
+            "or another loss",
+        ),
+        ({"num_devices": {"min": 3, "max": 4}, "train_batch_size": 8, **AUTO}, "write a multiple of 3"),
         ({"lr_scheduler_type": "constant", "num_warmup_steps": 5}, "constant_with_warmup"),
         ({"task": "classification", "classifier_config": {"label_tokens": ["a", "a"]}}, "twice"),
         ({"lora_config": {"layers_to_transform": [1]}}, "target_modules"),
@@ -137,6 +176,8 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
         {"worker_resources": {"GPU": 0}, "device": "auto"},
         {"worker_resources": {"anyscale/accelerator_shape:4xA10G": 0.001}},
         {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
+        {"num_devices": {"min": 1, "max": 3}, "task": "preference_tuning"},
+        {"num_devices": {"min": 3, "max": 4}, "gradient_accumulation_steps": 3},
         {"initial_adapter_model_ckpt_path": "run:first", **LORA},
         {"lora_config": {"layers_to_transform": [1], "target_modules": ["q_proj"]}},
         {"eval_first": True, "valid_path": None},
@@ -153,6 +194,8 @@ def test_settings_that_go_together_are_taken(settings: dict[str, Any]):
     "settings",
     [
         {"num_devices": 0},
+        {"num_devices": {"min": 0, "max": 2}},
+        {"num_devices": {"max": 2}},
         {"num_devices": True},
         {"num_devices": "4"},
         {"learning_rate": 0},

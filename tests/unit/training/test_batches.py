@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.schema import FinetuneConfig
 from training.data.batches import PADDING_ROW, BatchShape, Order, TrainBatches, eval_batches, pack
+from training.plan import order_of as plan_order
 
 ROWS = 203
 LENGTHS = np.random.default_rng(0).integers(2, 400, ROWS)
@@ -47,6 +49,38 @@ def test_every_spread_takes_the_same_steps(grouped: bool):
     orders = [order_of(*spread, grouped=grouped) for spread in [(8, 1, 1), (2, 2, 2), (1, 4, 2)]]
     for step in range(1, 2 * orders[0].shape.steps_per_epoch + 1):
         assert orders[0].step(step) == orders[1].step(step) == orders[2].step(step)
+
+
+def test_steps_and_epochs_are_the_same_on_any_number_of_devices():
+    """A ledger of a run that has another number of workers in every step: each row once an epoch, padding aside."""
+    config = FinetuneConfig.model_validate(
+        {
+            "model_id": "any",
+            "train_path": "any",
+            "num_devices": {"min": 1, "max": 6},
+            "train_batch_size_per_device": 2,
+            "gradient_accumulation_steps": 2,
+        }
+    )
+    spreads = {devices: plan_order(config, LENGTHS, 400, devices) for devices in config.device_counts}
+    shapes = [order.shape for order in spreads.values()]
+    assert len({(shape.steps_per_epoch, shape.sequences_per_step) for shape in shapes}) == 1
+    steps = shapes[0].steps_per_epoch
+    for epoch in (0, 1):
+        ledger = []
+        for step in range(steps):
+            order = spreads[config.device_counts[step % len(spreads)]]
+            accumulated = order.shape.gradient_accumulation_steps
+            taken = [
+                row
+                for rank in batches_of_all(order, epoch)
+                for batch in rank[step * accumulated : (step + 1) * accumulated]
+                for row in batch
+            ]
+            rows = [row for row in taken if row != PADDING_ROW]
+            assert sorted(rows) == sorted(order.rows_of_step(epoch * steps + step + 1))
+            ledger += rows
+        assert sorted(ledger) == list(range(ROWS))
 
 
 def test_steps_are_what_the_batches_take():
