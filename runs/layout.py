@@ -260,6 +260,8 @@ class RunResult(_Record):
     """Of this attempt: from the driver's start to the result."""
     parent: str | None
     trainable_parameters: int
+    failures: list[str] = []
+    """Why workers were lost and started again in this attempt."""
     log_files: list[str]
     """Library output of the driver and the workers, as paths on their nodes."""
     versions: dict[str, str]

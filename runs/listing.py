@@ -118,7 +118,7 @@ def read_run(uri: str) -> RunDetails:
     result = read_result(store)
     losses = eval_losses_of(read_metrics(store))
     manifests, damage = survey(store)
-    config = yaml.safe_load(store.read_if_exists(CONFIG_FILE) or b"") or {}
+    config = _read_config(store)
     return RunDetails(
         **dict(summary),
         eval_losses=losses,
@@ -134,6 +134,20 @@ def run_uri(name_or_uri: str) -> str:
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
     return open_store(name_or_uri).uri
+
+
+def _read_config(store: Store) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(store.read_if_exists(CONFIG_FILE) or b"") or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DamagedError(
+            CONFIG_FILE, f"{store.uri_of(CONFIG_FILE)} is no YAML any more ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(config, dict):
+        raise DamagedError(
+            CONFIG_FILE, f"{store.uri_of(CONFIG_FILE)} is not the configuration that Anneal writes"
+        )
+    return config
 
 
 def _checkpoint(uri: str, manifest: Manifest) -> CheckpointSummary:

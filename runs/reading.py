@@ -39,7 +39,9 @@ def read_result(store: Store, key: str = RESULT_FILE) -> RunResult | None:
     try:
         return RunResult.model_validate_json(written)
     except ValidationError as error:
-        raise DamagedError(key, f"{store.uri_of(key)} {_UNREADABLE}") from error
+        raise DamagedError(
+            key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the run's end writes it again"
+        ) from error
 
 
 def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
@@ -48,7 +50,9 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
     try:
         return [MetricsLine.model_validate_json(line) for line in written.splitlines()]
     except ValidationError as error:
-        raise DamagedError(key, f"{store.uri_of(key)} {_UNREADABLE}") from error
+        raise DamagedError(
+            key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the next checkpoint writes it again"
+        ) from error
 
 
 def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:

@@ -61,6 +61,7 @@ def _summary(report: RunReport) -> str:
         _escaped(
             {
                 "status": f"{result.status}: {result.reason}",
+                **{f"started again ({number})": failure for number, failure in enumerate(result.failures, 1)},
                 "eval loss": f"{losses[0]:.4f} at first, {min(losses):.4f} at best" if losses else "none",
                 "started from": result.parent or report.base_model,
                 "trained": f"{result.train_steps:,} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained)",

@@ -110,6 +110,11 @@ class Diverging(TrainerCallback):
             return
         where = f" on the rows {self.rows_of_step(state.global_step)}" if "loss" in figures else ""
         left = self.last_good()
+        if state.global_step == 0:
+            raise DivergedError(
+                f"before the first step: {' and '.join(wrong)}. The weights that the run starts from hold numbers that are none, or too "
+                "large for its dtype. Start from another checkpoint, or write dtype: fp32 to see which."
+            )
         raise DivergedError(
             f"step {state.global_step}: {' and '.join(wrong)}{where}. "
             + (f"The last good checkpoint is {left}. " if left else "No checkpoint was committed before. ")

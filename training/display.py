@@ -32,7 +32,9 @@ from training.events import (
     PlacesFound,
     PlacesWanted,
     Refused,
+    Restored,
     StepDone,
+    WorkersFailed,
 )
 from training.exporting import describe
 from training.memory import MemoryReport
@@ -248,7 +250,7 @@ class Watch:
                 self._line(f"step {step}  checkpoint {uri}")
             case Notice(text):
                 show_warning(self._progress.console, text)
-            case Refused() | PlacesWanted() | PlacesFound():
+            case Restored() | WorkersFailed() | Refused() | PlacesWanted() | PlacesFound():
                 pass  # the result says it; who waits for places is told what is missing
 
     def _line(self, text: str) -> None:
@@ -264,6 +266,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     facts = [
         ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
         ("best checkpoint", result.best_checkpoint or "none"),
+        *(("started again", failure) for failure in result.failures),
         ("last checkpoint", result.last_checkpoint or "none"),
         ("run", result.run_uri),
         (

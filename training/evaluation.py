@@ -27,6 +27,7 @@ from training.job import classify
 from training.models.kernels import Device
 from training.prompting import encode_prompt, stop_tokens
 from training.trained import TrainedModel
+from training.worker_groups import causes_of
 from utils.bucket import BucketError, join_uri, open_store
 
 if TYPE_CHECKING:
@@ -355,7 +356,7 @@ def _answer(
                 answers.update(zip(rows, texts, strict=True))
                 progress("generating", len(answers) / len(questions))
         except ray.exceptions.RayError as error:
-            raise WorkersFailedError(classify(error, [])) from error
+            raise WorkersFailedError(classify(causes_of(error), [])) from error
     return [answers[row] for row in range(len(questions))]
 
 

@@ -76,6 +76,20 @@ class CheckpointCommitted:
 
 
 @dataclass(frozen=True)
+class Restored:
+    """The run's own checkpoint that this attempt goes on from; `speed` is of what this attempt trained, nothing."""
+
+    checkpoint: CheckpointCommitted
+
+
+@dataclass(frozen=True)
+class WorkersFailed:
+    """The workers are started again, for these causes: what each of those that failed said, as Ray tells it."""
+
+    causes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Refused:
     """A worker met what starting it again cannot mend."""
 
@@ -97,6 +111,8 @@ Event = (
     | StepDone
     | Evaluated
     | CheckpointCommitted
+    | Restored
+    | WorkersFailed
     | Refused
     | Notice
 )

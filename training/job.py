@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from runs.layout import (
     checkpoint_uri,
     run_of,
 )
-from runs.reading import best, committed, eval_losses_of, parent_metrics, read_metrics
+from runs.reading import best, committed, eval_losses_of, parent_metrics, read_metrics, read_result
 from runs.report import RunReport
 from runs.report import to_html as report_to_html
 from training import checkpoints
@@ -60,14 +60,17 @@ from training.events import (
     PlacesFound,
     PlacesWanted,
     Refused,
+    Restored,
     StepDone,
     UnrecordedError,
+    WorkersFailed,
 )
 from training.memory import Saving, describe_savings
+from training.models.files import first_line
 from training.plan import PlanReport, RunPlan
 from training.worker import package_versions, train_worker, worker_log
-from training.worker_groups import GroupSizes, PlacesTold
-from utils.bucket import BucketError, open_store
+from training.worker_groups import GroupSizes, GroupTold, causes_of
+from utils.bucket import BucketError, Store, open_store
 
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
 _WAIT_FOR_LOST_PLACES_SECONDS = 20
@@ -103,6 +106,8 @@ def run_job(
     """
     told = Told()
     workers = workers_of(plan)
+    savings = report.memory.savings if report.memory else []
+    lost: str | None = None
     store = open_store(plan.run_uri)
     with (
         claimed(
@@ -123,19 +128,32 @@ def run_job(
             on_event(event)
             if isinstance(event, PlacesFound) and event.workers < workers.count:
                 on_event(Notice(_describe_fewer(event.workers, workers.count)))
+            if isinstance(event, WorkersFailed):
+                reason = classify(event.causes, savings)
+                told.failures.append(reason)
+                on_event(
+                    Notice(
+                        f"{reason.rstrip('.')}. The workers are started again from {told.newest_checkpoint}."
+                    )
+                )
 
-        _follow(mailbox, signals, hear, told, workers)
+        try:
+            _follow(mailbox, signals, hear, told, workers)
+        except ray.exceptions.RayError as error:  # the mailbox ends with its cluster
+            lost = f"the cluster was lost ({first_line(error)}). The same command goes on from {told.newest_checkpoint}."
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))]
-    savings = report.memory.savings if report.memory else []
+    failure = told.refusal or lost or (classify(causes_of(fit.error), savings) if fit.error else None)
     try:
         manifests = committed(store)
         finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-        status, reason = _status(fit.error, told.refusal, signals, finished, savings)
+        status, reason = _status(failure, signals, finished)
         elapsed = time.monotonic() - began
         result = _write_result(plan, manifests, status, reason, told, logs, elapsed, report, command)
     except BucketError as error:
-        end = told.refusal or (classify(fit.error, savings) if fit.error else "trained to its end")
-        raise UnrecordedError(f"{end}\n{RESULT_FILE} cannot be written: {error}") from error
+        raise UnrecordedError(
+            f"{failure or 'trained to its end'}\n{RESULT_FILE} cannot be written: {error}\n"
+            f"The same command goes on from {told.newest_checkpoint}."
+        ) from error
     if status == "completed" and plan.parent and run_of(plan.parent):
         with suppress(BucketError):  # the parent's run deletes a mark that is out of date
             checkpoints.unmark(plan.parent, plan.run_uri)
@@ -182,9 +200,16 @@ class Told:
     model: ModelReady | None = None
     checkpoint: CheckpointCommitted | None = None
     refusal: str | None = None
+    failures: list[str] = field(default_factory=list)
+    """Why workers were started again."""
     last_step: int = 0
     are_without_places: bool = False
     """Whether there are no workers, since Ray has no places for them yet, or has lost some."""
+
+    @property
+    def newest_checkpoint(self) -> str:
+        """For messages."""
+        return self.checkpoint.uri if self.checkpoint else "where it began: this attempt saw no checkpoint"
 
     @property
     def has_uncommitted_steps(self) -> bool:
@@ -205,6 +230,8 @@ class Told:
                 self.are_without_places = False
             case CheckpointCommitted():
                 self.checkpoint = event
+            case Restored(checkpoint):
+                self.checkpoint = checkpoint
             case Refused(message):
                 self.refusal = message
 
@@ -327,35 +354,24 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
             # Ray's own bookkeeping; checkpoints go into the bucket by the commit protocol.
             storage_path=str(Path(plan.scratch) / "ray"),
             failure_config=FailureConfig(max_failures=plan.config.max_failures),
-            callbacks=[PlacesTold(mailbox)],  # pyright: ignore[reportArgumentType]  # Ray takes its own kinds as well
+            callbacks=[GroupTold(mailbox)],  # pyright: ignore[reportArgumentType]  # Ray takes its own kinds as well
         ),
     )
 
 
-def _status(
-    error: BaseException | None,
-    refusal: str | None,
-    signals: Sequence[int],
-    finished: bool,
-    savings: Sequence[Saving],
-) -> tuple[RunStatus, str]:
-    if finished and error is None:
+def _status(failure: str | None, signals: Sequence[int], finished: bool) -> tuple[RunStatus, str]:
+    if finished and failure is None:
         return "completed", "all steps done"
     if signals:
         return "stopped", f"signal {signals[0]}"
-    if refusal is not None:
-        return "failed", refusal
-    assert error is not None, "training ended early, without an error"
-    return "failed", classify(error, savings)
+    assert failure is not None, "training ended early, without an error"
+    return "failed", failure
 
 
-def classify(error: BaseException, savings: Sequence[Saving]) -> str:
-    """Why training failed, in a line: out of memory and what would save some, a lost worker, or the first worker's own words."""
-    causes = (
-        list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else [error]
-    )
-    text = "\n".join(str(cause) for cause in causes)
-    last_line = (str(causes[0]).strip().splitlines() or [type(causes[0]).__name__])[-1]
+def classify(causes: Sequence[str], savings: Sequence[Saving]) -> str:
+    """Why workers failed, in a line: out of memory and what would save some, a lost worker, or the first one's own words."""
+    text = "\n".join(causes)
+    last_line = causes[0].splitlines()[-1]
     # Ray explains over forty lines which of its processes it ended; the first that names memory says why.
     memory = re.search(
         r"^.*(?:out of memory|OutOfMemory|running low on memory|can't allocate memory|MemoryError).*$",
@@ -386,6 +402,7 @@ def _write_result(
     eval_losses = eval_losses_of(metrics)
     speed = told.checkpoint.speed if told.checkpoint else Speed()
     last = manifests[-1] if manifests else None
+    tokens, trained_tokens = _tokens_until(last, told, store)
     result = RunResult(
         status=status,
         reason=reason,
@@ -395,13 +412,14 @@ def _write_result(
         last_checkpoint=_uri(plan, last),
         eval_losses=eval_losses,
         train_steps=last.step if last else 0,
-        tokens=told.checkpoint.tokens if told.checkpoint else 0,
-        trained_tokens=told.checkpoint.trained_tokens if told.checkpoint else 0,
+        tokens=tokens,
+        trained_tokens=trained_tokens,
         tokens_per_second=speed.tokens_per_second,
         speed=speed,
         elapsed_seconds=round(elapsed, 3),
         parent=plan.parent,
-        trainable_parameters=told.model.trainable_parameters if told.model else 0,
+        trainable_parameters=told.model.trainable_parameters if told.model else report.trainable_parameters,
+        failures=told.failures,
         log_files=[str(log) for log in logs],
         versions=package_versions(),
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -429,6 +447,16 @@ def _write_result(
         store.write(REPORT_FILE, report_to_html(page).encode())
         store.write(RESULT_FILE, result.model_dump_json(indent=2).encode())
     return result
+
+
+def _tokens_until(last: Manifest | None, told: Told, store: Store) -> tuple[int, int]:
+    """(tokens, trained ones): as the workers told, or, where they did not come so far, as an earlier attempt's result says."""
+    if told.checkpoint:
+        return told.checkpoint.tokens, told.checkpoint.trained_tokens
+    before = read_result(store)
+    if before and last and before.train_steps == last.step:
+        return before.tokens, before.trained_tokens
+    return 0, 0
 
 
 def _parent_metrics(plan: RunPlan) -> list[MetricsLine]:

@@ -603,6 +603,8 @@ def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
         refusals.append(
             f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). `make setup-trackers` installs it."
         )
+    if config.run_name == PREPARED:
+        refusals.append(f"run_name: {PREPARED} is where storage_path keeps prepared rows. Choose another.")
     if refusals:
         raise ConfigError("\n".join(refusals))
 
@@ -761,9 +763,16 @@ def _newest_of_the_same_run(
     if not changed and last.config_hash != outcome_hash:
         changed.append("a key that decides the outcome")
     if changed:
+        longer = any(line.startswith(("num_epochs", "max_steps", "min_update_steps")) for line in changed)
+        advice = (
+            f"\nTo train it for longer: another run_name, with resume_from_checkpoint: run:{run_uri.rpartition('/')[2]}."
+            if longer
+            else ""
+        )
         raise ConfigError(
             f"the run {run_uri} has begun with other settings or other data; this is what changed:\n{_listed(changed)}\n"
             "Choose another run_name for a new run, or go back to its settings (its config.yaml) to continue it."
+            + advice
         )
     return checkpoint_uri(run_uri, last.step), damage
 

@@ -129,8 +129,7 @@ class Throughput(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Counts the steps of a restored run and starts the clocks."""
-        self.count_restored(state.global_step)
+        """Starts the clocks."""
         self.clock.start()
         self._told = self.clock.seconds()
         self._since = time.perf_counter()

@@ -26,7 +26,7 @@ from training.claims import ClaimError
 from training.commits import Commits, Saved
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
-from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase
+from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase, Restored
 from training.models import ModelRequest, build_model
 from training.models.files import ModelError, first_line, is_hub_id, is_model_file
 from training.place import Place
@@ -218,13 +218,14 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         peak_flops=peak_flops(plan, place.world_size),
     )
 
-    done = restoring.committed[-1].step if restoring.committed else 0
-    if (
-        done >= plan.max_steps
-    ):  # an attempt ended behind its last checkpoint; the loop would train another step
-        throughput.count_restored(done)
-        tell(_committed(plan, done, throughput))
-        return
+    done = _step_of(restored) if restored else 0
+    throughput.count_restored(done)
+    if restoring.committed:
+        tell(Restored(_committed(plan, done, throughput)))
+        if (
+            done >= plan.max_steps
+        ):  # an attempt ended behind its last checkpoint; the loop would train another step
+            return
 
     def on_commit(committed: CheckpointCommitted) -> None:
         tell(committed)
@@ -376,6 +377,11 @@ def _saved(
     )
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     return Saved(directory, manifest, lines, _committed(plan, step, throughput))
+
+
+def _step_of(restored: Path) -> int:
+    state = json.loads((restored / "trainer_state.json").read_text())
+    return state["global_step"]
 
 
 def _committed(plan: RunPlan, step: int, throughput: "Throughput") -> CheckpointCommitted:

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import ray.train
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import (
@@ -30,7 +31,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
-from training.events import PlacesFound, PlacesWanted
+from training.events import PlacesFound, PlacesWanted, WorkersFailed
 
 _LOOK_FOR_PLACES_SECONDS = 1.0
 
@@ -89,8 +90,14 @@ class GroupSizes(ElasticScalingPolicy):
             return None  # not known now; it is asked again
 
 
-class PlacesTold(ControllerCallback):
-    """Tells the driver when the workers are gone, or not there yet, and when all of them have their places."""
+def causes_of(error: BaseException) -> tuple[str, ...]:
+    """What each of the workers that failed said, or Ray of itself."""
+    failures = error.worker_failures.values() if isinstance(error, ray.train.WorkerGroupError) else [error]
+    return tuple(str(failure).strip() or type(failure).__name__ for failure in failures)
+
+
+class GroupTold(ControllerCallback):
+    """Tells the driver when the workers failed, or are not there yet, and when all of them have their places."""
 
     def __init__(self, mailbox: Any):
         self._mailbox = mailbox
@@ -101,6 +108,8 @@ class PlacesTold(ControllerCallback):
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
         """Called over and over while nothing changes."""
+        if isinstance(current_state, RestartingState) and not isinstance(previous_state, RestartingState):
+            self._mailbox.put.remote(WorkersFailed(causes_of(current_state.training_failed_error)))
         match current_state:
             case (
                 InitializingState()

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from runs.layout import CLAIM_EXPIRES_SECONDS, METRICS_FILE, RESULT_FILE, checkpoint_key, claim_key
+from runs.layout import (
+    CLAIM_EXPIRES_SECONDS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    checkpoint_key,
+    claim_key,
+)
 from runs.listing import list_runs
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
@@ -229,6 +236,10 @@ def test_a_run_where_runs_are_to_be_listed(look: Look, storage: Store):
 
 def test_a_damaged_run(look: Look, storage: Store):
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
+    storage.write(f"a/{CONFIG_FILE}", b":::{")
+    assert f"{uri}/{CONFIG_FILE} is not the configuration" in refusal(look("show", uri))
+    storage.write(f"a/{CONFIG_FILE}", b"a: [")
+    assert f"{uri}/{CONFIG_FILE} is no YAML any more" in refusal(look("show", uri))
     storage.write(f"a/{METRICS_FILE}", b'{"step": 1}\n{"st')
     assert f"{uri}/{METRICS_FILE} is cut off, of another version of Anneal, or none of ours" in refusal(
         look("show", uri)

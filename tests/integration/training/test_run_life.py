@@ -304,6 +304,14 @@ def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_pa
     assert read_metrics(files / "runs" / "ended") == left
     assert json.loads(run.read("result.json")) == again.result
 
+    run.delete(["result.json"])
+    for weights in (files / "runs" / "ended").glob("checkpoints/*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    damaged = run_main(config, "--json")
+    assert damaged.exit_code == 1, damaged.errors
+    assert damaged.result["status"] == "failed"
+    assert "is not what was committed" in damaged.result["reason"]
+
 
 LONG = {"num_epochs": None, "max_steps": 300, "lora_config": {"r": 4, "lora_dropout": 0.1}}
 EVERY_100 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 100}}
@@ -387,8 +395,35 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
         os.kill(running.workers()[0].pid, signal.SIGKILL)
         finished = running.end()
     assert finished.exit_code == 0, finished.errors
+    (failure,) = finished.result["failures"]
+    assert failure.startswith("worker lost")
+    page = unescape((files / "runs" / "back" / "report.html").read_text())
+    for told in (finished.errors, page):
+        assert "worker lost" in told
+    assert "The workers are started again from" in finished.errors
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
     assert steps == list(range(1, 301))
+
+
+def test_a_lost_cluster(files: Path, tmp_path: Path):
+    """Ray's own process is killed under the driver: that is told as any end, and the same command goes on."""
+    config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_100, run_name="cluster"))
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        (raylet,) = [
+            process
+            for process in psutil.Process(running.process.pid).children(recursive=True)
+            if process.name() == "raylet"
+        ]
+        raylet.kill()
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert finished.result["status"] == "failed"
+    assert finished.result["reason"].startswith("the cluster was lost")
+    assert "Traceback" not in finished.errors
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == 300
 
 
 def test_a_disk_that_fills_up(files: Path, tmp_path: Path):

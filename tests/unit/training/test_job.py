@@ -7,6 +7,7 @@ import torch
 
 from training.job import classify
 from training.memory import Saving
+from training.worker_groups import causes_of
 
 
 def as_ray_tells_it(cause: Exception) -> ray.train.WorkerGroupError:
@@ -15,7 +16,7 @@ def as_ray_tells_it(cause: Exception) -> ray.train.WorkerGroupError:
 
 
 def reason_of(cause: Exception) -> str:
-    return classify(as_ray_tells_it(cause), [])
+    return classify(causes_of(as_ray_tells_it(cause)), [])
 
 
 def test_torch_without_memory():
@@ -45,7 +46,7 @@ def test_an_error_of_the_workers_own():
 def test_what_would_save_memory_stands_behind_the_reason():
     words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB.\nSee documentation."
     savings = [Saving("gradient_checkpointing: true", 5 * 2**30), Saving("optim: adamw_8bit", 3 * 2**29)]
-    reason = classify(as_ray_tells_it(torch.OutOfMemoryError(words)), savings)
+    reason = classify(causes_of(as_ray_tells_it(torch.OutOfMemoryError(words))), savings)
     assert reason == (
         "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB. What would help most, "
         "estimated for each device: `gradient_checkpointing: true` (5.0 GiB less); `optim: adamw_8bit` (1.5 GiB less)."

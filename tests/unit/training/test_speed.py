@@ -156,7 +156,7 @@ def test_a_step_has_the_seconds_since_the_line_before(clocks: Time):
 
 def test_a_restored_run_counts_its_rows_and_not_its_time(clocks: Time):
     counted = throughput(clocks)
-    counted.on_train_begin(*arguments(2))
+    counted.count_restored(2)
     assert (counted.trained.rows, counted.trained.tokens) == (4, 40)
     clocks.passes(4)
     counted.on_step_end(*arguments(3))
