@@ -26,7 +26,7 @@ from runs import reading
 from runs.layout import Manifest, checkpoint_key
 from runs.listing import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
-from tests.support.faults import fill_disk, on_a_small_disk, require_small_disks
+from tests.support.faults import fill_disk, injection, on_a_small_disk, require_small_disks
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
@@ -408,8 +408,8 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
 def test_a_lost_cluster(files: Path, tmp_path: Path):
     """Ray's own process is killed under the driver: that is told as any end, and the same command goes on."""
     config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_100, run_name="cluster"))
-    with started(config) as running:
-        running.wait_for_line("checkpoint ")
+    with started(config, injection(tmp_path / "ledger", hold="after_step:150")) as running:
+        running.wait_for_line("step 150/")
         (raylet,) = [
             process
             for process in psutil.Process(running.process.pid).children(recursive=True)
