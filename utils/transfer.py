@@ -13,7 +13,7 @@ from utils.files import checksum, checksum_text, partial_name
 from utils.store import DamagedError, StoredObject
 
 LARGE_THREADS = 16  # enough to fill a network card, with 90 MB/s a connection
-SMALL_THREADS = 64  # these wait for answers, most of the time
+SMALL_THREADS = 48  # these wait for answers; more cost more to start than they save in waiting
 SMALL_BYTES = 1024 * 1024  # what counts as small
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES = 8 * 1024 * 1024, 64 * 1024 * 1024
 
