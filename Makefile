@@ -23,7 +23,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-h
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks test-submit test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks test-nodes test-submit test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -79,6 +79,9 @@ test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU,
 
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model, where `make test` takes a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/test_cookbooks.py
+
+test-nodes: setup-dev  ## lose nodes of a cluster, wait for them and take them in, where `make test` takes a sample (ten minutes)
+	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/test_two_nodes.py
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (its packages slow the start of every Ray cluster)
 	$(BIN)/python -m pytest tests/integration/training/test_submission.py tests/integration/training/test_clusters.py

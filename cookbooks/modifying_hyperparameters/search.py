@@ -154,7 +154,12 @@ def main(arguments: list[str]) -> int:
                 # From the second evaluation on (the first is before any step), only the better half goes on.
                 scheduler=ASHAScheduler(grace_period=2, reduction_factor=2, max_t=1000),
             ),
-            run_config=tune.RunConfig(name=search, storage_path=str(logs / "tune"), verbose=1),
+            run_config=tune.RunConfig(
+                name=search,
+                storage_path=str(logs / "tune"),
+                verbose=1,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs have their own
+            ),
         ).fit()
         for error in results.errors:
             print(f"error: a trial failed: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ CONTINUE, RESUME = COOKBOOKS / "continue_from_checkpoint", COOKBOOKS / "resume_f
 PART_1, PART_2 = CONTINUE / "smollm2-135m-part-1.yaml", CONTINUE / "smollm2-135m-part-2.yaml"
 STAGES = [RESUME / f"curriculum_stage_{number}.yaml" for number in (1, 2, 3)]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 not_in_the_sample = pytest.mark.skipif(
     not os.environ.get("ALL_COOKBOOKS"), reason="`make test-cookbooks` runs it"
 )
@@ -260,7 +260,7 @@ def test_long_context(files: Path):
 @not_in_the_sample
 def test_optimize_cost(files: Path):
     """The batch is chosen: on a tiny model all that a step takes."""
-    result = chat(files, COOKBOOKS / "optimize_cost" / "smollm2-135m.yaml")
+    result = chat(files, COOKBOOKS / "optimize_cost" / "smollm2-135m.yaml", "num_epochs=10")
     assert_learned(result)
     config = (Path(result["run_uri"]) / "config.yaml").read_text()
     assert "train_batch_size_per_device: 4" in config

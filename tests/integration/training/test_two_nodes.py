@@ -4,6 +4,7 @@ Every node has its own cache and scratch directory. In the first tests one of th
 see the driver's files.
 """
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from utils.bucket import Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 
 pytestmark = pytest.mark.timeout(900)
+not_in_the_sample = pytest.mark.skipif(not os.environ.get("ALL_NODES"), reason="`make test-nodes` runs it")
 
 STEPS = 10
 LONG = 300
@@ -110,7 +112,7 @@ def on_one_worker(
     return losses_of(train(apart, tmp_path_factory.mktemp("one"), "one", on_cluster=False)[1])
 
 
-@pytest.mark.parametrize("spread", ["ddp", "zero_3"])
+@pytest.mark.parametrize("spread", [pytest.param("ddp", marks=not_in_the_sample), "zero_3"])
 def test_losses_across_two_machines_are_those_of_one_worker(
     spread: str, apart: TwoNodes, on_one_worker: tuple[list[float], list[float]], tmp_path: Path
 ):
@@ -182,6 +184,7 @@ def test_what_is_left_finishes_when_a_node_is_lost(files: Path, tmp_path: Path):
     assert "num_devices: {'min': 1, 'max': 2} -> 1" in refused.errors
 
 
+@not_in_the_sample
 def test_who_needs_both_nodes_waits_for_one(files: Path, tmp_path: Path):
     """It says for what, goes on when a node joins, and ends at once by a signal while it waits again."""
     config = lasting(
@@ -207,6 +210,7 @@ def test_who_needs_both_nodes_waits_for_one(files: Path, tmp_path: Path):
     assert "Traceback" not in finished.errors
 
 
+@not_in_the_sample
 def test_a_node_that_joins_is_taken_in_behind_a_checkpoint(files: Path, tmp_path: Path):
     """No step is trained twice for it, though no checkpoint was due."""
     config = lasting(
