@@ -310,12 +310,12 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
         raise ConfigError(
             f"{uri}: the run {place} has committed no checkpoint yet. Run it first, or name another."
         )
-    if run_of(place) and store.read_if_exists(MANIFEST_FILE) is None:
-        raise ConfigError(
-            f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not as a whole. Name a committed checkpoint of {run_of(place)}."
-        )
-    if run_of(place):
-        run, manifest = open_store(run_of(place)), read_manifest(place)
+    if run_uri := run_of(place):
+        if store.read_if_exists(MANIFEST_FILE) is None:
+            raise ConfigError(
+                f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not as a whole. Name a committed checkpoint of {run_uri}."
+            )
+        run, manifest = open_store(run_uri), read_manifest(place)
         if wrong := wrong_sizes(run, manifest, sizes(run, checkpoint_key(manifest.step))):
             raise ConfigError(f"{uri}: the checkpoint is damaged:\n  {wrong[0]}\nName another.")
     return place

@@ -168,10 +168,7 @@ def _missing(workers: Workers, address: str | None) -> str | None:
     has = ray.cluster_resources()
     short = _short(workers.at_least, has)
     most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
-    listed = ", ".join(
-        f"{resource} {amount:g} (has {has.get(resource, 0):g}{f', at most {most.get(resource, 0):g}' if most else ''})"
-        for resource, amount in short.items()
-    )
+    listed = _listed(short, has, most)
     may_grow = (
         all(most.get(resource, 0) >= amount for resource, amount in short.items())
         if most
@@ -179,7 +176,7 @@ def _missing(workers: Workers, address: str | None) -> str | None:
     )
     if short and not may_grow:
         raise ClusterError(
-            f"{f'the cluster at {address}' if address else 'this machine'} lacks what {describe_least(workers)}: {listed}. "
+            f"{f'the cluster at {address}' if address else 'this machine'} lacks what {_describe_least(workers)}: {listed}. "
             "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -198,7 +195,15 @@ def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, f
     return {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
 
 
-def describe_least(workers: Workers) -> str:
+def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
+    """What is needed, beside what the cluster has and, where an autoscaler tells, may have at most."""
+    return ", ".join(
+        f"{name} {amount:g} (has {has.get(name, 0):g}{f', at most {most.get(name, 0):g}' if most else ''})"
+        for name, amount in short.items()
+    )
+
+
+def _describe_least(workers: Workers) -> str:
     """The beginning of a sentence on what they need."""
     return f"{workers.least} workers need" if workers.least > 1 else "a worker needs"
 
@@ -209,8 +214,7 @@ def lacking(workers: Workers) -> str | None:
     short = _short(workers.at_least, has)
     if not short:
         return None
-    listed = ", ".join(f"{name} {amount:g} (has {has.get(name, 0):g})" for name, amount in short.items())
-    return f"waiting for the cluster to have what {describe_least(workers)}: {listed}"
+    return f"waiting for the cluster to have what {_describe_least(workers)}: {_listed(short, has, {})}"
 
 
 def _has_node_groups() -> bool:

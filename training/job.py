@@ -328,13 +328,12 @@ class _Trainer(TorchTrainer):
 
 def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
     config = plan.config
-    if len(config.device_counts) > 1:
+    is_range = len(config.device_counts) > 1
+    if is_range:
         # Ray counts a lost node for some seconds more, and would wait a minute for its places.
         os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(_WAIT_FOR_LOST_PLACES_SECONDS))
     scaling = ScalingConfig(
-        num_workers=(config.fewest_devices, config.most_devices)
-        if len(config.device_counts) > 1
-        else config.most_devices,
+        num_workers=(config.fewest_devices, config.most_devices) if is_range else config.most_devices,
         use_gpu=plan.device == "cuda",
         resources_per_worker=workers_of(plan).each,
     )
@@ -347,7 +346,7 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
         },
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
         scaling_config=scaling,
-        sizes=GroupSizes(scaling, config.device_counts, mailbox) if scaling.elasticity_enabled else None,
+        sizes=GroupSizes(scaling, config.device_counts, mailbox) if is_range else None,
         run_config=RunConfig(
             # Ray continues a run of the same name by itself; ours continues by its manifests, so each try gets its own.
             name=f"{plan.run_name}-{time.time_ns()}",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,15 @@ _STOP_SECONDS = 300.0
 class Trial(tune.Trainable):
     """One run of main.py; a step ends with an evaluation that is committed with a checkpoint."""
 
-    def setup(self, config: dict[str, Any]) -> None:  # noqa: D102  # Ray Tune's own
+    def setup(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]  # what tune.with_parameters adds
+        self, config: dict[str, Any], command: list[str], address: str | None, logs: Path
+    ) -> None:
         self._run, self._told = config["run"], 0
-        log = Path(config["logs"]) / f"{Path(self._run).name}.log"
-        self._log = log.open("wb")
+        self._log = (logs / f"{Path(self._run).name}.log").open("wb")
         self._process = subprocess.Popen(
-            [
-                *config["command"],
-                *(f"{key}={config[key]}" for key in SPACE),
-                f"run_name={Path(self._run).name}",
-            ],
+            [*command, *(f"{key}={config[key]}" for key in SPACE), f"run_name={Path(self._run).name}"],
             cwd=PROJECT,
-            env=_environment(config["address"]),
+            env=_environment(address),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -130,21 +128,20 @@ def main(arguments: list[str]) -> int:
         stack.callback(ray.shutdown)
         # Beside this process, where the project and the YAML are; the runs ask the cluster for their devices themselves.
         here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+        command = [
+            sys.executable,
+            str(PROJECT / "main.py"),
+            str(options.config.absolute()),
+            *options.overrides,
+        ]
+        trial = tune.with_parameters(Trial, command=command, address=address, logs=logs)
         results = tune.Tuner(
-            tune.with_resources(Trial, tune.PlacementGroupFactory([here])),
+            tune.with_resources(trial, tune.PlacementGroupFactory([here])),
             param_space=SPACE
             | {
-                "command": [
-                    sys.executable,
-                    str(PROJECT / "main.py"),
-                    str(options.config.absolute()),
-                    *options.overrides,
-                ],
                 "run": tune.sample_from(
                     lambda _: join_uri(storage_path(config), f"{search}-{os.urandom(3).hex()}")
-                ),
-                "logs": str(logs),
-                "address": address,
+                )
             },
             tune_config=tune.TuneConfig(
                 metric="eval_loss",
@@ -186,28 +183,27 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _show(results: tune.ResultGrid) -> None:
-    frame = results.get_dataframe(filter_metric="eval_loss", filter_mode="min").sort_values("eval_loss")
     table = Table("run", *SPACE, "best eval loss", "at step", "evaluations")
-    evaluations = {
-        result.config["run"]: result.metrics["training_iteration"]
-        for result in results
-        if result.config and result.metrics
-    }
-    for _, row in frame.iterrows():
-        run = str(row["config/run"])
-        values = [f"{row[f'config/{key}']:.4g}" for key in SPACE]
+    configs = [result.config for result in results if result.config]
+    tried = [(config, eval_losses_of(read_metrics(open_store(config["run"])))) for config in configs]
+    ranked = sorted(
+        ((_best(losses), len(losses), config) for config, losses in tried if losses),
+        key=lambda trial: trial[0].eval_loss,
+    )
+    for best, evaluations, config in ranked:
+        values = [f"{config[key]:.4g}" for key in SPACE]
         table.add_row(
-            Path(run).name,
-            *values,
-            f"{row['eval_loss']:.4f}",
-            str(row["training_step"]),
-            str(evaluations[run]),
+            Path(config["run"]).name, *values, f"{best.eval_loss:.4f}", str(best.step), str(evaluations)
         )
     console = Console()
     console.print(table)
-    best = str(frame.iloc[0]["config/run"])
-    console.print(f"best: {best}", soft_wrap=True)
-    console.print(f"look at it: python main.py show {best}", soft_wrap=True)
+    winner = ranked[0][2]["run"]
+    console.print(f"best: {winner}", soft_wrap=True)
+    console.print(f"look at it: python main.py show {winner}", soft_wrap=True)
+
+
+def _best(losses: Sequence[EvalLoss]) -> EvalLoss:
+    return min(losses, key=lambda loss: loss.eval_loss)
 
 
 if __name__ == "__main__":

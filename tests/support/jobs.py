@@ -76,16 +76,20 @@ def run_main(
         timeout: Seconds.
         variables: Set on top of the environment.
     """
-    done = subprocess.run(
-        command(config, *arguments),
-        cwd=PROJECT,
-        env=environment() | dict(variables or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    try:
+        done = subprocess.run(
+            command(config, *arguments),
+            cwd=PROJECT,
+            env=environment() | dict(variables or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace")
+        raise AssertionError(f"main.py {config} has not ended in {timeout:g} s; it said:\n{said}") from None
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
