@@ -46,6 +46,7 @@ from training.exporting import check_export
 from training.flops import RowFlops, row_flops
 from training.memory import Job, MemoryReport, describe_savings, largest_batch, report_memory
 from training.models.architecture import (
+    check_is_causal,
     check_packing,
     model_shape,
     parameter_shapes,
@@ -311,6 +312,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
     _check_disk(base_model, facts, scratch)
     tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
+    check_is_causal(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     dimensions = model_shape(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
     if config.packing:
         check_packing(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)

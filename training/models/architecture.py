@@ -23,6 +23,7 @@ _STAGES = (
     ),
     re.compile(r"\.(down_proj|mlp\.c_proj|dense_4h_to_h|w2)\."),
 )
+_OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
 ATTENTION_OUTPUT, MLP_INPUT = 2, 3
 """Stages of a layer, as `position` gives them."""
 
@@ -70,6 +71,35 @@ def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
         return (shape.layers, 1 if is_head(parameter) else 0)
     stages = (stage for stage, names in enumerate(_STAGES) if names.search(parameter))
     return (int(layer[1]), next(stages, MLP_INPUT))
+
+
+def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) -> None:
+    """Make sure that what is trained is a causal language model with its own head, before transformers gives it a random one.
+
+    Args:
+        directory: The model's files on this node; its weights are not needed.
+        source: What messages call the model.
+        trust_remote_code: Whether code that lies beside them may run.
+
+    Raises:
+        ModelError: it is an encoder, a classifier, a vision model, …
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = _load_config(directory, source, trust_remote_code)
+    architecture = (config.architectures or [None])[0]
+    has_head = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if has_head and architecture is not None:
+        # Of an encoder, BERT or a relative, transformers makes a decoder that looks ahead, unless is_decoder is set.
+        looks_ahead = getattr(config, "is_decoder", None) is False
+        is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        has_head = is_causal or not (looks_ahead or architecture.endswith(_OTHER_HEADS))
+    brings_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (has_head or brings_its_own):
+        raise ModelError(
+            f"model {source}: it is no causal language model, but {architecture or 'a model'} of type {config.model_type}. Name one "
+            "that generates text from left to right, as classes called …ForCausalLM do."
+        )
 
 
 def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> None:
