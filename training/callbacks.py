@@ -5,12 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.util.metrics import Gauge
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import CheckpointFrequency
 from runs.layout import eval_figures
 from training.events import DivergedError, Evaluated, Event, StepDone
 from training.speed import PhaseClock
+
+_GAUGES = {
+    "loss": "Training loss of the last step, a mean over its trained tokens",
+    "eval_loss": "Loss of the last evaluation, a mean over its trained tokens",
+    "tokens_per_second": "Tokens a second of the last step, padding not counted, all workers together",
+}
 
 
 class Schedule(TrainerCallback):
@@ -79,6 +86,29 @@ class Telling(TrainerCallback):
                     {name: value for name, value in logs.items() if name.startswith("rewards/")},
                 )
             )
+
+
+class Gauges(TrainerCallback):
+    """Hands the newest figures to Ray's own metrics, which its dashboard and Prometheus show as ray_anneal_* (rank 0)."""
+
+    def __init__(self, run_name: str):
+        self.gauges = {name: Gauge(f"anneal_{name}", text, ("run",)) for name, text in _GAUGES.items()}
+        for gauge in self.gauges.values():
+            gauge.set_default_tags({"run": run_name})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """After a step's figures or an evaluation's are known."""
+        assert logs is not None
+        for name, gauge in self.gauges.items():
+            if name in logs:
+                gauge.set(logs[name])
 
 
 class Diverging(TrainerCallback):

@@ -159,7 +159,16 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
 
     tell(Phase("loading libraries"))
-    from training.callbacks import Committing, Diverging, Preempted, Rehearsing, Schedule, Stopping, Telling
+    from training.callbacks import (
+        Committing,
+        Diverging,
+        Gauges,
+        Preempted,
+        Rehearsing,
+        Schedule,
+        Stopping,
+        Telling,
+    )
     from training.objectives import build_trainer
     from training.speed import PhaseClock, Throughput
     from training.trainers import trainer_arguments
@@ -257,7 +266,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             ),
             throughput,
             Telling(tell),
-            *(_tracking(plan, place, store, tell) if place.rank == 0 else []),
+            *([Gauges(plan.run_name), *_tracking(plan, place, store, tell)] if place.rank == 0 else []),
             Diverging(
                 lambda step: train.places(order.rows_of_step(step)),
                 lambda: commits.newest_checkpoint,

@@ -43,7 +43,7 @@ class RayCluster:
         self._host = host
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._node_of_id: dict[str, subprocess.Popen[bytes]] = {}
-        self.port, self._job_server_port, self._agent_port = _free_ports(3)
+        self.port, self._job_server_port, self._agent_port, self._metrics_port = _free_ports(4)
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     @property
@@ -55,6 +55,11 @@ class RayCluster:
     def job_server(self) -> str:
         """What --submit says, where the head was started with one."""
         return f"http://127.0.0.1:{self._job_server_port}"
+
+    @property
+    def metrics(self) -> str:
+        """Where Prometheus finds the head's."""
+        return f"http://{self._host}:{self._metrics_port}/metrics"
 
     @property
     def token(self) -> dict[str, str]:
@@ -76,6 +81,7 @@ class RayCluster:
             f"--include-dashboard={str(job_server).lower()}",
             f"--dashboard-port={self._job_server_port}",
             f"--dashboard-agent-listen-port={self._agent_port}",
+            f"--metrics-export-port={self._metrics_port}",
             f"--temp-dir={self._directory}",
         )
         _wait_until(lambda: _listens(self._host, self.port), "head")

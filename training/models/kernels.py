@@ -26,7 +26,7 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
     ("torch", "cpu"): {
         "LoRA": (TESTED, TESTED, TESTED, TESTED, TESTED),
         "full": (TESTED, TESTED, TESTED, TESTED, TESTED),
-        "QLoRA": (TESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
+        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _4BIT),
     },
     ("torch", "cuda"): {
         "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
@@ -34,9 +34,9 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
     },
     ("unsloth", "cpu"): {
-        "LoRA": (UNTESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
-        "full": (UNTESTED, TESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
-        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "LoRA": (TESTED, TESTED, TESTED, TESTED, _WHOLE_WEIGHTS),
+        "full": (TESTED, TESTED, TESTED, TESTED, _WHOLE_WEIGHTS),
+        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _WHOLE_WEIGHTS),
     },
     ("unsloth", "cuda"): {
         "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),

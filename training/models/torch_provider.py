@@ -53,7 +53,7 @@ def load_weights(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=_DTYPES[dtype],
         )
     # A quantised model cannot be moved after loading; ZeRO-3 splits the weights while they are loaded.
     if load_in_4bit and device == "cuda":

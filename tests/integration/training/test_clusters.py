@@ -1,5 +1,8 @@
 """Jobs on Ray clusters: one of their own, one that runs already, and one that loses a node."""
 
+import re
+import signal
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,28 @@ def test_a_cluster_that_grows(files: Path, tmp_path: Path):
     assert asked.result["cluster"] == "has to scale up: CPU 2 (has 1)"
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 5
+
+
+@needs_ray_default
+def test_rays_own_metrics(files: Path, tmp_path: Path):
+    """Its dashboard and Prometheus show the newest loss and speed, under the run's name."""
+    watched = config(files, tmp_path / "watched.yaml", run_name="watched", num_devices=1, num_epochs=100)
+    wanted = [f"ray_anneal_{name}" for name in ("loss", "eval_loss", "tokens_per_second")]
+    with ray_cluster(cpus=1) as cluster, started(watched, cluster.variables) as job:
+
+        def told() -> dict[str, str]:
+            with urllib.request.urlopen(cluster.metrics) as answer:
+                return dict(
+                    re.findall(
+                        r'^(ray_anneal_\w+){[^}]*run="watched"[^}]*} (\S+)$', answer.read().decode(), re.M
+                    )
+                )
+
+        job.wait_for_line("step 1/")
+        job.wait_until(lambda: sorted(told()) == sorted(wanted), "metrics of Ray's")
+        assert all(float(figure) > 0 for figure in told().values())
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end().exit_code == 128 + signal.SIGTERM
 
 
 def test_a_node_that_is_taken_away(files: Path, tmp_path: Path):

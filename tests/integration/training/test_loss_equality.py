@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.jobs import PROJECT, read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
+from training.models import kernels
+from training.models.kernels import Method
 
 # Eight rows a step in every one; the batch sizes of evaluation differ on purpose.
 SPREADS: dict[str, dict[str, Any]] = {
@@ -62,11 +64,13 @@ PAIRS: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 4}},
     "full": {},
+    "qlora": {"lora_config": {"r": 4}, "load_in_4bit": True},
     "packed": {"lora_config": {"r": 4}, "packing": True, "context_length": 180},
     "dpo_lora": {"lora_config": {"r": 4}} | PAIRS,
     "dpo_full": PAIRS,
 }
 ALL = [(method, spread) for method in ("lora", "full") for spread in SPREADS if spread != "one"] + [
+    *(("qlora", spread) for spread in SPREADS if spread not in ("one", "zero_3")),
     ("packed", "ddp"),
     ("dpo_lora", "ddp"),
     ("dpo_lora", "zero_3"),
@@ -74,12 +78,12 @@ ALL = [(method, spread) for method in ("lora", "full") for spread in SPREADS if 
 ]
 SAMPLE = [
     ("lora", "ddp"),
-    ("lora", "zero_1"),
     ("lora", "zero_3"),
     ("lora", "unsloth_ddp"),
     ("full", "zero_2"),
     ("full", "zero_3"),
     ("full", "unsloth_ddp"),
+    ("qlora", "unsloth_ddp"),
     ("packed", "ddp"),
     ("dpo_lora", "zero_3"),
 ]
@@ -138,6 +142,31 @@ class References:
 @pytest.fixture(scope="module")
 def on_one_worker(files: Path) -> References:
     return References(files)
+
+
+def test_the_table_says_tested_of_what_is_tested_here():
+    """Each cell of `make test-kernels`, and the runs that they are compared with."""
+    methods: dict[str, Method] = {"lora": "LoRA", "full": "full", "qlora": "QLoRA"}
+    spreads: dict[str, str] = dict(
+        zip(("one", "ddp", "zero_1", "zero_2", "zero_3"), kernels.SPREADS, strict=True)
+    )
+    cells = [(methods[method], spread) for method, spread in ALL if method in methods]
+    cells += [(method, "one") for method in methods.values()]
+    said = {
+        (provider, method, spread)
+        for (provider, device), of_method in kernels.COMPATIBILITY.items()
+        for method, row in of_method.items()
+        for spread, cell in zip(kernels.SPREADS, row, strict=True)
+        if device == "cpu" and cell == kernels.TESTED
+    }
+    assert said == {
+        (
+            "unsloth" if spread.startswith("unsloth_") else "torch",
+            method,
+            spreads[spread.removeprefix("unsloth_")],
+        )
+        for method, spread in cells
+    }
 
 
 @pytest.mark.parametrize("method", dict.fromkeys(method for method, _ in CELLS))
