@@ -78,7 +78,6 @@ ALL = [(method, spread) for method in ("lora", "full") for spread in SPREADS if 
 ]
 SAMPLE = [
     ("lora", "ddp"),
-    ("lora", "zero_3"),
     ("lora", "unsloth_ddp"),
     ("full", "zero_2"),
     ("full", "zero_3"),

@@ -123,11 +123,9 @@ GRID = [
     Chain(Shape("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
 ]
 SAMPLE = [
-    Chain(Shape("lora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
-    Chain(Shape("qlora", 1, 1, "ddp"), 1, (Kill.AFTER_STEP,)),
+    Chain(Shape("qlora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
     Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP,)),
-    Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, (Kill.AFTER_STEP,)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")
