@@ -8,6 +8,7 @@ Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stop
 """
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -17,10 +18,11 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 
-from configs.loading import ConfigError, LoadedConfig, load_config, to_yaml
+from configs.loading import ConfigError, LoadedConfig, default_keys, load_config, to_marked_yaml
 from configs.schema import ExportConfig
 from runs import commands as looking
 from training import commands as using
@@ -34,6 +36,9 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str]) -> int:
     """Check the file, then plan and run; returns the exit code."""
     began = time.monotonic()
+    if "" in arguments:  # it would mean the working directory, or nothing
+        print("error: an argument is empty: was a variable not set?", file=sys.stderr)
+        return REFUSED
     if arguments and arguments[0] in looking.COMMANDS:
         return look(arguments)
     if arguments and arguments[0] in using.COMMANDS:
@@ -47,7 +52,7 @@ def main(arguments: list[str]) -> int:
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if options.print_config:
-        print(to_yaml(loaded.config), end="")
+        print(json.dumps(resolved(loaded)) if options.json else to_marked_yaml(loaded).rstrip())
         return DONE
     command = ["python", "main.py", str(options.config), *options.overrides]
     if options.submit:
@@ -194,7 +199,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
                 page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
                 write_atomically(page, to_html(report, report.run_name).encode())
                 show_page(screen, page)
-                print_json(output, report.model_dump_json(), options)
+                print_json(output, json.dumps(report.model_dump(mode="json") | resolved(loaded)), options)
                 return DONE
             if report.completed:
                 result = report.completed
@@ -311,6 +316,11 @@ def export_completed(run_uri: str, settings: ExportConfig, screen: Console, prog
         )
         return INTERRUPTED
     return DONE
+
+
+def resolved(loaded: LoadedConfig) -> dict[str, Any]:
+    """What a plan's JSON says of the file: the configuration, and which of its keys are defaults."""
+    return {"config": loaded.config.model_dump(mode="json"), "defaults": default_keys(loaded)}
 
 
 def print_json(output: Console, text: str, options: argparse.Namespace) -> None:

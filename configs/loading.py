@@ -43,6 +43,9 @@ MAX_PROBLEMS = 50
 _AFTER_ALL_LINES = MAX_BYTES + 1
 
 
+_INDENT = 2  # columns of a section, as yaml.dump writes it
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """A checked configuration and what there is to say about how it was written."""
@@ -101,6 +104,21 @@ def to_yaml(config: FinetuneConfig) -> str:
     return yaml.dump(
         config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
     )
+
+
+def default_keys(loaded: LoadedConfig) -> list[str]:
+    """Keys that neither the file nor an override sets, dotted for sections, as declared."""
+    return [key for key in flat(loaded.config.model_dump(mode="json")) if key not in loaded.given_keys]
+
+
+def to_marked_yaml(loaded: LoadedConfig) -> str:
+    """The resolved configuration as `to_yaml` writes it, with a comment behind each default."""
+    defaults, above, lines = set(default_keys(loaded)), [], []
+    for line in to_yaml(loaded.config).splitlines():
+        depth = (len(line) - len(line.lstrip())) // _INDENT
+        above = [*above[:depth], line.strip().partition(":")[0]]
+        lines.append(f"{line}  # default" if ".".join(above) in defaults else line)
+    return "\n".join(lines) + "\n"
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -172,18 +172,22 @@ class Stopping(TrainerCallback):
 
 
 class Preempted(TrainerCallback):
-    """Commits a checkpoint once when a node is about to be taken away; training goes on until it is."""
+    """Commits a checkpoint once when a node is about to be taken away; training goes on until it is.
 
-    def __init__(self, notice: Callable[[], Any]):
-        self.notice = notice
-        self.is_noticed = False
+    Rank 0 hears of each node; what it knows is shared after each step.
+    """
+
+    def __init__(self, is_noticed: Callable[[], bool], share: Callable[[bool], bool]):
+        self.is_noticed = is_noticed
+        self.share = share
+        self.is_done = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After an optimizer step; every rank hears the same."""
-        if not self.is_noticed and self.notice() is not None:
-            self.is_noticed = True
+        """After an optimizer step."""
+        if not self.is_done and self.share(self.is_noticed()):
+            self.is_done = True
             control.should_save = True
 
 

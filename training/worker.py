@@ -258,7 +258,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
                 config.checkpoint_and_evaluation_frequency, plan.steps_per_epoch, evaluates=valid is not None
             ),
             Stopping(question.is_answered if question else lambda: False, place.of_rank_0),
-            *([Preempted(ray.train.get_preemption_info)] if _preemption_is_watched() else []),
+            *([Preempted(_is_preempted, place.of_rank_0)] if _preemption_is_watched() else []),
             Committing(
                 lambda directory, state: commits.start(_saved(plan, place, throughput, directory, state)),
                 commits.check,
@@ -312,8 +312,16 @@ def _tracking(plan: RunPlan, place: Place, store: Store, tell: Callable[[Event],
 
 
 def _preemption_is_watched() -> bool:
-    # Ray hands the driver's setting to its workers; asking costs a round of messages between them in every step.
+    # Ray hands the driver's setting to its workers; sharing the answer costs a message between them in every step.
     return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1"
+
+
+def _is_preempted() -> bool:
+    # ray.train.get_preemption_info waits for all workers at the barrier where ray.train.report, from the thread that commits, waits
+    # as well; Ray lets a worker of the one and a worker of the other pass together, and the others wait for ever.
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def model_request(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from main import main
 from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, Finished, command, environment, run_main, write_yaml
@@ -430,6 +431,26 @@ def test_a_deepspeed_file_that_cannot_be_used(refused: Refused, tmp_path: Path, 
 
 def test_with_json_a_refusal_prints_no_json(refused: Refused, tmp_path: Path):
     assert "is not JSON" in refused("--json", train_path=rows(tmp_path, "{bad"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [""],
+        ["a.yaml", "--submit", ""],
+        ["show", ""],
+        ["export", "run:a", "--to", ""],
+        ["compare", "run:a", "--picture", ""],
+    ],
+    ids=str,
+)
+def test_an_argument_from_a_variable_that_is_not_set(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    """It would mean the working directory, or nothing."""
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "error: an argument is empty: was a variable not set?\n")
 
 
 # --- Real starts of the interpreter: what the others leave out ------------------------------------------------------

@@ -79,6 +79,9 @@ def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
     assert "Traceback" not in stranger.errors
     assert asked.exit_code == 0, asked.errors
     assert asked.result["cluster"] == f"{cluster.address} has what the workers need"
+    assert asked.result["config"]["num_devices"] == 2
+    assert "weight_decay" in asked.result["defaults"]
+    assert "num_devices" not in asked.result["defaults"]
     assert joined.exit_code == 0, joined.errors
     assert joined.result["train_steps"] == 5
     for refused in (too_many, never):
@@ -100,6 +103,23 @@ def test_a_cluster_that_grows(files: Path, tmp_path: Path):
     assert asked.result["cluster"] == "has to scale up: CPU 2 (has 1)"
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 5
+
+
+def test_checkpoints_and_notices_do_not_wait_for_one_another(files: Path, tmp_path: Path):
+    """Every step asks whether a node is taken away, while the thread that commits reports to Ray, which waits for all workers."""
+    busy = config(
+        files,
+        tmp_path / "busy.yaml",
+        run_name="busy",
+        max_steps=100,
+        num_epochs=None,
+        valid_path=None,
+        checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 1},
+    )
+    with ray_cluster(cpus=2) as cluster:
+        finished = run_main(busy, "--json", timeout=200, variables=cluster.variables)
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["train_steps"] == 100
 
 
 @needs_ray_default

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs.loading import ConfigError, load_config, to_yaml
+from configs.loading import ConfigError, default_keys, load_config, to_marked_yaml, to_yaml
 from configs.schema import FinetuneConfig
 from configs.yaml_source import MAX_BYTES
 
@@ -39,6 +39,17 @@ def test_loads(write):
     assert loaded.config.learning_rate == 5e-6
     assert loaded.given_keys == {"model_id", "train_path", "learning_rate", "lora_config", "lora_config.r"}
     assert (loaded.warnings, loaded.refusals) == ((), ())
+
+
+def test_defaults_are_marked(write):
+    loaded = load_config(write(BASE + "lora_config:\n  r: 4\nchat_template: |\n  seed: 1\n  text\n"))
+    marked = to_marked_yaml(loaded)
+    assert load_config(write(marked)).config == loaded.config
+    assert {"seed", "lora_config.lora_alpha", "weight_decay"} <= set(default_keys(loaded))
+    assert not set(default_keys(loaded)) & {"model_id", "lora_config.r", "chat_template"}
+    assert "\n  lora_alpha: 16  # default\n" in marked
+    assert "\n  r: 4\n" in marked
+    assert marked.count("  # default\n") == len(default_keys(loaded))
 
 
 @pytest.mark.parametrize(
