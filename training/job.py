@@ -128,7 +128,7 @@ def run_job(
             on_event(event)
             if isinstance(event, PlacesFound) and event.workers < workers.count:
                 on_event(Notice(_describe_fewer(event.workers, workers.count)))
-            if isinstance(event, WorkersFailed):
+            if isinstance(event, WorkersFailed) and told.refusal is None:  # else they only come back to end
                 reason = classify(event.causes, savings)
                 told.failures.append(reason)
                 on_event(

@@ -437,6 +437,8 @@ def test_a_diverging_run_stops_with_step_rows_and_what_is_left(files: Path):
     assert "on the rows" in reason and str(files / "train.jsonl") in reason
     assert "No checkpoint was committed before" in reason
     assert finished.result["last_checkpoint"] is None
+    assert finished.result["failures"] == []
+    assert "started again" not in finished.errors
 
 
 @pytest.mark.parametrize("stored", ["16bit", "4bit"])
