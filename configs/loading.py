@@ -41,8 +41,6 @@ MAX_PROBLEMS = 50
 
 # Lines of a file come first in a report, then the overrides in their order.
 _AFTER_ALL_LINES = MAX_BYTES + 1
-
-
 _INDENT = 2  # columns of a section, as yaml.dump writes it
 
 
