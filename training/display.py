@@ -298,6 +298,7 @@ def show_export(console: Console, exported: Export) -> None:
             ("exported", f"{describe(exported)}, {len(exported.files)} files, {size}"),
             ("of", exported.checkpoint),
             ("to", exported.uri),
+            ("made", exported.created),
             *([("GGUF", join_uri(exported.uri, exported.gguf))] if exported.gguf else []),
             *(("note", note) for note in exported.notes),
         ],

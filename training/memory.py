@@ -426,7 +426,12 @@ def describe_savings(savings: Sequence[Saving]) -> str:
     if not savings:
         return ""
     listed = "; ".join(f"`{saving.setting}` ({format_bytes(saving.saved)} less)" for saving in savings)
-    return f"What would help most, estimated for each device: {listed}."
+    cut = (
+        " Rows longer than that context_length would be cut, or go by `long_rows`."
+        if "context_length" in listed
+        else ""
+    )
+    return f"What would help most, estimated for each device: {listed}.{cut}"
 
 
 def largest_batch(job: Job, available: int) -> int:

@@ -244,7 +244,7 @@ def check_job_server_answers(address: str) -> None:
     Raises:
         ClusterError: nothing answers, or it is no address of a job server.
     """
-    match = re.match(r"https?://([^/:@]+|\[[0-9a-f:]+\])(?::(\d+))?(?:/|$)", address)
+    match = re.fullmatch(r"https?://([^/:@\s]+|\[[0-9a-f:]+\])(?::(\d+))?(?:/\S*)?", address)
     if match is None:
         raise ClusterError(
             f"--submit: {address} is no address of a job server. Write http://HEAD:8265, where Ray's dashboard is."

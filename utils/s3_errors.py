@@ -83,6 +83,10 @@ def explain_failure(error: Any) -> str:
 
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, exceptions.ProfileNotFound):
+        return f"AWS_PROFILE names {error.kwargs['profile']!r}, and there is no such profile in ~/.aws/config or ~/.aws/credentials"
+    if isinstance(error, exceptions.EndpointProviderError):
+        return f"{str(error).rstrip('.')}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL"
     if isinstance(error, exceptions.SSOError | exceptions.TokenRetrievalError | exceptions.LoginError):
         return "the sign-in has expired; run `aws sso login` or `aws login` and try again"
     if isinstance(error, exceptions.SSLError):

@@ -155,6 +155,23 @@ def test_no_credentials(refused: Refused, own_bucket: dict[str, str]):
     assert "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in message
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE names 'nobody', and there is no such profile"),
+        ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:99999"}, "check AWS_ENDPOINT_URL_S3"),
+        ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9000"}, "check AWS_ENDPOINT_URL_S3"),
+    ],
+    ids=["profile", "port", "scheme"],
+)
+def test_a_variable_that_says_what_cannot_be(
+    refused: Refused, own_bucket: dict[str, str], variables: dict[str, str], told: str
+):
+    message = refused(variables=own_bucket | variables, train_path="s3://theirs/train.jsonl")
+    assert message.startswith("train_path: ")
+    assert told in message
+
+
 @pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path", "resume_from_checkpoint"])
 def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
     refused: Refused, own_bucket: dict[str, str], key: str

@@ -250,7 +250,8 @@ def test_the_wrong_place_to_submit_to(
         other.shutdown()
     assert "is no job server of Ray" in said
     assert "--submit: nothing answers at http://127.0.0.1:1" in refusal("http://127.0.0.1:1", laptop)
-    assert "Write http://HEAD:8265" in refusal("head:6379", laptop)
+    for no_address in ("head:6379", f"{cluster.job_server}/ x"):
+        assert "Write http://HEAD:8265" in refusal(no_address, laptop)
 
 
 def test_the_cookbook(

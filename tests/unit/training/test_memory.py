@@ -301,7 +301,8 @@ def test_what_would_help_is_what_another_estimate_says(models: dict[int, Path]):
     assert Saving("gradient_checkpointing: true", less) in savings
     words = describe_savings(savings)
     assert "`train_batch_size_per_device: 4, gradient_accumulation_steps: 2` (" in words
-    assert words.endswith(" less).")
+    assert "`context_length: 200` (" in words
+    assert words.endswith(" less). Rows longer than that context_length would be cut, or go by `long_rows`.")
 
 
 def test_what_does_not_go_together_is_not_advised(models: dict[int, Path]):
