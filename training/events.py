@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from runs.layout import Speed
 
@@ -142,6 +142,8 @@ class EventMailbox:
         self._refused = False
         self._failures: dict[int, str] = {}
         self._closed = False
+        self._controller: Any = None
+        self._is_controlled = asyncio.Event()
 
     async def put(self, event: Event) -> None:
         """Called by rank 0, which does not wait for it."""
@@ -163,6 +165,17 @@ class EventMailbox:
         """Called by the driver: no worker is left."""
         self._closed = True
         self._news.set()
+        self._is_controlled.set()
+
+    async def controlled_by(self, controller: Any) -> None:
+        """Called by Ray's controller, with itself, when it begins."""
+        self._controller = controller
+        self._is_controlled.set()
+
+    async def controller(self) -> Any:
+        """Ray's controller as soon as there is one; None where none began."""
+        await self._is_controlled.wait()
+        return self._controller
 
     async def refuse(self, message: str) -> None:
         """Called by the first worker that meets what starting it again cannot mend."""

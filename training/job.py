@@ -74,6 +74,7 @@ from utils.bucket import BucketError, Store, open_store
 
 _LOOK_FOR_SIGNALS_SECONDS = 1.0
 _WAIT_FOR_LOST_PLACES_SECONDS = 20
+_LONGEST_START_SECONDS = 30.0  # of Ray's controller
 _LONGEST_REASON = 400  # characters
 
 
@@ -139,6 +140,7 @@ def run_job(
 
         try:
             _follow(mailbox, signals, hear, told, workers)
+            fit.end()
         except ray.exceptions.RayError as error:  # the mailbox ends with its cluster
             lost = f"the cluster was lost ({first_line(error)}). The same command goes on from {told.newest_checkpoint}."
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))]
@@ -286,13 +288,25 @@ class _Fit:
         self.error: BaseException | None = None
         self._trainer = trainer
         self._mailbox = mailbox
-        threading.Thread(target=self._run, name="fit", daemon=True).start()
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Leave nothing of it, before the cluster ends: a thread that asks Ray for anything behind that ends the whole process."""
+        if self._thread.is_alive():
+            self._is_stopped = True
+            controller: Any = ray.get(self._mailbox.controller.remote(), timeout=_LONGEST_START_SECONDS)
+            if controller is not None:
+                ray.kill(controller)
+            self._thread.join(_LONGEST_START_SECONDS)
 
     def _run(self) -> None:
         try:
             self._trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            self.error = error
+            if not self._is_stopped:
+                self.error = error
         self._mailbox.close.remote()
 
 

@@ -97,12 +97,16 @@ def causes_of(error: BaseException) -> tuple[str, ...]:
 
 
 class GroupTold(ControllerCallback):
-    """Tells the driver when the workers failed, or are not there yet, and when all of them have their places."""
+    """Tells the driver who controls the workers, when they failed, or are not there yet, and when all of them have their places."""
 
     def __init__(self, mailbox: Any):
         self._mailbox = mailbox
         self._wanted = False
         self._workers = 0
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called once, in the controller."""
+        self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState

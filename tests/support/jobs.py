@@ -16,7 +16,7 @@ import psutil
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
-_LIMIT_SECONDS = 240
+_LIMIT_SECONDS = 360
 _LOOK_SECONDS = 0.005
 
 
@@ -140,7 +140,10 @@ class Job:
 
     def end(self) -> Finished:
         """Wait for its own end."""
-        self.process.wait(_LIMIT_SECONDS)
+        try:
+            self.process.wait(_LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"has not ended in {_LIMIT_SECONDS} s; it said:\n{self.errors}") from None
         return Finished(self.process.returncode, self._stdout.read_text("utf-8"), self.errors)
 
     def kill_all(self) -> None:

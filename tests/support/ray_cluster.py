@@ -136,6 +136,15 @@ class RayCluster:
             f"--deadline-remaining-seconds={seconds}",
         )
 
+    def what_ray_said(self) -> str:
+        """The end of what Ray Train's own processes logged, for whoever looks why a run has not ended."""
+        lines = [
+            f"{log.name}: {line}"
+            for log in sorted(self._directory.glob("session_latest/logs/train/*.log"))
+            for line in log.read_text("utf-8", errors="replace").splitlines()[-20:]
+        ]
+        return "\n".join(line[:300] for line in lines)
+
     def end(self) -> None:
         """End every node with all its processes."""
         for node in reversed(self._nodes):
@@ -148,7 +157,17 @@ class RayCluster:
     def _start(self, *options: str, within: Sequence[str] = ()) -> None:
         self._nodes.append(
             subprocess.Popen(
-                [*within, str(_RAY), "start", "--block", "--disable-usage-stats", *options],
+                [
+                    *within,
+                    str(_RAY),
+                    "start",
+                    "--block",
+                    "--disable-usage-stats",
+                    # Any free ones: each node would give its workers those from 10002 on, as if the machine were its own.
+                    "--min-worker-port=0",
+                    "--max-worker-port=0",
+                    *options,
+                ],
                 # `python` is ours on every node, as in an image.
                 env=environment()
                 | {"PATH": f"{_RAY.parent}:{os.environ['PATH']}"}
@@ -221,6 +240,9 @@ def ray_cluster(
     try:
         cluster.start_head(cpus, job_server=job_server)
         yield cluster
+    except BaseException:
+        print(cluster.what_ray_said())
+        raise
     finally:
         cluster.end()
         shutil.rmtree(directory, ignore_errors=True)

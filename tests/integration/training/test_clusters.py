@@ -18,7 +18,7 @@ from training.job import _Trainer
 
 pytestmark = pytest.mark.timeout(600)
 
-STEPS = 200
+STEPS = 120
 
 
 @pytest.fixture(scope="module")

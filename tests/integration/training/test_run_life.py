@@ -496,6 +496,36 @@ def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 100
 
 
+def test_a_run_that_is_left_asks_ray_for_nothing_behind_its_end():
+    """Ray answers a thread that does so by ending the whole process, silently, with exit code 1."""
+    script = """
+import threading, ray
+from training.job import _Fit, _mailbox_on_this_node
+
+class Controller:
+    def run(self):
+        threading.Event().wait()
+
+class Trainer:
+    def fit(self):
+        controller = ray.remote(Controller).options(num_cpus=0).remote()
+        mailbox.controlled_by.remote(controller)
+        ray.get(controller.run.remote())
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+mailbox = _mailbox_on_this_node()
+fit = _Fit(Trainer(), mailbox)
+fit.end()
+left = [thread.name for thread in threading.enumerate() if thread.name == "fit"]
+ray.shutdown()
+print(left, fit.error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=PROJECT
+    )
+    assert (done.returncode, done.stdout) == (0, "[] None\n"), done.stderr
+
+
 def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
     """Exactly one trains; the other names it and leaves, and the first one does not notice."""
     config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_100, run_name="one"))
