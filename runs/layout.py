@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from utils.bucket import EMBEDDED_BUCKET, join_uri
+from utils.processes import started_after_boot, this_machine
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -175,7 +176,13 @@ class Claim(_Record):
     process: int
     """Of the driver, on that machine."""
     process_started: float
-    """Seconds since the epoch, by that machine's clock."""
+    """Seconds after that machine's boot."""
+
+    def owner_lives(self) -> bool | None:
+        """What the kernel says of its driver; None where that is on another machine, and only renewing tells."""
+        if self.machine != this_machine():
+            return None
+        return started_after_boot(self.process) == self.process_started
 
 
 class CheckpointUse(_Record):

@@ -3,11 +3,14 @@
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runs.layout import (
@@ -18,14 +21,15 @@ from runs.layout import (
     checkpoint_key,
     claim_key,
 )
-from runs.listing import list_runs
+from runs.listing import list_runs, read_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
 from tests.support.jobs import Finished
 from tests.support.own_buckets import reach_as_a_user
-from tests.support.stored_runs import eval_losses, result_of, write_run
+from tests.support.stored_runs import eval_losses, result_of, write_claim, write_run
 from utils.bucket import Store, join_uri, open_store
 from utils.embedded_bucket import EmbeddedBucket
+from utils.processes import started_after_boot, this_machine
 
 PNG = b"\x89PNG\r\n"
 Look = Callable[..., Finished]
@@ -55,10 +59,10 @@ def write_in_every_state(storage: Store) -> None:
             storage, f"is-{status}", losses, result=result_of(uri, losses, status=status, hours_ago=hours)
         )
     write_run(storage, "is-running", losses, result=None)
-    storage.write(f"is-running/{claim_key(1)}", b"{}")
+    write_claim(storage, "is-running")
     again = result_of(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
     write_run(storage, "is-running-again", losses, result=again)
-    storage.write(f"is-running-again/{claim_key(2)}", b"{}")
+    write_claim(storage, "is-running-again", number=2)
     write_run(storage, "is-interrupted", losses, result=None)
     write_run(storage, "is-damaged", losses, result=None)
     storage.write(f"is-damaged/{RESULT_FILE}", b'{"status": "comp')
@@ -102,7 +106,7 @@ def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
 def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
     storage = open_store(str(tmp_path))
     write_run(storage, "lost", eval_losses(2.0), result=None)
-    storage.write(f"lost/{claim_key(1)}", b"{}")
+    write_claim(storage, "lost")
     assert [run.status for run in list_runs(storage.uri)] == ["running"]
     long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
     os.utime(tmp_path / "lost" / claim_key(1), (long_ago, long_ago))
@@ -111,9 +115,60 @@ def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
     assert run.age_seconds == pytest.approx(2 * CLAIM_EXPIRES_SECONDS, abs=20)
 
 
+def test_a_run_whose_driver_was_killed_on_this_machine_is_interrupted_at_once(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    write_run(storage, "a", eval_losses(2.0), result=None)
+    driver = subprocess.Popen(["sleep", "60"])
+    started = started_after_boot(driver.pid)
+    write_claim(storage, "a", machine=this_machine(), process=driver.pid, process_started=started)
+    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
+    os.utime(tmp_path / "a" / claim_key(1), (long_ago, long_ago))
+    assert [run.status for run in list_runs(storage.uri)] == ["running"], "the kernel is asked first"
+    driver.kill()
+    os.utime(tmp_path / "a" / claim_key(1))
+    _wait_for_zombie(driver.pid)
+    assert [run.status for run in list_runs(storage.uri)] == ["interrupted"], "nobody has collected it yet"
+    driver.wait()
+    assert [run.status for run in list_runs(storage.uri)] == ["interrupted"]
+
+
+def _wait_for_zombie(process: int) -> None:
+    while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+def test_an_interrupted_attempt_counts_and_not_the_result_of_the_one_before(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    losses = eval_losses(2.0, 1.5)
+    before = result_of(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
+    write_run(storage, "a", losses, result=before)
+    assert read_run(storage.uri_of("a")).status == "stopped"
+    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
+    for since, status in ((before.ended, "stopped"), (now_as_text(), "interrupted")):
+        write_claim(storage, "a", since=since)
+        os.utime(tmp_path / "a" / claim_key(1), (long_ago, long_ago))
+        run = read_run(storage.uri_of("a"))
+        assert run.status == status
+    assert (run.steps, run.reason, run.best_eval_loss) == (10, "", 1.5)
+
+
+def now_as_text() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def test_a_claim_that_cannot_be_read_is_damage(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    uri = write_run(storage, "a", eval_losses(2.0), result=None)
+    storage.write(f"a/{claim_key(1)}", b"{")
+    (run,) = list_runs(storage.uri)
+    assert run.status == "damaged"
+    assert run.reason.startswith(f"{uri}/{claim_key(1)} is cut off")
+    assert run.reason.endswith("If nobody trains this run, delete it and try again")
+
+
 def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
     """However many checkpoints they have; those that are not completed are a few more."""
-    completed, unfinished = 1000, 10
+    completed, unfinished, claimed = 1000, 10, 5
     uri = join_uri(reach_as_a_user(monkeypatch, bucket, "a-thousand-runs"), "runs")
     storage, losses = open_store(uri), eval_losses(2.0, 1.0)
     result = result_of(storage.uri_of("run"), losses).model_dump_json().encode()
@@ -123,15 +178,18 @@ def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch:
     files |= {f"left-{number}/config.yaml": b"" for number in range(unfinished)}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: storage.write(*item), files.items()))
+    for number in range(claimed):
+        write_claim(storage, f"left-{number}")
     with bucket_proxy(bucket.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         began = time.monotonic()
         runs = list_runs(uri)
         print(f"\n{len(runs)} runs in {time.monotonic() - began:.2f} s, {len(proxy.requests)} requests")
     assert sum(run.status == "completed" for run in runs) == completed
-    assert sum(run.status == "interrupted" for run in runs) == unfinished
+    assert sum(run.status == "interrupted" for run in runs) == unfinished - claimed
+    assert sum(run.status == "running" for run in runs) == claimed
     about_the_place = 3 + 2  # is it there, may it be read; two pages of names
-    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished
+    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished + claimed
     read = [request.path for request in proxy.downloads("a-thousand-runs")]
     assert not [path for path in read if "checkpoints" in path]
 
