@@ -49,10 +49,11 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    output, errors = open_consoles()
     for warning in loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        errors.write(f"warning: {warning}\n")
     if options.print_config:
-        print(json.dumps(resolved(loaded)) if options.json else to_marked_yaml(loaded).rstrip())
+        output.write(f"{json.dumps(resolved(loaded))}\n" if options.json else to_marked_yaml(loaded))
         return DONE
     command = ["python", "main.py", str(options.config), *options.overrides]
     if options.submit:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from runs.layout import (
 from runs.listing import list_runs, read_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import Finished
+from tests.support.jobs import PROJECT, Finished, environment, write_yaml
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.stored_runs import eval_losses, result_of, write_claim, write_run
 from utils.bucket import Store, join_uri, open_store
@@ -222,6 +223,18 @@ def test_run_names_are_looked_for_where_runs_go_by_default(look: Look, bucket_ur
     assert look("show", "run:a", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result["run_uri"] == uri
     listed = look("runs", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result
     assert [run["run_uri"] for run in listed] == [uri]
+
+
+def test_who_reads_may_leave(tmp_path: Path):
+    write_run(open_store(str(tmp_path / "runs")), "a", eval_losses(2.0), result=None)
+    config = write_yaml(tmp_path / "a.yaml", {"model_id": "a", "train_path": "b.jsonl"})
+    for arguments in (["runs", str(tmp_path / "runs")], [str(config), "--print-config"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, str(PROJECT / "main.py"), *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment(), check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
