@@ -98,12 +98,21 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
     if comparison.differences:
         table = _table("setting", *(run.run_name for run in runs))
         for key, values in comparison.differences.items():
-            table.add_row(key, *("" if value is None else str(value) for value in values))
+            table.add_row(key, *(_setting(run, key, value) for run, value in zip(runs, values, strict=True)))
         console.print(table)
     else:
         console.print("Their settings are the same.")
     console.print()
-    print_facts(console, [("curves", str(picture) if picture else "none: no run has an eval loss")])
+    drawn = str(picture.absolute()) if picture else "none: no run has an eval loss"
+    print_facts(console, [("curves", drawn)])
+    if comparison.incomparable_by:
+        differing = ", ".join(comparison.incomparable_by)
+        show_warning(console, f"their eval losses do not compare, since these settings differ: {differing}")
+
+
+def show_warning(console: Console, warning: str) -> None:
+    """A line that a person should know of."""
+    console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
@@ -136,6 +145,13 @@ def _table(*columns: str) -> Table:
         heading = column.removeprefix(">")
         table.add_column(Text(heading), justify="right" if column != heading else "left", overflow="fold")
     return table
+
+
+def _setting(run: RunDetails, key: str, value: Any) -> str:
+    if value is not None:
+        return str(value)
+    continues_adapter = run.config.get("initial_adapter_model_ckpt_path") is not None
+    return "as its parent's" if continues_adapter and key.startswith("lora_config") else "-"
 
 
 def _loss(value: float | None) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runs.layout import Export, RunResult, Speed
-from runs.screen import print_eval_losses, print_facts, short_name
+from runs.screen import print_eval_losses, print_facts, short_name, show_warning
 from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
 from training.events import (
     CheckpointCommitted,
@@ -140,11 +140,6 @@ def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
         else:
             text.append(f"«{piece}»")
     return text
-
-
-def show_warning(console: Console, warning: str) -> None:
-    """A line that a person should know of."""
-    console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def show_completed(console: Console) -> None:

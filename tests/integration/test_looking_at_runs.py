@@ -240,6 +240,7 @@ def test_who_reads_may_leave(tmp_path: Path):
 def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
     adapter = {"lora_config": {"r": 8, "lora_alpha": 16}}
     one = write_run(storage, "one", eval_losses(2.0, 1.5), result=None, run_name="one", **adapter)
+    assert "warning" not in look("compare", one, "--picture", str(tmp_path / "one.png")).output
     other = eval_losses(2.0, 1.25, 1.0)
     two = write_run(
         storage,
@@ -264,6 +265,23 @@ def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
     assert rows["curves"][-1] == str(picture)
     look("compare", one, "--picture", str(picture))
     assert picture.read_bytes() not in (b"", both), "each run has a curve"
+
+
+def test_runs_that_were_evaluated_on_other_rows_are_told_apart(look: Look, tmp_path: Path):
+    storage = open_store(str(tmp_path / "runs"))
+    first = {"valid_path": "a.jsonl", "lora_config": {"r": 8}}
+    then = {"valid_path": "b.jsonl", "initial_adapter_model_ckpt_path": "run:a"}
+    a = write_run(storage, "a", eval_losses(2.0), result=None, **first)
+    b = write_run(storage, "b", eval_losses(1.0), result=None, **then)
+    unevaluated = write_run(storage, "c", [], result=None)
+    picture = str(tmp_path / "picture.png")
+    said = look("compare", a, b, "--picture", picture).output
+    assert "warning: their eval losses do not compare, since these settings differ: valid_path" in said
+    rows = [" ".join(line.split()) for line in said.splitlines()]
+    assert {"lora_config.r 8 as its parent's", "initial_adapter_model_ckpt_path - run:a"} <= set(rows)
+    assert "warning" not in look("compare", a, unevaluated, "--picture", picture).output
+    finished = look("compare", a, b, "--picture", picture, "--json")
+    assert finished.result["incomparable_by"] == ["valid_path"]
 
 
 def test_runs_without_an_eval_loss_have_no_picture(look: Look, tmp_path: Path):
@@ -342,5 +360,12 @@ def test_no_network(look: Look, command: str):
 def test_a_picture_that_cannot_be_written(look: Look, tmp_path: Path):
     run = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
     (tmp_path / "file").write_text("")
-    message = refusal(look("compare", run, "--picture", str(tmp_path / "file" / "a.png")))
-    assert f"cannot write {tmp_path / 'file' / 'a.png'}" in message
+    (tmp_path / "full").mkdir()
+    for name, message in {
+        "file/a.png": f"{tmp_path}/file is a file; name a file in a directory",
+        "new/a.png": f"{tmp_path}/new is no directory that exists; name a file in a directory",
+        "full": f"it is a directory; name a file in it: {tmp_path}/full/comparison.png",
+    }.items():
+        said = refusal(look("compare", run, "--picture", f"{tmp_path}/{name}"))
+        assert said == f"cannot write {tmp_path}/{name}: {message}\n"
+    assert not (tmp_path / "new").exists()

@@ -18,7 +18,7 @@ def test_text_stays_as_it_is():
     output.print('{"path": "a:b:c", "says": ":fire:"}')
     output.write("a\tb\n")
     output.file.close()
-    with open(reader, encoding="utf-8") as file:
+    with os.fdopen(reader, encoding="utf-8") as file:
         assert file.read() == '{"path": "a:b:c", "says": ":fire:"}\na\tb\n'
 
 
