@@ -69,6 +69,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _list(output: Console, storage: str, as_json: bool) -> str:
+    if storage.startswith("run:"):
+        raise BucketError(f"{storage} is one run, and no place where runs are: main.py show {storage}")
     with _reach([storage]):
         runs = list_runs(storage)
     if not as_json:

@@ -7,6 +7,7 @@ however many checkpoints it has; they go out side by side.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -25,6 +26,7 @@ from runs.layout import (
     RunStatus,
     checkpoint_uri,
     default_storage,
+    run_of,
 )
 from runs.reading import eval_losses_of, read_claim, read_metrics, read_result, survey
 from utils.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
@@ -107,7 +109,7 @@ def read_run(uri: str) -> RunDetails:
         NotFoundError: there is none.
         BucketError: it cannot be read, or what lies there is damaged.
     """
-    check_readable(uri)
+    check_run(uri)
     store = open_store(uri)
     summary = _summarize(store, "")
     if summary is None:
@@ -131,10 +133,39 @@ def read_run(uri: str) -> RunDetails:
 
 
 def run_uri(name_or_uri: str) -> str:
-    """`run:NAME` -> its URI where runs go by default; anything else as it is, local paths absolute."""
+    """`run:NAME` -> its URI where runs go by default; anything else as it is, local paths absolute.
+
+    Raises:
+        NotFoundError: it is a bare name, and no directory here has it.
+        BucketError: it is no place that can be opened.
+    """
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
+    if "/" not in name_or_uri and not Path(name_or_uri).exists():
+        raise NotFoundError(f"{name_or_uri}: there is no such directory. Did you mean run:{name_or_uri}?")
     return open_store(name_or_uri).uri
+
+
+def check_run(uri: str) -> None:
+    """Make sure that something can be read where a run, or one of its checkpoints, is looked for.
+
+    Raises:
+        NotFoundError: there is nothing; the message says how to see what there is.
+        BucketError: it cannot be read.
+    """
+    try:
+        check_readable(uri)
+    except NotFoundError as error:
+        place = uri.rstrip("/").rpartition("/")[0]
+        if run := run_of(uri):
+            raise NotFoundError(
+                f"{uri}: there is no such checkpoint; `main.py show {run}` lists what is there"
+            ) from error
+        if place.strip("/") and not place.endswith("/"):
+            raise NotFoundError(
+                f"{uri}: there is no such run; `main.py runs {place}` lists what is there"
+            ) from error
+        raise
 
 
 def _read_config(store: Store) -> dict[str, Any]:

@@ -321,6 +321,28 @@ def test_a_place_where_nothing_is(look: Look, storage: Store, command: str):
 def test_a_run_where_runs_are_to_be_listed(look: Look, storage: Store):
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
     assert f"It is a run itself: main.py show {uri}" in refusal(look("runs", uri))
+    message = refusal(look("runs", "run:a"))
+    assert message == "run:a is one run, and no place where runs are: main.py show run:a\n"
+
+
+def test_a_name_that_is_no_runs(look: Look, storage: Store):
+    write_run(storage, "first", eval_losses(2.0), result=None)
+    assert refusal(look("show", "first")) == "first: there is no such directory. Did you mean run:first?\n"
+    nope = storage.uri_of("nope")
+    message = f"{nope}: there is no such run; `main.py runs {storage.uri}` lists what is there\n"
+    for command in ("show", "compare", "export"):
+        assert refusal(look(command, nope)) == message
+    checkpoint = storage.uri_of("first/checkpoints/step-000077")
+    message = f"{checkpoint}: there is no such checkpoint; `main.py show {storage.uri_of('first')}` lists"
+    assert refusal(look("export", checkpoint)).startswith(message)
+
+
+@pytest.mark.parametrize(("word", "command"), [("shwo", "show"), ("run", "runs"), ("exprot", "export")])
+def test_a_command_that_is_misspelt(look: Look, word: str, command: str):
+    assert f"{word}: there is no such file, and no such command: did you mean main.py {command}?" in refusal(
+        look(word, "run:a", "--json")
+    )
+    assert "did you mean" not in refusal(look(f"{word}.yaml"))
 
 
 def test_a_damaged_run(look: Look, storage: Store):
