@@ -59,13 +59,27 @@ def show_run(console: Console, run: RunDetails) -> None:
         ),
     ]
     if run.result:
+        is_older = "" if run.status == run.result.status else ", when the attempt before this one ended"
         facts += [
             ("started from", run.result.parent or "the model"),
-            ("trained", describe_training(run)),
+            ("trained", describe_training(run) + is_older),
             ("versions", " ".join(f"{name} {version}" for name, version in run.result.versions.items())),
             ("library output", " ".join(run.result.log_files)),
         ]
-    print_facts(console, [*facts, *(("damaged", line) for line in run.damage)])
+    print_facts(console, [*facts, *(("damaged", line) for line in run.damage), *_next(run)])
+
+
+def _next(run: RunDetails) -> list[tuple[str, str]]:
+    """How a run that nobody trains is gone on with."""
+    lines = []
+    if run.status in ("stopped", "failed", "interrupted"):
+        lines.append(f"the same command {'goes on with it' if run.checkpoints else 'begins it again'}")
+    if run.checkpoints and run.status != "running":
+        newest = run.checkpoints[-1].uri
+        lines.append(
+            f"another run takes over its whole state, to train longer: resume_from_checkpoint: {newest}"
+        )
+    return [("next" if line is lines[0] else "", line) for line in lines]
 
 
 def describe_training(run: RunDetails) -> str:

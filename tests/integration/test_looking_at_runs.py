@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from runs.layout import (
     CLAIM_EXPIRES_SECONDS,
@@ -23,6 +26,7 @@ from runs.layout import (
     claim_key,
 )
 from runs.listing import list_runs, read_run
+from runs.screen import show_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
 from tests.support.jobs import PROJECT, Finished, environment, write_yaml
@@ -214,6 +218,22 @@ def test_a_run_is_shown_in_full(storage: Store, look: Look):
     for part in (uri, "completed: all steps done", "1.5000   best", "some/model", "12,345 tokens", "5 h ago"):
         assert part in said
     assert "model.safetensors has no bytes" in said
+
+
+@pytest.mark.parametrize("status", ["completed", "stopped", "failed", "running", "interrupted"])
+def test_how_a_run_is_gone_on_with(tmp_path: Path, status: Any):
+    storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
+    has_ended = status in ("completed", "stopped", "failed")
+    result = result_of(storage.uri_of("a"), losses, status=status) if has_ended else None
+    uri = write_run(storage, "a", losses, result=result)
+    if status == "running":
+        write_claim(storage, "a")
+    console = Console(file=StringIO(), width=1000)
+    show_run(console, read_run(uri))
+    said = console.file.getvalue()
+    assert ("the same command goes on with it" in said) == (status not in ("completed", "running"))
+    resume = f"to train longer: resume_from_checkpoint: {uri}/checkpoints/step-000000"
+    assert (resume in said) == (status != "running")
 
 
 def test_run_names_are_looked_for_where_runs_go_by_default(look: Look, bucket_uri: str):
