@@ -276,6 +276,12 @@ class RunResult(_Record):
     """UTC, ISO 8601; None in results of before it was told."""
 
     @property
+    def chosen(self) -> Literal["best", "newest"]:
+        """What `best_checkpoint` is: the best by eval loss, or, where none was evaluated, the newest."""
+        evaluated = {checkpoint_uri(self.run_uri, loss.step) for loss in self.eval_losses}
+        return "best" if self.best_checkpoint in evaluated else "newest"
+
+    @property
     def exit_code(self) -> int:
         """What main.py ends with: 0 done, 1 failed, 128 + the signal that stopped it."""
         if self.status == "stopped":

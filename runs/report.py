@@ -167,17 +167,19 @@ def _commands(report: RunReport) -> list[str]:
         commands["Go on from the newest checkpoint:"] = shlex.join(report.command)
     elif result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if report.trains_adapter else "initial_base_model_ckpt_path"
-        commands["Train on from the best checkpoint, with other rows or settings: a YAML with"] = (
-            f"{key}: {result.best_checkpoint}"
-        )
+        commands[
+            f"Train on from the {result.chosen} checkpoint, with other rows or settings: a YAML with"
+        ] = f"{key}: {result.best_checkpoint}"
     if result.best_checkpoint:
         main = [".venv/bin/python", "main.py"]
-        commands["Talk with the best checkpoint:"] = shlex.join([*main, "chat", result.run_uri])
+        commands[f"Talk with the {result.chosen} checkpoint:"] = shlex.join([*main, "chat", result.run_uri])
         commands["Answer and score held-out rows:"] = shlex.join(
             [*main, "evaluate", result.run_uri, "--data", "test.jsonl"]
         )
         what = (
-            "Merge the best adapter into its base model" if report.trains_adapter else "Export the best model"
+            f"Merge the {result.chosen} adapter into its base model"
+            if report.trains_adapter
+            else f"Export the {result.chosen} model"
         )
         commands[f"{what}, then serve it, with vLLM installed:"] = (
             f"{shlex.join([*main, 'export', result.run_uri, '--to', 'exported'])}\nvllm serve exported"

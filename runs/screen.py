@@ -143,8 +143,9 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Names and values, one a line; lines are not broken, so that URIs can be copied."""
+    width = max([17, *(len(name) + 2 for name, _ in facts)])
     for name, value in facts:
-        console.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
 
 
 def short_name(figure: str) -> str:

@@ -260,9 +260,9 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     console.print()
     facts = [
         ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
-        ("best checkpoint", result.best_checkpoint or "none"),
+        (f"{result.chosen} checkpoint", result.best_checkpoint or "none"),
         *(("started again", failure) for failure in result.failures),
-        ("last checkpoint", result.last_checkpoint or "none"),
+        *([("last checkpoint", result.last_checkpoint or "none")] if result.chosen == "best" else []),
         ("run", result.run_uri),
         (
             "trained",

@@ -103,6 +103,15 @@ def test_a_run_that_failed_before_it_measured_anything_has_a_page():
     assert "<svg" not in page
 
 
+def test_nothing_is_called_best_that_was_never_evaluated():
+    checkpoint = f"{RUN}/checkpoints/step-000015"
+    result = result_of(RUN, eval_losses(2.0), best_checkpoint=checkpoint, last_checkpoint=checkpoint)
+    assert "Talk with the best checkpoint" in to_html(report())
+    page = to_html(report(result=result))
+    assert "Talk with the newest checkpoint" in page
+    assert "the best" not in page
+
+
 def test_full_weights_are_not_merged():
     assert "Merge the best adapter" in to_html(report())
     page = unescape(to_html(report(trains_adapter=False)))
