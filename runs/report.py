@@ -188,7 +188,7 @@ def _commands(report: RunReport) -> list[str]:
         what = f"Train on from the {chosen} checkpoint, with other rows or settings: a YAML with"
         commands[what] = f"{key}: {result.best_checkpoint}"
     if result.last_checkpoint:
-        what = "Take over the whole state, to train longer: a YAML with another run_name and"
+        what = "Take over the whole state, to train longer: the YAML with another run_name, more epochs and"
         commands[what] = f"resume_from_checkpoint: {result.last_checkpoint}"
     if result.best_checkpoint:
         main = [".venv/bin/python", "main.py"]

@@ -15,19 +15,21 @@ from utils.files import format_bytes
 
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
-    """A line for each run."""
+    """A line for each run; on a terminal what there is room for of why it ended."""
     table = _table("run", "status", ">best eval loss", ">steps", ">age", "")
+    table.expand = console.is_terminal
+    table.columns[-1].ratio = 1  # the others keep their widths, as long as they can
     for run in runs:
-        reason = "" if run.status == "completed" else run.reason
+        reason = "" if run.status == "completed" else " ".join(run.reason.split())
         table.add_row(
             run.run_name,
             run.status,
             _loss(run.best_eval_loss),
             f"{run.steps:,}",
             _age(run.age_seconds),
-            reason,
+            Text(reason, no_wrap=True, overflow="ellipsis"),
         )
-    console.print(table)
+    _print_table(console, table)
 
 
 def show_run(console: Console, run: RunDetails) -> None:
@@ -46,7 +48,7 @@ def show_run(console: Console, run: RunDetails) -> None:
                 checkpoint.created,
                 checkpoint.uri,
             )
-        console.print(table)
+        _print_table(console, table)
         console.print()
     facts = [
         ("run", run.run_uri),
@@ -107,13 +109,13 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
     table = _table("", *(run.run_name for run in runs))
     for name, values in facts.items():
         table.add_row(name, *values)
-    console.print(table)
+    _print_table(console, table)
     console.print()
     if comparison.differences:
         table = _table("setting", *(run.run_name for run in runs))
         for key, values in comparison.differences.items():
             table.add_row(key, *(_setting(run, key, value) for run, value in zip(runs, values, strict=True)))
-        console.print(table)
+        _print_table(console, table)
     else:
         console.print("Their settings are the same.")
     console.print()
@@ -138,7 +140,7 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
         mark = "best" if loss.eval_loss == lowest else ""
         figures = [f"{loss.figures[name]:.4f}" for name in beside]
         table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
-    console.print(table)
+    _print_table(console, table)
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
@@ -160,6 +162,17 @@ def _table(*columns: str) -> Table:
         heading = column.removeprefix(">")
         table.add_column(Text(heading), justify="right" if column != heading else "left", overflow="fold")
     return table
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """In a pipe lines end where their text does; rich makes them all as long as the longest."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.print(Text(line.rstrip()), soft_wrap=True)
 
 
 def _setting(run: RunDetails, key: str, value: Any) -> str:
