@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import ExitStack
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,16 +44,23 @@ def main(arguments: list[str]) -> int:
         return look(arguments)
     if arguments and arguments[0] in using.COMMANDS:
         return use(arguments)
+    if arguments and (meant := misspelt_command(arguments[0])):
+        print(
+            f"error: {arguments[0]}: there is no such file, and no such command: did you mean main.py {meant}?",
+            file=sys.stderr,
+        )
+        return REFUSED
     options = parse_arguments(arguments)
     try:
         loaded = load_config(options.config, options.overrides)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    output, errors = open_consoles()
     for warning in loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        errors.write(f"warning: {warning}\n")
     if options.print_config:
-        print(json.dumps(resolved(loaded)) if options.json else to_marked_yaml(loaded).rstrip())
+        output.write(f"{json.dumps(resolved(loaded))}\n" if options.json else to_marked_yaml(loaded))
         return DONE
     command = ["python", "main.py", str(options.config), *options.overrides]
     if options.submit:
@@ -94,6 +102,14 @@ def use(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
+
+
+def misspelt_command(word: str) -> str | None:
+    """The command that a first argument may mean that is neither a command nor a file."""
+    path = Path(word)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return None
+    return next(iter(get_close_matches(word, (*looking.COMMANDS, *using.COMMANDS), n=1)), None)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

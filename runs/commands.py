@@ -12,7 +12,7 @@ from runs import screen
 from runs.comparison import compare_runs, draw
 from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
-from utils.bucket import uses_embedded_bucket
+from utils.bucket import BucketError, uses_embedded_bucket
 from utils.console import open_consoles
 from utils.embedded_bucket import embedded_bucket
 from utils.files import write_atomically
@@ -20,6 +20,8 @@ from utils.store import explained
 
 COMMANDS = ("runs", "show", "compare")
 """What may stand where else a YAML does; a file of that name is written ./runs."""
+
+_PICTURE = "comparison.png"
 
 
 def run_command(arguments: list[str]) -> None:
@@ -57,9 +59,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     comparing.add_argument(
         "--picture",
         type=Path,
-        default=Path("comparison.png"),
+        default=Path(_PICTURE),
         metavar="FILE.png",
-        help="default: %(default)s",
+        help="where the curves are drawn; default: %(default)s, in the working directory",
     )
     for command in (listing, showing, comparing):
         command.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
@@ -67,6 +69,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _list(output: Console, storage: str, as_json: bool) -> str:
+    if storage.startswith("run:"):
+        raise BucketError(f"{storage} is one run, and no place where runs are: main.py show {storage}")
     with _reach([storage]):
         runs = list_runs(storage)
     if not as_json:
@@ -83,6 +87,7 @@ def _show(output: Console, uri: str, as_json: bool) -> str:
 
 
 def _compare(output: Console, uris: Sequence[str], path: Path, as_json: bool) -> str:
+    _check_picture(path)
     with _reach(uris):
         comparison = compare_runs(uris)
     picture = draw(comparison)
@@ -92,6 +97,17 @@ def _compare(output: Console, uris: Sequence[str], path: Path, as_json: bool) ->
     if not as_json:
         screen.show_comparison(output, comparison, path if picture else None)
     return comparison.model_dump_json()
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse, before runs are read, a file that cannot be made."""
+    with explained("write", str(path)):
+        if path.is_dir():
+            raise BucketError(f"cannot write {path}: it is a directory; name a file in it: {path / _PICTURE}")
+        if path.parent.is_dir():
+            return
+        wrong = "is a file" if path.parent.exists() else "is no directory that exists"
+        raise BucketError(f"cannot write {path}: {path.parent} {wrong}; name a file in a directory")
 
 
 def _reach(uris: Sequence[str]) -> AbstractContextManager[object]:

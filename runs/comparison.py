@@ -10,6 +10,7 @@ from runs.curve import draw_eval_curves
 from runs.listing import RunDetails, read_run
 
 _NOT_COMPARED = {"run_name", "storage_path", "output_dir"}  # where a run is, not what it is
+_WHAT_IS_EVALUATED = {"valid_path", "task", "preference_tuning_config", "classifier_config"}
 
 
 class Comparison(BaseModel):
@@ -20,16 +21,26 @@ class Comparison(BaseModel):
     runs: list[RunDetails]
     differences: dict[str, list[Any]]
     """Keys of the configuration that are not the same everywhere -> their values, in the order of the runs."""
+    incomparable_by: list[str]
+    """Those of them that make eval losses mean something else in one run than in another."""
 
 
 def compare_runs(uris: Sequence[str]) -> Comparison:
     """Read runs and compare them; errors as of `read_run`."""
     runs = [read_run(uri) for uri in uris]
+    evaluated = _differences([run for run in runs if run.eval_losses])
+    return Comparison(
+        runs=runs,
+        differences=_differences(runs),
+        incomparable_by=[key for key in evaluated if key.partition(".")[0] in _WHAT_IS_EVALUATED],
+    )
+
+
+def _differences(runs: Sequence[RunDetails]) -> dict[str, list[Any]]:
     configs = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key not in _NOT_COMPARED)
     values = {key: [config.get(key) for config in configs] for key in keys}
-    differences = {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-    return Comparison(runs=runs, differences=differences)
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
 def draw(comparison: Comparison) -> bytes | None:

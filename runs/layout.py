@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from utils.bucket import EMBEDDED_BUCKET, join_uri
+from utils.processes import started_after_boot, this_machine
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -175,7 +176,13 @@ class Claim(_Record):
     process: int
     """Of the driver, on that machine."""
     process_started: float
-    """Seconds since the epoch, by that machine's clock."""
+    """Seconds after that machine's boot."""
+
+    def owner_lives(self) -> bool | None:
+        """What the kernel says of its driver; None where that is on another machine, and only renewing tells."""
+        if self.machine != this_machine():
+            return None
+        return started_after_boot(self.process) == self.process_started
 
 
 class CheckpointUse(_Record):
@@ -267,6 +274,12 @@ class RunResult(_Record):
     versions: dict[str, str]
     ended: str | None = None
     """UTC, ISO 8601; None in results of before it was told."""
+
+    @property
+    def chosen(self) -> Literal["best", "newest"]:
+        """What `best_checkpoint` is: the best by eval loss, or, where none was evaluated, the newest."""
+        evaluated = {checkpoint_uri(self.run_uri, loss.step) for loss in self.eval_losses}
+        return "best" if self.best_checkpoint in evaluated else "newest"
 
     @property
     def exit_code(self) -> int:

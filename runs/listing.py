@@ -1,12 +1,13 @@
 """The runs below a place, and one of them in full.
 
-A run of a thousand costs what one costs: a completed run is one request, any other at most four, however many checkpoints
-it has; they go out side by side.
+A run of a thousand costs what one costs: a completed run is one request, any other at most four, or five where it is claimed,
+however many checkpoints it has; they go out side by side.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -18,14 +19,16 @@ from runs.layout import (
     CONFIG_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    Claim,
     EvalLoss,
     Manifest,
     RunResult,
     RunStatus,
     checkpoint_uri,
     default_storage,
+    run_of,
 )
-from runs.reading import eval_losses_of, read_metrics, read_result, survey
+from runs.reading import eval_losses_of, read_claim, read_metrics, read_result, survey
 from utils.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
 _REQUESTS_AT_ONCE = 32
@@ -77,7 +80,7 @@ class RunDetails(RunSummary):
     config: dict[str, Any]
     """Its config.yaml."""
     result: RunResult | None
-    """Its result.json: of the attempt before, while it is running again."""
+    """Its result.json: of an attempt before, where it is running again or was interrupted since."""
 
 
 def list_runs(storage: str) -> list[RunSummary]:
@@ -106,7 +109,7 @@ def read_run(uri: str) -> RunDetails:
         NotFoundError: there is none.
         BucketError: it cannot be read, or what lies there is damaged.
     """
-    check_readable(uri)
+    check_run(uri)
     store = open_store(uri)
     summary = _summarize(store, "")
     if summary is None:
@@ -130,10 +133,39 @@ def read_run(uri: str) -> RunDetails:
 
 
 def run_uri(name_or_uri: str) -> str:
-    """`run:NAME` -> its URI where runs go by default; anything else as it is, local paths absolute."""
+    """`run:NAME` -> its URI where runs go by default; anything else as it is, local paths absolute.
+
+    Raises:
+        NotFoundError: it is a bare name, and no directory here has it.
+        BucketError: it is no place that can be opened.
+    """
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
+    if "/" not in name_or_uri and not Path(name_or_uri).exists():
+        raise NotFoundError(f"{name_or_uri}: there is no such directory. Did you mean run:{name_or_uri}?")
     return open_store(name_or_uri).uri
+
+
+def check_run(uri: str) -> None:
+    """Make sure that something can be read where a run, or one of its checkpoints, is looked for.
+
+    Raises:
+        NotFoundError: there is nothing; the message says how to see what there is.
+        BucketError: it cannot be read.
+    """
+    try:
+        check_readable(uri)
+    except NotFoundError as error:
+        place = uri.rstrip("/").rpartition("/")[0]
+        if run := run_of(uri):
+            raise NotFoundError(
+                f"{uri}: there is no such checkpoint; `main.py show {run}` lists what is there"
+            ) from error
+        if place.strip("/") and not place.endswith("/"):
+            raise NotFoundError(
+                f"{uri}: there is no such run; `main.py runs {place}` lists what is there"
+            ) from error
+        raise
 
 
 def _read_config(store: Store) -> dict[str, Any]:
@@ -175,9 +207,9 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     if result is not None and result.status == "completed":
         return _of_result(uri, result)
     prefix = f"{name}/" if name else ""
-    claim_age = _claim_age(store, prefix)
-    is_claimed = claim_age is not None and claim_age < CLAIM_EXPIRES_SECONDS
-    if result is not None and not is_claimed:
+    claim, claim_age = _newest_claim(store, prefix)
+    is_running = claim is not None and _lives(claim, claim_age)
+    if result is not None and not is_running and not _was_left_after(result, claim):
         return _of_result(uri, result)
     metrics = read_metrics(store, f"{prefix}{METRICS_FILE}")
     age = (
@@ -188,13 +220,24 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     if age is None:
         return None
     steps = metrics[-1].step if metrics else 0
-    return _summary(uri, "running" if is_claimed else "interrupted", "", eval_losses_of(metrics), steps, age)
+    return _summary(uri, "running" if is_running else "interrupted", "", eval_losses_of(metrics), steps, age)
 
 
-def _claim_age(store: Store, prefix: str) -> float | None:
-    """Seconds since the newest claim was renewed; None where there is none."""
+def _newest_claim(store: Store, prefix: str) -> tuple[Claim | None, float | None]:
+    """(the newest claim, seconds since it was renewed); nothing where there is none."""
     claims = store.list(f"{prefix}{CLAIMS}/")
-    return store.age(claims[-1].key) if claims else None
+    return (read_claim(store, claims[-1].key), store.age(claims[-1].key)) if claims else (None, None)
+
+
+def _lives(claim: Claim, age: float | None) -> bool:
+    """Whether its owner still trains, as the next driver would see it."""
+    lives = claim.owner_lives()
+    return lives if lives is not None else age is not None and age < CLAIM_EXPIRES_SECONDS
+
+
+def _was_left_after(result: RunResult, claim: Claim | None) -> bool:
+    """Whether an attempt that began after a result has ended without one: an ordinary end takes its claim away."""
+    return claim is not None and result.ended is not None and claim.since > result.ended
 
 
 def _of_result(uri: str, result: RunResult) -> RunSummary:

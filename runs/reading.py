@@ -9,6 +9,7 @@ from runs.layout import (
     MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    Claim,
     EvalLoss,
     Manifest,
     MetricsLine,
@@ -52,6 +53,19 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
     except ValidationError as error:
         raise DamagedError(
             key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the next checkpoint writes it again"
+        ) from error
+
+
+def read_claim(store: Store, key: str) -> Claim | None:
+    """A claim on a run; None where its owner has ended. Arguments and errors as of `read_result`."""
+    written = store.read_if_exists(key)
+    if written is None:
+        return None
+    try:
+        return Claim.model_validate_json(written)
+    except ValidationError as error:
+        raise DamagedError(
+            key, f"{store.uri_of(key)} {_UNREADABLE}. If nobody trains this run, delete it and try again"
         ) from error
 
 

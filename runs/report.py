@@ -2,14 +2,15 @@
 
 import html
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from runs.curve import Line, draw_svg, eval_line
 from runs.layout import DATA_PAGE_FILE, Manifest, MetricsLine, RunResult, checkpoint_uri
 from runs.reading import eval_losses_of
+from utils.bucket import is_remote, local_path, uses_embedded_bucket
 from utils.files import format_bytes
-from utils.page import facts, page, preformatted, table
+from utils.page import Link, facts, page, preformatted, table
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class RunReport:
     parent_metrics: Sequence[MetricsLine]
     """Of the run that this one started from, up to there."""
     checkpoints: Sequence[Manifest]
+    data: Sequence[tuple[str, str]]
+    """Names and values, for people, of the rows."""
     config: str
     """The resolved YAML."""
     environment: Mapping[str, str]
@@ -39,7 +42,9 @@ def to_html(report: RunReport) -> str:
     if result.eval_losses:
         sections += ["<h2>Evaluations</h2>", _evaluations(report)]
     sections += [
-        f'<h2>Data</h2><p>Lengths, what was lost and examples: <a href="{DATA_PAGE_FILE}">{DATA_PAGE_FILE}</a>, beside this page.</p>',
+        "<h2>Data</h2>",
+        facts(_escaped(report.data)),
+        f"<p>Sources, a histogram and examples: {Link(DATA_PAGE_FILE, DATA_PAGE_FILE).to_html()}, beside this page.</p>",
         "<h2>Checkpoints</h2>",
         _checkpoints(report),
         "<h2>What to do next</h2>",
@@ -48,7 +53,13 @@ def to_html(report: RunReport) -> str:
         preformatted(report.config),
         "<h2>Environment</h2>",
         facts(
-            _escaped({**report.environment, **result.versions, "library output": " ".join(result.log_files)})
+            _escaped(
+                [
+                    *report.environment.items(),
+                    *result.versions.items(),
+                    ("library output", " ".join(result.log_files)),
+                ]
+            )
         ),
     ]
     return page(result.run_name, *sections)
@@ -71,7 +82,7 @@ def _summary(report: RunReport) -> str:
                 "ended": result.ended or "",
                 "trainable parameters": f"{result.trainable_parameters:,}",
                 "run": result.run_uri,
-            }
+            }.items()
         )
     )
 
@@ -152,38 +163,58 @@ def _checkpoints(report: RunReport) -> str:
                 "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
                 format_bytes(sum(file.size for file in manifest.files)),
                 manifest.created,
-                checkpoint_uri(report.result.run_uri, manifest.step),
+                _place(checkpoint_uri(report.result.run_uri, manifest.step)),
             )
             for manifest in report.checkpoints
         ),
     )
 
 
+def _place(uri: str) -> str | Link:
+    """A directory of this machine leads there; what opens a bucket in a browser is not known."""
+    return uri if is_remote(uri) else Link(uri, local_path(uri).as_uri())
+
+
 def _commands(report: RunReport) -> list[str]:
     """What may be typed next, each with what it does."""
     result = report.result
+    chosen = result.chosen
     commands = {}
     if result.status != "completed":
-        commands["Go on from the newest checkpoint:"] = shlex.join(report.command)
+        where = "Go on from the newest checkpoint:" if result.last_checkpoint else "Begin again:"
+        commands[where] = shlex.join(report.command)
     elif result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if report.trains_adapter else "initial_base_model_ckpt_path"
-        commands["Train on from the best checkpoint, with other rows or settings: a YAML with"] = (
-            f"{key}: {result.best_checkpoint}"
-        )
+        what = f"Train on from the {chosen} checkpoint, with other rows or settings: a YAML with"
+        commands[what] = f"{key}: {result.best_checkpoint}"
+    if result.last_checkpoint:
+        what = "Take over the whole state, to train longer: the YAML with another run_name, more epochs and"
+        commands[what] = f"resume_from_checkpoint: {result.last_checkpoint}"
     if result.best_checkpoint:
         main = [".venv/bin/python", "main.py"]
-        commands["Talk with the best checkpoint:"] = shlex.join([*main, "chat", result.run_uri])
+        commands[f"Talk with the {chosen} checkpoint:"] = shlex.join([*main, "chat", result.run_uri])
         commands["Answer and score held-out rows:"] = shlex.join(
             [*main, "evaluate", result.run_uri, "--data", "test.jsonl"]
         )
         what = (
-            "Merge the best adapter into its base model" if report.trains_adapter else "Export the best model"
+            f"Merge the {chosen} adapter into its base model"
+            if report.trains_adapter
+            else f"Export the {chosen} model"
         )
         commands[f"{what}, then serve it, with vLLM installed:"] = (
             f"{shlex.join([*main, 'export', result.run_uri, '--to', 'exported'])}\nvllm serve exported"
         )
+    if result.best_checkpoint and _is_reached_by_aws(result.best_checkpoint):
+        here = result.best_checkpoint.rpartition("/")[2]
+        commands[f"Copy the {chosen} checkpoint to this machine, with the AWS CLI installed:"] = shlex.join(
+            ["aws", "s3", "cp", "--recursive", result.best_checkpoint, here]
+        )
     return [f"<p>{html.escape(what)}</p>{preformatted(command)}" for what, command in commands.items()]
 
 
-def _escaped(items: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, html.escape(value)) for name, value in items.items()]
+def _is_reached_by_aws(uri: str) -> bool:
+    return uri.startswith("s3://") and not uses_embedded_bucket(uri)
+
+
+def _escaped(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name, html.escape(value)) for name, value in items]

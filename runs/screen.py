@@ -15,19 +15,21 @@ from utils.files import format_bytes
 
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
-    """A line for each run."""
+    """A line for each run; on a terminal what there is room for of why it ended."""
     table = _table("run", "status", ">best eval loss", ">steps", ">age", "")
+    table.expand = console.is_terminal
+    table.columns[-1].ratio = 1  # the others keep their widths, as long as they can
     for run in runs:
-        reason = "" if run.status == "completed" else run.reason
+        reason = "" if run.status == "completed" else " ".join(run.reason.split())
         table.add_row(
             run.run_name,
             run.status,
             _loss(run.best_eval_loss),
             f"{run.steps:,}",
             _age(run.age_seconds),
-            reason,
+            Text(reason, no_wrap=True, overflow="ellipsis"),
         )
-    console.print(table)
+    _print_table(console, table)
 
 
 def show_run(console: Console, run: RunDetails) -> None:
@@ -46,7 +48,7 @@ def show_run(console: Console, run: RunDetails) -> None:
                 checkpoint.created,
                 checkpoint.uri,
             )
-        console.print(table)
+        _print_table(console, table)
         console.print()
     facts = [
         ("run", run.run_uri),
@@ -59,13 +61,27 @@ def show_run(console: Console, run: RunDetails) -> None:
         ),
     ]
     if run.result:
+        is_older = "" if run.status == run.result.status else ", when the attempt before this one ended"
         facts += [
             ("started from", run.result.parent or "the model"),
-            ("trained", describe_training(run)),
+            ("trained", describe_training(run) + is_older),
             ("versions", " ".join(f"{name} {version}" for name, version in run.result.versions.items())),
             ("library output", " ".join(run.result.log_files)),
         ]
-    print_facts(console, [*facts, *(("damaged", line) for line in run.damage)])
+    print_facts(console, [*facts, *(("damaged", line) for line in run.damage), *_next(run)])
+
+
+def _next(run: RunDetails) -> list[tuple[str, str]]:
+    """How a run that nobody trains is gone on with."""
+    lines = []
+    if run.status in ("stopped", "failed", "interrupted"):
+        lines.append(f"the same command {'goes on with it' if run.checkpoints else 'begins it again'}")
+    if run.checkpoints and run.status != "running":
+        newest = run.checkpoints[-1].uri
+        lines.append(
+            f"another run takes over its whole state, to train longer: resume_from_checkpoint: {newest}"
+        )
+    return [("next" if line is lines[0] else "", line) for line in lines]
 
 
 def describe_training(run: RunDetails) -> str:
@@ -93,17 +109,26 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
     table = _table("", *(run.run_name for run in runs))
     for name, values in facts.items():
         table.add_row(name, *values)
-    console.print(table)
+    _print_table(console, table)
     console.print()
     if comparison.differences:
         table = _table("setting", *(run.run_name for run in runs))
         for key, values in comparison.differences.items():
-            table.add_row(key, *("" if value is None else str(value) for value in values))
-        console.print(table)
+            table.add_row(key, *(_setting(run, key, value) for run, value in zip(runs, values, strict=True)))
+        _print_table(console, table)
     else:
         console.print("Their settings are the same.")
     console.print()
-    print_facts(console, [("curves", str(picture) if picture else "none: no run has an eval loss")])
+    drawn = str(picture.absolute()) if picture else "none: no run has an eval loss"
+    print_facts(console, [("curves", drawn)])
+    if comparison.incomparable_by:
+        differing = ", ".join(comparison.incomparable_by)
+        show_warning(console, f"their eval losses do not compare, since these settings differ: {differing}")
+
+
+def show_warning(console: Console, warning: str) -> None:
+    """A line that a person should know of."""
+    console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
@@ -115,13 +140,14 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
         mark = "best" if loss.eval_loss == lowest else ""
         figures = [f"{loss.figures[name]:.4f}" for name in beside]
         table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
-    console.print(table)
+    _print_table(console, table)
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Names and values, one a line; lines are not broken, so that URIs can be copied."""
+    width = max([17, *(len(name) + 2 for name, _ in facts)])
     for name, value in facts:
-        console.print(Text.assemble((f"{name:<17}", "bold"), value), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
 
 
 def short_name(figure: str) -> str:
@@ -136,6 +162,24 @@ def _table(*columns: str) -> Table:
         heading = column.removeprefix(">")
         table.add_column(Text(heading), justify="right" if column != heading else "left", overflow="fold")
     return table
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """In a pipe lines end where their text does; rich makes them all as long as the longest."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.print(Text(line.rstrip()), soft_wrap=True)
+
+
+def _setting(run: RunDetails, key: str, value: Any) -> str:
+    if value is not None:
+        return str(value)
+    continues_adapter = run.config.get("initial_adapter_model_ckpt_path") is not None
+    return "as its parent's" if continues_adapter and key.startswith("lora_config") else "-"
 
 
 def _loss(value: float | None) -> str:

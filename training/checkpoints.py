@@ -307,9 +307,7 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
     if uri.startswith("run:") and not store.list():
         raise ConfigError(f"{uri}: there is no run {place}. Look at its spelling and at storage_path.")
     if uri.startswith("run:") or store.list(f"{CHECKPOINTS}/"):
-        raise ConfigError(
-            f"{uri}: the run {place} has committed no checkpoint yet. Run it first, or name another."
-        )
+        raise ConfigError(f"{uri}: {describe_no_checkpoint(store)}")
     if run_uri := run_of(place):
         if store.read_if_exists(MANIFEST_FILE) is None:
             raise ConfigError(
@@ -319,3 +317,15 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
         if wrong := wrong_sizes(run, manifest, sizes(run, checkpoint_key(manifest.step))):
             raise ConfigError(f"{uri}: the checkpoint is damaged:\n  {wrong[0]}\nName another.")
     return place
+
+
+def describe_no_checkpoint(run: Store) -> str:
+    """Why nothing can be taken from a run that has committed no checkpoint, and what to do. Raises BucketError."""
+    result = read_result(run)
+    if result is None:
+        return f"the run {run.uri} has committed no checkpoint yet. Run it first, or name another."
+    ended = "was stopped" if result.status == "stopped" else result.status
+    return (
+        f"the run {run.uri} {ended} before its first checkpoint: {result.reason.rstrip('.')}. The same command begins it again; or "
+        "name another run."
+    )

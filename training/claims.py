@@ -16,11 +16,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-from pydantic import ValidationError
-
 from runs.layout import CLAIM_EXPIRES_SECONDS, CLAIMS, Claim, claim_key
-from utils.bucket import AlreadyExistsError, BucketError, Store
+from runs.reading import read_claim
+from utils.bucket import AlreadyExistsError, BucketError, DamagedError, Store
+from utils.processes import started_after_boot, this_machine
 
 RENEW_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
@@ -79,14 +78,17 @@ def _take(store: Store, waiting: Callable[[str], None]) -> Claim:
             f"{CLAIM_EXPIRES_SECONDS:.0f} s), or choose another run_name."
         )
     number = max(numbers, default=0) + 1  # of the same listing: a claim made since then must be in our way
+    process = os.getpid()
+    started = started_after_boot(process)
+    assert started is not None
     claim = Claim(
         number=number,
         token=secrets.token_hex(8),
-        owner=f"{_user()}@{socket.gethostname()}, process {os.getpid()}",
+        owner=f"{_user()}@{socket.gethostname()}, process {process}",
         since=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=_machine(),
-        process=os.getpid(),
-        process_started=psutil.Process().create_time(),
+        machine=this_machine(),
+        process=process,
+        process_started=started,
     )
     try:
         store.write(claim_key(number), _content(claim), only_if_absent=True)
@@ -97,11 +99,9 @@ def _take(store: Store, waiting: Callable[[str], None]) -> Claim:
 
 def _lives(store: Store, claim: Claim, waiting: Callable[[str], None]) -> bool:
     """Whether the owner still renews; on our own machine the kernel knows it at once."""
-    if claim.machine == _machine():
-        try:
-            return psutil.Process(claim.process).create_time() == claim.process_started
-        except psutil.NoSuchProcess:
-            return False
+    lives = claim.owner_lives()
+    if lives is not None:
+        return lives
     first = age = store.age(claim_key(claim.number))
     while age is not None and age < CLAIM_EXPIRES_SECONDS:
         if first is None or age < first:
@@ -127,15 +127,12 @@ def _newest(store: Store) -> Claim | None:
 
 def _newest_of(store: Store, numbers: list[int]) -> Claim | None:
     for number in sorted(numbers, reverse=True):
-        content = store.read_if_exists(claim_key(number))
-        if content is None:
-            continue  # its owner has just ended
         try:
-            return Claim.model_validate_json(content)
-        except ValidationError as error:
-            raise ClaimError(
-                f"{store.uri_of(claim_key(number))} is damaged. If nobody trains this run, delete it and try again."
-            ) from error
+            claim = read_claim(store, claim_key(number))
+        except DamagedError as error:
+            raise ClaimError(f"{error}.") from error
+        if claim is not None:  # else its owner has just ended
+            return claim
     return None
 
 
@@ -153,11 +150,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container without an entry for this id
         return str(os.getuid())
-
-
-def _machine() -> str:
-    """The same for processes that see one another by their ids: this boot, and this process namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return socket.gethostname()
-    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"

@@ -13,7 +13,7 @@ from configs.loading import ConfigError
 from configs.schema import Column, ExportConfig
 from runs.layout import Export
 from utils.bucket import open_store
-from utils.console import library_output_in, open_consoles
+from utils.console import Output, library_output_in, open_consoles
 
 if TYPE_CHECKING:
     from training.trained import TrainedModel
@@ -174,7 +174,7 @@ def export_run(run: str, settings: ExportConfig, screen: Console, progress: Cons
     return exported
 
 
-def _chat(options: argparse.Namespace, output: Console, errors: Console) -> None:
+def _chat(options: argparse.Namespace, output: Output, errors: Console) -> None:
     from training.chat import Conversation
     from training.display import Watch
     from training.trained import trained_model
@@ -185,22 +185,18 @@ def _chat(options: argparse.Namespace, output: Console, errors: Console) -> None
     if prompt is not None and not prompt.strip():
         raise ConfigError("there is no prompt: write --prompt TEXT, or send text to standard input")
 
-    def say(text: str) -> None:
-        output.file.write(text)
-        output.file.flush()
-
     with trained_model(options.run) as trained, _libraries_quiet(trained):
         with Watch(errors) as watch:
             watch.phase(f"loading {trained.checkpoint}")
             conversation = Conversation(trained)
         if prompt is not None:
-            conversation.answer(prompt.strip(), say, max_new_tokens=options.max_new_tokens)
-            say("\n")
+            conversation.answer(prompt.strip(), output.write, max_new_tokens=options.max_new_tokens)
+            output.write("\n")
             return
         errors.print("An empty line, Ctrl-D or Ctrl-C ends the conversation.")
         while asked := _ask(errors):
-            conversation.answer(asked, say, max_new_tokens=options.max_new_tokens)
-            say("\n")
+            conversation.answer(asked, output.write, max_new_tokens=options.max_new_tokens)
+            output.write("\n")
 
 
 def _ask(errors: Console) -> str:

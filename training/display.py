@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runs.layout import Export, RunResult, Speed
-from runs.screen import print_eval_losses, print_facts, short_name
-from training.data.report import bars, describe_lengths, describe_loss, describe_rows, describe_tokens
+from runs.screen import print_eval_losses, print_facts, short_name, show_warning
+from training.data.report import bars, key_figures
 from training.events import (
     CheckpointCommitted,
     Evaluated,
@@ -57,13 +57,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
         ("run", report.run_name),
         ("model", f"{report.model} ({report.architecture}, {report.parameters:,} parameters)"),
         ("trainable", f"{report.trainable_parameters:,} parameters ({trained:.2%})"),
-        ("training rows", describe_rows(report.train)),
-        ("", describe_tokens(report.train)),
-        ("lengths", describe_lengths(report.train)),
-        ("lost", describe_loss(report.train, report.limit)),
-        ("padding", f"{report.padding_waste:.1%} of the tokens of an epoch"),
-        ("validation rows", describe_rows(report.valid) if report.valid else "none"),
-        *([("", describe_tokens(report.valid))] if report.valid else []),
+        *key_figures(report),
         (
             "steps",
             f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.sequences_per_step:,} {'packs' if report.packing else 'rows'} a step)",
@@ -140,11 +134,6 @@ def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
         else:
             text.append(f"«{piece}»")
     return text
-
-
-def show_warning(console: Console, warning: str) -> None:
-    """A line that a person should know of."""
-    console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def show_completed(console: Console) -> None:
@@ -265,9 +254,9 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     console.print()
     facts = [
         ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
-        ("best checkpoint", result.best_checkpoint or "none"),
+        (f"{result.chosen} checkpoint", result.best_checkpoint or "none"),
         *(("started again", failure) for failure in result.failures),
-        ("last checkpoint", result.last_checkpoint or "none"),
+        *([("last checkpoint", result.last_checkpoint or "none")] if result.chosen == "best" else []),
         ("run", result.run_uri),
         (
             "trained",

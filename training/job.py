@@ -49,7 +49,7 @@ from training import checkpoints
 from training.claims import claimed
 from training.cluster import Workers, cluster, lacking, workers_of
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
-from training.data.report import DataReport, to_html
+from training.data.report import DataReport, key_figures, to_html
 from training.events import (
     CheckpointCommitted,
     Event,
@@ -446,6 +446,7 @@ def _write_result(
             metrics=metrics,
             parent_metrics=before,
             checkpoints=manifests,
+            data=key_figures(report),
             config=to_yaml(plan.config),
             environment={
                 "device": report.device,

@@ -12,9 +12,15 @@ from pydantic import ValidationError
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import CONFIG_FILE, MANIFEST_FILE, Manifest, default_storage, run_of
-from runs.listing import run_uri
+from runs.listing import check_run, run_uri
 from runs.reading import best
-from training.checkpoints import fetch_weights, read_manifest, resolve_start, verify_local_weights
+from training.checkpoints import (
+    describe_no_checkpoint,
+    fetch_weights,
+    read_manifest,
+    resolve_start,
+    verify_local_weights,
+)
 from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
 from training.models.kernels import Device
 from training.plan import fetch_model, load_tokenizer, make_scratch_directory, needs_embedded_bucket
@@ -123,7 +129,7 @@ def trained_model(run: str, *others: str) -> Iterator[TrainedModel]:
     with ExitStack() as stack:
         if any(uses_embedded_bucket(place) for place in (uri, *others)):
             stack.enter_context(embedded_bucket())
-        check_readable(uri)
+        check_run(uri)
         checkpoint = _checkpoint(run, uri)
         config = _read_config(run_of(checkpoint))
         if needs_embedded_bucket(config):
@@ -147,9 +153,7 @@ def _checkpoint(run: str, uri: str) -> str:
         )
     checkpoint = resolve_start(uri, default_storage(), choose=best)
     if not run_of(checkpoint):
-        raise ConfigError(
-            f"{run}: the run {uri} has committed no checkpoint yet. Run it first, or name another."
-        )
+        raise ConfigError(f"{run}: {describe_no_checkpoint(store)}")
     return checkpoint.rstrip("/")
 
 

@@ -9,16 +9,35 @@ from pathlib import Path
 from rich.console import Console
 
 
-def open_consoles() -> tuple[Console, Console]:
+class Output(Console):
+    """A console whose reader may leave, as `| head` does: nobody gets the rest, and what prints it goes on."""
+
+    def write(self, text: str) -> None:
+        """Text as it is, at once."""
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the process: a run must not end because its progress is not read."""
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+def open_consoles() -> tuple[Output, Output]:
     """(standard output, standard error) as they are now, on descriptors of their own: redirecting libraries leaves them."""
     return _on_copy_of(sys.stdout.fileno()), _on_copy_of(sys.stderr.fileno())
 
 
-def _on_copy_of(descriptor: int) -> Console:
+def _on_copy_of(descriptor: int) -> Output:
     file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
     # In a file or a pipe a line is as long as what it says.
     width = None if file.isatty() else 100_000
-    return Console(file=file, highlight=False, soft_wrap=not file.isatty(), markup=False, width=width)
+    return Output(
+        file=file, highlight=False, soft_wrap=not file.isatty(), markup=False, emoji=False, width=width
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -10,6 +11,18 @@ _STYLE = (
     "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f5f5;padding:.8rem;color:#666}"
     "ul{margin:.2rem 0;padding-left:1.2rem}svg{max-width:100%;height:auto}"
 )
+
+
+@dataclass(frozen=True)
+class Link:
+    """Text that leads somewhere."""
+
+    text: str
+    address: str
+
+    def to_html(self) -> str:
+        """An `<a>` element."""
+        return f'<a href="{html.escape(self.address)}">{html.escape(self.text)}</a>'
 
 
 def page(title: str, *sections: str, style: str = "") -> str:
@@ -26,18 +39,22 @@ def facts(items: Iterable[tuple[str, str]]) -> str:
     return f"<table>{''.join(f'<tr><th>{html.escape(name)}</th><td>{value}</td></tr>' for name, value in items)}</table>"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text; columns whose heading begins with > are numbers."""
+def table(headings: Sequence[str], rows: Iterable[Sequence[str | Link]]) -> str:
+    """A table of text and links; columns whose heading begins with > are numbers."""
     kinds = [' class="n"' if heading.startswith(">") else "" for heading in headings]
     head = "".join(
         f"<th{kind}>{html.escape(heading.removeprefix('>'))}</th>"
         for kind, heading in zip(kinds, headings, strict=True)
     )
     body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{html.escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
+        f"<tr>{''.join(f'<td{kind}>{_cell(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
         for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(content: str | Link) -> str:
+    return content.to_html() if isinstance(content, Link) else html.escape(content)
 
 
 def preformatted(text: str) -> str:

@@ -1,9 +1,13 @@
-"""Processes that live and die together."""
+"""Processes that live and die together, and whether one still lives."""
 
 import ctypes
 import os
 import signal
+import socket
 from collections.abc import Callable
+from pathlib import Path
+
+import psutil
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,3 +47,22 @@ def run_in_own_session(work: Callable[[], int]) -> int:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def this_machine() -> str:
+    """The same for processes that see one another by their ids: this boot, and this process namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return socket.gethostname()
+    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def started_after_boot(process: int) -> float | None:
+    """Seconds from this machine's boot to the start of a process (an id), which no clock that is set changes; None: it is gone."""
+    try:
+        found = psutil.Process(process)
+        if found.status() == psutil.STATUS_ZOMBIE:  # killed, and nobody has collected it
+            return None
+        return round(found.create_time() - psutil.boot_time(), 2)
+    except psutil.NoSuchProcess:
+        return None

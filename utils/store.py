@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from utils.files import BucketError, format_bytes, free_bytes, is_disk_full
+from utils.files import PARTIAL_SUFFIX, BucketError, format_bytes, free_bytes, is_disk_full
 
 
 class NotFoundError(BucketError):
@@ -141,8 +141,10 @@ def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"{where}: no such file ({error.filename})")
     if isinstance(error, PermissionError):
+        refused = Path(error.filename or "")
+        refused = refused.parent if refused.suffix == PARTIAL_SUFFIX else refused
         return BucketError(
-            f"{where}: permission denied ({error.filename}); change its owner or choose another place"
+            f"{where}: permission denied ({refused}); change its owner or choose another place"
         )
     place = Path(error.filename2 or error.filename or "").parent  # of a copy, where to
     if is_disk_full(error, place):

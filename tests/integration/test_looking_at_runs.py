@@ -3,12 +3,19 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+from rich.console import Console
 
 from runs.layout import (
     CLAIM_EXPIRES_SECONDS,
@@ -18,14 +25,16 @@ from runs.layout import (
     checkpoint_key,
     claim_key,
 )
-from runs.listing import list_runs
+from runs.listing import list_runs, read_run
+from runs.screen import show_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import Finished
+from tests.support.jobs import PROJECT, Finished, environment, write_yaml
 from tests.support.own_buckets import reach_as_a_user
-from tests.support.stored_runs import eval_losses, result_of, write_run
+from tests.support.stored_runs import eval_losses, result_of, write_claim, write_run
 from utils.bucket import Store, join_uri, open_store
 from utils.embedded_bucket import EmbeddedBucket
+from utils.processes import started_after_boot, this_machine
 
 PNG = b"\x89PNG\r\n"
 Look = Callable[..., Finished]
@@ -55,10 +64,10 @@ def write_in_every_state(storage: Store) -> None:
             storage, f"is-{status}", losses, result=result_of(uri, losses, status=status, hours_ago=hours)
         )
     write_run(storage, "is-running", losses, result=None)
-    storage.write(f"is-running/{claim_key(1)}", b"{}")
+    write_claim(storage, "is-running")
     again = result_of(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
     write_run(storage, "is-running-again", losses, result=again)
-    storage.write(f"is-running-again/{claim_key(2)}", b"{}")
+    write_claim(storage, "is-running-again", number=2)
     write_run(storage, "is-interrupted", losses, result=None)
     write_run(storage, "is-damaged", losses, result=None)
     storage.write(f"is-damaged/{RESULT_FILE}", b'{"status": "comp')
@@ -102,7 +111,7 @@ def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
 def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
     storage = open_store(str(tmp_path))
     write_run(storage, "lost", eval_losses(2.0), result=None)
-    storage.write(f"lost/{claim_key(1)}", b"{}")
+    write_claim(storage, "lost")
     assert [run.status for run in list_runs(storage.uri)] == ["running"]
     long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
     os.utime(tmp_path / "lost" / claim_key(1), (long_ago, long_ago))
@@ -111,9 +120,60 @@ def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
     assert run.age_seconds == pytest.approx(2 * CLAIM_EXPIRES_SECONDS, abs=20)
 
 
+def test_a_run_whose_driver_was_killed_on_this_machine_is_interrupted_at_once(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    write_run(storage, "a", eval_losses(2.0), result=None)
+    driver = subprocess.Popen(["sleep", "60"])
+    started = started_after_boot(driver.pid)
+    write_claim(storage, "a", machine=this_machine(), process=driver.pid, process_started=started)
+    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
+    os.utime(tmp_path / "a" / claim_key(1), (long_ago, long_ago))
+    assert [run.status for run in list_runs(storage.uri)] == ["running"], "the kernel is asked first"
+    driver.kill()
+    os.utime(tmp_path / "a" / claim_key(1))
+    _wait_for_zombie(driver.pid)
+    assert [run.status for run in list_runs(storage.uri)] == ["interrupted"], "nobody has collected it yet"
+    driver.wait()
+    assert [run.status for run in list_runs(storage.uri)] == ["interrupted"]
+
+
+def _wait_for_zombie(process: int) -> None:
+    while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+def test_an_interrupted_attempt_counts_and_not_the_result_of_the_one_before(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    losses = eval_losses(2.0, 1.5)
+    before = result_of(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
+    write_run(storage, "a", losses, result=before)
+    assert read_run(storage.uri_of("a")).status == "stopped"
+    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
+    for since, status in ((before.ended, "stopped"), (now_as_text(), "interrupted")):
+        write_claim(storage, "a", since=since)
+        os.utime(tmp_path / "a" / claim_key(1), (long_ago, long_ago))
+        run = read_run(storage.uri_of("a"))
+        assert run.status == status
+    assert (run.steps, run.reason, run.best_eval_loss) == (10, "", 1.5)
+
+
+def now_as_text() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def test_a_claim_that_cannot_be_read_is_damage(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    uri = write_run(storage, "a", eval_losses(2.0), result=None)
+    storage.write(f"a/{claim_key(1)}", b"{")
+    (run,) = list_runs(storage.uri)
+    assert run.status == "damaged"
+    assert run.reason.startswith(f"{uri}/{claim_key(1)} is cut off")
+    assert run.reason.endswith("If nobody trains this run, delete it and try again")
+
+
 def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
     """However many checkpoints they have; those that are not completed are a few more."""
-    completed, unfinished = 1000, 10
+    completed, unfinished, claimed = 1000, 10, 5
     uri = join_uri(reach_as_a_user(monkeypatch, bucket, "a-thousand-runs"), "runs")
     storage, losses = open_store(uri), eval_losses(2.0, 1.0)
     result = result_of(storage.uri_of("run"), losses).model_dump_json().encode()
@@ -123,15 +183,18 @@ def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch:
     files |= {f"left-{number}/config.yaml": b"" for number in range(unfinished)}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: storage.write(*item), files.items()))
+    for number in range(claimed):
+        write_claim(storage, f"left-{number}")
     with bucket_proxy(bucket.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         began = time.monotonic()
         runs = list_runs(uri)
         print(f"\n{len(runs)} runs in {time.monotonic() - began:.2f} s, {len(proxy.requests)} requests")
     assert sum(run.status == "completed" for run in runs) == completed
-    assert sum(run.status == "interrupted" for run in runs) == unfinished
+    assert sum(run.status == "interrupted" for run in runs) == unfinished - claimed
+    assert sum(run.status == "running" for run in runs) == claimed
     about_the_place = 3 + 2  # is it there, may it be read; two pages of names
-    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished
+    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished + claimed
     read = [request.path for request in proxy.downloads("a-thousand-runs")]
     assert not [path for path in read if "checkpoints" in path]
 
@@ -157,6 +220,22 @@ def test_a_run_is_shown_in_full(storage: Store, look: Look):
     assert "model.safetensors has no bytes" in said
 
 
+@pytest.mark.parametrize("status", ["completed", "stopped", "failed", "running", "interrupted"])
+def test_how_a_run_is_gone_on_with(tmp_path: Path, status: Any):
+    storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
+    has_ended = status in ("completed", "stopped", "failed")
+    result = result_of(storage.uri_of("a"), losses, status=status) if has_ended else None
+    uri = write_run(storage, "a", losses, result=result)
+    if status == "running":
+        write_claim(storage, "a")
+    console = Console(file=StringIO(), width=1000)
+    show_run(console, read_run(uri))
+    said = console.file.getvalue()
+    assert ("the same command goes on with it" in said) == (status not in ("completed", "running"))
+    resume = f"to train longer: resume_from_checkpoint: {uri}/checkpoints/step-000000"
+    assert (resume in said) == (status != "running")
+
+
 def test_run_names_are_looked_for_where_runs_go_by_default(look: Look, bucket_uri: str):
     losses = eval_losses(2.0)
     storage = open_store(join_uri(bucket_uri, "anneal"))
@@ -166,9 +245,22 @@ def test_run_names_are_looked_for_where_runs_go_by_default(look: Look, bucket_ur
     assert [run["run_uri"] for run in listed] == [uri]
 
 
+def test_who_reads_may_leave(tmp_path: Path):
+    write_run(open_store(str(tmp_path / "runs")), "a", eval_losses(2.0), result=None)
+    config = write_yaml(tmp_path / "a.yaml", {"model_id": "a", "train_path": "b.jsonl"})
+    for arguments in (["runs", str(tmp_path / "runs")], [str(config), "--print-config"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, str(PROJECT / "main.py"), *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment(), check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
     adapter = {"lora_config": {"r": 8, "lora_alpha": 16}}
     one = write_run(storage, "one", eval_losses(2.0, 1.5), result=None, run_name="one", **adapter)
+    assert "warning" not in look("compare", one, "--picture", str(tmp_path / "one.png")).output
     other = eval_losses(2.0, 1.25, 1.0)
     two = write_run(
         storage,
@@ -193,6 +285,23 @@ def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
     assert rows["curves"][-1] == str(picture)
     look("compare", one, "--picture", str(picture))
     assert picture.read_bytes() not in (b"", both), "each run has a curve"
+
+
+def test_runs_that_were_evaluated_on_other_rows_are_told_apart(look: Look, tmp_path: Path):
+    storage = open_store(str(tmp_path / "runs"))
+    first = {"valid_path": "a.jsonl", "lora_config": {"r": 8}}
+    then = {"valid_path": "b.jsonl", "initial_adapter_model_ckpt_path": "run:a"}
+    a = write_run(storage, "a", eval_losses(2.0), result=None, **first)
+    b = write_run(storage, "b", eval_losses(1.0), result=None, **then)
+    unevaluated = write_run(storage, "c", [], result=None)
+    picture = str(tmp_path / "picture.png")
+    said = look("compare", a, b, "--picture", picture).output
+    assert "warning: their eval losses do not compare, since these settings differ: valid_path" in said
+    rows = [" ".join(line.split()) for line in said.splitlines()]
+    assert {"lora_config.r 8 as its parent's", "initial_adapter_model_ckpt_path - run:a"} <= set(rows)
+    assert "warning" not in look("compare", a, unevaluated, "--picture", picture).output
+    finished = look("compare", a, b, "--picture", picture, "--json")
+    assert finished.result["incomparable_by"] == ["valid_path"]
 
 
 def test_runs_without_an_eval_loss_have_no_picture(look: Look, tmp_path: Path):
@@ -232,6 +341,28 @@ def test_a_place_where_nothing_is(look: Look, storage: Store, command: str):
 def test_a_run_where_runs_are_to_be_listed(look: Look, storage: Store):
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
     assert f"It is a run itself: main.py show {uri}" in refusal(look("runs", uri))
+    message = refusal(look("runs", "run:a"))
+    assert message == "run:a is one run, and no place where runs are: main.py show run:a\n"
+
+
+def test_a_name_that_is_no_runs(look: Look, storage: Store):
+    write_run(storage, "first", eval_losses(2.0), result=None)
+    assert refusal(look("show", "first")) == "first: there is no such directory. Did you mean run:first?\n"
+    nope = storage.uri_of("nope")
+    message = f"{nope}: there is no such run; `main.py runs {storage.uri}` lists what is there\n"
+    for command in ("show", "compare", "export"):
+        assert refusal(look(command, nope)) == message
+    checkpoint = storage.uri_of("first/checkpoints/step-000077")
+    message = f"{checkpoint}: there is no such checkpoint; `main.py show {storage.uri_of('first')}` lists"
+    assert refusal(look("export", checkpoint)).startswith(message)
+
+
+@pytest.mark.parametrize(("word", "command"), [("shwo", "show"), ("run", "runs"), ("exprot", "export")])
+def test_a_command_that_is_misspelt(look: Look, word: str, command: str):
+    assert f"{word}: there is no such file, and no such command: did you mean main.py {command}?" in refusal(
+        look(word, "run:a", "--json")
+    )
+    assert "did you mean" not in refusal(look(f"{word}.yaml"))
 
 
 def test_a_damaged_run(look: Look, storage: Store):
@@ -271,5 +402,12 @@ def test_no_network(look: Look, command: str):
 def test_a_picture_that_cannot_be_written(look: Look, tmp_path: Path):
     run = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
     (tmp_path / "file").write_text("")
-    message = refusal(look("compare", run, "--picture", str(tmp_path / "file" / "a.png")))
-    assert f"cannot write {tmp_path / 'file' / 'a.png'}" in message
+    (tmp_path / "full").mkdir()
+    for name, message in {
+        "file/a.png": f"{tmp_path}/file is a file; name a file in a directory",
+        "new/a.png": f"{tmp_path}/new is no directory that exists; name a file in a directory",
+        "full": f"it is a directory; name a file in it: {tmp_path}/full/comparison.png",
+    }.items():
+        said = refusal(look("compare", run, "--picture", f"{tmp_path}/{name}"))
+        assert said == f"cannot write {tmp_path}/{name}: {message}\n"
+    assert not (tmp_path / "new").exists()

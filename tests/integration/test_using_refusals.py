@@ -9,7 +9,7 @@ import pytest
 from runs.layout import CONFIG_FILE
 from tests.support.front_door import run_command_quickly
 from tests.support.jobs import Finished
-from tests.support.stored_runs import eval_losses, write_run
+from tests.support.stored_runs import eval_losses, result_of, write_run
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
@@ -65,6 +65,12 @@ def test_no_checkpoint_and_no_configuration_of_ours(use: Use, command: list[str]
     storage = open_store(str(tmp_path / "runs"))
     run = write_run(storage, "begun", [], result=None)
     assert f"the run {run} has committed no checkpoint yet" in refusal(use(*command, run))
+    result = result_of(storage.uri_of("failed"), [], status="failed", reason="no GPU is left.")
+    failed = write_run(storage, "failed", [], result=result)
+    assert (
+        f"the run {failed} failed before its first checkpoint: no GPU is left. The same command begins it again"
+        in refusal(use(*command, failed))
+    )
     damaged = write_run(storage, "damaged", eval_losses(2.0), result=None)
     storage.write(f"damaged/{CONFIG_FILE}", b"model_id: [")
     assert f"{damaged}/{CONFIG_FILE}: is damaged" in refusal(use(*command, damaged))

@@ -12,6 +12,7 @@ from runs.layout import (
     MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    Claim,
     DataFingerprints,
     DataPosition,
     EvalLoss,
@@ -21,6 +22,7 @@ from runs.layout import (
     RunStatus,
     checkpoint_key,
     checkpoint_uri,
+    claim_key,
 )
 from utils.bucket import Store
 from utils.files import checksum_bytes
@@ -85,6 +87,21 @@ def write_run(
     if result:
         store.write(f"{name}/{RESULT_FILE}", result.model_dump_json().encode())
     return store.uri_of(name)
+
+
+def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> None:
+    """Write a claim on a run below a store: by a driver of another machine that began now, or what `changes` say."""
+    plain: dict[str, Any] = {
+        "number": number,
+        "token": "theirs",
+        "owner": "ann@elsewhere, process 7",
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": "another",
+        "process": 7,
+        "process_started": 0.0,
+    }
+    claim = Claim(**plain | changes)
+    store.write(f"{name}/{claim_key(number)}", claim.model_dump_json().encode())
 
 
 def manifest_of(

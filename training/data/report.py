@@ -92,6 +92,23 @@ def _padding_waste(train: PreparedData, order: Order, padded_to: int | None) -> 
     return 1 - int(tokens.sum()) / padded
 
 
+def key_figures(report: DataReport) -> list[tuple[str, str]]:
+    """Names and values, one a line, of the rows and of what becomes of them."""
+    return [
+        ("training rows", describe_rows(report.train)),
+        ("", describe_tokens(report.train)),
+        ("lengths", describe_lengths(report.train)),
+        ("lost", describe_loss(report.train, report.limit)),
+        ("padding", _describe_padding(report)),
+        ("validation rows", describe_rows(report.valid) if report.valid else "none"),
+        *([("", describe_tokens(report.valid))] if report.valid else []),
+    ]
+
+
+def _describe_padding(report: DataReport) -> str:
+    return f"{report.padding_waste:.1%} of the tokens of an epoch"
+
+
 def describe_rows(summary: DataSummary) -> str:
     """Rows and formats in a line: `1,000 chats (messages)`."""
     formats = dict.fromkeys(FORMAT_NAMES[source.format] for source in summary.sources)
@@ -140,7 +157,7 @@ def to_html(report: DataReport, run_name: str) -> str:
     about_both = facts(
         [
             ("steps", f"{report.steps:,}, {report.steps_per_epoch:,} an epoch"),
-            ("padding", f"{report.padding_waste:.1%} of the tokens of an epoch"),
+            ("padding", _describe_padding(report)),
             (
                 "validation rows that are training rows",
                 f"{report.in_both:,}" + _list(report.first_in_both),

@@ -52,7 +52,8 @@ def report(**changes: Any) -> RunReport:
         "result": result_of(RUN, eval_losses(2.0, 1.25)),
         "metrics": metrics(2.0, 1.25),
         "parent_metrics": [],
-        "checkpoints": [],
+        "checkpoints": [manifest_with_weights(eval_losses(2.0, 1.25)[-1])],
+        "data": [("training rows", "1,234 rows of 1 file"), ("", "56,789 tokens")],
         "config": to_yaml(config),
         "environment": {"device": "cpu, 2 workers"},
         "command": ["python", "main.py", "my file.yaml", "seed=1"],
@@ -76,12 +77,22 @@ def test_the_page_needs_nothing_else_and_says_everything():
         "model_id: org/base",
         "cpu, 2 workers",
         "2.13.0",
+        "1,234 rows of 1 file",
+        "56,789 tokens",
+        f"resume_from_checkpoint: {RUN}/checkpoints/step-000010",
+        f"aws s3 cp --recursive {RUN}/checkpoints/step-000010 step-000010",
         f"initial_adapter_model_ckpt_path: {RUN}/checkpoints/step-000010",
         f"main.py chat {RUN}",
         f"main.py evaluate {RUN} --data test.jsonl",
         f"main.py export {RUN} --to exported\nvllm serve exported",
     ):
         assert part in unescape(page), part
+
+
+def test_a_checkpoint_in_a_directory_is_a_link():
+    page = to_html(report(result=result_of("/my runs/a", eval_losses(2.0, 1.25))))
+    assert "file:///my%20runs/a/checkpoints/step-000010" in _Elements(page).addresses
+    assert "aws s3" not in page
 
 
 def test_a_parents_curves_come_before_its_childs():
@@ -101,6 +112,15 @@ def test_a_run_that_failed_before_it_measured_anything_has_a_page():
     page = to_html(report(result=result_of(RUN, [], status="failed"), metrics=[], checkpoints=[]))
     assert "failed: out of memory" in page
     assert "<svg" not in page
+
+
+def test_nothing_is_called_best_that_was_never_evaluated():
+    checkpoint = f"{RUN}/checkpoints/step-000015"
+    result = result_of(RUN, eval_losses(2.0), best_checkpoint=checkpoint, last_checkpoint=checkpoint)
+    assert "Talk with the best checkpoint" in to_html(report())
+    page = to_html(report(result=result))
+    assert "Talk with the newest checkpoint" in page
+    assert "the best" not in page
 
 
 def test_full_weights_are_not_merged():
@@ -126,6 +146,7 @@ def test_nothing_that_others_wrote_becomes_markup():
         report(
             result=result,
             config=to_yaml(config),
+            data=[(ATTACK, ATTACK)],
             environment={ATTACK: ATTACK},
             command=["python", "main.py", ATTACK],
             base_model=ATTACK,

@@ -5,8 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from runs.layout import Speed
-from training.display import Watch, _describe_speed
+from runs.layout import RunResult, Speed
+from tests.support.stored_runs import eval_losses, result_of
+from training.display import Watch, _describe_speed, show_result
 from training.events import StepDone
 
 
@@ -19,6 +20,22 @@ def line_of(mfu: float | None) -> str:
 @pytest.mark.parametrize(("mfu", "shown"), [(0.4567, "  MFU 45.7%"), (None, "")])
 def test_a_step_has_its_loss_its_speed_and_the_memory(mfu: float | None, shown: str):
     assert line_of(mfu) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{shown}  2.5 GiB\n"
+
+
+def shown(result: RunResult) -> list[str]:
+    console = Console(file=StringIO(), width=1000)
+    show_result(console, result, ["python", "main.py", "a.yaml"], trains_adapter=True)
+    return console.file.getvalue().splitlines()
+
+
+def test_the_end_names_the_best_checkpoint_or_the_newest_where_none_was_evaluated():
+    evaluated = shown(result_of("/runs/a", eval_losses(2.0, 1.5)))
+    assert "best checkpoint  /runs/a/checkpoints/step-000010" in evaluated
+    assert "last checkpoint  /runs/a/checkpoints/step-000010" in evaluated
+    newest = "/runs/a/checkpoints/step-000015"
+    lines = shown(result_of("/runs/a", [], best_checkpoint=newest, last_checkpoint=newest))
+    assert f"newest checkpoint  {newest}" in lines
+    assert not [line for line in lines if line.startswith(("best", "last"))]
 
 
 def test_the_end_says_where_the_time_went():

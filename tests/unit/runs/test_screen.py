@@ -1,0 +1,44 @@
+"""Runs as a console shows them."""
+
+from io import StringIO
+
+from rich.console import Console
+
+from runs.listing import RunSummary
+from runs.screen import show_runs
+
+LONG_REASON = "out of memory: the node has none\nleft for what " + "it was asked for " * 20
+
+
+def summary(name: str, reason: str = "") -> RunSummary:
+    return RunSummary(
+        run_name=name,
+        run_uri=f"/runs/{name}",
+        status="failed" if reason else "completed",
+        reason=reason,
+        best_eval_loss=1.5,
+        steps=20,
+        age_seconds=7200.0,
+    )
+
+
+def listed(*, width: int, is_terminal: bool) -> list[str]:
+    console = Console(
+        file=StringIO(), width=width, force_terminal=is_terminal, color_system=None, highlight=False
+    )
+    show_runs(console, [summary("a-run-of-some-kind"), summary("another", LONG_REASON)])
+    return console.file.getvalue().splitlines()
+
+
+def test_a_run_is_a_line_that_fits_the_terminal_however_long_its_reason():
+    _, completed, failed = listed(width=80, is_terminal=True)
+    assert completed.split() == ["a-run-of-some-kind", "completed", "1.5000", "20", "2", "h"]
+    assert failed.split()[:7] == ["another", "failed", "1.5000", "20", "2", "h", "out"]
+    assert failed.endswith("…")
+    assert len(failed) <= 80
+
+
+def test_in_a_pipe_a_line_says_everything_and_ends_there():
+    _, completed, failed = listed(width=100_000, is_terminal=False)
+    assert completed.endswith("2 h")
+    assert failed.endswith("2 h   " + " ".join(LONG_REASON.split()))
