@@ -66,7 +66,7 @@ quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU
 	$(BIN)/python main.py cookbooks/quickstart/smollm2-135m.yaml
 
 test: setup-dev  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests  # what is slow is a file of its own, mostly waiting for Ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration/training tests  # the slow files first
 
 fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refused with a place (minutes)
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py

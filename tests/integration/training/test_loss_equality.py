@@ -79,9 +79,7 @@ ALL = [(method, spread) for method in ("lora", "full") for spread in SPREADS if 
 SAMPLE = [
     ("lora", "ddp"),
     ("lora", "unsloth_ddp"),
-    ("full", "zero_2"),
     ("full", "zero_3"),
-    ("full", "unsloth_ddp"),
     ("qlora", "unsloth_ddp"),
     ("packed", "ddp"),
     ("dpo_lora", "zero_3"),

@@ -124,8 +124,7 @@ GRID = [
 ]
 SAMPLE = [
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
-    Chain(Shape("qlora", 1, 1, "ddp"), 1, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
-    Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP,)),
+    Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP, Kill.MID_SAVE, Kill.MID_UPLOAD)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")

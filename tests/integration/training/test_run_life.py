@@ -313,8 +313,9 @@ def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_pa
     assert "is not what was committed" in damaged.result["reason"]
 
 
-LONG = {"num_epochs": None, "max_steps": 300, "lora_config": {"r": 4, "lora_dropout": 0.1}}
-EVERY_100 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 100}}
+STEPS = 150
+LONG = {"num_epochs": None, "max_steps": STEPS, "lora_config": {"r": 4, "lora_dropout": 0.1}}
+EVERY_50 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 50}}
 
 
 def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: Path, tmp_path: Path):
@@ -323,11 +324,11 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     The signal goes to the whole process group, as from `timeout`, a service manager or a terminal.
     """
     whole = run_main(
-        write_yaml(tmp_path / "whole.yaml", settings(files, **LONG, **EVERY_100)), "run_name=whole", "--json"
+        write_yaml(tmp_path / "whole.yaml", settings(files, **LONG, **EVERY_50)), "run_name=whole", "--json"
     )
     assert whole.exit_code == 0, whole.errors
 
-    config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_100, run_name="stopped"))
+    config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_50, run_name="stopped"))
     with started(config) as running:
         running.wait_for_line("step 20/")
         os.killpg(running.process.pid, signal.SIGTERM)
@@ -335,7 +336,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert finished.result["status"] == "stopped"
     stopped_at = finished.result["train_steps"]
-    assert 20 <= stopped_at < 300
+    assert 20 <= stopped_at < STEPS
     assert finished.result["last_checkpoint"].endswith(f"step-{stopped_at:06d}")
     assert "Traceback" not in finished.errors
     page = (files / "runs" / "stopped" / "report.html").read_text()
@@ -367,7 +368,7 @@ def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Pat
 
 def test_a_lost_worker(files: Path, tmp_path: Path):
     """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
-    config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_100, run_name="lost"))
+    config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
     with started(config) as running:
         running.wait_for_line("checkpoint ")
         workers = running.workers()
@@ -382,13 +383,13 @@ def test_a_lost_worker(files: Path, tmp_path: Path):
 
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
-    assert recovered.result["train_steps"] == 300
+    assert recovered.result["train_steps"] == STEPS
 
 
 def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path):
     """Within max_failures the run ends by itself, and each step is trained once in the end."""
     config = write_yaml(
-        tmp_path / "back.yaml", settings(files, **LONG, **EVERY_100, run_name="back", max_failures=1)
+        tmp_path / "back.yaml", settings(files, **LONG, **EVERY_50, run_name="back", max_failures=1)
     )
     with started(config) as running:
         running.wait_for_line("checkpoint ")
@@ -402,14 +403,14 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
         assert "worker lost" in told
     assert "The workers are started again from" in finished.errors
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
-    assert steps == list(range(1, 301))
+    assert steps == list(range(1, STEPS + 1))
 
 
 def test_a_lost_cluster(files: Path, tmp_path: Path):
     """Ray's own process is killed under the driver, which Ray may end at once with it: the same command goes on."""
-    config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_100, run_name="cluster"))
-    with started(config, injection(tmp_path / "ledger", hold="after_step:150")) as running:
-        running.wait_for_line("step 150/")
+    config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
+    with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as running:
+        running.wait_for_line("step 75/")
         (raylet,) = [
             process
             for process in psutil.Process(running.process.pid).children(recursive=True)
@@ -423,7 +424,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
     assert "Traceback" not in finished.errors
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
-    assert recovered.result["train_steps"] == 300
+    assert recovered.result["train_steps"] == STEPS
 
 
 def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
@@ -484,7 +485,7 @@ def test_storage_that_refuses_everything_in_the_midst_of_a_run(
 
 def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     """It ends at once, and what was committed is still there."""
-    config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_100, run_name="twice"))
+    config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_50, run_name="twice"))
     with started(config) as running:
         running.wait_for_line("checkpoint ")
         running.process.send_signal(signal.SIGINT)
@@ -493,7 +494,7 @@ def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     assert finished.exit_code == 128 + signal.SIGINT, finished.errors
     assert "Traceback" not in finished.errors
     last = finished.result["last_checkpoint"]
-    assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 100
+    assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 50
 
 
 def test_a_run_that_is_left_asks_ray_for_nothing_behind_its_end():
@@ -528,7 +529,7 @@ print(left, fit.error)
 
 def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
     """Exactly one trains; the other names it and leaves, and the first one does not notice."""
-    config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_100, run_name="one"))
+    config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_50, run_name="one"))
     with started(config) as running:
         running.wait_for_line("starting the workers")
         second = run_main(config, "--json")

@@ -243,3 +243,31 @@ def test_a_node_that_joins_is_taken_in_behind_a_checkpoint(files: Path, tmp_path
     manifests = reading.committed(open_store(str(files / "runs" / "growing")))
     assert [manifest.world_size for manifest in manifests] == [1, 2]
     assert manifests[-1].step == len(trained)
+
+
+@not_in_the_sample
+def test_a_node_that_is_taken_away(files: Path, tmp_path: Path):
+    """Its notice commits a checkpoint, and Ray brings the workers back on other nodes, from there; no failure is counted."""
+    rarely = {"unit": "steps", "frequency": LONG}
+    config = lasting(
+        files,
+        tmp_path / "taken.yaml",
+        "taken",
+        num_devices=2,
+        num_checkpoints_to_keep=9,
+        checkpoint_and_evaluation_frequency=rarely,
+    )
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with ray_cluster(cpus=1) as cluster:
+        taken = cluster.start_node(cpus=1)
+        with started(config, cluster.variables | own) as job:
+            job.wait_for_line("step 10/")
+            cluster.start_node(cpus=1)
+            cluster.preempt(taken, seconds=8)
+            finished = job.end()
+    assert finished.exit_code == 0, finished.errors
+    first, last = (manifest.step for manifest in reading.committed(open_store(str(files / "runs" / "taken"))))
+    assert 10 <= first < LONG
+    assert last == LONG
+    assert list(steps_of(files, "taken")) == list(range(1, LONG + 1))
+    assert f"step {first + 1}/" in finished.errors.split("step 10/", 1)[1]
