@@ -71,7 +71,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
     Args:
         path: the YAML file.
-        overrides: `key=value`, keys dotted (`lora_config.r=16`), values as in the YAML; `key=` is null.
+        overrides: `key=value`, keys dotted (`lora_config.r=16`), values as in the YAML; `key=null` unsets one.
 
     Raises:
         ConfigError: the file or an override is wrong; the message holds all that was found.
@@ -183,6 +183,10 @@ def _apply_override(document: Document, override: str, order: int) -> None:
         document.problems.append(
             Problem((override,), origin, "not understood: write key=value, or section.key=value")
         )
+        return
+    if not value_text.strip():
+        text = f"nothing stands behind `=`: was a variable not set? {key}=null unsets the key"
+        document.problems.append(Problem(path, origin, text))
         return
     try:
         value = parse_yaml(value_text, lambda line: origin)

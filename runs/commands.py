@@ -102,6 +102,8 @@ def _compare(output: Console, uris: Sequence[str], path: Path, as_json: bool) ->
 def _check_picture(path: Path) -> None:
     """Refuse, before runs are read, a file that cannot be made."""
     with explained("write", str(path)):
+        if path.suffix != ".png" and not path.is_dir():
+            raise BucketError(f"cannot write {path}: the picture is a PNG; name a file that ends with .png")
         if path.is_dir():
             raise BucketError(f"cannot write {path}: it is a directory; name a file in it: {path / _PICTURE}")
         if path.parent.is_dir():

@@ -139,6 +139,8 @@ def run_uri(name_or_uri: str) -> str:
         NotFoundError: it is a bare name, and no directory here has it.
         BucketError: it is no place that can be opened.
     """
+    if name_or_uri == "run:":
+        raise NotFoundError("run: names no run; write run:NAME")
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
     if "/" not in name_or_uri and not Path(name_or_uri).exists():

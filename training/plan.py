@@ -88,6 +88,7 @@ if TYPE_CHECKING:
 
 TOKEN_ADVICE = "It asks for a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH points."
 _REACH_SECONDS = 10
+_HIGHEST_PORT = 65535
 # Bytes that stay for Python, torch and what is loaded with it: a worker with a tiny model had 0.7 GB at most (2026-11-21).
 _CPU_PROCESS = 1_000_000_000
 
@@ -255,9 +256,13 @@ def check_job_server_answers(address: str) -> None:
 
 def check_answers(said: str, address: str, host: str, port: int, advice: str) -> None:
     """Raises ClusterError, with what said the address and what to do, when nothing listens there."""
+    if port > _HIGHEST_PORT:  # the system would ask another one
+        raise ClusterError(
+            f"{said}: {address} names the port {port}, and ports end at {_HIGHEST_PORT}. {advice}"
+        )
     try:
         socket.create_connection((host.strip("[]"), port), _REACH_SECONDS).close()
-    except (OSError, OverflowError) as error:  # the latter for a port beyond 65535
+    except OSError as error:
         raise ClusterError(f"{said}: nothing answers at {address} ({error}). {advice}") from error
 
 

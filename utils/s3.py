@@ -406,9 +406,11 @@ class S3Store:
         # botocore takes long to import: only those who use a bucket pay for it.
         from botocore.config import Config
         from botocore.handlers import add_expect_header
-        from botocore.session import get_session
+        from botocore.session import Session
 
-        session = get_session()
+        # The embedded bucket has keys of its own, and no profile of the user's is looked for.
+        of_nobody = {"profile": (None, None, None, None)}
+        session = Session(session_vars=of_nobody if self.bucket == EMBEDDED_BUCKET else None)
         session.register_component("data_loader", _service_descriptions())
 
         config = Config(

@@ -80,7 +80,7 @@ def test_it_fits_the_accelerator_that_it_asks_for(path: Path, models: Models, tm
         f"valid_path={data}",
         f"storage_path={tmp_path / 'runs'}",
         f"output_dir={tmp_path / 'scratch'}",
-        "initial_adapter_model_ckpt_path=",  # an adapter of the shape that the run before it gave it
+        "initial_adapter_model_ckpt_path=null",  # an adapter of the shape that the run before it gave it
         *(["lora_config.r=8"] if config.initial_adapter_model_ckpt_path else []),
     ]
     finished = run_main_quickly(copy, *overrides, "--dry-run", "--json")

@@ -348,6 +348,7 @@ def test_a_run_where_runs_are_to_be_listed(look: Look, storage: Store):
 def test_a_name_that_is_no_runs(look: Look, storage: Store):
     write_run(storage, "first", eval_losses(2.0), result=None)
     assert refusal(look("show", "first")) == "first: there is no such directory. Did you mean run:first?\n"
+    assert refusal(look("show", "run:")) == "run: names no run; write run:NAME\n"
     nope = storage.uri_of("nope")
     message = f"{nope}: there is no such run; `main.py runs {storage.uri}` lists what is there\n"
     for command in ("show", "compare", "export"):
@@ -406,6 +407,7 @@ def test_a_picture_that_cannot_be_written(look: Look, tmp_path: Path):
     for name, message in {
         "file/a.png": f"{tmp_path}/file is a file; name a file in a directory",
         "new/a.png": f"{tmp_path}/new is no directory that exists; name a file in a directory",
+        "a.txt": "the picture is a PNG; name a file that ends with .png",
         "full": f"it is a directory; name a file in it: {tmp_path}/full/comparison.png",
     }.items():
         said = refusal(look("compare", run, "--picture", f"{tmp_path}/{name}"))

@@ -489,11 +489,19 @@ def test_a_refusal_of_a_run_comes_before_any_cluster(tiny_model: Path, tmp_path:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("port", "told"),
+    [
+        (1, "nothing answers at 127.0.0.1:1"),
+        (99999, "127.0.0.1:99999 names the port 99999, and ports end at 65535"),
+    ],
+)
+def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path, port: int, told: str):
     config = config_file(tmp_path, tiny_model)
-    finished = run_main(config, "--json", "device=cpu", variables={"RAY_ADDRESS": "127.0.0.1:1"}, timeout=60)
+    cluster = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finished = run_main(config, "--json", "device=cpu", variables=cluster, timeout=60)
     assert finished.exit_code == 2
-    assert "error: RAY_ADDRESS: nothing answers at 127.0.0.1:1" in finished.errors.splitlines()[-1]
+    assert f"error: RAY_ADDRESS: {told}" in finished.errors.splitlines()[-1]
     assert "Traceback" not in finished.errors
     assert not (tmp_path / "runs").exists()
 

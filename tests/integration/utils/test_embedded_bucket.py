@@ -90,6 +90,12 @@ def test_the_keys_stay_private(state_dir: Path):
         assert server.secret_key not in os.environ.values()
 
 
+def test_a_profile_of_the_users_is_none_of_its_business(state_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with embedded_bucket(state_dir):
+        assert open_store("s3://anneal/x").read_if_exists("nothing") is None
+
+
 def test_it_lives_until_its_last_user_leaves(state_dir: Path):
     with user(state_dir) as first:
         endpoint = endpoint_said(first)

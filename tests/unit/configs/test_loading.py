@@ -223,12 +223,21 @@ def test_secrets_in_overrides_are_never_shown(write, override: str):
     assert override.split("=")[1].strip("[") not in message
 
 
+@pytest.mark.parametrize("override", ["num_epochs=", "storage_path= ", "lora_config.r="])
+def test_an_override_from_a_variable_that_is_not_set(write, override: str):
+    """It would mean the default, or another kind of training."""
+    key = override.partition("=")[0]
+    assert f"nothing stands behind `=`: was a variable not set? {key}=null unsets the key" in complaint(
+        write(BASE), override
+    )
+
+
 def test_overrides(write):
     path = write(BASE + "num_epochs: 3\ndeepspeed: zero_2\nseed: 1\n")
     loaded = load_config(
         path,
         [
-            "num_epochs=",
+            "num_epochs=null",
             "max_steps=2",
             "lora_config.r=16",
             "lora_config.target_modules=[q_proj, v_proj]",
