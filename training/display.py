@@ -275,6 +275,8 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         ]
     elif result.last_checkpoint:
         facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
+    elif result.status == "stopped":
+        facts.append(("next", f"begin again with the same command: {shlex.join(command)}"))
     print_facts(console, facts)
 
 

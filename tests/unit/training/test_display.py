@@ -38,6 +38,17 @@ def test_the_end_names_the_best_checkpoint_or_the_newest_where_none_was_evaluate
     assert not [line for line in lines if line.startswith(("best", "last"))]
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [(None, "begin again with"), ("/runs/a/checkpoints/step-000005", "go on from the last checkpoint with")],
+)
+def test_the_end_of_a_stopped_run_says_how_to_go_on(checkpoint: str | None, said: str):
+    result = result_of(
+        "/runs/a", [], status="stopped", best_checkpoint=checkpoint, last_checkpoint=checkpoint
+    )
+    assert shown(result)[-1].split(maxsplit=1)[1] == f"{said} the same command: python main.py a.yaml"
+
+
 def test_the_end_says_where_the_time_went():
     speed = Speed(
         tokens_per_second=1234.5,
