@@ -139,7 +139,8 @@ def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
     if isinstance(error, FileExistsError):
         return AlreadyExistsError(f"{where}: it already exists")
     if isinstance(error, FileNotFoundError):
-        return NotFoundError(f"{where}: no such file ({error.filename})")
+        missing = "" if str(error.filename) == uri else f" ({error.filename})"
+        return NotFoundError(f"{where}: no such file or directory{missing}")
     if isinstance(error, PermissionError):
         refused = Path(error.filename or "")
         refused = refused.parent if refused.suffix == PARTIAL_SUFFIX else refused
