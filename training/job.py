@@ -376,7 +376,7 @@ def _status(failure: str | None, signals: Sequence[int], finished: bool) -> tupl
     if finished and failure is None:
         return "completed", "all steps done"
     if signals:
-        return "stopped", f"signal {signals[0]} ({signal.Signals(signals[0]).name})"
+        return "stopped", f"signal {signals[0]}"
     assert failure is not None, "training ended early, without an error"
     return "failed", failure
 
