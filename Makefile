@@ -80,7 +80,7 @@ test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU,
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model, where `make test` takes a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/test_cookbooks.py
 
-test-nodes: setup-dev  ## lose nodes of a cluster, wait for them and take them in, where `make test` takes a sample (ten minutes)
+test-nodes: setup-dev  ## lose nodes of a cluster, wait for them and take them in, where `make test` takes a sample (a quarter of an hour)
 	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/test_two_nodes.py
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (its packages slow the start of every Ray cluster)

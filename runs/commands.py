@@ -102,14 +102,13 @@ def _compare(output: Console, uris: Sequence[str], path: Path, as_json: bool) ->
 def _check_picture(path: Path) -> None:
     """Refuse, before runs are read, a file that cannot be made."""
     with explained("write", str(path)):
-        if path.suffix != ".png" and not path.is_dir():
-            raise BucketError(f"cannot write {path}: the picture is a PNG; name a file that ends with .png")
         if path.is_dir():
             raise BucketError(f"cannot write {path}: it is a directory; name a file in it: {path / _PICTURE}")
-        if path.parent.is_dir():
-            return
-        wrong = "is a file" if path.parent.exists() else "is no directory that exists"
-        raise BucketError(f"cannot write {path}: {path.parent} {wrong}; name a file in a directory")
+        if path.suffix != ".png":
+            raise BucketError(f"cannot write {path}: the picture is a PNG; name a file that ends with .png")
+        if not path.parent.is_dir():
+            wrong = "is a file" if path.parent.exists() else "is no directory that exists"
+            raise BucketError(f"cannot write {path}: {path.parent} {wrong}; name a file in a directory")
 
 
 def _reach(uris: Sequence[str]) -> AbstractContextManager[object]:
