@@ -51,7 +51,18 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """What an offline run of W&B wrote: LevelDB's log format behind seven bytes of its own; small files have one block."""
+    """What an offline run of W&B wrote. Its service closes the file, and may still be at it when the run has finished."""
+    deadline = time.monotonic() + 30
+    records = read_wandb_file(path)
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):
+        assert time.monotonic() < deadline, f"no end of the run in {path}: {records}"
+        time.sleep(0.1)
+        records = read_wandb_file(path)
+    return records
+
+
+def read_wandb_file(path: Path) -> list[Any]:
+    """LevelDB's log format behind seven bytes of W&B's own; small files have one block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, records = path.read_bytes(), 7, []
