@@ -249,6 +249,8 @@ class RunResult(_Record):
 
     status: RunStatus
     reason: str
+    stop_signal: int | None = None
+    """The number of the signal that stopped it, if one did."""
     run_name: str
     run_uri: str
     best_checkpoint: str | None
@@ -284,6 +286,6 @@ class RunResult(_Record):
     @property
     def exit_code(self) -> int:
         """What main.py ends with: 0 done, 1 failed, 128 + the signal that stopped it."""
-        if self.status == "stopped":
-            return 128 + int(self.reason.split()[-1])
+        if self.stop_signal is not None:
+            return 128 + self.stop_signal
         return 0 if self.status == "completed" else 1

@@ -148,15 +148,15 @@ def run_job(
     try:
         manifests = committed(store)
         finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-        status, reason = _status(failure, signals, finished)
+        ending = _ending(failure, signals, finished)
         elapsed = time.monotonic() - began
-        result = _write_result(plan, manifests, status, reason, told, logs, elapsed, report, command)
+        result = _write_result(plan, manifests, ending, told, logs, elapsed, report, command)
     except BucketError as error:
         raise UnrecordedError(
             f"{failure or 'trained to its end'}\n{RESULT_FILE} cannot be written: {error}\n"
             f"The same command goes on from {told.newest_checkpoint}."
         ) from error
-    if status == "completed" and plan.parent and run_of(plan.parent):
+    if ending.status == "completed" and plan.parent and run_of(plan.parent):
         with suppress(BucketError):  # the parent's run deletes a mark that is out of date
             checkpoints.unmark(plan.parent, plan.run_uri)
     return result
@@ -372,13 +372,22 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
     )
 
 
-def _status(failure: str | None, signals: Sequence[int], finished: bool) -> tuple[RunStatus, str]:
+@dataclass(frozen=True)
+class _Ending:
+    """How an attempt ended, as result.json says it."""
+
+    status: RunStatus
+    reason: str
+    stop_signal: int | None = None
+
+
+def _ending(failure: str | None, signals: Sequence[int], finished: bool) -> _Ending:
     if finished and failure is None:
-        return "completed", "all steps done"
+        return _Ending("completed", "all steps done")
     if signals:
-        return "stopped", f"signal {signals[0]}"
+        return _Ending("stopped", signal.Signals(signals[0]).name, signals[0])
     assert failure is not None, "training ended early, without an error"
-    return "failed", failure
+    return _Ending("failed", failure)
 
 
 def classify(causes: Sequence[str], savings: Sequence[Saving]) -> str:
@@ -401,8 +410,7 @@ def classify(causes: Sequence[str], savings: Sequence[Saving]) -> str:
 def _write_result(
     plan: RunPlan,
     manifests: list[Manifest],
-    status: RunStatus,
-    reason: str,
+    ending: _Ending,
     told: Told,
     logs: list[Path],
     elapsed: float,
@@ -417,8 +425,9 @@ def _write_result(
     last = manifests[-1] if manifests else None
     tokens, trained_tokens = _tokens_until(last, told, store)
     result = RunResult(
-        status=status,
-        reason=reason,
+        status=ending.status,
+        reason=ending.reason,
+        stop_signal=ending.stop_signal,
         run_name=plan.run_name,
         run_uri=plan.run_uri,
         best_checkpoint=_uri(plan, best(manifests)),

@@ -96,7 +96,7 @@ def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
         "is-damaged": (None, 0),
         "has-begun": (None, 0),
     }
-    assert listed["is-stopped"]["reason"] == "signal 15"
+    assert listed["is-stopped"]["reason"] == "SIGTERM"
     assert f"{listed['is-damaged']['run_uri']}/{RESULT_FILE} is cut off" in listed["is-damaged"]["reason"]
     assert listed["is-stopped"]["age_seconds"] == pytest.approx(50 * 3600, abs=600)
     assert list(listed)[-3:] == ["is-failed", "is-stopped", "is-damaged"], "those heard of last come first"
@@ -108,7 +108,7 @@ def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
     assert sorted(names) == sorted(listed)
     assert names[-3:] == list(listed)[-3:]
     (stopped,) = [line.split() for line in finished.output.splitlines() if line.startswith("is-stopped")]
-    assert stopped == ["is-stopped", "stopped", "1.5000", "20", "2", "days", "signal", "15"]
+    assert stopped == ["is-stopped", "stopped", "1.5000", "20", "2", "days", "SIGTERM"]
 
 
 def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):

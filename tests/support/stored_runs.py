@@ -1,6 +1,7 @@
 """Runs as they lie in a bucket, written without training anything."""
 
 import json
+import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -50,7 +51,8 @@ def result_of(
     last = checkpoint_uri(run_uri, losses[-1].step) if losses else None
     plain: dict[str, Any] = {
         "status": status,
-        "reason": {"completed": "all steps done", "stopped": "signal 15", "failed": "out of memory"}[status],
+        "reason": {"completed": "all steps done", "stopped": "SIGTERM", "failed": "out of memory"}[status],
+        "stop_signal": signal.SIGTERM if status == "stopped" else None,
         "run_name": run_uri.rpartition("/")[2],
         "run_uri": run_uri,
         "best_checkpoint": last,

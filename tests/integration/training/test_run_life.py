@@ -340,7 +340,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert finished.result["last_checkpoint"].endswith(f"step-{stopped_at:06d}")
     assert "Traceback" not in finished.errors
     page = (files / "runs" / "stopped" / "report.html").read_text()
-    assert "stopped: signal 15" in page
+    assert "stopped: SIGTERM" in page
     assert f"python main.py {config}" in page
 
     continued = run_main(config, "--json")

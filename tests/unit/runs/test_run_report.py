@@ -105,7 +105,7 @@ def test_a_parents_curves_come_before_its_childs():
 def test_a_run_that_stopped_is_gone_on_with_by_the_same_command():
     page = unescape(to_html(report(result=result_of(RUN, eval_losses(2.0), status="stopped"))))
     assert "python main.py 'my file.yaml' seed=1" in page
-    assert "stopped: signal 15" in page
+    assert "stopped: SIGTERM" in page
 
 
 def test_a_run_that_failed_before_it_measured_anything_has_a_page():
