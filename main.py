@@ -29,7 +29,7 @@ from runs import commands as looking
 from training import commands as using
 from utils.bucket import BucketError
 from utils.console import library_output_in, open_consoles
-from utils.processes import FORWARDED, run_in_own_session
+from utils.processes import FORWARDED, importing, run_in_own_session
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -88,8 +88,9 @@ def use(arguments: list[str]) -> int:
     """Carry out a command that uses what was trained; returns the exit code."""
     options = using.parse_arguments(arguments)
     set_ray_up()
-    from training.events import WorkersFailedError
-    from training.plan import REFUSALS
+    with importing():
+        from training.events import WorkersFailedError
+        from training.plan import REFUSALS
 
     try:
         using.run_command(options)
@@ -172,20 +173,21 @@ def set_ray_up() -> None:
 def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: list[str], began: float) -> int:
     """Everything behind the file: the plan, the run, the report."""
     set_ray_up()
-    from training.claims import ClaimError
-    from training.data.report import to_html
-    from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
-    from training.events import UnrecordedError
-    from training.plan import (
-        REFUSALS,
-        check_cluster_answers,
-        check_devices_are_here,
-        make_plan,
-        make_scratch_directory,
-        needs_embedded_bucket,
-    )
-    from utils.embedded_bucket import embedded_bucket
-    from utils.files import write_atomically
+    with importing():
+        from training.claims import ClaimError
+        from training.data.report import to_html
+        from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
+        from training.events import UnrecordedError
+        from training.plan import (
+            REFUSALS,
+            check_cluster_answers,
+            check_devices_are_here,
+            make_plan,
+            make_scratch_directory,
+            needs_embedded_bucket,
+        )
+        from utils.embedded_bucket import embedded_bucket
+        from utils.files import write_atomically
 
     output, progress = open_consoles()
     screen = progress if options.json else output
@@ -221,7 +223,8 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
                 result = report.completed
             else:
                 watch.phase("starting the workers")
-                from training.job import run_job
+                with importing():
+                    from training.job import run_job
 
                 result = run_job(
                     plan,

@@ -82,6 +82,7 @@ from utils.bucket import (
     uses_embedded_bucket,
 )
 from utils.files import checksum_bytes, format_bytes, free_bytes
+from utils.processes import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -516,7 +517,8 @@ def load_tokenizer(
     Raises:
         ModelError: it cannot be loaded, or gives no character offsets.
     """
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

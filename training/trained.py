@@ -26,6 +26,7 @@ from training.models.kernels import Device
 from training.plan import fetch_model, load_tokenizer, make_scratch_directory, needs_embedded_bucket
 from utils.bucket import NotFoundError, check_readable, open_store, uses_embedded_bucket
 from utils.embedded_bucket import embedded_bucket
+from utils.processes import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -91,10 +92,11 @@ class TrainedModel:
         Raises:
             ModelError, CheckpointError, BucketError: see `weights` and `base_weights`.
         """
-        import peft
-        import torch
+        with importing():
+            import peft
+            import torch
 
-        from training.models.torch_provider import load_weights
+            from training.models.torch_provider import load_weights
 
         weights, base = self.weights(), self.base_weights()
         model = load_weights(

@@ -35,6 +35,7 @@ from training.restoring import Restoring
 from training.strategy import zero_stage
 from utils.bucket import BucketError, Store, open_store
 from utils.console import library_output_in
+from utils.processes import importing
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -76,7 +77,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             mailbox.put.remote(event)
 
     with library_output_in(worker_log(plan, place.rank)):
-        prepare_process(plan, place)
+        with importing():
+            prepare_process(plan, place)
         try:
             _train(plan, claim, place, mailbox, tell)
             if place.rank == 0:
@@ -159,19 +161,20 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
 
     tell(Phase("loading libraries"))
-    from training.callbacks import (
-        Committing,
-        Diverging,
-        Gauges,
-        Preempted,
-        Rehearsing,
-        Schedule,
-        Stopping,
-        Telling,
-    )
-    from training.objectives import build_trainer
-    from training.speed import PhaseClock, Throughput
-    from training.trainers import trainer_arguments
+    with importing():
+        from training.callbacks import (
+            Committing,
+            Diverging,
+            Gauges,
+            Preempted,
+            Rehearsing,
+            Schedule,
+            Stopping,
+            Telling,
+        )
+        from training.objectives import build_trainer
+        from training.speed import PhaseClock, Throughput
+        from training.trainers import trainer_arguments
 
     tell(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.models.files import ModelError, first_line
+from utils.processes import importing
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
@@ -139,12 +140,14 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
         ModelError: the model cannot be built.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    with importing():
+        from transformers import AutoModelForCausalLM
 
     config = _load_config(directory, source, trust_remote_code)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    with torch.device("meta"):
+    with importing(), torch.device("meta"):  # it imports the module of this kind of model
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -194,7 +197,8 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
 
 
 def _load_config(directory: Path, source: str, trust_remote_code: bool):
-    from transformers import AutoConfig
+    with importing():
+        from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
