@@ -1,8 +1,9 @@
 """The one place that knows how a run lies in the bucket: its paths and its typed records."""
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,6 +223,16 @@ def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:
         for name, value in logged.items()
         if name.startswith("eval_") and name != "eval_loss"
     }
+
+
+def is_metric(logged: Mapping[str, Any]) -> bool:
+    """Whether what a trainer logged is of a step or of an evaluation."""
+    return "loss" in logged or "eval_loss" in logged
+
+
+def metrics_lines(log: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of metrics.jsonl, from all that a trainer has logged since step 0."""
+    return "".join(json.dumps(logged) + "\n" for logged in log if is_metric(logged))
 
 
 Phase = Literal["data", "forward", "backward", "optimizer", "evaluation", "saving", "upload_stall", "other"]

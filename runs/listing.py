@@ -50,7 +50,7 @@ class RunSummary(BaseModel):
     best_eval_loss: float | None
     """Nats a trained token."""
     steps: int
-    """Optimizer steps up to its newest committed checkpoint."""
+    """Optimizer steps: up to its newest committed checkpoint, or, of one that did not come to an end, as far as is known."""
     age_seconds: float | None
     """Since it last gave a sign of life: its result, else its claim or its metrics; None where that is not known."""
 
@@ -73,6 +73,8 @@ class CheckpointSummary(BaseModel):
 class RunDetails(RunSummary):
     """A run in full."""
 
+    train_loss: float | None
+    """Of the newest step that is known, nats a trained token."""
     eval_losses: list[EvalLoss]
     checkpoints: list[CheckpointSummary]
     damage: list[str]
@@ -119,12 +121,13 @@ def read_run(uri: str) -> RunDetails:
     if summary.status == "damaged":
         raise DamagedError(RESULT_FILE, summary.reason)
     result = read_result(store)
-    losses = eval_losses_of(read_metrics(store))
+    metrics = read_metrics(store)
     manifests, damage = survey(store)
     config = _read_config(store)
     return RunDetails(
         **dict(summary),
-        eval_losses=losses,
+        train_loss=next((line.loss for line in reversed(metrics) if line.loss is not None), None),
+        eval_losses=eval_losses_of(metrics),
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
         damage=damage,
         config=config,

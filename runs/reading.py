@@ -124,6 +124,9 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
         except ValidationError:
             damage.append(f"{store.uri_of(key)} {_UNREADABLE}")
             continue
+        if key != checkpoint_key(manifest.step, MANIFEST_FILE):
+            damage.append(f"{store.uri_of(key)} is the manifest of step {manifest.step}")
+            continue
         wrong = wrong_sizes(store, manifest, stored)
         damage += wrong
         if not wrong:

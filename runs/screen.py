@@ -53,6 +53,11 @@ def show_run(console: Console, run: RunDetails) -> None:
     facts = [
         ("run", run.run_uri),
         ("status", f"{run.status}: {run.reason}" if run.reason else run.status),
+        *(
+            [("training loss", f"{run.train_loss:.4f} in the last step that is known")]
+            if run.train_loss is not None
+            else []
+        ),
         ("last heard of", _age(run.age_seconds) + " ago" if run.age_seconds is not None else "unknown"),
         *(
             (key, str(run.config[key]))

@@ -1,6 +1,7 @@
 """What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from runs.layout import eval_figures
 from training.events import DivergedError, Evaluated, Event, StepDone
 from training.speed import PhaseClock
 
+_RECORD_EVERY_SECONDS = 30.0
+_RECORDED_LINES_A_SECOND = 100
 _GAUGES = {
     "loss": "Training loss of the last step, a mean over its trained tokens",
     "eval_loss": "Loss of the last evaluation, a mean over its trained tokens",
@@ -189,6 +192,22 @@ class Preempted(TrainerCallback):
         if not self.is_done and self.share(self.is_noticed()):
             self.is_done = True
             control.should_save = True
+
+
+class Recording(TrainerCallback):
+    """Has what is measured written down between checkpoints, for those who look at the run while it trains (rank 0)."""
+
+    def __init__(self, record: Callable[[list[dict[str, Any]]], None]):
+        self.record = record
+        self.due = time.monotonic() + _RECORD_EVERY_SECONDS
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a step's figures or an evaluation's are known."""
+        if time.monotonic() >= self.due:
+            # All lines are written each time: what that costs stays the same share of the time.
+            lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
+            self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
+            self.record(list(state.log_history))
 
 
 class Committing(TrainerCallback):

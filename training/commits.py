@@ -1,18 +1,20 @@
 """Saved checkpoints become committed ones while training goes on: staged, uploaded by every node, published by rank 0."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from runs.layout import METRICS_FILE, Claim, Manifest, checkpoint_uri
+from runs.layout import METRICS_FILE, Claim, Manifest, checkpoint_uri, metrics_lines
 from training import checkpoints
-from training.claims import check_claim
+from training.claims import ClaimError, check_claim
 from training.events import CheckpointCommitted
 from training.place import Place
-from utils.bucket import Store
+from utils.bucket import BucketError, Store
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Commits:
         self._on_commit = on_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None
+        self._recording: Future[None] | None = None
 
     def __enter__(self) -> "Commits":
         return self
@@ -101,6 +104,23 @@ class Commits:
         """The URI of the last one that is committed, or will have been."""
         self.wait()
         return checkpoint_uri(self._store.uri, self._committed[-1].step) if self._committed else None
+
+    def record(self, log: Sequence[Mapping[str, Any]]) -> None:
+        """Begin to write metrics.jsonl ahead of the next checkpoint, which writes it again; rank 0 calls it.
+
+        It waits for nothing, and does nothing where the last record is still on its way. That one could not be written is for
+        the next checkpoint to tell, which cannot be written either.
+
+        Args:
+            log: As of `metrics_lines`.
+        """
+        if self._recording is None or self._recording.done():
+            self._recording = self._thread.submit(self._record, log)
+
+    def _record(self, log: Sequence[Mapping[str, Any]]) -> None:
+        with suppress(BucketError, ClaimError):
+            check_claim(self._store, self._claim)
+            self._store.write(METRICS_FILE, metrics_lines(log).encode())
 
     def _commit(self, saved: Saved) -> None:
         place, step = self._place, saved.manifest.step

@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import MlflowLogger, TensorboardLogger, WandbLogger
-from runs.layout import TENSORBOARD
+from runs.layout import TENSORBOARD, is_metric
 from training.events import Event, Notice
 from training.models.files import first_line
 from utils.bucket import Store, join_uri
@@ -191,7 +191,7 @@ class Tracking(TrainerCallback):
         **_: Any,
     ) -> None:
         """After a step's figures or an evaluation's are known."""
-        if logs and ("loss" in logs or "eval_loss" in logs):
+        if logs and is_metric(logs):
             self._measured.put((state.global_step, tracked_figures(logs)))
 
     def on_train_end(

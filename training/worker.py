@@ -18,7 +18,7 @@ import ray
 import ray.train
 
 from configs.loading import flat, to_yaml
-from runs.layout import CONFIG_FILE, Claim, DataPosition, Manifest, checkpoint_uri
+from runs.layout import CONFIG_FILE, Claim, DataPosition, Manifest, checkpoint_uri, metrics_lines
 from training import checkpoints
 from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
@@ -167,6 +167,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             Diverging,
             Gauges,
             Preempted,
+            Recording,
             Rehearsing,
             Schedule,
             Stopping,
@@ -269,7 +270,11 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             ),
             throughput,
             Telling(tell),
-            *([Gauges(plan.run_name), *_tracking(plan, place, store, tell)] if place.rank == 0 else []),
+            *(
+                [Recording(commits.record), Gauges(plan.run_name), *_tracking(plan, place, store, tell)]
+                if place.rank == 0
+                else []
+            ),
             Diverging(
                 lambda step: train.places(order.rows_of_step(step)),
                 lambda: commits.newest_checkpoint,
@@ -373,9 +378,9 @@ def _saved(
 ) -> Saved:
     """What is known of a checkpoint at the moment at which it was saved."""
     step, epoch = state.global_step, state.epoch or 0.0
-    entries = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
     eval_loss = next(
-        (entry["eval_loss"] for entry in entries if entry["step"] == step and "eval_loss" in entry), None
+        (entry["eval_loss"] for entry in state.log_history if entry["step"] == step and "eval_loss" in entry),
+        None,
     )
     manifest = Manifest(
         step=step,
@@ -395,8 +400,7 @@ def _saved(
         versions=package_versions(),
         files=[],
     )
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    return Saved(directory, manifest, lines, _committed(plan, step, throughput))
+    return Saved(directory, manifest, metrics_lines(state.log_history), _committed(plan, step, throughput))
 
 
 def _step_of(restored: Path) -> int:

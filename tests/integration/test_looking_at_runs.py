@@ -214,11 +214,20 @@ def test_a_run_is_shown_in_full(storage: Store, look: Look):
     assert checkpoint["uri"] == f"{uri}/checkpoints/step-000010"
     assert (checkpoint["size"], checkpoint["eval_loss"]) == (len(b"weights"), 1.5)
     assert shown["damage"] == []
+    assert shown["train_loss"] == pytest.approx(1.6)
 
     storage.delete([f"a/{checkpoint_key(10, 'model.safetensors')}"])
     assert len(look("show", uri, "--json").result["damage"]) == 1
     said = look("show", uri).output
-    for part in (uri, "completed: all steps done", "1.5000   best", "some/model", "12,345 tokens", "5 h ago"):
+    for part in (
+        uri,
+        "completed: all steps done",
+        "1.5000   best",
+        "some/model",
+        "12,345 tokens",
+        "5 h ago",
+        "1.6000 in",
+    ):
         assert part in said
     assert "model.safetensors has no bytes" in said
 

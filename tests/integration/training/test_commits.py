@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from runs import reading
-from runs.layout import MANIFEST_FILE, CheckpointUse, Claim, Speed, checkpoint_key, use_key
+from runs.layout import MANIFEST_FILE, METRICS_FILE, CheckpointUse, Claim, Speed, checkpoint_key, use_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
@@ -100,6 +100,32 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_waits_only_for_the_
     assert told == [1, 2]
     assert steps(open_store(run_uri)) == [1, 2]
     assert list(tmp_path.iterdir()) == [], "nothing is left on the node"
+
+
+def test_losses_are_recorded_ahead_of_a_checkpoint_which_has_the_last_word(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    log = [{"loss": 1.5, "step": 1, "epoch": 0.5}, {"train_runtime": 2.0, "step": 1}]
+    with commits_of(store) as commits:
+        commits.record(log)
+    assert [(line.step, line.loss) for line in reading.read_metrics(store)] == [(1, 1.5)]
+    assert steps(store) == []
+    with commits_of(store) as commits:
+        commits.record(log)
+        commits.start(saved(tmp_path, 2))
+    assert store.read(METRICS_FILE) == b"{}\n", "as the checkpoint was saved with"
+
+
+def test_losses_that_cannot_be_recorded_cost_nothing(
+    run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    refused = Fault("refuse", method="PUT", key=METRICS_FILE, status=403, code="AccessDenied", times=1)
+    with behind(bucket, monkeypatch, refused):
+        store = open_store(run_uri)
+        with commits_of(store) as commits:
+            commits.record([{"loss": 1.5, "step": 1}])
+            commits.start(saved(tmp_path, 2))
+        assert refused.struck == 1
+    assert steps(open_store(run_uri)) == [2]
 
 
 def test_an_upload_that_fails_ends_the_run_at_its_next_step(
@@ -229,6 +255,17 @@ def test_what_killed_attempts_left_is_removed_by_the_next_owner(run_uri: str, tm
     assert {item.key.split("/")[1] for item in store.list("checkpoints/")} == {"step-000001"}
 
 
+def test_a_manifest_of_another_step_counts_for_none(run_uri: str, tmp_path: Path):
+    store = open_store(run_uri)
+    with commits_of(store, keep=2) as commits:
+        for step in (1, 2):
+            commits.start(saved(tmp_path, step))
+    store.write(checkpoint_key(2, MANIFEST_FILE), store.read(checkpoint_key(1, MANIFEST_FILE)))
+    manifests, damage = reading.survey(store)
+    assert [manifest.step for manifest in manifests] == [1]
+    assert damage == [f"{store.uri_of(checkpoint_key(2, MANIFEST_FILE))} is the manifest of step 1"]
+
+
 def _unfinished_upload(run_uri: str, key: str) -> str:
     from boto3.session import Session
 
@@ -302,6 +339,9 @@ def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_p
     store = open_store(run_uri)
     with claimed(store, waiting=nobody) as claim:
         former = Claim.model_validate(claim.model_dump() | {"number": claim.number - 1, "token": "former"})
+        with Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits:
+            commits.record([{"loss": 1.5, "step": 1}])
+        assert store.read_if_exists(METRICS_FILE) is None
         with (
             pytest.raises(ClaimError, match="was taken over by"),
             Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits,

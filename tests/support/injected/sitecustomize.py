@@ -1,6 +1,7 @@
 """Python runs this first in every process that has this directory on PYTHONPATH: a run's own code, watched, held or sabotaged.
 
-RESUME_LEDGER names a directory: each worker notes the rows it trains, one "step rank row" a line.
+RESUME_LEDGER names a directory: each worker notes the rows it trains, one "step rank row" a line. Losses are then recorded after
+each step, not only now and then.
 RESUME_HOLD is `after_step:N` or `in_save:N`: there every worker waits to be killed; or `in_step_until_stop:N`: there the
 first worker waits until the driver has asked it to stop.
 RESUME_SABOTAGE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
@@ -62,7 +63,8 @@ def _noting(get: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def _watch_stopping(module: Any) -> None:
+def _watch_callbacks(module: Any) -> None:
+    module._RECORD_EVERY_SECONDS, module._RECORDED_LINES_A_SECOND = 0, float("inf")
     stopping = module.Stopping
     end_step = stopping.on_step_end
 
@@ -125,7 +127,7 @@ _SABOTAGES: dict[str, Callable[[Any], None]] = {
 }
 _CHANGES: dict[str, Callable[[Any], None]] = {
     "training.data.batches": _watch_rows,
-    "training.callbacks": _watch_stopping,
+    "training.callbacks": _watch_callbacks,
     "transformers.trainer": _watch_trainer,
 }
 
