@@ -285,7 +285,7 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
                 packed = pack(loaded, Path(directory))
                 checked = submission.check_from_here(packed, watch.checking)
                 report = None if isinstance(checked, str) else checked
-                if report and report.completed:
+                if report and report.completed and not loaded.config.export:  # an export may be left to do
                     show_completed(progress)
                     print_json(output, report.completed.model_dump_json(), options)
                     return DONE

@@ -290,14 +290,14 @@ def _embedding_scaling_technique(migration: Migration, value: Any) -> None:
     migration.refuse(
         path, "cannot be used: a model is trained with the embeddings it comes with; leave it out"
     )
-    migration.no_effect(path, "a model is trained with the embeddings it comes with")
+    migration.not_run(path)
     migration.take(path)
 
 
 def _vision_language_config(migration: Migration, value: Any) -> None:
     path = ("vision_language_config",)
     migration.refuse(path, "cannot be used: only text is trained on; leave it out")
-    migration.no_effect(path, "only text is trained on")
+    migration.not_run(path)
     migration.take(path)
 
 

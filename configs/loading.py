@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from configs import legacy
-from configs.schema import ConflictError, FinetuneConfig, Section, sections_of
+from configs.schema import LENGTH_KEYS, ConflictError, FinetuneConfig, Section, sections_of
 from configs.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -79,6 +79,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     document = _read(path)
     for number, override in enumerate(overrides):
         _apply_override(document, override, _AFTER_ALL_LINES + number)
+    _let_an_override_decide_the_length(document)
     migration = legacy.migrate(document)
     document.problems += _secrets(document)
     config, errors = _validate(document.data)
@@ -204,6 +205,15 @@ def _apply_override(document: Document, override: str, order: int) -> None:
             document.problems.append(Problem(path, origin, text))
             return
     document.put(path, value)
+
+
+def _let_an_override_decide_the_length(document: Document) -> None:
+    """`max_steps=20` for a file that says num_epochs means 20 steps, as a trainer's max_steps does."""
+    given = [key for key in LENGTH_KEYS if document.data.get(key) is not None]
+    overridden = [key for key in given if document.origin((key,)).from_override]
+    for key in given:
+        if overridden and key not in overridden:
+            del document.data[key]
 
 
 def _secrets(document: Document) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_MIN_UPDATE_STEPS = 100
+LENGTH_KEYS = ("num_epochs", "max_steps", "min_update_steps")
 """Optimizer steps a run makes at least when the YAML says nothing about its length."""
 
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
@@ -525,7 +526,7 @@ class FinetuneConfig(Section):
     sums. Costs some speed; on CPU it is so anyway."""
 
     flash_attention_2: bool = False
-    """Use the flash-attn package; false: PyTorch's own attention."""
+    """Use the flash-attn package; false: PyTorch's own attention. Unsloth's kernels take it wherever it is installed."""
 
     gradient_checkpointing: bool | Literal["unsloth"] = True
     """Compute activations again in the backward pass instead of keeping them; unsloth: also offload them."""
@@ -730,17 +731,11 @@ def _start_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 
 def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
-    lengths = {
-        "num_epochs": config.num_epochs,
-        "max_steps": config.max_steps,
-        "min_update_steps": config.min_update_steps,
-    }
-    given = [key for key, value in lengths.items() if value is not None]
+    given = [key for key in LENGTH_KEYS if getattr(config, key) is not None]
     if len(given) > 1:
         yield (
             given[-1],
-            f"{' and '.join(f'`{key}`' for key in given)} each set the run's length: say one of them "
-            f"(on the command line, `{given[0]}=` empties the file's)",
+            f"{' and '.join(f'`{key}`' for key in given)} each set the run's length: say one of them",
         )
     if config.lr_scheduler_type == "constant" and config.num_warmup_steps > 0:
         yield (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
-from configs.schema import FinetuneConfig
+from configs.schema import FinetuneConfig, LoraConfig
 from training.models.files import ModelError
 
 Device = Literal["cuda", "cpu"]
@@ -54,6 +54,19 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
     },
 }
+
+UNSLOTH_LORA_FIELDS = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "modules_to_save",
+        "bias",
+        "use_rslora",
+    }
+)
+"""What its new adapters take of a lora_config; whatever else it says is refused, not dropped."""
 
 # What `auto` takes: the first that goes with the run and is installed; with what is said for it.
 _PREFERRED: dict[Device, tuple[tuple[Provider, str], ...]] = {
@@ -116,11 +129,21 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
     cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
     if cell not in (TESTED, UNTESTED):
         return cell
+    if provider == "unsloth" and (unknown := _unknown_to_unsloth(config)):
+        return f"Unsloth's adapters know no {' and no '.join(f'lora_config.{name}' for name in unknown)}"
     if provider == "unsloth" and config.packing:
         return "Unsloth's attention lets packed rows see one another"
     if provider == "unsloth" and config.task == "preference_tuning":
         return "preference tuning compares log-probabilities, and Unsloth's forward pass gives a loss"
     return None
+
+
+def _unknown_to_unsloth(config: FinetuneConfig) -> list[str]:
+    lora = config.lora_config
+    others = LoraConfig.model_fields.keys() - UNSLOTH_LORA_FIELDS - {"task_type"}
+    return sorted(
+        name for name in others if lora and getattr(lora, name) != LoraConfig.model_fields[name].default
+    )
 
 
 def _missing(provider: Provider) -> str | None:

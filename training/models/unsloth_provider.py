@@ -12,6 +12,7 @@ import unsloth  # first: it patches what the imports below bring
 from transformers import set_seed
 
 from training.models import ModelRequest, torch_provider
+from training.models.kernels import UNSLOTH_LORA_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,13 +30,7 @@ def build(request: ModelRequest) -> "PreTrainedModel":
     lora = request.lora
     return unsloth.FastLanguageModel.get_peft_model(
         model,
-        r=lora.r,
-        target_modules=lora.target_modules,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        bias=lora.bias,
-        use_rslora=lora.use_rslora,
-        modules_to_save=lora.modules_to_save,
+        **lora.model_dump(include=set(UNSLOTH_LORA_FIELDS)),
         use_gradient_checkpointing=request.gradient_checkpointing,
         random_state=request.seed,
         max_seq_length=request.context_length,

@@ -223,6 +223,16 @@ def test_secrets_in_overrides_are_never_shown(write, override: str):
     assert override.split("=")[1].strip("[") not in message
 
 
+def test_an_overrides_length_takes_the_place_of_the_files(write):
+    path = write(BASE + "num_epochs: 3\n")
+    loaded = load_config(path, ["max_steps=20"])
+    assert (loaded.config.num_epochs, loaded.config.max_steps) == (None, 20)
+    assert "num_epochs" in default_keys(loaded)
+    assert load_config(path, ["max_steps=null"]).config.num_epochs == 3
+    with pytest.raises(ConfigError, match="`num_epochs` and `max_steps` each set the run's length"):
+        load_config(path, ["max_steps=20", "num_epochs=1"])
+
+
 @pytest.mark.parametrize("override", ["num_epochs=", "storage_path= ", "lora_config.r="])
 def test_an_override_from_a_variable_that_is_not_set(write, override: str):
     """It would mean the default, or another kind of training."""
