@@ -1,6 +1,6 @@
 # One image for every node of a Ray cluster (head, workers, job submitter) and for a single GPU machine.
 #
-#   docker build -t anneal .                                     --build-arg UNSLOTH=1 adds Unsloth (AGPL-3.0 parts)
+#   docker build -t anneal .     --build-arg UNSLOTH=1 adds Unsloth (AGPL-3.0 parts), TRACKERS=1 W&B, MLflow and TensorBoard
 #   docker run --gpus all --init --shm-size=8g anneal cookbooks/x.yaml num_devices=1
 #   docker run --gpus all --init --shm-size=8g anneal ray start --head --block
 #
@@ -18,6 +18,7 @@ WORKDIR /build
 COPY pyproject.toml ./
 COPY requirements requirements
 ARG UNSLOTH=0
+ARG TRACKERS=0
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # As `make setup` does it: the locks name every file by its hash; torch's version stands in pyproject.toml.
 RUN python3 -m venv /opt/venv \
@@ -26,6 +27,7 @@ RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install "$(sed -nE 's/^    "(torch==[^"]+)",$/\1/p' pyproject.toml)" \
     && locks=(-r requirements/runtime.lock -r requirements/cluster.lock) \
     && if [[ "$UNSLOTH" == 1 ]]; then locks+=(-r requirements/unsloth.lock); fi \
+    && if [[ "$TRACKERS" == 1 ]]; then locks+=(-r requirements/trackers.lock); fi \
     && /opt/venv/bin/uv pip install --no-deps --require-hashes --build-constraints requirements/bootstrap.lock \
         --compile-bytecode --python /opt/venv/bin/python "${locks[@]}"
 

@@ -96,7 +96,7 @@ lint: setup-dev  ## check style, types, the doors between the rooms and the Dock
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-schema: setup  ## make configs/schema.json, by which editors complete and check YAMLs
+schema: setup  ## make configs/schema.json, by which editors complete and check YAMLs, and keys.md
 	$(BIN)/python -m configs.json_schema
 
 format: setup-dev  ## rewrite the Python files as the linter wants them

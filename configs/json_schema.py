@@ -1,14 +1,17 @@
-"""schema.json: what editors complete and check YAMLs by, made from FinetuneConfig.
+"""What is made from FinetuneConfig for those who write YAMLs: schema.json, by which editors complete and check them, and keys.md.
 
 make schema
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from configs.schema import FinetuneConfig
 
 SCHEMA_FILE = Path(__file__).parent / "schema.json"
+KEYS_FILE = Path(__file__).parent / "keys.md"
 
 
 def json_schema() -> str:
@@ -17,5 +20,42 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
+def keys_page() -> str:
+    """Every key with its values, default and meaning, as Markdown."""
+    schema = FinetuneConfig.model_json_schema()
+    lines = ["# Keys of the YAML", "", "Made from `configs/schema.py` by `make schema`.", "", *_table(schema)]
+    for name, section in schema["$defs"].items():
+        lines += ["", f"## {name}", "", *_table(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(schema: Mapping[str, Any]) -> Iterator[str]:
+    yield "| key | values | default | meaning |"
+    yield "|---|---|---|---|"
+    for key, field in schema["properties"].items():
+        default = "required" if key in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
+        cells = (f"`{key}`", _values(field), default, " ".join(field.get("description", "").split()))
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _values(field: Mapping[str, Any]) -> str:
+    if "const" in field or "enum" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if "$ref" in field:
+        section = field["$ref"].rpartition("/")[2]
+        return f"[{section}](#{section.lower()})"
+    alternatives = field.get("anyOf") or field.get("oneOf")
+    if alternatives:
+        return " or ".join(dict.fromkeys(map(_values, alternatives)))
+    match field.get("type"):
+        case "array":
+            return f"list of {_values(field['items'])}"
+        case "object":
+            return f"mapping to {_values(field['additionalProperties'])}"
+        case kind:
+            return str(kind)
+
+
 if __name__ == "__main__":
     SCHEMA_FILE.write_text(json_schema(), "utf-8")
+    KEYS_FILE.write_text(keys_page(), "utf-8")

@@ -345,6 +345,11 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
             facts = replace(facts, parameter_shapes=shapes)
         _check_targets(config.lora_config, facts)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
+    if not config.trains_adapter and "learning_rate" not in loaded.given_keys:
+        warnings.append(
+            f"learning_rate is not given: {config.learning_rate:g} suits LoRA, and all parameters of a pretrained model usually take about "
+            "1e-5"
+        )
 
     def prepare(key: str, sources: Sequence[DataSource]) -> PreparedData:
         progress(f"rows of {key}")
@@ -610,7 +615,7 @@ def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
     config = loaded.config
     if isinstance(config.logger, WandbLogger | MlflowLogger) and not _is_importable(config.logger.provider):
         refusals.append(
-            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). `make setup-trackers` installs it."
+            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). `make setup-trackers` installs it; an image takes it by --build-arg TRACKERS=1."
         )
     if config.run_name == PREPARED:
         refusals.append(f"run_name: {PREPARED} is where storage_path keeps prepared rows. Choose another.")

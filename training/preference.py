@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, use_adapter
@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from configs.schema import PreferenceTuningConfig
 from training.data.token_files import IGNORED
 from training.models import REFERENCE_ADAPTER
-from training.trainers import FineTuningTrainer, token_losses
+from training.trainers import FineTuningTrainer
 
 FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -200,7 +200,7 @@ class PreferenceTrainer(FineTuningTrainer):
         if self.loss_of_transformers:
             unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
             logits = model(**unlabelled, use_cache=False).logits
-            return _halves(-token_losses(logits, inputs["labels"]).sum(1))
+            return _halves(-_token_losses(logits, inputs["labels"]).sum(1))
         return _halves(model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum(1).float())
 
     def _under_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -226,6 +226,13 @@ class PreferenceTrainer(FineTuningTrainer):
         reference = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_ADAPTER
         if self.args.should_save and reference.exists():
             shutil.rmtree(reference)  # it is where the run started from
+
+
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats of each label under the logits before it, 0 where it is IGNORED: (rows, tokens - 1) from (rows, tokens)."""
+    return cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
+    )
 
 
 def _halves(values: torch.Tensor) -> torch.Tensor:

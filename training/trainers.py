@@ -118,13 +118,6 @@ def collate_rows(
     return collate_packed(collator) if packed else collator
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Nats of each label under the logits before it, 0 where it is IGNORED: (rows, tokens - 1) from (rows, tokens)."""
-    return cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
-    )
-
-
 class FineTuningTrainer(SFTTrainer):
     """SFTTrainer over prepared tokens."""
 
@@ -355,18 +348,22 @@ class ClassificationTrainer(FineTuningTrainer):
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss, the trained tokens, and how often each label (row) was taken for each (column)."""
-        labels = inputs["labels"]
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
         logits = model(**unlabelled, use_cache=False).logits
+        next_tokens = inputs["labels"][:, 1:]
+        is_label = next_tokens != IGNORED
+        tokens = next_tokens[is_label]
+        scores = logits[:, :-1][is_label].float()  # at the labels alone: those of all tokens are gigabytes
+        loss = cross_entropy(scores, tokens, reduction="none").double().sum()
         taken_for = torch.zeros(len(self.label_tokens), len(self.label_tokens), dtype=torch.float64)
-        for row_logits, row_labels in zip(logits[:, :-1], labels[:, 1:], strict=True):
-            trained = row_labels != IGNORED
-            if trained.any():
-                tokens = row_labels[trained].tolist()
-                written = written_label(row_logits[trained].float().cpu(), tokens, self.label_tokens)
-                taken_for[self.label_tokens.index(tokens), written] += 1
-        loss = token_losses(logits, labels).double().sum()
-        count = (labels[:, 1:] != IGNORED).sum().double()
+        count_of_rows = is_label.sum(1).tolist()
+        for row_scores, row_tokens in zip(
+            scores.cpu().split(count_of_rows), tokens.split(count_of_rows), strict=True
+        ):
+            if label := row_tokens.tolist():
+                written = written_label(row_scores, label, self.label_tokens)
+                taken_for[self.label_tokens.index(label), written] += 1
+        count = torch.tensor(len(tokens), dtype=torch.float64, device=loss.device)
         return torch.cat([torch.stack([loss, count]), taken_for.flatten().to(loss.device)])
 
     def figures(self, totals: list[float]) -> dict[str, float]:

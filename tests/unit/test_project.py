@@ -96,7 +96,7 @@ def test_workflow_pins_actions_by_commit_and_may_only_read():
 def test_image_installs_the_locks_and_ends_as_an_ordinary_user():
     dockerfile = read("Dockerfile")
     named = set(re.findall(r"requirements/([\w-]+)\.lock", dockerfile))
-    assert named == {"bootstrap", "runtime", "cluster", "unsloth"}
+    assert named == {"bootstrap", "runtime", "cluster", "unsloth", "trackers"}
     assert {f"{name}.lock" for name in named} <= {lock.name for lock in LOCKS}
     assert "--require-hashes" in dockerfile
     users = re.findall(r"^USER (.*)$", dockerfile.rpartition("\nFROM ")[2], re.M)

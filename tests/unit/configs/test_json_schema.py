@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from configs.json_schema import SCHEMA_FILE, json_schema
+from configs.json_schema import KEYS_FILE, SCHEMA_FILE, json_schema, keys_page
 from configs.loading import load_config
 from configs.schema import FinetuneConfig
 from configs.yaml_source import Origin, parse_yaml
@@ -26,8 +26,9 @@ def problems(text: str) -> list[str]:
     ]
 
 
-def test_the_file_is_what_make_schema_writes():
+def test_the_files_are_what_make_schema_writes():
     assert SCHEMA_FILE.read_text("utf-8") == json_schema(), "run make schema"
+    assert KEYS_FILE.read_text("utf-8") == keys_page(), "run make schema"
 
 
 def test_it_is_a_schema_and_every_key_has_its_help():
