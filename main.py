@@ -322,8 +322,14 @@ def export_completed(run_uri: str, settings: ExportConfig, screen: Console, prog
     from training.display import show_error
     from training.plan import REFUSALS
 
+    received: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
     for number in FORWARDED:  # the run's end kept them for itself
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
     try:
         using.export_run(run_uri, settings, screen, progress)
     except REFUSALS as error:
@@ -333,7 +339,7 @@ def export_completed(run_uri: str, settings: ExportConfig, screen: Console, prog
         show_error(
             progress, "interrupted: the run is completed, and not exported; the same command exports it"
         )
-        return INTERRUPTED
+        return 128 + received[0]
     return DONE
 
 

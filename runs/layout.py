@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +60,9 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 
 
 def run_of(checkpoint: str) -> str:
-    """A checkpoint's URI -> its run's."""
-    return checkpoint.rstrip("/").rpartition(f"/{CHECKPOINTS}/")[0]
+    """A checkpoint's URI -> its run's; nothing of what is no run's checkpoint."""
+    run, _, name = checkpoint.rstrip("/").rpartition(f"/{CHECKPOINTS}/")
+    return run if re.fullmatch(r"step-\d+", name) else ""
 
 
 def export_uri(run_uri: str, step: int, kind: str) -> str:

@@ -1,5 +1,6 @@
 """How a run stands, from what lies in the bucket: its result, its committed checkpoints, what was measured so far."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
@@ -70,16 +71,20 @@ def read_claim(store: Store, key: str) -> Claim | None:
 
 
 def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:
-    """The evaluations among the lines of metrics.jsonl."""
+    """The evaluations among the lines of metrics.jsonl; those whose loss is no number are none."""
     return [
         EvalLoss(
             step=line.step,
             epoch=line.epoch,
             eval_loss=line.eval_loss,
-            figures=eval_figures(line.model_extra or {}),
+            figures={
+                name: value
+                for name, value in eval_figures(line.model_extra or {}).items()
+                if math.isfinite(value)
+            },
         )
         for line in metrics
-        if line.eval_loss is not None
+        if line.eval_loss is not None and math.isfinite(line.eval_loss)
     ]
 
 

@@ -1,6 +1,7 @@
 """What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,22 @@ class Recording(TrainerCallback):
             lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
             self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
             self.record(list(state.log_history))
+
+
+class Tidying(TrainerCallback):
+    """Removes the restored trainer state from the node, which would fill its disk a second time (one worker of each node).
+
+    Behind the first step every rank has loaded it: none gets there without the others' gradients.
+    """
+
+    def __init__(self, restored: Path):
+        self.restored = restored
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        shutil.rmtree(self.restored, ignore_errors=True)
 
 
 class Committing(TrainerCallback):

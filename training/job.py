@@ -46,7 +46,7 @@ from runs.reading import best, committed, eval_losses_of, parent_metrics, read_m
 from runs.report import RunReport
 from runs.report import to_html as report_to_html
 from training import checkpoints
-from training.claims import claimed
+from training.claims import check_claim, claimed
 from training.cluster import Workers, cluster, lacking, workers_of
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport, key_figures, to_html
@@ -143,12 +143,14 @@ def run_job(
             fit.end()
         except ray.exceptions.RayError as error:  # the mailbox ends with its cluster
             lost = f"the cluster was lost ({first_line(error)}). The same command goes on from {told.newest_checkpoint}."
+        with suppress(BucketError):  # writing the result says so
+            check_claim(store, claim)  # else it would take the place of another driver's
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))]
     failure = told.refusal or lost or (classify(causes_of(fit.error), savings) if fit.error else None)
     try:
         manifests = committed(store)
         finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-        ending = _ending(failure, signals, finished)
+        ending = _ending(failure, signals, finished, told.refusal)
         elapsed = time.monotonic() - began
         result = _write_result(plan, manifests, ending, told, logs, elapsed, report, command)
     except BucketError as error:
@@ -381,11 +383,12 @@ class _Ending:
     stop_signal: int | None = None
 
 
-def _ending(failure: str | None, signals: Sequence[int], finished: bool) -> _Ending:
+def _ending(failure: str | None, signals: Sequence[int], finished: bool, refusal: str | None) -> _Ending:
     if finished and failure is None:
         return _Ending("completed", "all steps done")
     if signals:
-        return _Ending("stopped", signal.Signals(signals[0]).name, signals[0])
+        name = signal.Signals(signals[0]).name
+        return _Ending("stopped", f"{name}; before it could stop: {refusal}" if refusal else name, signals[0])
     assert failure is not None, "training ended early, without an error"
     return _Ending("failed", failure)
 
@@ -420,9 +423,10 @@ def _write_result(
     """result.json, the curve and the page, from what lies in the bucket; a run that wrote nothing leaves nothing."""
     store = open_store(plan.run_uri)
     metrics = read_metrics(store)
-    eval_losses = eval_losses_of(metrics)
-    speed = told.checkpoint.speed if told.checkpoint else Speed()
     last = manifests[-1] if manifests else None
+    # What was evaluated behind the last checkpoint, nothing has.
+    eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= (last.step if last else 0)]
+    speed = told.checkpoint.speed if told.checkpoint else Speed()
     tokens, trained_tokens = _tokens_until(last, told, store)
     result = RunResult(
         status=ending.status,

@@ -1,13 +1,15 @@
 """The checkpoint to go on from comes to the node while the worker loads its libraries; a damaged one is passed over."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from runs import reading
-from runs.layout import Manifest, checkpoint_uri
+from runs.layout import Claim, Manifest, checkpoint_uri
 from training import checkpoints
 from training.checkpoints import CheckpointError
+from training.claims import check_claim
 from training.events import Event, Notice
 from training.place import Place
 from utils.bucket import Store
@@ -16,16 +18,18 @@ from utils.bucket import Store
 class Restoring:
     """Begins at once, on one worker of each node; every rank makes the same calls."""
 
-    def __init__(self, store: Store, start: str | None, directory: Path, place: Place):
+    def __init__(self, store: Store, claim: Claim, start: str | None, directory: Path, place: Place):
         """Every rank calls it.
 
         Args:
             store: The run.
+            claim: Of the driver that started this worker.
             start: The checkpoint of another run whose whole state this one takes, while it has none of its own.
             directory: Where to, on this node; not there yet.
             place: This worker.
         """
         self._store = store
+        self._claim = claim
         self._start = start
         self._directory = directory
         self._place = place
@@ -43,15 +47,19 @@ class Restoring:
         Raises:
             CheckpointError: every checkpoint is damaged, or the other run's is.
             BucketError: a checkpoint cannot be read.
+            ClaimError: another driver has taken the run over.
         """
         while (damage := self._damage()) is not None:
             if len(self.committed) < 2:  # to begin anew would remove what people may still mend
                 raise CheckpointError(damage)
             self.committed = self.committed[:-1]
+            if self._place.local_rank == 0:
+                shutil.rmtree(self._directory, ignore_errors=True)  # on other nodes it was whole
             self._running = self._begin()
             tell(Notice(f"{damage} Passed over for {self.uri}."))
         self._thread.shutdown()
         if self._place.rank == 0:
+            check_claim(self._store, self._claim)
             checkpoints.remove_leftovers(self._store, self.committed)
         return self._directory if self.uri else None
 

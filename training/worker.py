@@ -1,5 +1,6 @@
 """The life of one worker, top to bottom: sync -> model -> data -> train -> report. It runs inside a Ray Train worker."""
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,15 @@ import ray
 import ray.train
 
 from configs.loading import flat, to_yaml
-from runs.layout import CONFIG_FILE, Claim, DataPosition, Manifest, checkpoint_uri, metrics_lines
+from runs.layout import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    Claim,
+    DataPosition,
+    Manifest,
+    checkpoint_uri,
+    metrics_lines,
+)
 from training import checkpoints
 from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
@@ -146,8 +155,9 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
 
 
 def _run_scratch(plan: RunPlan, place: Place) -> Path:
-    # Nodes may share the directory, as home directories often are.
-    return Path(plan.scratch) / "runs" / plan.run_name / f"node-{place.node_rank}"
+    # Nodes may share the directory, as home directories often are, and runs of one name in two places share a node.
+    digest = hashlib.sha256(plan.run_uri.encode()).hexdigest()[:8]
+    return Path(plan.scratch) / "runs" / plan.run_name / digest / f"node-{place.node_rank}"
 
 
 def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
@@ -158,7 +168,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             shutil.rmtree(scratch / leftover, ignore_errors=True)
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
-    restoring = Restoring(store, plan.restore_from, scratch / "trainer" / "restored", place)
+    restoring = Restoring(store, claim, plan.restore_from, scratch / "trainer" / "restored", place)
 
     tell(Phase("loading libraries"))
     with importing():
@@ -172,6 +182,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             Schedule,
             Stopping,
             Telling,
+            Tidying,
         )
         from training.objectives import build_trainer
         from training.speed import PhaseClock, Throughput
@@ -231,7 +242,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         peak_flops=peak_flops(plan, place.world_size),
     )
 
-    done = _step_of(restored) if restored else 0
+    done, log = _progress_of(restored) if restored else (0, [])
     throughput.count_restored(done)
     if restoring.committed:
         tell(Restored(_committed(plan, done, throughput)))
@@ -270,15 +281,13 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             ),
             throughput,
             Telling(tell),
-            *(
-                [Recording(commits.record), Gauges(plan.run_name), *_tracking(plan, place, store, tell)]
-                if place.rank == 0
-                else []
-            ),
+            *([Gauges(plan.run_name), *_tracking(plan, place, store, tell)] if place.rank == 0 else []),
             Diverging(
                 lambda step: train.places(order.rows_of_step(step)),
                 lambda: commits.newest_checkpoint,
             ),
+            *([Recording(commits.record)] if place.rank == 0 else []),
+            *([Tidying(restored)] if restored and place.local_rank == 0 else []),
         ],
         throughput=throughput,
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
@@ -287,6 +296,8 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         trainer.add_callback(Rehearsing(trainer.rehearse))
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())
+        # What another attempt recorded behind the step that this one begins at, it did not train.
+        store.write(METRICS_FILE, metrics_lines(log).encode())
     tell(Phase("training"))
     with commits:
         try:
@@ -403,9 +414,10 @@ def _saved(
     return Saved(directory, manifest, metrics_lines(state.log_history), _committed(plan, step, throughput))
 
 
-def _step_of(restored: Path) -> int:
+def _progress_of(restored: Path) -> tuple[int, list[dict[str, Any]]]:
+    """(steps done, what the trainer has logged in them)."""
     state = json.loads((restored / "trainer_state.json").read_text())
-    return state["global_step"]
+    return state["global_step"], state["log_history"]
 
 
 def _committed(plan: RunPlan, step: int, throughput: "Throughput") -> CheckpointCommitted:

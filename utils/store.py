@@ -21,8 +21,11 @@ class DamagedError(BucketError):
     """What arrived of the object `key` is not what was stored."""
 
     def __init__(self, key: str, message: str):
-        super().__init__(message)
+        super().__init__(key, message)  # as it is made again when it comes from another process
         self.key = key
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,19 @@ def test_of_many_at_once_one_takes_it(run_uri: str):
         assert sorted(result.result() for result in results) == [False] * 5 + [True]
 
 
+def test_a_claim_that_was_taken_over_does_not_come_back(run_uri: str, monkeypatch: pytest.MonkeyPatch):
+    """Its successor has ended and taken all claims away; who was taken over must not pass for the owner again."""
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.05)
+    store = open_store(run_uri)
+    with claimed(store, waiting=nobody) as claim:
+        successor = claim.model_copy(update={"number": claim.number + 1, "token": "theirs"})
+        store.write(claim_key(successor.number), successor.model_dump_json().encode())
+        _until(lambda: all(thread.name != "claim" for thread in threading.enumerate()))
+        store.delete([claim_key(claim.number), claim_key(successor.number)])
+        with pytest.raises(ClaimError, match="was taken over"):
+            check_claim(store, claim)
+
+
 def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():

@@ -326,8 +326,11 @@ def test_where_every_checkpoint_is_damaged_none_is_removed(run_uri: str, tmp_pat
         store.write(checkpoint_key(step, "model.safetensors"), bytes(100_000))
     before = store.list()
     told: list[Event] = []
-    with pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: its content is not"):
-        Restoring(store, None, tmp_path / "restored", ALONE).finish(told.append)
+    with (
+        claimed(store, waiting=nobody) as claim,
+        pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: its content is not"),
+    ):
+        Restoring(store, claim, None, tmp_path / "restored", ALONE).finish(told.append)
     (notice,) = told
     assert isinstance(notice, Notice)
     assert notice.text.endswith("Passed over for " + store.uri_of("checkpoints/step-000001") + ".")
@@ -342,6 +345,10 @@ def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_p
         with Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits:
             commits.record([{"loss": 1.5, "step": 1}])
         assert store.read_if_exists(METRICS_FILE) is None
+        store.write(checkpoint_key(1, "model.safetensors"), b"the new owner's, on its way")
+        with pytest.raises(ClaimError, match="was taken over by"):
+            Restoring(store, former, None, tmp_path / "restored", ALONE).finish(lambda event: None)
+        assert [item.key for item in store.list("checkpoints/")] == [checkpoint_key(1, "model.safetensors")]
         with (
             pytest.raises(ClaimError, match="was taken over by"),
             Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits,

@@ -258,7 +258,8 @@ class Run:
             self._wait_for(kill, step, job, trap)
             job.kill_all()
         if kill is Kill.MID_SAVE:
-            saved = {path.name for path in self._saved(step).iterdir()}
+            (directory,) = self._saved(step)
+            saved = {path.name for path in directory.iterdir()}
             assert "trainer_state.json" not in saved, "the save was done"
         self.ledgers.append(read_ledger(ledger))
 
@@ -279,7 +280,7 @@ class Run:
         if trap:
             job.wait_until(trap.sprung.is_set, f"{kill} at step {step}")
         elif kill is Kill.MID_SAVE:
-            job.wait_until(self._saved(step).is_dir, f"{kill} at step {step}")
+            job.wait_until(lambda: bool(self._saved(step)), f"{kill} at step {step}")
         else:
             job.wait_for_line(f"step {step}/")
         if not trap:
@@ -287,8 +288,8 @@ class Run:
             due = (step - 1 if kill is Kill.MID_SAVE else step) // INTERVAL * INTERVAL
             job.wait_until(lambda: self.committed_step >= due, f"the checkpoint of step {due}")
 
-    def _saved(self, step: int) -> Path:
-        return self.scratch / "runs" / self.name / "node-0" / "trainer" / f"checkpoint-{step}"
+    def _saved(self, step: int) -> list[Path]:
+        return list((self.scratch / "runs" / self.name).glob(f"*/node-0/trainer/checkpoint-{step}"))
 
     def _next_ledger(self) -> Path:
         return self.place / f"ledger-{len(self.ledgers)}"

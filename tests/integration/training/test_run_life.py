@@ -430,6 +430,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
     assert "Traceback" not in finished.errors
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
+    assert list((files / "scratch" / "runs" / "cluster").rglob("restored")) == []
     assert recovered.result["train_steps"] == STEPS
 
 

@@ -1,11 +1,13 @@
 """What a failed run says about why."""
 
+import signal
+
 import pytest
 import ray.exceptions
 import ray.train
 import torch
 
-from training.job import classify
+from training.job import _ending, classify
 from training.memory import Saving
 from training.worker_groups import causes_of
 
@@ -17,6 +19,14 @@ def as_ray_tells_it(cause: Exception) -> ray.train.WorkerGroupError:
 
 def reason_of(cause: Exception) -> str:
     return classify(causes_of(as_ray_tells_it(cause)), [])
+
+
+def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
+    assert _ending(None, [signal.SIGTERM], False, None).reason == "SIGTERM"
+    refused = "s3://b/run: AccessDenied"
+    ending = _ending(refused, [signal.SIGTERM], False, refused)
+    assert (ending.status, ending.stop_signal) == ("stopped", signal.SIGTERM)
+    assert ending.reason == f"SIGTERM; before it could stop: {refused}"
 
 
 def test_torch_without_memory():

@@ -1,0 +1,37 @@
+"""What is made of a run's files."""
+
+import json
+
+import pytest
+
+from runs.layout import RunResult, run_of
+from runs.reading import eval_losses_of, read_metrics
+from tests.support.stored_runs import result_of
+from utils.bucket import open_store
+
+
+@pytest.mark.parametrize(
+    ("place", "run"),
+    [
+        ("s3://bucket/runs/a/checkpoints/step-000120/", "s3://bucket/runs/a"),
+        ("/runs/a/checkpoints/step-1000000", "/runs/a"),
+        ("s3://bucket/checkpoints/llama-3-8b", ""),
+        ("s3://bucket/runs/a", ""),
+    ],
+)
+def test_the_run_of_a_checkpoint(place: str, run: str):
+    assert run_of(place) == run
+
+
+def test_an_evaluation_that_gave_no_number_is_none(tmp_path):
+    store = open_store(str(tmp_path))
+    lines = [
+        {"step": 1, "epoch": 0.1, "eval_loss": 2.0, "eval_f1": float("nan"), "eval_accuracy": 0.5},
+        {"step": 2, "epoch": 0.2, "eval_loss": float("nan")},
+        {"step": 3, "epoch": 0.3, "eval_loss": float("inf")},
+    ]
+    store.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    losses = eval_losses_of(read_metrics(store))
+    assert [(loss.step, loss.figures) for loss in losses] == [(1, {"accuracy": 0.5})]
+    result = result_of("s3://bucket/runs/a", losses)
+    assert RunResult.model_validate_json(result.model_dump_json()) == result
