@@ -71,7 +71,7 @@ test: setup-dev  ## run the tests
 fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refused with a place (minutes)
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py
 
-test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour and a half on two cores)
+test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour and three quarters on two cores)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/test_resume.py
 
 test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU, and every part of bench-gpu, where `make test` takes a sample
@@ -109,7 +109,7 @@ bench-overhead: setup  ## measure what Anneal costs beside the bare trainer
 bench-data: setup  ## measure how fast rows are prepared beside datasets.map
 	$(BIN)/python benchmarks/data.py
 
-bench-data-memory: setup  ## measure the memory that preparing a file of 5 GB takes (a quarter of an hour, 20 GB of disk)
+bench-data-memory: setup  ## measure the memory that preparing a file of 5 GB takes (half an hour, 20 GB of disk)
 	$(BIN)/python benchmarks/data.py --gigabytes 5
 
 bench-resume: setup  ## measure what it costs to send a killed run again

@@ -399,7 +399,7 @@ class FinetuneConfig(Section):
     chosen against rejected; classification: on the label only."""
 
     train_path: DataPaths
-    """Training rows: JSONL, JSON, Parquet or CSV, also as .gz or .zst. One place (a file, a directory or prefix, a glob;
+    """Training rows: JSONL, JSON or CSV, also as .gz or .zst, or Parquet. One place (a file, a directory or prefix, a glob;
     s3://, local, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]), a list of them, or a list of
     `{path: ..., weight: ...}`: an epoch then has as many rows as all sources together, dealt out by weight."""
 

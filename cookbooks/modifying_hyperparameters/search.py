@@ -37,8 +37,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 # What is tried; any key of a YAML may stand here.
 SPACE: dict[str, Any] = {
-    "learning_rate": tune.loguniform(1e-4, 3e-3),
+    "learning_rate": tune.loguniform(3e-5, 1e-3),
     "lora_config.r": tune.choice([2, 4, 8, 16]),
+    # In proportion, or a higher rank would scale the adapter down, which is a lower learning rate again.
+    "lora_config.lora_alpha": tune.sample_from(lambda drawn: 2 * drawn["lora_config.r"]),
 }
 _LOOK_SECONDS = 1.0
 _STOP_SECONDS = 300.0
@@ -53,7 +55,11 @@ class Trial(tune.Trainable):
         self._run, self._told = config["run"], 0
         self._log = (logs / f"{Path(self._run).name}.log").open("wb")
         self._process = subprocess.Popen(
-            [*command, *(f"{key}={config[key]}" for key in SPACE), f"run_name={Path(self._run).name}"],
+            [
+                *command,
+                *(f"{key}={_written(config[key])}" for key in SPACE),
+                f"run_name={Path(self._run).name}",
+            ],
             cwd=PROJECT,
             env=_environment(address),
             stdin=subprocess.DEVNULL,
@@ -91,6 +97,11 @@ def _environment(address: str | None) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     kept = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
     return ours | kept | ({"RAY_ADDRESS": address} if address else {})
+
+
+def _written(value: object) -> str:
+    """As the run gets it and the table shows it, so that who types it off has the same run."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _reported(loss: EvalLoss) -> dict[str, Any]:
@@ -148,7 +159,7 @@ def main(arguments: list[str]) -> int:
                 mode="min",
                 num_samples=options.trials,
                 max_concurrent_trials=options.at_once,
-                # From the second evaluation on (the first is before any step), only the better half goes on.
+                # Behind the 2nd, 4th, 8th ... evaluation (the first is before any step) only the better half goes on.
                 scheduler=ASHAScheduler(grace_period=2, reduction_factor=2, max_t=1000),
             ),
             run_config=tune.RunConfig(
@@ -191,7 +202,7 @@ def _show(results: tune.ResultGrid) -> None:
         key=lambda trial: trial[0].eval_loss,
     )
     for best, evaluations, config in ranked:
-        values = [f"{config[key]:.4g}" for key in SPACE]
+        values = [_written(config[key]) for key in SPACE]
         table.add_row(
             Path(config["run"]).name, *values, f"{best.eval_loss:.4f}", str(best.step), str(evaluations)
         )

@@ -39,7 +39,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def write_rows(path: Path, config: FinetuneConfig) -> Path:
     """Rows of what the YAML trains on, as long as its context."""
     limit = config.context_length or 0
-    answers = [f"{'so ' * limit}{number}" for number in range(ROWS)]
+    a_word = len(make_tokenizer()("so " * 100)["input_ids"]) / 100
+    fitting = int((limit - 60) / a_word)  # words, with room for the roles and a label
+    # Where longer rows are cut off they are longer, else they just fit.
+    words = limit if config.long_rows == "truncate" else fitting
+    answers = [f"{'so ' * words}{number}" for number in range(ROWS)]
     if config.columns:
         question, answer = config.columns["prompt"], config.columns["completion"]
         rows = [{question: "Why?", answer: text} for text in answers]
@@ -55,11 +59,7 @@ def write_rows(path: Path, config: FinetuneConfig) -> Path:
     else:
         assert config.classifier_config is not None
         labels = config.classifier_config.label_tokens
-        a_word = len(make_tokenizer()("so " * 100)["input_ids"]) / 100
-        text = "so " * int(
-            (limit - 60) / a_word
-        )  # room for the roles and the label, which is what is trained
-        rows = [{"text": text, "label": label} for label in labels]
+        rows = [{"text": "so " * fitting, "label": label} for label in labels]  # the label is what is trained
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

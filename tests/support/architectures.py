@@ -32,6 +32,7 @@ _LLAMA_3_8B = LlamaConfig(
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
+    "unsloth/llama-3-8b-Instruct-bnb-4bit": _LLAMA_3_8B,  # in 4 bits there; held in as many from 16
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
