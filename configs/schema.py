@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_MIN_UPDATE_STEPS = 100
-LENGTH_KEYS = ("num_epochs", "max_steps", "min_update_steps")
 """Optimizer steps a run makes at least when the YAML says nothing about its length."""
+
+LENGTH_KEYS = ("num_epochs", "max_steps", "min_update_steps")
+"""Each says how long a run is, so a YAML has one of them."""
 
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
 

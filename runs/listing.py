@@ -127,7 +127,9 @@ def read_run(uri: str) -> RunDetails:
     return RunDetails(
         **dict(summary),
         train_loss=next((line.loss for line in reversed(metrics) if line.loss is not None), None),
-        eval_losses=eval_losses_of(metrics),
+        eval_losses=result.eval_losses
+        if result and result.status == summary.status
+        else eval_losses_of(metrics),
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
         damage=damage,
         config=config,

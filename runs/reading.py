@@ -18,6 +18,7 @@ from runs.layout import (
     checkpoint_key,
     checkpoint_uri,
     eval_figures,
+    run_of,
 )
 from utils.bucket import DamagedError, Store, open_store
 
@@ -94,9 +95,10 @@ def parent_metrics(parent: str | None) -> list[MetricsLine]:
     Args:
         parent: The checkpoint's URI, as a run's manifest and result name what it started from.
     """
-    run, separator, step = (parent or "").rstrip("/").rpartition(f"/{CHECKPOINTS}/step-")
-    lines = read_metrics(open_store(run)) if separator else []
-    return [line for line in lines if line.step <= int(step)]
+    if parent is None or not (run := run_of(parent)):
+        return []
+    reached = int(parent.rstrip("/").rpartition("-")[2])
+    return [line for line in read_metrics(open_store(run)) if line.step <= reached]
 
 
 def committed(store: Store) -> list[Manifest]:

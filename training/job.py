@@ -143,14 +143,15 @@ def run_job(
             fit.end()
         except ray.exceptions.RayError as error:  # the mailbox ends with its cluster
             lost = f"the cluster was lost ({first_line(error)}). The same command goes on from {told.newest_checkpoint}."
-        with suppress(BucketError):  # writing the result says so
-            check_claim(store, claim)  # else it would take the place of another driver's
+        if len(signals) < 2:
+            with suppress(BucketError):  # writing the result says so
+                check_claim(store, claim)  # else it would take the place of another driver's
     logs = [driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))]
     failure = told.refusal or lost or (classify(causes_of(fit.error), savings) if fit.error else None)
     try:
         manifests = committed(store)
         finished = bool(manifests) and manifests[-1].step >= plan.max_steps
-        ending = _ending(failure, signals, finished, told.refusal)
+        ending = _ending(failure, signals, finished)
         elapsed = time.monotonic() - began
         result = _write_result(plan, manifests, ending, told, logs, elapsed, report, command)
     except BucketError as error:
@@ -383,12 +384,12 @@ class _Ending:
     stop_signal: int | None = None
 
 
-def _ending(failure: str | None, signals: Sequence[int], finished: bool, refusal: str | None) -> _Ending:
+def _ending(failure: str | None, signals: Sequence[int], finished: bool) -> _Ending:
     if finished and failure is None:
         return _Ending("completed", "all steps done")
     if signals:
         name = signal.Signals(signals[0]).name
-        return _Ending("stopped", f"{name}; before it could stop: {refusal}" if refusal else name, signals[0])
+        return _Ending("stopped", f"{name}; before it could stop: {failure}" if failure else name, signals[0])
     assert failure is not None, "training ended early, without an error"
     return _Ending("failed", failure)
 
@@ -424,8 +425,11 @@ def _write_result(
     store = open_store(plan.run_uri)
     metrics = read_metrics(store)
     last = manifests[-1] if manifests else None
-    # What was evaluated behind the last checkpoint, nothing has.
-    eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= (last.step if last else 0)]
+    # What was evaluated behind the last checkpoint, nothing has; before the first there is what the run started from.
+    reached = last.step if last else 0
+    eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= reached]
+    if last is None and plan.config.resume_from_checkpoint:
+        eval_losses = []  # they are the parent's
     speed = told.checkpoint.speed if told.checkpoint else Speed()
     tokens, trained_tokens = _tokens_until(last, told, store)
     result = RunResult(

@@ -246,9 +246,11 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     throughput.count_restored(done)
     if restoring.committed:
         tell(Restored(_committed(plan, done, throughput)))
-        if (
-            done >= plan.max_steps
-        ):  # an attempt ended behind its last checkpoint; the loop would train another step
+        # An attempt ended behind its last checkpoint: the loop would train another step.
+        if done >= plan.max_steps:
+            place.gather(None)  # every rank has read how far it came
+            if restored and place.local_rank == 0:
+                shutil.rmtree(restored)
             return
 
     def on_commit(committed: CheckpointCommitted) -> None:

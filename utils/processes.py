@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 def importing() -> Iterator[None]:
     """Import large packages without the garbage collector, which takes a quarter of the time to find what stays anyway.
 
-    What lives then, it never looks at again, so its collections in training are shorter as well.
+    What lives then (and the few cycles that imports leave), it never looks at again, so its collections in training are shorter.
     """
     if not gc.isenabled():
         yield

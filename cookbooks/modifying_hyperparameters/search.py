@@ -47,7 +47,7 @@ _STOP_SECONDS = 300.0
 
 
 class Trial(tune.Trainable):
-    """One run of main.py; a step ends with an evaluation that is committed with a checkpoint."""
+    """One run of main.py; a step ends with an evaluation that is recorded."""
 
     def setup(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]  # what tune.with_parameters adds
         self, config: dict[str, Any], command: list[str], address: str | None, logs: Path

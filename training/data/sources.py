@@ -79,7 +79,7 @@ def matching_files(path: str) -> list[tuple[str, str]]:
     found = _matches(place) if _is_glob(place) else _files_at(place)
     if not found:
         raise DataError(
-            f"{place}: none of the files there is read. Rows are in {', '.join(_KINDS)}, also with .gz or .zst behind."
+            f"{place}: none of the files there is read. Rows are in {', '.join(_KINDS)}; all but Parquet also with .gz or .zst behind."
         )
     return found
 

@@ -66,7 +66,7 @@ UNSLOTH_LORA_FIELDS = frozenset(
         "use_rslora",
     }
 )
-"""What its new adapters take of a lora_config; whatever else it says is refused, not dropped."""
+"""What its loader is handed of a lora_config; whatever else it says is refused, not dropped."""
 
 # What `auto` takes: the first that goes with the run and is installed; with what is said for it.
 _PREFERRED: dict[Device, tuple[tuple[Provider, str], ...]] = {
@@ -130,7 +130,7 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
     if cell not in (TESTED, UNTESTED):
         return cell
     if provider == "unsloth" and (unknown := _unknown_to_unsloth(config)):
-        return f"Unsloth's adapters know no {' and no '.join(f'lora_config.{name}' for name in unknown)}"
+        return f"Unsloth's adapters are made here without {' and '.join(f'lora_config.{name}' for name in unknown)}"
     if provider == "unsloth" and config.packing:
         return "Unsloth's attention lets packed rows see one another"
     if provider == "unsloth" and config.task == "preference_tuning":
@@ -139,6 +139,8 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
 
 
 def _unknown_to_unsloth(config: FinetuneConfig) -> list[str]:
+    if config.initial_adapter_model_ckpt_path:
+        return []  # it is loaded as it is
     lora = config.lora_config
     others = LoraConfig.model_fields.keys() - UNSLOTH_LORA_FIELDS - {"task_type"}
     return sorted(

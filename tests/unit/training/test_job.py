@@ -22,9 +22,9 @@ def reason_of(cause: Exception) -> str:
 
 
 def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
-    assert _ending(None, [signal.SIGTERM], False, None).reason == "SIGTERM"
+    assert _ending(None, [signal.SIGTERM], False).reason == "SIGTERM"
     refused = "s3://b/run: AccessDenied"
-    ending = _ending(refused, [signal.SIGTERM], False, refused)
+    ending = _ending(refused, [signal.SIGTERM], False)
     assert (ending.status, ending.stop_signal) == ("stopped", signal.SIGTERM)
     assert ending.reason == f"SIGTERM; before it could stop: {refused}"
 

@@ -28,12 +28,14 @@ def test_what_unsloths_adapters_cannot_be_is_not_dropped(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "_installed", lambda package: True)
     asked = config(lora_config={"r": 4, "use_dora": True, "rank_pattern": {"q_proj": 8}})
     choice = choose_kernels(asked, "cuda", 0)
-    reason = "Unsloth's adapters know no lora_config.rank_pattern and no lora_config.use_dora"
+    reason = "Unsloth's adapters are made here without lora_config.rank_pattern and lora_config.use_dora"
     assert (choice.provider, choice.reason) == ("liger", f"auto: {reason}")
-    with pytest.raises(ModelError, match=r"know no lora_config\.use_dora"):
+    with pytest.raises(ModelError, match=r"without lora_config\.use_dora"):
         choose_kernels(config(lora_config={"use_dora": True}, kernels="unsloth"), "cpu", 0)
     plain = config(lora_config={"r": 4, "lora_alpha": 8, "use_rslora": True, "use_dora": False})
     assert choose_kernels(plain, "cuda", 0).provider == "unsloth"
+    continued = config(lora_config={"use_dora": True}, initial_adapter_model_ckpt_path="run:a")
+    assert choose_kernels(continued, "cuda", 0).provider == "unsloth", "an adapter is loaded as it is"
 
 
 @pytest.mark.parametrize(
