@@ -59,6 +59,11 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
     return join_uri(run_uri, checkpoint_key(step))
 
 
+def run_digest(run_uri: str) -> str:
+    """Tells runs of one name in different places apart, where a URI cannot stand."""
+    return hashlib.sha256(run_uri.encode()).hexdigest()[:16]
+
+
 def run_of(checkpoint: str) -> str:
     """A checkpoint's URI -> its run's; nothing of what is no run's checkpoint."""
     run, _, name = checkpoint.rstrip("/").rpartition(f"/{CHECKPOINTS}/")
@@ -83,7 +88,7 @@ def claim_key(number: int) -> str:
 def use_key(checkpoint: str, run_uri: str) -> str:
     """The key, in the run of a checkpoint, of the mark that another run started from it."""
     step = checkpoint.rstrip("/").rpartition("/")[2]
-    return f"{USES}/{step}/{hashlib.sha256(run_uri.encode()).hexdigest()[:16]}.json"
+    return f"{USES}/{step}/{run_digest(run_uri)}.json"
 
 
 def step_of_use(key: str) -> int:

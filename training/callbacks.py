@@ -1,7 +1,6 @@
 """What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,14 +39,11 @@ class Schedule(TrainerCallback):
             control.should_save = True
 
 
-class Rehearsing(TrainerCallback):
-    """Behind the first step of an attempt, when the optimizer's states lie in memory, tries the largest batch that can come.
+class AfterFirstStep(TrainerCallback):
+    """Does something once, behind the first optimizer step of an attempt."""
 
-    So a GPU that is too small shows in the first minute, and not when the longest row happens to come.
-    """
-
-    def __init__(self, rehearse: Callable[[], None]):
-        self.rehearse = rehearse
+    def __init__(self, work: Callable[[], None]):
+        self.work = work
         self.is_done = False
 
     def on_step_end(
@@ -56,7 +52,7 @@ class Rehearsing(TrainerCallback):
         """After an optimizer step."""
         if not self.is_done:
             self.is_done = True
-            self.rehearse()
+            self.work()
 
 
 class Telling(TrainerCallback):
@@ -209,22 +205,6 @@ class Recording(TrainerCallback):
             lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
             self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
             self.record(list(state.log_history))
-
-
-class Tidying(TrainerCallback):
-    """Removes the restored trainer state from the node, which would fill its disk a second time (one worker of each node).
-
-    Behind the first step every rank has loaded it: none gets there without the others' gradients.
-    """
-
-    def __init__(self, restored: Path):
-        self.restored = restored
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """After an optimizer step."""
-        shutil.rmtree(self.restored, ignore_errors=True)
 
 
 class Committing(TrainerCallback):

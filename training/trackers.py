@@ -1,6 +1,5 @@
 """What is measured also goes to TensorBoard, Weights & Biases or MLflow: from rank 0, behind training's back."""
 
-import hashlib
 import os
 import queue
 import threading
@@ -14,7 +13,7 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import MlflowLogger, TensorboardLogger, WandbLogger
-from runs.layout import TENSORBOARD, is_metric
+from runs.layout import TENSORBOARD, is_metric, run_digest
 from training.events import Event, Notice
 from training.models.files import first_line
 from utils.bucket import Store, join_uri
@@ -41,7 +40,7 @@ class TrackedRun:
     @property
     def id(self) -> str:
         """16 hex digits that stay the same when the run is gone on with."""
-        return hashlib.sha256(self.store.uri.encode()).hexdigest()[:16]
+        return run_digest(self.store.uri)
 
 
 class Tracker(Protocol):

@@ -1,6 +1,5 @@
 """The life of one worker, top to bottom: sync -> model -> data -> train -> report. It runs inside a Ray Train worker."""
 
-import hashlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from runs.layout import (
     Manifest,
     checkpoint_uri,
     metrics_lines,
+    run_digest,
 )
 from training import checkpoints
 from training.accelerators import peak_flops_of
@@ -156,8 +156,7 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
 
 def _run_scratch(plan: RunPlan, place: Place) -> Path:
     # Nodes may share the directory, as home directories often are, and runs of one name in two places share a node.
-    digest = hashlib.sha256(plan.run_uri.encode()).hexdigest()[:8]
-    return Path(plan.scratch) / "runs" / plan.run_name / digest / f"node-{place.node_rank}"
+    return Path(plan.scratch) / "runs" / plan.run_name / run_digest(plan.run_uri) / f"node-{place.node_rank}"
 
 
 def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callable[[Event], None]) -> None:
@@ -173,16 +172,15 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
     tell(Phase("loading libraries"))
     with importing():
         from training.callbacks import (
+            AfterFirstStep,
             Committing,
             Diverging,
             Gauges,
             Preempted,
             Recording,
-            Rehearsing,
             Schedule,
             Stopping,
             Telling,
-            Tidying,
         )
         from training.objectives import build_trainer
         from training.speed import PhaseClock, Throughput
@@ -289,13 +287,19 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
                 lambda: commits.newest_checkpoint,
             ),
             *([Recording(commits.record)] if place.rank == 0 else []),
-            *([Tidying(restored)] if restored and place.local_rank == 0 else []),
+            # Every rank has loaded it then: none gets there without the others' gradients. It would fill the disk a second time.
+            *(
+                [AfterFirstStep(lambda: shutil.rmtree(restored))]
+                if restored and place.local_rank == 0
+                else []
+            ),
         ],
         throughput=throughput,
         on_eval_progress=lambda fraction: tell(Phase("evaluating", fraction)),
     )
     if plan.device == "cuda" and plan.deepspeed is None:
-        trainer.add_callback(Rehearsing(trainer.rehearse))
+        # When the optimizer's states lie in memory: a GPU that is too small for the largest batch shows in the first minute.
+        trainer.add_callback(AfterFirstStep(trainer.rehearse))
     if place.rank == 0:
         store.write(CONFIG_FILE, to_yaml(config).encode())
         # What another attempt recorded behind the step that this one begins at, it did not train.

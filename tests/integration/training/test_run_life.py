@@ -411,12 +411,12 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
     config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
     with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as running:
         running.wait_for_line("step 75/")
-        runs = str(files / "runs")
-        (listed,) = (run for run in list_runs(runs) if run.run_name == "cluster")
-        assert (listed.status, 50 <= listed.steps <= 75) == ("running", True)
         running.wait_until(
             lambda: read_metrics(files / "runs" / "cluster")[-1]["step"] > 50, "losses behind a checkpoint"
         )
+        (listed,) = (run for run in list_runs(str(files / "runs")) if run.run_name == "cluster")
+        assert listed.status == "running"
+        assert 50 < listed.steps <= 75
         (raylet,) = [
             process
             for process in psutil.Process(running.process.pid).children(recursive=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig
 
 from configs.schema import FinetuneConfig
-from training.callbacks import Rehearsing
+from training.callbacks import AfterFirstStep
 from training.data.batches import BatchShape, Order, PairSequences, TokenSequences
 from training.preference import PreferenceTrainer, collate_pairs
 from training.speed import PhaseClock, Throughput
@@ -87,7 +87,7 @@ class Trained:
             lambda _, __, inputs: self.widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
         )
         if rehearses:
-            trainer.add_callback(Rehearsing(trainer.rehearse))
+            trainer.add_callback(AfterFirstStep(trainer.rehearse))
         trainer.train()
         self.weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
         assert trainer.optimizer is not None
