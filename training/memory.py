@@ -319,11 +319,17 @@ def _tokens(job: Job) -> int:
 
 
 def _is_masked(job: Job, held: _Held) -> bool:
-    """Whether attention gets a mask: for padding or packs, unless a package tells rows apart without."""
-    if held.provider == "unsloth" or job.config.flash_attention_2:
+    """Whether attention gets a mask of all pairs: for packed rows on CPU, for windows, for what a mixture of experts leaves out.
+
+    Unsloth, the flash-attn package and torch's kernels for packed rows (training/models/varlen_attention.py) need none.
+    """
+    config = job.config
+    flash = config.packing and job.device == "cuda" and config.dtype == "bf16"
+    if held.provider == "unsloth" or config.flash_attention_2 or flash:
         return False
-    padded = job.device == "cuda" or job.config.batch_size > 1 or job.config.padding == "max_length"
-    return padded or job.config.packing
+    narrow = any(window is not None and window < job.longest for window in job.shape.windows)
+    padded = job.device == "cuda" or config.batch_size > 1 or config.padding == "max_length"
+    return config.packing or narrow or (padded and job.shape.experts > 0)
 
 
 def _dropout(config: FinetuneConfig) -> float:

@@ -3,7 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
-from training.data.batches import Order, PairSequences, TokenSequences, longest_sequence, pack
+from training.data.batches import (
+    Order,
+    PairSequences,
+    TokenSequences,
+    longest_sequence,
+    pack,
+    pad_to_multiple_of,
+)
 from training.data.labels import label_tokens
 from training.data.prepared import PreparedData
 from training.models import ModelRequest, add_reference
@@ -14,7 +21,6 @@ from training.trainers import (
     FineTuningTrainer,
     TrainingRows,
     collate_rows,
-    pad_to_multiple_of,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ def build_trainer(
     config = plan.config
     pad_token_id = tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
-    multiple = pad_to_multiple_of(config, plan.device, config.context_length or train.summary.longest)
+    multiple = pad_to_multiple_of(config, plan.device, train.summary.longest)
     arguments |= {
         "config": config,
         "base_model": plan.base_model,
@@ -55,6 +61,10 @@ def build_trainer(
         "tokenizer": tokenizer,
         "loss_of_transformers": plan.device == "cpu" and plan.kernels.provider != "unsloth",
     }
+    # Unsloth drops the mask by itself, and takes positions for packed rows; a router's balance counts tokens by it.
+    masked = plan.kernels.provider == "unsloth" or hasattr(
+        model.config.get_text_config(), "output_router_logits"
+    )
     if config.task == "preference_tuning":
         loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
 
@@ -68,7 +78,7 @@ def build_trainer(
                 order,
                 pairs(train),
                 pairs(valid) if valid else None,
-                collate_pairs(pad_token_id, multiple),
+                collate_pairs(pad_token_id, multiple, masked=masked),
                 longest_sequence(train.index.length, None),
             ),
             **arguments,
@@ -82,6 +92,7 @@ def build_trainer(
             multiple,
             packed=config.packing,
             attention=model.config._attn_implementation,
+            masked=masked,
         ),
         longest_sequence(train.index.length, order.packs),
     )

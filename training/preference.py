@@ -17,6 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from configs.schema import PreferenceTuningConfig
+from training.data.batches import without_mask
 from training.data.token_files import IGNORED
 from training.models import REFERENCE_ADAPTER
 from training.trainers import FineTuningTrainer
@@ -25,13 +26,17 @@ FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/acc
 
 
 def collate_pairs(
-    pad_token_id: int, pad_to_multiple_of: int | None
+    pad_token_id: int, multiple: int | None, *, masked: bool
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Batches of pairs: 2 x pairs rows, chosen above rejected, with labels on the answers; `mismatched` is one more such batch."""
-    collator = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    """Batches of pairs: 2 x pairs rows, chosen above rejected, with labels on the answers; `mismatched` is one more such batch.
+
+    Args: see training.trainers.collate_rows.
+    """
+    collator = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=multiple)
+    collate_answers = collator if masked else without_mask(collator)
 
     def collate_half(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collator(examples)
+        batch = collate_answers(examples)
         labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
         return batch | {"labels": labels}
 
@@ -199,9 +204,9 @@ class PreferenceTrainer(FineTuningTrainer):
         """Of each answer as a whole: (2, pairs)."""
         if self.loss_of_transformers:
             unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-            logits = model(**unlabelled, use_cache=False).logits
+            logits = model(**unlabelled | {"use_cache": False}).logits
             return _halves(-_token_losses(logits, inputs["labels"]).sum(1))
-        return _halves(model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum(1).float())
+        return _halves(model(**inputs | {"use_cache": False, "fused_lm_head": True}).log_probs.sum(1).float())
 
     def _under_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:

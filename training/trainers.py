@@ -22,11 +22,12 @@ from training.data.batches import (
     EpochDataLoader,
     Order,
     TrainBatches,
-    collate_packed,
     eval_batches,
+    with_ends_of_rows,
+    without_mask,
 )
 from training.data.token_files import IGNORED
-from training.models.kernels import Device
+from training.models import varlen_attention
 from training.plan import RunPlan
 from training.speed import Throughput
 
@@ -90,15 +91,8 @@ class TrainingRows:
     """Which training sequence has most tokens."""
 
 
-def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:
-    """Batches are padded to a multiple of this, in tokens: of all of `longest` where the YAML says so."""
-    if config.padding == "max_length":
-        return longest
-    return 8 if device == "cuda" else None
-
-
 def collate_rows(
-    pad_token_id: int, multiple: int | None, *, packed: bool, attention: str | None
+    pad_token_id: int, multiple: int | None, *, packed: bool, attention: str | None, masked: bool
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Rows or packs as batches.
 
@@ -106,16 +100,20 @@ def collate_rows(
         pad_token_id: Fills them up.
         multiple: See `pad_to_multiple_of`.
         packed: Sequences hold several rows.
-        attention: The model's kind, as transformers calls it. The flash-attn package tells packed rows apart in one long
-            sequence only, the others in any.
+        attention: The model's kind, as transformers calls it. Flash kernels tell packed rows apart in one long sequence only, the
+            others in any.
+        masked: Batches of rows have an attention mask.
     """
+    in_one_line = packed and attention in ("flash_attention_2", varlen_attention.NAME)
     collator = DataCollatorForLanguageModeling(
         pad_token_id,
         pad_to_multiple_of=multiple,
-        padding_free=packed and attention == "flash_attention_2",
+        padding_free=in_one_line,
         return_position_ids=packed,
     )
-    return collate_packed(collator) if packed else collator
+    if in_one_line:
+        return with_ends_of_rows(without_mask(collator))
+    return collator if masked and not packed else without_mask(collator)
 
 
 class FineTuningTrainer(SFTTrainer):
@@ -349,7 +347,7 @@ class ClassificationTrainer(FineTuningTrainer):
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss, the trained tokens, and how often each label (row) was taken for each (column)."""
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**unlabelled, use_cache=False).logits
+        logits = model(**unlabelled | {"use_cache": False}).logits
         next_tokens = inputs["labels"][:, 1:]
         is_label = next_tokens != IGNORED
         tokens = next_tokens[is_label]

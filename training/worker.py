@@ -33,6 +33,7 @@ from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError
 from training.commits import Commits, Saved
+from training.data.batches import pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase, Restored
@@ -359,6 +360,7 @@ def model_request(
     """The plan's model, from files on this node."""
     config = plan.config
     longest = max(train.summary.longest, valid.summary.longest if valid else 0)
+    multiple = pad_to_multiple_of(config, plan.device, train.summary.longest)
     return ModelRequest(
         directory=directory,
         adapter_directory=adapter_directory,
@@ -368,8 +370,9 @@ def model_request(
         zero_stage=zero_stage(plan.deepspeed),
         load_in_4bit=config.load_in_4bit,
         flash_attention_2=config.flash_attention_2,
+        packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing,
-        context_length=config.context_length or longest,
+        context_length=padded_length(config.context_length or longest, multiple),
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
     )

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from configs.schema import FinetuneConfig
 from training.data.token_files import IGNORED
+from training.models.kernels import Device
 
 PADDING_ROW = -1  # stands where the last batch of an epoch has no row left: its labels are all ignored
 
@@ -263,18 +265,60 @@ class PairSequences(Dataset[dict[str, Any]]):
         return pair
 
 
-def collate_packed(collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
-    """Batches whose rows are told apart by their positions, which begin at 0 with each.
+def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:
+    """Batches are padded to a multiple of this, in tokens: where the YAML says so, to all that a row can have.
 
-    transformers looks at positions only where it gets neither an attention mask nor a cache.
+    Args:
+        config: The YAML.
+        device: Matrix products of GPUs go in tiles.
+        longest: Tokens of the longest training row.
+    """
+    if config.padding == "max_length":
+        return config.context_length or longest
+    return 8 if device == "cuda" else None
+
+
+def padded_length(tokens: int, multiple: int | None) -> int:
+    """Of a sequence in its batch."""
+    return tokens if multiple is None else -(-tokens // multiple) * multiple
+
+
+def without_mask(collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+    """Batches without an attention mask, which would have attention compute and keep all pairs of tokens.
+
+    Padding stands on the right, where causal attention never looks from a real token. Packed rows are told apart by their positions,
+    which begin at 0 with each; transformers looks at these only where it gets neither a mask nor a cache.
     """
 
     def collate_without_mask(examples: list[Any]) -> dict[str, Any]:
         batch = collate(examples)
         batch.pop("attention_mask", None)
+        # TRL counts them, where there is no mask to be counted.
+        batch.setdefault("position_ids", torch.arange(batch["input_ids"].shape[1])[None])
         return batch | {"use_cache": False}
 
     return collate_without_mask
+
+
+def with_ends_of_rows(
+    collate: Callable[[list[Any]], dict[str, Any]],
+) -> Callable[[list[Any]], dict[str, Any]]:
+    """Batches of one line, with where each row of it begins and ends, as flash kernels take it: they need not look for it on the GPU."""
+
+    def collate_with_ends(examples: list[Any]) -> dict[str, Any]:
+        batch = collate(examples)
+        positions = batch["position_ids"][0]
+        begins = (positions == 0).nonzero().flatten()
+        ends = torch.cat([begins, torch.tensor([len(positions)])]).int()
+        longest = int(ends.diff().max())
+        return batch | {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    return collate_with_ends
 
 
 class EpochDataLoader(DataLoader[Any]):

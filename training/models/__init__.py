@@ -31,9 +31,11 @@ class ModelRequest:
     zero_stage: int
     load_in_4bit: bool
     flash_attention_2: bool
+    packing: bool
+    """Sequences hold several rows."""
     gradient_checkpointing: bool | Literal["unsloth"]
     context_length: int
-    """Tokens of the longest row."""
+    """Tokens of the longest sequence of a batch, with its padding."""
     seed: int
     """Decides a new adapter's weights."""
     trust_remote_code: bool

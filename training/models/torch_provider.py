@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.schema import LoraConfig
-from training.models import REFERENCE_ADAPTER, ModelRequest
+from training.models import REFERENCE_ADAPTER, ModelRequest, varlen_attention
 from training.models.kernels import Device
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
         dtype=request.weights_dtype,
         device=request.device,
         load_in_4bit=request.load_in_4bit,
-        flash_attention_2=request.flash_attention_2,
+        attention=_attention(request),
         trust_remote_code=request.trust_remote_code,
     )
     model.config.use_cache = False
@@ -43,10 +43,10 @@ def load_weights(
     dtype: Literal["bf16", "fp16", "fp32"],
     device: Device = "cpu",
     load_in_4bit: bool = False,
-    flash_attention_2: bool = False,
+    attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """A model as its files say, in a dtype of our choice; on CPU, but for 4-bit weights."""
+    """A model as its files say, in a dtype of our choice; on CPU, but for 4-bit weights. `attention` is its kind, as transformers calls it."""
     arguments: dict[str, Any] = {}
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -61,9 +61,7 @@ def load_weights(
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=_DTYPES[dtype],
-        attn_implementation="flash_attention_2"
-        if flash_attention_2 and is_flash_attn_2_available()
-        else "sdpa",
+        attn_implementation=attention,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         **arguments,
@@ -71,6 +69,17 @@ def load_weights(
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
+
+
+def _attention(request: ModelRequest) -> str:
+    """The kind that serves the request best, as transformers calls it."""
+    if request.flash_attention_2 and is_flash_attn_2_available():
+        return "flash_attention_2"
+    if request.packing and request.device == "cuda":
+        config = AutoConfig.from_pretrained(request.directory, trust_remote_code=request.trust_remote_code)
+        if varlen_attention.serves(config, _DTYPES[request.dtype]):
+            return varlen_attention.NAME
+    return "sdpa"
 
 
 def keep_4bit_layout(model: "PreTrainedModel") -> None:

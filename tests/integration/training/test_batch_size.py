@@ -11,7 +11,11 @@ from tests.support.front_door import run_main_quickly
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.stored_runs import manifest_of
 from tests.support.tiny_model import make_model, write_data
+from training.data.batches import pad_to_multiple_of
+from training.data.prepared import fetch_prepared
 from training.plan import RunPlan, make_plan
+from training.trainers import collate_rows
+from training.worker import model_request
 from utils.bucket import open_store
 from utils.files import checksum_bytes
 
@@ -69,6 +73,20 @@ def test_a_run_keeps_what_it_began_with(files: Path):
     assert planned(files, "anew", **more)["batch"].startswith(
         "16 rows a device, 1 accumulated (auto: the most"
     )
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"context_length": 61}, {"padding": "max_length", "context_length": 61}]
+)
+def test_a_model_is_made_for_the_padding_of_its_batches(files: Path, keys: dict[str, Any]):
+    """Unsloth cuts tokens off, but no labels, where a batch is longer than what it was told."""
+    plan = plan_of(files, "padded", long_rows="truncate", **keys, **ON_A10G)
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    multiple = pad_to_multiple_of(plan.config, "cuda", train.summary.longest)
+    collate = collate_rows(0, multiple, packed=False, attention="sdpa", masked=True)
+    rows = train.dataset()
+    longest_batch = max(collate([rows[row]])["input_ids"].shape[1] for row in range(len(rows)))
+    assert longest_batch == model_request(plan, files / "model", None, train, None).context_length
 
 
 def test_a_known_accelerator_decides(files: Path):

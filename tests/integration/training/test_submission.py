@@ -151,11 +151,11 @@ def test_a_job_that_is_left_stopped_and_sent_again(
 ):
     """Ctrl-C leaves it alone; a stop commits a checkpoint, which the same command goes on from."""
     yaml = config(
-        files, tmp_path / "stopped.yaml", storage, run_name="stopped", max_steps=400, num_epochs=None
+        files, tmp_path / "stopped.yaml", storage, run_name="stopped", max_steps=4000, num_epochs=None
     )
     submitted = ["--submit", cluster.job_server]
     with started(yaml, laptop, arguments=submitted) as job:
-        job.wait_for_line("step 5/400")
+        job.wait_for_line("step 5/4000")
         job.process.send_signal(signal.SIGINT)
         left = job.end()
     assert left.exit_code == 130
@@ -169,9 +169,9 @@ def test_a_job_that_is_left_stopped_and_sent_again(
         for item in open_store(f"{storage}/stopped").list("checkpoints/")
         if item.key.endswith("MANIFEST.json")
     ]
-    assert 5 <= manifests[-1].step < 400
+    assert 5 <= manifests[-1].step < 4000
     with started(yaml, laptop, arguments=submitted) as job:
-        job.wait_for_line(f"step {manifests[-1].step + 1}/400")
+        job.wait_for_line(f"step {manifests[-1].step + 1}/4000")
         stop = re.search(r"^stop +(.*?)  \(", job.errors, re.M)
         assert stop
         type_in(shlex.split(stop[1]), laptop)

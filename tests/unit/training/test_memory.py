@@ -11,9 +11,11 @@ import torch
 from bitsandbytes.optim import GlobalOptimManager
 from transformers import Trainer, TrainingArguments
 
+import tests.support.varlen_on_cpu  # noqa: F401  # registers them
 from configs.schema import FinetuneConfig
 from tests.support.live_memory import LiveMemory
 from tests.support.tiny_model import make_model
+from training.data.batches import with_ends_of_rows
 from training.memory import (
     Job,
     MemoryEstimate,
@@ -23,7 +25,7 @@ from training.memory import (
     largest_batch,
     report_memory,
 )
-from training.models import ModelRequest, torch_provider
+from training.models import ModelRequest, torch_provider, varlen_attention
 from training.models.architecture import model_shape
 from training.models.files import read_model_facts
 from training.models.kernels import Device
@@ -75,6 +77,7 @@ def build(of: Job) -> Any:
         zero_stage=stage,
         load_in_4bit=config.load_in_4bit,
         flash_attention_2=False,
+        packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing,
         context_length=LONGEST,
         seed=0,
@@ -108,8 +111,7 @@ def autocast(of: Job) -> Any:
 def saved_for_backward(of: Job, model: Any) -> int:
     """Bytes that autograd keeps after a forward pass of a batch, parameters left out."""
     tokens = torch.randint(0, 256, (ROWS, of.longest))
-    mask = torch.ones_like(tokens)
-    mask[1, of.longest // 2 :] = 0  # what is padded has one
+    places = torch.arange(of.longest)[None]
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -119,7 +121,13 @@ def saved_for_backward(of: Job, model: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(of):
-        model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        # Packed rows begin anew in the middle, and have a mask.
+        positions = places % (of.longest // 2) if of.config.packing else places
+        batch = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        if of.device == "cuda":
+            line = {"input_ids": tokens.view(1, -1), "position_ids": positions.repeat(1, ROWS)}
+            batch = with_ends_of_rows(lambda _: batch | line)([])
+        model(**batch)
         return bytes_of(kept.values())
 
 
@@ -172,8 +180,23 @@ def test_a_layer_saves_what_is_estimated(method: str, models: dict[int, Path]):
 
 
 def test_a_mask_grows_with_the_square_of_the_length(models: dict[int, Path]):
-    saved, estimated = difference_of_a_layer(models, longest=3 * LONGEST, **LORA)
+    saved, estimated = difference_of_a_layer(models, longest=3 * LONGEST, packing=True, **LORA)
     assert saved == estimated
+
+
+@pytest.mark.parametrize("method", ["full, bf16", "LoRA, bf16", "LoRA, bf16, ZeRO"])
+def test_packed_rows_on_a_gpu_have_no_mask(method: str, models: dict[int, Path]):
+    """The kernel itself is a plain one here; what it keeps for its backward pass is torch's own list."""
+    saved, estimated = [], []
+    for layers in (2, 3):
+        settings = METHODS[method] | {"packing": True, "kernels": "torch"}
+        of = job(models[layers], device="cuda", **settings)
+        model, estimate = build(of), estimate_memory(of)
+        model.set_attn_implementation(varlen_attention.NAME)
+        saved.append(saved_for_backward(of, model))
+        estimated.append(estimate.activations + estimate.weights - weights(estimate, of, model))
+    of_no_random_numbers = 32  # bytes: the kernel's state of a generator that it does not use
+    assert saved[1] - saved[0] == pytest.approx(estimated[1] - estimated[0], abs=of_no_random_numbers)
 
 
 @pytest.mark.parametrize("method", ["full, bf16, ZeRO", "LoRA, bf16"])
@@ -198,13 +221,11 @@ def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     tokens = torch.randint(0, 256, (ROWS, of.longest))
-    mask = torch.ones_like(tokens)
-    mask[1, of.longest // 2 :] = 0
 
     def step() -> None:
         for _ in range(2):
             with autocast(of):
-                model(input_ids=tokens, attention_mask=mask, labels=tokens, use_cache=False).loss.backward()
+                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

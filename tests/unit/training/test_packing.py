@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from training.data.batches import TokenSequences, collate_packed, pack
+import tests.support.varlen_on_cpu  # noqa: F401  # registers them
+from training.data.batches import TokenSequences, pack, without_mask
 from training.data.token_files import IGNORED
+from training.models import varlen_attention
 from training.models.architecture import check_packing
 from training.models.files import ModelError
+from training.trainers import collate_rows
 
 CAPACITY = 96
 PAD = 0
@@ -49,7 +52,7 @@ def test_each_token_has_the_loss_that_it_has_alone(
     packs = pack([len(row["input_ids"]) for row in rows], CAPACITY)
     assert len(packs) < len(rows) / 2
     sequences = TokenSequences(rows, PAD, packs)
-    collate = collate_packed(
+    collate = without_mask(
         DataCollatorForLanguageModeling(PAD, padding_free=flattened, return_position_ids=True)
     )
     packed = token_losses(model, collate([sequences[index] for index in range(len(packs))]))
@@ -61,6 +64,88 @@ def test_each_token_has_the_loss_that_it_has_alone(
     torch.testing.assert_close(packed[0], torch.cat([losses for losses, _ in alone]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_padding_needs_no_mask(attention: str, tiny_model: Path, rows: list[dict[str, Any]]):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=attention
+    )
+    batch = without_mask(DataCollatorForLanguageModeling(PAD, pad_to_multiple_of=8))(rows)
+    assert "attention_mask" not in batch
+    padded = token_losses(model, batch)
+    alone = [token_losses(model, {name: torch.tensor([ids]) for name, ids in row.items()}) for row in rows]
+    assert torch.equal(padded[1], torch.cat([tokens for _, tokens in alone]))
+    torch.testing.assert_close(padded[0], torch.cat([losses for losses, _ in alone]), atol=1e-6, rtol=0)
+
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": PAD,
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 7}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma", {}),
+        ("gemma3_text", {"sliding_window": 7, "query_pre_attn_scalar": 8}),
+        ("phi3", {}),
+    ],
+)
+def test_kernels_that_are_told_where_rows_end(
+    architecture: str, settings: dict[str, Any], checkpointed: bool, rows: list[dict[str, Any]]
+):
+    """By transformers' models and our interface, down to gradients; the kernel itself is a plain one here."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **SMALL | settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().train()
+    collator = DataCollatorForLanguageModeling(PAD, return_position_ids=True, pad_to_multiple_of=8)
+    packs = pack([len(row["input_ids"]) for row in rows], CAPACITY)[:3]
+    sequences = TokenSequences(rows, PAD, packs)
+    collate = collate_rows(PAD, 8, packed=True, attention=varlen_attention.NAME, masked=False)
+    masked = without_mask(collator)([sequences[index] for index in range(3)])
+    in_one_line = collate([sequences[index] for index in range(3)])
+    assert in_one_line["input_ids"].shape[0] == 1
+
+    def losses_and_gradient(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, _ = token_losses(model, batch)
+        model.zero_grad()
+        losses.sum().backward()
+        return losses.detach(), model.get_input_embeddings().weight.grad
+
+    expected = losses_and_gradient(masked)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.set_attn_implementation(varlen_attention.NAME)
+    torch.testing.assert_close(losses_and_gradient(in_one_line), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_comparison_notices_rows_that_are_not_told_apart(rows: list[dict[str, Any]]):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).double()
+    model.set_attn_implementation(varlen_attention.NAME)
+    collate = collate_rows(PAD, 8, packed=True, attention=varlen_attention.NAME, masked=False)
+    batch = collate([TokenSequences(rows, PAD, [[0, 1]])[0]])
+    with torch.no_grad():
+        apart, _ = token_losses(model, batch)
+        ends = batch["cu_seq_lens_q"][[0, -1]]
+        length = int(ends[-1])
+        together = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length}
+        leaking, _ = token_losses(model, batch | together)
+    assert (leaking - apart).abs().max() > 1e-6
+
+
 def test_the_comparison_notices_a_leak(tiny_model: Path, rows: list[dict[str, Any]]):
     """With an attention mask, rows are taken for one."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -68,14 +153,14 @@ def test_the_comparison_notices_a_leak(tiny_model: Path, rows: list[dict[str, An
     collate = DataCollatorForLanguageModeling(PAD, return_position_ids=True)
     with torch.no_grad():
         leaking, _ = token_losses(model, collate([sequences[0]]))
-        apart, _ = token_losses(model, collate_packed(collate)([sequences[0]]))
+        apart, _ = token_losses(model, without_mask(collate)([sequences[0]]))
     assert (leaking - apart).abs().max() > 1e-3
 
 
 def test_nothing_trained_is_a_loss_of_zero(tiny_model: Path):
     """Of the empty row that fills the last batch of an epoch, as packed as alone."""
     sequences = TokenSequences([], PAD)
-    batch = collate_packed(DataCollatorForLanguageModeling(PAD, return_position_ids=True))([sequences[-1]])
+    batch = without_mask(DataCollatorForLanguageModeling(PAD, return_position_ids=True))([sequences[-1]])
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert model(**batch, num_items_in_batch=torch.tensor(1)).loss.item() == 0
 

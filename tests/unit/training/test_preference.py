@@ -58,7 +58,7 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
         reference_model=None,
         config=config,
         base_model="m",
-        rows=TrainingRows(order, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None)),
+        rows=TrainingRows(order, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None, masked=False)),
         model=tuned_model(tiny_model),
         args=SFTConfig(
             str(directory),
@@ -215,6 +215,6 @@ def test_mismatched_answers_are_the_next_pairs(rows: Dataset):
     last = PairSequences(rows, 0, with_mismatched=True)[PAIRS - 1]
     assert last["chosen_ids"] == rows[PAIRS - 1]["chosen_ids"]
     assert last["mismatched_chosen_ids"] == rows[0]["chosen_ids"]
-    batch = collate_pairs(0, None)([last])
+    batch = collate_pairs(0, None, masked=False)([last])
     labels = batch["mismatched"]["labels"]
     assert labels[0][labels[0] != IGNORED].tolist() == rows[0]["chosen_ids"]

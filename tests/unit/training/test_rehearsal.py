@@ -32,10 +32,10 @@ def rows_of(task: str, pad: int) -> TrainingRows:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         pairs = Dataset.from_list([{name: ids(generator, length) for name in names} for length in lengths])
         sequences: Any = PairSequences(pairs, pad, with_mismatched=False)
-        return TrainingRows(order, sequences, None, collate_pairs(pad, None), LONGEST)
+        return TrainingRows(order, sequences, None, collate_pairs(pad, None, masked=False), LONGEST)
     texts = [ids(generator, length) for length in lengths]
     rows = Dataset.from_list([{"input_ids": text, "labels": text} for text in texts])
-    collate = collate_rows(pad, None, packed=False, attention="sdpa")
+    collate = collate_rows(pad, None, packed=False, attention="sdpa", masked=False)
     return TrainingRows(order, TokenSequences(rows, pad), None, collate, LONGEST)
 
 
