@@ -62,7 +62,7 @@ def alone(settings: dict[str, Any]) -> None:
     from training.models import build_model
     from training.models.files import is_model_file
     from training.objectives import build_trainer
-    from training.speed import PhaseClock, Throughput
+    from training.speed import HostTimeline, PhaseClock, Throughput
     from training.trainers import trainer_arguments
 
     model_directory = fetch_model(made.base_model, made.cache, is_model_file)
@@ -74,7 +74,7 @@ def alone(settings: dict[str, Any]) -> None:
         order,
         rows.index.tokens.tolist(),
         rows.index.trained_tokens.tolist(),
-        clock=PhaseClock(),
+        clock=PhaseClock(HostTimeline()),  # nobody looks at it
         flops=made.flops,
         peak_flops=peak_flops(made, 1),
     )

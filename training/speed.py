@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,32 +17,70 @@ from training.flops import RowFlops
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
+class Timeline(Protocol):
+    """Where moments are marked, and how far apart two of them are."""
+
+    def mark(self) -> Any:
+        """Now."""
+        ...
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two marks, the first before the second."""
+        ...
+
+
+class HostTimeline:
+    """This process's own time: right where it computes itself."""
+
+    def mark(self) -> float:
+        """A reading of the clock, in seconds."""
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        """Between two readings."""
+        return end - begin
+
+
+class GpuTimeline:
+    """The GPU's time: it works behind this process, and a mark lies in its queue between what was handed over before and after.
+
+    What this process does while the GPU is still at work takes no time here; what the GPU has to wait for does.
+    """
+
+    def mark(self) -> torch.cuda.Event:
+        """Handed over like a kernel; nobody waits for it."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Between two marks; waits until the GPU has come to the second."""
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
 class PhaseClock:
     """Seconds that this worker spent in each phase; one is always on, and the next begins where it ends.
 
     data: reading rows, laying them out, and agreeing with the other workers on how many trained tokens a step has. backward: with DDP
     and ZeRO also the exchange of gradients. upload_stall: waiting until the checkpoint before has reached the bucket.
-
-    It is this process's clock and waits for nothing. A GPU works behind it: forward and backward are the time to hand over their
-    work, and where a result is first looked at (the gradients' norm, in optimizer; the loss, in other) stands the time until the GPU has
-    caught up. Their sum is right, and so are data, saving and upload_stall.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self._now = now
-        self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
-        self._phase: Phase = "other"
-        self._since = now()
+    def __init__(self, timeline: Timeline):
+        self._timeline = timeline
+        self.start()
 
     def start(self) -> None:
         """Everything until now is forgotten."""
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = "other", self._now()
+        self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._ended: list[tuple[Phase, Any, Any]] = []  # with its marks, not yet looked at
+        self._phase: Phase = "other"
+        self._since = self._timeline.mark()
 
     def enter(self, phase: Phase) -> None:
         """The phase before ends, and this one begins."""
-        now = self._now()
-        self._seconds[self._phase] += now - self._since
+        now = self._timeline.mark()
+        self._ended.append((self._phase, self._since, now))
         self._phase, self._since = phase, now
 
     def timed(self, phase: Phase, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,6 +99,9 @@ class PhaseClock:
     def seconds(self) -> dict[Phase, float]:
         """Of each phase until now."""
         self.enter(self._phase)
+        for phase, begin, end in self._ended:
+            self._seconds[phase] += self._timeline.seconds(begin, end)
+        self._ended.clear()
         return dict(self._seconds)
 
 

@@ -184,7 +184,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             Telling,
         )
         from training.objectives import build_trainer
-        from training.speed import PhaseClock, Throughput
+        from training.speed import GpuTimeline, HostTimeline, PhaseClock, Throughput
         from training.trainers import trainer_arguments
 
     tell(Phase("syncing the model to the node"))
@@ -236,7 +236,7 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
         order,
         train.index.tokens.tolist(),
         train.index.trained_tokens.tolist(),
-        clock=PhaseClock(),
+        clock=PhaseClock(GpuTimeline() if plan.device == "cuda" else HostTimeline()),
         flops=plan.flops,
         peak_flops=peak_flops(plan, place.world_size),
     )

@@ -15,7 +15,7 @@ from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import PADDING_ROW, BatchShape, Order, PairSequences
 from training.data.token_files import IGNORED
 from training.preference import PreferenceTrainer, collate_pairs, pair_losses
-from training.speed import PhaseClock, Throughput
+from training.speed import HostTimeline, PhaseClock, Throughput
 from training.trainers import TrainingRows
 
 PAIRS = 6
@@ -72,7 +72,7 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
         ),
         tokenizer=tokenizer,
         callbacks=[],
-        throughput=Throughput(order, [], [], clock=PhaseClock(), flops=None, peak_flops=None),
+        throughput=Throughput(order, [], [], clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None),
         on_eval_progress=lambda _: None,
         loss_of_transformers=True,
     )

@@ -14,7 +14,7 @@ from configs.schema import FinetuneConfig
 from training.callbacks import AfterFirstStep
 from training.data.batches import BatchShape, Order, PairSequences, TokenSequences
 from training.preference import PreferenceTrainer, collate_pairs
-from training.speed import PhaseClock, Throughput
+from training.speed import HostTimeline, PhaseClock, Throughput
 from training.trainers import FineTuningTrainer, TrainingRows, collate_rows
 
 ROWS, STEPS, LONGEST = 8, 3, 5
@@ -51,7 +51,7 @@ class Trained:
         if adapts:
             base = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2))
         throughput = Throughput(
-            rows.order, [1] * ROWS, [1] * ROWS, clock=PhaseClock(), flops=None, peak_flops=None
+            rows.order, [1] * ROWS, [1] * ROWS, clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None
         )
         more = {"reference_model": None} if task == "preference_tuning" else {}
         trainer = (PreferenceTrainer if more else FineTuningTrainer)(

@@ -10,7 +10,7 @@ from training import speed
 from training.accelerators import ACCELERATORS, memory_of, named_accelerator, peak_flops_of
 from training.data.batches import BatchShape, Order
 from training.flops import RowFlops
-from training.speed import PHASES, PhaseClock, Throughput
+from training.speed import PHASES, GpuTimeline, HostTimeline, PhaseClock, Throughput
 
 
 class Time:
@@ -34,7 +34,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 def test_every_second_is_counted_once(clocks: Time):
-    clock = PhaseClock(clocks)
+    clock = PhaseClock(HostTimeline())
     clocks.passes(50)
     clock.start()
     clock.timed("data", lambda: clocks.passes(1))()
@@ -70,7 +70,7 @@ def test_every_second_is_counted_once(clocks: Time):
 
 
 def test_an_error_ends_its_phase(clocks: Time):
-    clock = PhaseClock(clocks)
+    clock = PhaseClock(HostTimeline())
 
     def fails() -> None:
         clocks.passes(3)
@@ -83,13 +83,63 @@ def test_an_error_ends_its_phase(clocks: Time):
     assert clock.seconds()["other"] == 2
 
 
+class Gpu:
+    """Works behind the process: what is handed over begins when it is free, and a mark comes when all before it is done."""
+
+    def __init__(self, host: Time, monkeypatch: pytest.MonkeyPatch):
+        self.host, self.free_at = host, host.now
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.free_at = self.time = max(gpu.free_at, host.now)
+
+            def synchronize(self) -> None:
+                host.now = max(host.now, self.time)
+
+            def elapsed_time(self, end: "Event") -> float:
+                assert host.now >= end.time, "torch refuses where the GPU has not come so far"
+                return 1000 * (end.time - self.time)
+
+        monkeypatch.setattr(speed.torch.cuda, "Event", Event)
+
+    def works(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, self.host.now) + seconds
+
+
+def test_what_a_gpu_does_is_counted_where_it_was_handed_over(clocks: Time, monkeypatch: pytest.MonkeyPatch):
+    """A real GPU's marks are none that can be had here; these behave as CUDA's documentation says."""
+    gpu = Gpu(clocks, monkeypatch)
+    clock = PhaseClock(GpuTimeline())
+    clock.timed("data", lambda: clocks.passes(3))()  # it has nothing to do yet
+    for _ in range(2):
+        clock.timed("forward", lambda: (clocks.passes(1), gpu.works(10)))()
+        clock.timed("backward", lambda: (clocks.passes(1), gpu.works(20)))()
+        clock.timed("data", lambda: clocks.passes(3))()  # it is at work
+    begun = clocks.now
+    clock.enter("saving")
+    assert clocks.now == begun, "nobody waited for it"
+    seconds = clock.seconds()
+    clocks.passes(5)
+    assert clock.seconds()["saving"] == 5
+    # The first kernel comes a second behind the data.
+    assert {phase: spent for phase, spent in seconds.items() if spent} == {
+        "data": 3,
+        "forward": 21,
+        "backward": 40,
+    }
+
+
 def throughput(clocks: Time, **changes: Any) -> Throughput:
     """Two rows a step on two devices; all rows have 10 tokens, of which 4 are trained."""
     counted = Throughput(
         Order(BatchShape(8, 1, 2, 1), 0),
         [10] * 8,
         [4] * 8,
-        clock=PhaseClock(clocks),
+        clock=PhaseClock(HostTimeline()),
         **{"flops": RowFlops(3.0, 5.0, ((None, 2.0),)), "peak_flops": 160.0} | changes,
     )
     counted.on_train_begin(*arguments(0))
