@@ -1,15 +1,15 @@
 """Speed and memory on one GPU, beside the best peers: `make bench-gpu`, or a part at a time, `benchmarks/gpu.py --part lora`.
 
-Models have random weights of true shapes and rows are made up, so that nothing is downloaded. The contestants of a part run one after
-the other, each in a process of its own, in an order that rotates from round to round; ratios are taken within a round. Each call adds
-its rounds to benchmarks/results/gpu_PART.json and prints what all of them come to, beside the targets. A round of any part fits ten
-minutes of an H200.
+Models have random weights of true shapes and rows are made up, so that nothing is downloaded. In a round each contestant runs once, in
+a process of its own, in an order that rotates from round to round; ratios are taken within a round. benchmarks/results/gpu.json has
+each contestant as soon as it is done: a call that ends early (`--minutes`, or a machine that is taken away) is gone on with by the next.
 
 `--tiny` takes shapes that two CPU cores train in seconds; its figures say nothing but that the script works.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -73,7 +73,7 @@ LLAMA_3_8B = Scale(
     context_length_full=2048,
     batch_size=2,
     accumulation=16,
-    steps=8,
+    steps=6,
     warm_up=2,
     agreeing_steps=50,
 )
@@ -246,7 +246,7 @@ class Bench:
             "lr_scheduler_type": "constant",
             "seed": SEED,
             "lora_config": {"r": RANK, "lora_alpha": RANK},
-            "gradient_checkpointing": "unsloth" if scale.device == "cuda" else True,
+            "gradient_checkpointing": False,
             "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10**6},
             "max_failures": 0,
         }
@@ -291,85 +291,85 @@ def _step_seconds(line: Mapping[str, float]) -> float:
     return sum(line[f"seconds/{phase}"] for phase in ("data", "forward", "backward", "optimizer", "other"))
 
 
+def _full(bench: Bench, optim: str, batch_size: int) -> Measured:
+    """A checkpoint of it has 50 GB, which would be most of what is measured under main.py."""
+    on_gpu = bench.scale.device == "cuda"
+    return bench.alone(
+        context_length=bench.scale.context_length_full,
+        lora_config=None,
+        optim=optim if on_gpu else "adamw_torch",
+        train_batch_size_per_device=batch_size,
+    )
+
+
+def _losses(bench: Bench, kernels: str) -> Measured:
+    return bench.main(
+        context_length=bench.scale.context_length_full,
+        max_steps=bench.scale.agreeing_steps,
+        gradient_accumulation_steps=1,
+        kernels=kernels,
+    )
+
+
+CONTESTANTS: Mapping[str, Callable[[Bench], Measured]] = {
+    "lora": Bench.main,
+    "lora of Unsloth's own script": lambda bench: bench.peer("unsloth"),
+    "lora of TRL and PEFT": lambda bench: bench.peer("trl"),
+    "lora under torchrun": Bench.alone,
+    "qlora": lambda bench: bench.main(load_in_4bit=True),
+    "qlora of Unsloth's own script": lambda bench: bench.peer("unsloth", load_in_4bit=True),
+    "packed": lambda bench: bench.main(train_path=str(bench.gsm8k_rows()), packing=True),
+    "unpacked": lambda bench: bench.main(train_path=str(bench.gsm8k_rows())),
+    # What fits 140 GB without computing anything twice.
+    "full, adamw_8bit": lambda bench: _full(bench, "adamw_8bit", 2),
+    "full, adafactor": lambda bench: _full(bench, "adafactor", 3),
+    "deterministic": lambda bench: bench.main(deterministic=True),
+    "deterministic, killed": lambda bench: bench.killed(deterministic=True),
+    "losses of torch": lambda bench: _losses(bench, "torch"),
+    "losses of unsloth": lambda bench: _losses(bench, "unsloth"),
+    "losses of liger": lambda bench: _losses(bench, "liger"),
+}
+
 Figures = dict[str, float]
-Contestants = Mapping[str, Callable[[], Measured]]
+_Of = Mapping[str, Measured]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A row of the table."""
+    """A row of the table, or some."""
 
-    contestants: Callable[[Bench], Contestants]
-    figures: Callable[[Mapping[str, Measured]], Figures]
+    contestants: Sequence[str]
+    figures: Callable[[_Of], Figures]
     targets: Mapping[str, tuple[Literal["at least", "at most"], float]]
     """Figure -> what it must reach."""
 
 
-def _lora(bench: Bench) -> Contestants:
+def _lora(of: _Of) -> Figures:
+    speed = {name: of[name].tokens_per_second for name in PARTS["lora"].contestants}
     return {
-        "anneal": bench.main,
-        "unsloth": lambda: bench.peer("unsloth"),
-        "trl": lambda: bench.peer("trl"),
+        "tokens/s": speed["lora"],
+        "tokens/s / Unsloth's own script": speed["lora"] / speed["lora of Unsloth's own script"],
+        "tokens/s / TRL and PEFT": speed["lora"] / speed["lora of TRL and PEFT"],
     }
 
 
-def _packing(bench: Bench) -> Contestants:
-    rows = {"train_path": str(bench.gsm8k_rows())}
-    return {
-        "packed": lambda: bench.main(**rows, packing=True),
-        "unpacked": lambda: bench.main(**rows),
-    }
+def _mfu(of: _Of) -> Figures:
+    """None on CPU."""
+    known = {name: of[name].mfu for name in PARTS["full"].contestants}
+    return {f"MFU, {name.removeprefix('full, ')}": mfu for name, mfu in known.items() if mfu is not None}
 
 
-def _full(bench: Bench) -> Contestants:
-    changes = {
-        "context_length": bench.scale.context_length_full,
-        "lora_config": None,
-        "optim": "adamw_8bit" if bench.scale.device == "cuda" else "adamw_torch",
-    }
-    # A checkpoint of it has 50 GB, which would be most of what is measured under main.py.
-    return {"anneal": lambda: bench.alone(**changes)}
-
-
-def _qlora(bench: Bench) -> Contestants:
-    return {
-        "qlora": lambda: bench.main(load_in_4bit=True),
-        "unsloth": lambda: bench.peer("unsloth", load_in_4bit=True),
-        "lora": bench.main,
-    }
-
-
-def _ray(bench: Bench) -> Contestants:
-    return {"anneal": bench.main, "torchrun": bench.alone}
-
-
-def _resume(bench: Bench) -> Contestants:
-    return {
-        "deterministic": lambda: bench.main(deterministic=True),
-        "killed": lambda: bench.killed(deterministic=True),
-        "plain": bench.main,
-    }
-
-
-def _agreement(bench: Bench) -> Contestants:
-    short = {
-        "context_length": bench.scale.context_length_full,
-        "max_steps": bench.scale.agreeing_steps,
-        "gradient_accumulation_steps": 1,
-    }
-    checkpointing = {"gradient_checkpointing": True}
-    kernels = ("torch", "unsloth", "liger") if bench.scale.device == "cuda" else ("torch", "unsloth")
-    return {name: lambda name=name: bench.main(**short, **checkpointing, kernels=name) for name in kernels}
-
-
-def _disagreement(measured: Mapping[str, Measured]) -> Figures:
+def _disagreement(of: _Of) -> Figures:
     """Largest relative difference of a loss from torch's, and how much the mean one grows between the first ten steps and the last."""
     figures = {}
-    for name in measured.keys() - {"torch"}:
-        pairs = zip(measured[name].losses, measured["torch"].losses, strict=True)
+    for kernels in ("unsloth", "liger"):
+        measured = of.get(f"losses of {kernels}")
+        if measured is None:
+            continue  # liger on CPU
+        pairs = zip(measured.losses, of["losses of torch"].losses, strict=True)
         apart = [(loss - reference) / reference for loss, reference in pairs]
-        figures[f"{name}: largest difference of a loss"] = max(map(abs, apart))
-        figures[f"{name}: drift of the difference"] = abs(
+        figures[f"{kernels}: largest difference of a loss"] = max(map(abs, apart))
+        figures[f"{kernels}: drift of the difference"] = abs(
             statistics.mean(apart[-10:]) - statistics.mean(apart[:10])
         )
     return figures
@@ -377,13 +377,8 @@ def _disagreement(measured: Mapping[str, Measured]) -> Figures:
 
 PARTS = {
     "lora": Part(
+        ("lora", "lora of Unsloth's own script", "lora of TRL and PEFT"),
         _lora,
-        lambda of: {
-            "tokens/s": of["anneal"].tokens_per_second,
-            "tokens/s / Unsloth's own script": of["anneal"].tokens_per_second
-            / of["unsloth"].tokens_per_second,
-            "tokens/s / TRL and PEFT": of["anneal"].tokens_per_second / of["trl"].tokens_per_second,
-        },
         {
             "tokens/s": ("at least", 13_500),
             "tokens/s / Unsloth's own script": ("at least", 1.0),
@@ -391,40 +386,41 @@ PARTS = {
         },
     ),
     "packing": Part(
-        _packing,
+        ("packed", "unpacked"),
         lambda of: {
             "real tokens/s / unpacked": of["packed"].tokens_per_second / of["unpacked"].tokens_per_second
         },
         {"real tokens/s / unpacked": ("at least", 2.5)},
     ),
     "full": Part(
-        _full,
-        lambda of: {"MFU": mfu} if (mfu := of["anneal"].mfu) is not None else {},
-        {"MFU": ("at least", 0.57)},
+        ("full, adamw_8bit", "full, adafactor"),
+        _mfu,
+        {"MFU, adamw_8bit": ("at least", 0.57), "MFU, adafactor": ("at least", 0.57)},
     ),
     "qlora": Part(
-        _qlora,
+        ("qlora", "qlora of Unsloth's own script", "lora"),
         lambda of: {
-            "peak memory / Unsloth's": of["qlora"].peak_memory_bytes / of["unsloth"].peak_memory_bytes,
+            "peak memory / Unsloth's": of["qlora"].peak_memory_bytes
+            / of["qlora of Unsloth's own script"].peak_memory_bytes,
             "tokens/s / our LoRA": of["qlora"].tokens_per_second / of["lora"].tokens_per_second,
         },
         {"peak memory / Unsloth's": ("at most", 1.05), "tokens/s / our LoRA": ("at least", 0.95)},
     ),
     "ray": Part(
-        _ray,
+        ("lora", "lora under torchrun"),
         lambda of: {
-            "step time / the same trainer under torchrun": of["anneal"].step_seconds
-            / of["torchrun"].step_seconds
+            "step time / the same trainer under torchrun": of["lora"].step_seconds
+            / of["lora under torchrun"].step_seconds
         },
         {"step time / the same trainer under torchrun": ("at most", 1.02)},
     ),
     "resume": Part(
-        _resume,
+        ("deterministic", "deterministic, killed", "lora"),
         lambda of: {
             "weights are those of a run that was never killed": float(
-                of["killed"].weights == of["deterministic"].weights
+                of["deterministic, killed"].weights == of["deterministic"].weights
             ),
-            "step time / not deterministic": of["deterministic"].step_seconds / of["plain"].step_seconds,
+            "step time / not deterministic": of["deterministic"].step_seconds / of["lora"].step_seconds,
         },
         {
             "weights are those of a run that was never killed": ("at least", 1),
@@ -432,7 +428,7 @@ PARTS = {
         },
     ),
     "agreement": Part(
-        _agreement,
+        ("losses of torch", "losses of unsloth", "losses of liger"),
         _disagreement,
         {
             f"{name}: {what}": ("at most", 1e-2)
@@ -442,54 +438,95 @@ PARTS = {
     ),
 }
 
+_NEEDS_A_GPU = "losses of liger"
+_FIRST_GUESS_SECONDS = 180.0  # of a contestant
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--part", choices=PARTS, help="one part; all of them without it")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="one part, or several; all of them without it"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no contestant that may take longer than this"
+    )
     parser.add_argument("--tiny", action="store_true", help="shapes for two CPU cores")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    ends = time.monotonic() + 60 * arguments.minutes
     scale = TINY if arguments.tiny else LLAMA_3_8B
     directory = Path(tempfile.gettempdir()) / f"anneal-bench-gpu-{'tiny' if arguments.tiny else 'llama-3-8b'}"
     directory.mkdir(exist_ok=True)
-    bench = Bench(scale, directory)
-    for name in [arguments.part] if arguments.part else PARTS:
-        measure(bench, name, arguments.rounds, arguments.results)
+    measure(Bench(scale, directory), arguments.part or list(PARTS), ends, arguments.results)
     print(table(arguments.results))
 
 
-def measure(bench: Bench, name: str, rounds: int, results: Path) -> None:
-    """Add rounds of a part to those that were measured before."""
-    part, file = PARTS[name], f"gpu_{name}"
-    before = results / f"{file}.json"
-    measured = json.loads(before.read_text())["rounds"] if before.exists() else []
-    contestants = part.contestants(bench)
-    for number in range(len(measured), len(measured) + rounds):
-        names = list(contestants)
-        order = names[number % len(names) :] + names[: number % len(names)]
-        of = {contestant: contestants[contestant]() for contestant in order}
-        figures = part.figures(of)
-        measured.append({"order": order, "figures": figures} | {one: asdict(of[one]) for one in order})
-        print(json.dumps(measured[-1]), flush=True)
-        summary = {figure: spread([round_["figures"][figure] for round_ in measured]) for figure in figures}
-        write_report(file, summary, measured, directory=results)
+def measure(bench: Bench, parts: Sequence[str], ends: float, results: Path) -> None:
+    """One round of what these parts need, or the rest of one that was begun; each contestant is kept when it is done.
+
+    Args:
+        bench: Runs them.
+        parts: Names of PARTS.
+        ends: By `time.monotonic()`; what would take longer is left to the next call.
+        results: Where the rounds of earlier calls are.
+    """
+    needed = dict.fromkeys(name for part in parts for name in PARTS[part].contestants)
+    wanted = [name for name in needed if bench.scale.device == "cuda" or name != _NEEDS_A_GPU]
+    rounds = _rounds(results)
+    begun_here = bench.directory / "round"  # ratios are of one machine
+    if not rounds or not begun_here.exists() or set(wanted) <= rounds[-1].keys():
+        rounds.append({})
+        begun_here.touch()
+    first = (len(rounds) - 1) % len(wanted)
+    longest = _FIRST_GUESS_SECONDS
+    for name in wanted[first:] + wanted[:first]:
+        if name in rounds[-1]:
+            continue
+        begun = time.monotonic()
+        if begun + longest > ends:
+            print(f"no time is left for {name}; the same command goes on", file=sys.stderr)
+            return
+        rounds[-1][name] = CONTESTANTS[name](bench)
+        longest = max(longest, time.monotonic() - begun)
+        write_report(
+            "gpu",
+            _summary(rounds),
+            [{one: asdict(of[one]) for one in of} for of in rounds],
+            directory=results,
+        )
+
+
+def _rounds(results: Path) -> list[dict[str, Measured]]:
+    """Contestant -> what was measured, in the order in which they ran."""
+    file = results / "gpu.json"
+    known = json.loads(file.read_text())["rounds"] if file.exists() else []
+    return [{name: Measured(**measured) for name, measured in one.items()} for one in known]
+
+
+def _summary(rounds: Sequence[_Of]) -> dict[str, dict[str, float]]:
+    """`part: figure` -> median and range over the rounds in which all of its contestants ran."""
+    values: dict[str, list[float]] = {}
+    for of in rounds:
+        for name, part in PARTS.items():
+            if set(part.contestants) - {_NEEDS_A_GPU} <= of.keys():
+                for figure, value in part.figures(of).items():
+                    values.setdefault(f"{name}: {figure}", []).append(value)
+    return {figure: spread(measured) | {"rounds": len(measured)} for figure, measured in values.items()}
 
 
 def table(results: Path) -> str:
     """What was measured of every part beside its targets, in Markdown."""
+    summary = _summary(_rounds(results))
     lines = ["| part | figure | median (range) | rounds | target |", "|---|---|---|---|---|"]
     for name, part in PARTS.items():
-        file = results / f"gpu_{name}.json"
-        known = json.loads(file.read_text()) if file.exists() else {"summary": {}, "rounds": []}
         for figure, (bound, target) in part.targets.items():
-            values = known["summary"].get(figure)
+            values = summary.get(f"{name}: {figure}")
             shown = (
-                f"{values['median']:,.4g} ({values['lowest']:,.4g} to {values['highest']:,.4g})"
+                f"{values['median']:,.4g} ({values['lowest']:,.4g} to {values['highest']:,.4g}) | {values['rounds']}"
                 if values
-                else "not measured"
+                else "not measured | 0"
             )
-            lines.append(f"| {name} | {figure} | {shown} | {len(known['rounds'])} | {bound} {target:,g} |")
+            lines.append(f"| {name} | {figure} | {shown} | {bound} {target:,g} |")
     return "\n".join(lines)
 
 

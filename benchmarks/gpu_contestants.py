@@ -145,7 +145,7 @@ def unsloth(settings: dict[str, Any]) -> None:
         r=settings["rank"],
         lora_alpha=settings["rank"],
         target_modules=MATRICES,
-        use_gradient_checkpointing="unsloth",
+        use_gradient_checkpointing=False,
         random_state=SEED,
     )
     train(settings, SFTTrainer, model, tokenizer)
@@ -191,7 +191,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
             seed=SEED,
             bf16=True,
             use_cpu=on_cpu,
-            gradient_checkpointing=True,
+            gradient_checkpointing=False,
             logging_steps=1,
             save_strategy="no",
             report_to="none",

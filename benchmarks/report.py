@@ -54,7 +54,7 @@ def write_report(
     )
     for ratio, values in summary.items():
         print(
-            f"{ratio}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {len(rounds)} rounds)"
+            f"{ratio}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {values.get('rounds', len(rounds))} rounds)"
         )
     for what, count in (counts or {}).items():
         print(f"{what}: {count:g}")
