@@ -19,7 +19,7 @@ from training.models.architecture import (
 )
 from training.models.files import AdapterFacts, ModelError, ModelFacts, is_trained_whole, lora_ranks
 from training.models.kernels import Device, Provider, choose_kernels
-from training.strategy import deepspeed_settings, zero_stage
+from training.strategy import StrategyError, check_optimizer, deepspeed_settings, zero_stage
 from utils.files import format_bytes
 
 _FP32 = 4
@@ -465,9 +465,11 @@ def _savings(job: Job) -> list[Saving]:
         if changed is None:
             continue
         try:
+            if job.device == "cuda" and not changed.config.trains_adapter:
+                check_optimizer(changed.config, _hold(changed).stage, job.facts.parameters)
             found.append(Saving(setting, now - estimate_memory(changed).total))
-        except ModelError:
-            continue  # kernels that are not installed
+        except (ModelError, StrategyError):
+            continue  # kernels that are not installed, or what a plan would refuse
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)[:3]
 
 

@@ -69,7 +69,7 @@ from training.models.files import (
     untargeted_names,
 )
 from training.models.kernels import Device, KernelChoice, Provider, choose_kernels
-from training.strategy import StrategyError, deepspeed_settings, zero_stage
+from training.strategy import StrategyError, check_optimizer, deepspeed_settings, zero_stage
 from utils.bucket import (
     BucketError,
     NotFoundError,
@@ -328,6 +328,8 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
         facts = replace(facts, parameter_shapes=shapes)
     _check_quantization(config, facts)
+    if device == "cuda" and not config.trains_adapter:
+        check_optimizer(config, zero_stage(settings), facts.parameters)
     with about_key("export"):
         check_export(config, facts)
     if adapter_facts:

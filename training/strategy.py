@@ -6,6 +6,10 @@ from typing import Any
 
 from configs.schema import FinetuneConfig, deepspeed_preset_path
 
+_OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
+# It hands the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
+_MOST_ENTRIES_OF_BITSANDBYTES = 2**31 - 1
+
 
 class StrategyError(Exception):
     """A DeepSpeed configuration that cannot be used; the message says which file, what and what to do."""
@@ -56,3 +60,27 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
 def zero_stage(settings: dict[str, Any] | None) -> int:
     """The ZeRO stage; 0 is plain data parallelism."""
     return int(settings.get("zero_optimization", {}).get("stage", 0)) if settings else 0
+
+
+def check_optimizer(config: FinetuneConfig, stage: int, trained: int) -> None:
+    """Make sure that the optimizer can count what a GPU holds in one piece: ZeRO-1 and ZeRO-2 lay all weights of a device into one.
+
+    Args:
+        config: The YAML.
+        stage: Of ZeRO.
+        trained: Numbers that are trained, on all devices together.
+
+    Raises:
+        StrategyError: it would leave most of them as they are, and say nothing.
+    """
+    least_devices = -(-trained // _MOST_ENTRIES_OF_BITSANDBYTES)
+    if (
+        stage in (1, 2)
+        and config.optim.startswith(_OF_BITSANDBYTES)
+        and config.fewest_devices < least_devices
+    ):
+        raise StrategyError(
+            f"optim: {config.optim}: under ZeRO-{stage} each of {config.fewest_devices} devices holds {trained / config.fewest_devices:,.0f} "
+            f"trained numbers in one piece, and bitsandbytes counts to {_MOST_ENTRIES_OF_BITSANDBYTES:,}. Write optim: adamw_torch, "
+            f"deepspeed: zero_3, or num_devices: {least_devices} or more."
+        )

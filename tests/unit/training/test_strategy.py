@@ -1,0 +1,29 @@
+"""What cannot be spread over devices is refused."""
+
+import pytest
+
+from configs.schema import FinetuneConfig
+from training.strategy import StrategyError, check_optimizer
+
+LLAMA_3_8B = 8_030_261_248
+
+
+def config(optim: str, num_devices: int) -> FinetuneConfig:
+    return FinetuneConfig.model_validate(
+        {"model_id": "a/b", "train_path": "t.jsonl", "optim": optim, "num_devices": num_devices}
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_more_numbers_than_bitsandbytes_counts(optim: str, stage: int):
+    with pytest.raises(StrategyError, match=r"counts to 2,147,483,647. .* num_devices: 4 or more"):
+        check_optimizer(config(optim, 3), stage, LLAMA_3_8B)
+    check_optimizer(config(optim, 4), stage, LLAMA_3_8B)
+
+
+def test_what_lies_in_smaller_pieces_is_taken():
+    check_optimizer(config("adamw_8bit", 1), 0, LLAMA_3_8B)  # a piece for each matrix
+    check_optimizer(config("adamw_8bit", 1), 3, LLAMA_3_8B)  # pieces of a billion
+    check_optimizer(config("adamw_torch", 1), 2, LLAMA_3_8B)
+    check_optimizer(config("adafactor", 1), 2, LLAMA_3_8B)
