@@ -29,6 +29,10 @@ _CPU_ALLOCATOR = {
     "RAY_LD_PRELOAD_ON_WORKERS": "1",
     "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
 }
+# Of long rows and short ones, blocks of fixed size leave gaps that nothing fits into. It is read when a GPU is first used, which Ray
+# does before any code of ours.
+GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+_NAMES_OF_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,9 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
     """
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _join(address, _runtime_environment())
+        _join(address, _runtime_environment(workers.device))
     else:
-        if workers.device == "cpu":
-            os.environ.update({name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()})
+        os.environ.update(_allocator(workers.device))
         ray.init(
             address="local",  # else Ray joins one that somebody started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
@@ -140,12 +143,14 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _runtime_environment() -> dict[str, Any]:
+def _runtime_environment(device: Device) -> dict[str, Any]:
     """What workers get besides what the job server, if it started this driver, gives them: Ray takes nothing twice."""
     submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
     variables = {STATE_VARIABLE: str(state_directory())}  # a path: the keys themselves never travel
     if limit := os.environ.get(LIMIT_VARIABLE):
         variables[LIMIT_VARIABLE] = limit
+    if device == "cuda":
+        variables |= _allocator(device)
     of_the_job = submitted.get("env_vars") or {}
     environment: dict[str, Any] = {
         "env_vars": {name: value for name, value in variables.items() if name not in of_the_job}
@@ -153,6 +158,14 @@ def _runtime_environment() -> dict[str, Any]:
     if "working_dir" not in submitted:
         environment |= {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
     return environment
+
+
+def _allocator(device: Device) -> dict[str, str]:
+    """How workers keep memory, where nobody has said it already."""
+    if device == "cpu":
+        return {name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()}
+    said = {name: os.environ[name] for name in _NAMES_OF_GPU_ALLOCATOR if name in os.environ}
+    return said or GPU_ALLOCATOR
 
 
 def _missing(workers: Workers, address: str | None) -> str | None:

@@ -185,6 +185,8 @@ class EventMailbox:
 
     async def fails_again(self, rank: int, error: str) -> bool:
         """Called by a worker that met an error: whether it is this rank's last one, with no checkpoint committed since."""
+        if "out of memory" in error:
+            error = "out of memory"  # beside it stands how much was free, and which processes had the rest
         again = self._failures.get(rank) == error
         self._failures[rank] = error
         return again

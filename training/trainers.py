@@ -1,8 +1,9 @@
 """The TRL trainer of a run, with our batches, an eval loss weighted by tokens, and checkpoints without what nobody reads."""
 
 import copy
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import safe_globals
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # Unsloth replaces them here
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -70,6 +72,7 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
         run_name=plan.run_name,
         disable_tqdm=True,
         remove_unused_columns=False,
+        torch_empty_cache_steps=None,  # Unsloth's own default would empty it at all micro-batches of some steps
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
@@ -176,9 +179,18 @@ class FineTuningTrainer(SFTTrainer):
             engine.step = self.clock.timed("optimizer", engine.step)
         return prepared
 
-    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
-        """The micro-batches of a step."""
-        return self.clock.timed("data", super().get_batch_samples)(*arguments, **keywords)
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and how many tokens are trained in them on all workers.
+
+        As transformers does it: Unsloth, which replaces that, sends counts between workers that are still on the CPU, as our batches
+        are, and NCCL takes no such.
+        """
+
+        def get() -> Any:
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+            return batches, self._get_num_items_in_batch(batches, device)
+
+        return self.clock.timed("data", get)()
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch; behind the last of a step comes the optimizer."""
@@ -245,6 +257,11 @@ class FineTuningTrainer(SFTTrainer):
         """The sums over all batches and workers as what is reported: `loss` and what stands beside it."""
         return {"loss": totals[0] / totals[1]}
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            page_states(self.optimizer)
+
     def _evaluate(self, *arguments: Any, **keywords: Any) -> Any:
         return self.clock.timed("evaluation", super()._evaluate)(*arguments, **keywords)
 
@@ -304,6 +321,14 @@ class FineTuningTrainer(SFTTrainer):
         rank, world_size = self.args.process_index, self.args.world_size
         if not has_random_states(Path(checkpoint), rank, world_size):
             set_seed(seed_of_new_rank(self.config.seed, self.state.global_step, rank))
+        elif world_size > 1 and not self.args.use_cpu:
+            torch.cuda.set_rng_state(state_of_noted_device(random_states(Path(checkpoint), rank, world_size)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        rank, world_size = self.args.process_index, self.args.world_size
+        if world_size > 1 and not self.args.use_cpu:
+            note_device(random_states(Path(output_dir), rank, world_size), torch.cuda.current_device())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
@@ -321,9 +346,42 @@ class FineTuningTrainer(SFTTrainer):
                 adapter.write_text(json.dumps(settings, indent=2), "utf-8")
 
 
+def page_states(optimizer: Any) -> None:
+    """A restored paged optimizer's states where those of a new one lie: in pages that leave a GPU whose memory runs out.
+
+    bitsandbytes loads them into plain memory, and takes it for pages all the same.
+    """
+    unwrapped = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(unwrapped, "is_paged", False):
+        return
+    for parameter, states in unwrapped.state.items():
+        for name in states.keys() & {"state1", "state2"}:
+            pages = unwrapped.get_state_buffer(parameter, dtype=states[name].dtype)
+            states[name] = pages.copy_(states[name])
+
+
 def has_random_states(checkpoint: Path, rank: int, world_size: int) -> bool:
     """Whether a checkpoint on this node holds what transformers restores for a rank of so many."""
-    return (checkpoint / (f"rng_state_{rank}.pth" if world_size > 1 else "rng_state.pth")).is_file()
+    return random_states(checkpoint, rank, world_size).is_file()
+
+
+def random_states(checkpoint: Path, rank: int, world_size: int) -> Path:
+    """Where transformers keeps a rank's."""
+    return checkpoint / (f"rng_state_{rank}.pth" if world_size > 1 else "rng_state.pth")
+
+
+def note_device(file: Path, device: int) -> None:
+    """Beside the states of all GPUs that a rank sees stands which of them was its own: on other nodes it may be another."""
+    with safe_globals():
+        states = torch.load(file, weights_only=True)
+    torch.save(states | {"own_device": device}, file)
+
+
+def state_of_noted_device(file: Path) -> torch.Tensor:
+    """Of the GPU that was a rank's own."""
+    with safe_globals():
+        states = torch.load(file, weights_only=True)
+    return states["cuda"][states["own_device"]]
 
 
 def seed_of_new_rank(seed: int, step: int, rank: int) -> int:

@@ -375,6 +375,7 @@ def model_request(
         context_length=padded_length(config.context_length or longest, multiple),
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        deterministic=config.deterministic,
     )
 
 

@@ -39,6 +39,8 @@ class ModelRequest:
     seed: int
     """Decides a new adapter's weights."""
     trust_remote_code: bool
+    deterministic: bool
+    """Only operations that give the same bits every time."""
 
     @property
     def is_lora(self) -> bool:

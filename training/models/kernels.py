@@ -131,6 +131,10 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
         return cell
     if provider == "unsloth" and (unknown := _unknown_to_unsloth(config)):
         return f"Unsloth's adapters are made here without {' and '.join(f'lora_config.{name}' for name in unknown)}"
+    if provider == "unsloth" and device == "cuda" and config.dtype == "fp32":
+        return "Unsloth's trainer computes in bf16 on a GPU, and the YAML says dtype: fp32"
+    if provider == "unsloth" and (others := _trained_whole_but_not_by_unsloth(config)):
+        return f"Unsloth trains embed_tokens, lm_head and norms whole, but not {' and '.join(others)} (lora_config.modules_to_save)"
     if provider == "unsloth" and config.packing:
         return "Unsloth's attention lets packed rows see one another"
     if provider == "unsloth" and config.task == "preference_tuning":
@@ -146,6 +150,15 @@ def _unknown_to_unsloth(config: FinetuneConfig) -> list[str]:
     return sorted(
         name for name in others if lora and getattr(lora, name) != LoraConfig.model_fields[name].default
     )
+
+
+def _trained_whole_but_not_by_unsloth(config: FinetuneConfig) -> list[str]:
+    named = (config.lora_config.modules_to_save if config.lora_config else None) or []
+    return [
+        name
+        for name in named
+        if name.split(".")[-1] not in ("embed_tokens", "lm_head") and not name.endswith("norm")
+    ]
 
 
 def _missing(provider: Provider) -> str | None:

@@ -34,6 +34,10 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
         trust_remote_code=request.trust_remote_code,
     )
     model.config.use_cache = False
+    if request.deterministic and model._can_set_experts_implementation():
+        model.set_experts_implementation(
+            "eager"
+        )  # the others count tokens by torch.histc, which is not, on a GPU
     return model
 
 

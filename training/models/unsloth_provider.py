@@ -12,6 +12,7 @@ import unsloth  # first: it patches what the imports below bring
 from transformers import set_seed
 
 from training.models import ModelRequest, torch_provider
+from training.models.files import ModelError, first_line
 from training.models.kernels import UNSLOTH_LORA_FIELDS
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ def build(request: ModelRequest) -> "PreTrainedModel":
         return model
     set_seed(request.seed)
     lora = request.lora
+    # Its own checkpointing would put embeddings that are trained into a file beside the model's, where workers share it.
+    offloads = request.gradient_checkpointing == "unsloth" and not lora.modules_to_save
     return unsloth.FastLanguageModel.get_peft_model(
         model,
         **lora.model_dump(include=set(UNSLOTH_LORA_FIELDS)),
-        use_gradient_checkpointing=request.gradient_checkpointing,
+        use_gradient_checkpointing="unsloth" if offloads else bool(request.gradient_checkpointing),
         random_state=request.seed,
         max_seq_length=request.context_length,
     )
@@ -52,15 +55,25 @@ def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
 def _load(directory: Path, request: ModelRequest) -> Any:
     import torch
 
-    model, _ = unsloth.FastLanguageModel.from_pretrained(
-        model_name=str(directory),
-        max_seq_length=request.context_length,
-        dtype=torch.bfloat16 if request.weights_dtype == "bf16" else torch.float32,
-        load_in_4bit=request.load_in_4bit,
-        full_finetuning=not request.is_lora,
-        trust_remote_code=request.trust_remote_code,
-        use_gradient_checkpointing=request.gradient_checkpointing,
-    )
+    on_gpu = request.device == "cuda"
+    try:
+        model, _ = unsloth.FastLanguageModel.from_pretrained(
+            model_name=str(directory),
+            max_seq_length=request.context_length,
+            dtype=torch.bfloat16 if request.weights_dtype == "bf16" else torch.float32,
+            load_in_4bit=request.load_in_4bit,
+            full_finetuning=not request.is_lora,
+            trust_remote_code=request.trust_remote_code,
+            use_gradient_checkpointing=request.gradient_checkpointing,
+            # All of it: by itself it spills to the host where a GPU is nearly full, and training refuses that with other words.
+            **({"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}),
+        )
+    except RuntimeError as error:
+        if "valid pad token" in str(error):
+            raise ModelError(
+                f"kernels: unsloth: {first_line(error)}. Write kernels: {'liger' if on_gpu else 'torch'}."
+            ) from error
+        raise
     if request.load_in_4bit and request.device == "cpu":
         torch_provider.keep_4bit_layout(model)
     return model

@@ -38,6 +38,17 @@ def test_what_unsloths_adapters_cannot_be_is_not_dropped(monkeypatch: pytest.Mon
     assert choose_kernels(continued, "cuda", 0).provider == "unsloth", "an adapter is loaded as it is"
 
 
+@pytest.mark.parametrize("module", ["gate_proj", "model.layers.0.mlp"])
+def test_what_unsloth_does_not_train_whole_goes_to_others(module: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    asked = config(lora_config={"modules_to_save": ["lm_head", module]})
+    choice = choose_kernels(asked, "cuda", 0)
+    assert choice.provider == "liger"
+    assert f"but not {module} (lora_config.modules_to_save)" in choice.reason
+    taken = config(lora_config={"modules_to_save": ["lm_head", "model.embed_tokens", "model.norm"]})
+    assert choose_kernels(taken, "cuda", 0).provider == "unsloth"
+
+
 @pytest.mark.parametrize(
     ("device", "stage", "installed", "provider", "reason"),
     [

@@ -82,6 +82,7 @@ def build(of: Job) -> Any:
         context_length=LONGEST,
         seed=0,
         trust_remote_code=False,
+        deterministic=False,
     )
     model: Any = torch_provider.build(request)
     return (model.to(torch.bfloat16) if stage else model).train()

@@ -1,0 +1,82 @@
+"""What transformers' models are told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from training.models import ModelRequest, varlen_attention
+from training.models.torch_provider import _attention, load_base
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def request(directory: Path, **changes: object) -> ModelRequest:
+    settings = {
+        "directory": directory,
+        "adapter_directory": None,
+        "lora": None,
+        "device": "cpu",
+        "dtype": "bf16",
+        "zero_stage": 0,
+        "load_in_4bit": False,
+        "flash_attention_2": False,
+        "packing": True,
+        "gradient_checkpointing": False,
+        "context_length": 64,
+        "seed": 0,
+        "trust_remote_code": False,
+        "deterministic": False,
+    }
+    return ModelRequest(**settings | changes)  # pyright: ignore[reportArgumentType]
+
+
+def saved(directory: Path, kind: str, **changes: object) -> Path:
+    config = AutoConfig.for_model(kind, **SHAPE | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def test_a_mixture_of_experts_computes_the_same_bits_every_time(tmp_path: Path):
+    mixture = saved(tmp_path, "mixtral", num_local_experts=2)
+    assert load_base(request(mixture)).get_experts_implementation() != {"": "eager"}
+    assert load_base(request(mixture, deterministic=True)).get_experts_implementation() == {"": "eager"}
+
+
+def test_other_models_have_nothing_to_be_told(tmp_path: Path):
+    load_base(request(saved(tmp_path, "llama"), deterministic=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "capability", "kind"),
+    [
+        ({}, {}, (9, 0), varlen_attention.NAME),
+        ({}, {}, (8, 0), varlen_attention.NAME),
+        ({}, {}, (7, 5), "sdpa"),
+        ({"dtype": "fp32"}, {}, (9, 0), "sdpa"),
+        ({"packing": False}, {}, (9, 0), "sdpa"),
+        ({"device": "cpu"}, {}, (9, 0), "sdpa"),
+        ({}, {"attention_dropout": 0.1}, (9, 0), "sdpa"),
+        ({}, {"head_dim": 12}, (9, 0), "sdpa"),
+        ({}, {"head_dim": 512}, (9, 0), "sdpa"),
+    ],
+)
+def test_packed_rows_get_the_kernels_that_serve_them(
+    changes: dict[str, object],
+    model: dict[str, object],
+    capability: tuple[int, int],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    AutoConfig.for_model("llama", **SHAPE | model).save_pretrained(tmp_path)
+    assert _attention(request(tmp_path, **{"device": "cuda"} | changes)) == kind
