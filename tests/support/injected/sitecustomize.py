@@ -81,7 +81,7 @@ def _watch_callbacks(module: Any) -> None:
 
 
 def _watch_trainer(module: Any) -> None:
-    trainer = module.Trainer
+    trainer = module.FineTuningTrainer
     take, save_rng_state = trainer.get_batch_samples, trainer._save_rng_state
 
     def noted(self: Any, *arguments: Any) -> Any:
@@ -128,7 +128,7 @@ _SABOTAGES: dict[str, Callable[[Any], None]] = {
 _CHANGES: dict[str, Callable[[Any], None]] = {
     "training.data.batches": _watch_rows,
     "training.callbacks": _watch_callbacks,
-    "transformers.trainer": _watch_trainer,
+    "training.trainers": _watch_trainer,
 }
 
 
