@@ -131,6 +131,9 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
         return cell
     if provider == "unsloth" and (unknown := _unknown_to_unsloth(config)):
         return f"Unsloth's adapters are made here without {' and '.join(f'lora_config.{name}' for name in unknown)}"
+    if provider == "unsloth" and device == "cuda" and config.dtype == "fp32":
+        # Its trainer turns autocast on where neither bf16 nor fp16 is asked for.
+        return "Unsloth computes in 16 bits on a GPU, whatever dtype says"
     if provider == "unsloth" and config.packing:
         return "Unsloth's attention lets packed rows see one another"
     if provider == "unsloth" and config.task == "preference_tuning":
