@@ -189,6 +189,10 @@ def train(provider: str, plan_file: Path, directory: Path) -> dict[str, Any]:
         on_eval_progress=lambda _: None,
     )
     trainer.add_callback(AfterFirstStep(trainer.rehearse))
+    keeps_keys = set()
+    model.get_base_model().register_forward_hook(
+        lambda module, inputs, outputs: keeps_keys.add(outputs.get("past_key_values") is not None)
+    )
     trainer.train()
     trainer._save_checkpoint(trainer.model, None)
     trainer.evaluate()
@@ -201,6 +205,7 @@ def train(provider: str, plan_file: Path, directory: Path) -> dict[str, Any]:
         "device": str(trainer.args.device),
         "autocast": trainer.accelerator.mixed_precision,
         "kernel": getattr(layer.self_attn, "apply_qkv", layer.input_layernorm.forward).__qualname__,
+        "keeps_keys": True in keeps_keys,
     }
 
 

@@ -61,6 +61,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
         trust_remote_code=request.trust_remote_code,
         use_gradient_checkpointing=request.gradient_checkpointing,
     )
+    model.config.use_cache = False  # an evaluation would keep the keys and values of every layer
     if request.load_in_4bit and request.device == "cpu":
         torch_provider.keep_4bit_layout(model)
     return model

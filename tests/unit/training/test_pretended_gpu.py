@@ -111,3 +111,7 @@ def test_a_pretended_gpu_trains_as_the_cpu_does(provider: str, kernel: str, runs
         assert found[figures] == pytest.approx(reference[figures], rel=2e-4)
     assert found["gradient_norms"] == pytest.approx(reference["gradient_norms"], rel=2e-2)
     assert runs.saved(provider) == runs.saved("torch")
+
+
+def test_an_evaluation_keeps_no_keys_and_values(runs: Runs):
+    assert not any(runs[provider]["keeps_keys"] for provider in ("unsloth", "liger", "torch"))
