@@ -56,7 +56,8 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
         seed=config.seed,
         bf16=config.dtype == "bf16",
         use_cpu=plan.device == "cpu",
-        ddp_backend="gloo" if plan.device == "cpu" else "nccl",
+        # On CUDA accelerate knows it; named, it is refused where Unsloth has one GPU and takes accelerate's process group away.
+        ddp_backend="gloo" if plan.device == "cpu" else None,
         ddp_find_unused_parameters=False,
         # Unsloth's own kind is put into the model; with other kernels it means the usual one.
         gradient_checkpointing=bool(config.gradient_checkpointing)

@@ -4,46 +4,10 @@ Runs in a process of its own, with TRITON_INTERPRET=1 and Triton on PYTHONPATH, 
 difference from torch of each result and gradient, relative to the largest value there is in it.
 """
 
-# ruff: noqa: E402  # what the interpreter lacks comes first, then Unsloth, then what it patches
-
 import sys
 from typing import Any
 
-import triton
-import triton.language as tl
-from triton.language.extra import libdevice
-from triton.runtime import interpreter
-
-# What a compiled kernel has and the interpreter lacks: plain numbers of 32 bits that can be cast, and functions of CUDA's own.
-_argument = interpreter._implicit_cvt
-
-
-def _number(argument: Any) -> Any:
-    if not isinstance(argument, float):
-        return _argument(argument)
-    value = interpreter.TensorHandle(
-        interpreter.np.array([argument], dtype=interpreter.np.float32), tl.float32
-    )
-    return tl.tensor(value, tl.float32)
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
-def _rsqrt(x):
-    return tl.math.rsqrt(x)
-
-
-@triton.jit
-def _cast(x, dtype):
-    return tl.full((), x, dtype)
-
-
-interpreter._implicit_cvt = _number
-libdevice.tanh, libdevice.rsqrt = _tanh, _rsqrt
+from tests.support.triton_interpreter import cast  # before whatever has kernels
 
 if "unsloth" in sys.argv:
     import unsloth  # noqa: F401  # before what it patches
@@ -226,7 +190,7 @@ def of_unsloth() -> dict[str, Callable[[], Differences]]:
     import unsloth.kernels as kernels
     from unsloth.kernels import cross_entropy_loss
 
-    cross_entropy_loss.triton_cast = _cast  # of a plain number
+    cross_entropy_loss.triton_cast = cast
 
     def norm(x: torch.Tensor, weight: torch.Tensor, gemma: bool) -> torch.Tensor:
         module = SimpleNamespace(weight=weight, variance_epsilon=EPSILON)

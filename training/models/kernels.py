@@ -132,7 +132,8 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
     if provider == "unsloth" and (unknown := _unknown_to_unsloth(config)):
         return f"Unsloth's adapters are made here without {' and '.join(f'lora_config.{name}' for name in unknown)}"
     if provider == "unsloth" and device == "cuda" and config.dtype == "fp32":
-        return "Unsloth's trainer computes in bf16 on a GPU, and the YAML says dtype: fp32"
+        # Its trainer turns autocast on where neither bf16 nor fp16 is asked for.
+        return "Unsloth computes in 16 bits on a GPU, whatever dtype says"
     if provider == "unsloth" and (others := _trained_whole_but_not_by_unsloth(config)):
         return f"Unsloth trains embed_tokens, lm_head and norms whole, but not {' and '.join(others)} (lora_config.modules_to_save)"
     if provider == "unsloth" and config.packing:

@@ -74,6 +74,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
                 f"kernels: unsloth: {first_line(error)}. Write kernels: {'liger' if on_gpu else 'torch'}."
             ) from error
         raise
+    model.config.use_cache = False  # an evaluation would keep the keys and values of every layer
     if request.load_in_4bit and request.device == "cpu":
         torch_provider.keep_4bit_layout(model)
     return model

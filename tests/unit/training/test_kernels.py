@@ -82,6 +82,14 @@ def test_auto_keeps_packed_rows_apart(monkeypatch: pytest.MonkeyPatch):
     assert "lets packed rows see one another" in choice.reason
 
 
+def test_fp32_is_not_trained_in_16_bits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    choice = choose_kernels(config(dtype="fp32"), "cuda", 0)
+    assert choice.provider == "liger"
+    assert "Unsloth computes in 16 bits on a GPU" in choice.reason
+    assert choose_kernels(config(dtype="fp32", kernels="unsloth"), "cpu", 0).provider == "unsloth"
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "stage", "advice"),
     [
