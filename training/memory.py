@@ -32,6 +32,8 @@ _LEAST_PAGED = 100_000  # smaller tensors of a paged optimizer stay on the devic
 # Of TRL's fused head: tokens and words that it computes logits of at a time.
 _HEAD_TOKENS, _HEAD_WORDS = 4096, 32768
 _ROWS_OF_A_PAIR = 2
+# Unsloth takes plain checkpointing below this length, in tokens (`apply_unsloth_gradient_checkpointing` in unsloth/models/_utils.py).
+_LEAST_OFFLOADED = 512
 _SURE_SHARE = 0.9  # of a device: the rest is for CUDA, NCCL and the allocator's fragments
 
 
@@ -252,7 +254,11 @@ def _kept(job: Job, held: _Held) -> float:
     mask = tokens * job.longest if _is_masked(job, held) else 0  # a byte each, for all layers
     if not job.config.gradient_checkpointing:
         layers = shape.layers * tokens * _layer(job, held)
-    elif job.config.gradient_checkpointing == "unsloth" and held.provider == "unsloth":
+    elif (
+        job.config.gradient_checkpointing == "unsloth"
+        and held.provider == "unsloth"
+        and (job.config.context_length or job.longest) >= _LEAST_OFFLOADED
+    ):
         layers = 0
     else:
         layers = shape.layers * tokens * held.base * shape.hidden

@@ -75,6 +75,11 @@ def _load(directory: Path, request: ModelRequest) -> Any:
             ) from error
         raise
     model.config.use_cache = False  # an evaluation would keep the keys and values of every layer
+    if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
+        # It goes on in 16 bits by itself.
+        raise ModelError(
+            "load_in_4bit: Unsloth cannot use bitsandbytes here. Look at `python -m bitsandbytes`, or write kernels: liger."
+        )
     if request.load_in_4bit and request.device == "cpu":
         torch_provider.keep_4bit_layout(model)
     return model
