@@ -1,5 +1,6 @@
 """What a task trains: its rows as batches, and the trainer with its loss and its figures."""
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
@@ -61,10 +62,8 @@ def build_trainer(
         "tokenizer": tokenizer,
         "loss_of_transformers": plan.device == "cpu" and plan.kernels.provider != "unsloth",
     }
-    # Unsloth drops the mask by itself, and takes positions for packed rows; a router's balance counts tokens by it.
-    masked = plan.kernels.provider == "unsloth" or hasattr(
-        model.config.get_text_config(), "output_router_logits"
-    )
+    # Unsloth drops the mask by itself, and takes positions for packed rows.
+    masked = plan.kernels.provider == "unsloth" or needs_mask(model)
     if config.task == "preference_tuning":
         loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
 
@@ -102,6 +101,18 @@ def build_trainer(
         tokens = label_tokens(sources, config.classifier_config.label_tokens)
         return ClassificationTrainer(label_tokens=tokens, rows=rows, **arguments)
     return FineTuningTrainer(rows=rows, **arguments)
+
+
+def needs_mask(model: Any) -> bool:
+    """Whether a model wants to be told what is padding, although causal attention never looks there from a real token.
+
+    A router's balance counts tokens by the mask; positions, which come in its place, are not known to each.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return (
+        hasattr(base.config.get_text_config(), "output_router_logits")
+        or "position_ids" not in signature(base.forward).parameters
+    )
 
 
 def _validation(config: FinetuneConfig, valid: PreparedData, pad_token_id: int) -> TokenSequences:
