@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from training.data.batches import padded_length
 from training.models.architecture import (
     ATTENTION_OUTPUT,
     ModelShape,
@@ -18,7 +19,7 @@ from training.models.architecture import (
     share_of_experts,
 )
 from training.models.files import AdapterFacts, ModelError, ModelFacts, is_trained_whole, lora_ranks
-from training.models.kernels import Device, Provider, choose_kernels
+from training.models.kernels import Device, Provider, choose_kernels, offloads_activations
 from training.strategy import StrategyError, check_optimizer, deepspeed_settings, zero_stage
 from utils.files import format_bytes
 
@@ -32,8 +33,6 @@ _LEAST_PAGED = 100_000  # smaller tensors of a paged optimizer stay on the devic
 # Of TRL's fused head: tokens and words that it computes logits of at a time.
 _HEAD_TOKENS, _HEAD_WORDS = 4096, 32768
 _ROWS_OF_A_PAIR = 2
-# Unsloth takes plain checkpointing below this length, in tokens (`apply_unsloth_gradient_checkpointing` in unsloth/models/_utils.py).
-_LEAST_OFFLOADED = 512
 _SURE_SHARE = 0.9  # of a device: the rest is for CUDA, NCCL and the allocator's fragments
 
 
@@ -254,10 +253,10 @@ def _kept(job: Job, held: _Held) -> float:
     mask = tokens * job.longest if _is_masked(job, held) else 0  # a byte each, for all layers
     if not job.config.gradient_checkpointing:
         layers = shape.layers * tokens * _layer(job, held)
-    elif (
-        job.config.gradient_checkpointing == "unsloth"
-        and held.provider == "unsloth"
-        and (job.config.context_length or job.longest) >= _LEAST_OFFLOADED
+    elif held.provider == "unsloth" and offloads_activations(
+        job.config.gradient_checkpointing,
+        None if job.adapter else job.config.lora_config,
+        padded_length(job.config.context_length or job.longest, 8),
     ):
         layers = 0
     else:
@@ -471,8 +470,9 @@ def _savings(job: Job) -> list[Saving]:
         if changed is None:
             continue
         try:
-            if job.device == "cuda" and not changed.config.trains_adapter:
-                check_optimizer(changed.config, _hold(changed).stage, job.facts.parameters)
+            held = _hold(changed)
+            if job.device == "cuda":
+                check_optimizer(changed.config, held.stage, held.trained_entries)
             found.append(Saving(setting, now - estimate_memory(changed).total))
         except (ModelError, StrategyError):
             continue  # kernels that are not installed, or what a plan would refuse

@@ -106,12 +106,16 @@ def build_trainer(
 def needs_mask(model: Any) -> bool:
     """Whether a model wants to be told what is padding, although causal attention never looks there from a real token.
 
-    A router's balance counts tokens by the mask; positions, which come in its place, are not known to each.
+    Of code that is not transformers' own nobody knows what it does with one. A router's balance counts tokens by the mask. Positions,
+    which come in its place, are not known to each, and encoders that are made decoders count them otherwise.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
     return (
-        hasattr(base.config.get_text_config(), "output_router_logits")
+        not type(base).__module__.startswith("transformers.")
+        or hasattr(config, "output_router_logits")
         or "position_ids" not in signature(base.forward).parameters
+        or getattr(config, "is_decoder", False)
     )
 
 

@@ -44,7 +44,14 @@ from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.exporting import check_export
 from training.flops import RowFlops, row_flops
-from training.memory import Job, MemoryReport, describe_savings, largest_batch, report_memory
+from training.memory import (
+    Job,
+    MemoryReport,
+    describe_savings,
+    estimate_memory,
+    largest_batch,
+    report_memory,
+)
 from training.models.architecture import (
     check_is_causal,
     check_packing,
@@ -328,8 +335,6 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
         facts = replace(facts, parameter_shapes=shapes)
     _check_quantization(config, facts)
-    if device == "cuda" and not config.trains_adapter:
-        check_optimizer(config, zero_stage(settings), facts.parameters)
     with about_key("export"):
         check_export(config, facts)
     if adapter_facts:
@@ -346,6 +351,9 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
             shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
             facts = replace(facts, parameter_shapes=shapes)
         _check_targets(config.lora_config, facts)
+    trained = _trainable_parameters(config, facts, adapter_facts)
+    if device == "cuda":
+        check_optimizer(config, zero_stage(settings), trained)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
     if not config.trains_adapter and "learning_rate" not in loaded.given_keys:
         warnings.append(
@@ -448,7 +456,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         model=config.model_id,
         architecture=facts.architecture,
         parameters=facts.parameters,
-        trainable_parameters=_trainable_parameters(config, facts, adapter_facts),
+        trainable_parameters=trained,
         device=_describe_device(config, device),
         kernels=f"{kernels.provider} ({kernels.reason})",
         parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
@@ -943,7 +951,10 @@ def _choose_batch_size(
             f"{key}: it is not known how much memory {name or 'the devices of the cluster'} has. Name an accelerator that is known in "
             "worker_resources, such as {accelerator_type:A10G: 0.001}, or write a number."
         )
-    return largest_batch(job, available), f"auto: the most that are estimated to fit {name}"
+    rows = largest_batch(job, available)
+    if estimate_memory(replace(job, config=config.with_batch_size(rows))).total > available:
+        return rows, f"auto: the least; not even that is estimated to fit {name}"
+    return rows, f"auto: the most that are estimated to fit {name}"
 
 
 def _describe_batch(config: FinetuneConfig, reason: str) -> str:

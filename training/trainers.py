@@ -323,7 +323,9 @@ class FineTuningTrainer(SFTTrainer):
         if not has_random_states(Path(checkpoint), rank, world_size):
             set_seed(seed_of_new_rank(self.config.seed, self.state.global_step, rank))
         elif world_size > 1 and not self.args.use_cpu:
-            torch.cuda.set_rng_state(state_of_noted_device(random_states(Path(checkpoint), rank, world_size)))
+            own = state_of_noted_device(random_states(Path(checkpoint), rank, world_size))
+            if own is not None:
+                torch.cuda.set_rng_state(own)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -378,11 +380,11 @@ def note_device(file: Path, device: int) -> None:
     torch.save(states | {"own_device": device}, file)
 
 
-def state_of_noted_device(file: Path) -> torch.Tensor:
-    """Of the GPU that was a rank's own."""
+def state_of_noted_device(file: Path) -> torch.Tensor | None:
+    """Of the GPU that was a rank's own; None where that was not noted."""
     with safe_globals():
         states = torch.load(file, weights_only=True)
-    return states["cuda"][states["own_device"]]
+    return states["cuda"][states["own_device"]] if "own_device" in states else None
 
 
 def seed_of_new_rank(seed: int, step: int, rank: int) -> int:

@@ -10,6 +10,7 @@ from training.models.files import ModelError, first_line
 from utils.processes import importing
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
+_MASKS_OF_THEIR_OWN = {"afmoe", "doge", "moshi", "opt"}  # which do not go by positions, as was tried
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _EXPERT = re.compile(r"\.experts\.")
@@ -124,6 +125,8 @@ def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> N
         reason = "its code is not transformers' own, so nobody can tell whether packed rows stay apart in it"
     elif model_class._is_stateful or not layers <= _MASKED_LAYERS:
         reason = "its layers carry what they read from one packed row into the next"
+    elif config.model_type in _MASKS_OF_THEIR_OWN or getattr(config, "is_decoder", False):
+        reason = "it makes its attention masks by itself, and packed rows would see one another"
     elif "position_ids" not in signature(model_class.forward).parameters or not (
         model_class._supports_attention_backend and model_class._supports_sdpa
     ):

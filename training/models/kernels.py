@@ -143,6 +143,26 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
     return None
 
 
+def offloads_activations(
+    checkpointing: bool | Literal["unsloth"], lora: LoraConfig | None, sequence_tokens: int
+) -> bool:
+    """Whether Unsloth keeps the layers' inputs in the host's memory.
+
+    Not below 512 tokens (`apply_unsloth_gradient_checkpointing` in unsloth/models/_utils.py); and with modules that are trained whole it
+    would put embeddings into a file beside the model's, which workers share, and is not asked to.
+
+    Args:
+        checkpointing: The YAML's gradient_checkpointing.
+        lora: A new adapter, if there is one.
+        sequence_tokens: Of the longest sequence, with its padding.
+    """
+    return (
+        checkpointing == "unsloth"
+        and sequence_tokens >= 512
+        and not (lora is not None and lora.modules_to_save)
+    )
+
+
 def _unknown_to_unsloth(config: FinetuneConfig) -> list[str]:
     if config.initial_adapter_model_ckpt_path:
         return []  # it is loaded as it is

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from training.models import ModelRequest, torch_provider
 from training.models.files import ModelError, first_line
-from training.models.kernels import UNSLOTH_LORA_FIELDS
+from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +29,7 @@ def build(request: ModelRequest) -> "PreTrainedModel":
         return model
     set_seed(request.seed)
     lora = request.lora
-    # Its own checkpointing would put embeddings that are trained into a file beside the model's, where workers share it.
-    offloads = request.gradient_checkpointing == "unsloth" and not lora.modules_to_save
+    offloads = offloads_activations(request.gradient_checkpointing, lora, request.context_length)
     return unsloth.FastLanguageModel.get_peft_model(
         model,
         **lora.model_dump(include=set(UNSLOTH_LORA_FIELDS)),

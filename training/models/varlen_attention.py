@@ -16,6 +16,28 @@ if TYPE_CHECKING:
 NAME = "torch_varlen"
 """As transformers calls it, in `attn_implementation`."""
 
+SERVED = frozenset(
+    {
+        "cohere2",
+        "exaone4",
+        "gemma",
+        "gemma3_text",
+        "glm4",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    }
+)
+"""Kinds of models that hand on all that the kernels need, as transformers calls them; each is tested. Others get a mask."""
+
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # of torch's flash kernels
 _LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 
@@ -27,15 +49,16 @@ def serves(config: "PreTrainedConfig", dtype: torch.dtype) -> bool:
         config: The model's.
         dtype: In which attention is computed.
     """
-    text: Any = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if config.model_type not in SERVED:
+        return False
+    known: Any = config
+    head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
     return (
         torch.cuda.get_device_capability() >= _LEAST_COMPUTE_CAPABILITY
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim <= _MOST_HEAD_DIM
         and head_dim % _HEAD_DIM_STEP == 0
-        and not getattr(text, "attention_dropout", 0)
-        and not any(getattr(text, name, None) for name in ("attn_logit_softcapping", "kv_lora_rank"))
+        and not getattr(known, "attention_dropout", 0)
     )
 
 
@@ -48,6 +71,7 @@ def attention(
     *,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
+    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -62,6 +86,7 @@ def attention(
         attention_mask: None.
         cu_seq_lens_q: Where each row begins, and where the last ends, in tokens: int32, (rows + 1).
         max_length_q: Tokens of the longest row.
+        dropout: None.
         scaling: Of the scores; None: 1 / sqrt(head_dim).
         sliding_window: How many tokens each sees, itself among them; None: all before it.
 
@@ -69,10 +94,12 @@ def attention(
         (1, tokens, heads, head_dim), and no scores.
     """
     assert attention_mask is None
+    assert not dropout
     assert query.shape[0] == 1
     # Autocast casts nothing for this kernel, and norms in fp32 make queries of fp32.
-    in_fp32 = query.dtype == torch.float32
-    dtype = torch.get_autocast_dtype(query.device.type) if in_fp32 else query.dtype
+    device = query.device.type
+    casts = query.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else query.dtype
     queries, keys, values = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
     result = varlen_attn(
         queries,

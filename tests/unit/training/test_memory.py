@@ -206,6 +206,32 @@ def test_a_checkpointed_layer_keeps_its_input(method: str, models: dict[int, Pat
     assert saved == estimated
 
 
+def test_unsloth_offloads_what_it_says(models: dict[int, Path]):
+    """Not short sequences, and not where embeddings are trained whole."""
+
+    def activations(longest: int, **lora: Any) -> list[int]:
+        return [
+            estimate_memory(
+                job(
+                    models[3],
+                    device="cuda",
+                    longest=longest,
+                    kernels="unsloth",
+                    gradient_checkpointing=checkpointing,
+                    lora_config={"r": 4, **lora},
+                )
+            ).activations
+            for checkpointing in ("unsloth", True)
+        ]
+
+    offloaded, kept = activations(512)
+    assert offloaded < kept
+    offloaded, kept = activations(504)
+    assert offloaded == kept
+    offloaded, kept = activations(512, modules_to_save=["embed_tokens"])
+    assert offloaded == kept
+
+
 @pytest.mark.parametrize("method", ["full, fp32", "full, bf16", "LoRA, fp32", "LoRA, bf16"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing: bool, tmp_path: Path):

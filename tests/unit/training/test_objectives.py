@@ -24,7 +24,8 @@ SHAPE = {
 
 def model(kind: str) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).eval()
+    decoder = {"is_decoder": True} if kind == "roberta" else {}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | decoder)).eval()
 
 
 def with_adapter(base: Any) -> Any:
@@ -48,9 +49,14 @@ def with_adapter(base: Any) -> Any:
         ("mpt", True),
     ],
 )
-def test_a_router_and_a_model_without_positions_need_a_mask(kind: str, needs: bool):
+def test_some_need_a_mask(kind: str, needs: bool):
     assert needs_mask(model(kind)) == needs
     assert needs_mask(with_adapter(model(kind))) == needs
+
+
+def test_nobody_knows_what_other_code_does_with_it():
+    other = type("Other", (type(model("llama")),), {"__module__": "modeling_other"})
+    assert needs_mask(other(model("llama").config))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "opt", "phi", "smollm3"])
