@@ -12,6 +12,7 @@ from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import padded_length
 from training.models.architecture import (
     ATTENTION_OUTPUT,
+    PACKED_WITHOUT_MASK,
     ModelShape,
     is_embedding,
     is_head,
@@ -329,7 +330,12 @@ def _is_masked(job: Job, held: _Held) -> bool:
     Unsloth, the flash-attn package and torch's kernels for packed rows (training/models/varlen_attention.py) need none.
     """
     config = job.config
-    flash = config.packing and job.device == "cuda" and config.dtype == "bf16"
+    flash = (
+        config.packing
+        and job.device == "cuda"
+        and config.dtype == "bf16"
+        and job.shape.kind in PACKED_WITHOUT_MASK
+    )
     if held.provider == "unsloth" or config.flash_attention_2 or flash:
         return False
     narrow = any(window is not None and window < job.longest for window in job.shape.windows)

@@ -30,10 +30,36 @@ ATTENTION_OUTPUT, MLP_INPUT = 2, 3
 """Stages of a layer, as `position` gives them."""
 
 
+PACKED_WITHOUT_MASK = frozenset(
+    {
+        "cohere2",
+        "exaone4",
+        "gemma",
+        "gemma3_text",
+        "glm4",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    }
+)
+"""Kinds of models, as transformers calls them, that hand on to attention where packed rows end (training/models/varlen_attention.py); each
+is tested. Others get a mask."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The dimensions of a decoder whose layers are attention and an MLP."""
 
+    kind: str
+    """As transformers calls it."""
     layers: int
     hidden: int
     intermediate: int
@@ -184,6 +210,7 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
     experts = said.get("num_local_experts") or said.get("num_experts") or 0
     window = said.get("sliding_window")
     return ModelShape(
+        kind=text.model_type,
         layers=layers,
         hidden=text.hidden_size,
         intermediate=(said.get("moe_intermediate_size") or intermediate) if experts else intermediate,

@@ -10,33 +10,13 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from training.models.architecture import PACKED_WITHOUT_MASK
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 NAME = "torch_varlen"
 """As transformers calls it, in `attn_implementation`."""
-
-SERVED = frozenset(
-    {
-        "cohere2",
-        "exaone4",
-        "gemma",
-        "gemma3_text",
-        "glm4",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "starcoder2",
-    }
-)
-"""Kinds of models that hand on all that the kernels need, as transformers calls them; each is tested. Others get a mask."""
 
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # of torch's flash kernels
 _LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
@@ -49,7 +29,7 @@ def serves(config: "PreTrainedConfig", dtype: torch.dtype) -> bool:
         config: The model's.
         dtype: In which attention is computed.
     """
-    if config.model_type not in SERVED:
+    if config.model_type not in PACKED_WITHOUT_MASK:
         return False
     known: Any = config
     head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads

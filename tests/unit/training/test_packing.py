@@ -14,7 +14,7 @@ import tests.support.varlen_on_cpu  # noqa: F401  # registers them
 from training.data.batches import TokenSequences, pack, without_mask
 from training.data.token_files import IGNORED
 from training.models import varlen_attention
-from training.models.architecture import check_packing
+from training.models.architecture import PACKED_WITHOUT_MASK, check_packing
 from training.models.files import ModelError
 from training.trainers import collate_rows
 
@@ -102,7 +102,7 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("architecture", sorted(varlen_attention.SERVED))
+@pytest.mark.parametrize("architecture", sorted(PACKED_WITHOUT_MASK))
 def test_kernels_that_are_told_where_rows_end(
     architecture: str, checkpointed: bool, rows: list[dict[str, Any]]
 ):
