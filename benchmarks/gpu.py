@@ -29,6 +29,7 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.report import RESULTS, spread, write_report
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from tests.support.jobs import started
+from training.cluster import GPU_ALLOCATOR
 
 RANK, LEARNING_RATE, SEED = 16, 1e-4, 42
 _CHARACTERS_A_TOKEN = 8  # more than any token has: rows are cut to length by tokens
@@ -211,7 +212,8 @@ class Bench:
         file = self.directory / f"{name}-{time.time_ns()}.json"
         file.write_text(json.dumps(settings))
         script = str(PROJECT / "benchmarks" / "gpu_contestants.py")
-        variables = {
+        # The allocator of our workers, for all alike.
+        variables = GPU_ALLOCATOR | {
             "UNSLOTH_DISABLE_STATISTICS": "1",
             "UNSLOTH_COMPILE_LOCATION": str(self.directory / "unsloth"),
             "HF_HUB_OFFLINE": "1",
