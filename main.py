@@ -174,18 +174,14 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
     """Everything behind the file: the plan, the run, the report."""
     set_ray_up()
     with importing():
+        from training.addresses import check_cluster_answers
         from training.claims import ClaimError
         from training.data.report import to_html
+        from training.devices import check_devices_are_here
         from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
         from training.events import UnrecordedError
-        from training.plan import (
-            REFUSALS,
-            check_cluster_answers,
-            check_devices_are_here,
-            make_plan,
-            make_scratch_directory,
-            needs_embedded_bucket,
-        )
+        from training.paths import make_scratch_directory, needs_embedded_bucket
+        from training.plan import REFUSALS, make_plan
         from utils.embedded_bucket import embedded_bucket
         from utils.files import write_atomically
 
@@ -208,7 +204,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
 
                 report = report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
             if not options.dry_run and not report.completed:
-                check_devices_are_here(plan)
+                check_devices_are_here(plan.config, plan.device)
             if options.dry_run or not report.completed:
                 show_plan(screen, report)
             if report.completed:
@@ -261,6 +257,7 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     set_ray_up()
     from training import submission
+    from training.addresses import check_job_server_answers
     from training.display import (
         Watch,
         show_completed,
@@ -268,7 +265,8 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
         show_submitted,
         show_warning,
     )
-    from training.plan import REFUSALS, check_job_server_answers, make_scratch_directory
+    from training.paths import make_scratch_directory
+    from training.plan import REFUSALS
     from training.travel import pack
 
     output, progress = open_consoles()

@@ -162,7 +162,7 @@ def ours(rows: Path, model: Path, out: Path) -> None:
 def short_rows(rows: Path, model: Path, out: Path) -> Any:
     from tests.support.prepared import request
     from training.data.prepare import prepare_data
-    from training.plan import load_tokenizer
+    from training.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=False, chat_template=None)
     began = time.monotonic()

@@ -15,9 +15,10 @@ from ray._private.state import state
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
+from training.addresses import TOKEN_ADVICE, ClusterError
 from training.models.files import first_line
 from training.models.kernels import Device
-from training.plan import TOKEN_ADVICE, ClusterError, RunPlan
+from training.plan import RunPlan
 from training.travel import EVERYTHING_BUT_CODE, PROJECT
 from utils.bucket import uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory

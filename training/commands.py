@@ -205,9 +205,10 @@ def _ask(errors: Console) -> str:
 
 
 def _evaluate(options: argparse.Namespace, output: Console, errors: Console) -> None:
+    from training.addresses import check_cluster_answers
+    from training.devices import choose_device
     from training.display import Watch, show_evaluation
     from training.events import Phase
-    from training.plan import check_cluster_answers, choose_device
     from training.trained import trained_model
 
     check_cluster_answers()

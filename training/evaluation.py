@@ -252,8 +252,7 @@ def _longest(trained: TrainedModel) -> int | None:
     """Tokens that the model's positions reach."""
     from transformers import AutoConfig
 
-    from training.models.files import is_tokenizer_file
-    from training.plan import fetch_model
+    from training.models.files import fetch_model, is_tokenizer_file
 
     directory = fetch_model(trained.base or trained.checkpoint, trained.cache, is_tokenizer_file)
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trained.config.trust_remote_code)

@@ -2,10 +2,7 @@
 
 import math
 import os
-import re
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -14,34 +11,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import (
-    NOT_IN_HASH,
-    DataSource,
-    FinetuneConfig,
-    LoraConfig,
-    MlflowLogger,
-    WandbLogger,
-    config_hash,
-)
-from runs.layout import DataFingerprints, Manifest, RunResult, checkpoint_uri, default_storage, run_of
-from runs.reading import best, missing_of_completed, newest, read_result, survey
-from training.accelerators import memory_of, named_accelerator
-from training.checkpoints import CheckpointError, fetch_weights, read_manifest, resolve_start
-from training.continuation import (
-    MAY_CHANGE_WITH_WHOLE_STATE,
-    adapter_differences,
-    batch_size_of,
-    differences,
-    misfits,
-)
+from configs.schema import DataSource, FinetuneConfig, LoraConfig, MlflowLogger, WandbLogger, config_hash
+from runs.layout import DataFingerprints, RunResult, run_of
+from runs.reading import newest, read_result, survey
+from training.addresses import ClusterError
+from training.checkpoints import CheckpointError
+from training.continuation import adapter_differences, batch_size_of, misfits
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
-from training.data.sources import DataError, find_files, is_hub_dataset
+from training.data.sources import DataError, find_files
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
+from training.devices import accelerator_of, choose_device, describe_device
 from training.exporting import check_export
 from training.flops import RowFlops, row_flops
 from training.memory import (
@@ -52,19 +36,13 @@ from training.memory import (
     largest_batch,
     report_memory,
 )
-from training.models.architecture import (
-    check_is_causal,
-    check_packing,
-    model_shape,
-    parameter_shapes,
-)
+from training.models.architecture import check_is_causal, check_packing, model_shape, parameter_shapes
 from training.models.files import (
     AdapterFacts,
     ModelError,
     ModelFacts,
     count_lora_parameters,
-    fetch_hub_model,
-    first_line,
+    fetch_model,
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
@@ -76,27 +54,27 @@ from training.models.files import (
     untargeted_names,
 )
 from training.models.kernels import Device, KernelChoice, Provider, choose_kernels
+from training.models.tokenizer import load_tokenizer, read_chat_template
+from training.paths import (
+    about_key,
+    scratch_directory,
+    storage_path,
+)
+from training.starts import listed, newest_of_the_same_run, resolve, starting_weights, whole_state
 from training.strategy import StrategyError, check_optimizer, deepspeed_settings, zero_stage
 from utils.bucket import (
     BucketError,
-    NotFoundError,
-    check_readable,
     check_writable,
     is_remote,
     join_uri,
     missing_bytes,
     open_store,
-    uses_embedded_bucket,
 )
 from utils.files import checksum_bytes, format_bytes, free_bytes
-from utils.processes import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKEN_ADVICE = "It asks for a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH points."
-_REACH_SECONDS = 10
-_HIGHEST_PORT = 65535
 # Bytes that stay for Python, torch and what is loaded with it: a worker with a tiny model had 0.7 GB at most (2026-11-21).
 _CPU_PROCESS = 1_000_000_000
 
@@ -181,115 +159,8 @@ class PlanReport(DataReport):
     warnings: list[str]
 
 
-class ClusterError(Exception):
-    """The cluster cannot take the job; the message says what it lacks and what to do."""
-
-
 REFUSALS = (ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError, ClusterError)
 """What says that a run cannot begin as it is; each message is complete."""
-
-
-def needs_embedded_bucket(config: FinetuneConfig) -> bool:
-    """Whether a path of the run lies in the embedded bucket."""
-    uris = [
-        config.model_id,
-        *(source.path for source in (*config.train_sources, *config.valid_sources)),
-        config.initial_base_model_ckpt_path,
-        config.initial_adapter_model_ckpt_path,
-        config.resume_from_checkpoint,
-        storage_path(config),
-        config.export.to if config.export else None,
-    ]
-    return any(uri is not None and uses_embedded_bucket(uri) for uri in uris)
-
-
-def storage_path(config: FinetuneConfig) -> str:
-    """Where runs go: the YAML's word, else `default_storage`."""
-    if config.storage_path:
-        return _absolute(config.storage_path)
-    return default_storage()
-
-
-LOCAL_STORAGE = Path("/mnt/local_storage")
-"""An Anyscale node's own fast disks, where it has some."""
-
-
-def scratch_directory(config: FinetuneConfig) -> Path:
-    """A node's scratch: the YAML's output_dir, else an Anyscale node's own disks, else the user's cache directory."""
-    if config.output_dir:
-        return Path(config.output_dir).expanduser().absolute()
-    if LOCAL_STORAGE.is_dir():
-        return LOCAL_STORAGE / "anneal"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anneal"
-
-
-def check_cluster_answers() -> None:
-    """Make sure that something listens where RAY_ADDRESS points; Ray itself goes on trying for minutes.
-
-    Raises:
-        ClusterError: nothing answers, or it is a job server, which no driver can join.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("http://", "https://")):
-        raise ClusterError(
-            f"RAY_ADDRESS: {address} is a job server. Hand the run over to it with --submit {address}, or write RAY_ADDRESS=HEAD:6379 "
-            "to join its cluster from one of its machines."
-        )
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return  # unset, or "auto" and the like: Ray looks for a cluster on this machine
-    check_answers(
-        "RAY_ADDRESS",
-        address,
-        host,
-        int(port),
-        "Start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine.",
-    )
-
-
-def check_job_server_answers(address: str) -> None:
-    """As `check_cluster_answers`, for what --submit names.
-
-    Raises:
-        ClusterError: nothing answers, or it is no address of a job server.
-    """
-    match = re.fullmatch(r"https?://([^/:@\s]+|\[[0-9a-f:]+\])(?::(\d+))?(?:/\S*)?", address)
-    if match is None:
-        raise ClusterError(
-            f"--submit: {address} is no address of a job server. Write http://HEAD:8265, where Ray's dashboard is."
-        )
-    host, port = match[1], int(match[2] or (443 if address.startswith("https") else 80))
-    check_answers("--submit", address, host, port, "Start the cluster, or correct the address.")
-
-
-def check_answers(said: str, address: str, host: str, port: int, advice: str) -> None:
-    """Raises ClusterError, with what said the address and what to do, when nothing listens there."""
-    if port > _HIGHEST_PORT:  # the system would ask another one
-        raise ClusterError(
-            f"{said}: {address} names the port {port}, and ports end at {_HIGHEST_PORT}. {advice}"
-        )
-    try:
-        socket.create_connection((host.strip("[]"), port), _REACH_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(f"{said}: nothing answers at {address} ({error}). {advice}") from error
-
-
-def check_devices_are_here(plan: RunPlan) -> None:
-    """Make sure that a run without a cluster finds its GPUs on this machine.
-
-    Raises:
-        ClusterError: there are fewer.
-    """
-    if plan.device == "cpu" or os.environ.get("RAY_ADDRESS"):
-        return
-    import torch
-
-    if (found := torch.cuda.device_count()) < plan.config.fewest_devices:
-        named = named_accelerator(plan.config.worker_resources)
-        raise ClusterError(
-            f"the run needs {plan.config.fewest_devices} x {named or 'CUDA device'}, and this machine has {found} CUDA devices. Set "
-            "RAY_ADDRESS to a cluster that has them, lower num_devices, or write device: cpu."
-        )
 
 
 class Progress(Protocol):
@@ -321,7 +192,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     with about_key("storage_path"):
         check_writable(storage)
     progress("model")
-    base_model, adapter, parent = _starting_weights(config, storage)
+    base_model, adapter, parent = starting_weights(config, storage)
     facts = read_hub_facts(base_model) if is_hub_id(base_model) else read_model_facts(base_model)
     _check_disk(base_model, facts, scratch)
     tokenizer_dir = fetch_model(base_model, scratch / "cache", is_tokenizer_file)
@@ -409,11 +280,11 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
             f"train_path has {shape.sequences:,}: every step is a whole epoch"
         )
     progress("earlier runs")
-    own_newest, damage = _newest_of_the_same_run(config, run_uri, outcome_hash, data)
+    own_newest, damage = newest_of_the_same_run(config, run_uri, outcome_hash, data)
     warnings += [f"a checkpoint of this run is passed over: {line}" for line in damage]
     completed = _completed(run_uri) if own_newest else None
-    parent_state = None if completed else _whole_state(config, storage, data, count_steps(config, shape))
-    memory = report_memory(job, *_accelerator(config, device)) if job else None
+    parent_state = None if completed else whole_state(config, storage, data, count_steps(config, shape))
+    memory = report_memory(job, *accelerator_of(config, device)) if job else None
     warnings += _memory_warnings(memory)
     plan = RunPlan(
         config=config,
@@ -457,7 +328,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         architecture=facts.architecture,
         parameters=facts.parameters,
         trainable_parameters=trained,
-        device=_describe_device(config, device),
+        device=describe_device(config, device),
         kernels=f"{kernels.provider} ({kernels.reason})",
         parallelism=f"DeepSpeed ZeRO-{zero_stage(settings)}"
         if settings
@@ -508,52 +379,6 @@ def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
     return math.ceil(epochs * shape.steps_per_epoch)
 
 
-def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """The wanted files of a model as a directory on this node, downloaded once a node.
-
-    Raises:
-        ModelError: the hub cannot be reached.
-        CheckpointError, BucketError: see `fetch_weights`.
-    """
-    return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
-
-
-def load_tokenizer(
-    directory: Path, *, trust_remote_code: bool, chat_template: str | None, source: str | None = None
-) -> "PreTrainedTokenizerFast":
-    """The model's own tokenizer.
-
-    Args:
-        directory: The model's files on this node.
-        trust_remote_code: Whether code that lies beside them may run.
-        chat_template: What takes the place of its own, if anything.
-        source: What messages call the model; the directory, when it is not given.
-
-    Raises:
-        ModelError: it cannot be loaded, or gives no character offsets.
-    """
-    with importing():
-        from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers has no class of its own for a damaged file
-        raise ModelError(
-            f"model {source or directory}: its tokenizer cannot be loaded ({first_line(error)}). Copy its tokenizer files again from "
-            "where the model came from; one that needs code of its own also needs trust_remote_code: true."
-        ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"model {source or directory}: its tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast one."
-        )
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere, so which token it is does not matter.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
 def data_request(
     config: FinetuneConfig, sources: Sequence[DataSource], facts: ModelFacts, chat_template: str | None
 ) -> DataRequest:
@@ -583,43 +408,6 @@ def data_request(
     )
 
 
-def is_template(said: str) -> bool:
-    """Whether `chat_template` holds Jinja text, and names no file of it."""
-    return "{%" in said or "{{" in said
-
-
-def read_chat_template(config: FinetuneConfig) -> str | None:
-    """The Jinja text that `chat_template` holds or names.
-
-    Raises:
-        ConfigError: it names a file that cannot be read, or is no template.
-    """
-    from jinja2 import Environment, TemplateSyntaxError
-
-    said = config.chat_template
-    if said is None:
-        return None
-    if is_template(said):
-        text, place = said, "chat_template"
-    else:
-        place = f"chat_template: {said}"
-        try:
-            text = Path(said).expanduser().read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{place} cannot be read ({error}). Name a file of Jinja text, or write the template itself."
-            ) from error
-    try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
-        )
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"{place}, line {error.lineno}: is no Jinja template ({error}). Mend it."
-        ) from error
-    return text
-
-
 def _refuse_what_is_missing(loaded: LoadedConfig) -> None:
     refusals = list(loaded.refusals)
     config = loaded.config
@@ -637,100 +425,6 @@ def _is_importable(provider: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(provider) is not None
-
-
-def choose_device(config: FinetuneConfig) -> Device:
-    """What `device` means here.
-
-    Raises:
-        ConfigError: there are not as many GPUs as it asks for.
-    """
-    if config.device == "cpu":
-        return "cpu"
-    if os.environ.get("RAY_ADDRESS") or named_accelerator(config.worker_resources):
-        return "cuda"  # a cluster's GPUs cannot be seen from here; the job compares with what the cluster has
-    import torch
-
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found == 0:
-        if config.device == "cuda":
-            raise ConfigError(
-                "device: cuda, and this machine has no CUDA device. Write device: cpu, or set RAY_ADDRESS to a cluster with GPUs."
-            )
-        return "cpu"
-    if found < config.fewest_devices:
-        raise ConfigError(
-            f"num_devices: {config.fewest_devices}, and this machine has {found} CUDA devices. Lower it, or set RAY_ADDRESS to a larger cluster."
-        )
-    return "cuda"
-
-
-def _describe_device(config: FinetuneConfig, device: Device) -> str:
-    counts = config.device_counts
-    fewer = f"{', '.join(map(str, counts[:-1]))} or " if len(counts) > 1 else ""
-    workers = f"{fewer}{config.most_devices} worker{'s' if config.most_devices > 1 else ''}"
-    cores = os.cpu_count() or 1
-    if device == "cpu" and config.most_devices > cores and not os.environ.get("RAY_ADDRESS"):
-        return f"cpu, {workers} sharing {cores} cores"
-    return f"{device}, {workers}"
-
-
-def make_scratch_directory(config: FinetuneConfig) -> Path:
-    """The scratch directory, made if need be.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    directory = scratch_directory(config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: {directory} cannot be made ({error.strerror}). Name a directory that you may write to."
-        ) from error
-
-    return directory
-
-
-@contextmanager
-def about_key(key: str) -> Iterator[None]:
-    """Say which key of the YAML a place that storage refuses stands under."""
-    try:
-        yield
-    except NotFoundError as error:
-        raise NotFoundError(f"{key}: {error}. Look at its spelling.") from error
-    except BucketError as error:
-        raise BucketError(f"{key}: {error}") from error
-
-
-def _starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | None, str | None]:
-    """(base model, adapter, what the run is a continuation of)."""
-    adapter = None
-    if config.initial_base_model_ckpt_path:
-        base = _resolve("initial_base_model_ckpt_path", config.initial_base_model_ckpt_path, storage)
-    elif is_hub_id(config.model_id):
-        base = config.model_id
-    else:
-        base = _absolute(config.model_id)
-        if is_remote(base):
-            with about_key("model_id"):
-                check_readable(base)
-    if config.initial_adapter_model_ckpt_path:
-        adapter = _resolve("initial_adapter_model_ckpt_path", config.initial_adapter_model_ckpt_path, storage)
-    return base, adapter, adapter or (base if config.initial_base_model_ckpt_path else None)
-
-
-def _resolve(
-    key: str, uri: str, storage: str, choose: Callable[[list[Manifest]], Manifest | None] = best
-) -> str:
-    """The place that a key names as a start, once it is known to be there."""
-    if uri.startswith("run:"):
-        return resolve_start(uri, storage, choose=choose)
-    if is_hub_id(uri):
-        return uri
-    with about_key(key):
-        check_readable(_absolute(uri))
-    return resolve_start(_absolute(uri), storage, choose=choose)
 
 
 def _check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
@@ -756,86 +450,10 @@ def _check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", 
     )
 
 
-def _newest_of_the_same_run(
-    config: FinetuneConfig, run_uri: str, outcome_hash: str, data: DataFingerprints
-) -> tuple[str | None, list[str]]:
-    """(URI of the checkpoint to go on from, if the run has begun before; what is wrong with others of its checkpoints)."""
-    store = open_store(run_uri)
-    manifests, damage = survey(store)
-    if lost := missing_of_completed(store, manifests):
-        raise ConfigError(
-            f"the run {run_uri} is completed, and its checkpoints are damaged:\n{_listed(damage or lost)}\n"
-            "Choose another run_name to train it again, or remove the run."
-        )
-    last = newest(manifests)
-    if last is None and damage:
-        raise ConfigError(
-            f"the run {run_uri} has begun before, and none of its checkpoints is whole:\n{_listed(damage)}\n"
-            "Bring back what is missing, or choose another run_name. To train it from the beginning, remove the run."
-        )
-    if last is None:
-        return None, []
-    if config.resume == "never":
-        raise ConfigError(
-            f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."
-        )
-    changed = differences(store, last, config, may_change=NOT_IN_HASH)
-    if last.data.train != data.train:
-        changed.append("train_path: its rows are others now")
-    if last.data.valid != data.valid:
-        changed.append("valid_path: its rows are others now")
-    if not changed and last.config_hash != outcome_hash:
-        changed.append("a key that decides the outcome")
-    if changed:
-        longer = any(line.startswith(("num_epochs", "max_steps", "min_update_steps")) for line in changed)
-        advice = (
-            f"\nTo train it for longer: another run_name, with resume_from_checkpoint: run:{run_uri.rpartition('/')[2]}."
-            if longer
-            else ""
-        )
-        raise ConfigError(
-            f"the run {run_uri} has begun with other settings or other data; this is what changed:\n{_listed(changed)}\n"
-            "Choose another run_name for a new run, or go back to its settings (its config.yaml) to continue it."
-            + advice
-        )
-    return checkpoint_uri(run_uri, last.step), damage
-
-
 def _completed(run_uri: str) -> RunResult | None:
     """The result of a run that has done all its steps."""
     result = read_result(open_store(run_uri))
     return result if result and result.status == "completed" else None
-
-
-def _whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
-    """URI of the checkpoint whose whole trainer state a new run takes."""
-    if config.resume_from_checkpoint is None:
-        return None
-    key = "resume_from_checkpoint"
-    checkpoint = _resolve(key, config.resume_from_checkpoint, storage, newest)
-    manifest = read_manifest(checkpoint)
-    changed = differences(
-        open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_WHOLE_STATE
-    )
-    if manifest.data.train != data.train:
-        changed.append("train_path: its rows are others now")
-    if changed:
-        holds_adapter = any(file.path == "adapter_config.json" for file in manifest.files)
-        raise ConfigError(
-            f"{key}: {checkpoint} cannot be taken whole (weights, optimizer, schedule, position in the data), because this changed "
-            f"since:\n{_listed(changed)}\nGo back to those settings, or start from its weights alone: "
-            f"{'initial_adapter_model_ckpt_path' if holds_adapter else 'initial_base_model_ckpt_path'}: {config.resume_from_checkpoint}"
-        )
-    if manifest.step >= steps:
-        raise ConfigError(
-            f"{key}: {checkpoint} stands at step {manifest.step} already, and the run is to have {steps}. Raise num_epochs or max_steps: "
-            "both count from the first run's beginning."
-        )
-    return checkpoint
-
-
-def _listed(lines: Sequence[str]) -> str:
-    return "\n".join(f"  {line}" for line in lines)
 
 
 def _check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
@@ -872,12 +490,12 @@ def _check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFa
         more = [f"… and {len(wrong) - 3} more"] if len(wrong) > 3 else []
         raise ModelError(
             f"{key}: the adapter {adapter.source} (trained on {adapter.base_model or 'a model that it does not name'}) does not fit "
-            f"{facts.source}:\n{_listed(wrong[:3] + more)}\nName the model that it was trained on as model_id."
+            f"{facts.source}:\n{listed(wrong[:3] + more)}\nName the model that it was trained on as model_id."
         )
     changed = adapter_differences(adapter, config.lora_config, facts)
     if changed:
         raise ConfigError(
-            f"{key}: the adapter {adapter.source} keeps its own shape, and the YAML asks for another:\n{_listed(changed)}\n"
+            f"{key}: the adapter {adapter.source} keeps its own shape, and the YAML asks for another:\n{listed(changed)}\n"
             "Leave lora_config out, or write what the adapter has."
         )
 
@@ -905,20 +523,6 @@ def _flops(job: Job | None) -> RowFlops | None:
     )
 
 
-def _accelerator(config: FinetuneConfig, device: Device) -> tuple[str | None, int | None]:
-    """(what workers ask for, wherever this is planned, else this machine's GPU; its bytes). None where that is not known."""
-    if device == "cpu":
-        return None, None
-    if accelerator := named_accelerator(config.worker_resources):
-        return accelerator, memory_of(accelerator)
-    if os.environ.get("RAY_ADDRESS"):
-        return None, None
-    import torch
-
-    found = torch.cuda.get_device_properties(0)
-    return found.name, found.total_memory
-
-
 def _choose_batch_size(
     config: FinetuneConfig, run_uri: str, storage: str, job: Job | None
 ) -> tuple[int, str]:
@@ -929,7 +533,7 @@ def _choose_batch_size(
     """
     earlier = [run_uri] if survey(open_store(run_uri))[0] else []
     if config.resume_from_checkpoint:
-        start = _resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage, newest)
+        start = resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage, newest)
         earlier.append(run_of(start))
     for run in earlier:
         if rows := batch_size_of(open_store(run), config):
@@ -937,7 +541,7 @@ def _choose_batch_size(
     key = "train_batch_size_per_device: auto"
     if job is None:
         raise ConfigError(f"{key}: nobody has counted what layers such as this model's need. Write a number.")
-    name, available = _accelerator(config, job.device)
+    name, available = accelerator_of(config, job.device)
     if job.device == "cpu":
         memory = config.worker_resources.get("memory")
         if memory is None:
@@ -1033,11 +637,3 @@ def _overlap_warnings(report: DataReport) -> Iterator[str]:
             f"valid_path: {report.in_both:,} of its rows are training rows, too, and their loss says nothing about new ones; the first: "
             f"{report.first_in_both[0]}"
         )
-
-
-def _absolute(uri: str) -> str:
-    return (
-        uri
-        if is_remote(uri) or is_hub_dataset(uri)
-        else str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    )

@@ -15,8 +15,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from runs.layout import RunResult
+from training.addresses import TOKEN_ADVICE, ClusterError
 from training.models.files import first_line
-from training.plan import TOKEN_ADVICE, ClusterError, PlanReport, Progress, make_plan
+from training.plan import PlanReport, Progress, make_plan
 from training.travel import Packed
 from utils.bucket import BucketError, NotFoundError
 

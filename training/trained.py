@@ -21,9 +21,10 @@ from training.checkpoints import (
     resolve_start,
     verify_local_weights,
 )
-from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
+from training.models.files import fetch_model, is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
 from training.models.kernels import Device
-from training.plan import fetch_model, load_tokenizer, make_scratch_directory, needs_embedded_bucket
+from training.models.tokenizer import load_tokenizer
+from training.paths import make_scratch_directory, needs_embedded_bucket
 from utils.bucket import NotFoundError, check_readable, open_store, uses_embedded_bucket
 from utils.embedded_bucket import embedded_bucket
 from utils.processes import importing

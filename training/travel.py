@@ -10,7 +10,8 @@ from configs.loading import ConfigError, LoadedConfig, to_yaml
 from configs.schema import DataSource, DeepspeedFile, FinetuneConfig
 from training.data.sources import is_hub_dataset, matching_files
 from training.models.files import is_hub_id
-from training.plan import about_key, is_template, storage_path
+from training.models.tokenizer import is_template
+from training.paths import about_key, storage_path
 from utils.bucket import check_readable, is_remote, local_path, uses_embedded_bucket
 from utils.files import format_bytes
 

@@ -38,9 +38,10 @@ from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.data.sources import DataError
 from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase, Restored
 from training.models import ModelRequest, build_model
-from training.models.files import ModelError, first_line, is_hub_id, is_model_file
+from training.models.files import ModelError, fetch_model, first_line, is_hub_id, is_model_file
+from training.models.tokenizer import load_tokenizer
 from training.place import Place
-from training.plan import RunPlan, fetch_model, load_tokenizer
+from training.plan import RunPlan
 from training.restoring import Restoring
 from training.strategy import zero_stage
 from utils.bucket import BucketError, Store, open_store

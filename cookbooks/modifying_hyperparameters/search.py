@@ -29,7 +29,7 @@ from rich.table import Table
 from configs.loading import ConfigError, load_config
 from runs.layout import EvalLoss
 from runs.reading import eval_losses_of, read_metrics
-from training.plan import needs_embedded_bucket, storage_path
+from training.paths import needs_embedded_bucket, storage_path
 from utils.bucket import join_uri, open_store
 from utils.embedded_bucket import embedded_bucket
 

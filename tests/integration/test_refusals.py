@@ -403,17 +403,23 @@ def test_a_gpu_that_is_not_there(refused: Refused):
     assert "Write device: cpu, or set RAY_ADDRESS" in message
 
 
-def test_an_accelerator_that_is_not_there_is_planned_for_and_not_trained_without(
-    tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("resource", "planned_for", "needed"),
+    [("accelerator_type:H100", "fits H100 (79.0 GiB)", "H100"), ("GPU", "cuda, 2 workers", "CUDA device")],
+)
+def test_a_gpu_that_workers_ask_for_is_planned_for_and_not_trained_without(
+    resource: str, planned_for: str, needed: str, tiny_model: Path, tmp_path: Path
 ):
-    asks = {"device": "auto", "worker_resources": {"accelerator_type:H100": 0.001}, "num_devices": 2}
+    asks = {"device": "auto", "worker_resources": {resource: 0.001}, "num_devices": 2}
     config = config_file(tmp_path, tiny_model, **asks)
     no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
     planned = run_main_quickly(config, "--dry-run", variables=no_gpu)
     assert planned.exit_code == 0, planned.errors
-    assert "fits H100 (79.0 GiB)" in planned.output
+    assert planned_for in planned.output
     message = message_of(run_main_quickly(config, variables=no_gpu))
-    assert message.startswith("the run needs 2 x H100, and this machine has 0 CUDA devices. Set RAY_ADDRESS")
+    assert message.startswith(
+        f"the run needs 2 x {needed}, and this machine has 0 CUDA devices. Set RAY_ADDRESS"
+    )
     assert not (tmp_path / "runs" / "config").exists()
 
 

@@ -144,8 +144,9 @@ def pretend_gpu() -> None:
 def train(provider: str, plan_file: Path, directory: Path) -> dict[str, Any]:
     """What a worker does from the model to a checkpoint of the last step, with the largest batch rehearsed behind the first."""
     from training.models.kernels import KernelChoice
+    from training.models.tokenizer import load_tokenizer
     from training.place import Place
-    from training.plan import RunPlan, load_tokenizer
+    from training.plan import RunPlan
     from training.worker import model_request, prepare_process
 
     plan = RunPlan.model_validate_json(plan_file.read_text())

@@ -7,8 +7,8 @@ import pytest
 from configs.loading import load_config
 from configs.schema import FinetuneConfig
 from runs import layout
-from training import plan
-from training.plan import scratch_directory, storage_path
+from training import paths
+from training.paths import scratch_directory, storage_path
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its directories, elsewhere than in /mnt."""
     for module, name, directory in (
         (layout, "CLUSTER_STORAGE", "cluster_storage"),
-        (plan, "LOCAL_STORAGE", "local_storage"),
+        (paths, "LOCAL_STORAGE", "local_storage"),
     ):
         assert getattr(module, name) == Path("/mnt") / directory
         monkeypatch.setattr(module, name, tmp_path / "mnt" / directory)
