@@ -11,7 +11,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import DataSource, FinetuneConfig, LoraConfig, MlflowLogger, WandbLogger, config_hash
+from configs.schema import (
+    DEFAULT_MIN_UPDATE_STEPS,
+    DataSource,
+    FinetuneConfig,
+    LoraConfig,
+    MlflowLogger,
+    WandbLogger,
+    config_hash,
+)
 from runs.layout import DataFingerprints, RunResult, run_of
 from runs.reading import newest, read_result, survey
 from training.addresses import ClusterError
@@ -278,6 +286,12 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         warnings.append(
             f"a step takes {shape.sequences_per_step:,} {what} (batch size, devices and accumulation multiplied), and "
             f"train_path has {shape.sequences:,}: every step is a whole epoch"
+        )
+    if config.num_epochs is None and config.max_steps is None and config.min_update_steps is None:
+        epochs = config.number_of_epochs(shape.steps_per_epoch)
+        warnings.append(
+            f"none of num_epochs, max_steps and min_update_steps is given: {epochs:g} epochs, the fewest that make "
+            f"{DEFAULT_MIN_UPDATE_STEPS} steps"
         )
     progress("earlier runs")
     own_newest, damage = newest_of_the_same_run(config, run_uri, outcome_hash, data)

@@ -423,6 +423,16 @@ def test_a_gpu_that_workers_ask_for_is_planned_for_and_not_trained_without(
     assert not (tmp_path / "runs" / "config").exists()
 
 
+def test_a_length_that_nobody_gave_is_said(tiny_model: Path, tmp_path: Path):
+    planned = run_main_quickly(config_file(tmp_path, tiny_model, num_epochs=None), "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.errors
+    report = planned.result
+    epochs = report["steps"] // report["steps_per_epoch"]
+    assert report["steps"] >= 100 > (epochs - 1) * report["steps_per_epoch"]
+    said = f"none of num_epochs, max_steps and min_update_steps is given: {epochs} epochs, the fewest that make 100 steps"
+    assert said in report["warnings"]
+
+
 def test_an_unknown_key(refused: Refused, tmp_path: Path):
     message = refused(epochs=3)
     assert message == f"{tmp_path}/config.yaml:9: `epochs` is not a key: did you mean `num_epochs`?"
