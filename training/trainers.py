@@ -209,17 +209,19 @@ class FineTuningTrainer(SFTTrainer):
         batch = self.rows.collate(
             [self.rows.train[self.rows.longest]] * self.args.per_device_train_batch_size
         )
-        counted = copy.deepcopy((self._metrics, self._total_train_tokens))
+        counted = copy.deepcopy(self._metrics)
         model: Any = self.model_wrapped
         devices = [] if self.args.use_cpu else [torch.cuda.current_device()]
         with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
             super().training_step(model, batch, torch.tensor(1, device=self.args.device))
         model.zero_grad()
-        self._metrics, self._total_train_tokens = counted
+        self._metrics = counted
         self.throughput.restart()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds how fast the step was."""
+        # TRL's count takes a batch without a mask for one row, and begins at 0 in a run that goes on; `figures_of_step` has better.
+        self._metrics["train"].pop("num_tokens", None)
         if "loss" in logs:
             logs |= self.throughput.figures_of_step()
         super().log(logs, start_time)

@@ -3,10 +3,13 @@
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from tests.support.jobs import PROJECT
 
 _INJECTED = Path(__file__).parent / "injected"
 
@@ -14,13 +17,27 @@ _INJECTED = Path(__file__).parent / "injected"
 def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, str]:
     """Environment variables that bring tests/support/injected into a run; see there."""
     ledger.mkdir(parents=True)
-    paths = [str(_INJECTED), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": _python_path(_INJECTED),
         "RESUME_LEDGER": str(ledger),
         "RESUME_HOLD": hold,
         "RESUME_SABOTAGE": sabotage,
     }
+
+
+def fused_head() -> dict[str, str]:
+    """Environment variables that make a run on CPU compute its loss as one on a GPU does; see tests/support/injected."""
+    interpreter = Path(sys.prefix) / "interpreter"
+    assert interpreter.exists(), f"{interpreter} is missing: `make setup-dev` makes it"
+    return {
+        "PYTHONPATH": _python_path(_INJECTED, PROJECT, interpreter),
+        "FUSED_HEAD": "1",
+        "TRITON_INTERPRET": "1",
+    }
+
+
+def _python_path(*directories: Path) -> str:
+    return os.pathsep.join([*map(str, directories), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def on_a_small_disk(directory: Path, size: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.faults import fused_head
 from tests.support.jobs import PROJECT, read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from training.models import kernels
@@ -85,6 +86,13 @@ SAMPLE = [
     ("dpo_lora", "zero_3"),
 ]
 CELLS = ALL if os.environ.get("ALL_KERNELS") else SAMPLE
+ALL_WITH_FUSED_HEAD = [
+    ("full", "zero_3"),
+    ("lora", "zero_3"),
+    ("packed", "ddp"),
+    ("dpo_full", "zero_3"),
+]
+WITH_FUSED_HEAD = ALL_WITH_FUSED_HEAD[: None if os.environ.get("ALL_KERNELS") else 1]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(files: Path, name: str, settings: dict[str, Any]) -> tuple[list[float], list[float]]:
+def train(
+    files: Path, name: str, settings: dict[str, Any], variables: dict[str, str] | None = None
+) -> tuple[list[float], list[float]]:
     """(loss of each step, eval losses)."""
     config = tiny_settings(files) | {
         "run_name": name,
@@ -113,7 +123,7 @@ def train(files: Path, name: str, settings: dict[str, Any]) -> tuple[list[float]
     config |= {key: str(files / config[key]) for key in ("train_path", "valid_path")}
     if config.get("deepspeed") == "zero_3":
         config["deepspeed"] = {"config_path": str(files / "splits_everything.json")}
-    finished = run_main(write_yaml(files / f"{name}.yaml", config), "--json")
+    finished = run_main(write_yaml(files / f"{name}.yaml", config), "--json", variables=variables)
     assert finished.exit_code == 0, finished.errors
     metrics = read_metrics(files / "runs" / name)
     losses = [entry["loss"] for entry in metrics if "loss" in entry]
@@ -177,6 +187,20 @@ def test_training_changes_the_losses(method: str, on_one_worker: References):
 @pytest.mark.parametrize(("method", "spread"), CELLS)
 def test_losses_are_equal(method: str, spread: str, files: Path, on_one_worker: References):
     losses, eval_losses = train(files, f"{method}-{spread}", METHODS[method] | SPREADS[spread])
+    assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
+    assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
+
+
+@pytest.mark.parametrize(("method", "spread"), WITH_FUSED_HEAD)
+def test_losses_are_equal_with_the_head_that_gpus_have(
+    method: str, spread: str, files: Path, on_one_worker: References
+):
+    """It looks at the weights of the head by itself, which ZeRO-3 has split."""
+    name = f"{method}-{spread}-fused"
+    losses, eval_losses = train(files, name, METHODS[method] | SPREADS[spread], fused_head())
+    figures = {figure for entry in read_metrics(files / "runs" / name) for figure in entry}
+    assert ("entropy" in figures) == (not method.startswith("dpo"))  # the head's own, of rows
+    assert "num_tokens" not in figures
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
 

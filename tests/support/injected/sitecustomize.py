@@ -5,6 +5,7 @@ each step, not only now and then.
 RESUME_HOLD is `after_step:N` or `in_save:N`: there every worker waits to be killed; or `in_step_until_stop:N`: there the
 first worker waits until the driver has asked it to stop.
 RESUME_SABOTAGE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
+FUSED_HEAD makes workers on CPU compute the loss as those on a GPU do, by TRL's fused head, in Triton's interpreter.
 """
 
 import os
@@ -102,6 +103,14 @@ def _watch_trainer(module: Any) -> None:
         _SABOTAGES[_sabotaged](trainer)
 
 
+def _take_fused_head(module: Any) -> None:
+    from tests.support import triton_interpreter  # noqa: F401
+
+    trainer = module.FineTuningTrainer
+    make = trainer.__init__
+    trainer.__init__ = lambda self, **arguments: make(self, **arguments | {"loss_of_transformers": False})
+
+
 def _forget_rng(trainer: Any) -> None:
     trainer._load_rng_state = lambda self, checkpoint: None
 
@@ -125,11 +134,15 @@ _SABOTAGES: dict[str, Callable[[Any], None]] = {
     "optimizer": _forget_optimizer,
     "position": _forget_position,
 }
-_CHANGES: dict[str, Callable[[Any], None]] = {
-    "training.data.batches": _watch_rows,
-    "training.callbacks": _watch_callbacks,
-    "training.trainers": _watch_trainer,
-}
+_CHANGES: dict[str, Callable[[Any], None]] = {}
+if "RESUME_LEDGER" in os.environ:
+    _CHANGES |= {
+        "training.data.batches": _watch_rows,
+        "training.callbacks": _watch_callbacks,
+        "training.trainers": _watch_trainer,
+    }
+if "FUSED_HEAD" in os.environ:
+    _CHANGES |= {"training.trainers": _take_fused_head}
 
 
 class _Changing:
@@ -151,5 +164,5 @@ class _Changing:
         return spec
 
 
-if "RESUME_LEDGER" in os.environ:
+if _CHANGES:
     sys.meta_path.insert(0, _Changing())  # type: ignore[arg-type]
