@@ -25,13 +25,13 @@ def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, 
     }
 
 
-def fused_head() -> dict[str, str]:
-    """Environment variables that make a run on CPU compute its loss as one on a GPU does; see tests/support/injected."""
+def kernels_of_gpus(provider: str) -> dict[str, str]:
+    """Environment variables that make a run on CPU compute as one on a GPU does with `torch` or `liger`; see tests/support/injected."""
     interpreter = Path(sys.prefix) / "interpreter"
     assert interpreter.exists(), f"{interpreter} is missing: `make setup-dev` makes it"
     return {
         "PYTHONPATH": _python_path(_INJECTED, PROJECT, interpreter),
-        "FUSED_HEAD": "1",
+        "KERNELS_OF_GPUS": provider,
         "TRITON_INTERPRET": "1",
     }
 

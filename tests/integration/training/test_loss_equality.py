@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.faults import fused_head
+from tests.support.faults import kernels_of_gpus
 from tests.support.jobs import PROJECT, read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from training.models import kernels
@@ -86,13 +86,14 @@ SAMPLE = [
     ("dpo_lora", "zero_3"),
 ]
 CELLS = ALL if os.environ.get("ALL_KERNELS") else SAMPLE
-ALL_WITH_FUSED_HEAD = [
-    ("full", "zero_3"),
-    ("lora", "zero_3"),
-    ("packed", "ddp"),
-    ("dpo_full", "zero_3"),
+ALL_OF_GPUS = [
+    ("full", "zero_3", "torch"),
+    ("full", "zero_3", "liger"),
+    ("lora", "zero_3", "torch"),
+    ("packed", "ddp", "torch"),
+    ("dpo_full", "zero_3", "torch"),
 ]
-WITH_FUSED_HEAD = ALL_WITH_FUSED_HEAD[: None if os.environ.get("ALL_KERNELS") else 1]
+OF_GPUS = ALL_OF_GPUS[: None if os.environ.get("ALL_KERNELS") else 1]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,10 @@ def train(
     config |= {key: str(files / config[key]) for key in ("train_path", "valid_path")}
     if config.get("deepspeed") == "zero_3":
         config["deepspeed"] = {"config_path": str(files / "splits_everything.json")}
-    finished = run_main(write_yaml(files / f"{name}.yaml", config), "--json", variables=variables)
+    # Interpreted kernels take minutes.
+    finished = run_main(
+        write_yaml(files / f"{name}.yaml", config), "--json", variables=variables, timeout=900
+    )
     assert finished.exit_code == 0, finished.errors
     metrics = read_metrics(files / "runs" / name)
     losses = [entry["loss"] for entry in metrics if "loss" in entry]
@@ -191,13 +195,13 @@ def test_losses_are_equal(method: str, spread: str, files: Path, on_one_worker: 
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
 
 
-@pytest.mark.parametrize(("method", "spread"), WITH_FUSED_HEAD)
-def test_losses_are_equal_with_the_head_that_gpus_have(
-    method: str, spread: str, files: Path, on_one_worker: References
+@pytest.mark.parametrize(("method", "spread", "provider"), OF_GPUS)
+def test_losses_are_equal_with_the_kernels_that_gpus_have(
+    method: str, spread: str, provider: str, files: Path, on_one_worker: References
 ):
-    """It looks at the weights of the head by itself, which ZeRO-3 has split."""
-    name = f"{method}-{spread}-fused"
-    losses, eval_losses = train(files, name, METHODS[method] | SPREADS[spread], fused_head())
+    """TRL's fused head looks at weights by itself that ZeRO-3 has split."""
+    name = f"{method}-{spread}-as-gpus-{provider}"
+    losses, eval_losses = train(files, name, METHODS[method] | SPREADS[spread], kernels_of_gpus(provider))
     figures = {figure for entry in read_metrics(files / "runs" / name) for figure in entry}
     assert ("entropy" in figures) == (not method.startswith("dpo"))  # the head's own, of rows
     assert "num_tokens" not in figures

@@ -5,7 +5,8 @@ each step, not only now and then.
 RESUME_HOLD is `after_step:N` or `in_save:N`: there every worker waits to be killed; or `in_step_until_stop:N`: there the
 first worker waits until the driver has asked it to stop.
 RESUME_SABOTAGE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
-FUSED_HEAD makes workers on CPU compute the loss as those on a GPU do, by TRL's fused head, in Triton's interpreter.
+KERNELS_OF_GPUS is `torch` or `liger`: workers on CPU compute the loss by TRL's fused head, as those on a GPU do, in Triton's
+interpreter; with `liger` its layers, too.
 """
 
 import os
@@ -103,6 +104,13 @@ def _watch_trainer(module: Any) -> None:
         _SABOTAGES[_sabotaged](trainer)
 
 
+def _take_liger(module: Any) -> None:
+    from tests.support import triton_interpreter  # noqa: F401
+
+    build = module.build_model
+    module.build_model = lambda provider, request: build("liger", request)
+
+
 def _take_fused_head(module: Any) -> None:
     from tests.support import triton_interpreter  # noqa: F401
 
@@ -141,8 +149,10 @@ if "RESUME_LEDGER" in os.environ:
         "training.callbacks": _watch_callbacks,
         "training.trainers": _watch_trainer,
     }
-if "FUSED_HEAD" in os.environ:
+if "KERNELS_OF_GPUS" in os.environ:
     _CHANGES |= {"training.trainers": _take_fused_head}
+if os.environ.get("KERNELS_OF_GPUS") == "liger":
+    _CHANGES |= {"training.models": _take_liger}
 
 
 class _Changing:
