@@ -289,7 +289,10 @@ def _layer(job: Job, held: _Held) -> float:
         made = held.base if config.load_in_4bit else computed  # bitsandbytes gives back its input's type
         matrices = made * (2 if held.provider == "liger" else 3) * width + _saved_inputs(job, held)
     # With a mask torch's attention takes keys and values as wide as queries, and the mask in its own type.
-    if _is_masked(job, held):
+    if shape.caps_scores and held.provider != "unsloth" and not config.flash_attention_2:
+        # transformers' plain attention: what caps each pair's score, and its probability, in fp32 and as it is multiplied
+        attention = computed * 4 * queries + 8 * shape.heads * job.longest
+    elif _is_masked(job, held):
         attention = computed * (4 * queries + job.longest) + _FP32 * shape.heads
     else:
         attention = computed * (2 * queries + 2 * keys) + _FP32 * shape.heads

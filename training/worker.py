@@ -128,8 +128,6 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
     if plan.config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch.use_deterministic_algorithms asks
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers hands it to the flash-attn package
-    if plan.config.task == "classification":
-        os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # evaluation looks at them
     if plan.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch

@@ -3,13 +3,13 @@
 import os
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support.jobs import PROJECT
+from tests.support.kernel_processes import triton_directory
 
 _INJECTED = Path(__file__).parent / "injected"
 
@@ -27,10 +27,8 @@ def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, 
 
 def kernels_of_gpus(provider: str) -> dict[str, str]:
     """Environment variables that make a run on CPU compute as one on a GPU does with `torch` or `liger`; see tests/support/injected."""
-    interpreter = Path(sys.prefix) / "interpreter"
-    assert interpreter.exists(), f"{interpreter} is missing: `make setup-dev` makes it"
     return {
-        "PYTHONPATH": _python_path(_INJECTED, PROJECT, interpreter),
+        "PYTHONPATH": _python_path(_INJECTED, PROJECT, triton_directory()),
         "KERNELS_OF_GPUS": provider,
         "TRITON_INTERPRET": "1",
     }

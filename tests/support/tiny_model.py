@@ -1,10 +1,12 @@
 """A random Llama of 100 thousand parameters and a tokenizer trained on the spot: real files, made in a second."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from cookbooks.preference_tuning.prepare import write_pairs
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
@@ -39,11 +41,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(directory: Path, *, seed: int = 0, layers: int = 2, positions: int = 512) -> Path:
-    """Write the model and its tokenizer to a directory, as save_pretrained does."""
+def make_model(
+    directory: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    positions: int = 512,
+    kind: Callable[..., PreTrainedConfig] = LlamaConfig,
+    **settings: Any,
+) -> Path:
+    """Write the model and its tokenizer to a directory, as save_pretrained does; `settings` are those of its kind alone."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
+    config = kind(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -51,12 +61,12 @@ def make_model(directory: Path, *, seed: int = 0, layers: int = 2, positions: in
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=positions,
-        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **{"tie_word_embeddings": False} | settings,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -10,6 +10,7 @@ from triton.runtime import interpreter
 
 _argument = interpreter._implicit_cvt
 _launch = interpreter.GridExecutor.__call__
+_convert = interpreter._convert_float
 
 
 def _number(argument: Any) -> Any:
@@ -59,6 +60,14 @@ def _launch_in_fp32(executor: Any, *arguments: Any, **keywords: Any) -> None:
             whole.copy_(copy)
 
 
+def _convert_to_nearest(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """To bf16 as GPUs do, where the interpreter cuts off: gradients were 0.3% smaller behind every norm."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return _convert(data, source, target, rounding)
+    return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+
+
 interpreter._implicit_cvt = _number
+interpreter._convert_float = _convert_to_nearest
 interpreter.GridExecutor.__call__ = _launch_in_fp32
 libdevice.tanh, libdevice.rsqrt = _tanh, _rsqrt

@@ -70,6 +70,8 @@ class ModelShape:
     vocabulary: int
     windows: tuple[int | None, ...]
     """For each layer, how many tokens back its attention sees, itself counted; None: all."""
+    caps_scores: bool
+    """Attention's scores are squeezed below a limit, which torch's own attention cannot do."""
     experts: int
     """0: no mixture."""
     experts_per_token: int
@@ -221,6 +223,7 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds)
         if kinds
         else (window if said.get("use_sliding_window", True) else None,) * layers,
+        caps_scores=bool(said.get("attn_logit_softcapping")),
         experts=experts,
         experts_per_token=said.get("num_experts_per_tok") or 0,
     )

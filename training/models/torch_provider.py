@@ -50,8 +50,12 @@ def load_weights(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """A model as its files say, in a dtype of our choice; on CPU, but for 4-bit weights. `attention` is its kind, as transformers calls it."""
+    """A model as its files say, in a dtype of our choice; on CPU, but for 4-bit weights. `attention` is its kind, as transformers calls it;
+    where torch's own would leave out what caps a model's scores (Gemma 2), it is transformers' plain one."""
     arguments: dict[str, Any] = {}
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        attention = "eager"
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import unsloth  # first: it patches what the imports below bring
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from training.models import ModelRequest, torch_provider
 from training.models.files import ModelError, first_line
@@ -26,6 +26,7 @@ def build(request: ModelRequest) -> "PreTrainedModel":
             return _load(_adapter_on(request.directory, request.adapter_directory, Path(temporary)), request)
     model = _load(request.directory, request)
     if request.lora is None:
+        _say_what_the_files_said(model, request.directory)
         return model
     set_seed(request.seed)
     lora = request.lora
@@ -40,15 +41,25 @@ def build(request: ModelRequest) -> "PreTrainedModel":
 
 
 def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
-    """The adapter in a directory of its own, naming the base on this node: Unsloth loads what it names."""
+    """The adapter in a directory of its own, naming the base on this node and its task: Unsloth loads what it names, and on a GPU
+    refuses one without a task."""
     for file in adapter.iterdir():
         (directory / file.name).symlink_to(file.absolute())
     settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     (directory / "adapter_config.json").unlink()
     (directory / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": str(base)}), "utf-8"
+        json.dumps(settings | {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}), "utf-8"
     )
     return directory
+
+
+def _say_what_the_files_said(model: "PreTrainedModel", directory: Path) -> None:
+    """Unsloth would write into checkpoints where the model lay on this node, and the model's length as that of an answer."""
+    vars(model.config).pop("model_name", None)
+    said = (directory / "generation_config.json").exists()
+    own = GenerationConfig.from_pretrained(directory) if said else GenerationConfig()
+    if model.generation_config is not None:
+        model.generation_config.max_length = own.max_length
 
 
 def _load(directory: Path, request: ModelRequest) -> Any:
@@ -66,11 +77,13 @@ def _load(directory: Path, request: ModelRequest) -> Any:
             use_gradient_checkpointing=request.gradient_checkpointing,
             # All of it: by itself it spills to the host where a GPU is nearly full, and training refuses that with other words.
             **({"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}),
+            # A trained embedding would then be stepped on the CPU, with other bits than on the GPU.
+            **({} if request.is_lora else {"offload_embedding": False}),
         )
     except RuntimeError as error:
         if "valid pad token" in str(error):
             raise ModelError(
-                f"kernels: unsloth: {first_line(error)}. Write kernels: {'liger' if on_gpu else 'torch'}."
+                f"kernels: unsloth: {first_line(error).rstrip('.')}. Write kernels: {'liger' if on_gpu else 'torch'}."
             ) from error
         raise
     model.config.use_cache = False  # an evaluation would keep the keys and values of every layer

@@ -5,15 +5,11 @@ bitsandbytes' CUDA functions; its fused head, which is no Triton kernel but torc
 turns off by itself where sums are not added in CUDA's order. Liger's losses are not used: the head is TRL's fused one with its kernels, too.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.jobs import PROJECT
+from tests.support.kernel_processes import found_by
 
 KERNELS = {
     "liger": ("rms_norm", "rms_norm_of_gemma", "rope", "swiglu", "geglu", "whole_model"),
@@ -31,8 +27,6 @@ KERNELS = {
         "cross_entropy_of_gemma",
     ),
 }
-TRITON = Path(sys.prefix) / "interpreter"
-"""Beside the environment, not in it: where Triton can be imported, TRL and others take a GPU for granted."""
 
 
 class Packages:
@@ -44,23 +38,13 @@ class Packages:
 
     def __getitem__(self, package: str) -> dict[str, dict[str, float]]:
         if package not in self._found:
-            assert TRITON.exists(), f"{TRITON} is missing: `make setup-dev` makes it"
-            variables = {
-                "PYTHONPATH": str(TRITON),
-                "TRITON_INTERPRET": "1",
-                "UNSLOTH_ALLOW_CPU": "1",
-                "UNSLOTH_DISABLE_STATISTICS": "1",
-                "UNSLOTH_COMPILE_LOCATION": str(self._directory / "unsloth"),
-            }
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.support.interpreted", package],
-                cwd=PROJECT,
-                env=os.environ | variables,
-                capture_output=True,
-                text=True,
+            self._found[package] = found_by(
+                "tests.support.interpreted",
+                package,
+                UNSLOTH_ALLOW_CPU="1",
+                UNSLOTH_DISABLE_STATISTICS="1",
+                UNSLOTH_COMPILE_LOCATION=str(self._directory / "unsloth"),
             )
-            assert done.returncode == 0, done.stderr
-            self._found[package] = json.loads(done.stdout.splitlines()[-1])
         return self._found[package]
 
 

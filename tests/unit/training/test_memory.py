@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.optim import GlobalOptimManager
-from transformers import Trainer, TrainingArguments
+from transformers import Gemma2Config, Trainer, TrainingArguments
 
 import tests.support.varlen_on_cpu  # noqa: F401  # registers them
 from configs.schema import FinetuneConfig
@@ -183,6 +183,21 @@ def test_a_layer_saves_what_is_estimated(method: str, models: dict[int, Path]):
 def test_a_mask_grows_with_the_square_of_the_length(models: dict[int, Path]):
     saved, estimated = difference_of_a_layer(models, longest=3 * LONGEST, packing=True, **LORA)
     assert saved == estimated
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_capped_scores_grow_with_the_square_of_the_length(dtype: str, tmp_path: Path):
+    """In transformers' plain attention, which Gemma 2 gets. Its other norms are not counted, so the growth a token is compared."""
+    settings: dict[str, Any] = {"kind": Gemma2Config, "head_dim": 16, "query_pre_attn_scalar": 16}
+    gemmas = {layers: make_model(tmp_path / str(layers), layers=layers, **settings) for layers in (2, 3)}
+    short, long = (
+        [
+            figure / (ROWS * longest)
+            for figure in difference_of_a_layer(gemmas, longest=longest, dtype=dtype, **LORA)
+        ]
+        for longest in (LONGEST, 2 * LONGEST)
+    )
+    assert long[0] - short[0] == pytest.approx(long[1] - short[1], rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["full, bf16", "LoRA, bf16", "LoRA, bf16, ZeRO"])

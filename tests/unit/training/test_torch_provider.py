@@ -45,6 +45,18 @@ def saved(directory: Path, kind: str, **changes: object) -> Path:
     return directory
 
 
+def test_what_caps_the_scores_of_attention_is_not_left_out(tmp_path: Path):
+    """As torch's own attention does, without a word."""
+    settings = {"head_dim": 8, "query_pre_attn_scalar": 8, "initializer_range": 0.5}
+    capped = saved(tmp_path, "gemma2", attn_logit_softcapping=0.1, **settings)
+    tokens = torch.arange(16)[None]
+    model = load_base(request(capped, dtype="fp32", packing=False))
+    logits = model(tokens).logits
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (model(tokens).logits - logits).abs().max() > 0.1
+
+
 def test_a_mixture_of_experts_computes_the_same_bits_every_time(tmp_path: Path):
     mixture = saved(tmp_path, "mixtral", num_local_experts=2)
     assert load_base(request(mixture)).get_experts_implementation() != {"": "eager"}
