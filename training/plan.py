@@ -44,7 +44,13 @@ from training.memory import (
     largest_batch,
     report_memory,
 )
-from training.models.architecture import check_is_causal, check_packing, model_shape, parameter_shapes
+from training.models.architecture import (
+    ModelShape,
+    check_is_causal,
+    check_packing,
+    model_shape,
+    parameter_shapes,
+)
 from training.models.files import (
     AdapterFacts,
     ModelError,
@@ -234,6 +240,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     if device == "cuda":
         check_optimizer(config, zero_stage(settings), trained)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
+    warnings += _attention_warnings(config, facts, dimensions, device, kernels.provider)
     if not config.trains_adapter and "learning_rate" not in loaded.given_keys:
         warnings.append(
             f"learning_rate is not given: {config.learning_rate:g} suits LoRA, and all parameters of a pretrained model usually take about "
@@ -611,6 +618,18 @@ def _model_warnings(
         )
     if config.flash_attention_2 and not _is_importable("flash_attn"):
         yield "flash_attention_2: the package flash-attn is not installed; torch's scaled_dot_product_attention is used"
+
+
+def _attention_warnings(
+    config: FinetuneConfig, facts: ModelFacts, shape: ModelShape | None, device: Device, kernels: Provider
+) -> Iterator[str]:
+    if shape is None or not shape.caps_scores or kernels == "unsloth" or config.flash_attention_2:
+        return
+    text = (
+        f"{facts.source} caps the scores of its attention, which torch's own kernels leave out: transformers' plain attention is used, "
+        "whose memory grows with the square of the length"
+    )
+    yield f"{text}; flash_attention_2: true (a package of its own) needs less" if device == "cuda" else text
 
 
 def _template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma2Config
 
 from main import main
 from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, Finished, command, environment, run_main, write_yaml
-from tests.support.tiny_model import write_data
+from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store, upload_directory
 from utils.embedded_bucket import EmbeddedBucket
 
@@ -431,6 +432,14 @@ def test_a_length_that_nobody_gave_is_said(tiny_model: Path, tmp_path: Path):
     assert report["steps"] >= 100 > (epochs - 1) * report["steps_per_epoch"]
     said = f"none of num_epochs, max_steps and min_update_steps is given: {epochs} epochs, the fewest that make 100 steps"
     assert said in report["warnings"]
+
+
+def test_attention_that_torch_cannot_compute_is_said(tmp_path: Path):
+    gemma = make_model(tmp_path / "gemma", kind=Gemma2Config, head_dim=16, query_pre_attn_scalar=16)
+    planned = run_main_quickly(config_file(tmp_path, gemma), "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.errors
+    said = "caps the scores of its attention, which torch's own kernels leave out"
+    assert sum(said in warning for warning in planned.result["warnings"]) == 1
 
 
 def test_an_unknown_key(refused: Refused, tmp_path: Path):
