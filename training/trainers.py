@@ -344,11 +344,16 @@ class FineTuningTrainer(SFTTrainer):
             )  # without TRL's model card
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
-                # PEFT writes where the base lay on this node.
-                settings = json.loads(adapter.read_text("utf-8")) | {
-                    "base_model_name_or_path": self.base_model
-                }
-                adapter.write_text(json.dumps(settings, indent=2), "utf-8")
+                write_same_everywhere(adapter, self.base_model)
+
+
+def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
+    """Take out of PEFT's file what differs between equal runs: where the base lay on this node, and the order of a process's sets."""
+    settings = json.loads(adapter_config.read_text("utf-8")) | {"base_model_name_or_path": base_model}
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(settings.get(name), list):
+            settings[name].sort()
+    adapter_config.write_text(json.dumps(settings, indent=2), "utf-8")
 
 
 def page_states(optimizer: Any) -> None:

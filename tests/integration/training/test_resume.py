@@ -146,6 +146,7 @@ class End:
     figures: list[dict[str, float]]
     weights: dict[str, str]
     optimizer: dict[str, str]
+    settings: dict[str, str]
     ledger: list[Taken]
 
 
@@ -301,6 +302,7 @@ class Run:
             [{name: line[name] for name in FIGURES if name in line} for line in map(json.loads, lines)],
             digests(load_file(copy / self.shape.model_file)),
             digests(optimizer_state(copy)),
+            settings_in(copy),
             trained(self.ledgers),
         )
 
@@ -318,6 +320,12 @@ def optimizer_state(checkpoint: Path) -> dict[str, Any]:
         str(path.relative_to(checkpoint)): torch.load(path, map_location="cpu", weights_only=False)
         for path in paths
     }
+
+
+def settings_in(checkpoint: Path) -> dict[str, str]:
+    """The files of settings beside the weights, to the letter: all but those that tell when, and how fast."""
+    timed = (MANIFEST_FILE, "trainer_state.json")
+    return {path.name: path.read_text() for path in checkpoint.glob("*.json") if path.name not in timed}
 
 
 def digests(state: Any, name: str = "") -> dict[str, str]:
@@ -378,6 +386,7 @@ def differences(end: End, reference: End) -> list[str]:
         "figures": (end.figures, reference.figures),
         "weights": (end.weights, reference.weights),
         "optimizer": (end.optimizer, reference.optimizer),
+        "settings": (end.settings, reference.settings),
         "rows": (end.ledger, reference.ledger),
     }
     return [name for name, (one, other) in pairs.items() if one != other]
