@@ -81,7 +81,6 @@ SAMPLE = [
     ("lora", "ddp"),
     ("lora", "unsloth_ddp"),
     ("full", "zero_3"),
-    ("qlora", "unsloth_ddp"),
     ("packed", "ddp"),
     ("dpo_lora", "zero_3"),
 ]
