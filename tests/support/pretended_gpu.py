@@ -102,7 +102,7 @@ class _InCuda:
     restype = None  # as ctypes has it, which Unsloth looks for
 
     def __call__(self, *arguments: Any) -> None:
-        raise NotImplementedError("it is not pretended")
+        raise RuntimeError("bitsandbytes' code for GPUs was called, and nothing here computes what it does")
 
 
 def pretend_gpu() -> None:

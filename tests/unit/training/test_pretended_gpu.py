@@ -53,10 +53,8 @@ ON_GPU = {
 }
 KERNELS = {
     ("any", "unsloth"): "apply_lora_qkv",
-    (
-        "full",
-        "unsloth",
-    ): "LlamaRMSNorm.forward",  # it leaves that to transformers' layers, and to torch.compile
+    # It leaves that to transformers' layers, and to torch.compile.
+    ("full", "unsloth"): "LlamaRMSNorm.forward",
     ("any", "liger"): "LigerRMSNorm.forward",
 }
 
@@ -214,7 +212,7 @@ def test_packed_rows_take_torchs_flash_kernels(runs: Runs):
 
 def test_an_evaluation_keeps_no_keys_and_values(runs: Runs):
     found = [runs[provider][run] for provider in ON_GPU for run in ON_GPU[provider] if run in RUNS]
-    assert not any(run["keeps_keys"] for run in found)
+    assert not any(run["keeps_keys"] for run in [*found, *runs["torch"].values()])
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
