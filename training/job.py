@@ -76,6 +76,7 @@ _LOOK_FOR_SIGNALS_SECONDS = 1.0
 _WAIT_FOR_LOST_PLACES_SECONDS = 20
 _LONGEST_START_SECONDS = 30.0  # of Ray's controller
 _LONGEST_REASON = 400  # characters
+_OUT_OF_MEMORY = "out of memory"
 
 
 def run_job(
@@ -142,7 +143,7 @@ def run_job(
             _follow(mailbox, signals, hear, told, workers)
             fit.end()
         except ray.exceptions.RayError as error:  # the mailbox ends with its cluster
-            lost = f"the cluster was lost ({first_line(error)}). The same command goes on from {told.newest_checkpoint}."
+            lost = f"{_how_lost(error, savings)} The same command goes on from {told.newest_checkpoint}."
         if len(signals) < 2:
             with suppress(BucketError):  # writing the result says so
                 check_claim(store, claim)  # else it would take the place of another driver's
@@ -394,6 +395,12 @@ def _ending(failure: str | None, signals: Sequence[int], finished: bool) -> _End
     return _Ending("failed", failure)
 
 
+def _how_lost(error: ray.exceptions.RayError, savings: Sequence[Saving]) -> str:
+    """In a sentence. Where memory is short, Ray may end its own actors of this run together with the workers."""
+    reason = classify([str(error)], savings)
+    return reason if reason.startswith(_OUT_OF_MEMORY) else f"the cluster was lost ({first_line(error)})."
+
+
 def classify(causes: Sequence[str], savings: Sequence[Saving]) -> str:
     """Why workers failed, in a line: out of memory and what would save some, a lost worker, or the first one's own words."""
     text = "\n".join(causes)
@@ -405,7 +412,7 @@ def classify(causes: Sequence[str], savings: Sequence[Saving]) -> str:
         re.MULTILINE | re.IGNORECASE,
     )
     if memory:
-        return f"out of memory: {memory[0].strip()[:_LONGEST_REASON]} {describe_savings(savings)}".strip()
+        return f"{_OUT_OF_MEMORY}: {memory[0].strip()[:_LONGEST_REASON].rstrip('.')}. {describe_savings(savings)}".strip()
     if "died" in text or "SYSTEM_ERROR" in text or "unavailable" in text:
         return f"worker lost: {last_line}"
     return last_line

@@ -7,7 +7,7 @@ import ray.exceptions
 import ray.train
 import torch
 
-from training.job import _ending, classify
+from training.job import _ending, _how_lost, classify
 from training.memory import Saving
 from training.worker_groups import causes_of
 
@@ -46,6 +46,18 @@ def test_a_worker_that_ray_ended_for_its_memory():
 def test_a_worker_that_is_gone():
     reason = reason_of(ray.exceptions.ActorDiedError())
     assert reason.startswith("worker lost: ")
+
+
+def test_a_run_whose_own_actors_ray_ended_for_memory():
+    words = "6 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB / 24.0GB"
+    savings = [Saving("gradient_checkpointing: true", 5 * 2**30)]
+    assert _how_lost(ray.exceptions.OutOfMemoryError(words), savings) == (
+        f"out of memory: {words}. What would help most, estimated for each device: `gradient_checkpointing: true` (5.0 GiB less)."
+    )
+
+
+def test_a_cluster_that_is_gone():
+    assert _how_lost(ray.exceptions.ActorDiedError(), []).startswith("the cluster was lost (The actor died ")
 
 
 def test_an_error_of_the_workers_own():
