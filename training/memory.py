@@ -143,14 +143,12 @@ def _hold(job: Job) -> _Held:
         shapes |= {f"{module}.lora_A": (rank, inputs), f"{module}.lora_B": (outputs, rank)}
     # On CPU Unsloth computes as transformers and PEFT do.
     provider = choose_kernels(config, job.device, stage).provider if job.device == "cuda" else "torch"
-    # As training/models/__init__.py loads it; but PEFT turns to fp32 what stays out of 4 bits, and DeepSpeed back.
-    in_fp32 = not stage and (not adapts or (config.load_in_4bit and provider != "unsloth"))
     return _Held(
         provider=provider,
         stage=stage,
         zero=(settings or {}).get("zero_optimization", {}),
         devices=config.most_devices,
-        base=_FP32 if in_fp32 else half,
+        base=half if adapts or stage else _FP32,  # as training/models/__init__.py loads it
         # DeepSpeed casts what is trained to bf16 and keeps fp32 masters; PEFT holds adapters in fp32 without it.
         trained=half if stage else _FP32,
         computed=half,
@@ -286,8 +284,7 @@ def _layer(job: Job, held: _Held) -> float:
     if held.provider == "unsloth" and config.trains_adapter and not _dropout(config):
         matrices = computed * (2 * hidden + 2 * width)  # fused with the adapters
     else:
-        made = held.base if config.load_in_4bit else computed  # bitsandbytes gives back its input's type
-        matrices = made * (2 if held.provider == "liger" else 3) * width + _saved_inputs(job, held)
+        matrices = computed * (2 if held.provider == "liger" else 3) * width + _saved_inputs(job, held)
     # With a mask torch's attention takes keys and values as wide as queries, and the mask in its own type.
     if shape.caps_scores and held.provider != "unsloth" and not config.flash_attention_2:
         # transformers' plain attention: what caps each pair's score, and its probability, in fp32 and as it is multiplied

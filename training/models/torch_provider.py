@@ -103,8 +103,8 @@ def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrained
     """The base with the continued or the new adapter on it; the base itself in full-parameter training."""
     if not request.is_lora:
         return model
-    if request.load_in_4bit:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # Without PEFT's prepare_model_for_kbit_training: it would turn the embedding and the norms, and with them what each layer hands
+    # on, to fp32.
     autocast_adapter = _autocasts_adapter(request)
     if request.adapter_directory is not None:
         return peft.PeftModel.from_pretrained(

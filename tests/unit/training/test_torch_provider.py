@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from configs.schema import LoraConfig
 from training.models import ModelRequest, varlen_attention
-from training.models.torch_provider import _attention, load_base
+from training.models.torch_provider import _attention, build, load_base
 
 SHAPE = {
     "vocab_size": 64,
@@ -61,6 +62,19 @@ def test_a_mixture_of_experts_computes_the_same_bits_every_time(tmp_path: Path):
     mixture = saved(tmp_path, "mixtral", num_local_experts=2)
     assert load_base(request(mixture)).get_experts_implementation() != {"": "eager"}
     assert load_base(request(mixture, deterministic=True)).get_experts_implementation() == {"": "eager"}
+
+
+def test_what_stays_out_of_4_bits_stays_in_16(tmp_path: Path):
+    """And so does what a layer hands on to the next: in fp32 both would take twice the memory."""
+    directory = saved(tmp_path, "llama", hidden_size=64, intermediate_size=64)
+    lora = LoraConfig(target_modules=["q_proj"])
+    model = build(request(directory, load_in_4bit=True, lora=lora, packing=False))
+    types = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    assert types == {torch.uint8, torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model(torch.arange(16)[None], output_hidden_states=True).hidden_states
+    assert {state.dtype for state in states} == {torch.bfloat16}
 
 
 def test_other_models_have_nothing_to_be_told(tmp_path: Path):
