@@ -508,7 +508,7 @@ class FinetuneConfig(Section):
         "paged_lion_8bit",
         "adafactor",
         "sgd",
-    ] = "adamw_torch"
+    ] = "adamw_torch_fused"
     """Optimizer, by transformers' names."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

@@ -280,7 +280,17 @@ def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing
 
 @pytest.mark.parametrize("method", ["full, fp32", "LoRA of 64, fp32"])
 @pytest.mark.parametrize(
-    "optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit", "adafactor", "sgd"]
+    "optim",
+    [
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "lion_32bit",
+        "lion_8bit",
+        "adafactor",
+        "sgd",
+    ],
 )
 def test_states_are_those_of_the_real_optimizer(
     method: str, optim: str, models: dict[int, Path], tmp_path: Path
