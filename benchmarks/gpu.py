@@ -122,7 +122,7 @@ class Bench:
         self.scale = scale
         self.directory = directory
         self.model = directory / f"model-{scale.shape['num_hidden_layers']}-layers"
-        if not (self.model / "config.json").exists():
+        if not (self.model / "tokenizer.json").exists():  # written last: a call may have ended in the middle
             self._run_contestant("make_model", {"shape": dict(scale.shape), "directory": str(self.model)})
 
     def main(self, **changes: Any) -> Measured:

@@ -58,8 +58,8 @@ class Place:
             return flag
         import torch
 
-        shared = torch.tensor(
-            [flag], dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
+        # NCCL takes nothing else; and a run on CPU sees its node's GPUs, which others may fill.
+        device = "cuda" if torch.distributed.get_backend(self.group) == "nccl" else "cpu"
+        shared = torch.tensor([flag], dtype=torch.uint8, device=device)
         torch.distributed.broadcast(shared, src=0, group=self.group)
         return bool(shared.item())

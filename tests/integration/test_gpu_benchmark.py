@@ -25,7 +25,7 @@ class Ran:
         self.names: list[str] = []
         self.results = directory / "results"
         (directory / "model-2-layers").mkdir(parents=True)
-        (directory / "model-2-layers" / "config.json").touch()
+        (directory / "model-2-layers" / "tokenizer.json").touch()
         self.bench = Bench(TINY, directory)
         for name in CONTESTANTS:
             monkeypatch.setitem(gpu.CONTESTANTS, name, lambda _, name=name: self._run(name))
@@ -83,6 +83,15 @@ def test_nothing_is_begun_that_has_no_time(ran: Ran, capsys: pytest.CaptureFixtu
     assert ran.again("packing", ends=time.monotonic() + 60) == []
     assert "no time is left for packed" in capsys.readouterr().err
     assert ran.again("packing", ends=time.monotonic() + 600) == ["packed", "unpacked"]
+
+
+def test_a_model_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "model-2-layers").mkdir()
+    (tmp_path / "model-2-layers" / "config.json").touch()  # transformers writes it before the weights
+    made: list[str] = []
+    monkeypatch.setattr(Bench, "_run_contestant", lambda self, name, settings: made.append(name))
+    Bench(TINY, tmp_path)
+    assert made == ["make_model"]
 
 
 @pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it")
