@@ -4,8 +4,7 @@
 #   docker run --gpus all --init --shm-size=8g anneal cookbooks/x.yaml num_devices=1
 #   docker run --gpus all --init --shm-size=8g anneal ray start --head --block
 #
-# torch brings its CUDA libraries, so the base needs none. ZeRO with offloading to CPU memory compiles its optimizer
-# on first use and wants nvcc: --build-arg CUDA=13.0.2-devel-ubuntu24.04
+# torch brings its CUDA libraries, so the base needs none.
 ARG CUDA=13.0.2-base-ubuntu24.04
 
 FROM nvidia/cuda:${CUDA} AS build
@@ -36,10 +35,10 @@ LABEL org.opencontainers.image.title="Anneal" \
       org.opencontainers.image.description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes" \
       org.opencontainers.image.licenses="Apache-2.0"
 # Triton compiles its launchers on the machine it runs on: a C compiler and Python's headers belong to the GPU
-# kernels, and nothing else here builds anything. Older KubeRay operators probe with wget.
+# kernels. DeepSpeed compiles the optimizer of ZeRO with offloading, in C++. Older KubeRay operators probe with wget.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 gcc libc6-dev libpython3-dev ca-certificates wget \
+    && apt-get install -y --no-install-recommends python3 gcc g++ libc6-dev libpython3-dev ca-certificates wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1001 --create-home --shell /bin/bash anneal
 COPY --from=build /opt/venv /opt/venv

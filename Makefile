@@ -121,7 +121,7 @@ bench-checkpoints: setup-dev  ## measure what a checkpoint costs training
 bench-bucket: setup $(STAMPS)/bench  ## measure transfers to and from a bucket beside those of others
 	$(BIN)/python benchmarks/bucket.py
 
-bench-gpu: setup-unsloth  ## measure speed and memory on a GPU beside Unsloth's and TRL's own scripts (a round: half an hour is expected)
+bench-gpu: setup-unsloth  ## measure speed and memory on a GPU beside Unsloth's and TRL's own scripts (a round: three quarters of an hour are expected)
 	$(BIN)/python benchmarks/gpu.py
 
 lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock

@@ -6,7 +6,7 @@
 - trl: TRL and PEFT as their documentation writes it;
 - unsloth: Unsloth as its documentation writes it.
 
-Those that train write to the settings' `report`: seconds and loss of each step, and the most memory that was taken.
+Those that train write to the settings' `report`: seconds and loss of each step, its tokens, and the most memory that was taken.
 """
 
 import json
@@ -104,6 +104,7 @@ def alone(settings: dict[str, Any]) -> None:
             for line in steps
         ],
         [line["loss"] for line in steps],
+        tokens_of_a_step=order_tokens(order, rows.index.tokens, 1),
         mfu=[line.get("mfu") for line in steps],
     )
 
@@ -189,6 +190,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
             gradient_accumulation_steps=settings["accumulation"],
             max_steps=settings["steps"],
             learning_rate=settings["learning_rate"],
+            optim=settings["optim"],
             lr_scheduler_type="constant",
             seed=SEED,
             bf16=True,
@@ -205,7 +207,13 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
         **arguments,
     )
     trainer.train()
-    write_report(settings, [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)], clock.losses)
+    rows = settings["batch_size"] * settings["accumulation"]
+    write_report(
+        settings,
+        [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],
+        clock.losses,
+        tokens_of_a_step=rows * settings["context_length"],  # rows are cut off there
+    )
 
 
 def write_report(

@@ -33,6 +33,8 @@ _CPU_ALLOCATOR = {
 # Of long rows and short ones, blocks of fixed size leave gaps that nothing fits into. It is read when a GPU is first used, which Ray
 # does before any code of ours.
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+# Ray leaves a worker without GPUs all that its node has, and libraries would take them.
+_NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 _NAMES_OF_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -88,7 +90,7 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
     if address:
         _join(address, _runtime_environment(workers.device))
     else:
-        os.environ.update(_allocator(workers.device))
+        os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
         ray.init(
             address="local",  # else Ray joins one that somebody started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
@@ -150,8 +152,7 @@ def _runtime_environment(device: Device) -> dict[str, Any]:
     variables = {STATE_VARIABLE: str(state_directory())}  # a path: the keys themselves never travel
     if limit := os.environ.get(LIMIT_VARIABLE):
         variables[LIMIT_VARIABLE] = limit
-    if device == "cuda":
-        variables |= _allocator(device)
+    variables |= _allocator(device) if device == "cuda" else _NO_GPUS
     of_the_job = submitted.get("env_vars") or {}
     environment: dict[str, Any] = {
         "env_vars": {name: value for name, value in variables.items() if name not in of_the_job}

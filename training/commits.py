@@ -60,7 +60,7 @@ class Commits:
         """
         self._store = store
         self._claim = claim
-        self._place = place.in_the_background()
+        self._place = place.patient()
         self._committed = committed
         self._keep = keep
         self._on_commit = on_commit

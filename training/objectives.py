@@ -21,6 +21,7 @@ from training.trainers import (
     ClassificationTrainer,
     FineTuningTrainer,
     TrainingRows,
+    base_of,
     collate_rows,
 )
 
@@ -109,7 +110,7 @@ def needs_mask(model: Any) -> bool:
     Of code that is not transformers' own nobody knows what it does with one. A router's balance counts tokens by the mask. Positions,
     which come in its place, are not known to each, and encoders that are made decoders count them otherwise.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config = base.config.get_text_config()
     return (
         not type(base).__module__.startswith("transformers.")

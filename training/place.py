@@ -6,8 +6,8 @@ from typing import Any
 
 import ray.train
 
-# A node may upload a large checkpoint for hours while the others wait to hear of it; a lost one is noticed at once.
-_LONGEST_UPLOAD = timedelta(hours=12)
+# A node may move a large checkpoint for hours while the others wait to hear of it; a lost one is noticed at once.
+_LONGEST_TRANSFER = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Place:
             context.get_node_rank(),
         )
 
-    def in_the_background(self) -> "Place":
-        """The same place with a group of its own, for a thread beside training. Every rank calls it."""
+    def patient(self) -> "Place":
+        """The same place with a group of its own, which waits for hours and may be used beside training. Every rank calls it."""
         if self.world_size == 1:
             return self
         import torch
 
-        return replace(self, group=torch.distributed.new_group(backend="gloo", timeout=_LONGEST_UPLOAD))
+        return replace(self, group=torch.distributed.new_group(backend="gloo", timeout=_LONGEST_TRANSFER))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank; a barrier as well."""

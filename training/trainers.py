@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,11 @@ class FineTuningTrainer(SFTTrainer):
                 write_same_everywhere(adapter, self.base_model)
 
 
+def base_of(model: Any) -> Any:
+    """What lies below an adapter; the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
     """Take out of PEFT's file what differs between equal runs: where the base lay on this node, and the order of a process's sets."""
     settings = json.loads(adapter_config.read_text("utf-8")) | {"base_model_name_or_path": base_model}
@@ -411,15 +417,22 @@ class ClassificationTrainer(FineTuningTrainer):
         """
         super().__init__(**arguments)
         self.label_tokens = label_tokens
+        self._may_leave_out_logits = (
+            "logits_to_keep" in signature(base_of(arguments["model"]).forward).parameters
+        )
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss, the trained tokens, and how often each label (row) was taken for each (column)."""
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+        is_label = inputs["labels"][:, 1:] != IGNORED
+        tokens = inputs["labels"][:, 1:][is_label]
+        # From the first label on: accelerate turns what the model gives back to fp32, and logits of all tokens are gigabytes.
+        if self._may_leave_out_logits:
+            places = is_label.any(0).nonzero()
+            is_label = is_label[:, int(places[0]) if len(places) else is_label.shape[1] :]
+            unlabelled["logits_to_keep"] = is_label.shape[1] + 1
         logits = model(**unlabelled | {"use_cache": False}).logits
-        next_tokens = inputs["labels"][:, 1:]
-        is_label = next_tokens != IGNORED
-        tokens = next_tokens[is_label]
-        scores = logits[:, :-1][is_label].float()  # at the labels alone: those of all tokens are gigabytes
+        scores = logits[:, :-1][is_label].float()
         loss = cross_entropy(scores, tokens, reduction="none").double().sum()
         taken_for = torch.zeros(len(self.label_tokens), len(self.label_tokens), dtype=torch.float64)
         count_of_rows = is_label.sum(1).tolist()

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -128,6 +129,9 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
     if plan.config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch.use_deterministic_algorithms asks
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers hands it to the flash-attn package
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = (
+            "1"  # it would choose some kernels by how fast they are now
+        )
     if plan.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch
@@ -138,6 +142,8 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
     if plan.device == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     if plan.deepspeed is not None:
+        # Offloading compiles an optimizer: DeepSpeed asks for the program ninja, which its package brings beside this Python.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         import deepspeed
         import deepspeed.ops
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -167,7 +173,9 @@ def _train(plan: RunPlan, claim: Claim, place: Place, mailbox: Any, tell: Callab
             shutil.rmtree(scratch / leftover, ignore_errors=True)
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
-    restoring = Restoring(store, claim, plan.restore_from, scratch / "trainer" / "restored", place)
+    # Each waits for the last to have its files, which may take longer than the half hour that NCCL waits.
+    patient = place.patient()
+    restoring = Restoring(store, claim, plan.restore_from, scratch / "trainer" / "restored", patient)
 
     tell(Phase("loading libraries"))
     with importing():

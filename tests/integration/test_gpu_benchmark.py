@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import CONTESTANTS, PARTS, TINY, Bench, Measured, measure, table
+from benchmarks.gpu import CONTESTANTS, PARTS, TINY, Bench, ContestantFailedError, Measured, measure, table
 from tests.support.jobs import PROJECT, environment
 
 
@@ -23,6 +23,7 @@ class Ran:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
         self.names: list[str] = []
+        self.failed: list[str] = []
         self.results = directory / "results"
         (directory / "model-2-layers").mkdir(parents=True)
         (directory / "model-2-layers" / "tokenizer.json").touch()
@@ -32,11 +33,11 @@ class Ran:
 
     def _run(self, name: str) -> Measured:
         self.names.append(name)
-        return Measured(1.0, 100.0 * len(self.names), 10, (2.0,) * 10)
+        return Measured(1.0, (1.0,) * 10, 100.0 * len(self.names), 10, (2.0,) * 10)
 
     def again(self, *parts: str, ends: float = math.inf) -> list[str]:
         self.names.clear()
-        measure(self.bench, parts or list(PARTS), ends, self.results)
+        self.failed = measure(self.bench, parts or list(PARTS), ends, self.results)
         return list(self.names)
 
 
@@ -70,6 +71,20 @@ def test_a_round_that_was_cut_short_is_gone_on_with(ran: Ran, monkeypatch: pytes
     assert "| lora | tokens/s | 100 (100 to 100) | 1 | at least 13,500 |" in table(ran.results)
 
 
+def test_one_that_fails_keeps_no_other_from_being_measured(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fails(_: Bench) -> Measured:
+        raise ContestantFailedError("it ran out of memory")
+
+    monkeypatch.setitem(gpu.CONTESTANTS, "packed", fails)
+    assert ran.again("packing", "ray") == ["unpacked", "lora", "lora under torchrun"]
+    assert ran.failed == ["packed"]
+    assert "it ran out of memory" in capsys.readouterr().err
+    monkeypatch.setitem(gpu.CONTESTANTS, "packed", lambda _: ran._run("packed"))
+    assert (ran.again("packing", "ray"), ran.failed) == (["packed"], [])
+
+
 def test_another_machine_begins_a_round_of_its_own(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran.again("packing")
     elsewhere = Ran(tmp_path / "elsewhere", monkeypatch)
@@ -83,6 +98,7 @@ def test_nothing_is_begun_that_has_no_time(ran: Ran, capsys: pytest.CaptureFixtu
     assert ran.again("packing", ends=time.monotonic() + 60) == []
     assert "no time is left for packed" in capsys.readouterr().err
     assert ran.again("packing", ends=time.monotonic() + 600) == ["packed", "unpacked"]
+    assert "deterministic, killed" not in ran.again("resume", ends=time.monotonic() + 300)  # it is two runs
 
 
 def test_a_model_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -267,7 +267,7 @@ def refused(directory: Path) -> dict[str, str]:
 
     loader.ALLOW_BITSANDBYTES = False  # as it finds for itself where bitsandbytes has no functions for GPUs
     said = {}
-    for model, in_4bit in (("llama", True), ("without_pad", False)):
+    for model in ("llama", "without_pad", "mixture"):
         request = ModelRequest(
             directory=directory / model,
             adapter_directory=None,
@@ -275,14 +275,14 @@ def refused(directory: Path) -> dict[str, str]:
             device="cuda",
             dtype="bf16",
             zero_stage=0,
-            load_in_4bit=in_4bit,
+            load_in_4bit=model == "llama",
             flash_attention_2=False,
             packing=False,
             gradient_checkpointing=True,
             context_length=32,
             seed=0,
             trust_remote_code=False,
-            deterministic=False,
+            deterministic=model == "mixture",
         )
         try:
             unsloth_provider.build(request)

@@ -68,6 +68,10 @@ UNSLOTH_LORA_FIELDS = frozenset(
 )
 """What its loader is handed of a lora_config; whatever else it says is refused, not dropped."""
 
+_ATTENTION_OF_UNSLOTH = (
+    "flash_attn",
+    "xformers",
+)  # the first that is installed; it asks neither for equal bits
 # What `auto` takes: the first that goes with the run and is installed; with what is said for it.
 _PREFERRED: dict[Device, tuple[tuple[Provider, str], ...]] = {
     "cpu": (("torch", "on CPU there is nothing for Triton kernels to speed up"),),
@@ -136,6 +140,9 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
         return "Unsloth computes in 16 bits on a GPU, whatever dtype says"
     if provider == "unsloth" and (others := _trained_whole_but_not_by_unsloth(config)):
         return f"Unsloth trains embed_tokens, lm_head and norms whole, but not {' and '.join(others)} (lora_config.modules_to_save)"
+    packages = [package for package in _ATTENTION_OF_UNSLOTH if _installed(package)]
+    if provider == "unsloth" and device == "cuda" and config.deterministic and packages:
+        return f"Unsloth's attention would be by {packages[0]}, whose gradients differ from run to run (deterministic)"
     if provider == "unsloth" and config.packing:
         return "Unsloth's attention lets packed rows see one another"
     if provider == "unsloth" and config.task == "preference_tuning":

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import unsloth  # first: it patches what the imports below bring
-from transformers import GenerationConfig, set_seed
+from transformers import AutoConfig, GenerationConfig, set_seed
 
 from training.models import ModelRequest, torch_provider
 from training.models.files import ModelError, first_line
@@ -62,10 +62,20 @@ def _say_what_the_files_said(model: "PreTrainedModel", directory: Path) -> None:
         model.generation_config.max_length = own.max_length
 
 
+def _is_mixture(request: ModelRequest) -> bool:
+    files = AutoConfig.from_pretrained(request.directory, trust_remote_code=request.trust_remote_code)
+    config = files.get_text_config()
+    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+
+
 def _load(directory: Path, request: ModelRequest) -> Any:
     import torch
 
     on_gpu = request.device == "cuda"
+    if on_gpu and request.deterministic and _is_mixture(request):
+        raise ModelError(
+            "deterministic: Unsloth takes the kernels of a mixture of experts that are fastest when they are tried. Write kernels: liger."
+        )
     try:
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=str(directory),

@@ -4,6 +4,7 @@ built, and tokens of other rows cost nothing.
 transformers offers it by a package of its own (flash-attn), which needs a compiler; these kernels come with torch.
 """
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ NAME = "torch_varlen"
 
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # of torch's flash kernels
 _LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
+# Since torch 2.12 they have to be told of fewer heads of keys than of queries.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def serves(config: "PreTrainedConfig", dtype: torch.dtype) -> bool:
@@ -91,7 +94,7 @@ def attention(
         max_length_q,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=True,
+        **_GROUPED,
     )
     assert isinstance(result, torch.Tensor)
     return result.unsqueeze(0), None

@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from tests.support.jobs import run_main, started, tiny_settings, write_yaml
+from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.ray_cluster import needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from training.job import _Trainer
@@ -50,6 +52,38 @@ def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(
     assert needless <= set(everything)
     ours = [type(callback) for callback in trainer._create_default_callbacks()]
     assert ours == [callback for callback in everything if callback not in needless]
+
+
+GPUS_OF_A_WORKER = """
+import os
+import ray
+from training.cluster import Workers, cluster
+with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage="/tmp/runs"), tell=print):
+    seen = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    print("seen:", repr(ray.get(seen.remote())))
+"""
+
+
+def gpus_of_a_worker(variables: dict[str, str]) -> str:
+    """What a worker on CPU is told of the GPUs of a node where somebody else can see two."""
+    command = [sys.executable, "-c", GPUS_OF_A_WORKER]
+    done = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=environment() | {"CUDA_VISIBLE_DEVICES": "0,1"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_workers_on_cpu_see_no_gpus_of_their_node():
+    """Ray leaves them to a worker that asked for none, and Unsloth, bitsandbytes and DeepSpeed would take them."""
+    assert "seen: ''" in gpus_of_a_worker({})
+    with ray_cluster(cpus=1, variables={"CUDA_VISIBLE_DEVICES": "0,1"}) as cluster:
+        assert "seen: ''" in gpus_of_a_worker(cluster.variables)
 
 
 def test_workers_that_no_machine_can_hold(files: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.data.labels import label_tokens
 from training.data.sources import DataError
@@ -66,3 +67,34 @@ def test_tokens_of_labels_come_from_the_rows():
 def test_a_label_that_begins_another_is_refused():
     with pytest.raises(DataError, match="'10' begins with the tokens of '1'"):
         label_tokens([rows((0, [5]), (1, [5, 8]))], ["1", "10"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "logits"),
+    [
+        ([[-100, -100, -100, 5, 7, -100], [-100, -100, -100, -100, 6, -100]], 4),
+        ([[-100] * 6, [-100] * 6], 1),  # padding, which is evaluated where other workers have rows
+    ],
+)
+def test_only_logits_from_the_first_label_on_are_made(labels: list[list[int]], logits: int):
+    """accelerate would turn those of all tokens to fp32."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 10,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    made = []
+    model.lm_head.register_forward_hook(lambda module, given, made_of_it: made.append(made_of_it.shape[1]))
+    trainer: Any = ClassificationTrainer.__new__(ClassificationTrainer)
+    trainer.label_tokens = LABELS
+    inputs = {"input_ids": torch.randint(0, 10, (2, 6)), "labels": torch.tensor(labels)}
+    trainer._may_leave_out_logits = False
+    with torch.no_grad():
+        of_all = trainer.sums(model, inputs)
+        trainer._may_leave_out_logits = True
+        assert torch.equal(trainer.sums(model, inputs), of_all)
+    assert made == [6, logits]

@@ -82,6 +82,19 @@ def test_auto_keeps_packed_rows_apart(monkeypatch: pytest.MonkeyPatch):
     assert "lets packed rows see one another" in choice.reason
 
 
+@pytest.mark.parametrize("package", ["flash_attn", "xformers"])
+def test_attention_that_rounds_otherwise_every_time_is_not_deterministic(
+    package: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "_installed", lambda name: name in (package, "unsloth", "triton"))
+    choice = choose_kernels(config(deterministic=True), "cuda", 0)
+    assert choice.provider == "liger"
+    assert f"would be by {package}" in choice.reason
+    assert choose_kernels(config(), "cuda", 0).provider == "unsloth"
+    monkeypatch.setattr(kernels, "_installed", lambda name: name in ("unsloth", "triton"))
+    assert choose_kernels(config(deterministic=True), "cuda", 0).provider == "unsloth"
+
+
 def test_fp32_is_not_trained_in_16_bits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "_installed", lambda package: True)
     choice = choose_kernels(config(dtype="fp32"), "cuda", 0)

@@ -12,7 +12,7 @@ import peft
 import pytest
 import yaml
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 
 from configs.loading import load_config
 from tests.support.kernel_processes import found_by, found_without_triton
@@ -83,6 +83,7 @@ class Runs:
             parameter.data *= 0.1 if "lora_B" in name else 1
         adapted.save_pretrained(str(directory / "adapter"))
         self._make_model_without_pad(directory / "without_pad")
+        make_model(directory / "mixture", layers=1, kind=MixtralConfig, num_local_experts=2)
         for run, settings in RUNS.items():
             self._plan(directory / run, settings)
 
@@ -200,6 +201,7 @@ def test_a_nearly_full_gpu_keeps_what_is_trained(runs: Runs):
     [
         ("llama", "load_in_4bit: Unsloth cannot use bitsandbytes here"),
         ("without_pad", "Write kernels: liger."),
+        ("mixture", "deterministic: Unsloth takes the kernels of a mixture"),
     ],
 )
 def test_what_unsloth_cannot_load_is_refused_in_our_words(model: str, words: str, runs: Runs):
