@@ -15,6 +15,7 @@ from training.models.architecture import (
     PACKED_WITHOUT_MASK,
     ModelShape,
     is_embedding,
+    is_expert,
     is_head,
     position,
     share_of_experts,
@@ -49,6 +50,8 @@ class Job:
     device: Device
     longest: int
     """Tokens of the longest sequence of a batch."""
+    new_adapter: Mapping[str, tuple[int, ...]] | None = None
+    """Name -> shape of what is trained with a new adapter, where it was counted by PEFT itself."""
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -141,6 +144,8 @@ def _hold(job: Job) -> _Held:
     for module, rank in job.ranks.items():
         outputs, inputs = job.facts.matrix_shapes[module]
         shapes |= {f"{module}.lora_A": (rank, inputs), f"{module}.lora_B": (outputs, rank)}
+    if job.new_adapter is not None:
+        shapes = dict(job.new_adapter)
     # On CPU Unsloth computes as transformers and PEFT do.
     provider = choose_kernels(config, job.device, stage).provider if job.device == "cuda" else "torch"
     return _Held(
@@ -164,7 +169,10 @@ def _weights(job: Job, held: _Held) -> float:
         math.prod(shape) for name, shape in facts.parameter_shapes.items() if _is_in_layers(name, shape)
     )
     if config.load_in_4bit:
-        base = matrices * _NF4 + (facts.parameters - matrices) * held.base
+        # transformers holds a layer's experts in one parameter, which bitsandbytes leaves as it is; Unsloth packs it on a GPU
+        # (unsloth_zoo/temporary_patches/moe_utils_bnb4bit.py).
+        packed = matrices if held.provider == "unsloth" else matrices - _in_experts(job)
+        base = packed * _NF4 + (facts.parameters - packed) * held.base
     else:
         base = facts.parameters * held.base
     adapter = held.trained_entries * held.trained if config.trains_adapter else 0
@@ -176,6 +184,11 @@ def _weights(job: Job, held: _Held) -> float:
         return base + adapter + copies
     split = 0.0 if _is_offloaded(held, "offload_param") else (base + adapter) / held.devices
     return split + held.base * max(2 * matrices / job.shape.layers, job.shape.vocabulary * job.shape.hidden)
+
+
+def _in_experts(job: Job) -> int:
+    """Entries of all experts together."""
+    return sum(math.prod(shape) for name, shape in job.facts.parameter_shapes.items() if is_expert(name))
 
 
 def _cast_by_autocast(job: Job, held: _Held) -> int:
@@ -248,7 +261,7 @@ def _kept(job: Job, held: _Held) -> float:
     memory.
     """
     shape, tokens = job.shape, _tokens(job)
-    last = tokens * (_norm(job, held) + held.computed * shape.hidden)
+    last = tokens * (_norm(job, held, shape.hidden) + held.computed * shape.hidden)
     mask = tokens * job.longest if _is_masked(job, held) else 0  # a byte each, for all layers
     if not job.config.gradient_checkpointing:
         layers = shape.layers * tokens * _layer(job, held)
@@ -268,6 +281,9 @@ def _works_in(job: Job, held: _Held) -> float:
     shape, tokens = job.shape, _tokens(job)
     width = shape.intermediate * max(1, shape.experts_per_token)
     gradients = tokens * held.computed * (3 * width + 2 * shape.hidden)
+    if _attends_plainly(job, held):
+        # Of a softmax's input and output in fp32, and what is multiplied: the gradients of each pair, most of which live at once.
+        gradients = max(gradients, 7 * tokens * shape.heads * job.longest)
     return gradients + (tokens * _layer(job, held) if job.config.gradient_checkpointing else 0)
 
 
@@ -286,23 +302,41 @@ def _layer(job: Job, held: _Held) -> float:
     else:
         matrices = computed * (2 if held.provider == "liger" else 3) * width + _saved_inputs(job, held)
     # With a mask torch's attention takes keys and values as wide as queries, and the mask in its own type.
-    if shape.caps_scores and held.provider != "unsloth" and not config.flash_attention_2:
-        # transformers' plain attention: what caps each pair's score, and its probability, in fp32 and as it is multiplied
+    if _attends_plainly(job, held):
+        # What caps each pair's score, and its probability, in fp32 and as it is multiplied
         attention = computed * 4 * queries + 8 * shape.heads * job.longest
     elif _is_masked(job, held):
         attention = computed * (4 * queries + job.longest) + _FP32 * shape.heads
     else:
         attention = computed * (2 * queries + 2 * keys) + _FP32 * shape.heads
     copies = 2 * computed * hidden * shape.experts_per_token  # tokens sorted by expert, and back
-    return 2 * _norm(job, held) + attention + matrices + copies
+    norms = sum(_norm(job, held, width) for width in _norms_of_a_layer(job))
+    return norms + attention + matrices + copies
 
 
-def _norm(job: Job, held: _Held) -> float:
+def _attends_plainly(job: Job, held: _Held) -> bool:
+    """Whether attention is transformers' plain one, which torch's own cannot stand for."""
+    return job.shape.caps_scores and held.provider != "unsloth" and not job.config.flash_attention_2
+
+
+def _norms_of_a_layer(job: Job) -> list[int]:
+    """How many numbers of a token each norm takes."""
+    shape = job.shape
+    widths = {"q_norm": shape.heads * shape.head_dim, "k_norm": shape.key_value_heads * shape.head_dim}
+    names = (
+        name.split(".")
+        for name in job.facts.parameter_shapes
+        if ".0." in name and name.endswith("norm.weight")
+    )
+    return [widths.get(parts[-2], shape.hidden) for parts in names]
+
+
+def _norm(job: Job, held: _Held, width: int) -> float:
     """transformers computes norms in fp32; a trained one keeps what it scales. Liger's and Unsloth's keep their input."""
     if held.provider != "torch":
-        return held.base * job.shape.hidden + _FP32
-    scaled = 0 if job.config.trains_adapter else held.base * job.shape.hidden
-    return _FP32 * (job.shape.hidden + 1) + scaled
+        return held.base * width + _FP32
+    scaled = 0 if job.config.trains_adapter else held.base * width
+    return _FP32 * (width + 1) + scaled
 
 
 def _logits(job: Job, held: _Held) -> float:
@@ -370,6 +404,9 @@ def _saved_inputs(job: Job, held: _Held) -> float:
         # torch's dropout keeps a mask: of bytes on a GPU, in its input's type on CPU.
         masks += size * (held.trained if job.device == "cpu" else 1) if _dropout(job.config) else 0
     taken = own if held.autocast or _dropout(job.config) else sum(shared.values())
+    if job.config.lora_config and job.config.lora_config.use_dora:
+        # It scales what the base and the adapter make, each by itself.
+        taken += sum(2 * job.facts.matrix_shapes[module][0] for module in ranks)
     return (held.computed * (taken + sum(ranks.values())) + masks) / shape.layers
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -46,6 +46,7 @@ from training.memory import (
 )
 from training.models.architecture import (
     ModelShape,
+    adapter_shapes,
     check_is_causal,
     check_packing,
     model_shape,
@@ -236,11 +237,26 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
             shapes = parameter_shapes(tokenizer_dir, base_model, trust_remote_code=config.trust_remote_code)
             facts = replace(facts, parameter_shapes=shapes)
         _check_targets(config.lora_config, facts)
-    trained = _trainable_parameters(config, facts, adapter_facts)
+    new_adapter = None
+    if config.lora_config and not adapter_facts and _only_peft_can_count(config.lora_config, dimensions):
+        new_adapter = adapter_shapes(
+            tokenizer_dir, base_model, config.lora_config, trust_remote_code=config.trust_remote_code
+        )
+    trained = _trainable_parameters(config, facts, adapter_facts, new_adapter)
     if device == "cuda":
         check_optimizer(config, zero_stage(settings), trained)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
     warnings += _attention_warnings(config, facts, dimensions, device, kernels.provider)
+    if (
+        config.load_in_4bit
+        and dimensions
+        and dimensions.experts
+        and (device, kernels.provider) != ("cuda", "unsloth")
+    ):
+        warnings.append(
+            f"load_in_4bit: transformers holds the experts of a layer of {facts.source} in one parameter, which bitsandbytes leaves in "
+            "16 bits: only the rest is held in 4"
+        )
     if not config.trains_adapter and "learning_rate" not in loaded.given_keys:
         warnings.append(
             f"learning_rate is not given: {config.learning_rate:g} suits LoRA, and all parameters of a pretrained model usually take about "
@@ -280,6 +296,7 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         adapter=adapter_facts,
         device=device,
         longest=_longest_sequence(config, train),
+        new_adapter=new_adapter,
     )
     batch_reason = ""
     if config.train_batch_size_per_device == "auto":
@@ -521,9 +538,21 @@ def _check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFa
         )
 
 
-def _trainable_parameters(config: FinetuneConfig, facts: ModelFacts, adapter: AdapterFacts | None) -> int:
-    if adapter:
-        return sum(math.prod(shape) for shape in adapter.parameter_shapes.values())
+def _only_peft_can_count(lora: LoraConfig, dimensions: ModelShape | None) -> bool:
+    """Whether an adapter is more than two matrices beside each of the model's; PEFT takes a second or two to make it up."""
+    beside_matrices = lora.target_parameters or lora.trainable_token_indices or lora.bias != "none"
+    return bool(beside_matrices or lora.use_dora or lora.lora_bias or (dimensions and dimensions.experts))
+
+
+def _trainable_parameters(
+    config: FinetuneConfig,
+    facts: ModelFacts,
+    adapter: AdapterFacts | None,
+    new_adapter: Mapping[str, tuple[int, ...]] | None,
+) -> int:
+    if adapter or new_adapter:
+        shapes = adapter.parameter_shapes if adapter else new_adapter or {}
+        return sum(math.prod(shape) for shape in shapes.values())
     if config.lora_config:
         return count_lora_parameters(facts, config.lora_config)
     return facts.parameters

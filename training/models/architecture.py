@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from configs.schema import LoraConfig
 from training.models.files import ModelError, first_line
 from utils.processes import importing
 
@@ -87,9 +88,14 @@ def is_head(parameter: str) -> bool:
     return _HEAD.search(parameter) is not None
 
 
+def is_expert(parameter: str) -> bool:
+    """Whether a parameter is of a mixture's experts, by its name."""
+    return _EXPERT.search(parameter) is not None
+
+
 def share_of_experts(shape: ModelShape, parameter: str) -> float:
     """Which part of a matrix a token goes through: a mixture takes some of its experts."""
-    return shape.experts_per_token / shape.experts if shape.experts and _EXPERT.search(parameter) else 1.0
+    return shape.experts_per_token / shape.experts if shape.experts and is_expert(parameter) else 1.0
 
 
 def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
@@ -170,6 +176,34 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
     Raises:
         ModelError: the model cannot be built.
     """
+    model = _without_numbers(directory, source, trust_remote_code)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def adapter_shapes(
+    directory: Path, source: str, lora: LoraConfig, *, trust_remote_code: bool
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of everything that is trained with a new adapter, as PEFT puts it on the model.
+
+    Raises:
+        ModelError: the model cannot be built, or takes no such adapter.
+    """
+    import peft
+    import torch
+
+    model = _without_numbers(directory, source, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            # How it starts decides no shape, and not all ways go without numbers.
+            settings: dict[str, Any] = lora.model_dump() | {"init_lora_weights": True}
+            adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    except ValueError as error:
+        raise ModelError(f"lora_config: {source} cannot take this adapter: {first_line(error)}") from error
+    return {name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad}
+
+
+def _without_numbers(directory: Path, source: str, trust_remote_code: bool) -> Any:
+    """The model on torch's meta device, before anything packs or quantises it."""
     import torch
 
     with importing():
@@ -179,8 +213,7 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     with importing(), torch.device("meta"):  # it imports the module of this kind of model
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> ModelShape | None:

@@ -280,16 +280,12 @@ def read_adapter_facts(source: str) -> AdapterFacts:
 
 
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
-    """How many parameters LoRA adds, from the shapes alone: `r * (inputs + outputs)` for each targeted matrix.
-
-    Counts the modules that PEFT would match; not the biases, experts and single tokens that it can train as well.
-    """
+    """How many parameters LoRA adds, from the shapes alone: `r * (inputs + outputs)` for each matrix that PEFT would match, and the
+    modules that are trained whole. For biases, experts and single tokens see `adapter_shapes`."""
     total = 0
     for module in targeted_modules(facts, lora):
         outputs, inputs = facts.matrix_shapes[module]
         total += _rank(lora, module) * (outputs + inputs)
-        if lora.use_dora:
-            total += outputs
     for module in lora.modules_to_save or []:
         total += sum(
             math.prod(shape)
