@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from tokenizers import Tokenizer
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -146,6 +148,7 @@ class Bench:
         first = self.directory / "runs" / name / "checkpoints" / f"step-{every:06d}" / "MANIFEST.json"
         with started(config) as job:
             job.wait_until(first.exists, "a first checkpoint")
+            assert job.process.poll() is None, "it was done before it was killed"
         self._run_main(config)
         return self._measured(name)
 
@@ -283,12 +286,13 @@ class Bench:
         scale = self.scale
         if not file.exists():
             needed = 2 * scale.steps * scale.batch_size * scale.accumulation * scale.context_length
+            tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
             rows, total = [], 0
             while total < needed:
                 tokens = GSM8K_LENGTHS[len(rows) * 7 % len(GSM8K_LENGTHS)]
-                rows.append(
-                    {"text": _text(tokens * 2, len(rows))}
-                )  # a token has two characters here in the mean
+                text = _text(tokens * _CHARACTERS_A_TOKEN, len(rows))
+                places = tokenizer.encode(text, add_special_tokens=False).offsets
+                rows.append({"text": text[: places[tokens - 1][1]]})
                 total += tokens
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return file
@@ -432,7 +436,8 @@ PARTS = {
         ("deterministic", "deterministic, killed", "lora"),
         lambda of: {
             "weights are those of a run that was never killed": float(
-                of["deterministic, killed"].weights == of["deterministic"].weights
+                of["deterministic"].weights is not None
+                and of["deterministic"].weights == of["deterministic, killed"].weights
             ),
             "step time / not deterministic": of["deterministic"].step_seconds / of["lora"].step_seconds,
         },
@@ -466,14 +471,19 @@ def main() -> None:
         "--minutes", type=float, default=math.inf, help="begin no contestant that may take longer than this"
     )
     parser.add_argument("--tiny", action="store_true", help="shapes for two CPU cores")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--results", type=Path, help="a directory; default: benchmarks/results, with --tiny none that is kept"
+    )
     arguments = parser.parse_args()
     ends = time.monotonic() + 60 * arguments.minutes
     scale = TINY if arguments.tiny else LLAMA_3_8B
     directory = Path(tempfile.gettempdir()) / f"anneal-bench-gpu-{'tiny' if arguments.tiny else 'llama-3-8b'}"
+    if scale.device == "cuda" and shutil.which("nvidia-smi") is None:
+        raise SystemExit("no GPU here: --tiny runs the same script with shapes for two CPU cores")
     directory.mkdir(exist_ok=True)
-    failed = measure(Bench(scale, directory), arguments.part or list(PARTS), ends, arguments.results)
-    print(table(arguments.results))
+    results = arguments.results or (directory / "results" if arguments.tiny else RESULTS)
+    failed = measure(Bench(scale, directory), arguments.part or list(PARTS), ends, results)
+    print(table(results))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

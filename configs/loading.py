@@ -204,6 +204,10 @@ def _apply_override(document: Document, override: str, order: int) -> None:
             text = f"`{outer}` is {shown(section)}, which has no keys: set `{outer}` itself"
             document.problems.append(Problem(path, origin, text))
             return
+    is_known = path[-1] in section or key in FinetuneConfig.model_fields
+    if value.data is None and not value.problems and is_known:
+        section.pop(path[-1], None)
+        return
     document.put(path, value)
 
 

@@ -889,6 +889,20 @@ def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield key, f"`{key}` is 0 with `device: cuda`: leave `GPU` out, or write `device: cpu`"
     if gpus and config.device == "cpu":
         yield key, f"`{key}` is {gpus} with `device: cpu`: leave `GPU` out, or write `device: cuda`"
+    named = [name for name in config.worker_resources if name.startswith("accelerator_type:")]
+    if len(named) > 1:
+        yield (
+            "worker_resources",
+            f"`worker_resources` asks for {' and '.join(named)}, and a node has one of them: write one, on the command line as "
+            "`worker_resources='{accelerator_type:NAME: 0.001}'`",
+        )
+    for name in named:
+        if name == "accelerator_type:" or config.worker_resources[name] > 1:
+            yield (
+                f"worker_resources.{name}",
+                "an accelerator is asked for by a name, and Ray gives a node 1 of it: write "
+                "`accelerator_type:A10G: 0.001`",
+            )
     if config.kernels == "liger" and config.device == "cpu":
         yield "kernels", "`kernels: liger` needs a GPU: write `kernels: auto` or `torch` with `device: cpu`"
 

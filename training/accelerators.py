@@ -1,5 +1,6 @@
 """What is known of GPUs by their names: memory and peak speed, from their makers' data sheets."""
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ def named_accelerator(resources: Iterable[str]) -> str | None:
 def memory_of(name: str) -> int | None:
     """Bytes of an accelerator by Ray's name; None where it is not known."""
     return min((known.memory for known in ACCELERATORS if known.name == name), default=None)
+
+
+def nearest_name(name: str) -> str | None:
+    """What somebody may have meant who wrote a name that is not known; None where nothing comes near."""
+    known = {accelerator.name.upper(): accelerator.name for accelerator in ACCELERATORS}
+    near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+    return known[near[0]] if near else None
 
 
 def peak_flops_of(device_name: str) -> float | None:

@@ -22,6 +22,7 @@ from training.plan import RunPlan
 from training.travel import EVERYTHING_BUT_CODE, PROJECT
 from utils.bucket import uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
+from utils.files import format_bytes
 from utils.node_cache import LIMIT_VARIABLE
 
 # On CPU a step's large blocks are given back to the kernel and asked for again in the next one, for a tenth of the time.
@@ -212,8 +213,13 @@ def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, f
 
 def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
     """What is needed, beside what the cluster has and, where an autoscaler tells, may have at most."""
+
+    def said(name: str, amount: float) -> str:
+        return format_bytes(int(amount)) if name.endswith("memory") else f"{amount:g}"
+
     return ", ".join(
-        f"{name} {amount:g} (has {has.get(name, 0):g}{f', at most {most.get(name, 0):g}' if most else ''})"
+        f"{name} {said(name, amount)} (has {said(name, has.get(name, 0))}"
+        f"{f', at most {said(name, most.get(name, 0))}' if most else ''})"
         for name, amount in short.items()
     )
 

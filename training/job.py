@@ -72,7 +72,7 @@ from training.worker import package_versions, train_worker, worker_log
 from training.worker_groups import GroupSizes, GroupTold, causes_of
 from utils.bucket import BucketError, Store, open_store
 
-_LOOK_FOR_SIGNALS_SECONDS = 1.0
+_LOOK_FOR_SIGNALS_SECONDS = 0.1  # two that come while Ray waits are told as one
 _WAIT_FOR_LOST_PLACES_SECONDS = 20
 _LONGEST_START_SECONDS = 30.0  # of Ray's controller
 _LONGEST_REASON = 400  # characters

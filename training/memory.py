@@ -471,7 +471,7 @@ def report_memory(job: Job, accelerator: str | None, available: int | None) -> M
         accelerator=accelerator,
         available=available,
         verdict=verdict,
-        savings=_savings(job),
+        savings=_savings(job, available),
     )
 
 
@@ -504,10 +504,10 @@ def largest_batch(job: Job, available: int) -> int:
     return 1
 
 
-def _savings(job: Job) -> list[Saving]:
-    """The three changes that save most, each by itself."""
+def _savings(job: Job, available: int | None) -> list[Saving]:
+    """The three changes that save most, each by itself and of another key: of one key the mildest that fits, else what saves most."""
     now = estimate_memory(job).total
-    found = []
+    found: dict[str, Saving] = {}
     for setting, changes in _alternatives(job):
         changed = _changed(job, changes)
         if changed is None:
@@ -516,10 +516,15 @@ def _savings(job: Job) -> list[Saving]:
             held = _hold(changed)
             if job.device == "cuda":
                 check_optimizer(changed.config, held.stage, held.trained_entries)
-            found.append(Saving(setting, now - estimate_memory(changed).total))
+            saving = Saving(setting, now - estimate_memory(changed).total)
         except (ModelError, StrategyError):
             continue  # kernels that are not installed, or what a plan would refuse
-    return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)[:3]
+        key = setting.split(":")[0]
+        known = found.get(key)
+        fits = known and available is not None and now - known.saved <= _SURE_SHARE * available
+        if known is None or (not fits and saving.saved > known.saved):
+            found[key] = saving
+    return sorted((one for one in found.values() if one.saved > 0), key=lambda one: -one.saved)[:3]
 
 
 def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -538,8 +543,10 @@ def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "lora_config: {r: 16}", {"lora_config": {"r": 16}}
     if config.optim.startswith("adamw_torch"):
         yield "optim: adamw_8bit", {"optim": "adamw_8bit"}
+    if config.optim.startswith("adamw") and job.device == "cuda":
+        yield "optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"}
     for preset in ("zero_2", "zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"):
-        if config.most_devices > 1:
+        if config.most_devices > 1 or (job.device == "cuda" and "offload" in preset):
             yield f"deepspeed: {preset}", {"deepspeed": preset}
     if job.device == "cuda":
         unsloth = {"kernels": "unsloth", "gradient_checkpointing": "unsloth"}

@@ -22,6 +22,7 @@ from configs.schema import (
 )
 from runs.layout import DataFingerprints, RunResult, run_of
 from runs.reading import newest, read_result, survey
+from training.accelerators import memory_of, named_accelerator, nearest_name
 from training.addresses import ClusterError
 from training.checkpoints import CheckpointError
 from training.continuation import adapter_differences, batch_size_of, misfits
@@ -256,6 +257,11 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         warnings.append(
             f"load_in_4bit: transformers holds the experts of a layer of {facts.source} in one parameter, which bitsandbytes leaves in "
             "16 bits: only the rest is held in 4"
+        )
+    named = named_accelerator(config.worker_resources)
+    if named and memory_of(named) is None and (meant := nearest_name(named)):
+        warnings.append(
+            f"worker_resources: accelerator_type:{named} is not known here, and Ray takes names letter by letter: did you mean {meant}?"
         )
     if not config.trains_adapter and "learning_rate" not in loaded.given_keys:
         warnings.append(

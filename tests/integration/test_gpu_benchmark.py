@@ -12,10 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from benchmarks import gpu
-from benchmarks.gpu import CONTESTANTS, PARTS, TINY, Bench, ContestantFailedError, Measured, measure, table
+from benchmarks.gpu import (
+    CONTESTANTS,
+    GSM8K_LENGTHS,
+    PARTS,
+    TINY,
+    Bench,
+    ContestantFailedError,
+    Measured,
+    measure,
+    table,
+)
 from tests.support.jobs import PROJECT, environment
+from tests.support.tiny_model import make_tokenizer
 
 
 class Ran:
@@ -99,6 +111,16 @@ def test_nothing_is_begun_that_has_no_time(ran: Ran, capsys: pytest.CaptureFixtu
     assert "no time is left for packed" in capsys.readouterr().err
     assert ran.again("packing", ends=time.monotonic() + 600) == ["packed", "unpacked"]
     assert "deterministic, killed" not in ran.again("resume", ends=time.monotonic() + 300)  # it is two runs
+
+
+def test_rows_are_as_long_as_those_of_gsm8k(tmp_path: Path):
+    model = tmp_path / "model-2-layers"
+    make_tokenizer().save_pretrained(model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    lines = Bench(TINY, tmp_path).gsm8k_rows().read_text().splitlines()
+    lengths = [len(tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)) for line in lines]
+    assert len(lengths) > len(GSM8K_LENGTHS)
+    assert sorted(lengths[: len(GSM8K_LENGTHS)]) == sorted(GSM8K_LENGTHS)
 
 
 def test_a_model_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

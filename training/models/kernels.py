@@ -77,11 +77,6 @@ _PREFERRED: dict[Device, tuple[tuple[Provider, str], ...]] = {
     "cpu": (("torch", "on CPU there is nothing for Triton kernels to speed up"),),
     "cuda": (("unsloth", "the fastest on one GPU a worker"), ("liger", ""), ("torch", "")),
 }
-_NEEDS: dict[Provider, tuple[str, str]] = {
-    "unsloth": ("unsloth", "Unsloth is not installed (make setup-unsloth)"),
-    "liger": ("triton", "Triton is missing for Liger's"),
-}
-"""The package that a provider needs, and what is said without it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,9 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
 def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
     passed_over = []
     for provider, praise in _PREFERRED[device]:
-        reason = _why_not(provider, config, device, stage) or _missing(provider)
+        reason = _why_not(provider, config, device, stage)
+        if reason is None and provider == "unsloth" and not _installed("unsloth"):
+            reason = "Unsloth is not installed (make setup-unsloth)"
         if reason is None:
             return KernelChoice(provider, f"auto: {', and '.join(passed_over) or praise}")
         passed_over.append(reason)
@@ -187,13 +184,6 @@ def _trained_whole_but_not_by_unsloth(config: FinetuneConfig) -> list[str]:
         for name in named
         if name.split(".")[-1] not in ("embed_tokens", "lm_head") and not name.endswith("norm")
     ]
-
-
-def _missing(provider: Provider) -> str | None:
-    if provider not in _NEEDS:
-        return None
-    package, words = _NEEDS[provider]
-    return None if _installed(package) else words
 
 
 def compatibility_as_markdown() -> str:

@@ -267,6 +267,15 @@ def test_overrides(write):
     assert "lora_config.r" in loaded.given_keys
 
 
+def test_null_unsets_a_key_that_cannot_be_null(write):
+    path = write(BASE + "gradient_accumulation_steps: 4\nlora_config: {r: 4}\n")
+    config = load_config(path, ["gradient_accumulation_steps=null", "lora_config.r=null", "seed=null"]).config
+    assert (config.gradient_accumulation_steps, config.seed) == (1, 42)
+    assert config.lora_config is not None
+    assert config.lora_config.r == 8
+    assert "did you mean `gradient_accumulation_steps`" in complaint(path, "gradient_acumulation_steps=null")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -107,6 +107,12 @@ def test_a_config_does_not_change():
         ({"worker_resources": {"GPU": 0}, "device": "cuda", "num_devices": 2}, "device: cuda"),
         ({"worker_resources": {"GPU": 2}}, "num_devices"),
         ({"worker_resources": {"GPU": 1}, "device": "cpu"}, "device: cpu"),
+        (
+            {"worker_resources": {"accelerator_type:A10G": 0.001, "accelerator_type:H100": 0.001}},
+            "`worker_resources` asks for accelerator_type:A10G and accelerator_type:H100",
+        ),
+        ({"worker_resources": {"accelerator_type:H100": 4}}, "Ray gives a node 1 of it"),
+        ({"worker_resources": {"accelerator_type:": 0.001}}, "asked for by a name"),
         ({"preference_tuning_config": {}}, "task: preference_tuning"),
         ({"classifier_config": {"label_tokens": ["a", "b"]}}, "task: classification"),
         ({"task": "classification"}, "label_tokens"),

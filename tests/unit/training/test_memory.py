@@ -20,6 +20,7 @@ from transformers import (
 
 import tests.support.varlen_on_cpu  # noqa: F401  # registers them
 from configs.schema import FinetuneConfig
+from tests.support.architectures import make_files
 from tests.support.live_memory import LiveMemory
 from tests.support.tiny_model import make_model
 from training.data.batches import with_ends_of_rows
@@ -460,6 +461,20 @@ def test_what_would_help_is_what_another_estimate_says(models: dict[int, Path]):
     assert "`train_batch_size_per_device: 4, gradient_accumulation_steps: 2` (" in words
     assert "`context_length: 200` (" in words
     assert words.endswith(" less). Rows longer than that context_length would be cut, or go by `long_rows`.")
+
+
+def test_what_would_help_are_three_keys_and_the_mildest_of_each_that_fits(tmp_path: Path):
+    model = make_files(tmp_path / "model", "meta-llama/Meta-Llama-3-8B-Instruct")
+    of = job(model, device="cuda", kernels="torch", num_devices=8, longest=400)
+
+    def advised(available: int) -> list[str]:
+        return [saving.setting for saving in report_memory(of, "A100", available).savings]
+
+    small, large = advised(2**30), advised(80 * 2**30)
+    for settings in (small, large):
+        assert len({setting.split(":")[0] for setting in settings}) == 3, settings
+    assert "deepspeed: zero_3_offload_optim+param" in small
+    assert "deepspeed: zero_2" in large
 
 
 def test_what_does_not_go_together_is_not_advised(models: dict[int, Path]):

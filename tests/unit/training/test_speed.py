@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from training import speed
-from training.accelerators import ACCELERATORS, memory_of, named_accelerator, peak_flops_of
+from training.accelerators import ACCELERATORS, memory_of, named_accelerator, nearest_name, peak_flops_of
 from training.data.batches import BatchShape, Order
 from training.flops import RowFlops
 from training.speed import PHASES, GpuTimeline, HostTimeline, PhaseClock, Throughput
@@ -248,3 +248,11 @@ def test_the_accelerator_that_workers_ask_for():
     assert named_accelerator({"CPU": 4}) is None
     assert memory_of("A100") == memory_of("A100-40G"), "the least that the name may mean"
     assert memory_of("Intel-GAUDI") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("a10g", "A10G"), ("A100-80GB", "A100-80G"), ("H10", "H100"), ("Intel-GAUDI", None), ("T4", None)],
+)
+def test_a_name_that_is_misspelt(name: str, meant: str | None):
+    assert nearest_name(name) == meant
