@@ -320,7 +320,7 @@ def _attends_plainly(job: Job, held: _Held) -> bool:
 
 
 def _norms_of_a_layer(job: Job) -> list[int]:
-    """How many numbers of a token each norm takes."""
+    """How many numbers of a token each norm takes; two norms of all of them where they are not called so."""
     shape = job.shape
     widths = {"q_norm": shape.heads * shape.head_dim, "k_norm": shape.key_value_heads * shape.head_dim}
     names = (
@@ -328,7 +328,7 @@ def _norms_of_a_layer(job: Job) -> list[int]:
         for name in job.facts.parameter_shapes
         if ".0." in name and name.endswith("norm.weight")
     )
-    return [widths.get(parts[-2], shape.hidden) for parts in names]
+    return [widths.get(parts[-2], shape.hidden) for parts in names] or [shape.hidden] * 2
 
 
 def _norm(job: Job, held: _Held, width: int) -> float:
