@@ -96,6 +96,9 @@ ModelUri = Annotated[Text, _uri(*_BUCKETS, "file")]
 DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file")]
 PositiveInt = Annotated[int, Field(gt=0)]
+ACCELERATOR = "accelerator_type:"
+"""What the names of Ray's resources for kinds of GPUs begin with."""
+
 Resources = Annotated[
     dict[Text, Annotated[int | float, Field(ge=0)]],
     BeforeValidator(_memory_in_bytes),
@@ -889,7 +892,7 @@ def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield key, f"`{key}` is 0 with `device: cuda`: leave `GPU` out, or write `device: cpu`"
     if gpus and config.device == "cpu":
         yield key, f"`{key}` is {gpus} with `device: cpu`: leave `GPU` out, or write `device: cuda`"
-    named = [name for name in config.worker_resources if name.startswith("accelerator_type:")]
+    named = [name for name in config.worker_resources if name.startswith(ACCELERATOR)]
     if len(named) > 1:
         yield (
             "worker_resources",
@@ -897,7 +900,7 @@ def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "`worker_resources='{accelerator_type:NAME: 0.001}'`",
         )
     for name in named:
-        if name == "accelerator_type:" or config.worker_resources[name] > 1:
+        if name == ACCELERATOR or config.worker_resources[name] > 1:
             yield (
                 f"worker_resources.{name}",
                 "an accelerator is asked for by a name, and Ray gives a node 1 of it: write "

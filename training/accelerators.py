@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_PREFIX = "accelerator_type:"
+from configs.schema import ACCELERATOR
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ ACCELERATORS = (
 
 def named_accelerator(resources: Iterable[str]) -> str | None:
     """The accelerator that Ray resources ask for, if any."""
-    return next((name.removeprefix(_PREFIX) for name in resources if name.startswith(_PREFIX)), None)
+    return next((name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)), None)
 
 
 def memory_of(name: str) -> int | None:

@@ -144,6 +144,8 @@ def _hold(job: Job) -> _Held:
     for module, rank in job.ranks.items():
         outputs, inputs = job.facts.matrix_shapes[module]
         shapes |= {f"{module}.lora_A": (rank, inputs), f"{module}.lora_B": (outputs, rank)}
+        if config.lora_config and config.lora_config.use_dora:
+            shapes[f"{module}.lora_magnitude_vector"] = (outputs,)
     if job.new_adapter is not None:
         shapes = dict(job.new_adapter)
     # On CPU Unsloth computes as transformers and PEFT do.

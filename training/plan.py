@@ -248,21 +248,8 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         check_optimizer(config, zero_stage(settings), trained)
     warnings = list(_model_warnings(config, facts, adapter_facts, kernels.provider))
     warnings += _attention_warnings(config, facts, dimensions, device, kernels.provider)
-    if (
-        config.load_in_4bit
-        and dimensions
-        and dimensions.experts
-        and (device, kernels.provider) != ("cuda", "unsloth")
-    ):
-        warnings.append(
-            f"load_in_4bit: transformers holds the experts of a layer of {facts.source} in one parameter, which bitsandbytes leaves in "
-            "16 bits: only the rest is held in 4"
-        )
-    named = named_accelerator(config.worker_resources)
-    if named and memory_of(named) is None and (meant := nearest_name(named)):
-        warnings.append(
-            f"worker_resources: accelerator_type:{named} is not known here, and Ray takes names letter by letter: did you mean {meant}?"
-        )
+    warnings += _expert_warnings(config, facts, dimensions, device, kernels.provider)
+    warnings += _accelerator_warnings(config)
     if not config.trains_adapter and "learning_rate" not in loaded.given_keys:
         warnings.append(
             f"learning_rate is not given: {config.learning_rate:g} suits LoRA, and all parameters of a pretrained model usually take about "
@@ -545,9 +532,9 @@ def _check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFa
 
 
 def _only_peft_can_count(lora: LoraConfig, dimensions: ModelShape | None) -> bool:
-    """Whether an adapter is more than two matrices beside each of the model's; PEFT takes a second or two to make it up."""
+    """Whether an adapter is more than matrices, and DoRA's magnitudes, beside each of the model's; PEFT takes a second or two to make it up."""
     beside_matrices = lora.target_parameters or lora.trainable_token_indices or lora.bias != "none"
-    return bool(beside_matrices or lora.use_dora or lora.lora_bias or (dimensions and dimensions.experts))
+    return bool(beside_matrices or lora.lora_bias or (dimensions and dimensions.experts))
 
 
 def _trainable_parameters(
@@ -665,6 +652,23 @@ def _attention_warnings(
         "whose memory grows with the square of the length"
     )
     yield f"{text}; flash_attention_2: true (a package of its own) needs less" if device == "cuda" else text
+
+
+def _accelerator_warnings(config: FinetuneConfig) -> Iterator[str]:
+    named = named_accelerator(config.worker_resources)
+    if named and memory_of(named) is None and (meant := nearest_name(named)):
+        yield f"worker_resources: accelerator_type:{named} is not known here, and Ray takes names letter by letter: did you mean {meant}?"
+
+
+def _expert_warnings(
+    config: FinetuneConfig, facts: ModelFacts, shape: ModelShape | None, device: Device, kernels: Provider
+) -> Iterator[str]:
+    unsloth_packs_them = (device, kernels) == ("cuda", "unsloth")
+    if config.load_in_4bit and shape and shape.experts and not unsloth_packs_them:
+        yield (
+            f"load_in_4bit: transformers holds the experts of a layer of {facts.source} in one parameter, which bitsandbytes leaves in "
+            "16 bits: only the rest is held in 4"
+        )
 
 
 def _template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:

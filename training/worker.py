@@ -129,9 +129,8 @@ def prepare_process(plan: RunPlan, place: Place) -> None:
     if plan.config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch.use_deterministic_algorithms asks
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers hands it to the flash-attn package
-        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = (
-            "1"  # it would choose some kernels by how fast they are now
-        )
+        # torch.compile would choose some kernels by how fast they are now.
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if plan.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch

@@ -242,7 +242,7 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
         or not set(kinds) <= _MASKED_LAYERS
     ):
         return None
-    experts = said.get("num_local_experts") or said.get("num_experts") or 0
+    experts = count_experts(text)
     window = said.get("sliding_window")
     return ModelShape(
         kind=text.model_type,
@@ -260,6 +260,12 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
         experts=experts,
         experts_per_token=said.get("num_experts_per_tok") or 0,
     )
+
+
+def count_experts(text: Any) -> int:
+    """Of each layer, by a model's text configuration; 0 where it is no mixture."""
+    said = text.to_dict()  # without the defaults that attributes of other architectures would have
+    return said.get("num_local_experts") or said.get("num_experts") or 0
 
 
 def _load_config(directory: Path, source: str, trust_remote_code: bool):

@@ -286,6 +286,8 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
     for module in targeted_modules(facts, lora):
         outputs, inputs = facts.matrix_shapes[module]
         total += _rank(lora, module) * (outputs + inputs)
+        if lora.use_dora:
+            total += outputs
     for module in lora.modules_to_save or []:
         total += sum(
             math.prod(shape)

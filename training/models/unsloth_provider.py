@@ -12,6 +12,7 @@ import unsloth  # first: it patches what the imports below bring
 from transformers import AutoConfig, GenerationConfig, set_seed
 
 from training.models import ModelRequest, torch_provider
+from training.models.architecture import count_experts
 from training.models.files import ModelError, first_line
 from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
 
@@ -63,9 +64,8 @@ def _say_what_the_files_said(model: "PreTrainedModel", directory: Path) -> None:
 
 
 def _is_mixture(request: ModelRequest) -> bool:
-    files = AutoConfig.from_pretrained(request.directory, trust_remote_code=request.trust_remote_code)
-    config = files.get_text_config()
-    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+    config = AutoConfig.from_pretrained(request.directory, trust_remote_code=request.trust_remote_code)
+    return count_experts(config.get_text_config()) > 0
 
 
 def _load(directory: Path, request: ModelRequest) -> Any:

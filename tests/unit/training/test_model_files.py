@@ -64,6 +64,7 @@ def test_a_sharded_model_is_the_same_model(tiny_model: Path, model: Path):
         {"r": 8},
         {"r": 16, "target_modules": ["q_proj", "v_proj"]},
         {"target_modules": r".*\.mlp\.(up|down)_proj"},
+        {"use_dora": True},
         {"modules_to_save": ["embed_tokens"]},
         {"exclude_modules": ["down_proj"]},
         {"rank_pattern": {"q_proj": 2}},
