@@ -147,6 +147,7 @@ class Runs:
 
     def saved(self, run: str, provider: str) -> Path:
         """The checkpoint of the last step; below it, in another directory, lies that of the continued run."""
+        assert self[provider], "its process writes it"
         return self._directory / run / provider / "checkpoint-2"
 
 
