@@ -23,15 +23,15 @@ from typing import Any
 
 from rich.console import Console
 
-from configs.loading import ConfigError, LoadedConfig, default_keys, load_config, to_marked_yaml
+from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
 from configs.schema import ExportConfig
 from runs import commands as looking
 from training import commands as using
-from utils.bucket import BucketError
 from utils.console import library_output_in, open_consoles
+from utils.errors import AnnealError
 from utils.processes import FORWARDED, importing, run_in_own_session
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, REJECTED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic()
     if "" in arguments:  # it would mean the working directory, or nothing
         print("error: an argument is empty: was a variable not set?", file=sys.stderr)
-        return REFUSED
+        return REJECTED
     if arguments and arguments[0] in looking.COMMANDS:
         return look(arguments)
     if arguments and arguments[0] in using.COMMANDS:
@@ -49,13 +49,13 @@ def main(arguments: list[str]) -> int:
             f"error: {arguments[0]}: there is no such file, and no such command: did you mean main.py {meant}?",
             file=sys.stderr,
         )
-        return REFUSED
+        return REJECTED
     options = parse_arguments(arguments)
     try:
         loaded = load_config(options.config, options.overrides)
-    except ConfigError as error:
+    except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+        return error.exit_code
     output, errors = open_consoles()
     for warning in loaded.warnings:
         errors.write(f"warning: {warning}\n")
@@ -76,9 +76,9 @@ def look(arguments: list[str]) -> int:
     """Carry out a command that looks at runs; returns the exit code."""
     try:
         looking.run_command(arguments)
-    except BucketError as error:
+    except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
@@ -88,18 +88,11 @@ def use(arguments: list[str]) -> int:
     """Carry out a command that uses what was trained; returns the exit code."""
     options = using.parse_arguments(arguments)
     set_ray_up()
-    with importing():
-        from training.events import WorkersFailedError
-        from training.plan import REFUSALS
-
     try:
         using.run_command(options)
-    except REFUSALS as error:
+    except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except WorkersFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
@@ -175,13 +168,11 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
     set_ray_up()
     with importing():
         from training.addresses import check_cluster_answers
-        from training.claims import ClaimError
         from training.data.report import to_html
         from training.devices import check_devices_are_here
         from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
-        from training.events import UnrecordedError
         from training.paths import make_scratch_directory, needs_embedded_bucket
-        from training.plan import REFUSALS, make_plan
+        from training.plan import make_plan
         from utils.embedded_bucket import embedded_bucket
         from utils.files import write_atomically
 
@@ -231,12 +222,9 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
                     driver_log=driver_log,
                     on_event=watch.on_event,
                 )
-    except (*REFUSALS, ClaimError) as error:
+    except AnnealError as error:
         show_error(progress, str(error))
-        return REFUSED
-    except UnrecordedError as error:
-        show_error(progress, str(error))
-        return FAILED
+        return error.exit_code
     except KeyboardInterrupt:
         show_error(progress, "interrupted before training began; nothing was written")
         return INTERRUPTED
@@ -266,7 +254,6 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
         show_warning,
     )
     from training.paths import make_scratch_directory
-    from training.plan import REFUSALS
     from training.travel import pack
 
     output, progress = open_consoles()
@@ -299,9 +286,9 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
                 print_json(output, job.to_json(), options)
                 return DONE
             end = submission.follow(job, lambda line: progress.out(line, highlight=False))
-    except REFUSALS as error:
+    except AnnealError as error:
         show_error(progress, str(error))
-        return FAILED if job else REFUSED
+        return FAILED if job else error.exit_code
     except KeyboardInterrupt:
         fate = (
             f"the job goes on; to stop it: {shlex.join(job.stop_command)}" if job else "nothing was submitted"
@@ -318,7 +305,6 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
 def export_completed(run_uri: str, settings: ExportConfig, screen: Console, progress: Console) -> int:
     """What the YAML's `export` asks for, behind a completed run; returns the exit code."""
     from training.display import show_error
-    from training.plan import REFUSALS
 
     received: list[int] = []
 
@@ -330,7 +316,7 @@ def export_completed(run_uri: str, settings: ExportConfig, screen: Console, prog
         signal.signal(number, interrupt)
     try:
         using.export_run(run_uri, settings, screen, progress)
-    except REFUSALS as error:
+    except AnnealError as error:
         show_error(progress, f"the run is completed, and not exported: {error}")
         return FAILED
     except KeyboardInterrupt:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from utils.errors import AnnealError
+
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
@@ -20,7 +22,7 @@ KeyPath = tuple[str | int, ...]
 """The way to a value: keys of mappings and positions in lists, `()` for the whole document."""
 
 
-class ConfigError(ValueError):
+class ConfigError(AnnealError):
     """A user's mistake in the YAML or an override; the message is complete."""
 
 

@@ -4,12 +4,14 @@ import os
 import re
 import socket
 
+from utils.errors import AnnealError
+
 TOKEN_ADVICE = "It asks for a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH points."
 _REACH_SECONDS = 10
 _HIGHEST_PORT = 65535
 
 
-class ClusterError(Exception):
+class ClusterError(AnnealError):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
 
 

@@ -36,6 +36,7 @@ from utils.bucket import (
     sync_to_node,
     upload_directory,
 )
+from utils.errors import AnnealError
 from utils.files import checksum, format_bytes, free_bytes, is_disk_full, safe_join
 
 # transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
@@ -44,7 +45,7 @@ _LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(AnnealError):
     """A checkpoint that cannot be restored; the message says which, what and what to do."""
 
 

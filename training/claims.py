@@ -19,13 +19,14 @@ from pathlib import Path
 from runs.layout import CLAIM_EXPIRES_SECONDS, CLAIMS, Claim, claim_key
 from runs.reading import read_claim
 from utils.bucket import AlreadyExistsError, BucketError, DamagedError, Store
+from utils.errors import AnnealError
 from utils.processes import started_after_boot, this_machine
 
 RENEW_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 
 
-class ClaimError(Exception):
+class ClaimError(AnnealError):
     """Somebody else trains the run; the message names who."""
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from runs.layout import Speed
+from utils.errors import AnnealError
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,19 @@ Event = (
 )
 
 
-class UnrecordedError(Exception):
-    """A run ended, and its result cannot be written; the message says how it ended, and why not."""
+class UnrecordedError(AnnealError):
+    """A run that ended without a result.json; the message says how it ended, and why the file cannot be written."""
+
+    exit_code = 1
 
 
-class WorkersFailedError(Exception):
-    """The workers of an evaluation failed; the message says how."""
+class WorkersFailedError(AnnealError):
+    """Workers of an evaluation that failed; the message says how."""
+
+    exit_code = 1
 
 
-class DivergedError(Exception):
+class DivergedError(AnnealError):
     """A loss or a gradient that is no number any more; the message says at which step, on which rows, and what is left."""
 
 

@@ -20,9 +20,10 @@ from training.models.architecture import (
     position,
     share_of_experts,
 )
-from training.models.files import AdapterFacts, ModelError, ModelFacts, is_trained_whole, lora_ranks
+from training.models.files import AdapterFacts, ModelFacts, is_trained_whole, lora_ranks
 from training.models.kernels import Device, Provider, choose_kernels, offloads_activations
-from training.strategy import StrategyError, check_optimizer, deepspeed_settings, zero_stage
+from training.strategy import check_optimizer, deepspeed_settings, zero_stage
+from utils.errors import AnnealError
 from utils.files import format_bytes
 
 _FP32 = 4
@@ -519,8 +520,8 @@ def _savings(job: Job, available: int | None) -> list[Saving]:
             if job.device == "cuda":
                 check_optimizer(changed.config, held.stage, held.trained_entries)
             saving = Saving(setting, now - estimate_memory(changed).total)
-        except (ModelError, StrategyError):
-            continue  # kernels that are not installed, or what a plan would refuse
+        except AnnealError:
+            continue  # kernels that are not installed, or settings that a plan would reject
         key = setting.split(":")[0]
         known = found.get(key)
         fits = known and available is not None and now - known.saved <= _SURE_SHARE * available

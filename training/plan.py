@@ -23,15 +23,13 @@ from configs.schema import (
 from runs.layout import DataFingerprints, RunResult, run_of
 from runs.reading import newest, read_result, survey
 from training.accelerators import memory_of, named_accelerator, nearest_name
-from training.addresses import ClusterError
-from training.checkpoints import CheckpointError
 from training.continuation import adapter_differences, batch_size_of, misfits
 from training.data.batches import BatchShape, Order, pack
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
-from training.data.sources import DataError, find_files
+from training.data.sources import find_files
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.devices import accelerator_of, choose_device, describe_device
@@ -77,9 +75,8 @@ from training.paths import (
     storage_path,
 )
 from training.starts import listed, newest_of_the_same_run, resolve, starting_weights, whole_state
-from training.strategy import StrategyError, check_optimizer, deepspeed_settings, zero_stage
+from training.strategy import check_optimizer, deepspeed_settings, zero_stage
 from utils.bucket import (
-    BucketError,
     check_writable,
     is_remote,
     join_uri,
@@ -173,10 +170,6 @@ class PlanReport(DataReport):
     completed: RunResult | None
     """What the same run left, if it ended before: nothing is left to do."""
     warnings: list[str]
-
-
-REFUSALS = (ConfigError, StrategyError, ModelError, DataError, CheckpointError, BucketError, ClusterError)
-"""What says that a run cannot begin as it is; each message is complete."""
 
 
 class Progress(Protocol):

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import FinetuneConfig, deepspeed_preset_path
+from utils.errors import AnnealError
 
 _OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
 # It hands the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
 _MOST_ENTRIES_OF_BITSANDBYTES = 2**31 - 1
 
 
-class StrategyError(Exception):
+class StrategyError(AnnealError):
     """A DeepSpeed configuration that cannot be used; the message says which file, what and what to do."""
 
 

@@ -32,21 +32,20 @@ from runs.layout import (
 from training import checkpoints
 from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
-from training.claims import ClaimError
 from training.commits import Commits, Saved
 from training.data.batches import pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
-from training.data.sources import DataError
-from training.events import CheckpointCommitted, DivergedError, Event, ModelReady, Phase, Restored
+from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
 from training.models import ModelRequest, build_model
-from training.models.files import ModelError, fetch_model, first_line, is_hub_id, is_model_file
+from training.models.files import fetch_model, first_line, is_hub_id, is_model_file
 from training.models.tokenizer import load_tokenizer
 from training.place import Place
 from training.plan import RunPlan
 from training.restoring import Restoring
 from training.strategy import zero_stage
-from utils.bucket import BucketError, Store, open_store
+from utils.bucket import Store, open_store
 from utils.console import library_output_in
+from utils.errors import AnnealError
 from utils.processes import importing
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
     from training.trackers import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
-# What starting the workers again cannot mend.
-_NOT_WORTH_A_RETRY = (BucketError, CheckpointError, ClaimError, DataError, DivergedError, ModelError)
 
 
 class _Question:
@@ -95,7 +92,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             _train(plan, claim, place, mailbox, tell)
             if place.rank == 0:
                 ray.get(mailbox.put.remote(Phase("ending")))  # behind it, all that was told has arrived
-        except _NOT_WORTH_A_RETRY as error:
+        except AnnealError as error:  # a restart does not fix what a user has to fix
             ray.get(mailbox.refuse.remote(str(error)))
             raise
         except Exception as error:

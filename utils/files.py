@@ -12,13 +12,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from utils.errors import AnnealError
+
 PARTIAL_SUFFIX = ".partial"  # a name that is being written; nobody may read it
 _BLOCK_BYTES = 8 * 1024 * 1024
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE_BYTES = 1024 * 1024
 
 
-class BucketError(Exception):
+class BucketError(AnnealError):
     """Storage refused or failed; the message says what, where (URI) and what to do."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils.bucket import NotFoundError, check_readable, fetch_file, find_objects, is_remote, local_path
+from utils.errors import AnnealError
 from utils.files import checksum
 
 MAX_ROW_BYTES = 8_000_000  # some two million tokens: more than any model reads at once
@@ -26,7 +27,7 @@ _PARQUET_ROWS = 1000
 _JSON_BLOCK = 1 << 20  # characters
 
 
-class DataError(Exception):
+class DataError(AnnealError):
     """Data that cannot be trained on; the message says where (file, row), what and what to do."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from configs.schema import LoraConfig
 from training.checkpoints import fetch_weights
 from utils.bucket import Store, is_remote, join_uri, open_store
+from utils.errors import AnnealError
 
 # Everything that from_pretrained reads; never pickle, optimizer state or another framework's weights.
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
@@ -24,7 +25,7 @@ _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
 _BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
-class ModelError(Exception):
+class ModelError(AnnealError):
     """A model or adapter that cannot be trained; the message says what, where and what to do."""
 
 

@@ -1,0 +1,13 @@
+"""The base class of every error that a user can cause and fix."""
+
+from typing import ClassVar
+
+
+class AnnealError(Exception):
+    """An error with a complete message: what failed, where, and how to fix it.
+
+    Commands print the message without a traceback and exit with `exit_code`.
+    """
+
+    exit_code: ClassVar[int] = 2
+    """2: rejected before training. Subclasses for failures after training has started set 1."""
