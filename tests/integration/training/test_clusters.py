@@ -17,7 +17,7 @@ from tests.support.ray_cluster import needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from training.job import _Trainer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
+pytestmark = pytest.mark.slow
+
 # The head is trained in full beside the adapter: a random base learns nothing with adapters alone.
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
 

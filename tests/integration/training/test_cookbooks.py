@@ -31,7 +31,7 @@ CONTINUE, RESUME = COOKBOOKS / "continue_from_checkpoint", COOKBOOKS / "resume_f
 PART_1, PART_2 = CONTINUE / "smollm2-135m-part-1.yaml", CONTINUE / "smollm2-135m-part-2.yaml"
 STAGES = [RESUME / f"curriculum_stage_{number}.yaml" for number in (1, 2, 3)]
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 not_in_the_sample = pytest.mark.skipif(
     not os.environ.get("ALL_COOKBOOKS"), reason="`make test-cookbooks` runs it"
 )

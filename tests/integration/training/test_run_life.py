@@ -248,12 +248,14 @@ def watched(
         yield Watched(given, written, requests, finished)
 
 
+@pytest.mark.slow
 def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
     assert sum(request.status == 503 for request in watched.requests) > 10
     assert watched.finished.result["train_steps"] == 3
     assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
 
 
+@pytest.mark.slow
 def test_no_secret_is_left_anywhere(watched: Watched):
     """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
     assert any("raylet" in path for path in watched.written), "Ray's logs are among them"
@@ -263,6 +265,7 @@ def test_no_secret_is_left_anywhere(watched: Watched):
         assert found == [], name
 
 
+@pytest.mark.slow
 def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
     """Every request of the driver and the workers, up to the pruning of checkpoints."""
     policy = json.loads((PROJECT / "configs" / "iam_policy.json").read_text().replace("MY-BUCKET", "watched"))
@@ -272,6 +275,7 @@ def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
     assert any(resource.endswith("/MANIFEST.json") for resource in deleted), "it pruned"
 
 
+@pytest.mark.slow
 def test_a_full_parameter_run(files: Path, tmp_path: Path):
     """The last checkpoint loads in plain transformers and gives the last reported eval loss."""
     config = write_yaml(tmp_path / "full.yaml", settings(files, num_checkpoints_to_keep=1))
@@ -283,6 +287,7 @@ def test_a_full_parameter_run(files: Path, tmp_path: Path):
     assert loss == pytest.approx(finished.result["eval_losses"][-1]["eval_loss"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_path: Path):
     """Killed behind its last checkpoint, in the midst of an epoch: the same command trains nothing more, and writes it down."""
     config = write_yaml(
@@ -318,6 +323,7 @@ LONG = {"num_epochs": None, "max_steps": STEPS, "lora_config": {"r": 4, "lora_dr
 EVERY_50 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 50}}
 
 
+@pytest.mark.slow
 def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: Path, tmp_path: Path):
     """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
 
@@ -354,6 +360,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert continued.result["tokens"] == whole.result["tokens"]
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Path):
     """There is nothing to commit, and nothing is written."""
     config = write_yaml(tmp_path / "early.yaml", settings(files, **LONG, run_name="early"))
@@ -366,6 +373,7 @@ def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Pat
     assert not (files / "runs" / "early" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_worker(files: Path, tmp_path: Path):
     """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
@@ -386,6 +394,7 @@ def test_a_lost_worker(files: Path, tmp_path: Path):
     assert recovered.result["train_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path):
     """Within max_failures the run ends by itself, and each step is trained once in the end."""
     config = write_yaml(
@@ -406,6 +415,7 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_lost_cluster(files: Path, tmp_path: Path):
     """Ray's own process is killed under the driver, which Ray may end at once with it: the same command goes on."""
     config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
@@ -434,6 +444,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
     assert recovered.result["train_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     """The checkpoint that does not fit is refused in a line, what was committed stays whole, and the same command goes on."""
     require_small_disks(tmp_path)
@@ -468,6 +479,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert steps == list(range(1, 101))
 
 
+@pytest.mark.slow
 def test_storage_that_refuses_everything_in_the_midst_of_a_run(
     files: Path, bucket: EmbeddedBucket, tmp_path: Path
 ):
@@ -490,6 +502,7 @@ def test_storage_that_refuses_everything_in_the_midst_of_a_run(
     assert "Traceback" not in finished.errors
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     """It ends at once, and what was committed is still there."""
     config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_50, run_name="twice"))
@@ -504,6 +517,7 @@ def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 50
 
 
+@pytest.mark.slow
 def test_a_run_that_is_left_asks_ray_for_nothing_behind_its_end():
     """Ray answers a thread that does so by ending the whole process, silently, with exit code 1."""
     script = """
@@ -534,6 +548,7 @@ print(left, fit.error)
     assert (done.returncode, done.stdout) == (0, "[] None\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
     """Exactly one trains; the other names it and leaves, and the first one does not notice."""
     config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_50, run_name="one"))

@@ -25,6 +25,7 @@ from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(300),
     needs_ray_default,
 ]

@@ -25,7 +25,7 @@ from tests.support.tiny_model import make_model, write_data
 from utils.bucket import Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 not_in_the_sample = pytest.mark.skipif(not os.environ.get("ALL_NODES"), reason="`make test-nodes` runs it")
 
 STEPS = 10

@@ -13,6 +13,8 @@ from tests.support.jobs import run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 from utils.files import checksum
 
+pytestmark = pytest.mark.slow
+
 
 class Canary:
     """Unpickled, it leaves a file behind: it could have done anything."""

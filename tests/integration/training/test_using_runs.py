@@ -20,6 +20,8 @@ from tests.support.front_door import run_command_quickly
 from tests.support.jobs import PROJECT, environment, read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 
+pytestmark = pytest.mark.slow
+
 ROWS, NEW_TOKENS = 12, 24
 
 

@@ -285,6 +285,7 @@ def most_of_a_step(of: Job) -> int:
     return memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full, fp32", "full, bf16", "LoRA, fp32", "LoRA, bf16"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing: bool, tmp_path: Path):
@@ -299,6 +300,7 @@ def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing
     assert 0.99 * peak <= estimate_memory(of).total <= 1.15 * peak
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT's own, of experts
 @pytest.mark.parametrize(
     ("kind", "method", "gradient_checkpointing"),

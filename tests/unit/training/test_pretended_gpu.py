@@ -19,6 +19,8 @@ from tests.support.kernel_processes import found_by, found_without_triton
 from tests.support.tiny_model import make_model
 from training.plan import make_plan
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = {
     "2+2?": "4",
     "3 and 4 apples, how many?": "Seven apples.",
