@@ -1,5 +1,6 @@
 """README.md, docs/, CONTRIBUTING.md and the cookbooks' pages: links lead somewhere, pages stay short, commands are run by a test."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_pages_stay_short(page: Path):
     assert len(lines) <= MAX_LINES[page]
     wide = [number for number, line in enumerate(lines, 1) if len(line) > MAX_WIDTH and line[:1] != "|"]
     assert wide == []
+
+
+def test_imports_in_python_blocks_resolve():
+    """Those of the project's own names."""
+    for page in PAGES:
+        for line in split_code(page)[0]:
+            if match := re.fullmatch(r"from ((?:configs|utils|runs|training)[\w.]*) import (\w+)", line):
+                assert hasattr(importlib.import_module(match[1]), match[2]), f"{name(page)}: {line}"
 
 
 def test_readme_links_every_page_of_docs():
