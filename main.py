@@ -168,7 +168,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
     set_ray_up()
     with importing():
         from training.addresses import check_cluster_answers
-        from training.data.report import to_html
+        from training.data.report_page import to_html
         from training.devices import check_devices_are_here
         from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
         from training.paths import make_scratch_directory, needs_embedded_bucket

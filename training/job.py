@@ -49,7 +49,8 @@ from training import checkpoints
 from training.claims import check_claim, claimed
 from training.cluster import Workers, cluster, lacking, workers_of
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
-from training.data.report import DataReport, key_figures, to_html
+from training.data.report import DataReport, key_figures
+from training.data.report_page import to_html
 from training.events import (
     CheckpointCommitted,
     Event,

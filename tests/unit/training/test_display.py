@@ -34,7 +34,7 @@ def test_the_end_names_the_best_checkpoint_or_the_newest_where_none_was_evaluate
     assert "last checkpoint  /runs/a/checkpoints/step-000010" in evaluated
     newest = "/runs/a/checkpoints/step-000015"
     lines = shown(result_of("/runs/a", [], best_checkpoint=newest, last_checkpoint=newest))
-    assert f"newest checkpoint  {newest}" in lines
+    assert f"latest checkpoint  {newest}" in lines
     assert not [line for line in lines if line.startswith(("best", "last"))]
 
 

@@ -53,6 +53,9 @@ def test_the_code_and_the_yaml_and_nothing_else(packed):
     code = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
     assert not [path for path in code if "__pycache__" in path.parts or path.name.startswith(".")]
     assert {path.relative_to(PROJECT) for path in (PROJECT / "training").rglob("*.py")} <= code
+    templates = {path.relative_to(PROJECT) for name in CODE for path in (PROJECT / name).rglob("*.html.j2")}
+    assert len(templates) >= 3
+    assert templates <= code, "pages are rendered on the cluster"
 
 
 def test_the_yaml_reads_back_as_what_was_checked(packed):
