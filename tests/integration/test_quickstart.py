@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import commands as looking
+from runs import commands as run_commands
 from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
-from training import commands as using
+from training import commands as model_commands
 from utils.bucket import open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
@@ -33,7 +33,7 @@ README_COMMANDS = [
     )
     if "my" not in line
 ]
-COMMANDS = (*looking.COMMANDS, *using.COMMANDS)
+COMMANDS = (*run_commands.COMMANDS, *model_commands.COMMANDS)
 RUN_COMMANDS = re.findall(
     rf"^ {{4}}\.venv/bin/python main\.py ((?:{'|'.join(COMMANDS)}) .*)$",
     (PROJECT / "README.md").read_text("utf-8"),
