@@ -39,8 +39,9 @@ def export_command(
 
 def export_run(run: str, settings: ExportConfig, screen: Console, progress: Console) -> Export:
     """Export the best checkpoint of a run, and print where it is."""
-    from training.display import Watch, show_export
+    from training.display import Watch
     from training.exporting import export
+    from training.screen import show_export
     from training.trained import trained_model
 
     with (
@@ -103,7 +104,7 @@ def evaluate_command(
     """
     from training.addresses import check_cluster_answers, set_ray_environment
     from training.devices import choose_device
-    from training.display import Watch, show_evaluation
+    from training.display import Watch
     from training.events import Phase
     from training.trained import trained_model
 
@@ -119,6 +120,7 @@ def evaluate_command(
         }
         chosen = choose_device(config.model_copy(update=asked))
         from training.evaluation import HowToEvaluate, evaluate
+        from training.screen import show_evaluation
 
         how = HowToEvaluate(
             match=match or ("text" if config.task == "classification" else "number"),
