@@ -21,7 +21,7 @@ from tests.support.jobs import Finished
 from tests.support.live_memory import LiveMemory
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.trained_runs import store_adapter_run, store_full_run
-from training.exporting import GGUF_TOOL
+from training.exportable import GGUF_TOOL
 from utils.bucket import Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 from utils.files import checksum

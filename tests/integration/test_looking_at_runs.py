@@ -372,7 +372,7 @@ def test_a_name_that_is_no_runs(look: Look, storage: Store):
 
 @pytest.mark.parametrize(("word", "command"), [("shwo", "show"), ("run", "runs"), ("exprot", "export")])
 def test_a_command_that_is_misspelt(look: Look, word: str, command: str):
-    assert f"{word}: there is no such file, and no such command: did you mean main.py {command}?" in refusal(
+    assert f"{word}: no such file or command: did you mean main.py {command}?" in refusal(
         look(word, "run:a", "--json")
     )
     assert "did you mean" not in refusal(look(f"{word}.yaml"))

@@ -12,17 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import commands as looking
+from runs import commands as run_records
 from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
 from tests.support.shown_commands import QUICKSTART, QUICKSTART_README, quickstart_commands, run_commands
-from training import commands as using
+from training import commands as model_commands
 from utils.bucket import open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
 YAML = Path(QUICKSTART)
 COOKBOOK = QUICKSTART_README.read_text("utf-8")
-COMMANDS = (*looking.COMMANDS, *using.COMMANDS)
+COMMANDS = (*run_records.COMMANDS, *model_commands.COMMANDS)
 COPY_SNIPPET = textwrap.dedent(
     COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
 )

@@ -492,7 +492,7 @@ def test_an_argument_from_a_variable_that_is_not_set(
     """It would mean the working directory, or nothing."""
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "error: an argument is empty: was a variable not set?\n")
+    assert (said.out, said.err) == ("", "error: an argument is empty: is a shell variable unset?\n")
 
 
 # --- Real starts of the interpreter: what the others leave out ------------------------------------------------------
@@ -501,8 +501,8 @@ def test_an_argument_from_a_variable_that_is_not_set(
 def test_an_unknown_option(tiny_model: Path, tmp_path: Path):
     finished = run_main(config_file(tmp_path, tiny_model), "--dryrun")
     assert (finished.exit_code, finished.output) == (2, "")
-    assert finished.errors.splitlines()[-1] == "main.py: error: unrecognized arguments: --dryrun"
-    assert finished.errors.startswith("usage: main.py ")
+    assert len(finished.errors.splitlines()) == 1
+    assert "--dryrun" in finished.errors and "did you mean --dry-run" in finished.errors
     assert not (tmp_path / "runs").exists()
 
 

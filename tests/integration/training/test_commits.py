@@ -27,6 +27,7 @@ from training.commits import Commits, Saved
 from training.events import CheckpointCommitted, Event, Notice
 from training.place import Place
 from training.restoring import Restoring
+from training.weights import fetch_weights
 from utils.bucket import BucketError, Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 
@@ -223,7 +224,7 @@ def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp
     checkpoint, weights = store.uri_of("checkpoints/step-000001"), checkpoint_key(1, "model.safetensors")
 
     def fetch(cache: str) -> Path:
-        return checkpoints.fetch_weights(checkpoint, tmp_path / cache, lambda key: key == "model.safetensors")
+        return fetch_weights(checkpoint, tmp_path / cache, lambda key: key == "model.safetensors")
 
     committed = store.read(weights)
     assert (fetch("first") / "model.safetensors").read_bytes() == committed

@@ -33,10 +33,11 @@ from training.memory import (
     largest_batch,
     report_memory,
 )
-from training.models import ModelRequest, torch_provider, varlen_attention
+from training.models import torch_provider, varlen_attention
 from training.models.architecture import adapter_shapes, model_shape
 from training.models.files import read_model_facts
 from training.models.kernels import Device
+from training.models.request import ModelRequest
 
 LONGEST, ROWS = 96, 2
 LORA: dict[str, Any] = {"lora_config": {"r": 4}}

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
-from training.models import ModelRequest, varlen_attention
+from training.models import varlen_attention
+from training.models.request import ModelRequest
 from training.models.torch_provider import _attention, build, load_base
 
 SHAPE = {
