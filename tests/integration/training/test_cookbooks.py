@@ -207,7 +207,7 @@ def test_data_of_ones_own(files: Path):
     result = run(files, yaml, f"train_path={sources}", train="unused", valid="valid.csv")
     assert_learned(result)
     skipped = (Path(result["run_uri"]) / "skipped_rows.jsonl").read_text().splitlines()
-    assert [json.loads(line)["reason"] for line in skipped] == ["`Reply` is empty", "`Question` is empty"]
+    assert [json.loads(line)["reason"].split()[0] for line in skipped] == ["`Reply`", "`Question`"]
 
 
 @not_in_the_sample

@@ -38,6 +38,7 @@ from tests.support.jobs import (
     tiny_settings,
     write_yaml,
 )
+from tests.support.messages import assert_names
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store, sync_to_node
@@ -315,7 +316,7 @@ def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_pa
     damaged = run_main(config, "--json")
     assert damaged.exit_code == 1, damaged.errors
     assert damaged.result["status"] == "failed"
-    assert "is not what was committed" in damaged.result["reason"]
+    assert_names(damaged.result["reason"], "model.safetensors", "committed")
 
 
 STEPS = 150
@@ -395,7 +396,7 @@ def test_a_lost_worker(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path):
+def test_a_lost_worker_restarts_from_the_latest_checkpoint(files: Path, tmp_path: Path):
     """Within max_failures the run ends by itself, and each step is trained once in the end."""
     config = write_yaml(
         tmp_path / "back.yaml", settings(files, **LONG, **EVERY_50, run_name="back", max_failures=1)
@@ -408,9 +409,8 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
     (failure,) = finished.result["failures"]
     assert failure.startswith("worker lost")
     page = unescape((files / "runs" / "back" / "report.html").read_text())
-    for told in (finished.errors, page):
-        assert "worker lost" in told
-    assert "The workers are started again from" in finished.errors
+    for text in (finished.errors, page):
+        assert "worker lost" in text
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
     assert steps == list(range(1, STEPS + 1))
 
@@ -436,7 +436,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
         finished = running.end()
     assert finished.exit_code == 1, finished.errors
     if finished.output:  # else Ray has ended the driver
-        assert finished.result["reason"].startswith("the cluster was lost")
+        assert_names(finished.result["reason"], "cluster", "lost")
     assert "Traceback" not in finished.errors
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
@@ -462,7 +462,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
             time.sleep(0.01)
         finished = running.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(rf"{disk}\S*/checkpoint-\d+: the disk is full, .* set output_dir", finished.errors)
+    assert re.search(rf"{disk}\S*/checkpoint-\d+: .*disk.*output_dir", finished.errors)
     assert "Traceback" not in finished.errors
     assert finished.result["status"] == "failed"
     run = open_store(str(files / "runs" / "full"))
@@ -497,8 +497,8 @@ def test_storage_that_refuses_everything_in_the_midst_of_a_run(
             ]
             finished = running.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(rf"error: cannot .*{place}/runs/\S+: access denied", finished.errors)
-    assert "result.json cannot be written: cannot" in finished.errors
+    assert re.search(rf"error: .*{place}/runs/\S+: access denied", finished.errors)
+    assert re.search(rf"result\.json .*{place}/runs/\S+: access denied", finished.errors)
     assert "Traceback" not in finished.errors
 
 
@@ -557,7 +557,7 @@ def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
         second = run_main(config, "--json")
         first = running.end()
     assert second.exit_code == 2, second.errors
-    assert f"{files / 'runs' / 'one'} is being trained by" in second.errors
+    assert re.search(rf"error: .*{files / 'runs' / 'one'} .*process \d+", second.errors)
     assert second.output.count("{") == 0
     assert first.exit_code == 0, first.errors
     assert not (files / "runs" / "one" / "claim").exists() or not list(

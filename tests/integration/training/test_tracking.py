@@ -50,4 +50,4 @@ def test_a_broken_tracker_costs_a_warning(files: Path):
     finished = run_main(config, "--json", variables={"MLFLOW_ALLOW_FILE_STORE": "true"})
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 2
-    assert finished.errors.count("logger: mlflow failed (") == 1
+    assert finished.errors.count("logger: mlflow ") == 1
