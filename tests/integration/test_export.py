@@ -132,7 +132,7 @@ def test_an_export_holds_all_that_a_server_needs(use: Use, run: str, tiny_model:
         assert said in card.text, said
 
 
-def test_what_ends_an_answer_is_in_the_generation_config(
+def test_generation_config_has_the_end_of_turn_tokens(
     use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
 ):
     """The chat template's end marker, where the base model ends its texts with another token."""
@@ -205,7 +205,7 @@ def test_a_base_in_4_bits_is_merged_in_16_and_the_card_says_why(
 # --- Whole or not there -------------------------------------------------------------------------------------------
 
 
-def test_what_loads_an_export_comes_last(
+def test_config_json_and_the_manifest_are_written_last(
     use: Use, bucket: EmbeddedBucket, run: str, monkeypatch: pytest.MonkeyPatch
 ):
     place = f"{reach_as_a_user(monkeypatch, bucket, 'exports')}/model"
@@ -219,7 +219,7 @@ def test_what_loads_an_export_comes_last(
     assert {"model.safetensors", "tokenizer.json"} <= set(written[:-2])
 
 
-def test_the_same_export_again_changes_nothing_and_another_is_refused(use: Use, run: str, tmp_path: Path):
+def test_rerun_export_changes_nothing_and_another_export_raises_an_error(use: Use, run: str, tmp_path: Path):
     to = tmp_path / "exported"
     first = exported_by(use("export", run, "--to", str(to), "--json"))
     before = {path: path.stat().st_mtime_ns for path in to.iterdir()}
@@ -274,7 +274,7 @@ def test_gguf_without_its_tool_or_with_one_that_fails(use: Use, run: str, tmp_pa
     assert not (Path(run) / "exports").exists()
 
 
-# --- Refused: one message, exit code 2, nothing written -----------------------------------------------------------
+# --- Errors: one message, exit code 2, nothing written -----------------------------------------------------------
 
 
 def error_of(finished: Finished) -> str:

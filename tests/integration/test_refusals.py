@@ -24,7 +24,7 @@ from utils.embedded_bucket import EmbeddedBucket
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
 
-Refused = Callable[..., str]
+Rejected = Callable[..., str]
 
 
 def config_file(directory: Path, tiny_model: Path, **changes: Any) -> Path:
@@ -57,7 +57,7 @@ def message_of(finished: Finished) -> str:
 
 
 @pytest.fixture
-def refused(tiny_model: Path, tmp_path: Path) -> Refused:
+def rejected(tiny_model: Path, tmp_path: Path) -> Rejected:
     """Run main.py with keys changed and expect an error that leaves no run: returns its message."""
 
     def run(*arguments: str, variables: Mapping[str, str] | None = None, **changes: Any) -> str:
@@ -109,8 +109,8 @@ def test_a_right_config_passes_and_leaves_no_run_either(tiny_model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("key", ["train_path", "valid_path", "model_id", "storage_path"])
-def test_a_bucket_that_does_not_exist(refused: Refused, own_bucket: dict[str, str], key: str):
-    message = refused(variables=own_bucket, **{key: "s3://no-such-bucket/x"})
+def test_a_bucket_that_does_not_exist(rejected: Rejected, own_bucket: dict[str, str], key: str):
+    message = rejected(variables=own_bucket, **{key: "s3://no-such-bucket/x"})
     assert message.startswith(f"{key}: ")
     assert_names(message, "s3://no-such-bucket/x", "no bucket", "'no-such-bucket'")
 
@@ -125,30 +125,30 @@ def test_a_bucket_that_does_not_exist(refused: Refused, own_bucket: dict[str, st
         "resume_from_checkpoint",
     ],
 )
-def test_an_object_that_does_not_exist(refused: Refused, bucket_uri: str, key: str):
-    message = refused(storage_path=f"{bucket_uri}/runs", **{key: f"{bucket_uri}/nothing"})
+def test_an_object_that_does_not_exist(rejected: Rejected, bucket_uri: str, key: str):
+    message = rejected(storage_path=f"{bucket_uri}/runs", **{key: f"{bucket_uri}/nothing"})
     assert message.startswith(f"{key}: {bucket_uri}/nothing: ")
     assert_names(message, "no such object", "spelling")
 
 
 @pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path"])
-def test_an_access_key_that_nobody_knows(refused: Refused, own_bucket: dict[str, str], key: str):
-    message = refused(variables=own_bucket | {"AWS_ACCESS_KEY_ID": "nobody"}, **{key: "s3://theirs/x"})
+def test_an_unknown_access_key(rejected: Rejected, own_bucket: dict[str, str], key: str):
+    message = rejected(variables=own_bucket | {"AWS_ACCESS_KEY_ID": "nobody"}, **{key: "s3://theirs/x"})
     assert message.startswith(f"{key}: ")
     assert_names(message, "s3://theirs/x", "access key", "AWS_ACCESS_KEY_ID", "AWS_PROFILE")
 
 
-def test_a_wrong_secret_key_is_reported_without_showing_it(refused: Refused, own_bucket: dict[str, str]):
-    message = refused(
+def test_a_wrong_secret_key_is_reported_without_showing_it(rejected: Rejected, own_bucket: dict[str, str]):
+    message = rejected(
         variables=own_bucket | {"AWS_SECRET_ACCESS_KEY": "hunter2"}, train_path="s3://theirs/train.jsonl"
     )
     assert_names(message, "s3://theirs/train.jsonl: ", "AWS_SECRET_ACCESS_KEY")
     assert "hunter2" not in message
 
 
-def test_no_credentials(refused: Refused, own_bucket: dict[str, str]):
+def test_no_credentials(rejected: Rejected, own_bucket: dict[str, str]):
     nowhere = {"AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_CONFIG_FILE": "/dev/null"}
-    message = refused(
+    message = rejected(
         variables={"AWS_ENDPOINT_URL_S3": own_bucket["AWS_ENDPOINT_URL_S3"], **nowhere},
         train_path="s3://theirs/train.jsonl",
     )
@@ -165,21 +165,21 @@ def test_no_credentials(refused: Refused, own_bucket: dict[str, str]):
     ids=["profile", "port", "scheme"],
 )
 def test_a_variable_with_an_impossible_value(
-    refused: Refused, own_bucket: dict[str, str], variables: dict[str, str], facts: tuple[str, ...]
+    rejected: Rejected, own_bucket: dict[str, str], variables: dict[str, str], facts: tuple[str, ...]
 ):
-    message = refused(variables=own_bucket | variables, train_path="s3://theirs/train.jsonl")
+    message = rejected(variables=own_bucket | variables, train_path="s3://theirs/train.jsonl")
     assert message.startswith("train_path: ")
     assert_names(message, *facts)
 
 
 @pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path", "resume_from_checkpoint"])
 def test_an_endpoint_that_does_not_answer_is_reported_within_seconds(
-    refused: Refused, own_bucket: dict[str, str], key: str
+    rejected: Rejected, own_bucket: dict[str, str], key: str
 ):
     with socket.create_server(("127.0.0.1", 0)) as closed_soon:
         port = closed_soon.getsockname()[1]
     began = time.monotonic()
-    message = refused(
+    message = rejected(
         variables=own_bucket | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}, **{key: "s3://theirs/x"}
     )
     assert time.monotonic() - began < 20
@@ -187,21 +187,21 @@ def test_an_endpoint_that_does_not_answer_is_reported_within_seconds(
     assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")
 
 
-def test_a_storage_path_that_cannot_be_written(refused: Refused, tmp_path: Path):
+def test_a_storage_path_that_cannot_be_written(rejected: Rejected, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    message = refused(storage_path=str(tmp_path / "file" / "runs"))
+    message = rejected(storage_path=str(tmp_path / "file" / "runs"))
     assert message.startswith("storage_path: ")
     assert_names(message, f"{tmp_path}/file/runs", f"{tmp_path}/file is a file")
 
 
-def test_an_output_dir_that_cannot_be_written(refused: Refused, tmp_path: Path):
+def test_an_output_dir_that_cannot_be_written(rejected: Rejected, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    message = refused(output_dir=str(tmp_path / "file" / "scratch"))
+    message = rejected(output_dir=str(tmp_path / "file" / "scratch"))
     assert message.startswith(f"output_dir: {tmp_path}/file/scratch ")
 
 
-def test_target_modules_that_the_model_has_not(refused: Refused):
-    message = refused(lora_config={"target_modules": ["nope"]})
+def test_target_modules_that_the_model_has_not(rejected: Rejected):
+    message = rejected(lora_config={"target_modules": ["nope"]})
     assert message.startswith("lora_config.target_modules: ['nope'] ")
     assert "q_proj" in message
 
@@ -222,28 +222,28 @@ def test_a_step_larger_than_the_data(tiny_model: Path, tmp_path: Path):
 # --- Data -------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_does_not_exist(refused: Refused, tmp_path: Path):
-    message = refused(train_path=str(tmp_path / "nothing.jsonl"))
+def test_a_file_that_does_not_exist(rejected: Rejected, tmp_path: Path):
+    message = rejected(train_path=str(tmp_path / "nothing.jsonl"))
     assert message.startswith("train_path: ")
     assert_names(message, f"{tmp_path}/nothing.jsonl: no such file", "spelling")
 
 
-def test_a_directory_without_rows(refused: Refused, tmp_path: Path):
+def test_a_directory_without_rows(rejected: Rejected, tmp_path: Path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.md").write_text("# Notes")
-    message = refused(train_path=str(tmp_path / "notes"))
+    message = rejected(train_path=str(tmp_path / "notes"))
     assert message.startswith(f"{tmp_path}/notes: ")
     assert_names(message, ".jsonl")
 
 
-def test_a_format_that_is_not_read(refused: Refused, tmp_path: Path):
+def test_a_format_that_is_not_read(rejected: Rejected, tmp_path: Path):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    message = refused(train_path=str(tmp_path / "rows.xlsx"))
+    message = rejected(train_path=str(tmp_path / "rows.xlsx"))
     assert_names(message, f"{tmp_path}/rows.xlsx: ", ".xlsx ", "JSONL")
 
 
-def test_an_empty_file(refused: Refused, tmp_path: Path):
-    message = refused(train_path=rows(tmp_path))
+def test_an_empty_file(rejected: Rejected, tmp_path: Path):
+    message = rejected(train_path=rows(tmp_path))
     assert_names(message, f"{tmp_path}/rows.jsonl: ", "no rows")
 
 
@@ -257,23 +257,23 @@ def test_an_empty_file(refused: Refused, tmp_path: Path):
         ([USER], ("no assistant",)),
     ],
 )
-def test_a_wrong_row(refused: Refused, tmp_path: Path, key: str, row: Any, facts: tuple[str, ...]):
-    message = refused(**{key: rows(tmp_path, [USER, ASSISTANT], row)})
+def test_a_wrong_row(rejected: Rejected, tmp_path: Path, key: str, row: Any, facts: tuple[str, ...]):
+    message = rejected(**{key: rows(tmp_path, [USER, ASSISTANT], row)})
     assert message.startswith("1 of 2 rows ")
     (line,) = [line for line in message.splitlines() if line.startswith(f"{tmp_path}/rows.jsonl:2: ")]
     assert_names(line, *facts)
     assert "bad_rows: skip" in message.splitlines()[-1]
 
 
-def test_a_row_over_context_length(refused: Refused, tmp_path: Path):
+def test_a_row_over_context_length(rejected: Rejected, tmp_path: Path):
     long = [USER, {"role": "assistant", "content": "1 2 3 " * 500}]
-    message = refused(train_path=rows(tmp_path, [USER, ASSISTANT], long), long_rows="error")
+    message = rejected(train_path=rows(tmp_path, [USER, ASSISTANT], long), long_rows="error")
     assert_names(message, "long_rows", "256 tokens", f"{tmp_path}/rows.jsonl:2: ")
     assert_names(message, "context_length", "truncate", "drop")
 
 
-def test_no_row_that_fits(refused: Refused):
-    message = refused(context_length=4)
+def test_no_row_that_fits(rejected: Rejected):
+    message = rejected(context_length=4)
     assert_names(message, "4 tokens", "40 rows", "context_length")
 
 
@@ -288,8 +288,8 @@ def test_no_row_that_fits(refused: Refused):
         ),
     ],
 )
-def test_a_hub_that_cannot_be_reached(refused: Refused, key: str, uri: str, advice: str):
-    message = refused(**{key: uri})
+def test_a_hub_that_cannot_be_reached(rejected: Rejected, key: str, uri: str, advice: str):
+    message = rejected(**{key: uri})
     assert_names(message, f"{uri}: ", "Hugging Face")
     assert advice in message
 
@@ -297,90 +297,90 @@ def test_a_hub_that_cannot_be_reached(refused: Refused, key: str, uri: str, advi
 # --- Models -----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_weights(refused: Refused, damaged_model: Path):
+def test_a_model_without_weights(rejected: Rejected, damaged_model: Path):
     (damaged_model / "model.safetensors").unlink()
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "no weights", "*.safetensors")
 
 
-def test_a_model_with_pickled_weights_only(refused: Refused, damaged_model: Path):
+def test_a_model_with_pickled_weights_only(rejected: Rejected, damaged_model: Path):
     (damaged_model / "model.safetensors").rename(damaged_model / "pytorch_model.bin")
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "pytorch_model.bin", "safetensors")
 
 
-def test_cut_off_weights(refused: Refused, damaged_model: Path):
+def test_cut_off_weights(rejected: Rejected, damaged_model: Path):
     weights = damaged_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"{weights}: ")
     assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
 
 
-def test_cut_off_weights_in_a_bucket(refused: Refused, damaged_model: Path, bucket_uri: str):
+def test_cut_off_weights_in_a_bucket(rejected: Rejected, damaged_model: Path, bucket_uri: str):
     weights = damaged_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     store = open_store(f"{bucket_uri}/model")
     upload_directory(damaged_model, store, "", [path.name for path in damaged_model.iterdir()])
-    message = refused(model_id=f"{bucket_uri}/model", storage_path=f"{bucket_uri}/runs")
+    message = rejected(model_id=f"{bucket_uri}/model", storage_path=f"{bucket_uri}/runs")
     assert message.startswith(f"{bucket_uri}/model/model.safetensors: ")
     assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
 
 
-def test_a_model_without_tokenizer(refused: Refused, damaged_model: Path):
+def test_a_model_without_tokenizer(rejected: Rejected, damaged_model: Path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (damaged_model / name).unlink()
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "no tokenizer", "tokenizer.json", "tokenizer.model")
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"added_tokens": [], "model": {"type": "x"}}'])
-def test_a_damaged_tokenizer(refused: Refused, damaged_model: Path, content: str):
+def test_a_damaged_tokenizer(rejected: Rejected, damaged_model: Path, content: str):
     (damaged_model / "tokenizer.json").write_text(content)
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "tokenizer", "loaded (")
 
 
-def test_a_model_without_chat_template(refused: Refused, damaged_model: Path):
+def test_a_model_without_chat_template(rejected: Rejected, damaged_model: Path):
     (damaged_model / "chat_template.jinja").unlink()
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "no chat template", "chat_template", "prompt_template")
 
 
-def test_a_model_that_transformers_does_not_know(refused: Refused, damaged_model: Path):
+def test_a_model_that_transformers_does_not_know(rejected: Rejected, damaged_model: Path):
     (damaged_model / "config.json").write_text('{"model_type": "nonesuch"}')
-    message = refused(model_id=str(damaged_model))
+    message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "transformers", "config.json", "`nonesuch`")
 
 
-def test_an_adapter_given_as_the_model(refused: Refused, tmp_path: Path):
+def test_an_adapter_given_as_the_model(rejected: Rejected, tmp_path: Path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    message = refused(model_id=str(tmp_path / "adapter"))
+    message = rejected(model_id=str(tmp_path / "adapter"))
     assert message.startswith(f"model {tmp_path}/adapter: ")
     assert_names(message, "config.json is missing", "adapter_config.json", "initial_adapter_model_ckpt_path")
 
 
-def test_a_model_given_as_the_adapter(refused: Refused, tiny_model: Path):
-    message = refused(initial_adapter_model_ckpt_path=str(tiny_model))
+def test_a_model_given_as_the_adapter(rejected: Rejected, tiny_model: Path):
+    message = rejected(initial_adapter_model_ckpt_path=str(tiny_model))
     assert message.startswith(f"adapter {tiny_model}: adapter_config.json ")
     assert_names(message, "initial_base_model_ckpt_path")
 
 
-def test_a_run_that_is_not_there(refused: Refused):
-    message = refused(initial_adapter_model_ckpt_path="run:nothing")
+def test_a_run_that_is_not_there(rejected: Rejected):
+    message = rejected(initial_adapter_model_ckpt_path="run:nothing")
     assert message.startswith("run:nothing: ")
     assert_names(message, "no run", "storage_path")
 
 
-def test_a_checkpoint_that_was_never_committed(refused: Refused, tiny_model: Path):
-    message = refused(resume_from_checkpoint=str(tiny_model))
+def test_a_checkpoint_that_was_never_committed(rejected: Rejected, tiny_model: Path):
+    message = rejected(resume_from_checkpoint=str(tiny_model))
     assert message.startswith(f"{tiny_model}: ")
     assert_names(message, "no MANIFEST.json", "result.json")
 
@@ -388,8 +388,8 @@ def test_a_checkpoint_that_was_never_committed(refused: Refused, tiny_model: Pat
 # --- Settings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_is_not_there(refused: Refused):
-    message = refused(device="cuda", variables={"CUDA_VISIBLE_DEVICES": ""})
+def test_a_gpu_that_is_not_there(rejected: Rejected):
+    message = rejected(device="cuda", variables={"CUDA_VISIBLE_DEVICES": ""})
     assert message.startswith("device: cuda")
     assert_names(message, "no CUDA device", "device: cpu", "RAY_ADDRESS")
 
@@ -429,14 +429,14 @@ def test_attention_that_torchs_kernels_cannot_compute_is_a_warning(tmp_path: Pat
     assert sum("attention" in warning and "torch" in warning for warning in planned.result["warnings"]) == 1
 
 
-def test_an_unknown_key(refused: Refused, tmp_path: Path):
-    message = refused(epochs=3)
+def test_an_unknown_key(rejected: Rejected, tmp_path: Path):
+    message = rejected(epochs=3)
     assert message.startswith(f"{tmp_path}/config.yaml:9: `epochs` ")
     assert_names(message, "`num_epochs`?")
 
 
-def test_a_deepspeed_file_that_does_not_exist(refused: Refused, tmp_path: Path):
-    message = refused(deepspeed={"config_path": str(tmp_path / "ds.json")})
+def test_a_deepspeed_file_that_does_not_exist(rejected: Rejected, tmp_path: Path):
+    message = rejected(deepspeed={"config_path": str(tmp_path / "ds.json")})
     assert message.startswith(f"deepspeed: {tmp_path}/ds.json ")
     assert_names(message, "not exist", "preset")
 
@@ -455,16 +455,16 @@ def test_a_deepspeed_file_that_does_not_exist(refused: Refused, tmp_path: Path):
     ],
 )
 def test_a_deepspeed_file_that_cannot_be_used(
-    refused: Refused, tmp_path: Path, content: str, facts: tuple[str, ...]
+    rejected: Rejected, tmp_path: Path, content: str, facts: tuple[str, ...]
 ):
     (tmp_path / "ds.json").write_text(content)
-    message = refused(deepspeed={"config_path": str(tmp_path / "ds.json")})
+    message = rejected(deepspeed={"config_path": str(tmp_path / "ds.json")})
     assert message.startswith(f"deepspeed: {tmp_path}/ds.json ")
     assert_names(message, *facts)
 
 
-def test_with_json_an_error_prints_no_json(refused: Refused, tmp_path: Path):
-    assert f"{tmp_path}/rows.jsonl:1: " in refused("--json", train_path=rows(tmp_path, "{bad"))
+def test_with_json_an_error_prints_no_json(rejected: Rejected, tmp_path: Path):
+    assert f"{tmp_path}/rows.jsonl:1: " in rejected("--json", train_path=rows(tmp_path, "{bad"))
 
 
 @pytest.mark.parametrize(

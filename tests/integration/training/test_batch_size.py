@@ -58,7 +58,7 @@ def commit(plan: RunPlan) -> None:
     store.write(checkpoint_key(1, MANIFEST_FILE), manifest.model_dump_json().encode())
 
 
-def test_a_run_keeps_what_it_began_with(files: Path):
+def test_a_resumed_run_keeps_its_batch_size(files: Path):
     """On a machine with more memory, too, and when another run takes over its state."""
     four = planned(files, "four", train_batch_size_per_device=4, gradient_accumulation_steps=4)
     for_four = 1_000_000_000 + int(four["memory"]["total"] / 0.9) + 1

@@ -83,7 +83,7 @@ def test_a_second_driver_raises_an_error_with_the_owners_process(run_uri: str):
     assert store.list(f"{CLAIMS}/") == [], "an ended driver leaves nothing"
 
 
-def test_a_killed_drivers_claim_is_taken_over_at_once_and_what_is_left_of_it_cannot_commit(run_uri: str):
+def test_a_killed_drivers_claim_is_taken_over_and_its_workers_cannot_commit(run_uri: str):
     store = open_store(run_uri)
     dead = killed_owner(run_uri)
     with claimed(store, waiting=nobody) as claim:

@@ -98,7 +98,7 @@ def test_workers_that_no_machine_can_hold(files: Path, tmp_path: Path):
 
 
 def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
-    """RAY_ADDRESS joins it, our code travels there, and it goes on when the job has ended."""
+    """RAY_ADDRESS joins it, our code travels there, and it keeps running after the job."""
     joining = config(files, tmp_path / "joined.yaml", num_epochs=1)
     with ray_cluster(cpus=2) as cluster:
         unauthorized = run_main(joining, "--json", variables={"RAY_ADDRESS": cluster.address})
@@ -156,7 +156,7 @@ def test_checkpoints_and_notices_do_not_wait_for_one_another(files: Path, tmp_pa
 
 @needs_ray_default
 def test_rays_own_metrics(files: Path, tmp_path: Path):
-    """Its dashboard and Prometheus show the newest loss and speed, under the run's name."""
+    """Its dashboard and Prometheus show the latest loss and throughput, under the run's name."""
     watched = config(files, tmp_path / "watched.yaml", run_name="watched", num_devices=1, num_epochs=100)
     wanted = [f"ray_anneal_{name}" for name in ("loss", "eval_loss", "tokens_per_second")]
     with ray_cluster(cpus=1) as cluster, started(watched, cluster.variables) as job:

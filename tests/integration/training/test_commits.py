@@ -83,7 +83,7 @@ def steps(store: Store) -> list[int]:
     return [manifest.step for manifest in reading.committed(store)]
 
 
-def test_training_goes_on_while_a_checkpoint_is_uploaded_and_waits_only_for_the_one_before(
+def test_training_continues_during_an_upload_and_waits_only_for_the_previous_one(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """An upload that hangs for a while: saving returns, the next save waits for it, both are committed at the end."""
@@ -169,7 +169,7 @@ def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
 
 
-def test_a_disk_that_takes_no_more_is_told_whoever_writes(tmp_path: Path):
+def test_a_full_disk_is_reported_by_every_writer(tmp_path: Path):
     """Python, safetensors and torch each fail in their own words; other failures keep theirs."""
     require_small_disks(tmp_path)
     save = textwrap.dedent(
@@ -234,7 +234,7 @@ def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp
             fetch(cache)
 
 
-def test_what_killed_attempts_left_is_removed_by_the_next_owner(run_uri: str, tmp_path: Path):
+def test_partial_files_of_killed_attempts_are_removed_by_the_next_owner(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     with commits_of(store) as commits:
         commits.start(saved(tmp_path, 1))
@@ -286,7 +286,7 @@ def _uploads(run_uri: str) -> list[str]:
 
 
 @by_both_ways
-def test_the_best_the_newest_and_what_another_run_started_from_are_kept(run_uri: str, tmp_path: Path):
+def test_the_best_the_latest_and_referenced_checkpoints_are_retained(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     child_uri = f"{run_uri}-child"
     child = open_store(child_uri)

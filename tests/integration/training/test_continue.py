@@ -1,4 +1,4 @@
-"""What was trained goes on: adapters, full weights, whole trainer states; what may not change is refused with the difference."""
+"""Training continued from adapters, full weights and complete trainer states; changed settings are reported."""
 
 import json
 import math
@@ -68,8 +68,8 @@ def best_loss(result: dict[str, Any]) -> float:
     return min(loss["eval_loss"] for loss in result["eval_losses"])
 
 
-def refusal(files: Path, name: str, **more: Any) -> str:
-    """What a dry run of these settings is refused with."""
+def error_of(files: Path, name: str, **more: Any) -> str:
+    """Return the error of a dry run of these settings."""
     config = write_yaml(files / f"{name}.yaml", settings(files, **more))
     finished = run_main_quickly(config, "--dry-run")
     assert finished.exit_code == 2, finished.output
@@ -77,7 +77,7 @@ def refusal(files: Path, name: str, **more: Any) -> str:
     return finished.errors
 
 
-def test_an_adapter_goes_on_from_where_its_run_was_best(
+def test_an_adapter_starts_from_the_best_checkpoint_of_its_run(
     files: Path, adapter_run: dict[str, Any], bucket: EmbeddedBucket, bucket_uri: str
 ):
     """The child's first eval loss is the parent's best; it keeps r, alpha and target modules; plain PEFT loads it."""
@@ -168,7 +168,7 @@ def test_an_adapter_keeps_its_own_shape(files: Path, adapter_run: dict[str, Any]
         files / "same.yaml", settings(files, initial_adapter_model_ckpt_path="run:first", lora_config=LORA)
     )
     assert run_main_quickly(same, "--dry-run").exit_code == 0
-    message = refusal(
+    message = error_of(
         files,
         "other",
         initial_adapter_model_ckpt_path="run:first",
@@ -188,7 +188,7 @@ def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dic
     )
     shutil.copytree(files / "model", wider)
     model.save_pretrained(wider)
-    message = refusal(files, "wider", model_id=str(wider), initial_adapter_model_ckpt_path="run:first")
+    message = error_of(files, "wider", model_id=str(wider), initial_adapter_model_ckpt_path="run:first")
     assert re.search(r"model\.layers\.0\.self_attn\.q_proj .*64 x 96.* model, 64 x 64.* adapter", message)
 
 
@@ -196,7 +196,7 @@ def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[
     """Its matrices all fit, and the layers above them would stay as they are."""
     deeper = files / "deeper"
     make_model(deeper, layers=3)
-    message = refusal(files, "deeper", model_id=str(deeper), initial_adapter_model_ckpt_path="run:first")
+    message = error_of(files, "deeper", model_id=str(deeper), initial_adapter_model_ckpt_path="run:first")
     assert_names(message, "adapter", "model.layers.2.self_attn.q_proj")
     assert "model.layers.1." not in message
 
@@ -239,7 +239,7 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     run = copy_of_run(files, adapter_run, "cut-off")
     cut_off = run / "checkpoints" / best / "adapter_model.safetensors"
     cut_off.write_bytes(cut_off.read_bytes()[:-8])
-    message = refusal(files, "from_cut_off", initial_adapter_model_ckpt_path="run:cut-off")
+    message = error_of(files, "from_cut_off", initial_adapter_model_ckpt_path="run:cut-off")
     assert re.search(rf"{best}/adapter_model\.safetensors .*\d+ bytes", message)
 
     run = copy_of_run(files, adapter_run, "half-removed")
@@ -249,18 +249,18 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     for key in ("best_checkpoint", "last_checkpoint"):
         result[key] = result[key].replace("/first/", "/half-removed/")
     (run / "result.json").write_text(json.dumps(result))
-    message = refusal(files, "from_half_removed", initial_adapter_model_ckpt_path="run:half-removed")
+    message = error_of(files, "from_half_removed", initial_adapter_model_ckpt_path="run:half-removed")
     assert_names(message, f"{best} ", "result.json", "no MANIFEST.json")
-    message = refusal(
+    message = error_of(
         files,
         "from_uncommitted",
         initial_adapter_model_ckpt_path=str(run / "checkpoints" / best),
     )
     assert_names(message, best, "no MANIFEST.json")
     assert "result.json, and" not in message
-    message = refusal(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
+    message = error_of(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
     assert_names(message, "half-removed ", "completed", "damaged")
-    message = refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
+    message = error_of(files, "typo", initial_adapter_model_ckpt_path="run:frist")
     assert_names(message, "run:frist", "no run")
 
 
@@ -270,7 +270,7 @@ def test_a_run_with_only_damaged_checkpoints_does_not_restart(files: Path, adapt
     (run / "result.json").unlink()
     for manifest in run.glob("checkpoints/*/MANIFEST.json"):
         manifest.write_bytes(manifest.read_bytes()[:-8])
-    message = refusal(files, "all_damaged", run_name="all-damaged", lora_config=LORA)
+    message = error_of(files, "all_damaged", run_name="all-damaged", lora_config=LORA)
     assert_names(message, "all-damaged ", "checkpoints")
     assert list(run.glob("checkpoints/*/adapter_model.safetensors")), "nothing is removed"
 
@@ -398,7 +398,9 @@ def test_a_longer_run_is_the_run_that_was_longer_from_the_start(files: Path):
     assert losses["longer"] == losses["whole"]
 
 
-def test_what_a_whole_state_may_not_change_is_shown(files: Path, adapter_run: dict[str, Any]):
+def test_resume_from_checkpoint_reports_each_setting_that_may_not_change(
+    files: Path, adapter_run: dict[str, Any]
+):
     taken = {
         "run_name": "taken",
         "resume_from_checkpoint": "run:first",
@@ -408,26 +410,26 @@ def test_what_a_whole_state_may_not_change_is_shown(files: Path, adapter_run: di
     fits = write_yaml(files / "fits.yaml", settings(files, **taken))
     assert run_main_quickly(fits, "--dry-run").exit_code == 0
 
-    message = refusal(
+    message = error_of(
         files, "changed", **taken | {"learning_rate": 1e-3, "num_devices": 2, "lora_config": LORA | {"r": 8}}
     )
     for difference in ("learning_rate: 0.02 -> 0.001", "num_devices: 1 -> 2", "lora_config.r: 4 -> 8"):
         assert difference in message
-    message = refusal(files, "rows", **taken, train_path=str(files / "more" / "train.jsonl"))
+    message = error_of(files, "rows", **taken, train_path=str(files / "more" / "train.jsonl"))
     assert_names(message, "train_path: ", "initial_adapter_model_ckpt_path: run:first")
-    message = refusal(files, "done", **taken | {"num_epochs": 2})
+    message = error_of(files, "done", **taken | {"num_epochs": 2})
     assert_names(message, "step 10 ")
 
 
-def test_what_the_same_run_may_not_change_is_shown(files: Path, adapter_run: dict[str, Any]):
-    message = refusal(
+def test_resume_reports_each_setting_that_may_not_change(files: Path, adapter_run: dict[str, Any]):
+    message = error_of(
         files, "same_run", run_name="first", lora_config=LORA, learning_rate=1e-3, num_devices=2
     )
     assert "learning_rate: 0.02 -> 0.001" in message
     assert "num_devices: 1 -> 2" in message
 
 
-def test_a_diverging_run_stops_with_step_rows_and_what_is_left(files: Path):
+def test_a_nan_loss_stops_the_run_with_step_and_rows(files: Path):
     """Not tried again, and nothing of it is committed."""
     config = write_yaml(
         files / "diverging.yaml",

@@ -250,7 +250,7 @@ def watched(
 
 
 @pytest.mark.slow
-def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
+def test_errors_of_half_of_all_storage_requests_do_not_stop_training(watched: Watched):
     assert sum(request.status == 503 for request in watched.requests) > 10
     assert watched.finished.result["train_steps"] == 3
     assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
@@ -325,7 +325,7 @@ EVERY_50 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency"
 
 
 @pytest.mark.slow
-def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: Path, tmp_path: Path):
+def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(files: Path, tmp_path: Path):
     """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
 
     The signal goes to the whole process group, as from `timeout`, a service manager or a terminal.
@@ -417,7 +417,7 @@ def test_a_lost_worker_restarts_from_the_latest_checkpoint(files: Path, tmp_path
 
 @pytest.mark.slow
 def test_a_lost_cluster(files: Path, tmp_path: Path):
-    """Ray's own process is killed under the driver, which Ray may end at once with it: the same command goes on."""
+    """Ray's own process is killed under the driver, which Ray may terminate with it: the same command resumes."""
     config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
     with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as running:
         running.wait_for_line("step 75/")
@@ -446,7 +446,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
-    """The checkpoint that does not fit is refused in a line, what was committed stays whole, and the same command goes on."""
+    """A checkpoint that does not fit is reported in a line, committed ones stay complete, and the same command resumes."""
     require_small_disks(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -480,9 +480,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_storage_that_refuses_everything_in_the_midst_of_a_run(
-    files: Path, bucket: EmbeddedBucket, tmp_path: Path
-):
+def test_access_denied_during_a_run(files: Path, bucket: EmbeddedBucket, tmp_path: Path):
     """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
     with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
         place = reach_as_a_user(environment, bucket, "refusing")
@@ -518,7 +516,7 @@ def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_left_asks_ray_for_nothing_behind_its_end():
+def test_an_interrupted_run_does_not_call_ray_after_its_end():
     """Ray answers a thread that does so by ending the whole process, silently, with exit code 1."""
     script = """
 import threading, ray
@@ -549,7 +547,7 @@ print(left, fit.error)
 
 
 @pytest.mark.slow
-def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
+def test_a_second_driver_of_a_run_raises_an_error(files: Path, tmp_path: Path):
     """Exactly one trains; the other names it and leaves, and the first one does not notice."""
     config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_50, run_name="one"))
     with started(config) as running:

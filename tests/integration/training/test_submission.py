@@ -1,4 +1,4 @@
-"""Runs as jobs of a real job server behind a token, with a real bucket: submitted, followed, stopped, refused, failed."""
+"""Runs as jobs of a real job server behind a token, with a real bucket: submitted, followed, stopped, rejected, failed."""
 
 import json
 import re
@@ -152,7 +152,7 @@ def test_a_detached_job_is_stopped_and_resumed_by_the_same_command(
     bucket: EmbeddedBucket,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Ctrl-C leaves it alone; a stop commits a checkpoint, which the same command goes on from."""
+    """Ctrl-C leaves it alone; a stop commits a checkpoint, from which the same command resumes."""
     yaml = config(
         files, tmp_path / "stopped.yaml", storage, run_name="stopped", max_steps=4000, num_epochs=None
     )
@@ -199,7 +199,7 @@ def test_a_job_that_is_not_followed(
     assert printed_command(left, "go on") == ["python", "main.py", str(yaml), "--submit", cluster.job_server]
 
 
-def test_what_only_the_cluster_can_refuse(
+def test_a_job_that_does_not_fit_the_cluster_raises_an_error(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
     yaml = config(files, tmp_path / "large.yaml", storage, num_devices=3)
@@ -209,7 +209,7 @@ def test_what_only_the_cluster_can_refuse(
     assert refused.output == ""
 
 
-def test_what_cannot_be_reached_from_here_is_checked_there(
+def test_paths_that_only_the_cluster_sees_are_checked_by_the_job(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
     """Somebody without rights to the bucket may submit; a path of the cluster's own is looked at by the job."""

@@ -1,4 +1,4 @@
-"""Jobs on two nodes that share nothing but a bucket: the same losses as on one, and what is left goes on when one of them is lost.
+"""Jobs on two nodes that share nothing but a bucket: the same losses as on one, and the run continues when one of them is lost.
 
 Every node has its own cache and scratch directory. In the first tests one of them has a network of its own as well, and does not
 see the driver's files.
@@ -156,7 +156,7 @@ def steps_of(files: Path, name: str) -> dict[int, float]:
 
 
 def test_a_run_with_a_range_of_devices_finishes_when_a_node_is_lost(files: Path, tmp_path: Path):
-    """From the newest checkpoint, with the same rows a step: the losses are those of a run that lost nothing."""
+    """From the latest checkpoint, with the same rows per step: the losses are those of a run that lost nothing."""
     own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     yaml = lasting(files, tmp_path / "whole.yaml", "whole", num_devices=2)
     whole = run_main(yaml, "--json", variables=own)
@@ -187,7 +187,7 @@ def test_a_run_with_a_range_of_devices_finishes_when_a_node_is_lost(files: Path,
 
 @not_in_the_sample
 def test_a_run_that_needs_both_nodes_waits_for_one(files: Path, tmp_path: Path):
-    """It says for what, goes on when a node joins, and ends at once by a signal while it waits again."""
+    """It prints the missing resources, resumes when a node joins, and exits on a signal while it waits again."""
     config = lasting(
         files, tmp_path / "waiting.yaml", "waiting", num_devices=2, max_steps=2000, max_failures=2
     )

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint may hold anything: nothing in it is ever executed."""
+"""An untrusted checkpoint may contain anything: no code of it is executed."""
 
 import json
 import re

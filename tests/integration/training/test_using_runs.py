@@ -84,8 +84,8 @@ def asked(question: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def refused(files: Path, tmp_path: Path) -> Callable[..., str]:
-    """The message of a command about the run that refuses something."""
+def rejected(files: Path, tmp_path: Path) -> Callable[..., str]:
+    """Return the error message of a command about the run."""
 
     def run(name: str, *arguments: str) -> str:
         finished = run_command_quickly(command(name, files, *arguments)[2:], tmp_path / "said.txt")
@@ -222,10 +222,10 @@ def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_worker
     assert_names(said, "36.4% (4 of 11 rows)", "44.4% of 9 rows", "warning: 2 ")
 
 
-# --- Refused ------------------------------------------------------------------------------------------------------
+# --- Errors --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_cannot_be_compared(files: Path, refused: Callable[..., str], tmp_path: Path):
+def test_rows_that_cannot_be_compared(files: Path, rejected: Callable[..., str], tmp_path: Path):
     rows = [
         {"messages": [*asked("2 + 2?"), {"role": "assistant", "content": "four"}]},
         {"text": "no answer"},
@@ -233,12 +233,12 @@ def test_rows_that_cannot_be_compared(files: Path, refused: Callable[..., str], 
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = refused("evaluate", "--data", str(data))
+    message = rejected("evaluate", "--data", str(data))
     assert_names(message, "3 of 3 rows ", f"{data}:2: ", "512")
     (line,) = [line for line in message.splitlines() if f"{data}:1: " in line]
     assert_names(line, "number", "'four'")
     assert not (files / "runs" / "run" / "evaluations" / "rows-step-000003.jsonl").exists()
 
 
-def test_no_prompt(refused: Callable[..., str]):
-    assert_names(refused("chat"), "no prompt")
+def test_no_prompt(rejected: Callable[..., str]):
+    assert_names(rejected("chat"), "no prompt")

@@ -1,4 +1,4 @@
-"""Stores that are not AWS's newest, the rights that are needed, and the others who open our buckets."""
+"""Stores that are not current AWS, the rights that are needed, and the others who open our buckets."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     return reach_as_a_user(monkeypatch, bucket, BUCKET)
 
 
-def test_a_store_that_refuses_checksum_headers(
+def test_a_store_that_rejects_checksum_headers(
     own_bucket: str, bucket: EmbeddedBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     refusals = [

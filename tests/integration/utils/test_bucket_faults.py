@@ -87,9 +87,7 @@ def is_whole(files: dict[str, bytes]) -> bool:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_refusals_of_half_of_all_requests_are_waited_out(
-    uri: str, behind: Behind, tmp_path: Path, status: int
-):
+def test_errors_of_half_of_all_requests_are_retried(uri: str, behind: Behind, tmp_path: Path, status: int):
     faults = [Fault("refuse", method, share=0.5, status=status) for method in ("GET", "HEAD", "PUT", "POST")]
     behind(*faults)
     assert is_whole(download(uri, tmp_path / "down"))
@@ -134,7 +132,7 @@ def test_an_upload_that_breaks_off_is_repeated(uri: str, behind: Behind, tmp_pat
 
 @pytest.mark.parametrize("key", ["large", "small-1"])
 @pytest.mark.parametrize("kind", ["flip", "swap"])
-def test_a_body_damaged_on_its_way_is_read_again_or_refused(
+def test_a_damaged_body_is_read_again_or_raises_an_error(
     uri: str, behind: Behind, tmp_path: Path, kind: str, key: str
 ):
     once = Fault(kind, key=key, times=1, content=bytes(len(LARGE)))  # pyright: ignore[reportArgumentType]
@@ -162,9 +160,7 @@ def test_the_rest_of_a_small_body_is_compared_as_well(uri: str, behind: Behind, 
 
 
 @pytest.mark.parametrize("key", ["large", "small-1"])
-def test_another_object_in_its_place_is_refused_by_the_checksum_that_is_known(
-    uri: str, tmp_path: Path, key: str
-):
+def test_a_replaced_object_fails_the_known_checksum(uri: str, tmp_path: Path, key: str):
     store = open_store(uri)
     known = {item.key: checksum_bytes(store.read(item.key)) for item in store.list()}
     content = store.read(key)
@@ -176,7 +172,7 @@ def test_another_object_in_its_place_is_refused_by_the_checksum_that_is_known(
 
 
 @pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C"])
-def test_the_checksum_that_others_stored_is_held_against_what_arrives(
+def test_a_stored_checksum_is_compared_with_the_download(
     uri: str, behind: Behind, tmp_path: Path, algorithm: str
 ):
     client = S3Store(uri)._client()
@@ -189,7 +185,7 @@ def test_the_checksum_that_others_stored_is_held_against_what_arrives(
     assert not (tmp_path / "others").exists()
 
 
-def test_an_upload_damaged_on_its_way_is_refused_by_storage(uri: str, behind: Behind, tmp_path: Path):
+def test_a_damaged_upload_is_rejected_by_storage(uri: str, behind: Behind, tmp_path: Path):
     (tmp_path / "file").write_bytes(LARGE)
     behind(Fault("flip", "PUT", key="up"))
     store = S3Store(uri, IMPATIENT)
@@ -213,7 +209,7 @@ def test_a_write_whose_answer_is_lost_is_known_as_our_own(uri: str, behind: Behi
         store.write("manifest", b"another's", only_if_absent=True)
 
 
-def test_credentials_that_expire_are_taken_anew(
+def test_expired_credentials_are_read_again(
     uri: str, behind: Behind, tmp_path: Path, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
 ):
     behind().expire("OLDKEY")

@@ -113,7 +113,7 @@ def test_round_trip(store_uri: str, tmp_path: Path):
     assert sorted(files_below(tmp_path / "got")) == ["a/one", "empty"]
 
 
-def test_directories_are_told_without_what_lies_in_them(store_uri: str):
+def test_directories_are_listed_without_their_contents(store_uri: str):
     store = open_store(store_uri)
     assert list(store.directories()) == []
     for key in ("b/1", "b/deep/er/2", "a/3", "file", "b.c/4"):
@@ -238,7 +238,7 @@ def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_p
     assert proxy.downloads(OWN_BUCKET) == []
 
 
-def test_a_killed_download_is_taken_over_with_the_files_that_are_whole(
+def test_a_killed_download_resumes_with_its_complete_files(
     own_bucket: str, proxy: BucketProxy, tmp_path: Path
 ):
     content = os.urandom(30 * MB)
@@ -294,7 +294,7 @@ def test_a_disk_that_is_too_small_raises_an_error_before_the_download(
     assert all(name.endswith("lock") for name in files_below(tmp_path))
 
 
-def test_a_full_disk_where_a_local_store_lies(tmp_path: Path):
+def test_a_full_disk_of_a_local_store(tmp_path: Path):
     require_small_disks(tmp_path)
     disk, file = tmp_path / "disk", tmp_path / "file"
     disk.mkdir()

@@ -76,7 +76,7 @@ def test_a_copy_of_before_a_reboot_is_verified_once(bucket_uri: str, tmp_path: P
     assert (sync_to_node(bucket_uri, tmp_path) / "weights").read_bytes() == b"12345"
 
 
-def test_the_least_recently_used_goes_and_what_is_held_stays(
+def test_the_least_recently_used_entry_is_evicted_unless_in_use(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("oldest", "held", "used", "new"):
@@ -95,7 +95,7 @@ def test_the_least_recently_used_goes_and_what_is_held_stays(
         assert [path.exists() for path in (held, oldest, used, new)] == [True, False, True, False]
 
 
-def test_what_dead_processes_left_makes_room(
+def test_files_of_dead_processes_are_evicted(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Of another boot it is never taken for whole; of a place that nobody wants any more it goes when room is needed."""
@@ -114,7 +114,7 @@ def test_what_dead_processes_left_makes_room(
     assert not partial.exists()
 
 
-def test_what_cannot_be_removed_stays_and_stops_nobody(
+def test_files_that_cannot_be_removed_are_ignored(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     require_small_disks(tmp_path)
@@ -155,7 +155,7 @@ def test_the_cache_is_measured_while_others_fill_and_clear_it(tmp_path: Path):
         other.join()
 
 
-def test_a_copy_with_another_content_than_is_known_is_refused(bucket_uri: str, tmp_path: Path):
+def test_a_cached_copy_with_another_checksum_raises_an_error(bucket_uri: str, tmp_path: Path):
     """Whether it is brought now or lies there already, for somebody who knew of nothing."""
     open_store(bucket_uri).write("weights", b"12345")
     cached = sync_to_node(bucket_uri, tmp_path)
@@ -166,7 +166,7 @@ def test_a_copy_with_another_content_than_is_known_is_refused(bucket_uri: str, t
     assert (cached / "weights").read_bytes() == b"12345"
 
 
-def test_what_this_process_has_synced_it_holds(
+def test_entries_synced_by_this_process_are_not_evicted(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("first", "second"):

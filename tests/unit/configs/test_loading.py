@@ -374,7 +374,7 @@ LEGACY = ["no_gradient_checkpoint", "liger_kernel", "generation_config", "checkp
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*FinetuneConfig.model_fields, *LEGACY]), VALUES, max_size=5))
-def test_any_value_for_any_key_is_loaded_or_refused(tmp_path: Path, data: dict[str, object]):
+def test_any_value_for_any_key_loads_or_raises_a_config_error(tmp_path: Path, data: dict[str, object]):
     import yaml
 
     path = tmp_path / "run.yaml"

@@ -55,7 +55,7 @@ def test_a_step_takes_the_same_rows_on_any_number_of_devices():
     assert config(num_devices=5, gradient_accumulation_steps=3).accumulation_on(5) == 3
 
 
-def test_a_batch_that_is_chosen_goes_on_any_number_of_devices():
+def test_a_chosen_batch_size_works_on_any_number_of_devices():
     asked = config(num_devices={"min": 3, "max": 4}, train_batch_size=24, **AUTO)
     assert list(asked.possible_batch_sizes()) == [
         2,
@@ -339,7 +339,7 @@ def test_length_of_a_run(settings: dict[str, Any], steps_per_epoch: int, epochs:
         {"trainer_resources": {"CPU": 2}},
     ],
 )
-def test_hash_leaves_out_what_does_not_train(settings: dict[str, Any]):
+def test_the_hash_excludes_settings_that_do_not_affect_training(settings: dict[str, Any]):
     assert config_hash(config(**settings)) == config_hash(config())
 
 
@@ -354,7 +354,7 @@ def test_hash_leaves_out_what_does_not_train(settings: dict[str, Any]):
         {"max_steps": 3},
     ],
 )
-def test_hash_sees_what_trains(settings: dict[str, Any]):
+def test_the_hash_includes_settings_that_affect_training(settings: dict[str, Any]):
     assert config_hash(config(**settings)) != config_hash(config())
 
 

@@ -64,7 +64,7 @@ def test_tokens_of_labels_come_from_the_rows():
     assert label_tokens(sources, ["a", "b", "c", "never"]) == LABELS
 
 
-def test_a_label_that_begins_another_is_refused():
+def test_a_label_that_is_a_prefix_of_another_raises_an_error():
     with pytest.raises(DataError, match=r"'10'.*'1'"):
         label_tokens([rows((0, [5]), (1, [5, 8]))], ["1", "10"])
 

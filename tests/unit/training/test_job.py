@@ -22,7 +22,7 @@ def reason_of(cause: Exception) -> str:
     return classify(causes_of(as_ray_raises_it(cause)), [])
 
 
-def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
+def test_a_failure_after_a_signal_is_part_of_the_reason():
     assert _ending(None, [signal.SIGTERM], False).reason == "SIGTERM"
     failure = "s3://b/run: AccessDenied"
     ending = _ending(failure, [signal.SIGTERM], False)

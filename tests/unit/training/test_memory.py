@@ -347,7 +347,7 @@ def test_dora_keeps_what_it_scales(models: dict[int, Path]):
     ],
     ids=str,
 )
-def test_what_an_adapter_trains_is_what_peft_trains(lora: dict[str, Any], tmp_path: Path):
+def test_trainable_parameters_of_an_adapter_equal_pefts(lora: dict[str, Any], tmp_path: Path):
     """Of a mixture, whose experts PEFT takes together."""
     model = make_model(tmp_path / "model", kind=MixtralConfig, num_local_experts=4)
     of = job(model, lora_config={"r": 4, **lora})
@@ -452,7 +452,7 @@ def test_the_largest_batch_that_fits_is_taken(models: dict[int, Path]):
     assert largest_batch(of, 2 * int(needed[12])) == 12
 
 
-def test_what_would_help_is_what_another_estimate_says(models: dict[int, Path]):
+def test_advised_savings_equal_the_difference_of_two_estimates(models: dict[int, Path]):
     """The three that save most, each of them a YAML that goes."""
     of = job(models[2], longest=400, train_batch_size_per_device=8, kernels="torch", **LORA)
     savings = report_memory(of, None, None).savings
@@ -470,7 +470,7 @@ def test_what_would_help_is_what_another_estimate_says(models: dict[int, Path]):
     )
 
 
-def test_what_would_help_are_three_keys_and_the_mildest_of_each_that_fits(tmp_path: Path):
+def test_advice_names_three_keys_and_the_mildest_value_that_fits(tmp_path: Path):
     model = make_files(tmp_path / "model", "meta-llama/Meta-Llama-3-8B-Instruct")
     of = job(model, device="cuda", kernels="torch", num_devices=8, longest=400)
 
@@ -484,7 +484,7 @@ def test_what_would_help_are_three_keys_and_the_mildest_of_each_that_fits(tmp_pa
     assert "deepspeed: zero_2" in large
 
 
-def test_what_does_not_go_together_is_not_advised(models: dict[int, Path]):
+def test_conflicting_settings_are_not_advised(models: dict[int, Path]):
     of = job(models[2], num_devices=2, deepspeed="zero_3", device="cuda", kernels="liger", **LORA)
     settings = [saving.setting for saving in report_memory(of, None, None).savings]
     assert settings

@@ -200,7 +200,7 @@ def test_an_adapter_that_cannot_be_trained_further_raises_an_error(adapter: Path
         ("modeling.py", False, False),
     ],
 )
-def test_what_is_brought_to_a_node(key: str, for_model: bool, for_tokenizer: bool):
+def test_which_files_are_downloaded_to_a_node(key: str, for_model: bool, for_tokenizer: bool):
     assert is_model_file(key) == for_model
     assert is_tokenizer_file(key) == for_tokenizer
 

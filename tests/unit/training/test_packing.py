@@ -103,9 +103,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("architecture", sorted(PACKED_WITHOUT_MASK))
-def test_kernels_that_are_told_where_rows_end(
-    architecture: str, checkpointed: bool, rows: list[dict[str, Any]]
-):
+def test_packed_kernels_receive_row_ends(architecture: str, checkpointed: bool, rows: list[dict[str, Any]]):
     """By transformers' models and our interface, down to gradients; the kernel itself is a plain one here."""
     torch.manual_seed(0)
     window = {"sliding_window": WINDOWS[architecture]} if architecture in WINDOWS else {}
@@ -135,7 +133,7 @@ def test_kernels_that_are_told_where_rows_end(
     torch.testing.assert_close(losses_and_gradient(in_one_line), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_comparison_notices_rows_that_are_not_told_apart(rows: list[dict[str, Any]]):
+def test_the_comparison_detects_rows_that_attend_to_each_other(rows: list[dict[str, Any]]):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).double()
     model.set_attn_implementation(varlen_attention.NAME)

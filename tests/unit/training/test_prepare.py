@@ -278,7 +278,7 @@ def test_the_same_rows_elsewhere_have_the_same_fingerprint(
     assert there.place(0) == f"{elsewhere}:1"
 
 
-def test_what_was_prepared_is_found_in_the_bucket(
+def test_prepared_data_is_read_from_the_bucket(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     train, _ = write_data(tmp_path)
@@ -313,7 +313,7 @@ def test_damaged_tokens_raise_an_error(chatml: PreTrainedTokenizerFast, tiny_mod
         verify_prepared(prepared)
 
 
-def test_what_decides_the_tokens_decides_the_key(
+def test_every_input_of_the_tokens_is_part_of_the_key(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     train, _ = write_data(tmp_path)

@@ -187,7 +187,7 @@ def test_a_pretended_gpu_trains_as_the_cpu_does(run: str, provider: str, runs: R
     assert shapes_in(runs.saved(run, provider)) == shapes_in(runs.saved(run, "torch"))
 
 
-def test_a_run_that_goes_on_is_the_same_to_the_last_bit(runs: Runs):
+def test_a_resumed_run_is_bitwise_identical(runs: Runs):
     found, checkpoint = runs["unsloth"], runs.saved("lora", "unsloth")
     assert found["resumed"] == found["lora"]
     again = checkpoint.parent / "resumed" / checkpoint.name

@@ -250,7 +250,7 @@ def test_tool_calls_are_trained_and_tools_answers_are_not(styles: dict[str, PreT
 
 
 @pytest.mark.parametrize("style", ["smollm2", "llama_3"])
-def test_tools_that_the_template_has_no_place_for_are_refused(
+def test_tools_that_the_template_does_not_render_raise_an_error(
     styles: dict[str, PreTrainedTokenizerFast], style: str
 ):
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}

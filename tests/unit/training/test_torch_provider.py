@@ -47,7 +47,7 @@ def saved(directory: Path, kind: str, **changes: object) -> Path:
     return directory
 
 
-def test_what_caps_the_scores_of_attention_is_not_left_out(tmp_path: Path):
+def test_attention_softcapping_is_applied(tmp_path: Path):
     """As torch's own attention does, without a word."""
     settings = {"head_dim": 8, "query_pre_attn_scalar": 8, "initializer_range": 0.5}
     capped = saved(tmp_path, "gemma2", attn_logit_softcapping=0.1, **settings)
@@ -65,7 +65,7 @@ def test_a_mixture_of_experts_computes_the_same_bits_every_time(tmp_path: Path):
     assert load_base(request(mixture, deterministic=True)).get_experts_implementation() == {"": "eager"}
 
 
-def test_what_stays_out_of_4_bits_stays_in_16(tmp_path: Path):
+def test_parameters_that_are_not_quantized_are_bf16(tmp_path: Path):
     """And so does what a layer hands on to the next: in fp32 both would take twice the memory."""
     directory = saved(tmp_path, "llama", hidden_size=64, intermediate_size=64)
     lora = LoraConfig(target_modules=["q_proj"])

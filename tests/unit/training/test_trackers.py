@@ -87,9 +87,7 @@ def test_tensorboard_files_are_in_the_run(train: Train, tmp_path: Path):
     assert b"lora_config.r: 8" in text.tensor_proto.string_val[0]
 
 
-def test_a_run_that_goes_on_takes_the_place_of_what_tensorboard_had_of_lost_steps(
-    train: Train, tmp_path: Path
-):
+def test_a_resumed_run_replaces_the_tensorboard_events_of_lost_steps(train: Train, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(TensorboardLogger(provider="tensorboard"))
