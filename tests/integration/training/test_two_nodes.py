@@ -170,7 +170,7 @@ def test_what_is_left_finishes_when_a_node_is_lost(files: Path, tmp_path: Path):
             finished = job.end()
         assert all((cache / "anneal" / "runs" / "elastic").exists() for cache in cluster.caches())
     assert finished.exit_code == 0, finished.errors
-    assert "1 of 2 workers has its place" in finished.errors
+    assert "running with 1 of 2 workers" in finished.errors
     assert finished.result["train_steps"] == LONG
     assert finished.result["tokens"] == whole.result["tokens"]
     ours, theirs = steps_of(files, "elastic"), steps_of(files, "whole")
@@ -236,7 +236,7 @@ def test_a_node_that_joins_is_taken_in_behind_a_checkpoint(files: Path, tmp_path
         )
         job.process.send_signal(signal.SIGTERM)
         finished = job.end()
-    assert "1 of 2 workers has its place" in alone
+    assert "running with 1 of 2 workers" in alone
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     trained = [int(step) for step in re.findall(r"^step (\d+)/", finished.errors, re.M)]
     assert trained == list(range(1, len(trained) + 1))

@@ -7,9 +7,10 @@ import ray.exceptions
 import ray.train
 import torch
 
-from training.job import _ending, _how_lost, classify
+from training.failures import causes_of, classify, describe_lost_cluster
 from training.memory import Saving
-from training.worker_groups import causes_of
+from training.ray_internals import WorkerHealthCheckFailedError
+from training.results import ending_of
 
 
 def as_ray_tells_it(cause: Exception) -> ray.train.WorkerGroupError:
@@ -22,9 +23,9 @@ def reason_of(cause: Exception) -> str:
 
 
 def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
-    assert _ending(None, [signal.SIGTERM], False).reason == "SIGTERM"
+    assert ending_of(None, [signal.SIGTERM], False).reason == "SIGTERM"
     refused = "s3://b/run: AccessDenied"
-    ending = _ending(refused, [signal.SIGTERM], False)
+    ending = ending_of(refused, [signal.SIGTERM], False)
     assert (ending.status, ending.stop_signal) == ("stopped", signal.SIGTERM)
     assert ending.reason == f"SIGTERM; before it could stop: {refused}"
 
@@ -51,13 +52,15 @@ def test_a_worker_that_is_gone():
 def test_a_run_whose_own_actors_ray_ended_for_memory():
     words = "6 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB / 24.0GB"
     savings = [Saving("gradient_checkpointing: true", 5 * 2**30)]
-    assert _how_lost(ray.exceptions.OutOfMemoryError(words), savings) == (
+    assert describe_lost_cluster(ray.exceptions.OutOfMemoryError(words), savings) == (
         f"out of memory: {words}. What would help most, estimated for each device: `gradient_checkpointing: true` (5.0 GiB less)."
     )
 
 
 def test_a_cluster_that_is_gone():
-    assert _how_lost(ray.exceptions.ActorDiedError(), []).startswith("the cluster was lost (The actor died ")
+    assert describe_lost_cluster(ray.exceptions.ActorDiedError(), []).startswith(
+        "the cluster was lost (The actor died "
+    )
 
 
 def test_an_error_of_the_workers_own():
@@ -73,3 +76,44 @@ def test_what_would_save_memory_stands_behind_the_reason():
         "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB. What would help most, "
         "estimated for each device: `gradient_checkpointing: true` (5.0 GiB less); `optim: adamw_8bit` (1.5 GiB less)."
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["row 3: the patient died", "exit SYSTEM_ERROR", "the service is unavailable"]
+)
+def test_user_error_with_words_of_a_lost_worker_is_an_error(text: str):
+    assert reason_of(ValueError(text)) == text
+
+
+def test_user_error_beside_a_lost_worker_names_the_lost_worker():
+    """The others' collectives fail when one worker is lost."""
+    failures = {0: RuntimeError("Connection closed by peer"), 1: ray.exceptions.ActorDiedError()}
+    error = ray.train.WorkerGroupError("Training failed due to worker errors", failures)
+    assert classify(causes_of(error), []).startswith("worker lost: ")
+
+
+def test_worker_that_fails_its_health_check_is_lost():
+    """Ray wraps the death of a running worker's actor so."""
+    reason = reason_of(
+        WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+    )
+    assert reason == f"worker lost: {ray.exceptions.ActorDiedError.BASE_ERROR_MSG}"
+
+
+def test_actor_that_ray_killed_for_memory_is_out_of_memory():
+    """Ray 2.60 says so in the text of an error of another type only."""
+    died = ray.exceptions.RayActorError(
+        error_msg="The actor died unexpectedly before finishing this task.\n\tpid: 7\n"
+        "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB."
+    )
+    reason = reason_of(WorkerHealthCheckFailedError("A worker health check failed.", died))
+    assert reason == "out of memory: Task was killed due to the node running low on memory."
+
+
+def test_python_without_memory():
+    assert reason_of(MemoryError()) == "out of memory: MemoryError."
+
+
+def test_error_of_the_controller_is_classified_by_what_it_wraps():
+    error = ray.train.ControllerError(ray.exceptions.NodeDiedError("node 7 is gone"))
+    assert classify(causes_of(error), []) == "worker lost: node 7 is gone"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from training.place import Place
+from training.place import World
 
 
 @pytest.fixture
@@ -19,6 +19,6 @@ def group() -> Iterator[None]:
 @pytest.mark.usefixtures("group")
 def test_workers_on_cpu_leave_the_gpus_of_their_node_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    place = Place(rank=0, local_rank=0, world_size=2, local_world_size=2, node_rank=0)
-    assert place.of_rank_0(True)
-    assert not place.of_rank_0(False)
+    place = World(rank=0, local_rank=0, world_size=2, local_world_size=2, node_rank=0)
+    assert place.broadcast(True)
+    assert not place.broadcast(False)
