@@ -68,7 +68,7 @@ def test_no_checkpoint_and_no_configuration_of_ours(use: Use, command: list[str]
     result = result_of(storage.uri_of("failed"), [], status="failed", reason="no GPU is left.")
     failed = write_run(storage, "failed", [], result=result)
     assert (
-        f"the run {failed} failed before its first checkpoint: no GPU is left. The same command begins it again"
+        f"the run {failed} failed before its first checkpoint: no GPU is left. Rerun its command"
         in refusal(use(*command, failed))
     )
     damaged = write_run(storage, "damaged", eval_losses(2.0), result=None)

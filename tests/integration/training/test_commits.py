@@ -178,7 +178,7 @@ def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     with commits_of(store) as commits:
         commits.start(saved(tmp_path, 1))
     first = store.read(checkpoint_key(1, MANIFEST_FILE))
-    with pytest.raises(CheckpointError, match="committed by somebody else"), commits_of(store) as commits:
+    with pytest.raises(CheckpointError, match="committed by another process"), commits_of(store) as commits:
         commits.start(saved(tmp_path, 1))
     assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
 
