@@ -74,8 +74,8 @@ def describe_lost_cluster(error: ray.exceptions.RayError, savings: Sequence[Savi
     return f"the cluster was lost ({first_line(error)})."
 
 
-def _cause_of(error: BaseException) -> FailureCause:
-    error = _unwrapped(error)
+def _cause_of(failure: BaseException) -> FailureCause:
+    error = _unwrapped(failure)
     text = str(error).strip()
     if _is_memory_error(error):
         # Ray lists its largest processes over forty lines; the first line that names memory says why.
@@ -87,6 +87,10 @@ def _cause_of(error: BaseException) -> FailureCause:
         return FailureCause("worker lost", text.splitlines()[-1])  # below the ids of the actor
     if isinstance(error, RuntimeError) and (refused := _TORCH_WITHOUT_MEMORY.search(text)):
         return FailureCause("out of memory", refused[0].strip())
+    if isinstance(
+        failure, ray.exceptions.RayTaskError
+    ):  # of an evaluation, which has no log file to look up the type
+        return FailureCause("error", f"{type(error).__name__}: {first_line(error)}")
     return FailureCause("error", first_line(error))
 
 

@@ -50,7 +50,7 @@ class Driver:
         self._mailbox = mailbox
         self._world = world
         # Only rank 0 asks; what it learns is broadcast.
-        self._request = mailbox.wait_for_request.remote() if world.rank == 0 else None
+        self._request: Any = mailbox.wait_for_request.remote() if world.rank == 0 else None
 
     def emit(self, event: Event) -> None:
         """Send an event from rank 0, without waiting; other ranks send none."""

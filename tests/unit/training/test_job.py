@@ -117,3 +117,16 @@ def test_python_without_memory():
 def test_error_of_the_controller_is_classified_by_what_it_wraps():
     error = ray.train.ControllerError(ray.exceptions.NodeDiedError("node 7 is gone"))
     assert classify(causes_of(error), []) == "worker lost: node 7 is gone"
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (KeyError("died"), "KeyError: 'died'"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
+    ],
+)
+def test_error_of_an_evaluation_is_classified_by_its_cause(cause: Exception, reason: str):
+    """Ray raises the error of an actor's method as a subclass of both types."""
+    error = ray.exceptions.RayTaskError("answer", f"Traceback\n{cause!r}", cause, "title", 1, "127.0.0.1")
+    assert classify(causes_of(error.as_instanceof_cause()), []) == reason
