@@ -1,38 +1,40 @@
-# Every command that the README, the CI workflow and .ci/run use. `make help` lists them.
+# The commands of the project. `make help` lists them.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-# The first of these that is Python 3.11; `make setup PYTHON=/a/python3.11` says it outright.
-PYTHON = $(shell for python in python3.11 python3 python; do \
-	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$python && break; done)
+# The first of these that runs and is Python 3.11, 3.12 or 3.13. `make setup PYTHON=/path/to/python3.12` sets it by hand.
+PYTHON = $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 EXTRAS := quickstart unsloth trackers cluster dev bench
 
-# What the locks cannot hold: torch, whose build the machine decides.
+# The locks leave torch out: its build (CPU or CUDA) depends on the machine.
 TORCH = $(shell sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)
 BOOTSTRAP = $(shell sed -nE 's/^([a-z-]+==[^ ;]+) \\$$/\1/p' requirements/bootstrap.lock)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --no-input
-# Nothing is resolved here: the locks name every file by its hash, and what builds the one source package too.
-# Bytecode now, not in each of a run's processes: it halves the time to the first step where nothing is cached.
+# The locks pin every file by its hash, and bootstrap.lock pins the build dependencies of the one source package.
+# Compiling bytecode at installation halves the time to the first step of the first run.
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --no-deps --require-hashes --build-constraints requirements/bootstrap.lock \
 	--python $(BIN)/python
+# A file's tests share runs and servers, so one process runs them all; tests/conftest.py puts the slow files first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-resume test-kernels test-cookbooks test-nodes test-submit test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
 
-help:  ## this list
+help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
 
-# A step that was cut short leaves STAMP.begun behind, and the next run does it from the start.
+# An interrupted step leaves STAMP.begun, and the next `make` restarts that step.
 $(STAMPS)/torch: requirements/bootstrap.lock pyproject.toml
 	@if test -e $@.begun || ! $(BIN)/pip --version >/dev/null 2>&1; then \
-	  test -n "$(PYTHON)" || { echo "error: no Python 3.11 is found; install it, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
-	  echo "making $(VENV) with $(PYTHON)"; \
+	  test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH; install one, or run make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	  echo "creating $(VENV) with $(PYTHON)"; \
 	  rm -rf $(VENV) && mkdir -p $(STAMPS) && touch $@.begun && $(PYTHON) -m venv $(VENV); \
 	fi
 	@mkdir -p $(STAMPS)
@@ -50,78 +52,81 @@ $(STAMPS)/%: requirements/%.lock $(STAMPS)/torch
 	@again=; if test -e $@.begun; then again=--reinstall; fi; \
 	touch $@.begun && $(INSTALL) $$again -r $< && mv $@.begun $@
 
-# Triton for its interpreter, which runs kernels on CPU. Beside the environment: where Triton can be imported, TRL takes a GPU for granted.
+# Triton's interpreter runs GPU kernels on CPU. It is installed outside the environment: TRL assumes a GPU where Triton can be imported.
 $(STAMPS)/interpreter: requirements/interpreter.lock $(STAMPS)/torch
 	@echo "installing $<"
 	@$(INSTALL) --target $(VENV)/interpreter -r $< && touch $@
 
-setup: $(STAMPS)/quickstart  ## install what training and the quickstart need into .venv
+setup: $(STAMPS)/quickstart  ## install the packages for training and the quickstart into .venv
 setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see README)
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
 setup-cluster: setup $(STAMPS)/cluster  ## add Ray's dashboard and job server, for the head of a cluster
-setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add what the tests and the linters need
+setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add the packages for tests and linters
 
 quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
 	$(BIN)/python cookbooks/quickstart/prepare.py
 	$(BIN)/python main.py cookbooks/quickstart/smollm2-135m.yaml
 
-test: setup-dev  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration/training tests  # the slow files first
+test: setup-dev  ## run the tests that are not marked slow (minutes on two cores)
+	$(PYTEST) -m "not slow"
 
-fuzz: setup-dev  ## prepare 10,000 generated bad files: each is prepared or refused with a place (minutes)
+test-all: test  ## run the tests of `make test`, then those marked slow (about half an hour on two cores)
+	$(PYTEST) -m slow
+
+fuzz: setup-dev  ## prepare 10,000 generated bad files: each is accepted or rejected with file and line (minutes)
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py
 
-test-resume: setup-dev  ## kill runs in every way on every kind of run, and compare to the last bit (an hour and three quarters on two cores)
+test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and compare the weights bit for bit (1 h 45 min on two cores)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/test_resume.py
 
-test-kernels: setup-dev  ## all that kernels and methods are spread over on CPU, and every part of bench-gpu, where `make test` takes a sample
+test-kernels: setup-dev  ## test every combination of kernel and method on CPU, and every part of bench-gpu; `make test-all` runs a sample
 	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/test_loss_equality.py tests/integration/test_gpu_benchmark.py
 
-test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model, where `make test` takes a sample
+test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model; `make test-all` runs a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/test_cookbooks.py
 
-test-nodes: setup-dev  ## lose nodes of a cluster, wait for them and take them in, where `make test` takes a sample (a quarter of an hour)
+test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a run; `make test-all` runs a sample (15 minutes)
 	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/test_two_nodes.py
 
-test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (its packages slow the start of every Ray cluster)
+test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (installs packages that slow the start of every Ray cluster)
 	$(BIN)/python -m pytest tests/integration/training/test_submission.py tests/integration/training/test_clusters.py
 
-test-image: setup-dev  ## do what the image's build installs, without Docker, and start what it starts (3 GB, a minute or two)
+test-image: setup-dev  ## run the image's install steps without Docker, then its health check and entry point (3 GB, two minutes)
 	TEST_IMAGE=1 $(BIN)/python -m pytest tests/integration/test_image.py
 
-lint: setup-dev  ## check style, types, the doors between the rooms and the Dockerfile
+lint: setup-dev  ## check style, types, imports between packages and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-schema: setup  ## make configs/schema.json, by which editors complete and check YAMLs, and keys.md
+schema: setup  ## generate configs/schema.json, which editors use to complete and check YAMLs, and configs/keys.md
 	$(BIN)/python -m configs.json_schema
 
-format: setup-dev  ## rewrite the Python files as the linter wants them
+format: setup-dev  ## fix lint errors and format the Python files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-overhead: setup  ## measure what Anneal costs beside the bare trainer
+bench-overhead: setup  ## measure the overhead of Anneal over the bare trainer
 	$(BIN)/python benchmarks/overhead.py
 
-bench-data: setup  ## measure how fast rows are prepared beside datasets.map
+bench-data: setup  ## measure the speed of data preparation against datasets.map
 	$(BIN)/python benchmarks/data.py
 
-bench-data-memory: setup  ## measure the memory that preparing a file of 5 GB takes (half an hour, 20 GB of disk)
+bench-data-memory: setup  ## measure the peak memory of preparing a 5 GB file (half an hour, 20 GB of disk)
 	$(BIN)/python benchmarks/data.py --gigabytes 5
 
-bench-resume: setup  ## measure what it costs to send a killed run again
+bench-resume: setup  ## measure the cost of resuming a killed run
 	$(BIN)/python benchmarks/resume.py
 
-bench-checkpoints: setup-dev  ## measure what a checkpoint costs training
+bench-checkpoints: setup-dev  ## measure the time that checkpoints take from training
 	$(BIN)/python benchmarks/checkpoints.py
 
-bench-bucket: setup $(STAMPS)/bench  ## measure transfers to and from a bucket beside those of others
+bench-bucket: setup $(STAMPS)/bench  ## measure bucket transfers against other clients
 	$(BIN)/python benchmarks/bucket.py
 
-bench-gpu: setup-unsloth  ## measure speed and memory on a GPU beside Unsloth's and TRL's own scripts (a round: three quarters of an hour are expected)
+bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (about 45 minutes a round)
 	$(BIN)/python benchmarks/gpu.py
 
 lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
@@ -135,6 +140,6 @@ lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	printf '%s\n' "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" setuptools filelock fsspec jinja2 networkx sympy typing-extensions \
 	  | $$compile - -c requirements/runtime.lock -o requirements/bootstrap.lock
 
-clean:  ## remove caches and .anneal (the embedded bucket, with the runs in it); .venv stays
+clean:  ## remove caches and .anneal (the embedded bucket and its runs); keep .venv
 	rm -rf .anneal .hypothesis .import_linter_cache .pytest_cache .ruff_cache unsloth_compiled_cache
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,119 +1,141 @@
-"""The front door: a YAML becomes a Ray TorchTrainer job.
+"""The command line: arguments become a command.
 
-    python main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]
-    python main.py runs | show | compare ...      looks at what was trained; see runs/commands.py
-    python main.py export | chat | evaluate ...   uses it; see training/commands.py
+    python main.py CONFIG.yaml [key=value ...]      train
+    python main.py runs | show | compare ...        list, show and compare runs (runs/commands.py)
+    python main.py export | chat | evaluate ...     use a trained checkpoint (training/commands.py)
 
-Exit codes: 0 done; 2 config or data refused; 1 training failed; 128+signal stopped.
+Exit codes: 0 done; 1 failed after training started; 2 rejected before training; 128+signal stopped.
 """
 
 import argparse
-import json
-import os
-import shlex
-import signal
+import re
 import sys
 import time
-from contextlib import ExitStack
-from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn, get_args
 
-from rich.console import Console
-
-from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
-from configs.schema import ExportConfig
-from runs import commands as looking
-from training import commands as using
-from utils.console import library_output_in, open_consoles
+from configs.schema import Column
+from runs import commands as run_commands
+from training import commands as model_commands
+from training import train
 from utils.errors import AnnealError
-from utils.processes import FORWARDED, importing, run_in_own_session
 
-DONE, FAILED, REJECTED, INTERRUPTED = 0, 1, 2, 130
+REJECTED, INTERRUPTED = 2, 130
+
+_EXAMPLES = """\
+examples:
+  main.py cookbooks/quickstart/smollm2-135m.yaml                    train
+  main.py cookbooks/quickstart/smollm2-135m.yaml lora_config.r=16   override a key of the YAML
+  main.py cookbooks/quickstart/smollm2-135m.yaml --dry-run          check everything without training
+  main.py runs s3://my-bucket/runs                                  list runs
+  main.py chat run:NAME                                             chat with a run's best checkpoint
+
+Options of a command: main.py COMMAND --help. Options of training: main.py CONFIG.yaml --help."""
+_A_RUN = "URI of a run, or run:NAME for a run in the default storage"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        print(f"error: {message} (options: {self.prog} --help)", file=sys.stderr)
+        sys.exit(REJECTED)
+
+    def reject_unknown(self, arguments: list[str]) -> None:
+        """Reject arguments that no option takes, with the nearest option."""
+        if not arguments:
+            return
+        option = arguments[0].partition("=")[0]
+        known = sorted(set(re.findall(r"--[a-z-]+", self.format_help())))
+        nearest = get_close_matches(option, known, n=1)
+        self.error(f"unknown argument {arguments[0]}" + (f": did you mean {nearest[0]}?" if nearest else ""))
 
 
 def main(arguments: list[str]) -> int:
-    """Check the file, then plan and run; returns the exit code."""
+    """Run the command that the arguments name; return the exit code."""
     began = time.monotonic()
-    if "" in arguments:  # it would mean the working directory, or nothing
-        print("error: an argument is empty: was a variable not set?", file=sys.stderr)
+    if "" in arguments:  # an empty path would be the working directory
+        print("error: an argument is empty: is a shell variable unset?", file=sys.stderr)
         return REJECTED
-    if arguments and arguments[0] in looking.COMMANDS:
-        return look(arguments)
-    if arguments and arguments[0] in using.COMMANDS:
-        return use(arguments)
-    if arguments and (meant := misspelt_command(arguments[0])):
+    parser, commands = build_parser()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        parser.print_help(None if arguments else sys.stderr)
+        return 0 if arguments else REJECTED
+    if meant := nearest_command(arguments[0], commands):
         print(
-            f"error: {arguments[0]}: there is no such file, and no such command: did you mean main.py {meant}?",
-            file=sys.stderr,
+            f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?", file=sys.stderr
         )
         return REJECTED
-    options = parse_arguments(arguments)
+    name = arguments[0] if arguments[0] in commands else "train"
+    command = commands[name]
+    # Options may stand between positional arguments, which subparsers do not support by themselves.
+    options, unknown = command.parse_known_intermixed_args(arguments[name != "train" :])
+    command.reject_unknown(unknown)
+    values = vars(options)
     try:
-        loaded = load_config(options.config, options.overrides)
-    except AnnealError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    output, errors = open_consoles()
-    for warning in loaded.warnings:
-        errors.write(f"warning: {warning}\n")
-    if options.print_config:
-        output.write(f"{json.dumps(resolved(loaded))}\n" if options.json else to_marked_yaml(loaded))
-        return DONE
-    command = ["python", "main.py", str(options.config), *options.overrides]
-    if options.submit:
-        return submit(loaded, options, [*command, "--submit", options.submit])
-    if options.dry_run or os.environ.get("RAY_ADDRESS"):
-        return plan_and_run(loaded, options, command, began)
-    # Ray's own processes must outlive a signal to the process group, until the checkpoint is committed. Those of a cluster do,
-    # and its job server signals each of a job's processes by itself.
-    return run_in_own_session(lambda: plan_and_run(loaded, options, command, began))
-
-
-def look(arguments: list[str]) -> int:
-    """Carry out a command that looks at runs; returns the exit code."""
-    try:
-        looking.run_command(arguments)
+        if name == "train":
+            check_train_options(command, values)
+            return train.run(train.Options(**values), began)
+        values.pop("run_command")(**values)
+        return 0
     except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    return DONE
 
 
-def use(arguments: list[str]) -> int:
-    """Carry out a command that uses what was trained; returns the exit code."""
-    options = using.parse_arguments(arguments)
-    set_ray_up()
-    try:
-        using.run_command(options)
-    except AnnealError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return DONE
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the whole command line, and the parser of each command."""
+    parser = Parser(
+        prog="main.py",
+        usage="main.py CONFIG.yaml [key=value ...] [options]\n       main.py COMMAND ... [options]",
+        description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes, and use what it trained.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", parser_class=Parser, prog="main.py"
+    )
+    commands = {
+        "train": _train_parser(),
+        **{
+            name: subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+            for name, text in {**run_commands.COMMANDS, **model_commands.COMMANDS}.items()
+        },
+    }
+    _add_run_arguments(commands)
+    _add_export_arguments(commands["export"])
+    _add_chat_arguments(commands["chat"])
+    _add_evaluate_arguments(commands["evaluate"])
+    return parser, commands
 
 
-def misspelt_command(word: str) -> str | None:
-    """The command that a first argument may mean that is neither a command nor a file."""
+def nearest_command(word: str, commands: dict[str, Parser]) -> str | None:
+    """Return the command that a misspelt first argument may mean; None for a file, an option or a command."""
     path = Path(word)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if word in commands or word.startswith("-") or path.suffix in (".yaml", ".yml") or path.exists():
         return None
-    return next(iter(get_close_matches(word, (*looking.COMMANDS, *using.COMMANDS), n=1)), None)
+    return next(iter(get_close_matches(word, [name for name in commands if name != "train"], n=1)), None)
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; a wrong one ends the process with code 2."""
-    parser = argparse.ArgumentParser(
+def check_train_options(parser: Parser, values: dict[str, Any]) -> None:
+    """Reject options of training that do not go together."""
+    if values["config"] is None:
+        parser.error("name a YAML file: main.py CONFIG.yaml")
+    if values["detach"] and not values["job_server"]:
+        parser.error("--detach needs --submit URL")
+
+
+def _train_parser() -> Parser:
+    parser = Parser(
         prog="main.py",
         usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]",
-        description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes.",
-        epilog=f"Look at runs with main.py {', '.join(looking.COMMANDS)}, use what they trained with "
-        f"{', '.join(using.COMMANDS)}; each says how under --help.",
+        description="Train as a Ray TorchTrainer job that the YAML describes.",
+        allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -122,220 +144,167 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         metavar="key=value",
         help="override a key of the YAML; dotted for sections: lora_config.r=16",
     )
-    depth = parser.add_mutually_exclusive_group()
-    depth.add_argument(
-        "--print-config", action="store_true", help="check the file alone and print the resolved YAML"
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--print-config",
+        action="store_true",
+        help="check the YAML alone and print the resolved configuration",
     )
-    depth.add_argument(
+    mode.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that needs no workers, print the plan, and stop",
+        help="check everything that needs no workers, print the plan, and exit",
     )
-    depth.add_argument(
+    mode.add_argument(
         "--submit",
+        dest="job_server",
         metavar="http://HEAD:8265",
-        help="run as a job of this cluster's job server, and follow it; Ctrl-C leaves the job running",
+        help="submit to this cluster's job server and follow the job; Ctrl-C leaves the job running",
     )
-    parser.add_argument("--detach", action="store_true", help="with --submit: do not follow the job")
+    parser.add_argument(
+        "--detach", action="store_true", help="with --submit: return without following the job"
+    )
     parser.add_argument(
         "--json",
+        dest="as_json",
         action="store_true",
-        help="end standard output with the result (or the plan) as JSON on its last line",
+        help="print the result (or the plan) as JSON on the last line of standard output",
     )
-    options = parser.parse_intermixed_args(arguments)  # options may stand before overrides
-    if options.config is None:
-        parser.error("name a YAML file: main.py CONFIG.yaml")
-    if options.detach and not options.submit:
-        parser.error("--detach goes with --submit URL")
-    return options
+    return parser
 
 
-def set_ray_up() -> None:
-    """Settings that Ray reads when it is imported."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The cluster of one machine gets no notice of preemption; watching for it is a process on cores that train.
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if os.environ.get("RAY_ADDRESS") else "0"
+def _add_run_arguments(commands: dict[str, Parser]) -> None:
+    listing, showing, comparing = commands["runs"], commands["show"], commands["compare"]
+    listing.set_defaults(run_command=run_commands.list_command)
+    listing.add_argument(
+        "storage_path", nargs="?", metavar="STORAGE_PATH", help="default: the default storage"
     )
-    # A report waits for the next health check.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Its patch of print breaks the hashing of datasets.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-
-
-def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: list[str], began: float) -> int:
-    """Everything behind the file: the plan, the run, the report."""
-    set_ray_up()
-    with importing():
-        from training.addresses import check_cluster_answers
-        from training.data.report import to_html
-        from training.devices import check_devices_are_here
-        from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
-        from training.paths import make_scratch_directory, needs_embedded_bucket
-        from training.plan import make_plan
-        from utils.embedded_bucket import embedded_bucket
-        from utils.files import write_atomically
-
-    output, progress = open_consoles()
-    screen = progress if options.json else output
-    try:
-        logs = make_scratch_directory(loaded.config) / "logs"
-        driver_log = logs / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-        with ExitStack() as stack:
-            stack.enter_context(library_output_in(driver_log))
-            watch = stack.enter_context(Watch(progress))
-            check_cluster_answers()
-            if needs_embedded_bucket(loaded.config):
-                watch.phase("starting the embedded bucket")
-                stack.enter_context(embedded_bucket())
-            plan, report, prepared = make_plan(loaded, progress=watch.checking)
-            if options.dry_run and (address := os.environ.get("RAY_ADDRESS")):
-                watch.phase("asking the cluster")
-                from training.cluster import ask_cluster, workers_of
-
-                report = report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
-            if not options.dry_run and not report.completed:
-                check_devices_are_here(plan.config, plan.device)
-            if options.dry_run or not report.completed:
-                show_plan(screen, report)
-            if report.completed:
-                show_completed(screen)
-            if options.dry_run:
-                page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
-                write_atomically(page, to_html(report, report.run_name).encode())
-                show_page(screen, page)
-                print_json(output, json.dumps(report.model_dump(mode="json") | resolved(loaded)), options)
-                return DONE
-            if report.completed:
-                result = report.completed
-            else:
-                watch.phase("starting the workers")
-                with importing():
-                    from training.job import run_job
-
-                result = run_job(
-                    plan,
-                    prepared,
-                    report,
-                    command=command,
-                    began=began,
-                    driver_log=driver_log,
-                    on_event=watch.on_event,
-                )
-    except AnnealError as error:
-        show_error(progress, str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        show_error(progress, "interrupted before training began; nothing was written")
-        return INTERRUPTED
-    show_result(screen, result, command, trains_adapter=loaded.config.trains_adapter)
-    if result.status == "failed":
-        show_error(progress, result.reason)
-    exported = DONE
-    if result.status == "completed" and loaded.config.export:
-        exported = export_completed(result.run_uri, loaded.config.export, screen, progress)
-    print_json(output, result.model_dump_json(), options)
-    return exported or result.exit_code
-
-
-def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]) -> int:
-    """Check the run from here, hand it over as a job, and follow it; returns the exit code of the job's own main.py."""
-    # The cluster of this run, for whoever asks: the checks, which then look for no GPU here, and Ray's client.
-    os.environ["RAY_ADDRESS"] = options.submit
-    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-    set_ray_up()
-    from training import submission
-    from training.addresses import check_job_server_answers
-    from training.display import (
-        Watch,
-        show_completed,
-        show_error,
-        show_submitted,
-        show_warning,
+    showing.set_defaults(run_command=run_commands.show_command)
+    showing.add_argument("run", metavar="RUN", help=_A_RUN)
+    comparing.set_defaults(run_command=run_commands.compare_command)
+    comparing.add_argument("runs", nargs="+", metavar="RUN", help=_A_RUN)
+    comparing.add_argument(
+        "--picture",
+        type=Path,
+        default=Path(run_commands.PICTURE),
+        metavar="FILE.png",
+        help="file for the eval loss curves; default: %(default)s in the working directory",
     )
-    from training.paths import make_scratch_directory
-    from training.travel import pack
+    for command in (listing, showing, comparing):
+        _add_json(command)
 
-    output, progress = open_consoles()
-    job = None
-    try:
-        with ExitStack() as stack:
-            # output_dir is a place on the nodes.
-            logs = make_scratch_directory(loaded.config.model_copy(update={"output_dir": None})) / "logs"
-            log = logs / f"submit-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-            stack.enter_context(library_output_in(log))
-            with Watch(progress) as watch, TemporaryDirectory(prefix="anneal-") as directory:
-                check_job_server_answers(options.submit)
-                watch.phase("packing")
-                packed = pack(loaded, Path(directory))
-                checked = submission.check_from_here(packed, watch.checking)
-                report = None if isinstance(checked, str) else checked
-                if report and report.completed and not loaded.config.export:  # an export may be left to do
-                    show_completed(progress)
-                    print_json(output, report.completed.model_dump_json(), options)
-                    return DONE
-                watch.phase("submitting")
-                job = submission.submit(submission.connect(options.submit), options.submit, packed)
-            for warning in (
-                report.warnings if report else [f"not checked from here, but by the job: {checked}"]
-            ):
-                show_warning(progress, warning)
-            screen = output if options.detach and not options.json else progress
-            show_submitted(screen, job, report.run_uri if report else None, command)
-            if options.detach:
-                print_json(output, job.to_json(), options)
-                return DONE
-            end = submission.follow(job, lambda line: progress.out(line, highlight=False))
-    except AnnealError as error:
-        show_error(progress, str(error))
-        return FAILED if job else error.exit_code
-    except KeyboardInterrupt:
-        fate = (
-            f"the job goes on; to stop it: {shlex.join(job.stop_command)}" if job else "nothing was submitted"
+
+def _add_json(command: Parser) -> None:
+    command.add_argument(
+        "--json", dest="as_json", action="store_true", help="print one line of JSON and nothing else"
+    )
+
+
+def _add_checkpoint(command: Parser) -> None:
+    command.add_argument("run", metavar="RUN", help=f"{_A_RUN}, or the URI of one of its checkpoints")
+
+
+def _add_max_new_tokens(command: Parser) -> None:
+    command.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="maximum tokens of an answer; default: %(default)s",
+    )
+
+
+def _add_export_arguments(command: Parser) -> None:
+    command.set_defaults(run_command=model_commands.export_command)
+    _add_checkpoint(command)
+    command.add_argument(
+        "--to", metavar="URI", help="an empty prefix or directory; default: exports/ in the run"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="dtype of the weights; default: %(default)s",
+    )
+    form = command.add_mutually_exclusive_group()
+    form.add_argument(
+        "--no-merge", dest="merge", action="store_false", help="write the adapter alone, as vLLM loads it"
+    )
+    form.add_argument(
+        "--gguf", action="store_true", help="also write a GGUF file; needs llama.cpp's convert_hf_to_gguf.py"
+    )
+    _add_json(command)
+
+
+def _add_chat_arguments(command: Parser) -> None:
+    command.set_defaults(run_command=model_commands.chat_command)
+    _add_checkpoint(command)
+    command.add_argument("--prompt", metavar="TEXT", help="answer this prompt and exit")
+    _add_max_new_tokens(command)
+
+
+def _add_evaluate_arguments(command: Parser) -> None:
+    command.set_defaults(run_command=model_commands.evaluate_command)
+    _add_checkpoint(command)
+    command.add_argument(
+        "--data", required=True, metavar="URI", help="rows in the format that the run was trained on"
+    )
+    command.add_argument(
+        "--match",
+        choices=("number", "text"),
+        help="compare the final number (GSM8K: #### 18) or the complete text; default: number, text for classification",
+    )
+    command.add_argument(
+        "--column",
+        dest="columns",
+        action="append",
+        type=_column,
+        default=[],
+        metavar="OURS=THEIRS",
+        help="rename a column of the file, such as prompt=question; repeatable; default: the run's columns",
+    )
+    command.add_argument(
+        "--name",
+        type=_name,
+        metavar="NAME",
+        help="write evaluations/NAME.jsonl in the run; default: the data file's name and the step",
+    )
+    command.add_argument(
+        "--num-devices",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="Ray workers, one device each; default: 1",
+    )
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: the run's device")
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="rows per worker and batch; default: 8"
+    )
+    _add_max_new_tokens(command)
+    _add_json(command)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: write an integer of at least 1")
+    return int(text)
+
+
+def _column(text: str) -> tuple[str, str]:
+    ours, separator, theirs = text.partition("=")
+    if not separator or not theirs or ours not in get_args(Column):
+        raise argparse.ArgumentTypeError(
+            f"{text}: write OURS=THEIRS, with OURS one of {', '.join(get_args(Column))}"
         )
-        show_error(progress, f"interrupted: {fate}")
-        return INTERRUPTED
-    if end.reason:
-        show_error(progress, end.reason)
-    if end.result:
-        print_json(output, end.result.model_dump_json(), options)
-    return end.exit_code
+    return ours, theirs
 
 
-def export_completed(run_uri: str, settings: ExportConfig, screen: Console, progress: Console) -> int:
-    """What the YAML's `export` asks for, behind a completed run; returns the exit code."""
-    from training.display import show_error
-
-    received: list[int] = []
-
-    def interrupt(number: int, _: Any) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    for number in FORWARDED:  # the run's end kept them for itself
-        signal.signal(number, interrupt)
-    try:
-        using.export_run(run_uri, settings, screen, progress)
-    except AnnealError as error:
-        show_error(progress, f"the run is completed, and not exported: {error}")
-        return FAILED
-    except KeyboardInterrupt:
-        show_error(
-            progress, "interrupted: the run is completed, and not exported; the same command exports it"
+def _name(text: str) -> str:
+    if not text.replace("-", "").replace("_", "").replace(".", "").isalnum() or text.startswith("."):
+        raise argparse.ArgumentTypeError(
+            f"{text}: use letters, digits, '.', '_' and '-', without a leading '.'"
         )
-        return 128 + received[0]
-    return DONE
-
-
-def resolved(loaded: LoadedConfig) -> dict[str, Any]:
-    """What a plan's JSON says of the file: the configuration, and which of its keys are defaults."""
-    return {"config": loaded.config.model_dump(mode="json"), "defaults": default_keys(loaded)}
-
-
-def print_json(output: Console, text: str, options: argparse.Namespace) -> None:
-    """The last line of standard output under --json."""
-    if options.json:
-        output.print(text, soft_wrap=True)
+    return text
 
 
 if __name__ == "__main__":

@@ -52,10 +52,10 @@ def plan(settings: dict[str, Any]) -> None:
 
 def alone(settings: dict[str, Any]) -> None:
     """What a worker does between loading the model and the last step."""
-    from training.models.files import fetch_model
     from training.models.tokenizer import load_tokenizer
     from training.place import World
     from training.plan import RunPlan
+    from training.weights import fetch_model
     from training.worker import model_request, peak_flops, prepare_process
 
     made = RunPlan.model_validate_json(Path(settings["plan"]).read_text())

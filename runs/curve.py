@@ -1,4 +1,4 @@
-"""What was measured over a run as pictures: PNG files of eval losses, and SVG for the run's page."""
+"""Charts of a run: eval losses as PNG files, and SVG elements for the report page."""
 
 import io
 import re
@@ -20,17 +20,17 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     is_marked: bool = False
-    """Whether each point is to be seen."""
+    """Whether each point has a marker."""
     is_parents: bool = False
-    """Whether it is the run's that this one started from."""
+    """Whether it belongs to the parent run."""
 
 
 def draw_eval_curve(
     run_name: str, eval_losses: Sequence[EvalLoss], parent_losses: Sequence[EvalLoss] = ()
 ) -> bytes:
-    """A PNG of eval loss over epochs; a parent's epochs come first, and the run's go on from where they end."""
+    """Draw a PNG of eval loss over epochs. The run's epochs follow the parent's."""
     begin = parent_losses[-1].epoch if parent_losses else 0.0
-    with _chart("epoch", "eval loss (nats a trained token)", "png") as (axes, picture):
+    with _chart("epoch", "eval loss (nats per loss token)", "png") as (axes, picture):
         if parent_losses:
             _plot(axes, eval_line("parent run", parent_losses, is_parents=True))
         _plot(axes, eval_line(run_name, eval_losses, begin=begin))
@@ -47,15 +47,15 @@ def draw_eval_curve(
 
 
 def draw_eval_curves(curves: Mapping[str, Sequence[EvalLoss]]) -> bytes:
-    """A PNG of the eval losses of several runs over epochs, each from its own beginning."""
-    with _chart("epoch", "eval loss (nats a trained token)", "png") as (axes, picture):
+    """Draw a PNG of the eval losses of several runs over epochs, each from epoch 0."""
+    with _chart("epoch", "eval loss (nats per loss token)", "png") as (axes, picture):
         for name, losses in curves.items():
             _plot(axes, eval_line(name, losses))
     return picture.getvalue()
 
 
 def draw_svg(x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """Lines as an `<svg>` element that stands in a page by itself."""
+    """Draw lines as a self-contained `<svg>` element. Labels and names are escaped."""
     with _chart(x_label, y_label, "svg") as (axes, picture):
         for line in lines:
             _plot(axes, line)
@@ -64,23 +64,23 @@ def draw_svg(x_label: str, y_label: str, lines: Sequence[Line]) -> str:
 
 
 def eval_line(name: str, losses: Sequence[EvalLoss], *, begin: float = 0.0, is_parents: bool = False) -> Line:
-    """Eval losses over epochs, the first of which is `begin`."""
+    """Return a line of eval losses over epochs, shifted by `begin` epochs."""
     epochs = [begin + loss.epoch for loss in losses]
     return Line(name, epochs, [loss.eval_loss for loss in losses], is_marked=True, is_parents=is_parents)
 
 
 @contextmanager
 def _chart(x_label: str, y_label: str, kind: Literal["png", "svg"]) -> Iterator[tuple[Any, io.BytesIO]]:
-    """(axes to draw on, where the picture is afterwards)."""
+    """Yield (axes to draw on, buffer that holds the picture after the context exits)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     settings: dict[Any, Any] = {
-        "text.parse_math": False,  # a name is no formula
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": f"{x_label} {y_label}",  # charts of one page share no ids
+        "text.parse_math": False,  # names may contain $
+        "svg.fonttype": "none",  # keep text as text elements
+        "svg.hashsalt": f"{x_label} {y_label}",  # unique ids for each chart on a page
     }
     picture = io.BytesIO()
     with matplotlib.rc_context(settings):

@@ -296,10 +296,10 @@ class RunResult(_Record):
     """UTC, ISO 8601; None in results of before it was told."""
 
     @property
-    def chosen(self) -> Literal["best", "newest"]:
-        """What `best_checkpoint` is: the best by eval loss, or, where none was evaluated, the newest."""
+    def chosen(self) -> Literal["best", "latest"]:
+        """Which one `best_checkpoint` is: the best by eval loss, or the latest if none was evaluated."""
         evaluated = {checkpoint_uri(self.run_uri, loss.step) for loss in self.eval_losses}
-        return "best" if self.best_checkpoint in evaluated else "newest"
+        return "best" if self.best_checkpoint in evaluated else "latest"
 
     @property
     def exit_code(self) -> int:

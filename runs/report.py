@@ -1,93 +1,84 @@
-"""report.html: everything about a run on one page that needs nothing else."""
+"""report.html: one self-contained page with everything about a run."""
 
-import html
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from runs.curve import Line, draw_svg, eval_line
 from runs.layout import DATA_PAGE_FILE, Manifest, MetricsLine, RunResult, checkpoint_uri
 from runs.reading import eval_losses_of
 from utils.bucket import is_remote, local_path, uses_embedded_bucket
 from utils.files import format_bytes
-from utils.page import Link, facts, page, preformatted, table
+from utils.page import render_page
+
+_TEMPLATE = Path(__file__).with_suffix(".html.j2")
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What the page is made of."""
+    """The content of the page."""
 
     result: RunResult
     metrics: Sequence[MetricsLine]
     parent_metrics: Sequence[MetricsLine]
-    """Of the run that this one started from, up to there."""
+    """Metrics of the parent run, up to the checkpoint that this run started from."""
     checkpoints: Sequence[Manifest]
     data: Sequence[tuple[str, str]]
-    """Names and values, for people, of the rows."""
+    """Names and values of the data's key figures, as text."""
     config: str
     """The resolved YAML."""
     environment: Mapping[str, str]
-    """Names and values, for people."""
+    """Names and values, as text."""
     command: Sequence[str]
-    """What was typed."""
+    """The command line that started the run."""
     base_model: str
-    """Hub id, directory or URI of what an adapter sits on."""
+    """Hub id, directory or URI of the base model."""
     trains_adapter: bool
 
 
 def to_html(report: RunReport) -> str:
-    """The page."""
+    """Return the page."""
     result = report.result
-    sections = [_summary(report), *_curves(report)]
-    if result.eval_losses:
-        sections += ["<h2>Evaluations</h2>", _evaluations(report)]
-    sections += [
-        "<h2>Data</h2>",
-        facts(_escaped(report.data)),
-        f"<p>Sources, a histogram and examples: {Link(DATA_PAGE_FILE, DATA_PAGE_FILE).to_html()}, beside this page.</p>",
-        "<h2>Checkpoints</h2>",
-        _checkpoints(report),
-        "<h2>What to do next</h2>",
-        *_commands(report),
-        "<h2>Configuration</h2>",
-        preformatted(report.config),
-        "<h2>Environment</h2>",
-        facts(
-            _escaped(
-                [
-                    *report.environment.items(),
-                    *result.versions.items(),
-                    ("library output", " ".join(result.log_files)),
-                ]
-            )
-        ),
-    ]
-    return page(result.run_name, *sections)
-
-
-def _summary(report: RunReport) -> str:
-    result = report.result
-    losses = [loss.eval_loss for loss in result.eval_losses]
-    return facts(
-        _escaped(
-            {
-                "status": f"{result.status}: {result.reason}",
-                **{f"started again ({number})": failure for number, failure in enumerate(result.failures, 1)},
-                "eval loss": f"{losses[0]:.4f} at first, {min(losses):.4f} at best" if losses else "none",
-                "started from": result.parent or report.base_model,
-                "trained": f"{result.train_steps:,} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained)",
-                "speed": f"{result.tokens_per_second:,.0f} tokens/s, all workers together",
-                "memory": f"{format_bytes(result.speed.peak_memory_bytes)} at most, first worker",
-                "took": f"{result.elapsed_seconds:,.0f} s",
-                "ended": result.ended or "",
-                "trainable parameters": f"{result.trainable_parameters:,}",
-                "run": result.run_uri,
-            }.items()
-        )
+    return render_page(
+        _TEMPLATE,
+        report=report,
+        summary=_summary(report),
+        charts=_charts(report),
+        data_page=DATA_PAGE_FILE,
+        locations={manifest.step: _location(result, manifest.step) for manifest in report.checkpoints},
+        commands=_commands(report),
+        environment=[
+            *report.environment.items(),
+            *result.versions.items(),
+            ("library output", " ".join(result.log_files)),
+        ],
     )
 
 
-def _curves(report: RunReport) -> list[str]:
+def _summary(report: RunReport) -> list[tuple[str, str]]:
+    result = report.result
+    losses = [loss.eval_loss for loss in result.eval_losses]
+    return [
+        ("status", f"{result.status}: {result.reason}"),
+        *((f"restart {number}", failure) for number, failure in enumerate(result.failures, 1)),
+        ("eval loss", f"{losses[0]:.4f} initial, {min(losses):.4f} best" if losses else "none"),
+        ("started from", result.parent or report.base_model),
+        (
+            "trained",
+            f"{result.train_steps:,} steps, {result.tokens:,} tokens ({result.trained_tokens:,} loss tokens)",
+        ),
+        ("throughput", f"{result.tokens_per_second:,.0f} tokens/s, all workers"),
+        ("peak memory", f"{format_bytes(result.speed.peak_memory_bytes)}, first worker"),
+        ("duration", f"{result.elapsed_seconds:,.0f} s"),
+        ("ended", result.ended or ""),
+        ("trainable parameters", f"{result.trainable_parameters:,}"),
+        ("run", result.run_uri),
+    ]
+
+
+def _charts(report: RunReport) -> list[tuple[str, str]]:
+    """Return (title, SVG element) of each chart that has points."""
     parent = report.parent_metrics
     begin = parent[-1].epoch if parent else 0.0
     losses = [
@@ -96,29 +87,17 @@ def _curves(report: RunReport) -> list[str]:
         _training_line("training", report.metrics, begin=begin),
         eval_line("evaluation", report.result.eval_losses, begin=begin),
     ]
+    rates = _by_step("learning rate", [(line.step, line.learning_rate) for line in report.metrics])
+    speeds = _by_step("tokens/s", [(line.step, line.tokens_per_second) for line in report.metrics])
+    memory = _by_step("first worker", [(line.step, line.peak_memory_bytes) for line in report.metrics])
     charts = [
-        ("Loss", "epoch", "nats a trained token", losses),
-        (
-            "Learning rate",
-            "step",
-            "learning rate",
-            [_by_step("learning rate", [(line.step, line.learning_rate) for line in report.metrics])],
-        ),
-        (
-            "Throughput",
-            "step",
-            "tokens/s, all workers together",
-            [_by_step("tokens/s", [(line.step, line.tokens_per_second) for line in report.metrics])],
-        ),
-        (
-            "Memory",
-            "step",
-            "bytes, at most so far",
-            [_by_step("first worker", [(line.step, line.peak_memory_bytes) for line in report.metrics])],
-        ),
+        ("Loss", "epoch", "nats per loss token", losses),
+        ("Learning rate", "step", "learning rate", [rates]),
+        ("Throughput", "step", "tokens/s, all workers", [speeds]),
+        ("Peak memory", "step", "bytes", [memory]),
     ]
     return [
-        f"<h2>{title}</h2>{draw_svg(x_label, y_label, drawn)}"
+        (title, draw_svg(x_label, y_label, drawn))
         for title, x_label, y_label, lines in charts
         if (drawn := [line for line in lines if line.x])
     ]
@@ -136,85 +115,49 @@ def _training_line(
     return Line(name, [epoch for epoch, _ in points], [loss for _, loss in points], is_parents=is_parents)
 
 
-def _evaluations(report: RunReport) -> str:
-    losses = report.result.eval_losses
-    beside = list(losses[0].figures)
-    return table(
-        [">step", ">epoch", ">eval loss", *(f">{name}" for name in beside)],
-        (
-            (
-                f"{loss.step:,}",
-                f"{loss.epoch:.2f}",
-                f"{loss.eval_loss:.4f}",
-                *(f"{loss.figures[name]:.4f}" for name in beside),
-            )
-            for loss in losses
-        ),
-    )
+def _location(result: RunResult, step: int) -> tuple[str, str | None]:
+    """Return a checkpoint's URI and, for a local directory, the address of a link to it."""
+    uri = checkpoint_uri(result.run_uri, step)
+    return uri, None if is_remote(uri) else local_path(uri).as_uri()
 
 
-def _checkpoints(report: RunReport) -> str:
-    return table(
-        [">step", ">epoch", ">eval loss", ">size", "committed", "where"],
-        (
-            (
-                f"{manifest.step:,}",
-                f"{manifest.epoch:.2f}",
-                "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
-                format_bytes(sum(file.size for file in manifest.files)),
-                manifest.created,
-                _place(checkpoint_uri(report.result.run_uri, manifest.step)),
-            )
-            for manifest in report.checkpoints
-        ),
-    )
-
-
-def _place(uri: str) -> str | Link:
-    """A directory of this machine leads there; what opens a bucket in a browser is not known."""
-    return uri if is_remote(uri) else Link(uri, local_path(uri).as_uri())
-
-
-def _commands(report: RunReport) -> list[str]:
-    """What may be typed next, each with what it does."""
+def _commands(report: RunReport) -> list[tuple[str, str]]:
+    """Return (purpose, command or YAML line) of what the run's state allows next."""
     result = report.result
-    chosen = result.chosen
-    commands = {}
+    commands = []
     if result.status != "completed":
-        where = "Go on from the newest checkpoint:" if result.last_checkpoint else "Begin again:"
-        commands[where] = shlex.join(report.command)
+        purpose = "Resume from the latest checkpoint:" if result.last_checkpoint else "Restart:"
+        commands.append((purpose, shlex.join(report.command)))
     elif result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if report.trains_adapter else "initial_base_model_ckpt_path"
-        what = f"Train on from the {chosen} checkpoint, with other rows or settings: a YAML with"
-        commands[what] = f"{key}: {result.best_checkpoint}"
+        purpose = f"Start a new run from the {result.chosen} checkpoint. Set in its YAML:"
+        commands.append((purpose, f"{key}: {result.best_checkpoint}"))
     if result.last_checkpoint:
-        what = "Take over the whole state, to train longer: the YAML with another run_name, more epochs and"
-        commands[what] = f"resume_from_checkpoint: {result.last_checkpoint}"
+        purpose = "Train longer from the full training state. Copy the YAML, change run_name, raise num_epochs and set:"
+        commands.append((purpose, f"resume_from_checkpoint: {result.last_checkpoint}"))
     if result.best_checkpoint:
-        main = [".venv/bin/python", "main.py"]
-        commands[f"Talk with the {chosen} checkpoint:"] = shlex.join([*main, "chat", result.run_uri])
-        commands["Answer and score held-out rows:"] = shlex.join(
-            [*main, "evaluate", result.run_uri, "--data", "test.jsonl"]
-        )
-        what = (
-            f"Merge the {chosen} adapter into its base model"
-            if report.trains_adapter
-            else f"Export the {chosen} model"
-        )
-        commands[f"{what}, then serve it, with vLLM installed:"] = (
-            f"{shlex.join([*main, 'export', result.run_uri, '--to', 'exported'])}\nvllm serve exported"
-        )
-    if result.best_checkpoint and _is_reached_by_aws(result.best_checkpoint):
-        here = result.best_checkpoint.rpartition("/")[2]
-        commands[f"Copy the {chosen} checkpoint to this machine, with the AWS CLI installed:"] = shlex.join(
-            ["aws", "s3", "cp", "--recursive", result.best_checkpoint, here]
-        )
-    return [f"<p>{html.escape(what)}</p>{preformatted(command)}" for what, command in commands.items()]
+        commands += _commands_on_the_model(result, result.best_checkpoint, is_adapter=report.trains_adapter)
+    return commands
 
 
-def _is_reached_by_aws(uri: str) -> bool:
-    return uri.startswith("s3://") and not uses_embedded_bucket(uri)
-
-
-def _escaped(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(name, html.escape(value)) for name, value in items]
+def _commands_on_the_model(result: RunResult, checkpoint: str, *, is_adapter: bool) -> list[tuple[str, str]]:
+    main = [".venv/bin/python", "main.py"]
+    export = shlex.join([*main, "export", result.run_uri, "--to", "exported"])
+    purpose = (
+        f"Merge the {result.chosen} adapter into its base model"
+        if is_adapter
+        else f"Export the {result.chosen} model"
+    )
+    commands = [
+        (f"Chat with the {result.chosen} checkpoint:", shlex.join([*main, "chat", result.run_uri])),
+        (
+            "Generate and score answers to held-out rows:",
+            shlex.join([*main, "evaluate", result.run_uri, "--data", "test.jsonl"]),
+        ),
+        (f"{purpose}, then serve it (requires vLLM):", f"{export}\nvllm serve exported"),
+    ]
+    if checkpoint.startswith("s3://") and not uses_embedded_bucket(checkpoint):
+        name = checkpoint.rpartition("/")[2]
+        purpose = f"Download the {result.chosen} checkpoint (requires the AWS CLI):"
+        commands.append((purpose, shlex.join(["aws", "s3", "cp", "--recursive", checkpoint, name])))
+    return commands

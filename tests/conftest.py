@@ -20,6 +20,20 @@ KILLS = "kills"
 """The property under which a test of resume says how often it killed its run."""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that parallel workers finish at about the same time.
+
+    A file is as long as its highest timeout; between equal timeouts, a file with slow tests is longer.
+    """
+    lengths: dict[Path, tuple[float, bool]] = {}
+    for item in items:
+        timeout = item.get_closest_marker("timeout")
+        seconds = float(timeout.args[0] if timeout else config.getini("timeout"))
+        length = seconds, item.get_closest_marker("slow") is not None
+        lengths[item.path] = max(length, lengths.get(item.path, length))
+    items.sort(key=lambda item: lengths[item.path], reverse=True)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how much of the grid of resume was passed."""
     passed: list[pytest.TestReport] = terminalreporter.getreports("passed")

@@ -15,6 +15,19 @@ class ClusterError(AnnealError):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
 
 
+def set_ray_environment() -> None:
+    """Set what Ray reads from the environment when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A local cluster gets no preemption notices, and watching for them is a process on the cores that train.
+    os.environ.setdefault(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if os.environ.get("RAY_ADDRESS") else "0"
+    )
+    # A report waits for the next health check.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray's patch of print breaks the hashing of datasets.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+
+
 def check_cluster_answers() -> None:
     """Make sure that something listens where RAY_ADDRESS points; Ray itself goes on trying for minutes.
 

@@ -30,10 +30,8 @@ from utils.bucket import (
     BucketError,
     DamagedError,
     Store,
-    is_remote,
     join_uri,
     open_store,
-    sync_to_node,
     upload_directory,
 )
 from utils.errors import AnnealError
@@ -213,56 +211,18 @@ def restore(uri: str, directory: Path) -> Manifest:
     store = open_store(uri)
     stored = {item.key: item for item in store.list()}
     if missing := [file.path for file in manifest.files if file.path not in stored]:
-        raise _not_as_committed(uri, missing[0])
+        raise not_as_committed(uri, missing[0])
     expected = {file.path: replace(stored[file.path], checksum=file.checksum) for file in manifest.files}
     try:
         store.download_many({item: safe_join(directory, path) for path, item in expected.items()})
     except DamagedError as error:
         shutil.rmtree(directory, ignore_errors=True)
-        raise _not_as_committed(uri, error.key) from error
+        raise not_as_committed(uri, error.key) from error
     return manifest
 
 
-def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """Sync the wanted files of a model or an adapter to this node, as `sync_to_node`, and return their directory.
-
-    Files of a checkpoint are verified against its manifest.
-
-    Raises:
-        CheckpointError: a file does not match its checksum.
-        BucketError: it cannot be read, or the disk is too small.
-    """
-    checksums = _committed_checksums(uri)
-    try:
-        return sync_to_node(uri, cache / "models", wanted, checksums)
-    except DamagedError as error:
-        if error.key not in checksums:
-            raise
-        raise _not_as_committed(uri, error.key) from error
-
-
-def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool]) -> None:
-    """Verify the wanted files of a local checkpoint against its manifest; remote ones are verified by `fetch_weights`.
-
-    Raises:
-        CheckpointError: a file does not match its checksum.
-    """
-    if is_remote(uri):
-        return
-    for file, committed in _committed_checksums(uri).items():
-        path = safe_join(directory, file)
-        if wanted(file) and not (path.exists() and checksum(path) == committed):
-            raise _not_as_committed(uri, file)
-
-
-def _committed_checksums(uri: str) -> dict[str, str]:
-    """Return the checksums of a checkpoint's files; empty for a model without a manifest."""
-    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
-        return {}
-    return {file.path: file.checksum for file in read_manifest(uri).files}
-
-
-def _not_as_committed(uri: str, file: str) -> CheckpointError:
+def not_as_committed(uri: str, file: str) -> CheckpointError:
+    """Return the error for a file whose content differs from its manifest."""
     return CheckpointError(
         f"{join_uri(uri, file)}: its content is not what was committed. Remove {uri}, or name another checkpoint."
     )
@@ -333,6 +293,6 @@ def describe_no_checkpoint(run: Store) -> str:
         return f"the run {run.uri} has committed no checkpoint yet. Run it first, or name another."
     ended = "was stopped" if result.status == "stopped" else result.status
     return (
-        f"the run {run.uri} {ended} before its first checkpoint: {result.reason.rstrip('.')}. Rerun its command, or "
+        f"the run {run.uri} {ended} before its first checkpoint: {result.reason.rstrip('.')}. Rerun the same command, or "
         "name another run."
     )

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from runs.layout import Export, RunResult, Speed
+from runs.layout import RunResult, Speed
 from runs.screen import print_eval_losses, print_facts, short_name, show_warning
 from training.data.report import bars, key_figures
 from training.events import (
@@ -36,14 +36,11 @@ from training.events import (
     WorkersStarted,
     WorkersWaiting,
 )
-from training.exporting import describe
 from training.memory import MemoryReport
 from training.plan import PlanReport
-from utils.bucket import join_uri
 from utils.files import format_bytes
 
 if TYPE_CHECKING:
-    from training.evaluation import Evaluation
     from training.submission import SubmittedJob
 
 _SECONDS_BETWEEN_LINES = 10
@@ -278,50 +275,6 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     elif result.status == "stopped":
         facts.append(("next", f"begin again with the same command: {shlex.join(command)}"))
     print_facts(console, facts)
-
-
-def show_export(console: Console, exported: Export) -> None:
-    """What was written, where, and what to do with it."""
-    size = format_bytes(sum(file.size for file in exported.files))
-    print_facts(
-        console,
-        [
-            ("exported", f"{describe(exported)}, {len(exported.files)} files, {size}"),
-            ("of", exported.checkpoint),
-            ("to", exported.uri),
-            ("made", exported.created),
-            *([("GGUF", join_uri(exported.uri, exported.gguf))] if exported.gguf else []),
-            *(("note", note) for note in exported.notes),
-        ],
-    )
-
-
-def show_evaluation(console: Console, evaluation: "Evaluation") -> None:
-    """The score, what it is worth, and where the answers are."""
-    others = evaluation.rows - (evaluation.trained_rows or 0)
-    trained = (
-        "cannot be told: the prepared training rows were removed, or are preference pairs"
-        if evaluation.trained_rows is None
-        else f"{evaluation.trained_rows:,} of the rows"
-    )
-    facts = [
-        ("exact match", f"{evaluation.exact_match:.1%} ({evaluation.correct:,} of {evaluation.rows:,} rows)"),
-        ("compared", "the final number" if evaluation.match == "number" else "the whole text"),
-        ("nothing found", f"in {evaluation.without_answer:,} answers"),
-        ("trained on", trained),
-        ("checkpoint", evaluation.checkpoint),
-        ("answers", evaluation.answers),
-    ]
-    if evaluation.trained_rows and evaluation.exact_match_of_others is not None:
-        facts.insert(
-            1, ("without those trained on", f"{evaluation.exact_match_of_others:.1%} of {others:,} rows")
-        )
-    print_facts(console, facts)
-    if evaluation.trained_rows:
-        show_warning(
-            console,
-            f"{evaluation.trained_rows:,} of these rows were trained on, and say nothing of new ones.",
-        )
 
 
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:

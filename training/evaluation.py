@@ -251,7 +251,8 @@ def _longest(trained: TrainedModel) -> int | None:
     """Tokens that the model's positions reach."""
     from transformers import AutoConfig
 
-    from training.models.files import fetch_model, is_tokenizer_file
+    from training.models.files import is_tokenizer_file
+    from training.weights import fetch_model
 
     directory = fetch_model(trained.base or trained.checkpoint, trained.cache, is_tokenizer_file)
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trained.config.trust_remote_code)

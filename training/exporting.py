@@ -16,9 +16,10 @@ import psutil
 from pydantic import ValidationError
 
 from configs.loading import ConfigError
-from configs.schema import ExportConfig, FinetuneConfig
+from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
+from training.exportable import GGUF_TOOL, check_mergeable, check_vllm_adapter, gguf_tool
 from training.model_card import Card
 from training.models.files import (
     ModelError,
@@ -37,41 +38,12 @@ if TYPE_CHECKING:
 
     from training.trained import TrainedModel
 
-GGUF_TOOL = "convert_hf_to_gguf.py"
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
 # What no program loads an export without.
 _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
-_NOT_IN_VLLM = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "trainable_token_indices",
-    "target_parameters",
-)
-"""What vLLM's reader of adapters (lora/peft_helper.py) refuses, or passes over and computes something else."""
-
-
-def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
-    """Refuse before training what could not be exported behind it.
-
-    Raises:
-        ConfigError, ModelError, BucketError: why not.
-    """
-    if config.export is None:
-        return
-    if config.export.to:
-        check_writable(config.export.to)
-    if config.export.gguf:
-        _gguf_tool()
-    if config.trains_adapter and config.export.merge:
-        _check_base(base)
-    elif config.lora_config and not config.export.merge:
-        _check_adapter(config.lora_config.model_dump())
 
 
 def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
@@ -190,45 +162,15 @@ def describe(exported: Export) -> str:
 
 def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
     if planned.gguf:
-        _gguf_tool()
+        gguf_tool()
     if trained.base is None:
         _check_room(read_model_facts(trained.checkpoint), planned, trained.cache)
     elif planned.kind == "adapter":
-        _check_adapter(read_adapter_facts(trained.checkpoint).lora)
+        check_vllm_adapter(read_adapter_facts(trained.checkpoint).lora)
     else:
         facts = read_hub_facts(trained.base) if is_hub_id(trained.base) else read_model_facts(trained.base)
-        _check_base(facts)
+        check_mergeable(facts)
         _check_room(facts, planned, trained.cache)
-
-
-def _gguf_tool() -> str:
-    tool = shutil.which(GGUF_TOOL)
-    if tool is None:
-        raise ConfigError(
-            f"gguf: {GGUF_TOOL} is not on the PATH. It comes with llama.cpp (https://github.com/ggml-org/llama.cpp): put its directory on "
-            "the PATH, or leave gguf out."
-        )
-    return tool
-
-
-def _check_base(base: ModelFacts) -> None:
-    if base.quantization is not None:
-        raise ModelError(
-            f"model {base.source}: its weights are stored in 4 bits only, and an adapter is merged into 16-bit weights: rounded to 4 bits "
-            "again, most of what it adds would be lost. Write merge: false (--no-merge) and serve the adapter on this base, or train on "
-            "the 16-bit model that it was made from, with load_in_4bit: true."
-        )
-
-
-def _check_adapter(lora: dict) -> None:
-    said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (
-        ["bias"] if lora.get("bias", "none") != "none" else []
-    )
-    if said:
-        raise ConfigError(
-            f"merge: false writes an adapter that vLLM loads, and it loads none with {', '.join(said)}. Write merge: true; in PEFT the "
-            "checkpoint itself loads as it is."
-        )
 
 
 def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
@@ -287,7 +229,7 @@ def _write_gguf(planned: Export, directory: Path) -> None:
     assert planned.gguf is not None and planned.dtype is not None
     file = directory / planned.gguf
     done = subprocess.run(
-        [_gguf_tool(), str(directory), "--outfile", str(file), "--outtype", _GGUF_TYPES[planned.dtype]],
+        [gguf_tool(), str(directory), "--outfile", str(file), "--outtype", _GGUF_TYPES[planned.dtype]],
         capture_output=True,
         text=True,
         check=False,

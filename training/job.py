@@ -30,7 +30,8 @@ from training import checkpoints
 from training.claims import check_claim, claimed
 from training.cluster import Workers, cluster, lacking, workers_of
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
-from training.data.report import DataReport, to_html
+from training.data.report import DataReport
+from training.data.report_page import to_html
 from training.events import (
     CheckpointCommitted,
     Event,

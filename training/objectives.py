@@ -14,7 +14,8 @@ from training.data.batches import (
 )
 from training.data.labels import label_tokens
 from training.data.prepared import PreparedData
-from training.models import ModelRequest, add_reference
+from training.models import add_reference
+from training.models.request import ModelRequest
 from training.plan import RunPlan
 from training.preference import PreferenceTrainer, collate_pairs
 from training.trainers import (

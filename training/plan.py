@@ -33,7 +33,7 @@ from training.data.sources import find_files
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.devices import accelerator_of, choose_device, describe_device
-from training.exporting import check_export
+from training.exportable import check_export
 from training.flops import RowFlops, row_flops
 from training.memory import (
     Job,
@@ -56,7 +56,6 @@ from training.models.files import (
     ModelError,
     ModelFacts,
     count_lora_parameters,
-    fetch_model,
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
@@ -76,6 +75,7 @@ from training.paths import (
 )
 from training.starts import listed, newest_of_the_same_run, resolve, starting_weights, whole_state
 from training.strategy import check_optimizer, deepspeed_settings, zero_stage
+from training.weights import fetch_model
 from utils.bucket import (
     check_writable,
     is_remote,

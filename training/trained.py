@@ -14,17 +14,12 @@ from configs.schema import FinetuneConfig
 from runs.layout import CONFIG_FILE, MANIFEST_FILE, Manifest, default_storage, run_of
 from runs.listing import check_run, run_uri
 from runs.reading import best
-from training.checkpoints import (
-    describe_no_checkpoint,
-    fetch_weights,
-    read_manifest,
-    resolve_start,
-    verify_local_weights,
-)
-from training.models.files import fetch_model, is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
+from training.checkpoints import describe_no_checkpoint, read_manifest, resolve_start
+from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer
 from training.paths import make_scratch_directory, needs_embedded_bucket
+from training.weights import fetch_model, fetch_weights, verify_local_weights
 from utils.bucket import NotFoundError, check_readable, open_store, uses_embedded_bucket
 from utils.embedded_bucket import embedded_bucket
 from utils.processes import importing

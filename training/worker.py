@@ -17,20 +17,21 @@ import ray.train
 
 from configs.loading import flat, to_yaml
 from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, Manifest, metrics_lines, run_digest
-from training import checkpoints
 from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
 from training.commits import CheckpointCommitter, CommitContext, committed_event, describe_saved
 from training.data.batches import Order, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
-from training.models import ModelRequest, build_model
-from training.models.files import fetch_model, first_line, is_hub_id, is_model_file
+from training.models import build_model
+from training.models.files import first_line, is_hub_id, is_model_file
+from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.place import World
 from training.plan import RunPlan
 from training.restoring import Restoring
 from training.strategy import zero_stage
+from training.weights import fetch_model, fetch_weights, verify_local_weights
 from utils.bucket import Store, open_store
 from utils.console import library_output_in
 from utils.errors import AnnealError
@@ -264,13 +265,11 @@ def _prepare_inputs(plan: RunPlan, claim: Claim, world: World, driver: Driver) -
 
     driver.emit(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
-    adapter_directory = (
-        checkpoints.fetch_weights(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
-    )
+    adapter_directory = fetch_weights(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     if world.local_rank == 0:
         for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
             if start and directory and not is_hub_id(start):
-                checkpoints.verify_local_weights(start, directory, is_model_file)
+                verify_local_weights(start, directory, is_model_file)
     tokenizer = load_tokenizer(
         model_directory,
         source=plan.base_model,

@@ -1,8 +1,8 @@
-"""Put a model of another family into the embedded bucket: a GPT-NeoX of 14 million random weights, without a chat template.
+"""Upload a model of another family to the embedded bucket: a GPT-NeoX with 14 million random weights and no chat template.
 
     python cookbooks/bring_any_hf_model/prepare.py
 
-Its tokenizer is SmolLM2's. The rows are the quickstart's: `make quickstart` brings them.
+It uses SmolLM2's tokenizer and the quickstart's rows: run `make quickstart` first.
 """
 
 import sys
@@ -20,7 +20,7 @@ HOME = "s3://anneal/bring_any_hf_model/gpt-neox-14m"
 
 
 def make_base_model(directory: Path) -> None:
-    """Write the model and its tokenizer, as their authors would put them on the hub."""
+    """Save the model and its tokenizer in the layout of a hub repository."""
     with tempfile.TemporaryDirectory() as other:
         save_model(Path(other))
         import torch
@@ -44,8 +44,8 @@ def make_base_model(directory: Path) -> None:
 
 
 def main() -> None:
-    """Put the model into the bucket."""
-    print("bring_any_hf_model: making a model (about 40 s) …", file=sys.stderr)
+    """Upload the model."""
+    print("bring_any_hf_model: creating the model (about 40 s) …", file=sys.stderr)
     state_directory().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         with library_output_in(state_directory() / "prepare.log"):

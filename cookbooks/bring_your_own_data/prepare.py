@@ -1,8 +1,8 @@
-"""Fill the embedded bucket with rows as people have them: a CSV with names of its own, chats from elsewhere, and some mistakes.
+"""Upload unconverted rows to the embedded bucket: a CSV with custom column names, ShareGPT chats, and invalid rows.
 
     python cookbooks/bring_your_own_data/prepare.py
 
-The model is the quickstart's: `make quickstart` brings it.
+It uses the quickstart's model: run `make quickstart` first.
 """
 
 import csv
@@ -25,18 +25,18 @@ TABLE_ROWS, CHAT_ROWS, VALID_ROWS = 96, 48, 24
 
 
 def write_table(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
-    """A CSV of `count` questions and replies, under names that no trainer knows."""
+    """Return a CSV with `count` questions and replies, under custom column names."""
     return _csv(list(draw(kinds, count, random.Random(seed))))
 
 
 def write_mistakes(table: str) -> str:
-    """The same CSV with two rows that nothing can be learned from, and one that is there twice."""
+    """Return the CSV with two invalid rows and one duplicate row added."""
     rows = list(csv.reader(io.StringIO(table)))[1:]
     return _csv([*rows, ("Who bought the apples?", ""), ("", "Nobody did."), rows[0]])
 
 
 def write_chats(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
-    """`count` chats as ShareGPT keeps them."""
+    """Return `count` JSONL chats in ShareGPT format."""
     return "".join(
         json.dumps(
             {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
@@ -55,7 +55,7 @@ def _csv(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Put the files into the bucket."""
+    """Upload the files."""
     files = {
         "questions.csv": write_mistakes(write_table(TRAIN_KINDS, TABLE_ROWS, 1)).encode(),
         "chats/2026-10.jsonl.gz": gzip.compress(write_chats(TRAIN_KINDS, CHAT_ROWS, 3).encode(), mtime=0),
@@ -65,7 +65,7 @@ def main() -> None:
         store = open_store(HOME)
         for name, content in files.items():
             store.write(name, content)
-    print(f"bring_your_own_data: the rows lie in {HOME}", file=sys.stderr)
+    print(f"bring_your_own_data: stored the rows in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

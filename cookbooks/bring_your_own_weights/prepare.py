@@ -1,9 +1,9 @@
-"""Put a model directory of yours into a bucket, where every worker can fetch it.
+"""Upload a model directory to a bucket, from which every worker can download it.
 
-    python cookbooks/bring_your_own_weights/prepare.py                              makes a model first: SmolLM2 135M without six layers
-    python cookbooks/bring_your_own_weights/prepare.py DIRECTORY s3://BUCKET/PREFIX
+    python cookbooks/bring_your_own_weights/prepare.py                              creates and uploads SmolLM2 135M without six layers
+    python cookbooks/bring_your_own_weights/prepare.py DIRECTORY s3://BUCKET/PREFIX    uploads your own model
 
-A directory is what `save_pretrained` writes: config.json, safetensors, and the tokenizer's files.
+DIRECTORY holds what `save_pretrained` writes: config.json, safetensors and the tokenizer files.
 """
 
 import sys
@@ -20,11 +20,11 @@ from utils.embedded_bucket import embedded_bucket, state_directory
 
 HOME = "s3://anneal/bring_your_own_weights/smollm2-pruned"
 REMOVED = range(18, 24)
-"""Layers, counted from 0: later ones change least of what a model says, but for the last few."""
+"""Layer indices, from 0. Late layers matter least to the output, except for the last few."""
 
 
 def prune(directory: Path) -> None:
-    """Take the layers out of the model in a directory; it then needs training to speak well again."""
+    """Remove the layers from the model in a directory. The pruned model needs training to recover."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -38,10 +38,12 @@ def prune(directory: Path) -> None:
 
 
 def upload(directory: Path, uri: str) -> None:
-    """Upload every file of a model directory; config.json comes last, so that nothing takes half a model for a whole one."""
+    """Upload every file of a model directory. config.json comes last, so a partial upload never looks complete."""
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     if "config.json" not in files:
-        raise SystemExit(f"error: {directory} holds no config.json: name what save_pretrained has written")
+        raise SystemExit(
+            f"error: {directory}: config.json is missing. Give a directory that save_pretrained wrote."
+        )
     files.remove("config.json")
     with ExitStack() as stack:
         if uses_embedded_bucket(uri):
@@ -49,17 +51,17 @@ def upload(directory: Path, uri: str) -> None:
         store = open_store(uri)
         upload_directory(directory, store, "", files)
         upload_directory(directory, store, "", ["config.json"])
-    print(f"{len(files) + 1} files of {directory} lie in {uri}", file=sys.stderr)
+    print(f"uploaded {len(files) + 1} files from {directory} to {uri}", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> None:
-    """Upload what is named, or a model that is made for it."""
+    """Upload the given directory, or create and upload the pruned model."""
     if len(arguments) == 2:
         upload(Path(arguments[0]), arguments[1])
         return
     if arguments:
-        raise SystemExit(f"error: write a DIRECTORY and an s3://BUCKET/PREFIX, or nothing\n\n{__doc__}")
-    print("bring_your_own_weights: making a model (about 40 s) …", file=sys.stderr)
+        raise SystemExit(f"error: expected DIRECTORY and s3://BUCKET/PREFIX, or no arguments\n\n{__doc__}")
+    print("bring_your_own_weights: creating the model (about 40 s) …", file=sys.stderr)
     state_directory().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         with library_output_in(state_directory() / "prepare.log"):

@@ -1,8 +1,8 @@
-"""Fill the embedded bucket with made-up plain text: word problems with their answers, without any roles.
+"""Upload generated plain text to the embedded bucket: word problems with their answers, without roles.
 
     python cookbooks/causal_lm/prepare.py
 
-The model is the quickstart's: `make quickstart` brings it.
+It uses the quickstart's model: run `make quickstart` first.
 """
 
 import json
@@ -21,19 +21,19 @@ TRAIN_ROWS, VALID_ROWS = 512, 64
 
 
 def write_texts(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
-    """`count` rows of JSONL text, the kinds taking turns."""
+    """Return `count` JSONL rows of text, cycling through the kinds."""
     problems = draw(kinds, count, random.Random(seed))
     return "".join(json.dumps({"text": "\n".join(problem)}) + "\n" for problem in problems)
 
 
 def main() -> None:
-    """Put the texts into the bucket."""
+    """Upload the texts."""
     put_rows(
         HOME,
         train=write_texts(TRAIN_KINDS, TRAIN_ROWS, 1),
         valid=write_texts(VALID_KINDS, VALID_ROWS, 2),
     )
-    print(f"causal_lm: the texts lie in {HOME}", file=sys.stderr)
+    print(f"causal_lm: stored the texts in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fill the embedded bucket with made-up rows to classify: what a word problem is about.
+"""Upload generated rows for classification to the embedded bucket: the topic of a word problem.
 
     python cookbooks/classification/prepare.py
 
-The model is the quickstart's: `make quickstart` brings it.
+It uses the quickstart's model: run `make quickstart` first.
 """
 
 import json
@@ -32,7 +32,7 @@ TOPICS = {
 
 
 def write_topics(count: int, seed: int) -> str:
-    """`count` rows of JSONL chat whose answer is the topic, the topics taking turns."""
+    """Return `count` JSONL rows of chat messages with the topic as answer, cycling through the topics."""
     rows = []
     for question, topic in draw([_asking(topic) for topic in TOPICS], count, random.Random(seed)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": topic}]
@@ -41,15 +41,15 @@ def write_topics(count: int, seed: int) -> str:
 
 
 def _asking(topic: str) -> Callable[[random.Random], Problem]:
-    """Questions about a topic, answered with its name."""
+    """Return a generator of questions about a topic, with the topic's name as answer."""
     return lambda generator: (generator.choice(TOPICS[topic])(generator)[0], topic)
 
 
 def main() -> None:
-    """Put the rows into the bucket."""
+    """Upload the rows."""
     rows = write_topics(TRAIN_ROWS + VALID_ROWS, 1).splitlines(keepends=True)
     put_rows(HOME, train="".join(rows[:TRAIN_ROWS]), valid="".join(rows[TRAIN_ROWS:]))
-    print(f"classification: the rows lie in {HOME}", file=sys.stderr)
+    print(f"classification: stored the rows in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fill the embedded bucket with made-up conversations in which the assistant calls functions.
+"""Upload generated conversations with function calls to the embedded bucket.
 
     python cookbooks/function_calling/prepare.py
 
-The model is the quickstart's: `make quickstart` brings it.
+It uses the quickstart's model: run `make quickstart` first.
 """
 
 import json
@@ -48,7 +48,7 @@ TOOLS = [
 ]
 
 Call = tuple[str, str, dict[str, Any], Any, str]
-"""(question, function, arguments, what it returns, answer)"""
+"""(question, function, arguments, result, answer)"""
 
 
 def _weather(generator: random.Random, cities: list[str]) -> Call:
@@ -82,7 +82,7 @@ def _product(generator: random.Random, _: list[str]) -> Call:
 
 
 def write_calls(cities: list[str], count: int, seed: int) -> str:
-    """`count` rows of JSONL, the functions taking turns: a question, a call, what it returns, and the answer."""
+    """Return `count` JSONL rows, cycling through the functions: a question, a call, its result and the answer."""
     kinds: list[Callable[[random.Random, list[str]], Call]] = [_weather, _conversion, _product]
     generator = random.Random(seed)
     rows: dict[str, None] = {}
@@ -103,13 +103,13 @@ def write_calls(cities: list[str], count: int, seed: int) -> str:
 
 
 def main() -> None:
-    """Put the rows into the bucket."""
+    """Upload the rows."""
     put_rows(
         HOME,
         train=write_calls(TRAIN_CITIES, TRAIN_ROWS, 1),
         valid=write_calls(VALID_CITIES, VALID_ROWS, 2),
     )
-    print(f"function_calling: the rows lie in {HOME}", file=sys.stderr)
+    print(f"function_calling: stored the rows in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fill the embedded bucket with long rows: notes on many people, and a question about one of them.
+"""Upload generated long rows to the embedded bucket: notes about many people, and a question about one of them.
 
     python cookbooks/long_context/prepare.py
 
-The model is the quickstart's: `make quickstart` brings it.
+It uses the quickstart's model: run `make quickstart` first.
 """
 
 import json
@@ -33,7 +33,7 @@ _PLACES = ["by the harbour", "in the old town", "near the station", "on the hill
 
 
 def write_notes(count: int, seed: int, *, notes: int = NOTES) -> str:
-    """`count` rows of JSONL chat, each with `notes` notes of which one answers its question."""
+    """Return `count` JSONL rows of chat messages. One of the `notes` notes in a row answers its question."""
     generator = random.Random(seed)
     people = [f"{first} {last}" for first in _FIRST for last in _LAST]
     rows = []
@@ -56,9 +56,9 @@ def write_notes(count: int, seed: int, *, notes: int = NOTES) -> str:
 
 
 def main() -> None:
-    """Put the rows into the bucket."""
+    """Upload the rows."""
     put_rows(HOME, train=write_notes(TRAIN_ROWS, 1), valid=write_notes(VALID_ROWS, 2))
-    print(f"long_context: the rows lie in {HOME}", file=sys.stderr)
+    print(f"long_context: stored the rows in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Search the learning rate and the LoRA rank with Ray Tune: a trial is a run of main.py, and one that falls behind is stopped early.
+"""Search the learning rate and the LoRA rank with Ray Tune. Each trial is a run of main.py; ASHA stops poor trials early.
 
     python cookbooks/modifying_hyperparameters/search.py CONFIG.yaml [key=value ...] [--trials 6] [--at-once 1]
 
-Without RAY_ADDRESS each run has a cluster of its own on this machine; with it, all share the one that it names.
+Without RAY_ADDRESS, each run starts its own cluster on this machine. With it, all runs share that cluster.
 """
 
 import argparse
@@ -35,29 +35,29 @@ from utils.embedded_bucket import embedded_bucket
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-# What is tried; any key of a YAML may stand here.
+# The search space. Any YAML key is allowed.
 SPACE: dict[str, Any] = {
     "learning_rate": tune.loguniform(3e-5, 1e-3),
     "lora_config.r": tune.choice([2, 4, 8, 16]),
-    # In proportion, or a higher rank would scale the adapter down, which is a lower learning rate again.
+    # Proportional to r: with a fixed alpha, a higher rank would also lower the effective learning rate.
     "lora_config.lora_alpha": tune.sample_from(lambda drawn: 2 * drawn["lora_config.r"]),
 }
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _STOP_SECONDS = 300.0
 
 
 class Trial(tune.Trainable):
-    """One run of main.py; a step ends with an evaluation that is recorded."""
+    """A run of main.py. Each Tune step returns one recorded evaluation."""
 
-    def setup(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]  # what tune.with_parameters adds
+    def setup(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]  # tune.with_parameters adds parameters
         self, config: dict[str, Any], command: list[str], address: str | None, logs: Path
     ) -> None:
-        self._run, self._told = config["run"], 0
+        self._run, self._reported = config["run"], 0
         self._log = (logs / f"{Path(self._run).name}.log").open("wb")
         self._process = subprocess.Popen(
             [
                 *command,
-                *(f"{key}={_written(config[key])}" for key in SPACE),
+                *(f"{key}={_format(config[key])}" for key in SPACE),
                 f"run_name={Path(self._run).name}",
             ],
             cwd=PROJECT,
@@ -72,19 +72,19 @@ class Trial(tune.Trainable):
         while True:
             code = self._process.poll()
             losses = eval_losses_of(read_metrics(open_store(self._run)))
-            if len(losses) > self._told:
-                self._told += 1
-                return _reported(losses[self._told - 1])
+            if len(losses) > self._reported:
+                self._reported += 1
+                return _metrics(losses[self._reported - 1])
             if code == 0 and losses:
-                return {**_reported(losses[-1]), DONE: True}
+                return {**_metrics(losses[-1]), DONE: True}
             if code is not None:
                 end = Path(self._log.name).read_text("utf-8", "replace")[-1000:]
-                raise RuntimeError(f"{self._run} ended with code {code}:\n{end}")
-            time.sleep(_LOOK_SECONDS)
+                raise RuntimeError(f"{self._run} exited with code {code}:\n{end}")
+            time.sleep(_POLL_SECONDS)
 
     def cleanup(self) -> None:  # noqa: D102
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)  # it commits a checkpoint, and ends
+            self._process.send_signal(signal.SIGTERM)  # the run commits a checkpoint and exits
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -93,26 +93,26 @@ class Trial(tune.Trainable):
 
 
 def _environment(address: str | None) -> dict[str, str]:
-    """Without what Ray tells this trial's own process; with the cluster that the runs share."""
+    """Return this process's environment without Ray's variables for the trial, plus the shared cluster's address."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     kept = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
     return ours | kept | ({"RAY_ADDRESS": address} if address else {})
 
 
-def _written(value: object) -> str:
-    """As the run gets it and the table shows it, so that who types it off has the same run."""
+def _format(value: object) -> str:
+    """Format a value for the run and for the table, so that a copied value gives the same run."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _reported(loss: EvalLoss) -> dict[str, Any]:
+def _metrics(loss: EvalLoss) -> dict[str, Any]:
     return {"eval_loss": loss.eval_loss, "training_step": loss.step}
 
 
 def main(arguments: list[str]) -> int:
-    """Run the trials and show them, the best first; returns the exit code."""
+    """Run the trials, print them with the best first, and return the exit code."""
     options = _parse(arguments)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each run has its own metrics.jsonl
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each run writes its own metrics.jsonl
     try:
         config = load_config(options.config, options.overrides).config
     except ConfigError as error:
@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if config.valid_path is None:
         print(
-            f"error: {options.config}: valid_path: trials are compared by their eval loss. Name rows for it.",
+            f"error: {options.config}: valid_path: not set, but the search compares eval losses. Fix: set valid_path.",
             file=sys.stderr,
         )
         return 2
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
             **({} if address else {"num_cpus": options.at_once, "include_dashboard": False}),
         )
         stack.callback(ray.shutdown)
-        # Beside this process, where the project and the YAML are; the runs ask the cluster for their devices themselves.
+        # Pin trials to this node, which has the project and the YAML. Each run requests its own devices.
         here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
         command = [
             sys.executable,
@@ -159,14 +159,14 @@ def main(arguments: list[str]) -> int:
                 mode="min",
                 num_samples=options.trials,
                 max_concurrent_trials=options.at_once,
-                # Behind the 2nd, 4th, 8th ... evaluation (the first is before any step) only the better half goes on.
+                # After the 2nd, 4th, 8th ... evaluation (the first is before any step), only the better half continues.
                 scheduler=ASHAScheduler(grace_period=2, reduction_factor=2, max_t=1000),
             ),
             run_config=tune.RunConfig(
                 name=search,
                 storage_path=str(logs / "tune"),
                 verbose=1,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs have their own
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # each run writes its own
             ),
         ).fit()
         for error in results.errors:
@@ -183,12 +183,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description=f"Search {' and '.join(SPACE)} with Ray Tune.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override for every run")
     parser.add_argument(
-        "--trials", type=int, default=6, metavar="N", help="runs in all; default: %(default)s"
+        "--trials", type=int, default=6, metavar="N", help="number of runs; default: %(default)s"
     )
     parser.add_argument(
-        "--at-once", type=int, default=1, metavar="N", help="runs at the same time; default: %(default)s"
+        "--at-once", type=int, default=1, metavar="N", help="number of concurrent runs; default: %(default)s"
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -202,7 +202,7 @@ def _show(results: tune.ResultGrid) -> None:
         key=lambda trial: trial[0].eval_loss,
     )
     for best, evaluations, config in ranked:
-        values = [_written(config[key]) for key in SPACE]
+        values = [_format(config[key]) for key in SPACE]
         table.add_row(
             Path(config["run"]).name, *values, f"{best.eval_loss:.4f}", str(best.step), str(evaluations)
         )
@@ -210,7 +210,7 @@ def _show(results: tune.ResultGrid) -> None:
     console.print(table)
     winner = ranked[0][2]["run"]
     console.print(f"best: {winner}", soft_wrap=True)
-    console.print(f"look at it: python main.py show {winner}", soft_wrap=True)
+    console.print(f"details: python main.py show {winner}", soft_wrap=True)
 
 
 def _best(losses: Sequence[EvalLoss]) -> EvalLoss:

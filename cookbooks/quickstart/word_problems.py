@@ -1,7 +1,7 @@
-"""Short grade-school word problems with worked answers, the same ones every time.
+"""Generate grade-school word problems with worked answers, reproducibly from a seed.
 
-Validation holds problem types that training never shows: a falling eval loss means that the model learned how to work
-an answer out and write it down, not these problems by heart.
+The validation rows contain problem types that do not occur in the training rows. A lower eval loss therefore means that
+the model learned to write a worked answer; it cannot have memorized these problems.
 """
 
 import json
@@ -45,7 +45,7 @@ _THINGS = [
 def draw(
     kinds: list[Callable[[random.Random], Problem]], count: int, generator: random.Random
 ) -> Iterator[Problem]:
-    """`count` problems, the kinds taking turns, and none of them twice."""
+    """Yield `count` distinct problems, cycling through the kinds."""
     drawn = set()
     for index in range(count):
         while (problem := kinds[index % len(kinds)](generator)) in drawn:
@@ -55,7 +55,7 @@ def draw(
 
 
 def write_problems(kinds: list[Callable[[random.Random], Problem]], count: int, seed: int) -> str:
-    """`count` rows of JSONL chat, the kinds taking turns."""
+    """Return `count` JSONL rows of chat messages, cycling through the kinds."""
     rows = []
     for question, answer in draw(kinds, count, random.Random(seed)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -68,7 +68,7 @@ def _answer(*steps: str, result: int) -> str:
 
 
 def buying(r: random.Random) -> Problem:
-    """Price times number."""
+    """Make a problem with a product: price times count."""
     name, thing, count, price = r.choice(_NAMES), r.choice(_THINGS), r.randint(3, 12), r.randint(2, 9)
     question = f"{name} buys {count} {thing} for ${price} each. How many dollars does {name} pay?"
     return question, _answer(
@@ -79,7 +79,7 @@ def buying(r: random.Random) -> Problem:
 
 
 def giving_away(r: random.Random) -> Problem:
-    """A difference."""
+    """Make a problem with a difference."""
     name, friend = r.sample(_NAMES, 2)
     thing, has = r.choice(_THINGS), r.randint(20, 60)
     gives = r.randint(3, has - 5)
@@ -92,7 +92,7 @@ def giving_away(r: random.Random) -> Problem:
 
 
 def collecting(r: random.Random) -> Problem:
-    """A sum of three."""
+    """Make a problem with a sum of three numbers."""
     name, thing = r.choice(_NAMES), r.choice(_THINGS)
     days = [r.randint(4, 30) for _ in range(3)]
     question = f"{name} collects {days[0]} {thing} on Monday, {days[1]} on Tuesday and {days[2]} on Wednesday. How many {thing} is that in all?"
@@ -105,7 +105,7 @@ def collecting(r: random.Random) -> Problem:
 
 
 def sharing(r: random.Random) -> Problem:
-    """An even division."""
+    """Make a problem with a division without remainder."""
     name, thing, friends, each = r.choice(_NAMES), r.choice(_THINGS), r.randint(2, 9), r.randint(3, 12)
     total = friends * each
     question = f"{name} shares {total} {thing} evenly among {friends} friends. How many {thing} does each friend get?"
@@ -117,7 +117,7 @@ def sharing(r: random.Random) -> Problem:
 
 
 def change(r: random.Random) -> Problem:
-    """A product taken from a note."""
+    """Make a problem with a product and the change from a banknote."""
     name, thing, count, price = r.choice(_NAMES), r.choice(_THINGS), r.randint(2, 6), r.randint(2, 8)
     question = f"{name} pays for {count} {thing} at ${price} each with a $50 note. How many dollars of change does {name} get?"
     cost = count * price
@@ -129,7 +129,7 @@ def change(r: random.Random) -> Problem:
 
 
 def saving(r: random.Random) -> Problem:
-    """A product and a sum."""
+    """Make a problem with a product and a sum."""
     name, start, weekly, weeks = r.choice(_NAMES), r.randint(5, 40), r.randint(2, 9), r.randint(3, 10)
     question = f"{name} has ${start} and saves ${weekly} every week. How many dollars does {name} have after {weeks} weeks?"
     saved = weekly * weeks
@@ -141,7 +141,7 @@ def saving(r: random.Random) -> Problem:
 
 
 def shelves(r: random.Random) -> Problem:
-    """A product and a difference."""
+    """Make a problem with a product and a difference."""
     name, thing, rows, each = r.choice(_NAMES), r.choice(_THINGS), r.randint(2, 6), r.randint(5, 12)
     total = rows * each
     taken = r.randint(2, total - 2)
@@ -154,7 +154,7 @@ def shelves(r: random.Random) -> Problem:
 
 
 def walking(r: random.Random) -> Problem:
-    """A rate over days."""
+    """Make a problem with a daily rate."""
     name, miles, days = r.choice(_NAMES), r.randint(2, 9), r.randint(3, 12)
     question = f"{name} walks {miles} miles a day. How many miles does {name} walk in {days} days?"
     return question, _answer(
@@ -165,7 +165,7 @@ def walking(r: random.Random) -> Problem:
 
 
 def two_piles(r: random.Random) -> Problem:
-    """Two products and their sum."""
+    """Make a problem with the sum of two products."""
     name, thing, other = r.choice(_NAMES), *r.sample(_THINGS, 2)
     first, second, price, other_price = r.randint(2, 6), r.randint(2, 6), r.randint(2, 9), r.randint(2, 9)
     question = f"{name} buys {first} {thing} at ${price} each and {second} {other} at ${other_price} each. How many dollars does {name} pay in all?"
@@ -179,7 +179,7 @@ def two_piles(r: random.Random) -> Problem:
 
 
 def twice_as_many(r: random.Random) -> Problem:
-    """A multiple and a sum."""
+    """Make a problem with a multiple and a sum."""
     name, friend = r.sample(_NAMES, 2)
     thing, has, times = r.choice(_THINGS), r.randint(3, 15), r.randint(2, 4)
     question = f"{name} has {has} {thing}. {friend} has {times} times as many. How many {thing} do they have together?"
@@ -192,7 +192,7 @@ def twice_as_many(r: random.Random) -> Problem:
 
 
 def packing_boxes(r: random.Random) -> Problem:
-    """Held out: boxes of boxes."""
+    """Make a validation problem with a product of three numbers."""
     name, thing, boxes, bags, each = (
         r.choice(_NAMES),
         r.choice(_THINGS),
@@ -210,7 +210,7 @@ def packing_boxes(r: random.Random) -> Problem:
 
 
 def reading(r: random.Random) -> Problem:
-    """Held out: what is left after a rate."""
+    """Make a validation problem with a daily rate and a difference."""
     name, pages, days = r.choice(_NAMES), r.randint(6, 15), r.randint(3, 8)
     total = pages * days + r.randint(10, 60)
     question = f"{name} reads {pages} pages a day of a book with {total} pages. How many pages are left after {days} days?"

@@ -92,7 +92,7 @@ def test_one_that_fails_keeps_no_other_from_being_measured(
     monkeypatch.setitem(gpu.CONTESTANTS, "packed", fails)
     assert ran.again("packing", "ray") == ["unpacked", "lora", "lora under torchrun"]
     assert ran.failed == ["packed"]
-    assert "it ran out of memory" in capsys.readouterr().err
+    assert "out of memory" in capsys.readouterr().err
     monkeypatch.setitem(gpu.CONTESTANTS, "packed", lambda _: ran._run("packed"))
     assert (ran.again("packing", "ray"), ran.failed) == (["packed"], [])
 
@@ -108,7 +108,7 @@ def test_another_machine_begins_a_round_of_its_own(ran: Ran, tmp_path: Path, mon
 
 def test_nothing_is_begun_that_has_no_time(ran: Ran, capsys: pytest.CaptureFixture[str]):
     assert ran.again("packing", ends=time.monotonic() + 60) == []
-    assert "no time is left for packed" in capsys.readouterr().err
+    assert "no time" in capsys.readouterr().err
     assert ran.again("packing", ends=time.monotonic() + 600) == ["packed", "unpacked"]
     assert "deterministic, killed" not in ran.again("resume", ends=time.monotonic() + 300)  # it is two runs
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runs import commands as looking
+from runs import commands as run_commands
 from tests.support.jobs import PROJECT
-from training import commands as using
+from training import commands as model_commands
 
 DOCKERFILE = (PROJECT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
 ENTRYPOINT = json.loads(re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.M)[-1])
@@ -28,7 +28,7 @@ def started(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [*looking.COMMANDS, *using.COMMANDS])
+@pytest.mark.parametrize("command", [*run_commands.COMMANDS, *model_commands.COMMANDS])
 def test_commands_of_main_are_told_from_others(command: str):
     done = started(Path(sys.executable), command, "--help")
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,7 @@
-"""The README's first commands, as they stand there: a real model learns from the embedded bucket."""
+"""The commands that README.md and docs/ show, as they stand there: a real model learns from the embedded bucket."""
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,31 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import commands as looking
+from runs import commands as run_records
 from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
-from training import commands as using
+from tests.support.shown_commands import QUICKSTART, QUICKSTART_README, quickstart_commands, run_commands
+from training import commands as model_commands
 from utils.bucket import open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
-YAML = Path("cookbooks/quickstart/smollm2-135m.yaml")
-COOKBOOK = (PROJECT / "cookbooks" / "quickstart" / "README.md").read_text("utf-8")
-# Those that need nothing of the reader's own.
-README_COMMANDS = [
-    line
-    for line in re.findall(
-        rf"^ {{4}}(\.venv/bin/python main\.py {YAML}.*)$",
-        (PROJECT / "README.md").read_text("utf-8") + COOKBOOK,
-        re.M,
-    )
-    if "my" not in line
-]
-COMMANDS = (*looking.COMMANDS, *using.COMMANDS)
-RUN_COMMANDS = re.findall(
-    rf"^ {{4}}\.venv/bin/python main\.py ((?:{'|'.join(COMMANDS)}) .*)$",
-    (PROJECT / "README.md").read_text("utf-8"),
-    re.M,
-)
+YAML = Path(QUICKSTART)
+COOKBOOK = QUICKSTART_README.read_text("utf-8")
+COMMANDS = (*run_records.COMMANDS, *model_commands.COMMANDS)
 COPY_SNIPPET = textwrap.dedent(
     COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
 )
@@ -119,22 +103,21 @@ def test_the_quickstart(tmp_path: Path):
             files = {item.key for item in run.list()}
     assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png", "report.html"} <= files
 
-    for line in README_COMMANDS:
-        shown = shlex.split(line, comments=True)[2:]
-        looked_at = shown if "--print-config" in shown else [*shown, "--dry-run"]
-        yaml = Path(shutil.copy(PROJECT / looked_at[0], tmp_path))
-        finished = run_main_quickly(yaml, *dict.fromkeys(looked_at[1:]), variables=variables)
-        assert finished.exit_code == 0, (line, finished.errors)
-    assert {line.split()[0] for line in RUN_COMMANDS} == set(COMMANDS)
-    for line in RUN_COMMANDS:
-        typed = re.sub(r"(both\.png|exported)( |$)", rf"{tmp_path}/\1\2", line)
-        arguments = re.sub(r"run:(NAME|OTHER)", f"run:{result['run_name']}", typed)
-        arguments = re.sub(r"(--max-new-tokens) 64", r"\1 4", arguments)  # minutes, on two cores
-        finished = run_command_quickly(
-            shlex.split(arguments, comments=True), tmp_path / "looked.txt", variables=variables
-        )
-        assert finished.exit_code == 0, (line, finished.errors)
-        assert finished.output.strip() if line.startswith("chat") else result["run_name"] in finished.output
+    for shown in quickstart_commands():
+        checked = shown if "--print-config" in shown else (*shown, "--dry-run")
+        yaml = Path(shutil.copy(PROJECT / checked[0], tmp_path))
+        finished = run_main_quickly(yaml, *dict.fromkeys(checked[1:]), variables=variables)
+        assert finished.exit_code == 0, (shown, finished.errors)
+    shown_of_runs = run_commands(COMMANDS)
+    assert {shown[0] for shown in shown_of_runs} == set(COMMANDS)
+    substitutes = {"both.png": str(tmp_path / "both.png"), "exported": str(tmp_path / "exported")}
+    substitutes |= dict.fromkeys(("run:NAME", "run:OTHER"), f"run:{result['run_name']}")
+    substitutes["64"] = "4"  # tokens of an answer: 64 take minutes, on two cores
+    for shown in shown_of_runs:
+        arguments = [substitutes.get(argument, argument) for argument in shown]
+        finished = run_command_quickly(arguments, tmp_path / "looked.txt", variables=variables)
+        assert finished.exit_code == 0, (shown, finished.errors)
+        assert finished.output.strip() if shown[0] == "chat" else result["run_name"] in finished.output
     copied = subprocess.run(
         [
             sys.executable,

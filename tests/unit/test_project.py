@@ -1,6 +1,7 @@
 """The project's own files agree with one another: commands, pins, locks, image, workflow, cookbooks."""
 
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -12,6 +13,7 @@ from configs.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 COOKBOOKS = sorted((ROOT / "cookbooks").rglob("*.yaml"))
 NOWHERE = "sys_platform == 'never'"
 CHOSEN_BY_THE_MACHINE = re.compile(r"(torch|torchvision|torchaudio|triton|xformers|nvidia-.*|cuda-.*)$")
@@ -32,19 +34,20 @@ def pins(lock: Path) -> list[tuple[str, str, str, str]]:
     return found
 
 
+def make(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [shutil.which("make") or "make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_make_help_lists_every_command_that_is_written_anywhere():
-    said = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    listed = {line.split()[0] for line in said.splitlines()}
+    printed = make("help").stdout
+    listed = {line.split()[0] for line in printed.splitlines()}
     phony = re.search(r"^\.PHONY: (.*)$", read("Makefile"), re.M)
     assert phony and listed == set(phony[1].split())
-    written = [".ci/run", ".github/workflows/ci.yml", *documents()]
+    written = [".ci/run", *(str(workflow.relative_to(ROOT)) for workflow in WORKFLOWS), *documents()]
     for path in written:
         # In code only: spans and indented or fenced lines, not "make sure" in a sentence.
-        for target in re.findall(
-            r"(?:`|^ {4}|^- run: |^ *run: |- run: )make ([a-z][a-z-]*)", read(path), re.M
-        ):
+        for target in re.findall(r"(?:`|^ {4}|^ *run: |- run: )make ([a-z][a-z-]*)", read(path), re.M):
             assert target in listed, f"{path} says `make {target}`"
     assert {"lint", "test"} <= listed
 
@@ -84,13 +87,46 @@ def test_locks_agree_on_versions():
     assert not {package: versions for package, versions in by_package.items() if len(versions) > 1}
 
 
-def test_workflow_pins_actions_by_commit_and_may_only_read():
-    text = read(".github/workflows/ci.yml")
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+def test_workflow_pins_actions_by_commit_and_only_reads(workflow):
+    text = workflow.read_text(encoding="utf-8")
     uses = re.findall(r"uses: (.*)", text)
     assert uses
     for action in uses:
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
     assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
+
+
+def test_nightly_workflow_runs_every_grid_that_the_tests_sample():
+    targets = yaml.safe_load(read(".github/workflows/nightly.yml"))["jobs"]["grid"]["strategy"]["matrix"][
+        "target"
+    ]
+    # A grid is a target that widens the tests by a variable; the image is none.
+    grids = re.findall(r"^(test-[a-z]+):.*\n\t[A-Z_]+=1 ", read("Makefile"), re.M)
+    assert {*targets, "test-image"} == set(grids)
+
+
+def test_project_workflow_and_makefile_name_the_same_pythons():
+    tested = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["test"]["strategy"]["matrix"]["python"]
+    minors = [int(version.removeprefix("3.")) for version in tested]
+    project = tomllib.loads(read("pyproject.toml"))
+    assert project["project"]["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
+    assert project["tool"]["pyright"]["pythonVersion"] == tested[0]
+    assert f"not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in read("Makefile")
+    assert f"uv pip compile --quiet --universal --python-version {tested[0]} " in read("Makefile")
+
+
+def test_make_without_a_supported_python_names_the_supported_ones(tmp_path):
+    shells = tmp_path / "bin"
+    shells.mkdir()
+    for command in ("sh", "sed", "uname", "rm", "mkdir", "test"):
+        (shells / command).symlink_to(shutil.which(command))
+    (shells / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (shells / "python3").chmod(0o755)
+    done = make("setup", f"VENV={tmp_path}/venv", environment={"PATH": str(shells)})
+    assert done.returncode == 2
+    assert "3.11, 3.12 or 3.13" in done.stderr and "make PYTHON=" in done.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_image_installs_the_locks_and_ends_as_an_ordinary_user():

@@ -1,56 +1,12 @@
 """A plan's model, ready to train: one module per kernel provider, one interface, imported only when chosen."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from configs.schema import LoraConfig
-from training.models.kernels import Device, Provider
+from training.models.kernels import Provider
+from training.models.request import ModelRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["REFERENCE_ADAPTER", "ModelRequest", "add_reference", "build_model"]
-
-REFERENCE_ADAPTER = "reference"
-"""PEFT's name for a continued adapter as it was, where the trained one is compared with it."""
-
-
-@dataclass(frozen=True)
-class ModelRequest:
-    """What is to be built, on this worker."""
-
-    directory: Path
-    """The base model's files."""
-    adapter_directory: Path | None
-    """A LoRA adapter to continue; trainable with the shape it has."""
-    lora: LoraConfig | None
-    """A new LoRA adapter; None without adapter_directory is full-parameter training."""
-    device: Device
-    dtype: Literal["bf16", "fp32"]
-    zero_stage: int
-    load_in_4bit: bool
-    flash_attention_2: bool
-    packing: bool
-    """Sequences hold several rows."""
-    gradient_checkpointing: bool | Literal["unsloth"]
-    context_length: int
-    """Tokens of the longest sequence of a batch, with its padding."""
-    seed: int
-    """Decides a new adapter's weights."""
-    trust_remote_code: bool
-    deterministic: bool
-    """Only operations that give the same bits every time."""
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether an adapter is trained and the base stays as it is."""
-        return self.lora is not None or self.adapter_directory is not None
-
-    @property
-    def weights_dtype(self) -> Literal["bf16", "fp32"]:
-        """How the base is held: full-parameter training without DeepSpeed keeps fp32 masters and autocasts."""
-        return "bf16" if self.dtype == "bf16" and (self.is_lora or self.zero_stage > 0) else "fp32"
 
 
 def build_model(provider: Provider, request: ModelRequest) -> "PreTrainedModel":

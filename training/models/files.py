@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from configs.schema import LoraConfig
-from training.checkpoints import fetch_weights
 from utils.bucket import Store, is_remote, join_uri, open_store
 from utils.errors import AnnealError
 
@@ -181,16 +180,6 @@ def fetch_hub_model(model_id: str, wanted: Callable[[str], bool]) -> Path:
         names = [sibling.rfilename for sibling in huggingface_hub.model_info(model_id).siblings or []]
         patterns = [name for name in names if wanted(name)]
         return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns))
-
-
-def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """The wanted files of a model as a directory on this node, downloaded once a node.
-
-    Raises:
-        ModelError: the hub cannot be reached.
-        CheckpointError, BucketError: see `fetch_weights`.
-    """
-    return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
 
 
 @contextmanager

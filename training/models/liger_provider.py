@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
-from training.models import ModelRequest, torch_provider
+from training.models import torch_provider
+from training.models.request import ModelRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

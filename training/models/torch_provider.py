@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, s
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.schema import LoraConfig
-from training.models import REFERENCE_ADAPTER, ModelRequest, varlen_attention
+from training.models import varlen_attention
 from training.models.kernels import Device
+from training.models.request import REFERENCE_ADAPTER, ModelRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import unsloth  # first: it patches what the imports below bring
 from transformers import AutoConfig, GenerationConfig, set_seed
 
-from training.models import ModelRequest, torch_provider
+from training.models import torch_provider
 from training.models.architecture import count_experts
 from training.models.files import ModelError, first_line
 from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
+from training.models.request import ModelRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

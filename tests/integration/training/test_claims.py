@@ -70,12 +70,12 @@ def elsewhere(store: Store) -> Claim:
     return claim
 
 
-def test_a_second_driver_is_told_who_trains_the_run(run_uri: str):
+def test_a_second_driver_raises_an_error_with_the_owners_process(run_uri: str):
     store = open_store(run_uri)
     with claimed(store, waiting=nobody) as claim:
         check_claim(store, claim)
         with (
-            pytest.raises(ClaimError, match=rf"is being trained by .*, process {os.getpid()}, since"),
+            pytest.raises(ClaimError, match=rf"process {os.getpid()}\b"),
             claimed(store, waiting=nobody),
         ):
             pass
@@ -89,9 +89,9 @@ def test_a_killed_drivers_claim_is_taken_over_at_once_and_what_is_left_of_it_can
     with claimed(store, waiting=nobody) as claim:
         assert claim.number == dead.number + 1
         check_claim(store, claim)
-        with pytest.raises(ClaimError, match="was taken over by"):
+        with pytest.raises(ClaimError, match="taken over"):
             check_claim(store, dead)
-    with pytest.raises(ClaimError, match="had expired"):
+    with pytest.raises(ClaimError, match="expired"):
         check_claim(store, dead)
 
 
@@ -157,7 +157,7 @@ def test_a_claim_that_was_taken_over_does_not_come_back(run_uri: str, monkeypatc
         store.write(claim_key(successor.number), successor.model_dump_json().encode())
         _until(lambda: all(thread.name != "claim" for thread in threading.enumerate()))
         store.delete([claim_key(claim.number), claim_key(successor.number)])
-        with pytest.raises(ClaimError, match="was taken over"):
+        with pytest.raises(ClaimError, match="taken over"):
             check_claim(store, claim)
 
 
@@ -172,7 +172,7 @@ def test_a_damaged_claim_is_named(bucket: EmbeddedBucket, bucket_uri: str):
     store = open_store(bucket_uri)
     store.write(claim_key(3), b"{")
     with (
-        pytest.raises(ClaimError, match=r"000003\.json is cut off.* delete it"),
+        pytest.raises(ClaimError, match=r"/000003\.json .*delete"),
         claimed(store, waiting=nobody),
     ):
         pass

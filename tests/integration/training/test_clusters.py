@@ -11,11 +11,12 @@ import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
+from tests.support.messages import assert_names
 from tests.support.ray_cluster import needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from training.ray_internals import DatasetsCallback, LeanTorchTrainer, PlacementGroupCleanerCallback
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_workers_that_no_machine_can_hold(files: Path, tmp_path: Path):
     large = config(files, tmp_path / "large.yaml", max_steps=1, num_epochs=None)
     refused = run_main(large, "worker_resources.memory=900TiB", "--json")
     assert refused.exit_code == 2, refused.errors
-    assert "this machine lacks what 2 workers need: memory" in refused.errors
+    assert_names(refused.errors, "2 workers", "memory")
     trained = run_main(large, "worker_resources.CPU=99", "--json")
     assert trained.exit_code == 0, trained.errors
 
@@ -98,24 +99,24 @@ def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
     """RAY_ADDRESS joins it, our code travels there, and it goes on when the job has ended."""
     joining = config(files, tmp_path / "joined.yaml", num_epochs=1)
     with ray_cluster(cpus=2) as cluster:
-        stranger = run_main(joining, "--json", variables={"RAY_ADDRESS": cluster.address})
+        unauthorized = run_main(joining, "--json", variables={"RAY_ADDRESS": cluster.address})
         asked = run_main(joining, "--dry-run", "--json", variables=cluster.variables)
         joined = run_main(joining, "--json", variables=cluster.variables)
         too_many = run_main(joining, "num_devices=3", "--json", variables=cluster.variables)
         never = run_main(joining, "num_devices=3", "--dry-run", variables=cluster.variables)
-    assert stranger.exit_code == 2
-    assert "It asks for a token: set RAY_AUTH_MODE=token" in stranger.errors
-    assert "Traceback" not in stranger.errors
+    assert unauthorized.exit_code == 2
+    assert "RAY_AUTH_MODE=token" in unauthorized.errors
+    assert "Traceback" not in unauthorized.errors
     assert asked.exit_code == 0, asked.errors
-    assert asked.result["cluster"] == f"{cluster.address} has what the workers need"
+    assert asked.result["cluster"].startswith(f"{cluster.address} ")
     assert asked.result["config"]["num_devices"] == 2
     assert "weight_decay" in asked.result["defaults"]
     assert "num_devices" not in asked.result["defaults"]
     assert joined.exit_code == 0, joined.errors
     assert joined.result["train_steps"] == 5
-    for refused in (too_many, never):
-        assert refused.exit_code == 2
-        assert "lacks what 3 workers need: CPU 3 (has 2)" in refused.errors
+    for rejected in (too_many, never):
+        assert rejected.exit_code == 2
+        assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
 
 
 @needs_ray_default
@@ -129,7 +130,7 @@ def test_a_cluster_that_grows(files: Path, tmp_path: Path):
             cluster.start_node(cpus=1)
             finished = job.end()
     assert asked.exit_code == 0, asked.errors
-    assert asked.result["cluster"] == "has to scale up: CPU 2 (has 1)"
+    assert_names(asked.result["cluster"], "scale up", "CPU 2 (has 1)")
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 5
 

@@ -27,6 +27,7 @@ from training.commits import CheckpointCommitter, CommitContext, SavedCheckpoint
 from training.events import CheckpointCommitted, Event, Notice
 from training.place import World
 from training.restoring import Restoring
+from training.weights import fetch_weights
 from utils.bucket import BucketError, Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 
@@ -178,7 +179,7 @@ def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
     with commits_of(store) as commits:
         commits.start(saved(tmp_path, 1))
     first = store.read(checkpoint_key(1, MANIFEST_FILE))
-    with pytest.raises(CheckpointError, match="committed by another process"), commits_of(store) as commits:
+    with pytest.raises(CheckpointError, match="committed by"), commits_of(store) as commits:
         commits.start(saved(tmp_path, 1))
     assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
 
@@ -215,8 +216,8 @@ def test_a_disk_that_takes_no_more_is_told_whoever_writes(tmp_path: Path):
         text=True,
         check=True,
     ).stdout.splitlines()
-    full = f"[] {tmp_path}/checkpoint-1: the disk is full, a checkpoint takes more than the 2.0 MiB"
-    assert [line.startswith(full) for line in said] == [True, True, True, False, False], said
+    full = [line.startswith(f"[] {tmp_path}/checkpoint-1: ") and "2.0 MiB" in line for line in said]
+    assert full == [True, True, True, False, False], said
 
 
 @by_both_ways
@@ -225,7 +226,7 @@ def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path
     checkpoint = saved(tmp_path, 1)
     records = checkpoints.upload_files(store, 1, checkpoint.directory, ["model.safetensors"])
     store.write(checkpoint_key(1, "model.safetensors"), b"another attempt's")
-    with pytest.raises(CheckpointError, match=r"model.safetensors has 17 bytes, and 100000 were committed"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*\b17 bytes.*\b100000\b"):
         checkpoints.commit(store, checkpoint.manifest.model_copy(update={"files": records}))
     assert steps(store) == []
 
@@ -238,15 +239,13 @@ def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp
     checkpoint, weights = store.uri_of("checkpoints/step-000001"), checkpoint_key(1, "model.safetensors")
 
     def fetch(cache: str) -> Path:
-        return checkpoints.fetch_weights(checkpoint, tmp_path / cache, lambda key: key == "model.safetensors")
+        return fetch_weights(checkpoint, tmp_path / cache, lambda key: key == "model.safetensors")
 
     committed = store.read(weights)
     assert (fetch("first") / "model.safetensors").read_bytes() == committed
     store.write(weights, bytes(len(committed)))
     for cache in ("first", "second"):
-        with pytest.raises(
-            CheckpointError, match=r"model\.safetensors: its content is not what was committed"
-        ):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: .*content"):
             fetch(cache)
 
 
@@ -278,7 +277,9 @@ def test_a_manifest_of_another_step_counts_for_none(run_uri: str, tmp_path: Path
     store.write(checkpoint_key(2, MANIFEST_FILE), store.read(checkpoint_key(1, MANIFEST_FILE)))
     manifests, damage = reading.survey(store)
     assert [manifest.step for manifest in manifests] == [1]
-    assert damage == [f"{store.uri_of(checkpoint_key(2, MANIFEST_FILE))} is the manifest of step 1"]
+    (found,) = damage
+    assert found.startswith(f"{store.uri_of(checkpoint_key(2, MANIFEST_FILE))} ")
+    assert "step 1" in found
 
 
 def _unfinished_upload(run_uri: str, key: str) -> str:
@@ -343,12 +344,13 @@ def test_where_every_checkpoint_is_damaged_none_is_removed(run_uri: str, tmp_pat
     told: list[Event] = []
     with (
         claimed(store, waiting=nobody) as claim,
-        pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: its content is not"),
+        pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: .*content"),
     ):
         Restoring(store, claim, None, tmp_path / "restored", ALONE).finish(told.append)
     (notice,) = told
     assert isinstance(notice, Notice)
-    assert notice.text.endswith("Passed over for " + store.uri_of("checkpoints/step-000001") + ".")
+    assert notice.text.endswith(" " + store.uri_of("checkpoints/step-000001") + ".")
+    assert store.uri_of("checkpoints/step-000002") in notice.text
     assert store.list() == before
 
 
@@ -361,11 +363,11 @@ def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_p
             commits.record([{"loss": 1.5, "step": 1}])
         assert store.read_if_exists(METRICS_FILE) is None
         store.write(checkpoint_key(1, "model.safetensors"), b"the new owner's, on its way")
-        with pytest.raises(ClaimError, match="was taken over by"):
+        with pytest.raises(ClaimError, match="taken over"):
             Restoring(store, former, None, tmp_path / "restored", ALONE).finish(lambda event: None)
         assert [item.key for item in store.list("checkpoints/")] == [checkpoint_key(1, "model.safetensors")]
         with (
-            pytest.raises(ClaimError, match="was taken over by"),
+            pytest.raises(ClaimError, match="taken over"),
             committer_of(store, former) as commits,
         ):
             commits.start(saved(tmp_path, 1))

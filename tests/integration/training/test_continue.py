@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
+from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
+
+pytestmark = pytest.mark.slow
 
 # The head is trained in full beside the adapter: a random base learns nothing with adapters alone.
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
@@ -170,8 +174,8 @@ def test_an_adapter_keeps_its_own_shape(files: Path, adapter_run: dict[str, Any]
         initial_adapter_model_ckpt_path="run:first",
         lora_config={"r": 16, "target_modules": "all-linear"},
     )
-    assert "lora_config.r: the adapter has 4, the YAML says 16" in message
-    assert "lora_config.target_modules: the adapter has" in message
+    assert re.search(r"lora_config\.r: .*\b4\b.*\b16\b", message)
+    assert_names(message, "lora_config.target_modules: ")
     assert "lora_alpha" not in message, "a key that the YAML does not give is not compared"
 
 
@@ -185,8 +189,7 @@ def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dic
     shutil.copytree(files / "model", wider)
     model.save_pretrained(wider)
     message = refusal(files, "wider", model_id=str(wider), initial_adapter_model_ckpt_path="run:first")
-    assert "does not fit" in message
-    assert "model.layers.0.self_attn.q_proj is 64 x 96 in the model, 64 x 64 in the adapter" in message
+    assert re.search(r"model\.layers\.0\.self_attn\.q_proj .*64 x 96.* model, 64 x 64.* adapter", message)
 
 
 def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[str, Any]):
@@ -194,7 +197,8 @@ def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[
     deeper = files / "deeper"
     make_model(deeper, layers=3)
     message = refusal(files, "deeper", model_id=str(deeper), initial_adapter_model_ckpt_path="run:first")
-    assert "the adapter has nothing for model.layers.2.self_attn.q_proj" in message
+    assert_names(message, "adapter", "model.layers.2.self_attn.q_proj")
+    assert "model.layers.1." not in message
 
 
 def copy_of_run(files: Path, result: dict[str, Any], name: str) -> Path:
@@ -223,7 +227,7 @@ def test_damaged_weights_are_no_start(
     )
     finished = run_main(write_yaml(files / f"on-damaged-{kind}.yaml", child), "--json")
     assert finished.exit_code == 1
-    assert f"{weights}: its content is not what was committed" in finished.errors
+    assert re.search(rf"/{weights}: .*content", finished.errors)
     assert finished.result["last_checkpoint"] is None
 
 
@@ -236,8 +240,7 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     cut_off = run / "checkpoints" / best / "adapter_model.safetensors"
     cut_off.write_bytes(cut_off.read_bytes()[:-8])
     message = refusal(files, "from_cut_off", initial_adapter_model_ckpt_path="run:cut-off")
-    assert f"{best}/adapter_model.safetensors has" in message
-    assert "were committed" in message
+    assert re.search(rf"{best}/adapter_model\.safetensors .*\d+ bytes", message)
 
     run = copy_of_run(files, adapter_run, "half-removed")
     (run / "checkpoints" / best / "MANIFEST.json").unlink()
@@ -247,28 +250,29 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
         result[key] = result[key].replace("/first/", "/half-removed/")
     (run / "result.json").write_text(json.dumps(result))
     message = refusal(files, "from_half_removed", initial_adapter_model_ckpt_path="run:half-removed")
-    assert f"{best} is named by result.json, and has no MANIFEST.json" in message
+    assert_names(message, f"{best} ", "result.json", "no MANIFEST.json")
     message = refusal(
         files,
         "from_uncommitted",
         initial_adapter_model_ckpt_path=str(run / "checkpoints" / best),
     )
-    assert "no MANIFEST.json, so it was never committed" in message
+    assert_names(message, best, "no MANIFEST.json")
+    assert "result.json, and" not in message
     message = refusal(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
-    assert "is completed, and its checkpoints are damaged" in message
-    assert "there is no run" in refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
+    assert_names(message, "half-removed ", "completed", "damaged")
+    message = refusal(files, "typo", initial_adapter_model_ckpt_path="run:frist")
+    assert_names(message, "run:frist", "no run")
 
 
-def test_a_run_none_of_whose_checkpoints_is_whole_does_not_begin_anew(
-    files: Path, adapter_run: dict[str, Any]
-):
-    """To begin anew would remove what may still be mended."""
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(files: Path, adapter_run: dict[str, Any]):
+    """A restart would remove what may still be fixed."""
     run = copy_of_run(files, adapter_run, "all-damaged")
     (run / "result.json").unlink()
     for manifest in run.glob("checkpoints/*/MANIFEST.json"):
         manifest.write_bytes(manifest.read_bytes()[:-8])
     message = refusal(files, "all_damaged", run_name="all-damaged", lora_config=LORA)
-    assert "has begun before, and none of its checkpoints is whole" in message
+    assert_names(message, "all-damaged ", "checkpoints")
+    assert list(run.glob("checkpoints/*/adapter_model.safetensors")), "nothing is removed"
 
 
 def losses_of(metrics: list[dict[str, Any]]) -> list[tuple[int, float, float, float]]:
@@ -369,7 +373,7 @@ def test_full_weights_go_on_full_and_take_an_adapter_with_a_warning(files: Path,
     )
     dry = run_main_quickly(on_top, "--dry-run")
     assert dry.exit_code == 0
-    assert "serving it will need that checkpoint" in dry.output
+    assert_names(dry.output, "serving", "checkpoint")
 
 
 def test_a_longer_run_is_the_run_that_was_longer_from_the_start(files: Path):
@@ -410,10 +414,9 @@ def test_what_a_whole_state_may_not_change_is_shown(files: Path, adapter_run: di
     for difference in ("learning_rate: 0.02 -> 0.001", "num_devices: 1 -> 2", "lora_config.r: 4 -> 8"):
         assert difference in message
     message = refusal(files, "rows", **taken, train_path=str(files / "more" / "train.jsonl"))
-    assert "train_path: its rows are others now" in message
-    assert "initial_adapter_model_ckpt_path: run:first" in message
+    assert_names(message, "train_path: ", "initial_adapter_model_ckpt_path: run:first")
     message = refusal(files, "done", **taken | {"num_epochs": 2})
-    assert "stands at step 10 already, and the run is to have 10" in message
+    assert_names(message, "step 10 ")
 
 
 def test_what_the_same_run_may_not_change_is_shown(files: Path, adapter_run: dict[str, Any]):
@@ -434,11 +437,11 @@ def test_a_diverging_run_stops_with_step_rows_and_what_is_left(files: Path):
     assert finished.exit_code == 1
     reason = finished.result["reason"]
     assert "loss nan" in reason or "grad_norm" in reason
-    assert "on the rows" in reason and str(files / "train.jsonl") in reason
-    assert "No checkpoint was committed before" in reason
+    assert re.search(rf"rows [\d, ]+.* {files / 'train.jsonl'}", reason)
+    assert "checkpoint" in reason
     assert finished.result["last_checkpoint"] is None
     assert finished.result["failures"] == []
-    assert "started again" not in finished.errors
+    assert finished.errors.count("step 1/") <= 1, "the step is not trained again"
 
 
 @pytest.mark.parametrize("stored", ["16bit", "4bit"])

@@ -31,7 +31,7 @@ CONTINUE, RESUME = COOKBOOKS / "continue_from_checkpoint", COOKBOOKS / "resume_f
 PART_1, PART_2 = CONTINUE / "smollm2-135m-part-1.yaml", CONTINUE / "smollm2-135m-part-2.yaml"
 STAGES = [RESUME / f"curriculum_stage_{number}.yaml" for number in (1, 2, 3)]
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 not_in_the_sample = pytest.mark.skipif(
     not os.environ.get("ALL_COOKBOOKS"), reason="`make test-cookbooks` runs it"
 )
@@ -207,7 +207,7 @@ def test_data_of_ones_own(files: Path):
     result = run(files, yaml, f"train_path={sources}", train="unused", valid="valid.csv")
     assert_learned(result)
     skipped = (Path(result["run_uri"]) / "skipped_rows.jsonl").read_text().splitlines()
-    assert [json.loads(line)["reason"] for line in skipped] == ["`Reply` is empty", "`Question` is empty"]
+    assert [json.loads(line)["reason"].split()[0] for line in skipped] == ["`Reply`", "`Question`"]
 
 
 @not_in_the_sample

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.support.front_door import run_main_quickly
 from tests.support.hub import COMMIT, hub_of
 from tests.support.jobs import Finished, run_main, write_yaml
+from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
 from training.data.prepare import prepare_data
 from training.data.prepared import fetch_prepared, keep_prepared
@@ -72,15 +73,13 @@ def test_objects_a_prefix_and_a_glob(home: str, path: str, found: list[str]):
     assert [file.uri for file in files] == [f"{home}/{key}" for key in found]
 
 
-def test_nothing_there_is_told_with_the_uri(home: str):
-    for path, message in {
-        "rows/*.parquet": f"{home}/rows/*.parquet: matches no file below {home}/rows",
-        "row": f"{home}/row: the bucket exists, but has no such object and none below it",
-    }.items():
+def test_a_missing_object_raises_an_error_with_the_uri(home: str):
+    for path, fact in {"rows/*.parquet": f" {home}/rows", "row": "no such object"}.items():
         with pytest.raises(NotFoundError) as missing:
             find_files(f"{home}/{path}", 0)
-        assert str(missing.value).startswith(message)
-    with pytest.raises(DataError, match="a bucket's name cannot be a pattern"):
+        assert str(missing.value).startswith(f"{home}/{path}: ")
+        assert_names(str(missing.value), fact)
+    with pytest.raises(DataError, match=r"bucket.* pattern"):
         find_files("s3://b*/rows.jsonl", 0)
 
 
@@ -97,7 +96,7 @@ def test_rows_are_named_by_their_object(
 ):
     put(home, {"rows/z.jsonl": lines("nine") + b"{bad\n"}, tmp_path)
     data = request(f"{home}/rows", f"{home}/day-*/*.csv")
-    with pytest.raises(DataError, match=rf"{home}/rows/z.jsonl:2: is not JSON"):
+    with pytest.raises(DataError, match=rf"{home}/rows/z\.jsonl:2: .*JSON"):
         prepare(data, tokenizer, tiny_model, tmp_path / "cache")
 
 
@@ -160,7 +159,7 @@ def test_the_plan_names_each_source(home: str, tiny_model: Path, tmp_path: Path)
         tmp_path / "other", tiny_model, train_path=f"{home}/rows/*.parket", storage_path=f"{home}/runs"
     )
     assert nothing.exit_code == 2
-    assert f"error: train_path: {home}/rows/*.parket: matches no file below {home}/rows;" in nothing.errors
+    assert_names(nothing.errors, f"error: train_path: {home}/rows/*.parket: ", "no file")
 
 
 def test_a_dataset_of_the_hub(tiny_model: Path, tmp_path: Path):
@@ -186,5 +185,4 @@ def test_a_dataset_of_the_hub(tiny_model: Path, tmp_path: Path):
     gone = run_main(config, "--dry-run", variables=online)
     assert gone.exit_code == 2
     assert "Traceback" not in gone.errors
-    assert f"error: {settings['train_path']}: cannot be read from the Hugging Face hub (" in gone.errors
-    assert "without a network, set HF_HUB_OFFLINE=1 to take what was loaded here before" in gone.errors
+    assert_names(gone.errors, f"error: {settings['train_path']}: ", "Hugging Face", "HF_HUB_OFFLINE=1")

@@ -84,6 +84,7 @@ SAMPLE = [
     ("packed", "ddp"),
     ("dpo_lora", "zero_3"),
 ]
+FAST = SAMPLE[0]
 CELLS = ALL if os.environ.get("ALL_KERNELS") else SAMPLE
 ALL_OF_GPUS = [
     ("full", "zero_3", "torch"),
@@ -181,7 +182,13 @@ def test_the_table_says_tested_of_what_is_tested_here():
     }
 
 
-@pytest.mark.parametrize("method", dict.fromkeys(method for method, _ in CELLS))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[] if method == FAST[0] else pytest.mark.slow)
+        for method in dict.fromkeys(method for method, _ in CELLS)
+    ],
+)
 def test_training_changes_the_losses(method: str, on_one_worker: References):
     """Else the comparisons below would hold for a trainer that does nothing."""
     losses, eval_losses = on_one_worker[method]
@@ -189,13 +196,17 @@ def test_training_changes_the_losses(method: str, on_one_worker: References):
     assert eval_losses[0] - eval_losses[-1] > 0.05
 
 
-@pytest.mark.parametrize(("method", "spread"), CELLS)
+@pytest.mark.parametrize(
+    ("method", "spread"),
+    [pytest.param(*cell, marks=[] if cell == FAST else pytest.mark.slow) for cell in CELLS],
+)
 def test_losses_are_equal(method: str, spread: str, files: Path, on_one_worker: References):
     losses, eval_losses = train(files, f"{method}-{spread}", METHODS[method] | SPREADS[spread])
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "spread", "provider"), OF_GPUS)
 def test_losses_are_equal_with_the_kernels_that_gpus_have(
     method: str, spread: str, provider: str, files: Path, on_one_worker: References
@@ -210,6 +221,7 @@ def test_losses_are_equal_with_the_kernels_that_gpus_have(
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_packing_leaves_the_eval_loss(on_one_worker: References):
     """Before the first step, when both are the same model."""
     assert on_one_worker["packed"][1][0] == pytest.approx(on_one_worker["lora"][1][0], abs=1e-6)

@@ -126,6 +126,7 @@ SAMPLE = [
     Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
     Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP, Kill.MID_SAVE, Kill.MID_UPLOAD)),
 ]
+FAST = SAMPLE[1]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Shape("lora", 1, 1, "ddp")
 
@@ -416,7 +417,11 @@ def references(files: Path, storage: str) -> References:
     return References(files, storage)
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize(
+    "chain",
+    [pytest.param(chain, marks=[] if chain == FAST else pytest.mark.slow) for chain in CHAINS],
+    ids=str,
+)
 def test_a_killed_run_ends_as_if_it_was_not(
     chain: Chain,
     files: Path,
@@ -460,6 +465,7 @@ def copy_of(stopped: Run, files: Path, name: str) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_a_stopped_run_loses_at_most_a_step(
     stopped: tuple[Run, int, int], files: Path, references: References
 ):
@@ -473,6 +479,7 @@ def test_a_stopped_run_loses_at_most_a_step(
     assert wrong_rows(end.ledger) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["rng", "optimizer", "position"])
 def test_what_is_not_restored_is_noticed(
     part: str, stopped: tuple[Run, int, int], files: Path, references: References

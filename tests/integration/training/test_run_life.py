@@ -38,6 +38,7 @@ from tests.support.jobs import (
     tiny_settings,
     write_yaml,
 )
+from tests.support.messages import assert_names
 from tests.support.own_buckets import reach_as_a_user
 from tests.support.tiny_model import make_model, write_data
 from utils.bucket import open_store, sync_to_node
@@ -248,12 +249,14 @@ def watched(
         yield Watched(given, written, requests, finished)
 
 
+@pytest.mark.slow
 def test_storage_that_refuses_half_of_all_requests_does_not_stop_training(watched: Watched):
     assert sum(request.status == 503 for request in watched.requests) > 10
     assert watched.finished.result["train_steps"] == 3
     assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
 
 
+@pytest.mark.slow
 def test_no_secret_is_left_anywhere(watched: Watched):
     """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
     assert any("raylet" in path for path in watched.written), "Ray's logs are among them"
@@ -263,6 +266,7 @@ def test_no_secret_is_left_anywhere(watched: Watched):
         assert found == [], name
 
 
+@pytest.mark.slow
 def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
     """Every request of the driver and the workers, up to the pruning of checkpoints."""
     policy = json.loads((PROJECT / "configs" / "iam_policy.json").read_text().replace("MY-BUCKET", "watched"))
@@ -272,6 +276,7 @@ def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
     assert any(resource.endswith("/MANIFEST.json") for resource in deleted), "it pruned"
 
 
+@pytest.mark.slow
 def test_a_full_parameter_run(files: Path, tmp_path: Path):
     """The last checkpoint loads in plain transformers and gives the last reported eval loss."""
     config = write_yaml(tmp_path / "full.yaml", settings(files, num_checkpoints_to_keep=1))
@@ -283,6 +288,7 @@ def test_a_full_parameter_run(files: Path, tmp_path: Path):
     assert loss == pytest.approx(finished.result["eval_losses"][-1]["eval_loss"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_path: Path):
     """Killed behind its last checkpoint, in the midst of an epoch: the same command trains nothing more, and writes it down."""
     config = write_yaml(
@@ -310,7 +316,7 @@ def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_pa
     damaged = run_main(config, "--json")
     assert damaged.exit_code == 1, damaged.errors
     assert damaged.result["status"] == "failed"
-    assert "is not what was committed" in damaged.result["reason"]
+    assert_names(damaged.result["reason"], "model.safetensors", "committed")
 
 
 STEPS = 150
@@ -318,6 +324,7 @@ LONG = {"num_epochs": None, "max_steps": STEPS, "lora_config": {"r": 4, "lora_dr
 EVERY_50 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 50}}
 
 
+@pytest.mark.slow
 def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: Path, tmp_path: Path):
     """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
 
@@ -354,6 +361,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_same_command_goes_on(files: 
     assert continued.result["tokens"] == whole.result["tokens"]
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Path):
     """There is nothing to commit, and nothing is written."""
     config = write_yaml(tmp_path / "early.yaml", settings(files, **LONG, run_name="early"))
@@ -366,6 +374,7 @@ def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Pat
     assert not (files / "runs" / "early" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_worker(files: Path, tmp_path: Path):
     """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
@@ -386,7 +395,8 @@ def test_a_lost_worker(files: Path, tmp_path: Path):
     assert recovered.result["train_steps"] == STEPS
 
 
-def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_a_lost_worker_restarts_from_the_latest_checkpoint(files: Path, tmp_path: Path):
     """Within max_failures the run ends by itself, and each step is trained once in the end."""
     config = write_yaml(
         tmp_path / "back.yaml", settings(files, **LONG, **EVERY_50, run_name="back", max_failures=1)
@@ -399,13 +409,13 @@ def test_a_lost_worker_comes_back_from_the_newest_checkpoint(files: Path, tmp_pa
     (failure,) = finished.result["failures"]
     assert failure.startswith("worker lost")
     page = unescape((files / "runs" / "back" / "report.html").read_text())
-    for told in (finished.errors, page):
-        assert "worker lost" in told
-    assert "The workers are started again from" in finished.errors
+    for text in (finished.errors, page):
+        assert "worker lost" in text
     steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_lost_cluster(files: Path, tmp_path: Path):
     """Ray's own process is killed under the driver, which Ray may end at once with it: the same command goes on."""
     config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
@@ -426,7 +436,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
         finished = running.end()
     assert finished.exit_code == 1, finished.errors
     if finished.output:  # else Ray has ended the driver
-        assert finished.result["reason"].startswith("the cluster was lost")
+        assert_names(finished.result["reason"], "cluster", "lost")
     assert "Traceback" not in finished.errors
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
@@ -434,6 +444,7 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
     assert recovered.result["train_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     """The checkpoint that does not fit is refused in a line, what was committed stays whole, and the same command goes on."""
     require_small_disks(tmp_path)
@@ -451,7 +462,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
             time.sleep(0.01)
         finished = running.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(rf"{disk}\S*/checkpoint-\d+: the disk is full, .* set output_dir", finished.errors)
+    assert re.search(rf"{disk}\S*/checkpoint-\d+: .*disk.*output_dir", finished.errors)
     assert "Traceback" not in finished.errors
     assert finished.result["status"] == "failed"
     run = open_store(str(files / "runs" / "full"))
@@ -468,6 +479,7 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     assert steps == list(range(1, 101))
 
 
+@pytest.mark.slow
 def test_storage_that_refuses_everything_in_the_midst_of_a_run(
     files: Path, bucket: EmbeddedBucket, tmp_path: Path
 ):
@@ -485,11 +497,12 @@ def test_storage_that_refuses_everything_in_the_midst_of_a_run(
             ]
             finished = running.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(rf"error: cannot .*{place}/runs/\S+: access denied", finished.errors)
-    assert "result.json cannot be written: cannot" in finished.errors
+    assert re.search(rf"error: .*{place}/runs/\S+: access denied", finished.errors)
+    assert re.search(rf"result\.json .*{place}/runs/\S+: access denied", finished.errors)
     assert "Traceback" not in finished.errors
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     """It ends at once, and what was committed is still there."""
     config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_50, run_name="twice"))
@@ -504,6 +517,7 @@ def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
     assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 50
 
 
+@pytest.mark.slow
 def test_a_run_that_is_left_asks_ray_for_nothing_behind_its_end():
     """Ray answers a thread that does so by ending the whole process, silently, with exit code 1."""
     script = """
@@ -534,6 +548,7 @@ print(left, fit.error)
     assert (done.returncode, done.stdout) == (0, "[] None\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
     """Exactly one trains; the other names it and leaves, and the first one does not notice."""
     config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_50, run_name="one"))
@@ -542,7 +557,7 @@ def test_a_second_driver_of_a_run_is_refused(files: Path, tmp_path: Path):
         second = run_main(config, "--json")
         first = running.end()
     assert second.exit_code == 2, second.errors
-    assert f"{files / 'runs' / 'one'} is being trained by" in second.errors
+    assert re.search(rf"error: .*{files / 'runs' / 'one'} .*process \d+", second.errors)
     assert second.output.count("{") == 0
     assert first.exit_code == 0, first.errors
     assert not (files / "runs" / "one" / "claim").exists() or not list(

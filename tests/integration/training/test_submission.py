@@ -18,6 +18,7 @@ from boto3.session import Session
 from cookbooks.launch_as_job.prepare import main as prepare
 from runs.layout import Manifest
 from tests.support.jobs import PROJECT, Finished, command, environment, run_main, started, write_yaml
+from tests.support.messages import assert_names
 from tests.support.own_buckets import variables_of
 from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
@@ -25,6 +26,7 @@ from utils.bucket import open_store
 from utils.embedded_bucket import EmbeddedBucket
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(300),
     needs_ray_default,
 ]
@@ -127,20 +129,21 @@ def test_a_run_is_submitted_and_followed(
     assert finished.result["status"] == "completed"
     assert finished.result["run_uri"].startswith(f"{storage}/followed-")
     assert len(finished.output.splitlines()) == 1
-    said = f"results go to    {finished.result['run_uri']}"
-    assert finished.errors.count(said) == 2  # by the check here, and by the job: the same run
+    uri = re.escape(finished.result["run_uri"])
+    printed = re.findall(rf"^(results \D*?) +{uri}$", finished.errors, re.M)
+    assert len(printed) == 2 and len(set(printed)) == 1, "by the check here and by the job: the same run"
     assert "step 5/5  loss" in finished.errors
-    told = jobs_of(cluster)
-    assert "main.py followed.yaml" in told
+    jobs = jobs_of(cluster)
+    assert "main.py followed.yaml" in jobs
     secrets = [*SECRETS.values(), cluster.token["RAY_AUTH_TOKEN"], laptop["AWS_SECRET_ACCESS_KEY"]]
-    assert not [secret for secret in secrets if secret in told + finished.errors]
+    assert not [secret for secret in secrets if secret in jobs + finished.errors]
     again = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert again.exit_code == 0, again.errors
     assert again.result == finished.result
-    assert len(json.loads(jobs_of(cluster))) == len(json.loads(told))
+    assert len(json.loads(jobs_of(cluster))) == len(json.loads(jobs))
 
 
-def test_a_job_that_is_left_stopped_and_sent_again(
+def test_a_detached_job_is_stopped_and_resumed_by_the_same_command(
     files: Path,
     tmp_path: Path,
     storage: str,
@@ -160,7 +163,7 @@ def test_a_job_that_is_left_stopped_and_sent_again(
         left = job.end()
     assert left.exit_code == 130
     assert "Traceback" not in left.errors
-    stop = left.errors.rpartition("interrupted: the job goes on; to stop it: ")[2].splitlines()[0]
+    stop = re.findall(r"interrupted: .*: (.*)$", left.errors, re.M)[-1]
     type_in(shlex.split(stop), laptop)
     for name, value in variables_of(bucket).items():
         monkeypatch.setenv(name, value)
@@ -202,7 +205,7 @@ def test_what_only_the_cluster_can_refuse(
     yaml = config(files, tmp_path / "large.yaml", storage, num_devices=3)
     refused = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert refused.exit_code == 2
-    assert "lacks what 3 workers need: CPU 3 (has 2)" in refused.errors
+    assert_names(refused.errors, "3 workers", "CPU 3 (has 2)")
     assert refused.output == ""
 
 
@@ -214,7 +217,7 @@ def test_what_cannot_be_reached_from_here_is_checked_there(
     without = laptop | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     finished = run_main(yaml, "--submit", cluster.job_server, "--json", variables=without)
     assert finished.exit_code == 0, finished.errors
-    assert "warning: not checked from here, but by the job: storage_path: " in finished.errors
+    assert re.search("^warning: .*storage_path: ", finished.errors, re.M)
     there = run_main(
         yaml,
         f"train_path=file://{tmp_path}/nowhere.jsonl",
@@ -223,7 +226,7 @@ def test_what_cannot_be_reached_from_here_is_checked_there(
         variables=laptop,
     )
     assert there.exit_code == 2
-    assert "train_path: only the cluster's machines see it" in there.errors
+    assert "train_path: " in there.errors
     assert "nowhere.jsonl" in there.errors.splitlines()[-1]
 
 
@@ -236,22 +239,22 @@ def test_the_wrong_place_to_submit_to(
 ):
     yaml = config(files, tmp_path / "lost.yaml", storage)
 
-    def refusal(address: str, variables: Mapping[str, str]) -> str:
+    def error_of(address: str, variables: Mapping[str, str]) -> str:
         finished = run_main(yaml, "--submit", address, variables=variables)
         assert finished.exit_code == 2, finished.errors
         assert "Traceback" not in finished.errors
         return finished.errors.splitlines()[-1]
 
-    stranger = {name: value for name, value in laptop.items() if not name.startswith("RAY_AUTH")}
-    assert "It asks for a token: set RAY_AUTH_MODE=token" in refusal(cluster.job_server, stranger)
+    unauthorized = {name: value for name, value in laptop.items() if not name.startswith("RAY_AUTH")}
+    assert "RAY_AUTH_MODE=token" in error_of(cluster.job_server, unauthorized)
     with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
-        said = refusal(f"http://127.0.0.1:{other.server_port}", laptop)
+        message = error_of(f"http://127.0.0.1:{other.server_port}", laptop)
         other.shutdown()
-    assert "is no job server of Ray" in said
-    assert "--submit: nothing answers at http://127.0.0.1:1" in refusal("http://127.0.0.1:1", laptop)
+    assert_names(message, f"http://127.0.0.1:{other.server_port}", "job server")
+    assert_names(error_of("http://127.0.0.1:1", laptop), "--submit: ", "http://127.0.0.1:1")
     for no_address in ("head:6379", f"{cluster.job_server}/ x"):
-        assert "Write http://HEAD:8265" in refusal(no_address, laptop)
+        assert "http://HEAD:8265" in error_of(no_address, laptop)
 
 
 def test_the_cookbook(
@@ -280,6 +283,6 @@ def test_the_cookbook(
     assert finished.exit_code == 0, finished.errors
     left = run_main(yaml, *detached[3:], *smaller, variables=laptop)
     assert left.exit_code == 0, left.errors
-    assert "completed: all steps done" in type_in(printed_command(left, "follow"), laptop)
+    assert "completed: " in type_in(printed_command(left, "follow"), laptop)
     monkeypatch.chdir(PROJECT)
-    assert "completed: all steps done" in type_in([*by_ray, *smaller], laptop)
+    assert "completed: " in type_in([*by_ray, *smaller], laptop)

@@ -9,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,4 +50,4 @@ def test_a_broken_tracker_costs_a_warning(files: Path):
     finished = run_main(config, "--json", variables={"MLFLOW_ALLOW_FILE_STORE": "true"})
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 2
-    assert finished.errors.count("logger: mlflow failed (") == 1
+    assert finished.errors.count("logger: mlflow ") == 1

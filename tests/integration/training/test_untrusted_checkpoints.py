@@ -1,6 +1,7 @@
 """A stranger's checkpoint may hold anything: nothing in it is ever executed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from runs.layout import MANIFEST_FILE
 from tests.support.jobs import run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 from utils.files import checksum
+
+pytestmark = pytest.mark.slow
 
 
 class Canary:
@@ -87,6 +90,6 @@ def test_a_pickle_is_not_executed(files: Path, checkpoint_of: dict[str, Path], k
     finished = run_main(config, "--json")
     assert not canary.exists(), "the checkpoint was executed"
     assert finished.exit_code == 1
-    assert f"{checkpoint} holds more than tensors" in finished.errors
+    assert re.search(rf"{re.escape(str(checkpoint))} .*tensors", finished.errors)
     torch.load(planted, weights_only=False)
     assert canary.exists(), "the canary would have sung"

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from runs.layout import EXPORT_FILE, Export
 from tests.support.front_door import run_command_quickly
 from tests.support.jobs import PROJECT, environment, read_metrics, run_main, tiny_settings, write_yaml
+from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model, write_data
+
+pytestmark = pytest.mark.slow
 
 ROWS, NEW_TOKENS = 12, 24
 
@@ -43,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     finished = run_main(config, "--json")
     assert finished.exit_code == 0, finished.errors
-    assert "the merged model in fp32, " in finished.errors
+    assert re.search(r"merged model.* fp32", finished.errors)
     return directory
 
 
@@ -215,9 +219,7 @@ def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_worker
 
     said = evaluate(files, held_out, "--num-devices", "2", "--batch-size", "3")
     assert answers_in(files, "test-step-000003") == answers
-    assert "36.4% (4 of 11 rows)" in said
-    assert "44.4% of 9 rows" in said
-    assert "warning: 2 of these rows were trained on" in said
+    assert_names(said, "36.4% (4 of 11 rows)", "44.4% of 9 rows", "warning: 2 ")
 
 
 # --- Refused ------------------------------------------------------------------------------------------------------
@@ -232,12 +234,11 @@ def test_rows_that_cannot_be_compared(files: Path, refused: Callable[..., str], 
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     message = refused("evaluate", "--data", str(data))
-    assert "3 of 3 rows cannot be evaluated" in message
-    assert f"{data}:1: has an answer without a number ('four')" in message
-    assert f"{data}:2: " in message
-    assert "than the 512 that the model takes" in message
+    assert_names(message, "3 of 3 rows ", f"{data}:2: ", "512")
+    (line,) = [line for line in message.splitlines() if f"{data}:1: " in line]
+    assert_names(line, "number", "'four'")
     assert not (files / "runs" / "run" / "evaluations" / "rows-step-000003.jsonl").exists()
 
 
 def test_no_prompt(refused: Callable[..., str]):
-    assert "there is no prompt" in refused("chat")
+    assert_names(refused("chat"), "no prompt")

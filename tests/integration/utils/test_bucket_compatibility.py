@@ -113,7 +113,7 @@ def test_a_certificate_of_ones_own(
             check_readable(own_bucket)
         for no_certificate in (tmp_path / "nothing-here", tmp_path / "large"):
             monkeypatch.setenv("AWS_CA_BUNDLE", str(no_certificate))
-            with pytest.raises(BucketError, match="AWS_CA_BUNDLE names no file with certificates"):
+            with pytest.raises(BucketError, match=r"AWS_CA_BUNDLE .*certificates"):
                 check_readable(own_bucket)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
         store = open_store(f"{own_bucket}/{secrets.token_hex(4)}")

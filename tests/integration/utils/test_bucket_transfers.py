@@ -132,7 +132,7 @@ def test_an_etag_changes_with_the_content(store_uri: str):
 def test_only_the_first_write_counts_when_asked(store_uri: str):
     store = open_store(store_uri)
     store.write("manifest", b"first", only_if_absent=True)
-    with pytest.raises(AlreadyExistsError, match="already exists"):
+    with pytest.raises(AlreadyExistsError, match="/manifest"):
         store.write("manifest", b"second", only_if_absent=True)
     assert store.read("manifest") == b"first"
 
@@ -195,7 +195,7 @@ def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path
     sync_to_node(bucket_uri, tmp_path)
     assert missing_bytes(bucket_uri, tmp_path) == 0
     assert missing_bytes(f"{bucket_uri}/model.bin", tmp_path) == 0
-    with pytest.raises(NotFoundError, match="none of its 2 objects"):
+    with pytest.raises(NotFoundError, match=rf"{bucket_uri}.*\b2 objects"):
         sync_to_node(bucket_uri, tmp_path, lambda key: False)
 
 
@@ -206,7 +206,7 @@ def test_one_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
     for bring in (fetch_file, sync_to_node):
         path = bring(f"{bucket_uri}/data/train.jsonl", tmp_path)
         assert (path.name, path.read_bytes()) == ("train.jsonl", b"{}\n")
-        with pytest.raises(NotFoundError, match=r"data/train: there is no such object"):
+        with pytest.raises(NotFoundError, match=r"/data/train: .*no such object"):
             bring(f"{bucket_uri}/data/train", tmp_path)
 
 
@@ -284,12 +284,12 @@ def test_keys_that_escape_write_nothing(bucket_uri: str, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_download(
+def test_a_disk_that_is_too_small_raises_an_error_before_the_download(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     open_store(bucket_uri).write("weights", bytes(3 * MB))
     monkeypatch.setattr(node_cache, "free_bytes", lambda path: MB)
-    with pytest.raises(BucketError, match=r"needs 3.0 MiB of disk, but .* has 1.0 MiB free"):
+    with pytest.raises(BucketError, match=r"3\.0 MiB.*1\.0 MiB"):
         sync_to_node(bucket_uri, tmp_path)
     assert all(name.endswith("lock") for name in files_below(tmp_path))
 
@@ -312,13 +312,11 @@ def test_a_full_disk_where_a_local_store_lies(tmp_path: Path):
         text=True,
         check=True,
     ).stdout
-    assert re.search(
-        rf"the disk is full \(No space left on device; .* are free in {disk}/a\); free some", said
-    )
+    assert re.search(rf"No space left on device.* {disk}/a\b", said)
     assert said.endswith("['before']\n")
 
 
-def test_an_object_that_changes_during_the_download_is_refused(bucket_uri: str, tmp_path: Path):
+def test_an_object_that_changes_during_the_download_raises_an_error(bucket_uri: str, tmp_path: Path):
     store = open_store(bucket_uri)
     store.write("weights", os.urandom(9 * MB))
     listed = store.list()
@@ -344,67 +342,65 @@ def test_checks_of_a_bucket_that_works(own_bucket: str):
 
 def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
     for check in (check_readable, check_writable):
-        with pytest.raises(BucketError, match="there is no bucket 'no-such-bucket'"):
+        with pytest.raises(BucketError, match="no bucket 'no-such-bucket'"):
             check("s3://no-such-bucket/x")
     open_store(own_bucket).write("there-2/x", b"")
-    with pytest.raises(NotFoundError, match="no such object and none below it"):
+    with pytest.raises(NotFoundError, match=r"/there: .*no such object"):
         check_readable(f"{own_bucket}/there")
 
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-        with pytest.raises(BucketError, match="the secret key is wrong") as refused:
+        with pytest.raises(BucketError, match="AWS_SECRET_ACCESS_KEY") as caught:
             check_readable(own_bucket)
-        assert "hunter2" not in str(refused.value)
+        assert "hunter2" not in str(caught.value)
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        with pytest.raises(BucketError, match="access key is not known"):
+        with pytest.raises(BucketError, match=r"access key .*AWS_ACCESS_KEY_ID"):
             check_writable(own_bucket)
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
         patch.delenv("AWS_SECRET_ACCESS_KEY")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-        with pytest.raises(BucketError, match="no credentials found"):
+        with pytest.raises(BucketError, match=r"no credentials.*AWS_ACCESS_KEY_ID"):
             check_readable(own_bucket)
         patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/trainer")
         patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere/token")
-        with pytest.raises(
-            BucketError, match="the token that AWS_WEB_IDENTITY_TOKEN_FILE names cannot be read"
-        ):
+        with pytest.raises(BucketError, match=r"token.*AWS_WEB_IDENTITY_TOKEN_FILE"):
             open_store(own_bucket).read_if_exists("MANIFEST.json")  # nothing is said of the object
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "not a url")
-    with pytest.raises(BucketError, match="check AWS_ENDPOINT_URL_S3"):
+    with pytest.raises(BucketError, match="AWS_ENDPOINT_URL_S3"):
         check_readable(own_bucket)
 
 
-def test_an_endpoint_that_does_not_answer_is_told_within_seconds(
+def test_an_endpoint_that_does_not_answer_raises_an_error_within_seconds(
     own_bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
         start = time.monotonic()
-        with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
+        with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port}\b"):
             check_readable(own_bucket)
         assert time.monotonic() - start < 15
     start = time.monotonic()
-    with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port} does not answer"):
+    with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port}\b"):
         check_readable(own_bucket)
     assert time.monotonic() - start < 5
     monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@127.0.0.1:{port}")
-    with pytest.raises(BucketError, match=rf"the proxy 127\.0\.0\.1:{port} does not answer"):
+    with pytest.raises(BucketError, match=rf"proxy 127\.0\.0\.1:{port}\b"):
         check_readable(own_bucket)
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "message"),
+    ("status", "body", "fact"),
     [
         (404, b"", "no S3 server"),
         (404, b"<html>Not found</html>", "no S3 server"),
         (200, b"<html>Welcome</html>", "no S3 server"),
-        (301, b"", "only points elsewhere"),
+        (301, b"", "elsewhere|redirect"),
     ],
 )
-def test_a_server_that_is_none_of_s3_is_told(
-    own_bucket: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, message: str
+def test_a_server_that_is_not_s3_raises_an_error(
+    own_bucket: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, fact: str
 ):
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -422,22 +418,25 @@ def test_a_server_that_is_none_of_s3_is_told(
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(BucketError, match=rf"{message}.* check AWS_ENDPOINT_URL_S3"):
+        with pytest.raises(BucketError, match=rf"({fact}).*AWS_ENDPOINT_URL_S3"):
             check_readable(own_bucket)
         server.shutdown()
 
 
-def test_the_end_of_pointing_elsewhere_is_told_wherever_it_strikes():
+def test_endless_redirects_are_reported_inside_a_request_too():
     """botocore follows until Python's stack is used up, which may be inside a request."""
     from botocore.exceptions import HTTPClientError
 
-    assert "only points elsewhere" in explain_failure(HTTPClientError(error=RecursionError("too deep")))
+    assert re.search("elsewhere|redirect", explain_failure(HTTPClientError(error=RecursionError("too deep"))))
 
 
 def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
     for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(variable, "")
     check_writable(own_bucket)
+    store = open_store(f"{own_bucket}/no-region")
+    store.write("key", b"1")
+    assert store.read("key") == b"1"
 
 
 def test_both_buckets_in_one_process(own_bucket: str, bucket_uri: str):

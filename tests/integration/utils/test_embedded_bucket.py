@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,7 +72,7 @@ def test_objects_and_keys_outlive_the_server(state_dir: Path):
         open_store("s3://anneal/run").write("result.json", b"{}")
         old = pids(state_dir)
     assert wait_for(lambda: not any(map(is_alive, old)))
-    with pytest.raises(BucketError, match="its server is not running"):
+    with pytest.raises(BucketError, match=r"embedded bucket.*not running"):
         open_store("s3://anneal/run").list()
     with embedded_bucket(state_dir) as second:
         assert open_store("s3://anneal/run").read("result.json") == b"{}"
@@ -135,7 +136,9 @@ def test_a_dead_server_is_replaced(state_dir: Path):
         os.kill(weed, 9)
         assert wait_for(lambda: not is_alive(watcher))
         with embedded_bucket(state_dir):
+            assert pids(state_dir)[0] != weed
             open_store("s3://anneal/x").write("key", b"1")
+            assert open_store("s3://anneal/x").read("key") == b"1"
 
 
 def test_three_at_once_share_one_server(state_dir: Path):
@@ -143,16 +146,25 @@ def test_three_at_once_share_one_server(state_dir: Path):
         assert len({endpoint_said(process) for process in (one, two, three)}) == 1
 
 
-def test_a_newcomer_during_the_stop_gets_a_new_server(state_dir: Path):
-    for _ in range(3):
-        with embedded_bucket(state_dir):
-            open_store("s3://anneal/x").write("key", b"1")
-        time.sleep(0.4)  # the watcher has seen it, the server is stopping
+def test_a_user_that_arrives_during_the_stop_gets_a_new_server(state_dir: Path):
+    with embedded_bucket(state_dir) as first:
+        stopping, watcher = pids(state_dir)
+        os.kill(stopping, signal.SIGSTOP)  # it ignores SIGTERM from now on, so the stop takes seconds
+    assert wait_for(lambda: not (state_dir / "server.json").exists()), (
+        "the watcher did not begin to stop the server"
+    )
+    assert is_alive(stopping)
+    with embedded_bucket(state_dir) as second:
+        assert not is_alive(stopping)
+        assert not {stopping, watcher} & set(pids(state_dir))
+        assert second.endpoint != first.endpoint
+        open_store("s3://anneal/x").write("key", b"1")
+        assert open_store("s3://anneal/x").read("key") == b"1"
 
 
 def test_a_server_that_cannot_start_says_why(state_dir: Path):
     state_dir.mkdir()
     (state_dir / "data").write_text("a file where the directory belongs")
-    with pytest.raises(BucketError, match="did not start"), embedded_bucket(state_dir):
+    with pytest.raises(BucketError, match=f"{state_dir} .*start"), embedded_bucket(state_dir):
         pass
     assert not (state_dir / "server.json").exists()

@@ -180,8 +180,10 @@ def test_what_this_process_has_synced_it_holds(
     assert first.exists()
 
 
-def test_a_limit_that_is_no_size_is_refused(bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_limit_that_is_no_size_raises_an_error(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     open_store(bucket_uri).write("weights", b"1")
     monkeypatch.setenv(LIMIT_VARIABLE, "much")
-    with pytest.raises(BucketError, match=f"{LIMIT_VARIABLE}=much: write a number of bytes"):
+    with pytest.raises(BucketError, match=f"{LIMIT_VARIABLE}=much: .*bytes"):
         sync_to_node(bucket_uri, tmp_path)

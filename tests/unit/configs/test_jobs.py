@@ -124,7 +124,7 @@ def test_the_ray_job_is_of_this_project(ray_job: dict[str, Any]):
     assert ray_job["spec"]["entrypoint"].split()[:2] == ["python", f"{home}/main.py"]
 
 
-def test_a_failed_attempt_is_followed_by_one_that_goes_on(ray_job: dict[str, Any], run: FinetuneConfig):
+def test_a_failed_attempt_is_retried_with_the_same_run_name(ray_job: dict[str, Any], run: FinetuneConfig):
     assert ray_job["spec"]["backoffLimit"] > 0
     assert run.run_name
     assert run.storage_path and run.storage_path.startswith("s3://")
@@ -206,4 +206,4 @@ def test_the_script_needs_a_job_server():
         timeout=30,
     )
     assert done.returncode == 1
-    assert "set RAY_ADDRESS=http://HEAD:8265" in done.stderr
+    assert "RAY_ADDRESS=http://HEAD:8265" in done.stderr

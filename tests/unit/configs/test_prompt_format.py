@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from configs.prompt_format import to_chat_template
@@ -93,25 +94,25 @@ def test_the_text_is_the_same(name: str, system: str | None, pairs: list[tuple[s
     assert whole.startswith(asked)
 
 
-def test_a_role_without_a_turn_is_refused():
-    with pytest.raises(Exception, match="has no place for a message from the tool"):
+def test_a_role_without_a_turn_raises_an_error():
+    with pytest.raises(TemplateError, match="tool"):
         render(LLAMA_3, [*chat(None, [("2 + 2?", "4")]), {"role": "tool", "content": "4"}])
 
 
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ("{instruction}", "holds no turns"),
-        ({"user": "{instruction}"}, "`system`: Field required"),
-        (LLAMA_3 | {"image": "x"}, "`image`: Extra inputs"),
-        (LLAMA_3 | {"user": "what"}, r"`user` has the places \['system'\], and should have"),
-        (LLAMA_3 | {"user": "{instruction} {text}"}, "`user` has the places"),
+        ("{instruction}", "turns"),
+        ({"user": "{instruction}"}, "`system`"),
+        (LLAMA_3 | {"image": "x"}, "`image`"),
+        (LLAMA_3 | {"user": "what"}, r"`user`.*\['system'\].*\['instruction', 'system'\]"),
+        (LLAMA_3 | {"user": "{instruction} {text}"}, "`user`.*'text'"),
         (LLAMA_3 | {"user": "{instruction"}, "`user`: "),
-        (LLAMA_3 | {"system_in_user": True}, r"`user` has the places \['instruction'\]"),
-        (LLAMA_3 | {"bos": "{instruction}"}, r"`bos` has the places \['instruction'\]"),
-        (LLAMA_3 | {"trailing_assistant": "Answer:"}, "does not begin with `trailing_assistant`"),
+        (LLAMA_3 | {"system_in_user": True}, r"`user`.*\['instruction'\].*\['instruction', 'system'\]"),
+        (LLAMA_3 | {"bos": "{instruction}"}, r"`bos`.*\['instruction'\].*\[\]"),
+        (LLAMA_3 | {"trailing_assistant": "Answer:"}, "`assistant`.*`trailing_assistant`"),
     ],
 )
-def test_what_has_no_template_is_refused_with_the_reason(turns: Any, reason: str):
+def test_turns_that_no_template_can_render_raise_an_error(turns: Any, reason: str):
     with pytest.raises(ValueError, match=reason):
         to_chat_template(turns)

@@ -1,4 +1,4 @@
-"""A run's page: everything on it is there, escaped, and it needs nothing else."""
+"""The page of a run: complete, escaped and self-contained."""
 
 import re
 from html import unescape
@@ -16,12 +16,13 @@ RUN = "s3://bucket/runs/a-run"
 
 
 class _Elements(HTMLParser):
-    """The names of elements and the addresses that they ask for."""
+    """Names of the elements of a page, their headings and the addresses that they request."""
 
     def __init__(self, page: str):
         super().__init__()
         self.names: set[str] = set()
         self.addresses: list[str] = []
+        self.headings = re.findall(r"<h2>(.*?)</h2>", page)
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -63,16 +64,20 @@ def report(**changes: Any) -> RunReport:
     return RunReport(**plain | changes)
 
 
-def test_the_page_needs_nothing_else_and_says_everything():
+def test_page_is_self_contained_and_complete():
     page = to_html(report())
     elements = _Elements(page)
     assert not elements.names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     assert {address for address in elements.addresses if not address.startswith("#")} == {"data_report.html"}
     assert not re.search(r"@import|url\((?!#)", page)
     assert page.count("<svg") == 4
+    assert elements.headings == [
+        *("Loss", "Learning rate", "Throughput", "Peak memory"),
+        *("Evaluations", "Data", "Checkpoints", "Next steps", "Configuration", "Environment"),
+    ]
     for part in (
         "completed: all steps done",
-        "2.0000 at first, 1.2500 at best",
+        "2.0000 initial, 1.2500 best",
         "12,345 tokens",
         "model_id: org/base",
         "cpu, 2 workers",
@@ -89,48 +94,49 @@ def test_the_page_needs_nothing_else_and_says_everything():
         assert part in unescape(page), part
 
 
-def test_a_checkpoint_in_a_directory_is_a_link():
+def test_local_checkpoint_is_a_link():
     page = to_html(report(result=result_of("/my runs/a", eval_losses(2.0, 1.25))))
     assert "file:///my%20runs/a/checkpoints/step-000010" in _Elements(page).addresses
     assert "aws s3" not in page
 
 
-def test_a_parents_curves_come_before_its_childs():
+def test_parent_curves_precede_those_of_the_run():
     alone, continued = to_html(report()), to_html(report(parent_metrics=metrics(4.0, 3.0)))
     for name in ("parent run, training", "parent run, evaluation"):
         assert name not in alone
         assert continued.index(name) < continued.index(">evaluation</text>")
 
 
-def test_a_run_that_stopped_is_gone_on_with_by_the_same_command():
+def test_stopped_run_shows_the_command_that_resumes_it():
     page = unescape(to_html(report(result=result_of(RUN, eval_losses(2.0), status="stopped"))))
     assert "python main.py 'my file.yaml' seed=1" in page
     assert "stopped: SIGTERM" in page
 
 
-def test_a_run_that_failed_before_it_measured_anything_has_a_page():
+def test_run_that_failed_before_the_first_step_has_a_page():
     page = to_html(report(result=result_of(RUN, [], status="failed"), metrics=[], checkpoints=[]))
     assert "failed: out of memory" in page
     assert "<svg" not in page
+    assert _Elements(page).headings == ["Data", "Checkpoints", "Next steps", "Configuration", "Environment"]
 
 
-def test_nothing_is_called_best_that_was_never_evaluated():
+def test_checkpoint_without_evaluation_is_not_called_best():
     checkpoint = f"{RUN}/checkpoints/step-000015"
     result = result_of(RUN, eval_losses(2.0), best_checkpoint=checkpoint, last_checkpoint=checkpoint)
-    assert "Talk with the best checkpoint" in to_html(report())
+    assert "Chat with the best checkpoint" in to_html(report())
     page = to_html(report(result=result))
-    assert "Talk with the newest checkpoint" in page
+    assert "Chat with the latest checkpoint" in page
     assert "the best" not in page
 
 
-def test_full_weights_are_not_merged():
+def test_full_parameter_run_is_exported_without_merging():
     assert "Merge the best adapter" in to_html(report())
     page = unescape(to_html(report(trains_adapter=False)))
     assert "Merge" not in page
     assert "vllm serve exported" in page
 
 
-def test_nothing_that_others_wrote_becomes_markup():
+def test_user_text_is_escaped():
     config = FinetuneConfig(model_id=f"org/{ATTACK}", train_path="rows.jsonl", chat_template=ATTACK)
     result = result_of(
         f"/runs/{ATTACK}",

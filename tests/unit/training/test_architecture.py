@@ -26,9 +26,11 @@ def write_config(directory: Path, fields: dict[str, Any]) -> None:
         ("vit", "ViTForImageClassification"),
     ],
 )
-def test_other_models_are_refused_with_what_they_are(kind: str, architecture: str, tmp_path: Path):
+def test_models_that_are_not_causal_raise_an_error_with_their_architecture(
+    kind: str, architecture: str, tmp_path: Path
+):
     write_config(tmp_path, {"model_type": kind, "architectures": [architecture]})
-    with pytest.raises(ModelError, match=f"^model mine: it is no causal .* {architecture} of type {kind}"):
+    with pytest.raises(ModelError, match=f"^model mine: .* causal .*{architecture}.*{kind}"):
         check_is_causal(tmp_path, "mine", trust_remote_code=False)
 
 
@@ -45,6 +47,11 @@ def test_other_models_are_refused_with_what_they_are(kind: str, architecture: st
     ],
     ids=str,
 )
-def test_those_that_generate_are_taken(fields: dict[str, Any], tmp_path: Path):
+def test_causal_models_pass_and_the_same_file_as_an_encoder_does_not(fields: dict[str, Any], tmp_path: Path):
     write_config(tmp_path, fields)
     check_is_causal(tmp_path, "mine", trust_remote_code=False)
+    write_config(
+        tmp_path, fields | {"model_type": "bert", "is_decoder": False, "architectures": ["BertModel"]}
+    )
+    with pytest.raises(ModelError):
+        check_is_causal(tmp_path, "mine", trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""The lines that a person reads while a run goes on."""
+"""The lines that are printed while a run trains and when it ends."""
 
 from io import StringIO
 
@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from runs.layout import RunResult, Speed
+from tests.support.messages import assert_names
 from tests.support.stored_runs import eval_losses, result_of
 from training.display import Watch, _describe_speed, show_result
 from training.events import StepDone
@@ -28,28 +29,29 @@ def shown(result: RunResult) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_the_end_names_the_best_checkpoint_or_the_newest_where_none_was_evaluated():
+def test_the_end_names_best_and_last_checkpoint_or_only_the_latest_without_evaluation():
     evaluated = shown(result_of("/runs/a", eval_losses(2.0, 1.5)))
-    assert "best checkpoint  /runs/a/checkpoints/step-000010" in evaluated
-    assert "last checkpoint  /runs/a/checkpoints/step-000010" in evaluated
-    newest = "/runs/a/checkpoints/step-000015"
-    lines = shown(result_of("/runs/a", [], best_checkpoint=newest, last_checkpoint=newest))
-    assert f"newest checkpoint  {newest}" in lines
-    assert not [line for line in lines if line.startswith(("best", "last"))]
+    checkpoint = "/runs/a/checkpoints/step-000010"
+    assert [line.split()[0] for line in evaluated if line.endswith(checkpoint)] == ["best", "last"]
+    latest = "/runs/a/checkpoints/step-000015"
+    lines = shown(result_of("/runs/a", [], best_checkpoint=latest, last_checkpoint=latest))
+    (line,) = [line for line in lines if line.endswith(f"  {latest}")]
+    assert not line.startswith(("best", "last"))
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "said"),
-    [(None, "begin again with"), ("/runs/a/checkpoints/step-000005", "go on from the last checkpoint with")],
+    ("checkpoint", "resumes"), [(None, False), ("/runs/a/checkpoints/step-000005", True)]
 )
-def test_the_end_of_a_stopped_run_says_how_to_go_on(checkpoint: str | None, said: str):
+def test_the_end_of_a_stopped_run_prints_the_command_that_resumes_it(checkpoint: str | None, resumes: bool):
     result = result_of(
         "/runs/a", [], status="stopped", best_checkpoint=checkpoint, last_checkpoint=checkpoint
     )
-    assert shown(result)[-1].split(maxsplit=1)[1] == f"{said} the same command: python main.py a.yaml"
+    line = shown(result)[-1]
+    assert line.endswith("python main.py a.yaml")
+    assert ("last checkpoint" in line) == resumes
 
 
-def test_the_end_says_where_the_time_went():
+def test_the_end_prints_throughput_and_the_share_of_each_phase():
     speed = Speed(
         tokens_per_second=1234.5,
         trained_tokens_per_second=617.2,
@@ -57,8 +59,8 @@ def test_the_end_says_where_the_time_went():
         peak_memory_bytes=2**30,
         seconds={"data": 0.1, "forward": 30.0, "backward": 60.0, "upload_stall": 9.9},
     )
-    assert _describe_speed(speed) == [
-        ("speed", "1,234 tokens/s (617 trained), MFU 50.0%, 1.0 GiB of memory at most"),
-        ("time in training", "100 s: forward 30%, backward 60%, upload stall 10%"),
-    ]
+    (_, rate), (_, time) = _describe_speed(speed)
+    assert_names(rate, "1,234 tokens/s", "617", "MFU 50.0%", "1.0 GiB")
+    assert_names(time, "100 s", "forward 30%", "backward 60%", "upload stall 10%")
+    assert "data" not in time, "less than one percent"
     assert _describe_speed(Speed()) == [], "nothing was trained"

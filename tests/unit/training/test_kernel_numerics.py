@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.kernel_processes import found_by
 
+pytestmark = pytest.mark.slow
+
 KERNELS = {
     "liger": ("rms_norm", "rms_norm_of_gemma", "rope", "swiglu", "geglu", "whole_model"),
     "trl": ("fused_head",),

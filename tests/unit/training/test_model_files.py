@@ -52,9 +52,7 @@ def test_a_sharded_model_is_the_same_model(tiny_model: Path, model: Path):
     assert len(list(model.glob("*.safetensors"))) > 1
     assert read_model_facts(str(model)).parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
     next(model.glob("model-00002-*")).unlink()
-    with pytest.raises(
-        ModelError, match=r"names weights that are not there \(model-00002-of-\d+.safetensors\)"
-    ):
+    with pytest.raises(ModelError, match=r"model-00002-of-\d+\.safetensors"):
         read_model_facts(str(model))
 
 
@@ -111,44 +109,45 @@ def header(content: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "pattern"),
     [
-        (without("config.json"), r"model .*/model: config.json is missing \(found: .*tokenizer.json"),
-        (without("model.safetensors"), r"no weights \(\*\.safetensors\) beside config.json .*Copy them"),
+        (without("config.json"), r"/model: .*config\.json .*found: .*tokenizer\.json"),
+        (without("model.safetensors"), r"/model: .*weights.*\*\.safetensors.*config\.json"),
         (
             pickled_only,
-            r"weights are pickled only \(pytorch_model.bin\).* runs code .* Save it as safetensors",
+            r"/model: .*pytorch_model\.bin.* code .*safetensors",
         ),
-        (without("tokenizer.json", "tokenizer_config.json"), r"no tokenizer .*Copy it there"),
-        (write("config.json", b"{"), r"/model/config.json: not JSON .*Upload it again"),
-        (write("config.json", b"[]"), "/model/config.json: holds list, not an object"),
-        (cut_to(0), "model.safetensors: 0 bytes is no safetensors file. Upload it again"),
-        (cut_to(100), r"model.safetensors: its header says \d+ bytes, the file has 100: damaged"),
-        (cut_to(3000), r"model.safetensors: has 3000 bytes where its header asks for \d+: cut off"),
-        (cut_to(-1), r"model.safetensors: has \d+ bytes where its header asks for \d+: cut off"),
-        (write("model.safetensors", b"PK\x03\x04" + bytes(400)), "its header cannot be read|its header says"),
-        (write("model.safetensors", struct.pack("<Q", 9) + b"not json!"), "its header cannot be read"),
-        (write("model.safetensors", header([1])), "its header cannot be read"),
-        (write("model.safetensors", header({"weight": {"shape": [2]}})), "its header cannot be read"),
-        (write("model.safetensors", header({"weight": 3})), "its header cannot be read"),
+        (
+            without("tokenizer.json", "tokenizer_config.json"),
+            r"/model: .*tokenizer\.json or tokenizer\.model",
+        ),
+        (write("config.json", b"{"), r"/model/config\.json: .*JSON"),
+        (write("config.json", b"[]"), r"/model/config\.json: .*list.*object"),
+        (cut_to(0), r"/model\.safetensors: .*\b0 bytes"),
+        (cut_to(100), r"/model\.safetensors: .*header .*\d+ bytes.* 100\b"),
+        (cut_to(3000), r"/model\.safetensors: .*\b3000 bytes.*header.*\d+"),
+        (cut_to(-1), r"/model\.safetensors: .*\b\d+ bytes.*header.*\d+"),
+        (write("model.safetensors", b"PK\x03\x04" + bytes(400)), r"/model\.safetensors: .*header"),
+        (write("model.safetensors", struct.pack("<Q", 9) + b"not json!"), r"/model\.safetensors: .*header"),
+        (write("model.safetensors", header([1])), r"/model\.safetensors: .*header"),
+        (write("model.safetensors", header({"weight": {"shape": [2]}})), r"/model\.safetensors: .*header"),
+        (write("model.safetensors", header({"weight": 3})), r"/model\.safetensors: .*header"),
         (
             write("model.safetensors", header({"weight": {"shape": 3, "data_offsets": [0, 0]}})),
-            "its header cannot be read",
+            r"/model\.safetensors: .*header",
         ),
     ],
 )
-def test_a_damaged_model_is_refused_with_what_to_do(
-    model: Path, damage: Callable[[Path], None], message: str
+def test_a_damaged_model_raises_an_error_that_names_the_file(
+    model: Path, damage: Callable[[Path], None], pattern: str
 ):
     damage(model)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=pattern):
         read_model_facts(str(model))
 
 
-def test_an_empty_place_is_refused(tmp_path: Path):
-    with pytest.raises(
-        ModelError, match=r"nothing is there. Name a hub id \(org/name\), a directory or an s3://"
-    ):
+def test_an_empty_directory_is_no_model(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"org/name.*s3://"):
         read_model_facts(str(tmp_path))
 
 
@@ -163,24 +162,24 @@ def test_adapter_facts_are_those_of_peft(tiny_model: Path, adapter: Path):
     assert total == loaded.get_nb_trainable_parameters()[0]
 
 
-def test_a_model_and_an_adapter_in_each_others_place_are_told_the_right_key(tiny_model: Path, adapter: Path):
-    with pytest.raises(ModelError, match="holds a LoRA adapter: name it as initial_adapter_model_ckpt_path"):
+def test_a_swapped_model_or_adapter_raises_an_error_with_the_right_key(tiny_model: Path, adapter: Path):
+    with pytest.raises(ModelError, match=r"adapter.*initial_adapter_model_ckpt_path"):
         read_model_facts(str(adapter))
-    with pytest.raises(ModelError, match="holds a full model: name it as initial_base_model_ckpt_path"):
+    with pytest.raises(ModelError, match=r"model.*initial_base_model_ckpt_path"):
         read_adapter_facts(str(tiny_model))
 
 
-def test_an_adapter_that_cannot_be_continued_is_refused(adapter: Path, tmp_path: Path):
+def test_an_adapter_that_cannot_be_trained_further_raises_an_error(adapter: Path, tmp_path: Path):
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "PREFIX_TUNING"}))
-    with pytest.raises(ModelError, match="peft_type is 'PREFIX_TUNING', and LORA is what can be continued"):
+    with pytest.raises(ModelError, match=r"peft_type.*'PREFIX_TUNING'.*LORA"):
         read_adapter_facts(str(copy))
     (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
-    with pytest.raises(ModelError, match=r"adapter_model.safetensors is missing .*unpickling runs code"):
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors.*adapter_model\.bin"):
         read_adapter_facts(str(copy))
     (copy / "adapter_config.json").unlink()
-    with pytest.raises(ModelError, match=r"Name the checkpoint itself \(…/checkpoints/step-000120\)"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json.*/checkpoints/step-"):
         read_adapter_facts(str(copy))
 
 

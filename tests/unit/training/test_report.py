@@ -11,7 +11,8 @@ from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
 from training.data.batches import BatchShape, Order
 from training.data.prepared import PreparedData
-from training.data.report import DataReport, describe_loss, make_report, to_html
+from training.data.report import DataReport, describe_loss, make_report
+from training.data.report_page import to_html
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def test_the_page_shows_what_the_record_holds(
     assert not re.search(r"(src|href|url)\s*=|<script|@import", page), "the page needs nothing else"
     assert "&lt;b&gt;1&lt;/b&gt;?" in page
     assert "<mark>1 2 3 &lt;|im_end|&gt;</mark>" in page
-    assert f"{train.summary.truncated_rows:,} rows are cut" in page
+    assert f"{train.summary.truncated_rows:,} rows truncated" in page
     assert f"{path}:30: `prompt` is empty" in page
     assert DataReport.model_validate_json(report.model_dump_json()) == report
     assert sum(train.summary.lengths.counts) == 29

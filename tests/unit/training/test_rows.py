@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.messages import assert_names
 from training.data.rows import Chat, Example, Filled, Pair, Reading, Task, Text, read_row, recognise
 from training.data.sources import RowError
 
@@ -55,50 +56,46 @@ def test_sharegpt_turns_are_messages():
     assert read({"conversations": turns[1:], "system": "Be brief."}) == Chat([SYSTEM, USER, ASSISTANT])
     misnamed = Reading("instruction_tuning", "conversations", {"conversations": "messages"}, None, ())
     assert read_row({"messages": turns}, misnamed) == Chat([SYSTEM, USER, ASSISTANT])
-    with pytest.raises(RowError, match=r"message 2 is from 'bing'. Known: system, human"):
+    with pytest.raises(RowError, match=r"message 2 .*'bing'.*human"):
         read({"conversations": [turns[1], {"from": "bing", "value": "4"}]})
 
 
 def test_columns_may_be_called_otherwise():
     row = {"question": "2 + 2?", "answer": "4"}
     assert read(row, columns={"prompt": "question", "completion": "answer"}) == Chat([USER, ASSISTANT])
-    with pytest.raises(RowError, match=r"found: question, answer.*columns: \{prompt: question\}"):
+    with pytest.raises(RowError, match=r"question, answer.*columns: \{prompt: question\}"):
         read(row)
-    with pytest.raises(
-        RowError, match=r"has no `reply`, which `columns` gives as `completion` \(found: quest"
-    ):
+    with pytest.raises(RowError, match=r"`reply`.*`columns`.*`completion`.*question"):
         read(row, columns={"prompt": "question", "completion": "reply"})
 
 
 def test_plain_text_is_for_causal_lm_only():
     assert read({"text": "Once upon a time"}, "causal_lm") == Text("Once upon a time")
-    with pytest.raises(
-        RowError, match="is plain text, which task: causal_lm learns from, not instruction_tuning"
-    ):
+    with pytest.raises(RowError, match=r"task: causal_lm.*instruction_tuning"):
         read({"text": "Once upon a time"})
 
 
 def test_a_weight_of_0_takes_a_message_out_of_the_loss():
     chat = read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}]})
     assert chat == Chat([USER, ASSISTANT] * 2, untrained=(1,))
-    with pytest.raises(RowError, match="has only assistant messages of weight 0"):
+    with pytest.raises(RowError, match=r"assistant.* weight.* 0"):
         read({"messages": [USER, ASSISTANT | {"weight": 0}]})
-    with pytest.raises(
-        RowError, match=r"message 2 has the weight 0.5. A message is trained \(1\) or not \(0\)"
-    ):
+    with pytest.raises(RowError, match=r"message 2 .*weight.* 0\.5\b.*1.*0"):
         read({"messages": [USER, ASSISTANT | {"weight": 0.5}]})
-    with pytest.raises(RowError, match="message 2 has the weight 0, and task: causal_lm trains on all"):
+    with pytest.raises(RowError, match=r"message 2 .*weight.* 0.*task: causal_lm"):
         read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT]}, "causal_lm")
 
 
-def test_words_about_a_nul_character_are_none():
+def test_an_escaped_nul_in_a_tool_call_is_text_and_a_real_one_an_error():
     def calling(code: str) -> dict[str, Any]:
         call = {"name": "run", "arguments": {"code": code}}
         return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
 
-    read(calling(r"print('\u0000')"))
+    chat = read(calling(r"print('\u0000')"))
+    assert isinstance(chat, Chat)
+    assert r"\u0000" in chat.messages[1]["tool_calls"][0]["function"]["arguments"]["code"]
     for code in ("\x00", "\\\x00"):
-        with pytest.raises(RowError, match="holds a NUL character"):
+        with pytest.raises(RowError, match="NUL"):
             read(calling(code))
 
 
@@ -114,9 +111,9 @@ def test_tool_calls_keep_what_templates_print():
         ASSISTANT,
     ]
     assert read({"messages": json.dumps([USER, CALL, TOOL, ASSISTANT]), "tools": json.dumps(TOOLS)}) == chat
-    with pytest.raises(RowError, match="message 3: a tool message answers an assistant's tool_calls"):
+    with pytest.raises(RowError, match=r"message 3.*tool.*tool_calls"):
         read({"messages": [USER, ASSISTANT, TOOL, ASSISTANT]})
-    with pytest.raises(RowError, match=r"tool call 1: arguments is text that is not JSON"):
+    with pytest.raises(RowError, match=r"tool call 1: .*arguments.*JSON"):
         read(
             {
                 "messages": [
@@ -137,11 +134,11 @@ def test_pairs_share_a_beginning():
         {"prompt": "2 + 2?", "chosen": [USER, ASSISTANT], "rejected": [USER, five]},
     ):
         assert read(row, "preference_tuning") == expected
-    with pytest.raises(RowError, match="the same text as `chosen` and as `rejected`"):
+    with pytest.raises(RowError, match=r"same.*`chosen`.*`rejected`"):
         read({"prompt": "2 + 2?", "chosen": "4", "rejected": "4"}, "preference_tuning")
-    with pytest.raises(RowError, match="do not begin with the same messages"):
+    with pytest.raises(RowError, match=r"`chosen`.*`rejected`.*begin|begin.*`chosen`.*`rejected`"):
         read({"chosen": "4", "rejected": "5"}, "preference_tuning")
-    with pytest.raises(RowError, match=r"is preference pairs .* task: preference_tuning learns from"):
+    with pytest.raises(RowError, match=r"task: preference_tuning.*instruction_tuning"):
         read({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
 
 
@@ -154,79 +151,78 @@ def test_labels_are_those_of_the_yaml():
         {"messages": [USER, {"role": "assistant", "content": " bad\n"}]}, "classification", labels=labels
     ) == Chat([USER, {"role": "assistant", "content": "bad"}], label=0)
     assert read({"text": "I like it", "label": 1}, "classification", labels=("0", "1")).label == 1
-    with pytest.raises(
-        RowError, match=r"has the label 'fine', which is none of classifier_config.label_tokens \(bad, good\)"
-    ):
+    with pytest.raises(RowError, match=r"'fine'.*classifier_config\.label_tokens.*bad, good"):
         read({"text": "I like it", "label": "fine"}, "classification", labels=labels)
 
 
-def test_a_prompt_template_lays_out_columns():
+def test_a_prompt_template_formats_columns():
     template = "### Instruction: {instruction} {input}\n### Response: {output}\n"
     row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
     assert read(row, prompt_template=template) == Filled("### Instruction: Add. 2 + 2\n### Response: ", "4")
     del row["input"]
     assert read(row, prompt_template=template) == Filled("### Instruction: Add. \n### Response: ", "4")
-    with pytest.raises(RowError, match=r"has no `output` \(found: instruction\)"):
+    with pytest.raises(RowError, match=r"`output`.*instruction"):
         read({"instruction": "Add."}, prompt_template=template)
 
 
 def test_a_column_that_a_format_needs_is_missing_not_null():
     reading = Reading("instruction_tuning", "instruction", {}, None, ())
-    with pytest.raises(RowError, match=r"has no `instruction` \(found: messages\)"):
+    with pytest.raises(RowError, match=r"`instruction`.*messages"):
         read_row({"messages": [USER, ASSISTANT]}, reading)
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("row", "facts"),
     [
-        ({}, "found: nothing"),
-        ({"prompt": "2 + 2?"}, "has no `messages`"),
-        ({"messages": "hello"}, "`messages` is text, not a list"),
-        ({"messages": []}, "`messages` is an empty list"),
-        ({"messages": ["hello"]}, "message 1 is no object with role and content"),
+        ({}, ("`messages`", "nothing")),
+        ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
+        ({"messages": "hello"}, ("`messages`", "text", "list")),
+        ({"messages": []}, ("`messages`", "empty")),
+        ({"messages": ["hello"]}, ("message 1 ", "role", "content")),
         (
             {"messages": [USER, {"role": "bot", "content": "4"}]},
-            "message 2 has the role 'bot'. Known: system",
+            ("message 2 ", "'bot'", "system"),
         ),
-        ({"messages": [{"content": "4"}]}, "message 1 has the role None"),
-        ({"messages": [USER, {"role": "assistant", "content": "  "}]}, r"message 2 \(assistant\) is empty"),
+        ({"messages": [{"content": "4"}]}, ("message 1 ", "role", "None")),
+        ({"messages": [USER, {"role": "assistant", "content": "  "}]}, ("message 2 (assistant)", "empty")),
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            r"message 2 \(assistant\) is null, not text",
+            ("message 2 (assistant)", "null"),
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": [1]}]},
-            r"message 2 \(assistant\) is a list, not text",
+            ("message 2 (assistant)", "list"),
         ),
-        ({"messages": [USER, {"role": "assistant", "content": "a\x00"}]}, "holds a NUL character"),
-        ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2: a system message stands first or nowhere"),
-        ({"messages": [ASSISTANT, USER]}, "message 1: an assistant message answers a user message"),
-        ({"messages": [SYSTEM, ASSISTANT]}, "message 2: an assistant message answers a user message"),
-        ({"messages": [USER, USER, ASSISTANT]}, "messages 1 and 2 are both from the user: roles take turns"),
-        ({"messages": [USER, ASSISTANT, ASSISTANT]}, "messages 2 and 3 are both from the assistant"),
-        ({"messages": [USER]}, "has no assistant turn: there is nothing to learn"),
-        ({"messages": [USER, ASSISTANT, USER]}, "ends with a user message that nobody answers"),
+        ({"messages": [USER, {"role": "assistant", "content": "a\x00"}]}, ("NUL",)),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, ("message 2:", "system")),
+        ({"messages": [ASSISTANT, USER]}, ("message 1:", "assistant", "user")),
+        ({"messages": [SYSTEM, ASSISTANT]}, ("message 2:", "assistant", "user")),
+        ({"messages": [USER, USER, ASSISTANT]}, ("messages 1 and 2 ", "user")),
+        ({"messages": [USER, ASSISTANT, ASSISTANT]}, ("messages 2 and 3 ", "assistant")),
+        ({"messages": [USER]}, ("no assistant",)),
+        ({"messages": [USER, ASSISTANT, USER]}, ("ends with a user message",)),
         (
             {"messages": [{"from": "human", "value": "2 + 2?"}]},
-            "has `from`, not `role`: ShareGPT's chats need",
+            ("`from`", "`role`", "ShareGPT"),
         ),
-        ({"prompt": "2 + 2?", "completion": ""}, "`completion` is empty"),
-        ({"prompt": 4, "completion": "4"}, "`prompt` is a number, not text"),
-        ({"prompt": b"2 + 2?", "completion": "4"}, "`prompt` is of type bytes, not text"),
-        ({"prompt": "2 + 2?", "completion": "\ud800"}, "holds half of a surrogate pair"),
-        ({"prompt": None, "completion": "4"}, r"found: prompt \(null\), completion"),
-        ({"messages": None}, r"found: messages \(null\)"),
-        ({"messages": {"role": "user"}}, "`messages` is an object"),
-        ({"messages": [USER, ASSISTANT], "tools": ["add"]}, "tool 1 of `tools` is text, not a JSON schema"),
+        ({"prompt": "2 + 2?", "completion": ""}, ("`completion`", "empty")),
+        ({"prompt": 4, "completion": "4"}, ("`prompt`", "number")),
+        ({"prompt": b"2 + 2?", "completion": "4"}, ("`prompt`", "bytes")),
+        ({"prompt": "2 + 2?", "completion": "\ud800"}, ("surrogate",)),
+        ({"prompt": None, "completion": "4"}, ("prompt (null), completion",)),
+        ({"messages": None}, ("messages (null)",)),
+        ({"messages": {"role": "user"}}, ("`messages`", "object")),
+        ({"messages": [USER, ASSISTANT], "tools": ["add"]}, ("tool 1 ", "`tools`", "JSON schema")),
     ],
 )
-def test_a_wrong_row_is_refused_with_its_reason(row: dict[str, Any], reason: str):
-    with pytest.raises(RowError, match=reason):
+def test_a_wrong_row_raises_an_error_that_names_the_fault(row: dict[str, Any], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
         read(row)
+    assert_names(str(caught.value), *facts)
 
 
 def test_a_label_that_is_null_is_missing():
-    with pytest.raises(RowError, match=r"has no `text` and `label`.*found: text, label \(null\)"):
+    with pytest.raises(RowError, match=r"`text`.*`label`.*text, label \(null\)"):
         read({"text": "2 + 2?", "label": None}, "classification", labels=("0", "1"))
 
 
@@ -280,7 +276,7 @@ _json = st.recursive(
     )
 )
 @pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm", "preference_tuning", "classification"])
-def test_any_json_is_an_example_or_is_refused(task: Task, row: dict[str, Any]):
+def test_any_json_is_an_example_or_raises_a_row_error(task: Task, row: dict[str, Any]):
     try:
         example = read(row, task, labels=("0", "1"))
     except RowError:

@@ -142,7 +142,7 @@ def test_the_answers_and_their_end_marker_are_trained(
     styles: dict[str, PreTrainedTokenizerFast], style: str, turns: Turns, system: str | None
 ):
     if style == "mistral" and system:
-        with pytest.raises(RowError, match=r"is refused by the chat template \(no system role here\)"):
+        with pytest.raises(RowError, match=r"chat template.*no system role here"):
             encode(styles[style], chat(turns, system=system))
         return
     pieces = trained_pieces(styles[style], chat(turns, system=system))
@@ -255,14 +255,12 @@ def test_tools_that_the_template_has_no_place_for_are_refused(
 ):
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     with_tools = chat(ONE_TURN, tools=[call])
-    with pytest.raises(RowError, match="has `tools`, and the chat template writes none of them"):
+    with pytest.raises(RowError, match=r"`tools`.*chat template"):
         encode(styles[style], with_tools)
     with_call = Chat(
         [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     )
-    with pytest.raises(
-        RowError, match="message 2 calls `add`, and the chat template does not write the call"
-    ):
+    with pytest.raises(RowError, match=r"message 2 .*`add`.*chat template"):
         encode(styles[style], with_call)
 
 
@@ -286,16 +284,16 @@ def test_labels_agree_with_the_mask_of_a_template_that_marks_its_generations(cha
     assert [int(label != IGNORED) for label in labels] == expected["assistant_masks"]
 
 
-def test_a_template_that_changes_earlier_turns_is_refused(chatml: PreTrainedTokenizerFast):
+def test_a_template_that_changes_earlier_turns_raises_an_error(chatml: PreTrainedTokenizerFast):
     forgetful = with_template(chatml, FORGETFUL)
     turns = [("2 + 2?", "<think>easy</think>4"), ("3 + 3?", "<think>easy</think>6")]
     assert trained_pieces(forgetful, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
-    with pytest.raises(RowError, match=r"message 2 reads differently .* one assistant turn"):
+    with pytest.raises(RowError, match=r"message 2 .*one assistant turn"):
         encode(forgetful, chat(turns))
 
 
-def test_a_broken_template_is_told_with_its_line(chatml: PreTrainedTokenizerFast):
-    with pytest.raises(DataError, match=r"chat template is broken .*line 1 of it"):
+def test_a_broken_template_raises_an_error_with_its_line(chatml: PreTrainedTokenizerFast):
+    with pytest.raises(DataError, match=r"chat template .*line 1"):
         encode(with_template(chatml, "{% for %}"), chat(ONE_TURN))
 
 
@@ -307,37 +305,35 @@ CONTENT_IN_PARTS = (
 
 
 @pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm"])
-def test_a_template_that_leaves_the_answers_out_is_refused(chatml: PreTrainedTokenizerFast, task: Task):
+def test_a_template_without_the_answers_raises_an_error(chatml: PreTrainedTokenizerFast, task: Task):
     tokenizer = with_template(chatml, CONTENT_IN_PARTS)
-    with pytest.raises(DataError, match="writes nothing of what the assistant says"):
+    with pytest.raises(DataError, match=r"chat template.* assistant "):
         encode(tokenizer, chat(ONE_TURN), task)
     ids, _ = encode(tokenizer, Filled("Q: 1 A: ", "2"), task)
     assert ids, "what no chat template lays out needs none"
 
 
-def test_a_template_that_leaves_the_questions_out_is_refused(chatml: PreTrainedTokenizerFast):
+def test_a_template_without_the_questions_raises_an_error(chatml: PreTrainedTokenizerFast):
     template = str(chatml.chat_template)
     answers_alone = template.replace(
         "message['content']", "(message['content'] if message['role'] == 'assistant' else '')"
     )
     assert answers_alone != template
-    with pytest.raises(DataError, match="writes nothing of what the user says"):
+    with pytest.raises(DataError, match=r"chat template.* user "):
         encode(with_template(chatml, answers_alone), chat(ONE_TURN), "instruction_tuning")
 
 
-def test_a_template_that_leaves_the_sides_of_a_pair_out_is_refused(chatml: PreTrainedTokenizerFast):
+def test_a_template_without_the_sides_of_a_pair_raises_an_error(chatml: PreTrainedTokenizerFast):
     question, answer, other = (*chat(ONE_TURN).messages, {"role": "assistant", "content": "5"})
-    with pytest.raises(DataError, match="writes nothing of what the assistant says"):
+    with pytest.raises(DataError, match=r"chat template.* assistant "):
         encode(
             with_template(chatml, CONTENT_IN_PARTS), Pair([question], [answer], [other]), "preference_tuning"
         )
 
 
 @pytest.mark.parametrize("expression", ["'{x}'.format()", "'{}'.format()", "'text' | dictsort"])
-def test_whatever_a_template_stumbles_over_is_told_with_the_row(
-    chatml: PreTrainedTokenizerFast, expression: str
-):
-    with pytest.raises(RowError, match="is refused by the chat template"):
+def test_any_error_of_a_template_is_a_row_error(chatml: PreTrainedTokenizerFast, expression: str):
+    with pytest.raises(RowError, match="chat template"):
         encode(with_template(chatml, "{{ " + expression + " }}"), chat(ONE_TURN))
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
-from training.models import ModelRequest, varlen_attention
+from training.models import varlen_attention
+from training.models.request import ModelRequest
 from training.models.torch_provider import _attention, build, load_base
 
 SHAPE = {
@@ -77,8 +78,11 @@ def test_what_stays_out_of_4_bits_stays_in_16(tmp_path: Path):
     assert {state.dtype for state in states} == {torch.bfloat16}
 
 
-def test_other_models_have_nothing_to_be_told(tmp_path: Path):
-    load_base(request(saved(tmp_path, "llama"), deterministic=True))
+def test_deterministic_does_not_change_models_without_experts(tmp_path: Path):
+    directory = saved(tmp_path, "llama")
+    tokens = torch.arange(16)[None]
+    plain, deterministic = (load_base(request(directory, deterministic=flag)) for flag in (False, True))
+    assert torch.equal(plain(tokens).logits, deterministic(tokens).logits)
 
 
 @pytest.mark.parametrize(

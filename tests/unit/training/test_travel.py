@@ -53,6 +53,9 @@ def test_the_code_and_the_yaml_and_nothing_else(packed):
     code = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
     assert not [path for path in code if "__pycache__" in path.parts or path.name.startswith(".")]
     assert {path.relative_to(PROJECT) for path in (PROJECT / "training").rglob("*.py")} <= code
+    templates = {path.relative_to(PROJECT) for name in CODE for path in (PROJECT / name).rglob("*.html.j2")}
+    assert len(templates) >= 3
+    assert templates <= code, "pages are rendered on the cluster"
 
 
 def test_the_yaml_reads_back_as_what_was_checked(packed):
@@ -106,9 +109,7 @@ def test_the_clusters_own_paths_stay(packed):
 def test_too_much_to_travel(packed, rows: Path, monkeypatch: pytest.MonkeyPatch):
     (rows / "large.jsonl").write_bytes(b"x" * 2000)
     monkeypatch.setattr(travel, "MAX_PACKED_BYTES", 1000)
-    with pytest.raises(
-        ConfigError, match=r"at most 1000 B travel .* The largest: .*large\.jsonl .* Put them into a bucket"
-    ):
+    with pytest.raises(ConfigError, match=r"\b1000 B\b.*/large\.jsonl.*bucket"):
         packed(train_path=str(rows / "large.jsonl"))
 
 
@@ -126,10 +127,10 @@ def test_a_file_that_is_not_there(packed, rows: Path):
     ],
 )
 def test_the_embedded_bucket_serves_one_machine(packed, changes: dict[str, Any], key: str):
-    with pytest.raises(ConfigError, match=rf"^{key}: the embedded bucket .* serves this machine only"):
+    with pytest.raises(ConfigError, match=rf"^{key}: .*embedded bucket.*this machine"):
         packed(**changes)
 
 
 def test_a_relative_storage_path_is_another_place_there(packed):
-    with pytest.raises(ConfigError, match=r"^storage_path: runs means another place on the cluster"):
+    with pytest.raises(ConfigError, match=r"^storage_path: runs .*cluster"):
         packed(storage_path="runs")

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from utils.bucket import (
     AlreadyExistsError,
     BucketError,
     NotFoundError,
+    UnsafeKeyError,
     check_readable,
     check_writable,
     fetch_file,
@@ -39,22 +41,19 @@ def test_what_is_remote():
 
 
 @pytest.mark.parametrize("scheme", ["hdfs", "http", "https", "s3a"])
-def test_other_schemes_are_refused_by_name(scheme: str):
-    with pytest.raises(
-        BucketError,
-        match=rf"{scheme}:// is not supported; use s3://bucket/prefix, a local path, or one of gs://, az://, abfs://",
-    ):
+def test_unsupported_schemes_raise_an_error_that_lists_the_supported_ones(scheme: str):
+    with pytest.raises(BucketError, match=rf"{scheme}://.*s3://.*gs://, az://, abfs://"):
         open_store(f"{scheme}://somewhere/x")
 
 
-def test_a_password_in_a_uri_is_refused_and_not_repeated():
-    with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID") as refused:
+def test_a_password_in_a_uri_raises_an_error_that_does_not_show_it():
+    with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID") as caught:
         open_store("s3://AKIA:hunter2@bucket/x")
-    assert "hunter2" not in str(refused.value)
+    assert "hunter2" not in str(caught.value)
     for nameless in ("s3:/bucket/x", "s3://", "s3:///x"):
-        with pytest.raises(BucketError, match="bucket's name is missing; write s3://bucket/prefix"):
+        with pytest.raises(BucketError, match=f"{nameless}.*bucket.*s3://bucket/prefix"):
             check_readable(nameless)
-    with pytest.raises(BucketError, match="s3://My bucket!/x: no bucket is called that"):
+    with pytest.raises(BucketError, match=r"^s3://My bucket!/x: .*bucket"):
         open_store("s3://My bucket!/x")
 
 
@@ -66,25 +65,25 @@ def test_three_ways_to_write_a_local_path(tmp_path: Path, monkeypatch: pytest.Mo
         open_store("file://server/x")
 
 
-def test_a_local_store_refuses_keys_that_leave_it(tmp_path: Path):
+def test_a_local_store_rejects_keys_outside_of_it(tmp_path: Path):
     store = open_store(str(tmp_path / "store"))
     for key in ("../x", "/x", "a/../../x"):
-        with pytest.raises(BucketError, match="refusing the key"):
+        with pytest.raises(UnsafeKeyError, match=re.escape(key)):
             store.write(key, b"")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_local_errors_say_what_and_where(tmp_path: Path):
+def test_local_errors_name_the_path(tmp_path: Path):
     store = open_store(str(tmp_path))
-    with pytest.raises(NotFoundError, match=r"cannot read .*/none"):
+    with pytest.raises(NotFoundError, match=r"/none\b"):
         store.read("none")
     store.write("a/b", b"1")
-    with pytest.raises(AlreadyExistsError, match="already exists"):
+    with pytest.raises(AlreadyExistsError, match=r"/a/b\b"):
         store.write("a/b", b"2", only_if_absent=True)
-    with pytest.raises(BucketError, match="cannot write"):
+    with pytest.raises(BucketError, match=r"write .*/a/b"):
         store.write("a/b/c", b"2")
     for check in (check_readable, sync_to_node, fetch_file):
-        with pytest.raises(NotFoundError, match="no such file"):
+        with pytest.raises(NotFoundError, match="/none: no such file"):
             check(str(tmp_path / "none"), *([] if check is check_readable else [tmp_path]))
 
 
@@ -97,12 +96,12 @@ def test_half_written_files_are_not_listed(tmp_path: Path):
 
 def test_local_checks_create_nothing(tmp_path: Path):
     check_writable(str(tmp_path / "x" / "y"))
-    with pytest.raises(NotFoundError, match="directory is empty"):
+    with pytest.raises(NotFoundError, match=f"{tmp_path}.*empty"):
         check_readable(str(tmp_path))
     (tmp_path / "file").write_bytes(b"1")
     check_readable(f"file://{tmp_path}/file")
     check_readable(str(tmp_path))
-    with pytest.raises(BucketError, match="is a file"):
+    with pytest.raises(BucketError, match="/file is a file"):
         check_writable(str(tmp_path / "file" / "x"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

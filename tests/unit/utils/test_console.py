@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from utils.console import Output, _on_copy_of
 
 
@@ -22,10 +24,13 @@ def test_text_stays_as_it_is():
         assert file.read() == '{"path": "a:b:c", "says": ":fire:"}\na\tb\n'
 
 
-def test_who_prints_goes_on_when_nobody_reads_any_more():
+def test_printing_to_a_closed_pipe_is_ignored():
     reader, output = open_pipe()
     os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        os.write(output.file.fileno(), b"the pipe is closed")
     for _ in range(2):
         output.print("a line")
         output.write("a line\n")
     output.file.close()
+    assert output.file.closed

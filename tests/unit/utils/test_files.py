@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_parse_bytes(text: str, count: int):
             parse_bytes(wrong)
 
 
-def test_keys_that_would_be_one_file_are_refused():
+def test_keys_that_would_be_one_file_raise_an_error():
     refuse_clashes(["a", "b/a", "b/c/a"])
     for keys, said in (
         (["B/x", "b/X"], "case only"),
@@ -89,15 +90,15 @@ def test_free_bytes_of_what_does_not_exist_yet(tmp_path: Path):
 @pytest.mark.parametrize(
     "key", ["", "/etc/x", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", ".."]
 )
-def test_keys_that_leave_the_directory_are_refused(tmp_path: Path, key: str):
-    with pytest.raises(UnsafeKeyError, match="refusing the key") as refused:
+def test_keys_outside_of_the_directory_raise_an_error(tmp_path: Path, key: str):
+    with pytest.raises(UnsafeKeyError, match=re.escape(repr(key))) as caught:
         safe_join(tmp_path, key)
-    assert isinstance(refused.value, ValueError)
-    assert isinstance(refused.value, BucketError)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, BucketError)
 
 
 @given(st.text())
-def test_a_key_is_refused_or_stays_inside(key: str):
+def test_a_key_raises_an_error_or_stays_inside(key: str):
     directory = Path("/some/directory")
     try:
         joined = safe_join(directory, key)
@@ -146,7 +147,7 @@ def test_a_fork_does_not_keep_its_parents_lock(tmp_path: Path):
             os._exit(0)
     try:
         with file_lock(lock, blocking=False):
-            pass
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child still runs"
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -1,0 +1,54 @@
+"""How exports and evaluations are printed."""
+
+from rich.console import Console
+
+from runs.layout import Export
+from runs.screen import print_facts, show_warning
+from training.evaluation import Evaluation
+from training.exporting import describe
+from utils.bucket import join_uri
+from utils.files import format_bytes
+
+
+def show_export(console: Console, exported: Export) -> None:
+    """What was written, where, and what to do with it."""
+    size = format_bytes(sum(file.size for file in exported.files))
+    print_facts(
+        console,
+        [
+            ("exported", f"{describe(exported)}, {len(exported.files)} files, {size}"),
+            ("of", exported.checkpoint),
+            ("to", exported.uri),
+            ("made", exported.created),
+            *([("GGUF", join_uri(exported.uri, exported.gguf))] if exported.gguf else []),
+            *(("note", note) for note in exported.notes),
+        ],
+    )
+
+
+def show_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """The score, what it is worth, and where the answers are."""
+    others = evaluation.rows - (evaluation.trained_rows or 0)
+    trained = (
+        "cannot be told: the prepared training rows were removed, or are preference pairs"
+        if evaluation.trained_rows is None
+        else f"{evaluation.trained_rows:,} of the rows"
+    )
+    facts = [
+        ("exact match", f"{evaluation.exact_match:.1%} ({evaluation.correct:,} of {evaluation.rows:,} rows)"),
+        ("compared", "the final number" if evaluation.match == "number" else "the whole text"),
+        ("nothing found", f"in {evaluation.without_answer:,} answers"),
+        ("trained on", trained),
+        ("checkpoint", evaluation.checkpoint),
+        ("answers", evaluation.answers),
+    ]
+    if evaluation.trained_rows and evaluation.exact_match_of_others is not None:
+        facts.insert(
+            1, ("without those trained on", f"{evaluation.exact_match_of_others:.1%} of {others:,} rows")
+        )
+    print_facts(console, facts)
+    if evaluation.trained_rows:
+        show_warning(
+            console,
+            f"{evaluation.trained_rows:,} of these rows were trained on, and say nothing of new ones.",
+        )

@@ -1,0 +1,293 @@
+"""The train command: check a YAML, plan the run, then train, print the plan, or submit the run as a job."""
+
+import json
+import os
+import shlex
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
+from configs.schema import ExportConfig
+from training import commands as model_commands
+from training.addresses import set_ray_environment
+from utils.console import Output, library_output_in, open_consoles
+from utils.errors import AnnealError
+from utils.processes import FORWARDED, importing, run_in_own_session
+
+if TYPE_CHECKING:
+    from runs.layout import RunResult
+    from training.data.prepared import PreparedData
+    from training.display import Watch
+    from training.plan import PlanReport, RunPlan
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+@dataclass(frozen=True)
+class Options:
+    """The train command's arguments."""
+
+    config: Path
+    overrides: list[str]
+    print_config: bool
+    dry_run: bool
+    job_server: str | None
+    """URL of the job server to submit to."""
+    detach: bool
+    as_json: bool
+
+    @property
+    def command(self) -> list[str]:
+        """The command that repeats the run, for messages and the report."""
+        submit = ["--submit", self.job_server] if self.job_server else []
+        return ["python", "main.py", str(self.config), *self.overrides, *submit]
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a run's output goes: standard output holds JSON alone with --json, the rest goes to standard error."""
+
+    output: Output
+    progress: Output
+    as_json: bool
+
+    @property
+    def main(self) -> Console:
+        """The console for plans and results."""
+        return self.progress if self.as_json else self.output
+
+    def print_json(self, text: str) -> None:
+        """Print the last line of standard output with --json."""
+        if self.as_json:
+            self.output.print(text, soft_wrap=True)
+
+
+def run(options: Options, began: float) -> int:
+    """Load the YAML, then print, plan, train or submit; return the exit code.
+
+    Args:
+        options: The command line.
+        began: time.monotonic() when the process started.
+    """
+    loaded = load_config(options.config, options.overrides)
+    screen = Screen(*open_consoles(), options.as_json)
+    for warning in loaded.warnings:
+        screen.progress.write(f"warning: {warning}\n")
+    if options.print_config:
+        text = f"{json.dumps(_resolved(loaded))}\n" if options.as_json else to_marked_yaml(loaded)
+        screen.output.write(text)
+        return DONE
+    if options.job_server:
+        return submit(loaded, options, options.job_server, screen)
+    if options.dry_run or os.environ.get("RAY_ADDRESS"):
+        return plan_and_train(loaded, options, screen, began)
+    # A signal to the process group must not end the local cluster before the checkpoint is committed. A remote cluster is out of
+    # its reach, and a job server signals each process of a job by itself.
+    return run_in_own_session(lambda: plan_and_train(loaded, options, screen, began))
+
+
+def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began: float) -> int:
+    """Plan the run, train it unless it is a dry run, and show the result; return the exit code."""
+    set_ray_environment()
+    with importing():
+        from training.display import Watch, show_completed, show_error, show_plan, show_result
+        from training.paths import make_scratch_directory
+        from training.plan import make_plan
+
+    try:
+        logs = make_scratch_directory(loaded.config) / "logs"
+        driver_log = logs / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+        with ExitStack() as stack:
+            stack.enter_context(library_output_in(driver_log))
+            watch = stack.enter_context(Watch(screen.progress))
+            _reach_cluster_and_bucket(loaded, stack, watch)
+            plan, report, prepared = make_plan(loaded, progress=watch.checking)
+            if options.dry_run:
+                report = _with_cluster(plan, report, watch)
+                show_plan(screen.main, report)
+                if report.completed:
+                    show_completed(screen.main)
+                _write_dry_run(loaded, report, screen)
+                return DONE
+            if report.completed:
+                show_completed(screen.main)
+                result = report.completed
+            else:
+                result = _train(plan, report, prepared, options, screen, watch, began, driver_log)
+    except AnnealError as error:
+        show_error(screen.progress, str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        show_error(screen.progress, "interrupted before training started; nothing was written")
+        return INTERRUPTED
+    show_result(screen.main, result, options.command, trains_adapter=loaded.config.trains_adapter)
+    if result.status == "failed":
+        show_error(screen.progress, result.reason)
+    exported = DONE
+    if result.status == "completed" and loaded.config.export:
+        exported = export_completed(result.run_uri, loaded.config.export, screen)
+    screen.print_json(result.model_dump_json())
+    return exported or result.exit_code
+
+
+def _reach_cluster_and_bucket(loaded: LoadedConfig, stack: ExitStack, watch: "Watch") -> None:
+    """Check that the cluster answers, and start the embedded bucket where the YAML uses it."""
+    from training.addresses import check_cluster_answers
+    from training.paths import needs_embedded_bucket
+    from utils.embedded_bucket import embedded_bucket
+
+    check_cluster_answers()
+    if needs_embedded_bucket(loaded.config):
+        watch.phase("starting the embedded bucket")
+        stack.enter_context(embedded_bucket())
+
+
+def _train(
+    plan: "RunPlan",
+    report: "PlanReport",
+    prepared: "list[PreparedData]",
+    options: Options,
+    screen: Screen,
+    watch: "Watch",
+    began: float,
+    driver_log: Path,
+) -> "RunResult":
+    from training.devices import check_devices_are_here
+    from training.display import show_plan
+
+    check_devices_are_here(plan.config, plan.device)
+    show_plan(screen.main, report)
+    watch.phase("starting the workers")
+    with importing():
+        from training.job import run_job
+
+    return run_job(
+        plan,
+        prepared,
+        report,
+        command=options.command,
+        began=began,
+        driver_log=driver_log,
+        on_event=watch.on_event,
+    )
+
+
+def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "PlanReport":
+    """Return the report with what the cluster that RAY_ADDRESS names has for the workers."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return report
+    watch.phase("asking the cluster")
+    from training.cluster import ask_cluster, workers_of
+
+    return report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
+
+
+def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", screen: Screen) -> None:
+    from training.data.report_page import to_html
+    from training.display import show_page
+    from training.paths import make_scratch_directory
+    from utils.files import write_atomically
+
+    page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
+    write_atomically(page, to_html(report, report.run_name).encode())
+    show_page(screen.main, page)
+    screen.print_json(json.dumps(report.model_dump(mode="json") | _resolved(loaded)))
+
+
+def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Screen) -> int:
+    """Check the run from here, submit it as a job and follow it; return the exit code of the job's own main.py."""
+    # The checks and Ray's client read the cluster from here; the checks then expect no GPU on this machine.
+    os.environ["RAY_ADDRESS"] = job_server
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+    set_ray_environment()
+    from training import submission
+    from training.addresses import check_job_server_answers
+    from training.display import Watch, show_completed, show_error, show_submitted, show_warning
+    from training.paths import make_scratch_directory
+    from training.travel import pack
+
+    progress = screen.progress
+    job = None
+    try:
+        with ExitStack() as stack:
+            # output_dir is a directory on the nodes.
+            logs = make_scratch_directory(loaded.config.model_copy(update={"output_dir": None})) / "logs"
+            log = logs / f"submit-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+            stack.enter_context(library_output_in(log))
+            with Watch(progress) as watch, TemporaryDirectory(prefix="anneal-") as directory:
+                check_job_server_answers(job_server)
+                watch.phase("packing")
+                packed = pack(loaded, Path(directory))
+                checked = submission.check_from_here(packed, watch.checking)
+                report = None if isinstance(checked, str) else checked
+                if (
+                    report and report.completed and not loaded.config.export
+                ):  # an export may remain to be done
+                    show_completed(progress)
+                    screen.print_json(report.completed.model_dump_json())
+                    return DONE
+                watch.phase("submitting")
+                job = submission.submit(submission.connect(job_server), job_server, packed)
+            unchecked = f"not checked from here, the job checks it: {checked}"
+            for warning in report.warnings if report else [unchecked]:
+                show_warning(progress, warning)
+            shown_on = screen.output if options.detach and not options.as_json else progress
+            show_submitted(shown_on, job, report.run_uri if report else None, options.command)
+            if options.detach:
+                screen.print_json(job.to_json())
+                return DONE
+            end = submission.follow(job, lambda line: progress.out(line, highlight=False))
+    except AnnealError as error:
+        show_error(progress, str(error))
+        return FAILED if job else error.exit_code
+    except KeyboardInterrupt:
+        state = (
+            f"the job keeps running; to stop it: {shlex.join(job.stop_command)}"
+            if job
+            else "nothing was submitted"
+        )
+        show_error(progress, f"interrupted: {state}")
+        return INTERRUPTED
+    if end.reason:
+        show_error(progress, end.reason)
+    if end.result:
+        screen.print_json(end.result.model_dump_json())
+    return end.exit_code
+
+
+def export_completed(run_uri: str, settings: ExportConfig, screen: Screen) -> int:
+    """Export a completed run as the YAML's `export` asks; return the exit code."""
+    from training.display import show_error
+
+    received: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in FORWARDED:  # the run recorded them until its end
+        signal.signal(number, interrupt)
+    try:
+        model_commands.export_run(run_uri, settings, screen.main, screen.progress)
+    except AnnealError as error:
+        show_error(screen.progress, f"the run is completed, the export failed: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        show_error(
+            screen.progress, "interrupted: the run is completed, not exported; the same command exports it"
+        )
+        return 128 + received[0]
+    return DONE
+
+
+def _resolved(loaded: LoadedConfig) -> dict[str, Any]:
+    """Return a plan's JSON part on the YAML: the configuration, and which of its keys are defaults."""
+    return {"config": loaded.config.model_dump(mode="json"), "defaults": default_keys(loaded)}
