@@ -32,9 +32,9 @@ from tests.support.bucket_proxy import bucket_proxy
 from tests.support.own_buckets import variables_of
 from tests.support.stored_runs import manifest_of
 from training.claims import claimed
-from training.commits import Commits, Saved
+from training.commits import CheckpointCommitter, CommitContext, SavedCheckpoint
 from training.events import CheckpointCommitted
-from training.place import Place
+from training.place import World
 from utils.bucket import Store, open_store
 from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
@@ -44,7 +44,7 @@ LATENCY_SECONDS, BYTES_PER_SECOND = 0.03, 90e6
 UNDISTURBED_STEPS = 30
 SETTLED, IN_A_ROW = 20, 200
 BUCKET = "bench"
-ALONE = Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0)
+ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0)
 
 
 def main() -> None:
@@ -131,27 +131,29 @@ def growth(directory: Path) -> dict[str, float]:
 
 
 @contextmanager
-def commits_of(store: Store, committed: threading.Event) -> Iterator[Commits]:
+def commits_of(store: Store, committed: threading.Event) -> Iterator[CheckpointCommitter]:
     def on_commit(_: CheckpointCommitted) -> None:
         committed.set()
 
     def waiting(owner: str) -> None:
         raise AssertionError(f"{owner} has a run of this benchmark")
 
-    with (
-        claimed(store, waiting=waiting) as claim,
-        Commits(store, claim, ALONE, reading.committed(store), keep=1, on_commit=on_commit) as commits,
-    ):
-        yield commits
+    def describe(directory: Path, state: object) -> SavedCheckpoint:
+        raise AssertionError(f"{directory}: this benchmark describes its checkpoints itself")
+
+    with claimed(store, waiting=waiting) as claim:
+        context = CommitContext(store, claim, ALONE, keep=1, describe=describe, report=on_commit)
+        with CheckpointCommitter(context, reading.committed(store)) as committer:
+            yield committer
 
 
-def saved(directory: Path, step: int, size: int) -> Saved:
+def saved(directory: Path, step: int, size: int) -> SavedCheckpoint:
     """A checkpoint on the node's disk."""
     place = directory / f"checkpoint-{step}"
     place.mkdir()
     for number in range(FILES):
         (place / f"file-{number}.safetensors").write_bytes(os.urandom(size))
-    return Saved(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
+    return SavedCheckpoint(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
 
 
 def a_step() -> Any:

@@ -53,13 +53,13 @@ def plan(settings: dict[str, Any]) -> None:
 def alone(settings: dict[str, Any]) -> None:
     """What a worker does between loading the model and the last step."""
     from training.models.tokenizer import load_tokenizer
-    from training.place import Place
+    from training.place import World
     from training.plan import RunPlan
     from training.weights import fetch_model
     from training.worker import model_request, peak_flops, prepare_process
 
     made = RunPlan.model_validate_json(Path(settings["plan"]).read_text())
-    prepare_process(made, Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
+    prepare_process(made, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     from training.data.prepared import fetch_prepared
     from training.models import build_model
     from training.models.files import is_model_file

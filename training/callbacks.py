@@ -1,4 +1,4 @@
-"""What happens around the training loop: when to evaluate and save, what is told, what is committed. One small class each."""
+"""The trainer's callbacks: when to evaluate, save and stop, what to report and what to commit. One small class each."""
 
 import math
 import time
@@ -24,7 +24,7 @@ _GAUGES = {
 
 
 class Schedule(TrainerCallback):
-    """Asks for evaluation and a checkpoint at the YAML's frequency, and at the end."""
+    """Requests evaluation and a checkpoint at the YAML's frequency, and at the end."""
 
     def __init__(self, frequency: CheckpointFrequency, steps_per_epoch: int, *, evaluates: bool):
         self.evaluates = evaluates
@@ -40,7 +40,7 @@ class Schedule(TrainerCallback):
 
 
 class AfterFirstStep(TrainerCallback):
-    """Does something once, behind the first optimizer step of an attempt."""
+    """Calls a function once, after the first optimizer step of an attempt."""
 
     def __init__(self, work: Callable[[], None]):
         self.work = work
@@ -55,11 +55,11 @@ class AfterFirstStep(TrainerCallback):
             self.work()
 
 
-class Telling(TrainerCallback):
-    """Tells the driver about steps and evaluations (rank 0)."""
+class ProgressReporter(TrainerCallback):
+    """Emits an event for each step and evaluation."""
 
-    def __init__(self, tell: Callable[[Event], None]):
-        self.tell = tell
+    def __init__(self, emit: Callable[[Event], None]):
+        self.emit = emit
 
     def on_log(
         self,
@@ -72,9 +72,9 @@ class Telling(TrainerCallback):
         """After a step's loss or an eval loss is known."""
         assert logs is not None
         if "eval_loss" in logs:
-            self.tell(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"], eval_figures(logs)))
+            self.emit(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"], eval_figures(logs)))
         elif "loss" in logs:
-            self.tell(
+            self.emit(
                 StepDone(
                     state.global_step,
                     state.max_steps,
@@ -89,7 +89,7 @@ class Telling(TrainerCallback):
 
 
 class Gauges(TrainerCallback):
-    """Hands the newest figures to Ray's own metrics, which its dashboard and Prometheus show as ray_anneal_* (rank 0)."""
+    """Exports the latest metrics through Ray, whose dashboard and Prometheus show them as ray_anneal_* (rank 0)."""
 
     def __init__(self, run_name: str):
         self.gauges = {name: Gauge(f"anneal_{name}", text, ("run",)) for name, text in _GAUGES.items()}
@@ -112,11 +112,11 @@ class Gauges(TrainerCallback):
 
 
 class Diverging(TrainerCallback):
-    """Ends the run on every rank, before it saves, when a loss or a gradient is no number any more.
+    """Fails the run on every rank, before it saves, on a NaN or infinite loss or gradient.
 
     Args:
-        rows_of_step: Step -> where the rows that it trained were written, for messages.
-        last_good: URI of the newest committed checkpoint, if any.
+        rows_of_step: Step -> the sources of the rows that it trained on, for messages.
+        last_good: Returns the URI of the latest committed checkpoint, if any.
     """
 
     def __init__(self, rows_of_step: Callable[[int], str], last_good: Callable[[], str | None]):
@@ -153,46 +153,46 @@ class Diverging(TrainerCallback):
 
 
 class Stopping(TrainerCallback):
-    """Ends the run behind a checkpoint, at the same step on every rank, once somebody asked to stop.
+    """Stops training after a checkpoint, at the same step on every rank, once rank 0 receives a request.
 
-    Only rank 0's word counts; it is shared after each step, so that no rank goes on alone.
+    Rank 0's answer is broadcast after each step, so that no rank continues alone.
     """
 
-    def __init__(self, asked_to_stop: Callable[[], bool], share: Callable[[bool], bool]):
-        self.asked_to_stop = asked_to_stop
-        self.share = share
+    def __init__(self, is_requested: Callable[[], bool], broadcast: Callable[[bool], bool]):
+        self.is_requested = is_requested
+        self.broadcast = broadcast
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """After an optimizer step."""
-        if self.share(self.asked_to_stop()):
+        if self.broadcast(self.is_requested()):
             control.should_save = True
             control.should_training_stop = True
 
 
 class Preempted(TrainerCallback):
-    """Commits a checkpoint once when a node is about to be taken away; training goes on until it is.
+    """Saves one checkpoint when a node is about to be terminated; training continues until it is.
 
-    Rank 0 hears of each node; what it knows is shared after each step.
+    Rank 0 is notified for every node; its answer is broadcast after each step.
     """
 
-    def __init__(self, is_noticed: Callable[[], bool], share: Callable[[bool], bool]):
-        self.is_noticed = is_noticed
-        self.share = share
+    def __init__(self, is_preempted: Callable[[], bool], broadcast: Callable[[bool], bool]):
+        self.is_preempted = is_preempted
+        self.broadcast = broadcast
         self.is_done = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """After an optimizer step."""
-        if not self.is_done and self.share(self.is_noticed()):
+        if not self.is_done and self.broadcast(self.is_preempted()):
             self.is_done = True
             control.should_save = True
 
 
 class Recording(TrainerCallback):
-    """Has what is measured written down between checkpoints, for those who look at the run while it trains (rank 0)."""
+    """Writes the metrics between checkpoints, for `show` and `compare` while the run trains (rank 0)."""
 
     def __init__(self, record: Callable[[list[dict[str, Any]]], None]):
         self.record = record
@@ -201,25 +201,25 @@ class Recording(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a step's figures or an evaluation's are known."""
         if time.monotonic() >= self.due:
-            # All lines are written each time: what that costs stays the same share of the time.
+            # Every record rewrites all lines; a growing interval keeps its share of the time constant.
             lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
             self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
             self.record(list(state.log_history))
 
 
 class Committing(TrainerCallback):
-    """Hands each saved checkpoint over to be committed, on every rank."""
+    """Passes each saved checkpoint to the committer, on every rank."""
 
     def __init__(
-        self, commit: Callable[[Path, TrainerState], None], check: Callable[[], None], clock: PhaseClock
+        self, save: Callable[[Path, TrainerState], None], check: Callable[[], None], clock: PhaseClock
     ):
-        self.commit = clock.timed("upload_stall", commit)
+        self.save = clock.timed("upload_stall", save)
         self.check = check
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ends the run when a checkpoint could not be committed."""
+        """Fail the run if a checkpoint could not be committed."""
         self.check()
 
     def on_save(
@@ -227,4 +227,4 @@ class Committing(TrainerCallback):
     ) -> None:
         """After transformers saved into output_dir/checkpoint-STEP."""
         assert args.output_dir is not None
-        self.commit(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)

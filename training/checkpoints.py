@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it comes to exist: files first, the manifest last; nothing without a manifest counts."""
+"""Checkpoints in the bucket: files are uploaded first, the manifest last; nothing without a manifest exists."""
 
 import logging
 import shutil
@@ -37,19 +37,19 @@ from utils.bucket import (
 from utils.errors import AnnealError
 from utils.files import checksum, format_bytes, free_bytes, is_disk_full, safe_join
 
-# transformers pickles its arguments, DeepSpeed copies a script: neither is needed, and no pickle is wanted that is not.
-_LEFT_OUT = {"training_args.bin", "zero_to_fp32.py", "README.md"}
+# transformers pickles its arguments, and DeepSpeed copies a script: neither is needed.
+_EXCLUDED = {"training_args.bin", "zero_to_fp32.py", "README.md"}
 
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(AnnealError):
-    """A checkpoint that cannot be restored; the message says which, what and what to do."""
+    """A checkpoint that cannot be restored; the message names it, the cause and the fix."""
 
 
 @contextmanager
 def staging(directory: Path) -> Iterator[None]:
-    """Hold what saves a checkpoint on this node: where the disk takes no more, its files go again.
+    """Save a checkpoint on this node within the block; if the disk is full, delete its files.
 
     Raises:
         CheckpointError: the disk is full.
@@ -67,18 +67,18 @@ def staging(directory: Path) -> Iterator[None]:
                     path.unlink()
         raise CheckpointError(
             f"{directory}: the disk is full, a checkpoint takes more than the {format_bytes(room)} it has for it. Free some space, or "
-            "set output_dir to a larger disk, and run the same command again: the run goes on from its newest committed checkpoint."
+            "set output_dir to a larger disk, and rerun the same command: the run resumes from its latest committed checkpoint."
         ) from error
 
 
 def checkpoint_files(directory: Path) -> list[str]:
-    """The files of a local checkpoint that belong into the bucket, as relative paths in order."""
-    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT)
+    """Return the files of a local checkpoint to upload, as sorted relative paths."""
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in _EXCLUDED)
     return [path.relative_to(directory).as_posix() for path in paths]
 
 
 def upload_files(store: Store, step: int, directory: Path, files: Iterable[str]) -> list[FileRecord]:
-    """Upload a node's files of a checkpoint; they mean nothing until `commit`.
+    """Upload a node's files of a checkpoint, which does not exist before `commit`.
 
     Raises:
         BucketError: the upload failed.
@@ -93,10 +93,10 @@ def upload_files(store: Store, step: int, directory: Path, files: Iterable[str])
 
 
 def commit(store: Store, manifest: Manifest) -> None:
-    """Make a checkpoint exist, once every file it names lies in the bucket as it was staged.
+    """Write the manifest of a checkpoint after checking that every file it names is in the bucket.
 
     Raises:
-        CheckpointError: a file is missing or has another size, or somebody else has committed this step meanwhile.
+        CheckpointError: a file is missing or has another size, or another process has committed this step.
         BucketError: the manifest cannot be written.
     """
     wrong = wrong_sizes(store, manifest, sizes(store, checkpoint_key(manifest.step)))
@@ -106,17 +106,22 @@ def commit(store: Store, manifest: Manifest) -> None:
     try:
         store.write(key, content, only_if_absent=True)
     except AlreadyExistsError as error:
-        if store.read(key) != content:  # else an answer came too late, and the request sent again met itself
+        if (
+            store.read(key) != content
+        ):  # else the answer to the first request was lost, and the retry found its object
             raise CheckpointError(
-                f"{store.uri_of(key)} was committed by somebody else meanwhile: another driver trains this run."
+                f"{store.uri_of(key)} was committed by another process: another driver trains this run. Stop one of them."
             ) from error
 
 
 def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
-    """Delete what lies under a run's checkpoints and belongs to none that is committed, parts of uploads included.
+    """Delete the files of a run's checkpoints that belong to no committed one, and abort unfinished uploads.
 
-    Returns the keys, manifests first. Killed attempts leave files without a manifest, and damaged checkpoints stand in the way of committing their steps again.
-    Only the owner of the run's claim may call it.
+    Killed attempts leave files without a manifest; a damaged checkpoint would block a later commit of its step. Only the
+    owner of the run's claim may call it.
+
+    Returns:
+        The deleted keys, manifests first.
     """
     named = {
         checkpoint_key(manifest.step, path)
@@ -133,9 +138,10 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
 
 
 def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
-    """Delete all but the `keep` best checkpoints, the newest and those that other runs started from, each one's manifest first.
+    """Delete all checkpoints but the `keep` best, the latest and those that other runs start from, manifests first.
 
-    Returns those kept.
+    Returns:
+        The manifests of those retained.
     """
     by_loss = sorted(
         manifests, key=lambda manifest: (manifest.eval_loss is None, manifest.eval_loss, -manifest.step)
@@ -149,10 +155,10 @@ def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
 
 
 def mark_in_use(checkpoint: str, run_uri: str) -> None:
-    """Keep the run of a checkpoint from pruning it while a run that started from it is not completed.
+    """Mark a checkpoint, so that its run does not prune it before the run that starts from it is completed.
 
     Raises:
-        BucketError: nothing may be written there.
+        BucketError: the mark cannot be written.
     """
     use = CheckpointUse(run_uri=run_uri)
     store = open_store(run_of(checkpoint))
@@ -160,16 +166,16 @@ def mark_in_use(checkpoint: str, run_uri: str) -> None:
 
 
 def unmark(checkpoint: str, run_uri: str) -> None:
-    """The run that started from the checkpoint is completed.
+    """Remove the mark of `mark_in_use`.
 
     Raises:
-        BucketError: nothing may be deleted there.
+        BucketError: the mark cannot be deleted.
     """
     open_store(run_of(checkpoint)).delete([use_key(checkpoint, run_uri)])
 
 
 def _steps_in_use(store: Store) -> set[int]:
-    """Of checkpoints that runs started from which are not completed; marks of others are deleted."""
+    """Return the steps that unfinished runs start from; delete the marks of other runs."""
     steps = set[int]()
     for item in store.list(f"{USES}/"):
         content = store.read_if_exists(item.key)
@@ -183,19 +189,19 @@ def _steps_in_use(store: Store) -> set[int]:
 
 
 def _needs_its_start(mark: str, content: bytes) -> bool:
-    """Whether the run that a mark names may still go on; one that cannot be looked at may."""
+    """Return whether the run that a mark names may still resume; True if that run cannot be read."""
     try:
         child = open_store(CheckpointUse.model_validate_json(content).run_uri)
         result = read_result(child)
-        # Without a result it trains now, or was killed and may be sent again; without a claim it was removed.
+        # Without a result it is training, or was killed and may be rerun; without a claim it was removed.
         return result.status != "completed" if result else bool(child.list(f"{CLAIMS}/"))
     except (BucketError, ValidationError) as error:
-        _log.warning("%s: its run cannot be looked at, so the checkpoint is kept: %s", mark, error)
+        _log.warning("%s: its run cannot be read, so the checkpoint is retained: %s", mark, error)
         return True
 
 
 def restore(uri: str, directory: Path) -> Manifest:
-    """Bring a committed checkpoint to an empty local directory and verify every byte on its way.
+    """Download a committed checkpoint into an empty local directory and verify its checksums.
 
     Raises:
         CheckpointError: it is not committed, or a file does not match its checksum.
@@ -223,7 +229,7 @@ def not_as_committed(uri: str, file: str) -> CheckpointError:
 
 
 def read_manifest(uri: str) -> Manifest:
-    """A checkpoint's manifest.
+    """Return a checkpoint's manifest.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -231,7 +237,7 @@ def read_manifest(uri: str) -> Manifest:
     content = open_store(uri).read_if_exists(MANIFEST_FILE)
     if content is None:
         raise CheckpointError(
-            f"{uri}: no {MANIFEST_FILE}, so no committed checkpoint. Name one that result.json or the end of a run named."
+            f"{uri}: no {MANIFEST_FILE}, so no committed checkpoint. Name a checkpoint from a run's result.json."
         )
     try:
         return Manifest.model_validate_json(content)
@@ -242,12 +248,12 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], Manifest | None]) -> str:
-    """What a YAML names as a start -> the place itself: `run:NAME` and a run's URI become one of its checkpoints.
+    """Resolve the checkpoint or model that a YAML names: `run:NAME` and a run's URI become one of its checkpoints.
 
     Args:
-        uri: As the YAML has it; a local path absolute.
-        storage: Where runs of that name are.
-        choose: `best` or `newest`, among a run's committed checkpoints.
+        uri: As in the YAML; local paths are absolute.
+        storage: The URI that holds the runs.
+        choose: Picks one of a run's committed checkpoints.
 
     Raises:
         ConfigError: there is no such run, none of its checkpoints is committed, or one is damaged.
@@ -272,7 +278,7 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
     if run_uri := run_of(place):
         if store.read_if_exists(MANIFEST_FILE) is None:
             raise ConfigError(
-                f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not as a whole. Name a committed checkpoint of {run_uri}."
+                f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not completely. Name a committed checkpoint of {run_uri}."
             )
         run, manifest = open_store(run_uri), read_manifest(place)
         if wrong := wrong_sizes(run, manifest, sizes(run, checkpoint_key(manifest.step))):
@@ -281,12 +287,12 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
 
 
 def describe_no_checkpoint(run: Store) -> str:
-    """Why nothing can be taken from a run that has committed no checkpoint, and what to do. Raises BucketError."""
+    """Describe why a run has committed no checkpoint, and the fix. Raises BucketError."""
     result = read_result(run)
     if result is None:
         return f"the run {run.uri} has committed no checkpoint yet. Run it first, or name another."
     ended = "was stopped" if result.status == "stopped" else result.status
     return (
-        f"the run {run.uri} {ended} before its first checkpoint: {result.reason.rstrip('.')}. The same command begins it again; or "
+        f"the run {run.uri} {ended} before its first checkpoint: {result.reason.rstrip('.')}. Rerun the same command, or "
         "name another run."
     )

@@ -1,4 +1,4 @@
-"""The cluster that a run's workers are placed on: the one that RAY_ADDRESS names, or one of this machine (driver side)."""
+"""The Ray cluster that a run trains on: the one that RAY_ADDRESS names, or a local one (driver side)."""
 
 import json
 import math
@@ -10,79 +10,76 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray._private.state import state
-from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 from training.addresses import TOKEN_ADVICE, ClusterError
 from training.models.files import first_line
 from training.models.kernels import Device
 from training.plan import RunPlan
+from training.ray_internals import RAY_JOB_CONFIG_JSON_ENV_VAR, autoscaler_maximum, has_node_groups
 from training.travel import EVERYTHING_BUT_CODE, PROJECT
 from utils.bucket import uses_embedded_bucket
 from utils.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.files import format_bytes
 from utils.node_cache import LIMIT_VARIABLE
 
-# On CPU a step's large blocks are given back to the kernel and asked for again in the next one, for a tenth of the time.
-# Ray's own processes have jemalloc; workers too then, and it keeps what was freed for ten seconds.
+# On CPU, glibc returns a step's large blocks to the kernel and allocates them again in the next step, which costs a tenth of
+# the time. Ray's own processes preload jemalloc; with these settings workers do too, and it retains freed memory for 10 s.
 _CPU_ALLOCATOR = {
     "RAY_LD_PRELOAD_ON_WORKERS": "1",
     "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
 }
-# Of long rows and short ones, blocks of fixed size leave gaps that nothing fits into. It is read when a GPU is first used, which Ray
-# does before any code of ours.
+# Rows of varying length fragment blocks of fixed size. torch reads the variable at the first use of a GPU, which is in Ray's
+# code, before any of ours.
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-# Ray leaves a worker without GPUs all that its node has, and libraries would take them.
+# Ray leaves all of a node's GPUs visible to a worker that requested none, and libraries would use them.
 _NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 _NAMES_OF_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What a cluster is asked for."""
+    """The workers that a run asks a cluster for."""
 
     count: int
-    """The most that are placed."""
+    """The maximum."""
     least: int
-    """With fewer nothing begins."""
+    """The minimum to start with."""
     device: Device
     each: dict[str, float]
-    """Ray resources of one."""
+    """Ray resources per worker."""
     storage: str
-    """URI that all of them must reach."""
+    """URI that every worker must reach."""
 
     @property
     def together(self) -> dict[str, float]:
-        """Ray resources of all."""
+        """Ray resources of the maximum of workers."""
         return {name: amount * self.count for name, amount in self.each.items()}
 
     @property
     def at_least(self) -> dict[str, float]:
-        """Ray resources of the fewest that begin."""
+        """Ray resources of the minimum of workers."""
         return {name: amount * self.least for name, amount in self.each.items()}
 
 
 def workers_of(plan: RunPlan) -> Workers:
-    """What a run trains on."""
+    """Return the workers that a plan asks for."""
     config = plan.config
     each = resources_of_device(plan.device) | config.worker_resources
     return Workers(config.most_devices, config.fewest_devices, plan.device, each, plan.run_uri)
 
 
 def resources_of_device(device: Device) -> dict[str, float]:
-    """Ray resources of a worker that has one, where nobody asks for others."""
+    """Return the default Ray resources per worker."""
     return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
 
 
 @contextmanager
-def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, or a local one sized to the workers that ends with the block.
+def cluster(workers: Workers, progress: Callable[[str], None]) -> Iterator[None]:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one sized to the workers; the block ends it.
 
     Args:
-        workers: What has to find its place.
-        tell: Told that it waits for the cluster to scale up, where it does, and to what.
+        workers: What the cluster has to hold.
+        progress: Called with a line while the cluster has to scale up.
 
     Raises:
         ClusterError: it cannot be joined, or has too little and cannot scale up to it.
@@ -93,7 +90,7 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
     else:
         os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
         ray.init(
-            address="local",  # else Ray joins one that somebody started on this machine
+            address="local",  # else Ray joins a cluster that another process started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
             num_gpus=_gpus_here(workers),
             resources={
@@ -107,7 +104,7 @@ def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
     try:
         growth = _missing(workers, address)
         if growth:
-            tell(f"waiting for the cluster to scale up: {growth}")
+            progress(f"waiting for the cluster to scale up: {growth}")
         yield
     finally:
         ray.shutdown()
@@ -122,7 +119,7 @@ def _gpus_here(workers: Workers) -> int:
 
 
 def ask_cluster(workers: Workers, address: str) -> str:
-    """What a cluster has for the workers; nothing is started there.
+    """Describe whether a cluster can hold the workers, without starting any.
 
     Raises:
         ClusterError: it cannot be joined, or has too little and cannot scale up to it.
@@ -148,15 +145,15 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
 
 
 def _runtime_environment(device: Device) -> dict[str, Any]:
-    """What workers get besides what the job server, if it started this driver, gives them: Ray takes nothing twice."""
+    """Return the runtime environment without the keys that Ray's job server has set: Ray rejects a key that is set twice."""
     submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
-    variables = {STATE_VARIABLE: str(state_directory())}  # a path: the keys themselves never travel
+    variables = {STATE_VARIABLE: str(state_directory())}  # a path: access keys never leave the machine
     if limit := os.environ.get(LIMIT_VARIABLE):
         variables[LIMIT_VARIABLE] = limit
     variables |= _allocator(device) if device == "cuda" else _NO_GPUS
-    of_the_job = submitted.get("env_vars") or {}
+    submitted_variables = submitted.get("env_vars") or {}
     environment: dict[str, Any] = {
-        "env_vars": {name: value for name, value in variables.items() if name not in of_the_job}
+        "env_vars": {name: value for name, value in variables.items() if name not in submitted_variables}
     }
     if "working_dir" not in submitted:
         environment |= {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
@@ -164,31 +161,31 @@ def _runtime_environment(device: Device) -> dict[str, Any]:
 
 
 def _allocator(device: Device) -> dict[str, str]:
-    """How workers keep memory, where nobody has said it already."""
+    """Return the allocator settings of workers; variables that the user has set win."""
     if device == "cpu":
         return {name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()}
-    said = {name: os.environ[name] for name in _NAMES_OF_GPU_ALLOCATOR if name in os.environ}
-    return said or GPU_ALLOCATOR
+    chosen = {name: os.environ[name] for name in _NAMES_OF_GPU_ALLOCATOR if name in os.environ}
+    return chosen or GPU_ALLOCATOR
 
 
 def _missing(workers: Workers, address: str | None) -> str | None:
-    """What a cluster has to scale up to before the fewest workers find their places; None where they do now.
+    """Describe what a cluster has to scale up to before the minimum of workers can start; None where it can now.
 
     Args:
-        workers: What has to find its place.
-        address: Of the cluster that is joined; None where it is this machine.
+        workers: What the cluster has to hold.
+        address: The address of a joined cluster; None for a local one.
 
     Raises:
         ClusterError: it has too little, and cannot scale up to it.
     """
     has = ray.cluster_resources()
     short = _short(workers.at_least, has)
-    most = state.get_max_resources_from_cluster_config() or {}  # of autoscalers that tell
+    most = autoscaler_maximum()
     listed = _listed(short, has, most)
     may_grow = (
         all(most.get(resource, 0) >= amount for resource, amount in short.items())
         if most
-        else _has_node_groups()
+        else has_node_groups()
     )
     if short and not may_grow:
         raise ClusterError(
@@ -207,38 +204,32 @@ def _missing(workers: Workers, address: str | None) -> str | None:
 
 
 def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, float]:
-    """Resource -> what is needed of it, where the cluster has less."""
+    """Return the needed amount of each resource that the cluster has less of."""
     return {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
 
 
 def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
-    """What is needed, beside what the cluster has and, where an autoscaler tells, may have at most."""
+    """List the needed amounts beside what the cluster has and, if its autoscaler says so, can scale up to."""
 
-    def said(name: str, amount: float) -> str:
+    def amount_of(name: str, amount: float) -> str:
         return format_bytes(int(amount)) if name.endswith("memory") else f"{amount:g}"
 
     return ", ".join(
-        f"{name} {said(name, amount)} (has {said(name, has.get(name, 0))}"
-        f"{f', at most {said(name, most.get(name, 0))}' if most else ''})"
+        f"{name} {amount_of(name, amount)} (has {amount_of(name, has.get(name, 0))}"
+        f"{f', at most {amount_of(name, most.get(name, 0))}' if most else ''})"
         for name, amount in short.items()
     )
 
 
 def _describe_least(workers: Workers) -> str:
-    """The beginning of a sentence on what they need."""
+    """Return the subject and verb of a sentence about what they need."""
     return f"{workers.least} workers need" if workers.least > 1 else "a worker needs"
 
 
 def lacking(workers: Workers) -> str | None:
-    """What a cluster that has lost nodes lacks before the workers find their places again; None where it lacks nothing."""
+    """Describe what a cluster that has lost nodes lacks for the minimum of workers; None where it lacks nothing."""
     has = ray.cluster_resources()
     short = _short(workers.at_least, has)
     if not short:
         return None
     return f"waiting for the cluster to have what {_describe_least(workers)}: {_listed(short, has, {})}"
-
-
-def _has_node_groups() -> bool:
-    """Whether something (KubeRay, an autoscaler) makes the cluster's nodes, so that more may come."""
-    cluster = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
-    return any(node.ray_node_type_name for node in cluster.node_states)

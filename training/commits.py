@@ -1,74 +1,152 @@
-"""Saved checkpoints become committed ones while training goes on: staged, uploaded by every node, published by rank 0."""
+"""The way of a checkpoint: save -> upload -> publish -> report -> prune, while training continues."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runs.layout import METRICS_FILE, Claim, Manifest, checkpoint_uri, metrics_lines
+from runs.layout import (
+    METRICS_FILE,
+    Claim,
+    DataPosition,
+    FileRecord,
+    Manifest,
+    checkpoint_uri,
+    metrics_lines,
+)
 from training import checkpoints
 from training.claims import ClaimError, check_claim
 from training.events import CheckpointCommitted
-from training.place import Place
+from training.place import World
+from training.plan import RunPlan
+from training.strategy import zero_stage
 from utils.bucket import BucketError, Store
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from training.speed import Throughput
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray")
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint on the nodes' disks, and what was known when it was saved."""
+class SavedCheckpoint:
+    """A checkpoint on the nodes' disks, with what was known when it was saved."""
 
     directory: Path
-    """Written by every rank, changed by nobody any more."""
+    """Written by every rank, and complete."""
     manifest: Manifest
     """Without its files."""
     metrics: str
     """The lines of metrics.jsonl up to this step."""
     committed: CheckpointCommitted
-    """What is told when it exists."""
+    """The event to report once the checkpoint is committed."""
 
 
-class Commits:
-    """Commits one checkpoint at a time behind training's back; every rank has one and makes the same calls.
+def describe_saved(
+    plan: RunPlan, world: World, throughput: "Throughput", directory: Path, state: "TrainerState"
+) -> SavedCheckpoint:
+    """Describe the checkpoint that transformers has just saved.
+
+    Args:
+        plan: The run.
+        world: This worker.
+        throughput: The counts up to this step.
+        directory: The checkpoint, on this node.
+        state: transformers' state at this step.
+    """
+    step, epoch = state.global_step, state.epoch or 0.0
+    eval_loss = next(
+        (entry["eval_loss"] for entry in state.log_history if entry["step"] == step and "eval_loss" in entry),
+        None,
+    )
+    manifest = Manifest(
+        step=step,
+        epoch=epoch,
+        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
+        world_size=world.world_size,
+        zero_stage=zero_stage(plan.deepspeed),
+        config_hash=plan.config_hash,
+        data=plan.data,
+        data_position=DataPosition(
+            epoch=step // plan.steps_per_epoch,
+            steps_in_epoch=step % plan.steps_per_epoch,
+            rows_seen=throughput.trained.rows,
+        ),
+        parent=plan.parent,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=package_versions(),
+        files=[],
+    )
+    event = committed_event(plan, step, throughput)
+    return SavedCheckpoint(directory, manifest, metrics_lines(state.log_history), event)
+
+
+def committed_event(plan: RunPlan, step: int, throughput: "Throughput") -> CheckpointCommitted:
+    """Return the event for a checkpoint of this run at `step`."""
+    return CheckpointCommitted(
+        step=step,
+        uri=checkpoint_uri(plan.run_uri, step),
+        tokens=throughput.trained.tokens,
+        trained_tokens=throughput.trained.trained_tokens,
+        speed=throughput.speed(),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a run's outcome depends on."""
+    return {package: version(package) for package in _PACKAGES}
+
+
+@dataclass(frozen=True)
+class CommitContext:
+    """What every commit of an attempt needs."""
+
+    store: Store
+    """The run."""
+    claim: Claim
+    """The claim of the driver that started this worker."""
+    world: World
+    """This worker."""
+    keep: int
+    """How many of the best checkpoints to retain."""
+    describe: "Callable[[Path, TrainerState], SavedCheckpoint]"
+    """See `describe_saved`."""
+    report: Callable[[CheckpointCommitted], None]
+    """Called on every rank, on the committing thread, when a checkpoint is committed."""
+
+
+class CheckpointCommitter:
+    """Commits one checkpoint at a time in the background; every rank has one and makes the same calls.
 
     As a context it ends with the last commit. Errors of a commit surface at the next call: a run whose checkpoints do
-    not reach the bucket does not go on.
+    not reach the bucket must not continue.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        claim: Claim,
-        place: Place,
-        committed: list[Manifest],
-        *,
-        keep: int,
-        on_commit: Callable[[CheckpointCommitted], None],
-    ):
-        """Every rank calls it.
+    def __init__(self, context: CommitContext, committed: list[Manifest]):
+        """Create it on every rank.
 
         Args:
-            store: The run.
-            claim: Of the driver that started this worker.
-            place: This worker.
-            committed: What the run has already.
-            keep: How many of the best to keep.
-            on_commit: Called on every rank, on the thread that commits, when a checkpoint exists.
+            context: The run and this worker.
+            committed: The checkpoints that the run has already.
         """
-        self._store = store
-        self._claim = claim
-        self._place = place.patient()
+        self._context = context
+        self._store = context.store
+        self._world = context.world.with_patient_group()
         self._committed = committed
-        self._keep = keep
-        self._on_commit = on_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None
         self._recording: Future[None] | None = None
 
-    def __enter__(self) -> "Commits":
+    def __enter__(self) -> "CheckpointCommitter":
         return self
 
     def __exit__(
@@ -76,74 +154,86 @@ class Commits:
     ) -> None:
         if error is None:
             self.wait()
-        self._thread.shutdown()  # what is being committed is worth its time, even when training has failed
+        self._thread.shutdown()  # a running commit is worth finishing, even after training has failed
 
-    def start(self, saved: Saved) -> None:
-        """Begin to commit; waits only for the one before.
+    def save(self, directory: Path, state: "TrainerState") -> None:
+        """Start to commit the checkpoint that transformers has just saved; see `start`."""
+        self.start(self._context.describe(directory, state))
+
+    def start(self, saved: SavedCheckpoint) -> None:
+        """Start to commit a checkpoint; wait only for the previous commit.
 
         Raises:
-            BucketError: the one before could not be committed.
-            ClaimError: another driver has taken the run over.
+            BucketError: the previous checkpoint could not be committed.
+            ClaimError: another driver has taken over the run.
         """
         self.wait()
         self._running = self._thread.submit(self._commit, saved)
 
     def check(self) -> None:
-        """Raise, as `start`, when the running one has failed; does not wait."""
+        """Raise, as `start`, if the running commit has failed; do not wait."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being committed; raises as `start`."""
+        """Wait for the running commit; raise as `start`."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
-    @property
-    def newest_checkpoint(self) -> str | None:
-        """The URI of the last one that is committed, or will have been."""
+    def latest_checkpoint(self) -> str | None:
+        """Wait for the running commit, and return the URI of the latest committed checkpoint."""
         self.wait()
         return checkpoint_uri(self._store.uri, self._committed[-1].step) if self._committed else None
 
     def record(self, log: Sequence[Mapping[str, Any]]) -> None:
-        """Begin to write metrics.jsonl ahead of the next checkpoint, which writes it again; rank 0 calls it.
+        """Start to write metrics.jsonl ahead of the next checkpoint, which writes it again; rank 0 calls it.
 
-        It waits for nothing, and does nothing where the last record is still on its way. That one could not be written is for
-        the next checkpoint to tell, which cannot be written either.
+        It never waits, and does nothing while the previous record is being written. A failure is left to the next
+        checkpoint, which cannot be written either.
 
         Args:
-            log: As of `metrics_lines`.
+            log: As for `metrics_lines`.
         """
         if self._recording is None or self._recording.done():
             self._recording = self._thread.submit(self._record, log)
 
     def _record(self, log: Sequence[Mapping[str, Any]]) -> None:
         with suppress(BucketError, ClaimError):
-            check_claim(self._store, self._claim)
+            check_claim(self._store, self._context.claim)
             self._store.write(METRICS_FILE, metrics_lines(log).encode())
 
-    def _commit(self, saved: Saved) -> None:
-        place, step = self._place, saved.manifest.step
-        place.gather(None)  # every rank has written its files
-        files = checkpoints.checkpoint_files(saved.directory) if place.local_rank == 0 else []
-        files_of_ranks = place.gather(files)
-        # Nodes save the same model files: the lowest rank's copy counts.
-        taken = {file for files_of_rank in files_of_ranks[: place.rank] for file in files_of_rank}
-        records = checkpoints.upload_files(
-            self._store, step, saved.directory, [file for file in files if file not in taken]
-        )
-        all_records = [record for records_of_rank in place.gather(records) for record in records_of_rank]
-        manifest = saved.manifest.model_copy(
-            update={"files": sorted(all_records, key=lambda record: record.path)}
-        )
-        if place.rank == 0:
-            check_claim(self._store, self._claim)
-            self._store.write(METRICS_FILE, saved.metrics.encode())
-            checkpoints.commit(self._store, manifest)
-        place.gather(None)  # it exists
-        self._on_commit(saved.committed)
-        if place.local_rank == 0:
+    def _commit(self, saved: SavedCheckpoint) -> None:
+        manifest = self._upload(saved)
+        self._publish(manifest, saved.metrics)
+        self._context.report(saved.committed)
+        if self._world.local_rank == 0:
             shutil.rmtree(saved.directory)
+        self._prune(manifest)
+
+    def _upload(self, saved: SavedCheckpoint) -> Manifest:
+        """Upload each node's files; return the manifest with the files of all nodes."""
+        world = self._world
+        world.gather(None)  # every rank has written its files
+        files = checkpoints.checkpoint_files(saved.directory) if world.local_rank == 0 else []
+        files_of_ranks = world.gather(files)
+        # Nodes save the same model files: the lowest rank uploads them.
+        taken = {file for files_of_rank in files_of_ranks[: world.rank] for file in files_of_rank}
+        own = [file for file in files if file not in taken]
+        records = checkpoints.upload_files(self._store, saved.manifest.step, saved.directory, own)
+        uploaded: list[FileRecord] = [record for records in world.gather(records) for record in records]
+        return saved.manifest.model_copy(update={"files": sorted(uploaded, key=lambda record: record.path)})
+
+    def _publish(self, manifest: Manifest, metrics: str) -> None:
+        """Write the manifest on rank 0, after which the checkpoint exists."""
+        if self._world.rank == 0:
+            check_claim(self._store, self._context.claim)
+            self._store.write(METRICS_FILE, metrics.encode())
+            checkpoints.commit(self._store, manifest)
+        self._world.gather(None)  # no rank continues before it is published
+
+    def _prune(self, manifest: Manifest) -> None:
+        """Delete the checkpoints that are not retained, on rank 0."""
         self._committed = [*self._committed, manifest]
-        if place.rank == 0:
-            self._committed = checkpoints.prune(self._store, self._committed, self._keep)
+        if self._world.rank == 0:
+            self._committed = checkpoints.prune(self._store, self._committed, self._context.keep)

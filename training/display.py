@@ -29,12 +29,12 @@ from training.events import (
     ModelReady,
     Notice,
     Phase,
-    PlacesFound,
-    PlacesWanted,
-    Refused,
+    Rejected,
     Restored,
     StepDone,
     WorkersFailed,
+    WorkersStarted,
+    WorkersWaiting,
 )
 from training.memory import MemoryReport
 from training.plan import PlanReport
@@ -236,7 +236,7 @@ class Watch:
                 self._line(f"step {step}  checkpoint {uri}")
             case Notice(text):
                 show_warning(self._progress.console, text)
-            case Restored() | WorkersFailed() | Refused() | PlacesWanted() | PlacesFound():
+            case Restored() | WorkersFailed() | Rejected() | WorkersWaiting() | WorkersStarted():
                 pass  # the result says it; who waits for places is told what is missing
 
     def _line(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A held-out set answered by what a run has trained, on Ray workers, and scored against the answers that stand there."""
+"""Evaluation of a trained model on a held-out set: Ray workers generate answers, which are scored against the rows' own."""
 
 import json
 import os
@@ -23,11 +23,10 @@ from training.data.sources import DataError, RowError, find_files, open_file
 from training.data.templates import Renderer
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
-from training.job import classify
+from training.failures import causes_of, classify
 from training.models.kernels import Device
 from training.prompting import encode_prompt, stop_tokens
 from training.trained import TrainedModel
-from training.worker_groups import causes_of
 from utils.bucket import BucketError, join_uri, open_store
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def evaluate(
         data: URI of the rows.
         name: Of the evaluation in the run; None: that of the file and the step.
         how: What is asked for.
-        progress: Told what is done, and how much of it, 0 to 1.
+        progress: Called with the current activity and its completed share, 0 to 1.
 
     Raises:
         DataError: rows that cannot be answered or compared.
@@ -196,7 +195,7 @@ def read_questions(
         raise DataError(
             f"{len(faults):,} of {len(faults) + len(questions):,} rows cannot be evaluated:\n"
             + "\n".join(faults[:_MAX_SHOWN])
-            + f"{more}\nMend or remove them."
+            + f"{more}\nFix or remove these rows."
         )
     if not questions:
         raise DataError(f"{data}: holds no rows. Name a file with at least one.")
@@ -345,7 +344,7 @@ def _answer(
     answers: dict[int, str] = {}
     workers = Workers(how.num_devices, how.num_devices, how.device, each, trained.run_uri)
     progress("starting the workers", 0)
-    with cluster(workers, tell=lambda text: progress(text, 0)):
+    with cluster(workers, progress=lambda text: progress(text, 0)):
         actor: Any = ray.remote(_Worker).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))
         pool = ActorPool([actor.remote(trained, how) for _ in range(min(how.num_devices, len(batches)))])
         try:

@@ -1,4 +1,4 @@
-"""What the workers tell the driver while they run; it is carried by a small actor."""
+"""Events that the workers emit to the driver while they run, and the actor that carries them."""
 
 import asyncio
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from utils.errors import AnnealError
 
 @dataclass(frozen=True)
 class Phase:
-    """What rank 0 is doing now."""
+    """The phase that rank 0 is in."""
 
     text: str
     fraction: float | None = None
-    """How much of it is done, where that can be told."""
+    """Completed share from 0 to 1, if known."""
 
 
 @dataclass(frozen=True)
-class PlacesWanted:
-    """The workers, if there were any, are gone, and Ray looks for places for others."""
+class WorkersWaiting:
+    """No worker group is running; Ray waits for resources to start one."""
 
 
 @dataclass(frozen=True)
-class PlacesFound:
-    """All workers have theirs."""
+class WorkersStarted:
+    """A worker group has its resources and starts."""
 
     workers: int
 
 
 @dataclass(frozen=True)
 class ModelReady:
-    """The model as it was really built."""
+    """The model as built."""
 
     parameters: int
     trainable_parameters: int
@@ -39,7 +39,7 @@ class ModelReady:
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimizer step."""
+    """A completed optimizer step."""
 
     step: int
     max_steps: int
@@ -49,116 +49,133 @@ class StepDone:
     mfu: float | None
     peak_memory_bytes: int
     figures: dict[str, float]
-    """What the task reports beside the loss."""
+    """Task-specific metrics beside the loss."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation."""
+    """A completed evaluation."""
 
     step: int
     epoch: float
     eval_loss: float
     figures: dict[str, float]
-    """What the task reports beside the loss."""
+    """Task-specific metrics beside the loss."""
 
 
 @dataclass(frozen=True)
 class CheckpointCommitted:
-    """A checkpoint that exists in the bucket from now on."""
+    """A checkpoint whose manifest is in the bucket."""
 
     step: int
     uri: str
     tokens: int
-    """Trained on so far, padding not counted."""
+    """Tokens trained on so far, without padding."""
     trained_tokens: int
-    """Those of them that the loss looks at."""
+    """Loss tokens among them."""
     speed: Speed
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The run's own checkpoint that this attempt goes on from; `speed` is of what this attempt trained, nothing."""
+    """The run's own checkpoint that this attempt resumes from; its `speed` is empty."""
 
     checkpoint: CheckpointCommitted
 
 
+FailureKind = Literal["out of memory", "worker lost", "error"]
+
+
+@dataclass(frozen=True)
+class FailureCause:
+    """Why one worker failed, classified by `training.failures.causes_of` where Ray's exception is at hand."""
+
+    kind: FailureKind
+    line: str
+    """The line of the exception's message that names the cause."""
+
+
 @dataclass(frozen=True)
 class WorkersFailed:
-    """The workers are started again, for these causes: what each of those that failed said, as Ray tells it."""
+    """Workers failed, and Ray restarts the group."""
 
-    causes: tuple[str, ...]
+    causes: tuple[FailureCause, ...]
+    """One per failed worker, by rank."""
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A worker met what starting it again cannot mend."""
+class Rejected:
+    """An error that only the user can fix; restarting the workers would not help."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What a person should know of, while the run goes on."""
+    """A message for the user; the run continues."""
 
     text: str
 
 
 Event = (
     Phase
-    | PlacesWanted
-    | PlacesFound
+    | WorkersWaiting
+    | WorkersStarted
     | ModelReady
     | StepDone
     | Evaluated
     | CheckpointCommitted
     | Restored
     | WorkersFailed
-    | Refused
+    | Rejected
     | Notice
 )
 
 
+Request = Literal["stop", "regroup"]
+"""What workers can be asked for after a step."""
+
+
 class UnrecordedError(AnnealError):
-    """A run that ended without a result.json; the message says how it ended, and why the file cannot be written."""
+    """A run ended and its result.json cannot be written; the message names both causes."""
 
     exit_code = 1
 
 
 class WorkersFailedError(AnnealError):
-    """Workers of an evaluation that failed; the message says how."""
+    """Workers of an evaluation failed; the message names the cause."""
 
     exit_code = 1
 
 
 class DivergedError(AnnealError):
-    """A loss or a gradient that is no number any more; the message says at which step, on which rows, and what is left."""
+    """A NaN or infinite loss or gradient; the message names step, rows and last good checkpoint."""
 
 
 class EventMailbox:
-    """A Ray actor that hands events from rank 0 to the driver. Nobody polls: questions are answered when there is news."""
+    """A Ray actor between rank 0, Ray's controller and the driver. Nobody polls: a call returns when it has an answer."""
 
     def __init__(self):
         self._events: list[Event] = []
         self._news = asyncio.Event()
-        self._asked: Literal["stop", "regroup"] | None = None
-        self._is_asked = asyncio.Event()
-        self._at_rest = False
-        self._refused = False
+        self._requested: Request | None = None
+        self._is_requested = asyncio.Event()
+        self._paused = False
+        self._rejected = False
         self._failures: dict[int, str] = {}
         self._closed = False
         self._controller: Any = None
         self._is_controlled = asyncio.Event()
 
     async def put(self, event: Event) -> None:
-        """Called by rank 0, which does not wait for it."""
+        """Queue an event for the driver; rank 0 and the controller call it without waiting."""
         self._events.append(event)
         if isinstance(event, CheckpointCommitted):
             self._failures.clear()
         self._news.set()
 
     async def take(self) -> list[Event] | None:
-        """Called by the driver: waits for events and returns them; None once there will be no more."""
+        """Wait for events and return them, or None once the mailbox is closed; the driver calls it."""
         await self._news.wait()
         events, self._events = self._events, []
         if self._closed:
@@ -167,66 +184,66 @@ class EventMailbox:
         return events
 
     async def close(self) -> None:
-        """Called by the driver: no worker is left."""
+        """Mark the end of all workers; the driver calls it."""
         self._closed = True
         self._news.set()
         self._is_controlled.set()
 
     async def controlled_by(self, controller: Any) -> None:
-        """Called by Ray's controller, with itself, when it begins."""
+        """Register Ray's controller, which calls it with itself when it starts."""
         self._controller = controller
         self._is_controlled.set()
 
     async def controller(self) -> Any:
-        """Ray's controller as soon as there is one; None where none began."""
+        """Wait for Ray's controller and return it, or None if the mailbox closes before one starts."""
         await self._is_controlled.wait()
         return self._controller
 
-    async def refuse(self, message: str) -> None:
-        """Called by the first worker that meets what starting it again cannot mend."""
-        if not self._refused:
-            self._refused = True
-            await self.put(Refused(message))
+    async def reject(self, message: str) -> None:
+        """Report an error that a restart cannot fix; only the first call counts."""
+        if not self._rejected:
+            self._rejected = True
+            await self.put(Rejected(message))
+
+    async def is_rejected(self) -> bool:
+        """Return whether a worker has rejected the run."""
+        return self._rejected
 
     async def fails_again(self, rank: int, error: str) -> bool:
-        """Called by a worker that met an error: whether it is this rank's last one, with no checkpoint committed since."""
+        """Record a rank's error; return whether it repeats that rank's last one with no checkpoint committed between."""
         if "out of memory" in error:
-            error = "out of memory"  # beside it stands how much was free, and which processes had the rest
+            error = "out of memory"  # the rest of the message names free memory and process ids, which vary
         again = self._failures.get(rank) == error
         self._failures[rank] = error
         return again
 
-    async def is_refused(self) -> bool:
-        """Whether one did."""
-        return self._refused
+    async def request_stop(self) -> None:
+        """Ask the workers to commit a checkpoint and exit; the driver calls it after a signal."""
+        self._requested = "stop"
+        self._is_requested.set()
 
-    async def ask_to_stop(self) -> None:
-        """Called by the driver, who got a signal: commit a checkpoint and end."""
-        self._asked = "stop"
-        self._is_asked.set()
+    async def request_regroup(self) -> None:
+        """Ask the workers to commit a checkpoint and pause; Ray's controller calls it to start a larger group."""
+        if self._requested is None:
+            self._requested = "regroup"
+            self._is_requested.set()
 
-    async def ask_to_regroup(self) -> None:
-        """Called by Ray's controller, which has room for more workers: commit a checkpoint and rest."""
-        if self._asked is None:
-            self._asked = "regroup"
-            self._is_asked.set()
+    async def wait_for_request(self) -> Request | None:
+        """Wait for a request and return it."""
+        await self._is_requested.wait()
+        return self._requested
 
-    async def what_is_asked(self) -> Literal["stop", "regroup"] | None:
-        """Returns when something is."""
-        await self._is_asked.wait()
-        return self._asked
+    async def pause(self) -> None:
+        """Mark the workers as committed and waiting to be terminated; rank 0 calls it."""
+        self._paused = True
 
-    async def rest(self) -> None:
-        """Called by rank 0: the workers have committed, and wait for the end of their group."""
-        self._at_rest = True
+    async def is_paused(self) -> bool:
+        """Return whether the workers wait to be terminated."""
+        return self._paused
 
-    async def is_at_rest(self) -> bool:
-        """Whether they do."""
-        return self._at_rest
-
-    async def go_on(self) -> None:
-        """Called by Ray's controller before it starts a group: nobody rests, and there is nothing to make room for."""
-        self._at_rest = False
-        if self._asked == "regroup":
-            self._asked = None
-            self._is_asked.clear()
+    async def clear_regroup(self) -> None:
+        """Forget a regroup request; Ray's controller calls it before it starts a group."""
+        self._paused = False
+        if self._requested == "regroup":
+            self._requested = None
+            self._is_requested.clear()

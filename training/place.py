@@ -1,4 +1,4 @@
-"""Where a worker stands in the run, and how it talks with the others."""
+"""A worker's ranks in the run, and its communication with the other workers."""
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -6,13 +6,13 @@ from typing import Any
 
 import ray.train
 
-# A node may move a large checkpoint for hours while the others wait to hear of it; a lost one is noticed at once.
+# Other ranks may wait for hours while a node transfers a large checkpoint; a lost node is noticed at once.
 _LONGEST_TRANSFER = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Place:
-    """One worker among all."""
+class World:
+    """One worker's view of all workers: its ranks and their process group."""
 
     rank: int
     local_rank: int
@@ -20,11 +20,11 @@ class Place:
     local_world_size: int
     node_rank: int
     group: Any = None
-    """The torch process group that it talks in; None is the one that training uses."""
+    """The torch process group for its collectives; None is the default group, which training uses."""
 
     @classmethod
-    def of_ray(cls) -> "Place":
-        """As Ray Train placed it."""
+    def from_ray(cls) -> "World":
+        """Read the ranks from Ray Train's context."""
         context = ray.train.get_context()
         return cls(
             context.get_world_rank(),
@@ -34,8 +34,8 @@ class Place:
             context.get_node_rank(),
         )
 
-    def patient(self) -> "Place":
-        """The same place with a group of its own, which waits for hours and may be used beside training. Every rank calls it."""
+    def with_patient_group(self) -> "World":
+        """Return a copy with its own gloo group, which waits for hours and runs beside training. Every rank must call it."""
         if self.world_size == 1:
             return self
         import torch
@@ -43,7 +43,7 @@ class Place:
         return replace(self, group=torch.distributed.new_group(backend="gloo", timeout=_LONGEST_TRANSFER))
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; a barrier as well."""
+        """Return every rank's value, by rank; it is also a barrier."""
         if self.world_size == 1:
             return [value]
         import torch
@@ -52,13 +52,13 @@ class Place:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def of_rank_0(self, flag: bool) -> bool:
-        """Rank 0's flag, on every rank."""
+    def broadcast(self, flag: bool) -> bool:
+        """Return rank 0's flag on every rank."""
         if self.world_size == 1:
             return flag
         import torch
 
-        # NCCL takes nothing else; and a run on CPU sees its node's GPUs, which others may fill.
+        # NCCL takes CUDA tensors only. A CPU run must not use its node's GPUs, which other jobs may fill.
         device = "cuda" if torch.distributed.get_backend(self.group) == "nccl" else "cpu"
         shared = torch.tensor([flag], dtype=torch.uint8, device=device)
         torch.distributed.broadcast(shared, src=0, group=self.group)

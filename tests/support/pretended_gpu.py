@@ -180,14 +180,14 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
     """What a worker does from the model to the last step, with the largest batch rehearsed behind the first."""
     from training.models.kernels import KernelChoice
     from training.models.tokenizer import load_tokenizer
-    from training.place import Place
+    from training.place import World
     from training.plan import RunPlan
     from training.worker import model_request, peak_flops, prepare_process
 
     plan = RunPlan.model_validate_json(plan_file.read_text())
     if provider != "torch":
         plan = plan.model_copy(update={"device": "cuda", "kernels": KernelChoice(provider, "")})  # pyright: ignore[reportArgumentType]
-    prepare_process(plan, Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
+    prepare_process(plan, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     if provider == "unsloth":
         from unsloth.kernels import cross_entropy_loss
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.ray_cluster import needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
-from training.job import _Trainer
+from training.ray_internals import DatasetsCallback, LeanTorchTrainer, PlacementGroupCleanerCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,12 +42,12 @@ def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(
 ):
     """They would delay every start; a newer Ray that starts them otherwise shows here."""
     monkeypatch.setenv("RAY_ADDRESS", address)
-    trainer = _Trainer(
+    trainer = LeanTorchTrainer(
         lambda: None,
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="any", failure_config=FailureConfig()),
     )
-    everything = [type(callback) for callback in super(_Trainer, trainer)._create_default_callbacks()]
+    everything = [type(callback) for callback in super(LeanTorchTrainer, trainer)._create_default_callbacks()]
     assert needless <= set(everything)
     ours = [type(callback) for callback in trainer._create_default_callbacks()]
     assert ours == [callback for callback in everything if callback not in needless]
@@ -59,7 +57,7 @@ GPUS_OF_A_WORKER = """
 import os
 import ray
 from training.cluster import Workers, cluster
-with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage="/tmp/runs"), tell=print):
+with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage="/tmp/runs"), progress=print):
     seen = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
     print("seen:", repr(ray.get(seen.remote())))
 """

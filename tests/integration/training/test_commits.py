@@ -23,15 +23,15 @@ from tests.support.stored_runs import manifest_of
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.claims import ClaimError, claimed
-from training.commits import Commits, Saved
+from training.commits import CheckpointCommitter, CommitContext, SavedCheckpoint
 from training.events import CheckpointCommitted, Event, Notice
-from training.place import Place
+from training.place import World
 from training.restoring import Restoring
 from training.weights import fetch_weights
 from utils.bucket import BucketError, Store, open_store
 from utils.embedded_bucket import EmbeddedBucket
 
-ALONE = Place(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0)
+ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0)
 BUCKET = "commits"
 
 
@@ -59,22 +59,37 @@ def nobody(owner: str) -> None:
     raise AssertionError(f"waits for {owner}")
 
 
-def saved(directory: Path, step: int, eval_loss: float | None = None) -> Saved:
+def saved(directory: Path, step: int, eval_loss: float | None = None) -> SavedCheckpoint:
     place = directory / f"checkpoint-{step}"
     (place / "shards").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(os.urandom(100_000))
     (place / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
     told = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
-    return Saved(place, manifest_of(step, float(step), eval_loss), "{}\n", told)
+    return SavedCheckpoint(place, manifest_of(step, float(step), eval_loss), "{}\n", told)
+
+
+def undescribed(directory: Path, state: object) -> SavedCheckpoint:
+    raise AssertionError(f"{directory}: these tests describe their checkpoints themselves")
+
+
+def committer_of(
+    store: Store,
+    claim: Claim,
+    *,
+    keep: int = 1,
+    on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None,
+) -> CheckpointCommitter:
+    context = CommitContext(store, claim, ALONE, keep, describe=undescribed, report=on_commit)
+    return CheckpointCommitter(context, reading.committed(store))
 
 
 @contextmanager
 def commits_of(
     store: Store, *, keep: int = 1, on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None
-) -> Iterator[Commits]:
+) -> Iterator[CheckpointCommitter]:
     with (
         claimed(store, waiting=nobody) as claim,
-        Commits(store, claim, ALONE, reading.committed(store), keep=keep, on_commit=on_commit) as commits,
+        committer_of(store, claim, keep=keep, on_commit=on_commit) as commits,
     ):
         yield commits
 
@@ -344,7 +359,7 @@ def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_p
     store = open_store(run_uri)
     with claimed(store, waiting=nobody) as claim:
         former = Claim.model_validate(claim.model_dump() | {"number": claim.number - 1, "token": "former"})
-        with Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits:
+        with committer_of(store, former) as commits:
             commits.record([{"loss": 1.5, "step": 1}])
         assert store.read_if_exists(METRICS_FILE) is None
         store.write(checkpoint_key(1, "model.safetensors"), b"the new owner's, on its way")
@@ -353,7 +368,7 @@ def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_p
         assert [item.key for item in store.list("checkpoints/")] == [checkpoint_key(1, "model.safetensors")]
         with (
             pytest.raises(ClaimError, match="taken over"),
-            Commits(store, former, ALONE, [], keep=1, on_commit=lambda committed: None) as commits,
+            committer_of(store, former) as commits,
         ):
             commits.start(saved(tmp_path, 1))
     assert steps(store) == []

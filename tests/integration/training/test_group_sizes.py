@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import ray
 from ray.train import ScalingConfig
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision
 
 from training.events import EventMailbox
+from training.ray_internals import NoopDecision, ResizeDecision, ScalingDecision
 from training.worker_groups import GroupSizes
 
 COUNTS = (2, 6)

@@ -74,7 +74,7 @@ def _watch_callbacks(module: Any) -> None:
         while (
             _is_held("in_step_until_stop", state.global_step)
             and args.process_index == 0
-            and not self.asked_to_stop()
+            and not self.is_requested()
         ):
             time.sleep(0.01)
         end_step(self, args, state, *others, **named)

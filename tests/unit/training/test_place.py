@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from training.place import Place
+from training.place import World
 
 WORLD_SIZE = 2
 
@@ -19,15 +19,15 @@ def _exchange(rank: int, directory: Path) -> None:
     )
     # A worker on CPU can see the GPUs of its node; torch's CPU build raises an error as soon as one is used.
     torch.cuda.is_available = lambda: True
-    place = Place(rank=rank, local_rank=rank, world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, node_rank=0)
-    patient = place.patient()
+    world = World(rank=rank, local_rank=rank, world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, node_rank=0)
+    patient = world.with_patient_group()
     received = {
         # Each rank passes another flag: only rank 0's may arrive.
-        "true": place.of_rank_0(rank == 0),
-        "false": place.of_rank_0(rank != 0),
-        "gathered": place.gather({"rank": rank}),
+        "true": world.broadcast(rank == 0),
+        "false": world.broadcast(rank != 0),
+        "gathered": world.gather({"rank": rank}),
         "own group": patient.group is not None,
-        "patient true": patient.of_rank_0(rank == 0),
+        "patient true": patient.broadcast(rank == 0),
         "patient gathered": patient.gather(rank),
     }
     torch.save(received, directory / f"{rank}.pt")
