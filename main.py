@@ -172,7 +172,7 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
         from training.devices import check_devices_are_here
         from training.display import Watch, show_completed, show_error, show_page, show_plan, show_result
         from training.paths import make_scratch_directory, needs_embedded_bucket
-        from training.plan import make_plan
+        from training.planner import make_plan
         from utils.embedded_bucket import embedded_bucket
         from utils.files import write_atomically
 

@@ -44,7 +44,7 @@ def make_model(settings: dict[str, Any]) -> None:
 def plan(settings: dict[str, Any]) -> None:
     """In a process of its own, since it imports what Unsloth must be imported before."""
     from configs.loading import load_config
-    from training.plan import make_plan
+    from training.planner import make_plan
 
     made, _, _ = make_plan(load_config(Path(settings["yaml"])), progress=lambda *_: None)  # pyright: ignore[reportArgumentType]
     Path(settings["plan"]).write_text(made.model_dump_json())

@@ -17,7 +17,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from runs.layout import RunResult
 from training.addresses import TOKEN_ADVICE, ClusterError
 from training.models.files import first_line
-from training.plan import PlanReport, Progress, make_plan
+from training.plan import PlanReport
+from training.planner import Progress, make_plan
 from training.travel import Packed
 from utils.bucket import BucketError, NotFoundError
 

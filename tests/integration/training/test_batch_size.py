@@ -13,7 +13,8 @@ from tests.support.stored_runs import manifest_of
 from tests.support.tiny_model import make_model, write_data
 from training.data.batches import pad_to_multiple_of
 from training.data.prepared import fetch_prepared
-from training.plan import RunPlan, make_plan
+from training.plan import RunPlan
+from training.planner import make_plan
 from training.trainers import collate_rows
 from training.worker import model_request
 from utils.bucket import open_store

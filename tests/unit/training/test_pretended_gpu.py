@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 from configs.loading import load_config
 from tests.support.kernel_processes import found_by, found_without_triton
 from tests.support.tiny_model import make_model
-from training.plan import make_plan
+from training.planner import make_plan
 
 ANSWERS = {
     "2+2?": "4",
