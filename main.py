@@ -27,6 +27,7 @@ from configs.loading import LoadedConfig, default_keys, load_config, to_marked_y
 from configs.schema import ExportConfig
 from runs import commands as looking
 from training import commands as using
+from training.addresses import ClusterTarget, target_cluster
 from utils.console import library_output_in, open_consoles
 from utils.errors import AnnealError
 from utils.processes import FORWARDED, importing, run_in_own_session
@@ -65,11 +66,12 @@ def main(arguments: list[str]) -> int:
     command = ["python", "main.py", str(options.config), *options.overrides]
     if options.submit:
         return submit(loaded, options, [*command, "--submit", options.submit])
-    if options.dry_run or os.environ.get("RAY_ADDRESS"):
-        return plan_and_run(loaded, options, command, began)
+    target = target_cluster()
+    if options.dry_run or not target.is_local:
+        return plan_and_run(loaded, options, command, began, target)
     # Ray's own processes must outlive a signal to the process group, until the checkpoint is committed. Those of a cluster do,
     # and its job server signals each of a job's processes by itself.
-    return run_in_own_session(lambda: plan_and_run(loaded, options, command, began))
+    return run_in_own_session(lambda: plan_and_run(loaded, options, command, began, target))
 
 
 def look(arguments: list[str]) -> int:
@@ -87,7 +89,7 @@ def look(arguments: list[str]) -> int:
 def use(arguments: list[str]) -> int:
     """Carry out a command that uses what was trained; returns the exit code."""
     options = using.parse_arguments(arguments)
-    set_ray_up()
+    set_ray_up(target_cluster())
     try:
         using.run_command(options)
     except AnnealError as error:
@@ -150,22 +152,26 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def set_ray_up() -> None:
+def set_ray_up(target: ClusterTarget) -> None:
     """Settings that Ray reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The cluster of one machine gets no notice of preemption; watching for it is a process on cores that train.
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if os.environ.get("RAY_ADDRESS") else "0"
-    )
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if target.is_local else "1")
     # A report waits for the next health check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Its patch of print breaks the hashing of datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 
-def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: list[str], began: float) -> int:
+def plan_and_run(
+    loaded: LoadedConfig,
+    options: argparse.Namespace,
+    command: list[str],
+    began: float,
+    target: ClusterTarget,
+) -> int:
     """Everything behind the file: the plan, the run, the report."""
-    set_ray_up()
+    set_ray_up(target)
     with importing():
         from training.addresses import check_cluster_answers
         from training.data.report import to_html
@@ -184,18 +190,18 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
         with ExitStack() as stack:
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(progress))
-            check_cluster_answers()
+            check_cluster_answers(target)
             if needs_embedded_bucket(loaded.config):
                 watch.phase("starting the embedded bucket")
                 stack.enter_context(embedded_bucket())
-            plan, report, prepared = make_plan(loaded, progress=watch.checking)
-            if options.dry_run and (address := os.environ.get("RAY_ADDRESS")):
+            plan, report, prepared = make_plan(loaded, target=target, progress=watch.checking)
+            if options.dry_run and target.address:
                 watch.phase("asking the cluster")
                 from training.cluster import ask_cluster, workers_of
 
-                report = report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
+                report = report.model_copy(update={"cluster": ask_cluster(workers_of(plan), target.address)})
             if not options.dry_run and not report.completed:
-                check_devices_are_here(plan.config, plan.device)
+                check_devices_are_here(plan.config, plan.device, target)
             if options.dry_run or not report.completed:
                 show_plan(screen, report)
             if report.completed:
@@ -240,10 +246,12 @@ def plan_and_run(loaded: LoadedConfig, options: argparse.Namespace, command: lis
 
 def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]) -> int:
     """Check the run from here, hand it over as a job, and follow it; returns the exit code of the job's own main.py."""
-    # The cluster of this run, for whoever asks: the checks, which then look for no GPU here, and Ray's client.
-    os.environ["RAY_ADDRESS"] = options.submit
+    target = ClusterTarget(options.submit)
+    os.environ["RAY_ADDRESS"] = (
+        options.submit
+    )  # Ray's client prefers the variable to the address it is handed
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-    set_ray_up()
+    set_ray_up(target)
     from training import submission
     from training.addresses import check_job_server_answers
     from training.display import (
@@ -268,7 +276,7 @@ def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]
                 check_job_server_answers(options.submit)
                 watch.phase("packing")
                 packed = pack(loaded, Path(directory))
-                checked = submission.check_from_here(packed, watch.checking)
+                checked = submission.check_from_here(packed, target, watch.checking)
                 report = None if isinstance(checked, str) else checked
                 if report and report.completed and not loaded.config.export:  # an export may be left to do
                     show_completed(progress)

@@ -688,13 +688,6 @@ def deepspeed_preset_path(preset: DeepspeedPreset) -> Path:
     return DEEPSPEED_DIRECTORY / f"{preset}.json"
 
 
-def zero_stage_by_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> int | None:
-    """The ZeRO stage that a preset or a file's name tells; None without DeepSpeed or when the name does not
-    say."""
-    match = re.search(r"(?:zero|stage)[_-]?([123])", _deepspeed_name(deepspeed))
-    return int(match[1]) if match else None
-
-
 def _deepspeed_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> str:
     if isinstance(deepspeed, DeepspeedFile):
         return Path(deepspeed.config_path).name.lower()
@@ -949,13 +942,16 @@ def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     offloads = "offload" in _deepspeed_name(config.deepspeed)
-    if zero_stage_by_name(config.deepspeed) == 3 and config.load_in_4bit:
+    is_zero_3 = isinstance(config.deepspeed, str) and config.deepspeed.startswith(
+        "zero_3"
+    )  # of a file, the plan knows
+    if is_zero_3 and config.load_in_4bit:
         yield (
             "load_in_4bit",
             "`load_in_4bit` does not work with ZeRO-3, which cannot shard 4-bit weights: "
             "write `deepspeed: zero_2`, or `load_in_4bit: false`",
         )
-    if zero_stage_by_name(config.deepspeed) == 3 and config.kernels == "unsloth":
+    if is_zero_3 and config.kernels == "unsloth":
         yield (
             "kernels",
             "`kernels: unsloth` does not work with ZeRO-3: write `kernels: liger` or `torch`, or use zero_2",

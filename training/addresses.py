@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from dataclasses import dataclass
 
 from utils.errors import AnnealError
 
@@ -15,13 +16,31 @@ class ClusterError(AnnealError):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
 
 
-def check_cluster_answers() -> None:
-    """Make sure that something listens where RAY_ADDRESS points; Ray itself goes on trying for minutes.
+@dataclass(frozen=True)
+class ClusterTarget:
+    """Where a run's workers are placed: a cluster, or this machine."""
+
+    address: str | None
+    """The cluster's address, or that of the job server that takes the run; None: a cluster of this machine, started for the run."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the workers run on this machine."""
+        return self.address is None
+
+
+def target_cluster() -> ClusterTarget:
+    """Return the cluster that RAY_ADDRESS names. Called once, at the entrance: everything else is handed the result."""
+    return ClusterTarget(os.environ.get("RAY_ADDRESS") or None)
+
+
+def check_cluster_answers(target: ClusterTarget) -> None:
+    """Make sure that something listens where RAY_ADDRESS points; Ray itself retries for minutes.
 
     Raises:
         ClusterError: nothing answers, or it is a job server, which no driver can join.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = target.address or ""
     if address.startswith(("http://", "https://")):
         raise ClusterError(
             f"RAY_ADDRESS: {address} is a job server. Hand the run over to it with --submit {address}, or write RAY_ADDRESS=HEAD:6379 "

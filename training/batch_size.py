@@ -6,6 +6,7 @@ from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import run_of
 from runs.reading import newest, survey
+from training.addresses import ClusterTarget
 from training.continuation import batch_size_of
 from training.data.batches import BatchShape
 from training.data.summary import DataSummary
@@ -18,7 +19,9 @@ from utils.bucket import open_store
 _CPU_PROCESS = 1_000_000_000
 
 
-def choose_batch_size(config: FinetuneConfig, run_uri: str, storage: str, job: Job | None) -> tuple[int, str]:
+def choose_batch_size(
+    config: FinetuneConfig, run_uri: str, storage: str, job: Job | None, target: ClusterTarget
+) -> tuple[int, str]:
     """What `train_batch_size_per_device: auto` comes to, and why.
 
     A run that goes on keeps what it began with, whatever devices it has now: other batches would round otherwise, and its end
@@ -34,7 +37,7 @@ def choose_batch_size(config: FinetuneConfig, run_uri: str, storage: str, job: J
     key = "train_batch_size_per_device: auto"
     if job is None:
         raise ConfigError(f"{key}: nobody has counted what layers such as this model's need. Write a number.")
-    name, available = accelerator_of(config, job.device)
+    name, available = accelerator_of(config, job.device, target)
     if job.device == "cpu":
         memory = config.worker_resources.get("memory")
         if memory is None:

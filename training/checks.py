@@ -1,12 +1,12 @@
 """Checks that reject a run before a cluster is asked for: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import FinetuneConfig, LoraConfig, MlflowLogger, WandbLogger
+from training.addresses import ClusterTarget
 from training.continuation import adapter_differences, misfits
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
@@ -49,13 +49,13 @@ def is_importable(provider: str) -> bool:
     return importlib.util.find_spec(provider) is not None
 
 
-def check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
+def check_disk(base_model: str, facts: ModelFacts, scratch: Path, target: ClusterTarget) -> None:
     """Make sure that this node's disk takes the model's files.
 
     Raises:
         ModelError: it has too little free space.
     """
-    if is_hub_id(base_model) or not is_remote(base_model) or os.environ.get("RAY_ADDRESS"):
+    if is_hub_id(base_model) or not is_remote(base_model) or not target.is_local:
         return  # the hub's cache and other nodes' disks are looked at where they are
     missing, free = (
         missing_bytes(base_model, scratch / "cache" / "models", is_model_file),

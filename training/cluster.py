@@ -15,7 +15,7 @@ from ray._private.state import state
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-from training.addresses import TOKEN_ADVICE, ClusterError
+from training.addresses import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.models.files import first_line
 from training.models.kernels import Device
 from training.plan import RunPlan
@@ -77,17 +77,18 @@ def resources_of_device(device: Device) -> dict[str, float]:
 
 
 @contextmanager
-def cluster(workers: Workers, tell: Callable[[str], None]) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, or a local one sized to the workers that ends with the block.
+def cluster(workers: Workers, target: ClusterTarget, tell: Callable[[str], None]) -> Iterator[None]:
+    """The cluster that is the target, or a local one sized to the workers that ends with the block.
 
     Args:
         workers: What has to find its place.
+        target: The cluster to join.
         tell: Told that it waits for the cluster to scale up, where it does, and to what.
 
     Raises:
         ClusterError: it cannot be joined, or has too little and cannot scale up to it.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = target.address
     if address:
         _join(address, _runtime_environment(workers.device))
     else:

@@ -205,13 +205,14 @@ def _ask(errors: Console) -> str:
 
 
 def _evaluate(options: argparse.Namespace, output: Console, errors: Console) -> None:
-    from training.addresses import check_cluster_answers
+    from training.addresses import check_cluster_answers, target_cluster
     from training.devices import choose_device
     from training.display import Watch, show_evaluation
     from training.events import Phase
     from training.trained import trained_model
 
-    check_cluster_answers()
+    target = target_cluster()
+    check_cluster_answers(target)
     with trained_model(options.run, options.data) as trained, _libraries_quiet(trained):
         config = trained.config
         asked = {
@@ -219,7 +220,7 @@ def _evaluate(options: argparse.Namespace, output: Console, errors: Console) -> 
             "num_devices": options.num_devices,
             "worker_resources": {},
         }
-        device = choose_device(config.model_copy(update=asked))
+        device = choose_device(config.model_copy(update=asked), target)
         from training.evaluation import HowToEvaluate, evaluate
 
         how = HowToEvaluate(
@@ -227,6 +228,7 @@ def _evaluate(options: argparse.Namespace, output: Console, errors: Console) -> 
             columns=dict(options.columns) or {str(ours): name for ours, name in config.columns.items()},
             num_devices=options.num_devices,
             device=device,
+            target=target,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
         )

@@ -115,7 +115,7 @@ def run_job(
         claimed(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
         ) as claim,
-        cluster(workers, tell=lambda text: on_event(Phase(text))),
+        cluster(workers, plan.resolved.target, tell=lambda text: on_event(Phase(text))),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:
@@ -328,8 +328,9 @@ class _Trainer(TorchTrainer):
     cluster that ends with its driver has nothing to clean, and the driver would wait for it, sometimes 12 s.
     """
 
-    def __init__(self, *arguments: Any, sizes: GroupSizes | None = None, **keywords: Any):
+    def __init__(self, *arguments: Any, is_local: bool, sizes: GroupSizes | None = None, **keywords: Any):
         super().__init__(*arguments, **keywords)
+        self._is_local = is_local
         self._sizes = sizes
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -339,7 +340,7 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         needless: list[type] = [DatasetsCallback]
-        if not os.environ.get("RAY_ADDRESS"):
+        if self._is_local:
             needless.append(PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(needless))]
 
@@ -357,6 +358,7 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
     )
     return _Trainer(
         train_worker,
+        is_local=plan.resolved.target.is_local,
         train_loop_config={
             "plan": plan.model_dump(mode="json"),
             "claim": claim.model_dump(mode="json"),

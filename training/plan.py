@@ -8,12 +8,25 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.schema import FinetuneConfig
 from runs.layout import DataFingerprints, RunResult
+from training.addresses import ClusterTarget
 from training.data.batches import BatchShape, Order, pack
 from training.data.report import DataReport
 from training.flops import RowFlops
 from training.memory import MemoryReport
 from training.models.kernels import Device, KernelChoice
 from training.paths import scratch_directory
+from training.strategy import ZeroStage
+
+
+class Resolved(BaseModel):
+    """Decisions that are made once, by the planner, and that everything else reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: ClusterTarget
+    """Where the workers are placed."""
+    zero_stage: ZeroStage
+    kernels: KernelChoice
 
 
 class RunPlan(BaseModel):
@@ -26,7 +39,7 @@ class RunPlan(BaseModel):
     run_name: str
     run_uri: str
     device: Device
-    kernels: KernelChoice
+    resolved: Resolved
     deepspeed: dict[str, Any] | None
     base_model: str
     """Hub id, absolute directory or s3:// prefix of the weights to start from."""
@@ -50,6 +63,11 @@ class RunPlan(BaseModel):
     """What a row is worth; None where nobody has counted it for such layers or such a task."""
     scratch: str
     """Absolute directory for the cache and unfinished files: the driver's; see `on_this_node`."""
+
+    @property
+    def kernels(self) -> KernelChoice:
+        """The kernels that train the model."""
+        return self.resolved.kernels
 
     @property
     def cache(self) -> Path:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from configs.loading import LoadedConfig
 from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
 from training import plan_warnings
+from training.addresses import ClusterTarget
 from training.batch_size import choose_batch_size, describe_batch, describe_packing
 from training.checks import (
     check_adapter,
@@ -55,12 +56,12 @@ from training.models.files import (
     read_model_facts,
     targeted_modules,
 )
-from training.models.kernels import Device, KernelChoice, choose_kernels
+from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer, read_chat_template
 from training.paths import about_key, scratch_directory, storage_path
-from training.plan import PlanReport, RunPlan, order_of
+from training.plan import PlanReport, Resolved, RunPlan, order_of
 from training.starts import newest_of_the_same_run, starting_weights, whole_state
-from training.strategy import check_optimizer, deepspeed_settings, zero_stage
+from training.strategy import Execution, check_optimizer, resolve_execution
 from utils.bucket import check_writable, is_remote, join_uri, open_store
 from utils.files import checksum_bytes
 
@@ -78,9 +79,9 @@ class Progress(Protocol):
 class Settings:
     """Decisions that the YAML and this machine determine, before anything is read."""
 
+    target: ClusterTarget
     device: Device
-    kernels: KernelChoice
-    deepspeed: dict[str, Any] | None
+    execution: Execution
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,14 @@ class Resume:
     """What is wrong with checkpoints of this run that are skipped."""
 
 
-def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
+def make_plan(
+    loaded: LoadedConfig, *, target: ClusterTarget, progress: Progress
+) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
     """Check everything that needs no cluster, cheapest first: settings, storage, model, adapter, data, batch, resume.
 
     Args:
         loaded: The checked YAML.
+        target: Where the workers will be placed.
         progress: Called with each check.
 
     Returns:
@@ -194,14 +198,18 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         AnnealError: the run is rejected; the message says what to fix.
     """
     reject_missing_requirements(loaded)
-    settings = _resolve_settings(loaded.config)
+    settings = _resolve_settings(loaded.config, target)
     storage = _check_storage(loaded.config, progress)
-    model = _read_model(loaded.config, storage, progress)
+    model = _read_model(loaded.config, target, storage, progress)
     adapter = _count_trainable(loaded.config, settings, model)
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     resume = _find_checkpoints(batch, storage, data, progress)
-    memory = report_memory(batch.job, *accelerator_of(batch.config, settings.device)) if batch.job else None
+    memory = (
+        report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
+        if batch.job
+        else None
+    )
     rows = _report_rows(model, data, batch)
     plan = RunPlan(
         config=batch.config,
@@ -209,8 +217,12 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
         run_name=data.run_name,
         run_uri=data.run_uri,
         device=settings.device,
-        kernels=settings.kernels,
-        deepspeed=settings.deepspeed,
+        resolved=Resolved(
+            target=target,
+            zero_stage=settings.execution.zero_stage,
+            kernels=settings.execution.kernels,
+        ),
+        deepspeed=settings.execution.deepspeed,
         base_model=model.base,
         adapter=model.adapter,
         parent=resume.parent_state or model.parent,
@@ -230,10 +242,9 @@ def make_plan(loaded: LoadedConfig, *, progress: Progress) -> tuple[RunPlan, Pla
     return plan, report, data.prepared
 
 
-def _resolve_settings(config: FinetuneConfig) -> Settings:
-    deepspeed = deepspeed_settings(config)
-    device = choose_device(config)
-    return Settings(device, choose_kernels(config, device, zero_stage(deepspeed)), deepspeed)
+def _resolve_settings(config: FinetuneConfig, target: ClusterTarget) -> Settings:
+    device = choose_device(config, target)
+    return Settings(target, device, resolve_execution(config, device))
 
 
 def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
@@ -244,12 +255,12 @@ def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
     return storage
 
 
-def _read_model(config: FinetuneConfig, storage: Storage, progress: Progress) -> Model:
+def _read_model(config: FinetuneConfig, target: ClusterTarget, storage: Storage, progress: Progress) -> Model:
     """Read the base model's facts, the adapter's and the tokenizer; reject what cannot be trained."""
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
     facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
-    check_disk(base, facts, storage.scratch)
+    check_disk(base, facts, storage.scratch, target)
     directory = fetch_model(base, storage.cache, is_tokenizer_file)
     trust = config.trust_remote_code
     check_is_causal(directory, base, trust_remote_code=trust)
@@ -295,7 +306,7 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, model: Model) -
     else:
         trained = model.facts.parameters
     if settings.device == "cuda":
-        check_optimizer(config, zero_stage(settings.deepspeed), trained)
+        check_optimizer(config, settings.execution.zero_stage, trained)
     return Adapter(new_shapes, trained)
 
 
@@ -386,11 +397,12 @@ def _plan_batches(
         adapter=model.adapter_facts,
         device=settings.device,
         longest=_longest_sequence(config, train),
+        execution=settings.execution,
         new_adapter=adapter.new_shapes,
     )
     reason = ""
     if config.train_batch_size_per_device == "auto":
-        rows, reason = choose_batch_size(config, data.run_uri, storage.uri, job)
+        rows, reason = choose_batch_size(config, data.run_uri, storage.uri, job, settings.target)
         config = config.with_batch_size(rows)
         job = job and replace(job, config=config)
     order = order_of(config, data.train.index.length, train.longest, config.most_devices)
@@ -452,7 +464,7 @@ def _warnings(
     memory: MemoryReport | None,
     rows: DataReport,
 ) -> Iterator[str]:
-    config, device, provider = batch.config, settings.device, settings.kernels.provider
+    config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
     yield from plan_warnings.attention_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
@@ -502,9 +514,9 @@ def _report(
         architecture=model.facts.architecture,
         parameters=model.facts.parameters,
         trainable_parameters=adapter.trainable_parameters,
-        device=describe_device(config, plan.device),
+        device=describe_device(config, plan.device, plan.resolved.target),
         kernels=f"{plan.kernels.provider} ({plan.kernels.reason})",
-        parallelism=f"DeepSpeed ZeRO-{zero_stage(plan.deepspeed)}"
+        parallelism=f"DeepSpeed ZeRO-{plan.resolved.zero_stage}"
         if plan.deepspeed
         else ("DDP" if config.most_devices > 1 else "one worker"),
         batch=describe_batch(config, batch.reason),

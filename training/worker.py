@@ -42,7 +42,6 @@ from training.models.tokenizer import load_tokenizer
 from training.place import Place
 from training.plan import RunPlan
 from training.restoring import Restoring
-from training.strategy import zero_stage
 from utils.bucket import Store, open_store
 from utils.console import library_output_in
 from utils.errors import AnnealError
@@ -370,7 +369,7 @@ def model_request(
         lora=config.lora_config,
         device=plan.device,
         dtype=config.dtype,
-        zero_stage=zero_stage(plan.deepspeed),
+        zero_stage=plan.resolved.zero_stage,
         load_in_4bit=config.load_in_4bit,
         flash_attention_2=config.flash_attention_2,
         packing=config.packing,
@@ -411,7 +410,7 @@ def _saved(
         epoch=epoch,
         eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
         world_size=place.world_size,
-        zero_stage=zero_stage(plan.deepspeed),
+        zero_stage=plan.resolved.zero_stage,
         config_hash=plan.config_hash,
         data=plan.data,
         data_position=DataPosition(

@@ -11,6 +11,7 @@ from tests.support.front_door import run_main_quickly
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.stored_runs import manifest_of
 from tests.support.tiny_model import make_model, write_data
+from training.addresses import ClusterTarget
 from training.data.batches import pad_to_multiple_of
 from training.data.prepared import fetch_prepared
 from training.plan import RunPlan
@@ -41,7 +42,7 @@ def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
     config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
-    plan, _, _ = make_plan(load_config(config), progress=lambda *_: None)
+    plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None), progress=lambda *_: None)
     return plan
 
 

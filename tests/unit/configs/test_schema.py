@@ -11,7 +11,6 @@ from configs.schema import (
     LoraConfig,
     config_hash,
     deepspeed_preset_path,
-    zero_stage_by_name,
 )
 
 LORA: dict[str, Any] = {"lora_config": {"r": 8}}
@@ -99,7 +98,6 @@ def test_a_config_does_not_change():
     [
         ({"load_in_4bit": True}, "lora_config"),
         ({"load_in_4bit": True, "deepspeed": "zero_3", **LORA}, "ZeRO-3"),
-        ({"load_in_4bit": True, "deepspeed": {"config_path": "a/my_zero_3.json"}, **LORA}, "ZeRO-3"),
         ({"kernels": "unsloth", "deepspeed": "zero_3_offload_optim"}, "liger"),
         ({"gradient_checkpointing": "unsloth", "kernels": "torch"}, "write `true`"),
         ({"kernels": "liger", "device": "cpu"}, "needs a GPU"),
@@ -308,7 +306,7 @@ def test_a_preset_leaves_the_optimizer_to_the_yaml(preset: Any):
     assert config(deepspeed=preset).deepspeed == preset
     assert "optimizer" not in said
     assert "scheduler" not in said
-    assert zero["stage"] == zero_stage_by_name(preset)
+    assert zero["stage"] == int(preset.split("_")[1])
     assert "auto" not in zero.values()
     assert said["bf16"] == {"enabled": "auto"}
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):

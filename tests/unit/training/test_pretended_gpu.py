@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 from configs.loading import load_config
 from tests.support.kernel_processes import found_by, found_without_triton
 from tests.support.tiny_model import make_model
+from training.addresses import ClusterTarget
 from training.planner import make_plan
 
 ANSWERS = {
@@ -123,7 +124,9 @@ class Runs:
             settings[key] = str(self._directory / settings[key])
         (directory / "config.yaml").write_text(yaml.safe_dump(settings))
         plan, _, _ = make_plan(
-            load_config(directory / "config.yaml"), progress=lambda what, fraction=None, figures="": None
+            load_config(directory / "config.yaml"),
+            target=ClusterTarget(None),
+            progress=lambda what, fraction=None, figures="": None,
         )
         (directory / "plan.json").write_text(plan.model_dump_json())
 
