@@ -48,8 +48,10 @@ def plan(settings: dict[str, Any]) -> None:
     from training.planner import make_plan
 
     made, _, _ = make_plan(
-        load_config(Path(settings["yaml"])), target=ClusterTarget(None), progress=lambda *_: None  # pyright: ignore[reportArgumentType]
-    )  # pyright: ignore[reportArgumentType]
+        load_config(Path(settings["yaml"])),
+        target=ClusterTarget(None),
+        progress=lambda *_: None,  # pyright: ignore[reportArgumentType]
+    )
     Path(settings["plan"]).write_text(made.model_dump_json())
 
 

@@ -11,6 +11,7 @@ from configs.schema import (
     LoraConfig,
     config_hash,
     deepspeed_preset_path,
+    uri_fields,
 )
 
 LORA: dict[str, Any] = {"lora_config": {"r": 8}}
@@ -336,3 +337,31 @@ def test_lora_fields_are_pefts():
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     assert set(LoraConfig.model_fields) - names == {"task_type"}
+
+
+def test_uri_fields_are_found_by_their_types():
+    found = uri_fields(
+        config(
+            model_id="s3://b/model",
+            train_path=["a.jsonl", "s3://b/c.jsonl"],
+            valid_path="hf://datasets/o/n",
+            initial_adapter_model_ckpt_path="run:one",
+            export={"merge": True, "to": "s3://b/exports"},
+            storage_path="s3://b/runs",
+        )
+    )
+    assert [(field.key, field.kind, field.uri) for field in found] == [
+        ("model_id", "model", "s3://b/model"),
+        ("initial_adapter_model_ckpt_path", "model", "run:one"),
+        ("train_path", "data", "a.jsonl"),
+        ("train_path", "data", "s3://b/c.jsonl"),
+        ("valid_path", "data", "hf://datasets/o/n"),
+        ("storage_path", "storage", "s3://b/runs"),
+        ("export.to", "storage", "s3://b/exports"),
+    ]
+
+
+def test_weighted_sources_are_uri_fields():
+    sources = [{"path": "a.jsonl", "weight": 1.0}, {"path": "s3://b/c.jsonl", "weight": 2.0}]
+    found = [field.uri for field in uri_fields(config(train_path=sources)) if field.key == "train_path"]
+    assert found == ["a.jsonl", "s3://b/c.jsonl"]
