@@ -383,7 +383,7 @@ def test_a_damaged_run(look: Look, storage: Store):
     storage.write(f"a/{CONFIG_FILE}", b":::{")
     assert f"{uri}/{CONFIG_FILE} is not the configuration" in refusal(look("show", uri))
     storage.write(f"a/{CONFIG_FILE}", b"a: [")
-    assert f"{uri}/{CONFIG_FILE} is no YAML any more" in refusal(look("show", uri))
+    assert f"{uri}/{CONFIG_FILE} is not valid YAML" in refusal(look("show", uri))
     storage.write(f"a/{METRICS_FILE}", b'{"step": 1}\n{"st')
     assert f"{uri}/{METRICS_FILE} is cut off, of another version of Anneal, or none of ours" in refusal(
         look("show", uri)
