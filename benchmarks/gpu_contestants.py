@@ -44,9 +44,14 @@ def make_model(settings: dict[str, Any]) -> None:
 def plan(settings: dict[str, Any]) -> None:
     """In a process of its own, since it imports what Unsloth must be imported before."""
     from configs.loading import load_config
-    from training.plan import make_plan
+    from training.addresses import ClusterTarget
+    from training.planner import make_plan
 
-    made, _, _ = make_plan(load_config(Path(settings["yaml"])), progress=lambda *_: None)  # pyright: ignore[reportArgumentType]
+    made, _, _ = make_plan(
+        load_config(Path(settings["yaml"])),
+        target=ClusterTarget(None),
+        progress=lambda *_: None,  # pyright: ignore[reportArgumentType]
+    )
     Path(settings["plan"]).write_text(made.model_dump_json())
 
 
@@ -70,7 +75,7 @@ def alone(settings: dict[str, Any]) -> None:
     model_directory = fetch_model(made.base_model, made.cache, is_model_file)
     rows = fetch_prepared(made.train, made.cache, made.prepared)
     request = model_request(made, model_directory, None, rows, None)
-    model = build_model(made.kernels.provider, request)
+    model = build_model(made.resolved.kernels.provider, request)
     order = made.order(rows.index.length, rows.summary.longest, 1)
     throughput = Throughput(
         order,

@@ -10,6 +10,7 @@ import math
 import re
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -92,9 +93,19 @@ def _memory_in_bytes(resources: object) -> object:
 
 Text = Annotated[str, Field(min_length=1)]
 _BUCKETS = ("s3", "gs", "az", "abfs")
-ModelUri = Annotated[Text, _uri(*_BUCKETS, "file")]
-DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file")]
-StorageUri = Annotated[Text, _uri(*_BUCKETS, "file")]
+UriKind = Literal["model", "data", "storage"]
+
+
+@dataclass(frozen=True)
+class _UriMark:
+    """Marks a type as a URI, so that `uri_fields` finds the fields that have it."""
+
+    kind: UriKind
+
+
+ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("model")]
+DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
+StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
 ACCELERATOR = "accelerator_type:"
 """What the names of Ray's resources for kinds of GPUs begin with."""
@@ -688,13 +699,6 @@ def deepspeed_preset_path(preset: DeepspeedPreset) -> Path:
     return DEEPSPEED_DIRECTORY / f"{preset}.json"
 
 
-def zero_stage_by_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> int | None:
-    """The ZeRO stage that a preset or a file's name tells; None without DeepSpeed or when the name does not
-    say."""
-    match = re.search(r"(?:zero|stage)[_-]?([123])", _deepspeed_name(deepspeed))
-    return int(match[1]) if match else None
-
-
 def _deepspeed_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> str:
     if isinstance(deepspeed, DeepspeedFile):
         return Path(deepspeed.config_path).name.lower()
@@ -949,13 +953,16 @@ def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     offloads = "offload" in _deepspeed_name(config.deepspeed)
-    if zero_stage_by_name(config.deepspeed) == 3 and config.load_in_4bit:
+    is_zero_3 = isinstance(config.deepspeed, str) and config.deepspeed.startswith(
+        "zero_3"
+    )  # of a file, the plan knows
+    if is_zero_3 and config.load_in_4bit:
         yield (
             "load_in_4bit",
             "`load_in_4bit` does not work with ZeRO-3, which cannot shard 4-bit weights: "
             "write `deepspeed: zero_2`, or `load_in_4bit: false`",
         )
-    if zero_stage_by_name(config.deepspeed) == 3 and config.kernels == "unsloth":
+    if is_zero_3 and config.kernels == "unsloth":
         yield (
             "kernels",
             "`kernels: unsloth` does not work with ZeRO-3: write `kernels: liger` or `torch`, or use zero_2",
@@ -969,6 +976,42 @@ def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "optim",
             f"`optim: {config.optim}` cannot be offloaded to CPU memory: write `optim: adamw_torch`",
         )
+
+
+@dataclass(frozen=True)
+class UriField:
+    """A URI that a configuration gives."""
+
+    key: str
+    """The YAML's key; dotted in a section. All items of a list have the list's key."""
+    kind: UriKind
+    uri: str
+
+
+def uri_fields(config: FinetuneConfig) -> tuple[UriField, ...]:
+    """Return every URI of the configuration, by the types of its fields."""
+    return tuple(_uris_below(config, ""))
+
+
+def _uris_below(section: Section, above: str) -> Iterator[UriField]:
+    for name, field in type(section).model_fields.items():
+        key, value = f"{above}{name}", getattr(section, name)
+        kind = next(_uri_kinds(*field.metadata, field.annotation), None)
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, DataSource):
+                yield UriField(key, "data", item.path)
+            elif isinstance(item, Section):
+                yield from _uris_below(item, f"{key}.")
+            elif kind and item is not None:
+                yield UriField(key, kind, item)
+
+
+def _uri_kinds(*annotations: Any) -> Iterator[UriKind]:
+    for annotation in annotations:
+        if isinstance(annotation, _UriMark):
+            yield annotation.kind
+        else:
+            yield from _uri_kinds(*get_args(annotation))
 
 
 def sections_of(annotation: Any) -> Iterator[type[Section]]:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from runs.layout import (
@@ -28,7 +27,7 @@ from runs.layout import (
     default_storage,
     run_of,
 )
-from runs.reading import eval_losses_of, read_claim, read_metrics, read_result, survey
+from runs.reading import eval_losses_of, read_claim, read_config, read_metrics, read_result, survey
 from utils.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
 _REQUESTS_AT_ONCE = 32
@@ -123,7 +122,9 @@ def read_run(uri: str) -> RunDetails:
     result = read_result(store)
     metrics = read_metrics(store)
     manifests, damage = survey(store)
-    config = _read_config(store)
+    stored = read_config(store)
+    if stored and stored.damage:
+        raise DamagedError(CONFIG_FILE, stored.damage)
     return RunDetails(
         **dict(summary),
         train_loss=next((line.loss for line in reversed(metrics) if line.loss is not None), None),
@@ -132,7 +133,7 @@ def read_run(uri: str) -> RunDetails:
         else eval_losses_of(metrics),
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
         damage=damage,
-        config=config,
+        config=stored.keys if stored else {},
         result=result,
     )
 
@@ -173,20 +174,6 @@ def check_run(uri: str) -> None:
                 f"{uri}: there is no such run; `main.py runs {place}` lists what is there"
             ) from error
         raise
-
-
-def _read_config(store: Store) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(store.read_if_exists(CONFIG_FILE) or b"") or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DamagedError(
-            CONFIG_FILE, f"{store.uri_of(CONFIG_FILE)} is no YAML any more ({str(error).splitlines()[0]})"
-        ) from error
-    if not isinstance(config, dict):
-        raise DamagedError(
-            CONFIG_FILE, f"{store.uri_of(CONFIG_FILE)} is not the configuration that Anneal writes"
-        )
-    return config
 
 
 def _checkpoint(uri: str, manifest: Manifest) -> CheckpointSummary:

@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
+from configs.schema import FinetuneConfig
 from runs.layout import (
     CHECKPOINTS,
+    CONFIG_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
@@ -45,6 +50,43 @@ def read_result(store: Store, key: str = RESULT_FILE) -> RunResult | None:
         raise DamagedError(
             key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the run's end writes it again"
         ) from error
+
+
+@dataclass(frozen=True)
+class StoredConfig:
+    """A run's config.yaml."""
+
+    keys: dict[str, Any]
+    """As it is stored; empty where it is damaged."""
+    config: FinetuneConfig | None
+    """None where it is damaged, or of a version with other keys."""
+    damage: str | None
+    """Why it is no configuration of any version."""
+
+
+def read_config(store: Store) -> StoredConfig | None:
+    """Return a run's config.yaml, None where it has none. Never rejects its content: that is up to the caller.
+
+    Args:
+        store: The run.
+
+    Raises:
+        BucketError: it cannot be read.
+    """
+    content = store.read_if_exists(CONFIG_FILE)
+    if content is None:
+        return None
+    uri = store.uri_of(CONFIG_FILE)
+    try:
+        keys = yaml.safe_load(content) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return StoredConfig({}, None, f"{uri} is not valid YAML ({str(error).splitlines()[0]})")
+    if not isinstance(keys, dict):
+        return StoredConfig({}, None, f"{uri} is not the configuration that Anneal writes")
+    try:
+        return StoredConfig(keys, FinetuneConfig.model_validate(keys), None)
+    except ValidationError:
+        return StoredConfig(keys, None, None)
 
 
 def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:

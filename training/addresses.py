@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from dataclasses import dataclass
 
 from utils.errors import AnnealError
 
@@ -15,26 +16,42 @@ class ClusterError(AnnealError):
     """The cluster cannot take the job; the message says what it lacks and what to do."""
 
 
-def set_ray_environment() -> None:
+@dataclass(frozen=True)
+class ClusterTarget:
+    """Where a run's workers are placed: a cluster, or this machine."""
+
+    address: str | None
+    """The cluster's address, or that of the job server that takes the run; None: a cluster of this machine, started for the run."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the workers run on this machine."""
+        return self.address is None
+
+
+def target_cluster() -> ClusterTarget:
+    """Return the cluster that RAY_ADDRESS names. Called once, at the entrance: everything else is handed the result."""
+    return ClusterTarget(os.environ.get("RAY_ADDRESS") or None)
+
+
+def set_ray_environment(target: ClusterTarget) -> None:
     """Set what Ray reads from the environment when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A local cluster gets no preemption notices, and watching for them is a process on the cores that train.
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if os.environ.get("RAY_ADDRESS") else "0"
-    )
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if target.is_local else "1")
     # A report waits for the next health check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray's patch of print breaks the hashing of datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 
-def check_cluster_answers() -> None:
-    """Make sure that something listens where RAY_ADDRESS points; Ray itself goes on trying for minutes.
+def check_cluster_answers(target: ClusterTarget) -> None:
+    """Make sure that something listens where RAY_ADDRESS points; Ray itself retries for minutes.
 
     Raises:
         ClusterError: nothing answers, or it is a job server, which no driver can join.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = target.address or ""
     if address.startswith(("http://", "https://")):
         raise ClusterError(
             f"RAY_ADDRESS: {address} is a job server. Hand the run over to it with --submit {address}, or write RAY_ADDRESS=HEAD:6379 "

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from training.addresses import TOKEN_ADVICE, ClusterError
+from training.addresses import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.models.files import first_line
 from training.models.kernels import Device
 from training.plan import RunPlan
@@ -74,17 +74,18 @@ def resources_of_device(device: Device) -> dict[str, float]:
 
 
 @contextmanager
-def cluster(workers: Workers, progress: Callable[[str], None]) -> Iterator[None]:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local one sized to the workers; the block ends it.
+def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], None]) -> Iterator[None]:
+    """Connect to the target cluster, or start a local one sized to the workers; the block ends it.
 
     Args:
         workers: What the cluster has to hold.
+        target: The cluster to join.
         progress: Called with a line while the cluster has to scale up.
 
     Raises:
         ClusterError: it cannot be joined, or has too little and cannot scale up to it.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = target.address
     if address:
         _join(address, _runtime_environment(workers.device))
     else:

@@ -102,15 +102,16 @@ def evaluate_command(
     Raises:
         WorkersFailedError: the workers failed.
     """
-    from training.addresses import check_cluster_answers, set_ray_environment
+    from training.addresses import check_cluster_answers, set_ray_environment, target_cluster
     from training.devices import choose_device
     from training.display import Watch
     from training.events import Phase
     from training.trained import trained_model
 
-    set_ray_environment()
+    target = target_cluster()
+    set_ray_environment(target)
     output, errors = open_consoles()
-    check_cluster_answers()
+    check_cluster_answers(target)
     with trained_model(run, data) as trained, _libraries_quiet(trained):
         config = trained.config
         asked = {
@@ -118,7 +119,7 @@ def evaluate_command(
             "num_devices": num_devices,
             "worker_resources": {},
         }
-        chosen = choose_device(config.model_copy(update=asked))
+        chosen = choose_device(config.model_copy(update=asked), target)
         from training.evaluation import HowToEvaluate, evaluate
         from training.screen import show_evaluation
 
@@ -127,6 +128,7 @@ def evaluate_command(
             columns=dict(columns) or {str(ours): name for ours, name in config.columns.items()},
             num_devices=num_devices,
             device=chosen,
+            target=target,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )

@@ -26,7 +26,6 @@ from training.claims import ClaimError, check_claim
 from training.events import CheckpointCommitted
 from training.place import World
 from training.plan import RunPlan
-from training.strategy import zero_stage
 from utils.bucket import BucketError, Store
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def describe_saved(
         epoch=epoch,
         eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
         world_size=world.world_size,
-        zero_stage=zero_stage(plan.deepspeed),
+        zero_stage=plan.resolved.zero_stage,
         config_hash=plan.config_hash,
         data=plan.data,
         data_position=DataPosition(

@@ -4,11 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
-from runs.layout import CONFIG_FILE, Manifest
+from runs.layout import Manifest
+from runs.reading import read_config
 from training.models.files import AdapterFacts, ModelFacts, targeted_modules
 from utils.bucket import Store
 
@@ -44,7 +42,9 @@ def differences(
         config: The configuration now.
         may_change: Keys that are not compared.
     """
-    earlier = _read_config(store)
+    stored = read_config(store)
+    # Of one that cannot be read, the manifest's hash still shows whether something changed.
+    earlier = stored.config if stored else None
     changed = list(_changed_keys(earlier, config, may_change)) if earlier is not None else []
     if manifest.world_size not in config.device_counts and not any("num_devices" in line for line in changed):
         changed.append(f"num_devices: {manifest.world_size} -> {_shown(config.num_devices)}")
@@ -58,21 +58,12 @@ def batch_size_of(store: Store, config: FinetuneConfig) -> int | None:
         store: The earlier run.
         config: The configuration now, which says auto.
     """
-    earlier = _read_config(store)
+    stored = read_config(store)
+    earlier = stored.config if stored else None
     if earlier is None or earlier.num_devices != config.num_devices:
         return None
     rows = earlier.most_devices * earlier.batch_size * earlier.gradient_accumulation_steps
     return earlier.batch_size if rows == config.train_batch_size else None
-
-
-def _read_config(store: Store) -> FinetuneConfig | None:
-    content = store.read_if_exists(CONFIG_FILE)
-    if content is None:
-        return None
-    try:
-        return FinetuneConfig.model_validate(yaml.safe_load(content))
-    except (ValidationError, yaml.YAMLError):
-        return None  # of another version; the manifest's hash still tells whether something changed
 
 
 def _changed_keys(

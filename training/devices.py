@@ -5,11 +5,11 @@ import os
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from training.accelerators import memory_of, named_accelerator
-from training.addresses import ClusterError
+from training.addresses import ClusterError, ClusterTarget
 from training.models.kernels import Device
 
 
-def choose_device(config: FinetuneConfig) -> Device:
+def choose_device(config: FinetuneConfig, target: ClusterTarget) -> Device:
     """What `device` means here.
 
     Raises:
@@ -18,7 +18,7 @@ def choose_device(config: FinetuneConfig) -> Device:
     if config.device == "cpu":
         return "cpu"
     asks_for_gpu = named_accelerator(config.worker_resources) or config.worker_resources.get("GPU")
-    if os.environ.get("RAY_ADDRESS") or asks_for_gpu:
+    if not target.is_local or asks_for_gpu:
         return "cuda"  # a cluster's GPUs cannot be seen from here; the job compares with what the cluster has
     import torch
 
@@ -36,13 +36,13 @@ def choose_device(config: FinetuneConfig) -> Device:
     return "cuda"
 
 
-def check_devices_are_here(config: FinetuneConfig, device: Device) -> None:
+def check_devices_are_here(config: FinetuneConfig, device: Device, target: ClusterTarget) -> None:
     """Make sure that a run without a cluster finds its GPUs on this machine.
 
     Raises:
         ClusterError: there are fewer.
     """
-    if device == "cpu" or os.environ.get("RAY_ADDRESS"):
+    if device == "cpu" or not target.is_local:
         return
     import torch
 
@@ -54,24 +54,26 @@ def check_devices_are_here(config: FinetuneConfig, device: Device) -> None:
         )
 
 
-def describe_device(config: FinetuneConfig, device: Device) -> str:
+def describe_device(config: FinetuneConfig, device: Device, target: ClusterTarget) -> str:
     """What a person reads of the device and the workers."""
     counts = config.device_counts
     fewer = f"{', '.join(map(str, counts[:-1]))} or " if len(counts) > 1 else ""
     workers = f"{fewer}{config.most_devices} worker{'s' if config.most_devices > 1 else ''}"
     cores = os.cpu_count() or 1
-    if device == "cpu" and config.most_devices > cores and not os.environ.get("RAY_ADDRESS"):
+    if device == "cpu" and config.most_devices > cores and target.is_local:
         return f"cpu, {workers} sharing {cores} cores"
     return f"{device}, {workers}"
 
 
-def accelerator_of(config: FinetuneConfig, device: Device) -> tuple[str | None, int | None]:
+def accelerator_of(
+    config: FinetuneConfig, device: Device, target: ClusterTarget
+) -> tuple[str | None, int | None]:
     """(what workers ask for, wherever this is planned, else this machine's GPU; its bytes). None where that is not known."""
     if device == "cpu":
         return None, None
     if accelerator := named_accelerator(config.worker_resources):
         return accelerator, memory_of(accelerator)
-    if os.environ.get("RAY_ADDRESS"):
+    if not target.is_local:
         return None, None
     import torch
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from ray.util import ActorPool
 
 from runs.layout import evaluation_key, run_of
+from training.addresses import ClusterTarget
 from training.checkpoints import CheckpointError, read_manifest
 from training.cluster import Workers, cluster, resources_of_device
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
@@ -48,6 +49,7 @@ class HowToEvaluate:
     """Our name of a column -> the file's."""
     num_devices: int
     device: Device
+    target: ClusterTarget
     batch_size: int
     max_new_tokens: int
 
@@ -344,7 +346,7 @@ def _answer(
     answers: dict[int, str] = {}
     workers = Workers(how.num_devices, how.num_devices, how.device, each, trained.run_uri)
     progress("starting the workers", 0)
-    with cluster(workers, progress=lambda text: progress(text, 0)):
+    with cluster(workers, how.target, progress=lambda text: progress(text, 0)):
         actor: Any = ray.remote(_Worker).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))
         pool = ActorPool([actor.remote(trained, how) for _ in range(min(how.num_devices, len(batches)))])
         try:

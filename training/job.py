@@ -96,7 +96,7 @@ def run_job(
         claimed(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
         ) as claim,
-        cluster(workers, progress=lambda text: on_event(Phase(text))),
+        cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:
@@ -331,6 +331,7 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
     )
     return LeanTorchTrainer(
         train_worker,
+        is_local=plan.resolved.target.is_local,
         train_loop_config={
             "plan": plan.model_dump(mode="json"),
             "claim": claim.model_dump(mode="json"),

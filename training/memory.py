@@ -21,8 +21,8 @@ from training.models.architecture import (
     share_of_experts,
 )
 from training.models.files import AdapterFacts, ModelFacts, is_trained_whole, lora_ranks
-from training.models.kernels import Device, Provider, choose_kernels, offloads_activations
-from training.strategy import check_optimizer, deepspeed_settings, zero_stage
+from training.models.kernels import Device, Provider, offloads_activations
+from training.strategy import Execution, check_optimizer, resolve_execution
 from utils.errors import AnnealError
 from utils.files import format_bytes
 
@@ -51,6 +51,8 @@ class Job:
     device: Device
     longest: int
     """Tokens of the longest sequence of a batch."""
+    execution: Execution
+    """DeepSpeed's settings, ZeRO stage and kernels."""
     new_adapter: Mapping[str, tuple[int, ...]] | None = None
     """Name -> shape of what is trained with a new adapter, where it was counted by PEFT itself."""
 
@@ -113,10 +115,6 @@ def estimate_memory(job: Job) -> MemoryEstimate:
     """Weights, gradients, optimizer, activations and logits of a device.
 
     Left out is what CUDA, NCCL and the allocator's fragments take.
-
-    Raises:
-        ModelError: the kernels cannot serve the job.
-        StrategyError: DeepSpeed's settings cannot be used.
     """
     held = _hold(job)
     kept, works_in, logits = _kept(job, held), _works_in(job, held), _logits(job, held)
@@ -134,8 +132,7 @@ def estimate_memory(job: Job) -> MemoryEstimate:
 
 def _hold(job: Job) -> _Held:
     config = job.config
-    settings = deepspeed_settings(config)
-    stage, bf16, adapts = zero_stage(settings), config.dtype == "bf16", config.trains_adapter
+    stage, bf16, adapts = job.execution.zero_stage, config.dtype == "bf16", config.trains_adapter
     half = 2 if bf16 else _FP32
     shapes = {
         name: shape
@@ -150,11 +147,11 @@ def _hold(job: Job) -> _Held:
     if job.new_adapter is not None:
         shapes = dict(job.new_adapter)
     # On CPU Unsloth computes as transformers and PEFT do.
-    provider = choose_kernels(config, job.device, stage).provider if job.device == "cuda" else "torch"
+    provider = job.execution.kernels.provider if job.device == "cuda" else "torch"
     return _Held(
         provider=provider,
         stage=stage,
-        zero=(settings or {}).get("zero_optimization", {}),
+        zero=(job.execution.deepspeed or {}).get("zero_optimization", {}),
         devices=config.most_devices,
         base=half if adapts or stage else _FP32,  # as training/models/__init__.py loads it
         # DeepSpeed casts what is trained to bf16 and keeps fp32 masters; PEFT holds adapters in fp32 without it.
@@ -456,12 +453,7 @@ class MemoryReport:
 
 
 def report_memory(job: Job, accelerator: str | None, available: int | None) -> MemoryReport:
-    """The estimate, beside what a device has.
-
-    Raises:
-        ModelError: the kernels cannot serve the job.
-        StrategyError: DeepSpeed's settings cannot be used.
-    """
+    """Return the estimate, beside what a device has."""
     estimate = estimate_memory(job)
     verdict: Verdict | None = None
     if available is not None:
@@ -512,10 +504,10 @@ def _savings(job: Job, available: int | None) -> list[Saving]:
     now = estimate_memory(job).total
     found: dict[str, Saving] = {}
     for setting, changes in _alternatives(job):
-        changed = _changed(job, changes)
-        if changed is None:
-            continue
         try:
+            changed = _changed(job, changes)
+            if changed is None:
+                continue
             held = _hold(changed)
             if job.device == "cuda":
                 check_optimizer(changed.config, held.stage, held.trained_entries)
@@ -559,9 +551,18 @@ def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _changed(job: Job, changes: dict[str, Any]) -> Job | None:
-    """The job with other settings; None where they do not go together."""
+    """Return the job with other settings; None where they do not go together.
+
+    Raises:
+        StrategyError, ModelError: DeepSpeed or the kernels cannot serve them.
+    """
     try:
         config = FinetuneConfig.model_validate(job.config.model_dump(exclude_unset=True) | changes)
     except ValidationError:
         return None
-    return replace(job, config=config, longest=min(job.longest, config.context_length or job.longest))
+    return replace(
+        job,
+        config=config,
+        longest=min(job.longest, config.context_length or job.longest),
+        execution=resolve_execution(config, job.device),
+    )

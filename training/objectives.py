@@ -62,10 +62,10 @@ def build_trainer(
         "base_model": plan.base_model,
         "model": model,
         "tokenizer": tokenizer,
-        "loss_of_transformers": plan.device == "cpu" and plan.kernels.provider != "unsloth",
+        "loss_of_transformers": plan.device == "cpu" and plan.resolved.kernels.provider != "unsloth",
     }
     # Unsloth drops the mask by itself, and takes positions for packed rows.
-    masked = plan.kernels.provider == "unsloth" or needs_mask(model)
+    masked = plan.resolved.kernels.provider == "unsloth" or needs_mask(model)
     if config.task == "preference_tuning":
         loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.loading import ConfigError
-from configs.schema import FinetuneConfig
+from configs.schema import FinetuneConfig, uri_fields
 from runs.layout import default_storage
 from training.data.sources import is_hub_dataset
 from utils.bucket import BucketError, NotFoundError, is_remote, uses_embedded_bucket
@@ -49,17 +49,9 @@ def make_scratch_directory(config: FinetuneConfig) -> Path:
 
 
 def needs_embedded_bucket(config: FinetuneConfig) -> bool:
-    """Whether a path of the run lies in the embedded bucket."""
-    uris = [
-        config.model_id,
-        *(source.path for source in (*config.train_sources, *config.valid_sources)),
-        config.initial_base_model_ckpt_path,
-        config.initial_adapter_model_ckpt_path,
-        config.resume_from_checkpoint,
-        storage_path(config),
-        config.export.to if config.export else None,
-    ]
-    return any(uri is not None and uses_embedded_bucket(uri) for uri in uris)
+    """Return whether a URI of the run is in the embedded bucket."""
+    uris = (field.uri for field in uri_fields(config))
+    return uses_embedded_bucket(storage_path(config)) or any(map(uses_embedded_bucket, uris))
 
 
 def absolute(uri: str) -> str:

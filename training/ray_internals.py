@@ -3,7 +3,6 @@
 When Ray is upgraded, this file is the one to check.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,8 +83,15 @@ class LeanTorchTrainer(TorchTrainer):
     groups after the driver is lost; a local cluster ends with its driver, which would wait for the cleaner up to 12 s.
     """
 
-    def __init__(self, *arguments: Any, scaling_policy: ElasticScalingPolicy | None = None, **keywords: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        is_local: bool,
+        scaling_policy: ElasticScalingPolicy | None = None,
+        **keywords: Any,
+    ):
         super().__init__(*arguments, **keywords)
+        self._is_local = is_local
         self._scaling_policy = scaling_policy
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -95,7 +101,7 @@ class LeanTorchTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         needless: list[type] = [DatasetsCallback]
-        if not os.environ.get("RAY_ADDRESS"):
+        if self._is_local:
             needless.append(PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(needless))]
 

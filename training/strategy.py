@@ -1,11 +1,16 @@
 """How a run is spread over devices: plain data parallelism, or DeepSpeed's ZeRO."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from configs.schema import FinetuneConfig, deepspeed_preset_path
+from training.models.kernels import Device, KernelChoice, choose_kernels
 from utils.errors import AnnealError
+
+ZeroStage = Literal[0, 1, 2, 3]
+"""0 is plain data parallelism."""
 
 _OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
 # It hands the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
@@ -14,6 +19,28 @@ _MOST_ENTRIES_OF_BITSANDBYTES = 2**31 - 1
 
 class StrategyError(AnnealError):
     """A DeepSpeed configuration that cannot be used; the message says which file, what and what to do."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is spread over devices, and by which kernels it computes."""
+
+    deepspeed: dict[str, Any] | None
+    """DeepSpeed's own configuration; None for plain data parallelism."""
+    zero_stage: ZeroStage
+    kernels: KernelChoice
+
+
+def resolve_execution(config: FinetuneConfig, device: Device) -> Execution:
+    """Read the DeepSpeed configuration and choose the kernels.
+
+    Raises:
+        StrategyError: the DeepSpeed file cannot be used.
+        ModelError: the kernels cannot serve the run, or are not installed.
+    """
+    settings = deepspeed_settings(config)
+    stage = cast("ZeroStage", settings.get("zero_optimization", {}).get("stage", 0) if settings else 0)
+    return Execution(settings, stage, choose_kernels(config, device, stage))
 
 
 def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
@@ -56,11 +83,6 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
                 f"deepspeed: {path} has a block `{block}`. Take it out, and say it in the YAML: {key}."
             )
     return settings
-
-
-def zero_stage(settings: dict[str, Any] | None) -> int:
-    """The ZeRO stage; 0 is plain data parallelism."""
-    return int(settings.get("zero_optimization", {}).get("stage", 0)) if settings else 0
 
 
 def check_optimizer(config: FinetuneConfig, stage: int, trained: int) -> None:

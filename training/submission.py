@@ -15,9 +15,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from runs.layout import RunResult
-from training.addresses import TOKEN_ADVICE, ClusterError
+from training.addresses import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.models.files import first_line
-from training.plan import PlanReport, Progress, make_plan
+from training.plan import PlanReport
+from training.planner import Progress, make_plan
 from training.travel import Packed
 from utils.bucket import BucketError, NotFoundError
 
@@ -65,7 +66,7 @@ class SubmittedJob:
         return ["ray", "job", "stop", "--address", self.address, self.submission_id]
 
 
-def check_from_here(packed: Packed, progress: Progress) -> PlanReport | str:
+def check_from_here(packed: Packed, target: ClusterTarget, progress: Progress) -> PlanReport | str:
     """The plan that the job will make, so that what refuses it does so now; or why it cannot be made here.
 
     Places that only the cluster sees, or that do not let this machine in, are left to the job, which checks them before it
@@ -80,7 +81,7 @@ def check_from_here(packed: Packed, progress: Progress) -> PlanReport | str:
     loaded = replace(packed.loaded, config=packed.loaded.config.model_copy(update={"output_dir": None}))
     with chdir(packed.directory):
         try:
-            return make_plan(loaded, progress=progress)[1]
+            return make_plan(loaded, target=target, progress=progress)[1]
         except NotFoundError:
             raise
         except BucketError as error:

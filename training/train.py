@@ -16,7 +16,7 @@ from rich.console import Console
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
 from configs.schema import ExportConfig
 from training import commands as model_commands
-from training.addresses import set_ray_environment
+from training.addresses import ClusterTarget, set_ray_environment, target_cluster
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
 from utils.processes import FORWARDED, importing, run_in_own_session
@@ -86,20 +86,23 @@ def run(options: Options, began: float) -> int:
         return DONE
     if options.job_server:
         return submit(loaded, options, options.job_server, screen)
-    if options.dry_run or os.environ.get("RAY_ADDRESS"):
-        return plan_and_train(loaded, options, screen, began)
+    target = target_cluster()
+    if options.dry_run or not target.is_local:
+        return plan_and_train(loaded, options, target, screen, began)
     # A signal to the process group must not end the local cluster before the checkpoint is committed. A remote cluster is out of
     # its reach, and a job server signals each process of a job by itself.
-    return run_in_own_session(lambda: plan_and_train(loaded, options, screen, began))
+    return run_in_own_session(lambda: plan_and_train(loaded, options, target, screen, began))
 
 
-def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began: float) -> int:
+def plan_and_train(
+    loaded: LoadedConfig, options: Options, target: ClusterTarget, screen: Screen, began: float
+) -> int:
     """Plan the run, train it unless it is a dry run, and show the result; return the exit code."""
-    set_ray_environment()
+    set_ray_environment(target)
     with importing():
         from training.display import Watch, show_completed, show_error, show_plan, show_result
         from training.paths import make_scratch_directory
-        from training.plan import make_plan
+        from training.planner import make_plan
 
     try:
         logs = make_scratch_directory(loaded.config) / "logs"
@@ -107,8 +110,8 @@ def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began
         with ExitStack() as stack:
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(screen.progress))
-            _reach_cluster_and_bucket(loaded, stack, watch)
-            plan, report, prepared = make_plan(loaded, progress=watch.checking)
+            _reach_cluster_and_bucket(loaded, target, stack, watch)
+            plan, report, prepared = make_plan(loaded, target=target, progress=watch.checking)
             if options.dry_run:
                 report = _with_cluster(plan, report, watch)
                 show_plan(screen.main, report)
@@ -137,13 +140,15 @@ def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began
     return exported or result.exit_code
 
 
-def _reach_cluster_and_bucket(loaded: LoadedConfig, stack: ExitStack, watch: "Watch") -> None:
+def _reach_cluster_and_bucket(
+    loaded: LoadedConfig, target: ClusterTarget, stack: ExitStack, watch: "Watch"
+) -> None:
     """Check that the cluster answers, and start the embedded bucket where the YAML uses it."""
     from training.addresses import check_cluster_answers
     from training.paths import needs_embedded_bucket
     from utils.embedded_bucket import embedded_bucket
 
-    check_cluster_answers()
+    check_cluster_answers(target)
     if needs_embedded_bucket(loaded.config):
         watch.phase("starting the embedded bucket")
         stack.enter_context(embedded_bucket())
@@ -162,7 +167,7 @@ def _train(
     from training.devices import check_devices_are_here
     from training.display import show_plan
 
-    check_devices_are_here(plan.config, plan.device)
+    check_devices_are_here(plan.config, plan.device, plan.resolved.target)
     show_plan(screen.main, report)
     watch.phase("starting the workers")
     with importing():
@@ -180,8 +185,8 @@ def _train(
 
 
 def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "PlanReport":
-    """Return the report with what the cluster that RAY_ADDRESS names has for the workers."""
-    address = os.environ.get("RAY_ADDRESS")
+    """Return the report with what the target cluster has for the workers."""
+    address = plan.resolved.target.address
     if not address:
         return report
     watch.phase("asking the cluster")
@@ -204,10 +209,12 @@ def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", screen: Screen) -
 
 def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Screen) -> int:
     """Check the run from here, submit it as a job and follow it; return the exit code of the job's own main.py."""
-    # The checks and Ray's client read the cluster from here; the checks then expect no GPU on this machine.
-    os.environ["RAY_ADDRESS"] = job_server
+    target = ClusterTarget(job_server)
+    os.environ["RAY_ADDRESS"] = (
+        job_server  # Ray's client prefers the variable to the address that it is given
+    )
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-    set_ray_environment()
+    set_ray_environment(target)
     from training import submission
     from training.addresses import check_job_server_answers
     from training.display import Watch, show_completed, show_error, show_submitted, show_warning
@@ -226,7 +233,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
                 check_job_server_answers(job_server)
                 watch.phase("packing")
                 packed = pack(loaded, Path(directory))
-                checked = submission.check_from_here(packed, watch.checking)
+                checked = submission.check_from_here(packed, target, watch.checking)
                 report = None if isinstance(checked, str) else checked
                 if (
                     report and report.completed and not loaded.config.export

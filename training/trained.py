@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-from pydantic import ValidationError
-
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import CONFIG_FILE, MANIFEST_FILE, Manifest, default_storage, run_of
 from runs.listing import check_run, run_uri
-from runs.reading import best
+from runs.reading import best, read_config
 from training.checkpoints import describe_no_checkpoint, read_manifest, resolve_start
 from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
 from training.models.kernels import Device
@@ -129,7 +126,7 @@ def trained_model(run: str, *others: str) -> Iterator[TrainedModel]:
             stack.enter_context(embedded_bucket())
         check_run(uri)
         checkpoint = _checkpoint(run, uri)
-        config = _read_config(run_of(checkpoint))
+        config = _config_of(run_of(checkpoint))
         if needs_embedded_bucket(config):
             stack.enter_context(embedded_bucket())
         yield TrainedModel(
@@ -155,14 +152,18 @@ def _checkpoint(run: str, uri: str) -> str:
     return checkpoint.rstrip("/")
 
 
-def _read_config(uri: str) -> FinetuneConfig:
-    store = open_store(uri)
-    try:
-        return FinetuneConfig.model_validate(yaml.safe_load(store.read(CONFIG_FILE)))
-    except (ValidationError, yaml.YAMLError) as error:
+def _config_of(run: str) -> FinetuneConfig:
+    store = open_store(run)
+    stored = read_config(store)
+    if stored is None:
+        raise NotFoundError(
+            f"{store.uri_of(CONFIG_FILE)}: there is no such file. Copy it from where the run was trained."
+        )
+    if stored.config is None:
         raise ConfigError(
             f"{store.uri_of(CONFIG_FILE)}: is damaged, or of another version of this project. Use the one that trained the run."
-        ) from error
+        )
+    return stored.config
 
 
 def _base_of(checkpoint: str) -> str:

@@ -62,7 +62,7 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
         ddp_find_unused_parameters=False,
         # Unsloth's own kind is put into the model; with other kernels it means the usual one.
         gradient_checkpointing=bool(config.gradient_checkpointing)
-        and not (config.gradient_checkpointing == "unsloth" and plan.kernels.provider == "unsloth"),
+        and not (config.gradient_checkpointing == "unsloth" and plan.resolved.kernels.provider == "unsloth"),
         deepspeed=plan.deepspeed,
         eval_strategy="no",  # the schedule callback asks for evaluation and checkpoints
         save_strategy="no",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loading import ConfigError, LoadedConfig, to_yaml
-from configs.schema import DataSource, DeepspeedFile, FinetuneConfig
+from configs.schema import DataSource, DeepspeedFile, FinetuneConfig, uri_fields
 from training.data.sources import is_hub_dataset, matching_files
 from training.models.files import is_hub_id
 from training.models.tokenizer import is_template
@@ -31,13 +31,6 @@ MAX_PACKED_BYTES = 100 * 1024**2
 """Of local files that travel with a job: Ray holds them in the memory of its head, and brings them to every node."""
 
 _FILES = "files"
-_MODEL_KEYS = (
-    "model_id",
-    "initial_base_model_ckpt_path",
-    "initial_adapter_model_ckpt_path",
-    "resume_from_checkpoint",
-)
-_DATA_KEYS = ("train_path", "valid_path")
 
 
 @dataclass(frozen=True)
@@ -68,15 +61,19 @@ def pack(loaded: LoadedConfig, directory: Path) -> Packed:
     """
     config = loaded.config
     storage = storage_path(config)
-    _refuse_the_embedded_bucket(config, storage)
+    _reject_the_embedded_bucket(config, storage)
     if config.storage_path and not is_remote(storage) and not config.storage_path.startswith(("/", "file:")):
         raise ConfigError(
             f"storage_path: {config.storage_path} means another place on the cluster. Name a bucket, or an absolute path that all its "
             "machines share."
         )
     luggage = _Luggage()
-    changes: dict[str, Any] = {key: luggage.take_model(key, getattr(config, key)) for key in _MODEL_KEYS}
-    changes |= {key: luggage.take_data(key, getattr(config, key)) for key in _DATA_KEYS}
+    changes: dict[str, Any] = {}
+    for key, kind in {field.key: field.kind for field in uri_fields(config)}.items():
+        if kind == "model":
+            changes[key] = luggage.take_model(key, getattr(config, key))
+        elif kind == "data":
+            changes[key] = luggage.take_data(key, getattr(config, key))
     if config.chat_template and not is_template(config.chat_template):
         changes["chat_template"] = luggage.take_file("chat_template", config.chat_template)
     if isinstance(config.deepspeed, DeepspeedFile):
@@ -98,9 +95,9 @@ class _Luggage:
     def __init__(self):
         self._files: dict[str, Path] = {}
 
-    def take_model(self, key: str, place: str | None) -> str | None:
+    def take_model(self, key: str, place: str) -> str:
         """A directory's files, or a file."""
-        if place is None or place.startswith("run:") or not _is_local(place) or is_hub_id(place):
+        if place.startswith("run:") or not _is_local(place) or is_hub_id(place):
             return place
         root = local_path(place)
         with about_key(key):
@@ -113,7 +110,7 @@ class _Luggage:
             return [self.take_data(f"{key}/{number}", item) for number, item in enumerate(place)]
         if isinstance(place, DataSource):
             return place.model_copy(update={"path": self.take_data(key, place.path)})
-        if place is None or is_hub_dataset(place) or not _is_local(place):
+        if is_hub_dataset(place) or not _is_local(place):
             return place
         with about_key(key.partition("/")[0]):
             files = [Path(uri) for uri, _ in matching_files(place)]
@@ -159,12 +156,10 @@ def _copy_code(source: Path, target: Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
 
 
-def _refuse_the_embedded_bucket(config: FinetuneConfig, storage: str) -> None:
-    places = {key: getattr(config, key) for key in _MODEL_KEYS}
-    places |= {"train_path": None, "valid_path": None, "storage_path": storage}
-    named = [key for key, place in places.items() if place and uses_embedded_bucket(place)]
-    named += ["train_path" for source in config.train_sources if uses_embedded_bucket(source.path)]
-    named += ["valid_path" for source in config.valid_sources if uses_embedded_bucket(source.path)]
+def _reject_the_embedded_bucket(config: FinetuneConfig, storage: str) -> None:
+    named = [field.key for field in uri_fields(config) if uses_embedded_bucket(field.uri)]
+    if uses_embedded_bucket(storage):  # also where the YAML leaves it out
+        named.append("storage_path")
     if named:
         raise ConfigError(
             f"{', '.join(dict.fromkeys(named))}: the embedded bucket (s3://anneal) serves this machine only, and the job runs on a cluster. "
@@ -173,12 +168,11 @@ def _refuse_the_embedded_bucket(config: FinetuneConfig, storage: str) -> None:
 
 
 def _keys_on_the_cluster(config: FinetuneConfig) -> list[str]:
-    """Those that a check from here cannot look at."""
-    places = {key: [getattr(config, key) or ""] for key in _MODEL_KEYS}
-    places["train_path"] = [source.path for source in config.train_sources]
-    places["valid_path"] = [source.path for source in config.valid_sources]
-    keys = [key for key, named in places.items() if any(place.startswith("file:") for place in named)]
-    return keys if is_remote(config.storage_path or "") else [*keys, "storage_path"]
+    """Return the keys that a check from here cannot look at."""
+    keys = [field.key for field in uri_fields(config) if field.uri.startswith("file:")]
+    if not is_remote(config.storage_path or ""):
+        keys.append("storage_path")
+    return list(dict.fromkeys(keys))
 
 
 def _is_local(place: str) -> bool:

@@ -30,7 +30,6 @@ from training.models.tokenizer import load_tokenizer
 from training.place import World
 from training.plan import RunPlan
 from training.restoring import Restoring
-from training.strategy import zero_stage
 from training.weights import fetch_model, fetch_weights, verify_local_weights
 from utils.bucket import Store, open_store
 from utils.console import library_output_in
@@ -469,7 +468,7 @@ def model_request(
         lora=config.lora_config,
         device=plan.device,
         dtype=config.dtype,
-        zero_stage=zero_stage(plan.deepspeed),
+        zero_stage=plan.resolved.zero_stage,
         load_in_4bit=config.load_in_4bit,
         flash_attention_2=config.flash_attention_2,
         packing=config.packing,

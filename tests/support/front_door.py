@@ -14,7 +14,7 @@ _processes.set_forkserver_preload(
     [
         "main",
         "training.display",
-        "training.plan",
+        "training.planner",
         "transformers.models.auto.tokenization_auto",
         "boto3.session",
         "s3transfer.manager",

@@ -186,7 +186,9 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
 
     plan = RunPlan.model_validate_json(plan_file.read_text())
     if provider != "torch":
-        plan = plan.model_copy(update={"device": "cuda", "kernels": KernelChoice(provider, "")})  # pyright: ignore[reportArgumentType]
+        kernels = KernelChoice(provider, "")  # pyright: ignore[reportArgumentType]
+        resolved = plan.resolved.model_copy(update={"kernels": kernels})
+        plan = plan.model_copy(update={"device": "cuda", "resolved": resolved})
     prepare_process(plan, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     if provider == "unsloth":
         from unsloth.kernels import cross_entropy_loss
@@ -207,7 +209,7 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
     arguments = trainer_arguments(plan, directory, devices=1, eval_first=restored is None)
     base = Path(plan.base_model)
     request = model_request(plan, base, Path(plan.adapter) if plan.adapter else None, rows, valid)
-    model: Any = build_model(plan.kernels.provider, request)
+    model: Any = build_model(plan.resolved.kernels.provider, request)
     order = plan.order(rows.index.length, rows.summary.longest, 1)
     throughput = Throughput(
         order,

@@ -13,9 +13,11 @@ from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.stored_runs import manifest_of
 from tests.support.tiny_model import make_model, write_data
+from training.addresses import ClusterTarget
 from training.data.batches import pad_to_multiple_of
 from training.data.prepared import fetch_prepared
-from training.plan import RunPlan, make_plan
+from training.plan import RunPlan
+from training.planner import make_plan
 from training.trainers import collate_rows
 from training.worker import model_request
 from utils.bucket import open_store
@@ -42,7 +44,7 @@ def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
     config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
-    plan, _, _ = make_plan(load_config(config), progress=lambda *_: None)
+    plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None), progress=lambda *_: None)
     return plan
 
 

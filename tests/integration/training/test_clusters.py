@@ -33,17 +33,15 @@ def config(files: Path, path: Path, **more: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("address", "needless"),
-    [("", {DatasetsCallback, PlacementGroupCleanerCallback}), ("head:6379", {DatasetsCallback})],
+    ("is_local", "needless"),
+    [(True, {DatasetsCallback, PlacementGroupCleanerCallback}), (False, {DatasetsCallback})],
     ids=["own", "joined"],
 )
-def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(
-    address: str, needless: set[type], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(is_local: bool, needless: set[type]):
     """They would delay every start; a newer Ray that starts them otherwise shows here."""
-    monkeypatch.setenv("RAY_ADDRESS", address)
     trainer = LeanTorchTrainer(
         lambda: None,
+        is_local=is_local,
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="any", failure_config=FailureConfig()),
     )
@@ -56,8 +54,9 @@ def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(
 GPUS_OF_A_WORKER = """
 import os
 import ray
+from training.addresses import target_cluster
 from training.cluster import Workers, cluster
-with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage="/tmp/runs"), progress=print):
+with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage="/tmp/runs"), target_cluster(), progress=print):
     seen = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
     print("seen:", repr(ray.get(seen.remote())))
 """

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from runs.layout import RunResult, run_of
-from runs.reading import eval_losses_of, read_metrics
+from runs.layout import CONFIG_FILE, RunResult, run_of
+from runs.reading import eval_losses_of, read_config, read_metrics
 from tests.support.stored_runs import result_of
 from utils.bucket import open_store
 
@@ -35,3 +35,24 @@ def test_an_evaluation_that_gave_no_number_is_none(tmp_path):
     assert [(loss.step, loss.figures) for loss in losses] == [(1, {"accuracy": 0.5})]
     result = result_of("s3://bucket/runs/a", losses)
     assert RunResult.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_config_that_is_missing_damaged_or_of_another_version(tmp_path):
+    store = open_store(str(tmp_path))
+    assert read_config(store) is None
+    for content in (b"a: [", b":::{", b"\xff"):
+        store.write(CONFIG_FILE, content)
+        damaged = read_config(store)
+        assert damaged
+        assert (damaged.keys, damaged.config) == ({}, None)
+        assert damaged.damage
+        assert CONFIG_FILE in damaged.damage
+    store.write(CONFIG_FILE, b"model_id: a/b\ntrain_path: t.jsonl\nof_another_version: 1\n")
+    other = read_config(store)
+    assert other
+    assert (other.config, other.damage, other.keys["of_another_version"]) == (None, None, 1)
+    store.write(CONFIG_FILE, b"model_id: a/b\ntrain_path: t.jsonl\n")
+    ours = read_config(store)
+    assert ours
+    assert ours.config
+    assert ours.config.model_id == "a/b"

@@ -39,6 +39,7 @@ from training.models.architecture import adapter_shapes, model_shape
 from training.models.files import read_model_facts
 from training.models.kernels import Device
 from training.models.request import ModelRequest
+from training.strategy import resolve_execution
 
 LONGEST, ROWS = 96, 2
 LORA: dict[str, Any] = {"lora_config": {"r": 4}}
@@ -79,7 +80,9 @@ def job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **keys: 
     config = FinetuneConfig(**defaults | keys)
     shape = model_shape(model, "tiny", trust_remote_code=False)
     assert shape is not None
-    return Job(config, shape, read_model_facts(str(model)), None, device, longest)
+    return Job(
+        config, shape, read_model_facts(str(model)), None, device, longest, resolve_execution(config, device)
+    )
 
 
 def build(of: Job) -> Any:

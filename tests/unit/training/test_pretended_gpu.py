@@ -18,7 +18,8 @@ from configs.loading import load_config
 from tests.support.kernel_processes import found_by, found_without_triton
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model
-from training.plan import make_plan
+from training.addresses import ClusterTarget
+from training.planner import make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +127,9 @@ class Runs:
             settings[key] = str(self._directory / settings[key])
         (directory / "config.yaml").write_text(yaml.safe_dump(settings))
         plan, _, _ = make_plan(
-            load_config(directory / "config.yaml"), progress=lambda what, fraction=None, figures="": None
+            load_config(directory / "config.yaml"),
+            target=ClusterTarget(None),
+            progress=lambda what, fraction=None, figures="": None,
         )
         (directory / "plan.json").write_text(plan.model_dump_json())
 

@@ -1,9 +1,13 @@
 """Which optimizer states cannot be partitioned over devices."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from configs.schema import FinetuneConfig
-from training.strategy import StrategyError, check_optimizer
+from training.models.files import ModelError
+from training.strategy import StrategyError, check_optimizer, resolve_execution
 
 LLAMA_3_8B = 8_030_261_248
 
@@ -35,3 +39,14 @@ def test_the_limit_is_that_of_bitsandbytes_with_zero_1_and_2_alone(optim: str, s
     check_optimizer(config(optim, 1), stage, LLAMA_3_8B)
     with pytest.raises(StrategyError):
         check_optimizer(config("adamw_8bit", 1), 2, LLAMA_3_8B)
+
+
+def test_the_stage_is_what_a_deepspeed_file_says_whatever_its_name(tmp_path: Path):
+    file = tmp_path / "my_zero_2.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    keys = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
+    assert resolve_execution(FinetuneConfig.model_validate(keys), "cpu").zero_stage == 3
+    with pytest.raises(ModelError, match="ZeRO-3 cannot split 4-bit weights"):
+        resolve_execution(
+            FinetuneConfig.model_validate(keys | {"load_in_4bit": True, "lora_config": {"r": 8}}), "cpu"
+        )
