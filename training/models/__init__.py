@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.schema import LoraConfig
-from training.models.kernels import Device, Provider
+from training.models.kernels import Device, Provider, WeightsDtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +28,8 @@ class ModelRequest:
     """A new LoRA adapter; None without adapter_directory is full-parameter training."""
     device: Device
     dtype: Literal["bf16", "fp32"]
+    weights_dtype: WeightsDtype
+    """In which the base is loaded."""
     zero_stage: int
     load_in_4bit: bool
     flash_attention_2: bool
@@ -46,11 +48,6 @@ class ModelRequest:
     def is_lora(self) -> bool:
         """Whether an adapter is trained and the base stays as it is."""
         return self.lora is not None or self.adapter_directory is not None
-
-    @property
-    def weights_dtype(self) -> Literal["bf16", "fp32"]:
-        """How the base is held: full-parameter training without DeepSpeed keeps fp32 masters and autocasts."""
-        return "bf16" if self.dtype == "bf16" and (self.is_lora or self.zero_stage > 0) else "fp32"
 
 
 def build_model(provider: Provider, request: ModelRequest) -> "PreTrainedModel":
