@@ -247,9 +247,8 @@ def plan_and_run(
 def submit(loaded: LoadedConfig, options: argparse.Namespace, command: list[str]) -> int:
     """Check the run from here, hand it over as a job, and follow it; returns the exit code of the job's own main.py."""
     target = ClusterTarget(options.submit)
-    os.environ["RAY_ADDRESS"] = (
-        options.submit
-    )  # Ray's client prefers the variable to the address it is handed
+    # Ray's client prefers the variable to the address it is handed.
+    os.environ["RAY_ADDRESS"] = options.submit
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     set_ray_up(target)
     from training import submission
