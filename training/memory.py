@@ -153,7 +153,7 @@ def _hold(job: Job) -> _Held:
         stage=stage,
         zero=(job.execution.deepspeed or {}).get("zero_optimization", {}),
         devices=config.most_devices,
-        base=half if adapts or stage else _FP32,  # as training/models/__init__.py loads it
+        base=2 if job.execution.weights_dtype == "bf16" else _FP32,
         # DeepSpeed casts what is trained to bf16 and keeps fp32 masters; PEFT holds adapters in fp32 without it.
         trained=half if stage else _FP32,
         computed=half,

@@ -13,7 +13,7 @@ from training.data.batches import BatchShape, Order, pack
 from training.data.report import DataReport
 from training.flops import RowFlops
 from training.memory import MemoryReport
-from training.models.kernels import Device, KernelChoice
+from training.models.kernels import Device, KernelChoice, WeightsDtype
 from training.paths import scratch_directory
 from training.strategy import ZeroStage
 
@@ -27,6 +27,8 @@ class Resolved(BaseModel):
     """Where the workers are placed."""
     zero_stage: ZeroStage
     kernels: KernelChoice
+    weights_dtype: WeightsDtype
+    """In which the base is loaded."""
 
 
 class RunPlan(BaseModel):

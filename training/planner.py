@@ -221,6 +221,7 @@ def make_plan(
             target=target,
             zero_stage=settings.execution.zero_stage,
             kernels=settings.execution.kernels,
+            weights_dtype=settings.execution.weights_dtype,
         ),
         deepspeed=settings.execution.deepspeed,
         base_model=model.base,

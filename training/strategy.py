@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from configs.schema import FinetuneConfig, deepspeed_preset_path
-from training.models.kernels import Device, KernelChoice, choose_kernels
+from training.models.kernels import Device, KernelChoice, WeightsDtype, choose_kernels
 from utils.errors import AnnealError
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -29,6 +29,8 @@ class Execution:
     """DeepSpeed's own configuration; None for plain data parallelism."""
     zero_stage: ZeroStage
     kernels: KernelChoice
+    weights_dtype: WeightsDtype
+    """In which the base is loaded."""
 
 
 def resolve_execution(config: FinetuneConfig, device: Device) -> Execution:
@@ -40,7 +42,9 @@ def resolve_execution(config: FinetuneConfig, device: Device) -> Execution:
     """
     settings = deepspeed_settings(config)
     stage = cast("ZeroStage", settings.get("zero_optimization", {}).get("stage", 0) if settings else 0)
-    return Execution(settings, stage, choose_kernels(config, device, stage))
+    # Full-parameter training without DeepSpeed keeps fp32 masters and autocasts.
+    in_16_bits = config.dtype == "bf16" and (config.trains_adapter or stage > 0)
+    return Execution(settings, stage, choose_kernels(config, device, stage), "bf16" if in_16_bits else "fp32")
 
 
 def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:

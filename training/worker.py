@@ -468,6 +468,7 @@ def model_request(
         lora=config.lora_config,
         device=plan.device,
         dtype=config.dtype,
+        weights_dtype=plan.resolved.weights_dtype,
         zero_stage=plan.resolved.zero_stage,
         load_in_4bit=config.load_in_4bit,
         flash_attention_2=config.flash_attention_2,

@@ -276,6 +276,7 @@ def refused(directory: Path) -> dict[str, str]:
             lora=LoraConfig(),
             device="cuda",
             dtype="bf16",
+            weights_dtype="bf16",
             zero_stage=0,
             load_in_4bit=model == "llama",
             flash_attention_2=False,

@@ -10,6 +10,7 @@ from training.models.files import ModelError
 
 Device = Literal["cuda", "cpu"]
 Provider = Literal["unsloth", "liger", "torch"]
+WeightsDtype = Literal["bf16", "fp32"]
 Method = Literal["LoRA", "QLoRA", "full"]
 
 SPREADS = ("one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.schema import LoraConfig
-from training.models.kernels import Device
+from training.models.kernels import Device, WeightsDtype
 
 REFERENCE_ADAPTER = "reference"
 """PEFT's name for a continued adapter as it was, where the trained one is compared with it."""
@@ -23,6 +23,8 @@ class ModelRequest:
     """A new LoRA adapter; None without adapter_directory is full-parameter training."""
     device: Device
     dtype: Literal["bf16", "fp32"]
+    weights_dtype: WeightsDtype
+    """The dtype that the base model is loaded in."""
     zero_stage: int
     load_in_4bit: bool
     flash_attention_2: bool
@@ -41,8 +43,3 @@ class ModelRequest:
     def is_lora(self) -> bool:
         """Whether an adapter is trained and the base stays as it is."""
         return self.lora is not None or self.adapter_directory is not None
-
-    @property
-    def weights_dtype(self) -> Literal["bf16", "fp32"]:
-        """How the base is held: full-parameter training without DeepSpeed keeps fp32 masters and autocasts."""
-        return "bf16" if self.dtype == "bf16" and (self.is_lora or self.zero_stage > 0) else "fp32"

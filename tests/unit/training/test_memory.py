@@ -94,6 +94,7 @@ def build(of: Job) -> Any:
         lora=config.lora_config,
         device="cpu",
         dtype=config.dtype,
+        weights_dtype=of.execution.weights_dtype,
         zero_stage=stage,
         load_in_4bit=config.load_in_4bit,
         flash_attention_2=False,

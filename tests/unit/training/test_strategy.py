@@ -50,3 +50,19 @@ def test_the_stage_is_what_a_deepspeed_file_says_whatever_its_name(tmp_path: Pat
         resolve_execution(
             FinetuneConfig.model_validate(keys | {"load_in_4bit": True, "lora_config": {"r": 8}}), "cpu"
         )
+
+
+@pytest.mark.parametrize(
+    ("keys", "weights_dtype"),
+    [
+        ({}, "fp32"),  # fp32 masters, and autocast
+        ({"deepspeed": "zero_2"}, "bf16"),  # DeepSpeed keeps the masters
+        ({"lora_config": {"r": 8}}, "bf16"),
+        ({"lora_config": {"r": 8}, "dtype": "fp32"}, "fp32"),
+        ({"deepspeed": "zero_2", "dtype": "fp32"}, "fp32"),
+    ],
+)
+def test_the_base_is_loaded_in_16_bits_where_nothing_needs_more(keys: dict[str, object], weights_dtype: str):
+    plain = {"model_id": "a/b", "train_path": "t.jsonl"}
+    execution = resolve_execution(FinetuneConfig.model_validate(plain | keys), "cpu")
+    assert execution.weights_dtype == weights_dtype

@@ -28,6 +28,7 @@ def request(directory: Path, **changes: object) -> ModelRequest:
         "lora": None,
         "device": "cpu",
         "dtype": "bf16",
+        "weights_dtype": "fp32",
         "zero_stage": 0,
         "load_in_4bit": False,
         "flash_attention_2": False,
@@ -69,7 +70,7 @@ def test_parameters_that_are_not_quantized_are_bf16(tmp_path: Path):
     """And so does what a layer hands on to the next: in fp32 both would take twice the memory."""
     directory = saved(tmp_path, "llama", hidden_size=64, intermediate_size=64)
     lora = LoraConfig(target_modules=["q_proj"])
-    model = build(request(directory, load_in_4bit=True, lora=lora, packing=False))
+    model = build(request(directory, weights_dtype="bf16", load_in_4bit=True, lora=lora, packing=False))
     types = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     assert types == {torch.uint8, torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
