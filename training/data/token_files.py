@@ -174,7 +174,7 @@ class TokenWriter:
             self.leave_out(row, reason)
         return (encoded if kept.all() else encoded.take(np.repeat(kept, self._per_row))), kept
 
-    def refuse_long_rows(self) -> None:
+    def reject_long_rows(self) -> None:
         """Raise what `long_rows: error` and an empty result ask for.
 
         Raises:
