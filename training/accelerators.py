@@ -1,4 +1,4 @@
-"""What is known of GPUs by their names: memory and peak speed, from their makers' data sheets."""
+"""Memory and peak FLOPS of known GPUs, from the vendors' data sheets."""
 
 import difflib
 import re
@@ -10,31 +10,31 @@ from configs.schema import ACCELERATOR
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One kind of GPU."""
+    """A GPU model."""
 
     name: str
-    """As Ray calls it in `accelerator_type:NAME`; the forms that Ray does not tell apart have the least of them."""
+    """Ray's name in `accelerator_type:NAME`. Variants with the same name count with the smallest memory."""
     device_name: str
-    """Regular expression of what CUDA calls it, whole."""
+    """Regular expression that matches the full CUDA device name."""
     memory: int
-    """Bytes that a process sees, about: CUDA keeps a part of what the data sheet says, and error correction another."""
+    """Approximate bytes available to a process, after the CUDA reserve and ECC."""
     peak_flops: float
-    """Dense bf16 on tensor cores with fp32 sums, a second: data sheets give twice that, "with sparsity"."""
+    """Dense bf16 tensor-core FLOPS with fp32 accumulation; data sheets often list twice that, "with sparsity"."""
 
 
 def _gib(amount: float) -> int:
     return int(amount * 2**30)
 
 
-# Peaks are those of NVIDIA's data sheets, "BFLOAT16 Tensor Core", halved where they say "with sparsity" and compared with the
-# tables of torchtitan (tools/utils.py) and Composer (callbacks/speed_monitor.py) where they have the device:
-#   A10G: NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf, 70 | 140 with sparsity. Tables that say 125 have the A10's.
+# Peaks come from NVIDIA's data sheets, "BFLOAT16 Tensor Core", halved if listed "with sparsity". They were compared with the
+# tables of torchtitan (tools/utils.py) and Composer (callbacks/speed_monitor.py) for the devices listed there:
+#   A10G: NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf, 70 | 140 with sparsity. Tables with 125 list the A10's value.
 #   A10: a10-datasheet.pdf, 125.  L4: l4-datasheet, 242 with sparsity.  L40S: l40s-datasheet-28413, 362.05 | 733.
-#   A100: nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf, 312 in every form.
+#   A100: nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf, 312 for all variants.
 #   H100: nvidia-tensor-core-gpu-datasheet, with sparsity SXM 1,979, PCIe 1,513, NVL 1,671.
 #   H200: nvidia.com/en-us/data-center/h200, with sparsity SXM 1,979, NVL 1,671.
 #   B200: blackwell-datasheet-3384703, HGX 4,500 with sparsity.
-# Memory is what nvidia-smi shows, rounded down. The first that matches counts.
+# Memory is the value of nvidia-smi, rounded down. The first match is used.
 ACCELERATORS = (
     Accelerator("A10G", r"NVIDIA A10G", _gib(22), 70e12),
     Accelerator("A10", r"NVIDIA A10", _gib(22), 125e12),
@@ -53,24 +53,24 @@ ACCELERATORS = (
 
 
 def named_accelerator(resources: Iterable[str]) -> str | None:
-    """The accelerator that Ray resources ask for, if any."""
+    """Return the accelerator requested by Ray resources, or None."""
     return next((name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)), None)
 
 
 def memory_of(name: str) -> int | None:
-    """Bytes of an accelerator by Ray's name; None where it is not known."""
+    """Return an accelerator's memory in bytes by its Ray name, or None if it is unknown."""
     return min((known.memory for known in ACCELERATORS if known.name == name), default=None)
 
 
 def nearest_name(name: str) -> str | None:
-    """What somebody may have meant who wrote a name that is not known; None where nothing comes near."""
+    """Return the known name closest to an unknown one, or None if none is similar."""
     known = {accelerator.name.upper(): accelerator.name for accelerator in ACCELERATORS}
     near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
     return known[near[0]] if near else None
 
 
 def peak_flops_of(device_name: str) -> float | None:
-    """Dense bf16 operations a second, by what CUDA calls the device; None where it is not known, as for a part of one (MIG)."""
+    """Return the peak dense bf16 FLOPS by CUDA device name, or None if unknown, for example for a MIG instance."""
     return next(
         (known.peak_flops for known in ACCELERATORS if re.fullmatch(known.device_name, device_name)), None
     )

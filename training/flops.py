@@ -1,4 +1,4 @@
-"""How many floating-point operations a row is worth: what training needs, whatever is computed on top."""
+"""Model FLOPs per row: the operations that training requires, without recomputation."""
 
 import math
 import re
@@ -19,18 +19,17 @@ _OTHER_MODALITY = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)")
 
 @dataclass(frozen=True)
 class RowFlops:
-    """What one row takes, forward and backward, in floating-point operations; a multiplication and an addition are two."""
+    """The FLOPs of one row, forward and backward; a multiply-add counts as two."""
 
     per_token: float
-    """Of the matrices of the layers."""
+    """FLOPs per token in the matrices of the layers."""
     per_trained_token: float
-    """Of the head: only where the loss looks."""
+    """FLOPs per loss token in the LM head."""
     attention: tuple[tuple[int | None, float], ...]
-    """For each kind of layer its window (None: the whole row), and what a pair of a token and one it sees takes, in all such
-    layers together."""
+    """(window, FLOPs per query-key pair over all layers with this window); a window of None is full attention."""
 
     def of_row(self, tokens: int, trained_tokens: int) -> float:
-        """A row by itself, nothing of it padded."""
+        """Return the FLOPs of one row without padding."""
         return (
             self.per_token * tokens
             + self.per_trained_token * trained_tokens
@@ -39,7 +38,7 @@ class RowFlops:
 
 
 def pairs_in_view(tokens: int, window: int | None) -> int:
-    """How many pairs of a token and one that it sees (itself and those before it) a row has."""
+    """Return the number of query-key pairs in a row under causal attention with this window."""
     full = tokens if window is None else min(tokens, window)
     return full * (full + 1) // 2 + (tokens - full) * full
 
@@ -51,22 +50,23 @@ def row_flops(
     is_trained: Callable[[str], bool],
     ranks: Mapping[str, int],
 ) -> RowFlops:
-    """Count from shapes what training needs.
+    """Count the training FLOPs of a model from its shapes.
 
-    A matrix of n entries takes 2n a token forward, 2n for the gradient of its input where something before it is trained, and 2n
-    for its own gradient where it is trained: 6n in full-parameter training (Kaplan et al. 2020, arXiv 2001.08361, section 2.1),
-    about 4n where it is frozen below an adapter. Attention takes 4 x heads x head_dim for each pair of a token and one that it sees,
-    and twice that backward (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, which counts the unseen half as well).
+    A matrix of n entries takes 2n per token for the forward pass, 2n for the gradient of its input if an earlier parameter is
+    trained, and 2n for its own gradient if it is trained. That is 6n in full-parameter training (Kaplan et al. 2020,
+    arXiv 2001.08361, section 2.1), and about 4n for a frozen matrix under an adapter. Attention takes 4 x heads x head_dim per
+    query-key pair, and twice that backward (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, which also counts masked pairs).
 
-    Left out is what is no use by itself: padding, tokens that a causal mask or a window hides, the head where no loss looks,
-    everything that is computed a second time (gradient checkpointing, attention scores in flash kernels), and what grows with
-    vectors only (norms, activation functions, softmax, the optimizer).
+    Not counted:
+        - padding, masked query-key pairs, and the LM head at tokens without loss;
+        - recomputation (gradient checkpointing, attention scores in flash kernels);
+        - elementwise work (norms, activation functions, softmax, the optimizer).
 
     Args:
-        shape: The model.
-        parameter_shapes: Every parameter of the base by its name; tied heads may be left out.
-        is_trained: Whether a parameter of the base is.
-        ranks: Module -> rank, where an adapter sits.
+        shape: The model's dimensions.
+        parameter_shapes: Shapes of all base parameters by name; a tied head may be missing.
+        is_trained: Returns whether a base parameter is trained.
+        ranks: Module -> rank of its adapter.
     """
     matrices = {
         name: math.prod(size) * share_of_experts(shape, name)

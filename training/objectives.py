@@ -1,4 +1,4 @@
-"""What a task trains: its rows as batches, and the trainer with its loss and its figures."""
+"""Trainer factory: build the batches and the trainer for a plan's task."""
 
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -41,17 +41,17 @@ def build_trainer(
     tokenizer: "PreTrainedTokenizerFast",
     **arguments: Any,
 ) -> FineTuningTrainer:
-    """The trainer of the plan's task.
+    """Build the trainer for the plan's task.
 
     Args:
-        plan: What to do.
-        order: Which sequences each step takes.
-        train: The training rows.
-        valid: The validation rows, if any.
-        model: Ready to train.
-        request: What it was built from.
-        tokenizer: The model's.
-        arguments: FineTuningTrainer's others.
+        plan: The run's plan.
+        order: Assigns sequences to steps.
+        train: Prepared training rows.
+        valid: Prepared validation rows, or None.
+        model: The model to train.
+        request: The request from which the model was built.
+        tokenizer: The model's tokenizer.
+        arguments: Further arguments of FineTuningTrainer.
     """
     config = plan.config
     pad_token_id = tokenizer.pad_token_id
@@ -64,7 +64,7 @@ def build_trainer(
         "tokenizer": tokenizer,
         "loss_of_transformers": plan.device == "cpu" and plan.resolved.kernels.provider != "unsloth",
     }
-    # Unsloth drops the mask by itself, and takes positions for packed rows.
+    # Unsloth drops the mask itself and treats position ids as a sign of packed rows.
     masked = plan.resolved.kernels.provider == "unsloth" or needs_mask(model)
     if config.task == "preference_tuning":
         loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
@@ -73,7 +73,7 @@ def build_trainer(
             return PairSequences(rows.dataset(), pad_token_id, with_mismatched=loss == "kto")
 
         return PreferenceTrainer(
-            # orpo compares with nothing
+            # orpo needs no reference
             reference_model=add_reference(model, request) if loss != "orpo" else None,
             rows=TrainingRows(
                 order,
@@ -106,10 +106,13 @@ def build_trainer(
 
 
 def needs_mask(model: Any) -> bool:
-    """Whether a model wants to be told what is padding, although causal attention never looks there from a real token.
+    """Return whether a model needs an attention mask for right padding, which causal attention ignores anyway.
 
-    Of code that is not transformers' own nobody knows what it does with one. A router's balance counts tokens by the mask. Positions,
-    which come in its place, are not known to each, and encoders that are made decoders count them otherwise.
+    A mask is needed for:
+        - custom code, whose use of the mask is unknown;
+        - mixtures of experts, whose load-balancing loss counts tokens by the mask;
+        - models without position ids, which replace the mask;
+        - encoders used as decoders, which count positions differently.
     """
     base = base_of(model)
     config = base.config.get_text_config()

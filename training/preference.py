@@ -1,7 +1,7 @@
-"""Preference tuning: chosen answers against rejected ones, on TRL's supervised trainer, with losses and rewards weighted by pairs.
+"""Preference tuning on top of TRL's SFTTrainer, with losses and rewards averaged over pairs.
 
-TRL's trainers for preferences compute log-probabilities in a Triton kernel, which needs a GPU, and average over micro-batches; the
-tests compare the losses here with theirs.
+TRL's preference trainers need a GPU, since they compute log-probabilities in a Triton kernel, and they average over micro-batches.
+The tests compare these losses with TRL's.
 """
 
 import shutil
@@ -28,9 +28,14 @@ FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/acc
 def collate_pairs(
     pad_token_id: int, multiple: int | None, *, masked: bool
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Batches of pairs: 2 x pairs rows, chosen above rejected, with labels on the answers; `mismatched` is one more such batch.
+    """Return a collator for pairs: 2 x pairs rows, chosen first, with labels on the responses.
 
-    Args: see training.trainers.collate_rows.
+    If rows have mismatched responses, `mismatched` is a second batch of the same form.
+
+    Args:
+        pad_token_id: Token that pads sequences.
+        multiple: Passed as `pad_to_multiple_of`.
+        masked: True if batches need an attention mask.
     """
     collator = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=multiple)
     collate_answers = collator if masked else without_mask(collator)
@@ -62,22 +67,22 @@ def pair_losses(
     tokens: torch.Tensor,
     divergence: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each pair, and the implicit rewards of its answers.
+    """Return the loss of each pair and the implicit rewards of its responses.
 
     Args:
-        settings: The loss and its beta.
-        policy: Log-probability of each answer, in nats: (2, pairs), chosen first.
-        reference: Under the reference model, as policy; orpo does not look at it.
-        tokens: Of each answer, as policy.
-        divergence: How far the policy is from the reference, in nats, at least 0; kto alone needs it.
+        settings: Loss type and beta.
+        policy: Log-probability of each response in nats, (2, pairs), chosen first.
+        reference: The same under the reference model; unused by orpo.
+        tokens: Number of tokens of each response, (2, pairs).
+        divergence: Estimated KL divergence from the reference in nats, at least 0; only for kto.
 
     Returns:
         Losses (pairs) and rewards (2, pairs).
 
-    dpo: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. ipo: Azar et al. 2023 (arXiv 2310.12036), eq. 17, with the answers'
-    log-probabilities a token, as its authors compute it. orpo: Hong et al. 2024 (arXiv 2403.07691), eqs. 6 and 7, beta being
-    its lambda. kto: Ethayarajh et al. 2024 (arXiv 2402.01306), eqs. 7 and 8, each pair being one desirable and one undesirable
-    answer.
+    dpo: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. ipo: Azar et al. 2023 (arXiv 2310.12036), eq. 17, with
+    log-probabilities per token, as in the authors' code. orpo: Hong et al. 2024 (arXiv 2403.07691), eqs. 6 and 7, with beta as
+    its lambda. kto: Ethayarajh et al. 2024 (arXiv 2402.01306), eqs. 7 and 8, with each pair as one desirable and one undesirable
+    response.
     """
     beta = settings.beta
     if settings.loss == "orpo":
@@ -98,22 +103,25 @@ def pair_losses(
 
 
 class PreferenceTrainer(FineTuningTrainer):
-    """The reference is the base below a new adapter, the adapter that a run continues as it was, or a frozen copy of the model."""
+    """A trainer for preference pairs.
+
+    The reference is the base model without the new adapter, the initial state of a continued adapter, or a frozen copy of the model.
+    """
 
     def __init__(self, *, reference_model: Any | None, **arguments: Any):
-        """See FineTuningTrainer.
+        """Build the trainer.
 
         Args:
-            reference_model: The frozen copy in full-parameter training; None where there is none or needs to be none.
-            arguments: FineTuningTrainer's.
+            reference_model: Frozen copy of the model in full-parameter training; None with LoRA or if the loss needs none.
+            arguments: Passed to FineTuningTrainer.
         """
         super().__init__(**arguments)
         settings = self.config.preference_tuning_config or PreferenceTuningConfig()
         self.settings = settings
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the pairs of the whole step
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the number of pairs in the step
         self.reference_model = self._prepared(reference_model) if reference_model is not None else None
         self._trained = self._no_sums()
-        self._divergence: torch.Tensor | None = None  # while an evaluation goes on
+        self._divergence: torch.Tensor | None = None  # set during an evaluation
 
     def _prepared(self, model: Any) -> Any:
         model.requires_grad_(False)
@@ -128,31 +136,31 @@ class PreferenceTrainer(FineTuningTrainer):
         return torch.zeros(2 + len(FIGURES), dtype=torch.float64, device=self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Pairs of a step, over all workers."""
+        """Return the number of pairs in a step, over all workers."""
         count = sum((_is_pair(batch["labels"]).sum() for batch in batch_samples), torch.tensor(0))
         return self.of_all_workers(count.to(device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This worker's part of the mean over the step's pairs; DDP takes the mean over workers."""
+        """Return this worker's share of the mean over the step's pairs; DDP averages over workers."""
         losses, rewards = self._pairs(model, inputs)
         self._trained += _sums(losses, rewards)
         return losses.sum() / num_items_in_batch * self.args.world_size
 
     def sums(self, model: Any, inputs: Any) -> torch.Tensor:
-        """Loss, pairs and figures of a batch."""
+        """Return the sums of loss, pairs and reward figures of a batch."""
         return _sums(*self._pairs(model, inputs))
 
     def figures(self, totals: list[float]) -> dict[str, float]:
-        """A pair in the mean."""
+        """Return the loss and reward figures as means over pairs."""
         loss, pairs, *figures = totals
         return {"loss": loss / pairs} | {
             name: figure / pairs for name, figure in zip(FIGURES, figures, strict=True)
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the figures of the step."""
+        """Add the reward figures of the step to the logs."""
         if "loss" in logs:
             figures = self.figures(self.of_all_workers(self._trained).tolist())
             logs |= {name: figures[name] for name in FIGURES}
@@ -160,13 +168,13 @@ class PreferenceTrainer(FineTuningTrainer):
         super().log(logs, start_time)
 
     def rehearse(self) -> None:
-        """As FineTuningTrainer; rewards do not hear of it either."""
+        """Run the largest batch as in FineTuningTrainer, and leave the reward figures unchanged."""
         trained = self._trained.clone()
         super().rehearse()
         self._trained = trained
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """As FineTuningTrainer; kto's divergence is then that of all pairs, whatever the batches."""
+        """Evaluate as in FineTuningTrainer; kto's divergence is computed over all pairs, independent of the batch size."""
         if self.settings.loss == "kto" and self.rows.valid is not None:
             totals = self.added_up(self.rows.valid, self._divergence_sums, self.on_eval_progress)
             self._divergence = _mean_divergence(totals)
@@ -175,7 +183,7 @@ class PreferenceTrainer(FineTuningTrainer):
         return metrics
 
     def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Sum of the log-ratios of answers that do not belong to their prompts, and their number."""
+        """Return the sum and number of log-ratios of mismatched responses."""
         mismatched = inputs["mismatched"]
         real = _is_pair(mismatched["labels"])
         with torch.no_grad():
@@ -184,7 +192,7 @@ class PreferenceTrainer(FineTuningTrainer):
         return torch.stack([ratios.sum(), torch.tensor(ratios.numel(), device=ratios.device)]).double()
 
     def _pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses and rewards of the batch's pairs, those that only fill it left out."""
+        """Return losses and rewards of the batch's pairs, without padding pairs."""
         divergence = self._divergence
         if divergence is None and self.settings.loss == "kto":
             divergence = _mean_divergence(self.of_all_workers(self._divergence_sums(model, inputs)))
@@ -201,7 +209,7 @@ class PreferenceTrainer(FineTuningTrainer):
         return losses, rewards.detach()
 
     def _log_probabilities(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Of each answer as a whole: (2, pairs)."""
+        """Return the total log-probability of each response, (2, pairs)."""
         if self.loss_of_transformers:
             unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
             logits = model(**unlabelled | {"use_cache": False}).logits
@@ -230,11 +238,11 @@ class PreferenceTrainer(FineTuningTrainer):
         assert self.args.output_dir is not None
         reference = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_ADAPTER
         if self.args.should_save and reference.exists():
-            shutil.rmtree(reference)  # it is where the run started from
+            shutil.rmtree(reference)  # it equals the run's starting adapter
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Nats of each label under the logits before it, 0 where it is IGNORED: (rows, tokens - 1) from (rows, tokens)."""
+    """Return the loss of each label in nats, 0 where IGNORED: (rows, tokens) -> (rows, tokens - 1)."""
     return cross_entropy(
         logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
     )
@@ -245,7 +253,7 @@ def _halves(values: torch.Tensor) -> torch.Tensor:
 
 
 def _is_pair(labels: torch.Tensor) -> torch.Tensor:
-    """Which pairs of a batch are none that only fill it."""
+    """Return a mask of the real pairs in a batch; the others are padding."""
     return _halves((labels != IGNORED).any(1)).all(0)
 
 

@@ -1,4 +1,4 @@
-"""How fast a run trains: tokens, time by phase, use of the hardware, memory."""
+"""Training throughput: tokens per second, time per phase, MFU and peak memory."""
 
 import math
 import resource
@@ -18,52 +18,54 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Timeline(Protocol):
-    """Where moments are marked, and how far apart two of them are."""
+    """A clock that records marks and measures the time between them."""
 
     def mark(self) -> Any:
-        """Now."""
+        """Record a mark at the current time."""
         ...
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two marks, the first before the second."""
+        """Return the seconds between two marks."""
         ...
 
 
 class HostTimeline:
-    """This process's own time: right where it computes itself."""
+    """The wall clock of this process, accurate for CPU training."""
 
     def mark(self) -> float:
-        """A reading of the clock, in seconds."""
+        """Return the clock's reading in seconds."""
         return time.perf_counter()
 
     def seconds(self, begin: float, end: float) -> float:
-        """Between two readings."""
+        """Return the seconds between two readings."""
         return end - begin
 
 
 class GpuTimeline:
-    """The GPU's time: it works behind this process, and a mark lies in its queue between what was handed over before and after.
+    """The GPU's clock, based on CUDA events, since kernels run asynchronously.
 
-    What this process does while the GPU is still at work takes no time here; what the GPU has to wait for does.
+    CPU work that overlaps with kernels takes no time on this clock; CPU work for which the GPU must wait does.
     """
 
     def mark(self) -> torch.cuda.Event:
-        """Handed over like a kernel; nobody waits for it."""
+        """Record a CUDA event on the current stream without synchronizing."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Between two marks; waits until the GPU has come to the second."""
+        """Return the seconds between two events; blocks until the GPU has reached the second."""
         end.synchronize()
         return begin.elapsed_time(end) / 1000
 
 
 class PhaseClock:
-    """Seconds that this worker spent in each phase; one is always on, and the next begins where it ends.
+    """A stopwatch for the phases of training; exactly one phase is active at any time.
 
-    data: reading rows, laying them out, and agreeing with the other workers on how many trained tokens a step has. backward: with DDP
-    and ZeRO also the exchange of gradients. upload_stall: waiting until the checkpoint before has reached the bucket.
+    Phases whose names do not say everything:
+        - data: reading and collating rows, and the all-reduce of the step's number of loss tokens.
+        - backward: includes gradient communication with DDP and ZeRO.
+        - upload_stall: waiting for the upload of the previous checkpoint.
     """
 
     def __init__(self, timeline: Timeline):
@@ -71,20 +73,20 @@ class PhaseClock:
         self.start()
 
     def start(self) -> None:
-        """Everything until now is forgotten."""
+        """Reset all phases."""
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
-        self._ended: list[tuple[Phase, Any, Any]] = []  # with its marks, not yet looked at
+        self._ended: list[tuple[Phase, Any, Any]] = []  # (phase, begin, end) not yet added to _seconds
         self._phase: Phase = "other"
         self._since = self._timeline.mark()
 
     def enter(self, phase: Phase) -> None:
-        """The phase before ends, and this one begins."""
+        """End the current phase and begin this one."""
         now = self._timeline.mark()
         self._ended.append((self._phase, self._since, now))
         self._phase, self._since = phase, now
 
     def timed(self, phase: Phase, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time is the phase's; then the phase around it goes on."""
+        """Wrap a function to count its time as this phase; afterwards the surrounding phase continues."""
 
         def in_phase(*arguments: Any, **keywords: Any) -> Any:
             around = self._phase
@@ -97,7 +99,7 @@ class PhaseClock:
         return in_phase
 
     def seconds(self) -> dict[Phase, float]:
-        """Of each phase until now."""
+        """Return the seconds spent in each phase so far."""
         self.enter(self._phase)
         for phase, begin, end in self._ended:
             self._seconds[phase] += self._timeline.seconds(begin, end)
@@ -107,7 +109,7 @@ class PhaseClock:
 
 @dataclass
 class _Work:
-    """What was trained, and how long it took."""
+    """Amount of trained rows, tokens and FLOPs, and the time for them."""
 
     rows: int = 0
     tokens: int = 0
@@ -125,9 +127,9 @@ class _Work:
 
 
 class Throughput(TrainerCallback):
-    """Counts what was trained, from the data's own order: no worker has to ask another.
+    """A callback that counts trained rows and tokens from the batch plan, without communication between workers.
 
-    Must stand behind the callbacks that evaluate or save, so that its clock starts again after them.
+    It must come after the callbacks that evaluate or save, so that its clock restarts after them.
     """
 
     def __init__(
@@ -140,15 +142,15 @@ class Throughput(TrainerCallback):
         flops: RowFlops | None,
         peak_flops: float | None,
     ):
-        """Counts from the beginning of training.
+        """Start counting at zero.
 
         Args:
-            order: Which rows each step takes.
-            tokens_of_row: Of each row.
-            trained_tokens_of_row: Those of them that the loss looks at.
-            clock: Counts the phases.
-            flops: What a row is worth; None: not known.
-            peak_flops: What all devices together can do in a second; None: not known.
+            order: Assigns rows to steps.
+            tokens_of_row: Tokens of each row.
+            trained_tokens_of_row: Loss tokens of each row.
+            clock: Measures the phases.
+            flops: FLOPs per row; None if unknown.
+            peak_flops: Peak FLOPS of all devices together; None if unknown.
         """
         self.order = order
         self.tokens_of_row = tokens_of_row
@@ -160,25 +162,25 @@ class Throughput(TrainerCallback):
         self._timed = _Work()  # by this process
         self._step = _Work()
         self._since = 0.0
-        self._told = clock.seconds()
+        self._reported = clock.seconds()
 
     def count_restored(self, last_step: int) -> None:
-        """Counts what earlier attempts trained, up to their last step."""
+        """Add the steps that earlier attempts trained."""
         for step in range(1, last_step + 1):
             self.trained += self._work_of(step)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Starts the clocks."""
+        """Start the clocks."""
         self.clock.start()
-        self._told = self.clock.seconds()
+        self._reported = self.clock.seconds()
         self._since = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Counts an optimizer step with everything it took, reading its rows included."""
+        """Count an optimizer step, including the time for reading its rows."""
         now = time.perf_counter()
         self.clock.enter("other")
         self._step = self._work_of(state.global_step)
@@ -190,21 +192,21 @@ class Throughput(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Leaves evaluation out."""
+        """Exclude the time of the evaluation."""
         self.restart()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Leaves saving out."""
+        """Exclude the time of saving."""
         self.restart()
 
     def restart(self) -> None:
-        """The next step begins now: what was done since the last one is none of it."""
+        """Restart the step timer, so that the time since the last step is not counted."""
         self._since = time.perf_counter()
 
     def figures_of_step(self) -> dict[str, float]:
-        """What metrics.jsonl says of the last step; seconds are those since this was asked before."""
+        """Return the throughput metrics of the last step; phase seconds cover the time since the previous call."""
         speed, seconds = self._speed(self._step), self.clock.seconds()
         figures: dict[str, float] = {
             "tokens_per_second": speed.tokens_per_second,
@@ -213,12 +215,12 @@ class Throughput(TrainerCallback):
         }
         if speed.mfu is not None:
             figures["mfu"] = speed.mfu
-        figures |= {f"seconds/{phase}": round(seconds[phase] - self._told[phase], 6) for phase in PHASES}
-        self._told = seconds
+        figures |= {f"seconds/{phase}": round(seconds[phase] - self._reported[phase], 6) for phase in PHASES}
+        self._reported = seconds
         return figures
 
     def speed(self) -> Speed:
-        """Over all steps of this attempt."""
+        """Return the throughput over all steps of this attempt."""
         return self._speed(self._timed)
 
     def _speed(self, work: _Work) -> Speed:
@@ -245,4 +247,4 @@ class Throughput(TrainerCallback):
 def _peak_memory_bytes() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB

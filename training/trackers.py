@@ -1,4 +1,4 @@
-"""What is measured also goes to TensorBoard, Weights & Biases or MLflow: from rank 0, behind training's back."""
+"""Experiment trackers: rank 0 sends metrics to TensorBoard, Weights & Biases or MLflow from a background thread."""
 
 import os
 import queue
@@ -21,49 +21,49 @@ from utils.bucket import Store, join_uri
 Logger = WandbLogger | MlflowLogger | TensorboardLogger
 
 _END_SECONDS = 30.0
-_MLFLOW_BATCH = 100  # the most parameters that its server takes at once
-_MLFLOW_LONGEST = 6000  # characters of a parameter
+_MLFLOW_BATCH = 100  # the server's limit of parameters per request
+_MLFLOW_LONGEST = 6000  # the server's limit of characters per parameter
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run as trackers know it."""
+    """The identity and configuration of a run, as sent to trackers."""
 
     name: str
     store: Store
-    """Of the run in the bucket."""
+    """Store of the run directory in the bucket."""
     parameters: Mapping[str, Any]
-    """The configuration, flat."""
+    """The flattened configuration."""
     scratch: Path
-    """A directory of this process on the node."""
+    """Local scratch directory of this process."""
 
     @property
     def id(self) -> str:
-        """16 hex digits that stay the same when the run is gone on with."""
+        """Return 16 hex digits that stay the same when the run resumes."""
         return run_digest(self.store.uri)
 
 
 class Tracker(Protocol):
-    """A place where metrics go; made when training begins, and used by one thread. Anything that it raises is told."""
+    """A destination for metrics, created when training begins and used by one thread. Its exceptions become warnings."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Send what was measured at a step."""
+        """Send the metrics of a step."""
         ...
 
     def end(self) -> None:
-        """Send what is left."""
+        """Send the remaining metrics and close the run."""
         ...
 
 
 class Tensorboard:
-    """Event files, which go into the run's `tensorboard/` with every evaluation and at the end."""
+    """A tracker that writes event files and uploads them to the run's `tensorboard/` after every evaluation and at the end."""
 
     def __init__(self, run: TrackedRun, begin: int):
         from tensorboardX import SummaryWriter
 
         self._directory = run.scratch / TENSORBOARD
         self._store = run.store
-        # What an attempt that was killed wrote about later steps is not shown.
+        # Hides later steps that a killed attempt has logged.
         self._writer = SummaryWriter(str(self._directory), purge_step=begin + 1)
         settings = yaml.safe_dump(dict(run.parameters), allow_unicode=True)
         self._writer.add_text(
@@ -71,15 +71,15 @@ class Tensorboard:
         )
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """See Tracker."""
+        """Implement Tracker."""
         for name, figure in figures.items():
             self._writer.add_scalar(name, figure, step)
         if any(name.startswith("eval/") for name in figures):
-            self._writer.flush()  # what is still in its queue goes with the next
+            self._writer.flush()  # events still in the queue are uploaded next time
             self._upload()
 
     def end(self) -> None:
-        """See Tracker."""
+        """Implement Tracker."""
         self._writer.close()
         self._upload()
 
@@ -89,7 +89,7 @@ class Tensorboard:
 
 
 class Wandb:
-    """A run at Weights & Biases, or in files beside it with WANDB_MODE=offline."""
+    """A tracker for Weights & Biases; with WANDB_MODE=offline it writes local files."""
 
     def __init__(self, settings: WandbLogger, run: TrackedRun):
         import wandb
@@ -105,23 +105,23 @@ class Wandb:
             resume="allow",
             config=dict(run.parameters),
             dir=run.scratch,
-            settings=wandb.Settings(console="off"),  # the process has a log file of its own
+            settings=wandb.Settings(console="off"),  # the process has its own log file
         )
-        # Steps by a figure of their own: one that is trained again after a failure counts, too.
+        # A separate step metric accepts steps that are trained again after a failure.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """See Tracker."""
+        """Implement Tracker."""
         self._run.log({**figures, "step": step})
 
     def end(self) -> None:
-        """See Tracker."""
+        """Implement Tracker."""
         self._run.finish()
 
 
 class Mlflow:
-    """A run of an MLflow experiment, found again by a tag."""
+    """A tracker for MLflow, which finds the run of an earlier attempt by a tag."""
 
     def __init__(self, settings: MlflowLogger, run: TrackedRun):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -144,7 +144,7 @@ class Mlflow:
             self._client.log_batch(self._run_id, params=parameters[first : first + _MLFLOW_BATCH])
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """See Tracker."""
+        """Implement Tracker."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -152,17 +152,17 @@ class Mlflow:
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def end(self) -> None:
-        """See Tracker."""
+        """Implement Tracker."""
         self._client.set_terminated(self._run_id)
 
 
 class Tracking(TrainerCallback):
-    """Hands what is measured to a tracker on a thread of its own: a slow one is not waited for, a broken one is told once.
+    """A callback that sends metrics to a tracker on its own thread; a slow tracker does not block training, an error is reported once.
 
     Args:
         settings: The YAML's `logger`.
-        run: What is tracked.
-        tell: Tells the driver.
+        run: The run to track.
+        tell: Sends events to the driver.
     """
 
     def __init__(self, settings: Logger, run: TrackedRun, tell: Callable[[Event], None]):
@@ -175,7 +175,7 @@ class Tracking(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Opens the tracker."""
+        """Start the tracker thread."""
         self._thread = threading.Thread(
             target=self._work, args=(state.global_step,), name="tracker", daemon=True
         )
@@ -189,19 +189,19 @@ class Tracking(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """After a step's figures or an evaluation's are known."""
+        """Queue the metrics of a step or an evaluation."""
         if logs and is_metric(logs):
             self._measured.put((state.global_step, tracked_figures(logs)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Closes the tracker, and waits for it a while."""
+        """Close the tracker, and wait for it up to a time limit."""
         assert self._thread is not None
         self._measured.put(None)
         self._thread.join(_END_SECONDS)
         if self._thread.is_alive():
-            self._warn(f"it has not taken everything {_END_SECONDS:.0f} s after the last step")
+            self._warn(f"it had not received all metrics {_END_SECONDS:.0f} s after the last step")
 
     def _work(self, begin: int) -> None:
         try:
@@ -209,24 +209,24 @@ class Tracking(TrainerCallback):
             while (measured := self._measured.get()) is not None:
                 tracker.log(*measured)
             tracker.end()
-        except Exception as error:  # noqa: BLE001  # each has its own; none may cost the run
+        except Exception as error:  # noqa: BLE001  # tracker libraries raise many types; none may stop the run
             self._warn(first_line(error))
 
     def _warn(self, reason: str) -> None:
         self._tell(
             Notice(
-                f"logger: {self._settings.provider} failed ({reason}). Training goes on without it; metrics.jsonl has everything."
+                f"logger: {self._settings.provider} failed ({reason}). Training continues without it; metrics.jsonl has all metrics."
             )
         )
 
 
 def open_tracker(settings: Logger, run: TrackedRun, begin: int) -> Tracker:
-    """The tracker that the YAML names.
+    """Open the tracker that the YAML selects.
 
     Args:
         settings: The YAML's `logger`.
-        run: What is tracked.
-        begin: The step that training begins at.
+        run: The run to track.
+        begin: Step at which training starts or resumes.
     """
     match settings:
         case WandbLogger():
@@ -238,7 +238,7 @@ def open_tracker(settings: Logger, run: TrackedRun, begin: int) -> Tracker:
 
 
 def tracked_figures(logs: Mapping[str, Any]) -> dict[str, float]:
-    """A line of metrics.jsonl as trackers group it: {"loss": 1, "eval_loss": 2} -> {"train/loss": 1, "eval/loss": 2}."""
+    """Group metrics for trackers: {"loss": 1, "eval_loss": 2} -> {"train/loss": 1, "eval/loss": 2}."""
     return {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": float(figure)
         for name, figure in logs.items()

@@ -1,4 +1,4 @@
-"""The TRL trainer of a run, with our batches, an eval loss weighted by tokens, and checkpoints without what nobody reads."""
+"""TRL trainers with a precomputed batch plan, a token-weighted eval loss, and minimal checkpoints."""
 
 import copy
 import itertools
@@ -34,13 +34,16 @@ from training.models import varlen_attention
 from training.plan import RunPlan
 from training.speed import Throughput
 
-_NOT_LOOKED_AT = datasets.Dataset.from_dict(
+_PLACEHOLDER_DATASET = datasets.Dataset.from_dict(
     {"input_ids": [[0]]}
-)  # TRL asks for rows; ours are dealt out otherwise
+)  # TRL requires a dataset; ours is read by get_train_dataloader
 
 
 def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, eval_first: bool) -> SFTConfig:
-    """The plan as TRL's arguments, on so many devices. With DeepSpeed, torch.distributed must be up already."""
+    """Convert the plan into TRL arguments for this number of devices.
+
+    With DeepSpeed, torch.distributed must be initialized first.
+    """
     config = plan.config
     return SFTConfig(
         output_dir=str(output_directory),
@@ -57,24 +60,24 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
         seed=config.seed,
         bf16=config.dtype == "bf16",
         use_cpu=plan.device == "cpu",
-        # On CUDA accelerate knows it; named, it is refused where Unsloth has one GPU and takes accelerate's process group away.
+        # On CUDA, accelerate selects it. An explicit value fails when Unsloth runs on one GPU and removes accelerate's process group.
         ddp_backend="gloo" if plan.device == "cpu" else None,
         ddp_find_unused_parameters=False,
-        # Unsloth's own kind is put into the model; with other kernels it means the usual one.
+        # Unsloth patches its own checkpointing into the model; with other kernels, "unsloth" means standard checkpointing.
         gradient_checkpointing=bool(config.gradient_checkpointing)
         and not (config.gradient_checkpointing == "unsloth" and plan.resolved.kernels.provider == "unsloth"),
         deepspeed=plan.deepspeed,
-        eval_strategy="no",  # the schedule callback asks for evaluation and checkpoints
+        eval_strategy="no",  # the schedule callback triggers evaluation and checkpoints
         save_strategy="no",
         eval_on_start=eval_first,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_on_each_node=True,
-        report_to=[],  # the tracking callback does
+        report_to=[],  # the tracking callback reports
         run_name=plan.run_name,
         disable_tqdm=True,
         remove_unused_columns=False,
-        torch_empty_cache_steps=None,  # Unsloth's own default would empty it at all micro-batches of some steps
+        torch_empty_cache_steps=None,  # Unsloth's default would empty the cache at every micro-batch of some steps
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
@@ -83,31 +86,31 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What is trained and evaluated, and how it becomes batches."""
+    """The training and validation sequences of a run, with their batch plan and collator."""
 
     order: Order
-    """Which sequences each step takes."""
+    """Assigns sequences to steps."""
     train: Dataset[dict[str, Any]]
-    """What `order` deals out; PADDING_ROW is in it, too."""
+    """Sequences that `order` indexes, including PADDING_ROW."""
     valid: Dataset[dict[str, Any]] | None
-    """What is evaluated, if anything."""
+    """Validation sequences, or None."""
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     longest: int = 0
-    """Which training sequence has most tokens."""
+    """Index of the training sequence with the most tokens."""
 
 
 def collate_rows(
     pad_token_id: int, multiple: int | None, *, packed: bool, attention: str | None, masked: bool
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Rows or packs as batches.
+    """Return the collator for padded rows or packed sequences.
 
     Args:
-        pad_token_id: Fills them up.
-        multiple: See `pad_to_multiple_of`.
-        packed: Sequences hold several rows.
-        attention: The model's kind, as transformers calls it. Flash kernels tell packed rows apart in one long sequence only, the
-            others in any.
-        masked: Batches of rows have an attention mask.
+        pad_token_id: Token that pads sequences.
+        multiple: Passed as `pad_to_multiple_of`.
+        packed: True if sequences contain several rows.
+        attention: The `attn_implementation` of transformers. Flash kernels separate packed rows only in a padding-free batch;
+            the other implementations also separate them in padded batches.
+        masked: True if batches of unpacked rows need an attention mask.
     """
     in_one_line = packed and attention in ("flash_attention_2", varlen_attention.NAME)
     collator = DataCollatorForLanguageModeling(
@@ -122,7 +125,7 @@ def collate_rows(
 
 
 class FineTuningTrainer(SFTTrainer):
-    """SFTTrainer over prepared tokens."""
+    """An SFTTrainer for pretokenized sequences."""
 
     def __init__(
         self,
@@ -138,30 +141,30 @@ class FineTuningTrainer(SFTTrainer):
         on_eval_progress: Callable[[float], None],
         loss_of_transformers: bool,
     ):
-        """See SFTTrainer.
+        """Build the SFTTrainer and attach the batch plan, throughput and progress callbacks.
 
         Args:
-            config: The YAML.
-            base_model: What saved adapters call the model below them: hub id, directory or URI.
-            rows: What is trained and evaluated.
-            model: Ready to train, its adapter on it.
-            args: From `trainer_arguments`.
-            tokenizer: Saved beside each checkpoint.
-            callbacks: See callbacks.py; `throughput` stands among them.
-            throughput: Says how fast each step was.
-            on_eval_progress: Told how much of an evaluation is done, 0 to 1.
-            loss_of_transformers: TRL's loss is a Triton kernel; where there is no GPU, take the model's own.
+            config: The run's YAML config.
+            base_model: Base model recorded in saved adapters: Hub id, directory or URI.
+            rows: Training and validation sequences.
+            model: The model with its adapter attached.
+            args: Result of `trainer_arguments`.
+            tokenizer: Saved with each checkpoint.
+            callbacks: Trainer callbacks; the list must include `throughput`.
+            throughput: Measures the speed of each step.
+            on_eval_progress: Called with the fraction of the evaluation that is done, 0 to 1.
+            loss_of_transformers: True to use the model's own loss; TRL's loss is a Triton kernel and needs a GPU.
         """
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(
             model=model,
             args=args,
             data_collator=rows.collate,
-            train_dataset=_NOT_LOOKED_AT,
+            train_dataset=_PLACEHOLDER_DATASET,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        # TRL rounds the adapter on a 4-bit base to bf16; one that comes from a checkpoint would not be, and train otherwise.
+        # TRL casts a new adapter on a 4-bit base to bf16, but not a restored one. Keep both in their original dtype.
         for parameter, data in trained.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data
@@ -176,16 +179,16 @@ class FineTuningTrainer(SFTTrainer):
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
         prepared = super()._prepare_for_training(*arguments, **keywords)
         self.accelerator.backward = self.clock.timed("backward", self.accelerator.backward)
-        if self.is_deepspeed_enabled:  # it takes the optimizer's step inside of the backward pass
+        if self.is_deepspeed_enabled:  # DeepSpeed runs the optimizer step inside the backward pass
             engine: Any = self.model_wrapped
             engine.step = self.clock.timed("optimizer", engine.step)
         return prepared
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step, and how many tokens are trained in them on all workers.
+        """Return the micro-batches of a step and their number of loss tokens over all workers.
 
-        As transformers does it: Unsloth, which replaces that, sends counts between workers that are still on the CPU, as our batches
-        are, and NCCL takes no such.
+        This restores the implementation of transformers. Unsloth's replacement reduces the counts as CPU tensors, which NCCL
+        does not support.
         """
 
         def get() -> Any:
@@ -195,17 +198,17 @@ class FineTuningTrainer(SFTTrainer):
         return self.clock.timed("data", get)()
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """Forward and backward pass of a micro-batch; behind the last of a step comes the optimizer."""
+        """Run forward and backward of a micro-batch; the optimizer runs after the last one of a step."""
         loss = self.clock.timed("forward", super().training_step)(*arguments, **keywords)
         if self.accelerator.sync_gradients:
             self.clock.enter("optimizer")
         return loss
 
     def rehearse(self) -> None:
-        """Forward and backward pass of the largest batch that can come: what it needs is missing now, or never.
+        """Run forward and backward of the largest possible batch, so that out-of-memory errors occur before training.
 
-        Nothing of it is left: random states are as before, gradients are dropped, no worker sends another any, and neither loss nor
-        counts hear of it. DeepSpeed could not forget it, since it adds each backward pass to its own sums.
+        The call restores random states, drops the gradients without an all-reduce, and leaves loss and metrics unchanged.
+        Not for DeepSpeed, which accumulates every backward pass in its own buffers.
         """
         batch = self.rows.collate(
             [self.rows.train[self.rows.longest]] * self.args.per_device_train_batch_size
@@ -220,8 +223,8 @@ class FineTuningTrainer(SFTTrainer):
         self.throughput.restart()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds how fast the step was."""
-        # TRL's count takes a batch without a mask for one row, and begins at 0 in a run that goes on; `figures_of_step` has better.
+        """Add throughput figures to the training logs."""
+        # TRL's count treats a batch without a mask as one row and restarts at 0 on resume; use `figures_of_step` instead.
         self._metrics["train"].pop("num_tokens", None)
         if "loss" in logs:
             logs |= self.throughput.figures_of_step()
@@ -230,16 +233,18 @@ class FineTuningTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Loss a trained token: of all workers together in training, of this batch in evaluation."""
+        """Return the mean loss per loss token: over all workers in training, over this batch in evaluation."""
         if num_items_in_batch is not None:
-            num_items_in_batch = num_items_in_batch.clamp(min=1)  # 0, not no number, where nothing is trained
+            num_items_in_batch = num_items_in_batch.clamp(
+                min=1
+            )  # a step without loss tokens has loss 0, not NaN
         if self.loss_of_transformers:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_train_dataloader(self) -> EpochDataLoader:
-        """This worker's micro-batches; not prepared by accelerate, which would deal rows twice in an uneven epoch."""
-        # Its own generator: drawing a base seed from the global one would tie dropout to how often we iterate.
+        """Return this worker's micro-batches, without accelerate, which would duplicate rows in an uneven epoch."""
+        # With a separate generator, the number of iterations does not change the dropout masks.
         return EpochDataLoader(
             self.rows.train,
             batch_sampler=TrainBatches(self.rows.order, rank=self.args.process_index),
@@ -249,16 +254,16 @@ class FineTuningTrainer(SFTTrainer):
         )
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """What is added up over all batches of an evaluation: here the loss and the trained tokens, as float64."""
+        """Return the values that an evaluation sums over all batches: loss and number of loss tokens, as float64."""
         count = (inputs["labels"][:, 1:] != IGNORED).sum()
-        # For padding as well: workers wait for each other in it.
+        # Padding batches run too, because the forward pass contains collectives.
         mean = self.compute_loss(model, dict(inputs))
         if count == 0:
             return torch.zeros(2, dtype=torch.float64, device=self.args.device)
         return torch.stack([mean.double() * count, count.double()])
 
     def figures(self, totals: list[float]) -> dict[str, float]:
-        """The sums over all batches and workers as what is reported: `loss` and what stands beside it."""
+        """Convert the sums over all batches and workers into the reported metrics, `loss` among them."""
         return {"loss": totals[0] / totals[1]}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -270,9 +275,9 @@ class FineTuningTrainer(SFTTrainer):
         return self.clock.timed("evaluation", super()._evaluate)(*arguments, **keywords)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """Eval loss and figures from sums over all workers: the loss is that of a trained token.
+        """Return eval loss per loss token and the other eval metrics, summed over all workers.
 
-        They do not depend on the number of workers, the batch size or how rows are padded or packed.
+        The result does not depend on the number of workers, the batch size, padding or packing.
         """
         del arguments, keywords
         if self.rows.valid is None:
@@ -290,7 +295,7 @@ class FineTuningTrainer(SFTTrainer):
         sums: Callable[[Any, dict[str, Any]], torch.Tensor],
         on_progress: Callable[[float], None],
     ) -> torch.Tensor:
-        """The sums of all batches of all workers, without gradients or dropout."""
+        """Return the sums over all batches and workers, computed without gradients or dropout."""
         mine = eval_batches(
             len(sequences),
             self.args.per_device_eval_batch_size,
@@ -312,13 +317,13 @@ class FineTuningTrainer(SFTTrainer):
         return self.of_all_workers(torch.stack(parts).sum(0))
 
     def of_all_workers(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sum over workers, on each of them."""
+        """All-reduce the sums over workers."""
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
         return sums
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """This rank's random states; where the checkpoint has none, since it was saved on other ranks, such as follow from it."""
+        """Restore this rank's random states, or derive new ones if the checkpoint has none for this rank."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
@@ -349,12 +354,12 @@ class FineTuningTrainer(SFTTrainer):
 
 
 def base_of(model: Any) -> Any:
-    """What lies below an adapter; the model itself where there is none."""
+    """Return the base model under an adapter, or the model itself if it has no adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
-    """Take out of PEFT's file what differs between equal runs: where the base lay on this node, and the order of a process's sets."""
+    """Make PEFT's config file reproducible: replace the node's local base path and sort the lists that come from sets."""
     settings = json.loads(adapter_config.read_text("utf-8")) | {"base_model_name_or_path": base_model}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(settings.get(name), list):
@@ -363,9 +368,9 @@ def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
 
 
 def page_states(optimizer: Any) -> None:
-    """A restored paged optimizer's states where those of a new one lie: in pages that leave a GPU whose memory runs out.
+    """Move the restored states of a paged optimizer into paged memory, which can be evicted from the GPU.
 
-    bitsandbytes loads them into plain memory, and takes it for pages all the same.
+    bitsandbytes loads them into ordinary GPU memory but treats them as paged.
     """
     unwrapped = getattr(optimizer, "optimizer", optimizer)
     if not getattr(unwrapped, "is_paged", False):
@@ -377,43 +382,43 @@ def page_states(optimizer: Any) -> None:
 
 
 def has_random_states(checkpoint: Path, rank: int, world_size: int) -> bool:
-    """Whether a checkpoint on this node holds what transformers restores for a rank of so many."""
+    """Return whether a local checkpoint contains the random states of this rank at this world size."""
     return random_states(checkpoint, rank, world_size).is_file()
 
 
 def random_states(checkpoint: Path, rank: int, world_size: int) -> Path:
-    """Where transformers keeps a rank's."""
+    """Return the path where transformers stores a rank's random states."""
     return checkpoint / (f"rng_state_{rank}.pth" if world_size > 1 else "rng_state.pth")
 
 
 def note_device(file: Path, device: int) -> None:
-    """Beside the states of all GPUs that a rank sees stands which of them was its own: on other nodes it may be another."""
+    """Add the rank's own device index to its saved GPU random states; the index may differ on other nodes."""
     with safe_globals():
         states = torch.load(file, weights_only=True)
     torch.save(states | {"own_device": device}, file)
 
 
 def state_of_noted_device(file: Path) -> torch.Tensor | None:
-    """Of the GPU that was a rank's own; None where that was not noted."""
+    """Return the random state of the GPU that the rank used, or None if the file has no device index."""
     with safe_globals():
         states = torch.load(file, weights_only=True)
     return states["cuda"][states["own_device"]] if "own_device" in states else None
 
 
 def seed_of_new_rank(seed: int, step: int, rank: int) -> int:
-    """Where the random states of a rank that had none at a step begin: always alike, and otherwise for every rank and step."""
+    """Return the seed for a rank without saved random states: deterministic, and different for every rank and step."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 class ClassificationTrainer(FineTuningTrainer):
-    """Reports how often the label that the model would write is the right one."""
+    """A FineTuningTrainer that reports accuracy and F1 of the labels that the model generates."""
 
     def __init__(self, *, label_tokens: list[list[int]], **arguments: Any):
-        """See FineTuningTrainer.
+        """Build the trainer.
 
         Args:
-            label_tokens: The tokens of each label.
-            arguments: FineTuningTrainer's.
+            label_tokens: Token ids of each label.
+            arguments: Passed to FineTuningTrainer.
         """
         super().__init__(**arguments)
         self.label_tokens = label_tokens
@@ -422,11 +427,11 @@ class ClassificationTrainer(FineTuningTrainer):
         )
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """The loss, the trained tokens, and how often each label (row) was taken for each (column)."""
+        """Return loss, number of loss tokens and the flattened confusion matrix (rows: true label, columns: predicted)."""
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
         is_label = inputs["labels"][:, 1:] != IGNORED
         tokens = inputs["labels"][:, 1:][is_label]
-        # From the first label on: accelerate turns what the model gives back to fp32, and logits of all tokens are gigabytes.
+        # Compute logits only from the first label token: accelerate casts them to fp32, and those of all tokens take gigabytes.
         if self._may_leave_out_logits:
             places = is_label.any(0).nonzero()
             is_label = is_label[:, int(places[0]) if len(places) else is_label.shape[1] :]
@@ -446,7 +451,7 @@ class ClassificationTrainer(FineTuningTrainer):
         return torch.cat([torch.stack([loss, count]), taken_for.flatten().to(loss.device)])
 
     def figures(self, totals: list[float]) -> dict[str, float]:
-        """The loss a token, the accuracy, and F1 as the mean over the labels that occur, in the rows or in the answers."""
+        """Return loss per token, accuracy, and F1 averaged over the labels that occur in rows or predictions."""
         loss, tokens, *flat = totals
         taken_for = torch.tensor(flat).view(len(self.label_tokens), -1)
         right, occurrences = taken_for.diagonal(), taken_for.sum(0) + taken_for.sum(1)
@@ -455,14 +460,14 @@ class ClassificationTrainer(FineTuningTrainer):
 
 
 def written_label(scores: torch.Tensor, tokens: list[int], label_tokens: list[list[int]]) -> int:
-    """The label that a model writes when it may write nothing but labels, always the likeliest token.
+    """Return the index of the label that greedy decoding generates when only labels are allowed.
 
-    Where it leaves the right label for several that begin alike, the first of them is taken: all of them are wrong.
+    If several wrong labels share the generated prefix, the first of them is returned.
 
     Args:
-        scores: Of every token at each of the right label's tokens, (tokens, vocabulary).
-        tokens: Of the right label.
-        label_tokens: Of each label; none is the beginning of another.
+        scores: Logits at the positions of the true label, (tokens, vocabulary).
+        tokens: Token ids of the true label.
+        label_tokens: Token ids of each label; no label is a prefix of another.
     """
     possible = list(range(len(label_tokens)))
     for place, right in enumerate(tokens):

@@ -1,1 +1,1 @@
-"""Rows -> checked conversations -> tokens and labels -> batches."""
+"""Data pipeline: sources -> rows -> messages -> rendered text -> tokens -> batches."""

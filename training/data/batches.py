@@ -1,4 +1,4 @@
-"""Which row is trained when: the same order on any number of workers, each row exactly once an epoch."""
+"""Batch plan: packing and row order, the same on any number of workers, with each row exactly once per epoch."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from configs.schema import FinetuneConfig
 from training.data.token_files import IGNORED
 from training.models.kernels import Device
 
-PADDING_ROW = -1  # stands where the last batch of an epoch has no row left: its labels are all ignored
+PADDING_ROW = -1  # fills the last batch of an epoch; all of its labels are ignored
 
 _MOST_STEPS_A_WINDOW = 50
 _LEAST_WINDOWS = 4
@@ -21,41 +21,41 @@ _LEAST_WINDOWS = 4
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How sequences are dealt out: rows, or packs of them."""
+    """The division of sequences (rows or packs) into batches and steps."""
 
     sequences: int
     batch_size: int
-    """Sequences a device and micro-batch."""
+    """Sequences per device and micro-batch."""
     world_size: int
     gradient_accumulation_steps: int
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches that each worker takes in an epoch."""
+        """Return the number of micro-batches per worker in an epoch."""
         return -(-self.sequences // (self.batch_size * self.world_size))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the last may accumulate fewer micro-batches."""
+        """Return the number of optimizer steps in an epoch; the last may accumulate fewer micro-batches."""
         return -(-self.batches_per_epoch // self.gradient_accumulation_steps)
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences in a full optimizer step, all workers together."""
+        """Return the number of sequences in a full optimizer step, over all workers."""
         return self.batch_size * self.world_size * self.gradient_accumulation_steps
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Lay rows into few sequences by best fit: always the longest row that fits, and two that leave nothing as the last.
+    """Pack rows into few sequences by best fit: add the longest row that fits, and close with a pair that fills the gap.
 
-    Sets of lengths are integers, bit n for a row of n tokens: all pairs with one sum are a shift and an `and` away.
+    Sets of lengths are bit masks in integers, bit n for rows of n tokens. A shift and an `and` find all pairs with a given sum.
 
     Args:
         lengths: Tokens of each row, at most `capacity`.
-        capacity: Tokens that a sequence holds.
+        capacity: Tokens per sequence.
 
     Returns:
-        For each sequence, the rows in it. Equal lengths give equal packs.
+        The row indices of each sequence, deterministic for given lengths.
     """
     lengths = np.asarray(lengths)
     rows_with: defaultdict[int, list[int]] = defaultdict(list)
@@ -85,7 +85,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 def _best_pair(
     rows_with: dict[int, list[int]], left: int, mirrored: int, capacity: int, space: int, negligible: int
 ) -> list[int] | None:
-    """Two lengths, as equal as possible, that fill a space but for what is negligible: short rows stay for other gaps."""
+    """Return two lengths, as equal as possible, that fill the space up to `negligible`; short rows stay for other gaps."""
     for both in range(space, space - negligible - 1, -1):
         half = -(-both // 2)
         pairs = (
@@ -100,7 +100,7 @@ def _best_pair(
 
 
 class Order:
-    """Which sequences an epoch and a step take: a function of the shape, the seed and the lengths alone."""
+    """The sequences of each epoch and step, determined by shape, seed and lengths alone."""
 
     def __init__(
         self,
@@ -110,14 +110,13 @@ class Order:
         lengths: Sequence[int] | np.ndarray | None = None,
         packs: Sequence[Sequence[int]] | None = None,
     ):
-        """See `pack` for packs.
+        """Build the plan.
 
         Args:
-            shape: How sequences are dealt out.
-            seed: The run's.
-            lengths: Tokens of each sequence, so that a step takes such as are about equally long and little is padded;
-                None: steps take them as they fall.
-            packs: The rows in each sequence; None: sequences are rows.
+            shape: Division of sequences into batches.
+            seed: The run's seed.
+            lengths: Tokens of each sequence, to group sequences of similar length and reduce padding. None: no grouping.
+            packs: Row indices of each sequence, from `pack`. None: each sequence is one row.
         """
         self.shape = shape
         self.seed = seed
@@ -126,17 +125,17 @@ class Order:
         self._epoch: tuple[int, torch.Tensor] | None = None
 
     def epoch(self, epoch: int) -> list[int]:
-        """The order of all sequences in an epoch (from 0)."""
+        """Return the order of all sequences in an epoch (from 0)."""
         return self._of(epoch).tolist()
 
     def step(self, step: int) -> list[int]:
-        """The sequences of an optimizer step (from 1), over all workers."""
+        """Return the sequences of an optimizer step (from 1), over all workers."""
         epoch, step_in_epoch = divmod(step - 1, self.shape.steps_per_epoch)
         begin = step_in_epoch * self.shape.sequences_per_step
         return self._of(epoch)[begin : begin + self.shape.sequences_per_step].tolist()
 
     def rows_of_step(self, step: int) -> list[int]:
-        """The rows of an optimizer step (from 1), over all workers."""
+        """Return the rows of an optimizer step (from 1), over all workers."""
         sequences = self.step(step)
         if self.packs is None:
             return sequences
@@ -152,7 +151,7 @@ class Order:
         return self._epoch[1]
 
     def _group(self, order: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Sort windows of some steps by length, and mix their steps again; the short last step takes what is left over."""
+        """Sort windows of several steps by length, then shuffle the steps; the short last step stays last."""
         per_step = self.shape.sequences_per_step
         steps = len(order) // per_step
         steps_a_window = min(_MOST_STEPS_A_WINDOW, max(1, steps // _LEAST_WINDOWS))
@@ -165,21 +164,21 @@ class Order:
 
 
 def longest_sequence(lengths: Sequence[int] | np.ndarray, packs: Sequence[Sequence[int]] | None) -> int:
-    """Which sequence has most tokens.
+    """Return the index of the sequence with the most tokens.
 
     Args:
         lengths: Tokens of each row.
-        packs: The rows in each sequence; None: sequences are rows.
+        packs: Row indices of each sequence. None: each sequence is one row.
     """
     lengths = np.asarray(lengths)
     return int(np.argmax(lengths if packs is None else [lengths[list(rows)].sum() for rows in packs]))
 
 
 class TrainBatches(Sampler[list[int]]):
-    """One worker's micro-batches of an epoch, as lists of sequence indices or PADDING_ROW.
+    """A sampler of one worker's micro-batches, as lists of sequence indices or PADDING_ROW.
 
-    Micro-batch i of all workers together is a contiguous piece of the epoch's order, so 1 worker with a batch of 4
-    and 2 workers with a batch of 2 take the same steps.
+    Micro-batch i of all workers together is a contiguous slice of the epoch's order. Thus 1 worker with batch size 4
+    and 2 workers with batch size 2 take the same steps.
     """
 
     def __init__(self, order: Order, *, rank: int):
@@ -188,7 +187,7 @@ class TrainBatches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration deals out."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -204,7 +203,7 @@ class TrainBatches(Sampler[list[int]]):
 
 
 def eval_batches(sequences: int, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
-    """One worker's share of validation; every worker gets equally many batches, padded with PADDING_ROW."""
+    """Return one worker's validation batches; every worker gets the same number, padded with PADDING_ROW."""
     count = -(-sequences // (batch_size * world_size))
     order = list(range(sequences)) + [PADDING_ROW] * (count * batch_size * world_size - sequences)
     return [
@@ -214,7 +213,7 @@ def eval_batches(sequences: int, batch_size: int, world_size: int, rank: int) ->
 
 
 class TokenSequences(Dataset[dict[str, Any]]):
-    """Prepared rows by sequence: one row, or the rows of a pack, or the empty one for PADDING_ROW."""
+    """A dataset of training sequences: one row or one pack each, or the empty row for PADDING_ROW."""
 
     def __init__(self, rows: Any, pad_token_id: int, packs: Sequence[Sequence[int]] | None = None):
         self.rows = rows
@@ -225,29 +224,30 @@ class TokenSequences(Dataset[dict[str, Any]]):
         return len(self.rows) if self.packs is None else len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`seq_lengths` are the tokens of each row in the sequence."""
+        """Return one sequence; `seq_lengths` holds the tokens of each row in it."""
         if index == PADDING_ROW:
             rows = [self.padding]
         else:
             rows = [self.rows[row] for row in (self.packs[index] if self.packs is not None else [index])]
         return {
             "input_ids": [token for row in rows for token in row["input_ids"]],
-            # A row's first token follows from nothing, least of all from the row before it in a pack.
+            # A row's first token has no context, so it must not be predicted from the previous row of a pack.
             "labels": [label for row in rows for label in (IGNORED, *row["labels"][1:])],
             "seq_lengths": [len(row["input_ids"]) for row in rows],
         }
 
 
 class PairSequences(Dataset[dict[str, Any]]):
-    """Prepared pairs by index, and the empty one for PADDING_ROW."""
+    """A dataset of preference pairs, with the empty pair for PADDING_ROW."""
 
     def __init__(self, rows: Any, pad_token_id: int, *, with_mismatched: bool):
-        """Mismatched answers show how far a model is from its reference; see `pair_losses`.
+        """Build the dataset.
 
         Args:
-            rows: With prompt_ids, chosen_ids and rejected_ids.
-            pad_token_id: Fills the empty pair.
-            with_mismatched: Add the next pair's answers, as mismatched_chosen_ids and mismatched_rejected_ids.
+            rows: Rows with prompt_ids, chosen_ids and rejected_ids.
+            pad_token_id: Token of the empty pair.
+            with_mismatched: Add the next pair's responses as mismatched_chosen_ids and mismatched_rejected_ids, from which
+                kto estimates the divergence from the reference; see `pair_losses`.
         """
         self.rows = rows
         self.with_mismatched = with_mismatched
@@ -266,11 +266,11 @@ class PairSequences(Dataset[dict[str, Any]]):
 
 
 def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:
-    """Batches are padded to a multiple of this, in tokens: where the YAML says so, to all that a row can have.
+    """Return the multiple, in tokens, to which batches are padded; `padding: max_length` pads to the maximum row length.
 
     Args:
-        config: The YAML.
-        device: Matrix products of GPUs go in tiles.
+        config: The run's YAML config.
+        device: On CUDA the multiple is 8, since matrix multiplications run in tiles.
         longest: Tokens of the longest training row.
     """
     if config.padding == "max_length":
@@ -279,21 +279,21 @@ def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> 
 
 
 def padded_length(tokens: int, multiple: int | None) -> int:
-    """Of a sequence in its batch."""
+    """Return the length of a sequence after padding."""
     return tokens if multiple is None else -(-tokens // multiple) * multiple
 
 
 def without_mask(collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
-    """Batches without an attention mask, which would have attention compute and keep all pairs of tokens.
+    """Wrap a collator to drop the attention mask, which would make attention compute and store all pairs of tokens.
 
-    Padding stands on the right, where causal attention never looks from a real token. Packed rows are told apart by their positions,
-    which begin at 0 with each; transformers looks at these only where it gets neither a mask nor a cache.
+    Padding is on the right, which causal attention never sees from a real token. Position ids restart at 0 with each packed
+    row and separate the rows; transformers uses them only if it gets neither a mask nor a cache.
     """
 
     def collate_without_mask(examples: list[Any]) -> dict[str, Any]:
         batch = collate(examples)
         batch.pop("attention_mask", None)
-        # TRL counts them, where there is no mask to be counted.
+        # TRL counts position ids when there is no mask.
         batch.setdefault("position_ids", torch.arange(batch["input_ids"].shape[1])[None])
         return batch | {"use_cache": False}
 
@@ -303,7 +303,7 @@ def without_mask(collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[li
 def with_ends_of_rows(
     collate: Callable[[list[Any]], dict[str, Any]],
 ) -> Callable[[list[Any]], dict[str, Any]]:
-    """Batches of one line, with where each row of it begins and ends, as flash kernels take it: they need not look for it on the GPU."""
+    """Wrap a padding-free collator to add the row boundaries that flash kernels need, which avoids a GPU sync."""
 
     def collate_with_ends(examples: list[Any]) -> dict[str, Any]:
         batch = collate(examples)
@@ -322,8 +322,8 @@ def with_ends_of_rows(
 
 
 class EpochDataLoader(DataLoader[Any]):
-    """A DataLoader that tells its batches which epoch it is, as transformers' training loop asks."""
+    """A DataLoader whose `set_epoch`, called by the transformers training loop, reaches the batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch."""
+        """Set the epoch of the batch sampler; called before each epoch."""
         self.batch_sampler.set_epoch(epoch)  # pyright: ignore

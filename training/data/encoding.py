@@ -1,4 +1,4 @@
-"""Rendered text -> token ids, and which of them stand where the loss looks."""
+"""Tokenization: convert rendered text into token ids and mark the loss tokens."""
 
 import json
 import unicodedata
@@ -17,59 +17,61 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
-_NOT_KNOWN = 1 << 30  # bytes of a token that stands for what the vocabulary lacks: more than any row has
+_NOT_KNOWN = (
+    1 << 30
+)  # byte length of unknown and byte-fallback tokens: exceeds any row, so lengths never add up
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Sequences as tokens, one behind another."""
+    """A batch of tokenized sequences, concatenated."""
 
     ids: np.ndarray
     """int32 [tokens]"""
     trained: np.ndarray
-    """bool [tokens]: whether the loss looks at it."""
+    """bool [tokens]: True for loss tokens."""
     lengths: np.ndarray
-    """int64 [sequences]: tokens of each."""
+    """int64 [sequences]: tokens per sequence."""
 
     def begins(self) -> np.ndarray:
-        """int64 [sequences + 1]: where each sequence begins, and where the last ends."""
+        """Return the start of each sequence and the end of the last, int64 [sequences + 1]."""
         return _sums(self.lengths)
 
     def places(self) -> np.ndarray:
-        """int64 [tokens]: each token's place in its sequence."""
+        """Return each token's position in its sequence, int64 [tokens]."""
         return np.arange(len(self.ids)) - np.repeat(self.begins()[:-1], self.lengths)
 
     def predicted(self) -> np.ndarray:
-        """int64 [sequences]: trained tokens that something stands before; nothing predicts the first."""
+        """Return the loss tokens per sequence, int64 [sequences]; the first token is never predicted."""
         begins = self.begins()
         trained = self.trained.copy()
         trained[begins[:-1][self.lengths > 0]] = False
         return np.diff(_sums(trained)[begins])
 
     def cut(self, limit: int) -> "Encoded":
-        """The first `limit` tokens of each sequence."""
+        """Truncate each sequence to its first `limit` tokens."""
         kept = self.places() < limit
         return Encoded(self.ids[kept], self.trained[kept], np.minimum(self.lengths, limit))
 
     def take(self, sequences: np.ndarray) -> "Encoded":
-        """Some of the sequences: bool [sequences]."""
+        """Select sequences by a mask, bool [sequences]."""
         kept = np.repeat(sequences, self.lengths)
         return Encoded(self.ids[kept], self.trained[kept], self.lengths[sequences])
 
 
 class Encoder:
-    """A tokenizer that tells which tokens a span of characters has become.
+    """A tokenizer that maps character spans to token spans.
 
-    The library computes every token's offsets for half as long again as its ids alone. Where tokens are pieces of the
-    text's bytes, as in byte-level BPE, their lengths say the same; a row whose lengths do not add up is asked for offsets.
+    Computing token offsets in the tokenizers library takes 50% longer than ids alone. In byte-level BPE, the byte lengths of
+    tokens give the same result. Offsets are computed only for rows whose lengths do not add up.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, whole_text: bool):
         """Prepare the tokenizer.
 
         Args:
-            tokenizer: Truncation and padding are turned off in it.
-            whole_text: Train on every token, not on the answers only.
+            tokenizer: Fast tokenizer; its truncation and padding are disabled in place.
+            whole_text: True to train on every token instead of the answers only.
         """
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -80,7 +82,7 @@ class Encoder:
         self._normalizes = "NFC" in _steps(self._backend.normalizer)
 
     def encode(self, sequences: Sequence[Rendered]) -> "list[Encoding]":
-        """Encode sequences of one kind, in the library's own threads and without Python's lock."""
+        """Tokenize sequences of one kind in the library's threads, without the GIL."""
         texts = [sequence.text for sequence in sequences]
         if sequences[0].ends_the_text:
             return self._backend.encode_batch(texts, add_special_tokens=True)
@@ -89,7 +91,7 @@ class Encoder:
         return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def locate(self, sequences: Sequence[Rendered], encodings: "Sequence[Encoding]") -> Encoded:
-        """Sequences of one kind as tokens; a token that reaches over a span's beginning or end belongs to it."""
+        """Mark the loss tokens of sequences of one kind; a token that crosses a span's boundary belongs to the span."""
         ids = [encoding.ids for encoding in encodings]
         if sequences[0].ends_the_text:
             ids = [self._with_end(each) for each in ids]
@@ -119,13 +121,13 @@ class Encoder:
     def _by_lengths(
         self, sequences: Sequence[Rendered], ids: np.ndarray, begins: np.ndarray, owners: np.ndarray
     ) -> np.ndarray:
-        """[spans, 2] in tokens of their sequence: characters -> bytes -> tokens; the arrays go over all sequences.
+        """Map spans from characters to bytes to tokens, and return them as [spans, 2] in tokens of their sequence.
 
         Args:
-            sequences: What was encoded.
-            ids: [tokens].
-            begins: [sequences + 1], in tokens.
-            owners: [spans]: the sequence that each span is of.
+            sequences: The tokenized sequences.
+            ids: Token ids of all sequences, [tokens].
+            begins: Start of each sequence in tokens, [sequences + 1].
+            owners: Sequence index of each span, [spans].
         """
         assert self._bytes_of is not None
         texts = [sequence.text for sequence in sequences]
@@ -137,7 +139,7 @@ class Encoder:
             offsets = _byte_offsets(whole)
             spans, text_begins = offsets[spans], offsets[text_begins]
         token_begins = _sums(self._bytes_of[ids])
-        # Where one's tokens are not its bytes, those of the sequences behind it stand elsewhere than their text.
+        # If a sequence's tokens do not cover its bytes exactly, the sequences after it are shifted against their text.
         moved = token_begins[begins] - text_begins
         first, end = (spans + moved[owners, None]).T
         found = np.stack(
@@ -154,7 +156,7 @@ class Encoder:
 
 
 def _sums(counts: np.ndarray | list[int]) -> np.ndarray:
-    """int64 [counts + 1]: what stands before each, and all."""
+    """Return the cumulative sums with a leading 0, int64 [counts + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
@@ -163,13 +165,13 @@ def _pairs(spans: Iterable[Span]) -> np.ndarray:
 
 
 def _byte_offsets(text: str) -> np.ndarray:
-    """int64 [characters + 1]: where in UTF-8 each character begins, and where the last ends."""
+    """Return the UTF-8 offset of each character and of the end, int64 [characters + 1]."""
     content = np.frombuffer(text.encode(), np.uint8)
     return np.append(np.flatnonzero(content & 0xC0 != 0x80), len(content))
 
 
 def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
-    """Bytes that each token stands for, by its id; None where a token is not certain bytes of the text."""
+    """Return the byte length of each token by id, or None if tokens do not correspond to bytes of the text."""
     from tokenizers import models
 
     backend = tokenizer.backend_tokenizer
@@ -184,22 +186,22 @@ def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
     for token, number in vocabulary.items():
-        lengths[number] = len(token)  # a character for each byte
+        lengths[number] = len(token)  # byte-level BPE writes one character per byte
     for number, added in backend.get_added_tokens_decoder().items():
         lengths[number] = len(added.content.encode())
     for token in (model.unk_token, *(f"<0x{byte:02X}>" for byte in range(256))):
         if token in vocabulary:
             lengths[vocabulary[token]] = _NOT_KNOWN
-    probe = "a b"  # some put a space before the text
+    probe = "a b"  # some tokenizers add a leading space
     ids = backend.encode(probe, add_special_tokens=False).ids
     return lengths if lengths[ids].sum() == len(probe) else None
 
 
 def _steps(part: "Normalizer | PreTokenizer | None") -> list[str]:
-    """What a part of a tokenizer does, step after step."""
+    """Return the step types of a normalizer or pre-tokenizer."""
     if part is None:
         return []
-    state = json.loads(part.__getstate__())  # the only way to look into a Sequence
+    state = json.loads(part.__getstate__())  # the only access to the parts of a Sequence
     steps = state.get("pretokenizers", state.get("normalizers", [state]))
     return [step["type"] for step in steps]
 
@@ -223,7 +225,7 @@ def _token_span(encoding: "Encoding", span: Span, characters: int, tokens: int) 
 
 
 def _token_at(encoding: "Encoding", begin: int, end: int) -> int | None:
-    """The first token of the characters from `begin` on; some tokenizers leave white space out."""
+    """Return the first token at or after character `begin`; some tokenizers drop whitespace."""
     for character in range(begin, end):
         if (token := encoding.char_to_token(character)) is not None:
             return token

@@ -1,4 +1,4 @@
-"""The labels of a classification, as the tokens that are trained."""
+"""Classification labels as loss tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,11 @@ from training.data.token_files import IGNORED
 
 
 def label_tokens(sources: Sequence[Any], names: Sequence[str]) -> list[list[int]]:
-    """The tokens of each label that occurs.
+    """Return the token ids of each label that occurs, and reject labels whose tokens are a prefix of another's.
 
     Args:
         sources: Prepared rows (datasets.Dataset) of training and validation.
-        names: What `classifier_config.label_tokens` calls the labels; `label` of a row is a position in it.
-
-    Raises:
-        DataError: one label's tokens are the beginning of another's: after them nobody knows which it is.
+        names: Labels from `classifier_config.label_tokens`; the `label` of a row is an index into it.
     """
     tokens: dict[int, list[int]] = {}
     for rows in sources:
@@ -29,7 +26,7 @@ def label_tokens(sources: Sequence[Any], names: Sequence[str]) -> list[list[int]
         for other, other_tokens in tokens.items():
             if label != other and other_tokens[: len(its_tokens)] == its_tokens:
                 raise DataError(
-                    f"classifier_config.label_tokens: {names[other]!r} begins with the tokens of {names[label]!r}, so the one cannot "
-                    "be told from the other. Give the labels names of which none begins another."
+                    f"classifier_config.label_tokens: {names[other]!r} starts with the tokens of {names[label]!r}, so the two "
+                    "are ambiguous. Rename the labels so that none is a prefix of another."
                 )
     return [tokens[label] for label in sorted(tokens)]

@@ -1,6 +1,6 @@
-"""Sources -> tokens and labels: prepared once, by the driver.
+"""Data preparation on the driver: convert the sources into tokens and labels, once per data set.
 
-Text is laid out on this thread while the tokenizers library encodes the batch before on its own.
+This thread renders the chat template while a second thread tokenizes the previous batch.
 """
 
 import gc
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2_000_000
-_AHEAD = 2  # batches that are encoded while the next is laid out
+_AHEAD = 2  # batches in the tokenizer queue while the next batch is rendered
 _MAX_SHOWN = 5
 _SHOWN_CHARACTERS = 2000
 
@@ -61,19 +61,15 @@ def prepare_data(
     bucket: str | None = None,
     progress: Callable[[int, float], None] = lambda rows, fraction: None,
 ) -> PreparedData:
-    """Tokenise sources, or find them tokenised already: on this node, or in the bucket (then without their tokens).
+    """Tokenize the sources, or reuse prepared data from this node or the bucket. Data from the bucket comes without tokens.
 
     Args:
-        request: The sources and how to read them.
-        tokenizer: The model's, with the chat template that is to be used.
-        tokenizer_dir: Its files.
-        cache: The node's directory for what was downloaded and prepared.
-        bucket: Where prepared data is kept, if anywhere.
-        progress: Told how many rows have been read, and how much of all sources that is, 0 to 1.
-
-    Raises:
-        DataError: rows that cannot be trained on, or no place for their tokens.
-        BucketError: the sources cannot be fetched.
+        request: The sources and their settings.
+        tokenizer: The model's tokenizer with the chat template to use.
+        tokenizer_dir: Directory of the tokenizer files.
+        cache: Node cache for downloads and prepared data.
+        bucket: URI where prepared data is stored, or None.
+        progress: Called with the number of rows read and the fraction of all sources, 0 to 1.
     """
     key = request.key(tokenizer_dir)
     if found := find_prepared(key, cache, bucket):
@@ -94,7 +90,7 @@ def _prepare(
     progress: Callable[[int, float], None],
 ) -> None:
     staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
-    gc.freeze()  # garbage is looked for among the rows only, not in every library that is loaded
+    gc.freeze()  # garbage collection skips the objects of loaded libraries
     try:
         with _Preparation(request, tokenizer, staging) as preparation:
             summary = preparation.run(cache, progress)
@@ -102,7 +98,7 @@ def _prepare(
         staging.replace(directory)
     except OSError as error:
         raise DataError(
-            f"{', '.join(request.paths)}: the tokens cannot be written to {directory.parent} ({error}). Free some space, or set output_dir "
+            f"{', '.join(request.paths)}: tokens cannot be written to {directory.parent} ({error}). Free disk space, or set output_dir "
             "to another disk."
         ) from error
     finally:
@@ -112,7 +108,7 @@ def _prepare(
 
 @dataclass
 class _Faults:
-    """Rows that cannot be learned from."""
+    """Counts and first messages of rejected rows."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
@@ -159,7 +155,7 @@ class _Preparation:
                 while pending:
                     self._write_first(pending)
                 self.rows_of_sources.append(self.tokens.rows - before)
-        self._refuse_faults()
+        self._reject_faults()
         return self._summary()
 
     def _write_first(self, pending: "deque[tuple[list[RenderedRow], Future[list[Encoding]]]]") -> None:
@@ -192,11 +188,11 @@ class _Preparation:
                     self._write_skipped(file.uri, row, str(error), value)
                     continue
                 if request.bad_rows == "error" and self.faults.first:
-                    continue  # nothing will be trained: only look for what else is wrong
+                    continue  # the run will fail: only collect further faults
                 yield RenderedRow(number, row, sequences, getattr(example, "label", None))
         if self.rows_read == began:
             raise DataError(
-                f"{request.paths[source]}: holds no rows. Name files with at least one row to learn from."
+                f"{request.paths[source]}: contains no rows. Use files with at least one row to train on."
             )
         self.formats.append(reading.data_format if reading else "messages")
 
@@ -217,13 +213,13 @@ class _Preparation:
                 if other != reading.data_format:
                     raise RowError(
                         "mixed formats",
-                        f"is {FORMAT_NAMES[other]}, and the rows before are {FORMAT_NAMES[reading.data_format]}. Make a source of its own "
-                        "of each format",
+                        f"has the format {FORMAT_NAMES[other]}, but earlier rows have {FORMAT_NAMES[reading.data_format]}. Use a separate "
+                        "source for each format",
                     ) from error
             raise
 
     def _leave_out(self, row: RenderedRow, reason: str) -> None:
-        """Note a row that is too long, or that truncation leaves nothing to learn of."""
+        """Record a row that is too long, or that has no loss tokens after truncation."""
         self._write_skipped(self.request.files[row.file].uri, row.row, reason, None)
 
     def _write_skipped(self, uri: str, row: int, reason: str, value: Any) -> None:
@@ -231,7 +227,7 @@ class _Preparation:
         text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
         self.skipped.write(text + "\n")
 
-    def _refuse_faults(self) -> None:
+    def _reject_faults(self) -> None:
         faults, request = self.faults, self.request
         count = faults.counts.total()
         if count and (request.bad_rows == "error" or self.tokens.rows == 0):
@@ -241,15 +237,15 @@ class _Preparation:
                 f"{count:,} of {self.rows_read:,} rows cannot be trained on ({kinds}):\n"
                 + "\n".join(faults.first)
                 + more
-                + "\nMend or remove them"
-                + (", or leave them out with bad_rows: skip." if count < self.rows_read else ".")
+                + "\nFix or remove these rows"
+                + (", or skip them with bad_rows: skip." if count < self.rows_read else ".")
             )
-        self.tokens.refuse_long_rows()
+        self.tokens.reject_long_rows()
         for path, rows in zip(request.paths, self.rows_of_sources, strict=True):
             if request.weights and not rows:
                 raise DataError(
-                    f"{path}: none of its rows is left to learn from, so it cannot have its weight's share of an epoch. Mend it, or take "
-                    "it out of train_path."
+                    f"{path}: no rows are left after filtering, so the source cannot fill its weight's share of an epoch. Fix it, or "
+                    "remove it from train_path."
                 )
 
     def _summary(self) -> DataSummary:
@@ -316,11 +312,11 @@ def _shown(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, default=str)[:_SHOWN_CHARACTERS]
     except RecursionError:
-        return "(nested too deeply to be shown)"
+        return "(nested too deeply to display)"
 
 
 def _shares(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Rows of each source in an epoch, which has as many as all sources together; largest remainders round up."""
+    """Return the number of rows per source in an epoch, which has the total number of rows; largest remainders round up."""
     total = sum(rows)
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
@@ -331,7 +327,7 @@ def _shares(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def _mix(rows: Sequence[int], taken: Sequence[int], seed: int) -> np.ndarray:
-    """Positions of an epoch's rows: each source as often as it goes in whole, and some rows of it once more."""
+    """Return the row indices of an epoch: each source repeated in full as often as it fits, plus a random remainder."""
     generator = np.random.default_rng(seed)
     pieces = []
     begin = 0

@@ -1,4 +1,4 @@
-"""Prepared rows: on a node's disk, where they are memory-mapped, and in the bucket."""
+"""Prepared data: memory-mapped token files on a node's disk, and their copy in the bucket."""
 
 import json
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ SKIPPED_FILE, SUMMARY_FILE = "skipped_rows.jsonl", "summary.json"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Sources as tokens on this node's disk."""
+    """Tokenized sources on this node's disk."""
 
     key: str
-    """Of everything that decides the tokens."""
+    """Hash of everything that determines the tokens."""
     directory: Path
     summary: DataSummary
 
     @cached_property
     def index(self) -> RowIndex:
-        """The rows of an epoch."""
+        """Return the index of an epoch's rows."""
         with pa.memory_map(str(self.directory / INDEX_FILE)) as source:
             return RowIndex(pa.ipc.open_stream(source).read_all())
 
     def dataset(self) -> "Dataset":
-        """The tokens of each row of an epoch, memory-mapped."""
+        """Return the tokens of an epoch's rows, memory-mapped."""
         from datasets import Dataset
 
         stored = Dataset.from_file(str(self.directory / DATA_FILE))
@@ -49,11 +49,11 @@ class PreparedData:
         return stored.select(position)
 
     def place(self, row: int) -> str:
-        """Where a row of an epoch was written: `FILE:ROW`."""
+        """Return the source location of a row as `FILE:ROW`."""
         return f"{self.summary.files[self.index.file[row]]}:{self.index.row[row]}"
 
     def places(self, rows: Sequence[int]) -> str:
-        """Where rows of an epoch were written: `3, 7 of FILE; 2 of ANOTHER`."""
+        """Return the source locations of rows as `3, 7 of FILE; 2 of ANOTHER`."""
         by_file: dict[int, list[str]] = {}
         for row in rows:
             by_file.setdefault(int(self.index.file[row]), []).append(str(self.index.row[row]))
@@ -63,11 +63,7 @@ class PreparedData:
 
 
 def find_prepared(key: str, cache: Path, bucket: str | None) -> PreparedData | None:
-    """What was prepared before: on this node, or in the bucket (then without its tokens).
-
-    Raises:
-        BucketError: the bucket cannot be read.
-    """
+    """Return data prepared earlier on this node or in the bucket, or None. Data from the bucket comes without tokens."""
     directory = cache / PREPARED / key
     if (directory / SUMMARY_FILE).exists():
         return open_prepared(key, directory)
@@ -78,11 +74,7 @@ def find_prepared(key: str, cache: Path, bucket: str | None) -> PreparedData | N
 
 
 def keep_prepared(prepared: PreparedData, bucket: str) -> None:
-    """Put prepared data into the bucket, its summary last, unless that is where it came from.
-
-    Raises:
-        BucketError: it cannot be written.
-    """
+    """Upload prepared data to the bucket, its summary last, unless it is already there."""
     store = open_store(join_uri(bucket, prepared.key))
     if store.read_if_exists(SUMMARY_FILE) is None:
         files = (DATA_FILE, INDEX_FILE, SKIPPED_FILE)
@@ -91,11 +83,7 @@ def keep_prepared(prepared: PreparedData, bucket: str) -> None:
 
 
 def fetch_prepared(key: str, cache: Path, bucket: str) -> PreparedData:
-    """Prepared data on a worker's node: found there, or brought from the bucket once a node.
-
-    Raises:
-        BucketError: it cannot be read.
-    """
+    """Return prepared data on a worker's node; download it from the bucket once per node."""
     directory = cache / PREPARED / key
     if not (directory / SUMMARY_FILE).exists():
         directory = sync_to_node(join_uri(bucket, key), cache / PREPARED)
@@ -103,20 +91,16 @@ def fetch_prepared(key: str, cache: Path, bucket: str) -> PreparedData:
 
 
 def verify_prepared(prepared: PreparedData) -> None:
-    """Read the tokens once and compare them with their fingerprint.
-
-    Raises:
-        DataError: they are damaged.
-    """
+    """Check the token files against their fingerprint."""
     if fingerprint(prepared.directory) != prepared.summary.fingerprint:
         raise DataError(
-            f"{prepared.directory}: the prepared rows are damaged. Remove {prepared.key} there and below {PREPARED}/ of storage_path, and "
-            "run again."
+            f"{prepared.directory}: the prepared rows are corrupt. Delete {prepared.key} there and below {PREPARED}/ of storage_path, then "
+            "rerun."
         )
 
 
 def open_prepared(key: str, directory: Path) -> PreparedData:
-    """Prepared data that lies whole in a directory."""
+    """Open the prepared data of a complete directory."""
     summary = json.loads((directory / SUMMARY_FILE).read_text("utf-8"))
     summary["lengths"] = Lengths(**summary["lengths"])
     summary["sources"] = [SourceSummary(**source) for source in summary["sources"]]
@@ -125,6 +109,6 @@ def open_prepared(key: str, directory: Path) -> PreparedData:
 
 
 def fingerprint(directory: Path) -> str:
-    """Of the tokens in a directory."""
+    """Return the checksum of the token files in a directory."""
     parts = " ".join(checksum(directory / name) for name in (DATA_FILE, INDEX_FILE))
     return checksum_bytes(parts.encode())

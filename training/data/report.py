@@ -69,14 +69,14 @@ def make_report(
 def _in_both(train: PreparedData, valid: PreparedData) -> tuple[int, list[str]]:
     same = np.flatnonzero(np.isin(valid.index.digest, train.index.digest))
     first = [
-        f"{valid.place(row)} is {train.place(int(np.argmax(train.index.digest == valid.index.digest[row])))}"
+        f"{valid.place(row)} is the same as {train.place(int(np.argmax(train.index.digest == valid.index.digest[row])))}"
         for row in same[:_MAX_SHOWN]
     ]
     return len(same), first
 
 
 def _padding_waste(train: PreparedData, order: Order, padded_to: int | None) -> float:
-    """Return the share of padding. Micro-batches are contiguous slices of the epoch's order on any number of workers."""
+    """Return the share of padding in an epoch; it does not depend on the number of workers."""
     lengths, tokens = train.index.length.astype(np.int64), train.index.tokens.astype(np.int64)
     if order.packs is not None:
         lengths = np.array([lengths[rows].sum() for rows in order.packs])
@@ -103,25 +103,25 @@ def key_figures(report: DataReport) -> list[tuple[str, str]]:
 
 
 def describe_padding(report: DataReport) -> str:
-    """Return the share of padding in a line."""
+    """Describe the share of padding in one line."""
     return f"{report.padding_waste:.1%} of the tokens in an epoch"
 
 
 def describe_rows(summary: DataSummary) -> str:
-    """Return the number of rows, of files and the formats in a line."""
+    """Describe rows, files and formats in one line."""
     formats = dict.fromkeys(FORMAT_NAMES[source.format] for source in summary.sources)
     files = f"{len(summary.files):,} files" if len(summary.files) > 1 else "1 file"
     return f"{summary.rows:,} rows in {files}: {' and '.join(formats)}"
 
 
 def describe_tokens(summary: DataSummary) -> str:
-    """Return the number of tokens and of loss tokens in a line."""
+    """Describe tokens and loss tokens in one line."""
     share = summary.trained_tokens / summary.tokens
     return f"{summary.tokens:,} tokens, {summary.trained_tokens:,} loss tokens ({share:.1%})"
 
 
 def describe_lengths(summary: DataSummary) -> str:
-    """Return the percentiles of the lengths in a line."""
+    """Describe the length percentiles in one line."""
     lengths = summary.lengths
     return (
         f"p50 {lengths.p50:,}, p95 {lengths.p95:,}, p99 {lengths.p99:,}, longest {lengths.longest:,} tokens"
@@ -129,7 +129,7 @@ def describe_lengths(summary: DataSummary) -> str:
 
 
 def describe_loss(summary: DataSummary, limit: int | None) -> str:
-    """Return in a line what truncation and dropping long rows remove."""
+    """Describe in one line which tokens truncation and `long_rows: drop` remove."""
     if limit is None:
         return "nothing (no context_length, and the model has no limit)"
     lost = summary.lost_tokens

@@ -1,4 +1,4 @@
-"""What decides how sources become tokens, and the key that follows from it."""
+"""The request for data preparation, and its cache key."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from training.data.rows import Task
 from training.data.sources import DataFile
 from utils.files import checksum, checksum_bytes
 
-_FORMAT = 3  # raise it when prepared files change their meaning
+_FORMAT = 3  # increment when the meaning of prepared files changes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -22,41 +22,41 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What decides how sources become tokens."""
+    """The sources and all settings that determine their tokens."""
 
     paths: tuple[str, ...]
-    """The sources as the YAML names them."""
+    """Source paths from the YAML."""
     files: tuple[DataFile, ...]
     weights: tuple[float, ...] | None
-    """Of each source; None: every row once."""
+    """Sampling weight of each source; None: every row once per epoch."""
     task: Task
     data_format: Literal["auto"] | DataFormat
     columns: tuple[tuple[str, str], ...]
-    """(our name, the name in the files)."""
+    """(standard column name, column name in the files)."""
     prompt_template: str | None
     chat_template: str | None
-    """Jinja text; None: the model's own."""
+    """Jinja source; None: the model's own template."""
     labels: tuple[str, ...]
-    """Of a classification."""
+    """Classification labels."""
     context_length: int | None
-    """Tokens a row may have; None: as many as it has, at most `max_context`."""
+    """Maximum tokens per row; None: limited only by `max_context`."""
     max_context: int | None
-    """Tokens that the model's positions reach."""
+    """The model's maximum context in tokens."""
     long_rows: Literal["truncate", "drop", "error"]
     bad_rows: Literal["error", "skip"]
     seed: int
-    """Chooses rows where a weight takes a part of a source."""
+    """Seed for sampling rows if a weight takes part of a source."""
 
     @property
     def limit(self) -> int | None:
-        """Tokens a row may have, if anything limits them."""
+        """Return the maximum tokens per row, or None without a limit."""
         return self.context_length or self.max_context
 
     def key(self, tokenizer_dir: Path) -> str:
-        """Of everything that decides the tokens and how their rows are named.
+        """Return a hash of everything that determines the tokens and the source locations of their rows.
 
         Args:
-            tokenizer_dir: The tokenizer's files.
+            tokenizer_dir: Directory of the tokenizer files.
         """
         tokenizer_files = [
             checksum(tokenizer_dir / name) for name in _TOKENIZER_FILES if (tokenizer_dir / name).exists()

@@ -1,4 +1,4 @@
-"""Rows as people write them -> what can be learned from. Every refusal says what is wrong with the row and what is expected."""
+"""Row schemas: detect the format of a raw row, validate it and convert it into a training example."""
 
 import json
 import string
@@ -30,7 +30,7 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "text": ("text",),
 }
-"""What a row must have; the first that fits is taken."""
+"""Required columns per format; the first format that matches a row is used."""
 _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
     "instruction_tuning": ("messages", "conversations", "prompt_completion", "instruction"),
     "causal_lm": ("messages", "conversations", "prompt_completion", "instruction", "text"),
@@ -58,26 +58,26 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation that ends with the assistant."""
+    """A conversation that ends with an assistant message."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     untrained: tuple[int, ...] = ()
-    """Positions of assistant messages that `weight: 0` takes out of the loss."""
+    """Indices of assistant messages that `weight: 0` excludes from the loss."""
     label: int | None = None
-    """Classification: which of the labels the last message is."""
+    """For classification: index of the label in the last message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text to learn as it is."""
+    """A text to train on without a chat template."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A row laid out by `prompt_template`."""
+    """A row formatted with `prompt_template`."""
 
     prompt: str
     answer: str
@@ -85,7 +85,7 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two ways to go on from one beginning."""
+    """A prompt with a chosen and a rejected response."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -98,24 +98,24 @@ Example = Chat | Text | Filled | Pair
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a source are read."""
+    """The schema by which the rows of a source are parsed."""
 
     task: Task
     data_format: DataFormat
     columns: Mapping[str, str]
-    """Our name -> the name in the file."""
+    """Standard column name -> column name in the file."""
     prompt_template: str | None
     labels: tuple[str, ...]
-    """Of `classifier_config.label_tokens`."""
+    """Labels from `classifier_config.label_tokens`."""
 
 
 def recognise(
     row: dict[str, Any], columns: Mapping[str, str], task: Task, prompt_template: str | None = None
 ) -> DataFormat:
-    """The format of a row, by its columns that hold something.
+    """Detect the format of a row from its columns that are not null.
 
     Raises:
-        RowError: none that the task can learn from.
+        RowError: The task supports no format that matches the row.
     """
     if prompt_template is not None and any(
         row.get(columns.get(name, name)) is not None for name in places_of(prompt_template)
@@ -136,7 +136,7 @@ def recognise(
     if found and not has_empty_columns:
         better = next(other for other, formats in _FORMATS_OF_TASK.items() if found[0] in formats)
         raise RowError(
-            "wrong format", f"is {FORMAT_NAMES[found[0]]}, which task: {better} learns from, not {task}"
+            "wrong format", f"has the format {FORMAT_NAMES[found[0]]}, which needs task: {better}, not {task}"
         )
     raise RowError("wrong columns", _missing_columns(row, columns, allowed))
 
@@ -145,9 +145,9 @@ def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: t
     needed = {column for name in allowed for column in _COLUMNS[name]}
     for ours, theirs in columns.items():
         if ours in needed and theirs not in row:
-            return f"has no `{theirs}`, which `columns` gives as `{ours}` ({_found(row)})"
+            return f"has no column `{theirs}`, which `columns` maps to `{ours}` ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
-    return f"has no {expected} ({_found(row)}). If they are called otherwise, say so: columns: {{prompt: question}}"
+    return f"has no {expected} ({_found(row)}). If the columns have other names, map them, e.g. columns: {{prompt: question}}"
 
 
 def _found(row: dict[str, Any]) -> str:
@@ -156,10 +156,10 @@ def _found(row: dict[str, Any]) -> str:
 
 
 def read_row(row: dict[str, Any], reading: Reading) -> Example:
-    """Check one row and bring it into its form.
+    """Validate one row and convert it into an example.
 
     Raises:
-        RowError: it cannot be learned from.
+        RowError: The row cannot be trained on.
     """
     if reading.prompt_template is not None:
         return _fill(row, reading.prompt_template, reading.columns)
@@ -169,11 +169,11 @@ def read_row(row: dict[str, Any], reading: Reading) -> Example:
     if isinstance(chat, Chat) and reading.task == "causal_lm" and chat.untrained:
         raise RowError(
             "wrong weight",
-            f"message {chat.untrained[0] + 1} has the weight 0, and task: causal_lm trains on all of a row. Take the weights out, or use "
+            f"message {chat.untrained[0] + 1} has weight 0, but task: causal_lm trains on every token. Remove the weights, or use "
             "task: instruction_tuning",
         )
     if isinstance(chat, Chat) and not _trains_anything(chat):
-        raise RowError("nothing trained", "has only assistant messages of weight 0: nothing is left to learn")
+        raise RowError("nothing trained", "has only assistant messages of weight 0, so it has no loss tokens")
     return chat
 
 
@@ -188,7 +188,7 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
         known = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
         raise RowError(
             "unknown label",
-            f"has the label {answer[:40]!r}, which is none of classifier_config.label_tokens ({known})",
+            f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known})",
         )
     messages = [*chat.messages[:-1], {**chat.messages[-1], "content": answer}]
     return Chat(messages, chat.tools, label=labels.index(answer))
@@ -198,7 +198,7 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
 
 
 def places_of(prompt_template: str) -> list[str]:
-    """The columns that a prompt template names, the answer's last."""
+    """Return the columns that a prompt template names; the last one is the answer."""
     return [name for _, name, _, _ in string.Formatter().parse(prompt_template) if name]
 
 
@@ -229,21 +229,21 @@ def _text_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> str:
 
 def _check_text(text: Any, what: Callable[[], str]) -> str:
     if type(text) is not str:
-        raise RowError("wrong type", f"{what()} is {json_type(text)}, not text")
+        raise RowError("wrong type", f"{what()} is {json_type(text)}, not a string")
     if not text or text.isspace():
         raise RowError("empty content", f"{what()} is empty")
     if len(text) > MAX_ROW_BYTES:
-        million = f"{len(text) / 1e6:.1f} million characters, and a row may have {MAX_ROW_BYTES / 1e6:.0f}"
-        raise RowError("too large", f"{what()} has {million}. Is it a whole document?")
+        million = f"{len(text) / 1e6:.1f} million characters, above the limit of {MAX_ROW_BYTES / 1e6:.0f} million per row"
+        raise RowError("too large", f"{what()} has {million}. Split long documents")
     if "\x00" in text:
-        raise RowError("NUL character", f"{what()} holds a NUL character")
+        raise RowError("NUL character", f"{what()} contains a NUL character")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RowError(
                 "not UTF-8",
-                f"{what()} holds half of a surrogate pair, or a byte that is not UTF-8, which is no character (at character {error.start + 1})",
+                f"{what()} contains a lone surrogate or an invalid UTF-8 byte (at character {error.start + 1})",
             ) from None
     return text
 
@@ -321,7 +321,7 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     ]
     if prompt is not None:
         shared = _side(prompt, "user", _called("prompt", columns))
-        # Some repeat the prompt at the head of each side.
+        # Some data sets repeat the prompt at the start of both responses.
         sides = [side[len(shared) :] if side[: len(shared)] == shared else side for side in sides]
     else:
         same = 0
@@ -331,7 +331,7 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
         if not shared or not all(side[same:] for side in sides):
             raise RowError(
                 "no shared prompt",
-                "has no `prompt`, and `chosen` and `rejected` do not begin with the same messages and then differ",
+                "has no `prompt`, and `chosen` and `rejected` do not share their first messages and then differ",
             )
         sides = [side[same:] for side in sides]
     tools = _tools_of(row, columns)
@@ -342,14 +342,14 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
         except RowError as error:
             raise RowError(error.kind, f"{_called(name, columns)}: {error}") from None
     if checked[0] == checked[1]:
-        raise RowError("nothing to prefer", "has the same text as `chosen` and as `rejected`")
+        raise RowError("nothing to prefer", "has identical `chosen` and `rejected` responses")
     return Pair(
         _check_chat([*shared, *sides[0]], tools).messages[: len(shared)], checked[0], checked[1], tools
     )
 
 
 def _side(value: Any, role: str, what: str) -> list[Any]:
-    """A column that holds a text or a list of messages, as messages."""
+    """Convert a column that contains a string or a list of messages into a list of messages."""
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
         return [{"role": role, "content": _check_text(value, lambda: what)}]
     return _listed(value, what)
@@ -371,7 +371,7 @@ assert set(_READERS) == set(_COLUMNS) == set(get_args(DataFormat))
 
 
 def _listed(value: Any, what: str) -> list[Any]:
-    """A list of messages; CSV and some Parquet files hold it as JSON."""
+    """Return a list of messages; CSV and some Parquet files store it as a JSON string."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _from_json(value, what)
     if not isinstance(value, list | tuple):
@@ -385,7 +385,7 @@ def _from_json(value: str, what: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise RowError("not JSON", f"{what} is text that is not JSON ({error})") from None
+        raise RowError("not JSON", f"{what} is a string that is not valid JSON ({error})") from None
     except RecursionError:
         raise RowError("nested too deeply", f"{what} is nested too deeply") from None
 
@@ -407,16 +407,16 @@ def _tools_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[dict[str,
 
 
 def _check_nesting(value: Any, what: str) -> None:
-    """What a template prints as JSON must be printable."""
+    """Check that a value can be serialized, since chat templates print it as JSON."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError:
         raise RowError("nested too deeply", f"{what} is nested too deeply") from None
     except (ValueError, TypeError) as error:
-        raise RowError("wrong type", f"{what} cannot be written as JSON ({error})") from None
-    if "\\u0000" in text.replace("\\\\", ""):  # a backslash that is text is written as two
-        raise RowError("NUL character", f"{what} holds a NUL character")
+        raise RowError("wrong type", f"{what} cannot be serialized as JSON ({error})") from None
+    if "\\u0000" in text.replace("\\\\", ""):  # JSON escapes a literal backslash as two
+        raise RowError("NUL character", f"{what} contains a NUL character")
 
 
 def _check_chat(messages: list[Any], tools: list[dict[str, Any]] | None) -> Chat:
@@ -425,13 +425,13 @@ def _check_chat(messages: list[Any], tools: list[dict[str, Any]] | None) -> Chat
     previous = None
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise RowError("wrong type", f"message {position} is no object with role and content")
+            raise RowError("wrong type", f"message {position} is not an object with role and content")
         role = message.get("role")
         if role is None and "from" in message:
             raise RowError(
                 "wrong format",
-                f"message {position} has `from`, not `role`: ShareGPT's chats need data_format: conversations, and where their column is "
-                "called messages, columns: {conversations: messages}",
+                f"message {position} has `from`, not `role`. ShareGPT chats need data_format: conversations; if their column is "
+                "named messages, also set columns: {conversations: messages}",
             )
         if role not in _ROLES:
             raise RowError(
@@ -452,29 +452,32 @@ def _check_chat(messages: list[Any], tools: list[dict[str, Any]] | None) -> Chat
         previous = role
     if previous != "assistant":
         if not any(message["role"] == "assistant" for message in checked):
-            raise RowError("nothing trained", "has no assistant turn: there is nothing to learn from it")
-        raise RowError("role order", f"ends with a {previous} message that nobody answers")
+            raise RowError("nothing trained", "has no assistant message, so it has no loss tokens")
+        raise RowError(
+            "role order", f"ends with a {previous} message; the last message must be from the assistant"
+        )
     return Chat(checked, tools, tuple(untrained))
 
 
 def _check_order(role: str, previous: str | None, position: int, before: list[Message]) -> None:
     if role == "system" and previous is not None:
-        raise RowError("role order", f"message {position}: a system message stands first or nowhere")
+        raise RowError("role order", f"message {position}: a system message must be the first message")
     if role == "assistant" and previous in (None, "system"):
         raise RowError(
             "role order",
-            f"message {position}: an assistant message answers a user message, and there is none before it",
+            f"message {position}: an assistant message must follow a user message, but none precedes it",
         )
     if role == "tool":
         if previous == "tool" or (previous == "assistant" and "tool_calls" in before[-1]):
             return
         raise RowError(
             "role order",
-            f"message {position}: a tool message answers an assistant's tool_calls, and there are none before it",
+            f"message {position}: a tool message must follow an assistant message with tool_calls, but none precedes it",
         )
     if role == previous:
         raise RowError(
-            "role order", f"messages {position - 1} and {position} are both from the {role}: roles take turns"
+            "role order",
+            f"messages {position - 1} and {position} are both from the {role}; roles must alternate",
         )
 
 
@@ -490,13 +493,13 @@ def _weight_of(message: dict[str, Any], position: int) -> float:
     if isinstance(weight, bool) or weight not in (0, 1):
         raise RowError(
             "wrong weight",
-            f"message {position} has the weight {_short(weight)}. A message is trained (1) or not (0)",
+            f"message {position} has weight {_short(weight)}. Use 1 to include the message in the loss, or 0 to exclude it",
         )
     return weight
 
 
 def _clean_message(message: dict[str, Any], position: int) -> Message:
-    """Without the nulls that Parquet fills in, and without what no template reads."""
+    """Return a message without Parquet's filler nulls and without keys that no template reads."""
     role = message["role"]
     clean: Message = {"role": role, "content": message.get("content")}
     for key in _KEPT_KEYS:
@@ -507,7 +510,8 @@ def _clean_message(message: dict[str, Any], position: int) -> Message:
         return clean
     if role != "assistant":
         raise RowError(
-            "role order", f"message {position} ({role}) has tool_calls, which only the assistant makes"
+            "role order",
+            f"message {position} ({role}) has tool_calls, which only assistant messages may have",
         )
     if isinstance(calls, str):
         calls = _from_json(calls, f"message {position}: `tool_calls`")
@@ -524,7 +528,7 @@ def _clean_message(message: dict[str, Any], position: int) -> Message:
 def _clean_call(call: Any, what: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError("wrong type", f"{what} is no object with function.name and function.arguments")
+        raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _from_json(arguments, f"{what}: arguments") if arguments.strip() else {}

@@ -1,4 +1,4 @@
-"""What a path names: files that can be told apart from their older versions, and the rows in them as they were written."""
+"""Data sources: find the files that a path names, identify their versions, and read their raw rows."""
 
 import codecs
 import csv
@@ -15,7 +15,7 @@ from utils.bucket import NotFoundError, check_readable, fetch_file, find_objects
 from utils.errors import AnnealError
 from utils.files import checksum
 
-MAX_ROW_BYTES = 8_000_000  # some two million tokens: more than any model reads at once
+MAX_ROW_BYTES = 8_000_000  # about two million tokens, longer than any model's context
 
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
@@ -28,40 +28,36 @@ _JSON_BLOCK = 1 << 20  # characters
 
 
 class DataError(AnnealError):
-    """Data that cannot be trained on; the message says where (file, row), what and what to do."""
+    """A data error that stops the run; the message names the file and row, the fault and the fix."""
 
 
 class RowError(ValueError):
-    """What is wrong with one row; who reads adds the file and the row's number."""
+    """A fault in one row; the caller adds the file and the row number."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
         self.kind = kind
-        """A few words that rows of the same fault are counted under."""
+        """Short fault name by which rejected rows are counted."""
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of rows, or one dataset of the hub."""
+    """One file of rows, or one dataset on the Hugging Face Hub."""
 
     uri: str
-    """As messages name it."""
+    """URI shown in messages."""
     version: str
-    """Differs whenever the content does: an object's size and ETag, a local file's checksum, a hub dataset's commit."""
+    """Changes with the content: an object's size and ETag, a local file's checksum, or a Hub dataset's commit."""
     source: int
-    """Which of the YAML's sources it belongs to."""
+    """Index of the source in the YAML."""
 
 
 def find_files(path: str, source: int) -> list[DataFile]:
-    """The files that a path of the YAML names: itself, all below a directory or prefix, or all that a glob matches.
+    """Return the data files of a path in the YAML: one file, all files below a directory or prefix, or a glob's matches.
 
     Args:
-        path: `s3://`, local or `hf://datasets/`.
-        source: The source's position in the YAML.
-
-    Raises:
-        BucketError: nothing is there, or it cannot be read.
-        DataError: nothing there is a file of rows, or the hub does not answer.
+        path: An `s3://` URI, a local path or an `hf://datasets/` URI.
+        source: Index of the source in the YAML.
     """
     if is_hub_dataset(path):
         return [DataFile(path, _hub_version(path), source)]
@@ -72,21 +68,18 @@ def find_files(path: str, source: int) -> list[DataFile]:
 
 
 def matching_files(path: str) -> list[tuple[str, str]]:
-    """(URI, what tells its version without reading it) of each file that a path of the YAML names; not of a hub dataset.
-
-    Raises as `find_files` does.
-    """
+    """Return (URI, version) of each file that a path names, without reading the files. Hub datasets are not supported."""
     place = path if is_remote(path) else str(local_path(path))
     found = _matches(place) if _is_glob(place) else _files_at(place)
     if not found:
         raise DataError(
-            f"{place}: none of the files there is read. Rows are in {', '.join(_KINDS)}; all but Parquet also with .gz or .zst behind."
+            f"{place}: contains no supported data file. Supported: {', '.join(_KINDS)}; all except Parquet may also end in .gz or .zst."
         )
     return found
 
 
 def _files_at(place: str) -> list[tuple[str, str]]:
-    """(URI, version) of the file there, or of all files of rows below."""
+    """Return (URI, version) of the file at this path, or of all data files below it."""
     check_readable(place)
     found = find_objects(place)
     is_one_file = [uri for uri, _ in found] == [place]
@@ -98,24 +91,24 @@ def _is_glob(place: str) -> bool:
 
 
 def _matches(pattern: str) -> list[tuple[str, str]]:
-    """(URI, version) of the files whose path is as the pattern: `*` within a name, `**` for any directories."""
+    """Return (URI, version) of the files that match a glob: `*` matches within a name, `**` any directories."""
     from fsspec.utils import glob_translate
 
     directory = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
     if is_remote(pattern) and directory.count("/") < 2:
-        raise DataError(f"{pattern}: a bucket's name cannot be a pattern; name the bucket.")
+        raise DataError(f"{pattern}: the bucket name cannot contain wildcards. Write the bucket's full name.")
     try:
         matches = re.compile(glob_translate(pattern)).match
     except ValueError as error:
         raise DataError(
-            f"{pattern}: is no pattern ({error}). Write `**` alone between two slashes."
+            f"{pattern}: invalid glob pattern ({error}). `**` must stand alone between two slashes."
         ) from error
     found = [item for item in find_objects(directory or "/") if matches(item[0])]
     if not _is_hidden(pattern, directory):
         found = [item for item in found if not _is_hidden(item[0], directory)]
     if not found:
         raise NotFoundError(
-            f"{pattern}: matches no file below {directory or '/'}; `*` stands for one name, `**` for directories, too"
+            f"{pattern}: matches no file below {directory or '/'}; `*` matches within one name, `**` also matches directories"
         )
     return found
 
@@ -125,42 +118,40 @@ def _is_data_file(uri: str, directory: str) -> bool:
 
 
 def _is_hidden(uri: str, directory: str) -> bool:
-    """As Spark's and others' markers are, somewhere below the directory."""
+    """Return whether a path component below the directory starts with `.` or `_`, like Spark's marker files."""
     parts = PurePosixPath(uri.removeprefix(directory)).parts
     return any(part.startswith((".", "_")) for part in parts)
 
 
 def _kind_of(uri: str) -> tuple[str, str | None]:
-    """(jsonl, json, parquet, csv or the unknown ending; compression)."""
+    """Return (format, compression); the format is jsonl, json, parquet, csv or the unknown extension."""
     name = PurePosixPath(uri).name.lower()
     compression = _COMPRESSIONS.get(PurePosixPath(name).suffix)
     ending = PurePosixPath(PurePosixPath(name).stem if compression else name).suffix
     return _KINDS.get(ending, ending), compression
 
 
-# --- Datasets of the hub ----------------------------------------------------------------------------------------
+# --- Hugging Face Hub datasets ----------------------------------------------------------------------------------------
 
 
 def is_hub_dataset(uri: str) -> bool:
-    """Whether the URI names a dataset of the Hugging Face hub."""
+    """Return whether the URI names a dataset on the Hugging Face Hub."""
     return uri.startswith(_HUB_PREFIX)
 
 
 def parse_hub_uri(uri: str) -> tuple[str, str | None, str]:
-    """`hf://datasets/ORG/NAME[/CONFIG][?split=SPLIT]` -> (ORG/NAME, CONFIG, SPLIT); the split is `train` unless named.
-
-    Raises:
-        DataError: the URI has another shape.
-    """
+    """Parse `hf://datasets/ORG/NAME[/CONFIG][?split=SPLIT]` into (ORG/NAME, CONFIG, SPLIT); SPLIT defaults to `train`."""
     path, _, query = uri.removeprefix(_HUB_PREFIX).partition("?")
     parts = path.strip("/").split("/")
     split = "train"
     if query:
         key, _, split = query.partition("=")
         if key != "split" or not split:
-            raise DataError(f"{uri}: after `?` only `split=...` is known, as in ?split=train[50%:].")
+            raise DataError(
+                f"{uri}: only `split=...` is supported after `?`, for example ?split=train[50%:]."
+            )
     if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"{uri}: write hf://datasets/ORG/NAME/CONFIG?split=train (CONFIG may be left out).")
+        raise DataError(f"{uri}: write hf://datasets/ORG/NAME/CONFIG?split=train (CONFIG is optional).")
     return f"{parts[0]}/{parts[1]}", parts[2] if len(parts) == 3 else None, split
 
 
@@ -172,7 +163,9 @@ def _hub_version(uri: str) -> str:
         if constants.HF_HUB_OFFLINE:
             from datasets import load_dataset_builder
 
-            return load_dataset_builder(name, config).hash or ""  # the commit it was loaded of
+            return (
+                load_dataset_builder(name, config).hash or ""
+            )  # the commit that the cached copy was loaded from
         return HfApi().dataset_info(name, timeout=_HUB_SECONDS).sha or ""
 
 
@@ -185,8 +178,8 @@ def _hub_errors(uri: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, httpx.HTTPError, DatasetsError) as error:
         raise DataError(
-            f"{uri}: cannot be read from the Hugging Face hub ({(str(error).splitlines() or [''])[0]}). Check its name, config and split; "
-            "a gated one needs HF_TOKEN; without a network, set HF_HUB_OFFLINE=1 to take what was loaded here before, or name a JSONL file."
+            f"{uri}: cannot be read from the Hugging Face Hub ({(str(error).splitlines() or [''])[0]}). Check its name, config and split. "
+            "A gated dataset needs HF_TOKEN. Without network access, set HF_HUB_OFFLINE=1 to use the local cache, or use a JSONL file."
         ) from error
 
 
@@ -195,20 +188,18 @@ def _hub_errors(uri: str) -> Iterator[None]:
 
 @dataclass
 class OpenFile:
-    """A file that is being read."""
+    """A data file that is being read."""
 
     rows: Iterator[tuple[int, Any]]
-    """(line or record, from 1; a dictionary, or a RowError that says why it could not be read)."""
+    """(line or record number from 1, row); the row is a dictionary, or a RowError if it could not be parsed."""
     fraction: Callable[[], float]
-    """How much of it has been read, 0 to 1."""
+    """Returns the fraction read so far, 0 to 1."""
 
 
 def open_file(file: DataFile, cache: Path) -> OpenFile:
-    """Start to read a file; it is brought to this node first. Memory is bounded by a row, or a batch of Parquet.
+    """Download a file to this node and open it for streaming.
 
-    Raises:
-        BucketError: it cannot be fetched.
-        DataError: now or while rows are taken: it is not what its name says, or damaged from some row on.
+    Memory is bounded by one row, or by one batch for Parquet. A corrupt file may raise DataError during iteration.
     """
     if is_hub_dataset(file.uri):
         return _open_hub(file)
@@ -216,12 +207,12 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
     kind, compression = _kind_of(file.uri)
     if kind in _NOT_READ:
         raise DataError(
-            f"{file.uri}: {kind} files are not read. Write JSONL (one JSON object a line), JSON, CSV or Parquet, with that extension."
+            f"{file.uri}: {kind} files are not supported. Convert it to JSONL (one JSON object per line), JSON, CSV or Parquet, with that extension."
         )
     if kind == "parquet":
         if compression:
             raise DataError(
-                f"{file.uri}: Parquet compresses by itself; unpack the file and leave {compression} out."
+                f"{file.uri}: {compression} around Parquet is not supported, since Parquet has its own compression. Decompress the file."
             )
         return _open_parquet(path, file.uri)
     raw = path.open("rb")
@@ -238,12 +229,12 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
 
 
 def _other_kind(head: bytes) -> str | None:
-    """What a file that begins so is, where it is no text."""
+    """Return an error message if the first bytes show that the file is not UTF-8 text, else None."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "is UTF-16. Save the file as UTF-8"
+        return "is encoded as UTF-16. Save the file as UTF-8"
     for magic, ending in _MAGIC.items():
         if head.startswith(magic):
-            return f"is {ending} by its content. Let its name end so"
+            return f"has {ending} content. Add that extension to its name"
     return None
 
 
@@ -263,7 +254,7 @@ def _decompressed(raw: io.BufferedReader, compression: str) -> io.BufferedReader
 
 
 def _naming_damage(rows: Iterator[tuple[int, Any]], uri: str) -> Iterator[tuple[int, Any]]:
-    """Compressed files break anywhere: say behind which row."""
+    """Add the file and row to decompression errors, which can occur at any row."""
     import zlib
 
     number = 0
@@ -272,7 +263,7 @@ def _naming_damage(rows: Iterator[tuple[int, Any]], uri: str) -> Iterator[tuple[
             yield number, value
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{uri}:{number + 1}: the file is damaged or cut off here ({error}). Write it again."
+            f"{uri}:{number + 1}: the file is corrupt or truncated here ({error}). Write or upload the file again."
         ) from error
 
 
@@ -292,7 +283,7 @@ def _read_jsonl(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]
 def _too_large(size: int) -> RowError:
     return RowError(
         "too large",
-        f"is {size / 1e6:.1f} MB, and a row may have {MAX_ROW_BYTES / 1e6:.0f} MB. Is it a whole document, or a JSON array (name it .json)?",
+        f"is {size / 1e6:.1f} MB, above the limit of {MAX_ROW_BYTES / 1e6:.0f} MB per row. Split long documents; a JSON array needs the extension .json",
     )
 
 
@@ -300,13 +291,13 @@ def _parse_line(line: bytes) -> Any:
     try:
         value = json.loads(line.decode("utf-8-sig" if line.startswith(codecs.BOM_UTF8) else "utf-8"))
     except UnicodeDecodeError as error:
-        return RowError("not UTF-8", f"is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8")
+        return RowError("not UTF-8", f"is not valid UTF-8 (byte {error.start + 1}). Save the file as UTF-8")
     except ValueError as error:
-        return RowError("not JSON", f"is not JSON ({error}). One JSON object a line is expected")
+        return RowError("not JSON", f"is not valid JSON ({error}). Write one JSON object per line")
     except RecursionError:
         return RowError("nested too deeply", "is nested too deeply to be a conversation")
     return _checked_object(
-        value, "One JSON object a line is expected; a file of one JSON array is named .json"
+        value, "Write one JSON object per line; a file with one JSON array needs the extension .json"
     )
 
 
@@ -317,21 +308,23 @@ def _checked_object(value: Any, expected: str) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls a value, for messages."""
+    """Return the JSON type of a value, as error messages name it."""
     names = {
         dict: "an object",
         list: "a list",
-        str: "text",
-        bool: "true or false",
+        str: "a string",
+        bool: "a boolean",
         int: "a number",
         float: "a number",
         type(None): "null",
     }
-    return names.get(type(value), f"of type {type(value).__name__}")  # Parquet has bytes, dates and others
+    return names.get(
+        type(value), f"of type {type(value).__name__}"
+    )  # Parquet also has bytes, dates and other types
 
 
 def _read_json(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
-    """A JSON array of objects, or objects one behind another; JSONL by another name is read as such."""
+    """Yield the rows of a JSON array, of concatenated objects, or of JSONL with the extension .json."""
     head = stream.peek(1 << 16)
     first_line = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0]
     if first_line.startswith(b"{") and isinstance(_parse_line(first_line), dict):
@@ -350,31 +343,33 @@ def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, A
         text.skip(" \t\r\n")
         if text.at_end():
             if in_array:
-                raise DataError(f"{uri}:{number + 1}: the JSON array is cut off here. Write the file again.")
+                raise DataError(
+                    f"{uri}:{number + 1}: the JSON array is truncated here. Write or upload the file again."
+                )
             return
         if in_array and text.take("]"):
             text.skip(" \t\r\n")
             if not text.at_end():
                 raise DataError(
-                    f"{uri}:{number + 1}: something follows the JSON array's end. Write one array, or JSONL."
+                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL."
                 )
             return
         if in_array and number and not text.take(","):
             raise DataError(
-                f"{uri}:{number + 1}: is not JSON (a comma or the array's end is missing before it). Write the file again."
+                f"{uri}:{number + 1}: is not valid JSON (missing comma or closing bracket before this value). Fix the file or write it again."
             )
         text.skip(" \t\r\n")
         number += 1
-        yield number, _checked_object(text.value(decoder, number), "An array of JSON objects is expected")
+        yield number, _checked_object(text.value(decoder, number), "Write an array of JSON objects")
 
 
 class _Characters:
-    """A window on a long text that grows as far as one value needs."""
+    """A window over a long text that grows to the length of one JSON value."""
 
     def __init__(self, stream: io.BufferedReader, uri: str):
         self._stream = stream
         self._uri = uri
-        # What is no UTF-8 becomes lone surrogates, which the row's check names.
+        # Invalid UTF-8 becomes lone surrogates, which the row check reports.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._text = ""
         self._position = 0
@@ -409,20 +404,20 @@ class _Characters:
             except ValueError as error:
                 if len(self._text) - self._position > MAX_ROW_BYTES:
                     raise DataError(
-                        f"{self._uri}:{number}: no JSON value ends within {MAX_ROW_BYTES / 1e6:.0f} MB ({error}). Shorten or remove the row if it is "
-                        "that long; JSONL can leave it out with bad_rows: skip."
+                        f"{self._uri}:{number}: no complete JSON value within {MAX_ROW_BYTES / 1e6:.0f} MB ({error}). Shorten or remove the row. "
+                        "In a JSONL file, bad_rows: skip can exclude it."
                     ) from error
                 if not self._grow():
                     raise DataError(
-                        f"{self._uri}:{number}: is not JSON ({error}). Write the file again."
+                        f"{self._uri}:{number}: is not valid JSON ({error}). Fix the file or write it again."
                     ) from error
                 continue
             except RecursionError as error:
                 raise DataError(
-                    f"{self._uri}:{number}: is nested too deeply to be a conversation. Mend or remove it."
+                    f"{self._uri}:{number}: is nested too deeply to be a conversation. Fix or remove this row."
                 ) from error
             if end == len(self._text) and self._grow():
-                continue  # a number may go on behind the window's end
+                continue  # a number may continue after the end of the window
             size, self._position = end - self._position, end
             return _too_large(size) if size > MAX_ROW_BYTES else value
 
@@ -439,8 +434,8 @@ def _bounded(lines: io.TextIOWrapper, uri: str) -> Iterator[str]:
         number += 1
         if len(line) > MAX_ROW_BYTES:
             raise DataError(
-                f"{uri}:{number}: has no line end within {MAX_ROW_BYTES / 1e6:.0f} MB. Shorten or remove the row if it is that long; JSONL can "
-                "leave it out with bad_rows: skip."
+                f"{uri}:{number}: no line end within {MAX_ROW_BYTES / 1e6:.0f} MB. Shorten or remove the row. "
+                "In a JSONL file, bad_rows: skip can exclude it."
             )
         yield line
 
@@ -454,22 +449,24 @@ def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # What follows an open quote cannot be told from the quoted text.
-            raise DataError(f"{uri}:{line}: is not CSV ({error}). Write the file again.") from error
+            # After an unclosed quote, later rows cannot be separated from the quoted text.
+            raise DataError(
+                f"{uri}:{line}: is not valid CSV ({error}). Fix the file or write it again."
+            ) from error
         if header is None:
             header = cells
             repeated = sorted({name for name in cells if cells.count(name) > 1})
             if repeated:
                 raise DataError(
-                    f"{uri}:{line}: the header names {', '.join(map(repr, repeated))} twice. Give each column its own name."
+                    f"{uri}:{line}: the header repeats {', '.join(map(repr, repeated))}. Give each column a unique name."
                 )
             separators = [
                 separator for separator in (";", "\t", "|") if len(cells) == 1 and separator in cells[0]
             ]
             if separators:
                 raise DataError(
-                    f"{uri}:{line}: the header is one column with {separators[0]!r} in it, and cells are separated by commas here. Write the "
-                    "file again with commas, or as Parquet or JSONL."
+                    f"{uri}:{line}: the header is a single column that contains {separators[0]!r}, but cells must be separated by commas. "
+                    "Convert the file to comma-separated CSV, Parquet or JSONL."
                 )
         elif not cells:
             continue
@@ -477,7 +474,7 @@ def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
             yield (
                 line,
                 RowError(
-                    "wrong cells", f"has {len(cells)} cells, and the header names {len(header)} columns"
+                    "wrong cells", f"has {len(cells)} cells, but the header names {len(header)} columns"
                 ),
             )
         else:
@@ -488,11 +485,11 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Damaged names, dates and sizes raise Python's own errors.
-    damages = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+    # Corrupt names, dates and sizes raise built-in Python errors.
+    read_errors = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
         file = pq.ParquetFile(path, memory_map=True)
-    except damages as error:
+    except read_errors as error:
         raise _parquet_error(uri, error) from error
     read = 0
 
@@ -503,15 +500,15 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                     for value in batch.to_pylist():
                         read += 1
-                        yield read, _without_filled_in(value)
-        except damages as error:
+                        yield read, _without_filler_nulls(value)
+        except read_errors as error:
             raise _parquet_error(f"{uri}:{read + 1}", error) from error
 
     return OpenFile(rows(), lambda: read / max(file.metadata.num_rows, 1))
 
 
-def _without_filled_in(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of columns: the nulls in it stand for keys that other rows have, and would be printed by templates."""
+def _without_filler_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Remove nulls that fill in for keys of other rows; chat templates would print them."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -525,7 +522,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _parquet_error(place: str, error: Exception) -> DataError:
     return DataError(
-        f"{place}: no Parquet file, or a damaged one ({(str(error).splitlines() or [''])[0]}). Write it again."
+        f"{place}: not a Parquet file, or corrupt ({(str(error).splitlines() or [''])[0]}). Write or upload the file again."
     )
 
 
@@ -543,6 +540,6 @@ def _open_hub(file: DataFile) -> OpenFile:
         nonlocal read
         for row in dataset:
             read += 1
-            yield read, _without_filled_in(row)  # pyright: ignore[reportArgumentType]
+            yield read, _without_filler_nulls(row)  # pyright: ignore[reportArgumentType]
 
     return OpenFile(rows(), lambda: read / max(len(dataset), 1))  # pyright: ignore[reportArgumentType]

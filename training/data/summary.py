@@ -1,4 +1,4 @@
-"""What a person should know of prepared rows: counts, lengths, repetitions, examples."""
+"""Summary of prepared rows: counts, lengths, duplicates and examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _EXAMPLES, _EXAMPLE_PIECES = 3, 8
-PIECE_TOKENS = 200  # shown of each piece of an example: its beginning and its end
+PIECE_TOKENS = 200  # shown per piece of an example, half from its start and half from its end
 _BARS = 14
 _MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What became of one source."""
+    """Row counts of one source."""
 
     path: str
     format: DataFormat
@@ -30,54 +30,54 @@ class SourceSummary:
     rows: int
     """Rows that can be trained on."""
     taken: int
-    """Rows of it in an epoch: more where they repeat, fewer where the weight leaves some out."""
+    """Rows per epoch; weights may repeat or drop rows."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the rows as they were written, before anything is cut off or dropped."""
+    """Percentiles and histogram of tokens per row, before truncation and dropping."""
 
     p50: int
     p95: int
     p99: int
     longest: int
     edges: list[int]
-    """Where the histogram's bars begin; the last one is open."""
+    """Lower bounds of the histogram's bars; the last bar is open."""
     counts: list[int]
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What was found in the sources; lengths are in tokens."""
+    """The figures of all prepared rows; lengths are in tokens."""
 
     rows: int
-    """In an epoch."""
+    """Rows per epoch."""
     tokens: int
     trained_tokens: int
     longest: int
     truncated_rows: int
-    """Kept without their end."""
+    """Rows that were truncated."""
     lost_tokens: int
-    """Cut off, or in rows that are dropped."""
+    """Tokens removed by truncation or in dropped rows."""
     dropped_rows: int
-    """Too long under `long_rows: drop`, or left without a trained token by truncation."""
+    """Rows that exceed the limit with `long_rows: drop`, or have no loss token after truncation."""
     skipped_rows: dict[str, int]
-    """Rows that cannot be learned from, left out by `bad_rows: skip`: fault -> how many."""
+    """Rejected rows that `bad_rows: skip` excludes: fault -> number of rows."""
     first_skipped: list[str]
     duplicates: int
-    """Rows that say the same as one before."""
+    """Rows with the same text as an earlier row."""
     first_duplicates: list[str]
     lengths: Lengths
     sources: list[SourceSummary]
     files: list[str]
     fingerprint: str
-    """Of the tokens: equal for the same rows wherever they lie."""
+    """Checksum of the tokens, independent of where the rows are stored."""
     examples: list[list[tuple[str, bool]]]
-    """Rows in pieces: text, and whether the loss looks at it."""
+    """Example rows as (text, contributes to the loss) pieces."""
 
 
 def measure_lengths(lengths: np.ndarray) -> Lengths:
-    """Percentiles by the nearest rank, and a histogram up to the 99th with a round width."""
+    """Compute nearest-rank percentiles, and a histogram up to p99 with a round bar width."""
     p50, p95, p99, longest = (
         int(length) for length in np.percentile(lengths, [50, 95, 99, 100], method="inverted_cdf")
     )
@@ -91,7 +91,7 @@ def measure_lengths(lengths: np.ndarray) -> Lengths:
 
 
 def find_duplicates(index: RowIndex, files: Sequence[DataFile]) -> tuple[int, list[str]]:
-    """How many rows say the same as one before, and the first of them."""
+    """Return the number of rows with the same text as an earlier row, and descriptions of the first ones."""
     _, first, inverse = np.unique(index.digest, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[inverse] != np.arange(len(index)))
     shown = [
@@ -102,7 +102,7 @@ def find_duplicates(index: RowIndex, files: Sequence[DataFile]) -> tuple[int, li
 
 
 def show_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerFast") -> list[list[tuple[str, bool]]]:
-    """The first row, one from the middle and the last, with what is trained on."""
+    """Return the first, middle and last row with their loss tokens marked."""
     rows = sorted({round(part * (len(dataset) - 1) / (_EXAMPLES - 1)) for part in range(_EXAMPLES)})
     return [_mark(tokenizer, *_ids_and_trained(dataset[row])) for row in rows]
 
@@ -130,7 +130,7 @@ def _mark(
 
 
 def _shortened(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
-    """Without its middle where it is long, so that a long question does not hide its answer."""
+    """Decode a piece, without its middle if it is long, so that a long question does not hide its answer."""
     if len(ids) <= PIECE_TOKENS:
         return str(tokenizer.decode(ids))
     half = PIECE_TOKENS // 2

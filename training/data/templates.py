@@ -1,4 +1,4 @@
-"""Examples -> the text that a model reads, and where in it the answers stand, end marker included."""
+"""Chat templates: render examples as text and locate the assistant's answers in it, including the end marker."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,40 +20,39 @@ _SPEAKERS = {"user", "assistant"}
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One sequence as text."""
+    """A rendered sequence."""
 
     text: str
     spans: tuple[Span, ...]
-    """Trained characters, in order: [begin, end)."""
+    """Character ranges [begin, end) that contribute to the loss, in order."""
     ends_the_text: bool = False
-    """Whether the tokenizer's own first and last tokens surround it, as they do around text that no chat template lays out."""
+    """True if the tokenizer adds its own BOS and EOS tokens, as for text without a chat template."""
 
 
 class Renderer:
-    """Lays out a source's examples by the model's chat template."""
+    """A renderer that applies the model's chat template to the examples of a source."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, whole_text: bool):
-        """Look at how the chat template surrounds an answer.
+        """Detect the text that the chat template puts around an answer.
 
         Args:
-            tokenizer: With its chat template.
-            whole_text: Train on every token, not on the answers only.
+            tokenizer: Tokenizer with its chat template.
+            whole_text: True to train on every token instead of the answers only.
         """
         self._tokenizer = tokenizer
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self.header, self.end_marker = self._surroundings()
-        """What stands before and behind an answer; both empty where the template does not only append."""
+        """Text before and after an answer; both are empty if the template does more than append."""
         self._written: set[str] = set()
         self._writes_tools: bool | None = None
         self._writes_calls: bool | None = None
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
-        """One sequence, or two for a pair: the chosen one first; their spans are the completions.
+        """Render an example as one sequence, or as two for a pair (chosen, then rejected) whose spans are the completions.
 
         Raises:
-            RowError: the template refuses the row, or renders it so that its answers cannot be told.
-            DataError: the template itself is broken.
+            RowError: The template rejects the row, or its answers cannot be located in the rendered text.
         """
         if isinstance(example, Text):
             return (Rendered(example.text, ((0, len(example.text)),), ends_the_text=True),)
@@ -63,8 +62,8 @@ class Renderer:
             return (Rendered(text, ((begin, len(text)),), ends_the_text=True),)
         if isinstance(example, Pair):
             return tuple(self._completed(example, side) for side in (example.chosen, example.rejected))
-        whole = self._layout(example.messages, example.tools)
-        self._check_words(whole, example.messages, example.tools)
+        whole = self._apply_template(example.messages, example.tools)
+        self._check_content(whole, example.messages, example.tools)
         self._check_tools(whole, example)
         if self._whole_text:
             return (Rendered(whole, ((0, len(whole)),)),)
@@ -81,31 +80,29 @@ class Renderer:
         return (Rendered(whole, tuple(spans)),)
 
     def _completed(self, pair: Pair, side: list[Message]) -> Rendered:
-        before = self._layout(pair.prompt, pair.tools, prompt=True)
-        whole = self._layout([*pair.prompt, *side], pair.tools)
-        self._check_words(whole, [*pair.prompt, *side], pair.tools)
+        before = self._apply_template(pair.prompt, pair.tools, prompt=True)
+        whole = self._apply_template([*pair.prompt, *side], pair.tools)
+        self._check_content(whole, [*pair.prompt, *side], pair.tools)
         if not whole.startswith(before):
             raise RowError(
                 "template",
-                "is rendered by the model's chat template so that the completion does not follow the prompt. Use a model whose "
-                "template only appends, or set chat_template",
+                "the model's chat template does not render the completion directly after the prompt. Use a model whose "
+                "template only appends messages, or set chat_template",
             )
         return Rendered(whole.rstrip(), ((len(before), len(whole.rstrip())),))
 
     def _up_to_label(self, whole: str, answer: Span, label: str) -> Rendered:
         begin = whole.find(label, answer[0], answer[1])
         if begin < 0:
-            raise RowError(
-                "template", f"is rendered by the model's chat template without its label {label!r}"
-            )
+            raise RowError("template", f"the model's chat template does not render the label {label!r}")
         end = begin + len(label)
         return Rendered(whole[:end], ((begin, end),))
 
-    def _layout(
+    def _apply_template(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False
     ) -> str:
         try:
-            # What tokenizer.apply_chat_template does, without looking up for each row what is the same for all.
+            # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
             template = _compiled(self._tokenizer.get_chat_template(None, tools))
             return template.render(
                 messages=messages,
@@ -116,8 +113,8 @@ class Renderer:
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template is broken ({error}, line {error.lineno} of it). Copy the tokenizer's files again from where the model "
-                "came from, or mend chat_template."
+                f"the chat template has a syntax error ({error}, template line {error.lineno}). Copy the tokenizer files again from the "
+                "original model, or fix chat_template."
             ) from error
         except (
             TemplateError,
@@ -130,11 +127,11 @@ class Renderer:
         ) as error:
             raise RowError(
                 "template",
-                f"is refused by the chat template ({error}). Change the row to the roles and fields that it takes",
+                f"is rejected by the chat template ({error}). Use only roles and fields that the template supports",
             ) from error
 
-    def _check_words(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
-        """Templates for content in parts pass over text: what is said last must change what is written, asked or answered."""
+    def _check_content(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Check that the template renders the content of users and assistants; some templates skip content that is a string."""
         for position in range(len(messages) - 1, -1, -1):
             if self._written >= _SPEAKERS:
                 return
@@ -143,22 +140,24 @@ class Renderer:
             if role in self._written or role not in _SPEAKERS or "tool_calls" in message:
                 continue
             changed = {**message, "content": f"{message['content']} {_ANSWER}"}
-            if whole == self._layout([*messages[:position], changed, *messages[position + 1 :]], tools):
+            if whole == self._apply_template(
+                [*messages[:position], changed, *messages[position + 1 :]], tools
+            ):
                 raise DataError(
-                    f"the chat template writes nothing of what the {role} says. Set chat_template, or use a model whose template takes a "
-                    "message's content as text."
+                    f"the chat template drops the content of {role} messages. Set chat_template, or use a model whose template accepts "
+                    "message content as a string."
                 )
             self._written.add(role)
 
     def _check_tools(self, whole: str, chat: Chat) -> None:
-        """Most templates pass over what they do not know: tools must change what is written, and so must calls."""
+        """Check that the template renders tools and tool calls; most templates silently skip fields that they do not support."""
         if chat.tools:
             if self._writes_tools is None:
-                self._writes_tools = whole != self._layout(chat.messages, None)
+                self._writes_tools = whole != self._apply_template(chat.messages, None)
             if not self._writes_tools:
                 raise RowError(
                     "template",
-                    "has `tools`, and the chat template writes none of them. Use a model whose template does, or set chat_template",
+                    "has `tools`, but the chat template drops them. Use a model whose template renders tools, or set chat_template",
                 )
         for position, message in enumerate(chat.messages):
             if "tool_calls" not in message:
@@ -171,23 +170,23 @@ class Renderer:
                     {**message, "tool_calls": [other]},
                     *chat.messages[position + 1 :],
                 ]
-                self._writes_calls = whole != self._layout(changed, chat.tools)
+                self._writes_calls = whole != self._apply_template(changed, chat.tools)
             if not self._writes_calls:
                 raise RowError(
                     "template",
-                    f"message {position + 1} calls `{name}`, and the chat template does not write the call. Use a model whose template "
-                    "does, or set chat_template",
+                    f"message {position + 1} calls `{name}`, but the chat template drops the call. Use a model whose template "
+                    "renders tool calls, or set chat_template",
                 )
 
     def _surroundings(self) -> tuple[str, str]:
-        """What stands before and behind an answer, where the template only appends; two empty texts where it does not."""
+        """Return the text before and after an answer, or two empty strings if the template does more than append."""
         if not self._tokenizer.chat_template:
             return "", ""
         question: Message = {"role": "user", "content": _QUESTION}
         try:
-            asked = self._layout([question], None)
-            prompt = self._layout([question], None, prompt=True)
-            whole = self._layout([question, {"role": "assistant", "content": _ANSWER}], None)
+            asked = self._apply_template([question], None)
+            prompt = self._apply_template([question], None, prompt=True)
+            whole = self._apply_template([question, {"role": "assistant", "content": _ANSWER}], None)
         except RowError:
             return "", ""
         answer = whole.find(_ANSWER, len(prompt))
@@ -196,10 +195,10 @@ class Renderer:
         return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
 
     def _answers(self, whole: str, chat: Chat) -> list[Span]:
-        """Where each assistant turn stands in the conversation's text."""
+        """Return the span of each assistant message in the rendered text."""
         positions = _answer_positions(chat.messages)
         header, marker = self.header, self.end_marker
-        # Counting makes sure that nobody's words are taken for a header.
+        # The count makes sure that message content is never mistaken for a header.
         starts_are_known = bool(header) and whole.count(header) == len(positions)
         spans: list[Span] = []
         cursor = 0
@@ -218,15 +217,15 @@ class Renderer:
         return spans
 
     def _begin(self, whole: str, chat: Chat, position: int) -> int:
-        before = self._layout(chat.messages[:position], chat.tools, prompt=True)
+        before = self._apply_template(chat.messages[:position], chat.tools, prompt=True)
         if not whole.startswith(before):
             raise RowError("template", _changes(position))
         return len(before)
 
     def _end_by_rendering(self, whole: str, chat: Chat, position: int) -> int:
-        """Where the text ended when this turn was the last; the white space behind the end marker begins the next turn."""
+        """Return where the text ends if this turn is the last; whitespace after the end marker belongs to the next turn."""
         is_last = position == len(chat.messages) - 1
-        after = whole if is_last else self._layout(chat.messages[: position + 1], chat.tools)
+        after = whole if is_last else self._apply_template(chat.messages[: position + 1], chat.tools)
         if not whole.startswith(after):
             raise RowError("template", _changes(position))
         return len(after.rstrip())
@@ -234,7 +233,7 @@ class Renderer:
 
 @lru_cache
 def _compiled(chat_template: str) -> Template:
-    """With transformers' sandbox, filters and functions, and these in one dictionary: Jinja merges them again for every row."""
+    """Compile a template with transformers' sandbox, filters and globals, merged once; Jinja would merge them for every row."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template(chat_template).environment
@@ -246,9 +245,9 @@ def _answer_positions(messages: list[Message]) -> list[int]:
 
 
 def _end_of(whole: str, begin: int, message: Message, marker: str) -> int | None:
-    """Where the end marker behind an answer ends; None where the answer does not stand there word for word."""
+    """Return where the end marker after an answer ends, or None if the answer is not rendered verbatim."""
     if len(message) > 2:
-        return None  # tool calls stand between the content and the marker
+        return None  # tool calls come between the content and the marker
     content = message["content"]
     for text in (content, content.strip()):
         if whole.startswith(text + marker, begin):
@@ -258,6 +257,6 @@ def _end_of(whole: str, begin: int, message: Message, marker: str) -> int | None
 
 def _changes(position: int) -> str:
     return (
-        f"is rendered by the chat template so that message {position + 1} reads differently once others follow, and what to train on "
-        "cannot be told. Keep one assistant turn a row, use a model whose template only appends, or set chat_template"
+        f"the chat template renders message {position + 1} differently when other messages follow, so its loss tokens cannot be "
+        "located. Use one assistant message per row, a model whose template only appends messages, or set chat_template"
     )

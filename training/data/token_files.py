@@ -1,4 +1,4 @@
-"""The files that rows become: their tokens (data.arrow), and a line about each (index.arrow)."""
+"""Token files: the tokens of all rows (data.arrow) and one index entry per row (index.arrow)."""
 
 from array import array
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from training.data.templates import Rendered
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-IGNORED = -100  # torch's cross-entropy skips this label
+IGNORED = -100  # ignore_index of PyTorch's cross-entropy
 
 DATA_FILE, INDEX_FILE = "data.arrow", "index.arrow"
 INDEX_SCHEMA = pa.schema(
@@ -44,19 +44,19 @@ _TOKEN_COLUMNS: dict[Task, tuple[str, ...]] = {
 
 
 class RowIndex:
-    """One line for each row of an epoch, as arrays; a row's number is its position here."""
+    """The index of an epoch's rows as column arrays; a row's number is its position here."""
 
     def __init__(self, table: pa.Table):
         self.position = table["position"].to_numpy()
-        """Its row in data.arrow."""
+        """Row number in data.arrow."""
         self.file = table["file"].to_numpy()
         self.row = table["row"].to_numpy()
-        """Line or record in its file, from 1."""
+        """Line or record number in the source file, from 1."""
         self.tokens = table["tokens"].to_numpy()
-        """All that go through the model."""
+        """All tokens that the model processes."""
         self.trained_tokens = table["trained_tokens"].to_numpy()
         self.length = table["length"].to_numpy()
-        """Tokens of its longest sequence; a preference pair has two."""
+        """Tokens of the row's longest sequence; a preference pair has two sequences."""
         self.digest = table["digest"].to_numpy()
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class RowIndex:
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """A row as text, and where it came from."""
+    """A rendered row and its source location."""
 
     file: int
     row: int
@@ -74,12 +74,12 @@ class RenderedRow:
 
 
 def digest_of(sequences: tuple[Rendered, ...]) -> int:
-    """What is equal for rows that say the same."""
+    """Return a hash of a row's text, to find duplicates."""
     return xxhash.xxh3_64_intdigest("\x00".join(sequence.text for sequence in sequences).encode())
 
 
 class TokenWriter:
-    """Encoded rows -> data.arrow and index.arrow, within the limit."""
+    """A writer that applies the token limit and writes rows to data.arrow and index.arrow."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class TokenWriter:
         self._files.close()
 
     def add(self, batch: "list[RenderedRow]", encodings: "list[Encoding]") -> None:
-        """Write a batch's rows; `encodings` are of their sequences, one after another."""
+        """Write a batch of rows; `encodings` holds one entry per sequence, in order."""
         encoded = self.encoder.locate([sequence for row in batch for sequence in row.sequences], encodings)
         encoded, kept = self._within_limit(batch, encoded)
         rows = [batch[number] for number in np.flatnonzero(kept)]
@@ -139,11 +139,11 @@ class TokenWriter:
         self.rows += len(rows)
 
     def _by_row(self, of_sequences: np.ndarray) -> np.ndarray:
-        """[rows, sequences of a row]"""
+        """Reshape [sequences] to [rows, sequences per row]."""
         return of_sequences.reshape(-1, self._per_row)
 
     def _within_limit(self, batch: "list[RenderedRow]", encoded: Encoded) -> tuple[Encoded, np.ndarray]:
-        """Cut the sequences at the limit; what is kept of them, and which rows: bool [rows]."""
+        """Apply the token limit and return the retained sequences and a mask of the retained rows, bool [rows]."""
         limit, long_rows = self.request.limit, self.request.long_rows
         longest = self._by_row(encoded.lengths).max(axis=1)
         self.lengths.extend(longest.tolist())
@@ -166,48 +166,44 @@ class TokenWriter:
             self.dropped += 1
             self.lost += int(tokens[number])
             if long_rows == "drop" and too_long[number]:
-                reason = f"has {longest[number]:,} tokens, and {limit:,} are taken (long_rows: drop)"
+                reason = f"has {longest[number]:,} tokens, above the limit of {limit:,} (long_rows: drop)"
             elif limit:
-                reason = f"has no trained token within the {limit:,} tokens that are taken"
+                reason = f"has no loss token within the limit of {limit:,} tokens"
             else:
-                reason = "has no trained token"
+                reason = "has no loss token"
             self.leave_out(row, reason)
         return (encoded if kept.all() else encoded.take(np.repeat(kept, self._per_row))), kept
 
-    def refuse_long_rows(self) -> None:
-        """Raise what `long_rows: error` and an empty result ask for.
-
-        Raises:
-            DataError: some rows are too long, or none is left.
-        """
+    def reject_long_rows(self) -> None:
+        """Raise an error for rows that exceed the limit with `long_rows: error`, or if no rows are left."""
         request = self.request
         sources = ", ".join(request.paths)
         if self.too_long:
             more = self.too_long_rows - len(self.too_long)
             shown = "\n".join(self.too_long) + (f"\n… and {more:,} more rows" if more else "")
             raise DataError(
-                f"{sources}: long_rows is error, and of its rows {self.too_long_rows:,} exceed {request.limit} tokens:\n{shown}\n"
-                "Raise context_length, shorten them, or set long_rows to truncate or drop."
+                f"{sources}: {self.too_long_rows:,} rows exceed the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
+                "Increase context_length, shorten these rows, or set long_rows to truncate or drop."
             )
         if self.rows == 0:
             advice = (
-                "Raise context_length."
+                "Increase context_length."
                 if request.context_length
-                else "The model takes no more: shorten them."
+                else "This is the model's maximum context, so shorten the rows."
             )
             raise DataError(
-                f"{sources}: no row has a trained token within {request.limit} tokens ({self.dropped:,} rows dropped). {advice}"
+                f"{sources}: no row has a loss token within {request.limit} tokens ({self.dropped:,} rows dropped). {advice}"
             )
 
 
 def _columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:
-    """Token columns of rows of one sequence, and how many tokens of each row are trained."""
+    """Return the token columns of single-sequence rows, and the number of loss tokens per row."""
     labels = np.where(encoded.trained, encoded.ids, np.int32(IGNORED))
     return [_lists(encoded.ids, encoded.lengths), _lists(labels, encoded.lengths)], encoded.predicted()
 
 
 def _pair_columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:
-    """As `_columns`, of preference pairs: prompt, chosen and rejected."""
+    """Return the token columns of preference pairs (prompt, chosen, rejected), and the number of loss tokens per pair."""
     begins = encoded.begins()
     shared = np.array(
         [_shared(encoded, *begins[first : first + 3]) for first in range(0, len(begins) - 1, 2)]
@@ -224,7 +220,7 @@ def _pair_columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:
 
 
 def _shared(encoded: Encoded, begin: int, middle: int, end: int) -> int:
-    """Tokens of a pair's prompt: one that reaches over the prompt's end belongs to the completion."""
+    """Return the number of prompt tokens of a pair; a token that crosses the prompt's end belongs to the completion."""
     chosen, rejected = slice(begin, middle), slice(middle, end)
     shared = min(int(encoded.trained[side].argmax()) for side in (chosen, rejected))
     differs = encoded.ids[chosen][:shared] != encoded.ids[rejected][:shared]
@@ -232,6 +228,6 @@ def _shared(encoded: Encoded, begin: int, middle: int, end: int) -> int:
 
 
 def _lists(ids: np.ndarray, lengths: np.ndarray) -> pa.Array:
-    """int32 lists, one behind another."""
+    """Split concatenated ids into an int32 list array."""
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(ends, ids)

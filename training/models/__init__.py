@@ -1,4 +1,4 @@
-"""A plan's model, ready to train: one module per kernel provider, one interface, imported only when chosen."""
+"""Models: one module per kernel provider with one interface; a provider is imported only when selected."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def build_model(provider: Provider, request: ModelRequest) -> "PreTrainedModel":
-    """Load the base, put the adapter on it, and apply the provider's kernels."""
+    """Load the base model, attach the adapter and apply the provider's kernels."""
     if provider == "unsloth":
         from training.models import unsloth_provider
 
@@ -25,11 +25,11 @@ def build_model(provider: Provider, request: ModelRequest) -> "PreTrainedModel":
 
 
 def add_reference(model: "PreTrainedModel", request: ModelRequest) -> "PreTrainedModel | None":
-    """What preference tuning compares a built model with: the model as it is now.
+    """Add the reference for preference tuning: the model in its initial state.
 
     Returns:
-        A second model in full-parameter training. None for adapters: a new one is turned off, a continued one gets a frozen copy of
-        itself, called REFERENCE_ADAPTER.
+        A second model in full-parameter training, else None. For the reference, a new adapter is disabled, and a continued
+        adapter is replaced by its frozen copy REFERENCE_ADAPTER.
     """
     from training.models import torch_provider
 

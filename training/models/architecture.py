@@ -1,4 +1,4 @@
-"""What a model's architecture says without its weights: whether transformers knows it, and every parameter's shape."""
+"""Model architecture without weights: support in transformers, packing support, dimensions and parameter shapes."""
 
 import re
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from training.models.files import ModelError, first_line
 from utils.processes import importing
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-_MASKS_OF_THEIR_OWN = {"afmoe", "doge", "moshi", "opt"}  # which do not go by positions, as was tried
+_MASKS_OF_THEIR_OWN = {"afmoe", "doge", "moshi", "opt"}  # they ignore position ids; found by testing
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _EXPERT = re.compile(r"\.experts\.")
 _LAYER = re.compile(r"\.(\d+)\.")
-# Within a layer each stage reads what the stages before it made. A name that none has is taken to be of MLP_INPUT.
+# Stages of a layer in order of execution. A name that matches no stage counts as MLP_INPUT.
 _STAGES = (
     re.compile(r"\.(input_layernorm|ln_1)\."),
     re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn)\."),
@@ -28,7 +28,7 @@ _STAGES = (
 )
 _OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
 ATTENTION_OUTPUT, MLP_INPUT = 2, 3
-"""Stages of a layer, as `position` gives them."""
+"""Stages of a layer, as returned by `position`."""
 
 
 PACKED_WITHOUT_MASK = frozenset(
@@ -51,55 +51,54 @@ PACKED_WITHOUT_MASK = frozenset(
         "starcoder2",
     }
 )
-"""Kinds of models, as transformers calls them, that hand on to attention where packed rows end (training/models/varlen_attention.py); each
-is tested. Others get a mask."""
+"""Tested `model_type`s that pass row boundaries through to attention (training/models/varlen_attention.py). Others get a mask."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder whose layers are attention and an MLP."""
+    """The dimensions of a decoder whose layers consist of attention and an MLP."""
 
     kind: str
-    """As transformers calls it."""
+    """The `model_type` of transformers."""
     layers: int
     hidden: int
     intermediate: int
-    """Of the MLP, or of one expert."""
+    """Hidden size of the MLP, or of one expert."""
     heads: int
     key_value_heads: int
     head_dim: int
     vocabulary: int
     windows: tuple[int | None, ...]
-    """For each layer, how many tokens back its attention sees, itself counted; None: all."""
+    """Sliding window of each layer in tokens, including the current token; None for full attention."""
     caps_scores: bool
-    """Attention's scores are squeezed below a limit, which torch's own attention cannot do."""
+    """True if attention uses logit softcapping, which PyTorch's SDPA does not support."""
     experts: int
-    """0: no mixture."""
+    """Experts per layer; 0 for a dense model."""
     experts_per_token: int
 
 
 def is_embedding(parameter: str) -> bool:
-    """Whether a parameter is looked up by token or position, by its name."""
+    """Return whether the name is that of a token or position embedding."""
     return _EMBEDDING.search(parameter) is not None
 
 
 def is_head(parameter: str) -> bool:
-    """Whether a parameter makes logits, by its name; a tied one has the embedding's."""
+    """Return whether the name is that of an LM head. A tied head has the embedding's name."""
     return _HEAD.search(parameter) is not None
 
 
 def is_expert(parameter: str) -> bool:
-    """Whether a parameter is of a mixture's experts, by its name."""
+    """Return whether the name is that of a mixture-of-experts parameter."""
     return _EXPERT.search(parameter) is not None
 
 
 def share_of_experts(shape: ModelShape, parameter: str) -> float:
-    """Which part of a matrix a token goes through: a mixture takes some of its experts."""
+    """Return the fraction of a matrix that processes each token; with a mixture, only the active experts do."""
     return shape.experts_per_token / shape.experts if shape.experts and is_expert(parameter) else 1.0
 
 
 def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
-    """Where a parameter is used: its layer (-1: the embedding; behind all layers: the head), and the stage in it."""
+    """Return (layer, stage) of a parameter; the embedding has layer -1, final norm and head come after the last layer."""
     if is_embedding(parameter):
         return (-1, 0)
     layer = _LAYER.search(parameter)
@@ -110,15 +109,12 @@ def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
 
 
 def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) -> None:
-    """Make sure that what is trained is a causal language model with its own head, before transformers gives it a random one.
+    """Check that the model is a causal language model with its own head; transformers would add a random head to others.
 
     Args:
-        directory: The model's files on this node; its weights are not needed.
-        source: What messages call the model.
-        trust_remote_code: Whether code that lies beside them may run.
-
-    Raises:
-        ModelError: it is an encoder, a classifier, a vision model, …
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        trust_remote_code: True if code in the model directory may be executed.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -126,29 +122,27 @@ def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) ->
     architecture = (config.architectures or [None])[0]
     has_head = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if has_head and architecture is not None:
-        # Of an encoder, BERT or a relative, transformers makes a decoder that looks ahead, unless is_decoder is set.
+        # Without is_decoder, transformers loads encoders such as BERT as a decoder with bidirectional attention.
         looks_ahead = getattr(config, "is_decoder", None) is False
         is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         has_head = is_causal or not (looks_ahead or architecture.endswith(_OTHER_HEADS))
     brings_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder or not (has_head or brings_its_own):
         raise ModelError(
-            f"model {source}: it is no causal language model, but {architecture or 'a model'} of type {config.model_type}. Name one "
-            "that generates text from left to right, as classes called …ForCausalLM do."
+            f"model {source}: not a causal language model, but {architecture or 'a model'} of type {config.model_type}. Use a "
+            "model whose architecture is a …ForCausalLM class."
         )
 
 
 def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> None:
-    """Make sure that rows packed into one sequence stay apart in the model: only attention joins tokens, and transformers
-    masks it by the positions, which begin anew with each row.
+    """Check that the model keeps packed rows separate.
+
+    Only attention may mix tokens, and it must mask by position ids, which restart at 0 with each row.
 
     Args:
-        directory: The model's files on this node; its weights are not needed.
-        source: What messages call the model.
-        trust_remote_code: Whether code that lies beside them may run.
-
-    Raises:
-        ModelError: they do not, or nobody can tell.
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        trust_remote_code: True if code in the model directory may be executed.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -156,54 +150,48 @@ def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> N
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
     if model_class is None:
-        reason = "its code is not transformers' own, so nobody can tell whether packed rows stay apart in it"
+        reason = "its code is not part of transformers, so it is unknown whether it separates packed rows"
     elif model_class._is_stateful or not layers <= _MASKED_LAYERS:
-        reason = "its layers carry what they read from one packed row into the next"
+        reason = "its layers carry state from one packed row into the next"
     elif config.model_type in _MASKS_OF_THEIR_OWN or getattr(config, "is_decoder", False):
-        reason = "it makes its attention masks by itself, and packed rows would see one another"
+        reason = "it builds its own attention masks, so packed rows would attend to each other"
     elif "position_ids" not in signature(model_class.forward).parameters or not (
         model_class._supports_attention_backend and model_class._supports_sdpa
     ):
-        reason = "its attention does not go by positions, so packed rows would see one another"
+        reason = "its attention ignores position ids, so packed rows would attend to each other"
     else:
         return
-    raise ModelError(f"packing: the model {source} cannot take it: {reason}. Write packing: false.")
+    raise ModelError(f"packing: not supported by the model {source}: {reason}. Set packing: false.")
 
 
 def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape as the model is built, before anything packs or quantises it.
-
-    Raises:
-        ModelError: the model cannot be built.
-    """
-    model = _without_numbers(directory, source, trust_remote_code)
+    """Return the name and shape of every parameter before quantization."""
+    model = _model_on_meta_device(directory, source, trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def adapter_shapes(
     directory: Path, source: str, lora: LoraConfig, *, trust_remote_code: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of everything that is trained with a new adapter, as PEFT puts it on the model.
-
-    Raises:
-        ModelError: the model cannot be built, or takes no such adapter.
-    """
+    """Return the name and shape of every trainable parameter after PEFT adds a new adapter."""
     import peft
     import torch
 
-    model = _without_numbers(directory, source, trust_remote_code)
+    model = _model_on_meta_device(directory, source, trust_remote_code)
     try:
         with torch.device("meta"):
-            # How it starts decides no shape, and not all ways go without numbers.
+            # Initialization does not affect shapes, and some methods do not work on the meta device.
             settings: dict[str, Any] = lora.model_dump() | {"init_lora_weights": True}
             adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     except ValueError as error:
-        raise ModelError(f"lora_config: {source} cannot take this adapter: {first_line(error)}") from error
+        raise ModelError(
+            f"lora_config: PEFT cannot add this adapter to {source}: {first_line(error)}"
+        ) from error
     return {name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad}
 
 
-def _without_numbers(directory: Path, source: str, trust_remote_code: bool) -> Any:
-    """The model on torch's meta device, before anything packs or quantises it."""
+def _model_on_meta_device(directory: Path, source: str, trust_remote_code: bool) -> Any:
+    """Build the model on PyTorch's meta device, before quantization."""
     import torch
 
     with importing():
@@ -212,60 +200,57 @@ def _without_numbers(directory: Path, source: str, trust_remote_code: bool) -> A
     config = _load_config(directory, source, trust_remote_code)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    with importing(), torch.device("meta"):  # it imports the module of this kind of model
+    with importing(), torch.device("meta"):  # this imports the model's module
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> ModelShape | None:
-    """The model's dimensions; None where its layers are none that we know how to count.
+    """Return the model's dimensions, or None if its layer types are not supported by the estimates.
 
     Args:
-        directory: The model's files on this node; its weights are not needed.
-        source: What messages call the model.
-        trust_remote_code: Whether code that lies beside them may run.
-
-    Raises:
-        ModelError: transformers cannot read the configuration.
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        trust_remote_code: True if code in the model directory may be executed.
     """
     text: Any = _load_config(directory, source, trust_remote_code).get_text_config()
-    said = text.to_dict()  # without the defaults that attributes of other architectures would have
+    fields = text.to_dict()  # excludes attribute defaults of other architectures
     layers, heads, intermediate = (
         getattr(text, name, None)
         for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
     )
-    kinds = said.get("layer_types") or []
+    kinds = fields.get("layer_types") or []
     if (
         not layers
         or not heads
         or not intermediate
-        or said.get("kv_lora_rank")
+        or fields.get("kv_lora_rank")
         or not set(kinds) <= _MASKED_LAYERS
     ):
         return None
     experts = count_experts(text)
-    window = said.get("sliding_window")
+    window = fields.get("sliding_window")
     return ModelShape(
         kind=text.model_type,
         layers=layers,
         hidden=text.hidden_size,
-        intermediate=(said.get("moe_intermediate_size") or intermediate) if experts else intermediate,
+        intermediate=(fields.get("moe_intermediate_size") or intermediate) if experts else intermediate,
         heads=heads,
-        key_value_heads=said.get("num_key_value_heads") or heads,
-        head_dim=said.get("head_dim") or text.hidden_size // heads,
+        key_value_heads=fields.get("num_key_value_heads") or heads,
+        head_dim=fields.get("head_dim") or text.hidden_size // heads,
         vocabulary=text.vocab_size,
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds)
         if kinds
-        else (window if said.get("use_sliding_window", True) else None,) * layers,
-        caps_scores=bool(said.get("attn_logit_softcapping")),
+        else (window if fields.get("use_sliding_window", True) else None,) * layers,
+        caps_scores=bool(fields.get("attn_logit_softcapping")),
         experts=experts,
-        experts_per_token=said.get("num_experts_per_tok") or 0,
+        experts_per_token=fields.get("num_experts_per_tok") or 0,
     )
 
 
 def count_experts(text: Any) -> int:
-    """Of each layer, by a model's text configuration; 0 where it is no mixture."""
-    said = text.to_dict()  # without the defaults that attributes of other architectures would have
-    return said.get("num_local_experts") or said.get("num_experts") or 0
+    """Return the number of experts per layer from a text config; 0 for a dense model."""
+    fields = text.to_dict()  # excludes attribute defaults of other architectures
+    return fields.get("num_local_experts") or fields.get("num_experts") or 0
 
 
 def _load_config(directory: Path, source: str, trust_remote_code: bool):
@@ -276,6 +261,6 @@ def _load_config(directory: Path, source: str, trust_remote_code: bool):
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # each architecture checks its fields in its own way
         raise ModelError(
-            f"model {source}: transformers cannot read its config.json ({first_line(error)}). Name a model that the installed "
-            "transformers knows; one that needs code of its own also needs trust_remote_code: true."
+            f"model {source}: transformers cannot read its config.json ({first_line(error)}). Use a model that the installed "
+            "transformers supports. A model with custom code also needs trust_remote_code: true."
         ) from error

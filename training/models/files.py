@@ -1,4 +1,4 @@
-"""What a model directory holds, read from its headers: shapes, sizes and mistakes, without torch and without weights."""
+"""Model files: read shapes and sizes from safetensors headers and detect faults, without torch and without loading weights."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from configs.schema import LoraConfig
 from utils.bucket import Store, is_remote, join_uri, open_store
 from utils.errors import AnnealError
 
-# Everything that from_pretrained reads; never pickle, optimizer state or another framework's weights.
+# Every file type that from_pretrained reads; excludes pickle, optimizer state and other frameworks' weights.
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
 _OUR_FILES = {"trainer_state.json", "MANIFEST.json", "EXPORT.json"}
 _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
@@ -25,32 +25,32 @@ _BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, 
 
 
 class ModelError(AnnealError):
-    """A model or adapter that cannot be trained; the message says what, where and what to do."""
+    """A fault in a model or adapter; the message names the source, the fault and the fix."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A base model as its files describe it."""
+    """Facts about a base model, read from its files."""
 
     source: str
-    """The hub id, directory or URI it was read from."""
+    """Hub id, directory or URI of the model."""
     architecture: str
     parameter_shapes: dict[str, tuple[int, ...]]
-    """As the files store them: 4-bit weights are packed, two in a byte. See architecture.py for the true ones."""
+    """Shapes as stored in the files, where 4-bit weights are packed two per byte. See architecture.py for the real shapes."""
     weight_bytes: int
     max_context: int | None
-    """Longest sequence, in tokens, that its position embeddings were made for."""
+    """Longest supported sequence in tokens (`max_position_embeddings`)."""
     quantization: str | None
     tie_word_embeddings: bool
 
     @property
     def parameters(self) -> int:
-        """How many there are."""
+        """Return the number of parameters."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
 
     @cached_property
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module -> (outputs, inputs), for those whose weight is a matrix."""
+        """Return module -> (outputs, inputs) for modules whose weight is a matrix."""
         return {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.parameter_shapes.items()
@@ -59,18 +59,18 @@ class ModelFacts:
 
 
 def is_model_file(key: str) -> bool:
-    """Whether `from_pretrained` needs the file: weights in safetensors, configuration, tokenizer."""
+    """Return whether `from_pretrained` needs the file: safetensors weights, config or tokenizer."""
     path = PurePosixPath(key)
     return len(path.parts) == 1 and path.suffix in _MODEL_FILES and path.name not in _OUR_FILES
 
 
 def is_tokenizer_file(key: str) -> bool:
-    """Whether the tokenizer and the model's configuration need the file: all that a dry run reads of a model."""
+    """Return whether the tokenizer or the model config needs the file; a dry run reads only these files."""
     return is_model_file(key) and not key.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def is_hub_id(model_id: str) -> bool:
-    """`org/name` or `name`, as the Hugging Face hub spells a repository; a directory of that name comes first."""
+    """Return whether this is a Hub repository id (`org/name` or `name`); an existing directory takes precedence."""
     return (
         not is_remote(model_id)
         and not Path(model_id).exists()
@@ -79,22 +79,17 @@ def is_hub_id(model_id: str) -> bool:
 
 
 def read_model_facts(source: str) -> ModelFacts:
-    """Read a model's configuration and the headers of its safetensors files.
-
-    Raises:
-        ModelError: no configuration, no weights, weights only as pickle, or a damaged header.
-        BucketError: the place cannot be read.
-    """
+    """Read a model's config and the headers of its safetensors files."""
     store = open_store(source)
     names = {stored.key: stored.size for stored in store.list() if "/" not in stored.key}
     if not names:
         raise ModelError(
-            f"model {source}: nothing is there. Name a hub id (org/name), a directory or an s3:// prefix that holds "
+            f"model {source}: no files found. Use a Hub id (org/name), a directory or an s3:// prefix that contains "
             "config.json, the tokenizer and *.safetensors."
         )
     if "config.json" not in names:
         hint = (
-            " It holds a LoRA adapter: name it as initial_adapter_model_ckpt_path."
+            " It contains a LoRA adapter; set initial_adapter_model_ckpt_path to it instead."
             if "adapter_config.json" in names
             else ""
         )
@@ -104,22 +99,22 @@ def read_model_facts(source: str) -> ModelFacts:
         pickled = sorted(name for name in names if name.endswith(_PICKLED_WEIGHTS))
         if pickled:
             raise ModelError(
-                f"model {source}: its weights are pickled only ({_some(pickled)}), and unpickling runs code from the bucket. "
-                "Save it as safetensors (save_pretrained does) and name that copy."
+                f"model {source}: the weights are only available as pickle ({_some(pickled)}), which can execute code when loaded. "
+                "Convert them to safetensors with save_pretrained and use that copy."
             )
         raise ModelError(
-            f"model {source}: no weights (*.safetensors) beside config.json (found: {_some(names)}). Copy them there, or name another place."
+            f"model {source}: no weights (*.safetensors) next to config.json (found: {_some(names)}). Copy them there, or use another path."
         )
     config = _read_json(store, "config.json")
     if not {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"} & names.keys():
         raise ModelError(
-            f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) beside config.json. Copy it there from where the model came from."
+            f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) next to config.json. Copy it there from the original model."
         )
     if _INDEX in names:
         missing = set(_read_json(store, _INDEX).get("weight_map", {}).values()) - names.keys()
         if missing:
             raise ModelError(
-                f"model {source}: {_INDEX} names weights that are not there ({_some(missing)}). Copy them there, or name another place."
+                f"model {source}: {_INDEX} lists missing weight files ({_some(missing)}). Copy them there, or use another path."
             )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weights:
@@ -145,11 +140,7 @@ def _facts(
 
 
 def read_hub_facts(model_id: str) -> ModelFacts:
-    """The same for a model of the Hugging Face hub, by its API: no weights are downloaded.
-
-    Raises:
-        ModelError: unknown, gated or unreachable.
-    """
+    """Read the facts of a Hugging Face Hub model through the Hub API, without downloading weights."""
     import huggingface_hub
 
     with _hub_errors(model_id):
@@ -169,11 +160,7 @@ def read_hub_facts(model_id: str) -> ModelFacts:
 
 
 def fetch_hub_model(model_id: str, wanted: Callable[[str], bool]) -> Path:
-    """The wanted files of a hub model as a directory on this node; the hub's own cache keeps them.
-
-    Raises:
-        ModelError: unknown, gated or unreachable.
-    """
+    """Download the wanted files of a Hub model into the Hub cache of this node and return their directory."""
     import huggingface_hub
 
     with _hub_errors(model_id):
@@ -191,28 +178,28 @@ def _hub_errors(model_id: str) -> Iterator[None]:
         yield
     except NotASafetensorsRepoError as error:
         raise ModelError(
-            f"model {model_id}: the hub has no safetensors of it. Convert it, and name your copy."
+            f"model {model_id}: has no safetensors weights on the Hub. Convert it with save_pretrained and use that copy."
         ) from error
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         raise ModelError(
-            f"model {model_id}: cannot be read from the Hugging Face hub ({first_line(error)}). If it is gated, accept its "
-            "licence and set HF_TOKEN; without a network, name a directory or an s3:// prefix that holds it."
+            f"model {model_id}: cannot be read from the Hugging Face Hub ({first_line(error)}). If it is gated, accept its "
+            "license and set HF_TOKEN. Without network access, use a directory or an s3:// prefix that contains the model."
         ) from error
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """A LoRA adapter as its files describe it."""
+    """Facts about a LoRA adapter, read from its files."""
 
     source: str
     base_model: str
     lora: dict[str, Any]
-    """adapter_config.json as it stands."""
+    """Content of adapter_config.json."""
     parameter_shapes: dict[str, tuple[int, ...]]
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
-        """Each adapted module's name in the base model -> (outputs, inputs) of its matrix."""
+        """Return adapted module, by its name in the base model -> (outputs, inputs) of its matrix."""
         down = {
             name.split(".lora_A.")[0]: shape
             for name, shape in self.parameter_shapes.items()
@@ -231,7 +218,7 @@ class AdapterFacts:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each adapted module, by its name in the base model."""
+        """Return the rank of each adapted module, by its name in the base model."""
         return {
             name.split(".lora_A.")[0].removeprefix("base_model.model."): shape[0]
             for name, shape in self.parameter_shapes.items()
@@ -240,38 +227,35 @@ class AdapterFacts:
 
 
 def read_adapter_facts(source: str) -> AdapterFacts:
-    """Read an adapter's configuration and shapes.
-
-    Raises:
-        ModelError: it is no LoRA adapter in safetensors.
-        BucketError: the place cannot be read.
-    """
+    """Read an adapter's config and shapes."""
     store = open_store(source)
     names = {stored.key: stored.size for stored in store.list() if "/" not in stored.key}
     if "adapter_config.json" not in names:
         hint = (
-            " It holds a full model: name it as initial_base_model_ckpt_path."
+            " It contains a full model; set initial_base_model_ckpt_path to it instead."
             if "config.json" in names
-            else " Name the checkpoint itself (…/checkpoints/step-000120), or a finished run."
+            else " Use the path of a checkpoint (…/checkpoints/step-000120) or of a completed run."
         )
         raise ModelError(f"adapter {source}: adapter_config.json is missing (found: {_some(names)}).{hint}")
     if "adapter_model.safetensors" not in names:
         raise ModelError(
-            f"adapter {source}: adapter_model.safetensors is missing (found: {_some(names)}). Pickled adapters (.bin) are not "
-            "loaded: unpickling runs code from the bucket. Load it where you trust it and save_pretrained() it again."
+            f"adapter {source}: adapter_model.safetensors is missing (found: {_some(names)}). Pickled adapters (.bin) are "
+            "rejected because unpickling can execute code. If you trust the file, load it and save it again with save_pretrained()."
         )
     config = _read_json(store, "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ModelError(
-            f"adapter {source}: peft_type is {config.get('peft_type')!r}, and LORA is what can be continued."
+            f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
     shapes = _read_shapes(store, "adapter_model.safetensors", names["adapter_model.safetensors"])
     return AdapterFacts(source, config.get("base_model_name_or_path") or "", config, shapes)
 
 
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
-    """How many parameters LoRA adds, from the shapes alone: `r * (inputs + outputs)` for each matrix that PEFT would match, and the
-    modules that are trained whole. For biases, experts and single tokens see `adapter_shapes`."""
+    """Count the trainable parameters of LoRA from shapes: `r * (inputs + outputs)` per matched matrix, plus `modules_to_save`.
+
+    Biases, experts and trainable tokens are not included; `adapter_shapes` covers them.
+    """
     total = 0
     for module in targeted_modules(facts, lora):
         outputs, inputs = facts.matrix_shapes[module]
@@ -288,22 +272,22 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
 
 
 def targeted_modules(facts: ModelFacts, lora: LoraConfig) -> list[str]:
-    """The modules that get an adapter."""
+    """Return the modules that get an adapter."""
     return [module for module in facts.matrix_shapes if _targets(lora, module)]
 
 
 def lora_ranks(facts: ModelFacts, lora: LoraConfig) -> dict[str, int]:
-    """The rank of each module that gets an adapter."""
+    """Return the rank of each module that gets an adapter."""
     return {module: _rank(lora, module) for module in targeted_modules(facts, lora)}
 
 
 def is_trained_whole(lora: LoraConfig | None, parameter: str) -> bool:
-    """Whether a parameter of the base is trained beside the adapter."""
+    """Return whether `modules_to_save` makes a base parameter fully trainable."""
     return any(f".{module}." in f".{parameter}" for module in (lora.modules_to_save or [] if lora else []))
 
 
 def untargeted_names(facts: ModelFacts, lora: LoraConfig) -> list[str]:
-    """Those of a list of target modules that match none, such as misspelt ones; a tied head has no matrix of its own."""
+    """Return the listed target modules that match no module. A tied lm_head has no matrix of its own and is accepted."""
     if not isinstance(lora.target_modules, list):
         return []
     return [
@@ -332,7 +316,7 @@ def _targets(lora: LoraConfig, module: str) -> bool:
 
 
 def _named(names: list[str] | str, module: str) -> bool:
-    """As PEFT matches: one regular expression for the whole name, or a list of its last parts."""
+    """Match a module as PEFT does: a regular expression for the full name, or a list of name suffixes."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -346,11 +330,11 @@ def _rank(lora: LoraConfig, module: str) -> int:
 def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...]]:
     where = join_uri(store.uri, name)
     if size < 8:
-        raise ModelError(f"{where}: {size} bytes is no safetensors file. Upload it again.")
+        raise ModelError(f"{where}: {size} bytes is too short for a safetensors file. Upload it again.")
     (length,) = struct.unpack("<Q", store.read_range(name, 0, 8))
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise ModelError(
-            f"{where}: its header says {length} bytes, the file has {size}: damaged or no safetensors file. Upload it again."
+            f"{where}: header length is {length} bytes but the file has {size}; it is corrupt or not a safetensors file. Upload it again."
         )
     try:
         header = json.loads(store.read_range(name, 8, length))
@@ -359,11 +343,11 @@ def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...
         shapes = {key: tuple(value["shape"]) for key, value in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
-            f"{where}: its header cannot be read ({first_line(error)}). Upload it again."
+            f"{where}: the header cannot be parsed ({first_line(error)}). Upload it again."
         ) from error
     if 8 + length + end != size:
         raise ModelError(
-            f"{where}: has {size} bytes where its header asks for {8 + length + end}: cut off. Upload it again."
+            f"{where}: has {size} bytes, but its header requires {8 + length + end}; the file is truncated or corrupt. Upload it again."
         )
     return shapes
 
@@ -373,11 +357,11 @@ def _read_json(store: Store, name: str) -> dict[str, Any]:
         value = json.loads(store.read(name))
     except ValueError as error:
         raise ModelError(
-            f"{join_uri(store.uri, name)}: not JSON ({first_line(error)}). Upload it again."
+            f"{join_uri(store.uri, name)}: not valid JSON ({first_line(error)}). Upload it again."
         ) from error
     if not isinstance(value, dict):
         raise ModelError(
-            f"{join_uri(store.uri, name)}: holds {type(value).__name__}, not an object. Upload it again."
+            f"{join_uri(store.uri, name)}: contains {type(value).__name__}, not a JSON object. Upload it again."
         )
     return value
 
@@ -388,5 +372,5 @@ def _some(names) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Stock transformers with Liger's Triton kernels in the layers (GPU only)."""
+"""Liger provider: stock transformers models with Liger's Triton kernels in the layers (GPU only)."""
 
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def build(request: ModelRequest) -> "PreTrainedModel":
-    """The model of the request with fused RMSNorm, RoPE and SwiGLU.
+    """Build the model with fused RMSNorm, RoPE and SwiGLU.
 
-    The loss stays TRL's, which never builds the full logits either.
+    TRL's loss is kept, since it does not materialize the full logits either.
     """
     model = torch_provider.load_base(request)
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -1,4 +1,4 @@
-"""The request that every kernel provider builds a model from."""
+"""The request from which every kernel provider builds a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +8,19 @@ from configs.schema import LoraConfig
 from training.models.kernels import Device, WeightsDtype
 
 REFERENCE_ADAPTER = "reference"
-"""PEFT's name for a continued adapter as it was, where the trained one is compared with it."""
+"""PEFT name of the frozen initial copy of a continued adapter, the reference in preference tuning."""
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What is to be built, on this worker."""
+    """The settings of the model to build on this worker."""
 
     directory: Path
-    """The base model's files."""
+    """Local directory of the base model."""
     adapter_directory: Path | None
-    """A LoRA adapter to continue; trainable with the shape it has."""
+    """Local directory of a LoRA adapter to continue, with its own settings."""
     lora: LoraConfig | None
-    """A new LoRA adapter; None without adapter_directory is full-parameter training."""
+    """Settings of a new LoRA adapter. If this and adapter_directory are None, training is full-parameter."""
     device: Device
     dtype: Literal["bf16", "fp32"]
     weights_dtype: WeightsDtype
@@ -29,17 +29,17 @@ class ModelRequest:
     load_in_4bit: bool
     flash_attention_2: bool
     packing: bool
-    """Sequences hold several rows."""
+    """True if sequences contain several rows."""
     gradient_checkpointing: bool | Literal["unsloth"]
     context_length: int
-    """Tokens of the longest sequence of a batch, with its padding."""
+    """Maximum sequence length in tokens, including padding."""
     seed: int
-    """Decides a new adapter's weights."""
+    """Seed for a new adapter's weights."""
     trust_remote_code: bool
     deterministic: bool
-    """Only operations that give the same bits every time."""
+    """True to use deterministic operations only."""
 
     @property
     def is_lora(self) -> bool:
-        """Whether an adapter is trained and the base stays as it is."""
+        """Return whether an adapter is trained and the base model is frozen."""
         return self.lora is not None or self.adapter_directory is not None

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, and the chat template that a YAML may put in its place."""
+"""Load a model's tokenizer, with an optional chat template from the YAML."""
 
 import re
 from pathlib import Path
@@ -16,64 +16,57 @@ if TYPE_CHECKING:
 def load_tokenizer(
     directory: Path, *, trust_remote_code: bool, chat_template: str | None, source: str | None = None
 ) -> "PreTrainedTokenizerFast":
-    """The model's own tokenizer.
+    """Load the model's tokenizer.
 
     Args:
-        directory: The model's files on this node.
-        trust_remote_code: Whether code that lies beside them may run.
-        chat_template: What takes the place of its own, if anything.
-        source: What messages call the model; the directory, when it is not given.
-
-    Raises:
-        ModelError: it cannot be loaded, or gives no character offsets.
+        directory: Local directory with the tokenizer files.
+        trust_remote_code: True if code in the directory may be executed.
+        chat_template: Jinja source that replaces the model's template, or None.
+        source: Name of the model in messages; defaults to the directory.
     """
     with importing():
         from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers has no class of its own for a damaged file
+    except Exception as error:  # tokenizers raises plain Exception for a corrupt file
         raise ModelError(
-            f"model {source or directory}: its tokenizer cannot be loaded ({first_line(error)}). Copy its tokenizer files again from "
-            "where the model came from; one that needs code of its own also needs trust_remote_code: true."
+            f"model {source or directory}: the tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer files again from "
+            "the original model. A tokenizer with custom code also needs trust_remote_code: true."
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model {source or directory}: its tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast one."
+            f"model {source or directory}: the tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast tokenizer."
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere, so which token it is does not matter.
+        # Any token works, because padding is always masked.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def is_template(said: str) -> bool:
-    """Whether `chat_template` holds Jinja text, and names no file of it."""
-    return "{%" in said or "{{" in said
+def is_template(value: str) -> bool:
+    """Return whether `chat_template` is Jinja source and not a file name."""
+    return "{%" in value or "{{" in value
 
 
 def read_chat_template(config: FinetuneConfig) -> str | None:
-    """The Jinja text that `chat_template` holds or names.
-
-    Raises:
-        ConfigError: it names a file that cannot be read, or is no template.
-    """
+    """Return the Jinja source of `chat_template`, which is inline or in a file."""
     from jinja2 import Environment, TemplateSyntaxError
 
-    said = config.chat_template
-    if said is None:
+    value = config.chat_template
+    if value is None:
         return None
-    if is_template(said):
-        text, place = said, "chat_template"
+    if is_template(value):
+        text, place = value, "chat_template"
     else:
-        place = f"chat_template: {said}"
+        place = f"chat_template: {value}"
         try:
-            text = Path(said).expanduser().read_text("utf-8")
+            text = Path(value).expanduser().read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"{place} cannot be read ({error}). Name a file of Jinja text, or write the template itself."
+                f"{place} cannot be read ({error}). Use the path of a Jinja file, or write the template inline."
             ) from error
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
@@ -81,6 +74,6 @@ def read_chat_template(config: FinetuneConfig) -> str | None:
         )
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"{place}, line {error.lineno}: is no Jinja template ({error}). Mend it."
+            f"{place}, line {error.lineno}: invalid Jinja template ({error}). Fix the syntax."
         ) from error
     return text

@@ -1,6 +1,6 @@
-"""Unsloth: the only module that imports it; the worker does so before transformers, trl and peft.
+"""Unsloth provider, the only module that imports Unsloth. The worker imports it before transformers, trl and peft.
 
-Unsloth's files carry AGPL-3.0 headers; it is an optional package that this project neither ships nor copies.
+Unsloth's files have AGPL-3.0 headers. It is an optional package; this project neither ships nor copies it.
 """
 
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import unsloth  # first: it patches what the imports below bring
+import unsloth  # must come first: it patches the modules imported below
 from transformers import AutoConfig, GenerationConfig, set_seed
 
 from training.models import torch_provider
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def build(request: ModelRequest) -> "PreTrainedModel":
-    """The model of the request by Unsloth's loaders: its fused layers on a GPU, its CPU mode otherwise."""
+    """Build the model with Unsloth's loaders: fused layers on a GPU, its CPU mode otherwise."""
     if request.adapter_directory is not None:
         with TemporaryDirectory() as temporary:
             return _load(_adapter_on(request.directory, request.adapter_directory, Path(temporary)), request)
     model = _load(request.directory, request)
     if request.lora is None:
-        _say_what_the_files_said(model, request.directory)
+        _restore_own_settings(model, request.directory)
         return model
     set_seed(request.seed)
     lora = request.lora
@@ -43,8 +43,10 @@ def build(request: ModelRequest) -> "PreTrainedModel":
 
 
 def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
-    """The adapter in a directory of its own, naming the base on this node and its task: Unsloth loads what it names, and on a GPU
-    refuses one without a task."""
+    """Link the adapter into a directory with a config that has the local base path and a task type.
+
+    Unsloth loads the base from that path, and on a GPU it rejects an adapter without a task type.
+    """
     for file in adapter.iterdir():
         (directory / file.name).symlink_to(file.absolute())
     settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
@@ -55,11 +57,11 @@ def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
     return directory
 
 
-def _say_what_the_files_said(model: "PreTrainedModel", directory: Path) -> None:
-    """Unsloth would write into checkpoints where the model lay on this node, and the model's length as that of an answer."""
+def _restore_own_settings(model: "PreTrainedModel", directory: Path) -> None:
+    """Undo what Unsloth adds to checkpoints: the local model path, and the model's maximum length as generation length."""
     vars(model.config).pop("model_name", None)
-    said = (directory / "generation_config.json").exists()
-    own = GenerationConfig.from_pretrained(directory) if said else GenerationConfig()
+    exists = (directory / "generation_config.json").exists()
+    own = GenerationConfig.from_pretrained(directory) if exists else GenerationConfig()
     if model.generation_config is not None:
         model.generation_config.max_length = own.max_length
 
@@ -75,7 +77,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
     on_gpu = request.device == "cuda"
     if on_gpu and request.deterministic and _is_mixture(request):
         raise ModelError(
-            "deterministic: Unsloth takes the kernels of a mixture of experts that are fastest when they are tried. Write kernels: liger."
+            "deterministic: Unsloth autotunes its mixture-of-experts kernels, so results vary between runs. Set kernels: liger."
         )
     try:
         model, _ = unsloth.FastLanguageModel.from_pretrained(
@@ -86,22 +88,22 @@ def _load(directory: Path, request: ModelRequest) -> Any:
             full_finetuning=not request.is_lora,
             trust_remote_code=request.trust_remote_code,
             use_gradient_checkpointing=request.gradient_checkpointing,
-            # All of it: by itself it spills to the host where a GPU is nearly full, and training refuses that with other words.
+            # Keep the model on one GPU. Otherwise Unsloth offloads parts to the host when memory is tight, and training fails later.
             **({"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}),
-            # A trained embedding would then be stepped on the CPU, with other bits than on the GPU.
+            # Otherwise the optimizer updates a trained embedding on the CPU, with different bits than on the GPU.
             **({} if request.is_lora else {"offload_embedding": False}),
         )
     except RuntimeError as error:
         if "valid pad token" in str(error):
             raise ModelError(
-                f"kernels: unsloth: {first_line(error).rstrip('.')}. Write kernels: {'liger' if on_gpu else 'torch'}."
+                f"kernels: unsloth: {first_line(error).rstrip('.')}. Set kernels: {'liger' if on_gpu else 'torch'}."
             ) from error
         raise
-    model.config.use_cache = False  # an evaluation would keep the keys and values of every layer
+    model.config.use_cache = False  # evaluation would fill the KV cache of every layer
     if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
-        # It goes on in 16 bits by itself.
+        # Unsloth silently falls back to 16 bits.
         raise ModelError(
-            "load_in_4bit: Unsloth cannot use bitsandbytes here. Look at `python -m bitsandbytes`, or write kernels: liger."
+            "load_in_4bit: Unsloth cannot use bitsandbytes here. Run `python -m bitsandbytes` for the cause, or set kernels: liger."
         )
     if request.load_in_4bit and request.device == "cpu":
         torch_provider.keep_4bit_layout(model)

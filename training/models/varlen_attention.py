@@ -1,7 +1,7 @@
-"""Attention of packed rows on a GPU by torch's own flash kernels: they are told where each row ends, so that no mask of all pairs is
-built, and tokens of other rows cost nothing.
+"""Variable-length attention for packed rows with PyTorch's flash kernels.
 
-transformers offers it by a package of its own (flash-attn), which needs a compiler; these kernels come with torch.
+The kernels take the row boundaries, so no full attention mask is built and attention across rows is never computed. transformers
+offers this through flash-attn, which must be compiled; these kernels ship with PyTorch.
 """
 
 from inspect import signature
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 NAME = "torch_varlen"
-"""As transformers calls it, in `attn_implementation`."""
+"""Name in the `attn_implementation` of transformers."""
 
-_MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # of torch's flash kernels
+_MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # limits of PyTorch's flash kernels
 _LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
-# Since torch 2.12 they have to be told of fewer heads of keys than of queries.
+# PyTorch 2.12 and later need a flag for grouped-query attention.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def serves(config: "PreTrainedConfig", dtype: torch.dtype) -> bool:
-    """Whether these kernels compute this model's attention, on this worker's GPU.
+    """Return whether these kernels support this model's attention on this worker's GPU.
 
     Args:
-        config: The model's.
-        dtype: In which attention is computed.
+        config: The model's config.
+        dtype: Dtype of the attention computation.
     """
     if config.model_type not in PACKED_WITHOUT_MASK:
         return False
@@ -59,27 +59,27 @@ def attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row, by transformers' interface.
+    """Compute causal attention within each row, as a transformers attention function.
 
     Args:
-        module: The layer's.
-        query: (1, heads, tokens, head_dim), all rows in one line.
+        module: The attention layer; unused.
+        query: (1, heads, tokens, head_dim), all rows concatenated.
         key: (1, key-value heads, tokens, head_dim).
-        value: As key.
-        attention_mask: None.
-        cu_seq_lens_q: Where each row begins, and where the last ends, in tokens: int32, (rows + 1).
+        value: Same shape as key.
+        attention_mask: Must be None.
+        cu_seq_lens_q: Cumulative row lengths in tokens: int32, (rows + 1).
         max_length_q: Tokens of the longest row.
-        dropout: None.
-        scaling: Of the scores; None: 1 / sqrt(head_dim).
-        sliding_window: How many tokens each sees, itself among them; None: all before it.
+        dropout: Must be 0.
+        scaling: Scale of the scores; None: 1 / sqrt(head_dim).
+        sliding_window: Window in tokens, including the current token; None: full causal attention.
 
     Returns:
-        (1, tokens, heads, head_dim), and no scores.
+        The output, (1, tokens, heads, head_dim), and None for the attention weights.
     """
     assert attention_mask is None
     assert not dropout
     assert query.shape[0] == 1
-    # Autocast casts nothing for this kernel, and norms in fp32 make queries of fp32.
+    # Autocast does not cover this kernel, and fp32 norms produce fp32 queries.
     device = query.device.type
     casts = query.dtype == torch.float32 and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else query.dtype
