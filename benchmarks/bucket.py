@@ -1,9 +1,9 @@
-"""What moving files to and from a bucket takes, against those who do it too: `make bench-bucket` prints the table.
+"""Compare file transfers to and from a bucket with other clients: `make bench-bucket` prints the table.
 
-The bucket is the embedded one. Before it stands a proxy with a round trip of 30 ms and 90 MB/s for each connection
-("shaped"), or nothing. Each round lets every contestant move the same bytes one after the other, each in a process of its
-own, in an order that rotates; ratios are taken within a round. Counts (bodies that reach a node, faults) are the same
-each time and are taken once.
+All transfers use the embedded bucket, with or without a proxy that simulates a network ("shaped"): 30 ms round trip and
+90 MB/s per connection. In each round, every contestant transfers the same bytes in its own process, one after the other,
+in rotating order; ratios are taken within a round. Counts (bytes that reach a node, faults) are deterministic and are
+measured once.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    logging.getLogger("utils.transfer").setLevel(logging.ERROR)  # a warning for each of a thousand damages
+    logging.getLogger("utils.transfer").setLevel(logging.ERROR)  # hide a warning for each damaged download
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def fill_bucket(directory: Path) -> Path:
-    """Put the objects there; returns the directory of the small files."""
+    """Upload the objects; return the directory of the small files."""
     import boto3
 
     boto3.client("s3").create_bucket(Bucket=BUCKET)
@@ -104,19 +104,19 @@ def fill_bucket(directory: Path) -> Path:
     return small
 
 
-# --- Races: who is faster ----------------------------------------------------------------------------------------
+# --- Races -------------------------------------------------------------------------------------------------------
 
 
 def run_round(
     number: int, names: tuple[str, ...], run: Callable[[str], dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Every contestant once, in an order that rotates."""
+    """Run every contestant once, in rotating order."""
     start = number % len(names)
     return {name: run(name) for name in names[start:] + names[:start]}
 
 
 def race(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
-    """One download into an empty directory."""
+    """Time one download into an empty directory."""
     target = directory / "target"
     target.mkdir()
     try:
@@ -129,7 +129,7 @@ def race(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> 
 
 
 def race_up(name: str, small: Path, directory: Path, endpoint: str) -> dict[str, float]:
-    """The small files into an empty prefix."""
+    """Time the upload of the small files to an empty prefix."""
     uri = f"s3://{BUCKET}/up-{secrets.token_hex(4)}"
     took = _in_a_process("up", name, uri, small, endpoint)
     assert sum(item.size for item in open_store(uri).list()) == SMALL_FILES * SMALL_BYTES
@@ -146,7 +146,7 @@ def _in_a_process(transfer: str, name: str, uri: str, directory: Path, endpoint:
 
 
 def summarise(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Peer's seconds over ours, higher is better; CPU and memory as they are."""
+    """Return the peers' seconds divided by ours (higher is better), and our CPU time and memory."""
 
     def ratio(contest: str, peer: str, figure: str = "seconds") -> dict[str, float]:
         return spread([r[contest][peer][figure] / r[contest]["anneal"][figure] for r in rounds])
@@ -173,7 +173,7 @@ def summarise(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _checksum_seconds() -> float:
-    """CPU that the checksum of the large object takes in the blocks in which it arrives."""
+    """Return the CPU seconds for the checksum of the large object, in blocks of the download's size."""
     from awscrt.checksums import crc64nvme
 
     block, value = os.urandom(BLOCK_BYTES), 0
@@ -183,11 +183,11 @@ def _checksum_seconds() -> float:
     return time.process_time() - began
 
 
-# --- Counts: what reaches a node, and what faults come to --------------------------------------------------------
+# --- Counts ------------------------------------------------------------------------------------------------------
 
 
 def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
-    """Bytes of bodies over the size of the model when 2, 4, 8 processes sync it at once, and when they do again."""
+    """Count downloaded bytes, relative to the model size, for 2, 4 and 8 concurrent syncs and for repeated ones."""
     counts = {}
     for workers in (2, 4, 8):
         cache = directory / f"cache-{workers}"
@@ -204,7 +204,7 @@ def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
 
 
 def refusals(endpoint: str, directory: Path) -> dict[str, int]:
-    """Of so many downloads under refusals of half of all requests, how many succeed."""
+    """Count the successful downloads while the server rejects half of all requests."""
     from boto3.session import Session
 
     succeeded = {"anneal": 0, "boto3": 0}
@@ -226,10 +226,10 @@ def refusals(endpoint: str, directory: Path) -> dict[str, int]:
 
 
 def damage(endpoint: str, directory: Path) -> dict[str, int]:
-    """Of so many restores of a damaged checkpoint, how many are accepted.
+    """Count the restores of a damaged checkpoint that are wrongly accepted.
 
-    In turn a bit of its weights is flipped on the way, another object comes in their place, its manifest is cut off, and its
-    manifest is that of an earlier attempt.
+    The damage alternates: a flipped bit in the weights, another object in place of the weights, a truncated manifest, and
+    the manifest of an earlier attempt.
     """
     run, weights, restored = open_store(f"s3://{BUCKET}/run"), directory / "weights", directory / "restored"
     manifests = []
@@ -257,7 +257,7 @@ def damage(endpoint: str, directory: Path) -> dict[str, int]:
             proxy.requests.clear()
         proxy.faults.clear()
         run.write(checkpoint_key(1, MANIFEST_FILE), right)
-        checkpoints.restore(checkpoint, restored)  # undamaged, it is accepted
+        checkpoints.restore(checkpoint, restored)  # the undamaged checkpoint is accepted
     os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
     return {f"accepted of {TRIES_OF_DAMAGE} damaged": accepted}
 

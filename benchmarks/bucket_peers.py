@@ -1,7 +1,7 @@
-"""One transfer by one contestant, in a process of its own: `bucket_peers.py TRANSFER CONTESTANT URI DIRECTORY` prints what it took.
+"""Run one transfer of one contestant and print its cost: `bucket_peers.py TRANSFER CONTESTANT URI DIRECTORY`.
 
-Clients are made and have answered once before the clock starts, as a run's have; s5cmd is a program and starts inside it.
-What has to be listed is listed inside it, too.
+Clients are created and connected before the clock starts, as in a run; s5cmd is a program and starts inside the measured
+time. Listings are inside it, too.
 """
 
 import json
@@ -31,7 +31,7 @@ def anneal(transfer: str, uri: str, directory: Path) -> Transfer:
 
 
 def ray_train(transfer: str, uri: str, directory: Path) -> Transfer:
-    """What Ray Train's storage calls, with its settings: no threads on the way up, 64 MB at a time."""
+    """Call pyarrow as Ray Train's storage does: uploads without threads, 64 MB chunks."""
     from pyarrow.fs import LocalFileSystem, S3FileSystem, copy_files
 
     place = uri.removeprefix("s3://")
@@ -54,7 +54,9 @@ def boto3_default(transfer: str, uri: str, directory: Path) -> Transfer:
 
 
 def s5cmd(transfer: str, uri: str, directory: Path) -> Transfer:
-    program = distribution("s5cmd").locate_file("s5cmd/bin/s5cmd")  # its command is a Python wrapper
+    program = distribution("s5cmd").locate_file(
+        "s5cmd/bin/s5cmd"
+    )  # the installed command is a Python wrapper
     endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
     assert transfer == "down"
     command = [str(program), "--endpoint-url", endpoint, "cp", f"{uri}/*", f"{directory}/"]
@@ -67,7 +69,7 @@ CONTESTANTS = {"anneal": anneal, "ray": ray_train, "boto3": boto3_default, "s5cm
 def main() -> None:
     transfer, name, uri, directory = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
     move = CONTESTANTS[name](transfer, uri, directory)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory
     memory, cpu, began = _memory("VmRSS"), _cpu_seconds(), time.perf_counter()
     move()
     seconds = time.perf_counter() - began
@@ -88,7 +90,7 @@ def _cpu_seconds() -> float:
 
 
 def _memory(name: str) -> float:
-    """In MB."""
+    """Return a memory figure of this process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 

@@ -1,10 +1,10 @@
-"""What a checkpoint costs training: `make bench-checkpoints` prints how long it stands still, beside a synchronous upload.
+"""Measure how long a checkpoint stalls training, compared with a synchronous upload: `make bench-checkpoints`.
 
-Each round commits the same 256 MB twice to the embedded bucket behind a proxy with a round trip of 30 ms and 90 MB/s for
-each connection: once waiting for it, once while steps go on. Training stands still until it may go on with its next step. The
-steps until the commit are slower as well, by what the upload takes of the cores; here that is also what the server and the
-proxy take, which are elsewhere in earnest. Steps run on one thread; writing the files to the node's disk stands before both
-and is in neither. Then two hundred small checkpoints in a row, and what the process holds after the 20th and the last.
+Each round commits the same 256 MB twice to the embedded bucket, through a proxy with a 30 ms round trip and 90 MB/s per
+connection: once synchronously, once while steps continue. The stall is the time until training can continue with its
+next step. Steps during the upload are slower, because the upload uses CPU time. Here the server and the proxy use the
+same CPU, unlike in production. Steps run on one thread. Writing the files to the node's disk is not measured. Finally,
+200 small checkpoints are committed in a row, and the process's resources after the 20th and the last are compared.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(
         ignore_cleanup_errors=True
-    ) as temporary:  # the server may still be ending
+    ) as temporary:  # the server may still be shutting down
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
         with embedded_bucket() as server:
@@ -83,7 +83,7 @@ def create_bucket() -> None:
 
 
 def stalls(directory: Path, number: int) -> dict[str, Any]:
-    """Seconds that a checkpoint takes, waiting for it and not."""
+    """Return the seconds that a synchronous and an asynchronous checkpoint take."""
     store = open_store(f"s3://{BUCKET}/stalls-{number}")
     train = a_step()
     undisturbed = statistics.median(timed(train) for _ in range(UNDISTURBED_STEPS))
@@ -108,7 +108,7 @@ def stalls(directory: Path, number: int) -> dict[str, Any]:
 
 
 def growth(directory: Path) -> dict[str, float]:
-    """How much more the process holds after the last checkpoint than after an early one."""
+    """Return the growth of the process's resources between an early checkpoint and the last one."""
     store = open_store(f"s3://{BUCKET}/in-a-row")
     held: dict[int, dict[str, float]] = {}
     with commits_of(store, threading.Event()) as commits:
@@ -136,7 +136,7 @@ def commits_of(store: Store, committed: threading.Event) -> Iterator[CheckpointC
         committed.set()
 
     def waiting(owner: str) -> None:
-        raise AssertionError(f"{owner} has a run of this benchmark")
+        raise AssertionError(f"{owner} holds a run of this benchmark")
 
     def describe(directory: Path, state: object) -> SavedCheckpoint:
         raise AssertionError(f"{directory}: this benchmark describes its checkpoints itself")
@@ -148,7 +148,7 @@ def commits_of(store: Store, committed: threading.Event) -> Iterator[CheckpointC
 
 
 def saved(directory: Path, step: int, size: int) -> SavedCheckpoint:
-    """A checkpoint on the node's disk."""
+    """Write a checkpoint to the node's disk."""
     place = directory / f"checkpoint-{step}"
     place.mkdir()
     for number in range(FILES):
@@ -157,7 +157,7 @@ def saved(directory: Path, step: int, size: int) -> SavedCheckpoint:
 
 
 def a_step() -> Any:
-    """A forward and backward pass of about 50 ms on a core."""
+    """Return a forward and backward pass of about 50 ms on one core."""
     layer = torch.nn.Linear(1024, 1024)
     batch = torch.randn(512, 1024)
 
@@ -171,7 +171,7 @@ def a_step() -> Any:
 
 
 def timed(call: Any) -> float:
-    """Seconds."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began

@@ -1,9 +1,9 @@
-"""How fast rows become tokens, and in how much memory.
+"""Measure the speed and the memory of tokenization.
 
-`make bench-data` prepares 40 MB of chats, and lets datasets.map do it with two processes. Both read the same JSONL, lay it
-out by the same chat template and encode it with the same tokenizer; ours also checks every row, finds what is trained on and
-looks for repeated rows. Then it checks a million short rows. Rounds are interleaved, each in processes of their own, and
-every row's ids are compared. `make bench-data-memory` prepares one file of 5 GB.
+`make bench-data` prepares 40 MB of chats and compares with datasets.map with two processes. Both read the same JSONL,
+render it with the same chat template and encode it with the same tokenizer. Ours also validates every row, finds the
+loss tokens and detects duplicate rows. A million short rows follow. Rounds are interleaved, each in its own processes,
+and the token ids of all rows are compared. `make bench-data-memory` prepares one file of 5 GB.
 """
 
 import argparse
@@ -38,9 +38,9 @@ _SAMPLE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--megabytes", type=float, default=40, help="of chats")
+    parser.add_argument("--megabytes", type=float, default=40, help="size of the chats")
     parser.add_argument("--short-rows", type=int, default=1_000_000)
-    parser.add_argument("--gigabytes", type=float, help="prepare one file of this size, and nothing else")
+    parser.add_argument("--gigabytes", type=float, help="only prepare one file of this size")
     parser.add_argument("--one", nargs=4, metavar=("HOW", "ROWS", "MODEL", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure_speed(directory: Path, model: Path, options: argparse.Namespace) -> None:
-    """Rounds of chats by both and of short rows by ours."""
+    """Measure rounds of chats with both, and of short rows with ours."""
     chats = write_chats(directory / "chats.jsonl", int(options.megabytes * 1e6))
     short = write_short_rows(directory / "short.jsonl", options.short_rows)
     rounds: list[dict[str, dict[str, float]]] = []
@@ -91,13 +91,13 @@ def measure_speed(directory: Path, model: Path, options: argparse.Namespace) -> 
 
 
 def measure_memory(directory: Path, model: Path, gigabytes: float) -> None:
-    """One large file by ours."""
+    """Measure one large file with ours."""
     piece = write_chats(directory / "piece.jsonl", int(min(40e6, gigabytes * 1e9 / 10)))
     rows = directory / "large.jsonl"
     with rows.open("wb") as file:
         number = 0
         while file.tell() < gigabytes * 1e9:
-            number += 1  # no row is as one before
+            number += 1  # makes all rows different
             file.write(piece.read_bytes().replace(b'"content": "', b'"content": "%d ' % number))
     piece.unlink()
     measured = measure("short", rows, model, directory / "large")
@@ -105,7 +105,7 @@ def measure_memory(directory: Path, model: Path, gigabytes: float) -> None:
 
 
 def write_chats(path: Path, size: int) -> Path:
-    """Chats of one to three turns whose words are drawn from a sample, until the file has `size` bytes."""
+    """Write chats of one to three turns with words from a sample, until the file has `size` bytes."""
     chance, words = random.Random(0), _SAMPLE.split(" ")
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
@@ -119,7 +119,7 @@ def write_chats(path: Path, size: int) -> Path:
 
 
 def write_short_rows(path: Path, count: int) -> Path:
-    """One question and one answer a row."""
+    """Write rows with one question and one answer."""
     chance, words = random.Random(1), _SAMPLE.split(" ")
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -130,7 +130,7 @@ def write_short_rows(path: Path, count: int) -> Path:
 
 
 def measure(how: str, rows: Path, model: Path, out: Path) -> dict[str, float]:
-    """What a process of its own says, and the peak memory (PSS) of it and all its children."""
+    """Return the report of a separate process, and the peak memory (PSS) of it and all its children."""
     environment = os.environ | {"HF_HOME": str(out / "home"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, __file__, "--one", how, str(rows), str(model), str(out)]
     with (Path(f"{out}.stdout")).open("w+") as output:
@@ -140,7 +140,7 @@ def measure(how: str, rows: Path, model: Path, out: Path) -> dict[str, float]:
             peak = max(peak, _memory_of(process.pid))
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         if process.returncode:
-            raise SystemExit(f"{how} ended with code {process.returncode}")
+            raise SystemExit(f"{how} failed with exit code {process.returncode}")
         output.seek(0)
         return json.loads(output.readlines()[-1]) | {"peak_mb": round(peak / 1e6)}
 
@@ -151,7 +151,7 @@ def _memory_of(pid: int) -> int:
         for process in (main := psutil.Process(pid), *main.children(recursive=True)):
             total += process.memory_full_info().pss
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0  # one ended while it was looked at
+        return 0  # a process exited during the measurement
     return total
 
 
@@ -194,7 +194,7 @@ HOWS = {"ours": ours, "map": by_map, "short": short_rows}
 
 
 def differing(ours: Path, by_map: Path) -> int:
-    """Rows whose ids differ."""
+    """Return the number of rows whose ids differ."""
     from datasets import load_from_disk
 
     both = [load_from_disk(str(path / "ids")) for path in (ours, by_map)]

@@ -1,10 +1,10 @@
-"""Speed and memory on one GPU, beside the best peers: `make bench-gpu`, or a part at a time, `benchmarks/gpu.py --part lora`.
+"""Compare speed and memory on one GPU with other trainers: `make bench-gpu`, or one part, `benchmarks/gpu.py --part lora`.
 
-Models have random weights of true shapes and rows are made up, so that nothing is downloaded. In a round each contestant runs once, in
-a process of its own, in an order that rotates from round to round; ratios are taken within a round. benchmarks/results/gpu.json has
-each contestant as soon as it is done: a call that ends early (`--minutes`, or a machine that is taken away) is gone on with by the next.
+Models have real shapes and random weights, and rows are synthetic, so that nothing is downloaded. In each round every contestant
+runs once, in its own process, in rotating order; ratios are taken within a round. Each result is written to
+benchmarks/results/gpu.json at once. So the next call continues an interrupted one (`--minutes`, or a lost machine).
 
-`--tiny` takes shapes that two CPU cores train in seconds; its figures say nothing but that the script works.
+`--tiny` uses shapes that two CPU cores train in seconds; it only tests the script.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tests.support.jobs import started
 from training.cluster import GPU_ALLOCATOR
 
 RANK, LEARNING_RATE, OPTIMIZER, SEED = 16, 1e-4, "adamw_torch_fused", 42
-_CHARACTERS_A_TOKEN = 8  # more than any token has: rows are cut to length by tokens
+_CHARACTERS_PER_TOKEN = 8  # above the length of any token: rows are truncated by tokens
 # Tokens of 512 rows of GSM8K as chats (the first 256 of each half, SmolLM2's tokenizer): every 16th, from the shortest to the longest.
 # fmt: off
 GSM8K_LENGTHS = (
@@ -47,18 +47,18 @@ GSM8K_LENGTHS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of the model, the rows and the run."""
 
     device: Literal["cuda", "cpu"]
     shape: Mapping[str, Any]
-    """Of the model, by LlamaConfig's names."""
+    """Shape of the model, as arguments of LlamaConfig."""
     context_length: int
     context_length_full: int
     batch_size: int
     accumulation: int
     steps: int
     warm_up: int
-    """Steps at the beginning that are not counted: kernels are compiled in them."""
+    """First steps, excluded because they compile kernels."""
     agreeing_steps: int
 
 
@@ -104,51 +104,51 @@ TINY = Scale(
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contestant's steps behind the warm-up came to."""
+    """Measurements of a contestant's steps after the warm-up."""
 
     step_seconds: float
-    """Median."""
+    """Median seconds per step."""
     every_step_seconds: tuple[float, ...]
-    """The warm-up's as well."""
+    """Seconds of each step, including the warm-up."""
     tokens_per_second: float
-    """Median over steps; padding not counted."""
+    """Median over steps, excluding padding."""
     peak_memory_bytes: int
     losses: tuple[float, ...]
-    """Of every step."""
+    """Loss of each step."""
     mfu: float | None = None
     weights: str | None = None
     """Checksum of the adapter in the last checkpoint."""
 
 
 class ContestantFailedError(Exception):
-    """A contestant's process ended with an error, which it says."""
+    """An error that contains the output of a failed contestant process."""
 
 
 class Bench:
-    """Runs contestants in a directory, which keeps the model between calls."""
+    """A runner of contestants in a directory, which keeps the model between calls."""
 
     def __init__(self, scale: Scale, directory: Path):
         self.scale = scale
         self.directory = directory
         self.model = directory / f"model-{scale.shape['num_hidden_layers']}-layers"
-        if not (self.model / "tokenizer.json").exists():  # written last: a call may have ended in the middle
+        if not (self.model / "tokenizer.json").exists():  # written last: a call may have been interrupted
             self._run_contestant("make_model", {"shape": dict(scale.shape), "directory": str(self.model)})
 
     def main(self, **changes: Any) -> Measured:
-        """main.py, as a user starts it; `changes` are of the YAML."""
+        """Run main.py as a user would; `changes` override keys of the YAML."""
         config, name = self._config(**changes)
         self._run_main(config)
         return self._measured(name)
 
     def killed(self, **changes: Any) -> Measured:
-        """The same, but main.py and its workers get SIGKILL behind the first checkpoint, and the command is sent again."""
+        """Run main.py, kill it and its workers with SIGKILL after the first checkpoint, and rerun the command."""
         every = max(1, self.scale.steps // 2)
         changes |= {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": every}}
         config, name = self._config(**changes)
         first = self.directory / "runs" / name / "checkpoints" / f"step-{every:06d}" / "MANIFEST.json"
         with started(config) as job:
             job.wait_until(first.exists, "a first checkpoint")
-            assert job.process.poll() is None, "it was done before it was killed"
+            assert job.process.poll() is None, "the run finished before it could be killed"
         self._run_main(config)
         return self._measured(name)
 
@@ -176,7 +176,7 @@ class Bench:
         )
 
     def alone(self, **changes: Any) -> Measured:
-        """Our trainer under torchrun: no Ray, no bucket, no checkpoints."""
+        """Run our trainer under torchrun: no Ray, no bucket, no checkpoints."""
         config, name = self._config(**changes)
         plan = self.directory / f"{name}.plan.json"
         self._run_contestant("plan", {"yaml": str(config), "plan": str(plan)})
@@ -184,7 +184,7 @@ class Bench:
         return self._peer("alone", {"plan": str(plan)}, launcher)
 
     def peer(self, name: Literal["trl", "unsloth"], *, load_in_4bit: bool = False) -> Measured:
-        """A peer's own script, with the settings that `main` has by default."""
+        """Run a peer's own script with the default settings of `main`."""
         scale = self.scale
         return self._peer(
             name,
@@ -224,10 +224,10 @@ class Bench:
         file = self.directory / f"{name}-{time.time_ns()}.json"
         file.write_text(json.dumps(settings))
         script = str(PROJECT / "benchmarks" / "gpu_contestants.py")
-        # The allocator of our workers, for all alike.
+        # The same allocator as in our workers.
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if self.scale.device == "cuda" else ""
         variables = GPU_ALLOCATOR | {
-            "CUDA_VISIBLE_DEVICES": gpus.split(",")[0],  # of several GPUs transformers would take all
+            "CUDA_VISIBLE_DEVICES": gpus.split(",")[0],  # transformers would use all GPUs
             "UNSLOTH_DISABLE_STATISTICS": "1",
             "UNSLOTH_COMPILE_LOCATION": str(self.directory / "unsloth"),
             "HF_HUB_OFFLINE": "1",
@@ -243,7 +243,7 @@ class Bench:
             raise ContestantFailedError(f"{name} {file} failed:\n{done.stdout}\n{done.stderr}")
 
     def _config(self, **changes: Any) -> tuple[Path, str]:
-        """(the YAML, the run's name); the workload is LoRA on rows that fill the context, unless it is changed."""
+        """Return (YAML, run name); the default workload is LoRA on rows that fill the context."""
         scale, name = self.scale, f"run-{time.time_ns()}"
         context_length = changes.get("context_length", scale.context_length)
         settings: dict[str, Any] = {
@@ -272,16 +272,16 @@ class Bench:
         return file, name
 
     def _rows(self, tokens: int) -> Path:
-        """Rows that are cut off at so many tokens."""
+        """Return a file of rows that are truncated to this many tokens."""
         file = self.directory / f"rows-{tokens}.jsonl"
         if not file.exists():
             rows = self.scale.batch_size * self.scale.accumulation * self.scale.steps
-            texts = (_text(tokens * _CHARACTERS_A_TOKEN, seed) for seed in range(rows))
+            texts = (_text(tokens * _CHARACTERS_PER_TOKEN, seed) for seed in range(rows))
             file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         return file
 
     def gsm8k_rows(self) -> Path:
-        """Rows of GSM8K's lengths, enough for every step."""
+        """Return a file of rows with the lengths of GSM8K, enough for all steps."""
         file = self.directory / "gsm8k-lengths.jsonl"
         scale = self.scale
         if not file.exists():
@@ -290,7 +290,7 @@ class Bench:
             rows, total = [], 0
             while total < needed:
                 tokens = GSM8K_LENGTHS[len(rows) * 7 % len(GSM8K_LENGTHS)]
-                text = _text(tokens * _CHARACTERS_A_TOKEN, len(rows))
+                text = _text(tokens * _CHARACTERS_PER_TOKEN, len(rows))
                 places = tokenizer.encode(text, add_special_tokens=False).offsets
                 rows.append({"text": text[: places[tokens - 1][1]]})
                 total += tokens
@@ -305,12 +305,12 @@ def _text(characters: int, seed: int) -> str:
 
 
 def _step_seconds(line: Mapping[str, float]) -> float:
-    """Without evaluation and saving."""
+    """Return the seconds of a step, excluding evaluation and saving."""
     return sum(line[f"seconds/{phase}"] for phase in ("data", "forward", "backward", "optimizer", "other"))
 
 
 def _full(bench: Bench, optim: str, batch_size: int) -> Measured:
-    """A checkpoint of it has 50 GB, which would be most of what is measured under main.py."""
+    """Run full-parameter training without checkpoints, whose 50 GB would dominate a run of main.py."""
     on_gpu = bench.scale.device == "cuda"
     return bench.alone(
         context_length=bench.scale.context_length_full,
@@ -338,7 +338,7 @@ CONTESTANTS: Mapping[str, Callable[[Bench], Measured]] = {
     "qlora of Unsloth's own script": lambda bench: bench.peer("unsloth", load_in_4bit=True),
     "packed": lambda bench: bench.main(train_path=str(bench.gsm8k_rows()), packing=True),
     "unpacked": lambda bench: bench.main(train_path=str(bench.gsm8k_rows())),
-    # What fits 140 GB without computing anything twice.
+    # Batch sizes that fit into 140 GB without gradient checkpointing.
     "full, adamw_8bit": lambda bench: _full(bench, "adamw_8bit", 2),
     "full, adafactor": lambda bench: _full(bench, "adafactor", 3),
     "deterministic": lambda bench: bench.main(deterministic=True),
@@ -354,12 +354,12 @@ _Of = Mapping[str, Measured]
 
 @dataclass(frozen=True)
 class Part:
-    """A row of the table, or some."""
+    """One or more rows of the table."""
 
     contestants: Sequence[str]
     figures: Callable[[_Of], Figures]
     targets: Mapping[str, tuple[Literal["at least", "at most"], float]]
-    """Figure -> what it must reach."""
+    """Figure -> bound and target."""
 
 
 def _lora(of: _Of) -> Figures:
@@ -372,18 +372,18 @@ def _lora(of: _Of) -> Figures:
 
 
 def _mfu(of: _Of) -> Figures:
-    """None on CPU."""
+    """Return MFU figures; none on CPU."""
     known = {name: of[name].mfu for name in PARTS["full"].contestants}
     return {f"MFU, {name.removeprefix('full, ')}": mfu for name, mfu in known.items() if mfu is not None}
 
 
 def _disagreement(of: _Of) -> Figures:
-    """Largest relative difference of a loss from torch's, and how much the mean one grows between the first ten steps and the last."""
+    """Return the largest relative loss difference from torch, and the growth of its mean from the first to the last ten steps."""
     figures = {}
     for kernels in ("unsloth", "liger"):
         measured = of.get(f"losses of {kernels}")
         if measured is None:
-            continue  # liger on CPU
+            continue  # liger does not run on CPU
         pairs = zip(measured.losses, of["losses of torch"].losses, strict=True)
         apart = [(loss - reference) / reference for loss, reference in pairs]
         figures[f"{kernels}: largest difference of a loss"] = max(map(abs, apart))
@@ -458,28 +458,30 @@ PARTS = {
 }
 
 _NEEDS_A_GPU = "losses of liger"
-_FIRST_GUESS_SECONDS = 180.0  # of a contestant
-_SENT_TWICE = "deterministic, killed"
+_FIRST_GUESS_SECONDS = 180.0  # initial estimate per contestant
+_RUN_TWICE = "deterministic, killed"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--part", choices=PARTS, action="append", help="one part, or several; all of them without it"
+        "--part", choices=PARTS, action="append", help="part to run, may be repeated; default: all"
     )
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="begin no contestant that may take longer than this"
+        "--minutes", type=float, default=math.inf, help="time limit: start no contestant that may exceed it"
     )
-    parser.add_argument("--tiny", action="store_true", help="shapes for two CPU cores")
+    parser.add_argument("--tiny", action="store_true", help="use shapes for two CPU cores")
     parser.add_argument(
-        "--results", type=Path, help="a directory; default: benchmarks/results, with --tiny none that is kept"
+        "--results",
+        type=Path,
+        help="output directory; default: benchmarks/results, with --tiny a temporary directory",
     )
     arguments = parser.parse_args()
     ends = time.monotonic() + 60 * arguments.minutes
     scale = TINY if arguments.tiny else LLAMA_3_8B
     directory = Path(tempfile.gettempdir()) / f"anneal-bench-gpu-{'tiny' if arguments.tiny else 'llama-3-8b'}"
     if scale.device == "cuda" and shutil.which("nvidia-smi") is None:
-        raise SystemExit("no GPU here: --tiny runs the same script with shapes for two CPU cores")
+        raise SystemExit("this machine has no GPU: --tiny runs the same script with shapes for two CPU cores")
     directory.mkdir(exist_ok=True)
     results = arguments.results or (directory / "results" if arguments.tiny else RESULTS)
     failed = measure(Bench(scale, directory), arguments.part or list(PARTS), ends, results)
@@ -489,21 +491,21 @@ def main() -> None:
 
 
 def measure(bench: Bench, parts: Sequence[str], ends: float, results: Path) -> list[str]:
-    """One round of what these parts need, or the rest of one that was begun; each contestant is kept when it is done.
+    """Run one round of the contestants of these parts, or the rest of an unfinished round. Write each result at once.
 
     Args:
-        bench: Runs them.
-        parts: Names of PARTS.
-        ends: By `time.monotonic()`; what would take longer is left to the next call.
-        results: Where the rounds of earlier calls are.
+        bench: runner of the contestants.
+        parts: names in PARTS.
+        ends: deadline by `time.monotonic()`; contestants that might exceed it are left to the next call.
+        results: directory with the rounds of earlier calls.
 
     Returns:
-        The contestants that failed; what they said is printed. The next call tries them again.
+        The contestants that failed; their output is printed. The next call retries them.
     """
     needed = dict.fromkeys(name for part in parts for name in PARTS[part].contestants)
     wanted = [name for name in needed if bench.scale.device == "cuda" or name != _NEEDS_A_GPU]
     rounds = _rounds(results)
-    begun_here = bench.directory / "round"  # ratios are of one machine
+    begun_here = bench.directory / "round"  # ratios must come from one machine
     if not rounds or not begun_here.exists() or set(wanted) <= rounds[-1].keys():
         rounds.append({})
         begun_here.touch()
@@ -512,13 +514,13 @@ def measure(bench: Bench, parts: Sequence[str], ends: float, results: Path) -> l
     for name in wanted[first:] + wanted[:first]:
         if name in rounds[-1]:
             continue
-        begun, runs = time.monotonic(), 2 if name == _SENT_TWICE else 1
+        begun, runs = time.monotonic(), 2 if name == _RUN_TWICE else 1
         if begun + runs * longest > ends:
-            print(f"no time is left for {name}; the same command goes on", file=sys.stderr)
+            print(f"no time is left for {name}; the same command continues", file=sys.stderr)
             return failed
         try:
             rounds[-1][name] = CONTESTANTS[name](bench)
-        except (ContestantFailedError, AssertionError):  # the latter of a run that is watched
+        except (ContestantFailedError, AssertionError):  # AssertionError: from a supervised run
             traceback.print_exc()
             failed.append(name)
             continue
@@ -533,14 +535,14 @@ def measure(bench: Bench, parts: Sequence[str], ends: float, results: Path) -> l
 
 
 def _rounds(results: Path) -> list[dict[str, Measured]]:
-    """Contestant -> what was measured, in the order in which they ran."""
+    """Return the measured rounds: contestant -> measurements, in order of execution."""
     file = results / "gpu.json"
     known = json.loads(file.read_text())["rounds"] if file.exists() else []
     return [{name: Measured(**measured) for name, measured in one.items()} for one in known]
 
 
 def _summary(rounds: Sequence[_Of]) -> dict[str, dict[str, float]]:
-    """`part: figure` -> median and range over the rounds in which all of its contestants ran."""
+    """Return `part: figure` -> median and range over the rounds in which all contestants of the part ran."""
     values: dict[str, list[float]] = {}
     for of in rounds:
         for name, part in PARTS.items():
@@ -551,7 +553,7 @@ def _summary(rounds: Sequence[_Of]) -> dict[str, dict[str, float]]:
 
 
 def table(results: Path) -> str:
-    """What was measured of every part beside its targets, in Markdown."""
+    """Return a Markdown table with the measurements and targets of every part."""
     summary = _summary(_rounds(results))
     lines = ["| part | figure | median (range) | rounds | target |", "|---|---|---|---|---|"]
     for name, part in PARTS.items():

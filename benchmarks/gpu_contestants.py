@@ -1,12 +1,13 @@
-"""What benchmarks/gpu.py runs beside main.py, each in a process of its own: `python benchmarks/gpu_contestants.py NAME SETTINGS.json`.
+"""Contestants of benchmarks/gpu.py, each in its own process: `python benchmarks/gpu_contestants.py NAME SETTINGS.json`.
 
-- make_model: a Llama of the settings' shape with random weights;
-- plan: what main.py decides for a YAML, for `alone`;
-- alone: our own trainer without Ray, bucket and checkpoints, by the plan;
-- trl: TRL and PEFT as their documentation writes it;
-- unsloth: Unsloth as its documentation writes it.
+- make_model: write a Llama model of the given shape with random weights;
+- plan: write the plan of a YAML, for `alone`;
+- alone: our own trainer with the plan, without Ray, bucket and checkpoints;
+- trl: TRL and PEFT as in their documentation;
+- unsloth: Unsloth as in its documentation.
 
-Those that train write to the settings' `report`: seconds and loss of each step, its tokens, and the most memory that was taken.
+Contestants that train write a report to the path `report` in the settings: seconds and loss of each step, its tokens, and
+the peak memory.
 """
 
 import json
@@ -25,7 +26,7 @@ MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def make_model(settings: dict[str, Any]) -> None:
-    """Write it with a tokenizer whose words are fewer than the model has."""
+    """Write a model, with a tokenizer that has a smaller vocabulary than the model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +43,7 @@ def make_model(settings: dict[str, Any]) -> None:
 
 
 def plan(settings: dict[str, Any]) -> None:
-    """In a process of its own, since it imports what Unsloth must be imported before."""
+    """Write the plan, in its own process because it imports packages that must be imported after Unsloth."""
     from configs.loading import load_config
     from training.addresses import ClusterTarget
     from training.planner import make_plan
@@ -56,7 +57,7 @@ def plan(settings: dict[str, Any]) -> None:
 
 
 def alone(settings: dict[str, Any]) -> None:
-    """What a worker does between loading the model and the last step."""
+    """Run the steps of a worker from loading the model to the last step."""
     from training.models.tokenizer import load_tokenizer
     from training.place import World
     from training.plan import RunPlan
@@ -81,7 +82,7 @@ def alone(settings: dict[str, Any]) -> None:
         order,
         rows.index.tokens.tolist(),
         rows.index.trained_tokens.tolist(),
-        clock=PhaseClock(HostTimeline()),  # nobody looks at it
+        clock=PhaseClock(HostTimeline()),  # not used
         flops=made.flops,
         peak_flops=peak_flops(made, 1),
     )
@@ -115,12 +116,12 @@ def alone(settings: dict[str, Any]) -> None:
 
 
 def order_tokens(order: Any, tokens_of_row: Any, step: int) -> int:
-    """Real tokens of a step."""
+    """Return the tokens of a step, excluding padding."""
     return int(sum(tokens_of_row[row] for row in order.rows_of_step(step)))
 
 
 def trl(settings: dict[str, Any]) -> None:
-    """LoRA on a base in bf16."""
+    """Train LoRA on a bf16 base model with TRL and PEFT."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,8 +137,8 @@ def trl(settings: dict[str, Any]) -> None:
 
 
 def unsloth(settings: dict[str, Any]) -> None:
-    """LoRA on a base in bf16, or in 4 bits."""
-    from unsloth import FastLanguageModel  # isort: skip  # first: it patches what the imports below bring
+    """Train LoRA on a base model in bf16 or 4 bits with Unsloth."""
+    from unsloth import FastLanguageModel  # isort: skip  # first: it patches the packages imported below
 
     import torch
     from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -160,13 +161,13 @@ def unsloth(settings: dict[str, Any]) -> None:
 
 
 def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: Any, **arguments: Any) -> None:
-    """The steps, each timed until its loss is known."""
+    """Train, and time each step until its loss is available."""
     from datasets import load_dataset
     from transformers import Trainer, TrainerCallback
     from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     class Clock(TrainerCallback):
-        """Steps come with their loss, which waits for the GPU."""
+        """A callback that times each step; reading the loss waits for the GPU."""
 
         def __init__(self) -> None:
             self.ends: list[float] = []
@@ -181,7 +182,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
                 self.losses.append(logs["loss"])
 
     class OnCpu(trainer_class):
-        # TRL's own loss is a Triton kernel and cannot run on CPU.
+        # TRL's own loss is a Triton kernel and does not run on CPU.
         compute_loss = Trainer.compute_loss
 
     clock, on_cpu = Clock(), settings["device"] == "cpu"
@@ -217,7 +218,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
         settings,
         [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],
         clock.losses,
-        tokens_of_a_step=rows * settings["context_length"],  # rows are cut off there
+        tokens_of_a_step=rows * settings["context_length"],  # rows are truncated to this length
     )
 
 

@@ -1,9 +1,9 @@
-"""What Anneal costs on top of what it stands on: `make bench-overhead` prints two ratios, side by side in one run.
+"""Measure the overhead over plain TRL and Ray Train: `make bench-overhead` prints two ratios.
 
-- tokens/s of our job against plain TRL under torchrun: same model, rows, settings, 2 processes;
-- time from start to the end of the first step against a bare Ray TorchTrainer that builds the same model.
+- Tokens/s of our job against plain TRL under torchrun: same model, rows and settings, 2 processes.
+- Time from start to the end of the first step, against a bare Ray TorchTrainer that builds the same model.
 
-Each round runs all three one after the other, in an order that rotates; the ratio is taken within a round.
+Each round runs all three one after the other, in rotating order; the ratio is taken within a round.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
-    """main.py, as a user starts it, checks included; no evaluation, as the peers have none."""
+    """Run main.py as a user would, including all checks; without evaluation, as the peers have none."""
     name = f"run-{time.time_ns()}"
     config = directory / f"{name}.yaml"
     settings = {
@@ -103,13 +103,13 @@ def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
 
 
 def run_torchrun(directory: Path, model: Path, rows: Path) -> dict[str, float]:
-    """Plain TRL on two processes."""
+    """Run plain TRL on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
     return _run_peer(launcher, [], directory, model, rows, STEPS)
 
 
 def run_bare(directory: Path, model: Path, rows: Path) -> dict[str, float]:
-    """A bare TorchTrainer around the same script; one step is enough."""
+    """Run a bare TorchTrainer with the same script, for one step."""
     return _run_peer([sys.executable], ["--ray"], directory, model, rows, 1)
 
 
@@ -129,7 +129,7 @@ def _run_peer(
         "report": str(report),
     }
     settings_file.write_text(json.dumps(settings))
-    # A fresh cache: ours tokenises anew in each round as well.
+    # A fresh cache: ours also tokenizes again in each round.
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

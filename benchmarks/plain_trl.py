@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/plain_trl.py SETTINGS.json
     python benchmarks/plain_trl.py SETTINGS.json --ray
 
-Rank 0 writes to the file that the settings name: seconds since `began` at the end of the first step, the tokens of
-the rows, and the seconds from the start of training to its last step.
+Rank 0 writes a report to the file given in the settings: the seconds from `began` to the end of the first step, the
+tokens of the rows, and the seconds from the start of training to its last step.
 """
 
 import json
@@ -17,7 +17,7 @@ WORKERS = 2
 
 
 def train(settings: dict[str, Any]) -> None:
-    """Train LoRA on chat rows as TRL's own documentation does."""
+    """Train LoRA on chat rows as in TRL's documentation."""
     import peft
     import torch
     from datasets import load_dataset
@@ -34,7 +34,7 @@ def train(settings: dict[str, Any]) -> None:
                 self.first_step = time.time()
 
     class OnCpu(SFTTrainer):
-        # TRL's own loss is a Triton kernel and cannot run on CPU.
+        # TRL's own loss is a Triton kernel and does not run on CPU.
         compute_loss = Trainer.compute_loss
 
     torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def train(settings: dict[str, Any]) -> None:
         remove_columns=["messages"],
     )
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
-    model.config.use_cache = False  # TRL's own compute_loss turns it off
+    model.config.use_cache = False  # TRL's own compute_loss disables it
     clock = Clock()
     trainer = OnCpu(
         model=model,

@@ -1,4 +1,4 @@
-"""What every benchmark does with its rounds: median and range on the screen, all raw results in benchmarks/results/."""
+"""Report of a benchmark: median and range on the screen, all raw results in benchmarks/results/."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _gpu() -> str | None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
+    """Return median and range."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
@@ -36,7 +36,7 @@ def write_report(
     counts: Mapping[str, float] | None = None,
     directory: Path = RESULTS,
 ) -> None:
-    """Keep the raw rounds in a directory, and print what they come to; `counts` are of no round."""
+    """Write the raw rounds to a directory, and print their summary; `counts` are not measured per round."""
     machine = {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": platform.processor() or platform.machine(),

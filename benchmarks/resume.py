@@ -1,8 +1,8 @@
-"""What it costs to come back: `make bench-resume` prints the time to the first new step, sent again against started afresh.
+"""Measure the time to the first new step of a resumed run against a fresh run: `make bench-resume`.
 
-Each round starts a run of a new name in a bucket, kills it with everything it has started behind its second checkpoint,
-and sends the same command again; the ratio is taken within a round, for LoRA and for full-parameter training. Model and
-rows lie on the node already, in both; no evaluation, which only a fresh start would pay for.
+Each round starts a new run in a bucket, kills it with all its child processes after its second checkpoint, and reruns the
+same command. The ratio is taken within a round, for LoRA and for full-parameter training. Model and rows are cached on
+the node in both cases. There is no evaluation, which only a fresh start would run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from cookbooks.quickstart import prepare
 from utils.bucket import open_store
 from utils.embedded_bucket import embedded_bucket
 
-KILLED_BEHIND, STEPS = 2, 4
+KILL_AFTER, STEPS = 2, 4
 RUNS = "s3://anneal/benchmark-runs"
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 8, "lora_alpha": 16}, "learning_rate": 5e-4},
@@ -43,9 +43,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, embedded_bucket():
         directory = Path(temporary)
         for kind in KINDS:
-            measure(directory, kind, STEPS)  # brings the model and the rows to the node
+            measure(directory, kind, STEPS)  # fill the node cache with the model and the rows
         for _ in range(rounds):
-            measured.append({kind: measure(directory, kind, KILLED_BEHIND) for kind in KINDS})
+            measured.append({kind: measure(directory, kind, KILL_AFTER) for kind in KINDS})
             print(measured[-1], flush=True)
     ratios = {
         kind: [round_[kind]["again_seconds"] / round_[kind]["fresh_seconds"] for round_ in measured]
@@ -56,8 +56,8 @@ def main() -> None:
     )
 
 
-def measure(directory: Path, kind: str, kill_behind: int) -> dict[str, float]:
-    """Seconds to the first step of a fresh run, and of the same run sent again after it was killed."""
+def measure(directory: Path, kind: str, kill_after: int) -> dict[str, float]:
+    """Return the seconds to the first step of a fresh run, and of the same run resumed after a kill."""
     name = f"{kind}-{time.time_ns()}"
     config = directory / f"{name}.yaml"
     settings = {
@@ -74,15 +74,15 @@ def measure(directory: Path, kind: str, kill_behind: int) -> dict[str, float]:
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
     }
     config.write_text(yaml.safe_dump(settings | KINDS[kind]))
-    fresh = first_step(config, 1, f"step-{kill_behind:06d}")
-    again = first_step(config, kill_behind + 1, None) if kill_behind < STEPS else fresh
+    fresh = first_step(config, 1, f"step-{kill_after:06d}")
+    again = first_step(config, kill_after + 1, None) if kill_after < STEPS else fresh
     left = open_store(f"{RUNS}/{name}")
     left.delete([stored.key for stored in left.list()])
     return {"fresh_seconds": fresh, "again_seconds": again}
 
 
-def first_step(config: Path, step: int, kill_behind: str | None) -> float:
-    """Seconds until main.py has taken a step; then it ends by itself, or is killed when a checkpoint is committed."""
+def first_step(config: Path, step: int, kill_after: str | None) -> float:
+    """Return the seconds until main.py has done a step; then let it finish, or kill it after the given checkpoint."""
     began, taken = time.time(), 0.0
     process = subprocess.Popen(
         [sys.executable, "main.py", str(config), "--json"],
@@ -97,7 +97,7 @@ def first_step(config: Path, step: int, kill_behind: str | None) -> float:
         if not taken and (found := re.match(r"step (\d+)/", line)):
             assert int(found[1]) == step, line
             taken = time.time() - began
-        if kill_behind and kill_behind in line:
+        if kill_after and kill_after in line:
             kill_all(process)
             return taken
     assert process.wait() == 0
@@ -105,7 +105,7 @@ def first_step(config: Path, step: int, kill_behind: str | None) -> float:
 
 
 def kill_all(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL for a process and all that it has started."""
+    """Send SIGKILL to a process and all its descendants."""
     main = psutil.Process(process.pid)
     family = [main, *main.children(recursive=True)]
     for member in family:

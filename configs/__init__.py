@@ -1,1 +1,1 @@
-"""What a run is: the YAML, its keys, and the checks that the file alone allows."""
+"""The configuration of a run: the YAML, its keys, and all checks that need only the file."""

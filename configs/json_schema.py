@@ -1,4 +1,4 @@
-"""What is made from FinetuneConfig for those who write YAMLs: schema.json, by which editors complete and check them, and keys.md.
+"""Write the JSON schema, with which editors complete and check YAMLs, and the page of keys (keys.md).
 
 make schema
 """
@@ -15,15 +15,21 @@ KEYS_FILE = Path(__file__).parent / "keys.md"
 
 
 def json_schema() -> str:
-    """The JSON schema (draft 2020-12) of a YAML, as text. Deprecated spellings, which load as well, are not in it."""
+    """Return the JSON schema (draft 2020-12) of a YAML as text. It excludes deprecated keys, which still load."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **FinetuneConfig.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def keys_page() -> str:
-    """Every key with its values, default and meaning, as Markdown."""
+    """Return a Markdown page with every key, its values, default and meaning."""
     schema = FinetuneConfig.model_json_schema()
-    lines = ["# Keys of the YAML", "", "Made from `configs/schema.py` by `make schema`.", "", *_table(schema)]
+    lines = [
+        "# Keys of the YAML",
+        "",
+        "Generated from `configs/schema.py` by `make schema`.",
+        "",
+        *_table(schema),
+    ]
     for name, section in schema["$defs"].items():
         lines += ["", f"## {name}", "", *_table(section)]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,7 @@
-"""LLMForge's spellings -> today's.
+"""Convert LLMForge's keys to current keys.
 
-Every old key gives one warning that says what to write instead. What an old key asks for and this project
-cannot do becomes a refusal: the file can still be looked at, but no run is started on it. Nothing is
-dropped in silence.
+Every old key gives one warning that names its replacement. Old settings that this project does not support become
+rejections: the file can be loaded and printed, but a run on it is an error. No setting is dropped silently.
 """
 
 from collections.abc import Callable
@@ -15,55 +14,55 @@ from configs.schema import DEEPSPEED_PRESETS, FinetuneConfig
 from configs.yaml_source import Document, KeyPath, Origin, dotted, shown
 
 IGNORED = frozenset({"dataset_size_scaling_factor"})
-"""Old keys without effect that LLMForge's own files hold twice."""
+"""Old keys without effect that LLMForge's own files contain twice."""
 
 _NO_EFFECT = {
-    "dataset_size_scaling_factor": "the whole data set is always used",
-    "num_data_blocks_per_device": "rows are not cut into blocks",
-    "data_processor_config": "rows are prepared on the workers themselves",
+    "dataset_size_scaling_factor": "the complete data set is always used",
+    "num_data_blocks_per_device": "rows are not split into blocks",
+    "data_processor_config": "rows are prepared on the training workers",
 }
 _LIGER_KERNELS = ("rms_norm", "rope", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
 
 
 @dataclass
 class Migration:
-    """What became of the old keys of a document, whose data is changed in place."""
+    """The result of converting the old keys of a document, which is modified in place."""
 
     document: Document
     warnings: list[tuple[Origin, str]] = field(default_factory=list)
-    refusals: list[tuple[Origin, str]] = field(default_factory=list)
+    rejections: list[tuple[Origin, str]] = field(default_factory=list)
 
     def has(self, key: str) -> bool:
-        """True where the document sets a top-level key."""
+        """Return true if the document sets a top-level key."""
         return key in self.document.data
 
     def warn(self, path: KeyPath, text: str) -> None:
-        """Says what to write instead of the value at `path`."""
+        """Add a warning that names the replacement of the value at `path`."""
         self.warnings.append((self.document.origin(path), f"`{dotted(path)}` {text}"))
 
-    def refuse(self, path: KeyPath, text: str) -> None:
-        """Says what the value at `path` asks for in vain."""
-        self.refusals.append((self.document.origin(path), f"`{dotted(path)}` {text}"))
+    def reject(self, path: KeyPath, text: str) -> None:
+        """Add a rejection of the unsupported value at `path`."""
+        self.rejections.append((self.document.origin(path), f"`{dotted(path)}` {text}"))
 
     def no_effect(self, path: KeyPath, reason: str) -> None:
-        """Warns that the value at `path` changes nothing."""
-        self.warn(path, f"has no effect any more: {reason}; leave it out")
+        """Warn that the value at `path` has no effect."""
+        self.warn(path, f"has no effect any more: {reason}; remove it")
 
     def not_run(self, path: KeyPath) -> None:
-        """Warns that the value at `path` may be looked at only; `refuse` says why."""
-        self.warn(path, "is not understood by runs any more: they are refused while it is there")
+        """Warn that runs do not support the value at `path`; the rejection explains why."""
+        self.warn(path, "is no longer supported: a run with it is rejected")
 
     def take(self, path: KeyPath) -> Any:
-        """Removes the value at `path` and returns it."""
+        """Remove the value at `path` and return it."""
         section = self.document.data
         for key in path[:-1]:
             section = section[key]
         return section.pop(path[-1])
 
     def replace(self, old: str, new: str, value: Any, instead: str) -> None:
-        """Writes `value` at `new` for the value that stood at `old`, with the warning.
+        """Move the value of the key `old` to `new`, converted to `value`, and add the warning.
 
-        Where both are given, the command line counts before the file; within one of them that is a mistake.
+        If both are set, an override takes precedence over the file; within one of them it is an error.
         """
         self.warn((old,), f"is LLMForge's spelling: write {instead} instead")
         origin = self.document.origin((old,))
@@ -72,16 +71,16 @@ class Migration:
             if self.has(new):
                 other = self.document.origin((new,))
                 if origin.from_override == other.from_override:
-                    self.document.complain((new,), f"`{new}` and `{old}` say the same: keep `{new}`")
+                    self.document.complain((new,), f"`{new}` and `{old}` set the same option: keep `{new}`")
                 if not origin.from_override:
                     return
         self.document.put((new,), Document(value, {(): origin}))
 
 
 def migrate(document: Document) -> Migration:
-    """Rewrites the old keys of a top-level mapping, in place.
+    """Convert the old keys of a top-level mapping, in place.
 
-    A value that an old key cannot hold is left where it is, as a problem of the document.
+    A value that is invalid for its old key stays in place and becomes a problem of the document.
     """
     migration = Migration(document)
     for key in list(document.data):
@@ -93,20 +92,20 @@ def migrate(document: Document) -> Migration:
             migration.take((key,))
         elif key in _RULES:
             _RULES[key](migration, document.data[key])
-    if (migration.warnings or migration.refusals) and not migration.has("task"):
+    if (migration.warnings or migration.rejections) and not migration.has("task"):
         origin = document.origin(())
         migration.warnings.append(
             (
                 origin,
-                "`task` is not given: LLMForge took causal_lm then, here it is "
-                "instruction_tuning; write `task:`",
+                "`task` is not set: LLMForge's default was causal_lm, here it is "
+                "instruction_tuning; add `task:`",
             )
         )
     return migration
 
 
 def _deepspeed(migration: Migration, value: Any) -> None:
-    """A path into LLMForge's folder of ZeRO configurations names the preset of the same name."""
+    """Replace a path into LLMForge's directory of ZeRO configurations with the preset of the same name."""
     if (
         not isinstance(value, dict)
         or set(value) != {"config_path"}
@@ -126,7 +125,7 @@ def _deepspeed(migration: Migration, value: Any) -> None:
 def _no_gradient_checkpoint(migration: Migration, value: Any) -> None:
     path = ("no_gradient_checkpoint",)
     if not isinstance(value, bool):
-        _wrong_value(migration, path, value, "true or false; today's key is `gradient_checkpointing`")
+        _wrong_value(migration, path, value, "true or false; the current key is `gradient_checkpointing`")
         return
     written = str(not value).lower()
     migration.replace(path[0], "gradient_checkpointing", not value, f"`gradient_checkpointing: {written}`")
@@ -136,7 +135,7 @@ def _checkpoint_every_n_epochs(migration: Migration, value: Any) -> None:
     path = ("checkpoint_every_n_epochs",)
     if not _is_count(value):
         _wrong_value(
-            migration, path, value, "a whole number; today's key is `checkpoint_and_evaluation_frequency`"
+            migration, path, value, "an integer; the current key is `checkpoint_and_evaluation_frequency`"
         )
         return
     migration.replace(
@@ -150,7 +149,7 @@ def _checkpoint_every_n_epochs(migration: Migration, value: Any) -> None:
 def _max_num_checkpoints(migration: Migration, value: Any) -> None:
     path = ("max_num_checkpoints",)
     if not _is_count(value):
-        _wrong_value(migration, path, value, "a whole number; today's key is `num_checkpoints_to_keep`")
+        _wrong_value(migration, path, value, "an integer; the current key is `num_checkpoints_to_keep`")
         return
     migration.replace(path[0], "num_checkpoints_to_keep", value, f"`num_checkpoints_to_keep: {value}`")
 
@@ -161,28 +160,28 @@ def _liger_kernel(migration: Migration, value: Any) -> None:
     kwargs = value.get("kwargs") or {} if isinstance(value, dict) else None
     if not isinstance(enabled, bool) or not isinstance(kwargs, dict) or set(value) - {"enabled", "kwargs"}:
         _wrong_value(
-            migration, path, value, "`enabled` (true or false) and `kwargs`; today's key is `kernels`"
+            migration, path, value, "`enabled` (true or false) and `kwargs`; the current key is `kernels`"
         )
         return
     for name, wanted in kwargs.items() if enabled else ():
         if name not in _LIGER_KERNELS or wanted is not True:
-            migration.refuse(
+            migration.reject(
                 (*path, "kwargs", name),
-                "cannot be chosen: `kernels: liger` takes Liger's own choice of kernels for "
-                "the model; leave it out",
+                "cannot be set: `kernels: liger` uses Liger's own selection of kernels for "
+                "the model; remove it",
             )
     kernels = "liger" if enabled else "torch"
     migration.replace(path[0], "kernels", kernels, f"`kernels: {kernels}`")
 
 
 def _checkpoint_uri(key: str) -> Callable[[Migration, Any], None]:
-    """`{uri: ADDRESS}` -> the address itself, which is today's spelling too."""
+    """Return a rule that replaces `{uri: ADDRESS}` with the address."""
 
     def rule(migration: Migration, value: Any) -> None:
         if isinstance(value, dict) and set(value) == {"uri"} and isinstance(value["uri"], str):
             migration.replace(key, key, value["uri"], f"`{key}: ADDRESS`, without `uri:`,")
         elif isinstance(value, dict):
-            _wrong_value(migration, (key,), value, f"an address: write `{key}: s3://BUCKET/PREFIX`")
+            _wrong_value(migration, (key,), value, f"a URI: write `{key}: s3://BUCKET/PREFIX`")
 
     return rule
 
@@ -190,25 +189,25 @@ def _checkpoint_uri(key: str) -> Callable[[Migration, Any], None]:
 def _generation_config(migration: Migration, value: Any) -> None:
     path = ("generation_config",)
     if not isinstance(value, dict) or set(value) - {"prompt_format", "stopping_sequences"}:
-        _wrong_value(migration, path, value, "`prompt_format` and `stopping_sequences` only; leave it out")
+        _wrong_value(
+            migration, path, value, "`prompt_format` and `stopping_sequences` only; remove the other keys"
+        )
         return
     below = (*path, "prompt_format")
     if not value.get("prompt_format"):
-        migration.no_effect(path, "the model's own chat template lays out conversations and ends them")
+        migration.no_effect(path, "the model's own chat template formats and ends conversations")
         migration.take(path)
         return
     try:
         template = to_chat_template(value["prompt_format"])
     except ValueError as error:
-        migration.refuse(below, f"has no chat template that writes the same ({error}); write `chat_template`")
+        migration.reject(below, f"has no equivalent chat template ({error}); write `chat_template`")
         migration.not_run(path)
         migration.take(path)
         return
     if value.get("stopping_sequences"):
-        migration.no_effect((*path, "stopping_sequences"), "an answer ends as the chat template ends it")
-    migration.replace(
-        path[0], "chat_template", template, "`chat_template`, as --print-config shows it for this one,"
-    )
+        migration.no_effect((*path, "stopping_sequences"), "the chat template defines the end of an answer")
+    migration.replace(path[0], "chat_template", template, "`chat_template`, as printed by --print-config,")
 
 
 def _classifier_config(migration: Migration, value: Any) -> None:
@@ -219,8 +218,8 @@ def _classifier_config(migration: Migration, value: Any) -> None:
         below = (*path, "eval_metrics")
         asked = value["eval_metrics"] if isinstance(value["eval_metrics"], list) else [value["eval_metrics"]]
         if others := [shown(name) for name in asked if name not in (None, "accuracy", "f1")]:
-            migration.refuse(
-                below, f"cannot be {', '.join(others)}: accuracy and F1 are reported; leave it out"
+            migration.reject(
+                below, f"does not support {', '.join(others)}: accuracy and F1 are reported; remove it"
             )
             migration.not_run(below)
         else:
@@ -241,39 +240,36 @@ def _preference_tuning_config(migration: Migration, value: Any) -> None:
 
 
 def _infer_task(migration: Migration, path: KeyPath, task: str) -> None:
-    """LLMForge read the task off the section that is there."""
+    """Set the task, which LLMForge inferred from the section."""
     if not migration.has("task"):
-        migration.warn(path, f"alone does not say the task any more: write `task: {task}` too")
+        migration.warn(path, f"does not imply the task any more: add `task: {task}`")
         migration.document.put(("task",), Document(task, {(): migration.document.origin(path)}))
 
 
 def _logger(migration: Migration, value: Any) -> None:
-    """`provider_config: {...}` -> its keys beside `provider`; what a provider does not take is found
-    there."""
+    """Move the keys of `provider_config` up, next to `provider`; validation checks them there."""
     path = ("logger", "provider_config")
     if not isinstance(value, dict) or "provider_config" not in value:
         return
     settings = value["provider_config"]
     if settings is not None and not isinstance(settings, dict):
-        _wrong_value(migration, path, settings, "a section; write its keys beside `provider`")
+        _wrong_value(migration, path, settings, "a section; write its keys next to `provider`")
         return
     settings = dict(settings or {})
     if settings.pop("create_experiment_if_not_exists", True) is not True:
-        migration.refuse(
+        migration.reject(
             (*path, "create_experiment_if_not_exists"),
-            "cannot be false: a missing experiment is made; leave it out",
+            "cannot be false: a missing experiment is always created; remove it",
         )
     keys = ", ".join(f"`{key}`" for key in settings)
     migration.warn(
         path,
-        f"is LLMForge's spelling: write {keys} beside `provider` instead"
-        if keys
-        else "is empty: leave it out",
+        f"is LLMForge's spelling: write {keys} next to `provider` instead" if keys else "is empty: remove it",
     )
     for key, setting in settings.items():
         if key in value:
             migration.document.complain(
-                (*path, key), f"`logger.{key}` is given twice: keep the one beside `provider`"
+                (*path, key), f"`logger.{key}` is set twice: keep the one next to `provider`"
             )
             continue
         origin = migration.document.origin((*path, key))
@@ -282,21 +278,19 @@ def _logger(migration: Migration, value: Any) -> None:
 
 
 def _trainer_resources(migration: Migration, value: Any) -> None:
-    migration.no_effect(("trainer_resources",), "Ray Train's controller takes no resources of its own")
+    migration.no_effect(("trainer_resources",), "Ray Train's controller takes no resources")
 
 
 def _embedding_scaling_technique(migration: Migration, value: Any) -> None:
     path = ("embedding_scaling_technique",)
-    migration.refuse(
-        path, "cannot be used: a model is trained with the embeddings it comes with; leave it out"
-    )
+    migration.reject(path, "is not supported: models are trained with their own embeddings; remove it")
     migration.not_run(path)
     migration.take(path)
 
 
 def _vision_language_config(migration: Migration, value: Any) -> None:
     path = ("vision_language_config",)
-    migration.refuse(path, "cannot be used: only text is trained on; leave it out")
+    migration.reject(path, "is not supported: training uses text only; remove it")
     migration.not_run(path)
     migration.take(path)
 
@@ -306,7 +300,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _wrong_value(migration: Migration, path: KeyPath, value: Any, expected: str) -> None:
-    migration.document.complain(path, f"`{dotted(path)}` is {shown(value)}, but holds {expected}")
+    migration.document.complain(path, f"`{dotted(path)}` is {shown(value)}, but must be {expected}")
 
 
 _RULES: dict[str, Callable[[Migration, Any], None]] = {

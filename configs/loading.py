@@ -1,7 +1,6 @@
-"""A YAML file and `key=value` overrides -> FinetuneConfig.
+"""Load a FinetuneConfig from a YAML file and `key=value` overrides.
 
-Every mistake is reported, each on a line of its own: file and line (or the override), the key, the value, and
-what to do about it.
+Every error is reported on its own line: file and line (or the override), the key, the value, and how to fix it.
 """
 
 import difflib
@@ -37,16 +36,16 @@ from configs.yaml_source import (
 __all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "to_yaml"]
 
 MAX_PROBLEMS = 50
-"""Lines of a report: a file with more mistakes is no configuration."""
+"""Maximum number of lines in a report; a file with more errors is probably not a configuration."""
 
-# Lines of a file come first in a report, then the overrides in their order.
+# Lines of a file come first in a report, then the overrides in order.
 _AFTER_ALL_LINES = MAX_BYTES + 1
-_INDENT = 2  # columns of a section, as yaml.dump writes it
+_INDENT = 2  # indentation of yaml.dump
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A checked configuration and what there is to say about how it was written."""
+    """A validated configuration, with warnings about its source."""
 
     config: FinetuneConfig
 
@@ -54,27 +53,24 @@ class LoadedConfig:
     """The YAML file."""
 
     warnings: tuple[str, ...]
-    """One line each: old spellings that still work, and what to write instead."""
+    """One line each: deprecated keys that still work, and their replacements."""
 
     refusals: tuple[str, ...]
-    """One line each: what the file asks for and no run can do. The configuration may be shown, not run."""
+    """One line each: settings that no run supports. The configuration may be printed, but not run."""
 
     given_keys: frozenset[str]
-    """Keys that the file or an override sets (dotted for sections), by today's names; the rest are
+    """Keys set by the file or an override (dotted for sections), under their current names; the others have their
     defaults."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Reads a YAML file, applies overrides in their order, and checks the result.
+    """Read a YAML file, apply overrides in order, and validate the result.
 
-    Looks at nothing but the file itself: no bucket, no data, no other file.
+    Accesses only the file itself: no bucket, no data, no other file. A ConfigError contains all errors.
 
     Args:
         path: the YAML file.
-        overrides: `key=value`, keys dotted (`lora_config.r=16`), values as in the YAML; `key=null` unsets one.
-
-    Raises:
-        ConfigError: the file or an override is wrong; the message holds all that was found.
+        overrides: `key=value`, with dotted keys (`lora_config.r=16`) and values as in the YAML; `key=null` unsets a key.
     """
     document = _read(path)
     for number, override in enumerate(overrides):
@@ -93,25 +89,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         config=config,
         path=path,
         warnings=_lines(migration.warnings),
-        refusals=_lines(migration.refusals),
+        refusals=_lines(migration.rejections),
         given_keys=frozenset(_keys(document.data)),
     )
 
 
 def to_yaml(config: FinetuneConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back as the same; keys as declared."""
+    """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order."""
     return yaml.dump(
         config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
     )
 
 
 def default_keys(loaded: LoadedConfig) -> list[str]:
-    """Keys that neither the file nor an override sets, dotted for sections, as declared."""
+    """Return the keys that neither the file nor an override sets, dotted for sections, in declaration order."""
     return [key for key in flat(loaded.config.model_dump(mode="json")) if key not in loaded.given_keys]
 
 
 def to_marked_yaml(loaded: LoadedConfig) -> str:
-    """The resolved configuration as `to_yaml` writes it, with a comment behind each default."""
+    """Return the resolved configuration as YAML, with a comment after each default."""
     defaults, above, lines = set(default_keys(loaded)), [], []
     for line in to_yaml(loaded.config).splitlines():
         depth = (len(line) - len(line.lstrip())) // _INDENT
@@ -121,7 +117,7 @@ def to_marked_yaml(loaded: LoadedConfig) -> str:
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Sections as dotted keys: {"lora_config": {"r": 8}} -> {"lora_config.r": 8}."""
+    """Flatten sections into dotted keys: {"lora_config": {"r": 8}} -> {"lora_config.r": 8}."""
     keys = {}
     for key, value in settings.items():
         name = f"{above}{key}"
@@ -130,7 +126,7 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that would be read back as something else."""
+    """A dumper that quotes text which YAML would otherwise read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -151,12 +147,12 @@ def _read(path: Path) -> Document:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such file: check the path") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{path}: is a directory: name the YAML file in it") from error
+        raise ConfigError(f"{path}: is a directory: give a YAML file in it") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if len(content) > MAX_BYTES:
         raise ConfigError(
-            f"{path}: is larger than {MAX_BYTES:,} bytes, which no configuration is: check the path"
+            f"{path}: is larger than {MAX_BYTES:,} bytes, the limit for a configuration: check the path"
         )
     try:
         text = content.decode("utf-8-sig")
@@ -165,14 +161,14 @@ def _read(path: Path) -> Document:
         raise ConfigError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8") from error
     document = parse_yaml(text, lambda line: Origin(f"{path}:{line}", line), legacy.IGNORED)
     if document.data is None and not document.problems:
-        raise ConfigError(f"{path}:1: is empty: give at least `model_id` and `train_path`")
+        raise ConfigError(f"{path}:1: is empty: add at least `model_id` and `train_path`")
     if not isinstance(document.data, dict):
         raise ConfigError(f"{document.origin(()).label}: is not a mapping: write lines of `key: value`")
     return document
 
 
 def _apply_override(document: Document, override: str, order: int) -> None:
-    """Sets one key of the document; a section on the way that is absent is made."""
+    """Set one key of the document, creating missing sections on the path."""
     key, separator, value_text = override.partition("=")
     key = key.strip()
     value_shown = shown(value_text)[1:-1]
@@ -182,11 +178,11 @@ def _apply_override(document: Document, override: str, order: int) -> None:
     path = tuple(key.split("."))
     if not separator or not all(path) or len(path) > MAX_DEPTH:
         document.problems.append(
-            Problem((override,), origin, "not understood: write key=value, or section.key=value")
+            Problem((override,), origin, "invalid override: write key=value, or section.key=value")
         )
         return
     if not value_text.strip():
-        text = f"nothing stands behind `=`: was a variable not set? {key}=null unsets the key"
+        text = f"no value after `=`: was a variable not set? {key}=null unsets the key"
         document.problems.append(Problem(path, origin, text))
         return
     try:
@@ -212,7 +208,7 @@ def _apply_override(document: Document, override: str, order: int) -> None:
 
 
 def _let_an_override_decide_the_length(document: Document) -> None:
-    """`max_steps=20` for a file that says num_epochs means 20 steps, as a trainer's max_steps does."""
+    """Remove other length keys if an override sets one: `max_steps=20` replaces the file's num_epochs."""
     given = [key for key in LENGTH_KEYS if document.data.get(key) is not None]
     overridden = [key for key in given if document.origin((key,)).from_override]
     for key in given:
@@ -221,7 +217,7 @@ def _let_an_override_decide_the_length(document: Document) -> None:
 
 
 def _secrets(document: Document) -> Iterator[Problem]:
-    """Values that look like a token or a key, wherever they stand."""
+    """Yield a problem for every value that looks like a token or a key."""
     for path, value in _leaves(document.data, ()):
         if isinstance(value, str) and looks_secret(value):
             yield Problem(
@@ -255,7 +251,7 @@ def _validate(data: dict[str, Any]) -> tuple[FinetuneConfig | None, list[ErrorDe
 
 
 def _field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
-    """Pydantic's errors as problems: one for each value, none for a value that is a problem already."""
+    """Yield pydantic's errors as problems: one per value, and none for a value that has a problem already."""
     known = {problem.path for problem in document.problems}
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
@@ -264,14 +260,14 @@ def _field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[
     for path, here in by_path.items():
         if any(path[:length] in known for length in range(1, len(path) + 1)):
             continue
-        # A section that may also be a name fails as both: only what is wrong inside it helps.
+        # A section that may also be a name fails as both: report only the errors inside the section.
         if path in sections:
             continue
         yield from _explain(document, path, here)
 
 
 def _path_in_data(data: Any, error: ErrorDetails) -> KeyPath:
-    """The error's location without the names of types that pydantic puts between the keys."""
+    """Return the error's location without the type names that pydantic inserts between keys."""
     path: KeyPath = ()
     for part in error["loc"]:
         children: Any = dict(enumerate(data)) if isinstance(data, list) else data
@@ -301,7 +297,7 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
     elif errors[0]["loc"][-1] == "[key]":
         expected = _choices(errors[0])
         yield Problem(
-            path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: write one of {expected}"
+            path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use one of {expected}"
         )
     else:
         value = errors[0]["input"]
@@ -318,13 +314,13 @@ def _in_section(path: KeyPath, text: str) -> str:
 
 def _expected(errors: list[ErrorDetails]) -> str:
     phrases = list(dict.fromkeys(_phrase(error) for error in errors))
-    if "a number" in phrases and "a whole number" in phrases:
-        phrases.remove("a whole number")
+    if "a number" in phrases and "an integer" in phrases:
+        phrases.remove("an integer")
     return f"write {' or '.join(phrases)}"
 
 
 def _phrase(error: ErrorDetails) -> str:
-    """What would have been accepted, for one of pydantic's error types."""
+    """Return a description of the accepted values for one of pydantic's error types."""
     limits = error.get("ctx", {})
     match error["type"]:
         case "literal_error":
@@ -332,7 +328,7 @@ def _phrase(error: ErrorDetails) -> str:
         case "bool_type":
             return "true or false"
         case "int_type" | "int_from_float":
-            return "a whole number"
+            return "an integer"
         case "float_type":
             return "a number"
         case "string_type":
@@ -350,13 +346,13 @@ def _phrase(error: ErrorDetails) -> str:
         case "finite_number":
             return "a finite number"
         case "string_too_short":
-            return "some text, or leave the key out"
+            return "some text, or remove the key"
         case "string_too_long":
             return f"at most {limits['max_length']} characters"
         case "too_short":
-            return f"at least {limits['min_length']} of them"
+            return f"at least {limits['min_length']} items"
         case "string_pattern_mismatch":
-            return "letters, digits, `.`, `_` and `-` only, a letter or digit first"
+            return "only letters, digits, `.`, `_` and `-`, starting with a letter or digit"
         case "union_tag_invalid" | "union_tag_not_found":
             return f"`provider: {'`, `provider: '.join(_LOGGERS)}`"
     return f"something else ({error['msg']})"
@@ -366,30 +362,30 @@ _LOGGERS = ("wandb", "mlflow", "tensorboard")
 
 
 def _choices(error: ErrorDetails) -> str:
-    """`'a', 'b' or 'c'` -> a, b or c."""
+    """Return pydantic's list of choices without quotes: `'a', 'b' or 'c'` -> a, b or c."""
     return error.get("ctx", {})["expected"].replace("'", "")
 
 
 def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
     kinds = {error["type"] for error in errors}
     if value is None:
-        return "" if _is_required(path) else ", or leave the key out for its default"
+        return "" if _is_required(path) else ", or remove the key to use its default"
     if path == ("deepspeed",) and isinstance(value, str) and value.endswith(".json"):
-        return f" (a file is {{config_path: {value}}})"
+        return f" (write a file as {{config_path: {value}}})"
     if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
-        return f" ({value} is text here)"
+        return f" ({value} is text in this YAML)"
     if (
         isinstance(value, str)
         and kinds & {"int_type", "float_type"}
         and not isinstance(plain_scalar(value), str)
     ):
-        return " (a number is written without quotes)"
+        return " (write numbers without quotes)"
     if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
         return f": {int(value)}"
     if isinstance(value, str) and "literal_error" in kinds:
         choices = [choice.strip() for error in errors for choice in _choices_list(error)]
         if value.lower() == "gpu" and "cuda" in choices:
-            return " (a GPU is `cuda`)"
+            return " (use `cuda` for a GPU)"
         near = difflib.get_close_matches(value.lower(), choices, n=1)
         return f" (did you mean `{near[0]}`?)" if near else ""
     return ""
@@ -400,7 +396,7 @@ def _choices_list(error: ErrorDetails) -> list[str]:
 
 
 def _unknown_key(data: dict[str, Any], path: KeyPath) -> str:
-    """Message for a key that no section has; its value is never shown, for it may be a secret."""
+    """Return the message for an unknown key; it never contains the value, which may be a secret."""
     key = str(path[-1])
     if any(names_secret(str(part)) for part in path):
         return f"`{dotted(path)}` is not a key (its value is not shown): {_TOKENS}"
@@ -409,18 +405,18 @@ def _unknown_key(data: dict[str, Any], path: KeyPath) -> str:
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
     elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
     if key in FinetuneConfig.model_fields and len(path) > 1:
-        return f"`{dotted(path)}` is not a key: `{key}` stands at the top level, not in `{dotted(path[:-1])}`"
+        return (
+            f"`{dotted(path)}` is not a key: `{key}` belongs at the top level, not in `{dotted(path[:-1])}`"
+        )
     if elsewhere:
         return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
     if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
-        return (
-            f"`{dotted(path)}` is not a key (the nearest is `{dotted((*path[:-1], near[0]))}`): leave it out"
-        )
-    return f"`{dotted(path)}` is not a key: leave it out"
+        return f"`{dotted(path)}` is not a key (the closest is `{dotted((*path[:-1], near[0]))}`): remove it"
+    return f"`{dotted(path)}` is not a key: remove it"
 
 
 def _sections_at(path: KeyPath) -> list[type[Section]]:
-    """The section classes that the value at `path` may be."""
+    """Return the section classes that the value at `path` may have."""
     sections: list[type[Section]] = [FinetuneConfig]
     for key in path:
         fields = [section.model_fields[str(key)] for section in sections if key in section.model_fields]
@@ -437,7 +433,7 @@ def _keys_of(path: KeyPath, data: dict[str, Any]) -> list[str]:
 
 
 def _choices_of(section: type[Section]) -> tuple[Any, ...]:
-    """The `provider` that a logger's section is for."""
+    """Return the `provider` values of a logger's section class."""
     return get_args(section.model_fields["provider"].annotation)
 
 
@@ -455,7 +451,7 @@ def _fields_at(path: KeyPath) -> list[FieldInfo]:
 
 
 def _to_write(description: str) -> str:
-    return f"write it ({' '.join(description.split()).rstrip('.')})"
+    return f"add it ({' '.join(description.split()).rstrip('.')})"
 
 
 def _lines(notes: list[tuple[Origin, str]]) -> tuple[str, ...]:

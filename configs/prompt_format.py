@@ -1,4 +1,4 @@
-"""LLMForge's `generation_config.prompt_format` -> the chat template (Jinja) that lays out the same text."""
+"""Convert LLMForge's `generation_config.prompt_format` to an equivalent chat template (Jinja)."""
 
 import json
 import string
@@ -10,40 +10,38 @@ from configs.schema import Section
 
 
 class _PromptFormat(Section):
-    """How each turn is written: `{instruction}` is what was said, `{system}` in `user` the whole system turn."""
+    """Format of each turn: `{instruction}` is the content; `{system}` in `user` is the formatted system turn."""
 
     system: str
     user: str
     assistant: str
     trailing_assistant: str = ""
-    """What the model is asked to go on from."""
+    """Start of the assistant turn that the model continues (the generation prompt)."""
     default_system_message: str = ""
     system_in_user: bool = False
-    """The system turn is written at `{system}` of the first user turn; else before it."""
+    """Insert the system turn at `{system}` of the first user turn; otherwise before it."""
     add_system_tags_even_if_message_is_empty: bool = False
     strip_whitespace: bool = True
-    """Around what was said."""
+    """Strip whitespace around the content."""
     bos: str = ""
-    """At the very beginning."""
+    """Text at the start of the conversation."""
 
 
 def to_chat_template(prompt_format: Any) -> str:
-    """The template that writes what a `prompt_format` writes.
+    """Return a chat template that renders the same text as a `prompt_format`.
 
     Raises:
-        ValueError: there is none; the message says what of the format is in the way.
+        ValueError: no template can do so; the message names the part of the format that prevents it.
     """
     if not isinstance(prompt_format, dict):
-        raise ValueError("it holds no turns")
+        raise ValueError("it is not a mapping of turns")
     try:
         turns = _PromptFormat.model_validate(prompt_format)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
     if not turns.assistant.partition("{instruction}")[0].startswith(turns.trailing_assistant):
-        raise ValueError(
-            "`assistant` does not begin with `trailing_assistant`, behind which a model is asked"
-        )
+        raise ValueError("`assistant` does not start with `trailing_assistant`, the generation prompt")
     user = turns.user if turns.system_in_user else "{system}" + turns.user
     trim = " | trim" if turns.strip_whitespace else ""
     is_written = "true" if turns.add_system_tags_even_if_message_is_empty else "said"
@@ -63,7 +61,7 @@ def to_chat_template(prompt_format: Any) -> str:
             "{% elif message['role'] == 'assistant' %}",
             _write("assistant", turns.assistant, instruction=f"message['content']{trim}"),
             "{% elif not loop.first or not has_system %}",
-            "{{ raise_exception('prompt_format has no place for a message from the ' + message['role']) }}",
+            "{{ raise_exception('prompt_format does not support messages with the role ' + message['role']) }}",
             "{% endif %}{% endfor %}",
             "{% if add_generation_prompt %}"
             + _write("trailing_assistant", turns.trailing_assistant)
@@ -73,14 +71,14 @@ def to_chat_template(prompt_format: Any) -> str:
 
 
 def _write(key: str, text: str, **places: str) -> str:
-    """Jinja that prints a text with Jinja expressions at its {places}."""
+    """Return Jinja source that prints a text with Jinja expressions at its {placeholders}."""
     try:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
         raise ValueError(f"`{key}`: {error}") from None
     names = [name for _, name, _, _ in pieces if name is not None]
     if sorted(names) != sorted(places):
-        raise ValueError(f"`{key}` has the places {names}, and should have {list(places)}, each once")
+        raise ValueError(f"`{key}` has the placeholders {names}, but needs {list(places)}, each once")
     printed: list[str] = []
     for literal, name, _, _ in pieces:
         if literal:

@@ -1,7 +1,7 @@
-"""FinetuneConfig: everything a run is told, key by key.
+"""FinetuneConfig: every setting of a run, key by key.
 
-The docstring under each field is its help text and its description in the JSON schema. A field is checked
-alone by its type; what only shows when keys are seen together is in `_conflicts`, at the end of this file.
+The docstring under each field is its help text and its description in the JSON schema. A field's type checks
+that field alone. `_conflicts`, at the end of this file, checks combinations of keys.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_MIN_UPDATE_STEPS = 100
-"""Optimizer steps a run makes at least when the YAML says nothing about its length."""
+"""Minimum number of optimizer steps when the YAML does not set the length of the run."""
 
 LENGTH_KEYS = ("num_epochs", "max_steps", "min_update_steps")
-"""Each says how long a run is, so a YAML has one of them."""
+"""Each sets the length of a run, so a YAML sets at most one of them."""
 
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
 
 DeepspeedPreset = Literal["zero_1", "zero_2", "zero_3", "zero_3_offload_optim", "zero_3_offload_optim+param"]
-"""The names of the files in configs/deepspeed/."""
+"""Names of the files in configs/deepspeed/."""
 
 DEEPSPEED_PRESETS: tuple[DeepspeedPreset, ...] = get_args(DeepspeedPreset)
 
-# Names that change nothing about the weights a run ends with.
+# Keys that do not affect the final weights.
 NOT_IN_HASH = {
     "resume",
     "worker_resources",
@@ -45,10 +45,10 @@ NOT_IN_HASH = {
 
 
 class ConflictError(ValueError):
-    """Values that are each valid but not together.
+    """An error about values that are valid alone but not together.
 
     Attributes:
-        conflicts: (key relative to the section that was checked, what is wrong and what to do).
+        conflicts: pairs of (key relative to the checked section, what is wrong and how to fix it).
     """
 
     def __init__(self, conflicts: list[tuple[str, str]]):
@@ -57,30 +57,30 @@ class ConflictError(ValueError):
 
 
 def _uri(*schemes: str) -> AfterValidator:
-    """Accepts a local path, or a URI of one of these schemes."""
+    """Return a validator that accepts local paths and URIs with one of these schemes."""
 
     def check(value: str) -> str:
         scheme, separator, rest = value.partition("://")
         if separator and scheme not in schemes:
             known = ", ".join(f"{known}://" for known in schemes)
-            raise ValueError(f"{scheme}:// is not supported: write one of {known}, or a local path")
+            raise ValueError(f"{scheme}:// is not supported: use one of {known}, or a local path")
         if separator and not rest:
-            raise ValueError(f"nothing follows {scheme}://: write the whole address")
+            raise ValueError(f"nothing follows {scheme}://: write the complete URI")
         if scheme == "hf" and separator and not re.match(r"datasets/[^/?]+/[^/?]+", rest):
-            raise ValueError("a hub dataset is written hf://datasets/ORG/NAME/CONFIG?split=train")
+            raise ValueError("a Hub dataset must be written as hf://datasets/ORG/NAME/CONFIG?split=train")
         return value
 
     return AfterValidator(check)
 
 
 def _bytes(value: str) -> int:
-    """`50GiB` -> 53687091200."""
+    """Convert text such as `50GiB` to bytes (53687091200)."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?i?B)", value.strip(), re.IGNORECASE)
     if match is None:
         raise ConflictError(
-            [("memory", "`memory` is a number of bytes, or text such as 50GiB, 50GB or 512MiB")]
+            [("memory", "`memory` must be a number of bytes, or text such as 50GiB, 50GB or 512MiB")]
         )
     return int(float(match[1]) * units[match[2].upper()])
 
@@ -108,7 +108,7 @@ DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
 ACCELERATOR = "accelerator_type:"
-"""What the names of Ray's resources for kinds of GPUs begin with."""
+"""Prefix of Ray's resource names for GPU types."""
 
 Resources = Annotated[
     dict[Text, Annotated[int | float, Field(ge=0)]],
@@ -139,12 +139,11 @@ DataFormat = Literal[
     "preference",
     "classification",
 ]
-"""How rows are written; docs of each stand at `data_format`."""
+"""Formats of training rows; the docstring of `data_format` describes each."""
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are not coerced, and nothing changes
-    afterwards."""
+    """Base class of all sections: frozen, rejects unknown keys and does not coerce values."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -152,117 +151,117 @@ class Section(BaseModel):
 
 
 class LoraConfig(Section):
-    """The fields of PEFT's LoraConfig that are plain data and leave the base weights as they are."""
+    """The fields of PEFT's LoraConfig that are plain data and leave the base weights unchanged."""
 
     r: PositiveInt = 8
     """Rank of the adapter."""
 
     lora_alpha: PositiveInt = 16
-    """Scale: the adapter's output is multiplied by lora_alpha / r."""
+    """Scaling factor: the adapter's output is multiplied by lora_alpha / r."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input. Anything but 0 turns Unsloth's fused LoRA kernels off."""
+    """Dropout on the adapter's input. Any value other than 0 disables Unsloth's fused LoRA kernels."""
 
     target_modules: list[Text] | Text | None = "all-linear"
-    """Modules that get an adapter: names, one regular expression, `all-linear`, or null for the
-    architecture's usual ones."""
+    """Modules that get an adapter: a list of names, a regular expression, `all-linear`, or null for PEFT's
+    default for the architecture."""
 
     exclude_modules: list[Text] | Text | None = None
-    """Modules that get none although target_modules matches them: names, or one regular expression."""
+    """Modules to exclude although target_modules matches them: a list of names, or a regular expression."""
 
     target_parameters: list[Text] | None = None
-    """Names of parameters (not modules) that get an adapter, such as the experts of a mixture."""
+    """Names of parameters (not modules) that get an adapter, such as the experts of an MoE model."""
 
     modules_to_save: list[Text] | None = None
-    """Modules trained in full beside the adapter and saved with it."""
+    """Modules trained in full alongside the adapter and saved with it."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained."""
+    """Which bias parameters are trained."""
 
     use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead."""
+    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (rsLoRA)."""
 
     use_dora: bool = False
-    """Train magnitude and direction apart (DoRA)."""
+    """Decompose weights into magnitude and direction and train both (DoRA)."""
 
     lora_bias: bool = False
-    """Give the adapter's second matrix a bias."""
+    """Add a bias to the adapter's B matrix."""
 
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
-    """How the adapter starts; true: as no change at all. The ways that rewrite the base weights (PiSSA,
-    OLoRA, LoftQ, ...) are left out: their adapters do not load on the base model that everybody else has."""
+    """Initialization of the adapter. true: B is zero, so that the initial model equals the base model. Methods that rewrite
+    the base weights (PiSSA, OLoRA, LoftQ, ...) are excluded: their adapters do not load on the published base model."""
 
     layers_to_transform: list[int] | int | None = None
-    """Indices of the layers that get an adapter; null: all. Needs target_modules as a list."""
+    """Indices of the layers that get an adapter; null: all. Requires target_modules as a list."""
 
     layers_pattern: list[Text] | Text | None = None
-    """Name of the model's list of layers, where it is not found by itself."""
+    """Name of the model's list of layers, for models where PEFT does not find it."""
 
     rank_pattern: dict[Text, PositiveInt] = {}
-    """Module name or regular expression -> its own r."""
+    """Per-module rank: module name or regular expression -> r."""
 
     alpha_pattern: dict[Text, PositiveInt] = {}
-    """Module name or regular expression -> its own lora_alpha."""
+    """Per-module scaling: module name or regular expression -> lora_alpha."""
 
     trainable_token_indices: list[int] | dict[Text, list[int]] | None = None
-    """Token ids whose embeddings are trained, without training the whole embedding."""
+    """Token ids whose embeddings are trained, without training the complete embedding matrix."""
 
     ensure_weight_tying: bool = False
     """Keep tied embeddings tied when one of them is trained."""
 
     fan_in_fan_out: bool = False
-    """True for layers that hold their weight as (in, out), such as GPT-2's Conv1D."""
+    """Set to true for layers that store their weight as (in, out), such as GPT-2's Conv1D."""
 
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-    """Only causal language models are trained here."""
+    """Only causal language models are supported."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         conflicts = []
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
             conflicts.append(
-                ("layers_to_transform", "`layers_to_transform` needs `target_modules` as a list of names")
+                ("layers_to_transform", "`layers_to_transform` requires `target_modules` as a list of names")
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             conflicts.append(
-                ("layers_pattern", "`layers_pattern` needs `layers_to_transform`: add it, or leave it out")
+                ("layers_pattern", "`layers_pattern` requires `layers_to_transform`: add it, or remove it")
             )
         if self.lora_bias and self.use_dora:
-            conflicts.append(("lora_bias", "`lora_bias` and `use_dora` do not go together: choose one"))
+            conflicts.append(("lora_bias", "`lora_bias` and `use_dora` cannot be combined: remove one"))
         if self.lora_bias and isinstance(self.init_lora_weights, str):
-            conflicts.append(("lora_bias", "`lora_bias` needs `init_lora_weights: true`"))
+            conflicts.append(("lora_bias", "`lora_bias` requires `init_lora_weights: true`"))
         if conflicts:
             raise ConflictError(conflicts)
         return self
 
 
 class DeepspeedFile(Section):
-    """A DeepSpeed configuration of your own."""
+    """A custom DeepSpeed configuration file."""
 
     config_path: Text
-    """JSON file, relative to the directory the command is run in. It needs no optimizer and no scheduler
-    block: those come from this YAML."""
+    """JSON file, relative to the current working directory. It needs no optimizer or scheduler block: those come
+    from this YAML."""
 
 
 class DeviceRange(Section):
-    """Ray Train workers of a run that goes on with fewer when nodes are lost, and with more when they come back."""
+    """Elastic number of Ray Train workers: training shrinks when nodes are lost and grows when nodes return."""
 
     min: PositiveInt
-    """Fewest workers that it trains on; with fewer it waits."""
+    """Minimum number of workers; with fewer the run waits."""
 
     max: PositiveInt
-    """Most workers that it trains on, and what train_batch_size_per_device and gradient_accumulation_steps are meant for."""
+    """Maximum number of workers. train_batch_size_per_device and gradient_accumulation_steps refer to this number."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min > self.max:
-            raise ConflictError([("max", f"`max` is {self.max}, and `min` is {self.min}: exchange them")])
-        if self.min == self.max:  # two spellings of one run would be two runs, by their hashes
+            raise ConflictError([("max", f"`max` is {self.max}, but `min` is {self.min}: swap them")])
+        if self.min == self.max:  # two spellings of one run would get two hashes
             raise ConflictError(
                 [
                     (
                         "max",
-                        f"`max` and `min` are both {self.max}, which is no range: write `num_devices: {self.max}`",
+                        f"`max` and `min` are both {self.max}, which is not a range: write `num_devices: {self.max}`",
                     )
                 ]
             )
@@ -270,110 +269,113 @@ class DeviceRange(Section):
 
 
 class CheckpointFrequency(Section):
-    """How often a checkpoint is written and the validation set is run."""
+    """How often to write a checkpoint and evaluate the validation set."""
 
     unit: Literal["epochs", "steps"] = "epochs"
-    """What frequency counts: passes over the data, or optimizer steps."""
+    """Unit of frequency: epochs, or optimizer steps."""
 
     frequency: PositiveInt = 1
-    """Every how many of them."""
+    """Number of units between two checkpoints."""
 
 
 class PreferenceTuningConfig(Section):
     """Settings of `task: preference_tuning`."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the model is held to the reference model; for orpo, how much the odds count beside the likelihood."""
+    """Strength of the pull towards the reference model; for orpo, weight of the odds-ratio loss."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
-    """The preference loss. dpo, ipo and kto compare with what the run starts from, orpo with nothing."""
+    """The preference loss. dpo, ipo and kto use the initial model as the reference model; orpo needs no reference model."""
 
 
 class ClassifierConfig(Section):
     """Settings of `task: classification`."""
 
     label_tokens: Annotated[list[Text], Field(min_length=2)]
-    """The labels, as the assistant's last message spells them; each becomes a token of its own."""
+    """The labels, spelled as in the assistant's last message. Each becomes a token of its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.label_tokens)) != len(self.label_tokens):
-            raise ConflictError([("label_tokens", "`label_tokens` names a label twice: keep each once")])
+            raise ConflictError(
+                [("label_tokens", "`label_tokens` lists a label twice: keep each label once")]
+            )
         return self
 
 
 class DataSource(Section):
-    """One of several sources of rows."""
+    """One of several data sources."""
 
     path: DataUri
-    """File, directory or prefix, glob, or hub dataset."""
+    """File, directory or prefix, glob, or Hub dataset."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of an epoch's rows, relative to the other sources' weights; null for all: every row once."""
+    """Share of an epoch's rows, relative to the weights of the other sources; null for all sources: every row once."""
 
 
 class WandbLogger(Section):
-    """Weights & Biases; the key comes from WANDB_API_KEY in the environment."""
+    """Weights & Biases. The API key comes from the environment variable WANDB_API_KEY."""
 
     provider: Literal["wandb"]
-    """Where metrics also go."""
+    """Logging service."""
 
     project: Text | None = None
     """Project; null: W&B's default."""
 
     entity: Text | None = None
-    """User or team; null: the key's own."""
+    """User or team; null: the default entity of the API key."""
 
     group: Text | None = None
-    """Group that the run is listed under."""
+    """Group in which W&B lists the run."""
 
     tags: list[Text] = []
     """Tags of the run."""
 
 
 class MlflowLogger(Section):
-    """MLflow; credentials come from MLFLOW_* (or DATABRICKS_*) in the environment."""
+    """MLflow. Credentials come from the environment variables MLFLOW_* or DATABRICKS_*."""
 
     provider: Literal["mlflow"]
-    """Where metrics also go."""
+    """Logging service."""
 
     tracking_uri: Text | None = None
     """Tracking server; null: MLFLOW_TRACKING_URI."""
 
     experiment_name: Text | None = None
-    """Experiment, made when it does not exist; null: MLflow's default."""
+    """Experiment, created if it does not exist; null: MLflow's default."""
 
     tags: dict[Text, str] = {}
     """Tags of the run."""
 
 
 class TensorboardLogger(Section):
-    """TensorBoard event files, kept beside the run's metrics."""
+    """TensorBoard event files, stored next to the run's metrics."""
 
     provider: Literal["tensorboard"]
-    """Where metrics also go."""
+    """Logging service."""
 
 
 class ExportConfig(Section):
-    """What is made of the best checkpoint once the run is completed, as `main.py export` makes it."""
+    """Export of the best checkpoint after the run has completed, the same as `main.py export`."""
 
     merge: bool = True
-    """true: one model, an adapter merged into its base model's 16-bit weights; false: the adapter alone, as vLLM loads it."""
+    """true: export a complete model, with an adapter merged into the 16-bit base weights; false: export the adapter alone,
+    in a form that vLLM loads."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """How the weights of the model are written; an adapter keeps its own."""
+    """Data type of the exported model weights; an adapter keeps its own."""
 
     to: StorageUri | None = None
-    """Bucket prefix or directory of its own; null: exports/ in the run."""
+    """Bucket prefix or directory to export to; null: exports/ in the run."""
 
     gguf: bool = False
-    """Write a GGUF file beside it; needs llama.cpp's convert_hf_to_gguf.py on the PATH."""
+    """Also write a GGUF file; requires llama.cpp's convert_hf_to_gguf.py on the PATH."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.gguf and not self.merge:
             raise ConflictError(
-                [("gguf", "`gguf` is made of a whole model: write `merge: true`, or leave `gguf` out")]
+                [("gguf", "`gguf` requires a complete model: write `merge: true`, or remove `gguf`")]
             )
         return self
 
@@ -390,108 +392,106 @@ class FinetuneConfig(Section):
     """One fine-tuning run."""
 
     model_id: ModelUri
-    """Model to train: a hub id, a local directory, or an s3:// prefix."""
+    """Model to train: a Hub id, a local directory, or an s3:// prefix."""
 
     initial_base_model_ckpt_path: ModelUri | None = None
-    """Full weights to start from instead of model_id's: s3:// prefix, local directory, a run's URI, or
-    run:NAME in the same storage_path (its best checkpoint is taken). Weights only."""
+    """Full-parameter weights to start from instead of those of model_id: s3:// prefix, local directory, a run's URI, or
+    run:NAME under the same storage_path. A run means its best checkpoint. Loads weights only."""
 
     initial_adapter_model_ckpt_path: ModelUri | None = None
-    """LoRA adapter to go on training: s3:// prefix, local directory, a run's URI, or run:NAME in the same
-    storage_path (its best checkpoint is taken). Weights only; without lora_config the adapter keeps its
-    shape."""
+    """LoRA adapter to continue training: s3:// prefix, local directory, a run's URI, or run:NAME under the same
+    storage_path. A run means its best checkpoint. Loads weights only. Without lora_config the adapter keeps its rank and
+    target modules."""
 
     resume: Literal["auto", "never"] = "auto"
-    """auto: a run that has committed checkpoints goes on exactly where the newest one stands."""
+    """auto: a run with committed checkpoints resumes from the latest one; never: a run with committed checkpoints is an error."""
 
     resume_from_checkpoint: ModelUri | None = None
-    """Another run's checkpoint whose whole state a new run takes: weights, optimizer, schedule, random
-    state and position in the data."""
+    """Checkpoint of another run from which a new run restores the complete training state: weights, optimizer, scheduler,
+    RNG state and data position."""
 
     task: Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"] = (
         "instruction_tuning"
     )
-    """instruction_tuning: loss on the assistant's turns only; causal_lm: on every token; preference_tuning:
-    chosen against rejected; classification: on the label only."""
+    """instruction_tuning: loss on assistant turns only; causal_lm: loss on every token; preference_tuning: chosen against
+    rejected answers; classification: loss on the label only."""
 
     train_path: DataPaths
-    """Training rows: JSONL, JSON or CSV, also as .gz or .zst, or Parquet. One place (a file, a directory or prefix, a glob;
-    s3://, local, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]), a list of them, or a list of
-    `{path: ..., weight: ...}`: an epoch then has as many rows as all sources together, dealt out by weight."""
+    """Training rows: JSONL, JSON or CSV, also compressed as .gz or .zst, or Parquet. One location (a file, a directory or
+    prefix, a glob; s3://, local, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]), a list of locations, or a list of
+    `{path: ..., weight: ...}`. With weights, an epoch has as many rows as all sources together, sampled by weight."""
 
     valid_path: DataPaths | None = None
-    """Validation rows, as train_path (without weights); null: no evaluation, and the newest checkpoint is the best one."""
+    """Validation rows, as train_path but without weights; null: no evaluation, and the latest checkpoint counts as the best."""
 
     data_format: Literal["auto"] | DataFormat = "auto"
-    """How rows are written. messages: chats of role and content (`tools`, `tool_calls`, `weight: 0`); conversations:
-    ShareGPT's from and value; prompt_completion; instruction: with input and output; text: as it is, for causal_lm;
-    preference: chosen and rejected, with or without prompt; classification: text and label. auto: by their columns."""
+    """Format of the rows. messages: chats of role and content (`tools`, `tool_calls`, `weight: 0`); conversations:
+    ShareGPT's from and value; prompt_completion; instruction: with input and output; text: raw text, for causal_lm;
+    preference: chosen and rejected, with or without prompt; classification: text and label. auto: detected from the columns."""
 
     columns: dict[Column, Text] = {}
-    """What the files call a column: `{prompt: question, completion: answer}`."""
+    """Column names in the files: `{prompt: question, completion: answer}`."""
 
     bad_rows: Literal["error", "skip"] = "error"
-    """What happens to rows that cannot be learned from. error: they are named and nothing is trained; skip: they are
-    left out, counted, and listed in the run's skipped_rows.jsonl."""
+    """Handling of rows that cannot be trained on. error: list them and stop before training; skip: exclude them, count them
+    and list them in the run's skipped_rows.jsonl."""
 
     chat_template: Text | None = None
-    """Jinja template that lays out conversations, inline or as a file's path; null: the model's own."""
+    """Jinja chat template for conversations, inline or as a file path; null: the model's own."""
 
     prompt_template: Text | None = None
-    """Lays out rows without a chat template: text with {column} places, the answer's last, such as
-    `"### Instruction: {instruction} ### Response: {output}"`; the loss is on the answer and the end of text."""
+    """Template for rows rendered without a chat template: text with {column} placeholders, the answer's last, such as
+    `"### Instruction: {instruction} ### Response: {output}"`. The loss is on the answer and the EOS token."""
 
     context_length: PositiveInt | None = None
-    """Tokens of the longest row that is trained on; null: the longest row there is, at most what the model
-    takes."""
+    """Maximum length of a training row in tokens; null: the longest row in the data, up to the model's maximum."""
 
     long_rows: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to rows longer than context_length, once they are counted."""
+    """Handling of rows longer than context_length. Their number is reported first."""
 
     padding: Literal["longest", "max_length"] = "longest"
-    """longest: a step takes rows that are about equally long, and a batch is padded to its longest row; max_length: always
-    to context_length (the worst case, for profiling)."""
+    """longest: group rows of similar length and pad each batch to its longest row; max_length: always pad to context_length
+    (the worst case, for profiling)."""
 
     packing: bool = False
-    """Lay several rows into one sequence of context_length tokens (null: of the longest row), without letting them see one
-    another. Batch sizes count these sequences then."""
+    """Pack several rows into one sequence of context_length tokens (null: of the longest row), without attention across rows.
+    Batch sizes then count packed sequences."""
 
     num_devices: PositiveInt | DeviceRange = 1
-    """Ray Train workers, one device each. `{min: 1, max: 2}`: as many of them as the cluster has nodes for. A step takes the same
-    rows then, whatever their number: with fewer than max, each accumulates more batches, and counts that cannot share them
-    equally are passed over."""
+    """Number of Ray Train workers, one device each. `{min: 1, max: 2}`: as many of them as the cluster has nodes for. Each step
+    uses the same rows for every number of workers: with fewer than max, each worker accumulates more batches. Numbers that
+    cannot share the batches equally are skipped."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU for each worker where the cluster has any, else CPU."""
+    """auto: one GPU per worker if the cluster has GPUs, else CPU."""
 
     worker_resources: Resources = {}
-    """Ray resources of each worker, such as `accelerator_type:A10G: 0.001`; memory in bytes or as 50GiB."""
+    """Ray resources per worker, such as `accelerator_type:A10G: 0.001`; memory in bytes or as 50GiB."""
 
     trainer_resources: Resources = {}
-    """Accepted for older files; Ray Train's controller takes no resources."""
+    """Accepted for compatibility with older files and ignored; Ray Train's controller takes no resources."""
 
     num_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows. Say one of num_epochs, max_steps and min_update_steps."""
+    """Passes over the training rows. Set only one of num_epochs, max_steps and min_update_steps."""
 
     max_steps: PositiveInt | None = None
-    """Optimizer steps, whatever that is in epochs."""
+    """Number of optimizer steps, regardless of epochs."""
 
     min_update_steps: PositiveInt | None = None
-    """As many whole epochs as it takes to make at least this many optimizer steps; 100 when none of the
-    three is given."""
+    """Minimum number of optimizer steps, rounded up to full epochs; 100 if none of the three is set."""
 
     train_batch_size_per_device: PositiveInt | Literal["auto"] = 1
-    """Rows a device takes at once; auto: the most of train_batch_size that are estimated to fit."""
+    """Rows per device and forward pass; auto: as many rows of train_batch_size as are estimated to fit into memory."""
 
     train_batch_size: PositiveInt | None = None
-    """For `train_batch_size_per_device: auto`, rows of an optimizer step over all devices: as many batches are accumulated as
-    that takes, so that what is learned does not depend on a device's memory."""
+    """Rows per optimizer step over all devices, for `train_batch_size_per_device: auto`. Gradient accumulation makes up the
+    difference, so that training does not depend on a device's memory."""
 
     eval_batch_size_per_device: PositiveInt | None = None
-    """Rows a device evaluates at once; null: as train_batch_size_per_device."""
+    """Rows per device and forward pass in evaluation; null: same as train_batch_size_per_device."""
 
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches a device adds up before one optimizer step."""
+    """Batches per device that are accumulated before an optimizer step."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate. About 1e-4 for LoRA, 1e-5 for full-parameter training."""
@@ -499,7 +499,7 @@ class FinetuneConfig(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = (
         "cosine"
     )
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
 
     num_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps over which the learning rate rises from 0."""
@@ -508,7 +508,7 @@ class FinetuneConfig(Section):
     """Decoupled weight decay."""
 
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Maximum gradient norm for clipping; 0: no clipping."""
 
     optim: Literal[
         "adamw_torch",
@@ -523,76 +523,75 @@ class FinetuneConfig(Section):
         "adafactor",
         "sgd",
     ] = "adamw_torch_fused"
-    """Optimizer, by transformers' names."""
+    """Optimizer, named as in transformers."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of data order, dropout and new weights."""
+    """Random seed for data order, dropout and new weights."""
 
     kernels: Literal["auto", "unsloth", "liger", "torch"] = "auto"
-    """Whose kernels train the model; auto prints what it chose and why."""
+    """Kernels that train the model; auto prints its choice and the reason."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """bf16: mixed precision, with LoRA's frozen base held in bf16; fp32: everything in fp32."""
+    """bf16: mixed precision, with the frozen base model of LoRA stored in bf16; fp32: everything in fp32."""
 
     load_in_4bit: bool = False
-    """Hold the frozen base weights in 4 bits (QLoRA)."""
+    """Store the frozen base weights in 4 bits (QLoRA)."""
 
     deterministic: bool = False
-    """Only operations that give the same bits every time: without it a GPU may round a continued run otherwise, by an order of
-    sums. Costs some speed; on CPU it is so anyway."""
+    """Use deterministic operations only. Without it, a resumed run on a GPU may differ by rounding, because the order of
+    sums varies. Costs some speed. Runs on CPU are always deterministic."""
 
     flash_attention_2: bool = False
-    """Use the flash-attn package; false: PyTorch's own attention. Unsloth's kernels take it wherever it is installed."""
+    """Use the flash-attn package; false: PyTorch's own attention. Unsloth's kernels use flash-attn if it is installed."""
 
     gradient_checkpointing: bool | Literal["unsloth"] = True
-    """Compute activations again in the backward pass instead of keeping them; unsloth: also offload them."""
+    """Recompute activations in the backward pass instead of storing them; unsloth: also offload them."""
 
     deepspeed: DeepspeedPreset | DeepspeedFile | None = None
-    """ZeRO: a preset's name, or `{config_path: FILE}`; null: plain data parallelism."""
+    """DeepSpeed ZeRO: a preset's name, or `{config_path: FILE}`; null: plain data parallelism."""
 
     lora_config: LoraConfig | None = None
-    """Train a LoRA adapter; null: full-parameter training, unless initial_adapter_model_ckpt_path brings
-    one."""
+    """Train a LoRA adapter; null: full-parameter training, unless initial_adapter_model_ckpt_path provides an adapter."""
 
     preference_tuning_config: PreferenceTuningConfig | None = None
-    """Settings of task preference_tuning; null: its defaults."""
+    """Settings of task preference_tuning; null: defaults."""
 
     classifier_config: ClassifierConfig | None = None
-    """Settings of task classification, which needs them."""
+    """Settings of task classification; required for it."""
 
     checkpoint_and_evaluation_frequency: CheckpointFrequency = CheckpointFrequency()
     """How often to checkpoint and evaluate."""
 
     eval_first: bool = True
-    """Report the evaluation loss before the first step (where there is a valid_path)."""
+    """Evaluate before the first training step (if valid_path is set)."""
 
     num_checkpoints_to_keep: PositiveInt = 1
-    """Checkpoints kept, best by evaluation loss; the newest is always kept too."""
+    """Number of checkpoints to keep, best by evaluation loss. The latest checkpoint is always kept as well."""
 
     storage_path: StorageUri | None = None
-    """Bucket prefix that runs are kept under; null: $ANYSCALE_ARTIFACT_STORAGE, else /mnt/cluster_storage where it
+    """Bucket prefix under which runs are stored; null: $ANYSCALE_ARTIFACT_STORAGE, else /mnt/cluster_storage if it
     exists, else the embedded bucket."""
 
     run_name: RunName | None = None
-    """Name of the run under storage_path; null: made from the YAML's name and what is in it, so that the same
-    command continues the same run."""
+    """Name of the run under storage_path; null: derived from the YAML's name and contents, so that the same command
+    resumes the same run."""
 
     output_dir: Text | None = None
-    """Scratch directory on each node; null: /mnt/local_storage where it exists, else the user's cache directory."""
+    """Scratch directory on each node; null: /mnt/local_storage if it exists, else the user's cache directory."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Gated models take HF_TOKEN from the environment."""
+    """Run Python code that is shipped with the model. Gated models need HF_TOKEN in the environment."""
 
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a run is started again after a worker or a node is lost."""
+    """How often to restart the run after a worker or a node is lost."""
 
     logger: (
         Annotated[WandbLogger | MlflowLogger | TensorboardLogger, Field(discriminator="provider")] | None
     ) = None
-    """Where metrics go besides the run's own metrics.jsonl."""
+    """Additional destination of metrics, besides the run's own metrics.jsonl."""
 
     export: ExportConfig | None = None
-    """Export the best checkpoint once the run is completed: `{merge: true, dtype: bf16, to: s3://...}`; null: not by itself."""
+    """Export the best checkpoint after the run has completed: `{merge: true, dtype: bf16, to: s3://...}`; null: do not export."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -603,30 +602,30 @@ class FinetuneConfig(Section):
 
     @property
     def batch_size(self) -> int:
-        """train_batch_size_per_device of a configuration in which it is a number, as it is in every plan."""
+        """Return train_batch_size_per_device. It must be a number, as in every plan."""
         assert self.train_batch_size_per_device != "auto"
         return self.train_batch_size_per_device
 
     @property
     def most_devices(self) -> int:
-        """num_devices, or the end of its range."""
+        """Return num_devices, or the upper end of its range."""
         return self.num_devices.max if isinstance(self.num_devices, DeviceRange) else self.num_devices
 
     @property
     def fewest_devices(self) -> int:
-        """num_devices, or the beginning of its range."""
+        """Return num_devices, or the lower end of its range."""
         return self.num_devices.min if isinstance(self.num_devices, DeviceRange) else self.num_devices
 
     @property
     def device_counts(self) -> tuple[int, ...]:
-        """The numbers of workers that it may train on, ascending: those that can share a step's batches equally."""
+        """Return the allowed numbers of workers, ascending: those that share the batches of a step equally."""
         batches = self.most_devices * self.gradient_accumulation_steps
         return tuple(
             devices for devices in range(self.fewest_devices, self.most_devices + 1) if batches % devices == 0
         )
 
     def accumulation_on(self, devices: int) -> int:
-        """Batches that each device adds up before an optimizer step, so that the step takes the same rows on any number of them.
+        """Return the gradient accumulation steps per device that keep the rows of an optimizer step the same.
 
         Args:
             devices: one of device_counts.
@@ -634,7 +633,7 @@ class FinetuneConfig(Section):
         return self.most_devices * self.gradient_accumulation_steps // devices
 
     def possible_batch_sizes(self) -> Iterator[int]:
-        """What `train_batch_size_per_device: auto` may come to, descending: each number of devices shares a step's batches equally."""
+        """Yield the candidates for `train_batch_size_per_device: auto`, descending. All share a step's batches equally."""
         assert self.train_batch_size is not None
         share = self.train_batch_size // self.most_devices
         for rows in range(share, 0, -1):
@@ -642,10 +641,10 @@ class FinetuneConfig(Section):
                 yield rows
 
     def with_batch_size(self, rows: int) -> Self:
-        """What `train_batch_size_per_device: auto` comes to: the same rows a step, `rows` of them on a device at once.
+        """Return the configuration with `train_batch_size_per_device: auto` resolved; rows per step stay the same.
 
         Args:
-            rows: one of possible_batch_sizes.
+            rows: rows per device and forward pass, one of possible_batch_sizes.
         """
         assert self.train_batch_size is not None
         accumulated = self.train_batch_size // (self.most_devices * rows)
@@ -658,24 +657,24 @@ class FinetuneConfig(Section):
 
     @property
     def train_sources(self) -> tuple[DataSource, ...]:
-        """train_path as a list of sources."""
+        """Return train_path as a list of sources."""
         return _sources(self.train_path)
 
     @property
     def valid_sources(self) -> tuple[DataSource, ...]:
-        """valid_path as a list of sources; empty when there is none."""
+        """Return valid_path as a list of sources; empty if it is not set."""
         return _sources(self.valid_path)
 
     @property
     def trains_adapter(self) -> bool:
-        """True for LoRA, new or continued; false for full-parameter training."""
+        """Return true for LoRA, new or continued, and false for full-parameter training."""
         return self.lora_config is not None or self.initial_adapter_model_ckpt_path is not None
 
     def number_of_epochs(self, steps_per_epoch: int) -> float | None:
-        """Epochs to train; None when max_steps decides.
+        """Return the epochs to train; None if max_steps sets the length.
 
         Args:
-            steps_per_epoch: optimizer steps that one pass over the training rows makes, at least 1.
+            steps_per_epoch: optimizer steps per pass over the training rows, at least 1.
         """
         if self.max_steps is not None:
             return None
@@ -685,17 +684,17 @@ class FinetuneConfig(Section):
 
 
 def config_hash(config: FinetuneConfig) -> str:
-    """64 hex digits that are equal for configurations that train the same.
+    """Return 64 hex digits that are equal for configurations with the same training result.
 
-    Where a run is stored, what it is called, how it is logged, retried and placed are left out. Files are
-    known by their names only: what is in the data or in a DeepSpeed file of one's own is not looked at.
+    The hash excludes storage location, name, logging, retries and resources. It includes files by name only, not
+    by the contents of the data or of a custom DeepSpeed file.
     """
     said = config.model_dump(mode="json", exclude=NOT_IN_HASH)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def deepspeed_preset_path(preset: DeepspeedPreset) -> Path:
-    """The JSON file of a preset."""
+    """Return the path of a preset's JSON file."""
     return DEEPSPEED_DIRECTORY / f"{preset}.json"
 
 
@@ -706,7 +705,7 @@ def _deepspeed_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> str:
 
 
 def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
-    """What only shows when keys are seen together: (key, what is wrong and what to do)."""
+    """Yield conflicts between keys: (key, what is wrong and how to fix it)."""
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
     yield from _batch_conflicts(config)
@@ -719,7 +718,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if config.export and not config.export.merge and not config.trains_adapter:
         yield (
             "export.merge",
-            "`export.merge: false` exports an adapter, and this run trains the whole model: leave `merge` out",
+            "`export.merge: false` exports an adapter, but this run does full-parameter training: remove `merge`",
         )
 
 
@@ -733,9 +732,9 @@ def _start_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         if value is not None:
             yield (
                 key,
-                f"`{key}` and `resume_from_checkpoint` both say where the weights come from: keep "
-                f"`{key}` to start anew from weights, `resume_from_checkpoint` to take the "
-                f"whole trainer state",
+                f"`{key}` and `resume_from_checkpoint` both set the initial weights: keep "
+                f"`{key}` to start a new run from weights only, or `resume_from_checkpoint` to restore the "
+                f"complete training state",
             )
 
 
@@ -744,12 +743,12 @@ def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if len(given) > 1:
         yield (
             given[-1],
-            f"{' and '.join(f'`{key}`' for key in given)} each set the run's length: say one of them",
+            f"{' and '.join(f'`{key}`' for key in given)} each set the length of the run: keep one of them",
         )
     if config.lr_scheduler_type == "constant" and config.num_warmup_steps > 0:
         yield (
             "num_warmup_steps",
-            "`lr_scheduler_type: constant` has no warm-up: write `constant_with_warmup`, or "
+            "`lr_scheduler_type: constant` has no warm-up: use `constant_with_warmup`, or "
             "`num_warmup_steps: 0`",
         )
 
@@ -762,32 +761,32 @@ def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             usable = [str(count) for count in range(1, config.most_devices) if batches % count == 0]
             yield (
                 "num_devices.min",
-                f"`num_devices.min` is {config.fewest_devices}, and so many devices cannot share the {batches} batches of a step equally "
-                f"(max x gradient_accumulation_steps): write {' or '.join(usable)}, or another `gradient_accumulation_steps`",
+                f"`num_devices.min` is {config.fewest_devices}, but that many devices cannot share the {batches} batches of a step "
+                f"equally (max x gradient_accumulation_steps): use {' or '.join(usable)}, or change `gradient_accumulation_steps`",
             )
         if rows is not None:
             yield (
                 "train_batch_size",
-                "`train_batch_size` is for `train_batch_size_per_device: auto`: write that, or leave it out (a step takes "
+                "`train_batch_size` requires `train_batch_size_per_device: auto`: add that, or remove `train_batch_size` (a step uses "
                 "train_batch_size_per_device x num_devices x gradient_accumulation_steps rows)",
             )
         return
     if rows is None:
         yield (
             "train_batch_size_per_device",
-            "`train_batch_size_per_device: auto` needs `train_batch_size`, the rows of an optimizer step: what is learned would "
-            "depend on a device's memory without it",
+            "`train_batch_size_per_device: auto` requires `train_batch_size`, the rows per optimizer step: without it, training "
+            "would depend on a device's memory",
         )
     for devices in dict.fromkeys((config.fewest_devices, config.most_devices)):
         if rows is not None and rows % devices:
             yield (
                 "train_batch_size",
-                f"`train_batch_size` is {rows}, which {devices} devices cannot share equally: write a multiple of {devices}",
+                f"`train_batch_size` is {rows}, which {devices} devices cannot share equally: use a multiple of {devices}",
             )
     if config.gradient_accumulation_steps > 1:
         yield (
             "gradient_accumulation_steps",
-            "`gradient_accumulation_steps` follows from `train_batch_size` with `train_batch_size_per_device: auto`: leave it out",
+            "`gradient_accumulation_steps` is computed from `train_batch_size` with `train_batch_size_per_device: auto`: remove it",
         )
 
 
@@ -795,38 +794,38 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if config.preference_tuning_config is not None and config.task != "preference_tuning":
         yield (
             "preference_tuning_config",
-            f"`preference_tuning_config` has no use in `task: {config.task}`: write `task: "
+            f"`preference_tuning_config` has no effect with `task: {config.task}`: write `task: "
             f"preference_tuning`, "
-            "or leave the section out",
+            "or remove the section",
         )
     if config.classifier_config is not None and config.task != "classification":
         yield (
             "classifier_config",
-            f"`classifier_config` has no use in `task: {config.task}`: write `task: classification`, "
-            "or leave the section out",
+            f"`classifier_config` has no effect with `task: {config.task}`: write `task: classification`, "
+            "or remove the section",
         )
     if config.task == "classification" and config.classifier_config is None:
         yield (
             "task",
-            "`task: classification` needs the labels: add `classifier_config: {label_tokens: [...]}`",
+            "`task: classification` requires labels: add `classifier_config: {label_tokens: [...]}`",
         )
     if config.packing and config.padding == "max_length":
-        yield "packing", "`packing` leaves nothing to pad: write `padding: longest`, or `packing: false`"
+        yield "packing", "`packing` leaves no padding: write `padding: longest`, or `packing: false`"
     if config.packing and config.task in ("preference_tuning", "classification"):
         yield (
             "packing",
-            f"`packing` does not work with `task: {config.task}`, which looks at answers one by one: write `packing: false`",
+            f"`packing` does not work with `task: {config.task}`, which scores each answer separately: write `packing: false`",
         )
     if config.task == "preference_tuning" and config.kernels == "unsloth":
         yield (
             "kernels",
-            "`kernels: unsloth` does not work with `task: preference_tuning`, which compares log-probabilities where "
-            "Unsloth's forward pass gives a loss: write `kernels: liger` or `torch`",
+            "`kernels: unsloth` does not work with `task: preference_tuning`: the task needs log-probabilities, but "
+            "Unsloth's forward pass returns only a loss: write `kernels: liger` or `torch`",
         )
     if config.packing and config.kernels == "unsloth":
         yield (
             "packing",
-            "`packing` does not work with `kernels: unsloth`, whose attention lets packed rows see one another: "
+            "`packing` does not work with `kernels: unsloth`, whose attention does not separate packed rows: "
             "write `kernels: liger` or `torch`, or `packing: false`",
         )
 
@@ -834,56 +833,62 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     weighted = [source.weight is not None for source in config.train_sources]
     if any(weighted) and not all(weighted):
-        yield "train_path", "`train_path` has a weight for some sources only: write one for each, or none"
+        yield (
+            "train_path",
+            "`train_path` has a weight for some sources only: add one to each source, or remove all",
+        )
     if any(source.weight is not None for source in config.valid_sources):
         yield (
             "valid_path",
-            "`valid_path` has weights, but each validation row is evaluated once: leave them out",
+            "`valid_path` has weights, but each validation row is evaluated once: remove the weights",
         )
     if config.prompt_template is not None:
         if config.chat_template is not None:
-            yield "prompt_template", "`prompt_template` and `chat_template` both lay out rows: keep one"
+            yield "prompt_template", "`prompt_template` and `chat_template` both format rows: remove one"
         if fault := _prompt_template_fault(config.prompt_template):
             yield "prompt_template", fault
         if config.task in ("preference_tuning", "classification"):
             yield (
                 "prompt_template",
-                f"`prompt_template` does not work with `task: {config.task}`: leave it out",
+                f"`prompt_template` does not work with `task: {config.task}`: remove it",
             )
     if config.data_format == "preference" and config.task != "preference_tuning":
-        yield "data_format", "`data_format: preference` is for `task: preference_tuning`: write that task too"
+        yield (
+            "data_format",
+            "`data_format: preference` requires `task: preference_tuning`: set that task as well",
+        )
     if config.task == "preference_tuning" and config.data_format not in ("auto", "preference"):
         yield (
             "data_format",
-            f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: write `preference`",
+            f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`",
         )
     if config.data_format == "text" and config.task != "causal_lm":
-        yield "data_format", "`data_format: text` has no answer to train on: write `task: causal_lm`"
+        yield "data_format", "`data_format: text` has no answers to train on: write `task: causal_lm`"
     if config.data_format == "classification" and config.task != "classification":
         yield (
             "data_format",
-            "`data_format: classification` is for `task: classification`: write that task too",
+            "`data_format: classification` requires `task: classification`: set that task as well",
         )
 
 
 def _prompt_template_fault(template: str) -> str | None:
-    """Why rows cannot be laid out by it, if they cannot."""
-    braces = "write {{ and }} for braces that are text, and {column} for a place"
+    """Return why the template cannot render rows; None if it can."""
+    braces = "write {{ and }} for literal braces, and {column} for a placeholder"
     try:
         places = [parts[1:] for parts in string.Formatter().parse(template) if parts[1] is not None]
     except ValueError as error:
-        return f"`prompt_template` cannot be read ({error}): {braces}"
+        return f"`prompt_template` cannot be parsed ({error}): {braces}"
     names = [str(name) for name, _, _ in places]
     for name, form, conversion in places:
         if form or conversion or not re.fullmatch(r"\w*[^\W\d]\w*", str(name)):
-            return f"`prompt_template` has a place that names no column ({{{name}…}}): {braces}"
+            return f"`prompt_template` has a placeholder that is not a column name ({{{name}…}}): {braces}"
     if len(names) < 2 or not template.rstrip().endswith(f"{{{names[-1]}}}"):
         return (
-            "`prompt_template` needs at least two {column} places and ends with the answer's: write something "
+            "`prompt_template` needs at least two {column} placeholders and must end with the answer's: write something "
             'like "### Instruction: {instruction} ### Response: {output}"'
         )
     if names[-1] in names[:-1]:
-        return f"`prompt_template` has the answer's place `{names[-1]}` twice: keep the one at its end"
+        return f"`prompt_template` contains the answer's placeholder `{names[-1]}` twice: keep the one at the end"
     return None
 
 
@@ -891,45 +896,51 @@ def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     gpus = config.worker_resources.get("GPU")
     key = "worker_resources.GPU"
     if gpus is not None and gpus > 1:
-        yield key, f"`{key}` is {gpus}, but a worker has one device: write `GPU: 1` and raise `num_devices`"
+        yield (
+            key,
+            f"`{key}` is {gpus}, but each worker has one device: write `GPU: 1` and increase `num_devices`",
+        )
     if gpus == 0 and config.device == "cuda":
-        yield key, f"`{key}` is 0 with `device: cuda`: leave `GPU` out, or write `device: cpu`"
+        yield key, f"`{key}` is 0 with `device: cuda`: remove `GPU`, or write `device: cpu`"
     if gpus and config.device == "cpu":
-        yield key, f"`{key}` is {gpus} with `device: cpu`: leave `GPU` out, or write `device: cuda`"
+        yield key, f"`{key}` is {gpus} with `device: cpu`: remove `GPU`, or write `device: cuda`"
     named = [name for name in config.worker_resources if name.startswith(ACCELERATOR)]
     if len(named) > 1:
         yield (
             "worker_resources",
-            f"`worker_resources` asks for {' and '.join(named)}, and a node has one of them: write one, on the command line as "
+            f"`worker_resources` requests {' and '.join(named)}, but a node has only one of them: keep one, on the command line as "
             "`worker_resources='{accelerator_type:NAME: 0.001}'`",
         )
     for name in named:
         if name == ACCELERATOR or config.worker_resources[name] > 1:
             yield (
                 f"worker_resources.{name}",
-                "an accelerator is asked for by a name, and Ray gives a node 1 of it: write "
+                "an accelerator type needs a name and at most 1, which is all that Ray assigns to a node: write "
                 "`accelerator_type:A10G: 0.001`",
             )
     if config.kernels == "liger" and config.device == "cpu":
-        yield "kernels", "`kernels: liger` needs a GPU: write `kernels: auto` or `torch` with `device: cpu`"
+        yield (
+            "kernels",
+            "`kernels: liger` requires a GPU: write `kernels: auto` or `torch` with `device: cpu`",
+        )
 
 
 def _precision_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if config.load_in_4bit and not config.trains_adapter:
         yield (
             "load_in_4bit",
-            "`load_in_4bit` cannot be trained full-parameter: add `lora_config` "
+            "`load_in_4bit` does not support full-parameter training: add `lora_config` "
             "(or `initial_adapter_model_ckpt_path`), or write `load_in_4bit: false`",
         )
     if config.dtype == "fp32" and config.flash_attention_2:
         yield (
             "flash_attention_2",
-            "`flash_attention_2` computes in bf16 only: write `dtype: bf16`, or leave it out",
+            "`flash_attention_2` supports bf16 only: write `dtype: bf16`, or remove it",
         )
     if config.gradient_checkpointing == "unsloth" and config.kernels not in ("unsloth", "auto"):
         yield (
             "gradient_checkpointing",
-            f"`gradient_checkpointing: unsloth` needs `kernels: unsloth`, not "
+            f"`gradient_checkpointing: unsloth` requires `kernels: unsloth`, not "
             f"`{config.kernels}`: write `true`",
         )
 
@@ -940,14 +951,14 @@ def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if config.deepspeed is not None:
         yield (
             "num_devices",
-            "`num_devices` as a range does not work with `deepspeed`, whose checkpoints hold the optimizer in as many pieces as there "
-            f"were devices: write `num_devices: {config.num_devices.max}`, or leave `deepspeed` out",
+            "`num_devices` as a range does not work with `deepspeed`, whose checkpoints shard the optimizer over a fixed number of "
+            f"devices: write `num_devices: {config.num_devices.max}`, or remove `deepspeed`",
         )
     if config.preference_tuning_config and config.preference_tuning_config.loss == "kto":
         yield (
             "num_devices",
-            "`num_devices` as a range does not work with `loss: kto`, which looks at all pairs that the devices hold at once: write "
-            f"`num_devices: {config.num_devices.max}`, or another loss",
+            "`num_devices` as a range does not work with `loss: kto`, which depends on the pairs that all devices process at once: "
+            f"write `num_devices: {config.num_devices.max}`, or use another loss",
         )
 
 
@@ -968,8 +979,11 @@ def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "`kernels: unsloth` does not work with ZeRO-3: write `kernels: liger` or `torch`, or use zero_2",
         )
     if offloads and config.device == "cpu":
-        yield "deepspeed", "offloading to CPU memory has no use with `device: cpu`: write `deepspeed: zero_3`"
-    # Accelerate swaps the optimizer for DeepSpeed's CPU one, and takes plain Adam for any it does not know.
+        yield (
+            "deepspeed",
+            "offloading to CPU memory has no effect with `device: cpu`: write `deepspeed: zero_3`",
+        )
+    # Accelerate replaces the optimizer with DeepSpeed's CPU optimizer, and unknown ones with plain Adam.
     in_cpu_memory = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit")
     if offloads and config.optim not in in_cpu_memory:
         yield (
@@ -1015,7 +1029,7 @@ def _uri_kinds(*annotations: Any) -> Iterator[UriKind]:
 
 
 def sections_of(annotation: Any) -> Iterator[type[Section]]:
-    """The section classes in a field's annotation."""
+    """Yield the section classes in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):

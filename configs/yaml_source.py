@@ -1,8 +1,7 @@
-"""YAML text -> plain data that remembers where every value was written.
+"""Parse YAML text into plain data that records the source line of every value.
 
-The YAML is the plain part of the language: mappings, lists and scalars. Anchors, aliases, merge keys and tags
-are refused, a key stands once, and a scalar means what it looks like: `5e-6` is a number, `yes`, `on`,
-`12:30` and `2024-01-01` are text.
+Only the plain subset of YAML is supported: mappings, lists and scalars. Anchors, aliases, merge keys, tags and duplicate
+keys are errors. Scalars are interpreted as they look: `5e-6` is a number; `yes`, `on`, `12:30` and `2024-01-01` are text.
 """
 
 import json
@@ -19,29 +18,29 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 KeyPath = tuple[str | int, ...]
-"""The way to a value: keys of mappings and positions in lists, `()` for the whole document."""
+"""Path to a value: keys of mappings and indices of lists; `()` is the complete document."""
 
 
 class ConfigError(AnnealError):
-    """A user's mistake in the YAML or an override; the message is complete."""
+    """An error in the YAML or in an override; the message is complete."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written."""
+    """The source location of a value."""
 
     label: str
-    """What a message opens with: `run.yaml:12` or `override 'seed=1'`."""
+    """Prefix of a message: `run.yaml:12` or `override 'seed=1'`."""
 
     order: int
-    """Sorts messages: lines of the file, then overrides."""
+    """Sort key of messages: lines of the file, then overrides."""
 
     from_override: bool = False
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the key it is about, where it stands, and what to do."""
+    """One error: its key, its location, and how to fix it."""
 
     path: KeyPath
     origin: Origin
@@ -53,24 +52,24 @@ class Problem:
 
 @dataclass
 class Document:
-    """Parsed data, the origin of each value in it, and the mistakes of form that were found on the way."""
+    """Parsed data, the origin of each value in it, and the syntax errors found during parsing."""
 
     data: Any
     origins: dict[KeyPath, Origin]
     problems: list[Problem] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin:
-        """Origin of `path`, or of the nearest section around it that was written."""
+        """Return the origin of `path`, or of the nearest enclosing section with a known origin."""
         while path not in self.origins:
             path = path[:-1]
         return self.origins[path]
 
     def complain(self, path: KeyPath, text: str) -> None:
-        """Adds a problem with the value at `path`."""
+        """Add a problem with the value at `path`."""
         self.problems.append(Problem(path, self.origin(path), text))
 
     def put(self, path: KeyPath, value: "Document") -> None:
-        """Sets `path`, whose section must exist, to another document's data, origins included."""
+        """Set `path`, whose section must exist, to the data and origins of another document."""
         section = self.data
         for key in path[:-1]:
             section = section[key]
@@ -85,26 +84,23 @@ class Document:
 def parse_yaml(
     text: str, origin_at: Callable[[int], Origin], repeatable: frozenset[str] = frozenset()
 ) -> Document:
-    """Parses one YAML document.
+    """Parse one YAML document.
 
     Args:
-        text: the document; empty text is the value None.
-        origin_at: the origin of a line (lines count from 1).
-        repeatable: top-level keys that may stand more than once (the last one counts).
-
-    Raises:
-        ConfigError: the text is not YAML, is nested too deeply, or holds several documents.
+        text: the document; empty text gives None.
+        origin_at: returns the origin of a line (lines count from 1).
+        repeatable: top-level keys that may occur more than once (the last one wins).
     """
     return _Builder(_events(text, origin_at), origin_at, repeatable).document()
 
 
 def dotted(path: KeyPath) -> str:
-    """`("lora_config", "r")` -> `lora_config.r`, as a message shows it."""
+    """Return a path as messages print it: `("lora_config", "r")` -> `lora_config.r`."""
     return _presentable(".".join(str(part) for part in path))
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: one line, shortened, and masked when it looks like a secret."""
+    """Return a value as messages print it: one line, shortened, and masked if it looks like a secret."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return _presentable(text)
 
@@ -112,19 +108,18 @@ def shown(value: object) -> str:
 def _presentable(text: str) -> str:
     if looks_secret(text):
         return "(not shown)"
-    # A surrogate or a control character in a message would break the terminal that prints it.
+    # A surrogate or a control character in a message would break the terminal.
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
 
 
 def looks_secret(text: str) -> bool:
-    """True for text that holds a token, a key, or a URL with credentials in it."""
+    """Return true for text that contains a token, a key, or a URL with credentials."""
     return _SECRET_VALUE.search(text) is not None
 
 
 def names_secret(key: str) -> bool:
-    """True for a key whose value one would not want to see on a screen: `hf_token`,
-    `aws_secret_access_key`."""
+    """Return true for a key whose value is probably secret, such as `hf_token` or `aws_secret_access_key`."""
     return _SECRET_KEY.search(key) is not None
 
 
@@ -146,7 +141,7 @@ _SECRET_KEY = re.compile(
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-# Forty digits are enough for anybody, and keep clear of Python's limit on converting long integers.
+# Forty digits are enough, and stay below Python's limit for converting long integers.
 _DIGITS = r"[0-9](?:_?[0-9])*"
 _INT = re.compile(r"[-+]?(0|[1-9](_?[0-9]){0,40})\Z")
 _FLOAT = re.compile(rf"[-+]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][-+]?[0-9]+)?\Z")
@@ -155,14 +150,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def plain_scalar(text: str) -> Any:
-    """The value of an unquoted scalar: None, a bool, an int, a float, or the text itself."""
+    """Return the value of an unquoted scalar: None, a bool, an int, a float, or the text itself."""
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
     if _INT.match(text):
         return int(text)
-    # `007` and a bare run of digits too long for _INT stay text: no guess which number was meant.
+    # `007` and digit strings too long for _INT stay text, because the intended number is unclear.
     if _FLOAT.match(text) and any(mark in text for mark in ".eE"):
         return float(text)
     if _NOT_FINITE.match(text):
@@ -171,7 +166,7 @@ def plain_scalar(text: str) -> Any:
 
 
 def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Event]:
-    """The parser's events, its exceptions turned into ConfigError."""
+    """Yield the parser's events; convert its exceptions into ConfigError."""
     line = 1
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -180,7 +175,7 @@ def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Even
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
-            f"{origin_at(line).label}: a control character stands here: delete it, or save the "
+            f"{origin_at(line).label}: the line contains a control character: delete it, or save the "
             f"file as plain text"
         ) from error
     except yaml.MarkedYAMLError as error:
@@ -190,7 +185,7 @@ def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Even
             f"{origin_at(line).label}: not valid YAML: {_advice(error.problem or '')}"
         ) from error
     except (ValueError, OverflowError) as error:
-        # PyYAML lets chr() and int() fail on an escape or a directive that is out of range.
+        # PyYAML does not catch errors of chr() and int() for an escape or a directive that is out of range.
         raise ConfigError(
             f"{origin_at(line).label}: not valid YAML: an escape or directive is out of range"
         ) from error
@@ -198,18 +193,18 @@ def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Even
 
 def _advice(problem: str) -> str:
     if "mapping values are not allowed" in problem:
-        return f"{problem}: check the indentation, and quote text that holds `: `"
+        return f"{problem}: check the indentation, and quote text that contains `: `"
     if "<block end>" in problem:
         return f"{problem}: check the indentation, the quotes and the `key: value` form of this line"
     if "cannot start any token" in problem:
-        return f"{problem}: indent with spaces, and quote text that opens with a special character"
+        return f"{problem}: indent with spaces, and quote text that starts with a special character"
     if "end of stream" in problem:
         return f"{problem}: close the quote or bracket that is open at the end of the file"
     return problem
 
 
 class _Builder:
-    """Turns parser events into data, collecting mistakes of form."""
+    """A builder that converts parser events into data and collects syntax errors."""
 
     def __init__(
         self, events: Iterator[yaml.Event], origin_at: Callable[[int], Origin], repeatable: frozenset[str]
@@ -228,7 +223,7 @@ class _Builder:
         after = next(self._events)
         if not isinstance(after, yaml.StreamEndEvent):
             raise ConfigError(
-                f"{self._here(after).label}: a second YAML document starts here: keep one, "
+                f"{self._here(after).label}: a second YAML document starts here: keep only one, "
                 f"without `---` lines"
             )
         return self._document
@@ -241,11 +236,11 @@ class _Builder:
             raise ConfigError(f"{self._here(event).label}: nested more than {MAX_DEPTH} levels deep")
         self._document.origins.setdefault(path, self._here(event))
         if isinstance(event, yaml.AliasEvent):
-            self._document.complain(path, f"{_name(path)} is an alias (`*name`): write the value out instead")
+            self._document.complain(path, f"{_name(path)} is an alias (`*name`): write the value itself")
             return None
         assert isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent))
         if event.anchor is not None:
-            self._document.complain(path, f"{_name(path)} has an anchor (`&name`): leave it out")
+            self._document.complain(path, f"{_name(path)} has an anchor (`&name`): remove it")
         if event.tag is not None:
             self._document.complain(path, f"{_name(path)} has a tag (`!...`): write the plain value")
         if isinstance(event, yaml.ScalarEvent):
@@ -257,7 +252,7 @@ class _Builder:
     def _scalar(self, event: yaml.ScalarEvent, path: KeyPath) -> Any:
         if _SURROGATE.search(event.value):
             self._document.complain(
-                path, f"{_name(path)} holds half a character (a lone surrogate): retype it"
+                path, f"{_name(path)} contains half a character (a lone surrogate): retype it"
             )
             return None
         return event.value if event.style else plain_scalar(event.value)
@@ -277,23 +272,27 @@ class _Builder:
             if key in mapping and not (path == () and key in self._repeatable):
                 first = self._document.origins[below].label
                 self._document.problems.append(
-                    Problem(below, origin, f"`{dotted(below)}` is given twice, first at {first}: keep one")
+                    Problem(below, origin, f"`{dotted(below)}` is set twice, first at {first}: keep one")
                 )
             self._document.origins[below] = origin
             mapping[key] = self._node(next(self._events), below)
         return mapping
 
     def _key(self, event: yaml.Event, path: KeyPath) -> str:
-        """The key as it was written (`1` and `on` are text), or a stand-in for one that cannot be used."""
+        """Return the key as written (`1` and `on` are text), or a placeholder for an invalid one."""
         if not isinstance(event, yaml.ScalarEvent):
             self._node(event, (*path, "?"))
-            self._unusable(event, path, "a key is a list, a mapping or an alias: keys are plain text")
+            self._unusable(event, path, "a key is a list, a mapping or an alias: keys must be plain text")
             return "?"
         if event.anchor is not None or event.tag is not None or _SURROGATE.search(event.value):
-            self._unusable(event, path, "a key has an anchor, a tag or half a character: keys are plain text")
+            self._unusable(
+                event, path, "a key has an anchor, a tag or half a character: keys must be plain text"
+            )
             return "?"
         if event.value == "<<" and not event.style:
-            self._unusable(event, path, "`<<` merges mappings, which is not supported: write the keys out")
+            self._unusable(
+                event, path, "`<<` merges mappings, which is not supported: write the keys themselves"
+            )
             return "?"
         if not event.value:
             self._unusable(event, path, "a key is empty: write `key: value`")

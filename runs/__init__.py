@@ -1,1 +1,1 @@
-"""What a run leaves in the bucket."""
+"""The records that a run stores in the bucket, and the commands that read them."""

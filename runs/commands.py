@@ -20,9 +20,9 @@ from utils.store import explained
 COMMANDS = {
     "runs": "list the runs in a storage path, the most recently active first",
     "show": "show one run",
-    "compare": "compare runs, and draw their eval losses in one picture",
+    "compare": "compare runs and plot their eval losses in one chart",
 }
-"""Each command and its help; a YAML file of such a name is written ./runs."""
+"""Help text of each command. A YAML file with such a name must be given with a path, such as ./runs."""
 
 PICTURE = "comparison.png"
 
@@ -31,7 +31,7 @@ def list_command(storage_path: str | None, as_json: bool) -> None:
     """List the runs in a storage path."""
     storage = storage_path or default_storage()
     if storage.startswith("run:"):
-        raise BucketError(f"{storage} is a run, not a storage path. Show it with main.py show {storage}.")
+        raise BucketError(f"{storage} is a run, not a storage path; show it with main.py show {storage}")
     with _reach([storage]):
         runs = list_runs(storage)
     output = _output()
@@ -54,11 +54,7 @@ def show_command(run: str, as_json: bool) -> None:
 
 
 def compare_command(runs: list[str], picture: Path, as_json: bool) -> None:
-    """Compare runs, and draw their eval losses.
-
-    Raises:
-        BucketError: a run cannot be read, or the picture cannot be written.
-    """
+    """Compare runs, and plot their eval losses to a PNG file."""
     _check_picture(picture)
     uris = [run_uri(run) for run in runs]
     with _reach(uris):
@@ -89,12 +85,14 @@ def _check_picture(path: Path) -> None:
         if path.is_dir():
             raise BucketError(f"cannot write {path}: it is a directory; name a file in it: {path / PICTURE}")
         if path.suffix != ".png":
-            raise BucketError(f"cannot write {path}: the picture is a PNG; name a file that ends with .png")
+            raise BucketError(
+                f"cannot write {path}: the chart is a PNG file; give a name that ends with .png"
+            )
         if not path.parent.is_dir():
-            wrong = "is a file" if path.parent.exists() else "is no directory that exists"
-            raise BucketError(f"cannot write {path}: {path.parent} {wrong}; name a file in a directory")
+            wrong = "is a file" if path.parent.exists() else "is not an existing directory"
+            raise BucketError(f"cannot write {path}: {path.parent} {wrong}; give a file in a directory")
 
 
 def _reach(uris: Sequence[str]) -> AbstractContextManager[object]:
-    """Start the embedded bucket where one of the URIs is in it."""
+    """Start the embedded bucket if one of the URIs is in it."""
     return embedded_bucket() if any(map(uses_embedded_bucket, uris)) else nullcontext()

@@ -1,4 +1,4 @@
-"""What runs have in common and where they differ: settings side by side, curves in one picture."""
+"""Compare runs: settings side by side, curves in one chart."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from configs.loading import flat
 from runs.curve import draw_eval_curves
 from runs.listing import RunDetails, read_run
 
-_NOT_COMPARED = {"run_name", "storage_path", "output_dir"}  # where a run is, not what it is
+_NOT_COMPARED = {"run_name", "storage_path", "output_dir"}  # these only name and locate a run
 _WHAT_IS_EVALUATED = {"valid_path", "task", "preference_tuning_config", "classifier_config"}
 
 
@@ -20,13 +20,13 @@ class Comparison(BaseModel):
 
     runs: list[RunDetails]
     differences: dict[str, list[Any]]
-    """Keys of the configuration that are not the same everywhere -> their values, in the order of the runs."""
+    """Configuration keys whose values differ between runs -> values in the order of the runs."""
     incomparable_by: list[str]
-    """Those of them that make eval losses mean something else in one run than in another."""
+    """Differing keys that make eval losses incomparable."""
 
 
 def compare_runs(uris: Sequence[str]) -> Comparison:
-    """Read runs and compare them; errors as of `read_run`."""
+    """Read runs and compare them."""
     runs = [read_run(uri) for uri in uris]
     evaluated = _differences([run for run in runs if run.eval_losses])
     return Comparison(
@@ -44,13 +44,13 @@ def _differences(runs: Sequence[RunDetails]) -> dict[str, list[Any]]:
 
 
 def draw(comparison: Comparison) -> bytes | None:
-    """The eval losses of all runs over epochs as a PNG; None where no run has any."""
+    """Return a PNG of the eval losses of all runs over epochs; None if no run has any."""
     curves = {run.run_uri: run.eval_losses for run in comparison.runs if run.eval_losses}
     names = _shortest_names(list(curves))
     return draw_eval_curves({names[uri]: losses for uri, losses in curves.items()}) if curves else None
 
 
 def _shortest_names(uris: Sequence[str]) -> dict[str, str]:
-    """The last parts of URIs, or the URIs themselves where those would be the same."""
+    """Return the last part of each URI, or the complete URIs if the last parts are not unique."""
     names = {uri: uri.rpartition("/")[2] for uri in uris}
     return names if len(set(names.values())) == len(uris) else {uri: uri for uri in uris}

@@ -20,9 +20,9 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     is_marked: bool = False
-    """Whether each point has a marker."""
+    """Draw a marker at each point."""
     is_parents: bool = False
-    """Whether it belongs to the parent run."""
+    """Use the style of the parent run."""
 
 
 def draw_eval_curve(
@@ -42,7 +42,7 @@ def draw_eval_curve(
                 xytext=(4, 6),
                 fontsize=8,
             )
-        axes.margins(x=0.12, y=0.15)  # room for the figures beside the points
+        axes.margins(x=0.12, y=0.15)  # space for the figures next to the points
     return picture.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The one place that knows how a run lies in the bucket: its paths and its typed records."""
+"""The layout of a run in the bucket: its paths and its typed records. No other module builds these paths."""
 
 import hashlib
 import json
@@ -31,17 +31,17 @@ EXPORT_FILE = "EXPORT.json"
 EVALUATIONS = "evaluations"
 
 CLAIM_EXPIRES_SECONDS = 30.0
-"""A claim that was not renewed for so long is nobody's any more."""
+"""A claim that was not renewed for this long has expired."""
 
 RunStatus = Literal["completed", "stopped", "failed"]
 
 
 CLUSTER_STORAGE = Path("/mnt/cluster_storage")
-"""A directory that all nodes of an Anyscale cluster share, where it exists."""
+"""A directory shared by all nodes of an Anyscale cluster; exists only there."""
 
 
 def default_storage() -> str:
-    """Where runs go when nothing says otherwise: Anyscale's artifact storage, what its nodes share, else the embedded bucket."""
+    """Return the default storage path: Anyscale's artifact storage, its shared directory, or the embedded bucket."""
     if artifacts := os.environ.get("ANYSCALE_ARTIFACT_STORAGE"):
         return join_uri(artifacts, "anneal")
     if CLUSTER_STORAGE.is_dir():
@@ -50,49 +50,49 @@ def default_storage() -> str:
 
 
 def checkpoint_key(step: int, file: str = "") -> str:
-    """The key of a checkpoint (or of a file in it), relative to the run: zero-padded, so that keys sort by step."""
+    """Return the key of a checkpoint (or of a file in it) relative to the run, zero-padded so that keys sort by step."""
     return f"{CHECKPOINTS}/step-{step:06d}/{file}"
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
-    """A checkpoint's URI."""
+    """Return a checkpoint's URI."""
     return join_uri(run_uri, checkpoint_key(step))
 
 
 def run_digest(run_uri: str) -> str:
-    """Tells runs of one name in different places apart, where a URI cannot stand."""
+    """Return a short id that distinguishes runs of the same name, for names that cannot contain a URI."""
     return hashlib.sha256(run_uri.encode()).hexdigest()[:16]
 
 
 def run_of(checkpoint: str) -> str:
-    """A checkpoint's URI -> its run's; nothing of what is no run's checkpoint."""
+    """Return the URI of the run that a checkpoint URI belongs to; empty if it is not a run's checkpoint."""
     run, _, name = checkpoint.rstrip("/").rpartition(f"/{CHECKPOINTS}/")
     return run if re.fullmatch(r"step-\d+", name) else ""
 
 
 def export_uri(run_uri: str, step: int, kind: str) -> str:
-    """Where an export of a checkpoint goes when nothing says otherwise."""
+    """Return the default destination of an export of a checkpoint."""
     return join_uri(run_uri, EXPORTS, f"step-{step:06d}-{kind}")
 
 
 def evaluation_key(name: str) -> str:
-    """The key of an evaluation's rows, relative to the run."""
+    """Return the key of an evaluation's rows, relative to the run."""
     return f"{EVALUATIONS}/{name}.jsonl"
 
 
 def claim_key(number: int) -> str:
-    """The key of a claim on the run, relative to it; the highest number counts."""
+    """Return the key of a claim on the run, relative to the run; the highest number is valid."""
     return f"{CLAIMS}/{number:06d}.json"
 
 
 def use_key(checkpoint: str, run_uri: str) -> str:
-    """The key, in the run of a checkpoint, of the mark that another run started from it."""
+    """Return the key of the record, in a checkpoint's run, that another run started from the checkpoint."""
     step = checkpoint.rstrip("/").rpartition("/")[2]
     return f"{USES}/{step}/{run_digest(run_uri)}.json"
 
 
 def step_of_use(key: str) -> int:
-    """The step of the checkpoint that a mark is about."""
+    """Return the step of the checkpoint that a use record refers to."""
     return int(key.split("/")[1].removeprefix("step-"))
 
 
@@ -101,36 +101,36 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """A file of a checkpoint as it was staged."""
+    """A file of a checkpoint as it was staged for upload."""
 
     path: str
-    """Relative to the checkpoint."""
+    """Path relative to the checkpoint."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     checksum: str
-    """`crc64nvme:<hex>` of the content."""
+    """Checksum of the content: `crc64nvme:<hex>`."""
 
 
 class DataPosition(_Record):
-    """Where the next optimizer step reads from."""
+    """The data position at which the next optimizer step starts."""
 
     epoch: int
-    """Whole epochs trained."""
+    """Completed epochs."""
     steps_in_epoch: int
-    """Optimizer steps taken in the epoch that has begun."""
+    """Optimizer steps completed in the current epoch."""
     rows_seen: int
-    """Rows trained since step 0, padding rows not counted."""
+    """Rows trained since step 0, excluding padding rows."""
 
 
 class DataFingerprints(_Record):
-    """What the rows were, as tokens: equal for the same content wherever it lies."""
+    """Fingerprints of the tokenized rows: equal for the same content in any location."""
 
     train: str
     valid: str | None
 
 
 class Manifest(_Record):
-    """Written last: a checkpoint exists when its manifest does, and is whole when every file matches it."""
+    """The record that commits a checkpoint. It is written last; the checkpoint is complete if every file matches it."""
 
     format: Literal[1] = 1
     step: int
@@ -150,20 +150,20 @@ class Manifest(_Record):
 
 
 class Export(_Record):
-    """Written last into an export: it exists when this does, and is whole when every file matches it."""
+    """The record that commits an export. It is written last; the export is complete if every file matches it."""
 
     format: Literal[1] = 1
     checkpoint: str
-    """URI of what was exported."""
+    """URI of the exported checkpoint."""
     uri: str
-    """Where it was written."""
+    """URI of the export."""
     kind: Literal["model", "merged", "adapter"]
     dtype: Literal["bf16", "fp16", "fp32"] | None
-    """Of the weights; None: an adapter's own."""
+    """Data type of the weights; None: an adapter's own."""
     gguf: str | None
-    """The GGUF file beside them."""
+    """Name of the additional GGUF file, if any."""
     notes: list[str]
-    """What a person should know of how it was made."""
+    """Notes for users about the conversion."""
     created: str
     """UTC, ISO 8601."""
     versions: dict[str, str]
@@ -171,46 +171,46 @@ class Export(_Record):
 
 
 class Claim(_Record):
-    """Who trains the run now."""
+    """The driver that currently trains the run."""
 
     number: int
     token: str
-    """Random: tells claims of one number apart."""
+    """Random; distinguishes claims with the same number."""
     owner: str
-    """For people: who and where."""
+    """Human-readable user and host."""
     since: str
     """UTC, ISO 8601."""
     machine: str
     process: int
-    """Of the driver, on that machine."""
+    """Process id of the driver on that machine."""
     process_started: float
-    """Seconds after that machine's boot."""
+    """Start of that process in seconds after the machine's boot."""
 
     def owner_lives(self) -> bool | None:
-        """What the kernel says of its driver; None where that is on another machine, and only renewing tells."""
+        """Return whether the driver process is alive; None on another machine, where only renewals show it."""
         if self.machine != this_machine():
             return None
         return started_after_boot(self.process) == self.process_started
 
 
 class CheckpointUse(_Record):
-    """A run that started from this run's checkpoint and needs it until it is completed."""
+    """A run that started from this run's checkpoint and needs it until it has completed."""
 
     run_uri: str
 
 
 class EvalLoss(_Record):
-    """One evaluation; `eval_loss` is nats a trained token, weighted by tokens."""
+    """One evaluation; `eval_loss` is in nats per loss token, weighted by tokens."""
 
     step: int
     epoch: float
     eval_loss: float
     figures: dict[str, float] = {}
-    """What the task reports beside the loss: accuracy and f1 of a classification, rewards of preference tuning."""
+    """Other metrics of the task: accuracy and f1 for classification, rewards for preference tuning."""
 
 
 class MetricsLine(BaseModel):
-    """A line of metrics.jsonl: an optimizer step (`loss`) or an evaluation (`eval_loss`), and what else was measured."""
+    """A line of metrics.jsonl: an optimizer step (`loss`) or an evaluation (`eval_loss`), with further metrics."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -224,7 +224,7 @@ class MetricsLine(BaseModel):
 
 
 def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:
-    """What a line of metrics.jsonl holds of an evaluation beside its loss."""
+    """Return the evaluation metrics of a metrics.jsonl line, excluding the loss."""
     return {
         name.removeprefix("eval_"): value
         for name, value in logged.items()
@@ -233,42 +233,42 @@ def eval_figures(logged: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_metric(logged: Mapping[str, Any]) -> bool:
-    """Whether what a trainer logged is of a step or of an evaluation."""
+    """Return whether a trainer's log entry belongs to a step or an evaluation."""
     return "loss" in logged or "eval_loss" in logged
 
 
 def metrics_lines(log: Sequence[Mapping[str, Any]]) -> str:
-    """The lines of metrics.jsonl, from all that a trainer has logged since step 0."""
+    """Return the text of metrics.jsonl from all log entries of a trainer since step 0."""
     return "".join(json.dumps(logged) + "\n" for logged in log if is_metric(logged))
 
 
 Phase = Literal["data", "forward", "backward", "optimizer", "evaluation", "saving", "upload_stall", "other"]
-"""Where the time of training goes; training/speed.py says what each means."""
+"""Phases that training time is divided into; training/speed.py defines each."""
 
 
 class Speed(_Record):
-    """How fast an attempt trained: over its steps, all workers together, evaluation and saving left out."""
+    """Training speed of an attempt over its steps: all workers together, excluding evaluation and saving."""
 
     tokens_per_second: float = 0.0
-    """Of the rows, padding not counted."""
+    """Tokens of the rows, excluding padding."""
     trained_tokens_per_second: float = 0.0
-    """Those of them that the loss looks at."""
+    """Loss tokens: tokens that contribute to the loss."""
     mfu: float | None = None
-    """Model FLOPs utilisation, 0 to 1: the operations a second that training needs (training/flops.py), over those that the
-    devices can do at most; None where either is not known."""
+    """Model FLOPs utilization, 0 to 1: FLOPs per second that training needs (training/flops.py), divided by the peak FLOPs
+    of the devices; None if either is unknown."""
     peak_memory_bytes: int = 0
-    """Of the first worker: on a GPU what its tensors took at most, else its process's resident memory."""
+    """Peak memory of the first worker: of its tensors on a GPU, otherwise the resident memory of its process."""
     seconds: dict[Phase, float] = {}
-    """By phase, of the first worker, from the beginning of training."""
+    """Seconds per phase of the first worker, from the start of training."""
 
 
 class RunResult(_Record):
-    """What `result.json` holds and `--json` prints."""
+    """The content of `result.json` and of `--json`."""
 
     status: RunStatus
     reason: str
     stop_signal: int | None = None
-    """The number of the signal that stopped it, if one did."""
+    """Number of the signal that stopped the run, if any."""
     run_name: str
     run_uri: str
     best_checkpoint: str | None
@@ -276,34 +276,34 @@ class RunResult(_Record):
     eval_losses: list[EvalLoss]
     train_steps: int
     tokens: int
-    """Tokens of the rows trained on since step 0, earlier attempts included, padding not counted."""
+    """Tokens of the rows trained on since step 0, including earlier attempts and excluding padding."""
     trained_tokens: int
-    """Those of them that the loss looks at."""
+    """Loss tokens among them."""
     tokens_per_second: float
-    """As in `speed`."""
+    """Same as in `speed`."""
     speed: Speed = Speed()
-    """Of this attempt, until its last checkpoint."""
+    """Speed of this attempt, until its last checkpoint."""
     elapsed_seconds: float
-    """Of this attempt: from the driver's start to the result."""
+    """Duration of this attempt, from the start of the driver to the result."""
     parent: str | None
     trainable_parameters: int
     failures: list[str] = []
-    """Why workers were lost and started again in this attempt."""
+    """Reasons for the restarts of workers in this attempt."""
     log_files: list[str]
     """Library output of the driver and the workers, as paths on their nodes."""
     versions: dict[str, str]
     ended: str | None = None
-    """UTC, ISO 8601; None in results of before it was told."""
+    """UTC, ISO 8601; None in results of earlier versions."""
 
     @property
     def chosen(self) -> Literal["best", "latest"]:
-        """Which one `best_checkpoint` is: the best by eval loss, or the latest if none was evaluated."""
+        """Return which checkpoint `best_checkpoint` is: the best by eval loss, or the latest if none was evaluated."""
         evaluated = {checkpoint_uri(self.run_uri, loss.step) for loss in self.eval_losses}
         return "best" if self.best_checkpoint in evaluated else "latest"
 
     @property
     def exit_code(self) -> int:
-        """What main.py ends with: 0 done, 1 failed, 128 + the signal that stopped it."""
+        """Return the exit code of main.py: 0 done, 1 failed, 128 + the signal that stopped it."""
         if self.stop_signal is not None:
             return 128 + self.stop_signal
         return 0 if self.status == "completed" else 1

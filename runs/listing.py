@@ -1,7 +1,7 @@
-"""The runs below a place, and one of them in full.
+"""List the runs in a storage path, and show the details of one run.
 
-A run of a thousand costs what one costs: a completed run is one request, any other at most four, or five where it is claimed,
-however many checkpoints it has; they go out side by side.
+The number of requests does not depend on the number of checkpoints: one for a completed run, up to four for any other run,
+five if it has a claim. Requests for several runs are sent in parallel.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ from utils.bucket import DamagedError, NotFoundError, Store, check_readable, joi
 _REQUESTS_AT_ONCE = 32
 
 Standing = RunStatus | Literal["running", "interrupted", "damaged"]
-"""How a run stands. running: somebody trains it; interrupted: its driver is gone, and the same command goes on with it."""
+"""State of a run. running: a driver trains it; interrupted: its driver is gone, and the same command resumes it."""
 
 
 class RunSummary(BaseModel):
-    """A run in a line."""
+    """One run as a line of the list."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,17 +45,17 @@ class RunSummary(BaseModel):
     run_uri: str
     status: Standing
     reason: str
-    """Why it ended, if it did."""
+    """Reason for its end, if it has ended."""
     best_eval_loss: float | None
-    """Nats a trained token."""
+    """Best eval loss in nats per loss token."""
     steps: int
-    """Optimizer steps: up to its newest committed checkpoint, or, of one that did not come to an end, as far as is known."""
+    """Optimizer steps: up to the latest committed checkpoint; for a run without a result, the latest known step."""
     age_seconds: float | None
-    """Since it last gave a sign of life: its result, else its claim or its metrics; None where that is not known."""
+    """Seconds since its last activity: its result, otherwise its claim or its metrics; None if unknown."""
 
 
 class CheckpointSummary(BaseModel):
-    """A committed checkpoint in a line."""
+    """One committed checkpoint as a line of the list."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,33 +64,28 @@ class CheckpointSummary(BaseModel):
     epoch: float
     eval_loss: float | None
     size: int
-    """Bytes."""
+    """Size in bytes."""
     created: str
     """UTC, ISO 8601."""
 
 
 class RunDetails(RunSummary):
-    """A run in full."""
+    """All details of a run."""
 
     train_loss: float | None
-    """Of the newest step that is known, nats a trained token."""
+    """Training loss of the latest known step in nats per loss token."""
     eval_losses: list[EvalLoss]
     checkpoints: list[CheckpointSummary]
     damage: list[str]
-    """What is wrong with checkpoints that were committed."""
+    """Problems with committed checkpoints."""
     config: dict[str, Any]
-    """Its config.yaml."""
+    """Content of config.yaml."""
     result: RunResult | None
-    """Its result.json: of an attempt before, where it is running again or was interrupted since."""
+    """Content of result.json; of an earlier attempt if the run is running or was interrupted."""
 
 
 def list_runs(storage: str) -> list[RunSummary]:
-    """The runs directly below a place, those heard of last first.
-
-    Raises:
-        NotFoundError: there is no such place, or no run below it.
-        BucketError: it cannot be read.
-    """
+    """Return the runs directly below a storage path, the most recently active first."""
     check_readable(storage)
     store = open_store(storage)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
@@ -98,24 +93,19 @@ def list_runs(storage: str) -> list[RunSummary]:
     runs = [run for run in found if run is not None]
     if not runs:
         is_run = store.read_if_exists(CONFIG_FILE) is not None
-        advice = f"It is a run itself: main.py show {storage}" if is_run else "Look at its spelling."
-        raise NotFoundError(f"{storage}: there is no run below it. {advice}")
+        advice = f"It is a run itself: main.py show {storage}" if is_run else "Check the spelling."
+        raise NotFoundError(f"{storage}: there are no runs below it. {advice}")
     return sorted(runs, key=lambda run: (run.age_seconds is None, run.age_seconds or 0.0, run.run_name))
 
 
 def read_run(uri: str) -> RunDetails:
-    """One run.
-
-    Raises:
-        NotFoundError: there is none.
-        BucketError: it cannot be read, or what lies there is damaged.
-    """
+    """Return the details of one run."""
     check_run(uri)
     store = open_store(uri)
     summary = _summarize(store, "")
     if summary is None:
         raise NotFoundError(
-            f"{uri}: there is no run, neither a {RESULT_FILE} nor a {CONFIG_FILE}. Name a run's URI, or run:NAME."
+            f"{uri}: there is no run, neither a {RESULT_FILE} nor a {CONFIG_FILE}. Give the URI of a run, or run:NAME."
         )
     if summary.status == "damaged":
         raise DamagedError(RESULT_FILE, summary.reason)
@@ -139,14 +129,9 @@ def read_run(uri: str) -> RunDetails:
 
 
 def run_uri(name_or_uri: str) -> str:
-    """`run:NAME` -> its URI where runs go by default; anything else as it is, local paths absolute.
-
-    Raises:
-        NotFoundError: it is a bare name, and no directory here has it.
-        BucketError: it is no place that can be opened.
-    """
+    """Return the URI of `run:NAME` in the default storage path; otherwise the URI itself, with local paths absolute."""
     if name_or_uri == "run:":
-        raise NotFoundError("run: names no run; write run:NAME")
+        raise NotFoundError("run: has no name; write run:NAME")
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
     if "/" not in name_or_uri and not Path(name_or_uri).exists():
@@ -155,11 +140,9 @@ def run_uri(name_or_uri: str) -> str:
 
 
 def check_run(uri: str) -> None:
-    """Make sure that something can be read where a run, or one of its checkpoints, is looked for.
+    """Check that a run, or one of its checkpoints, exists and is readable.
 
-    Raises:
-        NotFoundError: there is nothing; the message says how to see what there is.
-        BucketError: it cannot be read.
+    The error for a missing run or checkpoint names the command that lists the existing ones.
     """
     try:
         check_readable(uri)
@@ -167,11 +150,11 @@ def check_run(uri: str) -> None:
         place = uri.rstrip("/").rpartition("/")[0]
         if run := run_of(uri):
             raise NotFoundError(
-                f"{uri}: there is no such checkpoint; `main.py show {run}` lists what is there"
+                f"{uri}: there is no such checkpoint; `main.py show {run}` lists the existing ones"
             ) from error
         if place.strip("/") and not place.endswith("/"):
             raise NotFoundError(
-                f"{uri}: there is no such run; `main.py runs {place}` lists what is there"
+                f"{uri}: there is no such run; `main.py runs {place}` lists the existing ones"
             ) from error
         raise
 
@@ -188,7 +171,7 @@ def _checkpoint(uri: str, manifest: Manifest) -> CheckpointSummary:
 
 
 def _summarize(store: Store, name: str) -> RunSummary | None:
-    """How the run `name` in a store (empty: the store itself) stands; None where that is no run."""
+    """Return the summary of the run `name` in a store (empty: the store itself); None if it is not a run."""
     uri = store.uri_of(name)
     try:
         return _standing(store, name, uri)
@@ -218,19 +201,19 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
 
 
 def _newest_claim(store: Store, prefix: str) -> tuple[Claim | None, float | None]:
-    """(the newest claim, seconds since it was renewed); nothing where there is none."""
+    """Return (latest claim, seconds since its renewal), or (None, None) without a claim."""
     claims = store.list(f"{prefix}{CLAIMS}/")
     return (read_claim(store, claims[-1].key), store.age(claims[-1].key)) if claims else (None, None)
 
 
 def _lives(claim: Claim, age: float | None) -> bool:
-    """Whether its owner still trains, as the next driver would see it."""
+    """Return whether the owner of a claim still trains, by the same rule as the next driver."""
     lives = claim.owner_lives()
     return lives if lives is not None else age is not None and age < CLAIM_EXPIRES_SECONDS
 
 
 def _was_left_after(result: RunResult, claim: Claim | None) -> bool:
-    """Whether an attempt that began after a result has ended without one: an ordinary end takes its claim away."""
+    """Return whether an attempt started after a result and died: a normal exit removes its claim."""
     return claim is not None and result.ended is not None and claim.since > result.ended
 
 

@@ -1,4 +1,4 @@
-"""How a run stands, from what lies in the bucket: its result, its committed checkpoints, what was measured so far."""
+"""Read the state of a run from the bucket: its result, its committed checkpoints and its metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,19 +27,18 @@ from runs.layout import (
 )
 from utils.bucket import DamagedError, Store, open_store
 
-_UNREADABLE = "is cut off, of another version of Anneal, or none of ours"
+_UNREADABLE = "is truncated, from another version of Anneal, or not written by Anneal"
 
 
 def read_result(store: Store, key: str = RESULT_FILE) -> RunResult | None:
-    """A run's result.json, if it has one.
+    """Return a run's result.json, or None.
 
     Args:
-        store: The run, or a place above it.
-        key: Of the result in the store.
+        store: the run, or a location above it.
+        key: key of the result in the store.
 
     Raises:
-        DamagedError: it is no result.
-        BucketError: it cannot be read.
+        DamagedError: the object is not a valid result.
     """
     written = store.read_if_exists(key)
     if written is None:
@@ -48,7 +47,7 @@ def read_result(store: Store, key: str = RESULT_FILE) -> RunResult | None:
         return RunResult.model_validate_json(written)
     except ValidationError as error:
         raise DamagedError(
-            key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the run's end writes it again"
+            key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the run writes it again when it ends"
         ) from error
 
 
@@ -90,7 +89,7 @@ def read_config(store: Store) -> StoredConfig | None:
 
 
 def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
-    """The lines of a run's metrics.jsonl; none where there is none yet. Arguments and errors as of `read_result`."""
+    """Return the lines of a run's metrics.jsonl; empty if it does not exist. Arguments and errors as in `read_result`."""
     written = store.read_if_exists(key) or b""
     try:
         return [MetricsLine.model_validate_json(line) for line in written.splitlines()]
@@ -101,7 +100,7 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
 
 
 def read_claim(store: Store, key: str) -> Claim | None:
-    """A claim on a run; None where its owner has ended. Arguments and errors as of `read_result`."""
+    """Return a claim on a run, or None if its owner has removed it. Arguments and errors as in `read_result`."""
     written = store.read_if_exists(key)
     if written is None:
         return None
@@ -109,12 +108,12 @@ def read_claim(store: Store, key: str) -> Claim | None:
         return Claim.model_validate_json(written)
     except ValidationError as error:
         raise DamagedError(
-            key, f"{store.uri_of(key)} {_UNREADABLE}. If nobody trains this run, delete it and try again"
+            key, f"{store.uri_of(key)} {_UNREADABLE}. If no process trains this run, delete it and try again"
         ) from error
 
 
 def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:
-    """The evaluations among the lines of metrics.jsonl; those whose loss is no number are none."""
+    """Return the evaluations among the lines of metrics.jsonl, excluding those with a NaN or infinite loss."""
     return [
         EvalLoss(
             step=line.step,
@@ -132,10 +131,10 @@ def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:
 
 
 def parent_metrics(parent: str | None) -> list[MetricsLine]:
-    """What was measured in the run that a checkpoint belongs to, up to that checkpoint; nothing where it is no run's.
+    """Return the metrics of a checkpoint's run up to that checkpoint; empty if it does not belong to a run.
 
     Args:
-        parent: The checkpoint's URI, as a run's manifest and result name what it started from.
+        parent: URI of the checkpoint, as in the `parent` of a run's manifest and result.
     """
     if parent is None or not (run := run_of(parent)):
         return []
@@ -144,21 +143,14 @@ def parent_metrics(parent: str | None) -> list[MetricsLine]:
 
 
 def committed(store: Store) -> list[Manifest]:
-    """Every committed checkpoint of a run, by step: those whose manifest can be read and whose files have their sizes.
-
-    Raises:
-        BucketError: the run cannot be listed.
-    """
+    """Return the committed checkpoints of a run, sorted by step: valid manifest, and all files with the right size."""
     return survey(store)[0]
 
 
 def survey(store: Store) -> tuple[list[Manifest], list[str]]:
-    """(committed checkpoints, what is wrong with those that were committed once and are damaged now).
+    """Return (committed checkpoints, problems with checkpoints that are damaged since their commit).
 
-    Files without a manifest are no damage: an attempt that was killed leaves them.
-
-    Raises:
-        BucketError: the run cannot be listed.
+    Files without a manifest are not damage: a killed attempt leaves them.
     """
     stored = sizes(store, f"{CHECKPOINTS}/")
     manifests, damage = [], []
@@ -167,7 +159,7 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
             continue
         content = store.read_if_exists(key)
         if content is None:
-            continue  # a run that trains has removed it meanwhile
+            continue  # a training run has removed it meanwhile
         try:
             manifest = Manifest.model_validate_json(content)
         except ValidationError:
@@ -184,21 +176,21 @@ def survey(store: Store) -> tuple[list[Manifest], list[str]]:
 
 
 def sizes(store: Store, prefix: str) -> dict[str, int]:
-    """Bytes of each object below a prefix."""
+    """Return the size in bytes of each object below a prefix."""
     return {item.key: item.size for item in store.list(prefix)}
 
 
 def wrong_sizes(store: Store, manifest: Manifest, stored: Mapping[str, int]) -> list[str]:
-    """The files of a checkpoint that are not stored as they were committed, and how they are."""
+    """Return a message for each file of a checkpoint whose stored size differs from the manifest."""
     return [
-        f"{store.uri_of(name)} has {stored.get(name, 'no')} bytes, and {file.size} were committed"
+        f"{store.uri_of(name)} has {stored.get(name, 'no')} bytes, but {file.size} were committed"
         for file in manifest.files
         if stored.get(name := checkpoint_key(manifest.step, file.path)) != file.size
     ]
 
 
 def best(manifests: list[Manifest]) -> Manifest | None:
-    """The lowest eval loss; without any, the newest."""
+    """Return the checkpoint with the lowest eval loss; the latest if none was evaluated."""
     evaluated = [manifest for manifest in manifests if manifest.eval_loss is not None]
     if evaluated:
         return min(evaluated, key=lambda manifest: (manifest.eval_loss, manifest.step))
@@ -206,15 +198,15 @@ def best(manifests: list[Manifest]) -> Manifest | None:
 
 
 def newest(manifests: list[Manifest]) -> Manifest | None:
-    """The one with the highest step."""
+    """Return the checkpoint with the highest step."""
     return manifests[-1] if manifests else None
 
 
 def missing_of_completed(store: Store, manifests: list[Manifest]) -> list[str]:
-    """The checkpoints that a completed run's result.json names and that are there no more."""
+    """Return a message for each checkpoint that a completed run's result.json names but that no longer exists."""
     result = read_result(store)
     if result is None or result.status != "completed":
         return []
     there = {checkpoint_uri(result.run_uri, manifest.step) for manifest in manifests}
     named = {uri for uri in (result.best_checkpoint, result.last_checkpoint) if uri}
-    return [f"{uri} is named by {RESULT_FILE}, and has no {MANIFEST_FILE}" for uri in sorted(named - there)]
+    return [f"{uri} is listed in {RESULT_FILE}, but has no {MANIFEST_FILE}" for uri in sorted(named - there)]

@@ -116,13 +116,13 @@ def _training_line(
 
 
 def _location(result: RunResult, step: int) -> tuple[str, str | None]:
-    """Return a checkpoint's URI and, for a local directory, the address of a link to it."""
+    """Return a checkpoint's URI and, for a local directory, the URL of a link to it."""
     uri = checkpoint_uri(result.run_uri, step)
     return uri, None if is_remote(uri) else local_path(uri).as_uri()
 
 
 def _commands(report: RunReport) -> list[tuple[str, str]]:
-    """Return (purpose, command or YAML line) of what the run's state allows next."""
+    """Return (purpose, command or YAML line) pairs for the next steps that the run's state allows."""
     result = report.result
     commands = []
     if result.status != "completed":
@@ -133,7 +133,7 @@ def _commands(report: RunReport) -> list[tuple[str, str]]:
         purpose = f"Start a new run from the {result.chosen} checkpoint. Set in its YAML:"
         commands.append((purpose, f"{key}: {result.best_checkpoint}"))
     if result.last_checkpoint:
-        purpose = "Train longer from the full training state. Copy the YAML, change run_name, raise num_epochs and set:"
+        purpose = "Train longer from the complete training state. Copy the YAML, change run_name, raise num_epochs and set:"
         commands.append((purpose, f"resume_from_checkpoint: {result.last_checkpoint}"))
     if result.best_checkpoint:
         commands += _commands_on_the_model(result, result.best_checkpoint, is_adapter=report.trains_adapter)

@@ -1,4 +1,4 @@
-"""Runs as a person reads them: tables and facts on a console."""
+"""Print runs to a console as tables and facts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from utils.files import format_bytes
 
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
-    """A line for each run; on a terminal what there is room for of why it ended."""
+    """Print one line per run; on a terminal, truncate the reason to the available width."""
     table = _table("run", "status", ">best eval loss", ">steps", ">age", "")
     table.expand = console.is_terminal
-    table.columns[-1].ratio = 1  # the others keep their widths, as long as they can
+    table.columns[-1].ratio = 1  # the other columns keep their widths if possible
     for run in runs:
         reason = "" if run.status == "completed" else " ".join(run.reason.split())
         table.add_row(
@@ -33,7 +33,7 @@ def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
 
 
 def show_run(console: Console, run: RunDetails) -> None:
-    """What there is to know of one run, and what may be done with it."""
+    """Print the details of one run and the possible next steps."""
     if run.eval_losses:
         print_eval_losses(console, run.eval_losses)
         console.print()
@@ -54,11 +54,11 @@ def show_run(console: Console, run: RunDetails) -> None:
         ("run", run.run_uri),
         ("status", f"{run.status}: {run.reason}" if run.reason else run.status),
         *(
-            [("training loss", f"{run.train_loss:.4f} in the last step that is known")]
+            [("training loss", f"{run.train_loss:.4f} at the latest known step")]
             if run.train_loss is not None
             else []
         ),
-        ("last heard of", _age(run.age_seconds) + " ago" if run.age_seconds is not None else "unknown"),
+        ("last activity", _age(run.age_seconds) + " ago" if run.age_seconds is not None else "unknown"),
         *(
             (key, str(run.config[key]))
             for key in ("model_id", "train_path", "valid_path")
@@ -66,7 +66,7 @@ def show_run(console: Console, run: RunDetails) -> None:
         ),
     ]
     if run.result:
-        is_older = "" if run.status == run.result.status else ", when the attempt before this one ended"
+        is_older = "" if run.status == run.result.status else ", at the end of the previous attempt"
         facts += [
             ("started from", run.result.parent or "the model"),
             ("trained", describe_training(run) + is_older),
@@ -77,29 +77,29 @@ def show_run(console: Console, run: RunDetails) -> None:
 
 
 def _next(run: RunDetails) -> list[tuple[str, str]]:
-    """How a run that nobody trains is gone on with."""
+    """Return the ways to continue a run that no driver trains."""
     lines = []
     if run.status in ("stopped", "failed", "interrupted"):
-        lines.append(f"the same command {'goes on with it' if run.checkpoints else 'begins it again'}")
+        lines.append(f"the same command {'resumes it' if run.checkpoints else 'restarts it'}")
     if run.checkpoints and run.status != "running":
         newest = run.checkpoints[-1].uri
         lines.append(
-            f"another run takes over its whole state, to train longer: resume_from_checkpoint: {newest}"
+            f"to train longer, start a new run from its complete training state: resume_from_checkpoint: {newest}"
         )
     return [("next" if line is lines[0] else "", line) for line in lines]
 
 
 def describe_training(run: RunDetails) -> str:
-    """Steps, tokens and speed in a line, of a run with a result."""
+    """Return steps, tokens and speed of a run with a result, as one line."""
     assert run.result is not None
     return (
-        f"{run.result.train_steps:,} steps, {run.result.tokens:,} tokens ({run.result.trained_tokens:,} trained), "
+        f"{run.result.train_steps:,} steps, {run.result.tokens:,} tokens ({run.result.trained_tokens:,} loss tokens), "
         f"{run.result.tokens_per_second:,.0f} tokens/s, {run.result.trainable_parameters:,} trainable parameters"
     )
 
 
 def show_comparison(console: Console, comparison: Comparison, picture: Path | None) -> None:
-    """The runs' figures side by side, the settings that differ, and where their curves are drawn."""
+    """Print metrics of runs side by side, differing settings, and the location of the chart."""
     runs = comparison.runs
     results = [run.result for run in runs]
     facts: dict[str, Sequence[Any]] = {
@@ -122,22 +122,24 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
             table.add_row(key, *(_setting(run, key, value) for run, value in zip(runs, values, strict=True)))
         _print_table(console, table)
     else:
-        console.print("Their settings are the same.")
+        console.print("The settings are identical.")
     console.print()
     drawn = str(picture.absolute()) if picture else "none: no run has an eval loss"
     print_facts(console, [("curves", drawn)])
     if comparison.incomparable_by:
         differing = ", ".join(comparison.incomparable_by)
-        show_warning(console, f"their eval losses do not compare, since these settings differ: {differing}")
+        show_warning(
+            console, f"the eval losses are not comparable, because these settings differ: {differing}"
+        )
 
 
 def show_warning(console: Console, warning: str) -> None:
-    """A line that a person should know of."""
+    """Print a warning line."""
     console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
-    """A line for each evaluation, the best one marked; there is at least one."""
+    """Print one line per evaluation and mark the best one; there must be at least one."""
     beside = list(losses[0].figures)
     table = _table(">step", ">epoch", ">eval loss", ">", *(f">{short_name(name)}" for name in beside))
     lowest = min(loss.eval_loss for loss in losses)
@@ -149,19 +151,19 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one a line; lines are not broken, so that URIs can be copied."""
+    """Print one name and value per line, without wrapping, so that URIs can be copied."""
     width = max([17, *(len(name) + 2 for name, _ in facts)])
     for name, value in facts:
         console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
 
 
 def short_name(figure: str) -> str:
-    """What a figure that a task reports is called where there is little room."""
+    """Return a short column name for a task metric."""
     return figure.removeprefix("rewards/")
 
 
 def _table(*columns: str) -> Table:
-    """Columns by their headings; those that begin with > are numbers."""
+    """Create a table with these column headings; a heading that starts with > is right-aligned."""
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for column in columns:
         heading = column.removeprefix(">")
@@ -170,7 +172,7 @@ def _table(*columns: str) -> Table:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """In a pipe lines end where their text does; rich makes them all as long as the longest."""
+    """Print a table; in a pipe, strip the trailing spaces with which rich pads all lines."""
     if console.is_terminal:
         console.print(table)
         return
@@ -192,7 +194,7 @@ def _loss(value: float | None) -> str:
 
 
 def _age(seconds: float | None) -> str:
-    """The largest unit of which there are two: 5400 -> 90 min."""
+    """Return a duration in the largest unit with a value of at least two: 5400 -> 90 min."""
     if seconds is None:
         return ""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):

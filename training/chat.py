@@ -1,4 +1,4 @@
-"""Talking with what a run has trained: one answer, or a conversation on a terminal."""
+"""Chat with a trained model: one answer, or a conversation in a terminal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,30 +11,25 @@ from training.trained import TrainedModel
 
 
 class Conversation:
-    """What was said stays in it where the model was trained on chats."""
+    """A conversation with a model; a model with a chat template sees the earlier turns."""
 
     def __init__(self, trained: TrainedModel):
-        """Load the model, onto the first GPU where there is one.
-
-        Raises:
-            ConfigError: its prompt_template asks for more than one text.
-            ModelError, CheckpointError, BucketError: it cannot be loaded.
-        """
+        """Load the model, onto the first GPU if there is one."""
         import torch
 
         self._trained = trained
         self._tokenizer = trained.tokenizer()
         self._messages: list[Message] = []
-        _ = self._laid_out("probe")  # a refusal comes before the weights are loaded
+        _ = self._render("probe")  # report errors before the weights are loaded
         self._model: Any = trained.load("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(self, prompt: str, say: Callable[[str], None], *, max_new_tokens: int) -> str:
         """Answer a prompt.
 
         Args:
-            prompt: What the user says.
-            say: Given the answer piece by piece, while it is made.
-            max_new_tokens: It ends there at the latest.
+            prompt: the user's message.
+            say: receives the answer piece by piece during generation.
+            max_new_tokens: maximum length of the answer.
         """
         import torch
         from transformers import TextStreamer
@@ -43,9 +38,9 @@ class Conversation:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 say(text)
 
-        text, is_laid_out = self._laid_out(prompt)
+        text, is_rendered = self._render(prompt)
         tokens = torch.tensor(
-            [encode_prompt(self._tokenizer, text, is_laid_out=is_laid_out)], device=self._model.device
+            [encode_prompt(self._tokenizer, text, is_laid_out=is_rendered)], device=self._model.device
         )
         streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         with torch.inference_mode():
@@ -58,12 +53,12 @@ class Conversation:
                 streamer=streamer,
             )
         answer = str(self._tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True))
-        if is_laid_out:
+        if is_rendered:
             self._messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return answer
 
-    def _laid_out(self, prompt: str) -> tuple[str, bool]:
-        """(what the model reads, whether a chat template made it)."""
+    def _render(self, prompt: str) -> tuple[str, bool]:
+        """Return (text for the model, true if the chat template rendered it)."""
         template = self._trained.config.prompt_template
         if template is not None:
             return _fill(template, prompt), False
@@ -76,14 +71,14 @@ class Conversation:
 
 
 def _fill(template: str, prompt: str) -> str:
-    """The prompt in the template's first place; `input` may stay empty, and the answer's place is left out."""
+    """Fill the prompt into the template's first placeholder, leave `input` empty, and cut off the answer's placeholder."""
     *places, answer = places_of(template)
     row = {places[0]: prompt, answer: "-"}
     try:
         filled = read_row(row, Reading("instruction_tuning", "instruction", {}, template, ()))
     except RowError as error:
         raise ConfigError(
-            f"prompt_template takes {', '.join(places)}, and a chat has one text for it. Answer rows of a file with main.py evaluate."
+            f"prompt_template requires {', '.join(places)}, but a chat has one text per turn. Use main.py evaluate with rows of a file."
         ) from error
     assert isinstance(filled, Filled)
     return filled.prompt

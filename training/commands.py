@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from training.trained import TrainedModel
 
 COMMANDS = {
-    "export": "write the best checkpoint as other programs load it: a merged model, or the adapter alone",
-    "chat": "chat with the best checkpoint on a terminal, or answer one prompt",
+    "export": "export the best checkpoint for other programs: a merged model, or the adapter alone",
+    "chat": "chat with the best checkpoint in a terminal, or answer one prompt",
     "evaluate": "answer held-out rows on Ray workers and count the correct answers",
 }
-"""Each command and its help; a YAML file of such a name is written ./export."""
+"""Help text of each command. A YAML file with such a name must be given with a path, such as ./export."""
 
 
 def export_command(
@@ -38,7 +38,7 @@ def export_command(
 
 
 def export_run(run: str, settings: ExportConfig, screen: Console, progress: Console) -> Export:
-    """Export the best checkpoint of a run, and print where it is."""
+    """Export the best checkpoint of a run, and print its location."""
     from training.display import Watch
     from training.exporting import export
     from training.screen import show_export
@@ -97,11 +97,7 @@ def evaluate_command(
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
-    """Evaluate the best checkpoint of a run on held-out rows.
-
-    Raises:
-        WorkersFailedError: the workers failed.
-    """
+    """Evaluate the best checkpoint of a run on held-out rows."""
     from training.addresses import check_cluster_answers, set_ray_environment, target_cluster
     from training.devices import choose_device
     from training.display import Watch
@@ -147,6 +143,6 @@ def evaluate_command(
 
 
 def _libraries_quiet(trained: "TrainedModel") -> AbstractContextManager[None]:
-    """Redirect what libraries print to a log file of this process."""
+    """Redirect library output to a log file of this process."""
     log = trained.cache.parent / "logs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
     return library_output_in(log)

@@ -1,4 +1,4 @@
-"""What a person sees: the plan before, one moving line during, the table after."""
+"""Console output of a run: the plan before training, a progress line during training, and the result."""
 
 import shlex
 import time
@@ -48,7 +48,7 @@ _BAR_WIDTH = 40
 
 
 def show_plan(console: Console, report: PlanReport) -> None:
-    """Everything that is decided, and one example with what the loss looks at."""
+    """Print the resolved plan, and an example row with its loss tokens marked."""
     trained = report.trainable_parameters / max(report.parameters, 1)
     rows = [
         ("run", report.run_name),
@@ -57,7 +57,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
         *key_figures(report),
         (
             "steps",
-            f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.sequences_per_step:,} {'packs' if report.packing else 'rows'} a step)",
+            f"{report.steps:,} ({report.steps_per_epoch:,} per epoch, {report.sequences_per_step:,} {'packs' if report.packing else 'rows'} per step)",
         ),
         ("device", report.device),
         ("parallelism", report.parallelism),
@@ -79,9 +79,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
     print_facts(console, rows)
     console.print()
     _print_histogram(console, report)
-    console.print(
-        Text("The first row, one from the middle and the last, with what is trained on marked:", style="bold")
-    )
+    console.print(Text("The first, middle and last row, with loss tokens marked:", style="bold"))
     for example in report.train.examples:
         console.print(mark_example(example, colour=console.is_terminal), soft_wrap=True)
         console.print()
@@ -92,16 +90,16 @@ def show_plan(console: Console, report: PlanReport) -> None:
 def _describe_memory(memory: MemoryReport) -> str:
     estimate = asdict(memory.estimate)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in estimate.items())
-    text = f"about {format_bytes(memory.total)} a device ({parts})"
+    text = f"about {format_bytes(memory.total)} per device ({parts})"
     if memory.accelerator is None:
         return text
     if memory.available is None:
-        return f"{text}; what {memory.accelerator} has is not known"
+        return f"{text}; the memory of {memory.accelerator} is unknown"
     return f"{text}; {memory.verdict} {memory.accelerator} ({format_bytes(memory.available)}), with {memory.kernels}'s kernels"
 
 
 def _print_histogram(console: Console, report: PlanReport) -> None:
-    console.print(Text("Tokens a training row, before anything is cut:", style="bold"))
+    console.print(Text("Tokens per training row, before truncation:", style="bold"))
     most = max(report.train.lengths.counts)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(justify="right")
@@ -116,12 +114,12 @@ def _print_histogram(console: Console, report: PlanReport) -> None:
 
 
 def show_page(console: Console, page: Path) -> None:
-    """Where the same can be looked at in a browser."""
+    """Print the path of the HTML page with the data report."""
     print_facts(console, [("data report", str(page))])
 
 
 def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
-    """The pieces of a row, the trained ones green; without colours between «and»."""
+    """Return a row's text with its loss tokens in green, or between «and» without colors."""
     text = Text()
     for piece, trained in example:
         if not trained:
@@ -134,35 +132,35 @@ def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
 
 
 def show_completed(console: Console) -> None:
-    """That the same run was completed before."""
+    """Print that the run has completed before."""
     console.print(
-        "This run is completed already: nothing is left to do. Choose another run_name to train it again."
+        "This run is already completed: there is nothing left to do. Choose another run_name to train it again."
     )
 
 
 def show_submitted(
     console: Console, job: "SubmittedJob", run_uri: str | None, command: Sequence[str]
 ) -> None:
-    """Where the job is, and the commands for it."""
+    """Print the job's id and address, and the commands to follow, stop and resume it."""
     print_facts(
         console,
         [
             ("job", f"{job.submission_id} at {job.address}"),
-            ("results go to", run_uri or "what the job's own plan says"),
+            ("results go to", run_uri or "see the plan in the job's output"),
             ("follow", shlex.join(job.follow_command)),
             ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint)"),
-            ("go on", f"{shlex.join(command)}  (the same command, once the job has ended)"),
+            ("resume", f"{shlex.join(command)}  (the same command, after the job has ended)"),
         ],
     )
 
 
 def show_error(console: Console, message: str) -> None:
-    """What went wrong; the message is complete."""
+    """Print an error, whose message is complete."""
     console.print(Text.assemble(("error: ", "bold red"), message))
 
 
 class Watch:
-    """The moving line while a run goes on: a bar on a terminal, plain lines in a log."""
+    """The progress line of a run: a bar in a terminal, plain lines in a log."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -176,7 +174,7 @@ class Watch:
             console=console,
             disable=not console.is_terminal,
             transient=True,
-            # What libraries print belongs into the log file, not above the bar.
+            # Library output belongs in the log file, not above the bar.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -192,14 +190,14 @@ class Watch:
         self._progress.stop()
 
     def phase(self, text: str) -> None:
-        """Say what is being done before the workers speak for themselves."""
+        """Show a phase before training starts."""
         self._progress.update(self._task, description=text)
         if not self._console.is_terminal and text != self._phase:
             self._console.print(Text(f"… {text}"))
         self._phase = text
 
     def checking(self, what: str, fraction: float | None = None, figures: str = "") -> None:
-        """Say what is being looked at; a log gets a line at first, and again every ten seconds."""
+        """Show the progress of a check; a log gets one line at the start and one every ten seconds."""
         self.phase(f"checking the {what}")
         if fraction is None:
             self._progress.update(self._task, completed=0, total=None, figures="")
@@ -211,7 +209,7 @@ class Watch:
             self._line(f"  {figures} ({fraction:.0%})")
 
     def on_event(self, event: Event) -> None:
-        """Show what the workers told."""
+        """Show an event of the workers."""
         match event:
             case Phase(text, fraction):
                 self.phase(text)
@@ -237,14 +235,14 @@ class Watch:
             case Notice(text):
                 show_warning(self._progress.console, text)
             case Restored() | WorkersFailed() | Rejected() | WorkersWaiting() | WorkersStarted():
-                pass  # the result says it; who waits for places is told what is missing
+                pass  # shown in the result; missing resources are reported while the run waits
 
     def _line(self, text: str) -> None:
         self._progress.console.print(Text(text), soft_wrap=True)
 
 
 def show_result(console: Console, result: RunResult, command: Sequence[str], *, trains_adapter: bool) -> None:
-    """The eval losses, where everything lies, and what to type next."""
+    """Print the eval losses, the locations of the results, and the next commands."""
     if result.eval_losses:
         console.print()
         print_eval_losses(console, result.eval_losses)
@@ -252,33 +250,35 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     facts = [
         ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
         (f"{result.chosen} checkpoint", result.best_checkpoint or "none"),
-        *(("started again", failure) for failure in result.failures),
+        *(("restarted", failure) for failure in result.failures),
         *([("last checkpoint", result.last_checkpoint or "none")] if result.chosen == "best" else []),
         ("run", result.run_uri),
         (
             "trained",
-            f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} trained)",
+            f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} loss tokens)",
         ),
         *_describe_speed(result.speed),
-        ("took", f"{result.elapsed_seconds:.0f} s"),
+        ("duration", f"{result.elapsed_seconds:.0f} s"),
         ("library output", " ".join(result.log_files)),
     ]
     if result.status == "completed" and result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if trains_adapter else "initial_base_model_ckpt_path"
         facts += [
-            ("next", f"talk with it: python main.py chat {result.run_uri}"),
-            ("", f"serve it: python main.py export {result.run_uri}"),
-            ("", f"train on from it: {key}: run:{result.run_name}"),
+            ("next", f"chat with it: python main.py chat {result.run_uri}"),
+            ("", f"export it for serving: python main.py export {result.run_uri}"),
+            ("", f"start a new run from it: {key}: run:{result.run_name}"),
         ]
     elif result.last_checkpoint:
-        facts.append(("next", f"go on from the last checkpoint with the same command: {shlex.join(command)}"))
+        facts.append(
+            ("next", f"resume from the last checkpoint with the same command: {shlex.join(command)}")
+        )
     elif result.status == "stopped":
-        facts.append(("next", f"begin again with the same command: {shlex.join(command)}"))
+        facts.append(("next", f"restart with the same command: {shlex.join(command)}"))
     print_facts(console, facts)
 
 
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
-    """Nothing, where nothing was trained."""
+    """Return speed and time per phase; empty if nothing was trained."""
     total = sum(speed.seconds.values())
     if not total:
         return []
@@ -291,8 +291,8 @@ def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
     return [
         (
             "speed",
-            f"{speed.tokens_per_second:,.0f} tokens/s ({speed.trained_tokens_per_second:,.0f} trained){mfu}, "
-            f"{format_bytes(speed.peak_memory_bytes)} of memory at most",
+            f"{speed.tokens_per_second:,.0f} tokens/s ({speed.trained_tokens_per_second:,.0f} loss tokens/s){mfu}, "
+            f"{format_bytes(speed.peak_memory_bytes)} peak memory",
         ),
         ("time in training", f"{total:,.0f} s: {', '.join(phases)}"),
     ]

@@ -1,4 +1,4 @@
-"""What can be exported: checked before training, and again by the export itself."""
+"""Checks whether a run can be exported, before training and again before the export."""
 
 import shutil
 
@@ -17,11 +17,11 @@ _NOT_IN_VLLM = (
     "trainable_token_indices",
     "target_parameters",
 )
-"""What vLLM's reader of adapters (lora/peft_helper.py) refuses, or passes over and computes something else."""
+"""LoRA settings that vLLM's adapter loader (lora/peft_helper.py) rejects or ignores."""
 
 
 def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
-    """Reject an export before training where its settings, tools or model cannot make it."""
+    """Reject an export before training if its settings, tools or model do not allow it."""
     if config.export is None:
         return
     if config.export.to:
@@ -35,33 +35,33 @@ def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
 
 
 def gguf_tool() -> str:
-    """Return the path of llama.cpp's GGUF converter; raise ConfigError where it is not on the PATH."""
+    """Return the path of llama.cpp's GGUF converter; raise ConfigError if it is not on the PATH."""
     tool = shutil.which(GGUF_TOOL)
     if tool is None:
         raise ConfigError(
-            f"gguf: {GGUF_TOOL} is not on the PATH. It comes with llama.cpp (https://github.com/ggml-org/llama.cpp): put its directory on "
-            "the PATH, or leave gguf out."
+            f"gguf: {GGUF_TOOL} is not on the PATH. It is part of llama.cpp (https://github.com/ggml-org/llama.cpp): add its directory to "
+            "the PATH, or remove gguf."
         )
     return tool
 
 
 def check_mergeable(base: ModelFacts) -> None:
-    """Reject a quantised base model: an adapter merges into 16-bit weights only."""
+    """Reject a quantized base model: an adapter can be merged only into 16-bit weights."""
     if base.quantization is not None:
         raise ModelError(
-            f"model {base.source}: its weights are stored in 4 bits only, and an adapter is merged into 16-bit weights: rounded to 4 bits "
-            "again, most of what it adds would be lost. Write merge: false (--no-merge) and serve the adapter on this base, or train on "
-            "the 16-bit model that it was made from, with load_in_4bit: true."
+            f"model {base.source}: its weights are stored in 4 bits only, but an adapter is merged into 16-bit weights: quantizing to 4 "
+            "bits again would lose most of its effect. Write merge: false (--no-merge) and serve the adapter on this base model, or train "
+            "on the original 16-bit model with load_in_4bit: true."
         )
 
 
 def check_vllm_adapter(lora: dict) -> None:
-    """Reject an adapter that vLLM does not load, or computes otherwise."""
+    """Reject an adapter that vLLM does not load, or computes differently."""
     said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (
         ["bias"] if lora.get("bias", "none") != "none" else []
     )
     if said:
         raise ConfigError(
-            f"merge: false writes an adapter that vLLM loads, and it loads none with {', '.join(said)}. Write merge: true; in PEFT the "
-            "checkpoint itself loads as it is."
+            f"merge: false exports an adapter for vLLM, which does not support {', '.join(said)}. Write merge: true, or load the "
+            "checkpoint itself with PEFT."
         )

@@ -1,7 +1,7 @@
-"""A checkpoint becomes what other programs serve: one merged model, or the adapter alone; with its tokenizer and a card.
+"""Export a checkpoint for other programs: one merged model, or the adapter alone, with its tokenizer and a model card.
 
-The files come first, then the one without which nothing loads them, and EXPORT.json last: nobody takes half an export for a
-whole one. Until then EXPORT.unfinished says whose files they are.
+The file without which no program loads the export is uploaded after all others, and EXPORT.json last. So an incomplete
+export is never taken for a complete one. Until then, EXPORT.unfinished marks the files as an unfinished export.
 """
 
 import shutil
@@ -42,20 +42,17 @@ _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
-# What no program loads an export without.
+# The file without which no program loads an export.
 _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
 
 
 def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
-    """Write an export, whole or not at all; one that is there already is returned as it is.
+    """Write an export, atomically. Return an identical existing export unchanged.
 
     Args:
-        trained: What is exported.
-        settings: What is made of it, and where.
-        progress: Told what is being done.
-
-    Raises:
-        ConfigError, ModelError, CheckpointError, BucketError: it cannot be made, or not there.
+        trained: the checkpoint to export.
+        settings: kind, data type and destination.
+        progress: receives a description of each phase.
     """
     planned = _plan(trained, settings)
     store = open_store(planned.uri)
@@ -87,7 +84,7 @@ def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
     is_adapter = trained.base is not None
     if not settings.merge and not is_adapter:
         raise ConfigError(
-            f"{trained.checkpoint} is a whole model: it has no adapter that could be exported alone. Leave merge: false out."
+            f"{trained.checkpoint} is a full-parameter model: it has no adapter to export. Remove merge: false."
         )
     kind: Literal["model", "merged", "adapter"] = (
         "model" if not is_adapter else "merged" if settings.merge else "adapter"
@@ -112,11 +109,11 @@ def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
 def _notes(trained: "TrainedModel", kind: str) -> Iterator[str]:
     if trained.config.load_in_4bit and kind == "merged":
         yield (
-            "The adapter was trained on the base model held in 4 bits (NF4) and is merged into its 16-bit weights: rounding the merged "
-            "weights to 4 bits again would lose most of what the adapter adds. The loss is that of the adapter on the 16-bit base."
+            "The adapter was trained on the base model in 4 bits (NF4) and is merged into its 16-bit weights: quantizing the merged "
+            "weights to 4 bits again would lose most of the adapter's effect. The eval loss is that of the adapter on the 16-bit base."
         )
     if trained.config.load_in_4bit and kind == "adapter":
-        yield "The adapter was trained on the base model held in 4 bits (bitsandbytes NF4, double quantisation)."
+        yield "The adapter was trained on the base model in 4 bits (bitsandbytes NF4, double quantization)."
 
 
 def _written_before(store: Store) -> Export | None:
@@ -127,20 +124,21 @@ def _written_before(store: Store) -> Export | None:
         return Export.model_validate_json(content)
     except ValidationError as error:
         raise ConfigError(
-            f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or name another place."
+            f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or choose another destination."
         ) from error
 
 
 def _same(written: Export, planned: Export, store: Store) -> Export:
-    """What is there, where it is what was asked for."""
+    """Return the existing export if it matches the planned one and is complete; otherwise raise an error."""
     if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
         raise ConfigError(
-            f"{planned.uri} holds another export already: {describe(written)} of {written.checkpoint}. Name another place, or remove it."
+            f"{planned.uri} already contains another export: {describe(written)} of {written.checkpoint}. Choose another destination, "
+            "or remove it."
         )
     stored = sizes(store, "")
     if wrong := [file.path for file in written.files if stored.get(file.path) != file.size]:
         raise ConfigError(
-            f"{store.uri_of(wrong[0])}: is not as it was exported. Remove {planned.uri}, or name another place."
+            f"{store.uri_of(wrong[0])}: has changed since the export. Remove {planned.uri}, or choose another destination."
         )
     return written
 
@@ -148,16 +146,18 @@ def _same(written: Export, planned: Export, store: Store) -> Export:
 def _check_place(store: Store) -> None:
     stored = sizes(store, "")
     if stored and _UNFINISHED not in stored:
-        raise ConfigError(f"{store.uri} is not empty: it holds {min(stored)}. Name an empty place.")
+        raise ConfigError(
+            f"{store.uri} is not empty: it contains {min(stored)}. Choose an empty destination."
+        )
 
 
 def describe(exported: Export) -> str:
-    """What an export is, in a few words."""
+    """Return a short description of an export."""
     kind = {"merged": "the merged model", "model": "the model", "adapter": "the adapter"}[exported.kind]
     return f"{kind} in {exported.dtype}" if exported.dtype else kind
 
 
-# --- What can be made ---------------------------------------------------------------------------------------------
+# --- Checks -------------------------------------------------------------------------------------------------------
 
 
 def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
@@ -174,30 +174,30 @@ def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
 
 
 def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
-    """One copy of the weights in memory, and what is staged on the disk."""
+    """Check the memory for one copy of the weights, and the disk space for the staged files."""
     assert planned.dtype is not None
     need = facts.parameters * _BYTES[planned.dtype]
     memory, disk = psutil.virtual_memory().available, free_bytes(cache)
     if need > memory:
         raise ModelError(
-            f"model {facts.source}: takes {format_bytes(need)} of memory in {planned.dtype}, and this machine has {format_bytes(memory)} "
-            "free. Export it on a larger one: main.py export needs nothing else of the run."
+            f"model {facts.source}: requires {format_bytes(need)} of memory in {planned.dtype}, but this machine has "
+            f"{format_bytes(memory)} free. Run main.py export on a larger machine; it needs only access to the bucket."
         )
     staged = need * (2 if planned.gguf else 1)
     if staged > disk:
         raise ModelError(
-            f"model {facts.source}: the export takes {format_bytes(staged)}, and the disk of {cache.parent} has {format_bytes(disk)} free. "
-            "Free some."
+            f"model {facts.source}: the export requires {format_bytes(staged)}, but the disk of {cache.parent} has {format_bytes(disk)} "
+            "free. Free some space."
         )
 
 
-# --- Making it ----------------------------------------------------------------------------------------------------
+# --- Conversion ---------------------------------------------------------------------------------------------------
 
 
 def _write_model(
     trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
 ) -> None:
-    """One copy in memory: PEFT merges layer by layer in place, transformers writes shard by shard."""
+    """Write the model with one copy in memory: PEFT merges in place layer by layer, transformers writes shard by shard."""
     import peft
 
     from training.models.torch_provider import load_weights
@@ -211,7 +211,7 @@ def _write_model(
         progress("merging")
         adapted = peft.PeftModel.from_pretrained(model, weights)  # pyright: ignore[reportArgumentType]
         model = adapted.merge_and_unload(safe_merge=False)  # pyright: ignore[reportCallIssue]
-    model.config.use_cache = True  # training turns it off
+    model.config.use_cache = True  # disabled during training
     if model.generation_config is not None:
         stops = stop_tokens(model, trained.tokenizer())
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
@@ -238,7 +238,8 @@ def _write_gguf(planned: Export, directory: Path) -> None:
     if done.returncode != 0 or not file.exists():
         last = (done.stderr.strip().splitlines() or ["it wrote no file"])[-1]
         raise ModelError(
-            f"gguf: {GGUF_TOOL} cannot convert {planned.checkpoint} ({last}). Leave gguf out, or look whether this llama.cpp knows the model."
+            f"gguf: {GGUF_TOOL} cannot convert {planned.checkpoint} ({last}). Remove gguf, or check whether this llama.cpp supports the "
+            "architecture."
         )
 
 
@@ -255,14 +256,14 @@ def _card(trained: "TrainedModel", planned: Export) -> Card:
     )
 
 
-# --- Putting it there ---------------------------------------------------------------------------------------------
+# --- Upload -------------------------------------------------------------------------------------------------------
 
 
 def _publish(store: Store, planned: Export, directory: Path) -> Export:
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     last = _LOADED_BY[planned.kind]
     store.write(
-        _UNFINISHED, b"This export is being written, or was cut off; the same command makes it whole.\n"
+        _UNFINISHED, b"This export is in progress, or was interrupted; the same command completes it.\n"
     )
     store.delete([last])
     store.delete(set(sizes(store, "")) - {_UNFINISHED})

@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, what it was made of and how, and how to use it."""
+"""The model card (README.md) of an export: base model, training, evaluation and usage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,26 +34,26 @@ _SETTINGS = (
     "classifier_config",
 )
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank takes."""
+"""Values that vLLM's --max-lora-rank accepts."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the card says."""
+    """The content of a model card."""
 
     export: Export
     base: str
-    """What the weights were made from: hub id, directory or URI."""
+    """Base model of the weights: Hub id, directory or URI."""
     config: FinetuneConfig
     manifest: Manifest
-    """Of the checkpoint."""
+    """Manifest of the checkpoint."""
     rank: int
-    """Of an adapter; 0: the weights are whole."""
+    """Rank of an adapter; 0 for a complete model."""
     result: RunResult | None
     metrics: Sequence[MetricsLine]
 
     def to_markdown(self) -> str:
-        """Markdown with the metadata that the Hugging Face hub reads at its head."""
+        """Return Markdown, with the metadata block that the Hugging Face Hub reads at the top."""
         from huggingface_hub import ModelCardData
 
         kind = self.export.kind
@@ -62,7 +62,7 @@ class Card:
             library_name="peft" if kind == "adapter" else "transformers",
             pipeline_tag="text-generation",
             tags=["anneal", *(["lora"] if self.config.trains_adapter else [])],
-            # The hub's words for how a model comes from its base.
+            # The Hub's terms for the relation of a model to its base model.
             base_model_relation={"adapter": "adapter"}.get(kind, "finetune"),
         )
         run_name = self.export.checkpoint.split("/")[-3]
@@ -71,13 +71,13 @@ class Card:
                 f"---\n{metadata.to_yaml()}\n---\n",
                 f"# {run_name}: {_TITLES[kind].format(base=self.base)}\n",
                 *(f"{note}\n" for note in self.export.notes),
-                "## How it was made\n",
+                "## Training\n",
                 _table(("", ""), self._facts()),
                 "\n## Evaluation\n",
                 self._evaluations(),
                 "\n## Settings\n",
                 _table(("key", "value"), self._settings()),
-                "\n## How to use it\n",
+                "\n## Usage\n",
                 *self._usage(),
                 "\n## Versions\n",
                 _table(("package", "version"), self.export.versions.items()),
@@ -90,15 +90,15 @@ class Card:
         facts = [
             ("base model", self.base),
             ("checkpoint", self.export.checkpoint),
-            ("weights", self.export.dtype or "the adapter, as it was trained"),
-            ("trained on", _places(config.train_sources)),
-            ("evaluated on", _places(config.valid_sources) or "nothing"),
+            ("weights", self.export.dtype or "adapter, in its training data type"),
+            ("trained on", _locations(config.train_sources)),
+            ("evaluated on", _locations(config.valid_sources) or "nothing"),
             ("fingerprint of the training rows", manifest.data.train),
             ("trained", f"{manifest.step:,} steps, {manifest.epoch:.2f} epochs"),
         ]
         if self.result and self.result.best_checkpoint == self.result.last_checkpoint:
             facts.append(
-                ("tokens", f"{self.result.tokens:,}, of which {self.result.trained_tokens:,} were trained")
+                ("tokens", f"{self.result.tokens:,}, including {self.result.trained_tokens:,} loss tokens")
             )
         if manifest.parent:
             facts.append(("started from", manifest.parent))
@@ -112,10 +112,10 @@ class Card:
         first, last = losses[0], losses[-1]
         rows = [("before the first step" if first.step == 0 else f"after step {first.step}", first)]
         if last.step != first.step:
-            rows.append((f"of this checkpoint, after step {last.step}", last))
+            rows.append((f"this checkpoint, after step {last.step}", last))
         figures = list(last.figures)
         return _table(
-            ("", "eval loss (nats a trained token)", *figures),
+            ("", "eval loss (nats per loss token)", *figures),
             [
                 (
                     when,
@@ -148,7 +148,7 @@ class Card:
         ]
 
 
-def _places(sources: Sequence[Any]) -> str:
+def _locations(sources: Sequence[Any]) -> str:
     return ", ".join(source.path for source in sources)
 
 

@@ -1,4 +1,4 @@
-"""How a trained model is spoken to: the tokens that an answer follows, and those that end it."""
+"""Prompts and stop tokens for generation with a trained model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """What ends an answer: what the model and the tokenizer say, and the mark that the chat template puts behind answers."""
+    """Return the stop tokens: those of the model and the tokenizer, and the chat template's end-of-turn token."""
     said = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(said if isinstance(said, list) else [] if said is None else [said])
     if isinstance(tokenizer.eos_token_id, int):
@@ -21,12 +21,10 @@ def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_laid_out: bool) -> Sequence[int]:
-    """The tokens that an answer follows.
+    """Tokenize a prompt, without an EOS token at its end.
 
     Args:
-        tokenizer: The model's.
-        prompt: Text.
-        is_laid_out: By a chat template, which writes the special tokens itself.
+        is_laid_out: the text was rendered with a chat template, which writes the special tokens itself.
     """
     if is_laid_out:
         return tokenizer.encode(prompt, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""How exports and evaluations are printed."""
+"""Print exports and evaluations."""
 
 from rich.console import Console
 
@@ -11,7 +11,7 @@ from utils.files import format_bytes
 
 
 def show_export(console: Console, exported: Export) -> None:
-    """What was written, where, and what to do with it."""
+    """Print content, location and size of an export."""
     size = format_bytes(sum(file.size for file in exported.files))
     print_facts(
         console,
@@ -27,16 +27,16 @@ def show_export(console: Console, exported: Export) -> None:
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """The score, what it is worth, and where the answers are."""
+    """Print the score, its limits, and the location of the answers."""
     others = evaluation.rows - (evaluation.trained_rows or 0)
     trained = (
-        "cannot be told: the prepared training rows were removed, or are preference pairs"
+        "unknown: the prepared training rows were removed, or are preference pairs"
         if evaluation.trained_rows is None
         else f"{evaluation.trained_rows:,} of the rows"
     )
     facts = [
         ("exact match", f"{evaluation.exact_match:.1%} ({evaluation.correct:,} of {evaluation.rows:,} rows)"),
-        ("compared", "the final number" if evaluation.match == "number" else "the whole text"),
+        ("compared", "the final number" if evaluation.match == "number" else "the complete text"),
         ("nothing found", f"in {evaluation.without_answer:,} answers"),
         ("trained on", trained),
         ("checkpoint", evaluation.checkpoint),
@@ -50,5 +50,5 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     if evaluation.trained_rows:
         show_warning(
             console,
-            f"{evaluation.trained_rows:,} of these rows were trained on, and say nothing of new ones.",
+            f"{evaluation.trained_rows:,} of these rows were in the training data, so their score does not transfer to new rows.",
         )

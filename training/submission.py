@@ -1,4 +1,4 @@
-"""A run as a job of Ray's job server: checked here, handed over, and followed to its end."""
+"""Submit a run to Ray's job server: check it locally, submit it, and follow its output."""
 
 import asyncio
 import json
@@ -22,62 +22,59 @@ from training.planner import Progress, make_plan
 from training.travel import Packed
 from utils.bucket import BucketError, NotFoundError
 
-# `ray job stop` asks with SIGTERM and kills this much later; what it waits for is a checkpoint on its way to the bucket.
+# `ray job stop` sends SIGTERM, and SIGKILL after this time, during which the driver commits a checkpoint.
 _STOP_SECONDS = 600
 _LOOK_SECONDS = 1.0
 _SILENCE_SECONDS = 120.0
-"""How long a job server may be out of reach before following its job is given up."""
+"""Maximum time that the job server may be unreachable while its job is followed."""
 
 _UNREACHABLE = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
 
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended."""
+    """The result of a job."""
 
     exit_code: int
-    """As main.py's own: of the job's process, or what it would have been where Ray ended that."""
+    """Exit code as of main.py: that of the job's process, or its equivalent if Ray terminated the process."""
     result: RunResult | None
-    """What the job printed under --json."""
+    """The result that the job printed with --json."""
     reason: str | None
-    """Why, where nothing in the job's output says it."""
+    """Reason for the end, if the job's output does not contain it."""
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job on its way."""
+    """A submitted job."""
 
     client: JobSubmissionClient
     submission_id: str
     address: str
 
     def to_json(self) -> str:
-        """Where it is, for programs."""
+        """Return id and address as JSON."""
         return json.dumps({"submission_id": self.submission_id, "address": self.address})
 
     @property
     def follow_command(self) -> list[str]:
-        """Shows its output, from the beginning."""
+        """Return the command that prints the job's output from the start."""
         return ["ray", "job", "logs", "--follow", "--address", self.address, self.submission_id]
 
     @property
     def stop_command(self) -> list[str]:
-        """Commits a checkpoint and ends it."""
+        """Return the command that stops the job after it has committed a checkpoint."""
         return ["ray", "job", "stop", "--address", self.address, self.submission_id]
 
 
 def check_from_here(packed: Packed, target: ClusterTarget, progress: Progress) -> PlanReport | str:
-    """The plan that the job will make, so that what refuses it does so now; or why it cannot be made here.
+    """Return the plan that the job will make, or the reason why it cannot be made on this machine.
 
-    Places that only the cluster sees, or that do not let this machine in, are left to the job, which checks them before it
-    takes workers.
-
-    Raises:
-        ConfigError, StrategyError, ModelError, DataError, CheckpointError, NotFoundError: what refuses the run.
+    An invalid run is rejected now. URIs that only the cluster can access are left to the job, which checks them before
+    it requests workers.
     """
     if packed.on_the_cluster:
-        return f"{', '.join(packed.on_the_cluster)}: only the cluster's machines see it"
-    # Where nodes keep their files is theirs alone.
+        return f"{', '.join(packed.on_the_cluster)}: accessible only from the cluster"
+    # The scratch directory is valid only on the nodes.
     loaded = replace(packed.loaded, config=packed.loaded.config.model_copy(update={"output_dir": None}))
     with chdir(packed.directory):
         try:
@@ -89,31 +86,23 @@ def check_from_here(packed: Packed, target: ClusterTarget, progress: Progress) -
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the job server.
-
-    Raises:
-        ClusterError: what answers there is none, or it asks for a token.
-    """
+    """Return a client of the job server."""
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ClusterError(f"--submit: {address} does not let us in. {TOKEN_ADVICE}") from error
+        raise ClusterError(f"--submit: {address} denied access. {TOKEN_ADVICE}") from error
     except (*_UNREACHABLE, ValueError, KeyError) as error:
         raise ClusterError(
-            f"--submit: what answers at {address} is no job server of Ray ({first_line(error)}). Name the head's dashboard, as in "
-            "http://HEAD:8265; the head needs ray[default]."
+            f"--submit: {address} is not a Ray job server ({first_line(error)}). Use the address of the head node's dashboard, such as "
+            "http://HEAD:8265; the head node needs ray[default]."
         ) from error
 
 
 def submit(client: JobSubmissionClient, address: str, packed: Packed) -> SubmittedJob:
-    """Hand the run over. Nothing of this machine's environment goes with it: credentials are the cluster's own.
-
-    Raises:
-        ClusterError: the job server refuses it.
-    """
+    """Submit the run. It uses the cluster's own credentials: no environment variable of this machine is sent."""
     try:
         submission_id = client.submit_job(
-            # With --json the last line of its output is the result, whatever else is printed.
+            # With --json the result is the last line of the output, after any other output.
             entrypoint=shlex.join(["python", "main.py", packed.yaml, "--json"]),
             runtime_env={
                 "working_dir": str(packed.directory),
@@ -121,17 +110,14 @@ def submit(client: JobSubmissionClient, address: str, packed: Packed) -> Submitt
             },
         )
     except _UNREACHABLE as error:
-        raise ClusterError(f"--submit: {address} does not take the job ({first_line(error)}).") from error
+        raise ClusterError(f"--submit: {address} did not accept the job ({first_line(error)}).") from error
     return SubmittedJob(client, submission_id, address)
 
 
 def follow(job: SubmittedJob, show: Callable[[str], None]) -> JobEnd:
-    """Show each line of the job's output until it ends.
+    """Print each line of the job's output until the job ends.
 
-    A job server that is out of reach for a while is asked again; the output goes on where it had stopped.
-
-    Raises:
-        ClusterError: it stays out of reach.
+    If the job server is unreachable, retry and continue the output where it stopped. Raise an error if it stays unreachable.
     """
     output = _Output(show)
     heard = time.monotonic()
@@ -142,8 +128,8 @@ def follow(job: SubmittedJob, show: Callable[[str], None]) -> JobEnd:
         except _UNREACHABLE as error:
             if time.monotonic() - heard > _SILENCE_SECONDS:
                 raise ClusterError(
-                    f"the job server at {job.address} does not answer any more ({first_line(error)}). The job {job.submission_id} may go on: "
-                    f"{shlex.join(job.follow_command)}. If its cluster is gone, the same command goes on with the run."
+                    f"the job server at {job.address} does not answer any more ({first_line(error)}). The job {job.submission_id} may still "
+                    f"run: {shlex.join(job.follow_command)}. If its cluster is gone, the same command resumes the run."
                 ) from error
         else:
             heard = time.monotonic()
@@ -154,7 +140,7 @@ def follow(job: SubmittedJob, show: Callable[[str], None]) -> JobEnd:
 
 
 async def _read(job: SubmittedJob, output: "_Output") -> None:
-    """What there is of the job's output, until it ends or the connection does."""
+    """Read the job's output until it or the connection ends."""
     position = 0
     async for text in job.client.tail_job_logs(job.submission_id):
         output.add(text[max(0, output.length - position) :])
@@ -162,11 +148,11 @@ async def _read(job: SubmittedJob, output: "_Output") -> None:
 
 
 class _Output:
-    """The job's output: lines for people, and the result."""
+    """The job's output, separated into lines for the screen and the result."""
 
     def __init__(self, show: Callable[[str], None]):
         self.length = 0
-        """Characters that have come so far."""
+        """Characters received so far."""
         self.result: RunResult | None = None
         self._show = show
         self._unfinished = ""
@@ -187,7 +173,7 @@ class _Output:
                 self.result = RunResult.model_validate_json(line)
                 return
             except ValidationError:
-                pass  # a line of somebody else's
+                pass  # a line of another program
         self._show(line)
 
 

@@ -1,1 +1,1 @@
-"""Tools that know nothing of training: bucket transfer, embedded bucket, console, files."""
+"""General utilities that do not depend on training: storage, the embedded bucket, console output, files."""

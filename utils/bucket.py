@@ -1,7 +1,7 @@
-"""One interface for `s3://`, what fsspec opens, and local directories: list, read, write, move whole files, check, sync.
+"""One interface for `s3://`, fsspec file systems and local directories: list, read, write, transfer, check and sync.
 
-Keys of objects are relative to the store they are listed from. The parts: utils.store (the interface), utils.s3,
-utils.local_store and utils.fsspec_store (the stores), utils.transfer (downloads), utils.node_cache (what a node keeps).
+Object keys are relative to the store that lists them. Modules: utils.store (the interface), utils.s3,
+utils.local_store and utils.fsspec_store (the stores), utils.transfer (downloads), utils.node_cache (node cache).
 """
 
 import re
@@ -52,21 +52,19 @@ __all__ = [
     "uses_embedded_bucket",
 ]
 
-_ABOUT_EMBEDDED = "`make quickstart` fills this embedded bucket, whose data lies in"
+_ABOUT_EMBEDDED = "`make quickstart` fills this embedded bucket, whose data is stored in"
 
 
 def open_store(uri: str) -> Store:
     """Return the store at `uri`: s3://bucket/prefix, gs:// and others through fsspec, file:///directory, or a path.
 
-    Touches nothing yet.
-
-    Raises BucketError for other schemes.
+    Sends no request.
     """
     return _remote_store(uri) if is_remote(uri) else LocalStore(local_path(uri))
 
 
 def is_remote(uri: str) -> bool:
-    """Tell whether `uri` is in a bucket rather than on this machine. Raises BucketError for other schemes."""
+    """Return whether `uri` is in a bucket rather than on this machine. Rejects other schemes."""
     scheme = _scheme(uri)
     if scheme not in ("", "file", "s3", *PACKAGES):
         others = ", ".join(f"{other}://" for other in PACKAGES if other != "memory")
@@ -74,20 +72,20 @@ def is_remote(uri: str) -> bool:
             f"{uri}: {scheme}:// is not supported; use s3://bucket/prefix, a local path, or one of {others}"
         )
     if scheme not in ("", "file") and "://" not in uri:
-        raise BucketError(f"{uri}: the bucket's name is missing; write {scheme}://bucket/prefix")
+        raise BucketError(f"{uri}: the bucket name is missing; write {scheme}://bucket/prefix")
     return scheme not in ("", "file")
 
 
 def uses_embedded_bucket(uri: str) -> bool:
-    """Tell whether `uri`, of whatever scheme, needs the embedded bucket to be running."""
+    """Return whether `uri`, of any scheme, requires the embedded bucket server."""
     return _scheme(uri) == "s3" and split_s3(uri)[0] == EMBEDDED_BUCKET
 
 
 def check_readable(uri: str) -> None:
-    """Make sure that `uri` names an object, or a prefix with objects, that can be read.
+    """Check that `uri` names a readable object, or a prefix with readable objects.
 
-    Raises BucketError, with a message of its own for each cause: no such bucket, no such object, credentials
-    that are missing, wrong, expired or not allowed, an endpoint that does not answer (within some 10 seconds).
+    Each cause has its own message: missing bucket or object; missing, wrong, expired or insufficient credentials;
+    an endpoint that does not answer (after about 10 seconds).
     """
     if not is_remote(uri):
         _check_local_readable(uri)
@@ -99,15 +97,15 @@ def check_readable(uri: str) -> None:
         found = parent.first(f"{name}/" if name else "")
     if found is None:
         hint = f" ({_ABOUT_EMBEDDED} {state_directory()})" if uses_embedded_bucket(uri) else ""
-        raise NotFoundError(f"{uri}: the bucket exists, but has no such object and none below it{hint}")
+        raise NotFoundError(f"{uri}: the bucket exists, but has no such object and no objects below it{hint}")
     parent.stat(found.key)  # reading needs a permission that listing does not
 
 
 def check_writable(uri: str) -> None:
-    """Make sure that objects can be put at, read from and deleted from `uri`. Raises BucketError.
+    """Check that objects can be written to, read from and deleted from `uri`.
 
-    A bucket gets a small probe object for a moment, written as a manifest is: only where there is none. Of a local path only
-    the nearest existing directory is probed, nothing is created.
+    In a bucket, this writes and deletes a small probe object, conditionally like a manifest. For a local path, it
+    probes only the nearest existing directory and creates nothing.
     """
     if is_remote(uri):
         store = _remote_store(uri, CHECK)
@@ -120,19 +118,19 @@ def check_writable(uri: str) -> None:
     with explained("write to", str(path)):
         directory = nearest_existing(path)
         if not directory.is_dir():
-            raise BucketError(f"cannot write to {path}: {directory} is a file; choose another place")
+            raise BucketError(f"cannot write to {path}: {directory} is a file; choose another location")
         try:
             tempfile.TemporaryFile(dir=directory).close()
-        except FileNotFoundError as error:  # /proc and its like
+        except FileNotFoundError as error:  # /proc and similar
             raise BucketError(
-                f"cannot write to {path}: {directory} takes no files; choose another place"
+                f"cannot write to {path}: {directory} does not accept files; choose another location"
             ) from error
 
 
 def find_objects(uri: str) -> list[tuple[str, str]]:
-    """Return (full URI, what tells its version: size and ETag) of the object at `uri`, or of all below it, by key.
+    """Return (full URI, version) of the object at `uri`, or of all objects below it, sorted by key.
 
-    Raises BucketError when the listing fails; nothing there is an empty list.
+    A version consists of size and ETag. The list is empty if there are no objects.
     """
     if is_remote(uri):
         parent_uri, name = _parent(uri)
@@ -148,14 +146,14 @@ def find_objects(uri: str) -> list[tuple[str, str]]:
 
 
 def fetch_file(uri: str, cache_dir: Path) -> Path:
-    """Bring one object to this node once and return its path; a local file is returned as it is.
+    """Download one object to this node once and return its path; return a local file unchanged.
 
-    As `sync_to_node` in everything else. Raises NotFoundError when there is no such object.
+    Otherwise works like `sync_to_node`.
     """
     if not is_remote(uri):
         path = local_path(uri)
         if path.is_dir():
-            raise BucketError(f"{path}: is a directory. Name a file in it.")
+            raise BucketError(f"{path} is a directory; name a file in it")
         if not path.is_file():
             raise NotFoundError(f"{path}: no such file")
         return path
@@ -172,17 +170,21 @@ def sync_to_node(
     wanted: Callable[[str], bool] = _everything,
     checksums: Mapping[str, str] | None = None,
 ) -> Path:
-    """Bring the objects below a prefix to this node, once, and return their directory.
+    """Download the objects below a prefix to this node, once, and return their directory.
 
-    However many processes call it at once, one downloads and the others wait for it; if it dies, the next takes
-    over. A copy that is already there moves no object, and stays there while this process lives. It is keyed by
-    what was listed (keys, sizes, ETags): a changed prefix is another copy, for which only what changed is moved.
-    `wanted` chooses among the keys (relative to the prefix). `checksums` says, by key, what objects must contain: the
-    copy has nothing else. A `uri` that is a single object gives a file; local files and directories are returned as they
-    are. See utils.node_cache for where things lie, and what goes.
+    If several processes call this at once, one downloads and the others wait. If the downloader dies, another takes
+    over. An existing copy downloads nothing, and stays in place while this process lives. Copies are identified by the
+    listing (keys, sizes, ETags): a changed prefix is a new copy that downloads only changed objects. See
+    utils.node_cache for the layout and for eviction.
 
-    Raises BucketError: nothing there, not enough disk, keys that would leave the directory, failing storage; of these
-    DamagedError when an object has another content.
+    Args:
+        uri: a prefix; a single object returns a file, and local files and directories are returned unchanged.
+        wanted: selects keys (relative to the prefix).
+        checksums: expected checksum by key.
+
+    Raises:
+        DamagedError: an object does not have the expected content.
+        BucketError: no objects, not enough disk space, unsafe keys, or failing storage.
     """
     if not is_remote(uri):
         path = local_path(uri)
@@ -193,24 +195,21 @@ def sync_to_node(
 
 
 def missing_bytes(uri: str, cache_dir: Path, wanted: Callable[[str], bool] = _everything) -> int:
-    """Return how many bytes `sync_to_node` would bring to this node: 0 when they are there, or local.
-
-    Raises BucketError, as `sync_to_node` does.
-    """
+    """Return how many bytes `sync_to_node` would download to this node: 0 if all are cached or local."""
     if not is_remote(uri):
         return 0
     return node_cache.missing_bytes(_node_copy(uri, cache_dir, wanted, {}))
 
 
 def upload_directory(directory: Path, store: Store, prefix: str, files: Iterable[str]) -> None:
-    """Store `files` (relative to `directory`, "/" between parts) under `prefix`, in parallel. Raises BucketError."""
+    """Upload `files` (relative to `directory`, "/" between parts) to `prefix`, in parallel."""
     store.upload_many(
         {join_uri(prefix, name) if prefix else name: safe_join(directory, name) for name in files}
     )
 
 
 def local_path(uri: str) -> Path:
-    """The absolute path that a local path or `file://` URI names. Raises BucketError for another machine's."""
+    """Return the absolute path of a local path or `file://` URI. Rejects URIs of other hosts."""
     if _scheme(uri) != "file":
         return Path(uri).expanduser().absolute()
     host, slash, path = uri.partition("://")[2].partition("/")
@@ -228,7 +227,7 @@ def _node_copy(
         return _single_object(uri, cache_dir)
     objects = [replace(item, checksum=checksums.get(item.key)) for item in listed if wanted(item.key)]
     if not objects:
-        raise NotFoundError(f"{uri}: none of its {len(listed)} objects is of the kind that is needed here")
+        raise NotFoundError(f"{uri}: none of its {len(listed)} objects is of a type that is needed here")
     above, name = _parent(uri)
     return node_cache.node_copy(store, uri, objects, cache_dir, name or above.partition("://")[2])
 
@@ -239,7 +238,7 @@ def _single_object(uri: str, cache_dir: Path) -> NodeCopy:
     found = store.first(name)
     if not name or found is None or found.key != name:
         raise NotFoundError(
-            f"{uri}: there is no such object; look at the spelling and at upper and lower case"
+            f"{uri}: there is no such object; check the spelling, including upper and lower case"
         )
     return node_cache.node_copy(store, uri, [found], cache_dir)
 
@@ -249,7 +248,7 @@ def _remote_store(uri: str, patience: Patience = WORK) -> Store:
 
 
 def _parent(uri: str) -> tuple[str, str]:
-    """Return (URI without its last part, last part); the last part is empty for a whole bucket."""
+    """Return (URI without its last part, last part); the last part is empty for the URI of a bucket."""
     scheme, _, path = uri.partition("://")
     bucket, _, prefix = path.partition("/")
     above, _, name = prefix.strip("/").rpartition("/")

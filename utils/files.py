@@ -1,4 +1,4 @@
-"""Small helpers for files: whole or not at all, locked, checked, measured. Also the errors of storage."""
+"""File helpers: atomic writes, locks, checksums and sizes. Also the base errors of storage."""
 
 import errno
 import fcntl
@@ -14,30 +14,36 @@ from pathlib import Path, PurePosixPath
 
 from utils.errors import AnnealError
 
-PARTIAL_SUFFIX = ".partial"  # a name that is being written; nobody may read it
+PARTIAL_SUFFIX = ".partial"  # an unfinished file; readers must ignore it
 _BLOCK_BYTES = 8 * 1024 * 1024
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE_BYTES = 1024 * 1024
 
 
 class BucketError(AnnealError):
-    """Storage refused or failed; the message says what, where (URI) and what to do."""
+    """A storage error; the message says what failed, where (URI) and how to fix it."""
 
 
 class UnsafeKeyError(BucketError, ValueError):
-    """A key would name a file outside the directory it belongs to."""
+    """An error for a key that would name a file outside its directory."""
 
 
 def partial_name(path: Path) -> Path:
-    """Return a fresh hidden name next to `path`, for a file that is not whole yet; `path` may have the longest of names."""
+    """Return a new hidden name next to `path` for an unfinished file; its length does not depend on the length of `path`."""
     return path.with_name(f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666, replace: bool = True) -> None:
-    """Write `data` so that readers see the old file or the whole new one, also after a power cut.
+    """Write `data` so that readers see the old file or the complete new one, also after a power failure.
 
-    `mode` are the permission bits before the umask. Creates missing parent directories. Raises
-    FileExistsError when `path` exists and `replace` is false, and OSError when the disk refuses.
+    Creates missing parent directories.
+
+    Args:
+        mode: permission bits before the umask.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is false.
+        OSError: the write failed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -56,7 +62,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o666, replace: boo
 
 
 def copy_atomically(source: Path, path: Path) -> None:
-    """Copy one file so that `path` is never seen half written. Raises OSError, also when the size differs."""
+    """Copy one file so that `path` is never seen incomplete. Raises OSError, also if the size differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     try:
@@ -64,14 +70,14 @@ def copy_atomically(source: Path, path: Path) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         if partial.stat().st_size != source.stat().st_size:
-            raise OSError(f"{source} changed its size while it was copied")
+            raise OSError(f"{source} changed its size during the copy")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def checksum(path: Path, algorithm: str = "crc64nvme") -> str:
-    """Return "crc64nvme:<16 hex digits>" of a file, read in blocks of 8 MB; crc32 and crc32c have 8. Raises OSError."""
+    """Return the checksum of a file as "crc64nvme:<16 hex digits>"; crc32 and crc32c have 8 digits. Raises OSError."""
     from awscrt import checksums
 
     update = {"crc64nvme": checksums.crc64nvme, "crc32": checksums.crc32, "crc32c": checksums.crc32c}[
@@ -85,36 +91,36 @@ def checksum(path: Path, algorithm: str = "crc64nvme") -> str:
 
 
 def checksum_bytes(data: bytes) -> str:
-    """Return "crc64nvme:<16 hex digits>" of `data`: the same string `checksum` gives for a file of it."""
+    """Return the checksum of `data`, in the same form as `checksum` of a file with that content."""
     from awscrt.checksums import crc64nvme
 
     return checksum_text(crc64nvme(data))
 
 
 def checksum_text(value: int, algorithm: str = "crc64nvme") -> str:
-    """Return a checksum as it is written everywhere: "algorithm:hex"."""
+    """Return a checksum in its text form: "algorithm:hex"."""
     return f"{algorithm}:{value:0{16 if algorithm == 'crc64nvme' else 8}x}"
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes an ordinary user may still write where `path` is, or will be once it exists."""
+    """Return the bytes that an unprivileged user can still write to the file system of `path`, which need not exist."""
     return shutil.disk_usage(nearest_existing(path)).free
 
 
 def is_disk_full(error: Exception, directory: Path) -> bool:
-    """Tell whether `directory` could not be written to because the disk takes no more, a quota or a limit included.
+    """Return whether writing to `directory` failed because the disk is full, including quotas and file size limits.
 
-    Libraries in Rust and C++ raise what they like: of the former the text tells, of the latter only the disk.
+    Libraries written in Rust and C++ raise their own errors. Rust errors contain the number; C++ errors need a probe.
     """
     if isinstance(error, OSError):
         return error.errno in _NO_ROOM
-    if told := re.search(r"os error (\d+)", str(error)):
-        return int(told[1]) in _NO_ROOM
+    if number := re.search(r"os error (\d+)", str(error)):
+        return int(number[1]) in _NO_ROOM
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(bytes(_PROBE_BYTES))
-    except OSError as refused:
-        return refused.errno in _NO_ROOM
+    except OSError as rejected:
+        return rejected.errno in _NO_ROOM
     return False
 
 
@@ -125,14 +131,14 @@ def nearest_existing(path: Path) -> Path:
 
 
 def format_bytes(count: int) -> str:
-    """Return bytes for people: 1536 -> "1.5 KiB"."""
+    """Return a readable size: 1536 -> "1.5 KiB"."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = max(0, min((count.bit_length() - 1) // 10, len(units) - 1))
     return f"{count / 1024**power:.1f} {units[power]}" if power else f"{count} B"
 
 
 def parse_bytes(written: str) -> int:
-    """Return the bytes that people write: "1.5GiB", "200 GB", "1024". Raises ValueError."""
+    """Parse a size such as "1.5GiB", "200 GB" or "1024" and return bytes. Raises ValueError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([KMGT]?)(i?)B)?", written.strip())
     if not match:
         raise ValueError("write a number of bytes, or one with a unit, such as 200GiB")
@@ -142,28 +148,29 @@ def parse_bytes(written: str) -> int:
 def safe_join(directory: Path, key: str) -> Path:
     """Return the path of `key` (parts separated by "/") below `directory`.
 
-    Raises UnsafeKeyError for a key that would leave the directory or name the same file as another key:
-    empty, absolute, with a backslash, a NUL, or a part that is empty, "." or "..".
+    Raises:
+        UnsafeKeyError: the key would leave the directory or name the same file as another key. Such keys are empty,
+            absolute, or have a backslash, a NUL, or a part that is empty, "." or "..".
     """
     if "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise UnsafeKeyError(f"refusing the key {key!r}: as a file name it could leave {directory}")
+        raise UnsafeKeyError(f"the key {key!r} is rejected: as a file name it could leave {directory}")
     return directory / key
 
 
-def refuse_clashes(keys: Iterable[str]) -> None:
-    """Raise UnsafeKeyError when two keys would be one file, or one key the directory of another, on some file system."""
+def reject_clashes(keys: Iterable[str]) -> None:
+    """Raise UnsafeKeyError if, on some file system, two keys name one file or one key is another's directory."""
     seen: dict[str, str] = {}
     for key in sorted(keys):
         other = seen.setdefault(key.casefold(), key)
         if other != key:
             raise UnsafeKeyError(
-                f"refusing the keys {other!r} and {key!r}: they differ by case only, and are one file on some disks"
+                f"the keys {other!r} and {key!r} are rejected: they differ only by case, and name one file on some disks"
             )
     for folded, key in seen.items():
         for parent in PurePosixPath(folded).parents:
             if other := seen.get(parent.as_posix()):
                 raise UnsafeKeyError(
-                    f"refusing the key {key!r}: {other!r} is a file, and cannot be its directory"
+                    f"the key {key!r} is rejected: {other!r} is a file, and cannot be its directory"
                 )
 
 
@@ -173,7 +180,7 @@ _holding = threading.Lock()
 
 
 def _forget_locks() -> None:
-    # A fork copies the descriptors, and with them the locks: the child must not keep its parent's alive.
+    # A fork copies the descriptors and their locks: the child must not keep the parent's locks alive.
     for descriptor in _held_locks:
         os.close(descriptor)
     _held_locks.clear()
@@ -185,10 +192,12 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 @contextmanager
 def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Iterator[None]:
-    """Hold a lock on `path`, a file made for it; the kernel releases it when the holder dies, however.
+    """Hold a lock on the file `path`, which is created if missing. The kernel releases it when the holder exits.
 
-    Locks between processes and between threads. A `shared` lock keeps out only exclusive ones. Raises
-    BlockingIOError at once when `blocking` is false and another holds it.
+    The lock works between processes and between threads. A `shared` lock blocks only exclusive ones.
+
+    Raises:
+        BlockingIOError: `blocking` is false and another holds the lock.
     """
     descriptor = _open_lock(path)
     try:
@@ -199,13 +208,13 @@ def file_lock(path: Path, *, shared: bool = False, blocking: bool = True) -> Ite
     finally:
         if descriptor in _held_locks:
             _held_locks.remove(descriptor)
-            # Closing alone is not enough for a moment after a fork: the child still has its copy.
+            # Closing is not enough right after a fork: the child still has a copy of the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
 def hold_lock(path: Path) -> None:
-    """Hold a shared lock on `path` until this process ends, however it does; once, however often it is called."""
+    """Hold a shared lock on `path` until this process exits. Repeated calls have no further effect."""
     with _holding:
         if path not in _held_for_life:
             descriptor = _open_lock(path)

@@ -1,10 +1,13 @@
-"""Google Cloud Storage, Azure and whatever else fsspec opens, as a store.
+"""A store on Google Cloud Storage, Azure or another fsspec file system.
 
-The same protocol as on S3, slower, and as strong as the file system behind it. A write is whole or not there: object
-stores publish an object when its last byte has arrived. "Only if absent" is the storage's own condition through gcsfs,
-adlfs and s3fs; elsewhere fsspec looks before it writes, which two writers at the same moment can both pass. No range is
-pinned to a version; an object's version is looked at when it has arrived. Requests are repeated as the file system does.
-Unfinished uploads are not to be seen through fsspec: let a lifecycle rule of the bucket remove them.
+It follows the same protocol as the S3 store but is slower, and its guarantees depend on the file system:
+
+- A write is atomic: object stores publish an object when its last byte has arrived.
+- `only_if_absent` uses a condition of the storage through gcsfs, adlfs and s3fs. Elsewhere fsspec checks before it
+  writes, which two concurrent writers can both pass.
+- Ranges are not pinned to a version; the version of an object is checked after the download.
+- The file system decides about retries.
+- fsspec cannot list unfinished uploads: let a lifecycle rule of the bucket remove them.
 """
 
 import time
@@ -20,20 +23,20 @@ from utils.files import BucketError
 from utils.store import AlreadyExistsError, NotFoundError, StoredObject, explain_os_error, join_uri
 from utils.transfer import LARGE_THREADS, Take, download_all
 
-PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}  # scheme -> what opens it
-_EXCLUSIVE = {"az": {"overwrite": False}, "abfs": {"overwrite": False}}  # else fsspec's own words for it
+PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}  # scheme -> package
+_EXCLUSIVE = {"az": {"overwrite": False}, "abfs": {"overwrite": False}}  # others take fsspec's own option
 _BLOCK_BYTES = 8 * 1024 * 1024
 
 
 class FsspecStore:
-    """A prefix of a file system that fsspec opens, as a store; credentials are that file system's own business."""
+    """A prefix of an fsspec file system as a store; the file system finds its own credentials."""
 
     def __init__(self, uri: str):
         self.uri = uri.rstrip("/")
         self._scheme, _, path = self.uri.partition("://")
         self._root = path.strip("/")
         if not self._root:
-            raise BucketError(f"{uri}: the bucket's name is missing; write {self._scheme}://bucket/prefix")
+            raise BucketError(f"{uri}: the bucket name is missing; write {self._scheme}://bucket/prefix")
 
     @property
     def identity(self) -> str:
@@ -48,7 +51,7 @@ class FsspecStore:
             return fsspec.filesystem(self._scheme, use_listings_cache=False)
         except ImportError as error:
             raise BucketError(
-                f"{self.uri}: {self._scheme}:// needs a package: pip install {PACKAGES[self._scheme]}"
+                f"{self.uri}: {self._scheme}:// requires a package: pip install {PACKAGES[self._scheme]}"
             ) from error
 
     def list(self, prefix: str = "") -> list[StoredObject]:
@@ -64,7 +67,7 @@ class FsspecStore:
                 self._stored(path, details)
                 for path, details in found.items()
                 if details["type"] == "file"
-                and not path.endswith("/")  # what consoles make for empty folders
+                and not path.endswith("/")  # a marker that web consoles create for an empty folder
             ]
         return sorted((item for item in items if item.key.startswith(prefix)), key=lambda item: item.key)
 
@@ -91,9 +94,7 @@ class FsspecStore:
             path = self._path(key)
             self._files.invalidate_cache(path)
             item = self._stored(path, self._files.info(path))
-            self._files.cat_file(
-                path, start=0, end=min(1, item.size)
-            )  # reading needs a permission of its own
+            self._files.cat_file(path, start=0, end=min(1, item.size))  # reading requires its own permission
         return item
 
     def read(self, key: str) -> bytes:
@@ -114,7 +115,7 @@ class FsspecStore:
             return self._files.cat_file(self._path(key), start=start, end=start + length)
 
     def age(self, key: str) -> float | None:
-        """See Store; by this machine's clock, since fsspec tells no other."""
+        """See Store. Uses this machine's clock, because fsspec provides no other."""
         with self._errors("read", key):
             try:
                 modified = self._files.modified(self._path(key))
@@ -131,7 +132,7 @@ class FsspecStore:
                 return
             try:
                 self._files.pipe_file(path, data, **_EXCLUSIVE.get(self._scheme, {"mode": "create"}))
-            except Exception as error:  # each file system has its own
+            except Exception as error:  # each file system raises its own error
                 if not self._files.exists(path):
                     raise
                 raise AlreadyExistsError(f"cannot write {self.uri_of(key)}: it already exists") from error
@@ -165,7 +166,7 @@ class FsspecStore:
                     continue
 
     def abort_stale_uploads(self, prefix: str = "") -> int:
-        """See Store, and the module: none can be seen here."""
+        """See Store. Always 0: fsspec cannot list unfinished uploads."""
         return 0
 
     def uri_of(self, key: str) -> str:
@@ -173,7 +174,7 @@ class FsspecStore:
         return join_uri(self.uri, key)
 
     def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
-        """See transfer.Source. fsspec pins no version: an object that changes meanwhile is told by its ETag afterwards."""
+        """See transfer.Source. fsspec pins no version: a change during the download is detected afterwards by the ETag."""
         with self._errors("download", item.key):
             path, end = self._path(item.key), start + length
             while start < end:
@@ -185,7 +186,7 @@ class FsspecStore:
             self._files.invalidate_cache(path)
             if start < end or self._stored(path, self._files.info(path)).etag != item.etag:
                 raise BucketError(
-                    f"cannot download {self.uri_of(item.key)}: it changed while it was read; run again"
+                    f"cannot download {self.uri_of(item.key)}: it changed during the download; run again"
                 )
         return False
 
@@ -198,7 +199,7 @@ class FsspecStore:
 
     def _stored(self, path: str, details: Mapping[str, Any]) -> StoredObject:
         key = path.strip("/").removeprefix(self._root).strip("/")
-        # What each file system calls the version of an object, else when it was made.
+        # The version of an object under the name of each file system, otherwise its creation time.
         version = next(
             (
                 details[name]
@@ -212,12 +213,12 @@ class FsspecStore:
 
     @contextmanager
     def _errors(self, action: str, key: str = "") -> Iterator[None]:
-        """Turn what a file system raises into BucketErrors; its own classes are unknown here."""
+        """Convert errors of a file system, whose classes are unknown here, into BucketErrors."""
         try:
             yield
         except BucketError:
             raise
         except OSError as error:
             raise explain_os_error(error, action, self.uri_of(key)) from error
-        except Exception as error:  # gcsfs and adlfs raise their clients' errors
+        except Exception as error:  # gcsfs and adlfs raise the errors of their clients
             raise BucketError(f"cannot {action} {self.uri_of(key)}: {error}") from error

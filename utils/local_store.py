@@ -12,7 +12,7 @@ from utils.store import DamagedError, NotFoundError, StoredObject, explained, jo
 
 
 class LocalStore:
-    """A directory as a store: an object is a file."""
+    """A directory as a store; each object is a file."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -29,7 +29,7 @@ class LocalStore:
         with explained("list", self.uri_of(prefix)):
             for path in self._files(prefix):
                 if not _is_partial(path):
-                    with suppress(FileNotFoundError):  # deleted since
+                    with suppress(FileNotFoundError):  # deleted after the listing
                         found.append(self._stored(path))
         return sorted(found, key=lambda item: item.key)
 
@@ -109,13 +109,13 @@ class LocalStore:
             self.upload(path, key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """See Store. Directories that are empty afterwards go too, as they would in a bucket."""
+        """See Store. Also removes directories that become empty, since a bucket has none."""
         for key in keys:
             path = safe_join(self.root, key)
             with explained("delete", str(path)):
                 path.unlink(missing_ok=True)
                 for parent in path.parents:
-                    # A directory that is not empty, or that somebody is just filling, refuses to go.
+                    # rmdir fails for a directory that is not empty or is being filled by another process.
                     if parent == self.root or not _removed_empty(parent):
                         break
 

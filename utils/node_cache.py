@@ -1,16 +1,16 @@
-"""What this node has brought from buckets: each object once, whatever number of workers and jobs want it.
+"""The node cache: each bucket object is downloaded once per node, for all workers and jobs.
 
-    <cache>/<place>/                 of one prefix of one bucket on one server
-        lock                         held by the one who downloads into the place; the others wait for it
-        <version>/                   of the keys, sizes, ETags and known checksums that were listed and wanted
-            ready.json               written last: what the files' checksums are
-            files/<name>/...         what callers get
-        <version>.lock               held, shared, by every process that uses the version, for as long as it lives
-        <version>.<boot>.partial/    being downloaded
+    <cache>/<place>/                 one prefix of one bucket on one server
+        lock                         held by the process that downloads into the place; the others wait for it
+        <version>/                   one set of keys, sizes, ETags and known checksums that were listed and wanted
+            ready.json               written last: the checksums of the files
+            files/<name>/...         the result for callers
+        <version>.lock               shared lock, held by every process that uses the version, while it lives
+        <version>.<boot>.partial/    a download in progress
 
-The kernel drops a lock when its holder dies, so a waiting process takes over at once, with the files that are whole. An
-object that another version of the place holds already is linked, not downloaded. When the cache is larger than its limit,
-or the disk too small, the least recently used versions go that no process holds, and what dead processes left of some.
+The kernel releases a lock when its holder dies, so a waiting process takes over at once and reuses complete files. An
+object that another version of the place already holds is hard-linked, not downloaded. When the cache exceeds its limit,
+or the disk is full, the least recently used versions without a lock are evicted, including partial ones of dead processes.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from utils.files import (
     hold_lock,
     nearest_existing,
     parse_bytes,
-    refuse_clashes,
+    reject_clashes,
     safe_join,
     write_atomically,
 )
@@ -51,33 +51,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NodeCopy:
-    """Objects of a bucket, and where they lie on this node once they are there."""
+    """Objects of a bucket, and their location in the node cache."""
 
     store: Store
     uri: str
     place: Path
     objects: tuple[StoredObject, ...]
-    directory: str  # the name of the directory they lie in; empty for a single object
+    directory: str  # name of the directory that contains them; empty for a single object
 
     @property
     def version(self) -> Path:
-        """The directory of this copy alone."""
+        """Return the directory of this version."""
         listed = [(item.key, item.size, item.etag, item.checksum) for item in self.objects]
         return self.place / _digest([self.directory, *listed])
 
     @property
     def result(self) -> Path:
-        """What callers get: the directory, or the file."""
+        """Return the path for callers: the directory, or the file."""
         return self.version / _FILES / (self.directory or self.objects[0].key)
 
     def paths(self, version: Path) -> dict[StoredObject, Path]:
-        """Where the objects lie in a version, whole or partial. Raises UnsafeKeyError."""
+        """Return the path of each object in a version, complete or partial. Rejects unsafe keys."""
         files = version / _FILES / self.directory
         return {item: safe_join(files, item.key) for item in self.objects}
 
 
 class _Brought(BaseModel):
-    """An object that is on this node, and when its file was written to last (in ns)."""
+    """An object on this node, and the modification time of its file (in ns)."""
 
     key: str
     size: int
@@ -87,7 +87,7 @@ class _Brought(BaseModel):
 
 
 class _Ready(BaseModel):
-    """What is said of a version that is whole."""
+    """The marker of a complete version."""
 
     uri: str
     boot: str
@@ -97,11 +97,11 @@ class _Ready(BaseModel):
 def node_copy(
     store: Store, uri: str, objects: Iterable[StoredObject], cache_dir: Path, directory: str = ""
 ) -> NodeCopy:
-    """Say where objects of a store will lie. Raises UnsafeKeyError for keys that are no safe names for files."""
+    """Return the location of a store's objects in the node cache. Rejects keys that are unsafe as file names."""
     place = cache_dir.absolute() / _digest([store.identity, store.uri])
     copy = NodeCopy(store, uri, place, tuple(objects), directory)
     copy.paths(copy.version)
-    refuse_clashes(item.key for item in copy.objects)
+    reject_clashes(item.key for item in copy.objects)
     return copy
 
 
@@ -114,15 +114,15 @@ def missing_bytes(copy: NodeCopy) -> int:
 
 
 def bring(copy: NodeCopy) -> Path:
-    """Make sure that the copy is on this node, whoever downloads it, and keep it there while this process lives.
+    """Ensure that the copy is on this node, and keep it there while this process lives.
 
-    Raises BucketError: not enough disk, or failing storage.
+    This process or another one downloads it. Fails if disk space is short or storage fails.
     """
     with explained("sync to", str(copy.version)):
-        hold_lock(_use_lock(copy.version))  # before the look, so that nobody can remove it in between
+        hold_lock(_use_lock(copy.version))  # before the check, so that no process can evict it in between
         if not _is_ready(copy, compare=False):
             with file_lock(copy.place / "lock"):
-                if not _is_ready(copy):  # one of those who wait reads the files, if they have to be read
+                if not _is_ready(copy):  # only one of the waiting processes verifies the files, if necessary
                     _download(copy)
         os.utime(copy.version / _READY)  # the time of its last use
         return copy.result
@@ -130,7 +130,7 @@ def bring(copy: NodeCopy) -> Path:
 
 def _download(copy: NodeCopy) -> None:
     version = copy.version
-    # Files that were in memory when the machine went down are none that may be kept: hence the boot.
+    # After a crash of the machine, files that were not flushed to disk cannot be trusted: hence the boot id.
     partial = version.with_name(f"{version.name}.{_boot()[:8]}{PARTIAL_SUFFIX}")
     for leftover in (version, *copy.place.glob(f"*{PARTIAL_SUFFIX}")):
         if leftover.exists() and leftover != partial:
@@ -158,9 +158,10 @@ def _download(copy: NodeCopy) -> None:
 
 
 def _is_ready(copy: NodeCopy, *, compare: bool = True) -> bool:
-    """Whether every file is there as it was brought; cleaners of old files take single ones.
+    """Return whether every file exists unchanged; tmp cleaners may remove single files.
 
-    A doubtful one is compared with its checksum, or counts as not there.
+    Args:
+        compare: verify the checksums of changed files; otherwise count them as missing.
     """
     ready = _read_ready(copy.version)
     if ready is None:
@@ -169,7 +170,7 @@ def _is_ready(copy: NodeCopy, *, compare: bool = True) -> bool:
     try:
         now = _look_at(copy, copy.version, checksums)
         if now != ready:
-            # Somebody wrote to a file, or they were in memory when the machine went down: the disk may have the marker alone.
+            # A file was written to, or the machine crashed: the disk may hold the marker but not the files.
             paths = copy.paths(copy.version)
             if not compare or any(checksum(path) != checksums.get(item.key) for item, path in paths.items()):
                 return False
@@ -180,7 +181,7 @@ def _is_ready(copy: NodeCopy, *, compare: bool = True) -> bool:
 
 
 def _look_at(copy: NodeCopy, version: Path, checksums: Mapping[str, str]) -> _Ready:
-    """The marker of files as they are now. Raises FileNotFoundError."""
+    """Return a marker for the files as they are now. Raises FileNotFoundError."""
     objects = []
     for item, path in copy.paths(version).items():
         status = path.stat()
@@ -208,7 +209,7 @@ def _read_ready(version: Path) -> _Ready | None:
 
 
 def _held_by_other_versions(copy: NodeCopy) -> dict[StoredObject, tuple[Path, str]]:
-    """The objects that another version of the place holds: (file, checksum)."""
+    """Return the objects that another version of the place holds: object -> (file, checksum)."""
     found = {}
     for marker in copy.place.glob(f"*/{_READY}"):
         ready = _read_ready(marker.parent)
@@ -227,14 +228,11 @@ def _held_by_other_versions(copy: NodeCopy) -> dict[StoredObject, tuple[Path, st
     return found
 
 
-# --- Room ---------------------------------------------------------------------------------------------------------
+# --- Eviction -----------------------------------------------------------------------------------------------------
 
 
 def cache_limit(cache_dir: Path) -> int:
-    """The most bytes that a cache directory may hold: $ANNEAL_CACHE_LIMIT, else four fifths of its disk.
-
-    Raises BucketError when the variable is no size.
-    """
+    """Return the maximum size of a cache directory in bytes: $ANNEAL_CACHE_LIMIT, else four fifths of its disk."""
     written = os.environ.get(LIMIT_VARIABLE)
     if not written:
         return int(shutil.disk_usage(nearest_existing(cache_dir)).total * _SHARE_OF_DISK)
@@ -245,7 +243,7 @@ def cache_limit(cache_dir: Path) -> int:
 
 
 def _make_room(copy: NodeCopy, needed: int) -> None:
-    """Remove the least recently used versions that nobody holds, as long as there are any and it takes them."""
+    """Evict the least recently used versions without a lock until `needed` bytes fit into the limit and the disk."""
     cache_dir = copy.place.parent
     limit = cache_limit(cache_dir)
     while _held_bytes(cache_dir) + needed > limit or free_bytes(copy.place) < needed:
@@ -253,7 +251,7 @@ def _make_room(copy: NodeCopy, needed: int) -> None:
             break
     if (available := free_bytes(copy.place)) < needed:
         raise BucketError(
-            f"{copy.uri} needs {format_bytes(needed)} of disk, but {cache_dir} has {format_bytes(available)} free; "
+            f"{copy.uri} needs {format_bytes(needed)} of disk space, but {cache_dir} has {format_bytes(available)} free; "
             "free some space, or choose a directory on a larger disk"
         )
 
@@ -261,7 +259,7 @@ def _make_room(copy: NodeCopy, needed: int) -> None:
 def _held_bytes(cache_dir: Path) -> int:
     sizes = dict[int, int]()  # by inode: versions share files
     for files in cache_dir.glob(f"*/*/{_FILES}"):
-        for directory, _, names in os.walk(files):  # passes over what others rename or remove meanwhile
+        for directory, _, names in os.walk(files):  # skips entries that others rename or remove meanwhile
             for name in names:
                 with suppress(FileNotFoundError):
                     status = Path(directory, name).stat()
@@ -270,7 +268,7 @@ def _held_bytes(cache_dir: Path) -> int:
 
 
 def _remove_oldest(cache_dir: Path) -> bool:
-    """Remove the version that was used longest ago, of those that no process holds; returns whether there was one."""
+    """Remove the least recently used version without a lock; return whether there was one."""
     found = []
     for files in cache_dir.glob(f"*/*/{_FILES}"):
         version, marker = files.parent, files.parent / _READY
@@ -288,7 +286,7 @@ def _remove_oldest(cache_dir: Path) -> bool:
 
 
 def _use_lock(version: Path) -> Path:
-    """The lock of a version, whole or partial."""
+    """Return the lock file of a version, complete or partial."""
     return version.with_name(f"{version.name.partition('.')[0]}.lock")
 
 

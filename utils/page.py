@@ -12,8 +12,8 @@ def render_page(template: Path, **values: Any) -> str:
     """Return the HTML page of a template.
 
     Args:
-        template: A template file. It extends `page.html.j2`, which is stored beside this module.
-        values: Variables of the template. Text is escaped, also in attributes; a missing variable is an error.
+        template: template file. It extends `page.html.j2`, which is stored next to this module.
+        values: template variables. Text is escaped, also in attributes; a missing variable is an error.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),

@@ -1,4 +1,4 @@
-"""Processes: what they import, that they live and die together, and whether one still lives."""
+"""Process helpers: fast imports, child processes that exit with their parent, and process identity."""
 
 import ctypes
 import gc
@@ -18,9 +18,9 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import large packages without the garbage collector, which takes a quarter of the time to find what stays anyway.
+    """Pause the garbage collector while large packages are imported, which saves a quarter of the import time.
 
-    What lives then (and the few cycles that imports leave), it never looks at again, so its collections in training are shorter.
+    Objects that are alive afterwards are frozen, so that later collections during training skip them.
     """
     if not gc.isenabled():
         yield
@@ -34,7 +34,7 @@ def importing() -> Iterator[None]:
 
 
 def die_with(parent: int) -> Callable[[], None]:
-    """Return what a fresh child runs, so that the kernel kills it when its parent (a pid) dies."""
+    """Return a function for a new child process, so that the kernel kills the child when its parent (a pid) exits."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def in_child() -> None:
@@ -46,11 +46,11 @@ def die_with(parent: int) -> Callable[[], None]:
 
 
 def run_in_own_session(work: Callable[[], int]) -> int:
-    """Do the work in a child with a session of its own, and return its exit code; a signal's is 128 + its number.
+    """Run `work` in a child process with its own session and return its exit code; 128 + number for a signal.
 
-    A signal to a whole process group (Ctrl-C, `timeout`, a service manager) then reaches this process alone, which
-    hands SIGINT and SIGTERM to the child: what the child has started goes on until the child itself ends it.
-    Must be called while there is one thread.
+    A signal to the process group (Ctrl-C, `timeout`, a service manager) then reaches only this process, which
+    forwards SIGINT and SIGTERM to the child. Processes started by the child keep running until the child stops them.
+    Call this while the process has a single thread.
     """
     tie_to_parent = die_with(os.getpid())
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
@@ -69,7 +69,7 @@ def run_in_own_session(work: Callable[[], int]) -> int:
 
 
 def this_machine() -> str:
-    """The same for processes that see one another by their ids: this boot, and this process namespace."""
+    """Return an id shared by all processes that can see each other's pids: the boot id and the pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return socket.gethostname()
@@ -77,10 +77,10 @@ def this_machine() -> str:
 
 
 def started_after_boot(process: int) -> float | None:
-    """Seconds from this machine's boot to the start of a process (an id), which no clock that is set changes; None: it is gone."""
+    """Return the seconds from boot to the start of a process; None if it is gone. Changes of the clock have no effect."""
     try:
         found = psutil.Process(process)
-        if found.status() == psutil.STATUS_ZOMBIE:  # killed, and nobody has collected it
+        if found.status() == psutil.STATUS_ZOMBIE:  # killed, but not yet reaped
             return None
         return round(found.create_time() - psutil.boot_time(), 2)
     except psutil.NoSuchProcess:

@@ -1,11 +1,11 @@
 """A prefix of an S3 bucket as a store.
 
-Every bucket goes through botocore's standard chain of credentials and settings (AWS_ENDPOINT_URL_S3, AWS_PROFILE,
-AWS_CA_BUNDLE, AWS_REQUEST_CHECKSUM_CALCULATION, ...), except `s3://anneal`, which is the embedded bucket. So one process
-may use both.
+Every bucket uses botocore's standard chain of credentials and settings (AWS_ENDPOINT_URL_S3, AWS_PROFILE,
+AWS_CA_BUNDLE, AWS_REQUEST_CHECKSUM_CALCULATION, ...), except `s3://anneal`, the embedded bucket. So one process
+can use both.
 
-Requests are repeated here and not in botocore, whose retries share a budget that a busy storage uses up, and end where
-the body of an answer begins. When storage says that credentials have expired, the chain is asked anew.
+Retries are implemented here and not in botocore: its retries share a budget that a busy server uses up, and do not
+cover the body of a response. When the server reports expired credentials, the chain is evaluated again.
 """
 
 import base64
@@ -33,7 +33,7 @@ from utils.s3_errors import (
     NO_S3,
     error_code,
     explain_failure,
-    explain_refusal,
+    explain_rejection,
     may_pass,
 )
 from utils.store import (
@@ -51,36 +51,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long storage may be silent, and how long an operation goes on after it has failed first, in seconds."""
+    """Timeouts of requests in seconds: maximum silence of the server, and time to keep retrying after a failure."""
 
     silence: float
     failing: float
 
 
-WORK = Patience(silence=30, failing=120)  # a run outlives a storage that is down for a minute
-CHECK = Patience(silence=5, failing=2)  # a check answers within some 10 seconds
+WORK = Patience(silence=30, failing=120)  # a run survives storage that is down for a minute
+CHECK = Patience(silence=5, failing=2)  # a check answers within about 10 seconds
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
-BLOCK_BYTES = 256 * 1024  # of a body at a time: larger ones leave the processor's cache, and cost it more
+BLOCK_BYTES = 256 * 1024  # read size for response bodies; larger blocks leave the CPU cache and are slower
 _UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
 _TOKEN_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
-_DELETE_BATCH = 1000  # the most keys S3 takes in one request
+_DELETE_BATCH = 1000  # maximum number of keys per S3 request
 
 
 class S3Store:
-    """A prefix of a bucket as a store. Made anew in each process; the credentials are looked up there."""
+    """A prefix of a bucket as a store. Create one per process; each process looks up its own credentials."""
 
     def __init__(self, uri: str, patience: Patience = WORK):
         self.bucket, self.prefix = split_s3(uri)
         self.uri = join_uri(f"s3://{self.bucket}", self.prefix)
-        self._start = f"{self.prefix}/" if self.prefix else ""  # what every key in the bucket starts with
+        self._start = f"{self.prefix}/" if self.prefix else ""  # prefix of every key in the bucket
         self._patience = patience
         self._made_client: Any = None
         self._making_client = Lock()
 
     @property
     def identity(self) -> str:
-        """See Store; the embedded bucket keeps it when it is started again elsewhere."""
+        """See Store. The identity of the embedded bucket does not change when it restarts on another port."""
         return str(state_directory()) if self.bucket == EMBEDDED_BUCKET else self._client().meta.endpoint_url
 
     def list(self, prefix: str = "") -> list[StoredObject]:
@@ -89,7 +89,7 @@ class S3Store:
         return sorted(found, key=lambda item: item.key)
 
     def directories(self) -> Sequence[str]:
-        """See Store. A request tells a thousand of them, whatever lies below."""
+        """See Store. Each request returns a thousand directories, however many objects they contain."""
         prefixes = [
             found["Prefix"]
             for answer in self._listing("", Delimiter="/")
@@ -118,9 +118,9 @@ class S3Store:
         return (now - head["LastModified"]).total_seconds()
 
     def stored_checksum(self, item: StoredObject) -> str | None:
-        """See transfer.Source. A checksum of parts' checksums is no use here."""
+        """See transfer.Source. Ignores composite checksums (checksums of the checksums of parts)."""
         if self._client().meta.config.response_checksum_validation == "when_required":
-            return None  # storage is not to be asked
+            return None  # the settings disable response checksums
         head = self._head(item.key, ChecksumMode="ENABLED")
         if head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
             return None
@@ -150,21 +150,21 @@ class S3Store:
         with self._errors("write", key):
             try:
                 self._put(key, data, **({"IfNoneMatch": "*"} if only_if_absent else {}))
-            except _RefusedError as refused:
-                if not only_if_absent or refused.code not in ("PreconditionFailed", "412"):
+            except _RejectedError as rejected:
+                if not only_if_absent or rejected.code not in ("PreconditionFailed", "412"):
                     raise
-                # The answer to an attempt of ours may have been lost after it was stored.
-                if not refused.repeated or self.read_if_exists(key) != data:
+                # An earlier attempt may have succeeded although its response was lost.
+                if not rejected.repeated or self.read_if_exists(key) != data:
                     raise AlreadyExistsError(
                         f"cannot write {self.uri_of(key)}: it already exists"
-                    ) from refused
+                    ) from rejected
 
     def download(self, key: str, path: Path) -> None:
         """See Store."""
         self.download_many({self.stat(key): path})
 
     def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
-        """See Store. Every range carries the listed ETag, so they cannot be of two versions."""
+        """See Store. Every range request carries the listed ETag, so that all ranges belong to one version."""
         with self._errors("download from"):
             return download_all(self, targets)
 
@@ -173,7 +173,7 @@ class S3Store:
         self.upload_many({key: path})
 
     def upload_many(self, sources: Mapping[str, Path]) -> None:
-        """See Store. 16 parts are in memory at a time, of 8 MB each; larger ones where 10,000 would not do."""
+        """See Store. At most 16 parts are in memory, of 8 MB each, or larger for files above 10,000 parts."""
         with (
             ThreadPoolExecutor(SMALL_THREADS, thread_name_prefix="upload") as files,
             ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="upload-part") as parts,
@@ -190,7 +190,7 @@ class S3Store:
         """See Store."""
         remaining = list(keys)
         with self._errors("delete from"):
-            if not self._sends_checksums:  # deleting many at once needs one
+            if not self._sends_checksums:  # a batch deletion requires a checksum
                 with ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="delete") as pool:
                     list(pool.map(self._delete_one, remaining))
                 return
@@ -223,11 +223,11 @@ class S3Store:
         return f"{self.uri}/{key}" if key else self.uri
 
     def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
-        """See transfer.Source. What breaks off is continued where it broke off."""
+        """See transfer.Source. Continues an interrupted download at the byte where it stopped."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         end, attempts = start + length, _Attempts(self._patience)
-        is_whole = start == 0 and length == item.size  # storage sends its checksum with a whole object only
+        is_whole = start == 0 and length == item.size  # S3 sends a checksum only with a complete object
         with self._errors("download", item.key):
             while True:
                 pinned = {"IfMatch": item.etag} if item.etag else {}
@@ -264,13 +264,13 @@ class S3Store:
         answer = self._request(
             lambda client: client.list_objects_v2(Bucket=self.bucket, Prefix=self._start + prefix, **options)
         )
-        if "Name" not in answer:  # any XML, a web page too, reads like a listing of nothing
+        if "Name" not in answer:  # any XML, such as a web page, parses as an empty listing
             raise BucketError(f"cannot list {self.uri_of(prefix)}: {NO_S3}")
         return answer
 
     def _objects(self, listing: Mapping[str, Any]) -> Iterator[StoredObject]:
         for item in listing.get("Contents", []):
-            if not item["Key"].endswith("/"):  # what consoles make to show an empty folder
+            if not item["Key"].endswith("/"):  # a marker that web consoles create for an empty folder
                 yield StoredObject(item["Key"].removeprefix(self._start), item["Size"], item["ETag"])
 
     def _head(self, key: str, **options: str) -> dict[str, Any]:
@@ -289,7 +289,7 @@ class S3Store:
         with self._errors("read", key):
             try:
                 return self._request(get)
-            except FlexibleChecksumError:  # damaged on its way, or where it lies
+            except FlexibleChecksumError:  # damaged in transit or in storage
                 return self._request(get)
 
     def _put(self, key: str, data: bytes, **options: str) -> None:
@@ -328,7 +328,7 @@ class S3Store:
         except BaseException:
             for task in tasks:
                 task.cancel()
-            wait(tasks)  # a part that arrives after the end would stay
+            wait(tasks)  # a part that arrives after the abort would stay in the bucket
             self._abort(where["Key"], where["UploadId"])
             raise
 
@@ -347,11 +347,11 @@ class S3Store:
             self._request(
                 lambda client: client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
             )
-        except _RefusedError as refused:
-            # The answer to an attempt of ours may have been lost after the upload was completed.
+        except _RejectedError as rejected:
+            # An earlier attempt may have completed the upload although its response was lost.
             digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
             etag = f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"'
-            if not (refused.repeated and refused.code == "NoSuchUpload" and self.stat(key).etag == etag):
+            if not (rejected.repeated and rejected.code == "NoSuchUpload" and self.stat(key).etag == etag):
                 raise
 
     def _abort(self, full_key: str, upload_id: str) -> None:
@@ -361,12 +361,12 @@ class S3Store:
                     Bucket=self.bucket, Key=full_key, UploadId=upload_id
                 )
             )
-        except _RefusedError as refused:
-            if refused.code != "NoSuchUpload":
+        except _RejectedError as rejected:
+            if rejected.code != "NoSuchUpload":
                 raise
 
     def _checksum_option(self, data: bytes) -> dict[str, str]:
-        """Return what tells storage to refuse `data` when it arrives damaged, unless storage knows no such thing."""
+        """Return the checksum with which the server detects damaged `data`; empty if the settings disable checksums."""
         if not self._sends_checksums:
             return {}
         from awscrt.checksums import crc64nvme
@@ -389,10 +389,12 @@ class S3Store:
                 Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True}
             )
         )
-        for refused in answer.get("Errors", []):
-            if refused.get("Code") != "NoSuchKey":
-                where = f"s3://{self.bucket}/{refused.get('Key')}"
-                raise BucketError(f"cannot delete {where}: {refused.get('Code')} ({refused.get('Message')})")
+        for rejected in answer.get("Errors", []):
+            if rejected.get("Code") != "NoSuchKey":
+                where = f"s3://{self.bucket}/{rejected.get('Key')}"
+                raise BucketError(
+                    f"cannot delete {where}: {rejected.get('Code')} ({rejected.get('Message')})"
+                )
 
     # --- Requests ------------------------------------------------------------------------------------------------
 
@@ -403,21 +405,21 @@ class S3Store:
             return self._made_client
 
     def _make_client(self) -> Any:
-        # botocore takes long to import: only those who use a bucket pay for it.
+        # botocore is slow to import: only users of a bucket should pay for it.
         from botocore.config import Config
         from botocore.handlers import add_expect_header
         from botocore.session import Session
 
-        # The embedded bucket has keys of its own, and no profile of the user's is looked for.
-        of_nobody = {"profile": (None, None, None, None)}
-        session = Session(session_vars=of_nobody if self.bucket == EMBEDDED_BUCKET else None)
+        # The embedded bucket has its own keys, so do not look for a profile of the user.
+        no_profile = {"profile": (None, None, None, None)}
+        session = Session(session_vars=no_profile if self.bucket == EMBEDDED_BUCKET else None)
         session.register_component("data_loader", _service_descriptions())
 
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=min(10, self._patience.silence),
             read_timeout=self._patience.silence,
-            parameter_validation=False,  # calls are ours, and a tenth of what a small object costs goes into it
+            parameter_validation=False,  # validation takes a tenth of the time of a small object
             max_pool_connections=SMALL_THREADS + LARGE_THREADS,
         )
         if self.bucket == EMBEDDED_BUCKET:
@@ -428,24 +430,24 @@ class S3Store:
                 region_name="us-east-1",
                 aws_access_key_id=server.access_key,
                 aws_secret_access_key=server.secret_key,
-                config=config.merge(Config(proxies={})),  # it is on this machine, whatever HTTP_PROXY says
+                config=config.merge(Config(proxies={})),  # the server is local, so ignore HTTP_PROXY
             )
         else:
             try:
                 region = (
                     session.get_config_variable("region") or "us-east-1"
-                )  # also where it is set, and empty
+                )  # also covers a region that is set but empty
                 client = session.create_client("s3", region_name=region, config=config)
-            except ValueError as error:  # botocore's word for it
+            except ValueError as error:  # botocore's error for an invalid endpoint
                 raise BucketError(
                     f"{self.uri}: {error}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL"
                 ) from error
-        # A round trip more for every object, to ask whether its body may be sent.
+        # The Expect header costs one more round trip per upload.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
 
     def _request(self, send: Callable[[Any], T]) -> T:
-        """Send a request and read its answer, again and again while it may help. Raises what botocore does."""
+        """Send a request and read its response, with retries while they may help. Raises botocore's errors."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         attempts = _Attempts(self._patience)
@@ -461,17 +463,17 @@ class S3Store:
 
         if not may_pass(error) or attempts.are_over():
             if isinstance(error, ClientError):
-                raise _RefusedError(error, repeated=attempts.failed > 0) from error
+                raise _RejectedError(error, repeated=attempts.failed > 0) from error
             raise error
         if isinstance(error, ClientError) and error_code(error) in EXPIRED:
             with self._making_client:
-                if self._made_client is client:  # others have made a new one meanwhile
+                if self._made_client is client:  # another thread may have replaced it already
                     self._made_client = None
         attempts.wait()
 
     @contextmanager
     def _errors(self, action: str, key: str = "") -> Iterator[None]:
-        """Turn what botocore and the disk raise into BucketErrors."""
+        """Convert errors of botocore and the disk into BucketErrors."""
         from botocore.exceptions import BotoCoreError, FlexibleChecksumError
 
         where = f"cannot {action} {self.uri_of(key)}"
@@ -479,24 +481,24 @@ class S3Store:
             yield
         except FlexibleChecksumError as error:
             raise DamagedError(
-                key, f"{where}: it does not match the checksum that storage sent with it"
+                key, f"{where}: it does not match the checksum that the server sent with it"
             ) from error
-        except _RefusedError as refused:
-            raise explain_refusal(refused.error, where, self.bucket) from refused.error
-        except RecursionError as error:  # botocore asks again and again in which region the bucket is
+        except _RejectedError as rejected:
+            raise explain_rejection(rejected.error, where, self.bucket) from rejected.error
+        except RecursionError as error:  # botocore keeps asking for the region of the bucket
             raise BucketError(f"{where}: {ELSEWHERE}") from error
         except BotoCoreError as error:
             raise BucketError(f"{where}: {explain_failure(error)}") from error
         except OSError as error:
-            if error.filename and str(error.filename) == os.environ.get(_TOKEN_VARIABLE):  # botocore reads it
+            if error.filename and str(error.filename) == os.environ.get(_TOKEN_VARIABLE):  # read by botocore
                 raise BucketError(
-                    f"{where}: the token that {_TOKEN_VARIABLE} names cannot be read ({error})"
+                    f"{where}: cannot read the token file {_TOKEN_VARIABLE} ({error})"
                 ) from error
             raise explain_os_error(error, action, self.uri_of(key)) from error
 
 
 class _Attempts:
-    """The failures of one operation, and how long to wait after each."""
+    """The failed attempts of one operation and the delay after each."""
 
     def __init__(self, patience: Patience):
         self.failed = 0
@@ -508,11 +510,11 @@ class _Attempts:
         return self.failed > 0 and time.monotonic() >= self._until
 
     def progressed(self) -> None:
-        """Something has arrived: patience begins anew."""
+        """Reset the retry time, because data has arrived."""
         self.failed, self._delay = 0, _FIRST_DELAY_SECONDS
 
     def wait(self) -> None:
-        """Wait longer each time; at random, so that those who were refused together do not come back together."""
+        """Sleep with exponential backoff and jitter, so that clients do not retry at the same moment."""
         if not self.failed:
             self._until = time.monotonic() + self._patience.failing
         self.failed += 1
@@ -520,8 +522,8 @@ class _Attempts:
         self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)
 
 
-class _RefusedError(Exception):
-    """Storage answered with a refusal that stands; `repeated` when an earlier attempt may have been carried out."""
+class _RejectedError(Exception):
+    """A final error response from the server; `repeated` if an earlier attempt may have been executed."""
 
     def __init__(self, error: Any, *, repeated: bool):
         super().__init__(str(error))
@@ -530,16 +532,16 @@ class _RefusedError(Exception):
 
 @cache
 def _service_descriptions() -> Any:
-    # A tenth of a second to read, and the same for every client.
+    # Loading takes a tenth of a second, and the result is the same for every client.
     from botocore.loaders import create_loader
 
     return create_loader()
 
 
 def storage_options(uri: str) -> dict[str, str]:
-    """Return what s3fs needs (fsspec.open, datasets, pandas: `storage_options=`) to open an `s3://` URI as we do.
+    """Return the `storage_options` for s3fs (fsspec.open, datasets, pandas) to open an `s3://` URI as this module does.
 
-    Nothing, as a rule: it goes through the same chain of settings and credentials. The embedded bucket has its own.
+    Usually empty, because s3fs uses the same settings and credentials. The embedded bucket has its own.
     """
     if split_s3(uri)[0] != EMBEDDED_BUCKET:
         return {}
@@ -548,14 +550,14 @@ def storage_options(uri: str) -> dict[str, str]:
 
 
 def split_s3(uri: str) -> tuple[str, str]:
-    """Return (bucket, prefix without slashes around it). Raises BucketError."""
+    """Return (bucket, prefix without leading and trailing slashes)."""
     bucket, _, prefix = uri.partition("://")[2].partition("/")
-    if "@" in bucket or ":" in bucket:  # do not repeat it: it may be a password
+    if "@" in bucket or ":" in bucket:  # do not print it: it may contain a password
         raise BucketError(
-            "an s3:// URI holds a bucket and a prefix only; keys belong into AWS_ACCESS_KEY_ID or AWS_PROFILE, "
-            "a server's address into AWS_ENDPOINT_URL_S3"
+            "an s3:// URI contains only a bucket and a prefix; set keys with AWS_ACCESS_KEY_ID or AWS_PROFILE, "
+            "and a server address with AWS_ENDPOINT_URL_S3"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket):
-        problem = "no bucket is called that" if bucket else "the bucket's name is missing"
+        problem = "the bucket name is invalid" if bucket else "the bucket name is missing"
         raise BucketError(f"{uri}: {problem}; write s3://bucket/prefix")
     return bucket, prefix.strip("/")

@@ -1,4 +1,4 @@
-"""What S3 servers refuse, what fails on the way to them, and the words for it."""
+"""S3 errors: which are worth a retry, and a clear message for each."""
 
 import urllib.parse
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 from utils.files import BucketError
 from utils.store import NotFoundError
 
-CHANGED = "the object changed while it was read; run again"
-NO_S3 = "what answers there is no S3 server; check AWS_ENDPOINT_URL_S3"
-ELSEWHERE = "the server only points elsewhere; check AWS_ENDPOINT_URL_S3"
+CHANGED = "the object changed during the download; run again"
+NO_S3 = "the endpoint is not an S3 server; check AWS_ENDPOINT_URL_S3"
+ELSEWHERE = "the server only redirects; check AWS_ENDPOINT_URL_S3"
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"}
 _BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
 def error_code(error: Any) -> str:
-    """Return S3's own word for a botocore ClientError; the HTTP status where the answer had none."""
+    """Return the S3 error code of a botocore ClientError; the HTTP status if the response had none."""
     return error.response.get("Error", {}).get("Code", "")
 
 
 def may_pass(error: Any) -> bool:
-    """Whether another attempt may go better: storage is busy or not reached, or the credentials can be renewed."""
+    """Return whether a retry may succeed: storage is busy or unreachable, or the credentials can be renewed."""
     from botocore import exceptions
 
     if isinstance(error, exceptions.ClientError):
@@ -41,17 +41,17 @@ def may_pass(error: Any) -> bool:
 
 
 _ADVICE = {
-    "NoSuchBucket": "there is no bucket {bucket!r}; create it, or correct the URI or AWS_ENDPOINT_URL_S3",
+    "NoSuchBucket": "there is no bucket {bucket!r}; create it, or fix the URI or AWS_ENDPOINT_URL_S3",
     "NoSuchKey": "there is no such object",
     "404": "there is no such object",
     "AccessDenied": "access denied; these credentials need s3:ListBucket, s3:GetObject, s3:PutObject and "
     "s3:DeleteObject there",
-    "403": "access denied; the credentials are wrong, expired, or may not do this",
-    "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID or AWS_PROFILE",
+    "403": "access denied; the credentials are wrong, expired, or lack permission",
+    "InvalidAccessKeyId": "the server does not know the access key; check AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
     **dict.fromkeys(EXPIRED, "the credentials have expired; renew them and run again"),
     "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN, or renew the credentials",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
     **dict.fromkeys(("PreconditionFailed", "412"), CHANGED),
     **dict.fromkeys(
         ("PermanentRedirect", "AuthorizationHeaderMalformed", "301"),
@@ -59,13 +59,13 @@ _ADVICE = {
     ),
     **dict.fromkeys(
         ("SlowDown", "ServiceUnavailable", "503"),
-        "storage is overloaded and refused every attempt; run again later",
+        "storage is overloaded and rejected every attempt; run again later",
     ),
 }
 
 
-def explain_refusal(error: Any, where: str, bucket: str) -> BucketError:
-    """Explain a botocore ClientError: storage answered, with a refusal."""
+def explain_rejection(error: Any, where: str, bucket: str) -> BucketError:
+    """Return the BucketError for a botocore ClientError: the server answered with an error."""
     details = error.response.get("Error", {})
     code = details.get("Code", "")
     if not code or (code == "404" and error.operation_name != "HeadObject"):
@@ -78,23 +78,23 @@ def explain_refusal(error: Any, where: str, bucket: str) -> BucketError:
 
 
 def explain_failure(error: Any) -> str:
-    """Explain a BotoCoreError: storage was not reached, or what is needed to reach it is missing."""
+    """Return the message for a BotoCoreError: the server is unreachable, or the client lacks a setting or credentials."""
     from botocore import exceptions
 
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, exceptions.ProfileNotFound):
-        return f"AWS_PROFILE names {error.kwargs['profile']!r}, and there is no such profile in ~/.aws/config or ~/.aws/credentials"
+        return f"AWS_PROFILE is {error.kwargs['profile']!r}, but ~/.aws/config and ~/.aws/credentials have no such profile"
     if isinstance(error, exceptions.EndpointProviderError):
         return f"{str(error).rstrip('.')}; check AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL"
     if isinstance(error, exceptions.SSOError | exceptions.TokenRetrievalError | exceptions.LoginError):
         return "the sign-in has expired; run `aws sso login` or `aws login` and try again"
     if isinstance(error, exceptions.SSLError):
         if "WRONG_VERSION_NUMBER" in str(error):
-            return "the server does not speak TLS there; write http:// in AWS_ENDPOINT_URL_S3"
+            return "the server does not use TLS; write http:// in AWS_ENDPOINT_URL_S3"
         if "No such file" in str(error) or "NO_CERTIFICATE" in str(error):
-            return "AWS_CA_BUNDLE names no file with certificates"
-        return "the server's certificate is not trusted; set AWS_CA_BUNDLE to the file that vouches for it"
+            return "AWS_CA_BUNDLE is not a file with certificates"
+        return "the server's certificate is not trusted; set AWS_CA_BUNDLE to the file of its certificate authority"
     if isinstance(error, exceptions.ProxyConnectionError):
         proxy = _address(error.kwargs["proxy_url"])
         return f"the proxy {proxy} does not answer; check HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
@@ -108,11 +108,11 @@ def explain_failure(error: Any) -> str:
 
 
 def _is_too_deep(error: Any) -> bool:
-    """Whether botocore has followed a server that only points elsewhere until Python's stack was used up inside a request."""
+    """Return whether a recursion error inside a request stopped botocore, caused by a server that only redirects."""
     return isinstance(getattr(error, "kwargs", {}).get("error"), RecursionError)
 
 
 def _address(url: object) -> str:
-    """Host and port, without a password."""
+    """Return host and port of a URL, without a password."""
     text = str(url)
     return urllib.parse.urlsplit(text if "://" in text else f"//{text}").netloc.rpartition("@")[2]

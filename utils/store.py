@@ -1,4 +1,4 @@
-"""What a store of objects is, and the words for what goes wrong with one."""
+"""The object store protocol and its errors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,18 +10,18 @@ from utils.files import PARTIAL_SUFFIX, BucketError, format_bytes, free_bytes, i
 
 
 class NotFoundError(BucketError):
-    """There is no such object."""
+    """An error for an object that does not exist."""
 
 
 class AlreadyExistsError(BucketError):
-    """A write that was to be the first found an object in its place."""
+    """An error for a conditional write whose object already exists."""
 
 
 class DamagedError(BucketError):
-    """What arrived of the object `key` is not what was stored."""
+    """An error for an object whose downloaded content differs from the stored content."""
 
     def __init__(self, key: str, message: str):
-        super().__init__(key, message)  # as it is made again when it comes from another process
+        super().__init__(key, message)  # arguments for unpickling in another process
         self.key = key
 
     def __str__(self) -> str:
@@ -30,9 +30,9 @@ class DamagedError(BucketError):
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object as it was when it was listed: `key` relative to its store, `size` in bytes.
+    """One object as listed: `key` relative to its store, `size` in bytes.
 
-    `checksum` ("crc64nvme:<16 hex digits>", see utils.files) is for those who know what its content must be.
+    `checksum` ("crc64nvme:<16 hex digits>", see utils.files) is set by callers that know the expected content.
     """
 
     key: str
@@ -42,37 +42,37 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """A place for objects. Every method raises BucketError when storage refuses or fails."""
+    """A store of objects. Every method raises BucketError when storage rejects a request or fails."""
 
     uri: str
 
     @property
     def identity(self) -> str:
-        """What tells this place from one with the same URI elsewhere: the server, as a rule."""
+        """Return an id that distinguishes this store from others with the same URI: usually the server."""
         ...
 
     def list(self, prefix: str = "") -> list[StoredObject]:
-        """Return the objects whose key starts with `prefix`, sorted by key; none where there is no place."""
+        """Return the objects whose key starts with `prefix`, sorted by key; empty if the location does not exist."""
         ...
 
     def directories(self) -> Sequence[str]:
-        """Return the first parts of keys that have more than one, sorted, each once; objects below are not listed."""
+        """Return the names of the directories at the top level, sorted, without listing the objects in them."""
         ...
 
     def first(self, prefix: str) -> StoredObject | None:
-        """Return the first object whose key starts with `prefix`, None when there is none."""
+        """Return the first object whose key starts with `prefix`, or None."""
         ...
 
     def stat(self, key: str) -> StoredObject:
-        """Return what is known of one object; needs the right to read it. Raises NotFoundError."""
+        """Return the metadata of one object; requires permission to read it. Raises NotFoundError."""
         ...
 
     def read(self, key: str) -> bytes:
-        """Return the whole object. Raises NotFoundError."""
+        """Return the content of an object. Raises NotFoundError."""
         ...
 
     def read_if_exists(self, key: str) -> bytes | None:
-        """Return the whole object, None when there is none."""
+        """Return the content of an object, or None if it does not exist."""
         ...
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -80,38 +80,39 @@ class Store(Protocol):
         ...
 
     def age(self, key: str) -> float | None:
-        """Return the seconds since an object was written, by the storage's own clock; None when there is none."""
+        """Return the seconds since an object was written, by the storage's own clock; None if it does not exist."""
         ...
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
-        """Write a whole object; raises AlreadyExistsError when it is there and `only_if_absent`."""
+        """Write an object; raise AlreadyExistsError if it exists and `only_if_absent` is set."""
         ...
 
     def download(self, key: str, path: Path) -> None:
-        """Bring one object to `path`, whole or not at all. Raises NotFoundError."""
+        """Download one object to `path` atomically. Raises NotFoundError."""
         ...
 
     def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
-        """Bring listed objects to paths, in parallel; each is whole or not there. Returns key -> checksum.
+        """Download listed objects to paths, in parallel and each atomically. Return key -> checksum.
 
-        Raises DamagedError when an object is not what its `checksum`, or the storage's own, says.
+        Raises:
+            DamagedError: an object does not match its `checksum` or the checksum that storage holds.
         """
         ...
 
     def upload(self, path: Path, key: str) -> None:
-        """Store one file."""
+        """Upload one file."""
         ...
 
     def upload_many(self, sources: Mapping[str, Path]) -> None:
-        """Store files (key -> path), in parallel; each object is whole or not there."""
+        """Upload files (key -> path), in parallel and each atomically."""
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects; those that are not there count as deleted."""
+        """Delete objects; missing objects are no error."""
         ...
 
     def abort_stale_uploads(self, prefix: str = "") -> int:
-        """Remove what dead writers left unfinished below `prefix`, and return how many; nobody may be writing there."""
+        """Remove unfinished uploads below `prefix` and return their number. No other process may be writing there."""
         ...
 
     def uri_of(self, key: str) -> str:
@@ -120,7 +121,7 @@ class Store(Protocol):
 
 
 def join_uri(uri: str, *parts: str) -> str:
-    """Append path parts to a URI or a local path with single slashes; empty parts are left out."""
+    """Append path parts to a URI or a local path with single slashes; skip empty parts."""
     for part in parts:
         if stripped := part.strip("/"):
             uri = f"{uri.rstrip('/')}/{stripped}"
@@ -129,7 +130,7 @@ def join_uri(uri: str, *parts: str) -> str:
 
 @contextmanager
 def explained(action: str, uri: str) -> Iterator[None]:
-    """Turn what the disk raises into a BucketError that says what was done where."""
+    """Convert an OSError into a BucketError that says which action failed and where."""
     try:
         yield
     except OSError as error:
@@ -137,7 +138,7 @@ def explained(action: str, uri: str) -> Iterator[None]:
 
 
 def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
-    """Return the BucketError for what the disk raised."""
+    """Return the BucketError for an OSError."""
     where = f"cannot {action} {uri}"
     if isinstance(error, FileExistsError):
         return AlreadyExistsError(f"{where}: it already exists")
@@ -145,12 +146,12 @@ def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
         missing = "" if str(error.filename) == uri else f" ({error.filename})"
         return NotFoundError(f"{where}: no such file or directory{missing}")
     if isinstance(error, PermissionError):
-        refused = Path(error.filename or "")
-        refused = refused.parent if refused.suffix == PARTIAL_SUFFIX else refused
+        rejected = Path(error.filename or "")
+        rejected = rejected.parent if rejected.suffix == PARTIAL_SUFFIX else rejected
         return BucketError(
-            f"{where}: permission denied ({refused}); change its owner or choose another place"
+            f"{where}: permission denied ({rejected}); change its owner or choose another location"
         )
-    place = Path(error.filename2 or error.filename or "").parent  # of a copy, where to
+    place = Path(error.filename2 or error.filename or "").parent  # for a copy: the target
     if is_disk_full(error, place):
         free = f"; {format_bytes(free_bytes(place))} are free in {place}" if error.filename else ""
         return BucketError(

@@ -1,4 +1,4 @@
-"""Many objects down at once: large ones in ranges, straight into a preallocated file; each checked, none ever seen half."""
+"""Parallel downloads: large objects in ranges into preallocated files, with checksums, each visible only when complete."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ from typing import Protocol
 from utils.files import checksum, checksum_text, partial_name
 from utils.store import DamagedError, StoredObject
 
-LARGE_THREADS = 16  # enough to fill a network card, with 90 MB/s a connection
-SMALL_THREADS = 48  # these wait for answers; more cost more to start than they save in waiting
-SMALL_BYTES = 1024 * 1024  # what counts as small
+LARGE_THREADS = 16  # enough to saturate a network card at 90 MB/s per connection
+SMALL_THREADS = 48  # these wait for responses; starting more costs more than it saves
+SMALL_BYTES = 1024 * 1024  # maximum size of a small object
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES = 8 * 1024 * 1024, 64 * 1024 * 1024
 
 _log = logging.getLogger(__name__)
@@ -23,18 +23,21 @@ Take = Callable[[bytes], None]
 
 
 class Source(Protocol):
-    """Where objects come from."""
+    """A source of objects."""
 
     def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
-        """Give every byte of a range to `take`, in order and each once, whatever breaks on the way.
+        """Pass every byte of a range to `take`, in order and exactly once, across interruptions.
 
-        Returns whether they were compared with a checksum that storage sent with them.
-        Raises NotFoundError, DamagedError, or another BucketError when the object is not `item` any more.
+        Returns:
+            True if the bytes were verified with a checksum from the server.
+
+        Raises:
+            BucketError: the object is missing, damaged, or no longer the version `item`.
         """
         ...
 
     def stored_checksum(self, item: StoredObject) -> str | None:
-        """Return the storage's own checksum of a whole object as "algorithm:hex", None when it has none."""
+        """Return the server's own checksum of a complete object as "algorithm:hex", or None."""
         ...
 
     def uri_of(self, key: str) -> str:
@@ -43,10 +46,13 @@ class Source(Protocol):
 
 
 def download_all(source: Source, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
-    """Bring objects to paths; returns key -> checksum.
+    """Download objects to paths. Return key -> checksum.
 
-    A path appears when its object is whole and checked. What there was at a path stays until then. Raises DamagedError
-    when an object arrives twice with another content than it was stored with, and OSError when the disk refuses.
+    A path is replaced only when its object is complete and verified.
+
+    Raises:
+        DamagedError: an object arrived twice with content that differs from what was stored.
+        OSError: writing to disk failed.
     """
     stop = threading.Event()
     largest_first = sorted(targets, key=lambda item: item.size, reverse=True)
@@ -70,12 +76,12 @@ def download_all(source: Source, targets: Mapping[StoredObject, Path]) -> dict[s
     return {download.item.key: download.checksum for download in downloads}
 
 
-class _Stopped(Exception):  # noqa: N818  # no error: another part has failed
+class _Stopped(Exception):  # noqa: N818  # not an error: another part has failed
     pass
 
 
 class _Download:
-    """One object on its way."""
+    """The download of one object."""
 
     def __init__(self, source: Source, item: StoredObject, path: Path, stop: threading.Event):
         self.item = item
@@ -90,13 +96,13 @@ class _Download:
         self._lock = threading.Lock()
 
     def begin(self, large: ThreadPoolExecutor, small: ThreadPoolExecutor) -> list["Future[None]"]:
-        if len(self._parts) > 1 and not self.item.checksum:  # a small object's comes with it
+        if len(self._parts) > 1 and not self.item.checksum:  # a small object arrives with its checksum
             self._stored_checksum = small.submit(self._source.stored_checksum, self.item)
         pool = small if self.item.size <= SMALL_BYTES else large
         return [pool.submit(self._receive, part) for part in self._parts]
 
     def discard(self) -> None:
-        """Leave nothing but a finished file."""
+        """Close and delete the partial file, if any."""
         self._close()
         self._partial.unlink(missing_ok=True)
 
@@ -121,7 +127,9 @@ class _Download:
         self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         if self.item.size:
             try:
-                os.posix_fallocate(self._descriptor, 0, self.item.size)  # a full disk, before a byte is moved
+                os.posix_fallocate(
+                    self._descriptor, 0, self.item.size
+                )  # detect a full disk before the transfer
             except OSError as error:
                 error.filename = str(self._path)
                 raise
@@ -135,7 +143,7 @@ class _Download:
         try:
             self._read_once(part)
         except DamagedError as error:
-            _log.warning("%s; reading it again", error)
+            _log.warning("%s; downloading it again", error)
             self._read_once(part)
 
     def _read_once(self, part: "_Part") -> None:
@@ -158,12 +166,12 @@ class _Download:
 
     def _finish(self) -> None:
         if wrong := self._what_is_wrong():
-            _log.warning("%s; reading it again", wrong)
+            _log.warning("%s; downloading it again", wrong)
             for part in self._parts:
                 self._read(part)
             if wrong := self._what_is_wrong():
                 raise DamagedError(
-                    self.item.key, f"{wrong}. Store it again, or look for what changes data on the way here."
+                    self.item.key, f"{wrong}. Upload it again, or check the network path for data corruption."
                 )
         self._close()
         self._partial.replace(self._path)
@@ -173,7 +181,9 @@ class _Download:
         expected = self.item.checksum
         if expected is None and self._stored_checksum:
             expected = self._stored_checksum.result()
-        elif expected is None and not self._is_compared:  # a small one broke off, and its rest came without
+        elif (
+            expected is None and not self._is_compared
+        ):  # an interrupted small object has no checksum of its own
             expected = self._source.stored_checksum(self.item)
         if expected is None:
             return ""
@@ -183,11 +193,11 @@ class _Download:
             arrived = checksum(self._partial, algorithm)
         if arrived == expected:
             return ""
-        return f"{self._source.uri_of(self.item.key)} arrived with the checksum {arrived}, and was stored with {expected}"
+        return f"{self._source.uri_of(self.item.key)} arrived with the checksum {arrived}, but was stored with {expected}"
 
 
 class _Part:
-    """A range of an object, and the checksum of what has arrived of it."""
+    """A range of an object, and the checksum of the received bytes."""
 
     def __init__(self, start: int, length: int, crc: int = 0):
         self.start, self.length, self.crc = start, length, crc
@@ -201,7 +211,7 @@ def _append(first: _Part, second: _Part) -> _Part:
 
 
 def split(size: int) -> list[tuple[int, int]]:
-    """Return (start, length) of the parts of an object: two rounds for every thread, of 8 to 64 MB each; at least one."""
+    """Return (start, length) of the parts of an object: about two per thread, at least 8 MB each; at least one part."""
     wanted = -(-size // (2 * LARGE_THREADS))
     length = min(max(wanted, SMALLEST_PART_BYTES), LARGEST_PART_BYTES)
     return [(start, min(length, size - start)) for start in range(0, size, length)] or [(0, 0)]

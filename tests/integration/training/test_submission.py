@@ -196,7 +196,7 @@ def test_a_job_that_is_not_followed(
     again = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert again.exit_code == 1
     assert again.result["status"] == "failed"
-    assert printed_command(left, "go on") == ["python", "main.py", str(yaml), "--submit", cluster.job_server]
+    assert printed_command(left, "resume") == ["python", "main.py", str(yaml), "--submit", cluster.job_server]
 
 
 def test_a_job_that_does_not_fit_the_cluster_raises_an_error(

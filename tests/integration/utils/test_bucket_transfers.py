@@ -354,7 +354,7 @@ def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.Mon
             check_readable(own_bucket)
         assert "hunter2" not in str(caught.value)
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        with pytest.raises(BucketError, match=r"access key .*AWS_ACCESS_KEY_ID"):
+        with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID"):
             check_writable(own_bucket)
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
@@ -393,9 +393,9 @@ def test_an_endpoint_that_does_not_answer_raises_an_error_within_seconds(
 @pytest.mark.parametrize(
     ("status", "body", "fact"),
     [
-        (404, b"", "no S3 server"),
-        (404, b"<html>Not found</html>", "no S3 server"),
-        (200, b"<html>Welcome</html>", "no S3 server"),
+        (404, b"", "not an S3 server"),
+        (404, b"<html>Not found</html>", "not an S3 server"),
+        (200, b"<html>Welcome</html>", "not an S3 server"),
         (301, b"", "elsewhere|redirect"),
     ],
 )

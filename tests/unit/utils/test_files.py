@@ -20,7 +20,7 @@ from utils.files import (
     format_bytes,
     free_bytes,
     parse_bytes,
-    refuse_clashes,
+    reject_clashes,
     safe_join,
     write_atomically,
 )
@@ -66,14 +66,14 @@ def test_parse_bytes(text: str, count: int):
 
 
 def test_keys_that_would_be_one_file_raise_an_error():
-    refuse_clashes(["a", "b/a", "b/c/a"])
+    reject_clashes(["a", "b/a", "b/c/a"])
     for keys, said in (
-        (["B/x", "b/X"], "case only"),
+        (["B/x", "b/X"], "by case"),
         (["b", "b/x"], "directory"),
         (["B", "b/c/x"], "directory"),
     ):
         with pytest.raises(UnsafeKeyError, match=said):
-            refuse_clashes(keys)
+            reject_clashes(keys)
 
 
 def test_a_name_may_have_the_longest_length_that_disks_take(tmp_path: Path):
