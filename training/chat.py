@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.loading import ConfigError
-from training.data.rows import Filled, Message, Reading, places_of, read_row
-from training.data.sources import RowError
+from training.data.errors import RowError
+from training.data.records import Filled, Message
+from training.data.rows import Reading, places_of, read_row
 from training.prompting import encode_prompt, stop_tokens
 from training.trained import TrainedModel
 

@@ -37,7 +37,7 @@ from training.events import (
     WorkersWaiting,
 )
 from training.memory import MemoryReport
-from training.plan import PlanReport
+from training.plan_report import PlanReport
 from utils.files import format_bytes
 
 if TYPE_CHECKING:

@@ -18,9 +18,11 @@ from runs.layout import evaluation_key, run_of
 from training.addresses import ClusterTarget
 from training.checkpoints import CheckpointError, read_manifest
 from training.cluster import Workers, cluster, resources_of_device
+from training.data.errors import DataError, RowError
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
-from training.data.rows import Chat, Example, Filled, Reading, read_row, recognise
-from training.data.sources import DataError, RowError, find_files, open_file
+from training.data.records import Chat, Example, Filled
+from training.data.rows import Reading, read_row, recognise
+from training.data.sources import find_files, open_file
 from training.data.templates import Renderer
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError

@@ -49,7 +49,8 @@ from training.events import (
 )
 from training.failures import causes_of, classify, describe_lost_cluster
 from training.memory import Saving
-from training.plan import PlanReport, RunPlan
+from training.plan import RunPlan
+from training.plan_report import PlanReport
 from training.ray_internals import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, LeanTorchTrainer
 from training.results import Attempt, write_result
 from training.worker import train_worker, worker_log

@@ -7,12 +7,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.schema import FinetuneConfig
-from runs.layout import DataFingerprints, RunResult
+from runs.layout import DataFingerprints
 from training.addresses import ClusterTarget
 from training.data.batches import BatchShape, Order, pack
-from training.data.report import DataReport
 from training.flops import RowFlops
-from training.memory import MemoryReport
 from training.models.kernels import Device, KernelChoice, WeightsDtype
 from training.paths import scratch_directory
 from training.strategy import ZeroStage
@@ -85,35 +83,6 @@ class RunPlan(BaseModel):
         if self.config.output_dir:
             return self
         return self.model_copy(update={"scratch": str(scratch_directory(self.config))})
-
-
-class PlanReport(DataReport):
-    """What a person reads before a run starts, and `--dry-run --json` returns."""
-
-    run_name: str
-    run_uri: str
-    storage: str
-    """What was tried where the run will go, with the credentials that are here."""
-    cluster: str | None = None
-    """What the cluster that RAY_ADDRESS names has for the workers, or has to scale up to; None where it was not asked."""
-    model: str
-    architecture: str
-    parameters: int
-    trainable_parameters: int
-    device: str
-    kernels: str
-    parallelism: str
-    batch: str
-    """What a device takes at once, and how often before a step."""
-    packing: str | None
-    """How many packs, and how full they are."""
-    resumes_from: str | None
-    starts_from: str | None
-    memory: MemoryReport | None
-    """Estimated; None where nobody has counted it for such layers."""
-    completed: RunResult | None
-    """What the same run left, if it ended before: nothing is left to do."""
-    warnings: list[str]
 
 
 def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices: int) -> Order:

@@ -58,7 +58,8 @@ from training.models.files import (
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer, read_chat_template
 from training.paths import about_key, scratch_directory, storage_path
-from training.plan import PlanReport, Resolved, RunPlan, order_of
+from training.plan import Resolved, RunPlan, order_of
+from training.plan_report import PlanReport
 from training.starts import newest_of_the_same_run, starting_weights, whole_state
 from training.strategy import Execution, check_optimizer, resolve_execution
 from training.weights import fetch_model

@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from configs.schema import PreferenceTuningConfig
 from training.data.batches import without_mask
-from training.data.token_files import IGNORED
+from training.data.row_index import IGNORED
 from training.models.request import REFERENCE_ADAPTER
 from training.trainers import FineTuningTrainer
 

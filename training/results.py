@@ -27,7 +27,8 @@ from runs.report import to_html as report_to_html
 from training.commits import package_versions
 from training.data.report import key_figures
 from training.events import CheckpointCommitted, ModelReady
-from training.plan import PlanReport, RunPlan
+from training.plan import RunPlan
+from training.plan_report import PlanReport
 from utils.bucket import Store, open_store
 
 

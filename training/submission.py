@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from runs.layout import RunResult
 from training.addresses import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.models.files import first_line
-from training.plan import PlanReport
+from training.plan_report import PlanReport
 from training.planner import Progress, make_plan
 from training.travel import Packed
 from utils.bucket import BucketError, NotFoundError

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from runs.layout import RunResult
     from training.data.prepared import PreparedData
     from training.display import Watch
-    from training.plan import PlanReport, RunPlan
+    from training.plan import RunPlan
+    from training.plan_report import PlanReport
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 

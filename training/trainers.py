@@ -29,7 +29,7 @@ from training.data.batches import (
     with_ends_of_rows,
     without_mask,
 )
-from training.data.token_files import IGNORED
+from training.data.row_index import IGNORED
 from training.models import varlen_attention
 from training.plan import RunPlan
 from training.speed import Throughput

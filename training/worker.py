@@ -19,7 +19,7 @@ from configs.loading import flat, to_yaml
 from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, Manifest, metrics_lines, run_digest
 from training.accelerators import peak_flops_of
 from training.checkpoints import CheckpointError
-from training.commits import CheckpointCommitter, CommitContext, committed_event, describe_saved
+from training.commits import CheckpointCommitter, CommitContext
 from training.data.batches import Order, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
@@ -30,6 +30,7 @@ from training.models.tokenizer import load_tokenizer
 from training.place import World
 from training.plan import RunPlan
 from training.restoring import Restoring
+from training.saved_checkpoint import committed_event, describe_saved
 from training.weights import fetch_model, fetch_weights, verify_local_weights
 from utils.bucket import Store, open_store
 from utils.console import library_output_in

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from training.data.encoding import Encoder
 from training.data.prepare import prepare_data
 from training.data.prepared import PreparedData
+from training.data.records import Example, Task
 from training.data.request import DataRequest
-from training.data.rows import Example, Task
+from training.data.row_index import DATA_FILE
 from training.data.sources import find_files
 from training.data.templates import Renderer
-from training.data.token_files import DATA_FILE, RenderedRow, TokenWriter
+from training.data.token_files import RenderedRow, TokenWriter
 
 
 def request(*paths: Path | str, **changes: Any) -> DataRequest:

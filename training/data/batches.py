@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.schema import FinetuneConfig
-from training.data.token_files import IGNORED
+from training.data.row_index import IGNORED
 from training.models.kernels import Device
 
 PADDING_ROW = -1  # fills the last batch of an epoch; all of its labels are ignored

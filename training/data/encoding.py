@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.data.templates import Rendered, Span
+from training.data.rendered import Rendered, Span
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from training.data.sources import DataError
-from training.data.token_files import IGNORED
+from training.data.errors import DataError
+from training.data.row_index import IGNORED
 
 
 def label_tokens(sources: Sequence[Any], names: Sequence[str]) -> list[list[int]]:

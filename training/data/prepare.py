@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from configs.schema import DataFormat
 from training.data.encoding import Encoder
+from training.data.errors import DataError, RowError
 from training.data.prepared import (
     PREPARED,
     SKIPPED_FILE,
@@ -28,9 +29,11 @@ from training.data.prepared import (
     fingerprint,
     open_prepared,
 )
+from training.data.records import Example
 from training.data.request import DataRequest
-from training.data.rows import FORMAT_NAMES, Example, Reading, read_row, recognise
-from training.data.sources import DataError, RowError, open_file
+from training.data.row_index import INDEX_FILE, INDEX_SCHEMA, RowIndex
+from training.data.rows import FORMAT_NAMES, Reading, read_row, recognise
+from training.data.sources import open_file
 from training.data.summary import (
     DataSummary,
     SourceSummary,
@@ -39,7 +42,7 @@ from training.data.summary import (
     show_examples,
 )
 from training.data.templates import Renderer
-from training.data.token_files import INDEX_FILE, INDEX_SCHEMA, RenderedRow, RowIndex, TokenWriter
+from training.data.token_files import RenderedRow, TokenWriter
 from utils.files import file_lock, write_atomically
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from training.data.sources import DataError
+from training.data.errors import DataError
+from training.data.row_index import DATA_FILE, INDEX_FILE, RowIndex
 from training.data.summary import DataSummary, Lengths, SourceSummary
-from training.data.token_files import DATA_FILE, INDEX_FILE, RowIndex
 from utils.bucket import join_uri, open_store, sync_to_node
 from utils.files import checksum, checksum_bytes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.schema import DataFormat
-from training.data.rows import Task
+from training.data.records import Task
 from training.data.sources import DataFile
 from utils.files import checksum, checksum_bytes
 

@@ -4,13 +4,11 @@ import json
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from configs.schema import DataFormat
-from training.data.sources import MAX_ROW_BYTES, RowError, json_type
-
-Message = dict[str, Any]
-Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
+from training.data.errors import MAX_ROW_BYTES, RowError, json_type
+from training.data.records import Chat, Example, Filled, Message, Pair, Task, Text
 
 FORMAT_NAMES: dict[DataFormat, str] = {
     "messages": "chats (messages)",
@@ -54,46 +52,6 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation that ends with an assistant message."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    untrained: tuple[int, ...] = ()
-    """Indices of assistant messages that `weight: 0` excludes from the loss."""
-    label: int | None = None
-    """For classification: index of the label in the last message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text to train on without a chat template."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """A row formatted with `prompt_template`."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt with a chosen and a rejected response."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    tools: list[dict[str, Any]] | None = None
-
-
-Example = Chat | Text | Filled | Pair
 
 
 @dataclass(frozen=True)

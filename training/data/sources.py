@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type
 from utils.bucket import NotFoundError, check_readable, fetch_file, find_objects, is_remote, local_path
-from utils.errors import AnnealError
 from utils.files import checksum
-
-MAX_ROW_BYTES = 8_000_000  # about two million tokens, longer than any model's context
 
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
@@ -25,19 +23,6 @@ _HUB_PREFIX = "hf://datasets/"
 _HUB_SECONDS = 10
 _PARQUET_ROWS = 1000
 _JSON_BLOCK = 1 << 20  # characters
-
-
-class DataError(AnnealError):
-    """A data error that stops the run; the message names the file and row, the fault and the fix."""
-
-
-class RowError(ValueError):
-    """A fault in one row; the caller adds the file and the row number."""
-
-    def __init__(self, kind: str, reason: str):
-        super().__init__(reason)
-        self.kind = kind
-        """Short fault name by which rejected rows are counted."""
 
 
 @dataclass(frozen=True)
@@ -305,22 +290,6 @@ def _checked_object(value: Any, expected: str) -> Any:
     if isinstance(value, dict):
         return value
     return RowError("no object", f"is {json_type(value)}. {expected}")
-
-
-def json_type(value: Any) -> str:
-    """Return the JSON type of a value, as error messages name it."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(
-        type(value), f"of type {type(value).__name__}"
-    )  # Parquet also has bytes, dates and other types
 
 
 def _read_json(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs.schema import DataFormat
+from training.data.row_index import IGNORED, RowIndex
 from training.data.sources import DataFile
-from training.data.token_files import IGNORED, RowIndex
 
 if TYPE_CHECKING:
     from datasets import Dataset

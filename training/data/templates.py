@@ -1,32 +1,20 @@
 """Chat templates: render examples as text and locate the assistant's answers in it, including the end marker."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 
-from training.data.rows import Chat, Example, Filled, Message, Pair, Text
-from training.data.sources import DataError, RowError
+from training.data.errors import DataError, RowError
+from training.data.records import Chat, Example, Filled, Message, Pair, Text
+from training.data.rendered import Rendered, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]
 
 _QUESTION, _ANSWER = "What is it?", "That is it."
 _SPEAKERS = {"user", "assistant"}
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A rendered sequence."""
-
-    text: str
-    spans: tuple[Span, ...]
-    """Character ranges [begin, end) that contribute to the loss, in order."""
-    ends_the_text: bool = False
-    """True if the tokenizer adds its own BOS and EOS tokens, as for text without a chat template."""
 
 
 class Renderer:

@@ -12,28 +12,16 @@ import pyarrow as pa
 import xxhash
 
 from training.data.encoding import Encoded, Encoder
+from training.data.errors import DataError
+from training.data.records import Task
+from training.data.rendered import Rendered
 from training.data.request import DataRequest
-from training.data.rows import Task
-from training.data.sources import DataError
-from training.data.templates import Rendered
+from training.data.row_index import DATA_FILE, IGNORED, INDEX_FILE, INDEX_SCHEMA
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-IGNORED = -100  # ignore_index of PyTorch's cross-entropy
 
-DATA_FILE, INDEX_FILE = "data.arrow", "index.arrow"
-INDEX_SCHEMA = pa.schema(
-    [
-        ("position", pa.int64()),
-        ("file", pa.int32()),
-        ("row", pa.int64()),
-        ("tokens", pa.int32()),
-        ("trained_tokens", pa.int32()),
-        ("length", pa.int32()),
-        ("digest", pa.uint64()),
-    ]
-)
 _MAX_SHOWN = 5
 _TOKEN_COLUMNS: dict[Task, tuple[str, ...]] = {
     "instruction_tuning": ("input_ids", "labels"),
@@ -41,26 +29,6 @@ _TOKEN_COLUMNS: dict[Task, tuple[str, ...]] = {
     "classification": ("input_ids", "labels"),
     "preference_tuning": ("prompt_ids", "chosen_ids", "rejected_ids"),
 }
-
-
-class RowIndex:
-    """The index of an epoch's rows as column arrays; a row's number is its position here."""
-
-    def __init__(self, table: pa.Table):
-        self.position = table["position"].to_numpy()
-        """Row number in data.arrow."""
-        self.file = table["file"].to_numpy()
-        self.row = table["row"].to_numpy()
-        """Line or record number in the source file, from 1."""
-        self.tokens = table["tokens"].to_numpy()
-        """All tokens that the model processes."""
-        self.trained_tokens = table["trained_tokens"].to_numpy()
-        self.length = table["length"].to_numpy()
-        """Tokens of the row's longest sequence; a preference pair has two sequences."""
-        self.digest = table["digest"].to_numpy()
-
-    def __len__(self) -> int:
-        return len(self.position)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from tests.support.hub import COMMIT, hub_of
 from tests.support.jobs import Finished, run_main, write_yaml
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
+from training.data.errors import DataError
 from training.data.prepare import prepare_data
 from training.data.prepared import fetch_prepared, keep_prepared
-from training.data.sources import DataError, find_files
+from training.data.sources import find_files
 from utils.bucket import NotFoundError, open_store
 
 

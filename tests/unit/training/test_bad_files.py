@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from tests.support.bad_files import write_bad_file
 from tests.support.prepared import prepare, request, rows_of
-from training.data.rows import Task
-from training.data.sources import DataError
-from training.data.token_files import IGNORED
+from training.data.errors import DataError
+from training.data.records import Task
+from training.data.row_index import IGNORED
 
 FILES = int(os.environ.get("FUZZ_FILES", "500"))
 PIECES = 10

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from training.data.errors import DataError
 from training.data.labels import label_tokens
-from training.data.sources import DataError
-from training.data.token_files import IGNORED
+from training.data.row_index import IGNORED
 from training.trainers import ClassificationTrainer, written_label
 
 LABELS = [[5, 7], [5, 8], [6]]

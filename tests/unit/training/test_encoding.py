@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support.tiny_model import make_tokenizer
 from training.data.encoding import Encoder
-from training.data.templates import Rendered
+from training.data.rendered import Rendered
 
 WORDS = "2 + 2? It is 4, naïvely. Über 7 مرحبا 你好\n" * 3
 

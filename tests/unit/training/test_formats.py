@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.schema import DataFormat
 from tests.support.prepared import prepare, request
+from training.data.errors import DataError
 from training.data.prepared import PreparedData
-from training.data.rows import Task
-from training.data.sources import DataError
-from training.data.token_files import IGNORED
+from training.data.records import Task
+from training.data.row_index import IGNORED
 
 USER, ASSISTANT = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import tests.support.varlen_on_cpu  # noqa: F401  # registers them
 from training.data.batches import TokenSequences, pack, without_mask
-from training.data.token_files import IGNORED
+from training.data.row_index import IGNORED
 from training.models import varlen_attention
 from training.models.architecture import PACKED_WITHOUT_MASK, check_packing
 from training.models.files import ModelError

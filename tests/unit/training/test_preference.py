@@ -13,7 +13,7 @@ from trl.experimental.orpo import ORPOTrainer
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import PADDING_ROW, BatchShape, Order, PairSequences
-from training.data.token_files import IGNORED
+from training.data.row_index import IGNORED
 from training.preference import PreferenceTrainer, collate_pairs, pair_losses
 from training.speed import HostTimeline, PhaseClock, Throughput
 from training.trainers import TrainingRows

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
 from tests.support.tiny_model import write_data
+from training.data.errors import DataError
 from training.data.prepare import prepare_data
 from training.data.prepared import SKIPPED_FILE, fetch_prepared, keep_prepared, verify_prepared
-from training.data.sources import DataError
+from training.data.row_index import DATA_FILE, IGNORED
 from training.data.summary import PIECE_TOKENS
-from training.data.token_files import DATA_FILE, IGNORED
 
 Turns = list[tuple[str, str]]
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.messages import assert_names
-from training.data.rows import Chat, Example, Filled, Pair, Reading, Task, Text, read_row, recognise
-from training.data.sources import RowError
+from training.data.errors import RowError
+from training.data.records import Chat, Example, Filled, Pair, Task, Text
+from training.data.rows import Reading, read_row, recognise
 
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}

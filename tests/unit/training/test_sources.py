@@ -11,16 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.messages import assert_names
-from training.data.sources import (
-    MAX_ROW_BYTES,
-    DataError,
-    DataFile,
-    RowError,
-    find_files,
-    is_hub_dataset,
-    open_file,
-    parse_hub_uri,
-)
+from training.data.errors import MAX_ROW_BYTES, DataError, RowError
+from training.data.sources import DataFile, find_files, is_hub_dataset, open_file, parse_hub_uri
 from utils.bucket import BucketError
 
 ROWS = [{"prompt": f"{number} + {number}?", "completion": f"{2 * number} é"} for number in range(5)]

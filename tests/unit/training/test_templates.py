@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.prompt_format import to_chat_template
 from tests.support.prepared import encode
-from training.data.rows import Chat, Filled, Message, Pair, Task, Text
-from training.data.sources import DataError, RowError
+from training.data.errors import DataError, RowError
+from training.data.records import Chat, Filled, Message, Pair, Task, Text
+from training.data.row_index import IGNORED
 from training.data.templates import Renderer
-from training.data.token_files import IGNORED
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

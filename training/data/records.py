@@ -1,0 +1,49 @@
+"""Rows as the formats read them, before they are rendered."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Message = dict[str, Any]
+
+
+Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with an assistant message."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    untrained: tuple[int, ...] = ()
+    """Indices of assistant messages that `weight: 0` excludes from the loss."""
+    label: int | None = None
+    """For classification: index of the label in the last message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to train on without a chat template."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A row formatted with `prompt_template`."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with a chosen and a rejected response."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+Example = Chat | Text | Filled | Pair

@@ -1,0 +1,47 @@
+"""The index of prepared rows: one line per row of an epoch."""
+
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    pass
+
+
+IGNORED = -100  # ignore_index of PyTorch's cross-entropy
+
+
+DATA_FILE, INDEX_FILE = "data.arrow", "index.arrow"
+
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("file", pa.int32()),
+        ("row", pa.int64()),
+        ("tokens", pa.int32()),
+        ("trained_tokens", pa.int32()),
+        ("length", pa.int32()),
+        ("digest", pa.uint64()),
+    ]
+)
+
+
+class RowIndex:
+    """The index of an epoch's rows as column arrays; a row's number is its position here."""
+
+    def __init__(self, table: pa.Table):
+        self.position = table["position"].to_numpy()
+        """Row number in data.arrow."""
+        self.file = table["file"].to_numpy()
+        self.row = table["row"].to_numpy()
+        """Line or record number in the source file, from 1."""
+        self.tokens = table["tokens"].to_numpy()
+        """All tokens that the model processes."""
+        self.trained_tokens = table["trained_tokens"].to_numpy()
+        self.length = table["length"].to_numpy()
+        """Tokens of the row's longest sequence; a preference pair has two sequences."""
+        self.digest = table["digest"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.position)
