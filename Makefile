@@ -74,22 +74,22 @@ test-all: test  ## run the tests of `make test`, then those marked slow (about h
 	$(PYTEST) -m slow
 
 fuzz: setup-dev  ## prepare 10,000 generated bad files: each is accepted or rejected with file and line (minutes)
-	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/test_bad_files.py
+	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/data/test_bad_files.py
 
 test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and compare the weights bit for bit (1 h 45 min on two cores)
-	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/test_resume.py
+	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, and every part of bench-gpu; `make test-all` runs a sample
-	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/test_loss_equality.py tests/integration/test_gpu_benchmark.py
+	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/integration/test_gpu_benchmark.py
 
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model; `make test-all` runs a sample
-	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/test_cookbooks.py
+	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/launch/test_cookbooks.py
 
 test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a run; `make test-all` runs a sample (15 minutes)
-	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/test_two_nodes.py
+	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/launch/test_two_nodes.py
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (installs packages that slow the start of every Ray cluster)
-	$(BIN)/python -m pytest tests/integration/training/test_submission.py tests/integration/training/test_clusters.py
+	$(BIN)/python -m pytest tests/integration/training/launch/test_submission.py tests/integration/training/launch/test_clusters.py
 
 test-image: setup-dev  ## run the image's install steps without Docker, then its health check and entry point (3 GB, two minutes)
 	TEST_IMAGE=1 $(BIN)/python -m pytest tests/integration/test_image.py

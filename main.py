@@ -2,7 +2,7 @@
 
     python main.py CONFIG.yaml [key=value ...]      train
     python main.py runs | show | compare ...        list, show and compare runs (runs/commands.py)
-    python main.py export | chat | evaluate ...     use a trained checkpoint (training/commands.py)
+    python main.py export | chat | evaluate ...     use a trained checkpoint (training/inference/commands.py)
 
 Exit codes: 0 done; 1 failed after training started; 2 rejected before training; 128+signal stopped.
 """
@@ -17,8 +17,8 @@ from typing import Any, NoReturn, get_args
 
 from configs.schema import Column
 from runs import commands as run_commands
-from training import commands as model_commands
 from training import train
+from training.inference import commands as model_commands
 from utils.errors import AnnealError
 
 REJECTED, INTERRUPTED = 2, 130

@@ -30,11 +30,11 @@ from runs.layout import MANIFEST_FILE, checkpoint_key, checkpoint_uri
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from tests.support.own_buckets import variables_of
 from tests.support.stored_runs import manifest_of
-from training import checkpoints
-from training.checkpoints import CheckpointError
-from utils.bucket import BucketError, open_store
-from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
-from utils.s3 import BLOCK_BYTES
+from training.checkpoints import store as checkpoints
+from training.checkpoints.store import CheckpointError
+from utils.storage.bucket import BucketError, open_store
+from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket
+from utils.storage.s3 import BLOCK_BYTES
 
 MB = 1024 * 1024
 LARGE_BYTES, SMALL_BYTES, SMALL_FILES = 512 * MB, 64 * 1024, 64
@@ -42,7 +42,7 @@ LATENCY_SECONDS, BYTES_PER_SECOND = 0.03, 90e6
 BUCKET = "bench"
 TRIES_UNDER_REFUSALS, TRIES_OF_DAMAGE = 20, 1000
 SYNC = (
-    "import sys; from pathlib import Path; from utils.bucket import sync_to_node\n"
+    "import sys; from pathlib import Path; from utils.storage.bucket import sync_to_node\n"
     "sync_to_node(sys.argv[1], Path(sys.argv[2]))"
 )
 
@@ -51,7 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    logging.getLogger("utils.transfer").setLevel(logging.ERROR)  # hide a warning for each damaged download
+    logging.getLogger("utils.storage.transfer").setLevel(
+        logging.ERROR
+    )  # hide a warning for each damaged download
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")

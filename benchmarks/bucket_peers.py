@@ -20,7 +20,7 @@ Transfer = Callable[[], object]
 
 
 def anneal(transfer: str, uri: str, directory: Path) -> Transfer:
-    from utils.bucket import open_store, upload_directory
+    from utils.storage.bucket import open_store, upload_directory
 
     store = open_store(uri)
     store.list()

@@ -31,12 +31,12 @@ from runs.layout import Speed
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.own_buckets import variables_of
 from tests.support.stored_runs import manifest_of
-from training.claims import claimed
-from training.commits import CheckpointCommitter, CommitContext, SavedCheckpoint
+from training.checkpoints.committer import CheckpointCommitter, CommitContext, SavedCheckpoint
+from training.checkpoints.lease import claimed
 from training.events import CheckpointCommitted
-from training.place import World
-from utils.bucket import Store, open_store
-from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
+from training.world import World
+from utils.storage.bucket import Store, open_store
+from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
 MB = 1024 * 1024
 FILES, FILE_BYTES, SMALL_FILE_BYTES = 4, 64 * MB, 64 * 1024

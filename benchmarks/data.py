@@ -25,8 +25,8 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.report import spread, write_report
 from cookbooks.quickstart import prepare as quickstart
 from training.models.files import is_tokenizer_file
-from utils.bucket import sync_to_node
-from utils.embedded_bucket import embedded_bucket
+from utils.storage.bucket import sync_to_node
+from utils.storage.embedded_bucket import embedded_bucket
 
 _SECONDS_BETWEEN_LOOKS = 0.25
 _SAMPLE = (

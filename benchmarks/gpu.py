@@ -32,7 +32,7 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.report import RESULTS, spread, write_report
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from tests.support.jobs import started
-from training.cluster import GPU_ALLOCATOR
+from training.launch.cluster import GPU_ALLOCATOR
 
 RANK, LEARNING_RATE, OPTIMIZER, SEED = 16, 1e-4, "adamw_torch_fused", 42
 _CHARACTERS_PER_TOKEN = 8  # above the length of any token: rows are truncated by tokens

@@ -45,8 +45,8 @@ def make_model(settings: dict[str, Any]) -> None:
 def plan(settings: dict[str, Any]) -> None:
     """Write the plan, in its own process because it imports packages that must be imported after Unsloth."""
     from configs.loading import load_config
-    from training.addresses import ClusterTarget
-    from training.planner import make_plan
+    from training.planning.endpoints import ClusterTarget
+    from training.planning.planner import make_plan
 
     made, _, _ = make_plan(
         load_config(Path(settings["yaml"])),
@@ -58,20 +58,20 @@ def plan(settings: dict[str, Any]) -> None:
 
 def alone(settings: dict[str, Any]) -> None:
     """Run the steps of a worker from loading the model to the last step."""
+    from training.checkpoints.weights import fetch_model
+    from training.loop.worker import model_request, peak_flops, prepare_process
     from training.models.tokenizer import load_tokenizer
-    from training.place import World
-    from training.plan import RunPlan
-    from training.weights import fetch_model
-    from training.worker import model_request, peak_flops, prepare_process
+    from training.planning.plan import RunPlan
+    from training.world import World
 
     made = RunPlan.model_validate_json(Path(settings["plan"]).read_text())
     prepare_process(made, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     from training.data.prepared import fetch_prepared
+    from training.loop.throughput import HostTimeline, PhaseClock, Throughput
+    from training.loop.trainer_factory import build_trainer
+    from training.loop.trainers import trainer_arguments
     from training.models import build_model
     from training.models.files import is_model_file
-    from training.objectives import build_trainer
-    from training.speed import HostTimeline, PhaseClock, Throughput
-    from training.trainers import trainer_arguments
 
     model_directory = fetch_model(made.base_model, made.cache, is_model_file)
     rows = fetch_prepared(made.train, made.cache, made.prepared)

@@ -24,8 +24,8 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.report import spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
-from utils.bucket import sync_to_node
-from utils.embedded_bucket import embedded_bucket
+from utils.storage.bucket import sync_to_node
+from utils.storage.embedded_bucket import embedded_bucket
 
 STEPS, BATCH_SIZE, WORKERS = 12, 4, 2
 LEARNING_RATE = 5e-4

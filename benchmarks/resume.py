@@ -23,8 +23,8 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.report import spread, write_report
 from cookbooks.quickstart import prepare
-from utils.bucket import open_store
-from utils.embedded_bucket import embedded_bucket
+from utils.storage.bucket import open_store
+from utils.storage.embedded_bucket import embedded_bucket
 
 KILL_AFTER, STEPS = 2, 4
 RUNS = "s3://anneal/benchmark-runs"

@@ -11,11 +11,11 @@ from runs import screen
 from runs.comparison import compare_runs, draw
 from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
-from utils.bucket import BucketError, uses_embedded_bucket
 from utils.console import open_consoles
-from utils.embedded_bucket import embedded_bucket
 from utils.files import write_atomically
-from utils.store import explained
+from utils.storage.bucket import BucketError, uses_embedded_bucket
+from utils.storage.embedded_bucket import embedded_bucket
+from utils.storage.store import explained
 
 COMMANDS = {
     "runs": "list the runs in a storage path, the most recently active first",

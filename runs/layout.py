@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from utils.bucket import EMBEDDED_BUCKET, join_uri
 from utils.processes import started_after_boot, this_machine
+from utils.storage.bucket import EMBEDDED_BUCKET, join_uri
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -243,7 +243,7 @@ def metrics_lines(log: Sequence[Mapping[str, Any]]) -> str:
 
 
 Phase = Literal["data", "forward", "backward", "optimizer", "evaluation", "saving", "upload_stall", "other"]
-"""Phases that training time is divided into; training/speed.py defines each."""
+"""Phases that training time is divided into; training/loop/throughput.py defines each."""
 
 
 class Speed(_Record):
@@ -254,7 +254,7 @@ class Speed(_Record):
     trained_tokens_per_second: float = 0.0
     """Loss tokens: tokens that contribute to the loss."""
     mfu: float | None = None
-    """Model FLOPs utilization, 0 to 1: FLOPs per second that training needs (training/flops.py), divided by the peak FLOPs
+    """Model FLOPs utilization, 0 to 1: FLOPs per second that training needs (training/planning/flops.py), divided by the peak FLOPs
     of the devices; None if either is unknown."""
     peak_memory_bytes: int = 0
     """Peak memory of the first worker: of its tensors on a GPU, otherwise the resident memory of its process."""

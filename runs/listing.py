@@ -28,7 +28,7 @@ from runs.layout import (
     run_of,
 )
 from runs.reading import eval_losses_of, read_claim, read_config, read_metrics, read_result, survey
-from utils.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
+from utils.storage.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
 _REQUESTS_AT_ONCE = 32
 

@@ -25,7 +25,7 @@ from runs.layout import (
     eval_figures,
     run_of,
 )
-from utils.bucket import DamagedError, Store, open_store
+from utils.storage.bucket import DamagedError, Store, open_store
 
 _UNREADABLE = "is truncated, from another version of Anneal, or not written by Anneal"
 

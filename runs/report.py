@@ -8,9 +8,9 @@ from pathlib import Path
 from runs.curve import Line, draw_svg, eval_line
 from runs.layout import DATA_PAGE_FILE, Manifest, MetricsLine, RunResult, checkpoint_uri
 from runs.reading import eval_losses_of
-from utils.bucket import is_remote, local_path, uses_embedded_bucket
 from utils.files import format_bytes
 from utils.page import render_page
+from utils.storage.bucket import is_remote, local_path, uses_embedded_bucket
 
 _TEMPLATE = Path(__file__).with_suffix(".html.j2")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from utils.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucket
+from utils.storage.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucket
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test asks the hub
 

@@ -88,7 +88,7 @@ FailureKind = Literal["out of memory", "worker lost", "error"]
 
 @dataclass(frozen=True)
 class FailureCause:
-    """Why one worker failed, classified by `training.failures.causes_of` where Ray's exception is at hand."""
+    """Why one worker failed, classified by `training.launch.failures.causes_of` where Ray's exception is at hand."""
 
     kind: FailureKind
     line: str

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
 from configs.schema import ExportConfig
-from training import commands as model_commands
-from training.addresses import ClusterTarget, set_ray_environment, target_cluster
+from training.inference import commands as model_commands
+from training.planning.endpoints import ClusterTarget, set_ray_environment, target_cluster
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
 from utils.processes import FORWARDED, importing, run_in_own_session
@@ -24,9 +24,9 @@ from utils.processes import FORWARDED, importing, run_in_own_session
 if TYPE_CHECKING:
     from runs.layout import RunResult
     from training.data.prepared import PreparedData
-    from training.display import Watch
-    from training.plan import RunPlan
-    from training.plan_report import PlanReport
+    from training.launch.display import Watch
+    from training.planning.plan import RunPlan
+    from training.planning.report import PlanReport
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -101,9 +101,9 @@ def plan_and_train(
     """Plan the run, train it unless it is a dry run, and show the result; return the exit code."""
     set_ray_environment(target)
     with importing():
-        from training.display import Watch, show_completed, show_error, show_plan, show_result
-        from training.paths import make_scratch_directory
-        from training.planner import make_plan
+        from training.launch.display import Watch, show_completed, show_error, show_plan, show_result
+        from training.planning.paths import make_scratch_directory
+        from training.planning.planner import make_plan
 
     try:
         logs = make_scratch_directory(loaded.config) / "logs"
@@ -145,9 +145,9 @@ def _reach_cluster_and_bucket(
     loaded: LoadedConfig, target: ClusterTarget, stack: ExitStack, watch: "Watch"
 ) -> None:
     """Check that the cluster answers, and start the embedded bucket where the YAML uses it."""
-    from training.addresses import check_cluster_answers
-    from training.paths import needs_embedded_bucket
-    from utils.embedded_bucket import embedded_bucket
+    from training.planning.endpoints import check_cluster_answers
+    from training.planning.paths import needs_embedded_bucket
+    from utils.storage.embedded_bucket import embedded_bucket
 
     check_cluster_answers(target)
     if needs_embedded_bucket(loaded.config):
@@ -165,14 +165,14 @@ def _train(
     began: float,
     driver_log: Path,
 ) -> "RunResult":
-    from training.devices import check_devices_are_here
-    from training.display import show_plan
+    from training.launch.display import show_plan
+    from training.planning.devices import check_devices_are_here
 
     check_devices_are_here(plan.config, plan.device, plan.resolved.target)
     show_plan(screen.main, report)
     watch.phase("starting the workers")
     with importing():
-        from training.job import run_job
+        from training.launch.driver import run_job
 
     return run_job(
         plan,
@@ -191,15 +191,15 @@ def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "Pla
     if not address:
         return report
     watch.phase("asking the cluster")
-    from training.cluster import ask_cluster, workers_of
+    from training.launch.cluster import ask_cluster, workers_of
 
     return report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
 
 
 def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", screen: Screen) -> None:
     from training.data.report_page import to_html
-    from training.display import show_page
-    from training.paths import make_scratch_directory
+    from training.launch.display import show_page
+    from training.planning.paths import make_scratch_directory
     from utils.files import write_atomically
 
     page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
@@ -216,11 +216,11 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
     )
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     set_ray_environment(target)
-    from training import submission
-    from training.addresses import check_job_server_answers
-    from training.display import Watch, show_completed, show_error, show_submitted, show_warning
-    from training.paths import make_scratch_directory
-    from training.travel import pack
+    from training.launch import submission
+    from training.launch.display import Watch, show_completed, show_error, show_submitted, show_warning
+    from training.launch.packaging import pack
+    from training.planning.endpoints import check_job_server_answers
+    from training.planning.paths import make_scratch_directory
 
     progress = screen.progress
     job = None
@@ -273,7 +273,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
 
 def export_completed(run_uri: str, settings: ExportConfig, screen: Screen) -> int:
     """Export a completed run as the YAML's `export` asks; return the exit code."""
-    from training.display import show_error
+    from training.launch.display import show_error
 
     received: list[int] = []
 

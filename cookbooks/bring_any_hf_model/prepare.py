@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cookbooks.bring_your_own_weights.prepare import upload
 from cookbooks.quickstart.prepare import save_model
 from utils.console import library_output_in
-from utils.embedded_bucket import state_directory
+from utils.storage.embedded_bucket import state_directory
 
 HOME = "s3://anneal/bring_any_hf_model/gpt-neox-14m"
 

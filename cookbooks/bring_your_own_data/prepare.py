@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, Problem, draw
-from utils.bucket import open_store
-from utils.embedded_bucket import embedded_bucket
+from utils.storage.bucket import open_store
+from utils.storage.embedded_bucket import embedded_bucket
 
 HOME = "s3://anneal/bring_your_own_data"
 TABLE_ROWS, CHAT_ROWS, VALID_ROWS = 96, 48, 24

@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart.prepare import save_model
-from utils.bucket import BucketError, open_store, upload_directory, uses_embedded_bucket
 from utils.console import library_output_in
-from utils.embedded_bucket import embedded_bucket, state_directory
+from utils.storage.bucket import BucketError, open_store, upload_directory, uses_embedded_bucket
+from utils.storage.embedded_bucket import embedded_bucket, state_directory
 
 HOME = "s3://anneal/bring_your_own_weights/smollm2-pruned"
 REMOVED = range(18, 24)

@@ -29,9 +29,9 @@ from rich.table import Table
 from configs.loading import ConfigError, load_config
 from runs.layout import EvalLoss
 from runs.reading import eval_losses_of, read_metrics
-from training.paths import needs_embedded_bucket, storage_path
-from utils.bucket import join_uri, open_store
-from utils.embedded_bucket import embedded_bucket
+from training.planning.paths import needs_embedded_bucket, storage_path
+from utils.storage.bucket import join_uri, open_store
+from utils.storage.embedded_bucket import embedded_bucket
 
 PROJECT = Path(__file__).resolve().parents[2]
 

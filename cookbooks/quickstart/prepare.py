@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
-from utils.bucket import open_store, upload_directory
 from utils.console import library_output_in
-from utils.embedded_bucket import embedded_bucket, state_directory
+from utils.storage.bucket import open_store, upload_directory
+from utils.storage.embedded_bucket import embedded_bucket, state_directory
 
 HOME = "s3://anneal/quickstart"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

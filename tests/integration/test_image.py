@@ -14,7 +14,7 @@ import pytest
 
 from runs import commands as run_commands
 from tests.support.jobs import PROJECT
-from training import commands as model_commands
+from training.inference import commands as model_commands
 
 DOCKERFILE = (PROJECT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
 ENTRYPOINT = json.loads(re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.M)[-1])

@@ -16,9 +16,9 @@ from runs import commands as run_records
 from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
 from tests.support.shown_commands import QUICKSTART, QUICKSTART_README, quickstart_commands, run_commands
-from training import commands as model_commands
-from utils.bucket import open_store
-from utils.embedded_bucket import STATE_VARIABLE, embedded_bucket
+from training.inference import commands as model_commands
+from utils.storage.bucket import open_store
+from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
 YAML = Path(QUICKSTART)
 COOKBOOK = QUICKSTART_README.read_text("utf-8")

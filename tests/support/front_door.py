@@ -13,8 +13,8 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
         "main",
-        "training.display",
-        "training.planner",
+        "training.launch.display",
+        "training.planning.planner",
         "transformers.models.auto.tokenization_auto",
         "boto3.session",
         "s3transfer.manager",

@@ -3,8 +3,8 @@
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from utils.embedded_bucket import EmbeddedBucket
-from utils.fsspec_store import PACKAGES
+from utils.storage.embedded_bucket import EmbeddedBucket
+from utils.storage.fsspec_store import PACKAGES
 
 if TYPE_CHECKING:  # benchmarks go without it
     import pytest

@@ -178,11 +178,11 @@ def pretend_gpu() -> None:
 
 def train(provider: str, plan_file: Path, directory: Path, restored: Path | None = None) -> dict[str, Any]:
     """What a worker does from the model to the last step, with the largest batch rehearsed behind the first."""
+    from training.loop.worker import model_request, peak_flops, prepare_process
     from training.models.kernels import KernelChoice
     from training.models.tokenizer import load_tokenizer
-    from training.place import World
-    from training.plan import RunPlan
-    from training.worker import model_request, peak_flops, prepare_process
+    from training.planning.plan import RunPlan
+    from training.world import World
 
     plan = RunPlan.model_validate_json(plan_file.read_text())
     if provider != "torch":
@@ -197,12 +197,12 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
 
         cross_entropy_loss.triton_cast = cast
 
-    from training.callbacks import AfterFirstStep, Schedule
     from training.data.prepared import fetch_prepared
+    from training.loop.callbacks import AfterFirstStep, Schedule
+    from training.loop.throughput import GpuTimeline, HostTimeline, PhaseClock, Throughput
+    from training.loop.trainer_factory import build_trainer
+    from training.loop.trainers import trainer_arguments
     from training.models import build_model
-    from training.objectives import build_trainer
-    from training.speed import GpuTimeline, HostTimeline, PhaseClock, Throughput
-    from training.trainers import trainer_arguments
 
     assert plan.valid
     rows, valid = (fetch_prepared(key, plan.cache, plan.prepared) for key in (plan.train, plan.valid))

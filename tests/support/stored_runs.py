@@ -25,8 +25,8 @@ from runs.layout import (
     checkpoint_uri,
     claim_key,
 )
-from utils.bucket import Store
 from utils.files import checksum_bytes
+from utils.storage.bucket import Store
 
 VERSIONS = {"torch": "2.13.0", "ray": "2.60.0"}
 _WEIGHTS = b"weights"

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs.layout import CONFIG_FILE, METRICS_FILE, RESULT_FILE
 from tests.support.stored_runs import eval_losses, manifest_of, result_of
-from training import checkpoints
-from utils.bucket import Store, open_store
+from training.checkpoints import store as checkpoints
+from utils.storage.bucket import Store, open_store
 
 STEP = 10
 

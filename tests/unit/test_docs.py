@@ -18,7 +18,7 @@ from tests.support.shown_commands import (
     split_code,
     submit_commands,
 )
-from training import commands as inference
+from training.inference import commands as inference
 
 LINKED_PAGES = [*PAGES, *sorted((PROJECT / "cookbooks").rglob("*.md"))]
 MAX_LINES = {PROJECT / "README.md": 200, PROJECT / "CONTRIBUTING.md": 60} | dict.fromkeys(DOCS, 250)

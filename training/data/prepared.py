@@ -13,8 +13,8 @@ import pyarrow as pa
 from training.data.errors import DataError
 from training.data.row_index import DATA_FILE, INDEX_FILE, RowIndex
 from training.data.summary import DataSummary, Lengths, SourceSummary
-from utils.bucket import join_uri, open_store, sync_to_node
 from utils.files import checksum, checksum_bytes
+from utils.storage.bucket import join_uri, open_store, sync_to_node
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,8 +12,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type
-from utils.bucket import NotFoundError, check_readable, fetch_file, find_objects, is_remote, local_path
 from utils.files import checksum
+from utils.storage.bucket import (
+    NotFoundError,
+    check_readable,
+    fetch_file,
+    find_objects,
+    is_remote,
+    local_path,
+)
 
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}

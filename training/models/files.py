@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from configs.schema import LoraConfig
-from utils.bucket import Store, is_remote, join_uri, open_store
 from utils.errors import AnnealError
+from utils.storage.bucket import Store, is_remote, join_uri, open_store
 
 # Every file type that from_pretrained reads; excludes pickle, optimizer state and other frameworks' weights.
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")

@@ -146,11 +146,11 @@ _CHANGES: dict[str, Callable[[Any], None]] = {}
 if "RESUME_LEDGER" in os.environ:
     _CHANGES |= {
         "training.data.batches": _watch_rows,
-        "training.callbacks": _watch_callbacks,
-        "training.trainers": _watch_trainer,
+        "training.loop.callbacks": _watch_callbacks,
+        "training.loop.trainers": _watch_trainer,
     }
 if "KERNELS_OF_GPUS" in os.environ:
-    _CHANGES |= {"training.trainers": _take_fused_head}
+    _CHANGES |= {"training.loop.trainers": _take_fused_head}
 if os.environ.get("KERNELS_OF_GPUS") == "liger":
     _CHANGES |= {"training.models": _take_liger}
 

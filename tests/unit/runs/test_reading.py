@@ -7,7 +7,7 @@ import pytest
 from runs.layout import CONFIG_FILE, RunResult, run_of
 from runs.reading import eval_losses_of, read_config, read_metrics
 from tests.support.stored_runs import result_of
-from utils.bucket import open_store
+from utils.storage.bucket import open_store
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,560 @@
+"""Every wrong input exits main.py with code 2 and one error: what, where, how to fix it. No file of a run is left."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Gemma2Config
+
+from main import main
+from tests.support.faults import on_a_small_disk, require_small_disks
+from tests.support.front_door import run_main_quickly
+from tests.support.jobs import PROJECT, Finished, command, environment, run_main, write_yaml
+from tests.support.messages import assert_names
+from tests.support.tiny_model import make_model, write_data
+from utils.storage.bucket import open_store, upload_directory
+from utils.storage.embedded_bucket import EmbeddedBucket
+
+USER = {"role": "user", "content": "2 + 2?"}
+ASSISTANT = {"role": "assistant", "content": "4"}
+
+Rejected = Callable[..., str]
+
+
+def config_file(directory: Path, tiny_model: Path, **changes: Any) -> Path:
+    """A config that trains, with some keys changed. Its runs would go to `directory`/runs."""
+    train, valid = directory / "train.jsonl", directory / "valid.jsonl"
+    if not train.exists():
+        write_data(directory)
+    plain = {
+        "model_id": str(tiny_model),
+        "train_path": str(train),
+        "valid_path": str(valid),
+        "context_length": 256,
+        "num_epochs": 1,
+        "device": "cpu",
+        "storage_path": str(directory / "runs"),
+        "output_dir": str(directory / "scratch"),
+    }
+    return write_yaml(directory / "config.yaml", plain | changes)
+
+
+def message_of(finished: Finished) -> str:
+    """The message of the only error."""
+    assert "Traceback" not in finished.output + finished.errors
+    assert finished.exit_code == 2, finished
+    assert finished.output == ""
+    lines = [line for line in finished.errors.splitlines() if not line.startswith("… ")]
+    assert sum("error: " in line for line in lines) == 1, finished.errors
+    assert lines[0].startswith("error: ")
+    return "\n".join(lines).removeprefix("error: ")
+
+
+@pytest.fixture
+def rejected(tiny_model: Path, tmp_path: Path) -> Rejected:
+    """Run main.py with keys changed and expect an error that leaves no run: returns its message."""
+
+    def run(*arguments: str, variables: Mapping[str, str] | None = None, **changes: Any) -> str:
+        config = config_file(tmp_path, tiny_model, **changes)
+        finished = run_main_quickly(config, "--dry-run", *arguments, variables=variables)
+        storage = changes.get("storage_path", str(tmp_path / "runs"))
+        if storage.startswith("s3://anneal/"):
+            assert open_store(storage).list() == []
+        assert not (tmp_path / "runs").exists()
+        return message_of(finished)
+
+    return run
+
+
+@pytest.fixture
+def own_bucket(bucket: EmbeddedBucket) -> dict[str, str]:
+    """The environment of a user who has an S3 server."""
+    return {
+        "AWS_ENDPOINT_URL_S3": bucket.endpoint,
+        "AWS_ACCESS_KEY_ID": bucket.access_key,
+        "AWS_SECRET_ACCESS_KEY": bucket.secret_key,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+@pytest.fixture
+def damaged_model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def rows(directory: Path, *lines: Any) -> str:
+    path = directory / "rows.jsonl"
+    texts = [line if isinstance(line, str) else json.dumps({"messages": line}) for line in lines]
+    path.write_text("".join(text + "\n" for text in texts))
+    return str(path)
+
+
+# --- The reference: a valid configuration ------------------------------------------------------------------
+
+
+def test_a_right_config_passes_and_leaves_no_run_either(tiny_model: Path, tmp_path: Path):
+    finished = run_main_quickly(config_file(tmp_path, tiny_model), "--dry-run", "--json")
+    assert finished.exit_code == 0
+    assert finished.result["train"]["rows"] == 40
+    assert not (tmp_path / "runs").exists()
+
+
+# --- Buckets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["train_path", "valid_path", "model_id", "storage_path"])
+def test_a_bucket_that_does_not_exist(rejected: Rejected, own_bucket: dict[str, str], key: str):
+    message = rejected(variables=own_bucket, **{key: "s3://no-such-bucket/x"})
+    assert message.startswith(f"{key}: ")
+    assert_names(message, "s3://no-such-bucket/x", "no bucket", "'no-such-bucket'")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train_path",
+        "model_id",
+        "initial_base_model_ckpt_path",
+        "initial_adapter_model_ckpt_path",
+        "resume_from_checkpoint",
+    ],
+)
+def test_an_object_that_does_not_exist(rejected: Rejected, bucket_uri: str, key: str):
+    message = rejected(storage_path=f"{bucket_uri}/runs", **{key: f"{bucket_uri}/nothing"})
+    assert message.startswith(f"{key}: {bucket_uri}/nothing: ")
+    assert_names(message, "no such object", "spelling")
+
+
+@pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path"])
+def test_an_unknown_access_key(rejected: Rejected, own_bucket: dict[str, str], key: str):
+    message = rejected(variables=own_bucket | {"AWS_ACCESS_KEY_ID": "nobody"}, **{key: "s3://theirs/x"})
+    assert message.startswith(f"{key}: ")
+    assert_names(message, "s3://theirs/x", "access key", "AWS_ACCESS_KEY_ID", "AWS_PROFILE")
+
+
+def test_a_wrong_secret_key_is_reported_without_showing_it(rejected: Rejected, own_bucket: dict[str, str]):
+    message = rejected(
+        variables=own_bucket | {"AWS_SECRET_ACCESS_KEY": "hunter2"}, train_path="s3://theirs/train.jsonl"
+    )
+    assert_names(message, "s3://theirs/train.jsonl: ", "AWS_SECRET_ACCESS_KEY")
+    assert "hunter2" not in message
+
+
+def test_no_credentials(rejected: Rejected, own_bucket: dict[str, str]):
+    nowhere = {"AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_CONFIG_FILE": "/dev/null"}
+    message = rejected(
+        variables={"AWS_ENDPOINT_URL_S3": own_bucket["AWS_ENDPOINT_URL_S3"], **nowhere},
+        train_path="s3://theirs/train.jsonl",
+    )
+    assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
+
+
+@pytest.mark.parametrize(
+    ("variables", "facts"),
+    [
+        ({"AWS_PROFILE": "nobody"}, ("AWS_PROFILE", "'nobody'")),
+        ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:99999"}, ("AWS_ENDPOINT_URL_S3",)),
+        ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9000"}, ("AWS_ENDPOINT_URL_S3",)),
+    ],
+    ids=["profile", "port", "scheme"],
+)
+def test_a_variable_with_an_impossible_value(
+    rejected: Rejected, own_bucket: dict[str, str], variables: dict[str, str], facts: tuple[str, ...]
+):
+    message = rejected(variables=own_bucket | variables, train_path="s3://theirs/train.jsonl")
+    assert message.startswith("train_path: ")
+    assert_names(message, *facts)
+
+
+@pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path", "resume_from_checkpoint"])
+def test_an_endpoint_that_does_not_answer_is_reported_within_seconds(
+    rejected: Rejected, own_bucket: dict[str, str], key: str
+):
+    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
+        port = closed_soon.getsockname()[1]
+    began = time.monotonic()
+    message = rejected(
+        variables=own_bucket | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}, **{key: "s3://theirs/x"}
+    )
+    assert time.monotonic() - began < 20
+    assert message.startswith(f"{key}: ")
+    assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")
+
+
+def test_a_storage_path_that_cannot_be_written(rejected: Rejected, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    message = rejected(storage_path=str(tmp_path / "file" / "runs"))
+    assert message.startswith("storage_path: ")
+    assert_names(message, f"{tmp_path}/file/runs", f"{tmp_path}/file is a file")
+
+
+def test_an_output_dir_that_cannot_be_written(rejected: Rejected, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    message = rejected(output_dir=str(tmp_path / "file" / "scratch"))
+    assert message.startswith(f"output_dir: {tmp_path}/file/scratch ")
+
+
+def test_target_modules_that_the_model_has_not(rejected: Rejected):
+    message = rejected(lora_config={"target_modules": ["nope"]})
+    assert message.startswith("lora_config.target_modules: ['nope'] ")
+    assert "q_proj" in message
+
+
+def test_a_target_module_that_is_misspelt(tiny_model: Path, tmp_path: Path):
+    changed = config_file(tmp_path, tiny_model, lora_config={"target_modules": ["q_proj", "v_porj"]})
+    finished = run_main_quickly(changed, "--dry-run", "--json")
+    assert finished.exit_code == 0
+    assert sum("v_porj" in warning for warning in finished.result["warnings"]) == 1
+
+
+def test_a_step_larger_than_the_data(tiny_model: Path, tmp_path: Path):
+    changed = config_file(tmp_path, tiny_model, train_batch_size_per_device=64)
+    finished = run_main_quickly(changed, "--dry-run", "--json")
+    assert sum("64 rows" in warning for warning in finished.result["warnings"]) == 1
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_does_not_exist(rejected: Rejected, tmp_path: Path):
+    message = rejected(train_path=str(tmp_path / "nothing.jsonl"))
+    assert message.startswith("train_path: ")
+    assert_names(message, f"{tmp_path}/nothing.jsonl: no such file", "spelling")
+
+
+def test_a_directory_without_rows(rejected: Rejected, tmp_path: Path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.md").write_text("# Notes")
+    message = rejected(train_path=str(tmp_path / "notes"))
+    assert message.startswith(f"{tmp_path}/notes: ")
+    assert_names(message, ".jsonl")
+
+
+def test_a_format_that_is_not_read(rejected: Rejected, tmp_path: Path):
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    message = rejected(train_path=str(tmp_path / "rows.xlsx"))
+    assert_names(message, f"{tmp_path}/rows.xlsx: ", ".xlsx ", "JSONL")
+
+
+def test_an_empty_file(rejected: Rejected, tmp_path: Path):
+    message = rejected(train_path=rows(tmp_path))
+    assert_names(message, f"{tmp_path}/rows.jsonl: ", "no rows")
+
+
+@pytest.mark.parametrize("key", ["train_path", "valid_path"])
+@pytest.mark.parametrize(
+    ("row", "facts"),
+    [
+        ("{bad", ("JSON",)),
+        ([ASSISTANT, USER, ASSISTANT], ("message 1:", "assistant")),
+        ([USER, USER, ASSISTANT], ("messages 1 and 2 ", "user")),
+        ([USER], ("no assistant",)),
+    ],
+)
+def test_a_wrong_row(rejected: Rejected, tmp_path: Path, key: str, row: Any, facts: tuple[str, ...]):
+    message = rejected(**{key: rows(tmp_path, [USER, ASSISTANT], row)})
+    assert message.startswith("1 of 2 rows ")
+    (line,) = [line for line in message.splitlines() if line.startswith(f"{tmp_path}/rows.jsonl:2: ")]
+    assert_names(line, *facts)
+    assert "bad_rows: skip" in message.splitlines()[-1]
+
+
+def test_a_row_over_context_length(rejected: Rejected, tmp_path: Path):
+    long = [USER, {"role": "assistant", "content": "1 2 3 " * 500}]
+    message = rejected(train_path=rows(tmp_path, [USER, ASSISTANT], long), long_rows="error")
+    assert_names(message, "long_rows", "256 tokens", f"{tmp_path}/rows.jsonl:2: ")
+    assert_names(message, "context_length", "truncate", "drop")
+
+
+def test_no_row_that_fits(rejected: Rejected):
+    message = rejected(context_length=4)
+    assert_names(message, "4 tokens", "40 rows", "context_length")
+
+
+@pytest.mark.parametrize(
+    ("key", "uri", "advice"),
+    [
+        ("model_id", "nobody/no-such-model", "s3://"),
+        (
+            "train_path",
+            "hf://datasets/nobody/no-such-rows",
+            "HF_HUB_OFFLINE=1",
+        ),
+    ],
+)
+def test_a_hub_that_cannot_be_reached(rejected: Rejected, key: str, uri: str, advice: str):
+    message = rejected(**{key: uri})
+    assert_names(message, f"{uri}: ", "Hugging Face")
+    assert advice in message
+
+
+# --- Models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_weights(rejected: Rejected, damaged_model: Path):
+    (damaged_model / "model.safetensors").unlink()
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, "no weights", "*.safetensors")
+
+
+def test_a_model_with_pickled_weights_only(rejected: Rejected, damaged_model: Path):
+    (damaged_model / "model.safetensors").rename(damaged_model / "pytorch_model.bin")
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, "pytorch_model.bin", "safetensors")
+
+
+def test_cut_off_weights(rejected: Rejected, damaged_model: Path):
+    weights = damaged_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"{weights}: ")
+    assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
+
+
+def test_cut_off_weights_in_a_bucket(rejected: Rejected, damaged_model: Path, bucket_uri: str):
+    weights = damaged_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    store = open_store(f"{bucket_uri}/model")
+    upload_directory(damaged_model, store, "", [path.name for path in damaged_model.iterdir()])
+    message = rejected(model_id=f"{bucket_uri}/model", storage_path=f"{bucket_uri}/runs")
+    assert message.startswith(f"{bucket_uri}/model/model.safetensors: ")
+    assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
+
+
+def test_a_model_without_tokenizer(rejected: Rejected, damaged_model: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (damaged_model / name).unlink()
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, "no tokenizer", "tokenizer.json", "tokenizer.model")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"added_tokens": [], "model": {"type": "x"}}'])
+def test_a_damaged_tokenizer(rejected: Rejected, damaged_model: Path, content: str):
+    (damaged_model / "tokenizer.json").write_text(content)
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, "tokenizer", "loaded (")
+
+
+def test_a_model_without_chat_template(rejected: Rejected, damaged_model: Path):
+    (damaged_model / "chat_template.jinja").unlink()
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, "no chat template", "chat_template", "prompt_template")
+
+
+def test_a_model_that_transformers_does_not_know(rejected: Rejected, damaged_model: Path):
+    (damaged_model / "config.json").write_text('{"model_type": "nonesuch"}')
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, "transformers", "config.json", "`nonesuch`")
+
+
+def test_an_adapter_given_as_the_model(rejected: Rejected, tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    message = rejected(model_id=str(tmp_path / "adapter"))
+    assert message.startswith(f"model {tmp_path}/adapter: ")
+    assert_names(message, "config.json is missing", "adapter_config.json", "initial_adapter_model_ckpt_path")
+
+
+def test_a_model_given_as_the_adapter(rejected: Rejected, tiny_model: Path):
+    message = rejected(initial_adapter_model_ckpt_path=str(tiny_model))
+    assert message.startswith(f"adapter {tiny_model}: adapter_config.json ")
+    assert_names(message, "initial_base_model_ckpt_path")
+
+
+def test_a_run_that_is_not_there(rejected: Rejected):
+    message = rejected(initial_adapter_model_ckpt_path="run:nothing")
+    assert message.startswith("run:nothing: ")
+    assert_names(message, "no run", "storage_path")
+
+
+def test_a_checkpoint_that_was_never_committed(rejected: Rejected, tiny_model: Path):
+    message = rejected(resume_from_checkpoint=str(tiny_model))
+    assert message.startswith(f"{tiny_model}: ")
+    assert_names(message, "no MANIFEST.json", "result.json")
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_is_not_there(rejected: Rejected):
+    message = rejected(device="cuda", variables={"CUDA_VISIBLE_DEVICES": ""})
+    assert message.startswith("device: cuda")
+    assert_names(message, "no CUDA device", "device: cpu", "RAY_ADDRESS")
+
+
+@pytest.mark.parametrize(
+    ("resource", "planned", "needed"),
+    [("accelerator_type:H100", ("H100", "79.0 GiB"), "H100"), ("GPU", ("cuda", "2 workers"), "CUDA device")],
+)
+def test_a_requested_gpu_can_be_planned_but_not_trained_without_one(
+    resource: str, planned: tuple[str, ...], needed: str, tiny_model: Path, tmp_path: Path
+):
+    asks = {"device": "auto", "worker_resources": {resource: 0.001}, "num_devices": 2}
+    config = config_file(tmp_path, tiny_model, **asks)
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+    dry = run_main_quickly(config, "--dry-run", variables=no_gpu)
+    assert dry.exit_code == 0, dry.errors
+    assert_names(dry.output, *planned)
+    message = message_of(run_main_quickly(config, variables=no_gpu))
+    assert_names(message, f"2 x {needed}", "0 CUDA devices", "RAY_ADDRESS")
+    assert not (tmp_path / "runs" / "config").exists()
+
+
+def test_a_default_length_is_a_warning(tiny_model: Path, tmp_path: Path):
+    planned = run_main_quickly(config_file(tmp_path, tiny_model, num_epochs=None), "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.errors
+    report = planned.result
+    epochs = report["steps"] // report["steps_per_epoch"]
+    assert report["steps"] >= 100 > (epochs - 1) * report["steps_per_epoch"]
+    (warning,) = [text for text in report["warnings"] if "num_epochs" in text]
+    assert_names(warning, "max_steps", "min_update_steps", f"{epochs} epochs", "100 steps")
+
+
+def test_attention_that_torchs_kernels_cannot_compute_is_a_warning(tmp_path: Path):
+    gemma = make_model(tmp_path / "gemma", kind=Gemma2Config, head_dim=16, query_pre_attn_scalar=16)
+    planned = run_main_quickly(config_file(tmp_path, gemma), "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.errors
+    assert sum("attention" in warning and "torch" in warning for warning in planned.result["warnings"]) == 1
+
+
+def test_an_unknown_key(rejected: Rejected, tmp_path: Path):
+    message = rejected(epochs=3)
+    assert message.startswith(f"{tmp_path}/config.yaml:9: `epochs` ")
+    assert_names(message, "`num_epochs`?")
+
+
+def test_a_deepspeed_file_that_does_not_exist(rejected: Rejected, tmp_path: Path):
+    message = rejected(deepspeed={"config_path": str(tmp_path / "ds.json")})
+    assert message.startswith(f"deepspeed: {tmp_path}/ds.json ")
+    assert_names(message, "not exist", "preset")
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        ("{", ("JSON",)),
+        ("[]", ("DeepSpeed configuration",)),
+        ('{"zero_optimization": 3}', ("DeepSpeed configuration",)),
+        (
+            '{"zero_optimization": {"stage": "three"}}',
+            ("`zero_optimization.stage`", "'three'", "0, 1, 2 or 3"),
+        ),
+        ('{"optimizer": {}}', ("`optimizer`", "YAML")),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_used(
+    rejected: Rejected, tmp_path: Path, content: str, facts: tuple[str, ...]
+):
+    (tmp_path / "ds.json").write_text(content)
+    message = rejected(deepspeed={"config_path": str(tmp_path / "ds.json")})
+    assert message.startswith(f"deepspeed: {tmp_path}/ds.json ")
+    assert_names(message, *facts)
+
+
+def test_with_json_an_error_prints_no_json(rejected: Rejected, tmp_path: Path):
+    assert f"{tmp_path}/rows.jsonl:1: " in rejected("--json", train_path=rows(tmp_path, "{bad"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [""],
+        ["a.yaml", "--submit", ""],
+        ["show", ""],
+        ["export", "run:a", "--to", ""],
+        ["compare", "run:a", "--picture", ""],
+    ],
+    ids=str,
+)
+def test_an_empty_argument_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    """It would mean the working directory, or nothing."""
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert_names(said.err, "argument", "empty", "variable")
+    assert said.err.count("\n") == 1
+
+
+# --- Real starts of the interpreter: what the others leave out ------------------------------------------------------
+
+
+def test_an_unknown_option(tiny_model: Path, tmp_path: Path):
+    finished = run_main(config_file(tmp_path, tiny_model), "--dryrun")
+    assert (finished.exit_code, finished.output) == (2, "")
+    assert len(finished.errors.splitlines()) == 1
+    assert "--dryrun" in finished.errors and "did you mean --dry-run" in finished.errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_in_the_data_is_reported_before_a_cluster_starts(tiny_model: Path, tmp_path: Path):
+    config = config_file(tmp_path, tiny_model, valid_path=rows(tmp_path, [USER]))
+    finished = run_main(config, "--json")
+    assert_names(message_of(finished), f"{tmp_path}/rows.jsonl:1: ", "no assistant")
+    assert "workers" not in finished.errors
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("port", "facts"),
+    [
+        (1, ("127.0.0.1:1",)),
+        (99999, ("127.0.0.1:99999", "65535")),
+    ],
+)
+def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path, port: int, facts: tuple[str, ...]):
+    config = config_file(tmp_path, tiny_model)
+    cluster = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finished = run_main(config, "--json", "device=cpu", variables=cluster, timeout=60)
+    assert finished.exit_code == 2
+    assert_names(finished.errors.splitlines()[-1], "error: RAY_ADDRESS: ", *facts)
+    assert "Traceback" not in finished.errors
+    assert not (tmp_path / "runs").exists()
+
+
+def on_a_disk_of_300_kb(directory: Path, config: Path) -> Finished:
+    """Run main.py --dry-run where `directory` is a disk of its own, which only that process sees."""
+    directory.mkdir()
+    require_small_disks(directory)
+    done = subprocess.run(
+        [*on_a_small_disk(directory, "300k"), *command(config, "--dry-run")],
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_disk_that_is_too_small_for_the_model(tiny_model: Path, tmp_path: Path, bucket_uri: str):
+    store = open_store(f"{bucket_uri}/model")
+    upload_directory(tiny_model, store, "", [path.name for path in tiny_model.iterdir()])
+    config = config_file(
+        tmp_path, tiny_model, model_id=f"{bucket_uri}/model", output_dir=str(tmp_path / "small")
+    )
+    message = message_of(on_a_disk_of_300_kb(tmp_path / "small", config))
+    assert message.startswith(f"model {bucket_uri}/model: ")
+    assert_names(message, f"{tmp_path}/small ", "KiB", "output_dir")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_that_is_too_small_for_the_tokens(tiny_model: Path, tmp_path: Path):
+    write_data(tmp_path, train_rows=1500)
+    config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))
+    message = message_of(on_a_disk_of_300_kb(tmp_path / "small", config))
+    assert message.startswith(f"{tmp_path}/train.jsonl: ")
+    assert_names(message, f"{tmp_path}/small/", "output_dir")
+    assert not (tmp_path / "runs").exists()

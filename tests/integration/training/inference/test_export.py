@@ -1,0 +1,332 @@
+"""main.py export: what it writes loads in plain transformers and PEFT as the same model, and is never seen half."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from runs.layout import EXPORT_FILE, Export
+from tests.support.bucket_proxy import bucket_proxy
+from tests.support.front_door import run_command_quickly
+from tests.support.jobs import Finished
+from tests.support.live_memory import LiveMemory
+from tests.support.messages import assert_names
+from tests.support.own_buckets import reach_as_a_user
+from tests.support.trained_runs import store_adapter_run, store_full_run
+from training.planning.exportable import GGUF_TOOL
+from utils.files import checksum
+from utils.storage.bucket import Store, open_store
+from utils.storage.embedded_bucket import EmbeddedBucket
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+Use = Callable[..., Finished]
+
+
+@pytest.fixture
+def use(tmp_path: Path) -> Use:
+    """Run main.py with these arguments."""
+    return lambda *arguments, **variables: run_command_quickly(
+        arguments, tmp_path / "said.txt", variables=variables
+    )
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> dict[str, str]:
+    return {"output_dir": str(tmp_path / "scratch")}
+
+
+@pytest.fixture
+def run(storage: Store, tiny_model: Path, scratch: dict[str, str]) -> str:
+    """A run that trained an adapter."""
+    return store_adapter_run(storage, "adapter", tiny_model, LORA, **scratch)
+
+
+def exported_by(finished: Finished) -> Export:
+    assert finished.exit_code == 0, finished.errors
+    (line,) = finished.output.splitlines()
+    return Export.model_validate_json(line)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    tokens = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+
+
+def adapter_on_base(run: str, model: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, f"{run}/checkpoints/step-000010")
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LORA,
+        {**LORA, "use_dora": True},
+        {
+            "r": 4,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"down_proj": 8},
+            "modules_to_save": ["lm_head"],
+        },
+    ],
+    ids=["lora", "dora", "rslora and a whole head"],
+)
+def test_the_merged_model_is_the_adapter_on_its_base(
+    use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str], lora: dict[str, Any]
+):
+    run = store_adapter_run(storage, "run", tiny_model, lora, **scratch)
+    to = tmp_path / "exported"
+    exported = exported_by(use("export", run, "--to", str(to), "--dtype", "fp32", "--json"))
+    merged = AutoModelForCausalLM.from_pretrained(to)
+    assert merged.dtype == torch.float32
+    expected = logits_of(adapter_on_base(run, tiny_model))
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    base = logits_of(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    assert (base - expected).abs().max() > 0.1, "the adapter does something"
+    assert (exported.kind, exported.dtype, exported.uri) == ("merged", "fp32", str(to))
+
+
+def test_an_export_holds_all_that_a_server_needs(use: Use, run: str, tiny_model: Path):
+    exported = exported_by(use("export", run, "--json"))
+    place = Path(exported.uri)
+    assert place == Path(run) / "exports" / "step-000010-merged-bf16"
+    assert json.loads((place / EXPORT_FILE).read_text()) == exported.model_dump()
+    assert {path.name for path in place.iterdir()} == {file.path for file in exported.files} | {EXPORT_FILE}
+    assert all(checksum(place / file.path) == file.checksum for file in exported.files)
+    with safe_open(place / "model.safetensors", "pt") as weights:
+        assert {str(weights.get_tensor(name).dtype) for name in weights.keys()} == {"torch.bfloat16"}  # noqa: SIM118
+    settings = json.loads((place / "config.json").read_text())
+    assert settings["dtype"] == "bfloat16"
+    assert settings["use_cache"] is True
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    original = AutoTokenizer.from_pretrained(tiny_model)
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(
+        chat, tokenize=False
+    )
+    assert GenerationConfig.from_pretrained(place).eos_token_id == tokenizer.eos_token_id
+    card = ModelCard.load(place / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (str(tiny_model), "transformers")
+    for said in (
+        "| before the first step | 2.0000 |",
+        "after step 10 | 1.5000 |",
+        "rows.jsonl",
+        "lora_config.r | 4",
+    ):
+        assert said in card.text, said
+
+
+def test_generation_config_has_the_end_of_turn_tokens(
+    use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
+):
+    """The chat template's end marker, where the base model ends its texts with another token."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("config.json", "eos_token_id", 0),
+        ("generation_config.json", "eos_token_id", 0),
+    ):
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | {key: value}))
+    run = store_adapter_run(storage, "run", model, LORA, **scratch)
+    exported = exported_by(use("export", run, "--json"))
+    tokenizer = AutoTokenizer.from_pretrained(exported.uri)
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert sorted(GenerationConfig.from_pretrained(exported.uri).eos_token_id) == sorted(stops)
+
+
+def test_a_whole_model_is_cast(use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]):
+    run = store_full_run(storage, "full", tiny_model, **scratch)
+    exported = exported_by(use("export", run, "--dtype", "fp16", "--json"))
+    assert (exported.kind, exported.dtype) == ("model", "fp16")
+    model = AutoModelForCausalLM.from_pretrained(exported.uri)
+    assert model.dtype == torch.float16
+    assert model.config.use_cache is True
+    trained = AutoModelForCausalLM.from_pretrained(f"{run}/checkpoints/step-000010")
+    for (name, ours), theirs in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs.half()), name
+
+
+def test_the_adapter_alone(use: Use, run: str, tiny_model: Path):
+    exported = exported_by(use("export", run, "--no-merge", "--json"))
+    assert (exported.kind, exported.dtype) == ("adapter", None)
+    place = Path(exported.uri)
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in place.iterdir()
+    }
+    settings = json.loads((place / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, place)
+    assert torch.equal(logits_of(adapted), logits_of(adapter_on_base(run, tiny_model)))
+
+
+def test_a_merge_takes_one_copy_of_the_model(tiny_model: Path, storage: Store, scratch: dict[str, str]):
+    from configs.schema import ExportConfig
+    from training.inference.checkpoint_model import trained_model
+    from training.inference.export import export
+
+    small = {"r": 1, "target_modules": ["q_proj"]}
+    run = store_adapter_run(storage, "run", tiny_model, small, **scratch)
+    size = (tiny_model / "model.safetensors").stat().st_size
+    with trained_model(run) as trained, LiveMemory([]) as memory:
+        export(trained, ExportConfig(dtype="fp32"), progress=lambda _: None)
+    assert size * 0.9 < memory.peak < size * 1.5
+
+
+def test_a_base_in_4_bits_is_merged_in_16_and_the_card_says_why(
+    use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
+    run = store_adapter_run(storage, "run", tiny_model, LORA, load_in_4bit=True, **scratch)
+    exported = exported_by(use("export", run, "--dtype", "fp32", "--json"))
+    (note,) = exported.notes
+    assert "16-bit" in note
+    assert note in (Path(exported.uri) / "README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(exported.uri)
+    expected = logits_of(adapter_on_base(run, tiny_model))
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Whole or not there -------------------------------------------------------------------------------------------
+
+
+def test_config_json_and_the_manifest_are_written_last(
+    use: Use, bucket: EmbeddedBucket, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    place = f"{reach_as_a_user(monkeypatch, bucket, 'exports')}/model"
+    with bucket_proxy(bucket.endpoint) as proxy:
+        exported_by(use("export", run, "--to", place, "--json", AWS_ENDPOINT_URL_S3=proxy.endpoint))
+        written = [request.path.rpartition("/")[2] for request in proxy.requests if request.method == "PUT"]
+    assert [name for name in written if not name.startswith(".write-probe")][-2:] == [
+        "config.json",
+        EXPORT_FILE,
+    ]
+    assert {"model.safetensors", "tokenizer.json"} <= set(written[:-2])
+
+
+def test_rerun_export_changes_nothing_and_another_export_raises_an_error(use: Use, run: str, tmp_path: Path):
+    to = tmp_path / "exported"
+    first = exported_by(use("export", run, "--to", str(to), "--json"))
+    before = {path: path.stat().st_mtime_ns for path in to.iterdir()}
+    assert exported_by(use("export", run, "--to", str(to), "--json")) == first
+    assert {path: path.stat().st_mtime_ns for path in to.iterdir()} == before
+    other = error_of(use("export", run, "--to", str(to), "--dtype", "fp16"))
+    assert_names(other, f"{to} ", "merged model", "bf16")
+    (to / "tokenizer.json").write_text("{}")
+    assert f"{to}/tokenizer.json: " in error_of(use("export", run, "--to", str(to)))
+
+
+def test_an_export_that_was_cut_off_is_made_whole(use: Use, run: str, tmp_path: Path):
+    to = tmp_path / "exported"
+    whole = exported_by(use("export", run, "--to", str(to), "--json"))
+    (to / EXPORT_FILE).rename(to / "EXPORT.unfinished")
+    (to / "model.safetensors").write_bytes(b"half")
+    (to / "model-00001-of-00002.safetensors").write_bytes(b"of other settings")
+    again = exported_by(use("export", run, "--to", str(to), "--json"))
+    by_name = {file.path: file.checksum for file in whole.files}
+    assert {file.path: file.checksum for file in again.files if file.path != "README.md"} == {
+        name: found for name, found in by_name.items() if name != "README.md"
+    }
+    assert {path.name for path in to.iterdir()} == {*by_name, EXPORT_FILE}
+    assert checksum(to / "model.safetensors") == by_name["model.safetensors"]
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------------------
+
+
+def converter(directory: Path, code: str) -> dict[str, str]:
+    """Something in llama.cpp's place, and the PATH that it is found on."""
+    tool = directory / "tools" / GGUF_TOOL
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{code}\n")
+    tool.chmod(0o755)
+    return {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+
+
+def test_gguf_is_made_by_llama_cpp(use: Use, run: str, tmp_path: Path):
+    variables = converter(tmp_path, 'ls "$1"/model.safetensors && echo "$2 $4 $5" > "$3"')
+    exported = exported_by(use("export", run, "--gguf", "--dtype", "fp16", "--json", **variables))
+    assert exported.gguf == "adapter-fp16.gguf"
+    assert exported.gguf in {file.path for file in exported.files}
+    assert (Path(exported.uri) / exported.gguf).read_text() == "--outfile --outtype f16\n"
+
+
+def test_gguf_without_its_tool_or_with_one_that_fails(use: Use, run: str, tmp_path: Path):
+    assert_names(error_of(use("export", run, "--gguf")), GGUF_TOOL, "PATH")
+    variables = converter(tmp_path, "echo 'Model TinyForCausalLM is not supported' >&2; exit 1")
+    message = error_of(use("export", run, "--gguf", **variables))
+    assert_names(message, GGUF_TOOL, "(Model TinyForCausalLM is not supported)")
+    assert not (Path(run) / "exports").exists()
+
+
+# --- Errors: one message, exit code 2, nothing written -----------------------------------------------------------
+
+
+def error_of(finished: Finished) -> str:
+    assert finished.exit_code == 2, finished
+    assert finished.output == ""
+    assert "Traceback" not in finished.errors
+    assert finished.errors.count("error: ") == 1, finished.errors
+    return finished.errors.partition("error: ")[2]
+
+
+def test_weights_that_exist_in_4_bits_only(
+    use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run = store_adapter_run(storage, "run", model, LORA, load_in_4bit=True, **scratch)
+    settings = json.loads((model / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps(settings))
+    message = error_of(use("export", run))
+    assert_names(message, f"model {model}: ", "4 bits")
+    assert exported_by(use("export", run, "--no-merge", "--json")).kind == "adapter"
+
+
+def test_an_adapter_that_vllm_does_not_load(
+    use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
+    run = store_adapter_run(storage, "run", tiny_model, {**LORA, "use_dora": True}, **scratch)
+    assert_names(error_of(use("export", run, "--no-merge")), "vLLM", "use_dora")
+
+
+def test_a_whole_model_has_no_adapter(use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]):
+    run = store_full_run(storage, "full", tiny_model, **scratch)
+    assert_names(error_of(use("export", run, "--no-merge")), run, "no adapter")
+
+
+def test_a_place_that_holds_something_else(use: Use, run: str, tmp_path: Path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    message = error_of(use("export", run, "--to", str(tmp_path / "taken")))
+    assert_names(message, str(tmp_path / "taken"), "thesis.txt")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_checkpoint_or_base(
+    use: Use, storage: Store, tiny_model: Path, run: str, scratch: dict[str, str], tmp_path: Path
+):
+    weights = Path(run) / "checkpoints" / "step-000010" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert_names(error_of(use("export", run)), f"{weights}: ", "content")
+    gone = Path(shutil.copytree(tiny_model, tmp_path / "gone"))
+    run = store_adapter_run(storage, "other", gone, LORA, **scratch)
+    shutil.rmtree(gone)
+    assert str(gone) in error_of(use("export", run))

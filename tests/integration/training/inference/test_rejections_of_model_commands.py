@@ -1,0 +1,98 @@
+"""Errors of main.py export, chat and evaluate: one message, exit code 2, nothing on standard output."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runs.layout import CONFIG_FILE
+from tests.support.front_door import run_command_quickly
+from tests.support.jobs import Finished
+from tests.support.messages import assert_names
+from tests.support.stored_runs import eval_losses, result_of, write_run
+from utils.storage.bucket import open_store
+from utils.storage.embedded_bucket import EmbeddedBucket
+
+COMMANDS = (["export"], ["chat", "--prompt", "2 + 2?"], ["evaluate", "--data", "rows.jsonl"])
+Use = Callable[..., Finished]
+
+
+@pytest.fixture
+def use(tmp_path: Path) -> Use:
+    """Run main.py with these arguments."""
+    return lambda *arguments, **variables: run_command_quickly(
+        arguments, tmp_path / "said.txt", variables=variables
+    )
+
+
+def error_of(finished: Finished) -> str:
+    assert finished.exit_code == 2, finished
+    assert finished.output == ""
+    assert "Traceback" not in finished.errors
+    assert finished.errors.count("error: ") == 1, finished.errors
+    return finished.errors.partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["export"], "RUN"),
+        (["export", "a", "--dtype", "int8"], "int8"),
+        (["export", "a", "--gguf", "--no-merge"], "--no-merge"),
+        (["chat", "a", "surplus"], "surplus"),
+        (["chat", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["evaluate", "a"], "--data"),
+        (["evaluate", "a", "--data", "rows.jsonl", "--column", "question"], "--column"),
+        (["evaluate", "a", "--data", "rows.jsonl", "--name", "../a"], "--name"),
+        (["evaluate", "a", "--data", "rows.jsonl", "--batch-size", "many"], "--batch-size"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line_names_the_argument(use: Use, arguments: list[str], fact: str):
+    assert_names(error_of(use(*arguments)), fact)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_no_run(use: Use, command: list[str], tmp_path: Path):
+    assert f"{tmp_path}/nowhere" in error_of(use(*command, f"{tmp_path}/nowhere"))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "where.txt").touch()
+    assert_names(error_of(use(*command, f"{tmp_path}/else")), f"{tmp_path}/else: ", "no run")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_no_checkpoint_and_no_configuration_of_ours(use: Use, command: list[str], tmp_path: Path):
+    storage = open_store(str(tmp_path / "runs"))
+    run = write_run(storage, "begun", [], result=None)
+    assert_names(error_of(use(*command, run)), run, "no checkpoint")
+    result = result_of(storage.uri_of("failed"), [], status="failed", reason="no GPU is left.")
+    failed = write_run(storage, "failed", [], result=result)
+    assert_names(error_of(use(*command, failed)), failed, "failed", "no GPU is left.", "same command")
+    damaged = write_run(storage, "damaged", eval_losses(2.0), result=None)
+    storage.write(f"damaged/{CONFIG_FILE}", b"model_id: [")
+    assert_names(error_of(use(*command, damaged)), f"{damaged}/{CONFIG_FILE}: ", "damaged")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_no_credentials(use: Use, bucket: EmbeddedBucket, tmp_path: Path, command: list[str]):
+    variables = {
+        "AWS_ENDPOINT_URL_S3": bucket.endpoint,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "HOME": str(tmp_path),
+    }
+    message = error_of(use(*command, "s3://some-bucket/runs/a", **variables))
+    assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_no_network(use: Use, command: list[str]):
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    variables = {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }
+    message = error_of(use(*command, "s3://some-bucket/runs/a", **variables))
+    assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")

@@ -1,0 +1,476 @@
+"""Training continued from adapters, full weights and complete trainer states; changed settings are reported."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from tests.support.front_door import run_main_quickly
+from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
+from tests.support.messages import assert_names
+from tests.support.tiny_model import make_model, write_data, write_pairs_of
+from utils.storage.bucket import open_store
+from utils.storage.embedded_bucket import EmbeddedBucket
+
+pytestmark = pytest.mark.slow
+
+# The head is trained in full beside the adapter: a random base learns nothing with adapters alone.
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("continue")
+    make_model(directory / "model")
+    write_data(directory, train_rows=40, valid_rows=11)
+    write_pairs_of(directory, train_rows=24, valid_rows=11)
+    (directory / "more").mkdir()
+    write_data(directory / "more", train_rows=24, valid_rows=3)
+    return directory
+
+
+def settings(files: Path, **more: Any) -> dict[str, Any]:
+    return tiny_settings(files) | {
+        "train_batch_size_per_device": 8,
+        "num_epochs": 2,
+        "learning_rate": 2e-2,
+        "lr_scheduler_type": "constant",
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def adapter_run(files: Path) -> dict[str, Any]:
+    """A finished LoRA run, by the name `first`; its result."""
+    config = write_yaml(files / "first.yaml", settings(files, run_name="first", lora_config=LORA))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+@pytest.fixture(scope="module")
+def full_run(files: Path) -> dict[str, Any]:
+    """A finished full-parameter run, by the name `full`; its result."""
+    config = write_yaml(files / "full.yaml", settings(files, run_name="full", learning_rate=2e-3))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+def best_loss(result: dict[str, Any]) -> float:
+    return min(loss["eval_loss"] for loss in result["eval_losses"])
+
+
+def error_of(files: Path, name: str, **more: Any) -> str:
+    """Return the error of a dry run of these settings."""
+    config = write_yaml(files / f"{name}.yaml", settings(files, **more))
+    finished = run_main_quickly(config, "--dry-run")
+    assert finished.exit_code == 2, finished.output
+    assert "Traceback" not in finished.errors
+    return finished.errors
+
+
+def test_an_adapter_starts_from_the_best_checkpoint_of_its_run(
+    files: Path, adapter_run: dict[str, Any], bucket: EmbeddedBucket, bucket_uri: str
+):
+    """The child's first eval loss is the parent's best; it keeps r, alpha and target modules; plain PEFT loads it."""
+    store = open_store(bucket_uri)
+    best = Path(adapter_run["best_checkpoint"])
+    store.upload_many({f"adapter/{path.name}": path for path in best.iterdir()})
+    child = settings(
+        files,
+        run_name="second",
+        train_path=str(files / "more" / "train.jsonl"),
+        initial_adapter_model_ckpt_path=f"{bucket_uri}/adapter",
+    )
+    finished = run_main(write_yaml(files / "second.yaml", child), "--json")
+    assert finished.exit_code == 0, finished.errors
+    first = finished.result["eval_losses"][0]
+    assert first["step"] == 0
+    assert first["eval_loss"] == pytest.approx(best_loss(adapter_run), rel=1e-2)
+    assert first["eval_loss"] < 0.8 * adapter_run["eval_losses"][0]["eval_loss"]
+    assert finished.result["parent"] == f"{bucket_uri}/adapter"
+    assert finished.result["trainable_parameters"] == adapter_run["trainable_parameters"]
+    last = finished.result["last_checkpoint"]
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, last)
+    trained = model.peft_config["default"]
+    assert isinstance(trained, peft.LoraConfig)
+    assert (trained.r, trained.lora_alpha, set(trained.target_modules or ())) == (4, 8, {"q_proj", "v_proj"})
+
+
+def preferring(files: Path, name: str, **more: Any) -> dict[str, Any]:
+    """The result of a preference tuning of this name."""
+    config = settings(
+        files,
+        run_name=name,
+        task="preference_tuning",
+        train_path=str(files / "train-pairs.jsonl"),
+        valid_path=str(files / "valid-pairs.jsonl"),
+        **more,
+    )
+    finished = run_main(write_yaml(files / f"{name}.yaml", config), "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+def test_preferences_are_tuned_against_the_adapter_that_they_start_from(
+    files: Path, adapter_run: dict[str, Any]
+):
+    """At first the adapter is its own reference: every reward is 0, and the loss log 2. The reference is in no checkpoint."""
+    result = preferring(files, "preferring", initial_adapter_model_ckpt_path="run:first", learning_rate=1e-3)
+    first, *_, last = result["eval_losses"]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["figures"]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["figures"]["rewards/margins"] > 0.01
+    page = (files / "runs" / "preferring" / "report.html").read_text()
+    assert page.index("parent run, evaluation") < page.index(">evaluation</text>")
+    checkpoint = Path(result["last_checkpoint"])
+    assert not list(checkpoint.glob("reference*"))
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    assert list(peft.PeftModel.from_pretrained(base, checkpoint).peft_config) == ["default"]
+
+
+def test_a_preference_tuning_is_lengthened_with_its_whole_state(files: Path):
+    """It ends as one that was as long from the start: the reference is the base in both."""
+    lora = {"lora_config": {"r": 4}, "learning_rate": 1e-2}
+    preferring(files, "preferring-short", num_epochs=1, **lora)
+    longer = preferring(files, "preferring-longer", resume_from_checkpoint="run:preferring-short", **lora)
+    at_once = preferring(files, "preferring-at-once", **lora)
+    assert longer["train_steps"] == at_once["train_steps"] == 6
+    assert longer["eval_losses"] == at_once["eval_losses"]
+
+
+@pytest.mark.parametrize("way", ["name", "run", "checkpoint"])
+def test_a_start_is_named_as_a_run_or_as_a_checkpoint(files: Path, adapter_run: dict[str, Any], way: str):
+    named = {
+        "name": "run:first",
+        "run": adapter_run["run_uri"],
+        "checkpoint": adapter_run["best_checkpoint"],
+    }[way]
+    config = write_yaml(files / f"{way}.yaml", settings(files, initial_adapter_model_ckpt_path=named))
+    finished = run_main_quickly(config, "--dry-run", "--json")
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["starts_from"] == adapter_run["best_checkpoint"]
+    assert finished.result["trainable_parameters"] == adapter_run["trainable_parameters"]
+
+
+def test_an_adapter_keeps_its_own_shape(files: Path, adapter_run: dict[str, Any]):
+    same = write_yaml(
+        files / "same.yaml", settings(files, initial_adapter_model_ckpt_path="run:first", lora_config=LORA)
+    )
+    assert run_main_quickly(same, "--dry-run").exit_code == 0
+    message = error_of(
+        files,
+        "other",
+        initial_adapter_model_ckpt_path="run:first",
+        lora_config={"r": 16, "target_modules": "all-linear"},
+    )
+    assert re.search(r"lora_config\.r: .*\b4\b.*\b16\b", message)
+    assert_names(message, "lora_config.target_modules: ")
+    assert "lora_alpha" not in message, "a key that the YAML does not give is not compared"
+
+
+def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dict[str, Any]):
+    wider = files / "wider"
+    model = AutoModelForCausalLM.from_config(
+        AutoModelForCausalLM.from_pretrained(files / "model").config.__class__.from_pretrained(
+            files / "model", hidden_size=96
+        )
+    )
+    shutil.copytree(files / "model", wider)
+    model.save_pretrained(wider)
+    message = error_of(files, "wider", model_id=str(wider), initial_adapter_model_ckpt_path="run:first")
+    assert re.search(r"model\.layers\.0\.self_attn\.q_proj .*64 x 96.* model, 64 x 64.* adapter", message)
+
+
+def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[str, Any]):
+    """Its matrices all fit, and the layers above them would stay as they are."""
+    deeper = files / "deeper"
+    make_model(deeper, layers=3)
+    message = error_of(files, "deeper", model_id=str(deeper), initial_adapter_model_ckpt_path="run:first")
+    assert_names(message, "adapter", "model.layers.2.self_attn.q_proj")
+    assert "model.layers.1." not in message
+
+
+def copy_of_run(files: Path, result: dict[str, Any], name: str) -> Path:
+    """Another run with the same checkpoints; returns its directory."""
+    return Path(shutil.copytree(result["run_uri"], files / "runs" / name))
+
+
+def damage(path: Path) -> None:
+    """Turn one bit in the middle: the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+def test_damaged_weights_are_no_start(
+    files: Path, adapter_run: dict[str, Any], full_run: dict[str, Any], kind: str
+):
+    """A run that begins with other weights than were committed would look healthy: the checksums tell."""
+    result = adapter_run if kind == "adapter" else full_run
+    run = copy_of_run(files, result, f"damaged-{kind}")
+    weights = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
+    damage(run / "checkpoints" / Path(result["best_checkpoint"]).name / weights)
+    child = settings(
+        files, run_name=f"on-damaged-{kind}", **{f"initial_{kind}_model_ckpt_path": f"run:damaged-{kind}"}
+    )
+    finished = run_main(write_yaml(files / f"on-damaged-{kind}.yaml", child), "--json")
+    assert finished.exit_code == 1
+    assert re.search(rf"/{weights}: .*content", finished.errors)
+    assert finished.result["last_checkpoint"] is None
+
+
+def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
+    files: Path, adapter_run: dict[str, Any]
+):
+    """Its best may be the one that is damaged: the second best is not taken without a word."""
+    best = Path(adapter_run["best_checkpoint"]).name
+    run = copy_of_run(files, adapter_run, "cut-off")
+    cut_off = run / "checkpoints" / best / "adapter_model.safetensors"
+    cut_off.write_bytes(cut_off.read_bytes()[:-8])
+    message = error_of(files, "from_cut_off", initial_adapter_model_ckpt_path="run:cut-off")
+    assert re.search(rf"{best}/adapter_model\.safetensors .*\d+ bytes", message)
+
+    run = copy_of_run(files, adapter_run, "half-removed")
+    (run / "checkpoints" / best / "MANIFEST.json").unlink()
+    result = json.loads((run / "result.json").read_text())
+    result["run_uri"] = str(run)
+    for key in ("best_checkpoint", "last_checkpoint"):
+        result[key] = result[key].replace("/first/", "/half-removed/")
+    (run / "result.json").write_text(json.dumps(result))
+    message = error_of(files, "from_half_removed", initial_adapter_model_ckpt_path="run:half-removed")
+    assert_names(message, f"{best} ", "result.json", "no MANIFEST.json")
+    message = error_of(
+        files,
+        "from_uncommitted",
+        initial_adapter_model_ckpt_path=str(run / "checkpoints" / best),
+    )
+    assert_names(message, best, "no MANIFEST.json")
+    assert "result.json, and" not in message
+    message = error_of(files, "half_removed_again", run_name="half-removed", lora_config=LORA)
+    assert_names(message, "half-removed ", "completed", "damaged")
+    message = error_of(files, "typo", initial_adapter_model_ckpt_path="run:frist")
+    assert_names(message, "run:frist", "no run")
+
+
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(files: Path, adapter_run: dict[str, Any]):
+    """A restart would remove what may still be fixed."""
+    run = copy_of_run(files, adapter_run, "all-damaged")
+    (run / "result.json").unlink()
+    for manifest in run.glob("checkpoints/*/MANIFEST.json"):
+        manifest.write_bytes(manifest.read_bytes()[:-8])
+    message = error_of(files, "all_damaged", run_name="all-damaged", lora_config=LORA)
+    assert_names(message, "all-damaged ", "checkpoints")
+    assert list(run.glob("checkpoints/*/adapter_model.safetensors")), "nothing is removed"
+
+
+def losses_of(metrics: list[dict[str, Any]]) -> list[tuple[int, float, float, float]]:
+    """Of each step what does not depend on how fast it was."""
+    return [
+        (line["step"], line["loss"], line["grad_norm"], line["learning_rate"])
+        for line in metrics
+        if "loss" in line
+    ]
+
+
+def test_damaged_checkpoints_of_the_same_run_are_passed_over(files: Path):
+    """The one before is taken, with a warning; the end is the same, and what no checkpoint owns is gone."""
+    name = "passed-over"
+    every_4 = {"unit": "steps", "frequency": 4}
+    config = write_yaml(
+        files / f"{name}.yaml",
+        settings(
+            files,
+            run_name=name,
+            lora_config=LORA,
+            num_checkpoints_to_keep=5,
+            checkpoint_and_evaluation_frequency=every_4,
+        ),
+    )
+    whole = run_main(config, "--json")
+    assert whole.exit_code == 0, whole.errors
+    run = Path(whole.result["run_uri"])
+    losses = read_metrics(run)
+    kept, before, newest = sorted((run / "checkpoints").iterdir())
+    weights = (newest / "adapter_model.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    (newest / "MANIFEST.json").write_text("{")
+    damage(before / "optimizer.pt")
+    orphan = run / "checkpoints" / "step-000007" / "optimizer.pt"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"of an attempt that was killed")
+
+    again = run_main(config, "--json")
+    assert again.exit_code == 0, again.errors
+    for damaged in (newest / "MANIFEST.json", before / "optimizer.pt"):
+        assert f"{damaged.parent.name}/{damaged.name}" in again.errors, "a warning names what was passed over"
+    assert kept.name in again.errors
+    assert losses_of(read_metrics(run)) == losses_of(losses)
+    assert (newest / "adapter_model.safetensors").read_bytes() == weights
+    assert not orphan.exists()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "unsloth"])
+def test_an_adapter_that_plain_peft_saved(files: Path, kernels: str):
+    """It goes on upon the model that the YAML names, wherever the one that it names may be."""
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    saved = files / f"plain_peft_{kernels}"
+    peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(saved)
+    adapter = json.loads((saved / "adapter_config.json").read_text())
+    # What older versions wrote: fewer keys, and no names of what came later.
+    kept = (
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+        "modules_to_save",
+        "init_lora_weights",
+    )
+    elsewhere = {"base_model_name_or_path": str(files / "moved")}
+    (saved / "adapter_config.json").write_text(json.dumps({key: adapter[key] for key in kept} | elsewhere))
+    child = settings(
+        files,
+        run_name=f"plain-{kernels}",
+        initial_adapter_model_ckpt_path=str(saved),
+        kernels=kernels,
+        max_steps=2,
+        num_epochs=None,
+    )
+    finished = run_main(write_yaml(files / f"plain_{kernels}.yaml", child), "--json")
+    assert finished.exit_code == 0, finished.errors
+    last = Path(finished.result["last_checkpoint"])
+    assert json.loads((last / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        files / "model"
+    )
+
+
+def test_full_weights_go_on_full_and_take_an_adapter_with_a_warning(files: Path, full_run: dict[str, Any]):
+    child = settings(files, run_name="full-2", initial_base_model_ckpt_path="run:full", num_epochs=1)
+    finished = run_main(write_yaml(files / "full_2.yaml", child), "--json")
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["eval_losses"][0]["eval_loss"] == pytest.approx(best_loss(full_run), rel=1e-4)
+    assert finished.result["trainable_parameters"] == full_run["trainable_parameters"]
+
+    on_top = write_yaml(
+        files / "on_top.yaml", settings(files, initial_base_model_ckpt_path="run:full", lora_config=LORA)
+    )
+    dry = run_main_quickly(on_top, "--dry-run")
+    assert dry.exit_code == 0
+    assert_names(dry.output, "serving", "checkpoint")
+
+
+def test_a_longer_run_is_the_run_that_was_longer_from_the_start(files: Path):
+    """One epoch, then its whole state taken for a second one: the losses of two epochs in one go, dropout included."""
+    lora = LORA | {"lora_dropout": 0.2}
+    losses = {}
+    for name, more in (
+        ("whole", {"num_epochs": 2}),
+        ("short", {"num_epochs": 1}),
+        ("longer", {"num_epochs": 2, "resume_from_checkpoint": "run:short"}),
+    ):
+        config = write_yaml(files / f"{name}.yaml", settings(files, run_name=name, lora_config=lora, **more))
+        finished = run_main(config, "--json")
+        assert finished.exit_code == 0, finished.errors
+        lines = read_metrics(files / "runs" / name)
+        losses[name] = [
+            (line["step"], line.get("loss"), line.get("eval_loss"))
+            for line in lines
+            if "loss" in line or "eval_loss" in line
+        ]
+    assert len(losses["short"]) < len(losses["whole"])
+    assert losses["longer"] == losses["whole"]
+
+
+def test_resume_from_checkpoint_reports_each_setting_that_may_not_change(
+    files: Path, adapter_run: dict[str, Any]
+):
+    taken = {
+        "run_name": "taken",
+        "resume_from_checkpoint": "run:first",
+        "lora_config": LORA,
+        "num_epochs": 3,
+    }
+    fits = write_yaml(files / "fits.yaml", settings(files, **taken))
+    assert run_main_quickly(fits, "--dry-run").exit_code == 0
+
+    message = error_of(
+        files, "changed", **taken | {"learning_rate": 1e-3, "num_devices": 2, "lora_config": LORA | {"r": 8}}
+    )
+    for difference in ("learning_rate: 0.02 -> 0.001", "num_devices: 1 -> 2", "lora_config.r: 4 -> 8"):
+        assert difference in message
+    message = error_of(files, "rows", **taken, train_path=str(files / "more" / "train.jsonl"))
+    assert_names(message, "train_path: ", "initial_adapter_model_ckpt_path: run:first")
+    message = error_of(files, "done", **taken | {"num_epochs": 2})
+    assert_names(message, "step 10 ")
+
+
+def test_resume_reports_each_setting_that_may_not_change(files: Path, adapter_run: dict[str, Any]):
+    message = error_of(
+        files, "same_run", run_name="first", lora_config=LORA, learning_rate=1e-3, num_devices=2
+    )
+    assert "learning_rate: 0.02 -> 0.001" in message
+    assert "num_devices: 1 -> 2" in message
+
+
+def test_a_nan_loss_stops_the_run_with_step_and_rows(files: Path):
+    """Not tried again, and nothing of it is committed."""
+    config = write_yaml(
+        files / "diverging.yaml",
+        settings(files, run_name="diverging", learning_rate=1e30, max_failures=3),
+    )
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 1
+    reason = finished.result["reason"]
+    assert "loss nan" in reason or "grad_norm" in reason
+    assert re.search(rf"rows [\d, ]+.* {files / 'train.jsonl'}", reason)
+    assert "checkpoint" in reason
+    assert finished.result["last_checkpoint"] is None
+    assert finished.result["failures"] == []
+    assert finished.errors.count("step 1/") <= 1, "the step is not trained again"
+
+
+@pytest.mark.parametrize("stored", ["16bit", "4bit"])
+def test_a_4bit_base_with_an_adapter_on_top(files: Path, stored: str):
+    """The settings of QLoRA, on CPU; what is saved is an adapter that a 16-bit base takes as well."""
+    model = files / "model"
+    if stored == "4bit":
+        model = files / "model-4bit"
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        AutoModelForCausalLM.from_pretrained(
+            files / "model", quantization_config=quantization, dtype=torch.bfloat16
+        ).save_pretrained(model)
+        AutoTokenizer.from_pretrained(files / "model").save_pretrained(model)
+    qlora = {
+        "model_id": str(model),
+        "load_in_4bit": True,
+        "optim": "adamw_8bit",
+        "gradient_checkpointing": "unsloth",
+        "dtype": "bf16",
+        "lora_config": LORA,
+        "run_name": f"qlora-{stored}",
+        "num_epochs": 1,
+    }
+    config = write_yaml(files / f"qlora-{stored}.yaml", settings(files, **qlora))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    first, last = (finished.result["eval_losses"][index]["eval_loss"] for index in (0, -1))
+    assert last < 0.9 * first
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    peft.PeftModel.from_pretrained(base, finished.result["last_checkpoint"])

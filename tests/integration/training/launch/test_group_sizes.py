@@ -1,0 +1,49 @@
+"""How many workers a run with a range of devices starts, by Ray's own coordinator on a real cluster."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.train import ScalingConfig
+
+from training.events import EventMailbox
+from training.launch.elastic import GroupSizes
+from training.loop.ray_internals import NoopDecision, ResizeDecision, ScalingDecision
+
+COUNTS = (2, 6)
+"""The numbers of workers that can share a step; Ray alone would take any between."""
+CPUS = 9
+
+
+@pytest.fixture(scope="module")
+def mailbox() -> Iterator[Any]:
+    ray.init("local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+    yield ray.remote(EventMailbox).options(num_cpus=0).remote()
+    ray.shutdown()
+
+
+def decision(mailbox: Any, cpus_per_worker: int) -> ScalingDecision:
+    """What the policy decides for a new worker group, from registering with Ray to the answer."""
+    scaling = ScalingConfig(num_workers=COUNTS, resources_per_worker={"CPU": cpus_per_worker})
+    sizes = GroupSizes(scaling, COUNTS, mailbox)
+    context: Any = SimpleNamespace(run_id=f"{cpus_per_worker}-cpus")
+    sizes.after_controller_start(context)
+    try:
+        return sizes.make_decision_for_non_running_worker_group()
+    finally:
+        sizes.before_controller_abort()
+
+
+@pytest.mark.parametrize(("cpus_per_worker", "workers"), [(1, 6), (2, 2), (3, 2), (4, 2)])
+def test_a_worker_group_starts_with_the_largest_allowed_count_that_fits(
+    mailbox: Any, cpus_per_worker: int, workers: int
+):
+    decided = decision(mailbox, cpus_per_worker)
+    assert isinstance(decided, ResizeDecision)
+    assert (decided.num_workers, decided.resources_per_worker) == (workers, {"CPU": cpus_per_worker})
+
+
+def test_a_worker_group_waits_while_the_fewest_workers_do_not_fit(mailbox: Any):
+    assert decision(mailbox, 5) == NoopDecision()

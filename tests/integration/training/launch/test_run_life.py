@@ -1,0 +1,563 @@
+"""A run from its first command to its last: what it leaves in the bucket, and what a signal or a lost worker does to it."""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import peft
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import reading
+from runs.layout import Manifest, checkpoint_key
+from runs.listing import list_runs
+from tests.support.bucket_proxy import Fault, Request, bucket_proxy
+from tests.support.faults import fill_disk, injection, on_a_small_disk, require_small_disks
+from tests.support.iam import is_allowed, needed
+from tests.support.jobs import (
+    PROJECT,
+    Finished,
+    environment,
+    read_metrics,
+    run_main,
+    started,
+    tiny_settings,
+    write_yaml,
+)
+from tests.support.messages import assert_names
+from tests.support.own_buckets import reach_as_a_user
+from tests.support.tiny_model import make_model, write_data
+from utils.files import checksum
+from utils.storage.bucket import open_store, sync_to_node
+from utils.storage.embedded_bucket import EmbeddedBucket
+
+ROWS, VALID_ROWS = 40, 11
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run_life")
+    make_model(directory / "model")
+    write_data(directory, train_rows=ROWS, valid_rows=VALID_ROWS)
+    return directory
+
+
+def settings(files: Path, **more: Any) -> dict[str, Any]:
+    return tiny_settings(files) | {
+        "num_devices": 2,
+        "train_batch_size_per_device": 4,
+        "num_epochs": 2,
+        "learning_rate": 1e-2,
+        **more,
+    }
+
+
+def run_export_of_page(page: str, to: Path) -> None:
+    """Run the command of a run's page that exports the best checkpoint, in fp32."""
+    (line,) = re.findall(r"<pre>\.venv/bin/python (main\.py export .*) --to exported$", unescape(page), re.M)
+    ran = subprocess.run(
+        [sys.executable, *shlex.split(line), "--to", str(to), "--dtype", "fp32"],
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def eval_loss_of(model: Any, tokenizer: Any, rows: Path) -> float:
+    """Token-weighted loss on the assistants' words, with nothing of ours."""
+    total, count = 0.0, 0
+    for line in rows.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        ids = torch.tensor(tokenizer(whole)["input_ids"])
+        begin = len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].float()
+        losses = torch.nn.functional.cross_entropy(logits[begin - 1 : -1], ids[begin:], reduction="none")
+        total, count = total + losses.sum().item(), count + len(losses)
+    return total / count
+
+
+def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path):
+    """From s3:// to s3://: model, data and results in the bucket; the adapter loads in plain PEFT."""
+    store = open_store(bucket_uri)
+    store.upload_many({f"model/{path.name}": path for path in (files / "model").iterdir()})
+    store.upload_many({name: files / name for name in ("train.jsonl", "valid.jsonl")})
+    config = write_yaml(
+        tmp_path / "lora.yaml",
+        settings(files, lora_config={"r": 4})
+        | {
+            "model_id": f"{bucket_uri}/model",
+            "train_path": f"{bucket_uri}/train.jsonl",
+            "valid_path": f"{bucket_uri}/valid.jsonl",
+            "storage_path": f"{bucket_uri}/runs",
+        },
+    )
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    result = finished.result
+    assert result["status"] == "completed"
+    assert result["train_steps"] == 10
+    assert [loss["step"] for loss in result["eval_losses"]] == [0, 5, 10]
+    assert "warning" not in finished.errors.lower(), "library noise on the screen"
+
+    run = open_store(result["run_uri"])
+    assert json.loads(run.read("result.json")) == result
+    assert run.read("eval_loss.png").startswith(b"\x89PNG")
+    assert b"secret" not in run.read("config.yaml")
+    lines = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    speed = result["speed"]
+    assert speed["tokens_per_second"] == result["tokens_per_second"] > speed["trained_tokens_per_second"] > 0
+    assert speed["mfu"] is None and not any("mfu" in line for line in steps), (
+        "nobody knows what this CPU could do"
+    )
+    assert all(line["peak_memory_bytes"] <= speed["peak_memory_bytes"] for line in steps)
+    worked = {"data", "forward", "backward", "optimizer", "evaluation", "saving"}
+    assert all(speed["seconds"][phase] > 0 for phase in worked)
+    assert sum(speed["seconds"].values()) < result["elapsed_seconds"]
+    for phase in ("data", "forward", "backward", "optimizer"):
+        of_steps = sum(line[f"seconds/{phase}"] for line in steps)
+        assert of_steps == pytest.approx(speed["seconds"][phase], abs=0.001), (
+            "each step has its own, and nobody else's"
+        )
+    summaries = [
+        json.loads(path.read_text()) for path in (files / "scratch").glob("cache/prepared/*/summary.json")
+    ]
+    trained_on = next(summary for summary in summaries if summary["rows"] == ROWS)
+    assert result["tokens"] == 2 * trained_on["tokens"]
+    assert result["trained_tokens"] == 2 * trained_on["trained_tokens"]
+
+    checkpoint = sync_to_node(result["best_checkpoint"], tmp_path / "cache")
+    manifest = Manifest.model_validate_json((checkpoint / "MANIFEST.json").read_text())
+    assert {path.name for path in checkpoint.iterdir()} == {file.path for file in manifest.files} | {
+        "MANIFEST.json"
+    }
+    assert all(checksum(checkpoint / file.path) == file.checksum for file in manifest.files)
+    assert manifest.data_position.rows_seen == manifest.step * 8
+    adapter = json.loads((checkpoint / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == f"{bucket_uri}/model", "not where it lay on the node"
+
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    best = min(loss["eval_loss"] for loss in result["eval_losses"])
+    assert eval_loss_of(model, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
+
+    run_export_of_page(run.read("report.html").decode(), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert eval_loss_of(merged, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
+    (listed,) = list_runs(f"{bucket_uri}/runs")
+    assert (listed.run_uri, listed.status, listed.best_eval_loss) == (result["run_uri"], "completed", best)
+    assert listed.age_seconds is not None and listed.age_seconds < 600
+
+    again = run_main(config, "--json")
+    assert again.exit_code == 0
+    assert again.result == result, "a completed run is not trained again"
+    looked_at = run_main(config, "--json", "--dry-run")
+    assert looked_at.exit_code == 0
+    assert looked_at.result["completed"] == result
+    assert looked_at.result["steps"] == result["train_steps"]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run whose model, data and checkpoints lie in a user's own bucket, and all that it left and asked for.
+
+    While it trains and commits, half of its requests are refused.
+    """
+
+    secrets: dict[str, str]
+    written: dict[str, bytes]
+    requests: list[Request]
+    finished: Finished
+
+
+@pytest.fixture(scope="module")
+def watched(
+    files: Path, bucket: EmbeddedBucket, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    directory = tmp_path_factory.mktemp("watched")
+    with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
+        place = reach_as_a_user(environment, bucket, "watched")
+        store = open_store(place)
+        store.upload_many({f"models/tiny/{path.name}": path for path in (files / "model").iterdir()})
+        store.upload_many({f"data/{name}": files / name for name in ("train.jsonl", "valid.jsonl")})
+        given = {
+            "AWS_ACCESS_KEY_ID": bucket.access_key,
+            "AWS_SECRET_ACCESS_KEY": bucket.secret_key,
+            "HF_TOKEN": f"hf_{secrets.token_hex(17)}",
+            "WANDB_API_KEY": secrets.token_hex(20),
+        }
+        config = write_yaml(
+            directory / "quiet.yaml",
+            settings(files, lora_config={"r": 4}, max_steps=3, num_epochs=None)
+            | {
+                "model_id": f"{place}/models/tiny",
+                "train_path": f"{place}/data/train.jsonl",
+                "valid_path": f"{place}/data/valid.jsonl",
+                "storage_path": f"{place}/runs",
+                "output_dir": str(directory / "scratch"),
+                "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
+            },
+        )
+        with tempfile.TemporaryDirectory(prefix="ray-") as ray_directory:  # sockets want a short path
+            variables = given | {"RAY_TMPDIR": ray_directory, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+            with started(config, variables) as job:
+                job.wait_for_line("… training")
+                family = psutil.Process(job.process.pid).children(recursive=True)
+                command_lines = "\n".join(" ".join(process.cmdline()) for process in family)
+                proxy.faults += [
+                    Fault("refuse", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
+                ]
+                finished = job.end()
+            proxy.faults.clear()
+            assert finished.exit_code == 0, finished.errors
+            written = {
+                str(path): path.read_bytes()
+                for root in (Path(ray_directory), directory)
+                for path in root.rglob("*")
+                if path.is_file()
+            }
+        requests = list(proxy.requests)
+        run = open_store(finished.result["run_uri"])
+        written |= {item.key: run.read(item.key) for item in run.list()}
+        written |= {
+            "command lines": command_lines.encode(),
+            "screen": (finished.output + finished.errors).encode(),
+        }
+        yield Watched(given, written, requests, finished)
+
+
+@pytest.mark.slow
+def test_errors_of_half_of_all_storage_requests_do_not_stop_training(watched: Watched):
+    assert sum(request.status == 503 for request in watched.requests) > 10
+    assert watched.finished.result["train_steps"] == 3
+    assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
+
+
+@pytest.mark.slow
+def test_no_secret_is_left_anywhere(watched: Watched):
+    """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
+    assert any("raylet" in path for path in watched.written), "Ray's logs are among them"
+    assert any("scratch/logs" in path for path in watched.written), "ours are"
+    for name, secret in watched.secrets.items():
+        found = [path for path, content in watched.written.items() if secret.encode() in content]
+        assert found == [], name
+
+
+@pytest.mark.slow
+def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
+    """Every request of the driver and the workers, up to the pruning of checkpoints."""
+    policy = json.loads((PROJECT / "configs" / "iam_policy.json").read_text().replace("MY-BUCKET", "watched"))
+    calls = needed(watched.requests)
+    assert {call for call in calls if not is_allowed(policy, *call)} == set()
+    deleted = {resource for action, resource in calls if action == "s3:DeleteObject"}
+    assert any(resource.endswith("/MANIFEST.json") for resource in deleted), "it pruned"
+
+
+@pytest.mark.slow
+def test_a_full_parameter_run(files: Path, tmp_path: Path):
+    """The last checkpoint loads in plain transformers and gives the last reported eval loss."""
+    config = write_yaml(tmp_path / "full.yaml", settings(files, num_checkpoints_to_keep=1))
+    finished = run_main(config, "--json")
+    assert finished.exit_code == 0, finished.errors
+    last = finished.result["last_checkpoint"]
+    model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval()
+    loss = eval_loss_of(model, AutoTokenizer.from_pretrained(last), files / "valid.jsonl")
+    assert loss == pytest.approx(finished.result["eval_losses"][-1]["eval_loss"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_path: Path):
+    """Killed behind its last checkpoint, in the midst of an epoch: the same command trains nothing more, and writes it down."""
+    config = write_yaml(
+        tmp_path / "ended.yaml", settings(files, num_epochs=None, max_steps=7, run_name="ended")
+    )
+    first = run_main(config, "--json")
+    assert first.exit_code == 0, first.errors
+    run = open_store(first.result["run_uri"])
+    left = read_metrics(files / "runs" / "ended")
+    run.delete(["result.json", "report.html", "eval_loss.png"])
+
+    again = run_main(config, "--json")
+    assert again.exit_code == 0, again.errors
+    of_an_attempt = {"elapsed_seconds", "ended", "tokens_per_second", "speed", "log_files"}
+    assert {key: value for key, value in again.result.items() if key not in of_an_attempt} == {
+        key: value for key, value in first.result.items() if key not in of_an_attempt
+    }
+    assert again.result["train_steps"] == 7
+    assert read_metrics(files / "runs" / "ended") == left
+    assert json.loads(run.read("result.json")) == again.result
+
+    run.delete(["result.json"])
+    for weights in (files / "runs" / "ended").glob("checkpoints/*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    damaged = run_main(config, "--json")
+    assert damaged.exit_code == 1, damaged.errors
+    assert damaged.result["status"] == "failed"
+    assert_names(damaged.result["reason"], "model.safetensors", "committed")
+
+
+STEPS = 150
+LONG = {"num_epochs": None, "max_steps": STEPS, "lora_config": {"r": 4, "lora_dropout": 0.1}}
+EVERY_50 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 50}}
+
+
+@pytest.mark.slow
+def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(files: Path, tmp_path: Path):
+    """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
+
+    The signal goes to the whole process group, as from `timeout`, a service manager or a terminal.
+    """
+    whole = run_main(
+        write_yaml(tmp_path / "whole.yaml", settings(files, **LONG, **EVERY_50)), "run_name=whole", "--json"
+    )
+    assert whole.exit_code == 0, whole.errors
+
+    config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_50, run_name="stopped"))
+    with started(config) as running:
+        running.wait_for_line("step 20/")
+        os.killpg(running.process.pid, signal.SIGTERM)
+        finished = running.end()
+    assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+    assert finished.result["status"] == "stopped"
+    stopped_at = finished.result["train_steps"]
+    assert 20 <= stopped_at < STEPS
+    assert finished.result["last_checkpoint"].endswith(f"step-{stopped_at:06d}")
+    assert "Traceback" not in finished.errors
+    page = (files / "runs" / "stopped" / "report.html").read_text()
+    assert "stopped: SIGTERM" in page
+    assert f"python main.py {config}" in page
+
+    continued = run_main(config, "--json")
+    assert continued.exit_code == 0, continued.errors
+    steps = {}
+    for name in ("whole", "stopped"):
+        steps[name] = [
+            (line["step"], line["loss"]) for line in read_metrics(files / "runs" / name) if "loss" in line
+        ]
+    assert steps["stopped"] == steps["whole"]
+    assert continued.result["tokens"] == whole.result["tokens"]
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Path):
+    """There is nothing to commit, and nothing is written."""
+    config = write_yaml(tmp_path / "early.yaml", settings(files, **LONG, run_name="early"))
+    with started(config) as running:
+        running.wait_for_line("starting the workers")
+        running.process.send_signal(signal.SIGTERM)
+        finished = running.end()
+    assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+    assert "Traceback" not in finished.errors
+    assert not (files / "runs" / "early" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_lost_worker(files: Path, tmp_path: Path):
+    """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
+    config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        workers = running.workers()
+        assert len(workers) == 2
+        os.kill(workers[1].pid, signal.SIGKILL)
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert finished.result["status"] == "failed"
+    assert finished.result["reason"].startswith("worker lost")
+    assert "Traceback" not in finished.errors
+    assert finished.result["last_checkpoint"] is not None
+
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == STEPS
+
+
+@pytest.mark.slow
+def test_a_lost_worker_restarts_from_the_latest_checkpoint(files: Path, tmp_path: Path):
+    """Within max_failures the run ends by itself, and each step is trained once in the end."""
+    config = write_yaml(
+        tmp_path / "back.yaml", settings(files, **LONG, **EVERY_50, run_name="back", max_failures=1)
+    )
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        os.kill(running.workers()[0].pid, signal.SIGKILL)
+        finished = running.end()
+    assert finished.exit_code == 0, finished.errors
+    (failure,) = finished.result["failures"]
+    assert failure.startswith("worker lost")
+    page = unescape((files / "runs" / "back" / "report.html").read_text())
+    for text in (finished.errors, page):
+        assert "worker lost" in text
+    steps = [line["step"] for line in read_metrics(files / "runs" / "back") if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_lost_cluster(files: Path, tmp_path: Path):
+    """Ray's own process is killed under the driver, which Ray may terminate with it: the same command resumes."""
+    config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
+    with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as running:
+        running.wait_for_line("step 75/")
+        running.wait_until(
+            lambda: read_metrics(files / "runs" / "cluster")[-1]["step"] > 50, "losses behind a checkpoint"
+        )
+        (listed,) = (run for run in list_runs(str(files / "runs")) if run.run_name == "cluster")
+        assert listed.status == "running"
+        assert 50 < listed.steps <= 75
+        (raylet,) = [
+            process
+            for process in psutil.Process(running.process.pid).children(recursive=True)
+            if process.name() == "raylet"
+        ]
+        raylet.kill()
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    if finished.output:  # else Ray has ended the driver
+        assert_names(finished.result["reason"], "cluster", "lost")
+    assert "Traceback" not in finished.errors
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert list((files / "scratch" / "runs" / "cluster").rglob("restored")) == []
+    assert recovered.result["train_steps"] == STEPS
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
+    """A checkpoint that does not fit is reported in a line, committed ones stay complete, and the same command resumes."""
+    require_small_disks(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    every_20 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}}
+    config = write_yaml(
+        tmp_path / "full.yaml",
+        settings(files, max_steps=100, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
+    )
+    with started(config, within=on_a_small_disk(disk, "32m")) as running:
+        running.wait_for_line("checkpoint ")
+        while running.process.poll() is None:  # what is committed is removed there, and makes room
+            fill_disk(Path(f"/proc/{running.process.pid}/root{disk}"), leaving=500_000)
+            time.sleep(0.01)
+        finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert re.search(rf"{disk}\S*/checkpoint-\d+: .*disk.*output_dir", finished.errors)
+    assert "Traceback" not in finished.errors
+    assert finished.result["status"] == "failed"
+    run = open_store(str(files / "runs" / "full"))
+    manifests, damage = reading.survey(run)
+    assert damage == []
+    assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
+    whole = {checkpoint_key(manifest.step) for manifest in manifests}
+    assert {item.key.rpartition("/")[0] + "/" for item in run.list("checkpoints/")} == whole
+
+    recovered = run_main(config, "--json")
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == 100
+    steps = [line["step"] for line in read_metrics(files / "runs" / "full") if "loss" in line]
+    assert steps == list(range(1, 101))
+
+
+@pytest.mark.slow
+def test_access_denied_during_a_run(files: Path, bucket: EmbeddedBucket, tmp_path: Path):
+    """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
+    with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
+        place = reach_as_a_user(environment, bucket, "refusing")
+        config = write_yaml(
+            tmp_path / "refused.yaml",
+            settings(files, max_steps=1, num_epochs=None, storage_path=f"{place}/runs"),
+        )
+        with started(config, {"AWS_ENDPOINT_URL_S3": proxy.endpoint}) as running:
+            running.wait_for_line("… training")
+            proxy.faults += [
+                Fault("refuse", method, status=403, code="AccessDenied") for method in ("GET", "PUT", "POST")
+            ]
+            finished = running.end()
+    assert finished.exit_code == 1, finished.errors
+    assert re.search(rf"error: .*{place}/runs/\S+: access denied", finished.errors)
+    assert re.search(rf"result\.json .*{place}/runs/\S+: access denied", finished.errors)
+    assert "Traceback" not in finished.errors
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
+    """It ends at once, and what was committed is still there."""
+    config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_50, run_name="twice"))
+    with started(config) as running:
+        running.wait_for_line("checkpoint ")
+        running.process.send_signal(signal.SIGINT)
+        running.process.send_signal(signal.SIGINT)
+        finished = running.end()
+    assert finished.exit_code == 128 + signal.SIGINT, finished.errors
+    assert "Traceback" not in finished.errors
+    last = finished.result["last_checkpoint"]
+    assert Manifest.model_validate_json(open_store(last).read("MANIFEST.json")).step >= 50
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_does_not_call_ray_after_its_end():
+    """Ray answers a thread that does so by ending the whole process, silently, with exit code 1."""
+    script = """
+import threading, ray
+from training.launch.driver import _Fit, _mailbox_on_this_node
+
+class Controller:
+    def run(self):
+        threading.Event().wait()
+
+class Trainer:
+    def fit(self):
+        controller = ray.remote(Controller).options(num_cpus=0).remote()
+        mailbox.controlled_by.remote(controller)
+        ray.get(controller.run.remote())
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+mailbox = _mailbox_on_this_node()
+fit = _Fit(Trainer(), mailbox)
+fit.end()
+left = [thread.name for thread in threading.enumerate() if thread.name == "fit"]
+ray.shutdown()
+print(left, fit.error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=PROJECT
+    )
+    assert (done.returncode, done.stdout) == (0, "[] None\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_second_driver_of_a_run_raises_an_error(files: Path, tmp_path: Path):
+    """Exactly one trains; the other names it and leaves, and the first one does not notice."""
+    config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_50, run_name="one"))
+    with started(config) as running:
+        running.wait_for_line("starting the workers")
+        second = run_main(config, "--json")
+        first = running.end()
+    assert second.exit_code == 2, second.errors
+    assert re.search(rf"error: .*{files / 'runs' / 'one'} .*process \d+", second.errors)
+    assert second.output.count("{") == 0
+    assert first.exit_code == 0, first.errors
+    assert not (files / "runs" / "one" / "claim").exists() or not list(
+        (files / "runs" / "one" / "claim").iterdir()
+    )

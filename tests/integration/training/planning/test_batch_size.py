@@ -1,0 +1,121 @@
+"""`train_batch_size_per_device: auto`: chosen before a cluster is asked for, kept by the run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loading import load_config, to_yaml
+from runs.layout import CONFIG_FILE, MANIFEST_FILE, FileRecord, checkpoint_key
+from tests.support.front_door import run_main_quickly
+from tests.support.jobs import tiny_settings, write_yaml
+from tests.support.messages import assert_names
+from tests.support.stored_runs import manifest_of
+from tests.support.tiny_model import make_model, write_data
+from training.data.batches import pad_to_multiple_of
+from training.data.prepared import fetch_prepared
+from training.loop.trainers import collate_rows
+from training.loop.worker import model_request
+from training.planning.endpoints import ClusterTarget
+from training.planning.plan import RunPlan
+from training.planning.planner import make_plan
+from utils.files import checksum_bytes
+from utils.storage.bucket import open_store
+
+AUTO: dict[str, Any] = {"train_batch_size_per_device": "auto", "train_batch_size": 16}
+ON_A10G: dict[str, Any] = {"device": "cuda", "worker_resources": {"accelerator_type:A10G": 0.001}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("batch_size")
+    make_model(directory / "model")
+    write_data(directory)
+    return directory
+
+
+def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
+    config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
+    finished = run_main_quickly(config, "--dry-run", "--json")
+    assert finished.exit_code == 0, finished.errors
+    return finished.result
+
+
+def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
+    config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
+    plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None), progress=lambda *_: None)
+    return plan
+
+
+def commit(plan: RunPlan) -> None:
+    """What a run of the plan has in its bucket behind its first checkpoint, as far as a plan looks at it."""
+    store, weights = open_store(plan.run_uri), b"weights"
+    record = FileRecord(path="model.safetensors", size=len(weights), checksum=checksum_bytes(weights))
+    manifest = manifest_of(1, files=[record]).model_copy(
+        update={"config_hash": plan.config_hash, "data": plan.data}
+    )
+    store.write(CONFIG_FILE, to_yaml(plan.config).encode())
+    store.write(checkpoint_key(1, record.path), weights)
+    store.write(checkpoint_key(1, MANIFEST_FILE), manifest.model_dump_json().encode())
+
+
+def test_a_resumed_run_keeps_its_batch_size(files: Path):
+    """On a machine with more memory, too, and when another run takes over its state."""
+    four = planned(files, "four", train_batch_size_per_device=4, gradient_accumulation_steps=4)
+    for_four = 1_000_000_000 + int(four["memory"]["total"] / 0.9) + 1
+    begun = plan_of(files, "kept", **AUTO, worker_resources={"memory": for_four})
+    assert (begun.config.batch_size, begun.config.gradient_accumulation_steps) == (4, 4)
+    commit(begun)
+
+    more = AUTO | {"worker_resources": {"memory": "8GB"}}
+    again = planned(files, "kept", **more)
+    assert batch_of(again) == (4, 4)
+    assert again["resumes_from"]
+    assert batch_of(planned(files, "longer", resume_from_checkpoint="run:kept", **more)) == (4, 4)
+    assert batch_of(planned(files, "new", **more)) == (16, 1)
+
+
+def batch_of(plan: dict[str, Any]) -> tuple[int, ...]:
+    """(rows per device, accumulated batches) as the plan prints them."""
+    return tuple(int(figure) for figure in re.findall(r"\d+", plan["batch"])[:2])
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"context_length": 61}, {"padding": "max_length", "context_length": 61}]
+)
+def test_a_model_is_made_for_the_padding_of_its_batches(files: Path, keys: dict[str, Any]):
+    """Unsloth cuts tokens off, but no labels, where a batch is longer than what it was told."""
+    plan = plan_of(files, "padded", long_rows="truncate", **keys, **ON_A10G)
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    multiple = pad_to_multiple_of(plan.config, "cuda", train.summary.longest)
+    collate = collate_rows(0, multiple, packed=False, attention="sdpa", masked=True)
+    rows = train.dataset()
+    longest_batch = max(collate([rows[row]])["input_ids"].shape[1] for row in range(len(rows)))
+    assert longest_batch == model_request(plan, files / "model", None, train, None).context_length
+
+
+def test_a_known_accelerator_decides(files: Path):
+    plan = planned(files, "a10g", **AUTO, **ON_A10G)
+    assert batch_of(plan) == (16, 1)
+    assert_names(plan["batch"], "auto", "A10G")
+    assert plan["sequences_per_step"] == 16
+    assert plan["memory"]["verdict"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({}, "CPU"),
+        (
+            {"device": "cuda", "worker_resources": {"accelerator_type:Intel-GAUDI": 0.001}},
+            "Intel-GAUDI",
+        ),
+    ],
+)
+def test_auto_batch_size_without_known_memory_is_an_error(changes: dict[str, Any], fact: str, files: Path):
+    settings = tiny_settings(files) | AUTO | changes
+    finished = run_main_quickly(write_yaml(files / "unknown.yaml", settings), "--dry-run")
+    assert finished.exit_code == 2
+    assert_names(finished.errors, "train_batch_size_per_device: auto: ", "memory", fact)
+    assert "Traceback" not in finished.errors

@@ -1,0 +1,446 @@
+"""Both stores, and the sync to a node, against a real S3 server."""
+
+import gc
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.support.bucket_proxy import BucketProxy, bucket_proxy
+from tests.support.faults import on_a_small_disk, require_small_disks
+from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
+from utils.storage import node_cache
+from utils.storage.bucket import (
+    AlreadyExistsError,
+    BucketError,
+    NotFoundError,
+    StoredObject,
+    UnsafeKeyError,
+    check_readable,
+    check_writable,
+    fetch_file,
+    join_uri,
+    missing_bytes,
+    open_store,
+    sync_to_node,
+    upload_directory,
+)
+from utils.storage.embedded_bucket import EmbeddedBucket
+from utils.storage.s3 import S3Store
+from utils.storage.s3_errors import explain_failure
+
+pytestmark = pytest.mark.timeout(60)
+MB = 1024 * 1024
+OWN_BUCKET = "own-models"
+SYNC = (
+    "import sys; from pathlib import Path; from utils.storage.bucket import sync_to_node\n"
+    "print(sync_to_node(sys.argv[1], Path(sys.argv[2])))"
+)
+
+
+@pytest.fixture(params=["s3", "local", "memory", "s3fs"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of store; fsspec's by its own `memory://`, and with a real server behind it."""
+    match request.param:
+        case "s3":
+            return request.getfixturevalue("bucket_uri")
+        case "local":
+            return str(tmp_path / "store")
+        case "memory":
+            return f"memory://{tmp_path.name}"
+        case _:
+            server = request.getfixturevalue("bucket")
+            return f"{reach_through_fsspec(monkeypatch, server, OWN_BUCKET)}/{tmp_path.name}"
+
+
+@pytest.fixture
+def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket reached as a user's own is: through the AWS variables."""
+    return reach_as_a_user(monkeypatch, bucket, OWN_BUCKET)
+
+
+@pytest.fixture
+def proxy(bucket: EmbeddedBucket, own_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketProxy]:
+    with bucket_proxy(bucket.endpoint, bytes_per_second=20 * MB) as watched:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", watched.endpoint)
+        yield watched
+
+
+def start_sync(uri: str, cache_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SYNC, uri, str(cache_dir)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_round_trip(store_uri: str, tmp_path: Path):
+    store = open_store(store_uri)
+    assert store.list() == []
+    assert store.read_if_exists("a/one") is None
+    store.write("a/one", b"1")
+    store.write("a/one", b"11")
+    store.write("a-two", b"2")
+    store.write("empty", b"")
+    assert store.read("a/one") == store.read_if_exists("a/one") == b"11"
+    assert [(item.key, item.size) for item in store.list()] == [("a-two", 1), ("a/one", 2), ("empty", 0)]
+    assert [item.key for item in store.list("a/")] == ["a/one"]
+    assert [item.key for item in open_store(join_uri(store_uri, "a")).list()] == ["one"]
+    assert store.read_range("a/one", 1, 1) == b"1"
+    assert store.uri_of("a/one") == f"{store_uri}/a/one"
+    for key in ("a/one", "empty"):
+        store.download(key, tmp_path / "got" / key)
+        assert (tmp_path / "got" / key).read_bytes() == store.read(key)
+    with pytest.raises(NotFoundError):
+        store.download("none", tmp_path / "got" / "none")
+    store.delete(["a/one", "empty", "none"])
+    assert [item.key for item in store.list()] == ["a-two"]
+    assert sorted(files_below(tmp_path / "got")) == ["a/one", "empty"]
+
+
+def test_directories_are_listed_without_their_contents(store_uri: str):
+    store = open_store(store_uri)
+    assert list(store.directories()) == []
+    for key in ("b/1", "b/deep/er/2", "a/3", "file", "b.c/4"):
+        store.write(key, b"")
+    assert list(store.directories()) == ["a", "b", "b.c"]
+
+
+def test_an_etag_changes_with_the_content(store_uri: str):
+    store = open_store(store_uri)
+    store.write("key", b"1")
+    before = store.list()
+    store.write("key", b"2")
+    assert store.list() != before
+
+
+def test_only_the_first_write_counts_when_asked(store_uri: str):
+    store = open_store(store_uri)
+    store.write("manifest", b"first", only_if_absent=True)
+    with pytest.raises(AlreadyExistsError, match="/manifest"):
+        store.write("manifest", b"second", only_if_absent=True)
+    assert store.read("manifest") == b"first"
+
+
+def test_a_directory_goes_up_and_comes_back_whole(store_uri: str, tmp_path: Path):
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "large").write_bytes(os.urandom(20 * MB))  # three parts
+    for number in range(30):
+        (source / "deep" / f"{number:02}").write_bytes(os.urandom(number))
+    (source / "unwanted").write_bytes(b"")
+    names = sorted(set(files_below(source)) - {"unwanted"})
+
+    store = open_store(store_uri)
+    upload_directory(source, store, "checkpoints/step-1", names)
+    arrived = sync_to_node(join_uri(store_uri, "checkpoints", "step-1"), tmp_path / "cache")
+    assert arrived.name == "step-1"
+    expected = files_below(source)
+    del expected["unwanted"]
+    assert files_below(arrived) == expected
+    store.delete(item.key for item in store.list())
+    assert store.list() == []
+
+
+def test_transfers_in_a_row_leave_no_thread_and_no_descriptor_behind(bucket_uri: str, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(4):
+        (source / str(number)).write_bytes(os.urandom(1000))
+
+    def come_and_go(times: int) -> int:
+        for number in range(times):
+            store = open_store(f"{bucket_uri}/{number}")
+            upload_directory(source, store, "", [str(number) for number in range(4)])
+            store.download_many({item: tmp_path / "back" / item.key for item in store.list()})
+            store.delete(item.key for item in store.list())
+        gc.collect()
+        return threading.active_count() + len(list(Path("/proc/self/fd").iterdir()))
+
+    before = come_and_go(5)
+    assert come_and_go(50) < before + 10  # one more or less may be open at the moment
+
+
+def test_uploading_a_file_that_is_not_there(store_uri: str, tmp_path: Path):
+    with pytest.raises(NotFoundError, match="nothing-here"):
+        open_store(store_uri).upload(tmp_path / "nothing-here", "key")
+
+
+def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("model.safetensors", b"weights")
+    store.write("model.bin", b"pickle")
+    first = sync_to_node(bucket_uri, tmp_path, lambda key: not key.endswith(".bin"))
+    assert files_below(first) == {"model.safetensors": b"weights"}
+    store.write("model.safetensors", b"better!")
+    second = sync_to_node(bucket_uri, tmp_path, lambda key: not key.endswith(".bin"))
+    assert files_below(second) == {"model.safetensors": b"better!"}
+    assert files_below(first) == {"model.safetensors": b"weights"}
+    assert missing_bytes(bucket_uri, tmp_path) == len(b"pickle")  # the weights are there already
+    sync_to_node(bucket_uri, tmp_path)
+    assert missing_bytes(bucket_uri, tmp_path) == 0
+    assert missing_bytes(f"{bucket_uri}/model.bin", tmp_path) == 0
+    with pytest.raises(NotFoundError, match=rf"{bucket_uri}.*\b2 objects"):
+        sync_to_node(bucket_uri, tmp_path, lambda key: False)
+
+
+def test_one_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("data/train.jsonl", b"{}\n")
+    store.write("data/train.jsonl.bak", b"old")
+    for bring in (fetch_file, sync_to_node):
+        path = bring(f"{bucket_uri}/data/train.jsonl", tmp_path)
+        assert (path.name, path.read_bytes()) == ("train.jsonl", b"{}\n")
+        with pytest.raises(NotFoundError, match=r"/data/train: .*no such object"):
+            bring(f"{bucket_uri}/data/train", tmp_path)
+
+
+def test_a_damaged_copy_is_brought_again(bucket_uri: str, tmp_path: Path):
+    open_store(bucket_uri).write("weights", b"12345")
+    copy = sync_to_node(bucket_uri, tmp_path)
+    for damage in (b"1", b"54321"):
+        (copy / "weights").write_bytes(damage)
+        assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+    for marker in ("{", "[]", "{}"):
+        (copy.parents[1] / "ready.json").write_text(marker)
+        assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
+
+
+def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_path: Path):
+    store = open_store(f"{own_bucket}/once")
+    for number in range(3):
+        store.write(str(number), os.urandom(2 * MB))
+    proxy.requests.clear()
+    processes = [start_sync(f"{own_bucket}/once", tmp_path) for _ in range(4)]
+    said = {process.communicate(timeout=50)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(said) == 1
+    assert len(proxy.downloads(OWN_BUCKET)) == 3
+    # And not at all when it is there.
+    proxy.requests.clear()
+    assert str(sync_to_node(f"{own_bucket}/once", tmp_path)) == said.pop()
+    assert proxy.requests != []
+    assert proxy.downloads(OWN_BUCKET) == []
+
+
+def test_a_killed_download_resumes_with_its_complete_files(
+    own_bucket: str, proxy: BucketProxy, tmp_path: Path
+):
+    content = os.urandom(30 * MB)
+    store = open_store(f"{own_bucket}/killed")
+    store.write("large", content)
+    store.write("small", b"1")
+    proxy.requests.clear()
+    cache_dir = tmp_path / "cache"
+    first, second = (start_sync(f"{own_bucket}/killed", cache_dir) for _ in range(2))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (
+        len(proxy.downloads(OWN_BUCKET)) > 4 and list(cache_dir.rglob("small"))
+    ):
+        time.sleep(0.02)
+    time.sleep(0.1)
+    holder = first if _writes_below(first.pid, cache_dir) else second
+    assert _writes_below(holder.pid, cache_dir)
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert not list(cache_dir.rglob("ready.json"))
+    survivor = second if holder is first else first
+    arrived = Path(survivor.communicate(timeout=50)[0].strip())
+    assert files_below(arrived) == {"large": content, "small": b"1"}
+    assert len([asked for asked in proxy.downloads(OWN_BUCKET) if asked.path.endswith("small")]) == 1
+    assert not list(cache_dir.rglob("*.partial"))
+
+
+def _writes_below(pid: int, directory: Path) -> bool:
+    opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()]
+    return any(name.startswith(str(directory)) and not name.endswith("lock") for name in opened)
+
+
+def test_keys_that_escape_write_nothing(bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The test server refuses to store such a key, a hostile one need not: the listing is where it comes from.
+    open_store(bucket_uri).write("good", b"1")
+    listed = [
+        *S3Store(bucket_uri).list(),
+        StoredObject("../../outside", 1, '"1"'),
+    ]
+    monkeypatch.setattr(S3Store, "list", lambda store: listed)
+    with pytest.raises(UnsafeKeyError, match=r"\.\./\.\./outside"):
+        sync_to_node(bucket_uri, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_raises_an_error_before_the_download(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    open_store(bucket_uri).write("weights", bytes(3 * MB))
+    monkeypatch.setattr(node_cache, "free_bytes", lambda path: MB)
+    with pytest.raises(BucketError, match=r"3\.0 MiB.*1\.0 MiB"):
+        sync_to_node(bucket_uri, tmp_path)
+    assert all(name.endswith("lock") for name in files_below(tmp_path))
+
+
+def test_a_full_disk_of_a_local_store(tmp_path: Path):
+    require_small_disks(tmp_path)
+    disk, file = tmp_path / "disk", tmp_path / "file"
+    disk.mkdir()
+    file.write_bytes(bytes(2 * MB))
+    upload = (
+        "import sys; from pathlib import Path; from utils.storage.bucket import BucketError, open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "store.write('before', b'1')\n"
+        "try: store.upload(Path(sys.argv[2]), 'a/file')\n"
+        "except BucketError as error: print(error, [item.key for item in store.list()])"
+    )
+    said = subprocess.run(
+        [*on_a_small_disk(disk, "1m"), sys.executable, "-c", upload, str(disk), str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(rf"No space left on device.* {disk}/a\b", said)
+    assert said.endswith("['before']\n")
+
+
+def test_an_object_that_changes_during_the_download_raises_an_error(bucket_uri: str, tmp_path: Path):
+    store = open_store(bucket_uri)
+    store.write("weights", os.urandom(9 * MB))
+    listed = store.list()
+    store.write("weights", os.urandom(9 * MB))
+    with pytest.raises(BucketError, match="changed"):
+        store.download_many({listed[0]: tmp_path / "weights"})
+    store.write("small", b"1")
+    listed = store.list("small")
+    store.write("small", b"12")
+    with pytest.raises(BucketError, match="changed"):
+        store.download_many({listed[0]: tmp_path / "small"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checks_of_a_bucket_that_works(own_bucket: str):
+    uri = f"{own_bucket}/checks"
+    check_writable(uri)
+    assert open_store(uri).list() == []
+    open_store(uri).write("a/file", b"")
+    for readable in (uri, f"{uri}/a", f"{uri}/a/", f"{uri}/a/file", own_bucket):
+        check_readable(readable)
+
+
+def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for check in (check_readable, check_writable):
+        with pytest.raises(BucketError, match="no bucket 'no-such-bucket'"):
+            check("s3://no-such-bucket/x")
+    open_store(own_bucket).write("there-2/x", b"")
+    with pytest.raises(NotFoundError, match=r"/there: .*no such object"):
+        check_readable(f"{own_bucket}/there")
+
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+        with pytest.raises(BucketError, match="AWS_SECRET_ACCESS_KEY") as caught:
+            check_readable(own_bucket)
+        assert "hunter2" not in str(caught.value)
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID"):
+            check_writable(own_bucket)
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        with pytest.raises(BucketError, match=r"no credentials.*AWS_ACCESS_KEY_ID"):
+            check_readable(own_bucket)
+        patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/trainer")
+        patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere/token")
+        with pytest.raises(BucketError, match=r"token.*AWS_WEB_IDENTITY_TOKEN_FILE"):
+            open_store(own_bucket).read_if_exists("MANIFEST.json")  # nothing is said of the object
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "not a url")
+    with pytest.raises(BucketError, match="AWS_ENDPOINT_URL_S3"):
+        check_readable(own_bucket)
+
+
+def test_an_endpoint_that_does_not_answer_raises_an_error_within_seconds(
+    own_bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+        start = time.monotonic()
+        with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port}\b"):
+            check_readable(own_bucket)
+        assert time.monotonic() - start < 15
+    start = time.monotonic()
+    with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port}\b"):
+        check_readable(own_bucket)
+    assert time.monotonic() - start < 5
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@127.0.0.1:{port}")
+    with pytest.raises(BucketError, match=rf"proxy 127\.0\.0\.1:{port}\b"):
+        check_readable(own_bucket)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "fact"),
+    [
+        (404, b"", "not an S3 server"),
+        (404, b"<html>Not found</html>", "not an S3 server"),
+        (200, b"<html>Welcome</html>", "not an S3 server"),
+        (301, b"", "elsewhere|redirect"),
+    ],
+)
+def test_a_server_that_is_not_s3_raises_an_error(
+    own_bucket: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, fact: str
+):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(BucketError, match=rf"({fact}).*AWS_ENDPOINT_URL_S3"):
+            check_readable(own_bucket)
+        server.shutdown()
+
+
+def test_endless_redirects_are_reported_inside_a_request_too():
+    """botocore follows until Python's stack is used up, which may be inside a request."""
+    from botocore.exceptions import HTTPClientError
+
+    assert re.search("elsewhere|redirect", explain_failure(HTTPClientError(error=RecursionError("too deep"))))
+
+
+def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(variable, "")
+    check_writable(own_bucket)
+    store = open_store(f"{own_bucket}/no-region")
+    store.write("key", b"1")
+    assert store.read("key") == b"1"
+
+
+def test_both_buckets_in_one_process(own_bucket: str, bucket_uri: str):
+    open_store(f"{own_bucket}/both").write("key", b"own")
+    open_store(bucket_uri).write("key", b"embedded")
+    assert open_store(f"{own_bucket}/both").read("key") == b"own"
+    assert open_store(bucket_uri).read("key") == b"embedded"

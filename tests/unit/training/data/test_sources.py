@@ -1,0 +1,246 @@
+import csv
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.messages import assert_names
+from training.data.errors import MAX_ROW_BYTES, DataError, RowError
+from training.data.sources import DataFile, find_files, is_hub_dataset, open_file, parse_hub_uri
+from utils.storage.bucket import BucketError
+
+ROWS = [{"prompt": f"{number} + {number}?", "completion": f"{2 * number} é"} for number in range(5)]
+
+
+def read(path: Path) -> list[tuple[int, Any]]:
+    opened = open_file(DataFile(str(path), "", 0), path.parent / "cache")
+    rows = list(opened.rows)
+    assert opened.fraction() == 1 or not rows
+    return rows
+
+
+def reasons(path: Path) -> dict[int, str]:
+    return {number: str(row) for number, row in read(path) if isinstance(row, RowError)}
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+def short(value: object) -> str:
+    """The name of a case: pytest would spell out megabytes."""
+    return repr(value)[:40]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", jsonl(ROWS)),
+        ("a.ndjson", b"\xef\xbb\xbf" + jsonl(ROWS).replace(b"\n", b"\r\n\r\n")),
+        ("a.json", json.dumps(ROWS, indent=2).encode()),
+        ("a.json", jsonl(ROWS)),
+        ("a.json", "".join(json.dumps(row, indent=1) for row in ROWS).encode()),
+        ("a.csv", b"\xef\xbb\xbf" + as_csv(ROWS)),
+        ("a.parquet", as_parquet(ROWS)),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)),
+        ("a.jsonl.zst", zstd(jsonl(ROWS))),
+        ("a.csv.gz", gzip.compress(as_csv(ROWS), mtime=0)),
+        ("a.json.zst", zstd(json.dumps(ROWS).encode())),
+        ("a", jsonl(ROWS)),
+    ],
+    ids=short,
+)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, content: bytes):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert [row for _, row in read(path)] == ROWS
+
+
+def test_rows_are_numbered_as_an_editor_numbers_them(tmp_path: Path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b"\n" + jsonl(ROWS[:1]) + b"\n" + jsonl(ROWS[:1]))
+    assert [number for number, _ in read(lines)] == [2, 4]
+    table = tmp_path / "a.csv"
+    table.write_text('prompt,completion\n"one\nand two",3\nfour,5\n')
+    assert read(table) == [
+        (2, {"prompt": "one\nand two", "completion": "3"}),
+        (4, {"prompt": "four", "completion": "5"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "facts"),
+    [
+        (b"{bad", ("JSON",)),
+        (b'{"messages": [', ("JSON",)),
+        (b'"text"', ("text", "JSON object")),
+        (b"[1]", ("list", "JSON object")),
+        (b'{"prompt": "\xff"}', ("UTF-8", "byte 13")),
+        (b"[" * 100_000, ("nested",)),
+        (b'{"n": ' + b"9" * 5000 + b"}", ("JSON",)),
+        (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', ("10.0 MB", "8 MB")),
+    ],
+    ids=short,
+)
+def test_a_bad_line_does_not_hide_the_others(tmp_path: Path, line: bytes, facts: tuple[str, ...]):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(ROWS[:1]) + line + b"\n" + jsonl(ROWS[:1]))
+    assert [number for number, _ in read(path)] == [1, 2, 3]
+    found = reasons(path)
+    assert list(found) == [2]
+    assert_names(found[2], *facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "facts"),
+    [
+        ("a.json", json.dumps(ROWS).encode()[:-30], ("a.json:5: ", "JSON")),
+        ("a.json", json.dumps(ROWS).encode()[:-1], ("a.json:6: ", "cut off")),
+        ("a.json", json.dumps(ROWS).encode() + b"[", ("a.json:6: ", "follows")),
+        ("a.json", b'[{"a": 1} {"a": 2}]', ("a.json:2: ", "JSON", "comma")),
+        ("a.json", b"[" * 100_000, ("a.json:1: ", "nested")),
+        ("a.json", b'[{"a": "' + b"b" * 2 * MAX_ROW_BYTES, ("a.json:1: ", "8 MB")),
+        ("a.csv", b'prompt,completion\na,"b', ("a.csv:2: ", "CSV")),
+        ("a.csv", b"prompt,prompt\na,b", ("a.csv:1: ", "header", "'prompt'")),
+        ("a.csv", b"prompt;completion\na;b", ("a.csv:1: ", "header", "';'")),
+        ("a.csv", jsonl(ROWS).decode().encode("utf-16"), ("a.csv: ", "UTF-16", "UTF-8")),
+        ("a.jsonl", jsonl(ROWS).decode().encode("utf-16"), ("a.jsonl: ", "UTF-16", "UTF-8")),
+        ("a.jsonl", gzip.compress(jsonl(ROWS), mtime=0), ("a.jsonl: ", ".gz")),
+        ("a.json", zstd(jsonl(ROWS)), ("a.json: ", ".zst")),
+        ("a.csv", as_parquet(ROWS), ("a.csv: ", ".parquet")),
+        ("a.csv", b"prompt,completion\n" + b"a," * MAX_ROW_BYTES, ("a.csv:2: ", "8 MB")),
+        ("a.parquet", b"", ("a.parquet: ", "Parquet")),
+        ("a.parquet", as_parquet(ROWS)[:-20], ("a.parquet: ", "Parquet")),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)[:-20], ("a.jsonl.gz:", "damaged")),
+        ("a.jsonl.gz", jsonl(ROWS), ("a.jsonl.gz:1: ", "damaged")),
+        ("a.jsonl.zst", zstd(jsonl(ROWS))[:-20], ("a.jsonl.zst:", "damaged")),
+        ("a.xlsx", b"PK", ("a.xlsx: ", ".xlsx")),
+        ("a.parquet.gz", b"", ("a.parquet.gz: ", "Parquet")),
+    ],
+    ids=short,
+)
+def test_a_damaged_file_raises_an_error_with_the_line(
+    tmp_path: Path, name: str, content: bytes, facts: tuple[str, ...]
+):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert_names(str(caught.value), *facts)
+
+
+def test_bytes_that_are_not_utf_8_are_left_for_the_check_of_the_row(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\na\xff,b\n")
+    ((_, row),) = read(path)
+    with pytest.raises(UnicodeEncodeError):
+        row["prompt"].encode()
+
+
+def test_cells_without_a_column_are_a_row_error(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\na,b,c\nd,e\n")
+    found = reasons(path)
+    assert list(found) == [2]
+    assert_names(found[2], "3 cells", "2 columns")
+
+
+def test_a_directory_and_a_glob_name_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in (
+        "b.jsonl",
+        "a.parquet",
+        "deep/c.csv",
+        "deep/deeper/f.jsonl",
+        "g[1].jsonl",
+        "_SUCCESS",
+        "notes.md",
+        ".hidden/d.jsonl",
+        "_old/e.jsonl",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(jsonl(ROWS))
+
+    def names(path: str) -> list[str]:
+        return [os.path.relpath(file.uri, tmp_path) for file in find_files(path, 0)]
+
+    assert names(str(tmp_path)) == ["a.parquet", "b.jsonl", "deep/c.csv", "deep/deeper/f.jsonl", "g[1].jsonl"]
+    assert names(f"{tmp_path}/*.jsonl") == ["b.jsonl", "g[1].jsonl"]
+    assert names(f"{tmp_path}/d*/*.csv") == ["deep/c.csv"]
+    assert names(f"{tmp_path}/**/[a-f].*") == ["a.parquet", "b.jsonl", "deep/c.csv", "deep/deeper/f.jsonl"]
+    assert names(f"{tmp_path}/_*/*") == ["_old/e.jsonl"]
+    assert names(f"{tmp_path}/b.jsonl") == names(f"file://{tmp_path}/b.jsonl") == ["b.jsonl"]
+    assert names(f"{tmp_path}/g[1].jsonl") == ["g[1].jsonl"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert names("b.jsonl") == names("~/b.jsonl") == names("b*.jsonl") == names("~/b*.jsonl") == ["b.jsonl"]
+    with pytest.raises(DataError, match=r"b\*\*: .*`\*\*`"):
+        find_files("b**", 0)
+    with pytest.raises(BucketError, match=r"/\*\.parket\b.*no file"):
+        find_files(f"{tmp_path}/*.parket", 0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").touch()
+    with pytest.raises(DataError, match=r"/empty: .*\.jsonl"):
+        find_files(str(tmp_path / "empty"), 0)
+
+
+def test_another_content_is_another_version(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"1")
+    (first,) = find_files(str(path), 0)
+    path.write_bytes(b"2")
+    (second,) = find_files(str(path), 0)
+    assert first.version != second.version
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("hf://datasets/openai/gsm8k", ("openai/gsm8k", None, "train")),
+        ("hf://datasets/openai/gsm8k/main", ("openai/gsm8k", "main", "train")),
+        ("hf://datasets/openai/gsm8k/main?split=test", ("openai/gsm8k", "main", "test")),
+        ("hf://datasets/openai/gsm8k?split=train[50%:]", ("openai/gsm8k", None, "train[50%:]")),
+    ],
+)
+def test_hub_uris(uri: str, parts: tuple[str, str | None, str]):
+    assert is_hub_dataset(uri)
+    assert parse_hub_uri(uri) == parts
+
+
+@pytest.mark.parametrize(
+    ("uri", "form"),
+    [
+        ("hf://datasets/gsm8k", "hf://datasets/ORG/NAME"),
+        ("hf://datasets/a/b/c/d", "hf://datasets/ORG/NAME"),
+        ("hf://datasets/a/b?rows=3", "split="),
+        ("hf://datasets/a/b?split=", "split="),
+    ],
+)
+def test_other_hub_uris_raise_an_error_with_the_form_to_write(uri: str, form: str):
+    with pytest.raises(DataError) as caught:
+        parse_hub_uri(uri)
+    assert_names(str(caught.value), uri, form)

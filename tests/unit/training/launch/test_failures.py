@@ -1,0 +1,132 @@
+"""How failures are classified and reported."""
+
+import signal
+
+import pytest
+import ray.exceptions
+import ray.train
+import torch
+
+from tests.support.messages import assert_names
+from training.launch.failures import causes_of, classify, describe_lost_cluster
+from training.launch.results import ending_of
+from training.loop.ray_internals import WorkerHealthCheckFailedError
+from training.planning.memory import Saving
+
+
+def as_ray_raises_it(cause: Exception) -> ray.train.WorkerGroupError:
+    """A worker's failure, as fit() raises it."""
+    return ray.train.WorkerGroupError("Training failed due to worker errors", {1: cause})
+
+
+def reason_of(cause: Exception) -> str:
+    return classify(causes_of(as_ray_raises_it(cause)), [])
+
+
+def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
+    assert ending_of(None, [signal.SIGTERM], False).reason == "SIGTERM"
+    failure = "s3://b/run: AccessDenied"
+    ending = ending_of(failure, [signal.SIGTERM], False)
+    assert (ending.status, ending.stop_signal) == ("stopped", signal.SIGTERM)
+    assert_names(ending.reason, "SIGTERM", failure)
+
+
+def test_an_allocation_error_of_torch_is_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    reason = reason_of(caught.value)
+    assert reason.startswith("out of memory: ")
+    assert "\n" not in reason
+
+
+def test_a_worker_killed_by_rays_memory_monitor_is_out_of_memory():
+    words = "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB.\nTop 10 memory users: …"
+    reason = reason_of(ray.exceptions.OutOfMemoryError(words))
+    assert reason == "out of memory: Task was killed due to the node running low on memory."
+
+
+def test_a_dead_worker_is_worker_lost():
+    reason = reason_of(ray.exceptions.ActorDiedError())
+    assert reason.startswith("worker lost: ")
+
+
+def test_actors_killed_by_rays_memory_monitor_are_out_of_memory():
+    words = "6 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB / 24.0GB"
+    savings = [Saving("gradient_checkpointing: true", 5 * 2**30)]
+    reason = describe_lost_cluster(ray.exceptions.OutOfMemoryError(words), savings)
+    assert reason.startswith(f"out of memory: {words}. ")
+    assert_names(reason, "`gradient_checkpointing: true` (5.0 GiB")
+
+
+def test_a_dead_controller_is_a_lost_cluster():
+    assert_names(
+        describe_lost_cluster(ray.exceptions.ActorDiedError(), []), "cluster", "lost", "The actor died "
+    )
+
+
+def test_an_error_of_the_workers_own():
+    error = ValueError("row 3: no")
+    assert reason_of(error) == "row 3: no"
+
+
+def test_an_out_of_memory_error_is_followed_by_what_would_save_memory():
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB.\nSee documentation."
+    savings = [Saving("gradient_checkpointing: true", 5 * 2**30), Saving("optim: adamw_8bit", 3 * 2**29)]
+    reason = classify(causes_of(as_ray_raises_it(torch.OutOfMemoryError(words))), savings)
+    assert reason.startswith(f"out of memory: {words.splitlines()[0]}")
+    assert "See documentation" not in reason
+    assert_names(reason, "`gradient_checkpointing: true` (5.0 GiB", "`optim: adamw_8bit` (1.5 GiB")
+
+
+@pytest.mark.parametrize(
+    "text", ["row 3: the patient died", "exit SYSTEM_ERROR", "the service is unavailable"]
+)
+def test_user_error_with_words_of_a_lost_worker_is_an_error(text: str):
+    assert reason_of(ValueError(text)) == text
+
+
+def test_user_error_beside_a_lost_worker_names_the_lost_worker():
+    """The others' collectives fail when one worker is lost."""
+    failures = {0: RuntimeError("Connection closed by peer"), 1: ray.exceptions.ActorDiedError()}
+    error = ray.train.WorkerGroupError("Training failed due to worker errors", failures)
+    assert classify(causes_of(error), []).startswith("worker lost: ")
+
+
+def test_worker_that_fails_its_health_check_is_lost():
+    """Ray wraps the death of a running worker's actor so."""
+    reason = reason_of(
+        WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+    )
+    assert reason == f"worker lost: {ray.exceptions.ActorDiedError.BASE_ERROR_MSG}"
+
+
+def test_actor_that_ray_killed_for_memory_is_out_of_memory():
+    """Ray 2.60 says so in the text of an error of another type only."""
+    died = ray.exceptions.RayActorError(
+        error_msg="The actor died unexpectedly before finishing this task.\n\tpid: 7\n"
+        "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB."
+    )
+    reason = reason_of(WorkerHealthCheckFailedError("A worker health check failed.", died))
+    assert reason == "out of memory: Task was killed due to the node running low on memory."
+
+
+def test_python_without_memory():
+    assert reason_of(MemoryError()) == "out of memory: MemoryError."
+
+
+def test_error_of_the_controller_is_classified_by_what_it_wraps():
+    error = ray.train.ControllerError(ray.exceptions.NodeDiedError("node 7 is gone"))
+    assert classify(causes_of(error), []) == "worker lost: node 7 is gone"
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (KeyError("died"), "KeyError: 'died'"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
+    ],
+)
+def test_error_of_an_evaluation_is_classified_by_its_cause(cause: Exception, reason: str):
+    """Ray raises the error of an actor's method as a subclass of both types."""
+    error = ray.exceptions.RayTaskError("answer", f"Traceback\n{cause!r}", cause, "title", 1, "127.0.0.1")
+    assert classify(causes_of(error.as_instanceof_cause()), []) == reason

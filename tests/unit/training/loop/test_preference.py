@@ -1,0 +1,220 @@
+"""Preference losses against TRL's own trainers, and what pairs that only fill a batch must not change."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.experimental.orpo import ORPOTrainer
+
+from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from training.data.batches import PADDING_ROW, BatchShape, Order, PairSequences
+from training.data.row_index import IGNORED
+from training.loop.preference import PreferenceTrainer, collate_pairs, pair_losses
+from training.loop.throughput import HostTimeline, PhaseClock, Throughput
+from training.loop.trainers import TrainingRows
+
+PAIRS = 6
+BETA = 0.3
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(most: int) -> list[int]:
+        length = int(torch.randint(2, most, (), generator=generator))
+        return torch.randint(3, 500, (length,), generator=generator).tolist()
+
+    return Dataset.from_list(
+        [{"prompt_ids": ids(20), "chosen_ids": ids(12), "rejected_ids": ids(12)} for _ in range(PAIRS)]
+    )
+
+
+def tuned_model(tiny_model: Path) -> Any:
+    """With an adapter that has moved away from its reference."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> PreferenceTrainer:
+    from trl import SFTConfig
+
+    config = FinetuneConfig(
+        model_id="m",
+        train_path="t",
+        task="preference_tuning",
+        preference_tuning_config=PreferenceTuningConfig.model_validate({"loss": loss, "beta": BETA}),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pairs = PairSequences(rows, tokenizer.pad_token_id, with_mismatched=loss == "kto")
+    order = Order(BatchShape(PAIRS, 2, 1, 1), 0)
+    trainer = PreferenceTrainer(
+        reference_model=None,
+        config=config,
+        base_model="m",
+        rows=TrainingRows(order, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None, masked=False)),
+        model=tuned_model(tiny_model),
+        args=SFTConfig(
+            str(directory),
+            use_cpu=True,
+            report_to=[],
+            max_steps=1,
+            per_device_eval_batch_size=4,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            bf16=False,
+        ),
+        tokenizer=tokenizer,
+        callbacks=[],
+        throughput=Throughput(order, [], [], clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None),
+        on_eval_progress=lambda _: None,
+        loss_of_transformers=True,
+    )
+    trainer.model_wrapped = trainer.model
+    return trainer
+
+
+def sums_of(trainer: PreferenceTrainer, indices: list[int]) -> torch.Tensor:
+    assert trainer.model is not None
+    trainer.model.eval()
+    with torch.no_grad():
+        return trainer.sums(
+            trainer.model, trainer.rows.collate([trainer.rows.train[index] for index in indices])
+        )
+
+
+class LogProbabilities:
+    """TRL's Triton kernel, in torch: there is no GPU here."""
+
+    @staticmethod
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, bias: None, labels: torch.Tensor, *_: Any) -> Any:
+        logits = hidden @ weight.T
+        log_probabilities = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        unused = torch.zeros_like(log_probabilities)
+        return log_probabilities, unused, None, unused, labels == -1
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_losses_and_rewards_are_those_of_trl(
+    loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", LogProbabilities)
+    ours = trainer_of(loss, tiny_model, rows, tmp_path / "ours")
+    text = rows.map(lambda row: {"prompt": "a", "chosen": "b", "rejected": "c"})
+    theirs = DPOTrainer(
+        # The adapter's reference is the model without it, as a first run's is.
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=DPOConfig(
+            str(tmp_path / "theirs"),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            beta=BETA,
+            loss_type=["sigmoid" if loss == "dpo" else "ipo"],
+        ),
+        train_dataset=text,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    theirs.model.load_state_dict(ours.model.state_dict())  # pyright: ignore
+    theirs.model.eval()  # pyright: ignore
+    with torch.no_grad():
+        expected = theirs.compute_loss(theirs.model, theirs.data_collator(list(rows)))
+    sums = sums_of(ours, list(range(PAIRS))) / PAIRS
+    metrics = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
+    assert sums[0].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert sums[2].item() == pytest.approx(metrics["rewards/chosen"], abs=1e-5)
+    assert sums[3].item() == pytest.approx(metrics["rewards/rejected"], abs=1e-5)
+    assert sums[4].item() == pytest.approx(metrics["rewards/margins"], abs=1e-5)
+    assert sums[5].item() == pytest.approx(metrics["rewards/accuracies"], abs=1e-5)
+    assert abs(sums[4].item()) > 1e-3
+
+
+def test_orpo_is_that_of_trl():
+    """But for its likelihood term, which is of the answer alone here, as in the paper."""
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 9, (2, 5))
+    policy = -3 * torch.rand(2, 5) * tokens
+    settings = PreferenceTuningConfig(loss="orpo", beta=BETA)
+    losses, rewards = pair_losses(settings, policy, torch.zeros(2, 5), tokens, None)
+
+    class Theirs:
+        beta = BETA
+
+        class accelerator:  # noqa: N801
+            device = "cpu"
+
+    expected, chosen, rejected, _, _ = ORPOTrainer.odds_ratio_loss(Theirs(), *(policy / tokens))  # pyright: ignore
+    torch.testing.assert_close(losses, -(policy / tokens)[0] - expected)
+    torch.testing.assert_close(rewards, torch.stack([chosen, rejected]))
+
+
+def test_kto_holds_answers_against_the_divergence():
+    """By hand: rewards 0.3 * (1, -2) over a divergence of 0.5 nats."""
+    settings = PreferenceTuningConfig(loss="kto", beta=BETA)
+    policy = torch.tensor([[-4.0], [-9.0]])
+    reference = torch.tensor([[-5.0], [-7.0]])
+    losses, rewards = pair_losses(
+        settings, policy, reference, torch.ones(2, 1, dtype=torch.int64), torch.tensor(0.5)
+    )
+    assert rewards.flatten().tolist() == pytest.approx([0.3, -0.6])
+    # 1 - (sigmoid(0.15) + sigmoid(0.75)) / 2
+    assert losses.item() == pytest.approx(1 - (0.537430 + 0.679179) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "kto"])
+def test_what_fills_a_batch_changes_nothing(loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path):
+    trainer = trainer_of(loss, tiny_model, rows, tmp_path)
+    full = sums_of(trainer, [0, 1])
+    filled = sums_of(trainer, [0, PADDING_ROW, 1, PADDING_ROW])
+    torch.testing.assert_close(filled, full, atol=1e-5, rtol=1e-5)
+    assert full[1].item() == 2
+    assert sums_of(trainer, [PADDING_ROW, PADDING_ROW]).tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "kto"])
+def test_a_batch_without_pairs_leaves_the_gradients_at_zero(
+    loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path
+):
+    trainer = trainer_of(loss, tiny_model, rows, tmp_path)
+    model: Any = trainer.model
+    batch = trainer.rows.collate([trainer.rows.train[PADDING_ROW]])
+    loss_ = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(3))
+    loss_.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert loss_.item() == 0
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_an_evaluation_does_not_depend_on_its_batches(
+    loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path
+):
+    trainer = trainer_of(loss, tiny_model, rows, tmp_path)
+    in_batches_of = {}
+    for size in (1, 4):
+        trainer.args.per_device_eval_batch_size = size
+        in_batches_of[size] = trainer.evaluate()
+    assert in_batches_of[1] == pytest.approx(in_batches_of[4], abs=1e-5)
+    assert set(in_batches_of[1]) == {
+        "eval_loss",
+        "eval_rewards/chosen",
+        "eval_rewards/rejected",
+        "eval_rewards/margins",
+        "eval_rewards/accuracies",
+    }
+
+
+def test_mismatched_answers_are_the_next_pairs(rows: Dataset):
+    last = PairSequences(rows, 0, with_mismatched=True)[PAIRS - 1]
+    assert last["chosen_ids"] == rows[PAIRS - 1]["chosen_ids"]
+    assert last["mismatched_chosen_ids"] == rows[0]["chosen_ids"]
+    batch = collate_pairs(0, None, masked=False)([last])
+    labels = batch["mismatched"]["labels"]
+    assert labels[0][labels[0] != IGNORED].tolist() == rows[0]["chosen_ids"]

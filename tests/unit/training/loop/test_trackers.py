@@ -1,0 +1,167 @@
+"""What trackers hold afterwards, with their own packages and local files; and what a broken one costs."""
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from configs.schema import MlflowLogger, TensorboardLogger, WandbLogger
+from tests.support.messages import assert_names
+from training.events import Event, Notice
+from training.loop import trackers
+from training.loop.trackers import Logger, TrackedRun, Tracking
+from utils.storage.bucket import open_store
+
+PARAMETERS = {"model_id": "org/base", "lora_config.r": 8, "valid_path": None}
+STEPS: dict[int, dict[str, Any]] = {
+    0: {"eval_loss": 2.5, "epoch": 0},
+    1: {"loss": 2.25, "learning_rate": 1e-4, "epoch": 0.5},
+    2: {"loss": 2.0, "learning_rate": 5e-5, "epoch": 1.0},
+}
+Train = Callable[..., list[str]]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Let a trainer report steps to a tracker; returns the warnings."""
+    # This training lasts no time at all, and what it ends with may still be importing W&B.
+    monkeypatch.setattr(trackers, "_END_SECONDS", 10 * trackers._END_SECONDS)
+
+    def report(settings: Logger, steps: Mapping[int, Mapping[str, Any]] = STEPS, begin: int = 0) -> list[str]:
+        told: list[Event] = []
+        run = TrackedRun(
+            "a-run", open_store(str(tmp_path / "bucket" / "a-run")), PARAMETERS, tmp_path / "node"
+        )
+        tracking = Tracking(settings, run, told.append)
+        arguments: Any = TrainingArguments(output_dir=str(tmp_path / "trainer"), report_to=[], use_cpu=True)
+        state, control = TrainerState(global_step=begin), TrainerControl()
+        tracking.on_train_begin(arguments, state, control)
+        for step, logs in steps.items():
+            state.global_step = step
+            tracking.on_log(arguments, state, control, logs=dict(logs))
+        tracking.on_log(arguments, state, control, logs={"train_runtime": 1.0})
+        tracking.on_train_end(arguments, state, control)
+        return [event.text for event in told if isinstance(event, Notice)]
+
+    return report
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """What an offline run of W&B wrote. Its service closes the file, and may still be at it when the run has finished."""
+    deadline = time.monotonic() + 30
+    records = read_wandb_file(path)
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):
+        assert time.monotonic() < deadline, f"no end of the run in {path}: {records}"
+        time.sleep(0.1)
+        records = read_wandb_file(path)
+    return records
+
+
+def read_wandb_file(path: Path) -> list[Any]:
+    """LevelDB's log format behind seven bytes of W&B's own; small files have one block."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, records = path.read_bytes(), 7, []
+    while place < len(content):
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        assert kind == 1, "a record is in one piece"
+        records.append(Record.FromString(content[place + 7 : place + 7 + length]))
+        place += 7 + length
+    return records
+
+
+def test_tensorboard_files_are_in_the_run(train: Train, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(TensorboardLogger(provider="tensorboard")) == []
+    events = EventAccumulator(str(tmp_path / "bucket" / "a-run" / "tensorboard")).Reload()
+    losses = [(point.step, point.value) for point in events.Scalars("train/loss")]
+    assert losses == [(1, 2.25), (2, 2.0)]
+    assert [(point.step, point.value) for point in events.Scalars("eval/loss")] == [(0, 2.5)]
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b"lora_config.r: 8" in text.tensor_proto.string_val[0]
+
+
+def test_a_resumed_run_replaces_the_tensorboard_events_of_lost_steps(train: Train, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(TensorboardLogger(provider="tensorboard"))
+    time.sleep(1.1)  # files are read in the order of their names, which hold a second
+    train(TensorboardLogger(provider="tensorboard"), {2: {"loss": 1.75}}, begin=1)
+    events = EventAccumulator(str(tmp_path / "bucket" / "a-run" / "tensorboard")).Reload()
+    losses = [(point.step, point.value) for point in events.Scalars("train/loss")]
+    assert losses == [(1, 2.25), (2, 1.75)]
+
+
+def test_mlflow_holds_metrics_parameters_and_tags(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # without a server
+    uri = (tmp_path / "mlruns").as_uri()
+    settings = MlflowLogger(provider="mlflow", tracking_uri=uri, experiment_name="tuning", tags={"team": "a"})
+    assert train(settings) == []
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tuning")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "a-run"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {name: str(value) for name, value in PARAMETERS.items()}
+    assert run.data.tags["team"] == "a"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 2.25), (2, 2.0)]
+    assert run.data.metrics["eval/loss"] == 2.5
+
+    assert train(settings, {3: {"loss": 1.5}}, begin=2) == []
+    (same,) = client.search_runs([experiment.experiment_id])
+    assert same.info.run_id == run.info.run_id, "a run that goes on is one run"
+    assert same.data.metrics["train/loss"] == 1.5
+
+
+def test_wandb_holds_metrics_parameters_and_tags(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = WandbLogger(provider="wandb", project="tuning", group="g", tags=["a"])
+    assert train(settings) == []
+    (path,) = (tmp_path / "node").rglob("*.wandb")
+    records = wandb_records(path)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.run_group, list(run.tags), run.display_name) == ("tuning", "g", ["a"], "a-run")
+    config = {item.key: item.value_json for item in run.config.update}
+    assert config["model_id"] == '"org/base"'
+    assert config["lora_config.r"] == "8"
+    history = [
+        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [(point["step"], point["train/loss"]) for point in history if "train/loss" in point] == [
+        ("1", "2.25"),
+        ("2", "2"),
+    ]
+    assert [point["eval/loss"] for point in history if "eval/loss" in point] == ["2.5"]
+
+
+def test_a_broken_tracker_is_reported_once(train: Train, tmp_path: Path):
+    (tmp_path / "bucket").write_text("in the way of the run's directory")
+    (warning,) = train(TensorboardLogger(provider="tensorboard"))
+    assert warning.startswith("logger: tensorboard ")
+    assert_names(warning, "failed", str(tmp_path / "bucket"))
+
+
+def test_a_tracker_that_hangs_is_not_waited_for(train: Train, monkeypatch: pytest.MonkeyPatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(trackers, "open_tracker", lambda *_: hangs.wait())
+    monkeypatch.setattr(trackers, "_END_SECONDS", 0.1)
+    (warning,) = train(WandbLogger(provider="wandb"))
+    assert warning.startswith("logger: wandb ")
+    assert_names(warning, "failed", " 0 s ")
+    hangs.set()

@@ -1,0 +1,81 @@
+"""Which models get an attention mask, and that the others compute the same loss without one."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from training.loop.trainer_factory import needs_mask
+from training.loop.trainers import collate_rows
+
+PAD = 0
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": PAD,
+}
+WITHOUT_MASK = ("llama", "gemma3_text", "gpt2", "opt", "phi", "smollm3")
+WITH_MASK = ("mixtral", "qwen3_moe", "bloom", "mpt", "roberta")
+
+
+def model(kind: str) -> Any:
+    torch.manual_seed(0)
+    settings = {"is_decoder": True} if kind == "roberta" else {}
+    if kind in ("mixtral", "qwen3_moe"):
+        settings |= {"output_router_logits": True, "num_key_value_heads": 4}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | settings)).eval()
+
+
+def with_adapter(base: Any) -> Any:
+    return peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            fan_in_fan_out=base.config.model_type == "gpt2",
+            target_modules=r".*(q_proj|c_attn|query_key_value|Wqkv|query)",
+        ),
+    )
+
+
+def loss_and_gradient(of: Any, *, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and the embeddings' gradient of three padded rows, collated by the product with or without a mask."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        {"input_ids": torch.randint(3, 120, (length,), generator=generator).tolist()} for length in (5, 9, 23)
+    ]
+    batch = collate_rows(PAD, 8, packed=False, attention="sdpa", masked=masked)(rows)
+    assert ("attention_mask" in batch) == masked
+    loss = of(**batch | {"use_cache": False}).loss
+    return loss, torch.autograd.grad(loss, of.get_input_embeddings().weight)[0]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MASK)
+def test_models_trained_without_a_mask_compute_the_same_loss_and_gradient(kind: str):
+    of = model(kind)
+    assert not needs_mask(of)
+    assert not needs_mask(with_adapter(model(kind)))
+    torch.testing.assert_close(
+        loss_and_gradient(of, masked=False), loss_and_gradient(of, masked=True), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", WITH_MASK)
+def test_models_that_use_the_mask_get_one(kind: str):
+    assert needs_mask(model(kind))
+    assert needs_mask(with_adapter(model(kind)))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "roberta"])
+def test_models_that_use_the_mask_compute_another_loss_without_one(kind: str):
+    of = model(kind)
+    with_mask, without = (loss_and_gradient(of, masked=masked)[0] for masked in (True, False))
+    assert abs(with_mask - without) > 1e-5
+
+
+def test_models_of_custom_code_get_a_mask():
+    other = type("Other", (type(model("llama")),), {"__module__": "modeling_other"})
+    assert needs_mask(other(model("llama").config))

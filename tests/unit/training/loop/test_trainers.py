@@ -1,0 +1,92 @@
+"""How the trainer restores optimizer and random states."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.optim
+import numpy as np
+import pytest
+import torch
+
+from training.loop.trainers import note_device, page_states, random_states, state_of_noted_device
+
+PAGED = [bitsandbytes.optim.PagedAdamW8bit, bitsandbytes.optim.PagedLion]
+
+
+def restored_optimizer(optimizer_class: Any, parameter: torch.nn.Parameter) -> tuple[Any, torch.Tensor]:
+    """An optimizer restored after one step, and the weights that the second step of the saved one gives."""
+
+    def step(optimizer: Any) -> None:
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    optimizer = optimizer_class([parameter], lr=1e-2)
+    step(optimizer)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), parameter.detach().clone()
+    step(optimizer)
+    expected = parameter.detach().clone()
+    parameter.data = weights
+    restored = optimizer_class([parameter], lr=1e-2)
+    restored.load_state_dict(saved)
+    parameter.grad = torch.ones_like(parameter)
+    return restored, expected
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer_class", PAGED)
+def test_page_states_copies_restored_states_into_the_optimizers_own_buffers(
+    optimizer_class: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """On CPU bitsandbytes' buffers are plain memory, so what is checked is whose memory it is and what it holds."""
+    buffers: list[torch.Tensor] = []
+    allocate = optimizer_class.get_state_buffer
+
+    def noted(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        buffers.append(allocate(*arguments, **keywords))
+        return buffers[-1]
+
+    parameter = torch.nn.Parameter(torch.randn(64, 128))
+    restored, expected = restored_optimizer(optimizer_class, parameter)
+    monkeypatch.setattr(optimizer_class, "get_state_buffer", noted)
+    page_states(restored)
+    own = {buffer.data_ptr() for buffer in buffers}
+    for states in restored.state.values():
+        held = {states[name].data_ptr() for name in ("state1", "state2") if name in states}
+        assert held
+        assert held <= own
+    restored.step()
+    assert torch.equal(parameter, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pages are CUDA's managed memory")
+@pytest.mark.parametrize("optimizer_class", PAGED)
+def test_page_states_puts_restored_states_into_pages(optimizer_class: Any):
+    parameter = torch.nn.Parameter(torch.randn(512, 512, device="cuda"))  # smaller ones are not paged
+    restored, expected = restored_optimizer(optimizer_class, parameter)
+    page_states(restored)
+    for states in restored.state.values():
+        assert all(states[name].is_paged for name in states.keys() & {"state1", "state2"})
+    restored.step()
+    assert torch.equal(parameter, expected)
+
+
+def test_a_rank_restores_the_random_state_of_the_gpu_it_had(tmp_path: Path):
+    """transformers saves one state for each GPU that the rank sees."""
+    states = [torch.randint(0, 255, (16,), dtype=torch.uint8) for _ in range(3)]
+    others = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    file = random_states(tmp_path, 5, 8)
+    torch.save(others | {"cuda": states}, file)
+    note_device(file, 1)
+    assert torch.equal(state_of_noted_device(file), states[1])
+
+
+def test_page_states_does_not_change_other_optimizers():
+    parameter = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = dict(optimizer.state[parameter])
+    page_states(optimizer)
+    assert all(optimizer.state[parameter][name] is state for name, state in before.items())

@@ -1,0 +1,68 @@
+"""Which optimizer states cannot be partitioned over devices."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.schema import FinetuneConfig
+from training.models.files import ModelError
+from training.planning.deepspeed import StrategyError, check_optimizer, resolve_execution
+
+LLAMA_3_8B = 8_030_261_248
+
+
+def config(optim: str, num_devices: int) -> FinetuneConfig:
+    return FinetuneConfig.model_validate(
+        {"model_id": "a/b", "train_path": "t.jsonl", "optim": optim, "num_devices": num_devices}
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_partitions_too_large_for_bitsandbytes_raise_an_error(optim: str, stage: int):
+    with pytest.raises(StrategyError, match=r"2,147,483,647.*num_devices: 4\b"):
+        check_optimizer(config(optim, 3), stage, LLAMA_3_8B)
+    check_optimizer(config(optim, 4), stage, LLAMA_3_8B)
+
+
+@pytest.mark.parametrize(
+    ("optim", "stage"),
+    [
+        ("adamw_8bit", 0),  # one state for each matrix
+        ("adamw_8bit", 3),  # partitions of a billion
+        ("adamw_torch", 2),
+        ("adafactor", 2),
+    ],
+)
+def test_the_limit_is_that_of_bitsandbytes_with_zero_1_and_2_alone(optim: str, stage: int):
+    check_optimizer(config(optim, 1), stage, LLAMA_3_8B)
+    with pytest.raises(StrategyError):
+        check_optimizer(config("adamw_8bit", 1), 2, LLAMA_3_8B)
+
+
+def test_the_stage_is_what_a_deepspeed_file_says_whatever_its_name(tmp_path: Path):
+    file = tmp_path / "my_zero_2.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    keys = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
+    assert resolve_execution(FinetuneConfig.model_validate(keys), "cpu").zero_stage == 3
+    with pytest.raises(ModelError, match="ZeRO-3 cannot split 4-bit weights"):
+        resolve_execution(
+            FinetuneConfig.model_validate(keys | {"load_in_4bit": True, "lora_config": {"r": 8}}), "cpu"
+        )
+
+
+@pytest.mark.parametrize(
+    ("keys", "weights_dtype"),
+    [
+        ({}, "fp32"),  # fp32 masters, and autocast
+        ({"deepspeed": "zero_2"}, "bf16"),  # DeepSpeed keeps the masters
+        ({"lora_config": {"r": 8}}, "bf16"),
+        ({"lora_config": {"r": 8}, "dtype": "fp32"}, "fp32"),
+        ({"deepspeed": "zero_2", "dtype": "fp32"}, "fp32"),
+    ],
+)
+def test_the_base_is_loaded_in_16_bits_where_nothing_needs_more(keys: dict[str, object], weights_dtype: str):
+    plain = {"model_id": "a/b", "train_path": "t.jsonl"}
+    execution = resolve_execution(FinetuneConfig.model_validate(plain | keys), "cpu")
+    assert execution.weights_dtype == weights_dtype

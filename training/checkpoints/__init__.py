@@ -1,0 +1,1 @@
+"""Checkpoints in the bucket: store, committer, restore, lease."""

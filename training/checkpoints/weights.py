@@ -1,0 +1,59 @@
+"""The weights that a run starts from: fetched once per node, and compared with their manifest."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from runs.layout import MANIFEST_FILE
+from training.checkpoints.store import not_as_committed, read_manifest
+from training.models.files import fetch_hub_model, is_hub_id
+from utils.files import checksum, safe_join
+from utils.storage.bucket import DamagedError, is_remote, open_store, sync_to_node
+
+
+def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The wanted files of a model as a directory on this node, downloaded once a node.
+
+    Raises:
+        ModelError: the hub cannot be reached.
+        CheckpointError, BucketError: see `fetch_weights`.
+    """
+    return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
+
+
+def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The wanted files of a model or an adapter as a directory on this node, as `sync_to_node`.
+
+    Those of a checkpoint are compared with its manifest on their way.
+
+    Raises:
+        CheckpointError: a file does not match its checksum.
+        BucketError: the place cannot be read, or the disk is too small.
+    """
+    checksums = _committed_checksums(uri)
+    try:
+        return sync_to_node(uri, cache / "models", wanted, checksums)
+    except DamagedError as error:
+        if error.key not in checksums:
+            raise
+        raise not_as_committed(uri, error.key) from error
+
+
+def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool]) -> None:
+    """Compare the wanted files of a checkpoint that is no bucket's with its manifest: they never were on their way.
+
+    Raises:
+        CheckpointError: a file does not match its checksum.
+    """
+    if is_remote(uri):
+        return
+    for file, committed in _committed_checksums(uri).items():
+        path = safe_join(directory, file)
+        if wanted(file) and not (path.exists() and checksum(path) == committed):
+            raise not_as_committed(uri, file)
+
+
+def _committed_checksums(uri: str) -> dict[str, str]:
+    """Of a checkpoint's files; none of what has no manifest and is taken as it is."""
+    if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
+        return {}
+    return {file.path: file.checksum for file in read_manifest(uri).files}

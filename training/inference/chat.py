@@ -1,0 +1,85 @@
+"""Chat with a trained model: one answer, or a conversation in a terminal."""
+
+from collections.abc import Callable
+from typing import Any
+
+from configs.loading import ConfigError
+from training.data.errors import RowError
+from training.data.records import Filled, Message
+from training.data.rows import Reading, places_of, read_row
+from training.inference.checkpoint_model import TrainedModel
+from training.inference.prompting import encode_prompt, stop_tokens
+
+
+class Conversation:
+    """A conversation with a model; a model with a chat template sees the earlier turns."""
+
+    def __init__(self, trained: TrainedModel):
+        """Load the model, onto the first GPU if there is one."""
+        import torch
+
+        self._trained = trained
+        self._tokenizer = trained.tokenizer()
+        self._messages: list[Message] = []
+        _ = self._render("probe")  # report errors before the weights are loaded
+        self._model: Any = trained.load("cuda" if torch.cuda.is_available() else "cpu")
+
+    def answer(self, prompt: str, say: Callable[[str], None], *, max_new_tokens: int) -> str:
+        """Answer a prompt.
+
+        Args:
+            prompt: the user's message.
+            say: receives the answer piece by piece during generation.
+            max_new_tokens: maximum length of the answer.
+        """
+        import torch
+        from transformers import TextStreamer
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                say(text)
+
+        text, is_rendered = self._render(prompt)
+        tokens = torch.tensor(
+            [encode_prompt(self._tokenizer, text, is_laid_out=is_rendered)], device=self._model.device
+        )
+        streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        with torch.inference_mode():
+            generated = self._model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_tokens(self._model, self._tokenizer),
+                pad_token_id=self._tokenizer.pad_token_id,
+                streamer=streamer,
+            )
+        answer = str(self._tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True))
+        if is_rendered:
+            self._messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return answer
+
+    def _render(self, prompt: str) -> tuple[str, bool]:
+        """Return (text for the model, true if the chat template rendered it)."""
+        template = self._trained.config.prompt_template
+        if template is not None:
+            return _fill(template, prompt), False
+        if not self._tokenizer.chat_template:
+            return prompt, False
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        return str(
+            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ), True
+
+
+def _fill(template: str, prompt: str) -> str:
+    """Fill the prompt into the template's first placeholder, leave `input` empty, and cut off the answer's placeholder."""
+    *places, answer = places_of(template)
+    row = {places[0]: prompt, answer: "-"}
+    try:
+        filled = read_row(row, Reading("instruction_tuning", "instruction", {}, template, ()))
+    except RowError as error:
+        raise ConfigError(
+            f"prompt_template requires {', '.join(places)}, but a chat has one text per turn. Use main.py evaluate with rows of a file."
+        ) from error
+    assert isinstance(filled, Filled)
+    return filled.prompt

@@ -1,0 +1,148 @@
+"""The `export`, `chat` and `evaluate` commands."""
+
+import os
+import sys
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+
+from configs.loading import ConfigError
+from configs.schema import ExportConfig
+from runs.layout import Export
+from utils.console import library_output_in, open_consoles
+from utils.storage.bucket import open_store
+
+if TYPE_CHECKING:
+    from training.inference.checkpoint_model import TrainedModel
+
+COMMANDS = {
+    "export": "export the best checkpoint for other programs: a merged model, or the adapter alone",
+    "chat": "chat with the best checkpoint in a terminal, or answer one prompt",
+    "evaluate": "answer held-out rows on Ray workers and count the correct answers",
+}
+"""Help text of each command. A YAML file with such a name must be given with a path, such as ./export."""
+
+
+def export_command(
+    run: str, to: str | None, dtype: Literal["bf16", "fp16", "fp32"], merge: bool, gguf: bool, as_json: bool
+) -> None:
+    """Export the best checkpoint of a run."""
+    output, errors = open_consoles()
+    to = open_store(to).uri if to else None
+    settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf)
+    exported = export_run(run, settings, errors if as_json else output, errors)
+    if as_json:
+        output.print(exported.model_dump_json(), soft_wrap=True)
+
+
+def export_run(run: str, settings: ExportConfig, screen: Console, progress: Console) -> Export:
+    """Export the best checkpoint of a run, and print its location."""
+    from training.inference.checkpoint_model import trained_model
+    from training.inference.export import export
+    from training.inference.screen import show_export
+    from training.launch.display import Watch
+
+    with (
+        trained_model(run, settings.to or "") as trained,
+        _libraries_quiet(trained),
+        Watch(progress) as watch,
+    ):
+        exported = export(trained, settings, progress=watch.phase)
+    show_export(screen, exported)
+    return exported
+
+
+def chat_command(run: str, prompt: str | None, max_new_tokens: int) -> None:
+    """Chat with the best checkpoint of a run."""
+    from training.inference.chat import Conversation
+    from training.inference.checkpoint_model import trained_model
+    from training.launch.display import Watch
+
+    output, errors = open_consoles()
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("the prompt is empty: write --prompt TEXT, or pipe text to standard input")
+
+    with trained_model(run) as trained, _libraries_quiet(trained):
+        with Watch(errors) as watch:
+            watch.phase(f"loading {trained.checkpoint}")
+            conversation = Conversation(trained)
+        if prompt is not None:
+            conversation.answer(prompt.strip(), output.write, max_new_tokens=max_new_tokens)
+            output.write("\n")
+            return
+        errors.print("Press Ctrl-D, Ctrl-C or Enter on an empty line to quit.")
+        while asked := _ask(errors):
+            conversation.answer(asked, output.write, max_new_tokens=max_new_tokens)
+            output.write("\n")
+
+
+def _ask(errors: Console) -> str:
+    errors.print("> ", end="")
+    return sys.stdin.readline().strip()
+
+
+def evaluate_command(
+    run: str,
+    data: str,
+    match: Literal["number", "text"] | None,
+    columns: list[tuple[str, str]],
+    name: str | None,
+    num_devices: int,
+    device: Literal["auto", "cuda", "cpu"] | None,
+    batch_size: int,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Evaluate the best checkpoint of a run on held-out rows."""
+    from training.events import Phase
+    from training.inference.checkpoint_model import trained_model
+    from training.launch.display import Watch
+    from training.planning.devices import choose_device
+    from training.planning.endpoints import check_cluster_answers, set_ray_environment, target_cluster
+
+    target = target_cluster()
+    set_ray_environment(target)
+    output, errors = open_consoles()
+    check_cluster_answers(target)
+    with trained_model(run, data) as trained, _libraries_quiet(trained):
+        config = trained.config
+        asked = {
+            "device": device or config.device,
+            "num_devices": num_devices,
+            "worker_resources": {},
+        }
+        chosen = choose_device(config.model_copy(update=asked), target)
+        from training.inference.evaluate import HowToEvaluate, evaluate
+        from training.inference.screen import show_evaluation
+
+        how = HowToEvaluate(
+            match=match or ("text" if config.task == "classification" else "number"),
+            columns=dict(columns) or {str(ours): name for ours, name in config.columns.items()},
+            num_devices=num_devices,
+            device=chosen,
+            target=target,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )
+        with Watch(errors) as watch:
+            evaluation = evaluate(
+                trained,
+                data,
+                name,
+                how,
+                progress=lambda text, fraction: watch.on_event(Phase(text, fraction)),
+            )
+    if as_json:
+        output.print(evaluation.model_dump_json(), soft_wrap=True)
+    else:
+        show_evaluation(output, evaluation)
+
+
+def _libraries_quiet(trained: "TrainedModel") -> AbstractContextManager[None]:
+    """Redirect library output to a log file of this process."""
+    log = trained.cache.parent / "logs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+    return library_output_in(log)

@@ -1,0 +1,279 @@
+"""Export a checkpoint for other programs: one merged model, or the adapter alone, with its tokenizer and a model card.
+
+The file without which no program loads the export is uploaded after all others, and EXPORT.json last. So an incomplete
+export is never taken for a complete one. Until then, EXPORT.unfinished marks the files as an unfinished export.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+from pydantic import ValidationError
+
+from configs.loading import ConfigError
+from configs.schema import ExportConfig
+from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
+from runs.reading import read_metrics, read_result, sizes
+from training.inference.model_card import Card
+from training.inference.prompting import stop_tokens
+from training.models.files import (
+    ModelError,
+    ModelFacts,
+    is_hub_id,
+    read_adapter_facts,
+    read_hub_facts,
+    read_model_facts,
+)
+from training.planning.exportable import GGUF_TOOL, check_mergeable, check_vllm_adapter, gguf_tool
+from utils.files import checksum, format_bytes, free_bytes
+from utils.storage.bucket import Store, check_writable, is_remote, local_path, open_store, upload_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from training.inference.checkpoint_model import TrainedModel
+
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+_LARGEST_SHARD = "5GB"
+_UNFINISHED = "EXPORT.unfinished"
+# The file without which no program loads an export.
+_LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
+
+
+def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
+    """Write an export, atomically. Return an identical existing export unchanged.
+
+    Args:
+        trained: the checkpoint to export.
+        settings: kind, data type and destination.
+        progress: receives a description of each phase.
+    """
+    planned = _plan(trained, settings)
+    store = open_store(planned.uri)
+    check_writable(planned.uri)
+    if (written := _written_before(store)) is not None:
+        return _same(written, planned, store)
+    _check_place(store)
+    _check_tools_and_weights(trained, planned)
+    scratch = trained.cache.parent / "exports"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+        staged = Path(temporary)
+        if planned.kind == "adapter":
+            progress("copying the adapter")
+            _copy_adapter(trained, staged)
+        else:
+            progress("loading the weights")
+            _write_model(trained, planned, staged, progress)
+        trained.tokenizer().save_pretrained(staged)
+        if planned.gguf:
+            progress("writing the GGUF file")
+            _write_gguf(planned, staged)
+        (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
+        progress(f"writing to {planned.uri}")
+        return _publish(store, planned, staged)
+
+
+def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
+    is_adapter = trained.base is not None
+    if not settings.merge and not is_adapter:
+        raise ConfigError(
+            f"{trained.checkpoint} is a full-parameter model: it has no adapter to export. Remove merge: false."
+        )
+    kind: Literal["model", "merged", "adapter"] = (
+        "model" if not is_adapter else "merged" if settings.merge else "adapter"
+    )
+    dtype = None if kind == "adapter" else settings.dtype
+    name = f"{kind}-{dtype}" if dtype else kind
+    place = settings.to or export_uri(trained.run_uri, trained.manifest.step, name)
+    run_name = trained.run_uri.rpartition("/")[2]
+    return Export(
+        checkpoint=trained.checkpoint,
+        uri=place if is_remote(place) else str(local_path(place)),
+        kind=kind,
+        dtype=dtype,
+        gguf=f"{run_name}-{dtype}.gguf" if settings.gguf else None,
+        notes=list(_notes(trained, kind)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=trained.manifest.versions,
+        files=[],
+    )
+
+
+def _notes(trained: "TrainedModel", kind: str) -> Iterator[str]:
+    if trained.config.load_in_4bit and kind == "merged":
+        yield (
+            "The adapter was trained on the base model in 4 bits (NF4) and is merged into its 16-bit weights: quantizing the merged "
+            "weights to 4 bits again would lose most of the adapter's effect. The eval loss is that of the adapter on the 16-bit base."
+        )
+    if trained.config.load_in_4bit and kind == "adapter":
+        yield "The adapter was trained on the base model in 4 bits (bitsandbytes NF4, double quantization)."
+
+
+def _written_before(store: Store) -> Export | None:
+    content = store.read_if_exists(EXPORT_FILE)
+    if content is None:
+        return None
+    try:
+        return Export.model_validate_json(content)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or choose another destination."
+        ) from error
+
+
+def _same(written: Export, planned: Export, store: Store) -> Export:
+    """Return the existing export if it matches the planned one and is complete; otherwise raise an error."""
+    if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
+        raise ConfigError(
+            f"{planned.uri} already contains another export: {describe(written)} of {written.checkpoint}. Choose another destination, "
+            "or remove it."
+        )
+    stored = sizes(store, "")
+    if wrong := [file.path for file in written.files if stored.get(file.path) != file.size]:
+        raise ConfigError(
+            f"{store.uri_of(wrong[0])}: has changed since the export. Remove {planned.uri}, or choose another destination."
+        )
+    return written
+
+
+def _check_place(store: Store) -> None:
+    stored = sizes(store, "")
+    if stored and _UNFINISHED not in stored:
+        raise ConfigError(
+            f"{store.uri} is not empty: it contains {min(stored)}. Choose an empty destination."
+        )
+
+
+def describe(exported: Export) -> str:
+    """Return a short description of an export."""
+    kind = {"merged": "the merged model", "model": "the model", "adapter": "the adapter"}[exported.kind]
+    return f"{kind} in {exported.dtype}" if exported.dtype else kind
+
+
+# --- Checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
+    if planned.gguf:
+        gguf_tool()
+    if trained.base is None:
+        _check_room(read_model_facts(trained.checkpoint), planned, trained.cache)
+    elif planned.kind == "adapter":
+        check_vllm_adapter(read_adapter_facts(trained.checkpoint).lora)
+    else:
+        facts = read_hub_facts(trained.base) if is_hub_id(trained.base) else read_model_facts(trained.base)
+        check_mergeable(facts)
+        _check_room(facts, planned, trained.cache)
+
+
+def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
+    """Check the memory for one copy of the weights, and the disk space for the staged files."""
+    assert planned.dtype is not None
+    need = facts.parameters * _BYTES[planned.dtype]
+    memory, disk = psutil.virtual_memory().available, free_bytes(cache)
+    if need > memory:
+        raise ModelError(
+            f"model {facts.source}: requires {format_bytes(need)} of memory in {planned.dtype}, but this machine has "
+            f"{format_bytes(memory)} free. Run main.py export on a larger machine; it needs only access to the bucket."
+        )
+    staged = need * (2 if planned.gguf else 1)
+    if staged > disk:
+        raise ModelError(
+            f"model {facts.source}: the export requires {format_bytes(staged)}, but the disk of {cache.parent} has {format_bytes(disk)} "
+            "free. Free some space."
+        )
+
+
+# --- Conversion ---------------------------------------------------------------------------------------------------
+
+
+def _write_model(
+    trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
+) -> None:
+    """Write the model with one copy in memory: PEFT merges in place layer by layer, transformers writes shard by shard."""
+    import peft
+
+    from training.models.torch_provider import load_weights
+
+    assert planned.dtype is not None
+    weights, base = trained.weights(), trained.base_weights()
+    model: PreTrainedModel = load_weights(
+        base or weights, dtype=planned.dtype, trust_remote_code=trained.config.trust_remote_code
+    )
+    if base is not None:
+        progress("merging")
+        adapted = peft.PeftModel.from_pretrained(model, weights)  # pyright: ignore[reportArgumentType]
+        model = adapted.merge_and_unload(safe_merge=False)  # pyright: ignore[reportCallIssue]
+    model.config.use_cache = True  # disabled during training
+    if model.generation_config is not None:
+        stops = stop_tokens(model, trained.tokenizer())
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+    progress("writing the weights")
+    model.save_pretrained(directory, max_shard_size=_LARGEST_SHARD)
+
+
+def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
+    weights = trained.weights()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(weights / name, directory / name)
+
+
+def _write_gguf(planned: Export, directory: Path) -> None:
+    assert planned.gguf is not None and planned.dtype is not None
+    file = directory / planned.gguf
+    done = subprocess.run(
+        [gguf_tool(), str(directory), "--outfile", str(file), "--outtype", _GGUF_TYPES[planned.dtype]],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0 or not file.exists():
+        last = (done.stderr.strip().splitlines() or ["it wrote no file"])[-1]
+        raise ModelError(
+            f"gguf: {GGUF_TOOL} cannot convert {planned.checkpoint} ({last}). Remove gguf, or check whether this llama.cpp supports the "
+            "architecture."
+        )
+
+
+def _card(trained: "TrainedModel", planned: Export) -> Card:
+    run = open_store(trained.run_uri)
+    return Card(
+        export=planned,
+        base=trained.base or trained.config.initial_base_model_ckpt_path or trained.config.model_id,
+        config=trained.config,
+        manifest=trained.manifest,
+        rank=read_adapter_facts(trained.checkpoint).lora["r"] if trained.base else 0,
+        result=read_result(run),
+        metrics=read_metrics(run),
+    )
+
+
+# --- Upload -------------------------------------------------------------------------------------------------------
+
+
+def _publish(store: Store, planned: Export, directory: Path) -> Export:
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    last = _LOADED_BY[planned.kind]
+    store.write(
+        _UNFINISHED, b"This export is in progress, or was interrupted; the same command completes it.\n"
+    )
+    store.delete([last])
+    store.delete(set(sizes(store, "")) - {_UNFINISHED})
+    records = [
+        FileRecord(path=name, size=(directory / name).stat().st_size, checksum=checksum(directory / name))
+        for name in names
+    ]
+    upload_directory(directory, store, "", [name for name in names if name != last])
+    store.upload(directory / last, last)
+    exported = planned.model_copy(update={"files": records})
+    store.write(EXPORT_FILE, exported.model_dump_json(indent=2).encode(), only_if_absent=True)
+    store.delete([_UNFINISHED])
+    return exported

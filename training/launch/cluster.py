@@ -1,0 +1,236 @@
+"""The Ray cluster that a run trains on: the one that RAY_ADDRESS names, or a local one (driver side)."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
+from training.loop.ray_internals import RAY_JOB_CONFIG_JSON_ENV_VAR, autoscaler_maximum, has_node_groups
+from training.models.files import first_line
+from training.models.kernels import Device
+from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
+from training.planning.plan import RunPlan
+from utils.files import format_bytes
+from utils.storage.bucket import uses_embedded_bucket
+from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
+from utils.storage.node_cache import LIMIT_VARIABLE
+
+# On CPU, glibc returns a step's large blocks to the kernel and allocates them again in the next step, which costs a tenth of
+# the time. Ray's own processes preload jemalloc; with these settings workers do too, and it retains freed memory for 10 s.
+_CPU_ALLOCATOR = {
+    "RAY_LD_PRELOAD_ON_WORKERS": "1",
+    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
+}
+# Rows of varying length fragment blocks of fixed size. torch reads the variable at the first use of a GPU, which is in Ray's
+# code, before any of ours.
+GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+# Ray leaves all of a node's GPUs visible to a worker that requested none, and libraries would use them.
+_NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+_NAMES_OF_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers that a run asks a cluster for."""
+
+    count: int
+    """The maximum."""
+    least: int
+    """The minimum to start with."""
+    device: Device
+    each: dict[str, float]
+    """Ray resources per worker."""
+    storage: str
+    """URI that every worker must reach."""
+
+    @property
+    def together(self) -> dict[str, float]:
+        """Ray resources of the maximum of workers."""
+        return {name: amount * self.count for name, amount in self.each.items()}
+
+    @property
+    def at_least(self) -> dict[str, float]:
+        """Ray resources of the minimum of workers."""
+        return {name: amount * self.least for name, amount in self.each.items()}
+
+
+def workers_of(plan: RunPlan) -> Workers:
+    """Return the workers that a plan asks for."""
+    config = plan.config
+    each = resources_of_device(plan.device) | config.worker_resources
+    return Workers(config.most_devices, config.fewest_devices, plan.device, each, plan.run_uri)
+
+
+def resources_of_device(device: Device) -> dict[str, float]:
+    """Return the default Ray resources per worker."""
+    return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
+
+
+@contextmanager
+def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], None]) -> Iterator[None]:
+    """Connect to the target cluster, or start a local one sized to the workers; the block ends it.
+
+    Args:
+        workers: What the cluster has to hold.
+        target: The cluster to join.
+        progress: Called with a line while the cluster has to scale up.
+
+    Raises:
+        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
+    """
+    address = target.address
+    if address:
+        _join(address, _runtime_environment(workers.device))
+    else:
+        os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
+        ray.init(
+            address="local",  # else Ray joins a cluster that another process started on this machine
+            num_cpus=math.ceil(workers.together["CPU"]),
+            num_gpus=_gpus_here(workers),
+            resources={
+                name: amount
+                for name, amount in workers.together.items()
+                if name not in ("CPU", "GPU", "memory")
+            },
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+    try:
+        growth = _missing(workers, address)
+        if growth:
+            progress(f"waiting for the cluster to scale up: {growth}")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _gpus_here(workers: Workers) -> int:
+    if workers.device == "cpu":
+        return 0
+    import torch
+
+    return min(workers.count, torch.cuda.device_count())
+
+
+def ask_cluster(workers: Workers, address: str) -> str:
+    """Describe whether a cluster can hold the workers, without starting any.
+
+    Raises:
+        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
+    """
+    _join(address, {})
+    try:
+        growth = _missing(workers, address)
+    finally:
+        ray.shutdown()
+    return f"has to scale up: {growth}" if growth else f"{address} has what the workers need"
+
+
+def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        causes = f"{error} {error.__cause__}"
+        token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
+        raise ClusterError(
+            f"RAY_ADDRESS: the cluster at {address} cannot be joined ({first_line(error)}). "
+            + (TOKEN_ADVICE if token else "Look whether it runs the same version of Ray and Python as here.")
+        ) from error
+
+
+def _runtime_environment(device: Device) -> dict[str, Any]:
+    """Return the runtime environment without the keys that Ray's job server has set: Ray rejects a key that is set twice."""
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
+    variables = {STATE_VARIABLE: str(state_directory())}  # a path: access keys never leave the machine
+    if limit := os.environ.get(LIMIT_VARIABLE):
+        variables[LIMIT_VARIABLE] = limit
+    variables |= _allocator(device) if device == "cuda" else _NO_GPUS
+    submitted_variables = submitted.get("env_vars") or {}
+    environment: dict[str, Any] = {
+        "env_vars": {name: value for name, value in variables.items() if name not in submitted_variables}
+    }
+    if "working_dir" not in submitted:
+        environment |= {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
+    return environment
+
+
+def _allocator(device: Device) -> dict[str, str]:
+    """Return the allocator settings of workers; variables that the user has set win."""
+    if device == "cpu":
+        return {name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()}
+    chosen = {name: os.environ[name] for name in _NAMES_OF_GPU_ALLOCATOR if name in os.environ}
+    return chosen or GPU_ALLOCATOR
+
+
+def _missing(workers: Workers, address: str | None) -> str | None:
+    """Describe what a cluster has to scale up to before the minimum of workers can start; None where it can now.
+
+    Args:
+        workers: What the cluster has to hold.
+        address: The address of a joined cluster; None for a local one.
+
+    Raises:
+        ClusterError: it has too little, and cannot scale up to it.
+    """
+    has = ray.cluster_resources()
+    short = _short(workers.at_least, has)
+    most = autoscaler_maximum()
+    listed = _listed(short, has, most)
+    may_grow = (
+        all(most.get(resource, 0) >= amount for resource, amount in short.items())
+        if most
+        else has_node_groups()
+    )
+    if short and not may_grow:
+        raise ClusterError(
+            f"{f'the cluster at {address}' if address else 'this machine'} lacks what {_describe_least(workers)}: {listed}. "
+            "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
+        )
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    may_get_nodes = short or (address and _short(workers.together, has))
+    if (len(nodes) > 1 or may_get_nodes) and uses_embedded_bucket(workers.storage):
+        count = len(nodes) if len(nodes) > 1 else "more than one"
+        raise ClusterError(
+            f"the embedded bucket serves this machine only, and the cluster has {count} nodes. Set storage_path to a bucket that "
+            "all nodes reach."
+        )
+    return listed or None
+
+
+def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, float]:
+    """Return the needed amount of each resource that the cluster has less of."""
+    return {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
+
+
+def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
+    """List the needed amounts beside what the cluster has and, if its autoscaler says so, can scale up to."""
+
+    def amount_of(name: str, amount: float) -> str:
+        return format_bytes(int(amount)) if name.endswith("memory") else f"{amount:g}"
+
+    return ", ".join(
+        f"{name} {amount_of(name, amount)} (has {amount_of(name, has.get(name, 0))}"
+        f"{f', at most {amount_of(name, most.get(name, 0))}' if most else ''})"
+        for name, amount in short.items()
+    )
+
+
+def _describe_least(workers: Workers) -> str:
+    """Return the subject and verb of a sentence about what they need."""
+    return f"{workers.least} workers need" if workers.least > 1 else "a worker needs"
+
+
+def lacking(workers: Workers) -> str | None:
+    """Describe what a cluster that has lost nodes lacks for the minimum of workers; None where it lacks nothing."""
+    has = ray.cluster_resources()
+    short = _short(workers.at_least, has)
+    if not short:
+        return None
+    return f"waiting for the cluster to have what {_describe_least(workers)}: {_listed(short, has, {})}"

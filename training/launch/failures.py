@@ -1,0 +1,113 @@
+"""Why workers failed: Ray's exceptions become typed causes, and causes the reason that a run reports."""
+
+import re
+from collections.abc import Sequence
+
+import ray.exceptions
+import ray.train
+
+from training.events import FailureCause, FailureKind
+from training.loop.ray_internals import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+from training.models.files import first_line
+from training.planning.memory import Saving, describe_savings
+
+_LONGEST_REASON = 400  # characters
+
+_LOST_WORKER = (
+    ray.exceptions.RayActorError,  # ActorDiedError and ActorUnavailableError are subclasses
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.OwnerDiedError,
+    WorkerHealthCheckFailedError,  # its text ends with the failure that it wraps
+    WorkerGroupStartupFailedError,
+)
+
+# Ray 2.60.0: the memory monitor kills an actor, and Ray reports an ActorDiedError whose text alone says why.
+_KILLED_FOR_MEMORY = re.compile(r"^.*running low on memory.*$", re.MULTILINE)
+
+# torch 2.x raises OutOfMemoryError from its CUDA allocator only. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
+_TORCH_WITHOUT_MEMORY = re.compile(
+    r"^.*(?:DefaultCPUAllocator: can't allocate memory|CUDA.*out of memory|Cuda failure.*out of memory).*$",
+    re.MULTILINE,
+)
+
+
+def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
+    """Classify the exceptions of a failed attempt.
+
+    Args:
+        error: What TorchTrainer.fit(), Ray's controller or a Ray call raised.
+
+    Returns:
+        One cause per failed worker; a single one where Ray itself failed.
+    """
+    failures = error.worker_failures.values() if isinstance(error, ray.train.WorkerGroupError) else [error]
+    return tuple(_cause_of(failure) for failure in failures)
+
+
+def classify(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
+    """Describe in one line why workers failed.
+
+    One worker's death makes the others fail as well, so the most specific cause counts: out of memory, then a lost
+    worker, then the first worker's own error.
+
+    Args:
+        causes: At least one.
+        savings: Settings that would save memory, appended to an out-of-memory reason.
+    """
+    by_kind: dict[FailureKind, str] = {}
+    for cause in causes:
+        by_kind.setdefault(cause.kind, cause.line)
+    if line := by_kind.get("out of memory"):
+        return f"out of memory: {line[:_LONGEST_REASON].rstrip('.')}. {describe_savings(savings)}".strip()
+    if line := by_kind.get("worker lost"):
+        return f"worker lost: {line}"
+    return by_kind["error"]
+
+
+def describe_lost_cluster(error: ray.exceptions.RayError, savings: Sequence[Saving]) -> str:
+    """Describe in one sentence why the driver lost its cluster; Ray may kill a run's own actors where memory is short."""
+    causes = causes_of(error)
+    if causes[0].kind == "out of memory":
+        return classify(causes, savings)
+    return f"the cluster was lost ({first_line(error)})."
+
+
+def _cause_of(failure: BaseException) -> FailureCause:
+    error = _unwrapped(failure)
+    text = str(error).strip()
+    if _is_memory_error(error):
+        # Ray lists its largest processes over forty lines; the first line that names memory says why.
+        memory = re.search(r"^.*memory.*$", text, re.MULTILINE | re.IGNORECASE)
+        return FailureCause("out of memory", memory[0].strip() if memory else first_line(error))
+    if isinstance(error, _LOST_WORKER):
+        if killed := _KILLED_FOR_MEMORY.search(text):
+            return FailureCause("out of memory", killed[0].strip())
+        return FailureCause("worker lost", text.splitlines()[-1])  # below the ids of the actor
+    if isinstance(error, RuntimeError) and (refused := _TORCH_WITHOUT_MEMORY.search(text)):
+        return FailureCause("out of memory", refused[0].strip())
+    if isinstance(
+        failure, ray.exceptions.RayTaskError
+    ):  # of an evaluation, which has no log file to look up the type
+        return FailureCause("error", f"{type(error).__name__}: {first_line(error)}")
+    return FailureCause("error", first_line(error))
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Return the exception inside Ray's wrappers."""
+    while True:
+        match error:
+            case ray.train.ControllerError():
+                error = error.controller_failure
+            case ray.exceptions.RayTaskError() if isinstance(error.cause, BaseException):
+                error = error.cause
+            case _:
+                return error
+
+
+def _is_memory_error(error: BaseException) -> bool:
+    """Whether a type says so: MemoryError, Ray's OutOfMemoryError, or torch's, known by its name without importing torch."""
+    return isinstance(error, MemoryError) or any(
+        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
+    )

@@ -1,0 +1,177 @@
+"""The end of a run: its RunResult, written to result.json with the eval curve and the report page (driver side)."""
+
+import platform
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from configs.loading import to_yaml
+from runs.curve import draw_eval_curve
+from runs.layout import (
+    CONFIG_FILE,
+    CURVE_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    Manifest,
+    MetricsLine,
+    RunResult,
+    RunStatus,
+    Speed,
+    checkpoint_uri,
+)
+from runs.reading import best, committed, eval_losses_of, parent_metrics, read_metrics, read_result
+from runs.report import RunReport
+from runs.report import to_html as report_to_html
+from training.checkpoints.committer import package_versions
+from training.data.report import key_figures
+from training.events import CheckpointCommitted, ModelReady
+from training.planning.plan import RunPlan
+from training.planning.report import PlanReport
+from utils.storage.bucket import Store, open_store
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the driver knows about an attempt once it is over, beside what is in the bucket."""
+
+    failure: str | None
+    """Why it failed, if it did."""
+    signals: Sequence[int]
+    """The signals that the driver received."""
+    model: ModelReady | None
+    checkpoint: CheckpointCommitted | None
+    """The latest checkpoint that this attempt committed or restored."""
+    restarts: Sequence[str]
+    """Why workers were restarted."""
+    log_files: Sequence[Path]
+    elapsed_seconds: float
+    command: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended, as in result.json."""
+
+    status: RunStatus
+    reason: str
+    stop_signal: int | None = None
+
+
+def ending_of(failure: str | None, signals: Sequence[int], finished: bool) -> Ending:
+    """Decide how an attempt ended.
+
+    Args:
+        failure: Why it failed, if it did.
+        signals: The signals that the driver received.
+        finished: Whether the last step is committed.
+    """
+    if finished and failure is None:
+        return Ending("completed", "all steps done")
+    if signals:
+        name = signal.Signals(signals[0]).name
+        return Ending("stopped", f"{name}; before it could stop: {failure}" if failure else name, signals[0])
+    assert failure is not None, "training ended early, without an error"
+    return Ending("failed", failure)
+
+
+def write_result(plan: RunPlan, report: PlanReport, attempt: Attempt) -> RunResult:
+    """Write result.json, the eval curve and the report page; a run that wrote nothing gets no files.
+
+    Raises:
+        BucketError: the run cannot be read, or not written to.
+    """
+    store = open_store(plan.run_uri)
+    manifests = committed(store)
+    metrics = read_metrics(store)
+    result = _result_of(plan, report, attempt, store, manifests, metrics)
+    if store.read_if_exists(CONFIG_FILE) is None:
+        return result
+    before = _parent_metrics(plan)
+    if result.eval_losses:
+        store.write(CURVE_FILE, draw_eval_curve(plan.run_name, result.eval_losses, eval_losses_of(before)))
+    page = RunReport(
+        result=result,
+        metrics=metrics,
+        parent_metrics=before,
+        checkpoints=manifests,
+        data=key_figures(report),
+        config=to_yaml(plan.config),
+        environment={
+            "device": report.device,
+            "parallelism": report.parallelism,
+            "kernels": report.kernels,
+            "python": platform.python_version(),
+        },
+        command=attempt.command,
+        base_model=plan.base_model,
+        trains_adapter=plan.config.trains_adapter,
+    )
+    store.write(REPORT_FILE, report_to_html(page).encode())
+    store.write(RESULT_FILE, result.model_dump_json(indent=2).encode())
+    return result
+
+
+def _result_of(
+    plan: RunPlan,
+    report: PlanReport,
+    attempt: Attempt,
+    store: Store,
+    manifests: list[Manifest],
+    metrics: list[MetricsLine],
+) -> RunResult:
+    last = manifests[-1] if manifests else None
+    steps = last.step if last else 0
+    ending = ending_of(attempt.failure, attempt.signals, bool(manifests) and steps >= plan.max_steps)
+    # An evaluation after the last checkpoint belongs to weights that are lost; before the first one, to the starting weights.
+    eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= steps]
+    if last is None and plan.config.resume_from_checkpoint:
+        eval_losses = []  # they are the parent's
+    speed = attempt.checkpoint.speed if attempt.checkpoint else Speed()
+    tokens, trained_tokens = _tokens_until(last, attempt.checkpoint, store)
+    return RunResult(
+        status=ending.status,
+        reason=ending.reason,
+        stop_signal=ending.stop_signal,
+        run_name=plan.run_name,
+        run_uri=plan.run_uri,
+        best_checkpoint=_uri(plan, best(manifests)),
+        last_checkpoint=_uri(plan, last),
+        eval_losses=eval_losses,
+        train_steps=steps,
+        tokens=tokens,
+        trained_tokens=trained_tokens,
+        tokens_per_second=speed.tokens_per_second,
+        speed=speed,
+        elapsed_seconds=round(attempt.elapsed_seconds, 3),
+        parent=plan.parent,
+        trainable_parameters=(
+            attempt.model.trainable_parameters if attempt.model else report.trainable_parameters
+        ),
+        failures=list(attempt.restarts),
+        log_files=[str(log) for log in attempt.log_files],
+        versions=package_versions(),
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _tokens_until(
+    last: Manifest | None, reached: CheckpointCommitted | None, store: Store
+) -> tuple[int, int]:
+    """Return (tokens, loss tokens) from this attempt's events or, where it reached no checkpoint, from an earlier result."""
+    if reached:
+        return reached.tokens, reached.trained_tokens
+    before = read_result(store)
+    if before and last and before.train_steps == last.step:
+        return before.tokens, before.trained_tokens
+    return 0, 0
+
+
+def _parent_metrics(plan: RunPlan) -> list[MetricsLine]:
+    """Return the metrics of the run whose weights this one started from; a run that resumed from it has them in its own."""
+    return [] if plan.config.resume_from_checkpoint else parent_metrics(plan.parent)
+
+
+def _uri(plan: RunPlan, manifest: Manifest | None) -> str | None:
+    return checkpoint_uri(plan.run_uri, manifest.step) if manifest else None

@@ -1,0 +1,185 @@
+"""Submit a run to Ray's job server: check it locally, submit it, and follow its output."""
+
+import asyncio
+import json
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass, replace
+
+import aiohttp
+import requests
+from pydantic import ValidationError
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from runs.layout import RunResult
+from training.launch.packaging import Packed
+from training.models.files import first_line
+from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
+from training.planning.planner import Progress, make_plan
+from training.planning.report import PlanReport
+from utils.storage.bucket import BucketError, NotFoundError
+
+# `ray job stop` sends SIGTERM, and SIGKILL after this time, during which the driver commits a checkpoint.
+_STOP_SECONDS = 600
+_LOOK_SECONDS = 1.0
+_SILENCE_SECONDS = 120.0
+"""Maximum time that the job server may be unreachable while its job is followed."""
+
+_UNREACHABLE = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """The result of a job."""
+
+    exit_code: int
+    """Exit code as of main.py: that of the job's process, or its equivalent if Ray terminated the process."""
+    result: RunResult | None
+    """The result that the job printed with --json."""
+    reason: str | None
+    """Reason for the end, if the job's output does not contain it."""
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A submitted job."""
+
+    client: JobSubmissionClient
+    submission_id: str
+    address: str
+
+    def to_json(self) -> str:
+        """Return id and address as JSON."""
+        return json.dumps({"submission_id": self.submission_id, "address": self.address})
+
+    @property
+    def follow_command(self) -> list[str]:
+        """Return the command that prints the job's output from the start."""
+        return ["ray", "job", "logs", "--follow", "--address", self.address, self.submission_id]
+
+    @property
+    def stop_command(self) -> list[str]:
+        """Return the command that stops the job after it has committed a checkpoint."""
+        return ["ray", "job", "stop", "--address", self.address, self.submission_id]
+
+
+def check_from_here(packed: Packed, target: ClusterTarget, progress: Progress) -> PlanReport | str:
+    """Return the plan that the job will make, or the reason why it cannot be made on this machine.
+
+    An invalid run is rejected now. URIs that only the cluster can access are left to the job, which checks them before
+    it requests workers.
+    """
+    if packed.on_the_cluster:
+        return f"{', '.join(packed.on_the_cluster)}: accessible only from the cluster"
+    # The scratch directory is valid only on the nodes.
+    loaded = replace(packed.loaded, config=packed.loaded.config.model_copy(update={"output_dir": None}))
+    with chdir(packed.directory):
+        try:
+            return make_plan(loaded, target=target, progress=progress)[1]
+        except NotFoundError:
+            raise
+        except BucketError as error:
+            return str(error)
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Return a client of the job server."""
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ClusterError(f"--submit: {address} denied access. {TOKEN_ADVICE}") from error
+    except (*_UNREACHABLE, ValueError, KeyError) as error:
+        raise ClusterError(
+            f"--submit: {address} is not a Ray job server ({first_line(error)}). Use the address of the head node's dashboard, such as "
+            "http://HEAD:8265; the head node needs ray[default]."
+        ) from error
+
+
+def submit(client: JobSubmissionClient, address: str, packed: Packed) -> SubmittedJob:
+    """Submit the run. It uses the cluster's own credentials: no environment variable of this machine is sent."""
+    try:
+        submission_id = client.submit_job(
+            # With --json the result is the last line of the output, after any other output.
+            entrypoint=shlex.join(["python", "main.py", packed.yaml, "--json"]),
+            runtime_env={
+                "working_dir": str(packed.directory),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)},
+            },
+        )
+    except _UNREACHABLE as error:
+        raise ClusterError(f"--submit: {address} did not accept the job ({first_line(error)}).") from error
+    return SubmittedJob(client, submission_id, address)
+
+
+def follow(job: SubmittedJob, show: Callable[[str], None]) -> JobEnd:
+    """Print each line of the job's output until the job ends.
+
+    If the job server is unreachable, retry and continue the output where it stopped. Raise an error if it stays unreachable.
+    """
+    output = _Output(show)
+    heard = time.monotonic()
+    while True:
+        try:
+            asyncio.run(_read(job, output))
+            details = job.client.get_job_info(job.submission_id)
+        except _UNREACHABLE as error:
+            if time.monotonic() - heard > _SILENCE_SECONDS:
+                raise ClusterError(
+                    f"the job server at {job.address} does not answer any more ({first_line(error)}). The job {job.submission_id} may still "
+                    f"run: {shlex.join(job.follow_command)}. If its cluster is gone, the same command resumes the run."
+                ) from error
+        else:
+            heard = time.monotonic()
+            if details.status.is_terminal():
+                output.end()
+                return _end(details.status, details.driver_exit_code, details.message, output.result)
+        time.sleep(_LOOK_SECONDS)
+
+
+async def _read(job: SubmittedJob, output: "_Output") -> None:
+    """Read the job's output until it or the connection ends."""
+    position = 0
+    async for text in job.client.tail_job_logs(job.submission_id):
+        output.add(text[max(0, output.length - position) :])
+        position += len(text)
+
+
+class _Output:
+    """The job's output, separated into lines for the screen and the result."""
+
+    def __init__(self, show: Callable[[str], None]):
+        self.length = 0
+        """Characters received so far."""
+        self.result: RunResult | None = None
+        self._show = show
+        self._unfinished = ""
+
+    def add(self, text: str) -> None:
+        self.length += len(text)
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
+        for line in lines:
+            self._take(line)
+
+    def end(self) -> None:
+        if self._unfinished:
+            self._take(self._unfinished)
+
+    def _take(self, line: str) -> None:
+        if line.startswith('{"status":'):
+            try:
+                self.result = RunResult.model_validate_json(line)
+                return
+            except ValidationError:
+                pass  # a line of another program
+        self._show(line)
+
+
+def _end(status: JobStatus, exit_code: int | None, message: str | None, result: RunResult | None) -> JobEnd:
+    if status == JobStatus.STOPPED:
+        return JobEnd(result.exit_code if result else 143, result, None)
+    if exit_code is not None:
+        return JobEnd(exit_code, result, None)
+    return JobEnd(1, result, f"Ray ended the job: {message}")

@@ -1,0 +1,1 @@
+"""One worker's life: worker, trainers, callbacks, throughput, trackers."""

@@ -1,0 +1,230 @@
+"""The trainer's callbacks: when to evaluate, save and stop, what to report and what to commit. One small class each."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Gauge
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from configs.schema import CheckpointFrequency
+from runs.layout import eval_figures
+from training.events import DivergedError, Evaluated, Event, StepDone
+from training.loop.throughput import PhaseClock
+
+_RECORD_EVERY_SECONDS = 30.0
+_RECORDED_LINES_A_SECOND = 100
+_GAUGES = {
+    "loss": "Training loss of the last step, a mean over its trained tokens",
+    "eval_loss": "Loss of the last evaluation, a mean over its trained tokens",
+    "tokens_per_second": "Tokens a second of the last step, padding not counted, all workers together",
+}
+
+
+class Schedule(TrainerCallback):
+    """Requests evaluation and a checkpoint at the YAML's frequency, and at the end."""
+
+    def __init__(self, frequency: CheckpointFrequency, steps_per_epoch: int, *, evaluates: bool):
+        self.evaluates = evaluates
+        self.every = frequency.frequency * (steps_per_epoch if frequency.unit == "epochs" else 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = self.evaluates
+            control.should_save = True
+
+
+class AfterFirstStep(TrainerCallback):
+    """Calls a function once, after the first optimizer step of an attempt."""
+
+    def __init__(self, work: Callable[[], None]):
+        self.work = work
+        self.is_done = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if not self.is_done:
+            self.is_done = True
+            self.work()
+
+
+class ProgressReporter(TrainerCallback):
+    """Emits an event for each step and evaluation."""
+
+    def __init__(self, emit: Callable[[Event], None]):
+        self.emit = emit
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """After a step's loss or an eval loss is known."""
+        assert logs is not None
+        if "eval_loss" in logs:
+            self.emit(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"], eval_figures(logs)))
+        elif "loss" in logs:
+            self.emit(
+                StepDone(
+                    state.global_step,
+                    state.max_steps,
+                    state.epoch or 0.0,
+                    logs["loss"],
+                    logs["tokens_per_second"],
+                    logs.get("mfu"),
+                    logs["peak_memory_bytes"],
+                    {name: value for name, value in logs.items() if name.startswith("rewards/")},
+                )
+            )
+
+
+class Gauges(TrainerCallback):
+    """Exports the latest metrics through Ray, whose dashboard and Prometheus show them as ray_anneal_* (rank 0)."""
+
+    def __init__(self, run_name: str):
+        self.gauges = {name: Gauge(f"anneal_{name}", text, ("run",)) for name, text in _GAUGES.items()}
+        for gauge in self.gauges.values():
+            gauge.set_default_tags({"run": run_name})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """After a step's figures or an evaluation's are known."""
+        assert logs is not None
+        for name, gauge in self.gauges.items():
+            if name in logs:
+                gauge.set(logs[name])
+
+
+class Diverging(TrainerCallback):
+    """Fails the run on every rank, before it saves, on a NaN or infinite loss or gradient.
+
+    Args:
+        rows_of_step: Step -> the sources of the rows that it trained on, for messages.
+        last_good: Returns the URI of the latest committed checkpoint, if any.
+    """
+
+    def __init__(self, rows_of_step: Callable[[int], str], last_good: Callable[[], str | None]):
+        self.rows_of_step = rows_of_step
+        self.last_good = last_good
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """After a step's figures are known, which are the same on every rank."""
+        figures = {
+            name: float(logs[name]) for name in ("loss", "grad_norm", "eval_loss") if logs and name in logs
+        }
+        wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
+        if not wrong:
+            return
+        where = f" on the rows {self.rows_of_step(state.global_step)}" if "loss" in figures else ""
+        left = self.last_good()
+        if state.global_step == 0:
+            raise DivergedError(
+                f"before the first step: {' and '.join(wrong)}. The weights that the run starts from hold numbers that are none, or too "
+                "large for its dtype. Start from another checkpoint, or write dtype: fp32 to see which."
+            )
+        raise DivergedError(
+            f"step {state.global_step}: {' and '.join(wrong)}{where}. "
+            + (f"The last good checkpoint is {left}. " if left else "No checkpoint was committed before. ")
+            + "Lower learning_rate, raise num_warmup_steps, or look at those rows."
+        )
+
+
+class Stopping(TrainerCallback):
+    """Stops training after a checkpoint, at the same step on every rank, once rank 0 receives a request.
+
+    Rank 0's answer is broadcast after each step, so that no rank continues alone.
+    """
+
+    def __init__(self, is_requested: Callable[[], bool], broadcast: Callable[[bool], bool]):
+        self.is_requested = is_requested
+        self.broadcast = broadcast
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if self.broadcast(self.is_requested()):
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Preempted(TrainerCallback):
+    """Saves one checkpoint when a node is about to be terminated; training continues until it is.
+
+    Rank 0 is notified for every node; its answer is broadcast after each step.
+    """
+
+    def __init__(self, is_preempted: Callable[[], bool], broadcast: Callable[[bool], bool]):
+        self.is_preempted = is_preempted
+        self.broadcast = broadcast
+        self.is_done = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an optimizer step."""
+        if not self.is_done and self.broadcast(self.is_preempted()):
+            self.is_done = True
+            control.should_save = True
+
+
+class Recording(TrainerCallback):
+    """Writes the metrics between checkpoints, for `show` and `compare` while the run trains (rank 0)."""
+
+    def __init__(self, record: Callable[[list[dict[str, Any]]], None]):
+        self.record = record
+        self.due = time.monotonic() + _RECORD_EVERY_SECONDS
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a step's figures or an evaluation's are known."""
+        if time.monotonic() >= self.due:
+            # Every record rewrites all lines; a growing interval keeps its share of the time constant.
+            lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
+            self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
+            self.record(list(state.log_history))
+
+
+class Committing(TrainerCallback):
+    """Passes each saved checkpoint to the committer, on every rank."""
+
+    def __init__(
+        self, save: Callable[[Path, TrainerState], None], check: Callable[[], None], clock: PhaseClock
+    ):
+        self.save = clock.timed("upload_stall", save)
+        self.check = check
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Fail the run if a checkpoint could not be committed."""
+        self.check()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After transformers saved into output_dir/checkpoint-STEP."""
+        assert args.output_dir is not None
+        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)

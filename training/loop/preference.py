@@ -1,0 +1,268 @@
+"""Preference tuning on top of TRL's SFTTrainer, with losses and rewards averaged over pairs.
+
+TRL's preference trainers need a GPU, since they compute log-probabilities in a Triton kernel, and they average over micro-batches.
+The tests compare these losses with TRL's.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, logsigmoid
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+from configs.schema import PreferenceTuningConfig
+from training.data.batches import without_mask
+from training.data.row_index import IGNORED
+from training.loop.trainers import FineTuningTrainer
+from training.models.request import REFERENCE_ADAPTER
+
+FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def collate_pairs(
+    pad_token_id: int, multiple: int | None, *, masked: bool
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return a collator for pairs: 2 x pairs rows, chosen first, with labels on the responses.
+
+    If rows have mismatched responses, `mismatched` is a second batch of the same form.
+
+    Args:
+        pad_token_id: Token that pads sequences.
+        multiple: Passed as `pad_to_multiple_of`.
+        masked: True if batches need an attention mask.
+    """
+    collator = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=multiple)
+    collate_answers = collator if masked else without_mask(collator)
+
+    def collate_half(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate_answers(examples)
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
+        return batch | {"labels": labels}
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate_half(examples)
+        if "mismatched_chosen_ids" in examples[0]:
+            names = ("chosen_ids", "rejected_ids")
+            mismatched = [
+                {"prompt_ids": example["prompt_ids"]}
+                | {name: example[f"mismatched_{name}"] for name in names}
+                for example in examples
+            ]
+            batch["mismatched"] = collate_half(mismatched)
+        return batch
+
+    return collate
+
+
+def pair_losses(
+    settings: PreferenceTuningConfig,
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    tokens: torch.Tensor,
+    divergence: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each pair and the implicit rewards of its responses.
+
+    Args:
+        settings: Loss type and beta.
+        policy: Log-probability of each response in nats, (2, pairs), chosen first.
+        reference: The same under the reference model; unused by orpo.
+        tokens: Number of tokens of each response, (2, pairs).
+        divergence: Estimated KL divergence from the reference in nats, at least 0; only for kto.
+
+    Returns:
+        Losses (pairs) and rewards (2, pairs).
+
+    dpo: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. ipo: Azar et al. 2023 (arXiv 2310.12036), eq. 17, with
+    log-probabilities per token, as in the authors' code. orpo: Hong et al. 2024 (arXiv 2403.07691), eqs. 6 and 7, with beta as
+    its lambda. kto: Ethayarajh et al. 2024 (arXiv 2402.01306), eqs. 7 and 8, with each pair as one desirable and one undesirable
+    response.
+    """
+    beta = settings.beta
+    if settings.loss == "orpo":
+        chosen, rejected = policy / tokens
+        log_odds = chosen - rejected - torch.log(-torch.expm1(chosen)) + torch.log(-torch.expm1(rejected))
+        return -chosen - beta * logsigmoid(log_odds), beta * policy / tokens
+    ratios = policy - reference
+    rewards = beta * ratios
+    if settings.loss == "ipo":
+        chosen, rejected = ratios / tokens
+        return (chosen - rejected - 1 / (2 * beta)) ** 2, rewards
+    if settings.loss == "kto":
+        assert divergence is not None
+        desirable = torch.sigmoid(rewards[0] - beta * divergence)
+        undesirable = torch.sigmoid(beta * divergence - rewards[1])
+        return 1 - (desirable + undesirable) / 2, rewards
+    return -logsigmoid(rewards[0] - rewards[1]), rewards
+
+
+class PreferenceTrainer(FineTuningTrainer):
+    """A trainer for preference pairs.
+
+    The reference is the base model without the new adapter, the initial state of a continued adapter, or a frozen copy of the model.
+    """
+
+    def __init__(self, *, reference_model: Any | None, **arguments: Any):
+        """Build the trainer.
+
+        Args:
+            reference_model: Frozen copy of the model in full-parameter training; None with LoRA or if the loss needs none.
+            arguments: Passed to FineTuningTrainer.
+        """
+        super().__init__(**arguments)
+        settings = self.config.preference_tuning_config or PreferenceTuningConfig()
+        self.settings = settings
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the number of pairs in the step
+        self.reference_model = self._prepared(reference_model) if reference_model is not None else None
+        self._trained = self._no_sums()
+        self._divergence: torch.Tensor | None = None  # set during an evaluation
+
+    def _prepared(self, model: Any) -> Any:
+        model.requires_grad_(False)
+        model.eval()
+        if not self.loss_of_transformers:
+            add_fused_lm_head(model)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        return model.to(self.args.device)
+
+    def _no_sums(self) -> torch.Tensor:
+        return torch.zeros(2 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """Return the number of pairs in a step, over all workers."""
+        count = sum((_is_pair(batch["labels"]).sum() for batch in batch_samples), torch.tensor(0))
+        return self.of_all_workers(count.to(device))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return this worker's share of the mean over the step's pairs; DDP averages over workers."""
+        losses, rewards = self._pairs(model, inputs)
+        self._trained += _sums(losses, rewards)
+        return losses.sum() / num_items_in_batch * self.args.world_size
+
+    def sums(self, model: Any, inputs: Any) -> torch.Tensor:
+        """Return the sums of loss, pairs and reward figures of a batch."""
+        return _sums(*self._pairs(model, inputs))
+
+    def figures(self, totals: list[float]) -> dict[str, float]:
+        """Return the loss and reward figures as means over pairs."""
+        loss, pairs, *figures = totals
+        return {"loss": loss / pairs} | {
+            name: figure / pairs for name, figure in zip(FIGURES, figures, strict=True)
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the reward figures of the step to the logs."""
+        if "loss" in logs:
+            figures = self.figures(self.of_all_workers(self._trained).tolist())
+            logs |= {name: figures[name] for name in FIGURES}
+            self._trained = self._no_sums()
+        super().log(logs, start_time)
+
+    def rehearse(self) -> None:
+        """Run the largest batch as in FineTuningTrainer, and leave the reward figures unchanged."""
+        trained = self._trained.clone()
+        super().rehearse()
+        self._trained = trained
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """Evaluate as in FineTuningTrainer; kto's divergence is computed over all pairs, independent of the batch size."""
+        if self.settings.loss == "kto" and self.rows.valid is not None:
+            totals = self.added_up(self.rows.valid, self._divergence_sums, self.on_eval_progress)
+            self._divergence = _mean_divergence(totals)
+        metrics = super().evaluate(*arguments, **keywords)
+        self._divergence = None
+        return metrics
+
+    def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the sum and number of log-ratios of mismatched responses."""
+        mismatched = inputs["mismatched"]
+        real = _is_pair(mismatched["labels"])
+        with torch.no_grad():
+            policy = self._log_probabilities(model, mismatched)
+            ratios = (policy - self._under_reference(mismatched))[:, real]
+        return torch.stack([ratios.sum(), torch.tensor(ratios.numel(), device=ratios.device)]).double()
+
+    def _pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses and rewards of the batch's pairs, without padding pairs."""
+        divergence = self._divergence
+        if divergence is None and self.settings.loss == "kto":
+            divergence = _mean_divergence(self.of_all_workers(self._divergence_sums(model, inputs)))
+        inputs = {name: value for name, value in inputs.items() if name != "mismatched"}
+        real = _is_pair(inputs["labels"])
+        policy = self._log_probabilities(model, inputs)
+        reference = (
+            torch.zeros_like(policy) if self.settings.loss == "orpo" else self._under_reference(inputs)
+        )
+        tokens = _halves((inputs["labels"][:, 1:] != IGNORED).sum(1))
+        losses, rewards = pair_losses(
+            self.settings, policy[:, real], reference[:, real], tokens[:, real], divergence
+        )
+        return losses, rewards.detach()
+
+    def _log_probabilities(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the total log-probability of each response, (2, pairs)."""
+        if self.loss_of_transformers:
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = model(**unlabelled | {"use_cache": False}).logits
+            return _halves(-_token_losses(logits, inputs["labels"]).sum(1))
+        return _halves(model(**inputs | {"use_cache": False, "fused_lm_head": True}).log_probs.sum(1).float())
+
+    def _under_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
+            return self._log_probabilities(reference, inputs)
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        if self.reference_model is not None:
+            yield self.reference_model
+            return
+        model: Any = self.model
+        was_training = model.training
+        model.eval()  # no dropout
+        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
+        with use_adapter(model, adapter):
+            yield model
+        model.train(was_training)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        assert self.args.output_dir is not None
+        reference = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_ADAPTER
+        if self.args.should_save and reference.exists():
+            shutil.rmtree(reference)  # it equals the run's starting adapter
+
+
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each label in nats, 0 where IGNORED: (rows, tokens) -> (rows, tokens - 1)."""
+    return cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
+    )
+
+
+def _halves(values: torch.Tensor) -> torch.Tensor:
+    return values.view(2, -1)
+
+
+def _is_pair(labels: torch.Tensor) -> torch.Tensor:
+    """Return a mask of the real pairs in a batch; the others are padding."""
+    return _halves((labels != IGNORED).any(1)).all(0)
+
+
+def _sums(losses: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    chosen, rejected = rewards.double()
+    count = torch.tensor(chosen.numel(), dtype=torch.float64, device=chosen.device)
+    figures = (chosen, rejected, chosen - rejected, (chosen > rejected).double())
+    return torch.stack([losses.detach().double().sum(), count, *(figure.sum() for figure in figures)])
+
+
+def _mean_divergence(totals: torch.Tensor) -> torch.Tensor:
+    return (totals[0] / totals[1].clamp(min=1)).clamp(min=0).float()

@@ -1,0 +1,72 @@
+"""The record of a saved checkpoint: what is known of it at the moment it was saved."""
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runs.layout import (
+    DataPosition,
+    Manifest,
+    checkpoint_uri,
+    metrics_lines,
+)
+from training.checkpoints.committer import SavedCheckpoint, package_versions
+from training.events import CheckpointCommitted
+from training.planning.plan import RunPlan
+from training.world import World
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from training.loop.throughput import Throughput
+
+
+def describe_saved(
+    plan: RunPlan, world: World, throughput: "Throughput", directory: Path, state: "TrainerState"
+) -> SavedCheckpoint:
+    """Describe the checkpoint that transformers has just saved.
+
+    Args:
+        plan: The run.
+        world: This worker.
+        throughput: The counts up to this step.
+        directory: The checkpoint, on this node.
+        state: transformers' state at this step.
+    """
+    step, epoch = state.global_step, state.epoch or 0.0
+    eval_loss = next(
+        (entry["eval_loss"] for entry in state.log_history if entry["step"] == step and "eval_loss" in entry),
+        None,
+    )
+    manifest = Manifest(
+        step=step,
+        epoch=epoch,
+        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
+        world_size=world.world_size,
+        zero_stage=plan.resolved.zero_stage,
+        config_hash=plan.config_hash,
+        data=plan.data,
+        data_position=DataPosition(
+            epoch=step // plan.steps_per_epoch,
+            steps_in_epoch=step % plan.steps_per_epoch,
+            rows_seen=throughput.trained.rows,
+        ),
+        parent=plan.parent,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=package_versions(),
+        files=[],
+    )
+    event = committed_event(plan, step, throughput)
+    return SavedCheckpoint(directory, manifest, metrics_lines(state.log_history), event)
+
+
+def committed_event(plan: RunPlan, step: int, throughput: "Throughput") -> CheckpointCommitted:
+    """Return the event for a checkpoint of this run at `step`."""
+    return CheckpointCommitted(
+        step=step,
+        uri=checkpoint_uri(plan.run_uri, step),
+        tokens=throughput.trained.tokens,
+        trained_tokens=throughput.trained.trained_tokens,
+        speed=throughput.speed(),
+    )

@@ -1,0 +1,130 @@
+"""Trainer factory: build the batches and the trainer for a plan's task."""
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from training.data.batches import (
+    Order,
+    PairSequences,
+    TokenSequences,
+    longest_sequence,
+    pack,
+    pad_to_multiple_of,
+)
+from training.data.labels import label_tokens
+from training.data.prepared import PreparedData
+from training.loop.preference import PreferenceTrainer, collate_pairs
+from training.loop.trainers import (
+    ClassificationTrainer,
+    FineTuningTrainer,
+    TrainingRows,
+    base_of,
+    collate_rows,
+)
+from training.models import add_reference
+from training.models.request import ModelRequest
+from training.planning.plan import RunPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def build_trainer(
+    plan: RunPlan,
+    order: Order,
+    train: PreparedData,
+    valid: PreparedData | None,
+    *,
+    model: Any,
+    request: ModelRequest,
+    tokenizer: "PreTrainedTokenizerFast",
+    **arguments: Any,
+) -> FineTuningTrainer:
+    """Build the trainer for the plan's task.
+
+    Args:
+        plan: The run's plan.
+        order: Assigns sequences to steps.
+        train: Prepared training rows.
+        valid: Prepared validation rows, or None.
+        model: The model to train.
+        request: The request from which the model was built.
+        tokenizer: The model's tokenizer.
+        arguments: Further arguments of FineTuningTrainer.
+    """
+    config = plan.config
+    pad_token_id = tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int)
+    multiple = pad_to_multiple_of(config, plan.device, train.summary.longest)
+    arguments |= {
+        "config": config,
+        "base_model": plan.base_model,
+        "model": model,
+        "tokenizer": tokenizer,
+        "loss_of_transformers": plan.device == "cpu" and plan.resolved.kernels.provider != "unsloth",
+    }
+    # Unsloth drops the mask itself and treats position ids as a sign of packed rows.
+    masked = plan.resolved.kernels.provider == "unsloth" or needs_mask(model)
+    if config.task == "preference_tuning":
+        loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
+
+        def pairs(rows: PreparedData) -> PairSequences:
+            return PairSequences(rows.dataset(), pad_token_id, with_mismatched=loss == "kto")
+
+        return PreferenceTrainer(
+            # orpo needs no reference
+            reference_model=add_reference(model, request) if loss != "orpo" else None,
+            rows=TrainingRows(
+                order,
+                pairs(train),
+                pairs(valid) if valid else None,
+                collate_pairs(pad_token_id, multiple, masked=masked),
+                longest_sequence(train.index.length, None),
+            ),
+            **arguments,
+        )
+    rows = TrainingRows(
+        order,
+        TokenSequences(train.dataset(), pad_token_id, order.packs),
+        _validation(config, valid, pad_token_id) if valid else None,
+        collate_rows(
+            pad_token_id,
+            multiple,
+            packed=config.packing,
+            attention=model.config._attn_implementation,
+            masked=masked,
+        ),
+        longest_sequence(train.index.length, order.packs),
+    )
+    if config.task == "classification":
+        assert config.classifier_config is not None
+        sources = [prepared.dataset() for prepared in (train, valid) if prepared]
+        tokens = label_tokens(sources, config.classifier_config.label_tokens)
+        return ClassificationTrainer(label_tokens=tokens, rows=rows, **arguments)
+    return FineTuningTrainer(rows=rows, **arguments)
+
+
+def needs_mask(model: Any) -> bool:
+    """Return whether a model needs an attention mask for right padding, which causal attention ignores anyway.
+
+    A mask is needed for:
+        - custom code, whose use of the mask is unknown;
+        - mixtures of experts, whose load-balancing loss counts tokens by the mask;
+        - models without position ids, which replace the mask;
+        - encoders used as decoders, which count positions differently.
+    """
+    base = base_of(model)
+    config = base.config.get_text_config()
+    return (
+        not type(base).__module__.startswith("transformers.")
+        or hasattr(config, "output_router_logits")
+        or "position_ids" not in signature(base.forward).parameters
+        or getattr(config, "is_decoder", False)
+    )
+
+
+def _validation(config: FinetuneConfig, valid: PreparedData, pad_token_id: int) -> TokenSequences:
+    capacity = config.context_length or valid.summary.longest
+    packs = pack(valid.index.length, capacity) if config.packing else None
+    return TokenSequences(valid.dataset(), pad_token_id, packs)

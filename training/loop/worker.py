@@ -1,0 +1,497 @@
+"""One worker's life inside Ray Train: prepare the inputs, build model and trainer, train, commit checkpoints."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+
+from configs.loading import flat, to_yaml
+from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, Manifest, metrics_lines, run_digest
+from training.checkpoints.committer import CheckpointCommitter, CommitContext
+from training.checkpoints.restore import Restoring
+from training.checkpoints.store import CheckpointError
+from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
+from training.data.batches import Order, pad_to_multiple_of, padded_length
+from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
+from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
+from training.loop.saved_checkpoint import committed_event, describe_saved
+from training.models import build_model
+from training.models.files import first_line, is_hub_id, is_model_file
+from training.models.request import ModelRequest
+from training.models.tokenizer import load_tokenizer
+from training.planning.accelerators import peak_flops_of
+from training.planning.plan import RunPlan
+from training.world import World
+from utils.console import library_output_in
+from utils.errors import AnnealError
+from utils.processes import importing
+from utils.storage.bucket import Store, open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    from training.loop.throughput import Throughput
+
+
+class Driver:
+    """A worker's connection to the driver's mailbox."""
+
+    def __init__(self, mailbox: Any, world: World):
+        self._mailbox = mailbox
+        self._world = world
+        # Only rank 0 asks; what it learns is broadcast.
+        self._request: Any = mailbox.wait_for_request.remote() if world.rank == 0 else None
+
+    def emit(self, event: Event) -> None:
+        """Send an event from rank 0, without waiting; other ranks send none."""
+        if self._world.rank == 0:
+            self._mailbox.put.remote(event)
+
+    def report(self, committed: CheckpointCommitted) -> None:
+        """Report a committed checkpoint to the driver and to Ray Train; every rank calls it."""
+        self.emit(committed)
+        ray.train.report(asdict(committed) | {"speed": committed.speed.model_dump()})
+
+    def has_request(self) -> bool:
+        """Return, on rank 0, whether the workers are to stop or to make room for more; False on others."""
+        if self._request is None:
+            return False
+        answered, _ = ray.wait([self._request], timeout=0)
+        return bool(answered)
+
+    def requests_regroup(self) -> bool:
+        """Return, on rank 0, whether the workers are to make room for more; False on others."""
+        return self.has_request() and ray.get(self._request) == "regroup"
+
+    def pause(self) -> None:
+        """Tell Ray's controller, on rank 0, that the workers have committed and can be terminated."""
+        if self._world.rank == 0:
+            ray.get(self._mailbox.pause.remote())
+
+    def finish(self) -> None:
+        """Emit the last phase from rank 0, and wait until the driver's mailbox has received all events."""
+        if self._world.rank == 0:
+            ray.get(self._mailbox.put.remote(Phase("ending")))
+
+    def is_rejected(self) -> bool:
+        """Return whether an earlier attempt met an error that a restart cannot fix."""
+        return ray.get(self._mailbox.is_rejected.remote())
+
+    def reject(self, message: str) -> None:
+        """Report an error that a restart cannot fix."""
+        ray.get(self._mailbox.reject.remote(message))
+
+    def fails_again(self, error: Exception) -> bool:
+        """Report this rank's error; return whether it repeats the last one without progress between."""
+        return ray.get(self._mailbox.fails_again.remote(self._world.rank, repr(error)))
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train as one worker; Ray Train calls it.
+
+    Args:
+        settings: `plan` (a RunPlan) and `claim` (a Claim) as dictionaries, and `mailbox`, the driver's EventMailbox.
+    """
+    plan = RunPlan.model_validate(settings["plan"]).on_this_node()
+    claim = Claim.model_validate(settings["claim"])
+    world = World.from_ray()
+    driver = Driver(settings["mailbox"], world)
+    if driver.is_rejected():
+        return
+    with library_output_in(worker_log(plan, world.rank)):
+        with importing():
+            prepare_process(plan, world)
+        try:
+            _train(plan, claim, world, driver)
+            driver.finish()
+        except AnnealError as error:  # only the user can fix it
+            driver.reject(str(error))
+            raise
+        except Exception as error:
+            traceback.print_exc()  # for the log file; Ray carries the exception to the driver
+            if driver.fails_again(error):
+                driver.reject(f"the same error twice, without progress between: {first_line(error)}")
+            raise
+
+
+def worker_log(plan: RunPlan, rank: int) -> Path:
+    """Return the file for a worker's library output, on its node."""
+    return Path(plan.scratch) / "logs" / plan.run_name / f"worker-{rank}.log"
+
+
+def prepare_process(plan: RunPlan, world: World) -> None:
+    """Set up environment and libraries before anything that trains is imported, on every rank."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # DeepSpeed unpickles its shards and executes what they contain; this overrides it for the whole process.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, world) / f"unsloth-{world.rank}")
+    if plan.config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch.use_deterministic_algorithms asks
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the flash-attn package
+        # torch.compile would choose some kernels by a timing of the moment.
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if plan.kernels.provider == "unsloth":
+        import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
+    import torch
+
+    if plan.config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # read is what was written
+    if plan.device == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
+    if plan.deepspeed is not None:
+        # Offloading compiles an optimizer with ninja, which is installed beside this Python.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        # Plain records that its shards hold beside tensors.
+        torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+        if plan.device == "cpu":
+            # Compiling its shared-memory collectives with g++ takes two minutes; gloo works without.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="gloo" if plan.device == "cpu" else "nccl", auto_mpi_discovery=False
+        )
+
+
+def _run_scratch(plan: RunPlan, world: World) -> Path:
+    # Nodes may share the directory, as home directories often are; runs of one name in two buckets may share a node.
+    return Path(plan.scratch) / "runs" / plan.run_name / run_digest(plan.run_uri) / f"node-{world.node_rank}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a worker trains from, on this node and verified."""
+
+    store: Store
+    """The run."""
+    scratch: Path
+    """This run's directory on this node."""
+    model_directory: Path
+    adapter_directory: Path | None
+    tokenizer: "PreTrainedTokenizerFast"
+    train: PreparedData
+    valid: PreparedData | None
+    resume: "Resume"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where this attempt starts."""
+
+    committed: list[Manifest]
+    """The run's own checkpoints up to the one it resumes from; empty on a first attempt."""
+    uri: str | None
+    """The checkpoint that it resumes from, if any."""
+    directory: Path | None
+    """Its files on this node."""
+    step: int
+    """The steps done; 0 at the beginning."""
+    log: list[dict[str, Any]]
+    """What the trainer logged in them."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """The model and what counts its work."""
+
+    model: Any
+    request: ModelRequest
+    arguments: "SFTConfig"
+    order: Order
+    throughput: "Throughput"
+
+
+def _train(plan: RunPlan, claim: Claim, world: World, driver: Driver) -> None:
+    inputs = _prepare_inputs(plan, claim, world, driver)
+    built = _build(plan, inputs, world, driver)
+    if inputs.resume.committed:
+        driver.emit(Restored(committed_event(plan, inputs.resume.step, built.throughput)))
+        # The previous attempt ended after its last checkpoint: the trainer would train another step.
+        if inputs.resume.step >= plan.max_steps:
+            world.gather(None)  # every rank has read its progress
+            if inputs.resume.directory and world.local_rank == 0:
+                shutil.rmtree(inputs.resume.directory)
+            return
+    committer = CheckpointCommitter(
+        CommitContext(
+            inputs.store,
+            claim,
+            world,
+            keep=plan.config.num_checkpoints_to_keep,
+            describe=partial(describe_saved, plan, world, built.throughput),
+            report=driver.report,
+        ),
+        inputs.resume.committed,
+    )
+    callbacks = _callbacks(plan, inputs, built, world, driver, committer)
+    _run(plan, inputs, built, world, driver, committer, callbacks)
+
+
+def _prepare_inputs(plan: RunPlan, claim: Claim, world: World, driver: Driver) -> Inputs:
+    """Bring model, rows and the checkpoint to resume from to this node, and verify them."""
+    scratch = _run_scratch(plan, world)
+    if world.local_rank == 0:
+        for leftover in ("trainer", "tracker"):
+            shutil.rmtree(scratch / leftover, ignore_errors=True)
+        (scratch / "trainer").mkdir(parents=True)
+    store = open_store(plan.run_uri)
+    # Every rank waits for the last node's files, which may take longer than NCCL's timeout of half an hour.
+    patient = world.with_patient_group()
+    restoring = Restoring(store, claim, plan.restore_from, scratch / "trainer" / "restored", patient)
+
+    driver.emit(Phase("loading libraries"))
+    with importing():
+        import training.loop.callbacks
+        import training.loop.throughput
+        import training.loop.trainer_factory
+        import training.loop.trainers  # noqa: F401
+
+    driver.emit(Phase("syncing the model to the node"))
+    model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
+    adapter_directory = fetch_weights(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
+    if world.local_rank == 0:
+        for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
+            if start and directory and not is_hub_id(start):
+                verify_local_weights(start, directory, is_model_file)
+    tokenizer = load_tokenizer(
+        model_directory,
+        source=plan.base_model,
+        trust_remote_code=plan.config.trust_remote_code,
+        chat_template=plan.chat_template,
+    )
+
+    driver.emit(Phase("fetching the prepared rows"))
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
+    if world.local_rank == 0:
+        for prepared in (train, valid):
+            if prepared:
+                verify_prepared(prepared)
+
+    if restoring.committed or plan.restore_from:
+        driver.emit(Phase("restoring the trainer state"))
+    restored = restoring.finish(driver.emit)
+    step, log = _progress_of(restored) if restored else (0, [])
+    resume = Resume(restoring.committed, restoring.uri, restored, step, log)
+    return Inputs(store, scratch, model_directory, adapter_directory, tokenizer, train, valid, resume)
+
+
+def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built:
+    """Build the model, and the batches and counts that depend on the number of workers."""
+    from training.loop.throughput import GpuTimeline, HostTimeline, PhaseClock, Throughput
+    from training.loop.trainers import trainer_arguments
+
+    driver.emit(Phase("building the model"))
+    train, valid, resume = inputs.train, inputs.valid, inputs.resume
+    first_eval = plan.config.eval_first and valid is not None and resume.directory is None
+
+    def make_arguments() -> "SFTConfig":
+        return trainer_arguments(
+            plan, inputs.scratch / "trainer", devices=world.world_size, eval_first=first_eval
+        )
+
+    # transformers reads these arguments while it loads a model (ZeRO-3); Unsloth's CPU mode must not find them yet.
+    arguments_later = plan.kernels.provider == "unsloth" and plan.device == "cpu"
+    arguments = None if arguments_later else make_arguments()
+    request = model_request(plan, inputs.model_directory, inputs.adapter_directory, train, valid)
+    model = build_model(plan.kernels.provider, request)
+    arguments = arguments or make_arguments()
+    parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trainable = sum(count for count, requires_grad in parameters if requires_grad)
+    driver.emit(ModelReady(sum(count for count, _ in parameters), trainable))
+
+    order = plan.order(train.index.length, train.summary.longest, world.world_size)
+    throughput = Throughput(
+        order,
+        train.index.tokens.tolist(),
+        train.index.trained_tokens.tolist(),
+        clock=PhaseClock(GpuTimeline() if plan.device == "cuda" else HostTimeline()),
+        flops=plan.flops,
+        peak_flops=peak_flops(plan, world.world_size),
+    )
+    throughput.count_restored(resume.step)
+    return Built(model, request, arguments, order, throughput)
+
+
+def _callbacks(
+    plan: RunPlan,
+    inputs: Inputs,
+    built: Built,
+    world: World,
+    driver: Driver,
+    committer: CheckpointCommitter,
+) -> "list[TrainerCallback]":
+    """Return the trainer's callbacks, in the order in which it calls them."""
+    from training.loop.callbacks import (
+        AfterFirstStep,
+        Committing,
+        Diverging,
+        Gauges,
+        Preempted,
+        ProgressReporter,
+        Recording,
+        Schedule,
+        Stopping,
+    )
+    from training.loop.ray_internals import is_node_preempted
+
+    frequency = plan.config.checkpoint_and_evaluation_frequency
+    callbacks: list[TrainerCallback] = [
+        Schedule(frequency, plan.steps_per_epoch, evaluates=inputs.valid is not None),
+        Stopping(driver.has_request, world.broadcast),
+    ]
+    # Ray passes the driver's setting to its workers; a broadcast in every step costs a message between them.
+    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1":
+        callbacks.append(Preempted(is_node_preempted, world.broadcast))
+    callbacks += [
+        Committing(committer.save, committer.check, built.throughput.clock),
+        built.throughput,
+        ProgressReporter(driver.emit),
+    ]
+    if world.rank == 0:
+        callbacks += [Gauges(plan.run_name), *_tracking(plan, inputs, driver)]
+    callbacks.append(
+        Diverging(
+            lambda step: inputs.train.places(built.order.rows_of_step(step)), committer.latest_checkpoint
+        )
+    )
+    if world.rank == 0:
+        callbacks.append(Recording(committer.record))
+    restored = inputs.resume.directory
+    if restored and world.local_rank == 0:
+        # After the first step every rank has loaded it: none gets there without the others' gradients. It would fill the disk.
+        callbacks.append(AfterFirstStep(partial(shutil.rmtree, restored)))
+    return callbacks
+
+
+def _run(
+    plan: RunPlan,
+    inputs: Inputs,
+    built: Built,
+    world: World,
+    driver: Driver,
+    committer: CheckpointCommitter,
+    callbacks: "list[TrainerCallback]",
+) -> None:
+    """Train until the last step or a request, and wait for the last commit."""
+    from training.loop.callbacks import AfterFirstStep
+    from training.loop.trainer_factory import build_trainer
+
+    trainer = build_trainer(
+        plan,
+        built.order,
+        inputs.train,
+        inputs.valid,
+        model=built.model,
+        request=built.request,
+        tokenizer=inputs.tokenizer,
+        args=built.arguments,
+        callbacks=callbacks,
+        throughput=built.throughput,
+        on_eval_progress=lambda fraction: driver.emit(Phase("evaluating", fraction)),
+    )
+    if plan.device == "cuda" and plan.deepspeed is None:
+        # Once the optimizer's states are in memory: a GPU that is too small for the largest batch fails in the first minute.
+        trainer.add_callback(AfterFirstStep(trainer.rehearse))
+    if world.rank == 0:
+        inputs.store.write(CONFIG_FILE, to_yaml(plan.config).encode())
+        # An earlier attempt may have recorded steps after the one that this attempt resumes from: they are lost.
+        inputs.store.write(METRICS_FILE, metrics_lines(inputs.resume.log).encode())
+    driver.emit(Phase("training"))
+    restored = inputs.resume.directory
+    with committer:
+        try:
+            trainer.train(resume_from_checkpoint=str(restored) if restored else None)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{inputs.resume.uri} holds more than tensors and settings, and nothing in it was executed "
+                f"({first_line(error)}). Check where it comes from."
+            ) from error
+        driver.emit(Phase("committing the last checkpoint"))
+    stopped_early = trainer.state.global_step < plan.max_steps
+    if stopped_early and world.broadcast(driver.requests_regroup()):
+        driver.emit(Phase("making room for more workers"))
+        driver.pause()
+        threading.Event().wait()  # Ray's controller terminates this process and restarts all workers from the checkpoint
+
+
+def _tracking(plan: RunPlan, inputs: Inputs, driver: Driver) -> "list[TrainerCallback]":
+    from training.loop.trackers import TrackedRun, Tracking
+
+    if plan.config.logger is None:
+        return []
+    run = TrackedRun(
+        name=plan.run_name,
+        store=inputs.store,
+        parameters=flat(plan.config.model_dump(mode="json")),
+        scratch=inputs.scratch / "tracker",
+    )
+    return [Tracking(plan.config.logger, run, driver.emit)]
+
+
+def _progress_of(restored: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Return (steps done, what the trainer logged in them)."""
+    state = json.loads((restored / "trainer_state.json").read_text())
+    return state["global_step"], state["log_history"]
+
+
+def model_request(
+    plan: RunPlan,
+    directory: Path,
+    adapter_directory: Path | None,
+    train: PreparedData,
+    valid: PreparedData | None,
+) -> ModelRequest:
+    """The plan's model, from files on this node."""
+    config = plan.config
+    longest = max(train.summary.longest, valid.summary.longest if valid else 0)
+    multiple = pad_to_multiple_of(config, plan.device, train.summary.longest)
+    return ModelRequest(
+        directory=directory,
+        adapter_directory=adapter_directory,
+        lora=config.lora_config,
+        device=plan.device,
+        dtype=config.dtype,
+        weights_dtype=plan.resolved.weights_dtype,
+        zero_stage=plan.resolved.zero_stage,
+        load_in_4bit=config.load_in_4bit,
+        flash_attention_2=config.flash_attention_2,
+        packing=config.packing,
+        gradient_checkpointing=config.gradient_checkpointing,
+        context_length=padded_length(config.context_length or longest, multiple),
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+        deterministic=config.deterministic,
+    )
+
+
+def peak_flops(plan: RunPlan, devices: int) -> float | None:
+    """What all devices can do in a second, taken to be like this one; None where that is not known."""
+    if plan.device == "cpu" or plan.config.dtype != "bf16":
+        return None
+    import torch
+
+    peak = peak_flops_of(torch.cuda.get_device_name())
+    return peak * devices if peak else None
+
+
+def _numel(parameter: Any) -> int:
+    # Under ZeRO-3 a parameter holds nothing itself; DeepSpeed keeps its real size.
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()

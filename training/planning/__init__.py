@@ -1,0 +1,1 @@
+"""YAML to RunPlan: planner, checks, warnings, resume, memory estimate, FLOPs, devices, DeepSpeed settings."""

@@ -1,0 +1,67 @@
+"""Checks whether a run can be exported, before training and again before the export."""
+
+import shutil
+
+from configs.loading import ConfigError
+from configs.schema import FinetuneConfig
+from training.models.files import ModelError, ModelFacts
+from utils.storage.bucket import check_writable
+
+GGUF_TOOL = "convert_hf_to_gguf.py"
+_NOT_IN_VLLM = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
+"""LoRA settings that vLLM's adapter loader (lora/peft_helper.py) rejects or ignores."""
+
+
+def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
+    """Reject an export before training if its settings, tools or model do not allow it."""
+    if config.export is None:
+        return
+    if config.export.to:
+        check_writable(config.export.to)
+    if config.export.gguf:
+        gguf_tool()
+    if config.trains_adapter and config.export.merge:
+        check_mergeable(base)
+    elif config.lora_config and not config.export.merge:
+        check_vllm_adapter(config.lora_config.model_dump())
+
+
+def gguf_tool() -> str:
+    """Return the path of llama.cpp's GGUF converter; raise ConfigError if it is not on the PATH."""
+    tool = shutil.which(GGUF_TOOL)
+    if tool is None:
+        raise ConfigError(
+            f"gguf: {GGUF_TOOL} is not on the PATH. It is part of llama.cpp (https://github.com/ggml-org/llama.cpp): add its directory to "
+            "the PATH, or remove gguf."
+        )
+    return tool
+
+
+def check_mergeable(base: ModelFacts) -> None:
+    """Reject a quantized base model: an adapter can be merged only into 16-bit weights."""
+    if base.quantization is not None:
+        raise ModelError(
+            f"model {base.source}: its weights are stored in 4 bits only, but an adapter is merged into 16-bit weights: quantizing to 4 "
+            "bits again would lose most of its effect. Write merge: false (--no-merge) and serve the adapter on this base model, or train "
+            "on the original 16-bit model with load_in_4bit: true."
+        )
+
+
+def check_vllm_adapter(lora: dict) -> None:
+    """Reject an adapter that vLLM does not load, or computes differently."""
+    said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (
+        ["bias"] if lora.get("bias", "none") != "none" else []
+    )
+    if said:
+        raise ConfigError(
+            f"merge: false exports an adapter for vLLM, which does not support {', '.join(said)}. Write merge: true, or load the "
+            "checkpoint itself with PEFT."
+        )

@@ -1,0 +1,531 @@
+"""The planner: a checked YAML becomes a RunPlan, or an error that says what to fix. It needs no cluster.
+
+`make_plan` reads top to bottom. Each step checks one subject, cheapest first, and returns a frozen record.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from configs.loading import LoadedConfig
+from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
+from runs.layout import DataFingerprints, RunResult
+from runs.reading import read_result
+from training.checkpoints.weights import fetch_model
+from training.data.batches import BatchShape, Order
+from training.data.prepare import prepare_data
+from training.data.prepared import PREPARED, PreparedData
+from training.data.report import DataReport, make_report
+from training.data.request import DataRequest
+from training.data.sources import find_files
+from training.data.summary import DataSummary
+from training.models.architecture import (
+    ModelShape,
+    adapter_shapes,
+    check_is_causal,
+    check_packing,
+    model_shape,
+    parameter_shapes,
+)
+from training.models.files import (
+    AdapterFacts,
+    ModelFacts,
+    count_lora_parameters,
+    is_hub_id,
+    is_tokenizer_file,
+    is_trained_whole,
+    read_adapter_facts,
+    read_hub_facts,
+    read_model_facts,
+    targeted_modules,
+)
+from training.models.kernels import Device
+from training.models.tokenizer import load_tokenizer, read_chat_template
+from training.planning import warnings as plan_warnings
+from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
+from training.planning.checks import (
+    check_adapter,
+    check_disk,
+    check_quantization,
+    check_targets,
+    check_template,
+    reject_missing_requirements,
+)
+from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
+from training.planning.devices import accelerator_of, choose_device, describe_device
+from training.planning.endpoints import ClusterTarget
+from training.planning.exportable import check_export
+from training.planning.flops import RowFlops, row_flops
+from training.planning.memory import Job, MemoryReport, report_memory
+from training.planning.paths import about_key, scratch_directory, storage_path
+from training.planning.plan import Resolved, RunPlan, order_of
+from training.planning.report import PlanReport
+from training.planning.resume import newest_of_the_same_run, starting_weights, whole_state
+from utils.files import checksum_bytes
+from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Progress(Protocol):
+    """Called with the current check; for slow checks also with the fraction done (0 to 1) and a figure."""
+
+    def __call__(self, what: str, fraction: float | None = None, figures: str = "") -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Decisions that the YAML and this machine determine, before anything is read."""
+
+    target: ClusterTarget
+    device: Device
+    execution: Execution
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the run writes."""
+
+    uri: str
+    """The directory or prefix that holds the runs."""
+    scratch: Path
+    """Absolute directory for the node cache and unfinished files."""
+
+    @property
+    def prepared(self) -> str:
+        """URI of the prepared rows."""
+        return join_uri(self.uri, PREPARED)
+
+    @property
+    def cache(self) -> Path:
+        """The node cache."""
+        return self.scratch / "cache"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model, and the adapter that the run continues."""
+
+    base: str
+    """Hub id, absolute directory or URI."""
+    adapter: str | None
+    """Directory or URI of the adapter to continue."""
+    parent: str | None
+    """URI of the weights that the run continues; None for a plain model."""
+    facts: ModelFacts
+    adapter_facts: AdapterFacts | None
+    shape: ModelShape | None
+    """Dimensions; None for architectures whose layers nobody has counted."""
+    tokenizer_directory: Path
+    tokenizer: "PreTrainedTokenizerFast"
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained."""
+
+    new_shapes: Mapping[str, tuple[int, ...]] | None
+    """Name -> shape of a new adapter's parameters, where only PEFT can count them."""
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prepared rows, and the run's name, which depends on them."""
+
+    train: PreparedData
+    valid: PreparedData | None
+    fingerprints: DataFingerprints
+    config_hash: str
+    run_name: str
+    run_uri: str
+
+    @property
+    def prepared(self) -> list[PreparedData]:
+        """Training rows and, where there are any, validation rows."""
+        return [self.train, self.valid] if self.valid else [self.train]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on, with the batch size resolved."""
+
+    config: FinetuneConfig
+    reason: str
+    """Why `train_batch_size_per_device: auto` came to this number; empty where the YAML has a number."""
+    job: Job | None
+    """Input of the memory estimate; None for architectures whose layers nobody has counted."""
+    order: Order
+    max_steps: int
+
+    @property
+    def shape(self) -> BatchShape:
+        """Sequences and steps."""
+        return self.order.shape
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What the run resumes from."""
+
+    own_checkpoint: str | None
+    """URI of the run's own latest checkpoint."""
+    parent_state: str | None
+    """URI of another run's checkpoint whose complete trainer state is taken."""
+    completed: RunResult | None
+    """The result of the same run, where it is completed."""
+    damage: list[str]
+    """What is wrong with checkpoints of this run that are skipped."""
+
+
+def make_plan(
+    loaded: LoadedConfig, *, target: ClusterTarget, progress: Progress
+) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
+    """Check everything that needs no cluster, cheapest first: settings, storage, model, adapter, data, batch, resume.
+
+    Args:
+        loaded: The checked YAML.
+        target: Where the workers will be placed.
+        progress: Called with each check.
+
+    Returns:
+        The plan, its report, and the prepared rows: training rows and, where there are any, validation rows.
+
+    Raises:
+        AnnealError: the run is rejected; the message says what to fix.
+    """
+    reject_missing_requirements(loaded)
+    settings = _resolve_settings(loaded.config, target)
+    storage = _check_storage(loaded.config, progress)
+    model = _read_model(loaded.config, target, storage, progress)
+    adapter = _count_trainable(loaded.config, settings, model)
+    data = _prepare_rows(loaded, storage, model, progress)
+    batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
+    resume = _find_checkpoints(batch, storage, data, progress)
+    memory = (
+        report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
+        if batch.job
+        else None
+    )
+    rows = _report_rows(model, data, batch)
+    plan = RunPlan(
+        config=batch.config,
+        config_hash=data.config_hash,
+        run_name=data.run_name,
+        run_uri=data.run_uri,
+        device=settings.device,
+        resolved=Resolved(
+            target=target,
+            zero_stage=settings.execution.zero_stage,
+            kernels=settings.execution.kernels,
+            weights_dtype=settings.execution.weights_dtype,
+        ),
+        deepspeed=settings.execution.deepspeed,
+        base_model=model.base,
+        adapter=model.adapter,
+        parent=resume.parent_state or model.parent,
+        restore_from=resume.own_checkpoint or resume.parent_state,
+        chat_template=model.chat_template,
+        prepared=storage.prepared,
+        train=data.train.key,
+        valid=data.valid.key if data.valid else None,
+        data=data.fingerprints,
+        max_steps=batch.max_steps,
+        steps_per_epoch=batch.shape.steps_per_epoch,
+        flops=_flops(batch.job),
+        scratch=str(storage.scratch),
+    )
+    warnings = list(_warnings(loaded, settings, model, data, batch, resume, memory, rows))
+    report = _report(plan, storage, model, adapter, batch, resume, memory, rows, warnings)
+    return plan, report, data.prepared
+
+
+def _resolve_settings(config: FinetuneConfig, target: ClusterTarget) -> Settings:
+    device = choose_device(config, target)
+    return Settings(target, device, resolve_execution(config, device))
+
+
+def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
+    storage = Storage(storage_path(config), scratch_directory(config))
+    progress("storage")
+    with about_key("storage_path"):
+        check_writable(storage.uri)
+    return storage
+
+
+def _read_model(config: FinetuneConfig, target: ClusterTarget, storage: Storage, progress: Progress) -> Model:
+    """Read the base model's facts, the adapter's and the tokenizer; reject what cannot be trained."""
+    progress("model")
+    base, adapter, parent = starting_weights(config, storage.uri)
+    facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
+    check_disk(base, facts, storage.scratch, target)
+    directory = fetch_model(base, storage.cache, is_tokenizer_file)
+    trust = config.trust_remote_code
+    check_is_causal(directory, base, trust_remote_code=trust)
+    shape = model_shape(directory, base, trust_remote_code=trust)
+    if config.packing:
+        check_packing(directory, base, trust_remote_code=trust)
+    adapter_facts = read_adapter_facts(adapter) if adapter else None
+    if adapter_facts or facts.quantization or _matches_no_module(config, facts):
+        # The architecture names every module; files may be packed, or use older names.
+        shapes = parameter_shapes(directory, base, trust_remote_code=trust)
+        facts = replace(facts, parameter_shapes=shapes)
+    check_quantization(config, facts)
+    with about_key("export"):
+        check_export(config, facts)
+    if adapter_facts:
+        check_adapter(config, adapter_facts, facts)
+    template = read_chat_template(config)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template)
+    return Model(base, adapter, parent, facts, adapter_facts, shape, directory, tokenizer, template)
+
+
+def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
+    return config.lora_config is not None and not targeted_modules(facts, config.lora_config)
+
+
+def _count_trainable(config: FinetuneConfig, settings: Settings, model: Model) -> Adapter:
+    """Count what is trained; reject adapters without targets and optimizers that cannot count so many entries."""
+    new_shapes = None
+    if config.lora_config and not model.adapter_facts:
+        check_targets(config.lora_config, model.facts)
+        if _only_peft_can_count(config.lora_config, model.shape):
+            new_shapes = adapter_shapes(
+                model.tokenizer_directory,
+                model.base,
+                config.lora_config,
+                trust_remote_code=config.trust_remote_code,
+            )
+    if model.adapter_facts or new_shapes:
+        shapes = model.adapter_facts.parameter_shapes if model.adapter_facts else new_shapes or {}
+        trained = sum(math.prod(shape) for shape in shapes.values())
+    elif config.lora_config:
+        trained = count_lora_parameters(model.facts, config.lora_config)
+    else:
+        trained = model.facts.parameters
+    if settings.device == "cuda":
+        check_optimizer(config, settings.execution.zero_stage, trained)
+    return Adapter(new_shapes, trained)
+
+
+def _only_peft_can_count(lora: LoraConfig, shape: ModelShape | None) -> bool:
+    """Return whether an adapter has parameters beside the matrices (and DoRA's magnitudes); PEFT takes a second or two to build it."""
+    beside_matrices = lora.target_parameters or lora.trainable_token_indices or lora.bias != "none"
+    return bool(beside_matrices or lora.lora_bias or (shape and shape.experts))
+
+
+def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
+    """Tokenize the rows, and name the run after them where the YAML does not."""
+    config = loaded.config
+    train = _prepare("train_path", config.train_sources, config, storage, model, progress)
+    valid = (
+        _prepare("valid_path", config.valid_sources, config, storage, model, progress)
+        if config.valid_sources
+        else None
+    )
+    fingerprints = DataFingerprints(
+        train=train.summary.fingerprint, valid=valid.summary.fingerprint if valid else None
+    )
+    outcome_hash = config_hash(config)
+    digest = checksum_bytes(f"{outcome_hash} {fingerprints.train} {fingerprints.valid or ''}".encode())
+    run_name = config.run_name or f"{loaded.path.stem}-{digest[-8:]}"
+    return Data(train, valid, fingerprints, outcome_hash, run_name, join_uri(storage.uri, run_name))
+
+
+def _prepare(
+    key: str,
+    sources: Sequence[DataSource],
+    config: FinetuneConfig,
+    storage: Storage,
+    model: Model,
+    progress: Progress,
+) -> PreparedData:
+    progress(f"rows of {key}")
+    with about_key(key):
+        request = data_request(config, sources, model.facts, model.chat_template)
+    check_template(request, model.tokenizer, model.base)
+    return prepare_data(
+        request,
+        model.tokenizer,
+        model.tokenizer_directory,
+        storage.cache,
+        bucket=storage.prepared,
+        progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
+    )
+
+
+def data_request(
+    config: FinetuneConfig, sources: Sequence[DataSource], facts: ModelFacts, chat_template: str | None
+) -> DataRequest:
+    """Return sources of the YAML with everything that decides their tokens; their files are listed, not fetched.
+
+    Raises:
+        BucketError: a source cannot be read.
+        DataError: a source holds no files of rows.
+    """
+    return DataRequest(
+        paths=tuple(source.path for source in sources),
+        files=tuple(
+            file for number, source in enumerate(sources) for file in find_files(source.path, number)
+        ),
+        weights=tuple(source.weight for source in sources if source.weight is not None) or None,
+        task=config.task,
+        data_format=config.data_format,
+        columns=tuple(sorted((str(ours), theirs) for ours, theirs in config.columns.items())),
+        prompt_template=config.prompt_template,
+        chat_template=chat_template,
+        labels=tuple(config.classifier_config.label_tokens) if config.classifier_config else (),
+        context_length=config.context_length,
+        max_context=facts.max_context,
+        long_rows=config.long_rows,
+        bad_rows=config.bad_rows,
+        seed=config.seed,
+    )
+
+
+def _plan_batches(
+    config: FinetuneConfig, settings: Settings, storage: Storage, model: Model, adapter: Adapter, data: Data
+) -> Batch:
+    """Resolve the batch size, then the rows of each step."""
+    train = data.train.summary
+    job = model.shape and Job(
+        config=config,
+        shape=model.shape,
+        facts=model.facts,
+        adapter=model.adapter_facts,
+        device=settings.device,
+        longest=_longest_sequence(config, train),
+        execution=settings.execution,
+        new_adapter=adapter.new_shapes,
+    )
+    reason = ""
+    if config.train_batch_size_per_device == "auto":
+        rows, reason = choose_batch_size(config, data.run_uri, storage.uri, job, settings.target)
+        config = config.with_batch_size(rows)
+        job = job and replace(job, config=config)
+    order = order_of(config, data.train.index.length, train.longest, config.most_devices)
+    return Batch(config, reason, job, order, count_steps(config, order.shape))
+
+
+def _longest_sequence(config: FinetuneConfig, train: DataSummary) -> int:
+    """Return the tokens of the longest training sequence, padding included."""
+    filled = config.packing or config.padding == "max_length"
+    return (config.context_length if filled else None) or train.longest
+
+
+def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
+    """Return the optimizer steps of the complete run."""
+    epochs = config.number_of_epochs(shape.steps_per_epoch)
+    if epochs is None:
+        assert config.max_steps is not None
+        return config.max_steps
+    return math.ceil(epochs * shape.steps_per_epoch)
+
+
+def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Progress) -> Resume:
+    """Find what the run resumes from; reject a configuration that may not continue it."""
+    progress("earlier runs")
+    own, damage = newest_of_the_same_run(batch.config, data.run_uri, data.config_hash, data.fingerprints)
+    completed = _completed(data.run_uri) if own else None
+    parent_state = (
+        None if completed else whole_state(batch.config, storage.uri, data.fingerprints, batch.max_steps)
+    )
+    return Resume(own, parent_state, completed, damage)
+
+
+def _completed(run_uri: str) -> RunResult | None:
+    """Return the result of a run that has made all its steps."""
+    result = read_result(open_store(run_uri))
+    return result if result and result.status == "completed" else None
+
+
+def _flops(job: Job | None) -> RowFlops | None:
+    if job is None or job.config.task == "preference_tuning":  # a pair is two rows, read by the reference too
+        return None
+    return row_flops(
+        job.shape,
+        job.facts.parameter_shapes,
+        is_trained=lambda name: (
+            not job.config.trains_adapter or is_trained_whole(job.config.lora_config, name)
+        ),
+        ranks=job.ranks,
+    )
+
+
+def _warnings(
+    loaded: LoadedConfig,
+    settings: Settings,
+    model: Model,
+    data: Data,
+    batch: Batch,
+    resume: Resume,
+    memory: MemoryReport | None,
+    rows: DataReport,
+) -> Iterator[str]:
+    config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
+    yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
+    yield from plan_warnings.attention_warnings(config, model.facts, model.shape, device, provider)
+    yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
+    yield from plan_warnings.accelerator_warnings(config)
+    yield from plan_warnings.learning_rate_warnings(loaded)
+    yield from plan_warnings.template_warnings(config, model.tokenizer)
+    yield from plan_warnings.data_warnings(data.train.summary, data.valid.summary if data.valid else None)
+    yield from plan_warnings.length_warnings(config, batch.shape)
+    for line in resume.damage:
+        yield f"a checkpoint of this run is passed over: {line}"
+    yield from plan_warnings.memory_warnings(memory)
+    yield from plan_warnings.overlap_warnings(rows)
+
+
+def _report_rows(model: Model, data: Data, batch: Batch) -> DataReport:
+    config = batch.config
+    return make_report(
+        data.train,
+        data.valid,
+        batch.order,
+        limit=config.context_length or model.facts.max_context,
+        padded_to=_longest_sequence(config, data.train.summary) if config.padding == "max_length" else None,
+        steps=batch.max_steps,
+    )
+
+
+def _report(
+    plan: RunPlan,
+    storage: Storage,
+    model: Model,
+    adapter: Adapter,
+    batch: Batch,
+    resume: Resume,
+    memory: MemoryReport | None,
+    rows: DataReport,
+    warnings: list[str],
+) -> PlanReport:
+    config = plan.config
+    return PlanReport(
+        **dict(rows),
+        run_name=plan.run_name,
+        run_uri=plan.run_uri,
+        storage="an object was written, read and deleted there"
+        if is_remote(storage.uri)
+        else "this user may write there",
+        model=config.model_id,
+        architecture=model.facts.architecture,
+        parameters=model.facts.parameters,
+        trainable_parameters=adapter.trainable_parameters,
+        device=describe_device(config, plan.device, plan.resolved.target),
+        kernels=f"{plan.kernels.provider} ({plan.kernels.reason})",
+        parallelism=f"DeepSpeed ZeRO-{plan.resolved.zero_stage}"
+        if plan.deepspeed
+        else ("DDP" if config.most_devices > 1 else "one worker"),
+        batch=describe_batch(config, batch.reason),
+        packing=describe_packing(config, rows.train, batch.shape) if config.packing else None,
+        resumes_from=resume.own_checkpoint,
+        starts_from=plan.parent,
+        memory=memory,
+        completed=resume.completed,
+        warnings=warnings,
+    )
