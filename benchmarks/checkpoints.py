@@ -32,7 +32,7 @@ from tests.support.bucket_proxy import bucket_proxy
 from tests.support.own_buckets import variables_of
 from tests.support.stored_runs import manifest_of
 from training.checkpoints.committer import CheckpointCommitter, CommitContext, SavedCheckpoint
-from training.checkpoints.lease import claimed
+from training.checkpoints.lease import held_lease
 from training.events import CheckpointCommitted
 from training.world import World
 from utils.storage.bucket import Store, open_store
@@ -141,8 +141,8 @@ def commits_of(store: Store, committed: threading.Event) -> Iterator[CheckpointC
     def describe(directory: Path, state: object) -> SavedCheckpoint:
         raise AssertionError(f"{directory}: this benchmark describes its checkpoints itself")
 
-    with claimed(store, waiting=waiting) as claim:
-        context = CommitContext(store, claim, ALONE, keep=1, describe=describe, report=on_commit)
+    with held_lease(store, waiting=waiting) as lease:
+        context = CommitContext(store, lease, ALONE, keep=1, describe=describe, report=on_commit)
         with CheckpointCommitter(context, reading.committed(store)) as committer:
             yield committer
 

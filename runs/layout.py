@@ -24,14 +24,14 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
-CLAIMS = "claim"
+LEASES = "lease"
 USES = "used-by"
 EXPORTS = "exports"
 EXPORT_FILE = "EXPORT.json"
 EVALUATIONS = "evaluations"
 
-CLAIM_EXPIRES_SECONDS = 30.0
-"""A claim that was not renewed for this long has expired."""
+LEASE_EXPIRES_SECONDS = 30.0
+"""A lease that was not renewed for this long has expired."""
 
 RunStatus = Literal["completed", "stopped", "failed"]
 
@@ -80,9 +80,9 @@ def evaluation_key(name: str) -> str:
     return f"{EVALUATIONS}/{name}.jsonl"
 
 
-def claim_key(number: int) -> str:
-    """Return the key of a claim on the run, relative to the run; the highest number is valid."""
-    return f"{CLAIMS}/{number:06d}.json"
+def lease_key(number: int) -> str:
+    """Return the key of a lease on the run, relative to the run; the highest number is valid."""
+    return f"{LEASES}/{number:06d}.json"
 
 
 def use_key(checkpoint: str, run_uri: str) -> str:
@@ -170,12 +170,12 @@ class Export(_Record):
     files: list[FileRecord]
 
 
-class Claim(_Record):
+class Lease(_Record):
     """The driver that currently trains the run."""
 
     number: int
     token: str
-    """Random; distinguishes claims with the same number."""
+    """Random; distinguishes leases with the same number."""
     owner: str
     """Human-readable user and host."""
     since: str

@@ -1,7 +1,7 @@
 """List the runs in a storage path, and show the details of one run.
 
 The number of requests does not depend on the number of checkpoints: one for a completed run, up to four for any other run,
-five if it has a claim. Requests for several runs are sent in parallel.
+five if it has a lease. Requests for several runs are sent in parallel.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from runs.layout import (
-    CLAIM_EXPIRES_SECONDS,
-    CLAIMS,
     CONFIG_FILE,
+    LEASE_EXPIRES_SECONDS,
+    LEASES,
     METRICS_FILE,
     RESULT_FILE,
-    Claim,
     EvalLoss,
+    Lease,
     Manifest,
     RunResult,
     RunStatus,
@@ -27,7 +27,7 @@ from runs.layout import (
     default_storage,
     run_of,
 )
-from runs.reading import eval_losses_of, read_claim, read_config, read_metrics, read_result, survey
+from runs.reading import eval_losses_of, read_config, read_lease, read_metrics, read_result, survey
 from utils.storage.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
 _REQUESTS_AT_ONCE = 32
@@ -51,7 +51,7 @@ class RunSummary(BaseModel):
     steps: int
     """Optimizer steps: up to the latest committed checkpoint; for a run without a result, the latest known step."""
     age_seconds: float | None
-    """Seconds since its last activity: its result, otherwise its claim or its metrics; None if unknown."""
+    """Seconds since its last activity: its result, otherwise its lease or its metrics; None if unknown."""
 
 
 class CheckpointSummary(BaseModel):
@@ -184,9 +184,9 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     if result is not None and result.status == "completed":
         return _of_result(uri, result)
     prefix = f"{name}/" if name else ""
-    claim, claim_age = _newest_claim(store, prefix)
-    is_running = claim is not None and _lives(claim, claim_age)
-    if result is not None and not is_running and not _was_left_after(result, claim):
+    lease, claim_age = _latest_lease(store, prefix)
+    is_running = lease is not None and _lives(lease, claim_age)
+    if result is not None and not is_running and not _was_left_after(result, lease):
         return _of_result(uri, result)
     metrics = read_metrics(store, f"{prefix}{METRICS_FILE}")
     age = (
@@ -200,21 +200,21 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     return _summary(uri, "running" if is_running else "interrupted", "", eval_losses_of(metrics), steps, age)
 
 
-def _newest_claim(store: Store, prefix: str) -> tuple[Claim | None, float | None]:
-    """Return (latest claim, seconds since its renewal), or (None, None) without a claim."""
-    claims = store.list(f"{prefix}{CLAIMS}/")
-    return (read_claim(store, claims[-1].key), store.age(claims[-1].key)) if claims else (None, None)
+def _latest_lease(store: Store, prefix: str) -> tuple[Lease | None, float | None]:
+    """Return (latest lease, seconds since its renewal), or (None, None) without a lease."""
+    leases = store.list(f"{prefix}{LEASES}/")
+    return (read_lease(store, leases[-1].key), store.age(leases[-1].key)) if leases else (None, None)
 
 
-def _lives(claim: Claim, age: float | None) -> bool:
-    """Return whether the owner of a claim still trains, by the same rule as the next driver."""
-    lives = claim.owner_lives()
-    return lives if lives is not None else age is not None and age < CLAIM_EXPIRES_SECONDS
+def _lives(lease: Lease, age: float | None) -> bool:
+    """Return whether the owner of a lease still trains, by the same rule as the next driver."""
+    lives = lease.owner_lives()
+    return lives if lives is not None else age is not None and age < LEASE_EXPIRES_SECONDS
 
 
-def _was_left_after(result: RunResult, claim: Claim | None) -> bool:
-    """Return whether an attempt started after a result and died: a normal exit removes its claim."""
-    return claim is not None and result.ended is not None and claim.since > result.ended
+def _was_left_after(result: RunResult, lease: Lease | None) -> bool:
+    """Return whether an attempt started after a result and died: a normal exit removes its lease."""
+    return lease is not None and result.ended is not None and lease.since > result.ended
 
 
 def _of_result(uri: str, result: RunResult) -> RunSummary:

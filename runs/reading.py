@@ -15,8 +15,8 @@ from runs.layout import (
     MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
-    Claim,
     EvalLoss,
+    Lease,
     Manifest,
     MetricsLine,
     RunResult,
@@ -99,13 +99,13 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
         ) from error
 
 
-def read_claim(store: Store, key: str) -> Claim | None:
-    """Return a claim on a run, or None if its owner has removed it. Arguments and errors as in `read_result`."""
+def read_lease(store: Store, key: str) -> Lease | None:
+    """Return a lease on a run, or None if its owner has removed it. Arguments and errors as in `read_result`."""
     written = store.read_if_exists(key)
     if written is None:
         return None
     try:
-        return Claim.model_validate_json(written)
+        return Lease.model_validate_json(written)
     except ValidationError as error:
         raise DamagedError(
             key, f"{store.uri_of(key)} {_UNREADABLE}. If no process trains this run, delete it and try again"

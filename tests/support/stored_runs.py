@@ -13,17 +13,17 @@ from runs.layout import (
     MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
-    Claim,
     DataFingerprints,
     DataPosition,
     EvalLoss,
     FileRecord,
+    Lease,
     Manifest,
     RunResult,
     RunStatus,
     checkpoint_key,
     checkpoint_uri,
-    claim_key,
+    lease_key,
 )
 from utils.files import checksum_bytes
 from utils.storage.bucket import Store
@@ -92,7 +92,7 @@ def write_run(
 
 
 def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> None:
-    """Write a claim on a run below a store: by a driver of another machine that began now, or what `changes` say."""
+    """Write a lease on a run below a store: by a driver of another machine that began now, or what `changes` say."""
     plain: dict[str, Any] = {
         "number": number,
         "token": "theirs",
@@ -102,8 +102,8 @@ def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> Non
         "process": 7,
         "process_started": 0.0,
     }
-    claim = Claim(**plain | changes)
-    store.write(f"{name}/{claim_key(number)}", claim.model_dump_json().encode())
+    lease = Lease(**plain | changes)
+    store.write(f"{name}/{lease_key(number)}", lease.model_dump_json().encode())
 
 
 def manifest_of(

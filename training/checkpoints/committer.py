@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from runs.layout import (
     METRICS_FILE,
-    Claim,
     FileRecord,
+    Lease,
     Manifest,
     checkpoint_uri,
     metrics_lines,
 )
 from training.checkpoints import store as checkpoints
-from training.checkpoints.lease import ClaimError, check_claim
+from training.checkpoints.lease import LeaseError, check_lease
 from training.events import CheckpointCommitted
 from training.world import World
 from utils.storage.bucket import BucketError, Store
@@ -56,8 +56,8 @@ class CommitContext:
 
     store: Store
     """The run."""
-    claim: Claim
-    """The claim of the driver that started this worker."""
+    lease: Lease
+    """The lease of the driver that started this worker."""
     world: World
     """This worker."""
     keep: int
@@ -109,7 +109,7 @@ class CheckpointCommitter:
 
         Raises:
             BucketError: the previous checkpoint could not be committed.
-            ClaimError: another driver has taken over the run.
+            LeaseError: another driver has taken over the run.
         """
         self.wait()
         self._running = self._thread.submit(self._commit, saved)
@@ -143,8 +143,8 @@ class CheckpointCommitter:
             self._recording = self._thread.submit(self._record, log)
 
     def _record(self, log: Sequence[Mapping[str, Any]]) -> None:
-        with suppress(BucketError, ClaimError):
-            check_claim(self._store, self._context.claim)
+        with suppress(BucketError, LeaseError):
+            check_lease(self._store, self._context.lease)
             self._store.write(METRICS_FILE, metrics_lines(log).encode())
 
     def _commit(self, saved: SavedCheckpoint) -> None:
@@ -171,7 +171,7 @@ class CheckpointCommitter:
     def _publish(self, manifest: Manifest, metrics: str) -> None:
         """Write the manifest on rank 0, after which the checkpoint exists."""
         if self._world.rank == 0:
-            check_claim(self._store, self._context.claim)
+            check_lease(self._store, self._context.lease)
             self._store.write(METRICS_FILE, metrics.encode())
             checkpoints.commit(self._store, manifest)
         self._world.gather(None)  # no rank continues before it is published

@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from runs import reading
-from runs.layout import Claim, Manifest, checkpoint_uri
+from runs.layout import Lease, Manifest, checkpoint_uri
 from training.checkpoints import store as checkpoints
-from training.checkpoints.lease import check_claim
+from training.checkpoints.lease import check_lease
 from training.checkpoints.store import CheckpointError
 from training.events import Event, Notice
 from training.world import World
@@ -21,18 +21,18 @@ class Restoring:
     It starts at once. Every rank makes the same calls.
     """
 
-    def __init__(self, store: Store, claim: Claim, start: str | None, directory: Path, world: World):
+    def __init__(self, store: Store, lease: Lease, start: str | None, directory: Path, world: World):
         """Find the checkpoint and start its download.
 
         Args:
             store: The run.
-            claim: The claim of the driver that started this worker.
+            lease: The lease of the driver that started this worker.
             start: The checkpoint of another run to resume from while this run has none of its own.
             directory: The local target, which does not exist yet.
             world: This worker, with a process group for long waits.
         """
         self._store = store
-        self._claim = claim
+        self._claim = lease
         self._start = start
         self._directory = directory
         self._world = world
@@ -50,7 +50,7 @@ class Restoring:
         Raises:
             CheckpointError: every checkpoint is damaged, or the other run's is.
             BucketError: a checkpoint cannot be read.
-            ClaimError: another driver has taken the run over.
+            LeaseError: another driver has taken the run over.
         """
         while (damage := self._damage()) is not None:
             if len(self.committed) < 2:  # a restart from the beginning would remove what a user may still fix
@@ -62,7 +62,7 @@ class Restoring:
             emit(Notice(f"{damage} Passed over for {self.uri}."))
         self._thread.shutdown()
         if self._world.rank == 0:
-            check_claim(self._store, self._claim)
+            check_lease(self._store, self._claim)
             checkpoints.remove_leftovers(self._store, self.committed)
         return self._directory if self.uri else None
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from configs.loading import ConfigError
 from runs.layout import (
     CHECKPOINTS,
-    CLAIMS,
+    LEASES,
     MANIFEST_FILE,
     USES,
     CheckpointUse,
@@ -118,7 +118,7 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
     """Delete the files of a run's checkpoints that belong to no committed one, and abort unfinished uploads.
 
     Killed attempts leave files without a manifest; a damaged checkpoint would block a later commit of its step. Only the
-    owner of the run's claim may call it.
+    owner of the run's lease may call it.
 
     Returns:
         The deleted keys, manifests first.
@@ -193,8 +193,8 @@ def _needs_its_start(mark: str, content: bytes) -> bool:
     try:
         child = open_store(CheckpointUse.model_validate_json(content).run_uri)
         result = read_result(child)
-        # Without a result it is training, or was killed and may be rerun; without a claim it was removed.
-        return result.status != "completed" if result else bool(child.list(f"{CLAIMS}/"))
+        # Without a result it is training, or was killed and may be rerun; without a lease it was removed.
+        return result.status != "completed" if result else bool(child.list(f"{LEASES}/"))
     except (BucketError, ValidationError) as error:
         _log.warning("%s: its run cannot be read, so the checkpoint is retained: %s", mark, error)
         return True

@@ -99,7 +99,7 @@ def _best_pair(
     return None
 
 
-class Order:
+class BatchPlan:
     """The sequences of each epoch and step, determined by shape, seed and lengths alone."""
 
     def __init__(
@@ -181,7 +181,7 @@ class TrainBatches(Sampler[list[int]]):
     and 2 workers with batch size 2 take the same steps.
     """
 
-    def __init__(self, order: Order, *, rank: int):
+    def __init__(self, order: BatchPlan, *, rank: int):
         self.order = order
         self.rank = rank
         self.epoch = 0

@@ -32,7 +32,7 @@ from training.data.prepared import (
 from training.data.records import Example
 from training.data.request import DataRequest
 from training.data.row_index import INDEX_FILE, INDEX_SCHEMA, RowIndex
-from training.data.rows import FORMAT_NAMES, Reading, read_row, recognise
+from training.data.rows import FORMAT_NAMES, RowSchema, read_row, recognise
 from training.data.sources import open_file
 from training.data.summary import (
     DataSummary,
@@ -170,7 +170,7 @@ class _Preparation:
     ) -> Iterator[RenderedRow]:
         request = self.request
         files = request.files
-        reading: Reading | None = None
+        reading: RowSchema | None = None
         began = self.rows_read
         for number, file in enumerate(files):
             if file.source != source:
@@ -199,15 +199,15 @@ class _Preparation:
             )
         self.formats.append(reading.data_format if reading else "messages")
 
-    def _reading(self, row: dict[str, Any]) -> Reading:
+    def _reading(self, row: dict[str, Any]) -> RowSchema:
         request = self.request
         columns = dict(request.columns)
         data_format = request.data_format
         if data_format == "auto":
             data_format = recognise(row, columns, request.task, request.prompt_template)
-        return Reading(request.task, data_format, columns, request.prompt_template, request.labels)
+        return RowSchema(request.task, data_format, columns, request.prompt_template, request.labels)
 
-    def _read(self, row: dict[str, Any], reading: Reading) -> Example:
+    def _read(self, row: dict[str, Any], reading: RowSchema) -> Example:
         try:
             return read_row(row, reading)
         except RowError as error:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from training.data.batches import Order
+from training.data.batches import BatchPlan
 from training.data.prepared import PreparedData
 from training.data.rows import FORMAT_NAMES
 from training.data.summary import DataSummary
@@ -36,7 +36,7 @@ class DataReport(BaseModel):
 def make_report(
     train: PreparedData,
     valid: PreparedData | None,
-    order: Order,
+    order: BatchPlan,
     *,
     limit: int | None,
     padded_to: int | None,
@@ -75,7 +75,7 @@ def _in_both(train: PreparedData, valid: PreparedData) -> tuple[int, list[str]]:
     return len(same), first
 
 
-def _padding_waste(train: PreparedData, order: Order, padded_to: int | None) -> float:
+def _padding_waste(train: PreparedData, order: BatchPlan, padded_to: int | None) -> float:
     """Return the share of padding in an epoch; it does not depend on the number of workers."""
     lengths, tokens = train.index.length.astype(np.int64), train.index.tokens.astype(np.int64)
     if order.packs is not None:

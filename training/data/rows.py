@@ -55,7 +55,7 @@ _SHAREGPT_ROLES = {
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowSchema:
     """The schema by which the rows of a source are parsed."""
 
     task: Task
@@ -113,7 +113,7 @@ def _found(row: dict[str, Any]) -> str:
     return f"found: {', '.join(names[:6]) or 'nothing'}"
 
 
-def read_row(row: dict[str, Any], reading: Reading) -> Example:
+def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
     """Validate one row and convert it into an example.
 
     Raises:

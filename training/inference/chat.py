@@ -6,7 +6,7 @@ from typing import Any
 from configs.loading import ConfigError
 from training.data.errors import RowError
 from training.data.records import Filled, Message
-from training.data.rows import Reading, places_of, read_row
+from training.data.rows import RowSchema, places_of, read_row
 from training.inference.checkpoint_model import TrainedModel
 from training.inference.prompting import encode_prompt, stop_tokens
 
@@ -76,7 +76,7 @@ def _fill(template: str, prompt: str) -> str:
     *places, answer = places_of(template)
     row = {places[0]: prompt, answer: "-"}
     try:
-        filled = read_row(row, Reading("instruction_tuning", "instruction", {}, template, ()))
+        filled = read_row(row, RowSchema("instruction_tuning", "instruction", {}, template, ()))
     except RowError as error:
         raise ConfigError(
             f"prompt_template requires {', '.join(places)}, but a chat has one text per turn. Use main.py evaluate with rows of a file."

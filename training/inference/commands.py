@@ -116,10 +116,10 @@ def evaluate_command(
             "worker_resources": {},
         }
         chosen = choose_device(config.model_copy(update=asked), target)
-        from training.inference.evaluate import HowToEvaluate, evaluate
+        from training.inference.evaluate import EvaluationSettings, evaluate
         from training.inference.screen import show_evaluation
 
-        how = HowToEvaluate(
+        how = EvaluationSettings(
             match=match or ("text" if config.task == "classification" else "number"),
             columns=dict(columns) or {str(ours): name for ours, name in config.columns.items()},
             num_devices=num_devices,

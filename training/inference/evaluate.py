@@ -19,7 +19,7 @@ from training.checkpoints.store import CheckpointError, read_manifest
 from training.data.errors import DataError, RowError
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
 from training.data.records import Chat, Example, Filled
-from training.data.rows import Reading, read_row, recognise
+from training.data.rows import RowSchema, read_row, recognise
 from training.data.sources import find_files, open_file
 from training.data.templates import Renderer
 from training.data.token_files import digest_of
@@ -43,7 +43,7 @@ _MARKED = re.compile(rf"####\s*({_NUMBER})")
 
 
 @dataclass(frozen=True)
-class HowToEvaluate:
+class EvaluationSettings:
     """What is asked for beside the model and the data."""
 
     match: Match
@@ -115,7 +115,7 @@ def evaluate(
     trained: TrainedModel,
     data: str,
     name: str | None,
-    how: HowToEvaluate,
+    how: EvaluationSettings,
     *,
     progress: Callable[[str, float], None],
 ) -> Evaluation:
@@ -168,7 +168,7 @@ def evaluate(
 
 
 def read_questions(
-    data: str, trained: TrainedModel, tokenizer: "PreTrainedTokenizerFast", how: HowToEvaluate
+    data: str, trained: TrainedModel, tokenizer: "PreTrainedTokenizerFast", how: EvaluationSettings
 ) -> list[Question]:
     """The rows as the model was trained to read them, up to where it answers.
 
@@ -218,13 +218,13 @@ def _question(
     trained: TrainedModel,
     tokenizer: "PreTrainedTokenizerFast",
     renderer: Renderer,
-    how: HowToEvaluate,
+    how: EvaluationSettings,
 ) -> Question:
     config = trained.config
     task = "classification" if config.task == "classification" else "instruction_tuning"
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
     data_format = recognise(row, how.columns, task, config.prompt_template)
-    example = read_row(row, Reading(task, data_format, how.columns, config.prompt_template, labels))
+    example = read_row(row, RowSchema(task, data_format, how.columns, config.prompt_template, labels))
     if isinstance(example, Chat) and not tokenizer.chat_template:
         raise RowError("template", "is a chat, and the model has no chat template to lay it out")
     expected = _expected(example)
@@ -301,7 +301,7 @@ def _digests_of(run_uri: str, fingerprint: str, cache: Path) -> set[int] | None:
 class _Worker:
     """One model on one device."""
 
-    def __init__(self, trained: TrainedModel, how: HowToEvaluate):
+    def __init__(self, trained: TrainedModel, how: EvaluationSettings):
         import torch
         from transformers import GenerationConfig
 
@@ -338,7 +338,7 @@ class _Worker:
 def _answer(
     questions: Sequence[Question],
     trained: TrainedModel,
-    how: HowToEvaluate,
+    how: EvaluationSettings,
     progress: Callable[[str, float], None],
 ) -> list[str]:
     # Prompts of about one length together: little is padded, and the slowest batches come first.

@@ -22,12 +22,12 @@ from runs.layout import (
     DATA_REPORT_FILE,
     RESULT_FILE,
     SKIPPED_ROWS_FILE,
-    Claim,
+    Lease,
     RunResult,
     run_of,
 )
 from training.checkpoints import store as checkpoints
-from training.checkpoints.lease import check_claim, claimed
+from training.checkpoints.lease import check_lease, held_lease
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
 from training.data.report import DataReport
 from training.data.report_page import to_html
@@ -84,7 +84,7 @@ def run_job(
         on_event: Called on this thread with each event of the workers.
 
     Raises:
-        ClaimError: another driver trains the run.
+        LeaseError: another driver trains the run.
         ClusterError: the cluster lacks resources.
         BucketError: the run cannot be written to at its start.
         UnrecordedError: the result cannot be written.
@@ -94,19 +94,19 @@ def run_job(
     state = RunState(workers, savings, on_event)
     store = open_store(plan.run_uri)
     with (
-        claimed(
+        held_lease(
             store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
-        ) as claim,
+        ) as lease,
         cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
     ):
         _keep_parent(plan, on_event)
         for rows in prepared:
             keep_prepared(rows, plan.prepared)
         _write_data_report(plan, prepared, report)
-        signals, failure = _train(plan, claim, workers, state, savings)
+        signals, failure = _train(plan, lease, workers, state, savings)
         if len(signals) < 2:
             with suppress(BucketError):  # writing the result reports it
-                check_claim(store, claim)  # another driver's result must not be overwritten
+                check_lease(store, lease)  # another driver's result must not be overwritten
     attempt = Attempt(
         failure=failure,
         signals=signals,
@@ -130,12 +130,12 @@ def run_job(
 
 
 def _train(
-    plan: RunPlan, claim: Claim, workers: Workers, state: "RunState", savings: Sequence[Saving]
+    plan: RunPlan, lease: Lease, workers: Workers, state: "RunState", savings: Sequence[Saving]
 ) -> tuple[Sequence[int], str | None]:
     """Run the workers until they are done; return (received signals, why the attempt failed, if it did)."""
     signals = _remember_signals()  # only now: connecting to Ray installs handlers of its own
     mailbox = _mailbox_on_this_node()
-    fit = _Fit(_trainer(plan, claim, mailbox), mailbox)
+    fit = _Fit(_trainer(plan, lease, mailbox), mailbox)
     lost: str | None = None
     try:
         _follow(mailbox, signals, state, workers)
@@ -320,7 +320,7 @@ class _Fit:
         self._mailbox.close.remote()
 
 
-def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
+def _trainer(plan: RunPlan, lease: Lease, mailbox: Any) -> TorchTrainer:
     config = plan.config
     is_range = len(config.device_counts) > 1
     if is_range:
@@ -335,7 +335,7 @@ def _trainer(plan: RunPlan, claim: Claim, mailbox: Any) -> TorchTrainer:
         is_local=plan.resolved.target.is_local,
         train_loop_config={
             "plan": plan.model_dump(mode="json"),
-            "claim": claim.model_dump(mode="json"),
+            "lease": lease.model_dump(mode="json"),
             "mailbox": mailbox,
         },
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),

@@ -34,7 +34,7 @@ _FILES = "files"
 
 
 @dataclass(frozen=True)
-class Packed:
+class Package:
     """A directory that holds all that a job needs besides what the cluster has."""
 
     directory: Path
@@ -49,7 +49,7 @@ class Packed:
         return self.loaded.path.name
 
 
-def pack(loaded: LoadedConfig, directory: Path) -> Packed:
+def pack(loaded: LoadedConfig, directory: Path) -> Package:
     """Bring together what a job needs, in an empty directory.
 
     A path that exists here is packed. One that is the cluster's own is written as `file:///...` (`storage_path`: any absolute
@@ -86,7 +86,7 @@ def pack(loaded: LoadedConfig, directory: Path) -> Packed:
     config = config.model_copy(update={**changes, "storage_path": storage})
     packed = replace(loaded, config=config, path=Path(loaded.path.name))
     (directory / packed.path).write_text(to_yaml(config), encoding="utf-8")
-    return Packed(directory, packed, tuple(_keys_on_the_cluster(config)))
+    return Package(directory, packed, tuple(_keys_on_the_cluster(config)))
 
 
 class _Luggage:

@@ -15,7 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from runs.layout import RunResult
-from training.launch.packaging import Packed
+from training.launch.packaging import Package
 from training.models.files import first_line
 from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.planning.planner import Progress, make_plan
@@ -66,7 +66,7 @@ class SubmittedJob:
         return ["ray", "job", "stop", "--address", self.address, self.submission_id]
 
 
-def check_from_here(packed: Packed, target: ClusterTarget, progress: Progress) -> PlanReport | str:
+def check_from_here(packed: Package, target: ClusterTarget, progress: Progress) -> PlanReport | str:
     """Return the plan that the job will make, or the reason why it cannot be made on this machine.
 
     An invalid run is rejected now. URIs that only the cluster can access are left to the job, which checks them before
@@ -98,7 +98,7 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def submit(client: JobSubmissionClient, address: str, packed: Packed) -> SubmittedJob:
+def submit(client: JobSubmissionClient, address: str, packed: Package) -> SubmittedJob:
     """Submit the run. It uses the cluster's own credentials: no environment variable of this machine is sent."""
     try:
         submission_id = client.submit_job(

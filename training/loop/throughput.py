@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from runs.layout import Phase, Speed
-from training.data.batches import Order
+from training.data.batches import BatchPlan
 from training.planning.flops import RowFlops
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -134,7 +134,7 @@ class Throughput(TrainerCallback):
 
     def __init__(
         self,
-        order: Order,
+        order: BatchPlan,
         tokens_of_row: Sequence[int],
         trained_tokens_of_row: Sequence[int],
         *,

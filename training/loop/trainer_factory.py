@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import (
-    Order,
+    BatchPlan,
     PairSequences,
     TokenSequences,
     longest_sequence,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def build_trainer(
     plan: RunPlan,
-    order: Order,
+    order: BatchPlan,
     train: PreparedData,
     valid: PreparedData | None,
     *,

@@ -22,8 +22,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from configs.schema import FinetuneConfig
 from training.checkpoints import store as checkpoints
 from training.data.batches import (
+    BatchPlan,
     EpochDataLoader,
-    Order,
     TrainBatches,
     eval_batches,
     with_ends_of_rows,
@@ -88,7 +88,7 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
 class TrainingRows:
     """The training and validation sequences of a run, with their batch plan and collator."""
 
-    order: Order
+    order: BatchPlan
     """Assigns sequences to steps."""
     train: Dataset[dict[str, Any]]
     """Sequences that `order` indexes, including PADDING_ROW."""

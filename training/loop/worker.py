@@ -16,12 +16,12 @@ import ray
 import ray.train
 
 from configs.loading import flat, to_yaml
-from runs.layout import CONFIG_FILE, METRICS_FILE, Claim, Manifest, metrics_lines, run_digest
+from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest
 from training.checkpoints.committer import CheckpointCommitter, CommitContext
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
 from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
-from training.data.batches import Order, pad_to_multiple_of, padded_length
+from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
 from training.loop.saved_checkpoint import committed_event, describe_saved
@@ -101,10 +101,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train as one worker; Ray Train calls it.
 
     Args:
-        settings: `plan` (a RunPlan) and `claim` (a Claim) as dictionaries, and `mailbox`, the driver's EventMailbox.
+        settings: `plan` (a RunPlan) and `lease` (a Lease) as dictionaries, and `mailbox`, the driver's EventMailbox.
     """
     plan = RunPlan.model_validate(settings["plan"]).on_this_node()
-    claim = Claim.model_validate(settings["claim"])
+    lease = Lease.model_validate(settings["lease"])
     world = World.from_ray()
     driver = Driver(settings["mailbox"], world)
     if driver.is_rejected():
@@ -113,7 +113,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         with importing():
             prepare_process(plan, world)
         try:
-            _train(plan, claim, world, driver)
+            _train(plan, lease, world, driver)
             driver.finish()
         except AnnealError as error:  # only the user can fix it
             driver.reject(str(error))
@@ -214,12 +214,12 @@ class Built:
     model: Any
     request: ModelRequest
     arguments: "SFTConfig"
-    order: Order
+    order: BatchPlan
     throughput: "Throughput"
 
 
-def _train(plan: RunPlan, claim: Claim, world: World, driver: Driver) -> None:
-    inputs = _prepare_inputs(plan, claim, world, driver)
+def _train(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> None:
+    inputs = _prepare_inputs(plan, lease, world, driver)
     built = _build(plan, inputs, world, driver)
     if inputs.resume.committed:
         driver.emit(Restored(committed_event(plan, inputs.resume.step, built.throughput)))
@@ -232,7 +232,7 @@ def _train(plan: RunPlan, claim: Claim, world: World, driver: Driver) -> None:
     committer = CheckpointCommitter(
         CommitContext(
             inputs.store,
-            claim,
+            lease,
             world,
             keep=plan.config.num_checkpoints_to_keep,
             describe=partial(describe_saved, plan, world, built.throughput),
@@ -244,7 +244,7 @@ def _train(plan: RunPlan, claim: Claim, world: World, driver: Driver) -> None:
     _run(plan, inputs, built, world, driver, committer, callbacks)
 
 
-def _prepare_inputs(plan: RunPlan, claim: Claim, world: World, driver: Driver) -> Inputs:
+def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> Inputs:
     """Bring model, rows and the checkpoint to resume from to this node, and verify them."""
     scratch = _run_scratch(plan, world)
     if world.local_rank == 0:
@@ -254,7 +254,7 @@ def _prepare_inputs(plan: RunPlan, claim: Claim, world: World, driver: Driver) -
     store = open_store(plan.run_uri)
     # Every rank waits for the last node's files, which may take longer than NCCL's timeout of half an hour.
     patient = world.with_patient_group()
-    restoring = Restoring(store, claim, plan.restore_from, scratch / "trainer" / "restored", patient)
+    restoring = Restoring(store, lease, plan.restore_from, scratch / "trainer" / "restored", patient)
 
     driver.emit(Phase("loading libraries"))
     with importing():

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.schema import FinetuneConfig
 from runs.layout import DataFingerprints
-from training.data.batches import BatchShape, Order, pack
+from training.data.batches import BatchPlan, BatchShape, pack
 from training.models.kernels import Device, KernelChoice, WeightsDtype
 from training.planning.deepspeed import ZeroStage
 from training.planning.endpoints import ClusterTarget
@@ -74,7 +74,7 @@ class RunPlan(BaseModel):
         """Where a node keeps what it downloaded and tokenised."""
         return Path(self.scratch) / "cache"
 
-    def order(self, lengths: np.ndarray, longest: int, devices: int) -> Order:
+    def order(self, lengths: np.ndarray, longest: int, devices: int) -> BatchPlan:
         """Which rows each step takes; see `order_of`."""
         return order_of(self.config, lengths, longest, devices)
 
@@ -85,7 +85,7 @@ class RunPlan(BaseModel):
         return self.model_copy(update={"scratch": str(scratch_directory(self.config))})
 
 
-def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices: int) -> Order:
+def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices: int) -> BatchPlan:
     """Which rows each step of a run takes: the same here and on every worker, and on any number of them.
 
     Args:
@@ -102,4 +102,4 @@ def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices:
         config.accumulation_on(devices),
     )
     is_padded_to_longest = config.padding == "longest" and packs is None
-    return Order(shape, config.seed, lengths=lengths if is_padded_to_longest else None, packs=packs)
+    return BatchPlan(shape, config.seed, lengths=lengths if is_padded_to_longest else None, packs=packs)

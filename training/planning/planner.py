@@ -14,7 +14,7 @@ from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
 from training.checkpoints.weights import fetch_model
-from training.data.batches import BatchShape, Order
+from training.data.batches import BatchPlan, BatchShape
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
 from training.data.report import DataReport, make_report
@@ -159,7 +159,7 @@ class Batch:
     """Why `train_batch_size_per_device: auto` came to this number; empty where the YAML has a number."""
     job: Job | None
     """Input of the memory estimate; None for architectures whose layers nobody has counted."""
-    order: Order
+    order: BatchPlan
     max_steps: int
 
     @property

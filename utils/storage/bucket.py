@@ -18,7 +18,7 @@ from utils.storage.embedded_bucket import EMBEDDED_BUCKET, state_directory
 from utils.storage.fsspec_store import PACKAGES, FsspecStore
 from utils.storage.local_store import LocalStore
 from utils.storage.node_cache import NodeCopy
-from utils.storage.s3 import CHECK, WORK, Patience, S3Store, split_s3, storage_options
+from utils.storage.s3 import CHECK, WORK, RetryPolicy, S3Store, split_s3, storage_options
 from utils.storage.store import (
     AlreadyExistsError,
     DamagedError,
@@ -243,7 +243,7 @@ def _single_object(uri: str, cache_dir: Path) -> NodeCopy:
     return node_cache.node_copy(store, uri, [found], cache_dir)
 
 
-def _remote_store(uri: str, patience: Patience = WORK) -> Store:
+def _remote_store(uri: str, patience: RetryPolicy = WORK) -> Store:
     return S3Store(uri, patience) if _scheme(uri) == "s3" else FsspecStore(uri)
 
 

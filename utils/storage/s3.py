@@ -50,15 +50,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Timeouts of requests in seconds: maximum silence of the server, and time to keep retrying after a failure."""
 
     silence: float
     failing: float
 
 
-WORK = Patience(silence=30, failing=120)  # a run survives storage that is down for a minute
-CHECK = Patience(silence=5, failing=2)  # a check answers within about 10 seconds
+WORK = RetryPolicy(silence=30, failing=120)  # a run survives storage that is down for a minute
+CHECK = RetryPolicy(silence=5, failing=2)  # a check answers within about 10 seconds
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 BLOCK_BYTES = 256 * 1024  # read size for response bodies; larger blocks leave the CPU cache and are slower
@@ -70,7 +70,7 @@ _DELETE_BATCH = 1000  # maximum number of keys per S3 request
 class S3Store:
     """A prefix of a bucket as a store. Create one per process; each process looks up its own credentials."""
 
-    def __init__(self, uri: str, patience: Patience = WORK):
+    def __init__(self, uri: str, patience: RetryPolicy = WORK):
         self.bucket, self.prefix = split_s3(uri)
         self.uri = join_uri(f"s3://{self.bucket}", self.prefix)
         self._start = f"{self.prefix}/" if self.prefix else ""  # prefix of every key in the bucket
@@ -500,7 +500,7 @@ class S3Store:
 class _Attempts:
     """The failed attempts of one operation and the delay after each."""
 
-    def __init__(self, patience: Patience):
+    def __init__(self, patience: RetryPolicy):
         self.failed = 0
         self._patience = patience
         self._until = 0.0

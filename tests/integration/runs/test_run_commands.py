@@ -19,12 +19,12 @@ import pytest
 from rich.console import Console
 
 from runs.layout import (
-    CLAIM_EXPIRES_SECONDS,
     CONFIG_FILE,
+    LEASE_EXPIRES_SECONDS,
     METRICS_FILE,
     RESULT_FILE,
     checkpoint_key,
-    claim_key,
+    lease_key,
 )
 from runs.listing import list_runs, read_run
 from runs.screen import show_run
@@ -118,11 +118,11 @@ def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
     write_run(storage, "lost", eval_losses(2.0), result=None)
     write_claim(storage, "lost")
     assert [run.status for run in list_runs(storage.uri)] == ["running"]
-    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
-    os.utime(tmp_path / "lost" / claim_key(1), (long_ago, long_ago))
+    long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
+    os.utime(tmp_path / "lost" / lease_key(1), (long_ago, long_ago))
     (run,) = list_runs(storage.uri)
     assert run.status == "interrupted"
-    assert run.age_seconds == pytest.approx(2 * CLAIM_EXPIRES_SECONDS, abs=20)
+    assert run.age_seconds == pytest.approx(2 * LEASE_EXPIRES_SECONDS, abs=20)
 
 
 def test_a_run_whose_driver_was_killed_on_this_machine_is_interrupted_at_once(tmp_path: Path):
@@ -131,11 +131,11 @@ def test_a_run_whose_driver_was_killed_on_this_machine_is_interrupted_at_once(tm
     driver = subprocess.Popen(["sleep", "60"])
     started = started_after_boot(driver.pid)
     write_claim(storage, "a", machine=this_machine(), process=driver.pid, process_started=started)
-    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
-    os.utime(tmp_path / "a" / claim_key(1), (long_ago, long_ago))
+    long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
+    os.utime(tmp_path / "a" / lease_key(1), (long_ago, long_ago))
     assert [run.status for run in list_runs(storage.uri)] == ["running"], "the kernel is asked first"
     driver.kill()
-    os.utime(tmp_path / "a" / claim_key(1))
+    os.utime(tmp_path / "a" / lease_key(1))
     _wait_for_zombie(driver.pid)
     assert [run.status for run in list_runs(storage.uri)] == ["interrupted"], "nobody has collected it yet"
     driver.wait()
@@ -153,10 +153,10 @@ def test_an_interrupted_attempt_counts_and_not_the_result_of_the_one_before(tmp_
     before = result_of(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
     write_run(storage, "a", losses, result=before)
     assert read_run(storage.uri_of("a")).status == "stopped"
-    long_ago = time.time() - 2 * CLAIM_EXPIRES_SECONDS
+    long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
     for since, status in ((before.ended, "stopped"), (now_as_text(), "interrupted")):
         write_claim(storage, "a", since=since)
-        os.utime(tmp_path / "a" / claim_key(1), (long_ago, long_ago))
+        os.utime(tmp_path / "a" / lease_key(1), (long_ago, long_ago))
         run = read_run(storage.uri_of("a"))
         assert run.status == status
     assert (run.steps, run.reason, run.best_eval_loss) == (10, "", 1.5)
@@ -169,16 +169,16 @@ def now_as_text() -> str:
 def test_a_claim_that_cannot_be_read_is_damage(tmp_path: Path):
     storage = open_store(str(tmp_path))
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
-    storage.write(f"a/{claim_key(1)}", b"{")
+    storage.write(f"a/{lease_key(1)}", b"{")
     (run,) = list_runs(storage.uri)
     assert run.status == "damaged"
-    assert run.reason.startswith(f"{uri}/{claim_key(1)} ")
+    assert run.reason.startswith(f"{uri}/{lease_key(1)} ")
     assert "delete" in run.reason
 
 
 def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
     """However many checkpoints they have; those that are not completed are a few more."""
-    completed, unfinished, claimed = 1000, 10, 5
+    completed, unfinished, held_lease = 1000, 10, 5
     uri = join_uri(reach_as_a_user(monkeypatch, bucket, "a-thousand-runs"), "runs")
     storage, losses = open_store(uri), eval_losses(2.0, 1.0)
     result = result_of(storage.uri_of("run"), losses).model_dump_json().encode()
@@ -188,7 +188,7 @@ def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch:
     files |= {f"left-{number}/config.yaml": b"" for number in range(unfinished)}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: storage.write(*item), files.items()))
-    for number in range(claimed):
+    for number in range(held_lease):
         write_claim(storage, f"left-{number}")
     with bucket_proxy(bucket.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
@@ -196,10 +196,10 @@ def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch:
         runs = list_runs(uri)
         print(f"\n{len(runs)} runs in {time.monotonic() - began:.2f} s, {len(proxy.requests)} requests")
     assert sum(run.status == "completed" for run in runs) == completed
-    assert sum(run.status == "interrupted" for run in runs) == unfinished - claimed
-    assert sum(run.status == "running" for run in runs) == claimed
+    assert sum(run.status == "interrupted" for run in runs) == unfinished - held_lease
+    assert sum(run.status == "running" for run in runs) == held_lease
     about_the_place = 3 + 2  # is it there, may it be read; two pages of names
-    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished + claimed
+    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished + held_lease
     read = [request.path for request in proxy.downloads("a-thousand-runs")]
     assert not [path for path in read if "checkpoints" in path]
 

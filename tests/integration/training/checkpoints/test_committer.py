@@ -15,14 +15,14 @@ import psutil
 import pytest
 
 from runs import reading
-from runs.layout import MANIFEST_FILE, METRICS_FILE, CheckpointUse, Claim, Speed, checkpoint_key, use_key
+from runs.layout import MANIFEST_FILE, METRICS_FILE, CheckpointUse, Lease, Speed, checkpoint_key, use_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
 from tests.support.faults import on_a_small_disk, require_small_disks
 from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
 from tests.support.stored_runs import manifest_of
 from training.checkpoints import store as checkpoints
 from training.checkpoints.committer import CheckpointCommitter, CommitContext, SavedCheckpoint
-from training.checkpoints.lease import ClaimError, claimed
+from training.checkpoints.lease import LeaseError, held_lease
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
 from training.checkpoints.weights import fetch_weights
@@ -74,12 +74,12 @@ def undescribed(directory: Path, state: object) -> SavedCheckpoint:
 
 def committer_of(
     store: Store,
-    claim: Claim,
+    lease: Lease,
     *,
     keep: int = 1,
     on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None,
 ) -> CheckpointCommitter:
-    context = CommitContext(store, claim, ALONE, keep, describe=undescribed, report=on_commit)
+    context = CommitContext(store, lease, ALONE, keep, describe=undescribed, report=on_commit)
     return CheckpointCommitter(context, reading.committed(store))
 
 
@@ -88,8 +88,8 @@ def commits_of(
     store: Store, *, keep: int = 1, on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None
 ) -> Iterator[CheckpointCommitter]:
     with (
-        claimed(store, waiting=nobody) as claim,
-        committer_of(store, claim, keep=keep, on_commit=on_commit) as commits,
+        held_lease(store, waiting=nobody) as lease,
+        committer_of(store, lease, keep=keep, on_commit=on_commit) as commits,
     ):
         yield commits
 
@@ -310,12 +310,12 @@ def test_the_best_the_latest_and_referenced_checkpoints_are_retained(run_uri: st
         commits.start(saved(tmp_path, 1, losses[1]))
         commits.wait()
         checkpoints.mark_in_use(store.uri_of("checkpoints/step-000001"), child_uri)
-        with claimed(child, waiting=nobody):
+        with held_lease(child, waiting=nobody):
             for step in (2, 3):
                 commits.start(saved(tmp_path, step, losses[step]))
             commits.wait()
             assert steps(store) == [1, 2, 3]
-        # The child's claim has gone without a result: somebody removed that run.
+        # The child's lease has gone without a result: somebody removed that run.
         commits.start(saved(tmp_path, 4, losses[4]))
     assert steps(store) == [2, 4]
     assert store.list("used-by/") == []
@@ -343,10 +343,10 @@ def test_where_every_checkpoint_is_damaged_none_is_removed(run_uri: str, tmp_pat
     before = store.list()
     told: list[Event] = []
     with (
-        claimed(store, waiting=nobody) as claim,
+        held_lease(store, waiting=nobody) as lease,
         pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: .*content"),
     ):
-        Restoring(store, claim, None, tmp_path / "restored", ALONE).finish(told.append)
+        Restoring(store, lease, None, tmp_path / "restored", ALONE).finish(told.append)
     (notice,) = told
     assert isinstance(notice, Notice)
     assert notice.text.endswith(" " + store.uri_of("checkpoints/step-000001") + ".")
@@ -357,17 +357,17 @@ def test_where_every_checkpoint_is_damaged_none_is_removed(run_uri: str, tmp_pat
 @by_both_ways
 def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with claimed(store, waiting=nobody) as claim:
-        former = Claim.model_validate(claim.model_dump() | {"number": claim.number - 1, "token": "former"})
+    with held_lease(store, waiting=nobody) as lease:
+        former = Lease.model_validate(lease.model_dump() | {"number": lease.number - 1, "token": "former"})
         with committer_of(store, former) as commits:
             commits.record([{"loss": 1.5, "step": 1}])
         assert store.read_if_exists(METRICS_FILE) is None
         store.write(checkpoint_key(1, "model.safetensors"), b"the new owner's, on its way")
-        with pytest.raises(ClaimError, match="taken over"):
+        with pytest.raises(LeaseError, match="taken over"):
             Restoring(store, former, None, tmp_path / "restored", ALONE).finish(lambda event: None)
         assert [item.key for item in store.list("checkpoints/")] == [checkpoint_key(1, "model.safetensors")]
         with (
-            pytest.raises(ClaimError, match="taken over"),
+            pytest.raises(LeaseError, match="taken over"),
             committer_of(store, former) as commits,
         ):
             commits.start(saved(tmp_path, 1))

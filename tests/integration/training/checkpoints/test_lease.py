@@ -1,4 +1,4 @@
-"""One driver at a time trains a run; a dead one's claim expires. On a local directory and on a real S3 server, by two ways."""
+"""One driver at a time trains a run; a dead one's lease expires. On a local directory and on a real S3 server, by two ways."""
 
 import multiprocessing
 import os
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runs.layout import CLAIMS, Claim, claim_key
+from runs.layout import LEASES, Lease, lease_key
 from tests.support.own_buckets import S3_THROUGH_FSSPEC, reach_through_fsspec
-from training.checkpoints import lease as claims
-from training.checkpoints.lease import ClaimError, check_claim, claimed
+from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.fsspec_store import PACKAGES
@@ -37,27 +36,27 @@ def nobody(owner: str) -> None:
 
 def hold(uri: str, ready: Connection) -> None:
     PACKAGES.update([S3_THROUGH_FSSPEC])
-    with claimed(open_store(uri), waiting=nobody) as claim:
-        ready.send(claim.model_dump_json())
+    with held_lease(open_store(uri), waiting=nobody) as lease:
+        ready.send(lease.model_dump_json())
         time.sleep(60)
 
 
-def killed_owner(uri: str) -> Claim:
-    """The claim of a driver that took it and was killed."""
+def killed_owner(uri: str) -> Lease:
+    """The lease of a driver that took it and was killed."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     owner = spawn.Process(target=hold, args=(uri, sender), daemon=True)
     owner.start()
-    claim = Claim.model_validate_json(receiver.recv())
+    lease = Lease.model_validate_json(receiver.recv())
     assert owner.pid is not None
     os.kill(owner.pid, signal.SIGKILL)
     owner.join()
-    return claim
+    return lease
 
 
-def elsewhere(store: Store) -> Claim:
-    """A claim from another machine, just made."""
-    claim = Claim(
+def elsewhere(store: Store) -> Lease:
+    """A lease from another machine, just made."""
+    lease = Lease(
         number=1,
         token="theirs",
         owner="ann@elsewhere, process 7",
@@ -66,48 +65,48 @@ def elsewhere(store: Store) -> Claim:
         process=7,
         process_started=0.0,
     )
-    store.write(claim_key(1), claim.model_dump_json().encode(), only_if_absent=True)
-    return claim
+    store.write(lease_key(1), lease.model_dump_json().encode(), only_if_absent=True)
+    return lease
 
 
 def test_a_second_driver_raises_an_error_with_the_owners_process(run_uri: str):
     store = open_store(run_uri)
-    with claimed(store, waiting=nobody) as claim:
-        check_claim(store, claim)
+    with held_lease(store, waiting=nobody) as lease:
+        check_lease(store, lease)
         with (
-            pytest.raises(ClaimError, match=rf"process {os.getpid()}\b"),
-            claimed(store, waiting=nobody),
+            pytest.raises(LeaseError, match=rf"process {os.getpid()}\b"),
+            held_lease(store, waiting=nobody),
         ):
             pass
-        check_claim(store, claim)
-    assert store.list(f"{CLAIMS}/") == [], "an ended driver leaves nothing"
+        check_lease(store, lease)
+    assert store.list(f"{LEASES}/") == [], "an ended driver leaves nothing"
 
 
 def test_a_killed_drivers_claim_is_taken_over_and_its_workers_cannot_commit(run_uri: str):
     store = open_store(run_uri)
     dead = killed_owner(run_uri)
-    with claimed(store, waiting=nobody) as claim:
-        assert claim.number == dead.number + 1
-        check_claim(store, claim)
-        with pytest.raises(ClaimError, match="taken over"):
-            check_claim(store, dead)
-    with pytest.raises(ClaimError, match="expired"):
-        check_claim(store, dead)
+    with held_lease(store, waiting=nobody) as lease:
+        assert lease.number == dead.number + 1
+        check_lease(store, lease)
+        with pytest.raises(LeaseError, match="taken over"):
+            check_lease(store, dead)
+    with pytest.raises(LeaseError, match="expired"):
+        check_lease(store, dead)
 
 
 def test_an_owner_elsewhere_that_renews_is_alive(run_uri: str):
     store = open_store(run_uri)
-    claim = elsewhere(store)
+    lease = elsewhere(store)
     ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(2):  # S3 tells ages in whole seconds
-            store.write(claim_key(1), claim.model_dump_json().encode())
+            store.write(lease_key(1), lease.model_dump_json().encode())
 
     renewing = threading.Thread(target=renew)
     renewing.start()
     try:
-        with pytest.raises(ClaimError, match="ann@elsewhere"), claimed(store, waiting=lambda owner: None):
+        with pytest.raises(LeaseError, match="ann@elsewhere"), held_lease(store, waiting=lambda owner: None):
             pass
     finally:
         ended.set()
@@ -115,14 +114,14 @@ def test_an_owner_elsewhere_that_renews_is_alive(run_uri: str):
 
 
 def test_an_owner_elsewhere_that_stays_silent_expires(run_uri: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(claims, "CLAIM_EXPIRES_SECONDS", 3.0)
+    monkeypatch.setattr(lease_module, "LEASE_EXPIRES_SECONDS", 3.0)
     store = open_store(run_uri)
     theirs = elsewhere(store)
     waited_for: list[str] = []
-    with claimed(store, waiting=waited_for.append) as claim:
-        assert claim.number == 2
-        with pytest.raises(ClaimError):
-            check_claim(store, theirs)
+    with held_lease(store, waiting=waited_for.append) as lease:
+        assert lease.number == 2
+        with pytest.raises(LeaseError):
+            check_lease(store, theirs)
     assert "ann@elsewhere, process 7" in waited_for
 
 
@@ -135,10 +134,10 @@ def test_of_many_at_once_one_takes_it(run_uri: str):
     def driver(_: int) -> bool:
         everybody.wait()
         try:
-            with claimed(store, waiting=nobody):
+            with held_lease(store, waiting=nobody):
                 ended.wait(60)
             return True
-        except ClaimError:
+        except LeaseError:
             return False
 
     with ThreadPoolExecutor(6) as pool:
@@ -148,17 +147,17 @@ def test_of_many_at_once_one_takes_it(run_uri: str):
         assert sorted(result.result() for result in results) == [False] * 5 + [True]
 
 
-def test_a_claim_that_was_taken_over_does_not_come_back(run_uri: str, monkeypatch: pytest.MonkeyPatch):
-    """Its successor has ended and taken all claims away; who was taken over must not pass for the owner again."""
-    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.05)
+def test_a_lease_that_was_taken_over_stays_lost(run_uri: str, monkeypatch: pytest.MonkeyPatch):
+    """Its successor has ended and deleted all leases; the former owner must not count as the owner again."""
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.05)
     store = open_store(run_uri)
-    with claimed(store, waiting=nobody) as claim:
-        successor = claim.model_copy(update={"number": claim.number + 1, "token": "theirs"})
-        store.write(claim_key(successor.number), successor.model_dump_json().encode())
-        _until(lambda: all(thread.name != "claim" for thread in threading.enumerate()))
-        store.delete([claim_key(claim.number), claim_key(successor.number)])
-        with pytest.raises(ClaimError, match="taken over"):
-            check_claim(store, claim)
+    with held_lease(store, waiting=nobody) as lease:
+        successor = lease.model_copy(update={"number": lease.number + 1, "token": "theirs"})
+        store.write(lease_key(successor.number), successor.model_dump_json().encode())
+        _until(lambda: all(thread.name != "lease" for thread in threading.enumerate()))
+        store.delete([lease_key(lease.number), lease_key(successor.number)])
+        with pytest.raises(LeaseError, match="taken over"):
+            check_lease(store, lease)
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -170,9 +169,9 @@ def _until(condition: Callable[[], bool]) -> None:
 
 def test_a_damaged_claim_is_named(bucket: EmbeddedBucket, bucket_uri: str):
     store = open_store(bucket_uri)
-    store.write(claim_key(3), b"{")
+    store.write(lease_key(3), b"{")
     with (
-        pytest.raises(ClaimError, match=r"/000003\.json .*delete"),
-        claimed(store, waiting=nobody),
+        pytest.raises(LeaseError, match=r"/000003\.json .*delete"),
+        held_lease(store, waiting=nobody),
     ):
         pass

@@ -81,11 +81,11 @@ def test_the_policy_allows_what_is_done_and_nothing_more(
         fetch_file(f"{own_bucket}/data/train.jsonl", tmp_path / "cache")
         run = open_store(f"{own_bucket}/runs/one")
         run.abort_stale_uploads()
-        run.write("claim", b"1", only_if_absent=True)
+        run.write("lease", b"1", only_if_absent=True)
         run.upload(tmp_path / "large", "checkpoints/weights")
         with pytest.raises(BucketError, match="access denied"):
             run.upload(tmp_path / "large", "broken")
-        assert run.age("claim") is not None
+        assert run.age("lease") is not None
         run.download_many({item: tmp_path / "restored" / item.key for item in run.list()})
         run.delete([item.key for item in run.list()])
         calls = needed(proxy.requests)

@@ -28,12 +28,12 @@ from utils.storage.bucket import (
     sync_to_node,
 )
 from utils.storage.embedded_bucket import EmbeddedBucket
-from utils.storage.s3 import Patience, S3Store
+from utils.storage.s3 import RetryPolicy, S3Store
 
 pytestmark = pytest.mark.timeout(120)
 MB = 1024 * 1024
 BUCKET = "faults"
-IMPATIENT = Patience(silence=1, failing=20)
+IMPATIENT = RetryPolicy(silence=1, failing=20)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def uri(keys: None) -> str:
 LARGE = os.urandom(4 * 8 * MB)
 
 
-def download(uri: str, directory: Path, patience: Patience = IMPATIENT) -> dict[str, bytes]:
+def download(uri: str, directory: Path, patience: RetryPolicy = IMPATIENT) -> dict[str, bytes]:
     store = S3Store(uri, patience)
     store.download_many({item: directory / item.key for item in store.list()})
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
@@ -114,7 +114,7 @@ def test_storage_that_always_breaks_off_is_given_up(uri: str, behind: Behind, tm
     behind(Fault(kind, key="large", at=0))  # pyright: ignore[reportArgumentType]
     began = time.monotonic()
     with pytest.raises(BucketError, match="large"):
-        download(uri, tmp_path / "down", Patience(silence=1, failing=1))
+        download(uri, tmp_path / "down", RetryPolicy(silence=1, failing=1))
     assert time.monotonic() - began < 20
     assert not list((tmp_path / "down").glob("*large*"))
 
@@ -220,7 +220,7 @@ def test_expired_credentials_are_read_again(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
     with pytest.raises(BucketError, match=r"credentials.*expired"):
-        S3Store(uri, Patience(silence=1, failing=1)).list()
+        S3Store(uri, RetryPolicy(silence=1, failing=1)).list()
     renewed = threading.Timer(1, lambda: profile.write_text(content.format(bucket.access_key)))
     renewed.start()
     assert is_whole(download(uri, tmp_path / "down"))

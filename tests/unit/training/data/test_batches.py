@@ -6,19 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.schema import FinetuneConfig
-from training.data.batches import PADDING_ROW, BatchShape, Order, TrainBatches, eval_batches, pack
+from training.data.batches import PADDING_ROW, BatchPlan, BatchShape, TrainBatches, eval_batches, pack
 from training.planning.plan import order_of as plan_order
 
 ROWS = 203
 LENGTHS = np.random.default_rng(0).integers(2, 400, ROWS)
 
 
-def order_of(batch_size: int, world_size: int, accumulation: int, *, grouped: bool, seed: int = 1) -> Order:
+def order_of(
+    batch_size: int, world_size: int, accumulation: int, *, grouped: bool, seed: int = 1
+) -> BatchPlan:
     shape = BatchShape(ROWS, batch_size, world_size, accumulation)
-    return Order(shape, seed, lengths=LENGTHS if grouped else None)
+    return BatchPlan(shape, seed, lengths=LENGTHS if grouped else None)
 
 
-def batches_of_all(order: Order, epoch: int) -> list[list[list[int]]]:
+def batches_of_all(order: BatchPlan, epoch: int) -> list[list[list[int]]]:
     """Rank -> its micro-batches."""
     ranks = [TrainBatches(order, rank=rank) for rank in range(order.shape.world_size)]
     for rank in ranks:
@@ -26,7 +28,7 @@ def batches_of_all(order: Order, epoch: int) -> list[list[list[int]]]:
     return [list(rank) for rank in ranks]
 
 
-def padded(order: Order, epoch: int = 0) -> int:
+def padded(order: BatchPlan, epoch: int = 0) -> int:
     """Tokens of padding in an epoch."""
     batches = [[LENGTHS[row] for row in batch] for rank in batches_of_all(order, epoch) for batch in rank]
     return sum(int(max(batch) * len(batch) - sum(batch)) for batch in batches)
@@ -131,7 +133,7 @@ def test_packs_hold_each_row_once_and_nothing_that_is_too_long(lengths: list[int
 
 def test_the_rows_of_a_step_are_those_of_its_packs():
     packs = pack(LENGTHS, 400)
-    order = Order(BatchShape(len(packs), 2, 1, 2), 1, packs=packs)
+    order = BatchPlan(BatchShape(len(packs), 2, 1, 2), 1, packs=packs)
     taken = [row for step in range(1, order.shape.steps_per_epoch + 1) for row in order.rows_of_step(step)]
     assert sorted(taken) == list(range(ROWS))
     assert order.rows_of_step(1) == [row for sequence in order.step(1) for row in packs[sequence]]

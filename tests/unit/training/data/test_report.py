@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
-from training.data.batches import BatchShape, Order
+from training.data.batches import BatchPlan, BatchShape
 from training.data.prepared import PreparedData
 from training.data.report import DataReport, describe_loss, make_report
 from training.data.report_page import to_html
@@ -21,7 +21,7 @@ def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
 
 
 def report_of(train: PreparedData, valid: PreparedData | None = None, **changes: Any) -> DataReport:
-    order = Order(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
+    order = BatchPlan(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
     settings: dict[str, Any] = {"limit": None, "padded_to": None, "steps": 7} | changes
     return make_report(train, valid, order, **settings)
 
@@ -32,7 +32,7 @@ def test_padding_is_what_the_batches_hold_beside_their_rows(
     path, _ = write_data(tmp_path, train_rows=42)
     train = prepare(request(path), chatml, tiny_model, tmp_path / "cache")
     lengths = train.index.length
-    order = Order(BatchShape(42, 4, 2, 1), 42).epoch(0)
+    order = BatchPlan(BatchShape(42, 4, 2, 1), 42).epoch(0)
     batches = [lengths[order[begin : begin + 4]] for begin in range(0, 42, 4)]
     padded = sum(max(batch) * len(batch) for batch in batches)
     assert report_of(train).padding_waste == pytest.approx(1 - lengths.sum() / padded)

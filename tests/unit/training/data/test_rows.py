@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.support.messages import assert_names
 from training.data.errors import RowError
 from training.data.records import Chat, Example, Filled, Pair, Task, Text
-from training.data.rows import Reading, read_row, recognise
+from training.data.rows import RowSchema, read_row, recognise
 
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
@@ -31,7 +31,7 @@ def read(
     labels: tuple[str, ...] = (),
 ) -> Example:
     data_format = recognise(row, columns or {}, task, prompt_template)
-    return read_row(row, Reading(task, data_format, columns or {}, prompt_template, labels))
+    return read_row(row, RowSchema(task, data_format, columns or {}, prompt_template, labels))
 
 
 def test_a_chat_keeps_its_turns():
@@ -55,7 +55,7 @@ def test_sharegpt_turns_are_messages():
     ]
     assert read({"conversations": turns}) == Chat([SYSTEM, USER, ASSISTANT])
     assert read({"conversations": turns[1:], "system": "Be brief."}) == Chat([SYSTEM, USER, ASSISTANT])
-    misnamed = Reading("instruction_tuning", "conversations", {"conversations": "messages"}, None, ())
+    misnamed = RowSchema("instruction_tuning", "conversations", {"conversations": "messages"}, None, ())
     assert read_row({"messages": turns}, misnamed) == Chat([SYSTEM, USER, ASSISTANT])
     with pytest.raises(RowError, match=r"message 2 .*'bing'.*human"):
         read({"conversations": [turns[1], {"from": "bing", "value": "4"}]})
@@ -167,7 +167,7 @@ def test_a_prompt_template_formats_columns():
 
 
 def test_a_column_that_a_format_needs_is_missing_not_null():
-    reading = Reading("instruction_tuning", "instruction", {}, None, ())
+    reading = RowSchema("instruction_tuning", "instruction", {}, None, ())
     with pytest.raises(RowError, match=r"`instruction`.*messages"):
         read_row({"messages": [USER, ASSISTANT]}, reading)
 

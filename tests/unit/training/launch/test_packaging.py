@@ -8,7 +8,7 @@ import pytest
 from configs.loading import ConfigError, load_config
 from tests.support.jobs import PROJECT, write_yaml
 from training.launch import packaging as travel
-from training.launch.packaging import CODE, Packed, pack
+from training.launch.packaging import CODE, Package, pack
 from utils.storage.bucket import NotFoundError
 
 
@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(tmp_path: Path, rows: Path):
-    def run(**settings: Any) -> Packed:
+    def run(**settings: Any) -> Package:
         plain = {
             "model_id": "org/name",
             "train_path": "s3://bucket/train.jsonl",
@@ -42,7 +42,7 @@ def packed(tmp_path: Path, rows: Path):
     return run
 
 
-def contents(packed: Packed) -> dict[str, str]:
+def contents(packed: Package) -> dict[str, str]:
     below = packed.directory / "files"
     return {str(path.relative_to(below)): path.read_text() for path in below.rglob("*") if path.is_file()}
 

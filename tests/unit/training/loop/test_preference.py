@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
-from training.data.batches import PADDING_ROW, BatchShape, Order, PairSequences
+from training.data.batches import PADDING_ROW, BatchPlan, BatchShape, PairSequences
 from training.data.row_index import IGNORED
 from training.loop.preference import PreferenceTrainer, collate_pairs, pair_losses
 from training.loop.throughput import HostTimeline, PhaseClock, Throughput
@@ -53,7 +53,7 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = PairSequences(rows, tokenizer.pad_token_id, with_mismatched=loss == "kto")
-    order = Order(BatchShape(PAIRS, 2, 1, 1), 0)
+    order = BatchPlan(BatchShape(PAIRS, 2, 1, 1), 0)
     trainer = PreferenceTrainer(
         reference_model=None,
         config=config,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig
 
 from configs.schema import FinetuneConfig
-from training.data.batches import BatchShape, Order, PairSequences, TokenSequences
+from training.data.batches import BatchPlan, BatchShape, PairSequences, TokenSequences
 from training.loop.callbacks import AfterFirstStep
 from training.loop.preference import PreferenceTrainer, collate_pairs
 from training.loop.throughput import HostTimeline, PhaseClock, Throughput
@@ -26,7 +26,7 @@ def ids(generator: torch.Generator, length: int) -> list[int]:
 
 def rows_of(task: str, pad: int) -> TrainingRows:
     generator = torch.Generator().manual_seed(0)
-    order = Order(BatchShape(ROWS, 2, 1, 2), 0)
+    order = BatchPlan(BatchShape(ROWS, 2, 1, 2), 0)
     lengths = [40 if row == LONGEST else 10 + row for row in range(ROWS)]
     if task == "preference_tuning":
         names = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from training.data.batches import BatchShape, Order
+from training.data.batches import BatchPlan, BatchShape
 from training.loop import throughput as speed
 from training.loop.throughput import PHASES, GpuTimeline, HostTimeline, PhaseClock, Throughput
 from training.planning.accelerators import (
@@ -142,7 +142,7 @@ def test_what_a_gpu_does_is_counted_where_it_was_handed_over(clocks: Time, monke
 def throughput(clocks: Time, **changes: Any) -> Throughput:
     """Two rows a step on two devices; all rows have 10 tokens, of which 4 are trained."""
     counted = Throughput(
-        Order(BatchShape(8, 1, 2, 1), 0),
+        BatchPlan(BatchShape(8, 1, 2, 1), 0),
         [10] * 8,
         [4] * 8,
         clock=PhaseClock(HostTimeline()),
