@@ -184,14 +184,14 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     if result is not None and result.status == "completed":
         return _of_result(uri, result)
     prefix = f"{name}/" if name else ""
-    lease, claim_age = _latest_lease(store, prefix)
-    is_running = lease is not None and _lives(lease, claim_age)
+    lease, lease_age = _latest_lease(store, prefix)
+    is_running = lease is not None and _lives(lease, lease_age)
     if result is not None and not is_running and not _was_left_after(result, lease):
         return _of_result(uri, result)
     metrics = read_metrics(store, f"{prefix}{METRICS_FILE}")
     age = (
-        claim_age
-        if claim_age is not None
+        lease_age
+        if lease_age is not None
         else store.age(f"{prefix}{METRICS_FILE if metrics else CONFIG_FILE}")
     )
     if age is None:

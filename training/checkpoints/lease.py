@@ -1,6 +1,6 @@
 """Who trains a run: one driver at a time holds its lease and renews it; every commit looks whether it still does.
 
-A lease is an object `lease/000001.json` in the run, made with the storage's own "only if absent". Its owner writes it
+A lease is an object `claim/000001.json` in the run, made with the storage's own "only if absent". Its owner writes it
 again every few seconds and deletes it at the end. A lease that is not renewed expires: the next driver makes the next
 number, and what is left of the former owner cannot commit any more.
 """

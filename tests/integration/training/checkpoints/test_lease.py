@@ -14,6 +14,7 @@ import pytest
 
 from runs.layout import LEASES, Lease, lease_key
 from tests.support.own_buckets import S3_THROUGH_FSSPEC, reach_through_fsspec
+from training.checkpoints import lease as lease_module
 from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket

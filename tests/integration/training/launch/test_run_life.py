@@ -558,6 +558,6 @@ def test_a_second_driver_of_a_run_raises_an_error(files: Path, tmp_path: Path):
     assert re.search(rf"error: .*{files / 'runs' / 'one'} .*process \d+", second.errors)
     assert second.output.count("{") == 0
     assert first.exit_code == 0, first.errors
-    assert not (files / "runs" / "one" / "lease").exists() or not list(
-        (files / "runs" / "one" / "lease").iterdir()
+    assert not (files / "runs" / "one" / "claim").exists() or not list(
+        (files / "runs" / "one" / "claim").iterdir()
     )
