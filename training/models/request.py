@@ -44,5 +44,5 @@ class ModelRequest:
 
     @property
     def weights_dtype(self) -> Literal["bf16", "fp32"]:
-        """Return the dtype of the base weights; full-parameter training without DeepSpeed uses fp32 weights and autocast."""
+        """Return the dtype of the base; full-parameter training without DeepSpeed uses fp32 weights and autocast."""
         return "bf16" if self.dtype == "bf16" and (self.is_lora or self.zero_stage > 0) else "fp32"
