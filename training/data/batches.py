@@ -46,9 +46,9 @@ class BatchShape:
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack rows into few sequences by best fit: add the longest row that fits, and close with a pair that fills the gap.
+    """Pack rows into few sequences by best fit: add the longest row that fits, then close the gap with a pair.
 
-    Sets of lengths are bit masks in integers, bit n for rows of n tokens. A shift and an `and` find all pairs with a given sum.
+    Sets of lengths are bit masks: bit n is set if a row has n tokens. A shift and an `and` find all pairs with a given sum.
 
     Args:
         lengths: Tokens of each row, at most `capacity`.
@@ -85,7 +85,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 def _best_pair(
     rows_with: dict[int, list[int]], left: int, mirrored: int, capacity: int, space: int, negligible: int
 ) -> list[int] | None:
-    """Return two lengths, as equal as possible, that fill the space up to `negligible`; short rows stay for other gaps."""
+    """Return two lengths, as equal as possible, that fill the space up to `negligible`."""
     for both in range(space, space - negligible - 1, -1):
         half = -(-both // 2)
         pairs = (

@@ -64,7 +64,7 @@ def prepare_data(
     bucket: str | None = None,
     progress: Callable[[int, float], None] = lambda rows, fraction: None,
 ) -> PreparedData:
-    """Tokenize the sources, or reuse prepared data from this node or the bucket. Data from the bucket comes without tokens.
+    """Tokenize the sources, or reuse prepared data from this node or the bucket (then without its tokens).
 
     Args:
         request: The sources and their settings.
@@ -319,7 +319,7 @@ def _shown(value: Any) -> str:
 
 
 def _shares(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Return the number of rows per source in an epoch, which has the total number of rows; largest remainders round up."""
+    """Return the rows per source in an epoch of as many rows as all sources have; largest remainders round up."""
     total = sum(rows)
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
@@ -330,7 +330,7 @@ def _shares(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def _mix(rows: Sequence[int], taken: Sequence[int], seed: int) -> np.ndarray:
-    """Return the row indices of an epoch: each source repeated in full as often as it fits, plus a random remainder."""
+    """Return the row indices of an epoch: full repetitions of each source, plus a random remainder."""
     generator = np.random.default_rng(seed)
     pieces = []
     begin = 0

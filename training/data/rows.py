@@ -289,7 +289,7 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
         if not shared or not all(side[same:] for side in sides):
             raise RowError(
                 "no shared prompt",
-                "has no `prompt`, and `chosen` and `rejected` do not share their first messages and then differ",
+                "without a `prompt`, `chosen` and `rejected` must begin with the same messages and then differ",
             )
         sides = [side[same:] for side in sides]
     tools = _tools_of(row, columns)

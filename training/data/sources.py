@@ -45,7 +45,7 @@ class DataFile:
 
 
 def find_files(path: str, source: int) -> list[DataFile]:
-    """Return the data files of a path in the YAML: one file, all files below a directory or prefix, or a glob's matches.
+    """Return the data files of a path: one file, all files below a directory or prefix, or a glob's matches.
 
     Args:
         path: An `s3://` URI, a local path or an `hf://datasets/` URI.
@@ -60,7 +60,7 @@ def find_files(path: str, source: int) -> list[DataFile]:
 
 
 def matching_files(path: str) -> list[tuple[str, str]]:
-    """Return (URI, version) of each file that a path names, without reading the files. Hub datasets are not supported."""
+    """Return (URI, version) of each file that a path names, without reading them. Not for Hub datasets."""
     place = path if is_remote(path) else str(local_path(path))
     found = _matches(place) if _is_glob(place) else _files_at(place)
     if not found:
@@ -88,7 +88,7 @@ def _matches(pattern: str) -> list[tuple[str, str]]:
 
     directory = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
     if is_remote(pattern) and directory.count("/") < 2:
-        raise DataError(f"{pattern}: the bucket name cannot contain wildcards. Write the bucket's full name.")
+        raise DataError(f"{pattern}: the bucket name cannot be a glob pattern. Write the bucket's full name.")
     try:
         matches = re.compile(glob_translate(pattern)).match
     except ValueError as error:
@@ -132,7 +132,7 @@ def is_hub_dataset(uri: str) -> bool:
 
 
 def parse_hub_uri(uri: str) -> tuple[str, str | None, str]:
-    """Parse `hf://datasets/ORG/NAME[/CONFIG][?split=SPLIT]` into (ORG/NAME, CONFIG, SPLIT); SPLIT defaults to `train`."""
+    """Parse `hf://datasets/ORG/NAME[/CONFIG][?split=SPLIT]` into (ORG/NAME, CONFIG, SPLIT or "train")."""
     path, _, query = uri.removeprefix(_HUB_PREFIX).partition("?")
     parts = path.strip("/").split("/")
     split = "train"

@@ -1,4 +1,4 @@
-"""Chat templates: render examples as text and locate the assistant's answers in it, including the end marker."""
+"""Chat templates: render examples as text and locate the assistant's answers, including the end marker."""
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ class Renderer:
         self._writes_calls: bool | None = None
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
-        """Render an example as one sequence, or as two for a pair (chosen, then rejected) whose spans are the completions.
+        """Render an example as one sequence, or a pair as two: chosen, then rejected, with their completions as spans.
 
         Raises:
             RowError: The template rejects the row, or its answers cannot be located in the rendered text.
@@ -119,7 +119,7 @@ class Renderer:
             ) from error
 
     def _check_content(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
-        """Check that the template renders the content of users and assistants; some templates skip content that is a string."""
+        """Check that the template renders user and assistant content; some templates skip content that is a string."""
         for position in range(len(messages) - 1, -1, -1):
             if self._written >= _SPEAKERS:
                 return
@@ -138,7 +138,7 @@ class Renderer:
             self._written.add(role)
 
     def _check_tools(self, whole: str, chat: Chat) -> None:
-        """Check that the template renders tools and tool calls; most templates silently skip fields that they do not support."""
+        """Check that the template renders tools and tool calls; most templates silently skip unsupported fields."""
         if chat.tools:
             if self._writes_tools is None:
                 self._writes_tools = whole != self._apply_template(chat.messages, None)
@@ -211,7 +211,7 @@ class Renderer:
         return len(before)
 
     def _end_by_rendering(self, whole: str, chat: Chat, position: int) -> int:
-        """Return where the text ends if this turn is the last; whitespace after the end marker belongs to the next turn."""
+        """Return where the text ends if this turn is the last, without whitespace after the end marker."""
         is_last = position == len(chat.messages) - 1
         after = whole if is_last else self._apply_template(chat.messages[: position + 1], chat.tools)
         if not whole.startswith(after):
@@ -221,7 +221,7 @@ class Renderer:
 
 @lru_cache
 def _compiled(chat_template: str) -> Template:
-    """Compile a template with transformers' sandbox, filters and globals, merged once; Jinja would merge them for every row."""
+    """Compile a template with transformers' sandbox and globals, merged once; Jinja would merge them for every row."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template(chat_template).environment

@@ -1,7 +1,7 @@
 """Preference tuning on top of TRL's SFTTrainer, with losses and rewards averaged over pairs.
 
-TRL's preference trainers need a GPU, since they compute log-probabilities in a Triton kernel, and they average over micro-batches.
-The tests compare these losses with TRL's.
+TRL's preference trainers average over micro-batches, and they need a GPU, since they compute log-probabilities in a Triton
+kernel. The tests compare these losses with TRL's.
 """
 
 import shutil
@@ -105,7 +105,7 @@ def pair_losses(
 class PreferenceTrainer(FineTuningTrainer):
     """A trainer for preference pairs.
 
-    The reference is the base model without the new adapter, the initial state of a continued adapter, or a frozen copy of the model.
+    The reference is the base model without its new adapter, the initial state of a continued adapter, or a frozen model copy.
     """
 
     def __init__(self, *, reference_model: Any | None, **arguments: Any):
@@ -174,7 +174,7 @@ class PreferenceTrainer(FineTuningTrainer):
         self._trained = trained
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """Evaluate as in FineTuningTrainer; kto's divergence is computed over all pairs, independent of the batch size."""
+        """Evaluate as in FineTuningTrainer, with kto's divergence computed over all pairs."""
         if self.settings.loss == "kto" and self.rows.valid is not None:
             totals = self.added_up(self.rows.valid, self._divergence_sums, self.on_eval_progress)
             self._divergence = _mean_divergence(totals)

@@ -56,7 +56,7 @@ class Tracker(Protocol):
 
 
 class Tensorboard:
-    """A tracker that writes event files and uploads them to the run's `tensorboard/` after every evaluation and at the end."""
+    """A tracker that writes event files and uploads them to `tensorboard/` after every evaluation and at the end."""
 
     def __init__(self, run: TrackedRun, begin: int):
         from tensorboardX import SummaryWriter
@@ -157,7 +157,9 @@ class Mlflow:
 
 
 class Tracking(TrainerCallback):
-    """A callback that sends metrics to a tracker on its own thread; a slow tracker does not block training, an error is reported once.
+    """A callback that sends metrics to a tracker on its own thread.
+
+    A slow tracker does not block training, and an error is reported once.
 
     Args:
         settings: The YAML's `logger`.

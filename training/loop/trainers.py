@@ -60,10 +60,10 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
         seed=config.seed,
         bf16=config.dtype == "bf16",
         use_cpu=plan.device == "cpu",
-        # On CUDA, accelerate selects it. An explicit value fails when Unsloth runs on one GPU and removes accelerate's process group.
+        # On CUDA, accelerate selects it. An explicit value fails on one GPU if Unsloth has removed the process group.
         ddp_backend="gloo" if plan.device == "cpu" else None,
         ddp_find_unused_parameters=False,
-        # Unsloth patches its own checkpointing into the model; with other kernels, "unsloth" means standard checkpointing.
+        # Unsloth patches its checkpointing into the model; with other kernels, "unsloth" means the standard one.
         gradient_checkpointing=bool(config.gradient_checkpointing)
         and not (config.gradient_checkpointing == "unsloth" and plan.resolved.kernels.provider == "unsloth"),
         deepspeed=plan.deepspeed,
@@ -235,9 +235,7 @@ class FineTuningTrainer(SFTTrainer):
     ) -> Any:
         """Return the mean loss per loss token: over all workers in training, over this batch in evaluation."""
         if num_items_in_batch is not None:
-            num_items_in_batch = num_items_in_batch.clamp(
-                min=1
-            )  # a step without loss tokens has loss 0, not NaN
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # loss 0 instead of NaN without loss tokens
         if self.loss_of_transformers:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -370,7 +368,7 @@ def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
 def page_states(optimizer: Any) -> None:
     """Move the restored states of a paged optimizer into paged memory, which can be evicted from the GPU.
 
-    bitsandbytes loads them into ordinary GPU memory but treats them as paged.
+    bitsandbytes loads them into unpaged memory but treats them as paged.
     """
     unwrapped = getattr(optimizer, "optimizer", optimizer)
     if not getattr(unwrapped, "is_paged", False):
@@ -427,11 +425,11 @@ class ClassificationTrainer(FineTuningTrainer):
         )
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return loss, number of loss tokens and the flattened confusion matrix (rows: true label, columns: predicted)."""
+        """Return loss, number of loss tokens and the flattened confusion matrix [true label, predicted label]."""
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
         is_label = inputs["labels"][:, 1:] != IGNORED
         tokens = inputs["labels"][:, 1:][is_label]
-        # Compute logits only from the first label token: accelerate casts them to fp32, and those of all tokens take gigabytes.
+        # Keep logits only from the first label token on: in fp32, those of all tokens would take gigabytes.
         if self._may_leave_out_logits:
             places = is_label.any(0).nonzero()
             is_label = is_label[:, int(places[0]) if len(places) else is_label.shape[1] :]

@@ -51,7 +51,7 @@ PACKED_WITHOUT_MASK = frozenset(
         "starcoder2",
     }
 )
-"""Tested `model_type`s that pass row boundaries through to attention (training/models/varlen_attention.py). Others get a mask."""
+"""Tested `model_type`s that pass row boundaries to attention (see varlen_attention.py). Others get a mask."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Model files: read shapes and sizes from safetensors headers and detect faults, without torch and without loading weights."""
+"""Model files: read shapes and sizes from safetensors headers and detect faults, without torch or weights."""
 
 import json
 import math
@@ -36,7 +36,7 @@ class ModelFacts:
     """Hub id, directory or URI of the model."""
     architecture: str
     parameter_shapes: dict[str, tuple[int, ...]]
-    """Shapes as stored in the files, where 4-bit weights are packed two per byte. See architecture.py for the real shapes."""
+    """Shapes as stored, where 4-bit weights are packed two per byte. See architecture.py for the real shapes."""
     weight_bytes: int
     max_context: int | None
     """Longest supported sequence in tokens (`max_position_embeddings`)."""
@@ -252,7 +252,7 @@ def read_adapter_facts(source: str) -> AdapterFacts:
 
 
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
-    """Count the trainable parameters of LoRA from shapes: `r * (inputs + outputs)` per matched matrix, plus `modules_to_save`.
+    """Count LoRA's trainable parameters: `r * (inputs + outputs)` per matched matrix, plus `modules_to_save`.
 
     Biases, experts and trainable tokens are not included; `adapter_shapes` covers them.
     """

@@ -58,7 +58,7 @@ def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
 
 
 def _restore_own_settings(model: "PreTrainedModel", directory: Path) -> None:
-    """Undo what Unsloth adds to checkpoints: the local model path, and the model's maximum length as generation length."""
+    """Undo Unsloth's changes to saved configs: the local model path, and the generation's `max_length`."""
     vars(model.config).pop("model_name", None)
     exists = (directory / "generation_config.json").exists()
     own = GenerationConfig.from_pretrained(directory) if exists else GenerationConfig()
@@ -88,7 +88,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
             full_finetuning=not request.is_lora,
             trust_remote_code=request.trust_remote_code,
             use_gradient_checkpointing=request.gradient_checkpointing,
-            # Keep the model on one GPU. Otherwise Unsloth offloads parts to the host when memory is tight, and training fails later.
+            # Keep the model on one GPU. Otherwise Unsloth may offload parts to the host, and training fails later.
             **({"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}),
             # Otherwise the optimizer updates a trained embedding on the CPU, with different bits than on the GPU.
             **({} if request.is_lora else {"offload_embedding": False}),

@@ -309,7 +309,7 @@ def test_damaged_tokens_raise_an_error(chatml: PreTrainedTokenizerFast, tiny_mod
     content = bytearray(tokens.read_bytes())
     content[len(content) // 2] ^= 1
     tokens.write_bytes(content)
-    with pytest.raises(DataError, match=rf"damaged.*{prepared.key}"):
+    with pytest.raises(DataError, match=rf"corrupt.*{prepared.key}"):
         verify_prepared(prepared)
 
 

@@ -135,7 +135,7 @@ def test_pairs_share_a_beginning():
         {"prompt": "2 + 2?", "chosen": [USER, ASSISTANT], "rejected": [USER, five]},
     ):
         assert read(row, "preference_tuning") == expected
-    with pytest.raises(RowError, match=r"same.*`chosen`.*`rejected`"):
+    with pytest.raises(RowError, match=r"identical.*`chosen`.*`rejected`"):
         read({"prompt": "2 + 2?", "chosen": "4", "rejected": "4"}, "preference_tuning")
     with pytest.raises(RowError, match=r"`chosen`.*`rejected`.*begin|begin.*`chosen`.*`rejected`"):
         read({"chosen": "4", "rejected": "5"}, "preference_tuning")
@@ -177,7 +177,7 @@ def test_a_column_that_a_format_needs_is_missing_not_null():
     [
         ({}, ("`messages`", "nothing")),
         ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
-        ({"messages": "hello"}, ("`messages`", "text", "list")),
+        ({"messages": "hello"}, ("`messages`", "string", "list")),
         ({"messages": []}, ("`messages`", "empty")),
         ({"messages": ["hello"]}, ("message 1 ", "role", "content")),
         (

@@ -288,7 +288,7 @@ def test_a_template_that_changes_earlier_turns_raises_an_error(chatml: PreTraine
     forgetful = with_template(chatml, FORGETFUL)
     turns = [("2 + 2?", "<think>easy</think>4"), ("3 + 3?", "<think>easy</think>6")]
     assert trained_pieces(forgetful, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
-    with pytest.raises(RowError, match=r"message 2 .*one assistant turn"):
+    with pytest.raises(RowError, match=r"message 2 .*one assistant"):
         encode(forgetful, chat(turns))
 
 
