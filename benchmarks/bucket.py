@@ -40,7 +40,7 @@ MB = 1024 * 1024
 LARGE_BYTES, SMALL_BYTES, SMALL_FILES = 512 * MB, 64 * 1024, 64
 LATENCY_SECONDS, BYTES_PER_SECOND = 0.03, 90e6
 BUCKET = "bench"
-TRIES_UNDER_REFUSALS, TRIES_OF_DAMAGE = 20, 1000
+TRIES_UNDER_ERRORS, TRIES_WITH_DAMAGE = 20, 1000
 SYNC = (
     "import sys; from pathlib import Path; from utils.storage.bucket import sync_to_node\n"
     "sync_to_node(sys.argv[1], Path(sys.argv[2]))"
@@ -84,7 +84,7 @@ def main() -> None:
             print(json.dumps(measured[-1]), flush=True)
         counts = {
             **bodies_of_workers(server.endpoint, directory),
-            **refusals(server.endpoint, directory),
+            **rejected_downloads(server.endpoint, directory),
             **damage(server.endpoint, directory),
         }
     write_report("bucket", summarise(measured), measured, counts)
@@ -205,26 +205,26 @@ def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
     return counts
 
 
-def refusals(endpoint: str, directory: Path) -> dict[str, int]:
+def rejected_downloads(endpoint: str, directory: Path) -> dict[str, int]:
     """Count the successful downloads while the server rejects half of all requests."""
     from boto3.session import Session
 
     succeeded = {"anneal": 0, "boto3": 0}
-    store = open_store(f"s3://{BUCKET}/refused")
+    store = open_store(f"s3://{BUCKET}/rejected")
     store.write("file", os.urandom(64 * MB))
     faults = [Fault("refuse", method, share=0.5) for method in ("GET", "HEAD")]
     with bucket_proxy(endpoint, *faults) as proxy:
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
-        for _ in range(TRIES_UNDER_REFUSALS):
+        for _ in range(TRIES_UNDER_ERRORS):
             with suppress(BucketError):
-                open_store(f"s3://{BUCKET}/refused").download("file", directory / "refused")
+                open_store(f"s3://{BUCKET}/rejected").download("file", directory / "rejected")
                 succeeded["anneal"] += 1
             client = Session().client("s3")
             with suppress(client.exceptions.ClientError):
-                client.download_file(BUCKET, "refused/file", str(directory / "refused"))
+                client.download_file(BUCKET, "rejected/file", str(directory / "rejected"))
                 succeeded["boto3"] += 1
     os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
-    return {f"{name}: of {TRIES_UNDER_REFUSALS} under 503s": count for name, count in succeeded.items()}
+    return {f"{name}: of {TRIES_UNDER_ERRORS} under 503s": count for name, count in succeeded.items()}
 
 
 def damage(endpoint: str, directory: Path) -> dict[str, int]:
@@ -243,7 +243,7 @@ def damage(endpoint: str, directory: Path) -> dict[str, int]:
     accepted, where, checkpoint = 0, random.Random(0), checkpoint_uri(run.uri, 1)
     with bucket_proxy(endpoint) as proxy:
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
-        for number in range(TRIES_OF_DAMAGE):
+        for number in range(TRIES_WITH_DAMAGE):
             kind = ("flip", "swap", "cut off", "earlier")[number % 4]
             manifest = {"cut off": right[: where.randrange(len(right))], "earlier": earlier}.get(kind, right)
             run.write(checkpoint_key(1, MANIFEST_FILE), manifest)
@@ -261,7 +261,7 @@ def damage(endpoint: str, directory: Path) -> dict[str, int]:
         run.write(checkpoint_key(1, MANIFEST_FILE), right)
         checkpoints.restore(checkpoint, restored)  # the undamaged checkpoint is accepted
     os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
-    return {f"accepted of {TRIES_OF_DAMAGE} damaged": accepted}
+    return {f"accepted of {TRIES_WITH_DAMAGE} damaged": accepted}
 
 
 if __name__ == "__main__":
