@@ -170,20 +170,20 @@ def test_nothing_trained_is_a_loss_of_zero(tiny_model: Path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"model_type": "mamba"}, "mamba"),
-        ({"model_type": "qwen3_next"}, "qwen3_next"),
-        ({"model_type": "lfm2", "full_attn_idxs": [2, 5]}, "lfm2"),
-        ({"model_type": "bloom"}, "bloom"),
-        ({"model_type": "mpt"}, "mpt"),
-        ({"model_type": "opt"}, "opt"),
-        ({"model_type": "roberta", "is_decoder": True}, "roberta"),
+        ({"model_type": "mamba"}, "layers"),
+        ({"model_type": "qwen3_next"}, "layers"),
+        ({"model_type": "lfm2", "full_attn_idxs": [2, 5]}, "layers"),
+        ({"model_type": "bloom"}, "positions"),
+        ({"model_type": "mpt"}, "positions"),
+        ({"model_type": "opt"}, "masks"),
+        ({"model_type": "roberta", "is_decoder": True}, "masks"),
     ],
 )
 def test_packing_raises_an_error_for_models_that_would_mix_rows(
     settings: dict[str, Any], reason: str, tmp_path: Path
 ):
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=reason):
+    with pytest.raises(ModelError, match=rf"packing: .*\bmixing\b.*{reason}.*packing: false"):
         check_packing(tmp_path, "mixing", trust_remote_code=False)
 
 
