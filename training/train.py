@@ -190,7 +190,7 @@ def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "Pla
     address = plan.resolved.target.address
     if not address:
         return report
-    watch.phase("asking the cluster")
+    watch.phase("checking the cluster")
     from training.launch.cluster import ask_cluster, workers_of
 
     return report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
@@ -230,7 +230,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
             stack.enter_context(library_output_in(log))
             with Watch(progress) as watch, TemporaryDirectory(prefix="anneal-") as directory:
                 check_job_server_answers(job_server)
-                watch.phase("packing")
+                watch.phase("packaging the job")
                 packed = pack(loaded, Path(directory))
                 checked = submission.check_from_here(packed, target, watch.checking)
                 report = None if isinstance(checked, str) else checked

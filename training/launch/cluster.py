@@ -231,4 +231,4 @@ def lacking(workers: Workers) -> str | None:
     short = _short(workers.at_least, has)
     if not short:
         return None
-    return f"waiting for the cluster to have what {_describe_least(workers)}: {_listed(short, has, {})}"
+    return f"waiting for resources that {_describe_least(workers)}: {_listed(short, has, {})}"

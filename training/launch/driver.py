@@ -278,7 +278,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
             if not state.has_uncommitted_steps:
                 return
             asked = True
-            state.on_event(Phase("committing a checkpoint before stopping; a second signal stops at once"))
+            state.on_event(Phase("stopping after the next checkpoint; a second signal stops at once"))
             mailbox.request_stop.remote()
         answered, _ = ray.wait([news], timeout=_SIGNAL_POLL_SECONDS)
         if not answered:
