@@ -1,10 +1,10 @@
-"""The command line: arguments become a command.
+"""Command line entry point: parses the arguments and runs a command.
 
     python main.py CONFIG.yaml [key=value ...]      train
     python main.py runs | show | compare ...        list, show and compare runs (runs/commands.py)
     python main.py export | chat | evaluate ...     use a trained checkpoint (training/inference/commands.py)
 
-Exit codes: 0 done; 1 failed after training started; 2 rejected before training; 128+signal stopped.
+Exit codes: 0 success; 1 failed after training started; 2 rejected before training; 128+signal stopped.
 """
 
 import argparse
@@ -31,12 +31,12 @@ examples:
   main.py runs s3://my-bucket/runs                                  list runs
   main.py chat run:NAME                                             chat with a run's best checkpoint
 
-Options of a command: main.py COMMAND --help. Options of training: main.py CONFIG.yaml --help."""
-_A_RUN = "URI of a run, or run:NAME for a run in the default storage"
+Options of a command: main.py COMMAND --help. Training options: main.py CONFIG.yaml --help."""
+_A_RUN = "URI of a run, or run:NAME for a run in the default storage path"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line that names the nearest option."""
+    """An argument parser that reports errors in one line and suggests the closest option."""
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(REJECTED)
 
     def reject_unknown(self, arguments: list[str]) -> None:
-        """Reject arguments that no option takes, with the nearest option."""
+        """Reject unknown arguments and suggest the closest option."""
         if not arguments:
             return
         option = arguments[0].partition("=")[0]
@@ -54,10 +54,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command that the arguments name; return the exit code."""
+    """Run the command and return its exit code."""
     began = time.monotonic()
-    if "" in arguments:  # an empty path would be the working directory
-        print("error: an argument is empty: is a shell variable unset?", file=sys.stderr)
+    if "" in arguments:  # an empty path would mean the working directory
+        print("error: an argument is empty. Check for an unset shell variable.", file=sys.stderr)
         return REJECTED
     parser, commands = build_parser()
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return REJECTED
     name = arguments[0] if arguments[0] in commands else "train"
     command = commands[name]
-    # Options may stand between positional arguments, which subparsers do not support by themselves.
+    # Options may be mixed with positional arguments, which subparsers do not support.
     options, unknown = command.parse_known_intermixed_args(arguments[name != "train" :])
     command.reject_unknown(unknown)
     values = vars(options)
@@ -88,11 +88,11 @@ def main(arguments: list[str]) -> int:
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser of the whole command line, and the parser of each command."""
+    """Return the top-level parser and the parser of each command."""
     parser = Parser(
         prog="main.py",
         usage="main.py CONFIG.yaml [key=value ...] [options]\n       main.py COMMAND ... [options]",
-        description="Fine-tune an LLM as a Ray TorchTrainer job that a YAML describes, and use what it trained.",
+        description="Fine-tune an LLM as a Ray TorchTrainer job described by a YAML file, and use the trained model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -115,7 +115,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def nearest_command(word: str, commands: dict[str, Parser]) -> str | None:
-    """Return the command that a misspelt first argument may mean; None for a file, an option or a command."""
+    """Return the closest command to a misspelled first argument; None for a file, an option or a command."""
     path = Path(word)
     if word in commands or word.startswith("-") or path.suffix in (".yaml", ".yml") or path.exists():
         return None
@@ -123,18 +123,18 @@ def nearest_command(word: str, commands: dict[str, Parser]) -> str | None:
 
 
 def check_train_options(parser: Parser, values: dict[str, Any]) -> None:
-    """Reject options of training that do not go together."""
+    """Reject incompatible training options."""
     if values["config"] is None:
-        parser.error("name a YAML file: main.py CONFIG.yaml")
+        parser.error("no YAML file given: main.py CONFIG.yaml")
     if values["detach"] and not values["job_server"]:
-        parser.error("--detach needs --submit URL")
+        parser.error("--detach requires --submit URL")
 
 
 def _train_parser() -> Parser:
     parser = Parser(
         prog="main.py",
         usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]",
-        description="Train as a Ray TorchTrainer job that the YAML describes.",
+        description="Train as a Ray TorchTrainer job described by a YAML file.",
         allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
@@ -142,28 +142,26 @@ def _train_parser() -> Parser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="override a key of the YAML; dotted for sections: lora_config.r=16",
+        help="override a YAML key; use dots for nested keys: lora_config.r=16",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--print-config",
         action="store_true",
-        help="check the YAML alone and print the resolved configuration",
+        help="validate only the YAML and print the resolved configuration",
     )
     mode.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that needs no workers, print the plan, and exit",
+        help="run every check that needs no workers, print the plan and exit",
     )
     mode.add_argument(
         "--submit",
         dest="job_server",
         metavar="http://HEAD:8265",
-        help="submit to this cluster's job server and follow the job; Ctrl-C leaves the job running",
+        help="submit the run to this cluster's job server and follow its output; Ctrl-C leaves the job running",
     )
-    parser.add_argument(
-        "--detach", action="store_true", help="with --submit: return without following the job"
-    )
+    parser.add_argument("--detach", action="store_true", help="with --submit: exit without following the job")
     parser.add_argument(
         "--json",
         dest="as_json",
@@ -177,7 +175,10 @@ def _add_run_arguments(commands: dict[str, Parser]) -> None:
     listing, showing, comparing = commands["runs"], commands["show"], commands["compare"]
     listing.set_defaults(run_command=run_commands.list_command)
     listing.add_argument(
-        "storage_path", nargs="?", metavar="STORAGE_PATH", help="default: the default storage"
+        "storage_path",
+        nargs="?",
+        metavar="STORAGE_PATH",
+        help="bucket prefix or directory of the runs; default: the default storage path",
     )
     showing.set_defaults(run_command=run_commands.show_command)
     showing.add_argument("run", metavar="RUN", help=_A_RUN)
@@ -188,16 +189,14 @@ def _add_run_arguments(commands: dict[str, Parser]) -> None:
         type=Path,
         default=Path(run_commands.PICTURE),
         metavar="FILE.png",
-        help="file for the eval loss curves; default: %(default)s in the working directory",
+        help="write the eval loss curves to this file; default: %(default)s in the working directory",
     )
     for command in (listing, showing, comparing):
         _add_json(command)
 
 
 def _add_json(command: Parser) -> None:
-    command.add_argument(
-        "--json", dest="as_json", action="store_true", help="print one line of JSON and nothing else"
-    )
+    command.add_argument("--json", dest="as_json", action="store_true", help="print only one line of JSON")
 
 
 def _add_checkpoint(command: Parser) -> None:
@@ -210,7 +209,7 @@ def _add_max_new_tokens(command: Parser) -> None:
         type=_positive,
         default=512,
         metavar="N",
-        help="maximum tokens of an answer; default: %(default)s",
+        help="maximum number of tokens per answer; default: %(default)s",
     )
 
 
@@ -218,7 +217,9 @@ def _add_export_arguments(command: Parser) -> None:
     command.set_defaults(run_command=model_commands.export_command)
     _add_checkpoint(command)
     command.add_argument(
-        "--to", metavar="URI", help="an empty prefix or directory; default: exports/ in the run"
+        "--to",
+        metavar="URI",
+        help="empty bucket prefix or directory to export to; default: exports/ in the run",
     )
     command.add_argument(
         "--dtype",
@@ -228,10 +229,15 @@ def _add_export_arguments(command: Parser) -> None:
     )
     form = command.add_mutually_exclusive_group()
     form.add_argument(
-        "--no-merge", dest="merge", action="store_false", help="write the adapter alone, as vLLM loads it"
+        "--no-merge",
+        dest="merge",
+        action="store_false",
+        help="export only the adapter, in the format that vLLM loads",
     )
     form.add_argument(
-        "--gguf", action="store_true", help="also write a GGUF file; needs llama.cpp's convert_hf_to_gguf.py"
+        "--gguf",
+        action="store_true",
+        help="also write a GGUF file; requires llama.cpp's convert_hf_to_gguf.py",
     )
     _add_json(command)
 
@@ -247,12 +253,12 @@ def _add_evaluate_arguments(command: Parser) -> None:
     command.set_defaults(run_command=model_commands.evaluate_command)
     _add_checkpoint(command)
     command.add_argument(
-        "--data", required=True, metavar="URI", help="rows in the format that the run was trained on"
+        "--data", required=True, metavar="URI", help="held-out rows in the format of the training data"
     )
     command.add_argument(
         "--match",
         choices=("number", "text"),
-        help="compare the final number (GSM8K: #### 18) or the complete text; default: number, text for classification",
+        help="compare the final number (GSM8K: #### 18) or the complete text; default: number, or text for classification",
     )
     command.add_argument(
         "--column",
@@ -261,24 +267,28 @@ def _add_evaluate_arguments(command: Parser) -> None:
         type=_column,
         default=[],
         metavar="OURS=THEIRS",
-        help="rename a column of the file, such as prompt=question; repeatable; default: the run's columns",
+        help="map our column to the file's column, such as prompt=question; repeatable; default: the run's columns",
     )
     command.add_argument(
         "--name",
         type=_name,
         metavar="NAME",
-        help="write evaluations/NAME.jsonl in the run; default: the data file's name and the step",
+        help="write evaluations/NAME.jsonl in the run; default: name of the data file and the step",
     )
     command.add_argument(
         "--num-devices",
         type=_positive,
         default=1,
         metavar="N",
-        help="Ray workers, one device each; default: 1",
+        help="number of Ray workers, with one device per worker; default: 1",
     )
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: the run's device")
     command.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="rows per worker and batch; default: 8"
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="rows per batch on each worker; default: 8",
     )
     _add_max_new_tokens(command)
     _add_json(command)

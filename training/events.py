@@ -1,4 +1,4 @@
-"""Events that the workers emit to the driver while they run, and the actor that carries them."""
+"""Events that workers emit to the driver during a run, and the actor that delivers them."""
 
 import asyncio
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Phase:
 
     text: str
     fraction: float | None = None
-    """Completed share from 0 to 1, if known."""
+    """Completed fraction from 0 to 1, if known."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class WorkersWaiting:
 
 @dataclass(frozen=True)
 class WorkersStarted:
-    """A worker group has its resources and starts."""
+    """A worker group has its resources and is starting."""
 
     workers: int
 
 
 @dataclass(frozen=True)
 class ModelReady:
-    """The model as built."""
+    """A built model, before the first step."""
 
     parameters: int
     trainable_parameters: int
@@ -49,7 +49,7 @@ class StepDone:
     mfu: float | None
     peak_memory_bytes: int
     figures: dict[str, float]
-    """Task-specific metrics beside the loss."""
+    """Task-specific metrics in addition to the loss."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,25 @@ class Evaluated:
     epoch: float
     eval_loss: float
     figures: dict[str, float]
-    """Task-specific metrics beside the loss."""
+    """Task-specific metrics in addition to the loss."""
 
 
 @dataclass(frozen=True)
 class CheckpointCommitted:
-    """A checkpoint whose manifest is in the bucket."""
+    """A committed checkpoint: its manifest is in the bucket."""
 
     step: int
     uri: str
     tokens: int
     """Tokens trained on so far, without padding."""
     trained_tokens: int
-    """Loss tokens among them."""
+    """Loss tokens trained on so far."""
     speed: Speed
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The run's own checkpoint that this attempt resumes from; its `speed` is empty."""
+    """The checkpoint of this run that the attempt resumes from; its `speed` is empty."""
 
     checkpoint: CheckpointCommitted
 
@@ -88,19 +88,19 @@ FailureKind = Literal["out of memory", "worker lost", "error"]
 
 @dataclass(frozen=True)
 class FailureCause:
-    """Why one worker failed, classified by `training.launch.failures.causes_of` where Ray's exception is at hand."""
+    """The reason why one worker failed, as classified by `training.launch.failures.causes_of`."""
 
     kind: FailureKind
     line: str
-    """The line of the exception's message that names the cause."""
+    """The line of the exception's message that states the cause."""
 
 
 @dataclass(frozen=True)
 class WorkersFailed:
-    """Workers failed, and Ray restarts the group."""
+    """Workers failed, and Ray restarts the worker group."""
 
     causes: tuple[FailureCause, ...]
-    """One per failed worker, by rank."""
+    """One cause per failed worker, in rank order."""
 
 
 @dataclass(frozen=True)
@@ -133,27 +133,27 @@ Event = (
 
 
 Request = Literal["stop", "regroup"]
-"""What workers can be asked for after a step."""
+"""A request that workers check for after each step."""
 
 
 class UnrecordedError(AnnealError):
-    """A run ended and its result.json cannot be written; the message names both causes."""
+    """The error raised when a run ended and its result.json cannot be written; the message states both causes."""
 
     exit_code = 1
 
 
 class WorkersFailedError(AnnealError):
-    """Workers of an evaluation failed; the message names the cause."""
+    """The error raised when workers of an evaluation failed; the message states the cause."""
 
     exit_code = 1
 
 
 class DivergedError(AnnealError):
-    """A NaN or infinite loss or gradient; the message names step, rows and last good checkpoint."""
+    """A NaN or infinite loss or gradient norm; the message lists the step, the rows and the last good checkpoint."""
 
 
 class EventMailbox:
-    """A Ray actor between rank 0, Ray's controller and the driver. Nobody polls: a call returns when it has an answer."""
+    """A Ray actor that connects rank 0, Ray's controller and the driver. Calls block until there is an answer, so no caller polls."""
 
     def __init__(self):
         self._events: list[Event] = []
@@ -168,14 +168,14 @@ class EventMailbox:
         self._is_controlled = asyncio.Event()
 
     async def put(self, event: Event) -> None:
-        """Queue an event for the driver; rank 0 and the controller call it without waiting."""
+        """Queue an event for the driver; rank 0 and the controller call this without waiting."""
         self._events.append(event)
         if isinstance(event, CheckpointCommitted):
             self._failures.clear()
         self._news.set()
 
     async def take(self) -> list[Event] | None:
-        """Wait for events and return them, or None once the mailbox is closed; the driver calls it."""
+        """Wait for events and return them, or None once the mailbox is closed; the driver calls this."""
         await self._news.wait()
         events, self._events = self._events, []
         if self._closed:
@@ -184,13 +184,13 @@ class EventMailbox:
         return events
 
     async def close(self) -> None:
-        """Mark the end of all workers; the driver calls it."""
+        """Close the mailbox after all workers have exited; the driver calls this."""
         self._closed = True
         self._news.set()
         self._is_controlled.set()
 
     async def controlled_by(self, controller: Any) -> None:
-        """Register Ray's controller, which calls it with itself when it starts."""
+        """Register Ray's controller; the controller calls this when it starts."""
         self._controller = controller
         self._is_controlled.set()
 
@@ -200,7 +200,7 @@ class EventMailbox:
         return self._controller
 
     async def reject(self, message: str) -> None:
-        """Report an error that a restart cannot fix; only the first call counts."""
+        """Report an error that a restart cannot fix; calls after the first have no effect."""
         if not self._rejected:
             self._rejected = True
             await self.put(Rejected(message))
@@ -210,39 +210,39 @@ class EventMailbox:
         return self._rejected
 
     async def fails_again(self, rank: int, error: str) -> bool:
-        """Record a rank's error; return whether it repeats that rank's last one with no checkpoint committed between."""
+        """Record a rank's error; return whether it equals the rank's previous error with no checkpoint committed in between."""
         if "out of memory" in error:
-            error = "out of memory"  # the rest of the message names free memory and process ids, which vary
+            error = "out of memory"  # the rest of the message has free memory and process ids, which vary
         again = self._failures.get(rank) == error
         self._failures[rank] = error
         return again
 
     async def request_stop(self) -> None:
-        """Ask the workers to commit a checkpoint and exit; the driver calls it after a signal."""
+        """Ask the workers to commit a checkpoint and exit; the driver calls this after a signal."""
         self._requested = "stop"
         self._is_requested.set()
 
     async def request_regroup(self) -> None:
-        """Ask the workers to commit a checkpoint and pause; Ray's controller calls it to start a larger group."""
+        """Ask the workers to commit a checkpoint and pause; Ray's controller calls this before it starts a larger group."""
         if self._requested is None:
             self._requested = "regroup"
             self._is_requested.set()
 
     async def wait_for_request(self) -> Request | None:
-        """Wait for a request and return it."""
+        """Wait for a request to the workers and return it."""
         await self._is_requested.wait()
         return self._requested
 
     async def pause(self) -> None:
-        """Mark the workers as committed and waiting to be terminated; rank 0 calls it."""
+        """Mark the workers as paused after their commit, ready to be terminated; rank 0 calls this."""
         self._paused = True
 
     async def is_paused(self) -> bool:
-        """Return whether the workers wait to be terminated."""
+        """Return whether the workers are paused and ready to be terminated."""
         return self._paused
 
     async def clear_regroup(self) -> None:
-        """Forget a regroup request; Ray's controller calls it before it starts a group."""
+        """Clear a regroup request; Ray's controller calls this before it starts a group."""
         self._paused = False
         if self._requested == "regroup":
             self._requested = None

@@ -1,4 +1,4 @@
-"""The train command: check a YAML, plan the run, then train, print the plan, or submit the run as a job."""
+"""The train command: validate a YAML and plan the run, then train, print the plan, or submit the run as a job."""
 
 import json
 import os
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Screen:
-    """Where a run's output goes: standard output holds JSON alone with --json, the rest goes to standard error."""
+    """The consoles of a run: with --json, standard output contains only JSON and everything else goes to standard error."""
 
     output: Output
     progress: Output
@@ -71,7 +71,7 @@ class Screen:
 
 
 def run(options: Options, began: float) -> int:
-    """Load the YAML, then print, plan, train or submit; return the exit code.
+    """Load the YAML, then print it, plan, train or submit the run; return the exit code.
 
     Args:
         options: The command line.
@@ -90,15 +90,15 @@ def run(options: Options, began: float) -> int:
     target = target_cluster()
     if options.dry_run or not target.is_local:
         return plan_and_train(loaded, options, target, screen, began)
-    # A signal to the process group must not end the local cluster before the checkpoint is committed. A remote cluster is out of
-    # its reach, and a job server signals each process of a job by itself.
+    # A signal to the process group must not terminate the local cluster before the checkpoint is committed. It does not reach a
+    # remote cluster, and a job server signals each process of a job separately.
     return run_in_own_session(lambda: plan_and_train(loaded, options, target, screen, began))
 
 
 def plan_and_train(
     loaded: LoadedConfig, options: Options, target: ClusterTarget, screen: Screen, began: float
 ) -> int:
-    """Plan the run, train it unless it is a dry run, and show the result; return the exit code."""
+    """Plan the run, train it unless this is a dry run, and print the result; return the exit code."""
     set_ray_environment(target)
     with importing():
         from training.launch.display import Watch, show_completed, show_error, show_plan, show_result
@@ -186,11 +186,11 @@ def _train(
 
 
 def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "PlanReport":
-    """Return the report with what the target cluster has for the workers."""
+    """Return the report with the resources that the target cluster has for the workers."""
     address = plan.resolved.target.address
     if not address:
         return report
-    watch.phase("asking the cluster")
+    watch.phase("checking the cluster")
     from training.launch.cluster import ask_cluster, workers_of
 
     return report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
@@ -209,11 +209,9 @@ def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", screen: Screen) -
 
 
 def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Screen) -> int:
-    """Check the run from here, submit it as a job and follow it; return the exit code of the job's own main.py."""
+    """Check the run locally, submit it as a job and follow it; return the exit code of the job's main.py."""
     target = ClusterTarget(job_server)
-    os.environ["RAY_ADDRESS"] = (
-        job_server  # Ray's client prefers the variable to the address that it is given
-    )
+    os.environ["RAY_ADDRESS"] = job_server  # Ray's client prefers the variable to its address argument
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     set_ray_environment(target)
     from training.launch import submission
@@ -226,25 +224,23 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
     job = None
     try:
         with ExitStack() as stack:
-            # output_dir is a directory on the nodes.
+            # output_dir names a directory on the nodes.
             logs = make_scratch_directory(loaded.config.model_copy(update={"output_dir": None})) / "logs"
             log = logs / f"submit-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
             stack.enter_context(library_output_in(log))
             with Watch(progress) as watch, TemporaryDirectory(prefix="anneal-") as directory:
                 check_job_server_answers(job_server)
-                watch.phase("packing")
+                watch.phase("packaging the job")
                 packed = pack(loaded, Path(directory))
                 checked = submission.check_from_here(packed, target, watch.checking)
                 report = None if isinstance(checked, str) else checked
-                if (
-                    report and report.completed and not loaded.config.export
-                ):  # an export may remain to be done
+                if report and report.completed and not loaded.config.export:  # an export may still be pending
                     show_completed(progress)
                     screen.print_json(report.completed.model_dump_json())
                     return DONE
                 watch.phase("submitting")
                 job = submission.submit(submission.connect(job_server), job_server, packed)
-            unchecked = f"not checked from here, the job checks it: {checked}"
+            unchecked = f"not checked locally; the job will check it: {checked}"
             for warning in report.warnings if report else [unchecked]:
                 show_warning(progress, warning)
             shown_on = screen.output if options.detach and not options.as_json else progress
@@ -272,7 +268,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
 
 
 def export_completed(run_uri: str, settings: ExportConfig, screen: Screen) -> int:
-    """Export a completed run as the YAML's `export` asks; return the exit code."""
+    """Export a completed run with the settings of the YAML's `export`; return the exit code."""
     from training.launch.display import show_error
 
     received: list[int] = []
@@ -281,21 +277,22 @@ def export_completed(run_uri: str, settings: ExportConfig, screen: Screen) -> in
         received.append(number)
         raise KeyboardInterrupt
 
-    for number in FORWARDED:  # the run recorded them until its end
+    for number in FORWARDED:  # until now, the driver only recorded signals
         signal.signal(number, interrupt)
     try:
         model_commands.export_run(run_uri, settings, screen.main, screen.progress)
     except AnnealError as error:
-        show_error(screen.progress, f"the run is completed, the export failed: {error}")
+        show_error(screen.progress, f"the run completed, but the export failed: {error}")
         return FAILED
     except KeyboardInterrupt:
         show_error(
-            screen.progress, "interrupted: the run is completed, not exported; the same command exports it"
+            screen.progress,
+            "interrupted: the run completed but is not exported; rerun the same command to export it",
         )
         return 128 + received[0]
     return DONE
 
 
 def _resolved(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return a plan's JSON part on the YAML: the configuration, and which of its keys are defaults."""
+    """Return the configuration and the list of its keys that have default values, as JSON data."""
     return {"config": loaded.config.model_dump(mode="json"), "defaults": default_keys(loaded)}

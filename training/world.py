@@ -1,4 +1,4 @@
-"""A worker's ranks in the run, and its communication with the other workers."""
+"""The ranks of a worker, and its collectives with the other workers."""
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -6,13 +6,13 @@ from typing import Any
 
 import ray.train
 
-# Other ranks may wait for hours while a node transfers a large checkpoint; a lost node is noticed at once.
+# Other ranks may wait for hours while a node transfers a large checkpoint; a lost node is still detected at once.
 _LONGEST_TRANSFER = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class World:
-    """One worker's view of all workers: its ranks and their process group."""
+    """One worker's ranks, world size and process group."""
 
     rank: int
     local_rank: int
@@ -20,11 +20,11 @@ class World:
     local_world_size: int
     node_rank: int
     group: Any = None
-    """The torch process group for its collectives; None is the default group, which training uses."""
+    """The torch process group of the collectives; None is the default group, which training uses."""
 
     @classmethod
     def from_ray(cls) -> "World":
-        """Read the ranks from Ray Train's context."""
+        """Return the ranks and world size from Ray Train's context."""
         context = ray.train.get_context()
         return cls(
             context.get_world_rank(),
@@ -35,7 +35,7 @@ class World:
         )
 
     def with_patient_group(self) -> "World":
-        """Return a copy with its own gloo group, which waits for hours and runs beside training. Every rank must call it."""
+        """Return a copy with its own gloo group, which has a timeout of hours. Every rank must call this."""
         if self.world_size == 1:
             return self
         import torch
@@ -43,7 +43,7 @@ class World:
         return replace(self, group=torch.distributed.new_group(backend="gloo", timeout=_LONGEST_TRANSFER))
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, by rank; it is also a barrier."""
+        """Return the values of all ranks in rank order; this is also a barrier."""
         if self.world_size == 1:
             return [value]
         import torch
@@ -58,7 +58,7 @@ class World:
             return flag
         import torch
 
-        # NCCL takes CUDA tensors only. A CPU run must not use its node's GPUs, which other jobs may fill.
+        # NCCL accepts only CUDA tensors. A CPU run must not use its node's GPUs, which other jobs may be using.
         device = "cuda" if torch.distributed.get_backend(self.group) == "nccl" else "cpu"
         shared = torch.tensor([flag], dtype=torch.uint8, device=device)
         torch.distributed.broadcast(shared, src=0, group=self.group)

@@ -1,1 +1,1 @@
-"""A trained checkpoint in use: chat, evaluate, export, model card."""
+"""Commands that use a trained checkpoint: chat, evaluate, export, and the model card of an export."""

@@ -1,4 +1,4 @@
-"""Chat with a trained model: one answer, or a conversation in a terminal."""
+"""Chat with a trained model: a single answer, or a conversation in a terminal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,36 +12,36 @@ from training.inference.prompting import encode_prompt, stop_tokens
 
 
 class Conversation:
-    """A conversation with a model; a model with a chat template sees the earlier turns."""
+    """A conversation with a model; models with a chat template receive the earlier turns."""
 
     def __init__(self, trained: TrainedModel):
-        """Load the model, onto the first GPU if there is one."""
+        """Load the model on the first GPU if there is one, else on the CPU."""
         import torch
 
         self._trained = trained
         self._tokenizer = trained.tokenizer()
         self._messages: list[Message] = []
-        _ = self._render("probe")  # report errors before the weights are loaded
+        _ = self._render("probe")  # report errors before loading the weights
         self._model: Any = trained.load("cuda" if torch.cuda.is_available() else "cpu")
 
-    def answer(self, prompt: str, say: Callable[[str], None], *, max_new_tokens: int) -> str:
-        """Answer a prompt.
+    def answer(self, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int) -> str:
+        """Generate the answer to a prompt and return it.
 
         Args:
-            prompt: the user's message.
-            say: receives the answer piece by piece during generation.
-            max_new_tokens: maximum length of the answer.
+            prompt: The user's message.
+            on_text: Called with each piece of the answer during generation.
+            max_new_tokens: Maximum length of the answer.
         """
         import torch
         from transformers import TextStreamer
 
         class Streamer(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                say(text)
+                on_text(text)
 
         text, is_rendered = self._render(prompt)
         tokens = torch.tensor(
-            [encode_prompt(self._tokenizer, text, is_laid_out=is_rendered)], device=self._model.device
+            [encode_prompt(self._tokenizer, text, is_rendered=is_rendered)], device=self._model.device
         )
         streamer = Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         with torch.inference_mode():
@@ -59,7 +59,7 @@ class Conversation:
         return answer
 
     def _render(self, prompt: str) -> tuple[str, bool]:
-        """Return (text for the model, true if the chat template rendered it)."""
+        """Return (input text of the model, True if the chat template rendered it)."""
         template = self._trained.config.prompt_template
         if template is not None:
             return _fill(template, prompt), False
@@ -72,14 +72,14 @@ class Conversation:
 
 
 def _fill(template: str, prompt: str) -> str:
-    """Fill the prompt into the template's first placeholder, leave `input` empty, and cut off the answer's placeholder."""
-    *places, answer = places_of(template)
-    row = {places[0]: prompt, answer: "-"}
+    """Return the template up to its answer, with the prompt in the first placeholder and an empty `input`."""
+    *placeholders, answer = places_of(template)
+    row = {placeholders[0]: prompt, answer: "-"}
     try:
         filled = read_row(row, RowSchema("instruction_tuning", "instruction", {}, template, ()))
     except RowError as error:
         raise ConfigError(
-            f"prompt_template requires {', '.join(places)}, but a chat has one text per turn. Use main.py evaluate with rows of a file."
+            f"prompt_template: requires {', '.join(placeholders)}, but a chat turn has only one text. Use main.py evaluate with a file of rows."
         ) from error
     assert isinstance(filled, Filled)
     return filled.prompt

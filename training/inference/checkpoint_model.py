@@ -1,4 +1,4 @@
-"""What a run has trained, for those who use it: its best checkpoint, and what that sits on."""
+"""Loading of a trained checkpoint and, for an adapter, its base model."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,38 +27,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint of a run, and what is needed to use it. It travels to Ray's workers."""
+    """A checkpoint of a run, with everything needed to load it; Ray sends it to workers."""
 
     checkpoint: str
-    """URI."""
+    """URI of the checkpoint."""
     manifest: Manifest
     config: FinetuneConfig
     base: str | None
-    """Hub id, directory or URI of what the adapter sits on; None: the checkpoint is a whole model."""
+    """Hub id, directory or URI of the adapter's base model; None if the checkpoint is a full-parameter model."""
     cache: Path
-    """Where a node keeps what it downloads."""
+    """The node cache for downloads."""
 
     @property
     def run_uri(self) -> str:
-        """The run that it belongs to."""
+        """Return the URI of the checkpoint's run."""
         return run_of(self.checkpoint)
 
     def weights(self) -> Path:
-        """The checkpoint's model files as a directory on this node, compared with its manifest.
-
-        Raises:
-            CheckpointError, BucketError: it is damaged, or cannot be read.
-        """
+        """Return a local directory with the checkpoint's model files, verified against its manifest."""
         directory = fetch_weights(self.checkpoint, self.cache, is_model_file)
         verify_local_weights(self.checkpoint, directory, is_model_file)
         return directory
 
     def base_weights(self) -> Path | None:
-        """The same of the model that an adapter sits on, if it is one.
-
-        Raises:
-            ModelError, CheckpointError, BucketError: it is damaged, or cannot be read.
-        """
+        """Return a local directory with the base model's files; None for a full-parameter model."""
         if self.base is None:
             return None
         directory = fetch_model(self.base, self.cache, is_model_file)
@@ -67,11 +59,7 @@ class TrainedModel:
         return directory
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """As the checkpoint has it, with the chat template that was trained.
-
-        Raises:
-            ModelError, CheckpointError, BucketError: it is damaged, or cannot be read.
-        """
+        """Return the checkpoint's tokenizer, with the chat template used in training."""
         return load_tokenizer(
             fetch_weights(self.checkpoint, self.cache, is_tokenizer_file),
             source=self.checkpoint,
@@ -80,11 +68,7 @@ class TrainedModel:
         )
 
     def load(self, device: Device) -> "PreTrainedModel":
-        """The model, ready to generate.
-
-        Raises:
-            ModelError, CheckpointError, BucketError: see `weights` and `base_weights`.
-        """
+        """Load the model on a device, in evaluation mode and with the KV cache enabled."""
         with importing():
             import peft
             import torch
@@ -109,20 +93,15 @@ class TrainedModel:
 
 @contextmanager
 def trained_model(run: str, *others: str) -> Iterator[TrainedModel]:
-    """The best checkpoint of a run, or the one that is named; the embedded bucket runs meanwhile where it is needed.
+    """Yield a given checkpoint, or the best checkpoint of a run. Run the embedded bucket in the meantime if a URI uses it.
 
     Args:
-        run: A run's URI, `run:NAME` where runs go by default, or the URI of a checkpoint.
-        others: Places that will be read or written as well.
-
-    Raises:
-        NotFoundError: there is no such run.
-        ConfigError: it has committed no checkpoint, or its configuration cannot be read.
-        ModelError, CheckpointError, BucketError: the checkpoint is damaged, or cannot be read.
+        run: URI of a run, `run:NAME` in the default storage path, or URI of a checkpoint.
+        others: Further URIs that the block reads or writes.
     """
     uri = run_uri(run)
     with ExitStack() as stack:
-        if any(uses_embedded_bucket(place) for place in (uri, *others)):
+        if any(uses_embedded_bucket(used) for used in (uri, *others)):
             stack.enter_context(embedded_bucket())
         check_run(uri)
         checkpoint = _checkpoint(run, uri)
@@ -144,7 +123,7 @@ def _checkpoint(run: str, uri: str) -> str:
         return uri.rstrip("/")
     if store.read_if_exists(CONFIG_FILE) is None:
         raise NotFoundError(
-            f"{uri}: there is no run, and no {CONFIG_FILE}. Name a run's URI, run:NAME, or one of its checkpoints."
+            f"{uri}: no run found, because {CONFIG_FILE} is missing. Use the URI of a run, run:NAME, or the URI of a checkpoint."
         )
     checkpoint = resolve_start(uri, default_storage(), choose=best)
     if not run_of(checkpoint):
@@ -157,11 +136,11 @@ def _config_of(run: str) -> FinetuneConfig:
     stored = read_config(store)
     if stored is None:
         raise NotFoundError(
-            f"{store.uri_of(CONFIG_FILE)}: there is no such file. Copy it from where the run was trained."
+            f"{store.uri_of(CONFIG_FILE)}: file not found. Restore it from the original run directory."
         )
     if stored.config is None:
         raise ConfigError(
-            f"{store.uri_of(CONFIG_FILE)}: is damaged, or of another version of this project. Use the one that trained the run."
+            f"{store.uri_of(CONFIG_FILE)}: damaged, or written by another version of this project. Use the version that trained the run."
         )
     return stored.config
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from training.inference.checkpoint_model import TrainedModel
 
 COMMANDS = {
-    "export": "export the best checkpoint for other programs: a merged model, or the adapter alone",
-    "chat": "chat with the best checkpoint in a terminal, or answer one prompt",
-    "evaluate": "answer held-out rows on Ray workers and count the correct answers",
+    "export": "export the best checkpoint as a merged model, or only its adapter",
+    "chat": "chat with the best checkpoint in a terminal, or generate one answer",
+    "evaluate": "generate answers to held-out rows on Ray workers and report exact match",
 }
-"""Help text of each command. A YAML file with such a name must be given with a path, such as ./export."""
+"""Help text of each command. A YAML file with the name of a command needs a path, such as ./export."""
 
 
 def export_command(
@@ -38,7 +38,7 @@ def export_command(
 
 
 def export_run(run: str, settings: ExportConfig, screen: Console, progress: Console) -> Export:
-    """Export the best checkpoint of a run, and print its location."""
+    """Export the best checkpoint of a run and print the export's location."""
     from training.inference.checkpoint_model import trained_model
     from training.inference.export import export
     from training.inference.screen import show_export
@@ -46,7 +46,7 @@ def export_run(run: str, settings: ExportConfig, screen: Console, progress: Cons
 
     with (
         trained_model(run, settings.to or "") as trained,
-        _libraries_quiet(trained),
+        _library_output_to_log(trained),
         Watch(progress) as watch,
     ):
         exported = export(trained, settings, progress=watch.phase)
@@ -64,9 +64,9 @@ def chat_command(run: str, prompt: str | None, max_new_tokens: int) -> None:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
-        raise ConfigError("the prompt is empty: write --prompt TEXT, or pipe text to standard input")
+        raise ConfigError("no prompt: set --prompt TEXT, or pipe a non-empty text to standard input")
 
-    with trained_model(run) as trained, _libraries_quiet(trained):
+    with trained_model(run) as trained, _library_output_to_log(trained):
         with Watch(errors) as watch:
             watch.phase(f"loading {trained.checkpoint}")
             conversation = Conversation(trained)
@@ -74,9 +74,9 @@ def chat_command(run: str, prompt: str | None, max_new_tokens: int) -> None:
             conversation.answer(prompt.strip(), output.write, max_new_tokens=max_new_tokens)
             output.write("\n")
             return
-        errors.print("Press Ctrl-D, Ctrl-C or Enter on an empty line to quit.")
-        while asked := _ask(errors):
-            conversation.answer(asked, output.write, max_new_tokens=max_new_tokens)
+        errors.print("To quit, press Ctrl-D, Ctrl-C, or Enter on an empty line.")
+        while prompt := _ask(errors):
+            conversation.answer(prompt, output.write, max_new_tokens=max_new_tokens)
             output.write("\n")
 
 
@@ -108,18 +108,18 @@ def evaluate_command(
     set_ray_environment(target)
     output, errors = open_consoles()
     check_cluster_answers(target)
-    with trained_model(run, data) as trained, _libraries_quiet(trained):
+    with trained_model(run, data) as trained, _library_output_to_log(trained):
         config = trained.config
-        asked = {
+        overrides = {
             "device": device or config.device,
             "num_devices": num_devices,
             "worker_resources": {},
         }
-        chosen = choose_device(config.model_copy(update=asked), target)
+        chosen = choose_device(config.model_copy(update=overrides), target)
         from training.inference.evaluate import EvaluationSettings, evaluate
         from training.inference.screen import show_evaluation
 
-        how = EvaluationSettings(
+        settings = EvaluationSettings(
             match=match or ("text" if config.task == "classification" else "number"),
             columns=dict(columns) or {str(ours): name for ours, name in config.columns.items()},
             num_devices=num_devices,
@@ -133,7 +133,7 @@ def evaluate_command(
                 trained,
                 data,
                 name,
-                how,
+                settings,
                 progress=lambda text, fraction: watch.on_event(Phase(text, fraction)),
             )
     if as_json:
@@ -142,7 +142,7 @@ def evaluate_command(
         show_evaluation(output, evaluation)
 
 
-def _libraries_quiet(trained: "TrainedModel") -> AbstractContextManager[None]:
+def _library_output_to_log(trained: "TrainedModel") -> AbstractContextManager[None]:
     """Redirect library output to a log file of this process."""
     log = trained.cache.parent / "logs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
     return library_output_in(log)

@@ -1,4 +1,4 @@
-"""Evaluation of a trained model on a held-out set: Ray workers generate answers, which are scored against the rows' own."""
+"""Evaluation of a trained model on held-out rows: Ray workers generate answers, which are scored by exact match."""
 
 import json
 import os
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 Match = Literal["number", "text"]
 
-_MAX_SHOWN = 5
+_MAX_LISTED = 5
 _NUMBER = r"(?:(?<![\w.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _MARKED = re.compile(rf"####\s*({_NUMBER})")
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is asked for beside the model and the data."""
+    """The settings of an evaluation, in addition to model and data."""
 
     match: Match
     columns: Mapping[str, str]
-    """Our name of a column -> the file's."""
+    """Maps our column names to the file's."""
     num_devices: int
     device: Device
     target: ClusterTarget
@@ -58,15 +58,15 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """A row to answer."""
+    """A row to generate an answer for."""
 
-    place: str
+    location: str
     """FILE:ROW."""
     prompt: str
     tokens: Sequence[int]
     expected: str
     digest: int
-    """As of prepared rows."""
+    """Digest of the rendered row, as in prepared rows."""
 
 
 class Answer(BaseModel):
@@ -76,20 +76,20 @@ class Answer(BaseModel):
 
     row: str
     prompt: str
-    """As the model read it."""
+    """Prompt as the model received it."""
     expected: str
     answer: str
     expected_match: str
-    """The number, or the text, that was looked for."""
+    """The expected number or text."""
     answer_match: str | None
-    """What was found instead; None: no number at all."""
+    """The number or text in the answer; None if there is none."""
     correct: bool
     trained: bool | None
-    """Whether the row is one that was trained on; None where that cannot be told."""
+    """True if the row was in the training data; None if unknown."""
 
 
 class Evaluation(BaseModel):
-    """What came out."""
+    """The result of an evaluation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -100,47 +100,41 @@ class Evaluation(BaseModel):
     rows: int
     correct: int
     exact_match: float
-    """The share of rows that are correct, 0 to 1."""
+    """Fraction of correct rows, from 0 to 1."""
     without_answer: int
-    """Answers in which there is nothing to compare."""
+    """Number of answers that contain nothing to compare."""
     trained_rows: int | None
-    """Rows that were trained on; None where that cannot be told."""
+    """Number of rows that were in the training data; None if unknown."""
     exact_match_of_others: float | None
-    """The share among the rows that were not; None where there are none, or that cannot be told."""
+    """Fraction of correct rows among those not in the training data; None if there are none or this is unknown."""
     answers: str
-    """URI of the rows with their answers."""
+    """URI of the file with the rows and their answers."""
 
 
 def evaluate(
     trained: TrainedModel,
     data: str,
     name: str | None,
-    how: EvaluationSettings,
+    settings: EvaluationSettings,
     *,
     progress: Callable[[str, float], None],
 ) -> Evaluation:
-    """Answer and score every row, and write them to the run.
+    """Generate and score an answer for every row, and write the answers to the run.
 
     Args:
-        trained: What answers.
+        trained: The model to evaluate.
         data: URI of the rows.
-        name: Of the evaluation in the run; None: that of the file and the step.
-        how: What is asked for.
-        progress: Called with the current activity and its completed share, 0 to 1.
-
-    Raises:
-        DataError: rows that cannot be answered or compared.
-        ClusterError: there are too few devices.
-        WorkersFailedError: the workers failed.
-        ModelError, CheckpointError, BucketError: the model or the rows cannot be read, or the run not written to.
+        name: Name of the evaluation in the run; None means the file's name and the step.
+        settings: Scoring, device and generation settings.
+        progress: Called with the current phase and its completed fraction, from 0 to 1.
     """
     tokenizer = trained.tokenizer()
     progress("reading the rows", 0)
-    questions = read_questions(data, trained, tokenizer, how)
+    questions = read_questions(data, trained, tokenizer, settings)
     digests = _trained_digests(trained)
-    texts = _answer(questions, trained, how, progress)
+    texts = _answer(questions, trained, settings, progress)
     answers = [
-        _score(question, text, how.match, None if digests is None else question.digest in digests)
+        _score(question, text, settings.match, None if digests is None else question.digest in digests)
         for question, text in zip(questions, texts, strict=True)
     ]
     file = re.sub(r"[^\w-]+", "-", PurePosixPath(data).name.partition(".")[0])
@@ -153,7 +147,7 @@ def evaluate(
         run_uri=trained.run_uri,
         checkpoint=trained.checkpoint,
         data=data,
-        match=how.match,
+        match=settings.match,
         rows=len(answers),
         correct=correct,
         exact_match=correct / len(answers),
@@ -168,41 +162,36 @@ def evaluate(
 
 
 def read_questions(
-    data: str, trained: TrainedModel, tokenizer: "PreTrainedTokenizerFast", how: EvaluationSettings
+    data: str, trained: TrainedModel, tokenizer: "PreTrainedTokenizerFast", settings: EvaluationSettings
 ) -> list[Question]:
-    """The rows as the model was trained to read them, up to where it answers.
-
-    Raises:
-        DataError: some have no answer to compare with, or are too long; the message names the first.
-        BucketError: they cannot be read.
-    """
+    """Read the rows and render their prompts as in training. Raise an error that lists rows that cannot be evaluated."""
     renderer = Renderer(tokenizer, whole_text=False)
-    limit = _longest(trained)
+    limit = _max_tokens(trained)
     questions: list[Question] = []
-    faults: list[str] = []
-    for place, row in _rows(data, trained):
+    errors: list[str] = []
+    for location, row in _rows(data, trained):
         try:
             if isinstance(row, RowError):
                 raise row
-            question = _question(place, row, trained, tokenizer, renderer, how)
-            if limit and len(question.tokens) + how.max_new_tokens > limit:
+            question = _question(location, row, trained, tokenizer, renderer, settings)
+            if limit and len(question.tokens) + settings.max_new_tokens > limit:
                 raise RowError(
                     "too long",
-                    f"has {len(question.tokens):,} tokens before its answer, and with --max-new-tokens {how.max_new_tokens:,} that is more "
-                    f"than the {limit:,} that the model takes",
+                    f"the prompt has {len(question.tokens):,} tokens, which with --max-new-tokens {settings.max_new_tokens:,} exceeds the "
+                    f"model's limit of {limit:,} tokens",
                 )
             questions.append(question)
         except RowError as error:
-            faults.append(f"{place}: {error}")
-    if faults:
-        more = f"\n… and {len(faults) - _MAX_SHOWN:,} more rows" if len(faults) > _MAX_SHOWN else ""
+            errors.append(f"{location}: {error}")
+    if errors:
+        more = f"\n… and {len(errors) - _MAX_LISTED:,} more rows" if len(errors) > _MAX_LISTED else ""
         raise DataError(
-            f"{len(faults):,} of {len(faults) + len(questions):,} rows cannot be evaluated:\n"
-            + "\n".join(faults[:_MAX_SHOWN])
+            f"{len(errors):,} of {len(errors) + len(questions):,} rows cannot be evaluated:\n"
+            + "\n".join(errors[:_MAX_LISTED])
             + f"{more}\nFix or remove these rows."
         )
     if not questions:
-        raise DataError(f"{data}: holds no rows. Name a file with at least one.")
+        raise DataError(f"{data}: contains no rows. Use a file with at least one row.")
     return questions
 
 
@@ -213,32 +202,32 @@ def _rows(data: str, trained: TrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def _question(
-    place: str,
+    location: str,
     row: dict[str, Any],
     trained: TrainedModel,
     tokenizer: "PreTrainedTokenizerFast",
     renderer: Renderer,
-    how: EvaluationSettings,
+    settings: EvaluationSettings,
 ) -> Question:
     config = trained.config
     task = "classification" if config.task == "classification" else "instruction_tuning"
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
-    data_format = recognise(row, how.columns, task, config.prompt_template)
-    example = read_row(row, RowSchema(task, data_format, how.columns, config.prompt_template, labels))
+    data_format = recognise(row, settings.columns, task, config.prompt_template)
+    example = read_row(row, RowSchema(task, data_format, settings.columns, config.prompt_template, labels))
     if isinstance(example, Chat) and not tokenizer.chat_template:
-        raise RowError("template", "is a chat, and the model has no chat template to lay it out")
+        raise RowError("template", "conversations need a chat template, but the model has none")
     expected = _expected(example)
-    if _looked_for(expected, how.match) is None:
+    if _comparable(expected, settings.match) is None:
         raise RowError(
             "no number",
-            f"has an answer without a number ({expected[:40]!r}). Compare whole texts: --match text",
+            f"the answer contains no number ({expected[:40]!r}); compare complete texts with --match text",
         )
     (rendered,) = renderer.render(replace(example, untrained=()) if isinstance(example, Chat) else example)
     prompt = rendered.text[: rendered.spans[-1][0]]
     return Question(
-        place=place,
+        location=location,
         prompt=prompt,
-        tokens=encode_prompt(tokenizer, prompt, is_laid_out=not rendered.ends_the_text),
+        tokens=encode_prompt(tokenizer, prompt, is_rendered=not rendered.ends_the_text),
         expected=expected,
         digest=digest_of((rendered,)),
     )
@@ -247,12 +236,12 @@ def _question(
 def _expected(example: Example) -> str:
     if isinstance(example, Filled):
         return example.answer
-    assert isinstance(example, Chat), "no other format has one answer"
+    assert isinstance(example, Chat), "other formats do not have exactly one answer"
     return str(example.messages[-1]["content"])
 
 
-def _longest(trained: TrainedModel) -> int | None:
-    """Tokens that the model's positions reach."""
+def _max_tokens(trained: TrainedModel) -> int | None:
+    """Return the maximum sequence length of the model in tokens, if its configuration has one."""
     from transformers import AutoConfig
 
     from training.checkpoints.weights import fetch_model
@@ -264,7 +253,7 @@ def _longest(trained: TrainedModel) -> int | None:
 
 
 def _trained_digests(trained: TrainedModel) -> set[int] | None:
-    """Of the rows that the run, and those whose weights it started from, were trained on; None where they cannot be known."""
+    """Return the digests of the training rows of the run and its ancestors; None if they are unknown."""
     found = set[int]()
     checkpoint, manifest = trained.checkpoint, trained.manifest
     try:
@@ -278,18 +267,18 @@ def _trained_digests(trained: TrainedModel) -> set[int] | None:
             checkpoint = manifest.parent
             manifest = read_manifest(checkpoint)
     except (CheckpointError, BucketError):
-        return None  # a run that this one started from was removed, or is out of reach
+        return None  # an ancestor was deleted or is not accessible
 
 
 def _digests_of(run_uri: str, fingerprint: str, cache: Path) -> set[int] | None:
-    """Of the prepared rows beside a run; None where they were removed, or are pairs, which are no row with one answer."""
+    """Return the digests of a run's prepared rows; None if the rows were deleted or are preference pairs."""
     prepared = join_uri(run_uri.rpartition("/")[0], PREPARED)
     store = open_store(prepared)
     for key in store.directories():
         summary = store.read_if_exists(f"{key}/{SUMMARY_FILE}")
         if summary and json.loads(summary)["fingerprint"] == fingerprint:
             rows = find_prepared(key, cache, prepared)
-            assert rows is not None, "its summary was just read"
+            assert rows is not None, "the summary was just read"
             is_of_pairs = any(source.format == "preference" for source in rows.summary.sources)
             return None if is_of_pairs else set(rows.index.digest.tolist())
     return None
@@ -299,20 +288,20 @@ def _digests_of(run_uri: str, fingerprint: str, cache: Path) -> set[int] | None:
 
 
 class _Worker:
-    """One model on one device."""
+    """A Ray actor with one model on one device."""
 
-    def __init__(self, trained: TrainedModel, how: EvaluationSettings):
+    def __init__(self, trained: TrainedModel, settings: EvaluationSettings):
         import torch
         from transformers import GenerationConfig
 
-        if how.device == "cpu":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // how.num_devices))
+        if settings.device == "cpu":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.num_devices))
         self._tokenizer = trained.tokenizer()
-        self._model: Any = trained.load(how.device)
-        # Greedy: whatever the model's own settings say of sampling and of repetitions.
+        self._model: Any = trained.load(settings.device)
+        # Greedy decoding, independent of the model's own settings for sampling and repetition.
         self._model.generation_config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=how.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             eos_token_id=stop_tokens(self._model, self._tokenizer),
             pad_token_id=self._tokenizer.pad_token_id,
         )
@@ -320,7 +309,7 @@ class _Worker:
     def answer(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]]
     ) -> tuple[Sequence[int], list[str]]:
-        """(the rows' numbers as given, their answers)."""
+        """Generate answers for a batch; return (the row numbers, their answers)."""
         import torch
 
         width = max(map(len, prompts))
@@ -338,19 +327,23 @@ class _Worker:
 def _answer(
     questions: Sequence[Question],
     trained: TrainedModel,
-    how: EvaluationSettings,
+    settings: EvaluationSettings,
     progress: Callable[[str, float], None],
 ) -> list[str]:
-    # Prompts of about one length together: little is padded, and the slowest batches come first.
+    # Sort by length, so that batches need little padding and the slowest batches run first.
     order = sorted(range(len(questions)), key=lambda row: -len(questions[row].tokens))
-    batches = [order[begin : begin + how.batch_size] for begin in range(0, len(order), how.batch_size)]
-    each = resources_of_device(how.device)
+    batches = [
+        order[begin : begin + settings.batch_size] for begin in range(0, len(order), settings.batch_size)
+    ]
+    each = resources_of_device(settings.device)
     answers: dict[int, str] = {}
-    workers = Workers(how.num_devices, how.num_devices, how.device, each, trained.run_uri)
+    workers = Workers(settings.num_devices, settings.num_devices, settings.device, each, trained.run_uri)
     progress("starting the workers", 0)
-    with cluster(workers, how.target, progress=lambda text: progress(text, 0)):
+    with cluster(workers, settings.target, progress=lambda text: progress(text, 0)):
         actor: Any = ray.remote(_Worker).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))
-        pool = ActorPool([actor.remote(trained, how) for _ in range(min(how.num_devices, len(batches)))])
+        pool = ActorPool(
+            [actor.remote(trained, settings) for _ in range(min(settings.num_devices, len(batches)))]
+        )
         try:
             for rows, texts in pool.map_unordered(
                 lambda worker, rows: worker.answer.remote(rows, [questions[row].tokens for row in rows]),
@@ -367,9 +360,9 @@ def _answer(
 
 
 def final_number(text: str) -> str | None:
-    """The number behind the first `####`, as GSM8K marks its answers; else the last number there is.
+    """Return the number after the first `####` (GSM8K's marker), else the last number in the text; None if there is none.
 
-    Without thousands separators, currency signs and trailing zeros, so that equal numbers are equal texts; None where there is none.
+    Thousands separators, currency signs and trailing zeros are removed, so that equal numbers are equal texts.
     """
     marked = _MARKED.search(text)
     numbers = [marked[1]] if marked else re.findall(_NUMBER, text)
@@ -381,15 +374,15 @@ def final_number(text: str) -> str | None:
     return "0" if Decimal(plain) == 0 else plain
 
 
-def _looked_for(text: str, match: Match) -> str | None:
+def _comparable(text: str, match: Match) -> str | None:
     return final_number(text) if match == "number" else text.strip()
 
 
 def _score(question: Question, text: str, match: Match, was_trained: bool | None) -> Answer:
-    expected, found = _looked_for(question.expected, match), _looked_for(text, match)
+    expected, found = _comparable(question.expected, match), _comparable(text, match)
     assert expected is not None
     return Answer(
-        row=question.place,
+        row=question.location,
         prompt=question.prompt,
         expected=question.expected,
         answer=text,

@@ -1,7 +1,7 @@
-"""Export a checkpoint for other programs: one merged model, or the adapter alone, with its tokenizer and a model card.
+"""Export of a checkpoint as a merged model or only its adapter, with tokenizer and model card.
 
-The file without which no program loads the export is uploaded after all others, and EXPORT.json last. So an incomplete
-export is never taken for a complete one. Until then, EXPORT.unfinished marks the files as an unfinished export.
+The config file, which every program needs to load the export, is uploaded after all other files, and EXPORT.json last.
+An incomplete export therefore never looks complete. Until then, EXPORT.unfinished marks the export as unfinished.
 """
 
 import shutil
@@ -42,24 +42,24 @@ _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
-# The file without which no program loads an export.
+# The config file that every program needs to load an export.
 _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
 
 
 def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
-    """Write an export, atomically. Return an identical existing export unchanged.
+    """Write an export atomically, or return an identical existing export unchanged.
 
     Args:
-        trained: the checkpoint to export.
-        settings: kind, data type and destination.
-        progress: receives a description of each phase.
+        trained: The checkpoint to export.
+        settings: Kind, dtype and destination of the export.
+        progress: Called with a description of each phase.
     """
     planned = _plan(trained, settings)
     store = open_store(planned.uri)
     check_writable(planned.uri)
-    if (written := _written_before(store)) is not None:
-        return _same(written, planned, store)
-    _check_place(store)
+    if (written := _read_export(store)) is not None:
+        return _reuse(written, planned, store)
+    _check_empty(store)
     _check_tools_and_weights(trained, planned)
     scratch = trained.cache.parent / "exports"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -84,18 +84,18 @@ def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
     is_adapter = trained.base is not None
     if not settings.merge and not is_adapter:
         raise ConfigError(
-            f"{trained.checkpoint} is a full-parameter model: it has no adapter to export. Remove merge: false."
+            f"{trained.checkpoint}: a full-parameter model has no adapter to export. Remove merge: false or --no-merge."
         )
     kind: Literal["model", "merged", "adapter"] = (
         "model" if not is_adapter else "merged" if settings.merge else "adapter"
     )
     dtype = None if kind == "adapter" else settings.dtype
     name = f"{kind}-{dtype}" if dtype else kind
-    place = settings.to or export_uri(trained.run_uri, trained.manifest.step, name)
+    uri = settings.to or export_uri(trained.run_uri, trained.manifest.step, name)
     run_name = trained.run_uri.rpartition("/")[2]
     return Export(
         checkpoint=trained.checkpoint,
-        uri=place if is_remote(place) else str(local_path(place)),
+        uri=uri if is_remote(uri) else str(local_path(uri)),
         kind=kind,
         dtype=dtype,
         gguf=f"{run_name}-{dtype}.gguf" if settings.gguf else None,
@@ -109,14 +109,14 @@ def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
 def _notes(trained: "TrainedModel", kind: str) -> Iterator[str]:
     if trained.config.load_in_4bit and kind == "merged":
         yield (
-            "The adapter was trained on the base model in 4 bits (NF4) and is merged into its 16-bit weights: quantizing the merged "
-            "weights to 4 bits again would lose most of the adapter's effect. The eval loss is that of the adapter on the 16-bit base."
+            "The adapter was trained on the base model in 4 bits (NF4) and is merged into the 16-bit weights, because quantizing the "
+            "merged weights to 4 bits would lose most of the adapter's effect. The eval loss is that of the adapter on the 16-bit base."
         )
     if trained.config.load_in_4bit and kind == "adapter":
         yield "The adapter was trained on the base model in 4 bits (bitsandbytes NF4, double quantization)."
 
 
-def _written_before(store: Store) -> Export | None:
+def _read_export(store: Store) -> Export | None:
     content = store.read_if_exists(EXPORT_FILE)
     if content is None:
         return None
@@ -124,26 +124,26 @@ def _written_before(store: Store) -> Export | None:
         return Export.model_validate_json(content)
     except ValidationError as error:
         raise ConfigError(
-            f"{store.uri_of(EXPORT_FILE)}: is damaged. Remove that export, or choose another destination."
+            f"{store.uri_of(EXPORT_FILE)}: damaged. Delete this export, or choose another destination."
         ) from error
 
 
-def _same(written: Export, planned: Export, store: Store) -> Export:
-    """Return the existing export if it matches the planned one and is complete; otherwise raise an error."""
+def _reuse(written: Export, planned: Export, store: Store) -> Export:
+    """Return the existing export if it matches the planned one and is complete; raise an error otherwise."""
     if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
         raise ConfigError(
             f"{planned.uri} already contains another export: {describe(written)} of {written.checkpoint}. Choose another destination, "
-            "or remove it."
+            "or delete that export."
         )
     stored = sizes(store, "")
     if wrong := [file.path for file in written.files if stored.get(file.path) != file.size]:
         raise ConfigError(
-            f"{store.uri_of(wrong[0])}: has changed since the export. Remove {planned.uri}, or choose another destination."
+            f"{store.uri_of(wrong[0])}: changed since the export. Delete {planned.uri}, or choose another destination."
         )
     return written
 
 
-def _check_place(store: Store) -> None:
+def _check_empty(store: Store) -> None:
     stored = sizes(store, "")
     if stored and _UNFINISHED not in stored:
         raise ConfigError(
@@ -164,17 +164,17 @@ def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
     if planned.gguf:
         gguf_tool()
     if trained.base is None:
-        _check_room(read_model_facts(trained.checkpoint), planned, trained.cache)
+        _check_memory_and_disk(read_model_facts(trained.checkpoint), planned, trained.cache)
     elif planned.kind == "adapter":
         check_vllm_adapter(read_adapter_facts(trained.checkpoint).lora)
     else:
         facts = read_hub_facts(trained.base) if is_hub_id(trained.base) else read_model_facts(trained.base)
         check_mergeable(facts)
-        _check_room(facts, planned, trained.cache)
+        _check_memory_and_disk(facts, planned, trained.cache)
 
 
-def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
-    """Check the memory for one copy of the weights, and the disk space for the staged files."""
+def _check_memory_and_disk(facts: ModelFacts, planned: Export, cache: Path) -> None:
+    """Check that memory holds one copy of the weights, and that the disk holds the staged files."""
     assert planned.dtype is not None
     need = facts.parameters * _BYTES[planned.dtype]
     memory, disk = psutil.virtual_memory().available, free_bytes(cache)
@@ -186,8 +186,8 @@ def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
     staged = need * (2 if planned.gguf else 1)
     if staged > disk:
         raise ModelError(
-            f"model {facts.source}: the export requires {format_bytes(staged)}, but the disk of {cache.parent} has {format_bytes(disk)} "
-            "free. Free some space."
+            f"model {facts.source}: the export requires {format_bytes(staged)} of disk space, but {cache.parent} has {format_bytes(disk)} "
+            "free. Free up disk space."
         )
 
 
@@ -197,7 +197,7 @@ def _check_room(facts: ModelFacts, planned: Export, cache: Path) -> None:
 def _write_model(
     trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
 ) -> None:
-    """Write the model with one copy in memory: PEFT merges in place layer by layer, transformers writes shard by shard."""
+    """Write the model with one copy in memory: PEFT merges layer by layer in uri, transformers writes shard by shard."""
     import peft
 
     from training.models.torch_provider import load_weights
@@ -263,7 +263,8 @@ def _publish(store: Store, planned: Export, directory: Path) -> Export:
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     last = _LOADED_BY[planned.kind]
     store.write(
-        _UNFINISHED, b"This export is in progress, or was interrupted; the same command completes it.\n"
+        _UNFINISHED,
+        b"This export is in progress or was interrupted; rerun the same command to complete it.\n",
     )
     store.delete([last])
     store.delete(set(sizes(store, "")) - {_UNFINISHED})

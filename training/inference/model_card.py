@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export: base model, training, evaluation and usage."""
+"""Model card (README.md) of an export: base model, training, evaluation and usage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,17 +43,17 @@ class Card:
 
     export: Export
     base: str
-    """Base model of the weights: Hub id, directory or URI."""
+    """Base model: Hub id, directory or URI."""
     config: FinetuneConfig
     manifest: Manifest
     """Manifest of the checkpoint."""
     rank: int
-    """Rank of an adapter; 0 for a complete model."""
+    """LoRA rank of an adapter; 0 for a full-parameter model."""
     result: RunResult | None
     metrics: Sequence[MetricsLine]
 
     def to_markdown(self) -> str:
-        """Return Markdown, with the metadata block that the Hugging Face Hub reads at the top."""
+        """Return the card as Markdown, with the metadata block of the Hugging Face Hub at the top."""
         from huggingface_hub import ModelCardData
 
         kind = self.export.kind
@@ -62,7 +62,7 @@ class Card:
             library_name="peft" if kind == "adapter" else "transformers",
             pipeline_tag="text-generation",
             tags=["anneal", *(["lora"] if self.config.trains_adapter else [])],
-            # The Hub's terms for the relation of a model to its base model.
+            # The Hub's terms for how a model relates to its base model.
             base_model_relation={"adapter": "adapter"}.get(kind, "finetune"),
         )
         run_name = self.export.checkpoint.split("/")[-3]
@@ -90,7 +90,7 @@ class Card:
         facts = [
             ("base model", self.base),
             ("checkpoint", self.export.checkpoint),
-            ("weights", self.export.dtype or "adapter, in its training data type"),
+            ("weights", self.export.dtype or "adapter, in its training dtype"),
             ("trained on", _locations(config.train_sources)),
             ("evaluated on", _locations(config.valid_sources) or "nothing"),
             ("fingerprint of the training rows", manifest.data.train),
@@ -127,8 +127,8 @@ class Card:
         )
 
     def _settings(self) -> list[tuple[str, Any]]:
-        said = self.config.model_dump(mode="json")
-        chosen = {key: said[key] for key in (*_SETTINGS, "lora_config") if said[key] is not None}
+        values = self.config.model_dump(mode="json")
+        chosen = {key: values[key] for key in (*_SETTINGS, "lora_config") if values[key] is not None}
         return list(flat(chosen).items())
 
     def _usage(self) -> list[str]:

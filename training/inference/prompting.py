@@ -1,4 +1,4 @@
-"""Prompts and stop tokens for generation with a trained model."""
+"""Prompt encoding and stop tokens for generation with a trained model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the stop tokens: those of the model and the tokenizer, and the chat template's end-of-turn token."""
-    said = model.generation_config.eos_token_id if model.generation_config else None
-    stops = set(said if isinstance(said, list) else [] if said is None else [said])
+    """Return the ids of the stop tokens: EOS of model and tokenizer, and the chat template's end-of-turn token."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    stops = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if isinstance(tokenizer.eos_token_id, int):
         stops.add(tokenizer.eos_token_id)
     end = Renderer(tokenizer, whole_text=False).end_marker
@@ -20,13 +20,13 @@ def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
     return sorted(stops | (set(first) & set(tokenizer.added_tokens_decoder)))
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_laid_out: bool) -> Sequence[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_rendered: bool) -> Sequence[int]:
     """Tokenize a prompt, without an EOS token at its end.
 
     Args:
-        is_laid_out: the text was rendered with a chat template, which writes the special tokens itself.
+        is_rendered: True if the chat template rendered the prompt, which then contains its special tokens.
     """
-    if is_laid_out:
+    if is_rendered:
         return tokenizer.encode(prompt, add_special_tokens=False)
     tokens = tokenizer.encode(prompt)
     return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens

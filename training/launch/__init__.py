@@ -1,1 +1,1 @@
-"""The driver side of a run: cluster, TorchTrainer, elastic worker groups, submission, failures, results."""
+"""The driver side of a run: cluster, TorchTrainer, elastic worker groups, job submission, failures and results."""

@@ -1,4 +1,4 @@
-"""The Ray cluster that a run trains on: the one that RAY_ADDRESS names, or a local one (driver side)."""
+"""The Ray cluster of a run: a local cluster, or the one at RAY_ADDRESS (driver side)."""
 
 import json
 import math
@@ -22,47 +22,47 @@ from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
 
-# On CPU, glibc returns a step's large blocks to the kernel and allocates them again in the next step, which costs a tenth of
-# the time. Ray's own processes preload jemalloc; with these settings workers do too, and it retains freed memory for 10 s.
+# On CPU, glibc returns a step's large blocks to the kernel and allocates them again in the next step, which costs 10% of the
+# step time. Ray's own processes preload jemalloc. With these settings workers do too, and it retains freed memory for 10 s.
 _CPU_ALLOCATOR = {
     "RAY_LD_PRELOAD_ON_WORKERS": "1",
     "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000",
 }
-# Rows of varying length fragment blocks of fixed size. torch reads the variable at the first use of a GPU, which is in Ray's
-# code, before any of ours.
+# Rows of varying length fragment fixed-size blocks. torch reads the variable at the first use of a GPU, which happens in Ray's
+# code before ours runs.
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-# Ray leaves all of a node's GPUs visible to a worker that requested none, and libraries would use them.
+# A worker that requested no GPU sees all GPUs of its node, and libraries would use them.
 _NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 _NAMES_OF_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers that a run asks a cluster for."""
+    """The workers that a run requests from a cluster."""
 
     count: int
-    """The maximum."""
+    """Maximum number of workers."""
     least: int
-    """The minimum to start with."""
+    """Minimum number of workers that a run can start with."""
     device: Device
     each: dict[str, float]
     """Ray resources per worker."""
     storage: str
-    """URI that every worker must reach."""
+    """URI that every worker must be able to access."""
 
     @property
     def together(self) -> dict[str, float]:
-        """Ray resources of the maximum of workers."""
+        """Ray resources of the maximum number of workers."""
         return {name: amount * self.count for name, amount in self.each.items()}
 
     @property
     def at_least(self) -> dict[str, float]:
-        """Ray resources of the minimum of workers."""
+        """Ray resources of the minimum number of workers."""
         return {name: amount * self.least for name, amount in self.each.items()}
 
 
 def workers_of(plan: RunPlan) -> Workers:
-    """Return the workers that a plan asks for."""
+    """Return the workers that a plan requests."""
     config = plan.config
     each = resources_of_device(plan.device) | config.worker_resources
     return Workers(config.most_devices, config.fewest_devices, plan.device, each, plan.run_uri)
@@ -75,15 +75,12 @@ def resources_of_device(device: Device) -> dict[str, float]:
 
 @contextmanager
 def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], None]) -> Iterator[None]:
-    """Connect to the target cluster, or start a local one sized to the workers; the block ends it.
+    """Connect to the target cluster, or start a local one sized to the workers; disconnect when the block exits.
 
     Args:
-        workers: What the cluster has to hold.
-        target: The cluster to join.
-        progress: Called with a line while the cluster has to scale up.
-
-    Raises:
-        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
+        workers: The workers that the cluster must have resources for.
+        target: The cluster to connect to.
+        progress: Called with a line if the cluster has to scale up.
     """
     address = target.address
     if address:
@@ -91,7 +88,7 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
     else:
         os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
         ray.init(
-            address="local",  # else Ray joins a cluster that another process started on this machine
+            address="local",  # otherwise Ray connects to a cluster that another process started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
             num_gpus=_gpus_here(workers),
             resources={
@@ -120,17 +117,13 @@ def _gpus_here(workers: Workers) -> int:
 
 
 def ask_cluster(workers: Workers, address: str) -> str:
-    """Describe whether a cluster can hold the workers, without starting any.
-
-    Raises:
-        ClusterError: it cannot be joined, or has too little and cannot scale up to it.
-    """
+    """Return a description of how the cluster meets the workers' needs, without starting any."""
     _join(address, {})
     try:
         growth = _missing(workers, address)
     finally:
         ray.shutdown()
-    return f"has to scale up: {growth}" if growth else f"{address} has what the workers need"
+    return f"must scale up: {growth}" if growth else f"{address} has the resources for all workers"
 
 
 def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
@@ -140,15 +133,21 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
         causes = f"{error} {error.__cause__}"
         token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
         raise ClusterError(
-            f"RAY_ADDRESS: the cluster at {address} cannot be joined ({first_line(error)}). "
-            + (TOKEN_ADVICE if token else "Look whether it runs the same version of Ray and Python as here.")
+            f"RAY_ADDRESS: cannot connect to the cluster at {address} ({first_line(error)}). "
+            + (
+                TOKEN_ADVICE
+                if token
+                else "Check that it runs the same versions of Ray and Python as this machine."
+            )
         ) from error
 
 
 def _runtime_environment(device: Device) -> dict[str, Any]:
-    """Return the runtime environment without the keys that Ray's job server has set: Ray rejects a key that is set twice."""
+    """Return the runtime environment without keys that Ray's job server has set; Ray rejects a key that is set twice."""
     submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
-    variables = {STATE_VARIABLE: str(state_directory())}  # a path: access keys never leave the machine
+    variables = {
+        STATE_VARIABLE: str(state_directory())
+    }  # only a path, so that access keys stay on this machine
     if limit := os.environ.get(LIMIT_VARIABLE):
         variables[LIMIT_VARIABLE] = limit
     variables |= _allocator(device) if device == "cuda" else _NO_GPUS
@@ -162,7 +161,7 @@ def _runtime_environment(device: Device) -> dict[str, Any]:
 
 
 def _allocator(device: Device) -> dict[str, str]:
-    """Return the allocator settings of workers; variables that the user has set win."""
+    """Return the allocator settings of workers; variables set by the user take precedence."""
     if device == "cpu":
         return {name: os.environ.get(name, value) for name, value in _CPU_ALLOCATOR.items()}
     chosen = {name: os.environ[name] for name in _NAMES_OF_GPU_ALLOCATOR if name in os.environ}
@@ -170,14 +169,13 @@ def _allocator(device: Device) -> dict[str, str]:
 
 
 def _missing(workers: Workers, address: str | None) -> str | None:
-    """Describe what a cluster has to scale up to before the minimum of workers can start; None where it can now.
+    """Describe the resources that the cluster must add before the minimum number of workers can start; None if it has them.
+
+    Raise an error if the cluster cannot scale up that far.
 
     Args:
-        workers: What the cluster has to hold.
-        address: The address of a joined cluster; None for a local one.
-
-    Raises:
-        ClusterError: it has too little, and cannot scale up to it.
+        workers: The workers that the cluster must have resources for.
+        address: The address of a remote cluster; None for a local one.
     """
     has = ray.cluster_resources()
     short = _short(workers.at_least, has)
@@ -190,27 +188,27 @@ def _missing(workers: Workers, address: str | None) -> str | None:
     )
     if short and not may_grow:
         raise ClusterError(
-            f"{f'the cluster at {address}' if address else 'this machine'} lacks what {_describe_least(workers)}: {listed}. "
-            "Lower num_devices or worker_resources, write device: cpu, or join a larger cluster."
+            f"{f'the cluster at {address}' if address else 'this machine'} lacks resources that {_describe_least(workers)}: {listed}. "
+            "Lower num_devices or worker_resources, set device: cpu, or use a larger cluster."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     may_get_nodes = short or (address and _short(workers.together, has))
     if (len(nodes) > 1 or may_get_nodes) and uses_embedded_bucket(workers.storage):
         count = len(nodes) if len(nodes) > 1 else "more than one"
         raise ClusterError(
-            f"the embedded bucket serves this machine only, and the cluster has {count} nodes. Set storage_path to a bucket that "
-            "all nodes reach."
+            f"the embedded bucket serves only this machine, but the cluster has {count} nodes. Set storage_path to a bucket that "
+            "all nodes can access."
         )
     return listed or None
 
 
 def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, float]:
-    """Return the needed amount of each resource that the cluster has less of."""
+    """Return the required amount of each resource that the cluster has less of."""
     return {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
 
 
 def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
-    """List the needed amounts beside what the cluster has and, if its autoscaler says so, can scale up to."""
+    """List the required amounts with what the cluster has and, if its autoscaler reports it, the maximum it can scale up to."""
 
     def amount_of(name: str, amount: float) -> str:
         return format_bytes(int(amount)) if name.endswith("memory") else f"{amount:g}"
@@ -223,14 +221,14 @@ def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[
 
 
 def _describe_least(workers: Workers) -> str:
-    """Return the subject and verb of a sentence about what they need."""
+    """Return the subject and verb of a sentence about the resources that workers need."""
     return f"{workers.least} workers need" if workers.least > 1 else "a worker needs"
 
 
 def lacking(workers: Workers) -> str | None:
-    """Describe what a cluster that has lost nodes lacks for the minimum of workers; None where it lacks nothing."""
+    """Describe the resources that a cluster lacks for the minimum number of workers after losing nodes; None if it lacks none."""
     has = ray.cluster_resources()
     short = _short(workers.at_least, has)
     if not short:
         return None
-    return f"waiting for the cluster to have what {_describe_least(workers)}: {_listed(short, has, {})}"
+    return f"waiting for resources that {_describe_least(workers)}: {_listed(short, has, {})}"

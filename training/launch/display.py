@@ -1,4 +1,4 @@
-"""Console output of a run: the plan before training, a progress line during training, and the result."""
+"""Console output of a run: the plan, the progress during training, and the result."""
 
 import shlex
 import time
@@ -48,7 +48,7 @@ _BAR_WIDTH = 40
 
 
 def show_plan(console: Console, report: PlanReport) -> None:
-    """Print the resolved plan, and an example row with its loss tokens marked."""
+    """Print the resolved plan and example rows with their loss tokens marked."""
     trained = report.trainable_parameters / max(report.parameters, 1)
     rows = [
         ("run", report.run_name),
@@ -79,7 +79,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
     print_facts(console, rows)
     console.print()
     _print_histogram(console, report)
-    console.print(Text("The first, middle and last row, with loss tokens marked:", style="bold"))
+    console.print(Text("First, middle and last row, with loss tokens marked:", style="bold"))
     for example in report.train.examples:
         console.print(mark_example(example, colour=console.is_terminal), soft_wrap=True)
         console.print()
@@ -114,12 +114,12 @@ def _print_histogram(console: Console, report: PlanReport) -> None:
 
 
 def show_page(console: Console, page: Path) -> None:
-    """Print the path of the HTML page with the data report."""
+    """Print the path of the data report (HTML)."""
     print_facts(console, [("data report", str(page))])
 
 
 def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
-    """Return a row's text with its loss tokens in green, or between «and» without colors."""
+    """Return a row's text with its loss tokens in green or, without colors, between « and »."""
     text = Text()
     for piece, trained in example:
         if not trained:
@@ -132,35 +132,33 @@ def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
 
 
 def show_completed(console: Console) -> None:
-    """Print that the run has completed before."""
-    console.print(
-        "This run is already completed: there is nothing left to do. Choose another run_name to train it again."
-    )
+    """Print that the run is already completed."""
+    console.print("This run is already completed. To train again, choose another run_name.")
 
 
 def show_submitted(
     console: Console, job: "SubmittedJob", run_uri: str | None, command: Sequence[str]
 ) -> None:
-    """Print the job's id and address, and the commands to follow, stop and resume it."""
+    """Print the job's id and address and the commands to follow, stop and resume it."""
     print_facts(
         console,
         [
             ("job", f"{job.submission_id} at {job.address}"),
             ("results go to", run_uri or "see the plan in the job's output"),
             ("follow", shlex.join(job.follow_command)),
-            ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint)"),
-            ("resume", f"{shlex.join(command)}  (the same command, after the job has ended)"),
+            ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint first)"),
+            ("resume", f"{shlex.join(command)}  (the same command, after the job has exited)"),
         ],
     )
 
 
 def show_error(console: Console, message: str) -> None:
-    """Print an error, whose message is complete."""
+    """Print an error message."""
     console.print(Text.assemble(("error: ", "bold red"), message))
 
 
 class Watch:
-    """The progress line of a run: a bar in a terminal, plain lines in a log."""
+    """The progress display of a run: a progress bar in a terminal, plain lines in a log."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -174,7 +172,7 @@ class Watch:
             console=console,
             disable=not console.is_terminal,
             transient=True,
-            # Library output belongs in the log file, not above the bar.
+            # Library output belongs in the log file, not above the progress bar.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -197,7 +195,7 @@ class Watch:
         self._phase = text
 
     def checking(self, what: str, fraction: float | None = None, figures: str = "") -> None:
-        """Show the progress of a check; a log gets one line at the start and one every ten seconds."""
+        """Show the progress of a check; a log gets one line at the start and then one every ten seconds."""
         self.phase(f"checking the {what}")
         if fraction is None:
             self._progress.update(self._task, completed=0, total=None, figures="")
@@ -209,7 +207,7 @@ class Watch:
             self._line(f"  {figures} ({fraction:.0%})")
 
     def on_event(self, event: Event) -> None:
-        """Show an event of the workers."""
+        """Show an event emitted by the workers."""
         match event:
             case Phase(text, fraction):
                 self.phase(text)
@@ -235,14 +233,14 @@ class Watch:
             case Notice(text):
                 show_warning(self._progress.console, text)
             case Restored() | WorkersFailed() | Rejected() | WorkersWaiting() | WorkersStarted():
-                pass  # shown in the result; missing resources are reported while the run waits
+                pass  # RunState reports these
 
     def _line(self, text: str) -> None:
         self._progress.console.print(Text(text), soft_wrap=True)
 
 
 def show_result(console: Console, result: RunResult, command: Sequence[str], *, trains_adapter: bool) -> None:
-    """Print the eval losses, the locations of the results, and the next commands."""
+    """Print the eval losses, the location of the results, and the next commands to run."""
     if result.eval_losses:
         console.print()
         print_eval_losses(console, result.eval_losses)
@@ -278,7 +276,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
 
 
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
-    """Return speed and time per phase; empty if nothing was trained."""
+    """Return the throughput and the time per phase; empty if no step was trained."""
     total = sum(speed.seconds.values())
     if not total:
         return []

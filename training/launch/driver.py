@@ -57,9 +57,9 @@ from training.planning.plan import RunPlan
 from training.planning.report import PlanReport
 from utils.storage.bucket import BucketError, open_store
 
-_LOOK_FOR_SIGNALS_SECONDS = 0.1  # Python delivers two signals as one while Ray waits
+_SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
 _WAIT_FOR_LOST_NODES_SECONDS = 20
-_LONGEST_START_SECONDS = 30.0  # of Ray's controller
+_CONTROLLER_START_TIMEOUT_SECONDS = 30.0
 
 
 def run_job(
@@ -72,22 +72,18 @@ def run_job(
     driver_log: Path,
     on_event: Callable[[Event], None],
 ) -> RunResult:
-    """Train, and write result.json. The first SIGINT or SIGTERM commits a checkpoint and exits, a second exits at once.
+    """Train the run and write result.json.
+
+    On the first SIGINT or SIGTERM, commit a checkpoint and exit; on the second, exit at once.
 
     Args:
-        plan: The run.
-        prepared: The tokenized rows, which workers read from the bucket.
-        report: What the plan and the data report show to users.
-        command: The command line, for the run's page.
+        plan: The run to train.
+        prepared: The tokenized rows; workers read them from the bucket.
+        report: The plan and data report for users.
+        command: The command line, for the report page.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
-        driver_log: Where this process's library output goes.
-        on_event: Called on this thread with each event of the workers.
-
-    Raises:
-        LeaseError: another driver trains the run.
-        ClusterError: the cluster lacks resources.
-        BucketError: the run cannot be written to at its start.
-        UnrecordedError: the result cannot be written.
+        driver_log: The log file of this process's library output.
+        on_event: Called on this thread with each event that the workers emit.
     """
     workers = workers_of(plan)
     savings = report.memory.savings if report.memory else []
@@ -95,11 +91,11 @@ def run_job(
     store = open_store(plan.run_uri)
     with (
         held_lease(
-            store, waiting=lambda owner: on_event(Phase(f"waiting to see whether {owner} still lives"))
+            store, waiting=lambda owner: on_event(Phase(f"checking whether {owner} is still running"))
         ) as lease,
         cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
     ):
-        _keep_parent(plan, on_event)
+        _mark_parent(plan, on_event)
         for rows in prepared:
             keep_prepared(rows, plan.prepared)
         _write_data_report(plan, prepared, report)
@@ -121,7 +117,7 @@ def run_job(
         result = write_result(plan, report, attempt)
     except BucketError as error:
         raise UnrecordedError(
-            f"{failure or 'trained to its end'}\n{RESULT_FILE} cannot be written: {error}\n"
+            f"{failure or 'all steps done'}\ncannot write {RESULT_FILE}: {error}\n"
             f"The same command resumes from {state.latest_checkpoint}."
         ) from error
     if result.status == "completed":
@@ -132,8 +128,8 @@ def run_job(
 def _train(
     plan: RunPlan, lease: Lease, workers: Workers, state: "RunState", savings: Sequence[Saving]
 ) -> tuple[Sequence[int], str | None]:
-    """Run the workers until they are done; return (received signals, why the attempt failed, if it did)."""
-    signals = _remember_signals()  # only now: connecting to Ray installs handlers of its own
+    """Run the workers until they exit; return (received signals, reason of the failure or None)."""
+    signals = _record_signals()  # after connecting to Ray, which installs its own handlers
     mailbox = _mailbox_on_this_node()
     fit = _Fit(_trainer(plan, lease, mailbox), mailbox)
     lost: str | None = None
@@ -157,8 +153,8 @@ def _write_data_report(plan: RunPlan, prepared: Sequence[PreparedData], report: 
         store.write(SKIPPED_ROWS_FILE, skipped)
 
 
-def _keep_parent(plan: RunPlan, on_event: Callable[[Event], None]) -> None:
-    """Mark the checkpoint that this run starts from as in use, so that its own run does not prune it."""
+def _mark_parent(plan: RunPlan, on_event: Callable[[Event], None]) -> None:
+    """Mark the parent checkpoint as in use, so that the parent run does not prune it."""
     if not plan.parent or not run_of(plan.parent):
         return
     try:
@@ -166,20 +162,20 @@ def _keep_parent(plan: RunPlan, on_event: Callable[[Event], None]) -> None:
     except BucketError as error:
         on_event(
             Notice(
-                f"{plan.parent} cannot be marked as used by this run, so its own run may prune it: {error}"
+                f"{plan.parent}: cannot mark this checkpoint as in use, so the parent run may prune it: {error}"
             )
         )
 
 
 def _release_parent(plan: RunPlan) -> None:
-    """Remove the mark of `_keep_parent`."""
+    """Remove the mark that `_mark_parent` set."""
     if plan.parent and run_of(plan.parent):
-        with suppress(BucketError):  # the parent's run deletes a mark that is out of date
+        with suppress(BucketError):  # the parent run deletes outdated marks
             checkpoints.unmark(plan.parent, plan.run_uri)
 
 
-def _remember_signals() -> list[int]:
-    """Return a list that every SIGINT and SIGTERM is appended to from now on, in place of their default action."""
+def _record_signals() -> list[int]:
+    """Install handlers that append each SIGINT and SIGTERM to the returned list."""
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signal_number, _: received.append(signal_number))
@@ -188,7 +184,7 @@ def _remember_signals() -> list[int]:
 
 @dataclass
 class RunState:
-    """What the events of an attempt say about it so far; it passes them on to the display."""
+    """The state of an attempt, built from its events; each event is also passed to the display."""
 
     workers: Workers
     savings: Sequence[Saving]
@@ -196,34 +192,40 @@ class RunState:
     model: ModelReady | None = None
     checkpoint: CheckpointCommitted | None = None
     rejection: str | None = None
-    """The error that no restart can fix."""
+    """The error that a restart cannot fix."""
     restarts: list[str] = field(default_factory=list)
-    """Why workers were restarted."""
+    """The reason of each worker restart."""
     last_step: int = 0
     is_waiting: bool = False
-    """Whether no worker group runs, because the cluster lacks resources or has lost a node."""
+    """True while no worker group runs because the cluster lacks resources or has lost a node."""
 
     @property
     def latest_checkpoint(self) -> str:
         """Return the latest checkpoint's URI, for messages."""
-        return self.checkpoint.uri if self.checkpoint else "where it began: this attempt saw no checkpoint"
+        return (
+            self.checkpoint.uri
+            if self.checkpoint
+            else "the point where this attempt started: it committed no checkpoint"
+        )
 
     @property
     def has_uncommitted_steps(self) -> bool:
-        """Return whether stopping at once would lose steps of this attempt."""
+        """Return whether an immediate stop would lose steps of this attempt."""
         return self.last_step > (self.checkpoint.step if self.checkpoint else 0)
 
     def on_event(self, event: Event) -> None:
-        """Record an event and display it, with a notice where it needs one."""
+        """Record and display an event; add a notice if workers failed or started in a smaller group."""
         self._record(event)
         self.display(event)
         if isinstance(event, WorkersStarted) and event.workers < self.workers.count:
             self.display(Notice(_describe_fewer(event.workers, self.workers.count)))
-        if isinstance(event, WorkersFailed) and self.rejection is None:  # else they restart only to exit
+        if (
+            isinstance(event, WorkersFailed) and self.rejection is None
+        ):  # after a rejection, workers restart only to exit
             reason = classify(event.causes, self.savings)
             self.restarts.append(reason)
             self.display(
-                Notice(f"{reason.rstrip('.')}. The workers are started again from {self.latest_checkpoint}.")
+                Notice(f"{reason.rstrip('.')}. Restarting the workers from {self.latest_checkpoint}.")
             )
 
     def _record(self, event: Event) -> None:
@@ -249,23 +251,23 @@ class RunState:
 
 def _describe_fewer(workers: int, most: int) -> str:
     return (
-        f"running with {workers} of {most} workers: a step trains the same rows and takes longer. "
-        "When resources for more arrive, the run commits a checkpoint and resumes from it with more workers."
+        f"running with {workers} of {most} workers: each step trains on the same rows but takes longer. "
+        "When the cluster has resources for more workers, the run commits a checkpoint and resumes with a larger group."
     )
 
 
 def _mailbox_on_this_node() -> Any:
-    """Start the mailbox on the driver's node, so that only losing the driver loses it."""
+    """Start the mailbox on the driver's node, so that it is lost only with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(EventMailbox)
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Workers) -> None:
-    """Handle events until no worker is left, and report what the cluster lacks while workers wait for resources.
+    """Handle events until all workers have exited. While workers wait for resources, report what the cluster lacks.
 
-    The first signal asks the workers to stop; where no step would be lost it returns at once, since workers may be stuck
-    waiting for a node. A second signal always returns at once.
+    After the first signal, ask the workers to stop. If no step would be lost, return at once, since workers may be stuck
+    waiting for a node. After a second signal, always return at once.
     """
     asked = False
     news = mailbox.take.remote()
@@ -276,9 +278,9 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
             if not state.has_uncommitted_steps:
                 return
             asked = True
-            state.on_event(Phase("stopping after a checkpoint; a second signal stops at once"))
+            state.on_event(Phase("stopping after the next checkpoint; a second signal stops at once"))
             mailbox.request_stop.remote()
-        answered, _ = ray.wait([news], timeout=_LOOK_FOR_SIGNALS_SECONDS)
+        answered, _ = ray.wait([news], timeout=_SIGNAL_POLL_SECONDS)
         if not answered:
             if state.is_waiting and (waits_for := lacking(workers)):
                 state.on_event(Phase(waits_for))
@@ -292,7 +294,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
 
 
 class _Fit:
-    """TorchTrainer.fit() on its own thread, so that the driver's main thread receives signals; it closes the mailbox."""
+    """A thread that runs TorchTrainer.fit() and then closes the mailbox, so that the main thread can receive signals."""
 
     def __init__(self, trainer: TorchTrainer, mailbox: Any):
         self.error: BaseException | None = None
@@ -303,13 +305,15 @@ class _Fit:
         self._thread.start()
 
     def end(self) -> None:
-        """Stop the thread before the cluster ends: a thread that calls Ray after that terminates the whole process."""
+        """Stop the thread before Ray shuts down: a thread that calls Ray after that terminates the process."""
         if self._thread.is_alive():
             self._is_stopped = True
-            controller: Any = ray.get(self._mailbox.controller.remote(), timeout=_LONGEST_START_SECONDS)
+            controller: Any = ray.get(
+                self._mailbox.controller.remote(), timeout=_CONTROLLER_START_TIMEOUT_SECONDS
+            )
             if controller is not None:
                 ray.kill(controller)
-            self._thread.join(_LONGEST_START_SECONDS)
+            self._thread.join(_CONTROLLER_START_TIMEOUT_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -342,11 +346,11 @@ def _trainer(plan: RunPlan, lease: Lease, mailbox: Any) -> TorchTrainer:
         scaling_config=scaling,
         scaling_policy=GroupSizes(scaling, config.device_counts, mailbox) if is_range else None,
         run_config=RunConfig(
-            # Ray resumes a run of the same name by itself. Ours resume from their manifests, so each attempt gets its own name.
+            # Ray resumes a run of the same name by itself. Our runs resume from manifests, so each attempt gets a unique name.
             name=f"{plan.run_name}-{time.time_ns()}",
-            # Ray's own bookkeeping; checkpoints go into the bucket by the commit protocol.
+            # For Ray's own state only; the commit protocol writes checkpoints to the bucket.
             storage_path=str(Path(plan.scratch) / "ray"),
             failure_config=FailureConfig(max_failures=plan.config.max_failures),
-            callbacks=[WorkerGroupReporter(mailbox)],  # pyright: ignore[reportArgumentType]  # Ray also takes its own kinds
+            callbacks=[WorkerGroupReporter(mailbox)],  # pyright: ignore[reportArgumentType]  # Ray also accepts its own callback types
         ),
     )

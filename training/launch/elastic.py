@@ -1,7 +1,7 @@
-"""How many workers a run has, and when that changes: the parts of Anneal that run inside Ray's controller.
+"""Elastic worker groups: the policy and the callback that run inside Ray's controller.
 
 After a node is lost, the run resumes from the latest committed checkpoint with fewer workers. When nodes join, the workers
-first commit a checkpoint, so that no step is trained twice, and then restart as a larger group.
+first commit a checkpoint, so that no step is trained twice. They then restart as a larger group.
 """
 
 import time
@@ -30,19 +30,19 @@ from training.loop.ray_internals import (
     WorkerGroupState,
 )
 
-_LOOK_FOR_RESOURCES_SECONDS = 1.0
+_RESOURCE_POLL_SECONDS = 1.0
 
 
 class GroupSizes(ElasticPolicy):
-    """Ray's elastic policy, restricted to worker counts that can share a step, and growing only at a checkpoint."""
+    """Ray's elastic policy, restricted to worker counts that divide a step evenly, and growing only at a checkpoint."""
 
     def __init__(self, scaling_config: ScalingConfig, counts: Sequence[int], mailbox: Any):
         """Create the policy on the driver; Ray's controller runs it.
 
         Args:
-            scaling_config: With a range of workers.
-            counts: The allowed numbers of workers.
-            mailbox: The driver's EventMailbox, which carries the request to regroup to the workers.
+            scaling_config: Ray's configuration, with a range of worker counts.
+            counts: The allowed worker counts.
+            mailbox: The driver's EventMailbox, which passes regroup requests to the workers.
         """
         super().__init__(scaling_config)
         self._counts = tuple(counts)
@@ -50,23 +50,23 @@ class GroupSizes(ElasticPolicy):
         self._requested_regroup = False
 
     def allowed_workers(self, possible: int) -> int:
-        """Return the largest allowed number up to `possible`; 0 where there is none."""
+        """Return the largest allowed worker count up to `possible`, or 0 if there is none."""
         return max((count for count in self._counts if count <= possible), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start with the resources there are, once they are enough."""
+        """Start a group with the available resources once they suffice."""
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
             self._requested_regroup = False
             ray.get(self._mailbox.clear_regroup.remote())
         else:
-            time.sleep(_LOOK_FOR_RESOURCES_SECONDS)  # Ray would ask again at once
+            time.sleep(_RESOURCE_POLL_SECONDS)  # Ray would call again at once
         return decision
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        """Request a regroup when there are resources for more workers; restart the group once they have committed."""
+        """Request a regroup when there are resources for more workers; resize the group once the workers have committed."""
         if self._requested_regroup:
             if ray.get(self._mailbox.is_paused.remote()):
                 return self.make_decision_for_non_running_worker_group()
@@ -79,7 +79,7 @@ class GroupSizes(ElasticPolicy):
 
 
 class WorkerGroupReporter(ControllerCallback):
-    """Reports to the driver's mailbox which actor is the controller, and when workers wait, start or fail."""
+    """A controller callback that reports the controller, and workers that wait, start or fail, to the driver's mailbox."""
 
     def __init__(self, mailbox: Any):
         self._mailbox = mailbox
@@ -87,13 +87,13 @@ class WorkerGroupReporter(ControllerCallback):
         self._workers = 0
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Register the controller; Ray calls it once, in the controller."""
+        """Register the controller; Ray calls this once, in the controller."""
         self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
-        """Emit an event for each change; Ray calls it repeatedly, also while nothing changes."""
+        """Emit an event for each state change; Ray calls this repeatedly, even if the state is unchanged."""
         if isinstance(current_state, RestartingState) and not isinstance(previous_state, RestartingState):
             self._mailbox.put.remote(WorkersFailed(causes_of(current_state.training_failed_error)))
         match current_state:

@@ -1,4 +1,4 @@
-"""Why workers failed: Ray's exceptions become typed causes, and causes the reason that a run reports."""
+"""Classification of worker failures: from Ray's exceptions to typed causes, and from causes to the reported reason."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from training.loop.ray_internals import WorkerGroupStartupFailedError, WorkerHea
 from training.models.files import first_line
 from training.planning.memory import Saving, describe_savings
 
-_LONGEST_REASON = 400  # characters
+_MAX_REASON_CHARACTERS = 400
 
 _LOST_WORKER = (
     ray.exceptions.RayActorError,  # ActorDiedError and ActorUnavailableError are subclasses
@@ -19,15 +19,15 @@ _LOST_WORKER = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.LocalRayletDiedError,
     ray.exceptions.OwnerDiedError,
-    WorkerHealthCheckFailedError,  # its text ends with the failure that it wraps
+    WorkerHealthCheckFailedError,  # its message ends with the failure that it wraps
     WorkerGroupStartupFailedError,
 )
 
-# Ray 2.60.0: the memory monitor kills an actor, and Ray reports an ActorDiedError whose text alone says why.
+# Ray 2.60.0: after the memory monitor kills an actor, only the message of the ActorDiedError names the cause.
 _KILLED_FOR_MEMORY = re.compile(r"^.*running low on memory.*$", re.MULTILINE)
 
-# torch 2.x raises OutOfMemoryError from its CUDA allocator only. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
-_TORCH_WITHOUT_MEMORY = re.compile(
+# torch 2.x raises OutOfMemoryError only from its CUDA allocator. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
+_TORCH_OUT_OF_MEMORY = re.compile(
     r"^.*(?:DefaultCPUAllocator: can't allocate memory|CUDA.*out of memory|Cuda failure.*out of memory).*$",
     re.MULTILINE,
 )
@@ -37,10 +37,10 @@ def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
     """Classify the exceptions of a failed attempt.
 
     Args:
-        error: What TorchTrainer.fit(), Ray's controller or a Ray call raised.
+        error: The exception raised by TorchTrainer.fit(), Ray's controller or a Ray call.
 
     Returns:
-        One cause per failed worker; a single one where Ray itself failed.
+        One cause per failed worker, or a single one if Ray itself failed.
     """
     failures = error.worker_failures.values() if isinstance(error, ray.train.WorkerGroupError) else [error]
     return tuple(_cause_of(failure) for failure in failures)
@@ -49,25 +49,27 @@ def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
 def classify(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
     """Describe in one line why workers failed.
 
-    One worker's death makes the others fail as well, so the most specific cause counts: out of memory, then a lost
+    A failed worker makes the others fail as well, so the most specific cause is reported: out of memory, then a lost
     worker, then the first worker's own error.
 
     Args:
-        causes: At least one.
+        causes: At least one cause.
         savings: Settings that would save memory, appended to an out-of-memory reason.
     """
     by_kind: dict[FailureKind, str] = {}
     for cause in causes:
         by_kind.setdefault(cause.kind, cause.line)
     if line := by_kind.get("out of memory"):
-        return f"out of memory: {line[:_LONGEST_REASON].rstrip('.')}. {describe_savings(savings)}".strip()
+        return (
+            f"out of memory: {line[:_MAX_REASON_CHARACTERS].rstrip('.')}. {describe_savings(savings)}".strip()
+        )
     if line := by_kind.get("worker lost"):
         return f"worker lost: {line}"
     return by_kind["error"]
 
 
 def describe_lost_cluster(error: ray.exceptions.RayError, savings: Sequence[Saving]) -> str:
-    """Describe in one sentence why the driver lost its cluster; Ray may kill a run's own actors where memory is short."""
+    """Describe in one sentence why the driver lost its cluster; short of memory, Ray may kill a run's own actors."""
     causes = causes_of(error)
     if causes[0].kind == "out of memory":
         return classify(causes, savings)
@@ -78,18 +80,18 @@ def _cause_of(failure: BaseException) -> FailureCause:
     error = _unwrapped(failure)
     text = str(error).strip()
     if _is_memory_error(error):
-        # Ray lists its largest processes over forty lines; the first line that names memory says why.
+        # Ray's message has forty lines with its largest processes; the first line that mentions memory states the cause.
         memory = re.search(r"^.*memory.*$", text, re.MULTILINE | re.IGNORECASE)
         return FailureCause("out of memory", memory[0].strip() if memory else first_line(error))
     if isinstance(error, _LOST_WORKER):
         if killed := _KILLED_FOR_MEMORY.search(text):
             return FailureCause("out of memory", killed[0].strip())
-        return FailureCause("worker lost", text.splitlines()[-1])  # below the ids of the actor
-    if isinstance(error, RuntimeError) and (refused := _TORCH_WITHOUT_MEMORY.search(text)):
-        return FailureCause("out of memory", refused[0].strip())
+        return FailureCause("worker lost", text.splitlines()[-1])  # after the actor's ids
+    if isinstance(error, RuntimeError) and (failed := _TORCH_OUT_OF_MEMORY.search(text)):
+        return FailureCause("out of memory", failed[0].strip())
     if isinstance(
         failure, ray.exceptions.RayTaskError
-    ):  # of an evaluation, which has no log file to look up the type
+    ):  # from an evaluation, which has no worker log that shows the type
         return FailureCause("error", f"{type(error).__name__}: {first_line(error)}")
     return FailureCause("error", first_line(error))
 
@@ -107,7 +109,7 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 
 def _is_memory_error(error: BaseException) -> bool:
-    """Whether a type says so: MemoryError, Ray's OutOfMemoryError, or torch's, known by its name without importing torch."""
+    """Return whether the type is MemoryError or an OutOfMemoryError of Ray or torch (by name, without importing torch)."""
     return isinstance(error, MemoryError) or any(
         kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
     )

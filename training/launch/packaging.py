@@ -1,4 +1,4 @@
-"""What travels to a cluster: the project's code, and with a submitted run its YAML and the local files that it names."""
+"""Packages for a cluster: the project's code and, for a submitted run, its YAML and the local files that it uses."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from utils.storage.bucket import check_readable, is_remote, local_path, uses_emb
 
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("main.py", "configs", "utils", "runs", "training")
-"""All that a node runs."""
+"""The code that nodes run."""
 
 EVERYTHING_BUT_CODE = [
     "/[!.]*",
@@ -25,123 +25,119 @@ EVERYTHING_BUT_CODE = [
     *(f"!/{pattern}" for name in CODE for pattern in (name, f"{name}/**")),
     "__pycache__",
 ]
-"""For Ray's `excludes`, as lines of a .gitignore. Ray asks them of the directory itself, too, which it calls "."."""
+"""Ray's `excludes`, in .gitignore syntax. Ray also matches them against the directory itself, as "."."""
 
 MAX_PACKED_BYTES = 100 * 1024**2
-"""Of local files that travel with a job: Ray holds them in the memory of its head, and brings them to every node."""
+"""Maximum size of the local files in a job: Ray holds them in the memory of its head node and copies them to every node."""
 
 _FILES = "files"
 
 
 @dataclass(frozen=True)
 class Package:
-    """A directory that holds all that a job needs besides what the cluster has."""
+    """A directory with the code, YAML and local files of a job."""
 
     directory: Path
     loaded: LoadedConfig
-    """As the job reads it: local files are named by where they lie in the directory."""
+    """The configuration for the job: local files have their paths in the directory."""
     on_the_cluster: tuple[str, ...]
-    """Keys whose place only the cluster's machines see."""
+    """Keys whose URIs only the cluster's machines can access."""
 
     @property
     def yaml(self) -> str:
-        """The YAML's name in the directory."""
+        """Return the file name of the YAML in the directory."""
         return self.loaded.path.name
 
 
 def pack(loaded: LoadedConfig, directory: Path) -> Package:
-    """Bring together what a job needs, in an empty directory.
+    """Copy everything that a job needs into an empty directory.
 
-    A path that exists here is packed. One that is the cluster's own is written as `file:///...` (`storage_path`: any absolute
-    path), and stays as it is.
-
-    Raises:
-        ConfigError: a place serves this machine only, or the local files are too large to travel.
-        BucketError, DataError: a local file is not there, or cannot be read.
+    Paths on this machine are packed. Paths on the cluster's machines, written as `file:///...`, stay unchanged, as does
+    an absolute `storage_path`.
     """
     config = loaded.config
     storage = storage_path(config)
-    _reject_the_embedded_bucket(config, storage)
+    _reject_embedded_bucket(config, storage)
     if config.storage_path and not is_remote(storage) and not config.storage_path.startswith(("/", "file:")):
         raise ConfigError(
-            f"storage_path: {config.storage_path} means another place on the cluster. Name a bucket, or an absolute path that all its "
-            "machines share."
+            f"storage_path: {config.storage_path} is a path on this machine, which the cluster does not share. Use a bucket URI, or an "
+            "absolute path that all machines of the cluster share."
         )
-    luggage = _Luggage()
+    local_files = _LocalFiles()
     changes: dict[str, Any] = {}
     for key, kind in {field.key: field.kind for field in uri_fields(config)}.items():
         if kind == "model":
-            changes[key] = luggage.take_model(key, getattr(config, key))
+            changes[key] = local_files.take_model(key, getattr(config, key))
         elif kind == "data":
-            changes[key] = luggage.take_data(key, getattr(config, key))
+            changes[key] = local_files.take_data(key, getattr(config, key))
     if config.chat_template and not is_template(config.chat_template):
-        changes["chat_template"] = luggage.take_file("chat_template", config.chat_template)
+        changes["chat_template"] = local_files.take_file("chat_template", config.chat_template)
     if isinstance(config.deepspeed, DeepspeedFile):
-        name = luggage.take_file("deepspeed", config.deepspeed.config_path)
+        name = local_files.take_file("deepspeed", config.deepspeed.config_path)
         changes["deepspeed"] = config.deepspeed.model_copy(update={"config_path": name})
-    luggage.check_size()
+    local_files.check_size()
     for name in CODE:
         _copy_code(PROJECT / name, directory / name)
-    luggage.put_into(directory)
+    local_files.put_into(directory)
     config = config.model_copy(update={**changes, "storage_path": storage})
     packed = replace(loaded, config=config, path=Path(loaded.path.name))
     (directory / packed.path).write_text(to_yaml(config), encoding="utf-8")
     return Package(directory, packed, tuple(_keys_on_the_cluster(config)))
 
 
-class _Luggage:
-    """Local files, and where each goes in the job's directory: files/<key>/..."""
+class _LocalFiles:
+    """The local files of a run, each with its path in the job's directory: files/<key>/..."""
 
     def __init__(self):
         self._files: dict[str, Path] = {}
 
-    def take_model(self, key: str, place: str) -> str:
-        """A directory's files, or a file."""
-        if place.startswith("run:") or not _is_local(place) or is_hub_id(place):
-            return place
-        root = local_path(place)
+    def take_model(self, key: str, uri: str) -> str:
+        """Add a local model, which is a directory or a file; return its packed path. Return other URIs unchanged."""
+        if uri.startswith("run:") or not _is_local(uri) or is_hub_id(uri):
+            return uri
+        root = local_path(uri)
         with about_key(key):
             check_readable(str(root))
         return self._take(key, root, [root] if root.is_file() else _files_below(root))
 
-    def take_data(self, key: str, place: Any) -> Any:
-        """Rows as the YAML names them: one place, or a list of them."""
-        if isinstance(place, list):
-            return [self.take_data(f"{key}/{number}", item) for number, item in enumerate(place)]
-        if isinstance(place, DataSource):
-            return place.model_copy(update={"path": self.take_data(key, place.path)})
-        if is_hub_dataset(place) or not _is_local(place):
-            return place
+    def take_data(self, key: str, uri: Any) -> Any:
+        """Add the local files of a data key, which has one URI or a list; return the value with packed paths."""
+        if isinstance(uri, list):
+            return [self.take_data(f"{key}/{number}", item) for number, item in enumerate(uri)]
+        if isinstance(uri, DataSource):
+            return uri.model_copy(update={"path": self.take_data(key, uri.path)})
+        if is_hub_dataset(uri) or not _is_local(uri):
+            return uri
         with about_key(key.partition("/")[0]):
-            files = [Path(uri) for uri, _ in matching_files(place)]
-        return self._take(key, _common_directory(files, local_path(place)), files)
+            files = [Path(file) for file, _ in matching_files(uri)]
+        return self._take(key, _common_directory(files, local_path(uri)), files)
 
-    def take_file(self, key: str, place: str) -> str:
-        """One file, whose absence is somebody else's to explain."""
-        path = Path(place).expanduser()
-        return self._take(key, path, [path]) if path.is_file() else place
+    def take_file(self, key: str, name: str) -> str:
+        """Add a file and return its packed path; a missing file is left for later checks to report."""
+        path = Path(name).expanduser()
+        return self._take(key, path, [path]) if path.is_file() else name
 
     def check_size(self) -> None:
-        """Raises ConfigError when they are too large."""
+        """Raise ConfigError if the files exceed the maximum size."""
         sizes = {name: path.stat().st_size for name, path in self._files.items()}
         if sum(sizes.values()) <= MAX_PACKED_BYTES:
             return
         largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:3]
         listed = ", ".join(f"{self._files[name]} ({format_bytes(sizes[name])})" for name in largest)
         raise ConfigError(
-            f"--submit: {format_bytes(sum(sizes.values()))} of local files are named, and at most {format_bytes(MAX_PACKED_BYTES)} travel "
-            f"with a job. The largest: {listed}. Put them into a bucket that the cluster reaches, and name them there; a path that the "
-            "cluster's machines have themselves is written file:///absolute/path."
+            f"--submit: the run uses {format_bytes(sum(sizes.values()))} of local files, but a job can contain at most "
+            f"{format_bytes(MAX_PACKED_BYTES)}. Largest files: {listed}. Upload them to a bucket that the cluster can access and use their "
+            "URIs. For a path that exists on the cluster's machines, use file:///absolute/path."
         )
 
     def put_into(self, directory: Path) -> None:
-        """Copy them."""
+        """Copy the files into the job's directory."""
         for name, path in self._files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / name)
 
     def _take(self, key: str, root: Path, files: Sequence[Path]) -> str:
-        """Where the root is found in the directory."""
+        """Add files below a root; return the packed path of the root."""
         if files == [root]:
             self._files[name := f"{_FILES}/{key}/{root.name}"] = root
             return name
@@ -156,37 +152,37 @@ def _copy_code(source: Path, target: Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
 
 
-def _reject_the_embedded_bucket(config: FinetuneConfig, storage: str) -> None:
+def _reject_embedded_bucket(config: FinetuneConfig, storage: str) -> None:
     named = [field.key for field in uri_fields(config) if uses_embedded_bucket(field.uri)]
-    if uses_embedded_bucket(storage):  # also where the YAML leaves it out
+    if uses_embedded_bucket(storage):  # also if the YAML does not set it
         named.append("storage_path")
     if named:
         raise ConfigError(
-            f"{', '.join(dict.fromkeys(named))}: the embedded bucket (s3://anneal) serves this machine only, and the job runs on a cluster. "
-            "Name a bucket that the cluster reaches, such as storage_path=s3://my-bucket/runs."
+            f"{', '.join(dict.fromkeys(named))}: the embedded bucket (s3://anneal) serves only this machine, but the job runs on a cluster. "
+            "Use a bucket that the cluster can access, such as storage_path=s3://my-bucket/runs."
         )
 
 
 def _keys_on_the_cluster(config: FinetuneConfig) -> list[str]:
-    """Return the keys that a check from here cannot look at."""
+    """Return the keys that cannot be checked from this machine."""
     keys = [field.key for field in uri_fields(config) if field.uri.startswith("file:")]
     if not is_remote(config.storage_path or ""):
         keys.append("storage_path")
     return list(dict.fromkeys(keys))
 
 
-def _is_local(place: str) -> bool:
-    """A path of this machine; `file:` is one of the cluster's."""
-    return not is_remote(place) and not place.startswith("file:")
+def _is_local(uri: str) -> bool:
+    """Return whether a URI is a path on this machine; `file:` URIs are paths on the cluster's machines."""
+    return not is_remote(uri) and not uri.startswith("file:")
 
 
 def _files_below(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _common_directory(files: Sequence[Path], place: Path) -> Path:
-    """Where a directory or a glob begins; the file itself where it is one."""
-    if place.exists():
-        return place
-    above = str(place).split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+def _common_directory(files: Sequence[Path], path: Path) -> Path:
+    """Return the directory above a glob pattern, or the existing path itself."""
+    if path.exists():
+        return path
+    above = str(path).split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
     return Path(above or "/")

@@ -1,4 +1,4 @@
-"""The end of a run: its RunResult, written to result.json with the eval curve and the report page (driver side)."""
+"""The result of a run: result.json, the eval curve and the report page (driver side)."""
 
 import platform
 import signal
@@ -34,17 +34,17 @@ from utils.storage.bucket import Store, open_store
 
 @dataclass(frozen=True)
 class Attempt:
-    """What the driver knows about an attempt once it is over, beside what is in the bucket."""
+    """The driver's record of a finished attempt, in addition to the files in the bucket."""
 
     failure: str | None
-    """Why it failed, if it did."""
+    """Reason of the failure, if the attempt failed."""
     signals: Sequence[int]
     """The signals that the driver received."""
     model: ModelReady | None
     checkpoint: CheckpointCommitted | None
     """The latest checkpoint that this attempt committed or restored."""
     restarts: Sequence[str]
-    """Why workers were restarted."""
+    """The reason of each worker restart."""
     log_files: Sequence[Path]
     elapsed_seconds: float
     command: Sequence[str]
@@ -52,7 +52,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended, as in result.json."""
+    """The end of an attempt, as recorded in result.json."""
 
     status: RunStatus
     reason: str
@@ -60,27 +60,29 @@ class Ending:
 
 
 def ending_of(failure: str | None, signals: Sequence[int], finished: bool) -> Ending:
-    """Decide how an attempt ended.
+    """Return how an attempt ended.
 
     Args:
-        failure: Why it failed, if it did.
+        failure: Reason of the failure, if the attempt failed.
         signals: The signals that the driver received.
-        finished: Whether the last step is committed.
+        finished: True if the last step is committed.
     """
     if finished and failure is None:
         return Ending("completed", "all steps done")
     if signals:
         name = signal.Signals(signals[0]).name
-        return Ending("stopped", f"{name}; before it could stop: {failure}" if failure else name, signals[0])
-    assert failure is not None, "training ended early, without an error"
+        return Ending(
+            "stopped", f"{name}; failed before stopping: {failure}" if failure else name, signals[0]
+        )
+    assert failure is not None, "training ended early without an error"
     return Ending("failed", failure)
 
 
 def write_result(plan: RunPlan, report: PlanReport, attempt: Attempt) -> RunResult:
-    """Write result.json, the eval curve and the report page; a run that wrote nothing gets no files.
+    """Write result.json, the eval curve and the report page. Write no files for a run that has none yet.
 
     Raises:
-        BucketError: the run cannot be read, or not written to.
+        BucketError: The run cannot be read or written.
     """
     store = open_store(plan.run_uri)
     manifests = committed(store)
@@ -124,10 +126,10 @@ def _result_of(
     last = manifests[-1] if manifests else None
     steps = last.step if last else 0
     ending = ending_of(attempt.failure, attempt.signals, bool(manifests) and steps >= plan.max_steps)
-    # An evaluation after the last checkpoint belongs to weights that are lost; before the first one, to the starting weights.
+    # Exclude evaluations after the last checkpoint: their weights are lost.
     eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= steps]
     if last is None and plan.config.resume_from_checkpoint:
-        eval_losses = []  # they are the parent's
+        eval_losses = []  # these belong to the parent run
     speed = attempt.checkpoint.speed if attempt.checkpoint else Speed()
     tokens, trained_tokens = _tokens_until(last, attempt.checkpoint, store)
     return RunResult(
@@ -159,7 +161,7 @@ def _result_of(
 def _tokens_until(
     last: Manifest | None, reached: CheckpointCommitted | None, store: Store
 ) -> tuple[int, int]:
-    """Return (tokens, loss tokens) from this attempt's events or, where it reached no checkpoint, from an earlier result."""
+    """Return (tokens, loss tokens) from this attempt's events or, if it has no checkpoint, from an earlier result."""
     if reached:
         return reached.tokens, reached.trained_tokens
     before = read_result(store)
@@ -169,7 +171,7 @@ def _tokens_until(
 
 
 def _parent_metrics(plan: RunPlan) -> list[MetricsLine]:
-    """Return the metrics of the run whose weights this one started from; a run that resumed from it has them in its own."""
+    """Return the parent run's metrics. A run that resumed from its parent already has them in its own."""
     return [] if plan.config.resume_from_checkpoint else parent_metrics(plan.parent)
 
 

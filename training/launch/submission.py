@@ -1,4 +1,4 @@
-"""Submit a run to Ray's job server: check it locally, submit it, and follow its output."""
+"""Submission of a run to Ray's job server: local checks, the submission, and the job's output."""
 
 import asyncio
 import json
@@ -22,30 +22,30 @@ from training.planning.planner import Progress, make_plan
 from training.planning.report import PlanReport
 from utils.storage.bucket import BucketError, NotFoundError
 
-# `ray job stop` sends SIGTERM, and SIGKILL after this time, during which the driver commits a checkpoint.
+# `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.
 _STOP_SECONDS = 600
-_LOOK_SECONDS = 1.0
-_SILENCE_SECONDS = 120.0
-"""Maximum time that the job server may be unreachable while its job is followed."""
+_POLL_SECONDS = 1.0
+_MAX_SILENCE_SECONDS = 120.0
+"""Maximum time that the job server may be unreachable while its job is being followed."""
 
 _UNREACHABLE = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
 
 
 @dataclass(frozen=True)
 class JobEnd:
-    """The result of a job."""
+    """The end of a job."""
 
     exit_code: int
-    """Exit code as of main.py: that of the job's process, or its equivalent if Ray terminated the process."""
+    """Exit code of the job's main.py, or its equivalent if Ray terminated the process."""
     result: RunResult | None
-    """The result that the job printed with --json."""
+    """Result that the job printed with --json."""
     reason: str | None
-    """Reason for the end, if the job's output does not contain it."""
+    """Reason of the end, if the job's output does not contain it."""
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A submitted job."""
+    """A job that the job server has accepted."""
 
     client: JobSubmissionClient
     submission_id: str
@@ -67,10 +67,10 @@ class SubmittedJob:
 
 
 def check_from_here(packed: Package, target: ClusterTarget, progress: Progress) -> PlanReport | str:
-    """Return the plan that the job will make, or the reason why it cannot be made on this machine.
+    """Return the plan of the job, or the reason why the run cannot be checked on this machine.
 
-    An invalid run is rejected now. URIs that only the cluster can access are left to the job, which checks them before
-    it requests workers.
+    Raise an error if the run is invalid. The job itself checks URIs that only the cluster can access, before it requests
+    workers.
     """
     if packed.on_the_cluster:
         return f"{', '.join(packed.on_the_cluster)}: accessible only from the cluster"
@@ -86,7 +86,7 @@ def check_from_here(packed: Package, target: ClusterTarget, progress: Progress) 
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Return a client of the job server."""
+    """Return a client that is connected to the job server."""
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -99,7 +99,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, address: str, packed: Package) -> SubmittedJob:
-    """Submit the run. It uses the cluster's own credentials: no environment variable of this machine is sent."""
+    """Submit the run as a job. The job uses the cluster's own credentials; this machine's environment variables are not sent."""
     try:
         submission_id = client.submit_job(
             # With --json the result is the last line of the output, after any other output.
@@ -126,17 +126,17 @@ def follow(job: SubmittedJob, show: Callable[[str], None]) -> JobEnd:
             asyncio.run(_read(job, output))
             details = job.client.get_job_info(job.submission_id)
         except _UNREACHABLE as error:
-            if time.monotonic() - heard > _SILENCE_SECONDS:
+            if time.monotonic() - heard > _MAX_SILENCE_SECONDS:
                 raise ClusterError(
-                    f"the job server at {job.address} does not answer any more ({first_line(error)}). The job {job.submission_id} may still "
-                    f"run: {shlex.join(job.follow_command)}. If its cluster is gone, the same command resumes the run."
+                    f"the job server at {job.address} no longer responds ({first_line(error)}). The job {job.submission_id} may still be "
+                    f"running: {shlex.join(job.follow_command)}. If its cluster is lost, the same command resumes the run."
                 ) from error
         else:
             heard = time.monotonic()
             if details.status.is_terminal():
                 output.end()
                 return _end(details.status, details.driver_exit_code, details.message, output.result)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 async def _read(job: SubmittedJob, output: "_Output") -> None:
@@ -148,7 +148,7 @@ async def _read(job: SubmittedJob, output: "_Output") -> None:
 
 
 class _Output:
-    """The job's output, separated into lines for the screen and the result."""
+    """A job's output, split into lines to show and the JSON result."""
 
     def __init__(self, show: Callable[[str], None]):
         self.length = 0
@@ -182,4 +182,4 @@ def _end(status: JobStatus, exit_code: int | None, message: str | None, result: 
         return JobEnd(result.exit_code if result else 143, result, None)
     if exit_code is not None:
         return JobEnd(exit_code, result, None)
-    return JobEnd(1, result, f"Ray ended the job: {message}")
+    return JobEnd(1, result, f"Ray terminated the job: {message}")
