@@ -142,7 +142,7 @@ def prepare_process(plan: RunPlan, world: World) -> None:
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the flash-attn package
         # torch.compile would choose some kernels by a timing of the moment.
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
-    if plan.kernels.provider == "unsloth":
+    if plan.resolved.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch
 
@@ -308,10 +308,10 @@ def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built
         )
 
     # transformers reads these arguments while it loads a model (ZeRO-3); Unsloth's CPU mode must not find them yet.
-    arguments_later = plan.kernels.provider == "unsloth" and plan.device == "cpu"
+    arguments_later = plan.resolved.kernels.provider == "unsloth" and plan.device == "cpu"
     arguments = None if arguments_later else make_arguments()
     request = model_request(plan, inputs.model_directory, inputs.adapter_directory, train, valid)
-    model = build_model(plan.kernels.provider, request)
+    model = build_model(plan.resolved.kernels.provider, request)
     arguments = arguments or make_arguments()
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(count for count, requires_grad in parameters if requires_grad)
