@@ -1,4 +1,4 @@
-"""The way of a checkpoint: save -> upload -> publish -> report -> prune, while training continues."""
+"""The commit of a checkpoint in the background: save -> upload -> publish -> report -> prune."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint on the nodes' disks, with what was known when it was saved."""
+    """A checkpoint on the nodes' disks, with the manifest and metrics of the time of the save."""
 
     directory: Path
-    """Written by every rank, and complete."""
+    """The complete local directory, written by all ranks."""
     manifest: Manifest
-    """Without its files."""
+    """The manifest with an empty list of files."""
     metrics: str
     """The lines of metrics.jsonl up to this step."""
     committed: CheckpointCommitted
@@ -52,10 +52,10 @@ def package_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CommitContext:
-    """What every commit of an attempt needs."""
+    """The run and worker that the commits of an attempt share."""
 
     store: Store
-    """The run."""
+    """Store of the run."""
     lease: Lease
     """The lease of the driver that started this worker."""
     world: World
@@ -71,16 +71,16 @@ class CommitContext:
 class CheckpointCommitter:
     """Commits one checkpoint at a time in the background; every rank has one and makes the same calls.
 
-    As a context it ends with the last commit. Errors of a commit surface at the next call: a run whose checkpoints do
-    not reach the bucket must not continue.
+    Leaving the context waits for the last commit. Errors of a commit are raised at the next call, because a run must not
+    continue if its checkpoints do not reach the bucket.
     """
 
     def __init__(self, context: CommitContext, committed: list[Manifest]):
-        """Create it on every rank.
+        """Create the committer on every rank.
 
         Args:
             context: The run and this worker.
-            committed: The checkpoints that the run has already.
+            committed: Manifests of the run's committed checkpoints.
         """
         self._context = context
         self._store = context.store
@@ -98,29 +98,24 @@ class CheckpointCommitter:
     ) -> None:
         if error is None:
             self.wait()
-        self._thread.shutdown()  # a running commit is worth finishing, even after training has failed
+        self._thread.shutdown()  # a running commit finishes even after training has failed
 
     def save(self, directory: Path, state: "TrainerState") -> None:
         """Start to commit the checkpoint that transformers has just saved; see `start`."""
         self.start(self._context.describe(directory, state))
 
     def start(self, saved: SavedCheckpoint) -> None:
-        """Start to commit a checkpoint; wait only for the previous commit.
-
-        Raises:
-            BucketError: the previous checkpoint could not be committed.
-            LeaseError: another driver has taken over the run.
-        """
+        """Start to commit a checkpoint; wait only for the previous commit, and raise its error if it failed."""
         self.wait()
         self._running = self._thread.submit(self._commit, saved)
 
     def check(self) -> None:
-        """Raise, as `start`, if the running commit has failed; do not wait."""
+        """Raise the error of a failed commit, without waiting for a running one."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the running commit; raise as `start`."""
+        """Wait for the running commit, and raise its error if it failed."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -131,13 +126,13 @@ class CheckpointCommitter:
         return checkpoint_uri(self._store.uri, self._committed[-1].step) if self._committed else None
 
     def record(self, log: Sequence[Mapping[str, Any]]) -> None:
-        """Start to write metrics.jsonl ahead of the next checkpoint, which writes it again; rank 0 calls it.
+        """Start to write metrics.jsonl before the next checkpoint, which writes it again; rank 0 calls it.
 
-        It never waits, and does nothing while the previous record is being written. A failure is left to the next
-        checkpoint, which cannot be written either.
+        The call never waits, and does nothing while the previous write is running. Errors are ignored, because the commit of
+        the next checkpoint raises them.
 
         Args:
-            log: As for `metrics_lines`.
+            log: The trainer's log, see `metrics_lines`.
         """
         if self._recording is None or self._recording.done():
             self._recording = self._thread.submit(self._record, log)
@@ -161,7 +156,7 @@ class CheckpointCommitter:
         world.gather(None)  # every rank has written its files
         files = checkpoints.checkpoint_files(saved.directory) if world.local_rank == 0 else []
         files_of_ranks = world.gather(files)
-        # Nodes save the same model files: the lowest rank uploads them.
+        # All nodes save the same model files; the lowest rank uploads them.
         taken = {file for files_of_rank in files_of_ranks[: world.rank] for file in files_of_rank}
         own = [file for file in files if file not in taken]
         records = checkpoints.upload_files(self._store, saved.manifest.step, saved.directory, own)
@@ -169,7 +164,7 @@ class CheckpointCommitter:
         return saved.manifest.model_copy(update={"files": sorted(uploaded, key=lambda record: record.path)})
 
     def _publish(self, manifest: Manifest, metrics: str) -> None:
-        """Write the manifest on rank 0, after which the checkpoint exists."""
+        """Write the manifest on rank 0, which commits the checkpoint."""
         if self._world.rank == 0:
             check_lease(self._store, self._context.lease)
             self._store.write(METRICS_FILE, metrics.encode())

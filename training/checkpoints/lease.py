@@ -1,8 +1,8 @@
-"""Who trains a run: one driver at a time holds its lease and renews it; every commit looks whether it still does.
+"""The lease of a run: one driver at a time holds and renews it, and every commit checks that it is still valid.
 
-A lease is an object `claim/000001.json` in the run, made with the storage's own "only if absent". Its owner writes it
-again every few seconds and deletes it at the end. A lease that is not renewed expires: the next driver makes the next
-number, and what is left of the former owner cannot commit any more.
+A lease is an object `claim/000001.json` in the run, created with a conditional write (only if absent). Its owner rewrites it
+every few seconds and deletes it at the end. A lease that is not renewed expires. The next driver then creates the lease with
+the next number, and the former owner can no longer commit.
 """
 
 import getpass
@@ -23,62 +23,54 @@ from utils.processes import started_after_boot, this_machine
 from utils.storage.bucket import AlreadyExistsError, BucketError, DamagedError, Store
 
 RENEW_SECONDS = 5.0
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 class LeaseError(AnnealError):
-    """Somebody else trains the run; the message names who."""
+    """A conflict with another driver that trains the run; the message names its owner."""
 
 
 @contextmanager
 def held_lease(store: Store, *, waiting: Callable[[str], None]) -> Iterator[Lease]:
-    """Hold the lease on a run for the length of the block.
+    """Hold the lease of a run within the block; raise LeaseError if another driver holds it.
 
     Args:
         store: The run.
-        waiting: Told whom we are waiting for, while it is not clear whether an owner still lives.
-
-    Raises:
-        LeaseError: another driver holds it.
-        BucketError: storage refuses or fails.
+        waiting: Called with the owner of an existing lease while it is unknown whether that process is alive.
     """
     lease = _take(store, waiting)
-    ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(store, lease, ended), name="lease", daemon=True)
+    stop = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(store, lease, stop), name="lease", daemon=True)
     renewing.start()
     try:
         yield lease
     finally:
-        ended.set()
+        stop.set()
         renewing.join()
-        with suppress(BucketError):  # a lease that stays expires
+        with suppress(BucketError):  # a lease that is not deleted expires
             store.delete([lease_key(number) for number in _numbers(store) if number <= lease.number])
 
 
 def check_lease(store: Store, lease: Lease) -> None:
-    """Make sure that the lease is still the newest.
-
-    Raises:
-        LeaseError: another driver has taken the run over.
-    """
-    newest = _newest(store)
-    if newest is None or newest.token != lease.token:
-        successor = f" by {newest.owner}" if newest else ""
+    """Check that this is still the latest lease of the run; raise LeaseError if another driver has taken over."""
+    latest = _latest(store)
+    if latest is None or latest.token != lease.token:
+        successor = f" by {latest.owner}" if latest else ""
         raise LeaseError(
-            f"{store.uri}: this driver's lease had expired and the run was taken over{successor}. Nothing of this attempt was committed "
-            "since; look at that run."
+            f"{store.uri}: this driver's lease expired, and the run was taken over{successor}. This attempt has committed nothing "
+            "since. Follow that run, or stop it and rerun this command."
         )
 
 
 def _take(store: Store, waiting: Callable[[str], None]) -> Lease:
     numbers = _numbers(store)
-    newest = _newest_of(store, numbers)
-    if newest is not None and _lives(store, newest, waiting):
+    latest = _latest_of(store, numbers)
+    if latest is not None and _is_alive(store, latest, waiting):
         raise LeaseError(
-            f"{store.uri} is being trained by {newest.owner}, since {newest.since}. Wait for its end, stop it (its lease expires after "
+            f"{store.uri} is being trained by {latest.owner} since {latest.since}. Wait until it ends, stop it (its lease expires after "
             f"{LEASE_EXPIRES_SECONDS:.0f} s), or choose another run_name."
         )
-    number = max(numbers, default=0) + 1  # of the same listing: a lease made since then must be in our way
+    number = max(numbers, default=0) + 1  # from the same listing, so that a newer lease conflicts
     process = os.getpid()
     started = started_after_boot(process)
     assert started is not None
@@ -94,12 +86,12 @@ def _take(store: Store, waiting: Callable[[str], None]) -> Lease:
     try:
         store.write(lease_key(number), _content(lease), only_if_absent=True)
     except AlreadyExistsError:
-        return _take(store, waiting)  # somebody was faster: say who, or wait for them
+        return _take(store, waiting)  # another driver was faster: report it, or wait for it
     return lease
 
 
-def _lives(store: Store, lease: Lease, waiting: Callable[[str], None]) -> bool:
-    """Whether the owner still renews; on our own machine the kernel knows it at once."""
+def _is_alive(store: Store, lease: Lease, waiting: Callable[[str], None]) -> bool:
+    """Return whether the owner is alive: by its process on this machine, else by waiting for a renewal."""
     lives = lease.owner_lives()
     if lives is not None:
         return lives
@@ -109,32 +101,32 @@ def _lives(store: Store, lease: Lease, waiting: Callable[[str], None]) -> bool:
             return True
         waiting(lease.owner)
         first = age
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         age = store.age(lease_key(lease.number))
     return False
 
 
-def _renew(store: Store, lease: Lease, ended: threading.Event) -> None:
-    while not ended.wait(RENEW_SECONDS):
+def _renew(store: Store, lease: Lease, stop: threading.Event) -> None:
+    while not stop.wait(RENEW_SECONDS):
         try:
             if max(_numbers(store), default=0) != lease.number:
-                return  # taken over: it must not come back when its successor has ended
+                return  # taken over: renewing would restore the lease after its successor has ended
             store.write(lease_key(lease.number), _content(lease))
         except BucketError:
-            continue  # an outage longer than LEASE_EXPIRES_SECONDS costs the lease, which the next commit finds out
+            continue  # in a long outage the lease expires, and the next commit fails
 
 
-def _newest(store: Store) -> Lease | None:
-    return _newest_of(store, _numbers(store))
+def _latest(store: Store) -> Lease | None:
+    return _latest_of(store, _numbers(store))
 
 
-def _newest_of(store: Store, numbers: list[int]) -> Lease | None:
+def _latest_of(store: Store, numbers: list[int]) -> Lease | None:
     for number in sorted(numbers, reverse=True):
         try:
             lease = read_lease(store, lease_key(number))
         except DamagedError as error:
             raise LeaseError(f"{error}.") from error
-        if lease is not None:  # else its owner has just ended
+        if lease is not None:  # None: its owner has just deleted it
             return lease
     return None
 
@@ -151,5 +143,5 @@ def _content(lease: Lease) -> bytes:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container without an entry for this id
+    except (KeyError, OSError):  # a container without a passwd entry for this user id
         return str(os.getuid())

@@ -18,7 +18,7 @@ from utils.storage.bucket import Store
 class Restoring:
     """The download of the checkpoint to resume from, once per node; it skips damaged checkpoints.
 
-    It starts at once. Every rank makes the same calls.
+    The download starts immediately. Every rank makes the same calls.
     """
 
     def __init__(self, store: Store, lease: Lease, start: str | None, directory: Path, world: World):
@@ -27,12 +27,12 @@ class Restoring:
         Args:
             store: The run.
             lease: The lease of the driver that started this worker.
-            start: The checkpoint of another run to resume from while this run has none of its own.
-            directory: The local target, which does not exist yet.
+            start: URI of another run's checkpoint to resume from if this run has none of its own.
+            directory: The local target directory, which does not exist yet.
             world: This worker, with a process group for long waits.
         """
         self._store = store
-        self._claim = lease
+        self._lease = lease
         self._start = start
         self._directory = directory
         self._world = world
@@ -43,26 +43,21 @@ class Restoring:
         self._running = self._begin()
 
     def finish(self, emit: Callable[[Event], None]) -> Path | None:
-        """Wait for the download and return its directory; None where the run starts from the beginning.
+        """Wait for the download and return its directory; return None if the run starts from the beginning.
 
-        Afterwards `committed` holds the run's checkpoints up to that one, and the run holds nothing else.
-
-        Raises:
-            CheckpointError: every checkpoint is damaged, or the other run's is.
-            BucketError: a checkpoint cannot be read.
-            LeaseError: another driver has taken the run over.
+        Afterwards `committed` contains the run's checkpoints up to the restored one, and all others are deleted from the run.
         """
         while (damage := self._damage()) is not None:
-            if len(self.committed) < 2:  # a restart from the beginning would remove what a user may still fix
+            if len(self.committed) < 2:  # restarting from step 0 would delete files that a user may still fix
                 raise CheckpointError(damage)
             self.committed = self.committed[:-1]
             if self._world.local_rank == 0:
-                shutil.rmtree(self._directory, ignore_errors=True)  # on other nodes the copy was complete
+                shutil.rmtree(self._directory, ignore_errors=True)  # a copy on another node may be complete
             self._running = self._begin()
-            emit(Notice(f"{damage} Passed over for {self.uri}."))
+            emit(Notice(f"{damage} Skipped; the run resumes from {self.uri}."))
         self._thread.shutdown()
         if self._world.rank == 0:
-            check_lease(self._store, self._claim)
+            check_lease(self._store, self._lease)
             checkpoints.remove_leftovers(self._store, self.committed)
         return self._directory if self.uri else None
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the bucket: files are uploaded first, the manifest last; nothing without a manifest exists."""
+"""Checkpoints in the bucket: the manifest is uploaded last, and files without a manifest are no checkpoint."""
 
 import logging
 import shutil
@@ -37,7 +37,7 @@ from utils.storage.bucket import (
     upload_directory,
 )
 
-# transformers pickles its arguments, and DeepSpeed copies a script: neither is needed.
+# transformers' pickled arguments, DeepSpeed's conversion script and the model card are not needed.
 _EXCLUDED = {"training_args.bin", "zero_to_fp32.py", "README.md"}
 
 _log = logging.getLogger(__name__)
@@ -49,11 +49,7 @@ class CheckpointError(AnnealError):
 
 @contextmanager
 def staging(directory: Path) -> Iterator[None]:
-    """Save a checkpoint on this node within the block; if the disk is full, delete its files.
-
-    Raises:
-        CheckpointError: the disk is full.
-    """
+    """Save a checkpoint on this node within the block; if the disk is full, delete its files and raise CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -61,12 +57,12 @@ def staging(directory: Path) -> Iterator[None]:
             raise
         room = free_bytes(directory.parent)
         for path in directory.rglob("*"):
-            if path.is_file():  # directories stay: other workers of the node may still be writing
-                with suppress(FileNotFoundError):  # or deleting
+            if path.is_file():  # directories are kept: other workers of the node may still be writing
+                with suppress(FileNotFoundError):  # another worker deleted it
                     room += path.stat().st_size
                     path.unlink()
         raise CheckpointError(
-            f"{directory}: the disk is full, a checkpoint takes more than the {format_bytes(room)} it has for it. Free some space, or "
+            f"{directory}: the disk is full: a checkpoint needs more than the available {format_bytes(room)}. Free some space, or "
             "set output_dir to a larger disk, and rerun the same command: the run resumes from its latest committed checkpoint."
         ) from error
 
@@ -78,11 +74,7 @@ def checkpoint_files(directory: Path) -> list[str]:
 
 
 def upload_files(store: Store, step: int, directory: Path, files: Iterable[str]) -> list[FileRecord]:
-    """Upload a node's files of a checkpoint, which does not exist before `commit`.
-
-    Raises:
-        BucketError: the upload failed.
-    """
+    """Upload a node's files of a checkpoint, which does not exist before `commit`."""
     files = list(files)
     records = [
         FileRecord(path=file, size=(directory / file).stat().st_size, checksum=checksum(directory / file))
@@ -93,12 +85,7 @@ def upload_files(store: Store, step: int, directory: Path, files: Iterable[str])
 
 
 def commit(store: Store, manifest: Manifest) -> None:
-    """Write the manifest of a checkpoint after checking that every file it names is in the bucket.
-
-    Raises:
-        CheckpointError: a file is missing or has another size, or another process has committed this step.
-        BucketError: the manifest cannot be written.
-    """
+    """Write the manifest of a checkpoint, after checking that the bucket contains every file in its full size."""
     wrong = wrong_sizes(store, manifest, sizes(store, checkpoint_key(manifest.step)))
     if wrong:
         raise CheckpointError(f"step {manifest.step} is not committed: {'; '.join(wrong)}.")
@@ -117,8 +104,8 @@ def commit(store: Store, manifest: Manifest) -> None:
 def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
     """Delete the files of a run's checkpoints that belong to no committed one, and abort unfinished uploads.
 
-    Killed attempts leave files without a manifest; a damaged checkpoint would block a later commit of its step. Only the
-    owner of the run's lease may call it.
+    Killed attempts leave files without a manifest, and a damaged checkpoint would block a later commit of its step. Only the
+    owner of the run's lease may call this function.
 
     Returns:
         The deleted keys, manifests first.
@@ -138,10 +125,10 @@ def remove_leftovers(store: Store, committed: list[Manifest]) -> list[str]:
 
 
 def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
-    """Delete all checkpoints but the `keep` best, the latest and those that other runs start from, manifests first.
+    """Delete all checkpoints except the `keep` best, the latest and those that other runs start from, manifests first.
 
     Returns:
-        The manifests of those retained.
+        The manifests of the retained checkpoints.
     """
     by_loss = sorted(
         manifests, key=lambda manifest: (manifest.eval_loss is None, manifest.eval_loss, -manifest.step)
@@ -155,27 +142,19 @@ def prune(store: Store, manifests: list[Manifest], keep: int) -> list[Manifest]:
 
 
 def mark_in_use(checkpoint: str, run_uri: str) -> None:
-    """Mark a checkpoint, so that its run does not prune it before the run that starts from it is completed.
-
-    Raises:
-        BucketError: the mark cannot be written.
-    """
+    """Mark a checkpoint as in use, so that its run does not prune it before the run that starts from it is completed."""
     use = CheckpointUse(run_uri=run_uri)
     store = open_store(run_of(checkpoint))
     store.write(use_key(checkpoint, run_uri), use.model_dump_json(indent=2).encode())
 
 
 def unmark(checkpoint: str, run_uri: str) -> None:
-    """Remove the mark of `mark_in_use`.
-
-    Raises:
-        BucketError: the mark cannot be deleted.
-    """
+    """Remove the mark of `mark_in_use`."""
     open_store(run_of(checkpoint)).delete([use_key(checkpoint, run_uri)])
 
 
 def _steps_in_use(store: Store) -> set[int]:
-    """Return the steps that unfinished runs start from; delete the marks of other runs."""
+    """Return the steps that unfinished runs start from; delete the marks of completed and removed runs."""
     steps = set[int]()
     for item in store.list(f"{USES}/"):
         content = store.read_if_exists(item.key)
@@ -193,10 +172,14 @@ def _needs_its_start(mark: str, content: bytes) -> bool:
     try:
         child = open_store(CheckpointUse.model_validate_json(content).run_uri)
         result = read_result(child)
-        # Without a result it is training, or was killed and may be rerun; without a lease it was removed.
+        # A run without a result is training, or was killed and may be rerun; without a lease as well, it was removed.
         return result.status != "completed" if result else bool(child.list(f"{LEASES}/"))
     except (BucketError, ValidationError) as error:
-        _log.warning("%s: its run cannot be read, so the checkpoint is retained: %s", mark, error)
+        _log.warning(
+            "%s: the run that uses this checkpoint cannot be read, so the checkpoint is retained: %s",
+            mark,
+            error,
+        )
         return True
 
 
@@ -205,7 +188,6 @@ def restore(uri: str, directory: Path) -> Manifest:
 
     Raises:
         CheckpointError: it is not committed, or a file does not match its checksum.
-        BucketError: it cannot be read.
     """
     manifest = read_manifest(uri)
     store = open_store(uri)
@@ -224,20 +206,16 @@ def restore(uri: str, directory: Path) -> Manifest:
 def not_as_committed(uri: str, file: str) -> CheckpointError:
     """Return the error for a file whose content differs from its manifest."""
     return CheckpointError(
-        f"{join_uri(uri, file)}: its content is not what was committed. Remove {uri}, or name another checkpoint."
+        f"{join_uri(uri, file)}: its content differs from the committed content. Remove {uri}, or name another checkpoint."
     )
 
 
 def read_manifest(uri: str) -> Manifest:
-    """Return a checkpoint's manifest.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+    """Read the manifest of a checkpoint."""
     content = open_store(uri).read_if_exists(MANIFEST_FILE)
     if content is None:
         raise CheckpointError(
-            f"{uri}: no {MANIFEST_FILE}, so no committed checkpoint. Name a checkpoint from a run's result.json."
+            f"{uri}: no {MANIFEST_FILE}, so this is not a committed checkpoint. Name a checkpoint from a run's result.json."
         )
     try:
         return Manifest.model_validate_json(content)
@@ -248,15 +226,12 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], Manifest | None]) -> str:
-    """Resolve the checkpoint or model that a YAML names: `run:NAME` and a run's URI become one of its checkpoints.
+    """Resolve the checkpoint or model that the YAML names: `run:NAME` and a run's URI resolve to one of its checkpoints.
 
     Args:
-        uri: As in the YAML; local paths are absolute.
+        uri: The value in the YAML; local paths are absolute.
         storage: The URI that holds the runs.
-        choose: Picks one of a run's committed checkpoints.
-
-    Raises:
-        ConfigError: there is no such run, none of its checkpoints is committed, or one is damaged.
+        choose: Selects one of a run's committed checkpoints.
     """
     place = join_uri(storage, uri.removeprefix("run:")) if uri.startswith("run:") else uri
     store = open_store(place)
@@ -272,13 +247,13 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
     if found is not None:
         return checkpoint_uri(place, found.step)
     if uri.startswith("run:") and not store.list():
-        raise ConfigError(f"{uri}: there is no run {place}. Look at its spelling and at storage_path.")
+        raise ConfigError(f"{uri}: there is no run {place}. Check the spelling and storage_path.")
     if uri.startswith("run:") or store.list(f"{CHECKPOINTS}/"):
         raise ConfigError(f"{uri}: {describe_no_checkpoint(store)}")
     if run_uri := run_of(place):
         if store.read_if_exists(MANIFEST_FILE) is None:
             raise ConfigError(
-                f"{uri}: no {MANIFEST_FILE}, so it was never committed, or not completely. Name a committed checkpoint of {run_uri}."
+                f"{uri}: no {MANIFEST_FILE}, so this checkpoint was not committed. Name a committed checkpoint of {run_uri}."
             )
         run, manifest = open_store(run_uri), read_manifest(place)
         if wrong := wrong_sizes(run, manifest, sizes(run, checkpoint_key(manifest.step))):
@@ -287,7 +262,7 @@ def resolve_start(uri: str, storage: str, *, choose: Callable[[list[Manifest]], 
 
 
 def describe_no_checkpoint(run: Store) -> str:
-    """Describe why a run has committed no checkpoint, and the fix. Raises BucketError."""
+    """Describe why a run has committed no checkpoint, and the fix."""
     result = read_result(run)
     if result is None:
         return f"the run {run.uri} has committed no checkpoint yet. Run it first, or name another."

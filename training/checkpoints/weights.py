@@ -1,4 +1,4 @@
-"""The weights that a run starts from: fetched once per node, and compared with their manifest."""
+"""The weights that a run starts from: downloaded once per node, and verified against their manifest."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,23 +11,14 @@ from utils.storage.bucket import DamagedError, is_remote, open_store, sync_to_no
 
 
 def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """The wanted files of a model as a directory on this node, downloaded once a node.
-
-    Raises:
-        ModelError: the hub cannot be reached.
-        CheckpointError, BucketError: see `fetch_weights`.
-    """
+    """Download the wanted files of a model, once per node, and return their local directory."""
     return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
 
 
 def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """The wanted files of a model or an adapter as a directory on this node, as `sync_to_node`.
+    """Download the wanted files of a model or an adapter, and return their local directory; see `sync_to_node`.
 
-    Those of a checkpoint are compared with its manifest on their way.
-
-    Raises:
-        CheckpointError: a file does not match its checksum.
-        BucketError: the place cannot be read, or the disk is too small.
+    Files of a checkpoint are verified against its manifest during the download.
     """
     checksums = _committed_checksums(uri)
     try:
@@ -39,11 +30,7 @@ def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
 
 
 def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool]) -> None:
-    """Compare the wanted files of a checkpoint that is no bucket's with its manifest: they never were on their way.
-
-    Raises:
-        CheckpointError: a file does not match its checksum.
-    """
+    """Verify the wanted files of a local checkpoint against its manifest; remote ones are verified during the download."""
     if is_remote(uri):
         return
     for file, committed in _committed_checksums(uri).items():
@@ -53,7 +40,7 @@ def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool
 
 
 def _committed_checksums(uri: str) -> dict[str, str]:
-    """Of a checkpoint's files; none of what has no manifest and is taken as it is."""
+    """Return the checksums in a checkpoint's manifest; empty for weights without a manifest."""
     if open_store(uri).read_if_exists(MANIFEST_FILE) is None:
         return {}
     return {file.path: file.checksum for file in read_manifest(uri).files}

@@ -17,14 +17,14 @@ from training.loop.throughput import PhaseClock
 _RECORD_EVERY_SECONDS = 30.0
 _RECORDED_LINES_A_SECOND = 100
 _GAUGES = {
-    "loss": "Training loss of the last step, a mean over its trained tokens",
-    "eval_loss": "Loss of the last evaluation, a mean over its trained tokens",
-    "tokens_per_second": "Tokens a second of the last step, padding not counted, all workers together",
+    "loss": "Training loss of the last step, averaged over its loss tokens",
+    "eval_loss": "Loss of the last evaluation, averaged over its loss tokens",
+    "tokens_per_second": "Tokens per second of the last step over all workers, without padding",
 }
 
 
 class Schedule(TrainerCallback):
-    """Requests evaluation and a checkpoint at the YAML's frequency, and at the end."""
+    """A callback that requests evaluations and checkpoints at the YAML's frequency and at the end."""
 
     def __init__(self, frequency: CheckpointFrequency, steps_per_epoch: int, *, evaluates: bool):
         self.evaluates = evaluates
@@ -33,14 +33,14 @@ class Schedule(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After an optimizer step."""
+        """Request an evaluation and a checkpoint if they are due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = self.evaluates
             control.should_save = True
 
 
 class AfterFirstStep(TrainerCallback):
-    """Calls a function once, after the first optimizer step of an attempt."""
+    """A callback that calls a function once, after the first optimizer step of an attempt."""
 
     def __init__(self, work: Callable[[], None]):
         self.work = work
@@ -49,14 +49,14 @@ class AfterFirstStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After an optimizer step."""
+        """Call the function after the first step."""
         if not self.is_done:
             self.is_done = True
             self.work()
 
 
 class ProgressReporter(TrainerCallback):
-    """Emits an event for each step and evaluation."""
+    """A callback that emits an event for each step and evaluation."""
 
     def __init__(self, emit: Callable[[Event], None]):
         self.emit = emit
@@ -69,7 +69,7 @@ class ProgressReporter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """After a step's loss or an eval loss is known."""
+        """Emit the metrics of a step or an evaluation."""
         assert logs is not None
         if "eval_loss" in logs:
             self.emit(Evaluated(state.global_step, state.epoch or 0.0, logs["eval_loss"], eval_figures(logs)))
@@ -89,7 +89,7 @@ class ProgressReporter(TrainerCallback):
 
 
 class Gauges(TrainerCallback):
-    """Exports the latest metrics through Ray, whose dashboard and Prometheus show them as ray_anneal_* (rank 0)."""
+    """A callback on rank 0 that exports metrics through Ray; its dashboard and Prometheus show them as ray_anneal_*."""
 
     def __init__(self, run_name: str):
         self.gauges = {name: Gauge(f"anneal_{name}", text, ("run",)) for name, text in _GAUGES.items()}
@@ -104,7 +104,7 @@ class Gauges(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """After a step's figures or an evaluation's are known."""
+        """Set the gauges to the metrics of a step or an evaluation."""
         assert logs is not None
         for name, gauge in self.gauges.items():
             if name in logs:
@@ -112,10 +112,10 @@ class Gauges(TrainerCallback):
 
 
 class Diverging(TrainerCallback):
-    """Fails the run on every rank, before it saves, on a NaN or infinite loss or gradient.
+    """A callback that fails the run on every rank, before it saves, on a NaN or infinite loss or gradient.
 
     Args:
-        rows_of_step: Step -> the sources of the rows that it trained on, for messages.
+        rows_of_step: Returns the sources of the rows of a step, for the error message.
         last_good: Returns the URI of the latest committed checkpoint, if any.
     """
 
@@ -131,7 +131,7 @@ class Diverging(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """After a step's figures are known, which are the same on every rank."""
+        """Check the metrics of a step or an evaluation, which are equal on all ranks."""
         figures = {
             name: float(logs[name]) for name in ("loss", "grad_norm", "eval_loss") if logs and name in logs
         }
@@ -142,18 +142,18 @@ class Diverging(TrainerCallback):
         left = self.last_good()
         if state.global_step == 0:
             raise DivergedError(
-                f"before the first step: {' and '.join(wrong)}. The weights that the run starts from hold numbers that are none, or too "
-                "large for its dtype. Start from another checkpoint, or write dtype: fp32 to see which."
+                f"before the first step: {' and '.join(wrong)}. The starting weights contain NaN or infinite values, or values too large "
+                "for this dtype. Start from another checkpoint, or write dtype: fp32 to find the cause."
             )
         raise DivergedError(
             f"step {state.global_step}: {' and '.join(wrong)}{where}. "
-            + (f"The last good checkpoint is {left}. " if left else "No checkpoint was committed before. ")
-            + "Lower learning_rate, raise num_warmup_steps, or look at those rows."
+            + (f"The last good checkpoint is {left}. " if left else "No checkpoint was committed. ")
+            + "Lower learning_rate, raise num_warmup_steps, or check these rows."
         )
 
 
 class Stopping(TrainerCallback):
-    """Stops training after a checkpoint, at the same step on every rank, once rank 0 receives a request.
+    """A callback that saves a checkpoint and stops training, at the same step on every rank, once rank 0 receives a request.
 
     Rank 0's answer is broadcast after each step, so that no rank continues alone.
     """
@@ -165,14 +165,14 @@ class Stopping(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After an optimizer step."""
+        """Request a checkpoint and the end of training if rank 0 has received a request."""
         if self.broadcast(self.is_requested()):
             control.should_save = True
             control.should_training_stop = True
 
 
 class Preempted(TrainerCallback):
-    """Saves one checkpoint when a node is about to be terminated; training continues until it is.
+    """A callback that saves one checkpoint when a node is about to be terminated; training continues until then.
 
     Rank 0 is notified for every node; its answer is broadcast after each step.
     """
@@ -185,30 +185,30 @@ class Preempted(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After an optimizer step."""
+        """Request a checkpoint on the first preemption notice."""
         if not self.is_done and self.broadcast(self.is_preempted()):
             self.is_done = True
             control.should_save = True
 
 
 class Recording(TrainerCallback):
-    """Writes the metrics between checkpoints, for `show` and `compare` while the run trains (rank 0)."""
+    """A callback on rank 0 that writes the metrics between checkpoints, for `show` and `compare` while the run trains."""
 
     def __init__(self, record: Callable[[list[dict[str, Any]]], None]):
         self.record = record
         self.due = time.monotonic() + _RECORD_EVERY_SECONDS
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """After a step's figures or an evaluation's are known."""
+        """Write the metrics if the interval has passed."""
         if time.monotonic() >= self.due:
-            # Every record rewrites all lines; a growing interval keeps its share of the time constant.
+            # Every record rewrites all lines. A growing interval limits the share of time that this takes.
             lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
             self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
             self.record(list(state.log_history))
 
 
 class Committing(TrainerCallback):
-    """Passes each saved checkpoint to the committer, on every rank."""
+    """A callback that passes each saved checkpoint to the committer, on every rank."""
 
     def __init__(
         self, save: Callable[[Path, TrainerState], None], check: Callable[[], None], clock: PhaseClock
@@ -225,6 +225,6 @@ class Committing(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After transformers saved into output_dir/checkpoint-STEP."""
+        """Start to commit output_dir/checkpoint-STEP, which transformers has just saved."""
         assert args.output_dir is not None
         self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)

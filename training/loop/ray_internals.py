@@ -1,6 +1,6 @@
-"""All of Ray's private names that Anneal uses, as of Ray 2.60.0, each with the reason; other modules import them from here.
+"""Ray's private names that Anneal uses (Ray 2.60.0), each with the reason; other modules import them from here.
 
-When Ray is upgraded, this file is the one to check.
+Check this file when Ray is upgraded.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-# The variable in which Ray's job server hands its runtime environment to the driver: Ray rejects a key that is set twice.
+# The variable through which Ray's job server passes its runtime environment to the driver: Ray rejects a key that is set twice.
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state as _state
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
@@ -19,10 +19,10 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-# Ray counts a lost node for some seconds more, and by default waits a minute for its resources. There is no public setting.
+# After a node is lost, Ray counts it for some seconds and waits a minute for its resources. There is no public setting.
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
-# What Ray puts into WorkerGroupError.worker_failures and ControllerError for a lost worker.
+# The errors in WorkerGroupError.worker_failures and ControllerError for a lost worker.
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 # The only callback that sees the controller's states: workers waiting, started, failed. UserCallback sees exceptions only.
@@ -38,7 +38,7 @@ from ray.train.v2._internal.execution.controller.state import (
     TrainControllerState,
 )
 
-# Ray's elastic policy takes any number of workers in a range, and has no public way to exclude some.
+# Ray's elastic policy accepts any number of workers in a range, and has no public way to exclude some.
 from ray.train.v2._internal.execution.scaling_policy import (
     AUTOSCALING_REQUESTS_GET_TIMEOUT_S,
     ElasticScalingPolicy,
@@ -77,10 +77,10 @@ __all__ = [
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """A TorchTrainer with an optional scaling policy, and without two of Ray's actors that would delay each start.
+    """A TorchTrainer with an optional scaling policy, and without two of Ray's callbacks that would delay each start.
 
-    `DatasetsCallback` serves Ray Data's datasets, and there are none. `PlacementGroupCleanerCallback` removes placement
-    groups after the driver is lost; a local cluster ends with its driver, which would wait for the cleaner up to 12 s.
+    `DatasetsCallback` serves Ray Data, which is not used. `PlacementGroupCleanerCallback` removes placement groups after the
+    driver is lost. A local cluster ends with its driver, which would wait up to 12 s for the cleaner.
     """
 
     def __init__(
@@ -120,30 +120,31 @@ class ElasticPolicy(ElasticScalingPolicy):
         return self.allowed_workers(super()._count_possible_workers(reserved_resources))
 
     def _get_reserved_resources(self) -> Any:
-        # Ray's own answer may be 20 s old, and name a node that is gone.
+        # Ray's cached answer may be 20 s old and contain a lost node.
         try:
             coordinator: Any = self._autoscaling_coordinator
             answer = coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
             return ray.get(answer, timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S)
         except ray.exceptions.RayError:
-            return None  # unknown for now; Ray asks again
+            return None  # unknown for now; Ray retries
 
 
 def is_node_preempted() -> bool:
     """Return whether a node of this worker group has received a preemption notice; called inside a worker.
 
     The public `ray.train.get_preemption_info` waits for all workers at the same barrier as `ray.train.report`, which the
-    committing thread calls. Ray lets one worker's call of each pass together, and the other workers then wait forever.
+    committing thread calls. Ray may match one worker's call with another worker's call of the other function. The remaining
+    workers then wait forever.
     """
     return get_train_context().preemption_context.preemption_info is not None
 
 
 def autoscaler_maximum() -> Mapping[str, float]:
-    """Return the most of each resource that the cluster can scale up to; empty where its autoscaler does not say."""
+    """Return the maximum of each resource that the cluster can scale up to; empty if its autoscaler reports none."""
     return _state.get_max_resources_from_cluster_config() or {}
 
 
 def has_node_groups() -> bool:
-    """Return whether KubeRay or an autoscaler creates the cluster's nodes, so that more may come."""
+    """Return whether KubeRay or an autoscaler creates the cluster's nodes, so that nodes may be added."""
     cluster = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
     return any(node.ray_node_type_name for node in cluster.node_states)

@@ -1,4 +1,4 @@
-"""The record of a saved checkpoint: what is known of it at the moment it was saved."""
+"""The manifest, metrics and event of a checkpoint at the time of its save."""
 
 import math
 from datetime import UTC, datetime
@@ -28,10 +28,10 @@ def describe_saved(
     """Describe the checkpoint that transformers has just saved.
 
     Args:
-        plan: The run.
+        plan: The run's plan.
         world: This worker.
-        throughput: The counts up to this step.
-        directory: The checkpoint, on this node.
+        throughput: The counters up to this step.
+        directory: The local directory of the checkpoint.
         state: transformers' state at this step.
     """
     step, epoch = state.global_step, state.epoch or 0.0
@@ -62,7 +62,7 @@ def describe_saved(
 
 
 def committed_event(plan: RunPlan, step: int, throughput: "Throughput") -> CheckpointCommitted:
-    """Return the event for a checkpoint of this run at `step`."""
+    """Return the event for the checkpoint of this run at `step`."""
     return CheckpointCommitted(
         step=step,
         uri=checkpoint_uri(plan.run_uri, step),

@@ -39,7 +39,7 @@ class TrackedRun:
 
     @property
     def id(self) -> str:
-        """Return 16 hex digits that stay the same when the run resumes."""
+        """The run's id for trackers: 16 hex digits, unchanged when the run resumes."""
         return run_digest(self.store.uri)
 
 
@@ -75,7 +75,7 @@ class Tensorboard:
         for name, figure in figures.items():
             self._writer.add_scalar(name, figure, step)
         if any(name.startswith("eval/") for name in figures):
-            self._writer.flush()  # events still in the queue are uploaded next time
+            self._writer.flush()  # events still in the queue are uploaded with the next flush
             self._upload()
 
     def end(self) -> None:
@@ -131,13 +131,15 @@ class Mlflow:
         self._client = MlflowClient(settings.tracking_uri)
         name = settings.experiment_name or "Default"
         experiment = self._client.get_experiment_by_name(name)
-        place = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        before = self._client.search_runs([place], f"tags.anneal_run = '{run.id}'")
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        before = self._client.search_runs([experiment_id], f"tags.anneal_run = '{run.id}'")
         if before:
             self._run_id = before[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
             return
-        made = self._client.create_run(place, run_name=run.name, tags={**settings.tags, "anneal_run": run.id})
+        made = self._client.create_run(
+            experiment_id, run_name=run.name, tags={**settings.tags, "anneal_run": run.id}
+        )
         self._run_id = made.info.run_id
         parameters = [Param(key, str(value)[:_MLFLOW_LONGEST]) for key, value in run.parameters.items()]
         for first in range(0, len(parameters), _MLFLOW_BATCH):
@@ -164,13 +166,13 @@ class Tracking(TrainerCallback):
     Args:
         settings: The YAML's `logger`.
         run: The run to track.
-        tell: Sends events to the driver.
+        emit: Sends events to the driver.
     """
 
-    def __init__(self, settings: Logger, run: TrackedRun, tell: Callable[[Event], None]):
+    def __init__(self, settings: Logger, run: TrackedRun, emit: Callable[[Event], None]):
         self._settings = settings
         self._run = run
-        self._tell = tell
+        self._emit = emit
         self._measured: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -215,7 +217,7 @@ class Tracking(TrainerCallback):
             self._warn(first_line(error))
 
     def _warn(self, reason: str) -> None:
-        self._tell(
+        self._emit(
             Notice(
                 f"logger: {self._settings.provider} failed ({reason}). Training continues without it; metrics.jsonl has all metrics."
             )

@@ -34,9 +34,8 @@ from training.loop.throughput import Throughput
 from training.models import varlen_attention
 from training.planning.plan import RunPlan
 
-_PLACEHOLDER_DATASET = datasets.Dataset.from_dict(
-    {"input_ids": [[0]]}
-)  # TRL requires a dataset; ours is read by get_train_dataloader
+# TRL requires a dataset; get_train_dataloader reads the real one.
+_PLACEHOLDER_DATASET = datasets.Dataset.from_dict({"input_ids": [[0]]})
 
 
 def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, eval_first: bool) -> SFTConfig:
@@ -343,9 +342,8 @@ class FineTuningTrainer(SFTTrainer):
         assert self.args.output_dir is not None
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with checkpoints.staging(directory):
-            self.clock.timed("saving", Trainer._save_checkpoint)(
-                self, model, trial
-            )  # without TRL's model card
+            # transformers' method, since TRL's also writes a model card.
+            self.clock.timed("saving", Trainer._save_checkpoint)(self, model, trial)
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
                 write_same_everywhere(adapter, self.base_model)
@@ -390,7 +388,7 @@ def random_states(checkpoint: Path, rank: int, world_size: int) -> Path:
 
 
 def note_device(file: Path, device: int) -> None:
-    """Add the rank's own device index to its saved GPU random states; the index may differ on other nodes."""
+    """Add the rank's device index to its saved GPU random states, since another node may assign another index."""
     with safe_globals():
         states = torch.load(file, weights_only=True)
     torch.save(states | {"own_device": device}, file)

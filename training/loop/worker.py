@@ -1,4 +1,4 @@
-"""One worker's life inside Ray Train: prepare the inputs, build model and trainer, train, commit checkpoints."""
+"""The worker function of Ray Train: prepare the inputs, build model and trainer, train, commit checkpoints."""
 
 import json
 import os
@@ -50,11 +50,11 @@ class Driver:
     def __init__(self, mailbox: Any, world: World):
         self._mailbox = mailbox
         self._world = world
-        # Only rank 0 asks; what it learns is broadcast.
+        # Only rank 0 waits for a request; it is broadcast to the others.
         self._request: Any = mailbox.wait_for_request.remote() if world.rank == 0 else None
 
     def emit(self, event: Event) -> None:
-        """Send an event from rank 0, without waiting; other ranks send none."""
+        """Send an event without waiting; only rank 0 sends events."""
         if self._world.rank == 0:
             self._mailbox.put.remote(event)
 
@@ -64,18 +64,18 @@ class Driver:
         ray.train.report(asdict(committed) | {"speed": committed.speed.model_dump()})
 
     def has_request(self) -> bool:
-        """Return, on rank 0, whether the workers are to stop or to make room for more; False on others."""
+        """Return whether rank 0 has received a request to stop or regroup; False on other ranks."""
         if self._request is None:
             return False
         answered, _ = ray.wait([self._request], timeout=0)
         return bool(answered)
 
     def requests_regroup(self) -> bool:
-        """Return, on rank 0, whether the workers are to make room for more; False on others."""
+        """Return whether rank 0 has received a request to regroup with more workers; False on other ranks."""
         return self.has_request() and ray.get(self._request) == "regroup"
 
     def pause(self) -> None:
-        """Tell Ray's controller, on rank 0, that the workers have committed and can be terminated."""
+        """Notify Ray's controller from rank 0 that the workers have committed and can be terminated."""
         if self._world.rank == 0:
             ray.get(self._mailbox.pause.remote())
 
@@ -85,7 +85,7 @@ class Driver:
             ray.get(self._mailbox.put.remote(Phase("ending")))
 
     def is_rejected(self) -> bool:
-        """Return whether an earlier attempt met an error that a restart cannot fix."""
+        """Return whether an earlier attempt reported an error that a restart cannot fix."""
         return ray.get(self._mailbox.is_rejected.remote())
 
     def reject(self, message: str) -> None:
@@ -93,7 +93,7 @@ class Driver:
         ray.get(self._mailbox.reject.remote(message))
 
     def fails_again(self, error: Exception) -> bool:
-        """Report this rank's error; return whether it repeats the last one without progress between."""
+        """Report this rank's error; return whether it is the same as the last one, with no progress in between."""
         return ray.get(self._mailbox.fails_again.remote(self._world.rank, repr(error)))
 
 
@@ -119,40 +119,40 @@ def train_worker(settings: dict[str, Any]) -> None:
             driver.reject(str(error))
             raise
         except Exception as error:
-            traceback.print_exc()  # for the log file; Ray carries the exception to the driver
+            traceback.print_exc()  # for the log file; Ray passes the exception to the driver
             if driver.fails_again(error):
-                driver.reject(f"the same error twice, without progress between: {first_line(error)}")
+                driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
             raise
 
 
 def worker_log(plan: RunPlan, rank: int) -> Path:
-    """Return the file for a worker's library output, on its node."""
+    """Return the local log file for a worker's library output."""
     return Path(plan.scratch) / "logs" / plan.run_name / f"worker-{rank}.log"
 
 
 def prepare_process(plan: RunPlan, world: World) -> None:
-    """Set up environment and libraries before anything that trains is imported, on every rank."""
+    """Set environment variables and initialize libraries on every rank, before training code is imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # DeepSpeed unpickles its shards and executes what they contain; this overrides it for the whole process.
+    # DeepSpeed unpickles its shards, which can execute code; this prevents it for the complete process.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, world) / f"unsloth-{world.rank}")
     if plan.config.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch.use_deterministic_algorithms asks
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by torch.use_deterministic_algorithms
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the flash-attn package
-        # torch.compile would choose some kernels by a timing of the moment.
+        # torch.compile would select some kernels by timing them.
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
-    if plan.kernels.provider == "unsloth":
+    if plan.resolved.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch
 
     if plan.config.deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # read is what was written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # no uninitialized memory is read
     if plan.device == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     if plan.deepspeed is not None:
-        # Offloading compiles an optimizer with ninja, which is installed beside this Python.
+        # Offloading compiles an optimizer with ninja, which is in the directory of this Python.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         import deepspeed
         import deepspeed.ops
@@ -160,7 +160,7 @@ def prepare_process(plan: RunPlan, world: World) -> None:
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
-        # Plain records that its shards hold beside tensors.
+        # Plain classes that DeepSpeed's shards contain beside tensors.
         torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
         if plan.device == "cpu":
             # Compiling its shared-memory collectives with g++ takes two minutes; gloo works without.
@@ -171,18 +171,18 @@ def prepare_process(plan: RunPlan, world: World) -> None:
 
 
 def _run_scratch(plan: RunPlan, world: World) -> Path:
-    # Nodes may share the directory, as home directories often are; runs of one name in two buckets may share a node.
+    # Nodes may share the directory (home directories), and a node may train runs of the same name from two buckets.
     return Path(plan.scratch) / "runs" / plan.run_name / run_digest(plan.run_uri) / f"node-{world.node_rank}"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a worker trains from, on this node and verified."""
+    """The verified inputs of a worker, on this node."""
 
     store: Store
-    """The run."""
+    """Store of the run."""
     scratch: Path
-    """This run's directory on this node."""
+    """Local directory of this run."""
     model_directory: Path
     adapter_directory: Path | None
     tokenizer: "PreTrainedTokenizerFast"
@@ -193,23 +193,23 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where this attempt starts."""
+    """The checkpoint from which this attempt resumes."""
 
     committed: list[Manifest]
-    """The run's own checkpoints up to the one it resumes from; empty on a first attempt."""
+    """The run's own checkpoints up to the one to resume from; empty on a first attempt."""
     uri: str | None
-    """The checkpoint that it resumes from, if any."""
+    """URI of the checkpoint to resume from, if any."""
     directory: Path | None
-    """Its files on this node."""
+    """Local directory of that checkpoint."""
     step: int
-    """The steps done; 0 at the beginning."""
+    """Number of steps already trained."""
     log: list[dict[str, Any]]
-    """What the trainer logged in them."""
+    """The trainer's log of these steps."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """The model and what counts its work."""
+    """The model, its training arguments and the throughput counters."""
 
     model: Any
     request: ModelRequest
@@ -225,7 +225,7 @@ def _train(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> None:
         driver.emit(Restored(committed_event(plan, inputs.resume.step, built.throughput)))
         # The previous attempt ended after its last checkpoint: the trainer would train another step.
         if inputs.resume.step >= plan.max_steps:
-            world.gather(None)  # every rank has read its progress
+            world.gather(None)  # every rank has read trainer_state.json
             if inputs.resume.directory and world.local_rank == 0:
                 shutil.rmtree(inputs.resume.directory)
             return
@@ -245,14 +245,14 @@ def _train(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> None:
 
 
 def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> Inputs:
-    """Bring model, rows and the checkpoint to resume from to this node, and verify them."""
+    """Download model, rows and the checkpoint to resume from to this node, and verify them."""
     scratch = _run_scratch(plan, world)
     if world.local_rank == 0:
         for leftover in ("trainer", "tracker"):
             shutil.rmtree(scratch / leftover, ignore_errors=True)
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
-    # Every rank waits for the last node's files, which may take longer than NCCL's timeout of half an hour.
+    # Every rank waits for the slowest node's download, which may exceed NCCL's timeout of 30 minutes.
     patient = world.with_patient_group()
     restoring = Restoring(store, lease, plan.restore_from, scratch / "trainer" / "restored", patient)
 
@@ -294,7 +294,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
 
 
 def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built:
-    """Build the model, and the batches and counts that depend on the number of workers."""
+    """Build the model, and the batch plan and counters, which depend on the number of workers."""
     from training.loop.throughput import GpuTimeline, HostTimeline, PhaseClock, Throughput
     from training.loop.trainers import trainer_arguments
 
@@ -307,11 +307,11 @@ def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built
             plan, inputs.scratch / "trainer", devices=world.world_size, eval_first=first_eval
         )
 
-    # transformers reads these arguments while it loads a model (ZeRO-3); Unsloth's CPU mode must not find them yet.
-    arguments_later = plan.kernels.provider == "unsloth" and plan.device == "cpu"
+    # For ZeRO-3, transformers needs these arguments while it loads a model; Unsloth's CPU mode must load before they exist.
+    arguments_later = plan.resolved.kernels.provider == "unsloth" and plan.device == "cpu"
     arguments = None if arguments_later else make_arguments()
     request = model_request(plan, inputs.model_directory, inputs.adapter_directory, train, valid)
-    model = build_model(plan.kernels.provider, request)
+    model = build_model(plan.resolved.kernels.provider, request)
     arguments = arguments or make_arguments()
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(count for count, requires_grad in parameters if requires_grad)
@@ -338,7 +338,7 @@ def _callbacks(
     driver: Driver,
     committer: CheckpointCommitter,
 ) -> "list[TrainerCallback]":
-    """Return the trainer's callbacks, in the order in which it calls them."""
+    """Return the trainer's callbacks in calling order."""
     from training.loop.callbacks import (
         AfterFirstStep,
         Committing,
@@ -357,7 +357,7 @@ def _callbacks(
         Schedule(frequency, plan.steps_per_epoch, evaluates=inputs.valid is not None),
         Stopping(driver.has_request, world.broadcast),
     ]
-    # Ray passes the driver's setting to its workers; a broadcast in every step costs a message between them.
+    # Ray passes the driver's setting to its workers. Skip the callback if possible: it broadcasts in every step.
     if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1":
         callbacks.append(Preempted(is_node_preempted, world.broadcast))
     callbacks += [
@@ -376,7 +376,7 @@ def _callbacks(
         callbacks.append(Recording(committer.record))
     restored = inputs.resume.directory
     if restored and world.local_rank == 0:
-        # After the first step every rank has loaded it: none gets there without the others' gradients. It would fill the disk.
+        # Free the disk after the first step: all ranks have loaded the checkpoint, since the step all-reduces gradients.
         callbacks.append(AfterFirstStep(partial(shutil.rmtree, restored)))
     return callbacks
 
@@ -390,7 +390,7 @@ def _run(
     committer: CheckpointCommitter,
     callbacks: "list[TrainerCallback]",
 ) -> None:
-    """Train until the last step or a request, and wait for the last commit."""
+    """Train until the last step or a request to stop, and wait for the last commit."""
     from training.loop.callbacks import AfterFirstStep
     from training.loop.trainer_factory import build_trainer
 
@@ -408,11 +408,11 @@ def _run(
         on_eval_progress=lambda fraction: driver.emit(Phase("evaluating", fraction)),
     )
     if plan.device == "cuda" and plan.deepspeed is None:
-        # Once the optimizer's states are in memory: a GPU that is too small for the largest batch fails in the first minute.
+        # The optimizer states exist after the first step, so a GPU too small for the largest batch fails within a minute.
         trainer.add_callback(AfterFirstStep(trainer.rehearse))
     if world.rank == 0:
         inputs.store.write(CONFIG_FILE, to_yaml(plan.config).encode())
-        # An earlier attempt may have recorded steps after the one that this attempt resumes from: they are lost.
+        # Remove steps that an earlier attempt recorded after the checkpoint that this attempt resumes from.
         inputs.store.write(METRICS_FILE, metrics_lines(inputs.resume.log).encode())
     driver.emit(Phase("training"))
     restored = inputs.resume.directory
@@ -421,8 +421,8 @@ def _run(
             trainer.train(resume_from_checkpoint=str(restored) if restored else None)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{inputs.resume.uri} holds more than tensors and settings, and nothing in it was executed "
-                f"({first_line(error)}). Check where it comes from."
+                f"{inputs.resume.uri} contains pickled objects other than tensors and settings, which were not executed "
+                f"({first_line(error)}). Check the source of this checkpoint."
             ) from error
         driver.emit(Phase("committing the last checkpoint"))
     stopped_early = trainer.state.global_step < plan.max_steps
@@ -447,7 +447,7 @@ def _tracking(plan: RunPlan, inputs: Inputs, driver: Driver) -> "list[TrainerCal
 
 
 def _progress_of(restored: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Return (steps done, what the trainer logged in them)."""
+    """Return (number of trained steps, the trainer's log of them)."""
     state = json.loads((restored / "trainer_state.json").read_text())
     return state["global_step"], state["log_history"]
 
@@ -459,7 +459,7 @@ def model_request(
     train: PreparedData,
     valid: PreparedData | None,
 ) -> ModelRequest:
-    """The plan's model, from files on this node."""
+    """Return the request to build the plan's model from local files."""
     config = plan.config
     longest = max(train.summary.longest, valid.summary.longest if valid else 0)
     multiple = pad_to_multiple_of(config, plan.device, train.summary.longest)
@@ -483,7 +483,7 @@ def model_request(
 
 
 def peak_flops(plan: RunPlan, devices: int) -> float | None:
-    """What all devices can do in a second, taken to be like this one; None where that is not known."""
+    """Return the peak FLOPS of all devices, assuming that they equal this one; None if unknown."""
     if plan.device == "cpu" or plan.config.dtype != "bf16":
         return None
     import torch
@@ -493,5 +493,5 @@ def peak_flops(plan: RunPlan, devices: int) -> float | None:
 
 
 def _numel(parameter: Any) -> int:
-    # Under ZeRO-3 a parameter holds nothing itself; DeepSpeed keeps its real size.
+    # Under ZeRO-3 a parameter is empty; DeepSpeed stores its full size in ds_numel.
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()

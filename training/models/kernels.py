@@ -1,4 +1,4 @@
-"""Which kernels a run takes: one table of what goes together, from which `auto` chooses and which the README shows."""
+"""Choice of kernels: a compatibility table, from which `auto` chooses and which docs/kernels.md shows."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ WeightsDtype = Literal["bf16", "fp32"]
 Method = Literal["LoRA", "QLoRA", "full"]
 
 SPREADS = ("one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
-"""How a run lies over devices; the columns of the table."""
+"""Kinds of parallelism, the columns of the table."""
 
 TESTED, UNTESTED = "T", "·"
 
-_NO_GPU = "its Triton kernels need a GPU, and the run is on CPU"
-_WHOLE_WEIGHTS = "Unsloth does not split weights (ZeRO-3)"
-_4BIT = "ZeRO-3 cannot split 4-bit weights"
+_NO_GPU = "its Triton kernels need a GPU, but the run is on CPU"
+_UNSHARDED = "Unsloth does not shard weights (ZeRO-3)"
+_4BIT = "ZeRO-3 cannot shard 4-bit weights"
 
-# Of each method, for each spread: tested (on CPU), untested (no GPU was at hand), or why not.
+# For each method and spread: tested (on CPU), untested (no GPU was available), or the reason for the error.
 COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, str, str]]] = {
     ("torch", "cpu"): {
         "LoRA": (TESTED, TESTED, TESTED, TESTED, TESTED),
@@ -35,14 +35,14 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
     },
     ("unsloth", "cpu"): {
-        "LoRA": (TESTED, TESTED, TESTED, TESTED, _WHOLE_WEIGHTS),
-        "full": (TESTED, TESTED, TESTED, TESTED, _WHOLE_WEIGHTS),
-        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _WHOLE_WEIGHTS),
+        "LoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED),
+        "full": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED),
+        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED),
     },
     ("unsloth", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
-        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
-        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _WHOLE_WEIGHTS),
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED),
     },
     ("liger", "cpu"): {
         "LoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
@@ -67,33 +67,27 @@ UNSLOTH_LORA_FIELDS = frozenset(
         "use_rslora",
     }
 )
-"""What its loader is handed of a lora_config; whatever else it says is refused, not dropped."""
+"""Keys of lora_config that Unsloth's loader accepts; other keys are an error."""
 
-_ATTENTION_OF_UNSLOTH = (
-    "flash_attn",
-    "xformers",
-)  # the first that is installed; it asks neither for equal bits
-# What `auto` takes: the first that goes with the run and is installed; with what is said for it.
+# Unsloth uses the first that is installed, without deterministic gradients.
+_ATTENTION_OF_UNSLOTH = ("flash_attn", "xformers")
+# Order of `auto`, each with its reason: it takes the first that is compatible with the run and installed.
 _PREFERRED: dict[Device, tuple[tuple[Provider, str], ...]] = {
-    "cpu": (("torch", "on CPU there is nothing for Triton kernels to speed up"),),
-    "cuda": (("unsloth", "the fastest on one GPU a worker"), ("liger", ""), ("torch", "")),
+    "cpu": (("torch", "Triton kernels do not run on CPU"),),
+    "cuda": (("unsloth", "the fastest with one GPU per worker"), ("liger", ""), ("torch", "")),
 }
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The provider, and why it was taken: printed in the plan."""
+    """The provider of the kernels, and the reason for the choice, which the plan prints."""
 
     provider: Provider
     reason: str
 
 
 def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
-    """What `kernels` means for this run on this device, under this ZeRO stage (0: plain data parallelism).
-
-    Raises:
-        ModelError: the kernels that were asked for cannot serve the run, or are not installed.
-    """
+    """Resolve `kernels` for this run, device and ZeRO stage (0 without ZeRO); reject kernels that cannot train the run."""
     asked = config.kernels
     if asked == "auto":
         return _choose(config, device, stage)
@@ -107,22 +101,22 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
         raise ModelError(f"kernels: {asked}: {reason}. Write {advice}.")
     if asked == "unsloth" and not _installed("unsloth"):
         raise ModelError(
-            "kernels: unsloth: Unsloth is not installed. `make setup-unsloth` installs it (its licence: see README)."
+            "kernels: unsloth: Unsloth is not installed. Install it with `make setup-unsloth` (its licence: see docs/kernels.md)."
         )
     in_cpu_mode = asked == "unsloth" and device == "cpu"
-    return KernelChoice(asked, "asked for" + (", in its CPU mode" if in_cpu_mode else ""))
+    return KernelChoice(asked, "set by `kernels`" + (", in its CPU mode" if in_cpu_mode else ""))
 
 
 def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
-    passed_over = []
-    for provider, praise in _PREFERRED[device]:
+    skipped = []
+    for provider, advantage in _PREFERRED[device]:
         reason = _why_not(provider, config, device, stage)
         if reason is None and provider == "unsloth" and not _installed("unsloth"):
             reason = "Unsloth is not installed (make setup-unsloth)"
         if reason is None:
-            return KernelChoice(provider, f"auto: {', and '.join(passed_over) or praise}")
-        passed_over.append(reason)
-    raise ModelError(f"kernels: auto: {passed_over[-1]}. Write deepspeed: zero_2, or load_in_4bit: false.")
+            return KernelChoice(provider, f"auto: {', and '.join(skipped) or advantage}")
+        skipped.append(reason)
+    raise ModelError(f"kernels: auto: {skipped[-1]}. Write deepspeed: zero_2, or load_in_4bit: false.")
 
 
 def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: int) -> str | None:
@@ -131,35 +125,37 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
     cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
     if cell not in (TESTED, UNTESTED):
         return cell
-    if provider == "unsloth" and (unknown := _unknown_to_unsloth(config)):
-        return f"Unsloth's adapters are made here without {' and '.join(f'lora_config.{name}' for name in unknown)}"
+    if provider == "unsloth" and (unknown := _keys_without_unsloth(config)):
+        return (
+            f"Anneal does not support {' and '.join(f'lora_config.{name}' for name in unknown)} with Unsloth"
+        )
     if provider == "unsloth" and device == "cuda" and config.dtype == "fp32":
-        # Its trainer turns autocast on where neither bf16 nor fp16 is asked for.
-        return "Unsloth computes in 16 bits on a GPU, whatever dtype says"
-    if provider == "unsloth" and (others := _trained_whole_but_not_by_unsloth(config)):
-        return f"Unsloth trains embed_tokens, lm_head and norms whole, but not {' and '.join(others)} (lora_config.modules_to_save)"
+        # Unsloth's trainer enables autocast if neither bf16 nor fp16 is set.
+        return "Unsloth computes in 16 bits on a GPU, also with dtype: fp32"
+    if provider == "unsloth" and (others := _modules_to_save_without_unsloth(config)):
+        return f"Unsloth does not train {' and '.join(others)} of lora_config.modules_to_save, only embed_tokens, lm_head and norms"
     packages = [package for package in _ATTENTION_OF_UNSLOTH if _installed(package)]
     if provider == "unsloth" and device == "cuda" and config.deterministic and packages:
-        return f"Unsloth's attention would be by {packages[0]}, whose gradients differ from run to run (deterministic)"
+        return f"Unsloth's attention would use {packages[0]}, whose gradients are not deterministic"
     if provider == "unsloth" and config.packing:
-        return "Unsloth's attention lets packed rows see one another"
+        return "Unsloth's attention does not separate packed rows"
     if provider == "unsloth" and config.task == "preference_tuning":
-        return "preference tuning compares log-probabilities, and Unsloth's forward pass gives a loss"
+        return "preference tuning needs log-probabilities, but Unsloth's forward pass returns only a loss"
     return None
 
 
 def offloads_activations(
     checkpointing: bool | Literal["unsloth"], lora: LoraConfig | None, sequence_tokens: int
 ) -> bool:
-    """Whether Unsloth keeps the layers' inputs in the host's memory.
+    """Return whether Unsloth offloads the layers' inputs to host memory.
 
-    Not below 512 tokens (`apply_unsloth_gradient_checkpointing` in unsloth/models/_utils.py); and with modules that are trained whole it
-    would put embeddings into a file beside the model's, which workers share, and is not asked to.
+    It does not below 512 tokens (`apply_unsloth_gradient_checkpointing` in unsloth/models/_utils.py). Anneal does not enable it
+    with modules_to_save, since Unsloth would then write embeddings to a file beside the model, which workers share.
 
     Args:
         checkpointing: The YAML's gradient_checkpointing.
-        lora: A new adapter, if there is one.
-        sequence_tokens: Of the longest sequence, with its padding.
+        lora: Configuration of a new adapter, if there is one.
+        sequence_tokens: Tokens of the longest sequence, padding included.
     """
     return (
         checkpointing == "unsloth"
@@ -168,9 +164,9 @@ def offloads_activations(
     )
 
 
-def _unknown_to_unsloth(config: FinetuneConfig) -> list[str]:
+def _keys_without_unsloth(config: FinetuneConfig) -> list[str]:
     if config.initial_adapter_model_ckpt_path:
-        return []  # it is loaded as it is
+        return []  # the adapter is loaded unchanged
     lora = config.lora_config
     others = LoraConfig.model_fields.keys() - UNSLOTH_LORA_FIELDS - {"task_type"}
     return sorted(
@@ -178,7 +174,7 @@ def _unknown_to_unsloth(config: FinetuneConfig) -> list[str]:
     )
 
 
-def _trained_whole_but_not_by_unsloth(config: FinetuneConfig) -> list[str]:
+def _modules_to_save_without_unsloth(config: FinetuneConfig) -> list[str]:
     named = (config.lora_config.modules_to_save if config.lora_config else None) or []
     return [
         name
@@ -188,12 +184,12 @@ def _trained_whole_but_not_by_unsloth(config: FinetuneConfig) -> list[str]:
 
 
 def compatibility_as_markdown() -> str:
-    """The table for people: methods that stand alike share a row, and what is refused is a dash."""
-    refused = "–"  # noqa: RUF001
+    """Return the table for docs/kernels.md: methods with equal cells share a row, and a dash marks an error."""
+    rejected = "–"  # noqa: RUF001
     lines = [f"| kernels | device | method | {' | '.join(SPREADS)} |", "|---" * (3 + len(SPREADS)) + "|"]
     for (provider, device), methods in COMPATIBILITY.items():
         for cells, alike in groupby(methods, key=lambda method: methods[method]):
-            shown = " | ".join(cell if cell in (TESTED, UNTESTED) else refused for cell in cells)
+            shown = " | ".join(cell if cell in (TESTED, UNTESTED) else rejected for cell in cells)
             lines.append(f"| {provider} | {device} | {', '.join(alike)} | {shown} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Stock transformers and PEFT: works everywhere, and is what the other providers are compared with."""
+"""The torch provider: plain transformers and PEFT, the reference for the other providers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,12 +20,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build(request: ModelRequest) -> "PreTrainedModel":
-    """The model of the request, on CPU or on this worker's GPU."""
+    """Build the requested model with its adapter, on CPU or on this worker's GPU."""
     return with_adapter(load_base(request), request)
 
 
 def load_base(request: ModelRequest) -> "PreTrainedModel":
-    """The base model alone."""
+    """Load the base model without an adapter."""
     model = load_weights(
         request.directory,
         dtype=request.weights_dtype,
@@ -36,9 +36,8 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
     )
     model.config.use_cache = False
     if request.deterministic and model._can_set_experts_implementation():
-        model.set_experts_implementation(
-            "eager"
-        )  # the others count tokens by torch.histc, which is not, on a GPU
+        # The other implementations count tokens with torch.histc, which is not deterministic on a GPU.
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -51,8 +50,10 @@ def load_weights(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """A model as its files say, in a dtype of our choice; on CPU, but for 4-bit weights. `attention` is its kind, as transformers calls it;
-    where torch's own would leave out what caps a model's scores (Gemma 2), it is transformers' plain one."""
+    """Load a model in this dtype on CPU; 4-bit weights are loaded directly on the device.
+
+    With `attention="sdpa"`, models with logit softcapping (Gemma 2) get eager attention, since SDPA would ignore the softcapping.
+    """
     arguments: dict[str, Any] = {}
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
@@ -64,7 +65,7 @@ def load_weights(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=_DTYPES[dtype],
         )
-    # A quantised model cannot be moved after loading; ZeRO-3 splits the weights while they are loaded.
+    # A quantized model cannot be moved after loading; ZeRO-3 shards the weights during loading.
     if load_in_4bit and device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +82,7 @@ def load_weights(
 
 
 def _attention(request: ModelRequest) -> str:
-    """The kind that serves the request best, as transformers calls it."""
+    """Return the `attn_implementation` of transformers for the request."""
     if request.flash_attention_2 and is_flash_attn_2_available():
         return "flash_attention_2"
     if request.packing and request.device == "cuda":
@@ -92,7 +93,10 @@ def _attention(request: ModelRequest) -> str:
 
 
 def keep_4bit_layout(model: "PreTrainedModel") -> None:
-    """Without this an evaluation on AVX512-BF16 repacks the 4-bit weights, and later backward passes are wrong."""
+    """Disable the AVX512-BF16 kernel of bitsandbytes.
+
+    During evaluation it repacks the 4-bit weights, and later backward passes are wrong.
+    """
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
@@ -101,11 +105,10 @@ def keep_4bit_layout(model: "PreTrainedModel") -> None:
 
 
 def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrainedModel":
-    """The base with the continued or the new adapter on it; the base itself in full-parameter training."""
+    """Attach the continued or new adapter to the base model; return the base unchanged in full-parameter training."""
     if not request.is_lora:
         return model
-    # Without PEFT's prepare_model_for_kbit_training: it would turn the embedding and the norms, and with them what each layer hands
-    # on, to fp32.
+    # PEFT's prepare_model_for_kbit_training is not used: it casts embeddings and norms, and so the activations, to fp32.
     autocast_adapter = _autocasts_adapter(request)
     if request.adapter_directory is not None:
         return peft.PeftModel.from_pretrained(
@@ -117,7 +120,7 @@ def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrained
 
 
 def add_frozen_copy(model: "PreTrainedModel", request: ModelRequest) -> None:
-    """The continued adapter once more, as REFERENCE_ADAPTER."""
+    """Load the continued adapter a second time, frozen, as REFERENCE_ADAPTER."""
     assert isinstance(model, peft.PeftModel)
     model.load_adapter(
         str(request.adapter_directory),
@@ -128,10 +131,10 @@ def add_frozen_copy(model: "PreTrainedModel", request: ModelRequest) -> None:
 
 
 def _autocasts_adapter(request: ModelRequest) -> bool:
-    # ZeRO-3 gathers parameters of one dtype at a time, so there the adapter keeps the base's.
+    # ZeRO-3 gathers parameters of one dtype at a time, so the adapter keeps the dtype of the base.
     return request.zero_stage != 3 or request.load_in_4bit
 
 
 def peft_config(lora: LoraConfig) -> peft.LoraConfig:
-    """Our section as PEFT's own configuration."""
+    """Convert the YAML's lora_config to PEFT's LoraConfig."""
     return peft.LoraConfig(**lora.model_dump())

@@ -8,24 +8,23 @@ from runs.layout import run_of
 from runs.reading import newest, survey
 from training.data.batches import BatchShape
 from training.data.summary import DataSummary
-from training.planning.changes import batch_size_of
 from training.planning.devices import accelerator_of
 from training.planning.endpoints import ClusterTarget
 from training.planning.memory import Job, estimate_memory, largest_batch
-from training.planning.resume import resolve
+from training.planning.resume import batch_size_of, resolve
 from utils.storage.bucket import open_store
 
-# Bytes that stay for Python, torch and what is loaded with it: a worker with a tiny model had 0.7 GB at most (2026-11-21).
+# Bytes reserved for Python, torch and loaded libraries: a worker with a tiny model used at most 0.7 GB (2026-11-21).
 _CPU_PROCESS = 1_000_000_000
 
 
 def choose_batch_size(
     config: FinetuneConfig, run_uri: str, storage: str, job: Job | None, target: ClusterTarget
 ) -> tuple[int, str]:
-    """What `train_batch_size_per_device: auto` comes to, and why.
+    """Return the value of `train_batch_size_per_device: auto`, and the reason.
 
-    A run that goes on keeps what it began with, whatever devices it has now: other batches would round otherwise, and its end
-    would not be that of a run that was never interrupted.
+    A resumed run keeps its batch size on any device. Another batch size rounds differently, so the result would differ from
+    that of an uninterrupted run.
     """
     earlier = [run_uri] if survey(open_store(run_uri))[0] else []
     if config.resume_from_checkpoint:
@@ -33,42 +32,42 @@ def choose_batch_size(
         earlier.append(run_of(start))
     for run in earlier:
         if rows := batch_size_of(open_store(run), config):
-            return rows, "auto: as it began"
+            return rows, "auto: unchanged since the run started"
     key = "train_batch_size_per_device: auto"
     if job is None:
-        raise ConfigError(f"{key}: nobody has counted what layers such as this model's need. Write a number.")
+        raise ConfigError(f"{key}: memory cannot be estimated for this model's architecture. Write a number.")
     name, available = accelerator_of(config, job.device, target)
     if job.device == "cpu":
         memory = config.worker_resources.get("memory")
         if memory is None:
             raise ConfigError(
-                f"{key}: on CPU nothing says how much memory a worker may take. Write it as worker_resources: {{memory: 8GiB}}, "
-                "or a number of rows."
+                f"{key}: on CPU the memory limit of a worker is not known. Write worker_resources: {{memory: 8GiB}}, or a number of "
+                "rows."
             )
         name, available = "worker_resources.memory", int(memory) - _CPU_PROCESS
     if available is None:
         raise ConfigError(
-            f"{key}: it is not known how much memory {name or 'the devices of the cluster'} has. Name an accelerator that is known in "
-            "worker_resources, such as {accelerator_type:A10G: 0.001}, or write a number."
+            f"{key}: the memory of {name or 'the cluster devices'} is not known. Name a known accelerator in worker_resources, such as "
+            "{accelerator_type:A10G: 0.001}, or write a number."
         )
     rows = largest_batch(job, available)
     if estimate_memory(replace(job, config=config.with_batch_size(rows))).total > available:
-        return rows, f"auto: the least; not even that is estimated to fit {name}"
-    return rows, f"auto: the most that are estimated to fit {name}"
+        return rows, f"auto: the minimum, but by the estimate even this does not fit {name}"
+    return rows, f"auto: the largest that is estimated to fit {name}"
 
 
 def describe_batch(config: FinetuneConfig, reason: str) -> str:
-    """Return the batch per device and its accumulation, as a user reads it."""
+    """Describe the batch per device and the gradient accumulation for the plan report."""
     sequences = "pack" if config.packing else "row"
     rows, accumulated = config.batch_size, config.gradient_accumulation_steps
-    text = f"{rows:,} {sequences}{'s' if rows > 1 else ''} a device, {accumulated:,} accumulated"
+    text = f"{rows:,} {sequences}{'s' if rows > 1 else ''} per device, {accumulated:,} accumulated"
     for devices in config.device_counts[-2::-1]:
         text += f", {config.accumulation_on(devices):,} on {devices} device{'s' if devices > 1 else ''}"
     return f"{text} ({reason})" if reason else text
 
 
 def describe_packing(config: FinetuneConfig, train: DataSummary, shape: BatchShape) -> str:
-    """Return how many sequences the rows are packed into, and how full these are."""
+    """Describe how many sequences the rows are packed into, and how full the sequences are."""
     capacity = config.context_length or train.longest
     fill = train.tokens / (shape.sequences * capacity)
     return f"{train.rows:,} rows in {shape.sequences:,} sequences of {capacity:,} tokens, {fill:.1%} full"

@@ -1,4 +1,4 @@
-"""Checks that reject a run before a cluster is asked for: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
+"""Checks that reject a run before a cluster is started: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
 import importlib.util
 from pathlib import Path
@@ -16,9 +16,8 @@ from training.models.files import (
     is_model_file,
     targeted_modules,
 )
-from training.planning.changes import adapter_differences, misfits
 from training.planning.endpoints import ClusterTarget
-from training.planning.resume import listed
+from training.planning.resume import adapter_differences, listed, misfits
 from utils.files import format_bytes, free_bytes
 from utils.storage.bucket import is_remote, missing_bytes
 
@@ -27,19 +26,17 @@ if TYPE_CHECKING:
 
 
 def reject_missing_requirements(loaded: LoadedConfig) -> None:
-    """Reject what the file alone shows to be impossible here.
-
-    Raises:
-        ConfigError: each reason on a line of its own.
-    """
+    """Reject a configuration that cannot run in this environment; report all reasons in one error."""
     reasons = list(loaded.refusals)
     config = loaded.config
     if isinstance(config.logger, WandbLogger | MlflowLogger) and not is_importable(config.logger.provider):
         reasons.append(
-            f"logger: the package {config.logger.provider} is not installed (metrics.jsonl is always written). `make setup-trackers` installs it; an image takes it by --build-arg TRACKERS=1."
+            f"logger: the package {config.logger.provider} is not installed. Install it with `make setup-trackers` (in an image: --build-arg TRACKERS=1), or remove logger: metrics.jsonl is always written."
         )
     if config.run_name == PREPARED:
-        reasons.append(f"run_name: {PREPARED} is where storage_path keeps prepared rows. Choose another.")
+        reasons.append(
+            f"run_name: {PREPARED} is the directory of prepared rows in storage_path. Choose another name."
+        )
     if reasons:
         raise ConfigError("\n".join(reasons))
 
@@ -50,90 +47,70 @@ def is_importable(provider: str) -> bool:
 
 
 def check_disk(base_model: str, facts: ModelFacts, scratch: Path, target: ClusterTarget) -> None:
-    """Make sure that this node's disk takes the model's files.
-
-    Raises:
-        ModelError: it has too little free space.
-    """
+    """Check that this node's disk has space for the model's files."""
     if is_hub_id(base_model) or not is_remote(base_model) or not target.is_local:
-        return  # the hub's cache and other nodes' disks are looked at where they are
+        return  # the Hub cache and other nodes check their own disks
     missing, free = (
         missing_bytes(base_model, scratch / "cache" / "models", is_model_file),
         free_bytes(scratch),
     )
     if missing > free:
         raise ModelError(
-            f"model {facts.source}: needs {format_bytes(missing)} on this node, and {scratch} has {format_bytes(free)} free. "
-            "Free some, or set output_dir to a larger disk."
+            f"model {facts.source}: needs {format_bytes(missing)} on this node, but {scratch} has {format_bytes(free)} free. "
+            "Free some space, or set output_dir to a larger disk."
         )
 
 
 def check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:
-    """Make sure that conversations can be rendered.
-
-    Raises:
-        ModelError: there is no template.
-    """
+    """Check that there is a template to render conversations."""
     if tokenizer.chat_template or request.prompt_template or request.task == "causal_lm":
-        return  # causal_lm may be plain text; of chats, the first says what is missing
+        return  # causal_lm rows may be plain text; the first chat row reports a missing template
     raise ModelError(
         f"model {base_model}: its tokenizer has no chat template, so conversations cannot be rendered. Write chat_template (Jinja text or "
-        "a file of it) or prompt_template, take the model's instruct version, or train on plain text with task: causal_lm."
+        "a Jinja file) or prompt_template, use the model's instruct version, or train on plain text with task: causal_lm."
     )
 
 
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
-    """Make sure that weights which are stored quantized can be trained.
-
-    Raises:
-        ModelError: they cannot.
-    """
+    """Check that a quantized base model can be trained with these settings."""
     if facts.quantization is None:
         return
     if facts.quantization != "bitsandbytes":
         raise ModelError(
-            f"model {facts.source}: its weights are stored quantised by {facts.quantization}, which cannot be trained here. Name the model "
-            "that they were made from, or a bitsandbytes 4-bit copy."
+            f"model {facts.source}: its weights are quantized with {facts.quantization}, which cannot be trained. Name the original model, "
+            "or a bitsandbytes 4-bit copy."
         )
     if not config.load_in_4bit:
         raise ModelError(
-            f"model {facts.source}: its weights are stored in 4 bits. Write load_in_4bit: true (with lora_config), or name the model that "
-            "they were made from."
+            f"model {facts.source}: its weights are quantized to 4 bits. Write load_in_4bit: true (with lora_config), or name the "
+            "original model."
         )
 
 
 def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
-    """Make sure that a new adapter has target modules.
-
-    Raises:
-        ConfigError: target_modules matches none.
-    """
+    """Check that target_modules of a new adapter matches the model."""
     if targeted_modules(facts, lora):
         return
     names = sorted({module.split(".")[-1] for module in facts.matrix_shapes})
     raise ConfigError(
-        f"lora_config.target_modules: {lora.target_modules} matches no matrix of {facts.source}. It has: {', '.join(names)}. "
-        "Name some of them, or write all-linear."
+        f"lora_config.target_modules: {lora.target_modules} matches no module of {facts.source}, which has: {', '.join(names)}. "
+        "Name some of these, or write all-linear."
     )
 
 
 def check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFacts) -> None:
-    """Make sure that a continued adapter keeps its shape and fits the model.
-
-    Raises:
-        ConfigError, ModelError: it does not.
-    """
+    """Check that a continued adapter fits the model and that lora_config matches the adapter."""
     key = "initial_adapter_model_ckpt_path"
     wrong = misfits(adapter, facts)
     if wrong:
         more = [f"… and {len(wrong) - 3} more"] if len(wrong) > 3 else []
         raise ModelError(
-            f"{key}: the adapter {adapter.source} (trained on {adapter.base_model or 'a model that it does not name'}) does not fit "
-            f"{facts.source}:\n{listed(wrong[:3] + more)}\nName the model that it was trained on as model_id."
+            f"{key}: the adapter {adapter.source} (trained on {adapter.base_model or 'an unnamed model'}) does not fit "
+            f"{facts.source}:\n{listed(wrong[:3] + more)}\nWrite the model that it was trained on as model_id."
         )
     changed = adapter_differences(adapter, config.lora_config, facts)
     if changed:
         raise ConfigError(
-            f"{key}: the adapter {adapter.source} keeps its own shape, and the YAML asks for another:\n{listed(changed)}\n"
-            "Leave lora_config out, or write what the adapter has."
+            f"{key}: lora_config differs from the adapter {adapter.source}, which keeps its shape:\n{listed(changed)}\n"
+            "Remove lora_config, or write the adapter's values."
         )

@@ -1,4 +1,4 @@
-"""How a run is spread over devices: plain data parallelism, or DeepSpeed's ZeRO."""
+"""Parallelism of a run: DDP, or DeepSpeed's ZeRO with a checked configuration."""
 
 import json
 from dataclasses import dataclass
@@ -10,49 +10,40 @@ from training.models.kernels import Device, KernelChoice, WeightsDtype, choose_k
 from utils.errors import AnnealError
 
 ZeroStage = Literal[0, 1, 2, 3]
-"""0 is plain data parallelism."""
+"""0 without DeepSpeed."""
 
-_OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
-# It hands the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
-_MOST_ENTRIES_OF_BITSANDBYTES = 2**31 - 1
+_BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
+# bitsandbytes passes the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
+_MAX_ENTRIES = 2**31 - 1
 
 
 class StrategyError(AnnealError):
-    """A DeepSpeed configuration that cannot be used; the message says which file, what and what to do."""
+    """A DeepSpeed configuration that cannot be used; the message names the file, the cause and the fix."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is spread over devices, and by which kernels it computes."""
+    """The DeepSpeed settings and the kernels of a run."""
 
     deepspeed: dict[str, Any] | None
-    """DeepSpeed's own configuration; None for plain data parallelism."""
+    """DeepSpeed's own configuration; None without DeepSpeed."""
     zero_stage: ZeroStage
     kernels: KernelChoice
     weights_dtype: WeightsDtype
-    """In which the base is loaded."""
+    """The dtype in which the base model is loaded."""
 
 
 def resolve_execution(config: FinetuneConfig, device: Device) -> Execution:
-    """Read the DeepSpeed configuration and choose the kernels.
-
-    Raises:
-        StrategyError: the DeepSpeed file cannot be used.
-        ModelError: the kernels cannot serve the run, or are not installed.
-    """
+    """Read the DeepSpeed configuration and choose the kernels."""
     settings = deepspeed_settings(config)
     stage = cast("ZeroStage", settings.get("zero_optimization", {}).get("stage", 0) if settings else 0)
-    # Full-parameter training without DeepSpeed keeps fp32 masters and autocasts.
+    # Full-parameter training without DeepSpeed uses fp32 master weights and autocast.
     in_16_bits = config.dtype == "bf16" and (config.trains_adapter or stage > 0)
     return Execution(settings, stage, choose_kernels(config, device, stage), "bf16" if in_16_bits else "fp32")
 
 
 def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
-    """DeepSpeed's own configuration for the run, or None for plain data parallelism.
-
-    Raises:
-        StrategyError: the file is missing, no DeepSpeed configuration, or says what the YAML says.
-    """
+    """Return the checked DeepSpeed configuration of the run, or None without DeepSpeed."""
     if config.deepspeed is None:
         return None
     path = (
@@ -68,12 +59,12 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
         ) from error
     except (OSError, ValueError) as error:
         raise StrategyError(
-            f"deepspeed: {path} cannot be read as JSON ({error}). Mend it, or name a preset (zero_1, zero_2, zero_3, …)."
+            f"deepspeed: {path} cannot be read as JSON ({error}). Fix the file, or name a preset (zero_1, zero_2, zero_3, …)."
         ) from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
         raise StrategyError(
-            f"deepspeed: {path} is no DeepSpeed configuration: it and its `zero_optimization` are JSON objects. Mend it, or name a "
-            "preset (zero_1, zero_2, zero_3, …)."
+            f"deepspeed: {path} is not a DeepSpeed configuration: the file and its `zero_optimization` must be JSON objects. Fix it, or "
+            "name a preset (zero_1, zero_2, zero_3, …)."
         )
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -84,30 +75,29 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
     ):
         if block in settings:
             raise StrategyError(
-                f"deepspeed: {path} has a block `{block}`. Take it out, and say it in the YAML: {key}."
+                f"deepspeed: {path} has a block `{block}`. Remove it, and set {key} in the YAML instead."
             )
     return settings
 
 
 def check_optimizer(config: FinetuneConfig, stage: int, trained: int) -> None:
-    """Make sure that the optimizer can count what a GPU holds in one piece: ZeRO-1 and ZeRO-2 lay all weights of a device into one.
+    """Check that a bitsandbytes optimizer can index its tensors: ZeRO-1 and ZeRO-2 flatten a device's weights into one.
+
+    With more than 2^31 - 1 entries in a tensor, bitsandbytes silently skips most of them.
 
     Args:
         config: The YAML.
-        stage: Of ZeRO.
-        trained: Numbers that are trained, on all devices together.
-
-    Raises:
-        StrategyError: it would leave most of them as they are, and say nothing.
+        stage: The ZeRO stage.
+        trained: Number of trainable parameters over all devices.
     """
-    least_devices = -(-trained // _MOST_ENTRIES_OF_BITSANDBYTES)
+    least_devices = -(-trained // _MAX_ENTRIES)
     if (
         stage in (1, 2)
-        and config.optim.startswith(_OF_BITSANDBYTES)
+        and config.optim.startswith(_BITSANDBYTES_OPTIMIZERS)
         and config.fewest_devices < least_devices
     ):
         raise StrategyError(
-            f"optim: {config.optim}: under ZeRO-{stage} each of {config.fewest_devices} devices holds {trained / config.fewest_devices:,.0f} "
-            f"trained numbers in one piece, and bitsandbytes counts to {_MOST_ENTRIES_OF_BITSANDBYTES:,}. Write optim: adamw_torch, "
+            f"optim: {config.optim}: under ZeRO-{stage} each of {config.fewest_devices} devices has {trained / config.fewest_devices:,.0f} "
+            f"trainable parameters in one tensor; bitsandbytes supports at most {_MAX_ENTRIES:,}. Write optim: adamw_torch, "
             f"deepspeed: zero_3, or num_devices: {least_devices} or more."
         )

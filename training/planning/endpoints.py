@@ -1,4 +1,4 @@
-"""The addresses of clusters and job servers: whether something answers there, before anything waits for it."""
+"""Addresses of clusters and job servers, and quick checks that they answer before anything waits for them."""
 
 import os
 import re
@@ -7,59 +7,55 @@ from dataclasses import dataclass
 
 from utils.errors import AnnealError
 
-TOKEN_ADVICE = "It asks for a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH points."
+TOKEN_ADVICE = "It requires a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
 _REACH_SECONDS = 10
 _HIGHEST_PORT = 65535
 
 
 class ClusterError(AnnealError):
-    """The cluster cannot take the job; the message says what it lacks and what to do."""
+    """A cluster that cannot run the job; the message names what is missing and the fix."""
 
 
 @dataclass(frozen=True)
 class ClusterTarget:
-    """Where a run's workers are placed: a cluster, or this machine."""
+    """The cluster or machine where a run's workers are placed."""
 
     address: str | None
-    """The cluster's address, or that of the job server that takes the run; None: a cluster of this machine, started for the run."""
+    """Address of the cluster or of the job server; None for a local cluster that is started for the run."""
 
     @property
     def is_local(self) -> bool:
-        """Whether the workers run on this machine."""
+        """True if the workers run on this machine."""
         return self.address is None
 
 
 def target_cluster() -> ClusterTarget:
-    """Return the cluster that RAY_ADDRESS names. Called once, at the entrance: everything else is handed the result."""
+    """Return the cluster that RAY_ADDRESS names. Called once in the entry point, which passes the result on."""
     return ClusterTarget(os.environ.get("RAY_ADDRESS") or None)
 
 
 def set_ray_environment(target: ClusterTarget) -> None:
-    """Set what Ray reads from the environment when it is imported."""
+    """Set the environment variables that Ray reads at import."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A local cluster gets no preemption notices, and watching for them is a process on the cores that train.
+    # A local cluster gets no preemption notices, and the watcher process would use cores that train.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if target.is_local else "1")
-    # A report waits for the next health check.
+    # Each report waits for the next health check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Ray's patch of print breaks the hashing of datasets.
+    # Ray's patch of print breaks fingerprinting in datasets.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 
 def check_cluster_answers(target: ClusterTarget) -> None:
-    """Make sure that something listens where RAY_ADDRESS points; Ray itself retries for minutes.
-
-    Raises:
-        ClusterError: nothing answers, or it is a job server, which no driver can join.
-    """
+    """Check that a cluster answers at RAY_ADDRESS; Ray itself would retry for minutes. Reject the URL of a job server."""
     address = target.address or ""
     if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"RAY_ADDRESS: {address} is a job server. Hand the run over to it with --submit {address}, or write RAY_ADDRESS=HEAD:6379 "
-            "to join its cluster from one of its machines."
+            f"RAY_ADDRESS: {address} is a job server. Submit the run with --submit {address}, or set RAY_ADDRESS=HEAD:6379 on a machine "
+            "of the cluster."
         )
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdigit():
-        return  # unset, or "auto" and the like: Ray looks for a cluster on this machine
+        return  # unset, or a name such as "auto": Ray looks for a cluster on this machine
     check_answers(
         "RAY_ADDRESS",
         address,
@@ -70,25 +66,21 @@ def check_cluster_answers(target: ClusterTarget) -> None:
 
 
 def check_job_server_answers(address: str) -> None:
-    """As `check_cluster_answers`, for what --submit names.
-
-    Raises:
-        ClusterError: nothing answers, or it is no address of a job server.
-    """
+    """Check that `--submit` names the URL of a job server, and that it answers."""
     match = re.fullmatch(r"https?://([^/:@\s]+|\[[0-9a-f:]+\])(?::(\d+))?(?:/\S*)?", address)
     if match is None:
         raise ClusterError(
-            f"--submit: {address} is no address of a job server. Write http://HEAD:8265, where Ray's dashboard is."
+            f"--submit: {address} is not the URL of a job server. Write http://HEAD:8265, the address of Ray's dashboard."
         )
     host, port = match[1], int(match[2] or (443 if address.startswith("https") else 80))
     check_answers("--submit", address, host, port, "Start the cluster, or correct the address.")
 
 
 def check_answers(said: str, address: str, host: str, port: int, advice: str) -> None:
-    """Raises ClusterError, with what said the address and what to do, when nothing listens there."""
-    if port > _HIGHEST_PORT:  # the system would ask another one
+    """Check that a TCP port answers; the error names the setting (`said`), the address and the fix (`advice`)."""
+    if port > _HIGHEST_PORT:  # the system would connect to another port
         raise ClusterError(
-            f"{said}: {address} names the port {port}, and ports end at {_HIGHEST_PORT}. {advice}"
+            f"{said}: {address} has port {port}, but the highest port is {_HIGHEST_PORT}. {advice}"
         )
     try:
         socket.create_connection((host.strip("[]"), port), _REACH_SECONDS).close()

@@ -1,4 +1,4 @@
-"""How much memory a device needs for a run, counted from shapes before anything is built."""
+"""Estimate of the memory that a run needs per device, computed from shapes without building the model."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,38 +27,38 @@ from utils.errors import AnnealError
 from utils.files import format_bytes
 
 _FP32 = 4
-# bitsandbytes' NF4 with double quantisation: half a byte, an 8-bit scale for 64 weights, a 32-bit one for 256 of those
+# bitsandbytes' NF4 with double quantization: half a byte per weight, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 # (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-# bitsandbytes' 8-bit states: a byte, and a 32-bit scale for 256 of them (Dettmers et al. 2021, arXiv 2110.02861); small tensors keep 32.
+# bitsandbytes' 8-bit states: a byte each, and a 32-bit scale per 256 (Dettmers et al. 2021, arXiv 2110.02861); small tensors keep 32 bits.
 _EIGHT_BITS, _LEAST_IN_EIGHT_BITS = 1 + 4 / 256, 4096
-_LEAST_PAGED = 100_000  # smaller tensors of a paged optimizer stay on the device
-# Of TRL's fused head: tokens and words that it computes logits of at a time.
-_HEAD_TOKENS, _HEAD_WORDS = 4096, 32768
+_LEAST_PAGED = 100_000  # a paged optimizer keeps smaller tensors on the device
+# Tile of TRL's fused LM head: tokens and vocabulary entries per block of logits.
+_HEAD_TOKENS, _HEAD_ENTRIES = 4096, 32768
 _ROWS_OF_A_PAIR = 2
-_SURE_SHARE = 0.9  # of a device: the rest is for CUDA, NCCL and the allocator's fragments
+_SAFE_SHARE = 0.9  # of a device; the rest is for CUDA, NCCL and fragmentation
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides how much memory a device needs."""
+    """The inputs of a memory estimate."""
 
     config: FinetuneConfig
     shape: ModelShape
     facts: ModelFacts
     adapter: AdapterFacts | None
-    """The one that is continued, if any."""
+    """The adapter that the run continues, if any."""
     device: Device
     longest: int
-    """Tokens of the longest sequence of a batch."""
+    """Tokens of the longest sequence in a batch."""
     execution: Execution
     """DeepSpeed's settings, ZeRO stage and kernels."""
     new_adapter: Mapping[str, tuple[int, ...]] | None = None
-    """Name -> shape of what is trained with a new adapter, where it was counted by PEFT itself."""
+    """Name -> shape of a new adapter's trainable parameters, if PEFT counted them."""
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """Module -> rank, where an adapter sits."""
+        """Module -> rank of its adapter."""
         if self.adapter:
             return self.adapter.ranks
         return lora_ranks(self.facts, self.config.lora_config) if self.config.lora_config else {}
@@ -66,28 +66,28 @@ class Job:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device, at the moment at which they are most."""
+    """Bytes per device at the peak."""
 
     weights: int
-    """Of the model as it is held, with bf16 copies of what autocast casts."""
+    """Model weights in their stored dtype, and the bf16 copies that autocast makes."""
     gradients: int
-    """With the buffers in which they are exchanged."""
+    """Gradients, and the buffers of their all-reduce."""
     optimizer: int
-    """Its states and fp32 masters, and what its step takes beyond the activations and logits that are gone by then."""
+    """Optimizer states and fp32 master weights, and temporary memory of a step beyond that of the freed activations and logits."""
     activations: int
-    """What is kept of the forward pass for the backward pass, and what that takes beyond the logits that are gone by then."""
+    """Activations saved for the backward pass, and its temporary memory beyond that of the freed logits."""
     logits: int
-    """And their loss."""
+    """Logits and their loss."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class _Held:
-    """How a job holds its numbers, resolved from the YAML, DeepSpeed's settings and the kernels."""
+    """The dtypes and partitioning of a job, derived from the YAML, DeepSpeed's settings and the kernels."""
 
     provider: Provider
     stage: int
@@ -95,32 +95,32 @@ class _Held:
     """DeepSpeed's `zero_optimization`."""
     devices: int
     base: int
-    """Bytes of a base weight that is not in 4 bits, and of a number between layers."""
+    """Bytes per base weight that is not in 4 bits, and per activation between layers."""
     trained: int
-    """Bytes of a trained weight, and of its gradient."""
+    """Bytes per trainable weight, and per gradient entry."""
     computed: int
-    """Bytes of a number in a matrix product."""
+    """Bytes per entry of a matrix product."""
     autocast: bool
-    """Whether torch casts weights and inputs of each matrix product by itself."""
+    """True if autocast converts the weights and inputs of matrix products."""
     trained_shapes: Mapping[str, tuple[int, ...]]
-    """Of what is trained, by its name."""
+    """Name -> shape of the trainable parameters."""
 
     @property
     def trained_entries(self) -> int:
-        """How many numbers are trained."""
+        """Number of trainable parameters."""
         return sum(map(math.prod, self.trained_shapes.values()))
 
 
 def estimate_memory(job: Job) -> MemoryEstimate:
-    """Weights, gradients, optimizer, activations and logits of a device.
+    """Estimate the memory of a device for weights, gradients, optimizer, activations and logits.
 
-    Left out is what CUDA, NCCL and the allocator's fragments take.
+    Not included: the CUDA context, NCCL buffers and allocator fragmentation.
     """
     held = _hold(job)
-    kept, works_in, logits = _kept(job, held), _works_in(job, held), _logits(job, held)
+    saved, backward, logits = _saved(job, held), _backward(job, held), _logits(job, held)
     optimizer, step = _optimizer(job, held)
-    # The backward pass of the layers comes when the logits are gone, and the optimizer's step when both are.
-    activations = kept + max(0, works_in - logits)
+    # The logits are freed before the layers' backward pass, the activations before the optimizer step.
+    activations = saved + max(0, backward - logits)
     return MemoryEstimate(
         weights=int(_weights(job, held)),
         gradients=int(_gradients(held)),
@@ -146,7 +146,7 @@ def _hold(job: Job) -> _Held:
             shapes[f"{module}.lora_magnitude_vector"] = (outputs,)
     if job.new_adapter is not None:
         shapes = dict(job.new_adapter)
-    # On CPU Unsloth computes as transformers and PEFT do.
+    # On CPU, Unsloth uses the code of transformers and PEFT.
     provider = job.execution.kernels.provider if job.device == "cuda" else "torch"
     return _Held(
         provider=provider,
@@ -154,7 +154,7 @@ def _hold(job: Job) -> _Held:
         zero=(job.execution.deepspeed or {}).get("zero_optimization", {}),
         devices=config.most_devices,
         base=2 if job.execution.weights_dtype == "bf16" else _FP32,
-        # DeepSpeed casts what is trained to bf16 and keeps fp32 masters; PEFT holds adapters in fp32 without it.
+        # DeepSpeed casts trainable weights to bf16 and keeps fp32 master weights; without it, PEFT keeps adapters in fp32.
         trained=half if stage else _FP32,
         computed=half,
         autocast=bf16 and not stage,
@@ -163,13 +163,13 @@ def _hold(job: Job) -> _Held:
 
 
 def _weights(job: Job, held: _Held) -> float:
-    """The base and the adapter. ZeRO-3 splits them over the devices, and gathers a layer and the next, or the head."""
+    """Return the bytes of base model and adapter; ZeRO-3 shards them and gathers two layers at a time, or the head."""
     config, facts = job.config, job.facts
     matrices = sum(
         math.prod(shape) for name, shape in facts.parameter_shapes.items() if _is_in_layers(name, shape)
     )
     if config.load_in_4bit:
-        # transformers holds a layer's experts in one parameter, which bitsandbytes leaves as it is; Unsloth packs it on a GPU
+        # transformers holds a layer's experts in one parameter, which bitsandbytes does not quantize; Unsloth does on a GPU
         # (unsloth_zoo/temporary_patches/moe_utils_bnb4bit.py).
         packed = matrices if held.provider == "unsloth" else matrices - _in_experts(job)
         base = packed * _NF4 + (facts.parameters - packed) * held.base
@@ -178,7 +178,7 @@ def _weights(job: Job, held: _Held) -> float:
     adapter = held.trained_entries * held.trained if config.trains_adapter else 0
     copies = 2 * _cast_by_autocast(job, held) if held.autocast else 0
     if config.task == "preference_tuning" and _loss(config) != "orpo":
-        # Its reference: a second model, the adapter as it was, or no more than the base.
+        # The reference: a second model, the initial adapter, or the base model itself.
         base, adapter = base * (1 if config.trains_adapter else 2), adapter * (2 if job.adapter else 1)
     if held.stage < 3:
         return base + adapter + copies
@@ -187,12 +187,12 @@ def _weights(job: Job, held: _Held) -> float:
 
 
 def _in_experts(job: Job) -> int:
-    """Entries of all experts together."""
+    """Return the number of entries of all experts."""
     return sum(math.prod(shape) for name, shape in job.facts.parameter_shapes.items() if is_expert(name))
 
 
 def _cast_by_autocast(job: Job, held: _Held) -> int:
-    """Entries of the matrices that are trained, which autocast casts to bf16 once a forward pass and keeps."""
+    """Return the entries of the trainable matrices, of which autocast caches a bf16 copy per forward pass."""
     cast = sum(
         math.prod(shape)
         for name, shape in held.trained_shapes.items()
@@ -205,10 +205,10 @@ def _cast_by_autocast(job: Job, held: _Held) -> int:
 
 
 def _gradients(held: _Held) -> float:
-    """A number for each trained weight, in its type (Rajbhandari et al. 2019, arXiv 1910.02054, section 3.1), and the buffers.
+    """Return the bytes of gradients, in the dtype of their weights, and of the all-reduce buffers.
 
-    DDP keeps a second copy in its buckets. DeepSpeed has one buffer of `reduce_bucket_size`, with overlap_comm two (below
-    ZeRO-3); from ZeRO-2 on a device keeps its part only.
+    DDP keeps a second copy in its buckets. DeepSpeed has one buffer of `reduce_bucket_size`, and two with overlap_comm below
+    ZeRO-3. From ZeRO-2 on, each device keeps only its shard (Rajbhandari et al. 2019, arXiv 1910.02054, section 3.1).
     """
     gradients = held.trained_entries * held.trained
     if held.stage == 0:
@@ -222,11 +222,11 @@ def _gradients(held: _Held) -> float:
 
 
 def _optimizer(job: Job, held: _Held) -> tuple[float, float]:
-    """(states and fp32 masters, what a step takes beside them).
+    """Return (bytes of states and fp32 master weights, temporary bytes of a step).
 
-    With DeepSpeed each device has masters, states and, in its step, fp32 gradients of its part: 4 + 8 + 4 bytes a weight with Adam,
-    as in DeepSpeed's own estimate (`estimate_zero2_model_states_mem_needs`). torch's Adam steps through all weights at once on a
-    GPU and needs their size again (its documentation of `foreach`).
+    With DeepSpeed, each device has master weights, states and, during the step, fp32 gradients of its shard. With Adam these
+    are 4 + 8 + 4 bytes per weight, as in DeepSpeed's own estimate (`estimate_zero2_model_states_mem_needs`). torch's Adam on a
+    GPU updates all weights at once and needs their size again (see `foreach` in its documentation).
     """
     if _is_offloaded(held, "offload_optimizer"):
         return 0.0, 0.0
@@ -239,30 +239,30 @@ def _optimizer(job: Job, held: _Held) -> tuple[float, float]:
 
 
 def _states(job: Job, name: str, shape: tuple[int, ...]) -> float:
-    """Bytes of an optimizer's states for one parameter."""
+    """Return the bytes of the optimizer states of one parameter."""
     optim, size = job.config.optim, math.prod(shape)
     if optim == "sgd":
         return 0
     if optim == "adafactor":
-        # A row and a column in place of a matrix (Shazeer and Stern 2018, arXiv 1804.04235).
+        # A row and a column instead of a matrix (Shazeer and Stern 2018, arXiv 1804.04235).
         return _FP32 * (sum(size / part for part in shape[-2:]) if len(shape) > 1 else size)
     if optim.startswith("paged") and job.device == "cuda" and size >= _LEAST_PAGED:
-        return 0  # moves to the host's memory where the device's runs out
+        return 0  # evicted to host memory if the device runs out
     moments = 1 if "lion" in optim else 2
-    # transformers keeps embeddings at 32 bits.
+    # transformers keeps the states of embeddings in 32 bits.
     in_8_bits = "8bit" in optim and size >= _LEAST_IN_EIGHT_BITS and not is_embedding(name)
     return moments * size * (_EIGHT_BITS if in_8_bits else _FP32)
 
 
-def _kept(job: Job, held: _Held) -> float:
-    """What lies in memory when the forward pass of the layers is done.
+def _saved(job: Job, held: _Held) -> float:
+    """Return the bytes saved for the backward pass at the end of the forward pass of the layers.
 
-    With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) that is each layer's input; `unsloth` keeps these in the host's
-    memory.
+    With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) these are the inputs of the layers; `unsloth` offloads
+    them to host memory.
     """
     shape, tokens = job.shape, _tokens(job)
     last = tokens * (_norm(job, held, shape.hidden) + held.computed * shape.hidden)
-    mask = tokens * job.longest if _is_masked(job, held) else 0  # a byte each, for all layers
+    mask = tokens * job.longest if _is_masked(job, held) else 0  # one byte per pair, shared by all layers
     if not job.config.gradient_checkpointing:
         layers = shape.layers * tokens * _layer(job, held)
     elif held.provider == "unsloth" and offloads_activations(
@@ -276,34 +276,35 @@ def _kept(job: Job, held: _Held) -> float:
     return layers + last + mask
 
 
-def _works_in(job: Job, held: _Held) -> float:
-    """What the backward pass of a layer takes: the gradients inside its MLP, and with gradient checkpointing the layer itself again."""
+def _backward(job: Job, held: _Held) -> float:
+    """Return the temporary bytes of a layer's backward pass: MLP gradients, and with gradient checkpointing the recomputed layer."""
     shape, tokens = job.shape, _tokens(job)
     width = shape.intermediate * max(1, shape.experts_per_token)
     gradients = tokens * held.computed * (3 * width + 2 * shape.hidden)
-    if _attends_plainly(job, held):
-        # Of a softmax's input and output in fp32, and what is multiplied: the gradients of each pair, most of which live at once.
+    if _uses_eager_attention(job, held):
+        # Gradients per query-key pair: softmax input and output in fp32, and the product; most exist at the same time.
         gradients = max(gradients, 7 * tokens * shape.heads * job.longest)
     return gradients + (tokens * _layer(job, held) if job.config.gradient_checkpointing else 0)
 
 
 def _layer(job: Job, held: _Held) -> float:
-    """Bytes that autograd saves for a token in one layer of attention and a gated MLP, as transformers' Llama computes it.
+    """Return the bytes that autograd saves per token in one layer of attention and a gated MLP (transformers' Llama).
 
-    Norms, the inputs of what is trained, queries, keys, values, output and log-sum-exp of attention, gate and up before and behind
-    the activation function, their product. Autocast casts the input of each matrix product anew. Liger's and Unsloth's kernels
-    compute the activation function again (`save_for_backward` in liger_kernel/ops/swiglu.py and unsloth/kernels/fast_lora.py).
+    Saved are norms, the inputs of trainable weights, queries, keys, values, output and log-sum-exp of attention, the gate
+    before and after its activation function, the up projection, and their product. Autocast converts the input of each matrix
+    product separately. Liger's and Unsloth's kernels recompute the activation function (`save_for_backward` in
+    liger_kernel/ops/swiglu.py and unsloth/kernels/fast_lora.py).
     """
     shape, config, computed = job.shape, job.config, held.computed
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     hidden, width = shape.hidden, shape.intermediate * max(1, shape.experts_per_token)
     if held.provider == "unsloth" and config.trains_adapter and not _dropout(config):
-        matrices = computed * (2 * hidden + 2 * width)  # fused with the adapters
+        matrices = computed * (2 * hidden + 2 * width)  # MLP and adapters are fused
     else:
         matrices = computed * (2 if held.provider == "liger" else 3) * width + _saved_inputs(job, held)
-    # With a mask torch's attention takes keys and values as wide as queries, and the mask in its own type.
-    if _attends_plainly(job, held):
-        # What caps each pair's score, and its probability, in fp32 and as it is multiplied
+    # With a mask, torch's attention expands keys and values to the width of queries and converts the mask to its dtype.
+    if _uses_eager_attention(job, held):
+        # Softcapped score and probability of each pair, in fp32 and in the dtype of the product.
         attention = computed * 4 * queries + 8 * shape.heads * job.longest
     elif _is_masked(job, held):
         attention = computed * (4 * queries + job.longest) + _FP32 * shape.heads
@@ -314,13 +315,13 @@ def _layer(job: Job, held: _Held) -> float:
     return norms + attention + matrices + copies
 
 
-def _attends_plainly(job: Job, held: _Held) -> bool:
-    """Whether attention is transformers' plain one, which torch's own cannot stand for."""
+def _uses_eager_attention(job: Job, held: _Held) -> bool:
+    """Return whether attention is transformers' eager implementation, since torch's does not support softcapping."""
     return job.shape.caps_scores and held.provider != "unsloth" and not job.config.flash_attention_2
 
 
 def _norms_of_a_layer(job: Job) -> list[int]:
-    """How many numbers of a token each norm takes; two norms of all of them where they are not called so."""
+    """Return the width of each norm in a layer; two norms of the hidden size if none is found by its name."""
     shape = job.shape
     widths = {"q_norm": shape.heads * shape.head_dim, "k_norm": shape.key_value_heads * shape.head_dim}
     names = (
@@ -332,7 +333,10 @@ def _norms_of_a_layer(job: Job) -> list[int]:
 
 
 def _norm(job: Job, held: _Held, width: int) -> float:
-    """transformers computes norms in fp32; a trained one keeps what it scales. Liger's and Unsloth's keep their input."""
+    """Return the bytes that a norm saves per token.
+
+    transformers computes norms in fp32, and a trainable norm also saves the scaled input. Liger and Unsloth save the input.
+    """
     if held.provider != "torch":
         return held.base * width + _FP32
     scaled = 0 if job.config.trains_adapter else held.base * width
@@ -340,28 +344,32 @@ def _norm(job: Job, held: _Held, width: int) -> float:
 
 
 def _logits(job: Job, held: _Held) -> float:
-    """transformers' loss, on CPU, has 12 bytes for each token and word: the logits, their log-softmax in fp32, the gradient in fp32 and,
-    of logits in bf16, in bf16 again. TRL's fused head has a tile of logits, the hidden states with their fp32 gradient, and the head's
-    own where it is trained (`ChunkedLogProbFunction` in trl/kernels/chunked_logprob.py)."""
+    """Return the bytes of the logits and their loss.
+
+    transformers' loss, used on CPU, needs 12 bytes per token and vocabulary entry: the logits, their log-softmax in fp32, the
+    gradient in fp32, and a bf16 copy of it for bf16 logits. TRL's fused head needs a tile of logits, the hidden states with
+    their fp32 gradient, and the head's gradient if it is trained (`ChunkedLogProbFunction` in trl/kernels/chunked_logprob.py).
+    """
     shape, tokens = job.shape, _tokens(job)
     if job.device == "cpu":
         return tokens * shape.vocabulary * 3 * _FP32
-    tile = min(tokens, _HEAD_TOKENS) * min(shape.vocabulary, _HEAD_WORDS) * (held.computed + _FP32)
+    tile = min(tokens, _HEAD_TOKENS) * min(shape.vocabulary, _HEAD_ENTRIES) * (held.computed + _FP32)
     head_is_trained = any(is_head(name) or is_embedding(name) for name in held.trained_shapes)
     head = _FP32 * shape.vocabulary * shape.hidden if head_is_trained else 0
     return tile + tokens * shape.hidden * (held.computed + _FP32) + head
 
 
 def _tokens(job: Job) -> int:
-    """Of a batch, padding included."""
+    """Return the tokens of a batch, padding included."""
     rows = job.config.batch_size
     return rows * job.longest * (_ROWS_OF_A_PAIR if job.config.task == "preference_tuning" else 1)
 
 
 def _is_masked(job: Job, held: _Held) -> bool:
-    """Whether attention gets a mask of all pairs: for packed rows on CPU, for windows, for what a mixture of experts leaves out.
+    """Return whether attention gets a mask of all query-key pairs.
 
-    Unsloth, the flash-attn package and torch's kernels for packed rows (training/models/varlen_attention.py) need none.
+    This is so for packed rows on CPU, for sliding windows, and for padded rows of a mixture of experts. Unsloth, the flash-attn
+    package and torch's kernels for packed rows (training/models/varlen_attention.py) need no mask.
     """
     config = job.config
     flash = (
@@ -382,9 +390,9 @@ def _dropout(config: FinetuneConfig) -> float:
 
 
 def _saved_inputs(job: Job, held: _Held) -> float:
-    """Bytes a token and layer of the inputs of what is trained, and of what adapters make of them; matrices of one input share it.
+    """Return the bytes per token and layer of the saved inputs of trainable weights and of the adapters' intermediate results.
 
-    Autocast and dropout make each its own. The attention's output is saved by itself already.
+    Matrices with the same input share it, except with autocast or dropout. The attention output is already saved elsewhere.
     """
     shape, ranks = job.shape, job.ranks
     if job.config.trains_adapter:
@@ -401,17 +409,17 @@ def _saved_inputs(job: Job, held: _Held) -> float:
             shared[place] = max(shared.get(place, 0.0), size * (1 if share == 1 else shape.experts_per_token))
         if place[1] != ATTENTION_OUTPUT or job.config.trains_adapter:
             own += size * share
-        # torch's dropout keeps a mask: of bytes on a GPU, in its input's type on CPU.
+        # torch's dropout saves a mask: one byte per entry on a GPU, in the input's dtype on CPU.
         masks += size * (held.trained if job.device == "cpu" else 1) if _dropout(job.config) else 0
     taken = own if held.autocast or _dropout(job.config) else sum(shared.values())
     if job.config.lora_config and job.config.lora_config.use_dora:
-        # It scales what the base and the adapter make, each by itself.
+        # DoRA scales the outputs of the base and of the adapter separately.
         taken += sum(2 * job.facts.matrix_shapes[module][0] for module in ranks)
     return (held.computed * (taken + sum(ranks.values())) + masks) / shape.layers
 
 
 def _loss(config: FinetuneConfig) -> str:
-    """Of preference tuning."""
+    """Return the loss type of preference tuning."""
     return (config.preference_tuning_config or PreferenceTuningConfig()).loss
 
 
@@ -425,12 +433,12 @@ def _is_offloaded(held: _Held, what: str) -> bool:
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of the YAML that takes less memory."""
+    """A change of the YAML that reduces memory."""
 
     setting: str
-    """As it would be written."""
+    """The setting as written in the YAML."""
     saved: int
-    """Bytes on each device."""
+    """Bytes saved per device."""
 
 
 Verdict = Literal["fits", "may not fit", "does not fit"]
@@ -438,26 +446,26 @@ Verdict = Literal["fits", "may not fit", "does not fit"]
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What a person reads of it."""
+    """The memory estimate in the plan report."""
 
     estimate: MemoryEstimate
     total: int
     kernels: Provider
     accelerator: str | None
-    """What the workers are to have, or this machine's GPU; None where it is not known, and on CPU."""
+    """The requested accelerator, or this machine's GPU; None if unknown and on CPU."""
     available: int | None
-    """Bytes of it."""
+    """Memory of the accelerator in bytes; None if unknown."""
     verdict: Verdict | None
     savings: list[Saving]
-    """The three changes of the YAML that save most, each by itself."""
+    """The three changes of the YAML that save the most memory, each on its own."""
 
 
 def report_memory(job: Job, accelerator: str | None, available: int | None) -> MemoryReport:
-    """Return the estimate, beside what a device has."""
+    """Return the estimate and the verdict for a device with this memory."""
     estimate = estimate_memory(job)
     verdict: Verdict | None = None
     if available is not None:
-        sure = estimate.total <= _SURE_SHARE * available
+        sure = estimate.total <= _SAFE_SHARE * available
         verdict = "fits" if sure else "may not fit" if estimate.total <= available else "does not fit"
     return MemoryReport(
         estimate=estimate,
@@ -471,36 +479,39 @@ def report_memory(job: Job, accelerator: str | None, available: int | None) -> M
 
 
 def describe_savings(savings: Sequence[Saving]) -> str:
-    """What would help, as a sentence; nothing where nothing does."""
+    """Return a sentence with the changes that save memory; empty if there are none."""
     if not savings:
         return ""
     listed = "; ".join(f"`{saving.setting}` ({format_bytes(saving.saved)} less)" for saving in savings)
     cut = (
-        " Rows longer than that context_length would be cut, or go by `long_rows`."
+        " `long_rows` decides what happens to rows longer than that context_length."
         if "context_length" in listed
         else ""
     )
-    return f"What would help most, estimated for each device: {listed}.{cut}"
+    return f"Changes that save the most memory per device (estimated): {listed}.{cut}"
 
 
 def largest_batch(job: Job, available: int) -> int:
-    """What `train_batch_size_per_device: auto` comes to: the most rows that are estimated to fit surely, and 1 where none do.
+    """Return the value of `train_batch_size_per_device: auto`: the most rows whose estimate fits with a margin, at least 1.
 
     Args:
-        job: Its configuration says auto.
-        available: Bytes of a device.
+        job: A job whose configuration has `auto`.
+        available: Memory of a device in bytes.
     """
     for rows in job.config.possible_batch_sizes():
         if (
             estimate_memory(replace(job, config=job.config.with_batch_size(rows))).total
-            <= _SURE_SHARE * available
+            <= _SAFE_SHARE * available
         ):
             return rows
     return 1
 
 
 def _savings(job: Job, available: int | None) -> list[Saving]:
-    """The three changes that save most, each by itself and of another key: of one key the mildest that fits, else what saves most."""
+    """Return the three changes that save the most memory, each on its own, with at most one per key.
+
+    For each key this is the first change that fits, or else the one that saves the most.
+    """
     now = estimate_memory(job).total
     found: dict[str, Saving] = {}
     for setting, changes in _alternatives(job):
@@ -513,10 +524,10 @@ def _savings(job: Job, available: int | None) -> list[Saving]:
                 check_optimizer(changed.config, held.stage, held.trained_entries)
             saving = Saving(setting, now - estimate_memory(changed).total)
         except AnnealError:
-            continue  # kernels that are not installed, or settings that a plan would reject
+            continue  # kernels are not installed, or a plan would reject the settings
         key = setting.split(":")[0]
         known = found.get(key)
-        fits = known and available is not None and now - known.saved <= _SURE_SHARE * available
+        fits = known and available is not None and now - known.saved <= _SAFE_SHARE * available
         if known is None or (not fits and saving.saved > known.saved):
             found[key] = saving
     return sorted((one for one in found.values() if one.saved > 0), key=lambda one: -one.saved)[:3]
@@ -551,11 +562,7 @@ def _alternatives(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _changed(job: Job, changes: dict[str, Any]) -> Job | None:
-    """Return the job with other settings; None where they do not go together.
-
-    Raises:
-        StrategyError, ModelError: DeepSpeed or the kernels cannot serve them.
-    """
+    """Return the job with other settings, or None if the settings are invalid together."""
     try:
         config = FinetuneConfig.model_validate(job.config.model_dump(exclude_unset=True) | changes)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""Where a run keeps things: its storage, and the scratch directory of a node."""
+"""The storage of runs and the scratch directory of a node."""
 
 import os
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from training.data.sources import is_hub_dataset
 from utils.storage.bucket import BucketError, NotFoundError, is_remote, uses_embedded_bucket
 
 LOCAL_STORAGE = Path("/mnt/local_storage")
-"""An Anyscale node's own fast disks, where it has some."""
+"""Local SSDs of an Anyscale node, if it has any."""
 
 
 def storage_path(config: FinetuneConfig) -> str:
-    """Where runs go: the YAML's word, else `default_storage`."""
+    """Return the URI that holds the runs: the YAML's storage_path, else `default_storage`."""
     if config.storage_path:
         return absolute(config.storage_path)
     return default_storage()
 
 
 def scratch_directory(config: FinetuneConfig) -> Path:
-    """A node's scratch: the YAML's output_dir, else an Anyscale node's own disks, else the user's cache directory."""
+    """Return a node's scratch directory: output_dir, else an Anyscale node's local SSDs, else the user's cache directory."""
     if config.output_dir:
         return Path(config.output_dir).expanduser().absolute()
     if LOCAL_STORAGE.is_dir():
@@ -32,30 +32,26 @@ def scratch_directory(config: FinetuneConfig) -> Path:
 
 
 def make_scratch_directory(config: FinetuneConfig) -> Path:
-    """The scratch directory, made if need be.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
+    """Create the scratch directory if it does not exist, and return it."""
     directory = scratch_directory(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"output_dir: {directory} cannot be made ({error.strerror}). Name a directory that you may write to."
+            f"output_dir: {directory} cannot be created ({error.strerror}). Name a directory with write permission."
         ) from error
 
     return directory
 
 
 def needs_embedded_bucket(config: FinetuneConfig) -> bool:
-    """Return whether a URI of the run is in the embedded bucket."""
+    """Return whether a URI of the configuration is in the embedded bucket."""
     uris = (field.uri for field in uri_fields(config))
     return uses_embedded_bucket(storage_path(config)) or any(map(uses_embedded_bucket, uris))
 
 
 def absolute(uri: str) -> str:
-    """A path of the YAML as every process understands it; remote ones as they are."""
+    """Return a local path of the YAML as an absolute path; return remote URIs unchanged."""
     return (
         uri
         if is_remote(uri) or is_hub_dataset(uri)
@@ -65,10 +61,10 @@ def absolute(uri: str) -> str:
 
 @contextmanager
 def about_key(key: str) -> Iterator[None]:
-    """Say which key of the YAML a place that storage refuses stands under."""
+    """Add the YAML key to storage errors that are raised within the block."""
     try:
         yield
     except NotFoundError as error:
-        raise NotFoundError(f"{key}: {error}. Look at its spelling.") from error
+        raise NotFoundError(f"{key}: {error}. Check the spelling.") from error
     except BucketError as error:
         raise BucketError(f"{key}: {error}") from error

@@ -1,4 +1,4 @@
-"""The plan of a run: what the driver decided and the workers follow, and the report that a user reads before training."""
+"""The plan of a run: the driver's decisions, which the workers follow."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -17,20 +17,20 @@ from training.planning.paths import scratch_directory
 
 
 class Resolved(BaseModel):
-    """Decisions that are made once, by the planner, and that everything else reads."""
+    """Decisions that the planner makes once; all other code reads them here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: ClusterTarget
-    """Where the workers are placed."""
+    """The cluster or machine where the workers are placed."""
     zero_stage: ZeroStage
     kernels: KernelChoice
     weights_dtype: WeightsDtype
-    """In which the base is loaded."""
+    """The dtype in which the base model is loaded."""
 
 
 class RunPlan(BaseModel):
-    """What the driver decided and the workers follow. It crosses the wire as a plain dictionary and is validated again."""
+    """The driver's decisions, which the workers follow. It is sent as a plain dictionary and validated again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,13 +46,13 @@ class RunPlan(BaseModel):
     adapter: str | None
     """Directory or s3:// prefix of the LoRA adapter to continue."""
     parent: str | None
-    """What the run started from, if not from the plain model: recorded in manifests and the result."""
+    """URI of the weights that the run continues, recorded in manifests and the result; None for a plain model."""
     restore_from: str | None
-    """URI of the checkpoint whose whole trainer state is taken."""
+    """URI of the checkpoint whose complete trainer state is restored."""
     chat_template: str | None
-    """Jinja text that takes the place of the tokenizer's own."""
+    """Jinja text that replaces the tokenizer's own template."""
     prepared: str
-    """Where the rows' tokens are kept in the bucket, by their keys."""
+    """URI under which the prepared rows are stored by their keys."""
     train: str
     """Key of the training rows."""
     valid: str | None
@@ -60,39 +60,34 @@ class RunPlan(BaseModel):
     max_steps: int
     steps_per_epoch: int
     flops: RowFlops | None
-    """What a row is worth; None where nobody has counted it for such layers or such a task."""
+    """Model FLOPs per row; None for unsupported architectures and tasks."""
     scratch: str
-    """Absolute directory for the cache and unfinished files: the driver's; see `on_this_node`."""
-
-    @property
-    def kernels(self) -> KernelChoice:
-        """The kernels that train the model."""
-        return self.resolved.kernels
+    """The driver's absolute directory for the cache and temporary files; see `on_this_node`."""
 
     @property
     def cache(self) -> Path:
-        """Where a node keeps what it downloaded and tokenised."""
+        """The node cache: downloaded models and prepared rows."""
         return Path(self.scratch) / "cache"
 
     def order(self, lengths: np.ndarray, longest: int, devices: int) -> BatchPlan:
-        """Which rows each step takes; see `order_of`."""
+        """Return the rows of each step; see `order_of`."""
         return order_of(self.config, lengths, longest, devices)
 
     def on_this_node(self) -> Self:
-        """The plan with a scratch directory of the node that asks, where the YAML names none: nodes need not have the driver's."""
+        """Return the plan with this node's scratch directory, unless the YAML names one: it may differ from the driver's."""
         if self.config.output_dir:
             return self
         return self.model_copy(update={"scratch": str(scratch_directory(self.config))})
 
 
 def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices: int) -> BatchPlan:
-    """Which rows each step of a run takes: the same here and on every worker, and on any number of them.
+    """Return the rows of each step of a run. The result is the same on every worker, for any number of workers.
 
     Args:
         config: The YAML.
         lengths: Tokens of each training row.
-        longest: Of them.
-        devices: One of the configuration's device_counts.
+        longest: Tokens of the longest training row.
+        devices: Number of devices, one of the configuration's device_counts.
     """
     packs = pack(lengths, config.context_length or longest) if config.packing else None
     shape = BatchShape(

@@ -118,7 +118,7 @@ class Model:
     facts: ModelFacts
     adapter_facts: AdapterFacts | None
     shape: ModelShape | None
-    """Dimensions; None for architectures whose layers nobody has counted."""
+    """Dimensions; None for unsupported architectures."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
@@ -126,10 +126,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained."""
+    """The trainable parameters."""
 
     new_shapes: Mapping[str, tuple[int, ...]] | None
-    """Name -> shape of a new adapter's parameters, where only PEFT can count them."""
+    """Name -> shape of a new adapter's parameters, if only PEFT can count them."""
     trainable_parameters: int
 
 
@@ -146,19 +146,19 @@ class Data:
 
     @property
     def prepared(self) -> list[PreparedData]:
-        """Training rows and, where there are any, validation rows."""
+        """The training rows and, if there are any, the validation rows."""
         return [self.train, self.valid] if self.valid else [self.train]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step trains on, with the batch size resolved."""
+    """The batches of a run, with the batch size resolved."""
 
     config: FinetuneConfig
     reason: str
-    """Why `train_batch_size_per_device: auto` came to this number; empty where the YAML has a number."""
+    """The reason for the value of `train_batch_size_per_device: auto`; empty if the YAML has a number."""
     job: Job | None
-    """Input of the memory estimate; None for architectures whose layers nobody has counted."""
+    """Input of the memory estimate; None for unsupported architectures."""
     order: BatchPlan
     max_steps: int
 
@@ -170,16 +170,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Resume:
-    """What the run resumes from."""
+    """The checkpoints that a run can resume from."""
 
     own_checkpoint: str | None
     """URI of the run's own latest checkpoint."""
     parent_state: str | None
-    """URI of another run's checkpoint whose complete trainer state is taken."""
+    """URI of another run's checkpoint whose complete trainer state is restored."""
     completed: RunResult | None
-    """The result of the same run, where it is completed."""
+    """The result of this run if it is already completed."""
     damage: list[str]
-    """What is wrong with checkpoints of this run that are skipped."""
+    """Errors of this run's damaged checkpoints, which are skipped."""
 
 
 def make_plan(
@@ -193,10 +193,7 @@ def make_plan(
         progress: Called with each check.
 
     Returns:
-        The plan, its report, and the prepared rows: training rows and, where there are any, validation rows.
-
-    Raises:
-        AnnealError: the run is rejected; the message says what to fix.
+        The plan, its report, and the prepared training and validation rows.
     """
     reject_missing_requirements(loaded)
     settings = _resolve_settings(loaded.config, target)
@@ -258,7 +255,7 @@ def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
 
 
 def _read_model(config: FinetuneConfig, target: ClusterTarget, storage: Storage, progress: Progress) -> Model:
-    """Read the base model's facts, the adapter's and the tokenizer; reject what cannot be trained."""
+    """Read the facts of the base model and the adapter, and load the tokenizer; reject models that cannot be trained."""
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
     facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
@@ -271,7 +268,7 @@ def _read_model(config: FinetuneConfig, target: ClusterTarget, storage: Storage,
         check_packing(directory, base, trust_remote_code=trust)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
     if adapter_facts or facts.quantization or _matches_no_module(config, facts):
-        # The architecture names every module; files may be packed, or use older names.
+        # The architecture names every module; weight files may be packed or use older names.
         shapes = parameter_shapes(directory, base, trust_remote_code=trust)
         facts = replace(facts, parameter_shapes=shapes)
     check_quantization(config, facts)
@@ -289,7 +286,7 @@ def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
 
 
 def _count_trainable(config: FinetuneConfig, settings: Settings, model: Model) -> Adapter:
-    """Count what is trained; reject adapters without targets and optimizers that cannot count so many entries."""
+    """Count trainable parameters; reject adapters without targets and optimizers that cannot index so many entries."""
     new_shapes = None
     if config.lora_config and not model.adapter_facts:
         check_targets(config.lora_config, model.facts)
@@ -313,13 +310,13 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, model: Model) -
 
 
 def _only_peft_can_count(lora: LoraConfig, shape: ModelShape | None) -> bool:
-    """Return whether an adapter has parameters beside the matrices (and DoRA's magnitudes); PEFT takes a second or two to build it."""
+    """Return whether an adapter has more parameters than matrices and DoRA magnitudes; PEFT builds it in 1 to 2 s."""
     beside_matrices = lora.target_parameters or lora.trainable_token_indices or lora.bias != "none"
     return bool(beside_matrices or lora.lora_bias or (shape and shape.experts))
 
 
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
-    """Tokenize the rows, and name the run after them where the YAML does not."""
+    """Tokenize the rows, and derive the run name from them unless the YAML has one."""
     config = loaded.config
     train = _prepare("train_path", config.train_sources, config, storage, model, progress)
     valid = (
@@ -361,12 +358,7 @@ def _prepare(
 def data_request(
     config: FinetuneConfig, sources: Sequence[DataSource], facts: ModelFacts, chat_template: str | None
 ) -> DataRequest:
-    """Return sources of the YAML with everything that decides their tokens; their files are listed, not fetched.
-
-    Raises:
-        BucketError: a source cannot be read.
-        DataError: a source holds no files of rows.
-    """
+    """Return the sources with all settings that determine their tokens; files are listed but not downloaded."""
     return DataRequest(
         paths=tuple(source.path for source in sources),
         files=tuple(
@@ -390,7 +382,7 @@ def data_request(
 def _plan_batches(
     config: FinetuneConfig, settings: Settings, storage: Storage, model: Model, adapter: Adapter, data: Data
 ) -> Batch:
-    """Resolve the batch size, then the rows of each step."""
+    """Resolve the batch size, then assign rows to steps."""
     train = data.train.summary
     job = model.shape and Job(
         config=config,
@@ -427,7 +419,7 @@ def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
 
 
 def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Progress) -> Resume:
-    """Find what the run resumes from; reject a configuration that may not continue it."""
+    """Find the checkpoint to resume from; reject a configuration that differs from that of the checkpoint."""
     progress("earlier runs")
     own, damage = newest_of_the_same_run(batch.config, data.run_uri, data.config_hash, data.fingerprints)
     completed = _completed(data.run_uri) if own else None
@@ -438,13 +430,15 @@ def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Prog
 
 
 def _completed(run_uri: str) -> RunResult | None:
-    """Return the result of a run that has made all its steps."""
+    """Return the result of a completed run, else None."""
     result = read_result(open_store(run_uri))
     return result if result and result.status == "completed" else None
 
 
 def _flops(job: Job | None) -> RowFlops | None:
-    if job is None or job.config.task == "preference_tuning":  # a pair is two rows, read by the reference too
+    if (
+        job is None or job.config.task == "preference_tuning"
+    ):  # a pair is two rows, and the reference model reads them too
         return None
     return row_flops(
         job.shape,
@@ -476,7 +470,7 @@ def _warnings(
     yield from plan_warnings.data_warnings(data.train.summary, data.valid.summary if data.valid else None)
     yield from plan_warnings.length_warnings(config, batch.shape)
     for line in resume.damage:
-        yield f"a checkpoint of this run is passed over: {line}"
+        yield f"skipped a damaged checkpoint of this run: {line}"
     yield from plan_warnings.memory_warnings(memory)
     yield from plan_warnings.overlap_warnings(rows)
 
@@ -509,15 +503,13 @@ def _report(
         **dict(rows),
         run_name=plan.run_name,
         run_uri=plan.run_uri,
-        storage="an object was written, read and deleted there"
-        if is_remote(storage.uri)
-        else "this user may write there",
+        storage="writable: an object was written, read and deleted" if is_remote(storage.uri) else "writable",
         model=config.model_id,
         architecture=model.facts.architecture,
         parameters=model.facts.parameters,
         trainable_parameters=adapter.trainable_parameters,
         device=describe_device(config, plan.device, plan.resolved.target),
-        kernels=f"{plan.kernels.provider} ({plan.kernels.reason})",
+        kernels=f"{plan.resolved.kernels.provider} ({plan.resolved.kernels.reason})",
         parallelism=f"DeepSpeed ZeRO-{plan.resolved.zero_stage}"
         if plan.deepspeed
         else ("DDP" if config.most_devices > 1 else "one worker"),

@@ -1,4 +1,4 @@
-"""The plan report: what a user reads before training, and what a dry run prints as JSON."""
+"""The plan report, printed before training; `--dry-run --json` prints it as JSON."""
 
 from runs.layout import RunResult
 from training.data.report import DataReport
@@ -6,14 +6,14 @@ from training.planning.memory import MemoryReport
 
 
 class PlanReport(DataReport):
-    """What a person reads before a run starts, and `--dry-run --json` returns."""
+    """The plan of a run, as printed before training and by `--dry-run --json`."""
 
     run_name: str
     run_uri: str
     storage: str
-    """What was tried where the run will go, with the credentials that are here."""
+    """Result of the write check of the storage with the local credentials."""
     cluster: str | None = None
-    """What the cluster that RAY_ADDRESS names has for the workers, or has to scale up to; None where it was not asked."""
+    """The cluster's resources for the workers, or those that it must scale up to; None if no cluster was queried."""
     model: str
     architecture: str
     parameters: int
@@ -22,13 +22,13 @@ class PlanReport(DataReport):
     kernels: str
     parallelism: str
     batch: str
-    """What a device takes at once, and how often before a step."""
+    """Batch size per device and gradient accumulation."""
     packing: str | None
-    """How many packs, and how full they are."""
+    """Number of packed sequences, and how full they are; None without packing."""
     resumes_from: str | None
     starts_from: str | None
     memory: MemoryReport | None
-    """Estimated; None where nobody has counted it for such layers."""
+    """The memory estimate; None for unsupported architectures."""
     completed: RunResult | None
-    """What the same run left, if it ended before: nothing is left to do."""
+    """The result of this run if it is already completed."""
     warnings: list[str]

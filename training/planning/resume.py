@@ -1,20 +1,41 @@
-"""What a run begins with: its own newest checkpoint, the whole state of another run's, or weights alone."""
+"""What a run starts from and which settings may differ: its own checkpoint, another run's trainer state, or only weights."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from configs.loading import ConfigError
-from configs.schema import NOT_IN_HASH, FinetuneConfig
+from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
 from runs.layout import DataFingerprints, Manifest, checkpoint_uri, run_of
-from runs.reading import best, missing_of_completed, newest, survey
+from runs.reading import best, missing_of_completed, newest, read_config, survey
 from training.checkpoints.store import read_manifest, resolve_start
-from training.models.files import is_hub_id
-from training.planning.changes import MAY_CHANGE_WITH_WHOLE_STATE, differences
+from training.models.files import AdapterFacts, ModelFacts, is_hub_id, targeted_modules
 from training.planning.paths import about_key, absolute
-from utils.storage.bucket import check_readable, is_remote, open_store
+from utils.storage.bucket import Store, check_readable, is_remote, open_store
+
+# A restored trainer state keeps its position in the rows, its optimizer and its schedule. Keys that determine none of
+# them may change; a longer run stretches the schedule over the remaining steps.
+MAY_CHANGE_WITH_WHOLE_STATE = NOT_IN_HASH | {
+    "num_epochs",
+    "max_steps",
+    "min_update_steps",
+    "train_path",  # the rows themselves are compared
+    "columns",
+    "valid_path",
+    "eval_batch_size_per_device",
+    "eval_first",
+    "checkpoint_and_evaluation_frequency",
+    "resume_from_checkpoint",
+    "device",
+    "kernels",
+    "gradient_checkpointing",
+    "flash_attention_2",
+    "deterministic",
+}
 
 
 def starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | None, str | None]:
-    """(base model, adapter, what the run is a continuation of)."""
+    """Return (base model, adapter, URI of the weights that the run continues)."""
     adapter = None
     if config.initial_base_model_ckpt_path:
         base = resolve("initial_base_model_ckpt_path", config.initial_base_model_ckpt_path, storage)
@@ -33,50 +54,50 @@ def starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | N
 def newest_of_the_same_run(
     config: FinetuneConfig, run_uri: str, outcome_hash: str, data: DataFingerprints
 ) -> tuple[str | None, list[str]]:
-    """(URI of the checkpoint to go on from, if the run has begun before; what is wrong with others of its checkpoints)."""
+    """Return (URI of the run's latest checkpoint, or None for a new run; damage of its other checkpoints)."""
     store = open_store(run_uri)
     manifests, damage = survey(store)
     if lost := missing_of_completed(store, manifests):
         raise ConfigError(
-            f"the run {run_uri} is completed, and its checkpoints are damaged:\n{listed(damage or lost)}\n"
+            f"the run {run_uri} is completed, but its checkpoints are damaged:\n{listed(damage or lost)}\n"
             "Choose another run_name to train it again, or remove the run."
         )
     last = newest(manifests)
     if last is None and damage:
         raise ConfigError(
-            f"the run {run_uri} has begun before, and none of its checkpoints is whole:\n{listed(damage)}\n"
-            "Bring back what is missing, or choose another run_name. To train it from the beginning, remove the run."
+            f"the run {run_uri} has checkpoints, but none is complete:\n{listed(damage)}\n"
+            "Restore the missing files, or choose another run_name. To restart training from step 0, remove the run."
         )
     if last is None:
         return None, []
     if config.resume == "never":
         raise ConfigError(
-            f"resume: never, and the run {run_uri} has begun before. Choose another run_name, or leave resume out to go on."
+            f"resume: never, but the run {run_uri} has checkpoints. Choose another run_name, or remove resume to continue the run."
         )
     changed = differences(store, last, config, may_change=NOT_IN_HASH)
     if last.data.train != data.train:
-        changed.append("train_path: its rows are others now")
+        changed.append("train_path: the rows have changed")
     if last.data.valid != data.valid:
-        changed.append("valid_path: its rows are others now")
+        changed.append("valid_path: the rows have changed")
     if not changed and last.config_hash != outcome_hash:
-        changed.append("a key that decides the outcome")
+        changed.append("a key that affects the result")
     if changed:
         longer = any(line.startswith(("num_epochs", "max_steps", "min_update_steps")) for line in changed)
         advice = (
-            f"\nTo train it for longer: another run_name, with resume_from_checkpoint: run:{run_uri.rpartition('/')[2]}."
+            f"\nTo train longer, choose another run_name and write resume_from_checkpoint: run:{run_uri.rpartition('/')[2]}."
             if longer
             else ""
         )
         raise ConfigError(
-            f"the run {run_uri} has begun with other settings or other data; this is what changed:\n{listed(changed)}\n"
-            "Choose another run_name for a new run, or go back to its settings (its config.yaml) to continue it."
+            f"the run {run_uri} was started with different settings or data:\n{listed(changed)}\n"
+            "Choose another run_name for a new run, or restore the original settings (its config.yaml) to continue it."
             + advice
         )
     return checkpoint_uri(run_uri, last.step), damage
 
 
 def whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
-    """URI of the checkpoint whose whole trainer state a new run takes."""
+    """Return the URI of the checkpoint whose complete trainer state a new run restores, or None."""
     if config.resume_from_checkpoint is None:
         return None
     key = "resume_from_checkpoint"
@@ -86,18 +107,18 @@ def whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, st
         open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_WHOLE_STATE
     )
     if manifest.data.train != data.train:
-        changed.append("train_path: its rows are others now")
+        changed.append("train_path: the rows have changed")
     if changed:
         holds_adapter = any(file.path == "adapter_config.json" for file in manifest.files)
         raise ConfigError(
-            f"{key}: {checkpoint} cannot be taken whole (weights, optimizer, schedule, position in the data), because this changed "
-            f"since:\n{listed(changed)}\nGo back to those settings, or start from its weights alone: "
+            f"{key}: the trainer state of {checkpoint} (weights, optimizer, schedule, data position) cannot be restored, because "
+            f"these settings changed:\n{listed(changed)}\nRestore the original settings, or start from the weights only: "
             f"{'initial_adapter_model_ckpt_path' if holds_adapter else 'initial_base_model_ckpt_path'}: {config.resume_from_checkpoint}"
         )
     if manifest.step >= steps:
         raise ConfigError(
-            f"{key}: {checkpoint} stands at step {manifest.step} already, and the run is to have {steps}. Raise num_epochs or max_steps: "
-            "both count from the first run's beginning."
+            f"{key}: {checkpoint} is already at step {manifest.step} of {steps}. Raise num_epochs or max_steps: both count from the "
+            "start of the first run."
         )
     return checkpoint
 
@@ -105,7 +126,7 @@ def whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, st
 def resolve(
     key: str, uri: str, storage: str, choose: Callable[[list[Manifest]], Manifest | None] = best
 ) -> str:
-    """The place that a key names as a start, once it is known to be there."""
+    """Resolve the model or checkpoint that a key names, after checking that it can be read."""
     if uri.startswith("run:"):
         return resolve_start(uri, storage, choose=choose)
     if is_hub_id(uri):
@@ -115,6 +136,105 @@ def resolve(
     return resolve_start(absolute(uri), storage, choose=choose)
 
 
+def batch_size_of(store: Store, config: FinetuneConfig) -> int | None:
+    """Return the value of `train_batch_size_per_device: auto` in an earlier run; None if its steps had other rows.
+
+    Args:
+        store: The earlier run.
+        config: The current configuration, with `auto`.
+    """
+    stored = read_config(store)
+    earlier = stored.config if stored else None
+    if earlier is None or earlier.num_devices != config.num_devices:
+        return None
+    rows = earlier.most_devices * earlier.batch_size * earlier.gradient_accumulation_steps
+    return earlier.batch_size if rows == config.train_batch_size else None
+
+
+def differences(
+    store: Store, manifest: Manifest, config: FinetuneConfig, *, may_change: frozenset[str] | set[str]
+) -> list[str]:
+    """Return the settings that differ from an earlier run's, as `key: then -> now`.
+
+    Args:
+        store: The earlier run.
+        manifest: Its checkpoint to resume from.
+        config: The current configuration.
+        may_change: Keys that are not compared.
+    """
+    stored = read_config(store)
+    # Without a readable configuration, the manifest's hash still shows that something changed.
+    earlier = stored.config if stored else None
+    changed = list(_changed_keys(earlier, config, may_change)) if earlier is not None else []
+    if manifest.world_size not in config.device_counts and not any("num_devices" in line for line in changed):
+        changed.append(f"num_devices: {manifest.world_size} -> {_shown(config.num_devices)}")
+    return changed
+
+
+def _changed_keys(
+    earlier: FinetuneConfig, config: FinetuneConfig, may_change: frozenset[str] | set[str]
+) -> Iterator[str]:
+    then, now = earlier.model_dump(mode="json"), config.model_dump(mode="json")
+    for key in now:
+        if key in may_change or then[key] == now[key]:
+            continue
+        if isinstance(then[key], dict) and now[key] is None:
+            yield f"{key}: set in the run, missing from the YAML"
+            continue
+        if isinstance(then[key], dict) and isinstance(now[key], dict):
+            for name in now[key]:
+                if then[key].get(name) != now[key][name]:
+                    yield f"{key}.{name}: {_shown(then[key].get(name))} -> {_shown(now[key][name])}"
+        else:
+            yield f"{key}: {_shown(then[key])} -> {_shown(now[key])}"
+
+
+def adapter_differences(adapter: AdapterFacts, lora: LoraConfig | None, model: ModelFacts) -> list[str]:
+    """Return the keys given in the YAML's `lora_config` that differ from the continued adapter."""
+    changed = []
+    for name in sorted(lora.model_fields_set if lora else ()):
+        asked, has = getattr(lora, name), adapter.lora.get(name, LoraConfig.model_fields[name].default)
+        if name == "target_modules" and lora is not None:
+            asked = sorted(targeted_modules(model, lora))
+            has = sorted(adapter.modules)
+        if asked != has:
+            changed.append(f"lora_config.{name}: {_shown(has)} in the adapter, {_shown(asked)} in the YAML")
+    return changed
+
+
+def misfits(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
+    """Return the modules whose matrices in the adapter do not fit the base model, each with the mismatch."""
+    wrong = [f"{module} is missing from the adapter" for module in _other_layers(adapter, model)]
+    for module, (outputs, inputs) in sorted(adapter.modules.items()):
+        shape = model.matrix_shapes.get(module)
+        if shape is None:
+            wrong.append(f"{module} is missing from the model")
+        elif shape != (outputs, inputs):
+            wrong.append(
+                f"{module} is {shape[0]} x {shape[1]} in the model, {outputs} x {inputs} in the adapter"
+            )
+    return wrong
+
+
+def _other_layers(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
+    """Return modules that the adapter covers only in other layers, because its base model had fewer layers."""
+    chosen = [adapter.lora.get(key) for key in ("layers_to_transform", "exclude_modules")]
+    targets = adapter.lora.get("target_modules")
+    if any(chosen) or not isinstance(targets, list) or any(re.search(r"\d", name) for name in targets):
+        return []  # its configuration may exclude layers
+    covered = {re.sub(r"\.\d+\.", ".*.", module) for module in adapter.modules}
+    return sorted(
+        module
+        for module in model.matrix_shapes
+        if module not in adapter.modules and re.sub(r"\.\d+\.", ".*.", module) in covered
+    )
+
+
 def listed(lines: Sequence[str]) -> str:
-    """Lines of a refusal, below its first."""
+    """Indent the lines of an error message that follow its first line."""
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

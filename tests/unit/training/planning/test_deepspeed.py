@@ -46,7 +46,7 @@ def test_the_stage_is_what_a_deepspeed_file_says_whatever_its_name(tmp_path: Pat
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     keys = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
     assert resolve_execution(FinetuneConfig.model_validate(keys), "cpu").zero_stage == 3
-    with pytest.raises(ModelError, match="ZeRO-3 cannot split 4-bit weights"):
+    with pytest.raises(ModelError, match=r"ZeRO-3 .*4-bit weights"):
         resolve_execution(
             FinetuneConfig.model_validate(keys | {"load_in_4bit": True, "lora_config": {"r": 8}}), "cpu"
         )
