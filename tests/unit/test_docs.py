@@ -87,6 +87,13 @@ def test_imports_in_python_blocks_resolve():
                 assert hasattr(importlib.import_module(match[1]), match[2]), f"{name(page)}: {line}"
 
 
+@pytest.mark.parametrize("page", LINKED_PAGES, ids=name)
+def test_paths_in_backticks_exist(page: Path):
+    rooms = "benchmarks|configs|cookbooks|runs|tests|training|utils"
+    paths = re.findall(rf"`((?:{rooms})/[\w./-]*)`", "\n".join(split_code(page)[1]))
+    assert [path for path in paths if not (PROJECT / path).exists()] == []
+
+
 def test_readme_links_every_page_of_docs():
     readme = PROJECT / "README.md"
     linked = {(readme.parent / link.partition("#")[0]).resolve() for link in links(readme)}
