@@ -46,7 +46,7 @@ class Options:
 
     @property
     def command(self) -> list[str]:
-        """The command that repeats the run, for messages and the report."""
+        """Return the command that reruns the training, for messages and the report."""
         submit = ["--submit", self.job_server] if self.job_server else []
         return ["python", "main.py", str(self.config), *self.overrides, *submit]
 
@@ -61,7 +61,7 @@ class Screen:
 
     @property
     def main(self) -> Console:
-        """The console for plans and results."""
+        """Return the console for plans and results."""
         return self.progress if self.as_json else self.output
 
     def print_json(self, text: str) -> None:
@@ -144,7 +144,7 @@ def plan_and_train(
 def _reach_cluster_and_bucket(
     loaded: LoadedConfig, target: ClusterTarget, stack: ExitStack, watch: "Watch"
 ) -> None:
-    """Check that the cluster answers, and start the embedded bucket where the YAML uses it."""
+    """Check that the cluster answers, and start the embedded bucket if the YAML uses it."""
     from training.planning.endpoints import check_cluster_answers
     from training.planning.paths import needs_embedded_bucket
     from utils.storage.embedded_bucket import embedded_bucket

@@ -233,7 +233,7 @@ class Watch:
             case Notice(text):
                 show_warning(self._progress.console, text)
             case Restored() | WorkersFailed() | Rejected() | WorkersWaiting() | WorkersStarted():
-                pass  # RunState reports these
+                pass  # the driver reports these in notices and in the result
 
     def _line(self, text: str) -> None:
         self._progress.console.print(Text(text), soft_wrap=True)

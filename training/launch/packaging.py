@@ -118,7 +118,7 @@ class _LocalFiles:
         return self._take(key, path, [path]) if path.is_file() else name
 
     def check_size(self) -> None:
-        """Raise ConfigError if the files exceed the maximum size."""
+        """Raise an error if the files exceed the maximum size."""
         sizes = {name: path.stat().st_size for name, path in self._files.items()}
         if sum(sizes.values()) <= MAX_PACKED_BYTES:
             return
