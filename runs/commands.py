@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from runs import screen
+from runs import display
 from runs.comparison import compare_runs, draw
 from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
@@ -38,7 +38,7 @@ def list_command(storage_path: str | None, as_json: bool) -> None:
     if as_json:
         _print_json(output, TypeAdapter(list[RunSummary]).dump_json(runs).decode())
     else:
-        screen.show_runs(output, runs)
+        display.show_runs(output, runs)
 
 
 def show_command(run: str, as_json: bool) -> None:
@@ -50,7 +50,7 @@ def show_command(run: str, as_json: bool) -> None:
     if as_json:
         _print_json(output, details.model_dump_json())
     else:
-        screen.show_run(output, details)
+        display.show_run(output, details)
 
 
 def compare_command(runs: list[str], picture: Path, as_json: bool) -> None:
@@ -67,7 +67,7 @@ def compare_command(runs: list[str], picture: Path, as_json: bool) -> None:
     if as_json:
         _print_json(output, comparison.model_dump_json())
     else:
-        screen.show_comparison(output, comparison, picture if drawn else None)
+        display.show_comparison(output, comparison, picture if drawn else None)
 
 
 def _output() -> Console:

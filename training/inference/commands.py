@@ -40,8 +40,8 @@ def export_command(
 def export_run(run: str, settings: ExportConfig, screen: Console, progress: Console) -> Export:
     """Export the best checkpoint of a run and print the export's location."""
     from training.inference.checkpoint_model import trained_model
+    from training.inference.display import show_export
     from training.inference.export import export
-    from training.inference.screen import show_export
     from training.launch.display import Watch
 
     with (
@@ -116,8 +116,8 @@ def evaluate_command(
             "worker_resources": {},
         }
         chosen = choose_device(config.model_copy(update=overrides), target)
+        from training.inference.display import show_evaluation
         from training.inference.evaluate import EvaluationSettings, evaluate
-        from training.inference.screen import show_evaluation
 
         settings = EvaluationSettings(
             match=match or ("text" if config.task == "classification" else "number"),

@@ -19,8 +19,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from runs.display import print_eval_losses, print_facts, short_name, show_warning
 from runs.layout import RunResult, Speed
-from runs.screen import print_eval_losses, print_facts, short_name, show_warning
 from training.data.report import bars, key_figures
 from training.events import (
     CheckpointCommitted,

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from runs.display import show_run
 from runs.layout import (
     CONFIG_FILE,
     LEASE_EXPIRES_SECONDS,
@@ -27,7 +28,6 @@ from runs.layout import (
     lease_key,
 )
 from runs.listing import list_runs, read_run
-from runs.screen import show_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
 from tests.support.jobs import PROJECT, Finished, environment, write_yaml

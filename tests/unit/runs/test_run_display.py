@@ -4,8 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
+from runs.display import show_runs
 from runs.listing import RunSummary
-from runs.screen import show_runs
 
 LONG_REASON = "out of memory: the node has none\nleft for what " + "it was asked for " * 20
 

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
+from runs.display import print_facts, show_warning
 from runs.layout import Export
-from runs.screen import print_facts, show_warning
 from training.inference.evaluate import Evaluation
 from training.inference.export import describe
 from utils.files import format_bytes
