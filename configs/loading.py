@@ -55,7 +55,7 @@ class LoadedConfig:
     warnings: tuple[str, ...]
     """One line each: deprecated keys that still work, and their replacements."""
 
-    refusals: tuple[str, ...]
+    rejections: tuple[str, ...]
     """One line each: settings that no run supports. The configuration may be printed, but not run."""
 
     given_keys: frozenset[str]
@@ -89,7 +89,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         config=config,
         path=path,
         warnings=_lines(migration.warnings),
-        refusals=_lines(migration.rejections),
+        rejections=_lines(migration.rejections),
         given_keys=frozenset(_keys(document.data)),
     )
 

@@ -287,12 +287,17 @@ class PreferenceTuningConfig(Section):
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
     """The preference loss. dpo, ipo and kto use the initial model as the reference model; orpo needs no reference model."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the loss compares the model with a reference model."""
+        return self.loss != "orpo"
+
 
 class ClassifierConfig(Section):
     """Settings of `task: classification`."""
 
     label_tokens: Annotated[list[Text], Field(min_length=2)]
-    """The labels, spelled as in the assistant's last message. Each becomes a token of its own."""
+    """The labels, spelled as in the assistant's last message. A label may be several tokens; no token is added to the vocabulary."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

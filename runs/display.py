@@ -82,9 +82,9 @@ def _next(run: RunDetails) -> list[tuple[str, str]]:
     if run.status in ("stopped", "failed", "interrupted"):
         lines.append(f"the same command {'resumes it' if run.checkpoints else 'restarts it'}")
     if run.checkpoints and run.status != "running":
-        newest = run.checkpoints[-1].uri
+        latest = run.checkpoints[-1].uri
         lines.append(
-            f"to train longer, start a new run from its complete training state: resume_from_checkpoint: {newest}"
+            f"to train longer, start a new run from its complete training state: resume_from_checkpoint: {latest}"
         )
     return [("next" if line is lines[0] else "", line) for line in lines]
 

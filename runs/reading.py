@@ -197,7 +197,7 @@ def best(manifests: list[Manifest]) -> Manifest | None:
     return manifests[-1] if manifests else None
 
 
-def newest(manifests: list[Manifest]) -> Manifest | None:
+def latest(manifests: list[Manifest]) -> Manifest | None:
     """Return the checkpoint with the highest step."""
     return manifests[-1] if manifests else None
 

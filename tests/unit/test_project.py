@@ -154,7 +154,7 @@ def test_there_are_cookbooks():
 def test_cookbook_loads_without_a_warning_and_says_how_to_run_it(path):
     loaded = load_config(path)
     assert loaded.warnings == ()
-    assert loaded.refusals == ()
+    assert loaded.rejections == ()
     opening = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
     assert opening, "opens with no comment"
     assert re.search(rf"python main\.py {re.escape(str(path.relative_to(ROOT)))}(\s|$)", opening[0])

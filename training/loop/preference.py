@@ -200,7 +200,7 @@ class PreferenceTrainer(FineTuningTrainer):
         real = _is_pair(inputs["labels"])
         policy = self._log_probabilities(model, inputs)
         reference = (
-            torch.zeros_like(policy) if self.settings.loss == "orpo" else self._under_reference(inputs)
+            self._under_reference(inputs) if self.settings.needs_reference else torch.zeros_like(policy)
         )
         tokens = _halves((inputs["labels"][:, 1:] != IGNORED).sum(1))
         losses, rewards = pair_losses(

@@ -67,14 +67,13 @@ def build_trainer(
     # Unsloth drops the mask itself and treats position ids as a sign of packed rows.
     masked = plan.resolved.kernels.provider == "unsloth" or needs_mask(model)
     if config.task == "preference_tuning":
-        loss = (config.preference_tuning_config or PreferenceTuningConfig()).loss
+        settings = config.preference_tuning_config or PreferenceTuningConfig()
 
         def pairs(rows: PreparedData) -> PairSequences:
-            return PairSequences(rows.dataset(), pad_token_id, with_mismatched=loss == "kto")
+            return PairSequences(rows.dataset(), pad_token_id, with_mismatched=settings.loss == "kto")
 
         return PreferenceTrainer(
-            # orpo needs no reference
-            reference_model=add_reference(model, request) if loss != "orpo" else None,
+            reference_model=add_reference(model, request) if settings.needs_reference else None,
             rows=TrainingRows(
                 order,
                 pairs(train),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import run_of
-from runs.reading import newest, survey
+from runs.reading import latest, survey
 from training.data.batches import BatchShape
 from training.data.summary import DataSummary
 from training.planning.devices import accelerator_of
@@ -28,7 +28,7 @@ def choose_batch_size(
     """
     earlier = [run_uri] if survey(open_store(run_uri))[0] else []
     if config.resume_from_checkpoint:
-        start = resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage, newest)
+        start = resolve("resume_from_checkpoint", config.resume_from_checkpoint, storage, latest)
         earlier.append(run_of(start))
     for run in earlier:
         if rows := batch_size_of(open_store(run), config):

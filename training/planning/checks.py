@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def reject_missing_requirements(loaded: LoadedConfig) -> None:
     """Reject a configuration that cannot run in this environment; report all reasons in one error."""
-    reasons = list(loaded.refusals)
+    reasons = list(loaded.rejections)
     config = loaded.config
     if isinstance(config.logger, WandbLogger | MlflowLogger) and not is_importable(config.logger.provider):
         reasons.append(

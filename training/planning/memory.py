@@ -177,7 +177,7 @@ def _weights(job: Job, held: _Held) -> float:
         base = facts.parameters * held.base
     adapter = held.trained_entries * held.trained if config.trains_adapter else 0
     copies = 2 * _cast_by_autocast(job, held) if held.autocast else 0
-    if config.task == "preference_tuning" and _loss(config) != "orpo":
+    if config.task == "preference_tuning" and _settings(config).needs_reference:
         # The reference: a second model, the initial adapter, or the base model itself.
         base, adapter = base * (1 if config.trains_adapter else 2), adapter * (2 if job.adapter else 1)
     if held.stage < 3:
@@ -418,9 +418,9 @@ def _saved_inputs(job: Job, held: _Held) -> float:
     return (held.computed * (taken + sum(ranks.values())) + masks) / shape.layers
 
 
-def _loss(config: FinetuneConfig) -> str:
-    """Return the loss type of preference tuning."""
-    return (config.preference_tuning_config or PreferenceTuningConfig()).loss
+def _settings(config: FinetuneConfig) -> PreferenceTuningConfig:
+    """Return the settings of preference tuning."""
+    return config.preference_tuning_config or PreferenceTuningConfig()
 
 
 def _is_in_layers(name: str, shape: tuple[int, ...]) -> bool:

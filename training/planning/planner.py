@@ -62,7 +62,7 @@ from training.planning.memory import Job, MemoryReport, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import PlanReport
-from training.planning.resume import newest_of_the_same_run, starting_weights, whole_state
+from training.planning.resume import latest_of_the_same_run, starting_weights, whole_state
 from utils.files import checksum_bytes
 from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
 
@@ -421,7 +421,7 @@ def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
 def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Progress) -> Resume:
     """Find the checkpoint to resume from; reject a configuration that differs from that of the checkpoint."""
     progress("earlier runs")
-    own, damage = newest_of_the_same_run(batch.config, data.run_uri, data.config_hash, data.fingerprints)
+    own, damage = latest_of_the_same_run(batch.config, data.run_uri, data.config_hash, data.fingerprints)
     completed = _completed(data.run_uri) if own else None
     parent_state = (
         None if completed else whole_state(batch.config, storage.uri, data.fingerprints, batch.max_steps)

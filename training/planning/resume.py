@@ -7,7 +7,7 @@ from typing import Any
 from configs.loading import ConfigError
 from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
 from runs.layout import DataFingerprints, Manifest, checkpoint_uri, run_of
-from runs.reading import best, missing_of_completed, newest, read_config, survey
+from runs.reading import best, missing_of_completed, latest, read_config, survey
 from training.checkpoints.store import read_manifest, resolve_start
 from training.models.files import AdapterFacts, ModelFacts, is_hub_id, targeted_modules
 from training.planning.paths import about_key, absolute
@@ -51,7 +51,7 @@ def starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | N
     return base, adapter, adapter or (base if config.initial_base_model_ckpt_path else None)
 
 
-def newest_of_the_same_run(
+def latest_of_the_same_run(
     config: FinetuneConfig, run_uri: str, outcome_hash: str, data: DataFingerprints
 ) -> tuple[str | None, list[str]]:
     """Return (URI of the run's latest checkpoint, or None for a new run; damage of its other checkpoints)."""
@@ -62,7 +62,7 @@ def newest_of_the_same_run(
             f"the run {run_uri} is completed, but its checkpoints are damaged:\n{listed(damage or lost)}\n"
             "Choose another run_name to train it again, or remove the run."
         )
-    last = newest(manifests)
+    last = latest(manifests)
     if last is None and damage:
         raise ConfigError(
             f"the run {run_uri} has checkpoints, but none is complete:\n{listed(damage)}\n"
@@ -101,7 +101,7 @@ def whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, st
     if config.resume_from_checkpoint is None:
         return None
     key = "resume_from_checkpoint"
-    checkpoint = resolve(key, config.resume_from_checkpoint, storage, newest)
+    checkpoint = resolve(key, config.resume_from_checkpoint, storage, latest)
     manifest = read_manifest(checkpoint)
     changed = differences(
         open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_WHOLE_STATE

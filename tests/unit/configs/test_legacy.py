@@ -62,7 +62,7 @@ def without_path(lines: tuple[str, ...]) -> list[str]:
 
 def test_the_cookbook_runs_as_it_is(load):
     loaded = load(COOKBOOK)
-    assert loaded.refusals == ()
+    assert loaded.rejections == ()
     assert [line[: line.index("`", line.index("`") + 1) + 1] for line in without_path(loaded.warnings)] == [
         "1: `task`",
         "17: `deepspeed.config_path`",
@@ -79,7 +79,7 @@ def test_the_cookbook_runs_as_it_is(load):
 
 def test_todays_spellings_pass_in_silence(load):
     loaded = load(BASE + "output_dir: /mnt/local_storage\nworker_resources: {accelerator_type:A10G: 0.001}\n")
-    assert (loaded.warnings, loaded.refusals) == ((), ())
+    assert (loaded.warnings, loaded.rejections) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_an_old_key_gives_one_warning_and_todays_value(load, text: str, key: str
     [warning] = without_path(loaded.warnings)
     assert warning.startswith("4: `")
     assert words in warning
-    assert loaded.refusals == ()
+    assert loaded.rejections == ()
     assert getattr(loaded.config, key) == value
 
 
@@ -160,7 +160,7 @@ logger:
     )
     [warning] = without_path(loaded.warnings)
     assert warning.startswith("6: `logger.provider_config`")
-    assert loaded.refusals == ()
+    assert loaded.rejections == ()
 
 
 def test_a_logger_setting_that_the_provider_does_not_take_stands_at_its_line(load):
@@ -196,7 +196,7 @@ preference_tuning_config:
     assert loaded.config.task == "preference_tuning"
     assert loaded.config.preference_tuning_config is not None
     assert loaded.config.preference_tuning_config.beta == 0.01
-    assert loaded.refusals == ()
+    assert loaded.rejections == ()
     assert [line.split(":")[0] for line in without_path(loaded.warnings)] == ["3", "5", "8", "10"]
 
 
@@ -225,7 +225,7 @@ preference_tuning_config:
 )
 def test_old_settings_without_an_equivalent_are_errors(load, text: str, key: str, words: str):
     loaded = load(BASE + text + "\n")
-    [error] = without_path(loaded.refusals)
+    [error] = without_path(loaded.rejections)
     assert error.startswith("4: `")
     assert_names(error, key, words)
     assert len(loaded.warnings) == 1
@@ -247,7 +247,7 @@ def test_a_prompt_format_becomes_a_chat_template(load, tmp_path: Path):
     [warning] = without_path(loaded.warnings)
     assert warning.startswith("4: `generation_config`")
     assert_names(warning, "`chat_template`", "--print-config")
-    assert loaded.refusals == ()
+    assert loaded.rejections == ()
     template = loaded.config.chat_template
     assert template is not None
     assert '{{ "[INST] " }}' in template
@@ -267,7 +267,7 @@ def test_metrics_of_a_classifier(load, metrics: str, rejected: bool):
     text = "model_id: a\ntrain_path: b\ntask: classification\n"
     loaded = load(text + f"classifier_config:\n  label_tokens: [a, b]\n  eval_metrics: {metrics}\n")
     assert any("`classifier_config.eval_metrics`" in warning for warning in loaded.warnings)
-    errors = without_path(loaded.refusals)
+    errors = without_path(loaded.rejections)
     assert bool(errors) == rejected
     if rejected:
         assert errors[0].startswith("6: `classifier_config.eval_metrics`")

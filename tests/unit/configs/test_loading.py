@@ -40,7 +40,7 @@ def test_loads(write):
     assert loaded.path == path
     assert loaded.config.learning_rate == 5e-6
     assert loaded.given_keys == {"model_id", "train_path", "learning_rate", "lora_config", "lora_config.r"}
-    assert (loaded.warnings, loaded.refusals) == ((), ())
+    assert (loaded.warnings, loaded.rejections) == ((), ())
 
 
 def test_defaults_are_marked(write):

@@ -228,7 +228,7 @@ class Run:
 
     @property
     def committed_step(self) -> int:
-        """Of the newest checkpoint, 0 when there is none."""
+        """Of the latest checkpoint, 0 when there is none."""
         manifests = committed(open_store(self.uri))
         return manifests[-1].step if manifests else 0
 

@@ -302,10 +302,10 @@ def test_damaged_checkpoints_of_the_same_run_are_passed_over(files: Path):
     assert whole.exit_code == 0, whole.errors
     run = Path(whole.result["run_uri"])
     losses = read_metrics(run)
-    kept, before, newest = sorted((run / "checkpoints").iterdir())
-    weights = (newest / "adapter_model.safetensors").read_bytes()
+    kept, before, latest = sorted((run / "checkpoints").iterdir())
+    weights = (latest / "adapter_model.safetensors").read_bytes()
     (run / "result.json").unlink()
-    (newest / "MANIFEST.json").write_text("{")
+    (latest / "MANIFEST.json").write_text("{")
     damage(before / "optimizer.pt")
     orphan = run / "checkpoints" / "step-000007" / "optimizer.pt"
     orphan.parent.mkdir()
@@ -313,11 +313,11 @@ def test_damaged_checkpoints_of_the_same_run_are_passed_over(files: Path):
 
     again = run_main(config, "--json")
     assert again.exit_code == 0, again.errors
-    for damaged in (newest / "MANIFEST.json", before / "optimizer.pt"):
+    for damaged in (latest / "MANIFEST.json", before / "optimizer.pt"):
         assert f"{damaged.parent.name}/{damaged.name}" in again.errors, "a warning names what was passed over"
     assert kept.name in again.errors
     assert losses_of(read_metrics(run)) == losses_of(losses)
-    assert (newest / "adapter_model.safetensors").read_bytes() == weights
+    assert (latest / "adapter_model.safetensors").read_bytes() == weights
     assert not orphan.exists()
 
 
