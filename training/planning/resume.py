@@ -7,7 +7,7 @@ from typing import Any
 from configs.loading import ConfigError
 from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
 from runs.layout import DataFingerprints, Manifest, checkpoint_uri, run_of
-from runs.reading import best, missing_of_completed, latest, read_config, survey
+from runs.reading import best, latest, missing_of_completed, read_config, survey
 from training.checkpoints.store import read_manifest, resolve_start
 from training.models.files import AdapterFacts, ModelFacts, is_hub_id, targeted_modules
 from training.planning.paths import about_key, absolute
