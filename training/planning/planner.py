@@ -465,6 +465,9 @@ def _warnings(
     yield from plan_warnings.attention_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)
+    if settings.target.is_local:
+        has_bf16 = plan_warnings.cpu_has_bf16()
+        yield from plan_warnings.dtype_warnings(config, model.facts, settings.device, has_bf16=has_bf16)
     yield from plan_warnings.learning_rate_warnings(loaded)
     yield from plan_warnings.template_warnings(config, model.tokenizer)
     yield from plan_warnings.data_warnings(data.train.summary, data.valid.summary if data.valid else None)

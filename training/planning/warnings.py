@@ -20,6 +20,9 @@ from utils.files import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# A smaller model takes no noticeable time on any CPU.
+_NOTICEABLE_PARAMETERS = 10_000_000
+
 
 def model_warnings(
     config: FinetuneConfig, facts: ModelFacts, adapter: AdapterFacts | None, kernels: Provider
@@ -77,6 +80,35 @@ def accelerator_warnings(config: FinetuneConfig) -> Iterator[str]:
     named = named_accelerator(config.worker_resources)
     if named and memory_of(named) is None and (meant := nearest_name(named)):
         yield f"worker_resources: accelerator_type:{named} is unknown, and Ray matches names exactly: did you mean {meant}?"
+
+
+def dtype_warnings(
+    config: FinetuneConfig, facts: ModelFacts, device: Device, *, has_bf16: bool
+) -> Iterator[str]:
+    """Warn of bf16 on a CPU without bf16 instructions, where torch emulates it.
+
+    Args:
+        config: The YAML.
+        facts: The base model.
+        device: Where the run trains.
+        has_bf16: See `cpu_has_bf16`.
+    """
+    if (
+        device == "cpu"
+        and config.dtype == "bf16"
+        and not has_bf16
+        and facts.parameters >= _NOTICEABLE_PARAMETERS
+    ):
+        yield (
+            "dtype: bf16 is emulated on this CPU (no AVX-512) and can take more than ten times as long as fp32; write dtype: fp32"
+        )
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU multiplies bf16 matrices in hardware, by the check that torch's own compiler uses."""
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:

@@ -228,7 +228,7 @@ def test_a_run_is_shown_in_full(storage: Store, look: Look):
         "some/model",
         "12,345 tokens",
         "5 h ago",
-        "1.6000 in",
+        "1.6000",
     ):
         assert part in said
     assert re.search(r"checkpoints/step-000010/model\.safetensors .*bytes", said)

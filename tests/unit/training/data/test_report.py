@@ -53,8 +53,8 @@ def test_validation_rows_that_are_training_rows_are_named(
     report = report_of(train, valid)
     assert report.in_both == 2
     assert report.first_in_both == [
-        f"{valid_file}:12 is {train_file}:7",
-        f"{valid_file}:13 is {train_file}:3",
+        f"{valid_file}:12 is the same as {train_file}:7",
+        f"{valid_file}:13 is the same as {train_file}:3",
     ]
 
 
