@@ -127,9 +127,9 @@ def test_the_quickstart(tmp_path: Path):
         [
             sys.executable,
             "-c",
-            COPY_SNIPPET.replace("<run name>", result["run_name"]).replace(
-                "downloads", str(tmp_path / "downloads")
-            ),
+            COPY_SNIPPET.replace("<run name>", result["run_name"])
+            .replace("step-000032", result["last_checkpoint"].rpartition("/")[2])
+            .replace("downloads", str(tmp_path / "downloads")),
         ],
         cwd=PROJECT,
         env=variables,
