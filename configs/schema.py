@@ -29,6 +29,10 @@ DeepspeedPreset = Literal["zero_1", "zero_2", "zero_3", "zero_3_offload_optim", 
 
 DEEPSPEED_PRESETS: tuple[DeepspeedPreset, ...] = get_args(DeepspeedPreset)
 
+# Accelerate replaces the optimizer with DeepSpeed's CPU optimizer, and unknown ones with plain Adam.
+OFFLOADABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit")
+"""Values of `optim` that work with the optimizer states in CPU memory."""
+
 # Keys that do not affect the final weights.
 NOT_IN_HASH = {
     "resume",
@@ -703,12 +707,6 @@ def deepspeed_preset_path(preset: DeepspeedPreset) -> Path:
     return DEEPSPEED_DIRECTORY / f"{preset}.json"
 
 
-def _deepspeed_name(deepspeed: DeepspeedPreset | DeepspeedFile | None) -> str:
-    if isinstance(deepspeed, DeepspeedFile):
-        return Path(deepspeed.config_path).name.lower()
-    return deepspeed or ""
-
-
 def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     """Yield conflicts between keys: (key, what is wrong and how to fix it)."""
     yield from _start_conflicts(config)
@@ -968,10 +966,9 @@ def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 
 def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
-    offloads = "offload" in _deepspeed_name(config.deepspeed)
-    is_zero_3 = isinstance(config.deepspeed, str) and config.deepspeed.startswith(
-        "zero_3"
-    )  # of a file, the plan knows
+    if not isinstance(config.deepspeed, str):
+        return  # the planner reads and checks files
+    offloads, is_zero_3 = "offload" in config.deepspeed, config.deepspeed.startswith("zero_3")
     if is_zero_3 and config.load_in_4bit:
         yield (
             "load_in_4bit",
@@ -988,9 +985,7 @@ def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "deepspeed",
             "offloading to CPU memory has no effect with `device: cpu`: write `deepspeed: zero_3`",
         )
-    # Accelerate replaces the optimizer with DeepSpeed's CPU optimizer, and unknown ones with plain Adam.
-    in_cpu_memory = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit")
-    if offloads and config.optim not in in_cpu_memory:
+    if offloads and config.optim not in OFFLOADABLE_OPTIMIZERS:
         yield (
             "optim",
             f"`optim: {config.optim}` cannot be offloaded to CPU memory: write `optim: adamw_torch`",

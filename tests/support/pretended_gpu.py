@@ -179,6 +179,7 @@ def pretend_gpu() -> None:
 def train(provider: str, plan_file: Path, directory: Path, restored: Path | None = None) -> dict[str, Any]:
     """What a worker does from the model to the last step, with the largest batch rehearsed behind the first."""
     from training.loop.worker import model_request, peak_flops, prepare_process
+    from training.models.attention import choose_attention, read_traits
     from training.models.kernels import KernelChoice
     from training.models.tokenizer import load_tokenizer
     from training.planning.plan import RunPlan
@@ -187,7 +188,9 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
     plan = RunPlan.model_validate_json(plan_file.read_text())
     if provider != "torch":
         kernels = KernelChoice(provider, "")  # pyright: ignore[reportArgumentType]
-        resolved = plan.resolved.model_copy(update={"kernels": kernels})
+        traits = read_traits(Path(plan.base_model), plan.base_model, trust_remote_code=False)
+        attention = choose_attention(plan.config, traits, "cuda", kernels.provider)
+        resolved = plan.resolved.model_copy(update={"kernels": kernels, "attention": attention})
         plan = plan.model_copy(update={"device": "cuda", "resolved": resolved})
     prepare_process(plan, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     if provider == "unsloth":
@@ -265,6 +268,7 @@ def refused(directory: Path) -> dict[str, str]:
 
     from configs.schema import LoraConfig
     from training.models import ModelRequest, unsloth_provider
+    from training.models.attention import Attention
     from training.models.files import ModelError
 
     loader.ALLOW_BITSANDBYTES = False  # as it finds for itself where bitsandbytes has no functions for GPUs
@@ -275,12 +279,10 @@ def refused(directory: Path) -> dict[str, str]:
             adapter_directory=None,
             lora=LoraConfig(),
             device="cuda",
-            dtype="bf16",
             weights_dtype="bf16",
             zero_stage=0,
             load_in_4bit=model == "llama",
-            flash_attention_2=False,
-            packing=False,
+            attention=Attention("unsloth", mask=True),
             gradient_checkpointing=True,
             context_length=32,
             seed=0,

@@ -1,6 +1,5 @@
 """Trainer factory: build the batches and the trainer for a plan's task."""
 
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
@@ -19,7 +18,6 @@ from training.loop.trainers import (
     ClassificationTrainer,
     FineTuningTrainer,
     TrainingRows,
-    base_of,
     collate_rows,
 )
 from training.models import add_reference
@@ -64,8 +62,6 @@ def build_trainer(
         "tokenizer": tokenizer,
         "loss_of_transformers": plan.device == "cpu" and plan.resolved.kernels.provider != "unsloth",
     }
-    # Unsloth drops the mask itself and treats position ids as a sign of packed rows.
-    masked = plan.resolved.kernels.provider == "unsloth" or needs_mask(model)
     if config.task == "preference_tuning":
         settings = config.preference_tuning_config or PreferenceTuningConfig()
 
@@ -78,7 +74,7 @@ def build_trainer(
                 order,
                 pairs(train),
                 pairs(valid) if valid else None,
-                collate_pairs(pad_token_id, multiple, masked=masked),
+                collate_pairs(pad_token_id, multiple, masked=plan.resolved.attention.mask),
                 longest_sequence(train.index.length, None),
             ),
             **arguments,
@@ -91,8 +87,7 @@ def build_trainer(
             pad_token_id,
             multiple,
             packed=config.packing,
-            attention=model.config._attn_implementation,
-            masked=masked,
+            attention=plan.resolved.attention,
         ),
         longest_sequence(train.index.length, order.packs),
     )
@@ -102,25 +97,6 @@ def build_trainer(
         tokens = label_tokens(sources, config.classifier_config.label_tokens)
         return ClassificationTrainer(label_tokens=tokens, rows=rows, **arguments)
     return FineTuningTrainer(rows=rows, **arguments)
-
-
-def needs_mask(model: Any) -> bool:
-    """Return whether a model needs an attention mask for right padding, which causal attention ignores anyway.
-
-    A mask is needed for:
-        - custom code, whose use of the mask is unknown;
-        - mixtures of experts, whose load-balancing loss counts tokens by the mask;
-        - models without position ids, which replace the mask;
-        - encoders used as decoders, which count positions differently.
-    """
-    base = base_of(model)
-    config = base.config.get_text_config()
-    return (
-        not type(base).__module__.startswith("transformers.")
-        or hasattr(config, "output_router_logits")
-        or "position_ids" not in signature(base.forward).parameters
-        or getattr(config, "is_decoder", False)
-    )
 
 
 def _validation(config: FinetuneConfig, valid: PreparedData, pad_token_id: int) -> TokenSequences:

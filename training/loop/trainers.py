@@ -31,7 +31,7 @@ from training.data.batches import (
 )
 from training.data.row_index import IGNORED
 from training.loop.throughput import Throughput
-from training.models import varlen_attention
+from training.models.attention import Attention
 from training.planning.plan import RunPlan
 
 # TRL requires a dataset; get_train_dataloader reads the real one.
@@ -99,7 +99,7 @@ class TrainingRows:
 
 
 def collate_rows(
-    pad_token_id: int, multiple: int | None, *, packed: bool, attention: str | None, masked: bool
+    pad_token_id: int, multiple: int | None, *, packed: bool, attention: Attention
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return the collator for padded rows or packed sequences.
 
@@ -107,11 +107,9 @@ def collate_rows(
         pad_token_id: Token that pads sequences.
         multiple: Passed as `pad_to_multiple_of`.
         packed: True if sequences contain several rows.
-        attention: The `attn_implementation` of transformers. Flash kernels separate packed rows only in a padding-free batch;
-            the other implementations also separate them in padded batches.
-        masked: True if batches of unpacked rows need an attention mask.
+        attention: The attention of the model that gets the batches.
     """
-    in_one_line = packed and attention in ("flash_attention_2", varlen_attention.NAME)
+    in_one_line = packed and attention.takes_row_boundaries
     collator = DataCollatorForLanguageModeling(
         pad_token_id,
         pad_to_multiple_of=multiple,
@@ -120,7 +118,7 @@ def collate_rows(
     )
     if in_one_line:
         return with_ends_of_rows(without_mask(collator))
-    return collator if masked and not packed else without_mask(collator)
+    return collator if attention.mask else without_mask(collator)
 
 
 class FineTuningTrainer(SFTTrainer):

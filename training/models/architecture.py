@@ -31,35 +31,10 @@ ATTENTION_OUTPUT, MLP_INPUT = 2, 3
 """Stages of a layer, as returned by `position`."""
 
 
-PACKED_WITHOUT_MASK = frozenset(
-    {
-        "cohere2",
-        "exaone4",
-        "gemma",
-        "gemma3_text",
-        "glm4",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "starcoder2",
-    }
-)
-"""Tested `model_type`s that pass row boundaries to attention (see varlen_attention.py). Others get a mask."""
-
-
 @dataclass(frozen=True)
 class ModelShape:
     """The dimensions of a decoder whose layers consist of attention and an MLP."""
 
-    kind: str
-    """The `model_type` of transformers."""
     layers: int
     hidden: int
     intermediate: int
@@ -70,8 +45,6 @@ class ModelShape:
     vocabulary: int
     windows: tuple[int | None, ...]
     """Sliding window of each layer in tokens, including the current token; None for full attention."""
-    caps_scores: bool
-    """True if attention uses logit softcapping, which PyTorch's SDPA does not support."""
     experts: int
     """Experts per layer; 0 for a dense model."""
     experts_per_token: int
@@ -118,7 +91,7 @@ def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) ->
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = _load_config(directory, source, trust_remote_code)
+    config = load_config(directory, source, trust_remote_code)
     architecture = (config.architectures or [None])[0]
     has_head = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if has_head and architecture is not None:
@@ -126,8 +99,7 @@ def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) ->
         looks_ahead = getattr(config, "is_decoder", None) is False
         is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         has_head = is_causal or not (looks_ahead or architecture.endswith(_OTHER_HEADS))
-    brings_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.is_encoder_decoder or not (has_head or brings_its_own):
+    if config.is_encoder_decoder or not (has_head or _has_custom_code(config)):
         raise ModelError(
             f"model {source}: not a causal language model, but {architecture or 'a model'} of type {config.model_type}. Use a "
             "model whose architecture is a …ForCausalLM class."
@@ -144,10 +116,8 @@ def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> N
         source: Name of the model in messages.
         trust_remote_code: True if code in the model directory may be executed.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = _load_config(directory, source, trust_remote_code)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    config = load_config(directory, source, trust_remote_code)
+    model_class = causal_model_class(config, trust_remote_code=trust_remote_code)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
     if model_class is None:
         reason = "its code is not part of transformers, so it is unknown whether it separates packed rows"
@@ -197,7 +167,7 @@ def _model_on_meta_device(directory: Path, source: str, trust_remote_code: bool)
     with importing():
         from transformers import AutoModelForCausalLM
 
-    config = _load_config(directory, source, trust_remote_code)
+    config = load_config(directory, source, trust_remote_code)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     with importing(), torch.device("meta"):  # this imports the model's module
@@ -212,7 +182,7 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
         source: Name of the model in messages.
         trust_remote_code: True if code in the model directory may be executed.
     """
-    text: Any = _load_config(directory, source, trust_remote_code).get_text_config()
+    text: Any = load_config(directory, source, trust_remote_code).get_text_config()
     fields = text.to_dict()  # excludes attribute defaults of other architectures
     layers, heads, intermediate = (
         getattr(text, name, None)
@@ -230,7 +200,6 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
     experts = count_experts(text)
     window = fields.get("sliding_window")
     return ModelShape(
-        kind=text.model_type,
         layers=layers,
         hidden=text.hidden_size,
         intermediate=(fields.get("moe_intermediate_size") or intermediate) if experts else intermediate,
@@ -241,7 +210,6 @@ def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> Mod
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds)
         if kinds
         else (window if fields.get("use_sliding_window", True) else None,) * layers,
-        caps_scores=bool(fields.get("attn_logit_softcapping")),
         experts=experts,
         experts_per_token=fields.get("num_experts_per_tok") or 0,
     )
@@ -253,7 +221,21 @@ def count_experts(text: Any) -> int:
     return fields.get("num_local_experts") or fields.get("num_experts") or 0
 
 
-def _load_config(directory: Path, source: str, trust_remote_code: bool):
+def causal_model_class(config: Any, *, trust_remote_code: bool) -> Any:
+    """Return the class of transformers that AutoModelForCausalLM builds from a config; None for custom code."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if trust_remote_code and _has_custom_code(config):
+        return None
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _has_custom_code(config: Any) -> bool:
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
+    """Return the config of transformers; raise ModelError if transformers cannot read it."""
     with importing():
         from transformers import AutoConfig
 

@@ -99,7 +99,7 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
             else "deepspeed: zero_2, or load_in_4bit: false"
         )
         raise ModelError(f"kernels: {asked}: {reason}. Write {advice}.")
-    if asked == "unsloth" and not _installed("unsloth"):
+    if asked == "unsloth" and not is_installed("unsloth"):
         raise ModelError(
             "kernels: unsloth: Unsloth is not installed. Install it with `make setup-unsloth` (its licence: see docs/kernels.md)."
         )
@@ -111,7 +111,7 @@ def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
     skipped = []
     for provider, advantage in _PREFERRED[device]:
         reason = _why_not(provider, config, device, stage)
-        if reason is None and provider == "unsloth" and not _installed("unsloth"):
+        if reason is None and provider == "unsloth" and not is_installed("unsloth"):
             reason = "Unsloth is not installed (make setup-unsloth)"
         if reason is None:
             return KernelChoice(provider, f"auto: {', and '.join(skipped) or advantage}")
@@ -134,7 +134,7 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
         return "Unsloth computes in 16 bits on a GPU, also with dtype: fp32"
     if provider == "unsloth" and (others := _modules_to_save_without_unsloth(config)):
         return f"Unsloth does not train {' and '.join(others)} of lora_config.modules_to_save, only embed_tokens, lm_head and norms"
-    packages = [package for package in _ATTENTION_OF_UNSLOTH if _installed(package)]
+    packages = [package for package in _ATTENTION_OF_UNSLOTH if is_installed(package)]
     if provider == "unsloth" and device == "cuda" and config.deterministic and packages:
         return f"Unsloth's attention would use {packages[0]}, whose gradients are not deterministic"
     if provider == "unsloth" and config.packing:
@@ -194,5 +194,6 @@ def compatibility_as_markdown() -> str:
     return "\n".join(lines)
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None

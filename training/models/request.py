@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.schema import LoraConfig
+from training.models.attention import Attention
 from training.models.kernels import Device, WeightsDtype
 
 REFERENCE_ADAPTER = "reference"
@@ -22,14 +23,11 @@ class ModelRequest:
     lora: LoraConfig | None
     """Settings of a new LoRA adapter. If this and adapter_directory are None, training is full-parameter."""
     device: Device
-    dtype: Literal["bf16", "fp32"]
     weights_dtype: WeightsDtype
     """The dtype that the base model is loaded in."""
     zero_stage: int
     load_in_4bit: bool
-    flash_attention_2: bool
-    packing: bool
-    """True if sequences contain several rows."""
+    attention: Attention
     gradient_checkpointing: bool | Literal["unsloth"]
     context_length: int
     """Maximum sequence length in tokens, including padding."""

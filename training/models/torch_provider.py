@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.schema import LoraConfig
 from training.models import varlen_attention
+from training.models.attention import Implementation, plain_attention
 from training.models.kernels import Device
 from training.models.request import REFERENCE_ADAPTER, ModelRequest
 
@@ -25,13 +25,15 @@ def build(request: ModelRequest) -> "PreTrainedModel":
 
 
 def load_base(request: ModelRequest) -> "PreTrainedModel":
-    """Load the base model without an adapter."""
+    """Load the base model without an adapter; raise ModelError if its attention does not run on this worker's GPU."""
+    if request.attention.implementation == varlen_attention.NAME:
+        varlen_attention.check_gpu()
     model = load_weights(
         request.directory,
         dtype=request.weights_dtype,
         device=request.device,
         load_in_4bit=request.load_in_4bit,
-        attention=_attention(request),
+        attention=request.attention.implementation,
         trust_remote_code=request.trust_remote_code,
     )
     model.config.use_cache = False
@@ -47,17 +49,18 @@ def load_weights(
     dtype: Literal["bf16", "fp16", "fp32"],
     device: Device = "cpu",
     load_in_4bit: bool = False,
-    attention: str = "sdpa",
+    attention: Implementation | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a model in this dtype on CPU; 4-bit weights are loaded directly on the device.
 
-    With `attention="sdpa"`, models with logit softcapping (Gemma 2) get eager attention, since SDPA would ignore the softcapping.
+    Without `attention`, the model gets `plain_attention`.
     """
     arguments: dict[str, Any] = {}
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        attention = "eager"
+    if attention is None:
+        attention = plain_attention(
+            AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        )
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -79,17 +82,6 @@ def load_weights(
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
-
-
-def _attention(request: ModelRequest) -> str:
-    """Return the `attn_implementation` of transformers for the request."""
-    if request.flash_attention_2 and is_flash_attn_2_available():
-        return "flash_attention_2"
-    if request.packing and request.device == "cuda":
-        config = AutoConfig.from_pretrained(request.directory, trust_remote_code=request.trust_remote_code)
-        if varlen_attention.serves(config, _DTYPES[request.dtype]):
-            return varlen_attention.NAME
-    return "sdpa"
 
 
 def keep_4bit_layout(model: "PreTrainedModel") -> None:

@@ -5,44 +5,29 @@ offers this through flash-attn, which must be compiled; these kernels ship with 
 """
 
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from training.models.architecture import PACKED_WITHOUT_MASK
+from training.models.files import ModelError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-NAME = "torch_varlen"
+NAME: Literal["torch_varlen"] = "torch_varlen"
 """Name in the `attn_implementation` of transformers."""
 
-_MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # limits of PyTorch's flash kernels
 _LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 # PyTorch 2.12 and later need a flag for grouped-query attention.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
-def serves(config: "PreTrainedConfig", dtype: torch.dtype) -> bool:
-    """Return whether these kernels support this model's attention on this worker's GPU.
-
-    Args:
-        config: The model's config.
-        dtype: Dtype of the attention computation.
-    """
-    if config.model_type not in PACKED_WITHOUT_MASK:
-        return False
-    known: Any = config
-    head_dim = getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
-    return (
-        torch.cuda.get_device_capability() >= _LEAST_COMPUTE_CAPABILITY
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim <= _MOST_HEAD_DIM
-        and head_dim % _HEAD_DIM_STEP == 0
-        and not getattr(known, "attention_dropout", 0)
-    )
+def check_gpu() -> None:
+    """Check that these kernels run on this worker's GPU."""
+    if torch.cuda.get_device_capability() < _LEAST_COMPUTE_CAPABILITY:
+        raise ModelError(
+            f"packing: PyTorch's flash kernels need an NVIDIA GPU of the Ampere generation or later, not {torch.cuda.get_device_name()}. Set "
+            "packing: false, or dtype: fp32."
+        )
 
 
 def attention(

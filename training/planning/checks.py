@@ -1,6 +1,5 @@
 """Checks that reject a run before a cluster is started: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from training.models.files import (
     is_model_file,
     targeted_modules,
 )
+from training.models.kernels import is_installed
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed, misfits
 from utils.files import format_bytes, free_bytes
@@ -29,7 +29,7 @@ def reject_missing_requirements(loaded: LoadedConfig) -> None:
     """Reject a configuration that cannot run in this environment; report all reasons in one error."""
     reasons = list(loaded.rejections)
     config = loaded.config
-    if isinstance(config.logger, WandbLogger | MlflowLogger) and not is_importable(config.logger.provider):
+    if isinstance(config.logger, WandbLogger | MlflowLogger) and not is_installed(config.logger.provider):
         reasons.append(
             f"logger: the package {config.logger.provider} is not installed. Install it with `make setup-trackers` (in an image: --build-arg TRACKERS=1), or remove logger: metrics.jsonl is always written."
         )
@@ -39,11 +39,6 @@ def reject_missing_requirements(loaded: LoadedConfig) -> None:
         )
     if reasons:
         raise ConfigError("\n".join(reasons))
-
-
-def is_importable(provider: str) -> bool:
-    """Return whether a package is installed."""
-    return importlib.util.find_spec(provider) is not None
 
 
 def check_disk(base_model: str, facts: ModelFacts, scratch: Path, target: ClusterTarget) -> None:

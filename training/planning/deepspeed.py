@@ -1,11 +1,12 @@
 """Parallelism of a run: DDP, or DeepSpeed's ZeRO with a checked configuration."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from configs.schema import FinetuneConfig, deepspeed_preset_path
+from configs.schema import OFFLOADABLE_OPTIMIZERS, DeepspeedFile, FinetuneConfig, deepspeed_preset_path
 from training.models.kernels import Device, KernelChoice, WeightsDtype, choose_kernels
 from utils.errors import AnnealError
 
@@ -77,7 +78,32 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
             raise StrategyError(
                 f"deepspeed: {path} has a block `{block}`. Remove it, and set {key} in the YAML instead."
             )
+    if isinstance(config.deepspeed, DeepspeedFile):
+        _check_offloading(config, path, settings.get("zero_optimization", {}))
     return settings
+
+
+def is_offloaded(zero: Mapping[str, Any], block: Literal["offload_optimizer", "offload_param"]) -> bool:
+    """Return whether DeepSpeed's `zero_optimization` offloads these states to CPU memory or to a disk."""
+    return zero.get(block, {}).get("device", "none") != "none"
+
+
+def _check_offloading(config: FinetuneConfig, file: Path, zero: Mapping[str, Any]) -> None:
+    """Check that a file offloads only on GPUs, and only an optimizer that DeepSpeed has for CPU memory.
+
+    The schema checks presets.
+    """
+    offloads_optimizer = is_offloaded(zero, "offload_optimizer")
+    if config.device == "cpu" and (offloads_optimizer or is_offloaded(zero, "offload_param")):
+        raise StrategyError(
+            f"deepspeed: {file} offloads to CPU memory, which has no effect with `device: cpu`. Remove `offload_optimizer` and "
+            "`offload_param` from it."
+        )
+    if offloads_optimizer and config.optim not in OFFLOADABLE_OPTIMIZERS:
+        raise StrategyError(
+            f"deepspeed: {file} offloads the optimizer, but `optim: {config.optim}` cannot be offloaded to CPU memory. Write optim: "
+            "adamw_torch, or remove `offload_optimizer` from the file."
+        )
 
 
 def check_optimizer(config: FinetuneConfig, stage: int, trained: int) -> None:

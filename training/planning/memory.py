@@ -12,7 +12,6 @@ from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import padded_length
 from training.models.architecture import (
     ATTENTION_OUTPUT,
-    PACKED_WITHOUT_MASK,
     ModelShape,
     is_embedding,
     is_expert,
@@ -20,9 +19,10 @@ from training.models.architecture import (
     position,
     share_of_experts,
 )
+from training.models.attention import Attention, AttentionTraits, choose_attention
 from training.models.files import AdapterFacts, ModelFacts, is_trained_whole, lora_ranks
 from training.models.kernels import Device, Provider, offloads_activations
-from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
+from training.planning.deepspeed import Execution, check_optimizer, is_offloaded, resolve_execution
 from utils.errors import AnnealError
 from utils.files import format_bytes
 
@@ -53,6 +53,8 @@ class Job:
     """Tokens of the longest sequence in a batch."""
     execution: Execution
     """DeepSpeed's settings, ZeRO stage and kernels."""
+    traits: AttentionTraits
+    attention: Attention
     new_adapter: Mapping[str, tuple[int, ...]] | None = None
     """Name -> shape of a new adapter's trainable parameters, if PEFT counted them."""
 
@@ -182,7 +184,7 @@ def _weights(job: Job, held: _Held) -> float:
         base, adapter = base * (1 if config.trains_adapter else 2), adapter * (2 if job.adapter else 1)
     if held.stage < 3:
         return base + adapter + copies
-    split = 0.0 if _is_offloaded(held, "offload_param") else (base + adapter) / held.devices
+    split = 0.0 if is_offloaded(held.zero, "offload_param") else (base + adapter) / held.devices
     return split + held.base * max(2 * matrices / job.shape.layers, job.shape.vocabulary * job.shape.hidden)
 
 
@@ -217,7 +219,7 @@ def _gradients(held: _Held) -> float:
     size = held.zero.get("reduce_bucket_size", 500_000_000)
     bucket = size * held.trained * buffers if isinstance(size, int) else 0
     if held.stage > 1:
-        gradients = 0 if _is_offloaded(held, "offload_optimizer") else gradients / held.devices
+        gradients = 0 if is_offloaded(held.zero, "offload_optimizer") else gradients / held.devices
     return gradients + bucket
 
 
@@ -228,7 +230,7 @@ def _optimizer(job: Job, held: _Held) -> tuple[float, float]:
     are 4 + 8 + 4 bytes per weight, as in DeepSpeed's own estimate (`estimate_zero2_model_states_mem_needs`). torch's Adam on a
     GPU updates all weights at once and needs their size again (see `foreach` in its documentation).
     """
-    if _is_offloaded(held, "offload_optimizer"):
+    if is_offloaded(held.zero, "offload_optimizer"):
         return 0.0, 0.0
     trained = held.trained_entries
     states = sum(_states(job, name, shape) for name, shape in held.trained_shapes.items())
@@ -262,7 +264,7 @@ def _saved(job: Job, held: _Held) -> float:
     """
     shape, tokens = job.shape, _tokens(job)
     last = tokens * (_norm(job, held, shape.hidden) + held.computed * shape.hidden)
-    mask = tokens * job.longest if _is_masked(job, held) else 0  # one byte per pair, shared by all layers
+    mask = tokens * job.longest if _masks_pairs(job) else 0  # one byte per pair, shared by all layers
     if not job.config.gradient_checkpointing:
         layers = shape.layers * tokens * _layer(job, held)
     elif held.provider == "unsloth" and offloads_activations(
@@ -281,7 +283,7 @@ def _backward(job: Job, held: _Held) -> float:
     shape, tokens = job.shape, _tokens(job)
     width = shape.intermediate * max(1, shape.experts_per_token)
     gradients = tokens * held.computed * (3 * width + 2 * shape.hidden)
-    if _uses_eager_attention(job, held):
+    if job.attention.implementation == "eager":
         # Gradients per query-key pair: softmax input and output in fp32, and the product; most exist at the same time.
         gradients = max(gradients, 7 * tokens * shape.heads * job.longest)
     return gradients + (tokens * _layer(job, held) if job.config.gradient_checkpointing else 0)
@@ -303,21 +305,16 @@ def _layer(job: Job, held: _Held) -> float:
     else:
         matrices = computed * (2 if held.provider == "liger" else 3) * width + _saved_inputs(job, held)
     # With a mask, torch's attention expands keys and values to the width of queries and converts the mask to its dtype.
-    if _uses_eager_attention(job, held):
+    if job.attention.implementation == "eager":
         # Softcapped score and probability of each pair, in fp32 and in the dtype of the product.
         attention = computed * 4 * queries + 8 * shape.heads * job.longest
-    elif _is_masked(job, held):
+    elif _masks_pairs(job):
         attention = computed * (4 * queries + job.longest) + _FP32 * shape.heads
     else:
         attention = computed * (2 * queries + 2 * keys) + _FP32 * shape.heads
     copies = 2 * computed * hidden * shape.experts_per_token  # tokens sorted by expert, and back
     norms = sum(_norm(job, held, width) for width in _norms_of_a_layer(job))
     return norms + attention + matrices + copies
-
-
-def _uses_eager_attention(job: Job, held: _Held) -> bool:
-    """Return whether attention is transformers' eager implementation, since torch's does not support softcapping."""
-    return job.shape.caps_scores and held.provider != "unsloth" and not job.config.flash_attention_2
 
 
 def _norms_of_a_layer(job: Job) -> list[int]:
@@ -365,24 +362,17 @@ def _tokens(job: Job) -> int:
     return rows * job.longest * (_ROWS_OF_A_PAIR if job.config.task == "preference_tuning" else 1)
 
 
-def _is_masked(job: Job, held: _Held) -> bool:
-    """Return whether attention gets a mask of all query-key pairs.
+def _masks_pairs(job: Job) -> bool:
+    """Return whether transformers builds a mask of all query-key pairs: for packed rows, sliding windows and masked padding.
 
-    This is so for packed rows on CPU, for sliding windows, and for padded rows of a mixture of experts. Unsloth, the flash-attn
-    package and torch's kernels for packed rows (training/models/varlen_attention.py) need no mask.
+    Unsloth, the flash-attn package and PyTorch's kernels for packed rows (training/models/varlen_attention.py) need none.
     """
     config = job.config
-    flash = (
-        config.packing
-        and job.device == "cuda"
-        and config.dtype == "bf16"
-        and job.shape.kind in PACKED_WITHOUT_MASK
-    )
-    if held.provider == "unsloth" or config.flash_attention_2 or flash:
+    if job.attention.implementation not in ("sdpa", "eager"):
         return False
     narrow = any(window is not None and window < job.longest for window in job.shape.windows)
     padded = job.device == "cuda" or config.batch_size > 1 or config.padding == "max_length"
-    return config.packing or narrow or (padded and job.shape.experts > 0)
+    return config.packing or narrow or (padded and job.attention.mask)
 
 
 def _dropout(config: FinetuneConfig) -> float:
@@ -425,10 +415,6 @@ def _settings(config: FinetuneConfig) -> PreferenceTuningConfig:
 
 def _is_in_layers(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and not is_embedding(name) and not is_head(name)
-
-
-def _is_offloaded(held: _Held, what: str) -> bool:
-    return held.zero.get(what, {}).get("device", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -567,9 +553,11 @@ def _changed(job: Job, changes: dict[str, Any]) -> Job | None:
         config = FinetuneConfig.model_validate(job.config.model_dump(exclude_unset=True) | changes)
     except ValidationError:
         return None
+    execution = resolve_execution(config, job.device)
     return replace(
         job,
         config=config,
         longest=min(job.longest, config.context_length or job.longest),
-        execution=resolve_execution(config, job.device),
+        execution=execution,
+        attention=choose_attention(config, job.traits, job.device, execution.kernels.provider),
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.schema import FinetuneConfig
 from runs.layout import DataFingerprints
 from training.data.batches import BatchPlan, BatchShape, pack
+from training.models.attention import Attention
 from training.models.kernels import Device, KernelChoice, WeightsDtype
 from training.planning.deepspeed import ZeroStage
 from training.planning.endpoints import ClusterTarget
@@ -25,6 +26,7 @@ class Resolved(BaseModel):
     """The cluster or machine where the workers are placed."""
     zero_stage: ZeroStage
     kernels: KernelChoice
+    attention: Attention
     weights_dtype: WeightsDtype
     """The dtype in which the base model is loaded."""
 

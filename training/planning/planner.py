@@ -29,6 +29,7 @@ from training.models.architecture import (
     model_shape,
     parameter_shapes,
 )
+from training.models.attention import Attention, AttentionTraits, choose_attention, read_traits
 from training.models.files import (
     AdapterFacts,
     ModelFacts,
@@ -119,6 +120,8 @@ class Model:
     adapter_facts: AdapterFacts | None
     shape: ModelShape | None
     """Dimensions; None for unsupported architectures."""
+    traits: AttentionTraits
+    attention: Attention
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
@@ -198,7 +201,7 @@ def make_plan(
     reject_missing_requirements(loaded)
     settings = _resolve_settings(loaded.config, target)
     storage = _check_storage(loaded.config, progress)
-    model = _read_model(loaded.config, target, storage, progress)
+    model = _read_model(loaded.config, settings, storage, progress)
     adapter = _count_trainable(loaded.config, settings, model)
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
@@ -219,6 +222,7 @@ def make_plan(
             target=target,
             zero_stage=settings.execution.zero_stage,
             kernels=settings.execution.kernels,
+            attention=model.attention,
             weights_dtype=settings.execution.weights_dtype,
         ),
         deepspeed=settings.execution.deepspeed,
@@ -254,16 +258,18 @@ def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
     return storage
 
 
-def _read_model(config: FinetuneConfig, target: ClusterTarget, storage: Storage, progress: Progress) -> Model:
+def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, progress: Progress) -> Model:
     """Read the facts of the base model and the adapter, and load the tokenizer; reject models that cannot be trained."""
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
     facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
-    check_disk(base, facts, storage.scratch, target)
+    check_disk(base, facts, storage.scratch, settings.target)
     directory = fetch_model(base, storage.cache, is_tokenizer_file)
     trust = config.trust_remote_code
     check_is_causal(directory, base, trust_remote_code=trust)
     shape = model_shape(directory, base, trust_remote_code=trust)
+    traits = read_traits(directory, base, trust_remote_code=trust)
+    attention = choose_attention(config, traits, settings.device, settings.execution.kernels.provider)
     if config.packing:
         check_packing(directory, base, trust_remote_code=trust)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
@@ -278,7 +284,19 @@ def _read_model(config: FinetuneConfig, target: ClusterTarget, storage: Storage,
         check_adapter(config, adapter_facts, facts)
     template = read_chat_template(config)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template)
-    return Model(base, adapter, parent, facts, adapter_facts, shape, directory, tokenizer, template)
+    return Model(
+        base=base,
+        adapter=adapter,
+        parent=parent,
+        facts=facts,
+        adapter_facts=adapter_facts,
+        shape=shape,
+        traits=traits,
+        attention=attention,
+        tokenizer_directory=directory,
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
 
 
 def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
@@ -392,6 +410,8 @@ def _plan_batches(
         device=settings.device,
         longest=_longest_sequence(config, train),
         execution=settings.execution,
+        traits=model.traits,
+        attention=model.attention,
         new_adapter=adapter.new_shapes,
     )
     reason = ""
@@ -462,7 +482,7 @@ def _warnings(
 ) -> Iterator[str]:
     config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
-    yield from plan_warnings.attention_warnings(config, model.facts, model.shape, device, provider)
+    yield from plan_warnings.attention_warnings(config, model.facts, model.attention, device)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)
     if settings.target.is_local:

@@ -10,10 +10,10 @@ from training.data.report import DataReport
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.models.architecture import ModelShape
+from training.models.attention import Attention
 from training.models.files import AdapterFacts, ModelFacts, untargeted_names
-from training.models.kernels import Device, Provider
+from training.models.kernels import Device, Provider, is_installed
 from training.planning.accelerators import memory_of, named_accelerator, nearest_name
-from training.planning.checks import is_importable
 from training.planning.memory import MemoryReport, describe_savings
 from utils.files import format_bytes
 
@@ -42,15 +42,15 @@ def model_warnings(
             "this run trains a LoRA adapter on a full-parameter checkpoint, and serving the adapter needs that checkpoint too. This pays "
             "off only if several adapters share the checkpoint"
         )
-    if config.flash_attention_2 and not is_importable("flash_attn"):
+    if config.flash_attention_2 and not is_installed("flash_attn"):
         yield "flash_attention_2: the package flash-attn is not installed, so torch's scaled_dot_product_attention is used"
 
 
 def attention_warnings(
-    config: FinetuneConfig, facts: ModelFacts, shape: ModelShape | None, device: Device, kernels: Provider
+    config: FinetuneConfig, facts: ModelFacts, attention: Attention, device: Device
 ) -> Iterator[str]:
     """Warn of attention whose memory grows with the square of the sequence length."""
-    if shape is None or not shape.caps_scores or kernels == "unsloth" or config.flash_attention_2:
+    if attention.implementation != "eager":
         return
     text = (
         f"{facts.source} uses attention logit softcapping, which torch's attention kernels do not support. transformers' eager attention "
@@ -58,7 +58,7 @@ def attention_warnings(
     )
     yield (
         f"{text}. flash_attention_2: true needs less memory (install the package flash-attn)"
-        if device == "cuda"
+        if device == "cuda" and not config.flash_attention_2
         else text
     )
 

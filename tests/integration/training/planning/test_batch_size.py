@@ -17,6 +17,7 @@ from training.data.batches import pad_to_multiple_of
 from training.data.prepared import fetch_prepared
 from training.loop.trainers import collate_rows
 from training.loop.worker import model_request
+from training.models.attention import Attention
 from training.planning.endpoints import ClusterTarget
 from training.planning.plan import RunPlan
 from training.planning.planner import make_plan
@@ -89,7 +90,7 @@ def test_a_model_is_made_for_the_padding_of_its_batches(files: Path, keys: dict[
     plan = plan_of(files, "padded", long_rows="truncate", **keys, **ON_A10G)
     train = fetch_prepared(plan.train, plan.cache, plan.prepared)
     multiple = pad_to_multiple_of(plan.config, "cuda", train.summary.longest)
-    collate = collate_rows(0, multiple, packed=False, attention="sdpa", masked=True)
+    collate = collate_rows(0, multiple, packed=False, attention=Attention("unsloth", mask=True))
     rows = train.dataset()
     longest_batch = max(collate([rows[row]])["input_ids"].shape[1] for row in range(len(rows)))
     assert longest_batch == model_request(plan, files / "model", None, train, None).context_length

@@ -15,7 +15,8 @@ from training.data.batches import TokenSequences, pack, without_mask
 from training.data.row_index import IGNORED
 from training.loop.trainers import collate_rows
 from training.models import varlen_attention
-from training.models.architecture import PACKED_WITHOUT_MASK, check_packing
+from training.models.architecture import check_packing
+from training.models.attention import PACKED_WITHOUT_MASK, Attention
 from training.models.files import ModelError
 
 CAPACITY = 96
@@ -115,7 +116,7 @@ def test_packed_kernels_receive_row_ends(architecture: str, checkpointed: bool, 
     collator = DataCollatorForLanguageModeling(PAD, return_position_ids=True, pad_to_multiple_of=8)
     packs = pack([len(row["input_ids"]) for row in rows], CAPACITY)[:3]
     sequences = TokenSequences(rows, PAD, packs)
-    collate = collate_rows(PAD, 8, packed=True, attention=varlen_attention.NAME, masked=False)
+    collate = collate_rows(PAD, 8, packed=True, attention=Attention(varlen_attention.NAME, mask=False))
     masked = without_mask(collator)([sequences[index] for index in range(3)])
     in_one_line = collate([sequences[index] for index in range(3)])
     assert in_one_line["input_ids"].shape[0] == 1
@@ -137,7 +138,7 @@ def test_the_comparison_detects_rows_that_attend_to_each_other(rows: list[dict[s
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).double()
     model.set_attn_implementation(varlen_attention.NAME)
-    collate = collate_rows(PAD, 8, packed=True, attention=varlen_attention.NAME, masked=False)
+    collate = collate_rows(PAD, 8, packed=True, attention=Attention(varlen_attention.NAME, mask=False))
     batch = collate([TokenSequences(rows, PAD, [[0, 1]])[0]])
     with torch.no_grad():
         apart, _ = token_losses(model, batch)

@@ -16,6 +16,7 @@ from training.loop.callbacks import AfterFirstStep
 from training.loop.preference import PreferenceTrainer, collate_pairs
 from training.loop.throughput import HostTimeline, PhaseClock, Throughput
 from training.loop.trainers import FineTuningTrainer, TrainingRows, collate_rows
+from training.models.attention import Attention
 
 ROWS, STEPS, LONGEST = 8, 3, 5
 
@@ -35,7 +36,7 @@ def rows_of(task: str, pad: int) -> TrainingRows:
         return TrainingRows(order, sequences, None, collate_pairs(pad, None, masked=False), LONGEST)
     texts = [ids(generator, length) for length in lengths]
     rows = Dataset.from_list([{"input_ids": text, "labels": text} for text in texts])
-    collate = collate_rows(pad, None, packed=False, attention="sdpa", masked=False)
+    collate = collate_rows(pad, None, packed=False, attention=Attention("sdpa", mask=False))
     return TrainingRows(order, TokenSequences(rows, pad), None, collate, LONGEST)
 
 

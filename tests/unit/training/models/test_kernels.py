@@ -21,7 +21,7 @@ def config(**keys: Any) -> FinetuneConfig:
 
 
 def test_adapter_settings_that_unsloth_ignores_are_not_dropped(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     asked = config(lora_config={"r": 4, "use_dora": True, "rank_pattern": {"q_proj": 8}})
     choice = choose_kernels(asked, "cuda", 0)
     assert choice.provider == "liger"
@@ -36,7 +36,7 @@ def test_adapter_settings_that_unsloth_ignores_are_not_dropped(monkeypatch: pyte
 
 @pytest.mark.parametrize("module", ["gate_proj", "model.layers.0.mlp"])
 def test_modules_to_save_that_unsloth_cannot_train_select_liger(module: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     asked = config(lora_config={"modules_to_save": ["lm_head", module]})
     choice = choose_kernels(asked, "cuda", 0)
     assert choice.provider == "liger"
@@ -65,7 +65,7 @@ def test_auto_selects_the_fastest_kernels_that_work_and_gives_the_reason(
     provider: str,
     reason: str,
 ):
-    monkeypatch.setattr(kernels, "_installed", lambda package: package in installed)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: package in installed)
     choice = choose_kernels(config(), device, stage)
     assert choice.provider == provider
     assert choice.reason.startswith("auto: ")
@@ -73,7 +73,7 @@ def test_auto_selects_the_fastest_kernels_that_work_and_gives_the_reason(
 
 
 def test_auto_does_not_select_unsloth_for_packed_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     choice = choose_kernels(config(packing=True), "cuda", 0)
     assert choice.provider == "liger"
     assert_names(choice.reason, "Unsloth", "packed")
@@ -83,17 +83,17 @@ def test_auto_does_not_select_unsloth_for_packed_rows(monkeypatch: pytest.Monkey
 def test_auto_does_not_select_nondeterministic_attention_for_deterministic_runs(
     package: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(kernels, "_installed", lambda name: name in (package, "unsloth", "triton"))
+    monkeypatch.setattr(kernels, "is_installed", lambda name: name in (package, "unsloth", "triton"))
     choice = choose_kernels(config(deterministic=True), "cuda", 0)
     assert choice.provider == "liger"
     assert_names(choice.reason, "Unsloth", package, "deterministic")
     assert choose_kernels(config(), "cuda", 0).provider == "unsloth"
-    monkeypatch.setattr(kernels, "_installed", lambda name: name in ("unsloth", "triton"))
+    monkeypatch.setattr(kernels, "is_installed", lambda name: name in ("unsloth", "triton"))
     assert choose_kernels(config(deterministic=True), "cuda", 0).provider == "unsloth"
 
 
 def test_auto_does_not_select_unsloth_for_fp32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     choice = choose_kernels(config(dtype="fp32"), "cuda", 0)
     assert choice.provider == "liger"
     assert_names(choice.reason, "Unsloth", "dtype")
@@ -115,7 +115,7 @@ def test_kernels_that_cannot_train_the_run_raise_an_error_with_alternatives(
 
 
 def test_missing_unsloth_raises_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_installed", lambda package: False)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: False)
     with pytest.raises(ModelError, match="make setup-unsloth"):
         choose_kernels(config(kernels="unsloth"), "cuda", 0)
 
@@ -148,7 +148,7 @@ def why_not(provider: Provider, device: Device, method: Method, spread: str) -> 
 def test_explicit_kernels_are_used_or_raise_an_error(
     monkeypatch: pytest.MonkeyPatch, provider: Provider, device: Device, method: Method, spread: str
 ):
-    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     keys: dict[str, Any] = {} if method == "full" else {"lora_config": {"r": 4}}
     keys |= {"load_in_4bit": True} if method == "QLoRA" else {}
     keys["num_devices"] = 1 if spread == "one worker" else 2

@@ -1,6 +1,7 @@
-"""What transformers' models are told."""
+"""The torch provider: attention, experts and dtypes of the models that it builds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
 from training.models import varlen_attention
+from training.models.attention import Attention
+from training.models.files import ModelError
 from training.models.request import ModelRequest
-from training.models.torch_provider import _attention, build, load_base
+from training.models.torch_provider import build, load_base, load_weights
 
 SHAPE = {
     "vocab_size": 64,
@@ -27,12 +30,10 @@ def request(directory: Path, **changes: object) -> ModelRequest:
         "adapter_directory": None,
         "lora": None,
         "device": "cpu",
-        "dtype": "bf16",
         "weights_dtype": "fp32",
         "zero_stage": 0,
         "load_in_4bit": False,
-        "flash_attention_2": False,
-        "packing": True,
+        "attention": Attention("sdpa", mask=False),
         "gradient_checkpointing": False,
         "context_length": 64,
         "seed": 0,
@@ -48,12 +49,12 @@ def saved(directory: Path, kind: str, **changes: object) -> Path:
     return directory
 
 
-def test_attention_softcapping_is_applied(tmp_path: Path):
-    """As torch's own attention does, without a word."""
+def test_models_with_softcapping_are_loaded_with_it(tmp_path: Path):
+    """SDPA would ignore it without an error."""
     settings = {"head_dim": 8, "query_pre_attn_scalar": 8, "initializer_range": 0.5}
     capped = saved(tmp_path, "gemma2", attn_logit_softcapping=0.1, **settings)
     tokens = torch.arange(16)[None]
-    model = load_base(request(capped, dtype="fp32", packing=False))
+    model: Any = load_weights(capped, dtype="fp32")
     logits = model(tokens).logits
     for layer in model.model.layers:
         layer.self_attn.attn_logit_softcapping = None
@@ -70,7 +71,7 @@ def test_parameters_that_are_not_quantized_are_bf16(tmp_path: Path):
     """And so does what a layer hands on to the next: in fp32 both would take twice the memory."""
     directory = saved(tmp_path, "llama", hidden_size=64, intermediate_size=64)
     lora = LoraConfig(target_modules=["q_proj"])
-    model = build(request(directory, weights_dtype="bf16", load_in_4bit=True, lora=lora, packing=False))
+    model = build(request(directory, weights_dtype="bf16", load_in_4bit=True, lora=lora))
     types = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     assert types == {torch.uint8, torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
@@ -86,28 +87,15 @@ def test_deterministic_does_not_change_models_without_experts(tmp_path: Path):
     assert torch.equal(plain(tokens).logits, deterministic(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    ("changes", "model", "capability", "kind"),
-    [
-        ({}, {}, (9, 0), varlen_attention.NAME),
-        ({}, {}, (8, 0), varlen_attention.NAME),
-        ({}, {}, (7, 5), "sdpa"),
-        ({"dtype": "fp32"}, {}, (9, 0), "sdpa"),
-        ({"packing": False}, {}, (9, 0), "sdpa"),
-        ({"device": "cpu"}, {}, (9, 0), "sdpa"),
-        ({}, {"attention_dropout": 0.1}, (9, 0), "sdpa"),
-        ({}, {"head_dim": 12}, (9, 0), "sdpa"),
-        ({}, {"head_dim": 512}, (9, 0), "sdpa"),
-    ],
-)
-def test_packed_rows_get_the_kernels_that_serve_them(
-    changes: dict[str, object],
-    model: dict[str, object],
-    capability: tuple[int, int],
-    kind: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_packing_with_flash_kernels_needs_ampere(
+    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    AutoConfig.for_model("llama", **SHAPE | model).save_pretrained(tmp_path)
-    assert _attention(request(tmp_path, **{"device": "cuda"} | changes)) == kind
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    packed = request(saved(tmp_path, "llama"), attention=Attention(varlen_attention.NAME, mask=False))
+    if capability >= (8, 0):
+        assert load_base(packed).config._attn_implementation == varlen_attention.NAME
+        return
+    with pytest.raises(ModelError, match=r"packing: .*Tesla T4.*packing: false"):
+        load_base(packed)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import FinetuneConfig
+from tests.support.messages import assert_names
 from training.models.files import ModelError
 from training.planning.deepspeed import StrategyError, check_optimizer, resolve_execution
 
@@ -66,3 +67,31 @@ def test_the_base_is_loaded_in_16_bits_where_nothing_needs_more(keys: dict[str, 
     plain = {"model_id": "a/b", "train_path": "t.jsonl"}
     execution = resolve_execution(FinetuneConfig.model_validate(plain | keys), "cpu")
     assert execution.weights_dtype == weights_dtype
+
+
+@pytest.mark.parametrize("name", ["zero_3.json", "offload.json"])
+@pytest.mark.parametrize(
+    ("zero", "keys", "fix"),
+    [
+        ({"offload_optimizer": {"device": "cpu"}}, {"optim": "adamw_8bit"}, "optim: adamw_torch"),
+        ({"offload_optimizer": {"device": "nvme"}}, {"optim": "adafactor"}, "offload_optimizer"),
+        ({"offload_optimizer": {"device": "cpu"}}, {"device": "cpu"}, "offload_optimizer"),
+        ({"offload_param": {"device": "cpu"}}, {"device": "cpu"}, "offload_param"),
+        ({"offload_param": {"device": "cpu"}}, {"optim": "adamw_8bit"}, None),
+        ({"offload_optimizer": {"device": "none"}}, {"optim": "adamw_8bit", "device": "cpu"}, None),
+        ({}, {"optim": "adamw_8bit", "device": "cpu"}, None),
+    ],
+)
+def test_offloading_is_judged_by_the_file_whatever_its_name(
+    zero: dict[str, object], keys: dict[str, object], fix: str | None, name: str, tmp_path: Path
+):
+    file = tmp_path / name
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}))
+    plain = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
+    config = FinetuneConfig.model_validate(plain | keys)
+    if fix is None:
+        assert resolve_execution(config, "cuda").zero_stage == 3
+        return
+    with pytest.raises(StrategyError) as caught:
+        resolve_execution(config, "cuda")
+    assert_names(str(caught.value), "deepspeed", name, fix)

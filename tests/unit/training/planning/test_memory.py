@@ -27,6 +27,7 @@ from tests.support.tiny_model import make_model
 from training.data.batches import with_ends_of_rows
 from training.models import torch_provider, varlen_attention
 from training.models.architecture import adapter_shapes, model_shape
+from training.models.attention import Attention, choose_attention, read_traits
 from training.models.files import read_model_facts
 from training.models.kernels import Device
 from training.models.request import ModelRequest
@@ -80,8 +81,18 @@ def job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **keys: 
     config = FinetuneConfig(**defaults | keys)
     shape = model_shape(model, "tiny", trust_remote_code=False)
     assert shape is not None
+    execution = resolve_execution(config, device)
+    traits = read_traits(model, "tiny", trust_remote_code=False)
     return Job(
-        config, shape, read_model_facts(str(model)), None, device, longest, resolve_execution(config, device)
+        config,
+        shape,
+        read_model_facts(str(model)),
+        adapter=None,
+        device=device,
+        longest=longest,
+        execution=execution,
+        traits=traits,
+        attention=choose_attention(config, traits, device, execution.kernels.provider),
     )
 
 
@@ -93,12 +104,10 @@ def build(of: Job) -> Any:
         adapter_directory=None,
         lora=config.lora_config,
         device="cpu",
-        dtype=config.dtype,
         weights_dtype=of.execution.weights_dtype,
         zero_stage=stage,
         load_in_4bit=config.load_in_4bit,
-        flash_attention_2=False,
-        packing=config.packing,
+        attention=Attention("eager" if of.traits.has_softcapping else "sdpa", mask=False),
         gradient_checkpointing=config.gradient_checkpointing,
         context_length=LONGEST,
         seed=0,

@@ -1,14 +1,14 @@
-"""Which models get an attention mask, and that the others compute the same loss without one."""
+"""Models that are trained without an attention mask compute the same loss as with one."""
 
+from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training.loop.trainer_factory import needs_mask
 from training.loop.trainers import collate_rows
+from training.models.attention import Attention, read_traits
 
 PAD = 0
 SHAPE = {
@@ -31,14 +31,9 @@ def model(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | settings)).eval()
 
 
-def with_adapter(base: Any) -> Any:
-    return peft.get_peft_model(
-        base,
-        peft.LoraConfig(
-            fan_in_fan_out=base.config.model_type == "gpt2",
-            target_modules=r".*(q_proj|c_attn|query_key_value|Wqkv|query)",
-        ),
-    )
+def needs_mask(of: Any, directory: Path) -> bool:
+    of.config.save_pretrained(directory)
+    return read_traits(directory, "tiny", trust_remote_code=True).needs_mask
 
 
 def loss_and_gradient(of: Any, *, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,26 +42,24 @@ def loss_and_gradient(of: Any, *, masked: bool) -> tuple[torch.Tensor, torch.Ten
     rows = [
         {"input_ids": torch.randint(3, 120, (length,), generator=generator).tolist()} for length in (5, 9, 23)
     ]
-    batch = collate_rows(PAD, 8, packed=False, attention="sdpa", masked=masked)(rows)
+    batch = collate_rows(PAD, 8, packed=False, attention=Attention("sdpa", mask=masked))(rows)
     assert ("attention_mask" in batch) == masked
     loss = of(**batch | {"use_cache": False}).loss
     return loss, torch.autograd.grad(loss, of.get_input_embeddings().weight)[0]
 
 
 @pytest.mark.parametrize("kind", WITHOUT_MASK)
-def test_models_trained_without_a_mask_compute_the_same_loss_and_gradient(kind: str):
+def test_models_trained_without_a_mask_compute_the_same_loss_and_gradient(kind: str, tmp_path: Path):
     of = model(kind)
-    assert not needs_mask(of)
-    assert not needs_mask(with_adapter(model(kind)))
+    assert not needs_mask(of, tmp_path)
     torch.testing.assert_close(
         loss_and_gradient(of, masked=False), loss_and_gradient(of, masked=True), atol=1e-6, rtol=1e-5
     )
 
 
 @pytest.mark.parametrize("kind", WITH_MASK)
-def test_models_that_use_the_mask_get_one(kind: str):
-    assert needs_mask(model(kind))
-    assert needs_mask(with_adapter(model(kind)))
+def test_models_that_use_the_mask_get_one(kind: str, tmp_path: Path):
+    assert needs_mask(model(kind), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "roberta"])
@@ -76,6 +69,8 @@ def test_models_that_use_the_mask_compute_another_loss_without_one(kind: str):
     assert abs(with_mask - without) > 1e-5
 
 
-def test_models_of_custom_code_get_a_mask():
-    other = type("Other", (type(model("llama")),), {"__module__": "modeling_other"})
-    assert needs_mask(other(model("llama").config))
+def test_models_with_custom_code_get_a_mask(tmp_path: Path):
+    of = model("llama")
+    of.config.auto_map = {"AutoModelForCausalLM": "modeling_other.Other"}
+    assert needs_mask(of, tmp_path)
+    assert not read_traits(tmp_path, "tiny", trust_remote_code=False).needs_mask
