@@ -1,4 +1,4 @@
-"""The manifests in configs/jobs/: of the fields that each platform knows, of this project's versions, and retried."""
+"""The job manifests in configs/jobs/ use known fields, match the project and retry failed attempts."""
 
 import re
 import subprocess
@@ -18,27 +18,28 @@ JOBS = ROOT / "configs" / "jobs"
 
 
 def fields(**properties: Any) -> dict[str, Any]:
-    """The schema of an object that has these fields and no other."""
+    """Return the JSON schema of an object with these fields and no others."""
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def listed(items: dict[str, Any]) -> dict[str, Any]:
+def list_of(items: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an array of these items."""
     return {"type": "array", "items": items}
 
 
 TEXT, NUMBER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-TEXTS = {"type": "object", "additionalProperties": TEXT}  # quoted, or Kubernetes refuses them
+TEXTS = {"type": "object", "additionalProperties": TEXT}  # Kubernetes accepts only strings as values
 
-# Kubernetes' and KubeRay's (ray.io/v1, RayJob) own names and types, as far as the manifest has them.
+# Names and types of Kubernetes and KubeRay (ray.io/v1, RayJob), limited to the fields that the manifest uses.
 POD = fields(
     spec=fields(
         serviceAccountName=TEXT,
-        containers=listed(
+        containers=list_of(
             fields(
                 name=TEXT,
                 image=TEXT,
-                ports=listed(fields(containerPort=NUMBER, name=TEXT)),
-                env=listed(
+                ports=list_of(fields(containerPort=NUMBER, name=TEXT)),
+                env=list_of(
                     fields(
                         name=TEXT,
                         value=TEXT,
@@ -46,10 +47,10 @@ POD = fields(
                     )
                 ),
                 resources=fields(requests=TEXTS, limits=TEXTS),
-                volumeMounts=listed(fields(name=TEXT, mountPath=TEXT)),
+                volumeMounts=list_of(fields(name=TEXT, mountPath=TEXT)),
             )
         ),
-        volumes=listed(
+        volumes=list_of(
             fields(name=TEXT, configMap=fields(name=TEXT), emptyDir=fields(medium=TEXT, sizeLimit=TEXT))
         ),
     )
@@ -69,7 +70,7 @@ RAY_JOB = fields(
             authOptions=fields(mode={"enum": ["disabled", "token"]}),
             enableInTreeAutoscaling=FLAG,
             headGroupSpec=fields(rayStartParams=TEXTS, template=POD),
-            workerGroupSpecs=listed(
+            workerGroupSpecs=list_of(
                 fields(
                     groupName=TEXT,
                     replicas=NUMBER,
@@ -88,7 +89,7 @@ ANYSCALE_JOB = fields(
     image_uri=TEXT,
     compute_config=TEXT,
     working_dir=TEXT,
-    excludes=listed(TEXT),
+    excludes=list_of(TEXT),
     env_vars=TEXTS,
     max_retries=NUMBER,
 )
@@ -96,49 +97,51 @@ ANYSCALE_JOB = fields(
 
 @pytest.fixture
 def ray_job() -> dict[str, Any]:
-    return documents()["RayJob"]
+    """Return the RayJob manifest."""
+    return manifests_by_kind()["RayJob"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> FinetuneConfig:
-    """The YAML that the RayJob's nodes find."""
-    (name, text), *_ = documents()["ConfigMap"]["data"].items()
+def config(tmp_path: Path) -> FinetuneConfig:
+    """Load the run's YAML from the ConfigMap that the RayJob mounts."""
+    (name, text), *_ = manifests_by_kind()["ConfigMap"]["data"].items()
     (tmp_path / name).write_text(text)
     return load_config(tmp_path / name).config
 
 
-def documents() -> dict[str, Any]:
+def manifests_by_kind() -> dict[str, Any]:
+    """Return the documents of the KubeRay manifest by kind."""
     text = (JOBS / "kuberay_ray_job.yaml").read_text("utf-8")
     return {document["kind"]: document for document in yaml.safe_load_all(text)}
 
 
-def test_the_ray_job_has_fields_that_kuberay_knows(ray_job: dict[str, Any]):
+def test_ray_job_uses_only_known_kuberay_fields(ray_job: dict[str, Any]):
     jsonschema.validate(ray_job, RAY_JOB)
 
 
-def test_the_ray_job_is_of_this_project(ray_job: dict[str, Any]):
+def test_ray_job_matches_the_ray_version_and_image_of_the_project(ray_job: dict[str, Any]):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     cluster = ray_job["spec"]["rayClusterSpec"]
     assert f"ray[train]=={cluster['rayVersion']}" in project["dependencies"]
-    home = re.findall(r"^WORKDIR (.*)$", (ROOT / "Dockerfile").read_text("utf-8"), re.M)[-1]
-    assert ray_job["spec"]["entrypoint"].split()[:2] == ["python", f"{home}/main.py"]
+    workdir = re.findall(r"^WORKDIR (.*)$", (ROOT / "Dockerfile").read_text("utf-8"), re.M)[-1]
+    assert ray_job["spec"]["entrypoint"].split()[:2] == ["python", f"{workdir}/main.py"]
 
 
-def test_a_failed_attempt_is_retried_with_the_same_run_name(ray_job: dict[str, Any], run: FinetuneConfig):
+def test_ray_job_retries_with_a_fixed_run_name_in_a_bucket(ray_job: dict[str, Any], config: FinetuneConfig):
     assert ray_job["spec"]["backoffLimit"] > 0
-    assert run.run_name
-    assert run.storage_path and run.storage_path.startswith("s3://")
+    assert config.run_name
+    assert config.storage_path and config.storage_path.startswith("s3://")
 
 
-def test_the_ray_jobs_cluster_can_hold_the_run(ray_job: dict[str, Any], run: FinetuneConfig):
+def test_ray_cluster_has_enough_gpus_for_the_run(ray_job: dict[str, Any], config: FinetuneConfig):
     (group,) = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert group["maxReplicas"] * gpus >= run.most_devices
+    assert group["maxReplicas"] * gpus >= config.most_devices
 
 
-def test_the_ray_job_finds_its_yaml(ray_job: dict[str, Any]):
-    config_map = documents()["ConfigMap"]
+def test_entrypoint_reads_the_yaml_from_the_mounted_config_map(ray_job: dict[str, Any]):
+    config_map = manifests_by_kind()["ConfigMap"]
     head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     (volume,) = head["volumes"]
     (mount,) = head["containers"][0]["volumeMounts"]
@@ -147,7 +150,7 @@ def test_the_ray_job_finds_its_yaml(ray_job: dict[str, Any]):
     assert f" {mount['mountPath']}/{next(iter(config_map['data']))} " in ray_job["spec"]["entrypoint"]
 
 
-def test_the_ray_job_asks_for_a_token_and_holds_no_secret(ray_job: dict[str, Any]):
+def test_ray_job_requires_a_token_and_contains_no_secret(ray_job: dict[str, Any]):
     cluster = ray_job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"]["mode"] == "token"
     assert yaml.safe_load(ray_job["spec"]["runtimeEnvYAML"])["env_vars"].keys() == {
@@ -158,7 +161,7 @@ def test_the_ray_job_asks_for_a_token_and_holds_no_secret(ray_job: dict[str, Any
             assert "value" not in variable
 
 
-def test_the_anyscale_job():
+def test_anyscale_job_is_valid_and_retries_a_named_run():
     job = yaml.safe_load((JOBS / "anyscale_job.yaml").read_text("utf-8"))
     jsonschema.validate(job, ANYSCALE_JOB)
     assert job["max_retries"] > 0
@@ -169,20 +172,20 @@ def test_the_anyscale_job():
 
 
 @pytest.mark.parametrize(
-    ("codes", "ends_with", "attempts"),
+    ("codes", "exit_code", "attempts"),
     [([0], 0, 1), ([1, 0], 0, 2), ([1, 1, 1, 1], 1, 4), ([2], 2, 1), ([1, 143], 143, 2)],
 )
-def test_the_script_tries_failures_again_and_nothing_else(
-    tmp_path: Path, codes: list[int], ends_with: int, attempts: int
+def test_script_retries_only_after_exit_code_1(
+    tmp_path: Path, codes: list[int], exit_code: int, attempts: int
 ):
-    """With a `python` that ends with one code after the other."""
+    """A fake `python` exits with each of the codes in turn."""
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/sh\necho "$@" >> "$CALLS"\nread -r codes < "$CODES"\necho "${codes#* }" > "$CODES"\nexit "${codes%% *}"\n'
     )
     python.chmod(0o755)
     (tmp_path / "codes").write_text(" ".join(map(str, codes)) + "\n")
-    done = subprocess.run(
+    completed = subprocess.run(
         [JOBS / "ray_job.sh", "run.yaml", "num_epochs=2"],
         env={
             "PATH": f"{tmp_path}:/usr/bin:/bin",
@@ -192,18 +195,18 @@ def test_the_script_tries_failures_again_and_nothing_else(
         },
         timeout=30,
     )
-    assert done.returncode == ends_with
+    assert completed.returncode == exit_code
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["main.py run.yaml num_epochs=2 --submit http://head:8265"] * attempts
 
 
-def test_the_script_needs_a_job_server():
-    done = subprocess.run(
+def test_script_without_a_job_server_fails_and_names_ray_address():
+    completed = subprocess.run(
         [JOBS / "ray_job.sh", "run.yaml"],
         env={"PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=30,
     )
-    assert done.returncode == 1
-    assert "RAY_ADDRESS=http://HEAD:8265" in done.stderr
+    assert completed.returncode == 1
+    assert "RAY_ADDRESS=http://HEAD:8265" in completed.stderr

@@ -1,4 +1,4 @@
-"""The schema that editors use: made from today's keys, and of one mind with what is loaded."""
+"""The JSON schema for editors covers the current keys and agrees with the loader."""
 
 import json
 import re
@@ -18,7 +18,8 @@ COOKBOOKS = sorted((ROOT / "cookbooks").rglob("*.yaml"))
 BASE = "model_id: a/b\ntrain_path: rows.jsonl\n"
 
 
-def problems(text: str) -> list[str]:
+def schema_errors(text: str) -> list[str]:
+    """Validate a YAML against the JSON schema and return the error messages."""
     data: Any = parse_yaml(text, lambda line: Origin(f"line {line}", line)).data
     return [
         error.message
@@ -26,12 +27,12 @@ def problems(text: str) -> list[str]:
     ]
 
 
-def test_the_files_are_what_make_schema_writes():
+def test_committed_schema_and_key_page_are_up_to_date():
     assert SCHEMA_FILE.read_text("utf-8") == json_schema(), "run make schema"
     assert KEYS_FILE.read_text("utf-8") == keys_page(), "run make schema"
 
 
-def test_it_is_a_schema_and_every_key_has_its_help():
+def test_schema_is_valid_and_describes_every_key():
     schema = json.loads(json_schema())
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["properties"].keys() == FinetuneConfig.model_fields.keys()
@@ -41,11 +42,11 @@ def test_it_is_a_schema_and_every_key_has_its_help():
 
 
 @pytest.mark.parametrize("path", COOKBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_cookbooks_fit_it_and_tell_editors_where_it_is(path: Path):
+def test_cookbook_passes_the_schema_and_links_to_it(path: Path):
     text = path.read_text("utf-8")
-    assert problems(text) == []
-    (named,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", text, re.M)
-    assert (path.parent / named).resolve() == SCHEMA_FILE
+    assert schema_errors(text) == []
+    (schema_path,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", text, re.M)
+    assert (path.parent / schema_path).resolve() == SCHEMA_FILE
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,13 @@ def test_cookbooks_fit_it_and_tell_editors_where_it_is(path: Path):
         "train_path: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]",
     ],
 )
-def test_what_loads_fits_it(line: str, tmp_path: Path):
+def test_yaml_that_loads_passes_the_schema(line: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(
         BASE.replace("train_path: rows.jsonl\n", "") + line if "train_path" in line else BASE + line
     )
     load_config(path)
-    assert problems(path.read_text()) == []
+    assert schema_errors(path.read_text()) == []
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,6 @@ def test_what_loads_fits_it(line: str, tmp_path: Path):
         "task: tuning",
     ],
 )
-def test_what_is_refused_does_not_fit_it(line: str):
-    assert problems(BASE) == []
-    assert problems(BASE + line)
+def test_invalid_yaml_fails_the_schema(line: str):
+    assert schema_errors(BASE) == []
+    assert schema_errors(BASE + line)

@@ -8,7 +8,7 @@ from tests.support.messages import assert_names
 
 BASE = "model_id: org/model\ntrain_path: train.jsonl\ntask: instruction_tuning\n"
 
-# The reference cookbook's keys, in its order.
+# The keys of the reference cookbook, in its order.
 COOKBOOK = """\
 model_id: meta-llama/Meta-Llama-3-8B-Instruct
 # initial_base_model_ckpt_path: ...
@@ -60,7 +60,7 @@ def without_path(lines: tuple[str, ...]) -> list[str]:
     return [line.split("run.yaml:")[-1] for line in lines]
 
 
-def test_the_cookbook_runs_as_it_is(load):
+def test_reference_cookbook_loads_unchanged_with_warnings(load):
     loaded = load(COOKBOOK)
     assert loaded.rejections == ()
     assert [line[: line.index("`", line.index("`") + 1) + 1] for line in without_path(loaded.warnings)] == [
@@ -77,13 +77,13 @@ def test_the_cookbook_runs_as_it_is(load):
     assert "dataset_size_scaling_factor" not in loaded.given_keys
 
 
-def test_todays_spellings_pass_in_silence(load):
+def test_current_keys_load_without_warnings(load):
     loaded = load(BASE + "output_dir: /mnt/local_storage\nworker_resources: {accelerator_type:A10G: 0.001}\n")
     assert (loaded.warnings, loaded.rejections) == ((), ())
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "value", "words"),
+    ("text", "key", "value", "replacement"),
     [
         ("no_gradient_checkpoint: true", "gradient_checkpointing", False, "`gradient_checkpointing: false`"),
         ("no_gradient_checkpoint: False", "gradient_checkpointing", True, "`gradient_checkpointing: true`"),
@@ -130,22 +130,24 @@ def test_todays_spellings_pass_in_silence(load):
         ("dataset_size_scaling_factor: 1e10", "seed", 42, "`dataset_size_scaling_factor`"),
     ],
 )
-def test_an_old_key_gives_one_warning_and_todays_value(load, text: str, key: str, value: object, words: str):
+def test_old_key_gives_one_warning_and_sets_the_current_key(
+    load, text: str, key: str, value: object, replacement: str
+):
     loaded = load(BASE + text + "\n")
     [warning] = without_path(loaded.warnings)
     assert warning.startswith("4: `")
-    assert words in warning
+    assert replacement in warning
     assert loaded.rejections == ()
     assert getattr(loaded.config, key) == value
 
 
-def test_checkpoint_every_n_epochs(load):
+def test_checkpoint_every_n_epochs_sets_the_frequency_in_epochs(load):
     loaded = load(BASE + "checkpoint_every_n_epochs: 2\n")
     frequency = loaded.config.checkpoint_and_evaluation_frequency
     assert (frequency.unit, frequency.frequency, len(loaded.warnings)) == ("epochs", 2, 1)
 
 
-def test_logger_settings_move_beside_the_provider(load):
+def test_provider_config_keys_move_up_to_logger(load):
     text = """\
 logger:
   provider: mlflow
@@ -163,19 +165,19 @@ logger:
     assert loaded.rejections == ()
 
 
-def test_a_logger_setting_that_the_provider_does_not_take_stands_at_its_line(load):
+def test_unknown_logger_key_raises_an_error_with_its_line(load):
     with pytest.raises(ConfigError, match=r"run\.yaml:6: `logger\.colour`"):
         load(BASE + "logger:\n  provider: wandb\n  provider_config: {colour: red}\n")
 
 
-def test_the_task_is_read_off_its_section(load):
+def test_task_is_derived_from_its_section(load):
     loaded = load("model_id: a\ntrain_path: b\nclassifier_config:\n  label_tokens: ['[[1]]', '[[2]]']\n")
     assert loaded.config.task == "classification"
     [warning] = without_path(loaded.warnings)
     assert "`task: classification`" in warning
 
 
-def test_preference_tuning(load):
+def test_old_preference_tuning_config_loads_with_warnings(load):
     text = """\
 model_id: mistralai/Mistral-7B-Instruct-v0.1
 train_path: s3://bucket/train.jsonl
@@ -201,7 +203,7 @@ preference_tuning_config:
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "words"),
+    ("text", "key", "fact"),
     [
         ("generation_config: {prompt_format: {user: '{instruction}'}}", "prompt_format", "`system`"),
         (
@@ -223,11 +225,11 @@ preference_tuning_config:
         ),
     ],
 )
-def test_old_settings_without_an_equivalent_are_errors(load, text: str, key: str, words: str):
+def test_old_settings_without_an_equivalent_are_rejected(load, text: str, key: str, fact: str):
     loaded = load(BASE + text + "\n")
     [error] = without_path(loaded.rejections)
     assert error.startswith("4: `")
-    assert_names(error, key, words)
+    assert_names(error, key, fact)
     assert len(loaded.warnings) == 1
 
 
@@ -242,7 +244,7 @@ generation_config:
 """
 
 
-def test_a_prompt_format_becomes_a_chat_template(load, tmp_path: Path):
+def test_prompt_format_becomes_a_chat_template(load, tmp_path: Path):
     loaded = load(BASE + PROMPT_FORMAT)
     [warning] = without_path(loaded.warnings)
     assert warning.startswith("4: `generation_config`")
@@ -253,9 +255,9 @@ def test_a_prompt_format_becomes_a_chat_template(load, tmp_path: Path):
     assert '{{ "[INST] " }}' in template
     assert load(to_yaml(loaded.config)).config == loaded.config
     assert load(BASE + PROMPT_FORMAT, "chat_template=mine.jinja").config.chat_template == "mine.jinja"
-    stopped = load(BASE + PROMPT_FORMAT + "  stopping_sequences: ['</s>']\n")
-    assert stopped.config.chat_template == template
-    assert any("`generation_config.stopping_sequences`" in line for line in stopped.warnings)
+    with_stop = load(BASE + PROMPT_FORMAT + "  stopping_sequences: ['</s>']\n")
+    assert with_stop.config.chat_template == template
+    assert any("`generation_config.stopping_sequences`" in line for line in with_stop.warnings)
     with pytest.raises(ConfigError, match=r"`chat_template`.*`generation_config`"):
         load(BASE + PROMPT_FORMAT + "chat_template: mine.jinja\n")
 
@@ -263,7 +265,7 @@ def test_a_prompt_format_becomes_a_chat_template(load, tmp_path: Path):
 @pytest.mark.parametrize(
     ("metrics", "rejected"), [("[accuracy, f1]", False), ("accuracy", False), ("[accuracy, prauc]", True)]
 )
-def test_metrics_of_a_classifier(load, metrics: str, rejected: bool):
+def test_only_accuracy_and_f1_are_accepted_as_eval_metrics(load, metrics: str, rejected: bool):
     text = "model_id: a\ntrain_path: b\ntask: classification\n"
     loaded = load(text + f"classifier_config:\n  label_tokens: [a, b]\n  eval_metrics: {metrics}\n")
     assert any("`classifier_config.eval_metrics`" in warning for warning in loaded.warnings)
@@ -295,17 +297,17 @@ def test_metrics_of_a_classifier(load, metrics: str, rejected: bool):
         "max_num_checkpoints: 3\nnum_checkpoints_to_keep: 2",
     ],
 )
-def test_an_old_key_with_a_wrong_value_is_a_mistake(load, text: str):
+def test_old_key_with_an_invalid_value_raises_an_error_with_its_line(load, text: str):
     with pytest.raises(ConfigError, match=r"run.yaml:[45]: `"):
         load(BASE + text + "\n")
 
 
-def test_an_old_key_twice_is_a_mistake_unless_it_is_ignored(load):
+def test_duplicate_old_key_raises_an_error(load):
     with pytest.raises(ConfigError, match="twice"):
         load(BASE + "max_num_checkpoints: 1\nmax_num_checkpoints: 1\n")
 
 
-def test_overrides_of_old_keys(load):
+def test_overrides_of_old_keys_replace_current_keys_and_vice_versa(load):
     loaded = load(BASE + "liger_kernel: {enabled: true}\n", "liger_kernel.enabled=false")
     assert loaded.config.kernels == "torch"
     loaded = load(BASE + "kernels: liger\n", "liger_kernel={enabled: false}")
@@ -315,7 +317,7 @@ def test_overrides_of_old_keys(load):
     assert loaded.config.kernels == "liger"
 
 
-def test_a_deepspeed_file_of_ones_own_stays(load):
+def test_custom_deepspeed_file_is_retained_without_a_warning(load):
     loaded = load(BASE + "deepspeed: {config_path: mine/zero_3.json}\n")
     assert loaded.config.deepspeed == DeepspeedFile(config_path="mine/zero_3.json")
     assert loaded.warnings == ()

@@ -25,7 +25,7 @@ def write(tmp_path: Path):
     return write
 
 
-def complaint(path: Path, *overrides: str) -> str:
+def error_message(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     message = str(caught.value)
@@ -34,7 +34,7 @@ def complaint(path: Path, *overrides: str) -> str:
     return message
 
 
-def test_loads(write):
+def test_valid_file_loads_with_its_given_keys(write):
     path = write(BASE + "learning_rate: 5e-6\nlora_config:\n  r: 4\n")
     loaded = load_config(path)
     assert loaded.path == path
@@ -43,7 +43,7 @@ def test_loads(write):
     assert (loaded.warnings, loaded.rejections) == ((), ())
 
 
-def test_defaults_are_marked(write):
+def test_marked_yaml_marks_every_default(write):
     loaded = load_config(write(BASE + "lora_config:\n  r: 4\nchat_template: |\n  seed: 1\n  text\n"))
     marked = to_marked_yaml(loaded)
     assert load_config(write(marked)).config == loaded.config
@@ -66,31 +66,31 @@ def test_defaults_are_marked(write):
         ("2", 2.0),
     ],
 )
-def test_what_looks_like_a_number_is_one(write, text: str, number: float):
+def test_number_notations_load_as_numbers(write, text: str, number: float):
     assert load_config(write(f"{BASE}weight_decay: {text}\n")).config.weight_decay == number
 
 
 @pytest.mark.parametrize(
     "text", ["yes", "on", "no", "12:30", "2024-01-01", "0x10", "007", "1.2.3", "'5'", "=", "0o7"]
 )
-def test_what_looks_like_text_is_text(write, text: str):
+def test_ambiguous_scalars_load_as_text(write, text: str):
     assert load_config(write(f"{BASE}output_dir: {text}\n")).config.output_dir == text.strip("'")
 
 
-def test_underscored_integers_and_resource_names(write):
+def test_resources_load_with_underscored_integers_and_shape_names(write):
     text = "worker_resources:\n  memory: 53_687_091_200\n  anyscale/accelerator_shape:4xA10G: 0.001\n"
     resources = load_config(write(BASE + text)).config.worker_resources
     assert resources == {"memory": 53687091200, "anyscale/accelerator_shape:4xA10G": 0.001}
 
 
-def test_yes_for_a_bool_is_explained(write):
+def test_yes_for_a_bool_raises_an_error_that_suggests_true_or_false(write):
     path = write(BASE + "packing: yes\n")
-    message = complaint(path)
+    message = error_message(path)
     assert message.startswith(f"{path}:3: ")
     assert_names(message, "`packing`", "'yes'", "true", "false")
 
 
-def test_all_mistakes_are_reported_with_their_lines(write):
+def test_all_errors_are_reported_with_their_lines(write):
     path = write(
         "model_id: 3\n"
         "trian_path: a\n"
@@ -105,12 +105,12 @@ def test_all_mistakes_are_reported_with_their_lines(write):
         "num_warmup_steps: 1e2\n"
     )
     override = "override 'lora_config.lora_alpha=-1'"
-    lines = complaint(path, "lora_config.lora_alpha=-1").splitlines()
-    places = [line.split(": ")[0].removeprefix(f"{path}:") for line in lines]
-    assert places == ["1", "1", "2", "3", "4", "6", "7", "8", "10", "11", override]
-    message_at = dict(zip(places[2:], lines[2:], strict=True))
+    lines = error_message(path, "lora_config.lora_alpha=-1").splitlines()
+    locations = [line.split(": ")[0].removeprefix(f"{path}:") for line in lines]
+    assert locations == ["1", "1", "2", "3", "4", "6", "7", "8", "10", "11", override]
+    message_at = dict(zip(locations[2:], lines[2:], strict=True))
     assert {re.findall("`(.*?)`", line)[0] for line in lines[:2]} == {"model_id", "train_path"}
-    for place, facts in {
+    for location, facts in {
         "2": ("`trian_path`", "`train_path`"),
         "3": ("`num_devices`", "'4'"),
         "4": ("'adam_torch'", "`adamw_torch`"),
@@ -121,12 +121,12 @@ def test_all_mistakes_are_reported_with_their_lines(write):
         "11": ("`num_warmup_steps`", "100"),
         override: ("`lora_config.lora_alpha`", "above 0"),
     }.items():
-        assert_names(message_at[place], *facts)
+        assert_names(message_at[location], *facts)
 
 
 def test_a_conflict_is_reported_at_the_line_of_its_key(write):
     path = write(BASE + "num_epochs: 1\ndtype: fp32\nmax_steps: 3\nflash_attention_2: true\n")
-    first, second = complaint(path).splitlines()
+    first, second = error_message(path).splitlines()
     assert first.startswith(f"{path}:5: ")
     assert_names(first, "`num_epochs`", "`max_steps`")
     assert second.startswith(f"{path}:6: `flash_attention_2`")
@@ -179,21 +179,21 @@ def test_a_conflict_is_reported_at_the_line_of_its_key(write):
     ],
 )
 def test_bad_files_raise_an_error_with_the_line(write, text: str | bytes, facts: tuple[str, ...]):
-    assert_names(complaint(write(text)), *facts)
+    assert_names(error_message(write(text)), *facts)
 
 
-def test_a_file_full_of_mistakes_is_reported_in_a_page(write):
+def test_errors_are_limited_to_50_lines(write):
     path = write("".join(f"key{number}: 1\n" for number in range(20_000)))
-    assert len(complaint(path).splitlines()) == 50
+    assert len(error_message(path).splitlines()) == 50
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(write):
+def test_byte_order_mark_is_ignored(write):
     assert load_config(write(b"\xef\xbb\xbf" + BASE.encode())).config.model_id == "org/model"
 
 
-def test_a_file_that_is_not_there(tmp_path: Path):
-    assert_names(complaint(tmp_path / "absent.yaml"), f"{tmp_path}/absent.yaml", "no such file")
-    assert_names(complaint(tmp_path), str(tmp_path), "directory")
+def test_missing_file_or_directory_raises_an_error_with_its_path(tmp_path: Path):
+    assert_names(error_message(tmp_path / "absent.yaml"), f"{tmp_path}/absent.yaml", "no such file")
+    assert_names(error_message(tmp_path), str(tmp_path), "directory")
 
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -215,9 +215,9 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
     ],
 )
 def test_secrets_raise_an_error_that_does_not_show_them(write, text: str, key: str, secret: str):
-    message = complaint(write((BASE if "model_id" not in text else "") + text))
+    message = error_message(write((BASE if "model_id" not in text else "") + text))
     assert_names(message, f"`{key}`")
-    if key != "env":  # a section that no key is for, whatever it holds
+    if key != "env":  # an unknown section is reported as such, whatever its keys
         assert_names(message, "environment", "HF_TOKEN", "AWS_")
     assert secret not in message
 
@@ -225,30 +225,30 @@ def test_secrets_raise_an_error_that_does_not_show_them(write, text: str, key: s
 @pytest.mark.parametrize(
     "override", [f"hf_token={TOKEN}", "password=hunter2", f"optim={TOKEN}", f"seed=[{TOKEN}"]
 )
-def test_secrets_in_overrides_are_never_shown(write, override: str):
+def test_errors_do_not_show_secrets_in_overrides(write, override: str):
     key, _, value = override.partition("=")
-    message = complaint(write(BASE), override)
+    message = error_message(write(BASE), override)
     assert_names(message, key)
     assert value.strip("[]") not in message
 
 
-def test_an_overrides_length_takes_the_place_of_the_files(write):
+def test_overridden_run_length_replaces_the_length_in_the_file(write):
     path = write(BASE + "num_epochs: 3\n")
     loaded = load_config(path, ["max_steps=20"])
     assert (loaded.config.num_epochs, loaded.config.max_steps) == (None, 20)
     assert "num_epochs" in default_keys(loaded)
     assert load_config(path, ["max_steps=null"]).config.num_epochs == 3
-    assert_names(complaint(path, "max_steps=20", "num_epochs=1"), "`num_epochs`", "`max_steps`")
+    assert_names(error_message(path, "max_steps=20", "num_epochs=1"), "`num_epochs`", "`max_steps`")
 
 
 @pytest.mark.parametrize("override", ["num_epochs=", "storage_path= ", "lora_config.r="])
-def test_an_override_from_a_variable_that_is_not_set(write, override: str):
-    """It would mean the default, or another kind of training."""
+def test_empty_override_raises_an_error_that_suggests_null(write, override: str):
+    """A shell variable that is not set would otherwise select the default or another training method."""
     key = override.partition("=")[0]
-    assert_names(complaint(write(BASE), override), f"override '{override}'", "variable", f"{key}=null")
+    assert_names(error_message(write(BASE), override), f"override '{override}'", "variable", f"{key}=null")
 
 
-def test_overrides(write):
+def test_overrides_set_nested_keys_and_the_last_one_wins(write):
     path = write(BASE + "num_epochs: 3\ndeepspeed: zero_2\nseed: 1\n")
     loaded = load_config(
         path,
@@ -273,13 +273,13 @@ def test_overrides(write):
     assert "lora_config.r" in loaded.given_keys
 
 
-def test_null_unsets_a_key_that_cannot_be_null(write):
+def test_null_restores_the_default_of_a_key_that_cannot_be_null(write):
     path = write(BASE + "gradient_accumulation_steps: 4\nlora_config: {r: 4}\n")
     config = load_config(path, ["gradient_accumulation_steps=null", "lora_config.r=null", "seed=null"]).config
     assert (config.gradient_accumulation_steps, config.seed) == (1, 42)
     assert config.lora_config is not None
     assert config.lora_config.r == 8
-    misspelt = complaint(path, "gradient_acumulation_steps=null")
+    misspelt = error_message(path, "gradient_acumulation_steps=null")
     assert_names(misspelt, "`gradient_acumulation_steps`", "`gradient_accumulation_steps`")
 
 
@@ -302,7 +302,7 @@ def test_null_unsets_a_key_that_cannot_be_null(write):
 def test_bad_overrides_raise_an_error_that_quotes_them(write, override: str, facts: tuple[str, ...]):
     path = write(BASE + "deepspeed: zero_2\nlora_config: {target_modules: [q]}\n")
     quoted = override if len(override) < 100 else override[:50]
-    assert_names(complaint(path, override), f"override '{quoted}", *facts)
+    assert_names(error_message(path, override), f"override '{quoted}", *facts)
 
 
 @pytest.mark.parametrize(
@@ -316,18 +316,18 @@ def test_bad_overrides_raise_an_error_that_quotes_them(write, override: str, fac
         BASE + "logger: {provider: mlflow, tags: {a: '12:30', b: '.5'}}\n",
     ],
 )
-def test_the_resolved_yaml_says_the_same(write, text: str):
+def test_resolved_yaml_loads_to_the_same_config(write, text: str):
     config = load_config(write(text)).config
     resolved = to_yaml(config)
-    again = load_config(write(resolved))
-    assert again.config == config
+    reloaded = load_config(write(resolved))
+    assert reloaded.config == config
     top_level = [line.split(":")[0] for line in resolved.splitlines() if not line.startswith((" ", "-"))]
     assert top_level == list(FinetuneConfig.model_fields)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(min_size=1, max_size=30))
-def test_any_text_survives_the_resolved_yaml(tmp_path: Path, text: str):
+def test_any_text_round_trips_through_the_resolved_yaml(tmp_path: Path, text: str):
     path = tmp_path / "run.yaml"
     config = FinetuneConfig(model_id="a", train_path="b", output_dir=text)
     path.write_text(to_yaml(config), encoding="utf-8", errors="surrogatepass", newline="")
@@ -386,17 +386,17 @@ def test_any_value_for_any_key_loads_or_raises_a_config_error(tmp_path: Path, da
             assert line.startswith(f"{path}:")
 
 
-def test_checking_a_file_loads_no_framework_and_is_quick():
-    """CPU time of the import alone, the best of three: the machine's load does not count."""
+def test_loader_imports_quickly_and_without_frameworks():
+    """Take the lowest CPU time of three imports, which does not depend on machine load."""
     code = (
         "import sys, time; start = time.process_time(); import configs.loading; "
         "print(time.process_time() - start, "
         "[name for name in ('torch', 'ray', 'transformers', 'boto3', 'numpy') if name in sys.modules])"
     )
-    spent = []
+    cpu_seconds = []
     for _ in range(3):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         seconds, loaded = out.split(" ", 1)
         assert loaded.strip() == "[]"
-        spent.append(float(seconds))
-    assert min(spent) < 0.5
+        cpu_seconds.append(float(seconds))
+    assert min(cpu_seconds) < 0.5

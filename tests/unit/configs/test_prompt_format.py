@@ -1,4 +1,4 @@
-"""The chat template that takes the place of LLMForge's `prompt_format` writes the same text."""
+"""The chat template that replaces LLMForge's `prompt_format` renders the same text."""
 
 from typing import Any
 
@@ -43,26 +43,26 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-def lay_out(turns: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    """What a prompt_format means, in Python."""
+def reference_text(turns: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    """Render messages with a prompt_format in plain Python, as the reference."""
 
     def clean(text: str) -> str:
         return text.strip() if turns.get("strip_whitespace", True) else text
 
-    said = turns.get("default_system_message", "")
+    system_message = turns.get("default_system_message", "")
     if messages[0]["role"] == "system":
-        said, messages = messages[0]["content"], messages[1:]
+        system_message, messages = messages[0]["content"], messages[1:]
     system = ""
-    if clean(said) or turns.get("add_system_tags_even_if_message_is_empty", False):
-        system = turns["system"].format(instruction=clean(said))
+    if clean(system_message) or turns.get("add_system_tags_even_if_message_is_empty", False):
+        system = turns["system"].format(instruction=clean(system_message))
     text = turns.get("bos", "")
     if not turns.get("system_in_user", False):
         text, system = text + system, ""
     for message in messages:
-        places = {"instruction": clean(message["content"])}
+        values = {"instruction": clean(message["content"])}
         if message["role"] == "user" and turns.get("system_in_user", False):
-            places, system = places | {"system": system}, ""
-        text += turns[message["role"]].format(**places)
+            values, system = values | {"system": system}, ""
+        text += turns[message["role"]].format(**values)
     return text
 
 
@@ -80,21 +80,23 @@ def chat(system: str | None, pairs: list[tuple[str, str]]) -> list[dict[str, str
     return messages
 
 
-_said = st.text(min_size=1, max_size=8) | st.sampled_from([" {instruction} ", "{{ bos }}", "\n a \n"])
+_content = st.text(min_size=1, max_size=8) | st.sampled_from([" {instruction} ", "{{ bos }}", "\n a \n"])
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
-@given(system=st.none() | _said, pairs=st.lists(st.tuples(_said, _said), min_size=1, max_size=3))
-def test_the_text_is_the_same(name: str, system: str | None, pairs: list[tuple[str, str]]):
+@given(system=st.none() | _content, pairs=st.lists(st.tuples(_content, _content), min_size=1, max_size=3))
+def test_chat_template_renders_the_text_of_the_prompt_format(
+    name: str, system: str | None, pairs: list[tuple[str, str]]
+):
     turns, messages = FORMATS[name], chat(system, pairs)
-    whole = lay_out(turns, messages)
-    assert render(turns, messages) == whole
-    asked = render(turns, messages[:-1], prompt=True)
-    assert asked == lay_out(turns, messages[:-1]) + turns["trailing_assistant"]
-    assert whole.startswith(asked)
+    full_text = reference_text(turns, messages)
+    assert render(turns, messages) == full_text
+    prompt = render(turns, messages[:-1], prompt=True)
+    assert prompt == reference_text(turns, messages[:-1]) + turns["trailing_assistant"]
+    assert full_text.startswith(prompt)
 
 
-def test_a_role_without_a_turn_raises_an_error():
+def test_role_missing_from_the_prompt_format_raises_an_error():
     with pytest.raises(TemplateError, match="tool"):
         render(LLAMA_3, [*chat(None, [("2 + 2?", "4")]), {"role": "tool", "content": "4"}])
 
@@ -113,6 +115,6 @@ def test_a_role_without_a_turn_raises_an_error():
         (LLAMA_3 | {"trailing_assistant": "Answer:"}, "`assistant`.*`trailing_assistant`"),
     ],
 )
-def test_turns_that_no_template_can_render_raise_an_error(turns: Any, reason: str):
+def test_invalid_prompt_format_raises_an_error_with_the_reason(turns: Any, reason: str):
     with pytest.raises(ValueError, match=reason):
         to_chat_template(turns)

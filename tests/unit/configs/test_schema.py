@@ -23,46 +23,48 @@ def config(**settings: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate({"model_id": "org/model", "train_path": "train.jsonl", **settings})
 
 
-def complaint(**settings: Any) -> str:
+def error_message(**settings: Any) -> str:
     with pytest.raises(ValidationError) as caught:
         config(**settings)
     # Not str(): that repeats the input, so any key that was passed would be found in it.
     return "\n".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in caught.value.errors())
 
 
-def test_two_keys_make_a_config():
-    made = config()
-    assert (made.task, made.learning_rate, made.num_checkpoints_to_keep) == ("instruction_tuning", 1e-4, 1)
-    assert made.checkpoint_and_evaluation_frequency.unit == "epochs"
-    assert not made.trains_adapter
+def test_config_with_only_the_two_required_keys_has_defaults():
+    parsed = config()
+    assert (parsed.task, parsed.learning_rate, parsed.num_checkpoints_to_keep) == (
+        "instruction_tuning",
+        1e-4,
+        1,
+    )
+    assert parsed.checkpoint_and_evaluation_frequency.unit == "epochs"
+    assert not parsed.trains_adapter
 
 
-def test_a_batch_that_is_chosen_keeps_the_rows_of_a_step():
+def test_chosen_batch_size_preserves_the_rows_per_step():
     chosen = config(num_devices=2, train_batch_size=24, seed=7, **AUTO).with_batch_size(4)
     assert (chosen.batch_size, chosen.gradient_accumulation_steps, chosen.num_devices) == (4, 3, 2)
     assert (chosen.train_batch_size, chosen.seed) == (None, 7)
     assert FinetuneConfig.model_validate(chosen.model_dump(mode="json")) == chosen
 
 
-def test_a_step_takes_the_same_rows_on_any_number_of_devices():
-    """What cannot share a step's batches equally is none of the numbers."""
-    made = config(
+def test_every_device_count_has_the_same_rows_per_step():
+    """Device counts that do not divide the batches of a step evenly are excluded."""
+    parsed = config(
         num_devices={"min": 1, "max": 6}, train_batch_size_per_device=4, gradient_accumulation_steps=2
     )
-    assert made.device_counts == (1, 2, 3, 4, 6)
-    assert [made.accumulation_on(devices) for devices in made.device_counts] == [12, 6, 4, 3, 2]
+    assert parsed.device_counts == (1, 2, 3, 4, 6)
+    assert [parsed.accumulation_on(devices) for devices in parsed.device_counts] == [12, 6, 4, 3, 2]
     assert config(num_devices=5).device_counts == (5,)
     assert config(num_devices=5, gradient_accumulation_steps=3).accumulation_on(5) == 3
 
 
-def test_a_chosen_batch_size_works_on_any_number_of_devices():
-    asked = config(num_devices={"min": 3, "max": 4}, train_batch_size=24, **AUTO)
-    assert list(asked.possible_batch_sizes()) == [
-        2,
-        1,
-    ]  # 6 or 3 at once would leave 4 or 8 batches for 3 devices
-    for rows in asked.possible_batch_sizes():
-        chosen = asked.with_batch_size(rows)
+def test_possible_batch_sizes_work_on_every_device_count():
+    automatic = config(num_devices={"min": 3, "max": 4}, train_batch_size=24, **AUTO)
+    # Batches of 6 or 3 rows are excluded: 3 devices cannot share 4 or 8 batches evenly.
+    assert list(automatic.possible_batch_sizes()) == [2, 1]
+    for rows in automatic.possible_batch_sizes():
+        chosen = automatic.with_batch_size(rows)
         assert chosen.device_counts == (3, 4)
         assert all(rows * chosen.accumulation_on(count) * count == 24 for count in (3, 4))
 
@@ -70,28 +72,28 @@ def test_a_chosen_batch_size_works_on_any_number_of_devices():
 def test_every_field_has_help():
     schema = FinetuneConfig.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
-    silent = [
+    undescribed = [
         f"{section['title']}.{name}"
         for section in sections
         for name, described in section["properties"].items()
         if not described.get("description")
     ]
-    assert silent == []
+    assert undescribed == []
 
 
-def test_a_config_survives_the_wire():
-    made = config(
+def test_config_round_trips_through_json():
+    parsed = config(
         deepspeed={"config_path": "mine.json"},
         lora_config={"target_modules": ["q_proj"], "rank_pattern": {"a": 4}},
         worker_resources={"memory": "50GiB", "accelerator_type:A10G": 0.001},
         logger={"provider": "mlflow", "experiment_name": "e"},
         num_epochs=2,
     )
-    sent = json.loads(json.dumps(made.model_dump(mode="json")))
-    assert FinetuneConfig.model_validate(sent) == made
+    decoded = json.loads(json.dumps(parsed.model_dump(mode="json")))
+    assert FinetuneConfig.model_validate(decoded) == parsed
 
 
-def test_a_config_does_not_change():
+def test_config_is_immutable():
     with pytest.raises(ValidationError, match="frozen"):
         config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -226,7 +228,7 @@ def test_a_config_does_not_change():
 def test_conflicting_settings_raise_an_error_that_names_them(
     settings: dict[str, Any], facts: tuple[str, ...]
 ):
-    assert_names(complaint(**settings), *facts)
+    assert_names(error_message(**settings), *facts)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +255,9 @@ def test_conflicting_settings_raise_an_error_that_names_them(
     ],
 )
 def test_compatible_settings_are_stored_as_given(settings: dict[str, Any]):
-    made = config(**settings).model_dump()
+    parsed = config(**settings).model_dump()
     for key, value in settings.items():
-        stored = made[key]
+        stored = parsed[key]
         assert {name: stored[name] for name in value} == value if isinstance(value, dict) else stored == value
 
 
@@ -293,14 +295,14 @@ def test_compatible_settings_are_stored_as_given(settings: dict[str, Any]):
 )
 def test_values_out_of_range_raise_an_error_at_their_key(settings: dict[str, Any]):
     (key,) = settings
-    assert all(line.startswith((f"{key}.", f"{key}: ")) for line in complaint(**settings).splitlines())
+    assert all(line.startswith((f"{key}.", f"{key}: ")) for line in error_message(**settings).splitlines())
 
 
 @pytest.mark.parametrize(
     ("text", "amount"),
     [("50GiB", 50 * 2**30), ("50GB", 50 * 10**9), ("512MiB", 512 * 2**20), ("1.5 GiB", 3 * 2**29), (7, 7)],
 )
-def test_memory_is_bytes(text: str | int, amount: int):
+def test_memory_is_converted_to_bytes(text: str | int, amount: int):
     memory = config(worker_resources={"memory": text}).worker_resources["memory"]
     assert memory == amount
     assert isinstance(memory, int)
@@ -316,7 +318,9 @@ def test_memory_is_bytes(text: str | int, amount: int):
         ({"max_steps": 7}, 3, None),
     ],
 )
-def test_length_of_a_run(settings: dict[str, Any], steps_per_epoch: int, epochs: float | None):
+def test_number_of_epochs_follows_from_the_length_settings(
+    settings: dict[str, Any], steps_per_epoch: int, epochs: float | None
+):
     assert config(**settings).number_of_epochs(steps_per_epoch) == epochs
 
 
@@ -354,51 +358,51 @@ def test_the_hash_includes_settings_that_affect_training(settings: dict[str, Any
     assert config_hash(config(**settings)) != config_hash(config())
 
 
-def test_hash_of_a_given_config_is_stable():
-    """The name of a run hangs on it: a change here makes every unnamed run of the past a new one."""
-    same = config(worker_resources={"CPU": 1}, lora_config={"lora_alpha": 16, "r": 8})
-    assert config_hash(same) == config_hash(config(lora_config={"r": 8, "lora_alpha": 16}))
-    assert len(config_hash(same)) == 64
+def test_hash_does_not_depend_on_key_order():
+    """Run names default to the hash, so a hash that changes turns every unnamed run into a new one."""
+    reordered = config(worker_resources={"CPU": 1}, lora_config={"lora_alpha": 16, "r": 8})
+    assert config_hash(reordered) == config_hash(config(lora_config={"r": 8, "lora_alpha": 16}))
+    assert len(config_hash(reordered)) == 64
 
 
-def test_presets_are_the_files():
+def test_deepspeed_presets_match_the_files():
     assert sorted(path.stem for path in DEEPSPEED_DIRECTORY.glob("*.json")) == sorted(DEEPSPEED_PRESETS)
 
 
 @pytest.mark.parametrize("preset", DEEPSPEED_PRESETS)
 def test_a_preset_leaves_the_optimizer_to_the_yaml(preset: Any):
-    said = json.loads(deepspeed_preset_path(preset).read_text())
-    zero = said["zero_optimization"]
+    preset_settings = json.loads(deepspeed_preset_path(preset).read_text())
+    zero = preset_settings["zero_optimization"]
     assert config(deepspeed=preset).deepspeed == preset
-    assert "optimizer" not in said
-    assert "scheduler" not in said
+    assert "optimizer" not in preset_settings
+    assert "scheduler" not in preset_settings
     assert zero["stage"] == int(preset.split("_")[1])
     assert "auto" not in zero.values()
-    assert said["bf16"] == {"enabled": "auto"}
+    assert preset_settings["bf16"] == {"enabled": "auto"}
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        assert said[key] == "auto"
+        assert preset_settings[key] == "auto"
     assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (zero["stage"] == 3)
     assert ("offload_optimizer" in zero, "offload_param" in zero) == ("optim" in preset, "param" in preset)
 
 
-def test_lora_fields_are_pefts():
-    """Read from PEFT's source: importing it would take seconds."""
+def test_lora_fields_exist_in_peft():
+    """Parse PEFT's source, since importing it takes seconds."""
     import ast
     import importlib.util
     from pathlib import Path
 
-    found = importlib.util.find_spec("peft")
-    assert found is not None
-    assert found.origin is not None
-    source = (Path(found.origin).parent / "tuners" / "lora" / "config.py").read_text()
-    [peft] = [
+    spec = importlib.util.find_spec("peft")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "tuners" / "lora" / "config.py").read_text()
+    [class_node] = [
         node
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef) and node.name == "LoraConfig"
     ]
     names = {
         node.target.id
-        for node in peft.body
+        for node in class_node.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     assert set(LoraConfig.model_fields) - names == {"task_type"}
