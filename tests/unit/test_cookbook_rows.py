@@ -1,4 +1,4 @@
-"""The made-up rows of the cookbooks: none twice, and none both trained and validated on."""
+"""The generated rows of a cookbook are unique across its training and validation data."""
 
 import pytest
 
@@ -40,6 +40,6 @@ from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_p
         "bring_your_own_data",
     ],
 )
-def test_no_row_repeats(rows: str):
+def test_generated_rows_are_unique(rows: str):
     lines = rows.splitlines()
     assert len(set(lines)) == len(lines)

@@ -1,4 +1,4 @@
-"""README.md, docs/, CONTRIBUTING.md and the cookbooks' pages: links lead somewhere, pages stay short, commands are run by a test."""
+"""README.md, docs/, CONTRIBUTING.md and cookbook pages have valid links, limited length and tested commands."""
 
 import importlib
 import re
@@ -80,7 +80,7 @@ def test_pages_stay_short(page: Path):
 
 
 def test_imports_in_python_blocks_resolve():
-    """Those of the project's own names."""
+    """Only imports of the project's own names are checked."""
     for page in PAGES:
         for line in split_code(page)[0]:
             if match := re.fullmatch(r"from ((?:configs|utils|runs|training)[\w.]*) import (\w+)", line):
@@ -102,7 +102,7 @@ def test_readme_links_every_page_of_docs():
 
 
 def test_every_shown_command_is_run_by_a_test():
-    """The lists are those that test_quickstart and test_submission run."""
+    """test_quickstart and test_submission run the commands of these lists."""
     names = (*run_records.COMMANDS, *inference.COMMANDS)
     run = {*quickstart_commands(), *run_commands(names), *submit_commands()}
     assert [shown for shown in main_commands(PAGES) if shown not in run] == []

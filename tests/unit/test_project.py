@@ -1,4 +1,4 @@
-"""The project's own files agree with one another: commands, pins, locks, image, workflow, cookbooks."""
+"""Commands, pins, locks, image, workflows and cookbooks of the project are consistent."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 COOKBOOKS = sorted((ROOT / "cookbooks").rglob("*.yaml"))
 NOWHERE = "sys_platform == 'never'"
-CHOSEN_BY_THE_MACHINE = re.compile(r"(torch|torchvision|torchaudio|triton|xformers|nvidia-.*|cuda-.*)$")
+PLATFORM_SPECIFIC = re.compile(r"(torch|torchvision|torchaudio|triton|xformers|nvidia-.*|cuda-.*)$")
 
 
 def read(path: str) -> str:
@@ -24,7 +24,7 @@ def read(path: str) -> str:
 
 
 def pins(lock: Path) -> list[tuple[str, str, str, str]]:
-    """Name, version, marker and the rest (its hashes) of every package in a lock."""
+    """Return the name, version, marker and hashes of every package in a lock."""
     text = re.sub(r"^#.*\n", "", lock.read_text(encoding="utf-8"), flags=re.M)
     found = []
     for entry in re.split(r"\n(?=\S)", text.replace("\\\n", " ").strip()):
@@ -39,43 +39,43 @@ def make(*arguments: str, environment: dict[str, str] | None = None) -> subproce
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_make_help_lists_every_command_that_is_written_anywhere():
-    printed = make("help").stdout
-    listed = {line.split()[0] for line in printed.splitlines()}
+def test_make_help_lists_every_mentioned_target():
+    output = make("help").stdout
+    help_targets = {line.split()[0] for line in output.splitlines()}
     phony = re.search(r"^\.PHONY: (.*)$", read("Makefile"), re.M)
-    assert phony and listed == set(phony[1].split())
-    written = [".ci/run", *(str(workflow.relative_to(ROOT)) for workflow in WORKFLOWS), *documents()]
-    for path in written:
-        # In code only: spans and indented or fenced lines, not "make sure" in a sentence.
+    assert phony and help_targets == set(phony[1].split())
+    sources = [".ci/run", *(str(workflow.relative_to(ROOT)) for workflow in WORKFLOWS), *markdown_pages()]
+    for path in sources:
+        # Search code only (spans, indented and fenced lines), since prose may say "make sure".
         for target in re.findall(r"(?:`|^ {4}|^ *run: |- run: )make ([a-z][a-z-]*)", read(path), re.M):
-            assert target in listed, f"{path} says `make {target}`"
-    assert {"lint", "test"} <= listed
+            assert target in help_targets, f"{path} mentions `make {target}`"
+    assert {"lint", "test"} <= help_targets
 
 
-def documents() -> list[str]:
+def markdown_pages() -> list[str]:
     paths = [*ROOT.glob("*.md"), *(ROOT / "cookbooks").rglob("*.md")]
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)
-def test_lock_has_a_hash_for_every_file_and_leaves_the_machines_builds_out(lock):
+def test_lock_has_hashes_and_excludes_platform_specific_packages(lock):
     for name, version, marker, hashes in pins(lock):
         assert hashes, f"{name}=={version} has no hash"
-        if CHOSEN_BY_THE_MACHINE.match(name) and lock.stem != "interpreter":
-            assert marker == NOWHERE, f"{name}=={version} would be installed where {marker or 'ever'}"
+        if PLATFORM_SPECIFIC.match(name) and lock.stem != "interpreter":
+            assert marker == NOWHERE, f"{name}=={version} has the marker {marker!r} instead of {NOWHERE!r}"
 
 
-def test_pins_of_pyproject_are_the_locks():
+def test_pyproject_pins_match_the_locks():
     project = tomllib.loads(read("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
     for lock in ("runtime", *extras):
         locked = {(name, version) for name, version, _, _ in pins(ROOT / "requirements" / f"{lock}.lock")}
         for requirement in [*project["dependencies"], *extras.get(lock, [])]:
             match = re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?==(\S+)", requirement)
-            assert match, f"{requirement} is no exact pin"
+            assert match, f"{requirement} is not an exact pin"
             name = match[1].replace("_", "-").lower()
             if name != "torch":
-                assert (name, match[2]) in locked, f"{requirement} is not what {lock}.lock holds"
+                assert (name, match[2]) in locked, f"{requirement} is not in {lock}.lock"
 
 
 def test_locks_agree_on_versions():
@@ -88,7 +88,7 @@ def test_locks_agree_on_versions():
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
-def test_workflow_pins_actions_by_commit_and_only_reads(workflow):
+def test_workflow_pins_actions_by_commit_and_has_read_only_permissions(workflow):
     text = workflow.read_text(encoding="utf-8")
     uses = re.findall(r"uses: (.*)", text)
     assert uses
@@ -101,7 +101,7 @@ def test_nightly_workflow_runs_every_grid_that_the_tests_sample():
     targets = yaml.safe_load(read(".github/workflows/nightly.yml"))["jobs"]["grid"]["strategy"]["matrix"][
         "target"
     ]
-    # A grid is a target that widens the tests by a variable; the image is none.
+    # Grids extend the tests through an environment variable; so does test-image, which is not a grid.
     grids = re.findall(r"^(test-[a-z]+):.*\n\t[A-Z_]+=1 ", read("Makefile"), re.M)
     assert {*targets, "test-image"} == set(grids)
 
@@ -117,45 +117,45 @@ def test_project_workflow_and_makefile_name_the_same_pythons():
 
 
 def test_make_without_a_supported_python_names_the_supported_ones(tmp_path):
-    shells = tmp_path / "bin"
-    shells.mkdir()
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
     for command in ("sh", "sed", "uname", "rm", "mkdir", "test"):
-        (shells / command).symlink_to(shutil.which(command))
-    (shells / "python3").write_text("#!/bin/sh\nexit 1\n")
-    (shells / "python3").chmod(0o755)
-    done = make("setup", f"VENV={tmp_path}/venv", environment={"PATH": str(shells)})
-    assert done.returncode == 2
-    assert "3.11, 3.12 or 3.13" in done.stderr and "make PYTHON=" in done.stderr
+        (bin_directory / command).symlink_to(shutil.which(command))
+    (bin_directory / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (bin_directory / "python3").chmod(0o755)
+    completed = make("setup", f"VENV={tmp_path}/venv", environment={"PATH": str(bin_directory)})
+    assert completed.returncode == 2
+    assert "3.11, 3.12 or 3.13" in completed.stderr and "make PYTHON=" in completed.stderr
     assert not (tmp_path / "venv").exists()
 
 
-def test_image_installs_the_locks_and_ends_as_an_ordinary_user():
+def test_image_installs_the_locks_and_runs_as_a_non_root_user():
     dockerfile = read("Dockerfile")
-    named = set(re.findall(r"requirements/([\w-]+)\.lock", dockerfile))
-    assert named == {"bootstrap", "runtime", "cluster", "unsloth", "trackers"}
-    assert {f"{name}.lock" for name in named} <= {lock.name for lock in LOCKS}
+    lock_names = set(re.findall(r"requirements/([\w-]+)\.lock", dockerfile))
+    assert lock_names == {"bootstrap", "runtime", "cluster", "unsloth", "trackers"}
+    assert {f"{name}.lock" for name in lock_names} <= {lock.name for lock in LOCKS}
     assert "--require-hashes" in dockerfile
     users = re.findall(r"^USER (.*)$", dockerfile.rpartition("\nFROM ")[2], re.M)
     assert users and re.fullmatch(r"[1-9]\d*(:\d+)?", users[-1])
 
 
-def test_image_holds_every_room():
+def test_image_contains_every_room():
     dockerfile, ignored = read("Dockerfile"), read(".dockerignore").splitlines()
     for room in tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["root_packages"]:
         assert f"COPY {room} {room}" in dockerfile
         assert f"!{room}/" in ignored
 
 
-def test_there_are_cookbooks():
+def test_cookbooks_exist():
     assert COOKBOOKS
 
 
 @pytest.mark.parametrize("path", COOKBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_cookbook_loads_without_a_warning_and_says_how_to_run_it(path):
+def test_cookbook_loads_without_warnings_and_shows_its_command(path):
     loaded = load_config(path)
     assert loaded.warnings == ()
     assert loaded.rejections == ()
     opening = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
-    assert opening, "opens with no comment"
+    assert opening, "the file has no opening comment"
     assert re.search(rf"python main\.py {re.escape(str(path.relative_to(ROOT)))}(\s|$)", opening[0])
     assert (path.parent / "README.md").is_file()

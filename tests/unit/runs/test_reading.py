@@ -1,4 +1,4 @@
-"""What is made of a run's files."""
+"""Config and metrics read from the stored files of a run."""
 
 import json
 
@@ -11,7 +11,7 @@ from utils.storage.bucket import open_store
 
 
 @pytest.mark.parametrize(
-    ("place", "run"),
+    ("checkpoint", "run_uri"),
     [
         ("s3://bucket/runs/a/checkpoints/step-000120/", "s3://bucket/runs/a"),
         ("/runs/a/checkpoints/step-1000000", "/runs/a"),
@@ -19,11 +19,11 @@ from utils.storage.bucket import open_store
         ("s3://bucket/runs/a", ""),
     ],
 )
-def test_the_run_of_a_checkpoint(place: str, run: str):
-    assert run_of(place) == run
+def test_run_uri_is_derived_from_the_checkpoint_uri(checkpoint: str, run_uri: str):
+    assert run_of(checkpoint) == run_uri
 
 
-def test_an_evaluation_that_gave_no_number_is_none(tmp_path):
+def test_nan_and_infinite_evaluation_losses_are_excluded(tmp_path):
     store = open_store(str(tmp_path))
     lines = [
         {"step": 1, "epoch": 0.1, "eval_loss": 2.0, "eval_f1": float("nan"), "eval_accuracy": 0.5},
@@ -37,7 +37,7 @@ def test_an_evaluation_that_gave_no_number_is_none(tmp_path):
     assert RunResult.model_validate_json(result.model_dump_json()) == result
 
 
-def test_a_config_that_is_missing_damaged_or_of_another_version(tmp_path):
+def test_missing_damaged_and_incompatible_configs_are_distinguished(tmp_path):
     store = open_store(str(tmp_path))
     assert read_config(store) is None
     for content in (b"a: [", b":::{", b"\xff"):
@@ -52,7 +52,7 @@ def test_a_config_that_is_missing_damaged_or_of_another_version(tmp_path):
     assert other
     assert (other.config, other.damage, other.keys["of_another_version"]) == (None, None, 1)
     store.write(CONFIG_FILE, b"model_id: a/b\ntrain_path: t.jsonl\n")
-    ours = read_config(store)
-    assert ours
-    assert ours.config
-    assert ours.config.model_id == "a/b"
+    valid = read_config(store)
+    assert valid
+    assert valid.config
+    assert valid.config.model_id == "a/b"

@@ -1,4 +1,4 @@
-"""Runs as a console shows them."""
+"""The table of runs as a terminal and a pipe show it."""
 
 from io import StringIO
 
@@ -22,7 +22,7 @@ def summary(name: str, reason: str = "") -> RunSummary:
     )
 
 
-def listed(*, width: int, is_terminal: bool) -> list[str]:
+def printed_lines(*, width: int, is_terminal: bool) -> list[str]:
     console = Console(
         file=StringIO(), width=width, force_terminal=is_terminal, color_system=None, highlight=False
     )
@@ -30,15 +30,15 @@ def listed(*, width: int, is_terminal: bool) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_a_run_is_a_line_that_fits_the_terminal_however_long_its_reason():
-    _, completed, failed = listed(width=80, is_terminal=True)
+def test_long_reason_is_truncated_to_the_terminal_width():
+    _, completed, failed = printed_lines(width=80, is_terminal=True)
     assert completed.split() == ["a-run-of-some-kind", "completed", "1.5000", "20", "2", "h"]
     assert failed.split()[:7] == ["another", "failed", "1.5000", "20", "2", "h", "out"]
     assert failed.endswith("…")
     assert len(failed) <= 80
 
 
-def test_in_a_pipe_a_line_says_everything_and_ends_there():
-    _, completed, failed = listed(width=100_000, is_terminal=False)
+def test_piped_lines_are_complete_without_trailing_spaces():
+    _, completed, failed = printed_lines(width=100_000, is_terminal=False)
     assert completed.endswith("2 h")
     assert failed.endswith("2 h   " + " ".join(LONG_REASON.split()))

@@ -1,4 +1,4 @@
-"""The page of a run: complete, escaped and self-contained."""
+"""The report page of a run is complete, escaped and self-contained."""
 
 import re
 from html import unescape
@@ -16,7 +16,7 @@ RUN = "s3://bucket/runs/a-run"
 
 
 class _Elements(HTMLParser):
-    """Names of the elements of a page, their headings and the addresses that they request."""
+    """The element names, headings and requested addresses of a page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -49,7 +49,7 @@ def metrics(*losses: float) -> list[MetricsLine]:
 
 def report(**changes: Any) -> RunReport:
     config = FinetuneConfig(model_id="org/base", train_path="rows.jsonl")
-    plain: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "result": result_of(RUN, eval_losses(2.0, 1.25)),
         "metrics": metrics(2.0, 1.25),
         "parent_metrics": [],
@@ -61,7 +61,7 @@ def report(**changes: Any) -> RunReport:
         "base_model": "org/base",
         "trains_adapter": True,
     }
-    return RunReport(**plain | changes)
+    return RunReport(**defaults | changes)
 
 
 def test_page_is_self_contained_and_complete():
@@ -101,10 +101,10 @@ def test_local_checkpoint_is_a_link():
 
 
 def test_parent_curves_precede_those_of_the_run():
-    alone, continued = to_html(report()), to_html(report(parent_metrics=metrics(4.0, 3.0)))
+    without_parent, with_parent = to_html(report()), to_html(report(parent_metrics=metrics(4.0, 3.0)))
     for name in ("parent run, training", "parent run, evaluation"):
-        assert name not in alone
-        assert continued.index(name) < continued.index(">evaluation</text>")
+        assert name not in without_parent
+        assert with_parent.index(name) < with_parent.index(">evaluation</text>")
 
 
 def test_stopped_run_shows_the_command_that_resumes_it():

@@ -1,4 +1,4 @@
-"""The screen: what is printed arrives as it is, and a reader who leaves ends nothing."""
+"""Console output is printed unchanged, and a closed pipe raises no error."""
 
 import os
 
@@ -8,14 +8,14 @@ from utils.console import Output, _on_copy_of
 
 
 def open_pipe() -> tuple[int, Output]:
-    """Where one may read, and a console that writes there."""
+    """Return the read end of a pipe and an Output that writes to it."""
     reader, writer = os.pipe()
     output = _on_copy_of(writer)
     os.close(writer)
     return reader, output
 
 
-def test_text_stays_as_it_is():
+def test_output_is_printed_unchanged():
     reader, output = open_pipe()
     output.print('{"path": "a:b:c", "says": ":fire:"}')
     output.write("a\tb\n")

@@ -26,7 +26,7 @@ from utils.files import (
 )
 
 
-def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path):
+def test_write_atomically_replaces_the_file_and_leaves_no_partial_files(tmp_path: Path):
     path = tmp_path / "new" / "file"
     write_atomically(path, b"one")
     write_atomically(path, b"two", mode=0o600)
@@ -51,39 +51,39 @@ def test_checksum_is_the_standard_crc64nvme(tmp_path: Path):
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")],
 )
-def test_format_bytes(count: int, text: str):
+def test_format_bytes_uses_binary_units(count: int, text: str):
     assert format_bytes(count) == text
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("1024", 1024), ("200GiB", 200 * 2**30), ("1.5 GB", 1_500_000_000), ("7B", 7)]
 )
-def test_parse_bytes(text: str, count: int):
+def test_parse_bytes_accepts_units_and_rejects_other_text(text: str, count: int):
     assert parse_bytes(text) == count
-    for wrong in ("", "much", "GiB", "1 GiBs", "-1"):
+    for invalid in ("", "much", "GiB", "1 GiBs", "-1"):
         with pytest.raises(ValueError, match="200GiB"):
-            parse_bytes(wrong)
+            parse_bytes(invalid)
 
 
-def test_keys_that_would_be_one_file_raise_an_error():
+def test_keys_that_clash_on_disk_raise_an_error():
     reject_clashes(["a", "b/a", "b/c/a"])
-    for keys, said in (
+    for keys, reason in (
         (["B/x", "b/X"], "by case"),
         (["b", "b/x"], "directory"),
         (["B", "b/c/x"], "directory"),
     ):
-        with pytest.raises(UnsafeKeyError, match=said):
+        with pytest.raises(UnsafeKeyError, match=reason):
             reject_clashes(keys)
 
 
-def test_a_name_may_have_the_longest_length_that_disks_take(tmp_path: Path):
+def test_atomic_writes_accept_names_of_255_bytes(tmp_path: Path):
     path = tmp_path / ("x" * 255)
     write_atomically(path, b"1")
     copy_atomically(path, tmp_path / ("y" * 255))
     assert {found.name[0] for found in tmp_path.iterdir()} == {"x", "y"}
 
 
-def test_free_bytes_of_what_does_not_exist_yet(tmp_path: Path):
+def test_free_bytes_accepts_a_path_that_does_not_exist(tmp_path: Path):
     assert free_bytes(tmp_path / "not" / "yet") > 0
 
 
@@ -98,7 +98,7 @@ def test_keys_outside_of_the_directory_raise_an_error(tmp_path: Path, key: str):
 
 
 @given(st.text())
-def test_a_key_raises_an_error_or_stays_inside(key: str):
+def test_joined_keys_stay_inside_the_directory(key: str):
     directory = Path("/some/directory")
     try:
         joined = safe_join(directory, key)
@@ -108,7 +108,7 @@ def test_a_key_raises_an_error_or_stays_inside(key: str):
     assert joined.relative_to(directory).as_posix() == key
 
 
-def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path):
+def test_lock_excludes_other_processes_until_its_holder_dies(tmp_path: Path):
     lock = tmp_path / "lock"
     hold = (
         "import sys,time; from pathlib import Path; from utils.files import file_lock\n"
@@ -125,7 +125,7 @@ def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path):
             assert time.monotonic() - start < 5
 
 
-def test_shared_locks_keep_out_only_exclusive_ones(tmp_path: Path):
+def test_shared_locks_exclude_only_exclusive_locks(tmp_path: Path):
     lock = tmp_path / "lock"
     with (
         file_lock(lock, shared=True),
@@ -138,7 +138,7 @@ def test_shared_locks_keep_out_only_exclusive_ones(tmp_path: Path):
         pass
 
 
-def test_a_fork_does_not_keep_its_parents_lock(tmp_path: Path):
+def test_forked_child_does_not_hold_its_parents_lock(tmp_path: Path):
     lock = tmp_path / "lock"
     with file_lock(lock):
         child = os.fork()

@@ -27,6 +27,6 @@ def test_missing_variable_is_an_error(tmp_path: Path):
         render_page(template(tmp_path, "{{ figure }}"))
 
 
-def test_numbers_are_formatted(tmp_path: Path):
+def test_number_filters_format_thousands_and_bytes(tmp_path: Path):
     page = render_page(template(tmp_path, "{{ 12345 | thousands }} {{ 2048 | bytes }}"))
     assert "12,345 2.0 KiB" in page

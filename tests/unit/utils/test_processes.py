@@ -1,4 +1,4 @@
-"""What utils/processes.py promises of the process that calls it."""
+"""The state of the garbage collector during and after `importing`."""
 
 import gc
 from collections.abc import Iterator
@@ -9,29 +9,30 @@ from utils.processes import importing
 
 
 @pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
+def restore_collector() -> Iterator[None]:
+    """Unfreeze and enable the garbage collector after each test."""
     yield
     gc.unfreeze()
     gc.enable()
 
 
-def test_nothing_is_collected_while_importing():
+def test_garbage_collector_is_disabled_while_importing():
     with importing():
         assert not gc.isenabled()
         with importing():
             assert not gc.isenabled()
-        assert not gc.isenabled(), "the outer one goes on"
+        assert not gc.isenabled(), "the outer context is still active"
     assert gc.isenabled()
-    assert gc.get_freeze_count() > 0, "what was imported is left alone"
+    assert gc.get_freeze_count() > 0, "imported objects are frozen"
 
 
-def test_a_failed_import_leaves_the_collector_on():
+def test_failed_import_enables_the_collector_again():
     with pytest.raises(ModuleNotFoundError), importing():
         import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
     assert gc.isenabled()
 
 
-def test_a_collector_that_was_off_stays_off():
+def test_disabled_collector_stays_disabled():
     gc.disable()
     with importing():
         pass

@@ -29,11 +29,11 @@ from utils.storage.bucket import (
         ("runs", [], "runs"),
     ],
 )
-def test_join_uri(uri: str, parts: list[str], joined: str):
+def test_join_uri_separates_parts_by_single_slashes(uri: str, parts: list[str], joined: str):
     assert join_uri(uri, *parts) == joined
 
 
-def test_what_is_remote():
+def test_remote_and_embedded_bucket_uris_are_recognized():
     assert is_remote("s3://b/p")
     assert not any(map(is_remote, ["/x", "x/y", "~/x", "file:///x", "x:y"]))
     assert uses_embedded_bucket("s3://anneal/runs")
@@ -46,18 +46,18 @@ def test_unsupported_schemes_raise_an_error_that_lists_the_supported_ones(scheme
         open_store(f"{scheme}://somewhere/x")
 
 
-def test_a_password_in_a_uri_raises_an_error_that_does_not_show_it():
+def test_invalid_s3_uris_raise_an_error_that_hides_passwords():
     with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID") as caught:
         open_store("s3://AKIA:hunter2@bucket/x")
     assert "hunter2" not in str(caught.value)
-    for nameless in ("s3:/bucket/x", "s3://", "s3:///x"):
+    for without_bucket in ("s3:/bucket/x", "s3://", "s3:///x"):
         with pytest.raises(BucketError, match=r"^s3:/.*bucket.*s3://bucket/prefix"):
-            check_readable(nameless)
+            check_readable(without_bucket)
     with pytest.raises(BucketError, match=r"^s3://My bucket!/x: .*bucket"):
         open_store("s3://My bucket!/x")
 
 
-def test_three_ways_to_write_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_local_paths_and_file_uris_open_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for uri in ("a b", f"{tmp_path}/a b", f"file://{tmp_path}/a%20b"):
         assert open_store(uri).uri == str(tmp_path / "a b")
@@ -87,7 +87,7 @@ def test_local_errors_name_the_path(tmp_path: Path):
             check(str(tmp_path / "none"), *([] if check is check_readable else [tmp_path]))
 
 
-def test_half_written_files_are_not_listed(tmp_path: Path):
+def test_partial_files_are_not_listed(tmp_path: Path):
     store = open_store(str(tmp_path))
     store.write("a", b"1")
     (tmp_path / ".a.0123.partial").write_bytes(b"")
