@@ -1,4 +1,4 @@
-"""Whatever stands in a file, it is prepared or refused with a place, and never ends in a traceback."""
+"""Files with random damage are prepared or rejected with a location, never with a traceback."""
 
 import os
 import random
@@ -16,31 +16,31 @@ from training.data.records import Task
 from training.data.row_index import IGNORED
 
 FILES = int(os.environ.get("FUZZ_FILES", "500"))
-PIECES = 10
+SHARDS = 10
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("piece", range(PIECES))
-def test_a_bad_file_is_prepared_or_refused_with_the_place(tiny_model: Path, tmp_path: Path, piece: int):
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_damaged_file_is_prepared_or_rejected_with_its_location(tiny_model: Path, tmp_path: Path, shard: int):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tasks: tuple[Task, ...] = get_args(Task)
-    outcomes = {"prepared": 0, "refused": 0}
-    for number in range(piece, FILES, PIECES):
+    outcomes = {"prepared": 0, "rejected": 0}
+    for number in range(shard, FILES, SHARDS):
         path = write_bad_file(tmp_path, number)
-        chance = random.Random(number)
+        rng = random.Random(number)
         data = request(
             path,
-            task=chance.choice(tasks),
-            bad_rows=chance.choice(["error", "skip"]),
-            long_rows=chance.choice(["truncate", "drop", "error"]),
+            task=rng.choice(tasks),
+            bad_rows=rng.choice(["error", "skip"]),
+            long_rows=rng.choice(["truncate", "drop", "error"]),
             labels=("4", "naïve"),
             context_length=64,
         )
         try:
             prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
         except DataError as error:
-            outcomes["refused"] += 1
-            assert str(path) in str(error), f"file {number}: no place in {error}"
+            outcomes["rejected"] += 1
+            assert str(path) in str(error), f"file {number}: no location in {error}"
             if "rows cannot be trained on" in str(error):
                 assert re.search(rf"{re.escape(str(path))}:\d+: \S", str(error)), (
                     f"file {number}: no row in {error}"
@@ -50,8 +50,6 @@ def test_a_bad_file_is_prepared_or_refused_with_the_place(tiny_model: Path, tmp_
             for row in rows_of(prepared):
                 assert 0 < row["length"] <= 64, f"file {number}"
                 labels = row["labels"][1:] if "labels" in row else row["chosen_ids"] and row["rejected_ids"]
-                assert any(label != IGNORED for label in labels), (
-                    f"file {number}: a row without a trained token"
-                )
+                assert any(label != IGNORED for label in labels), f"file {number}: a row without loss tokens"
         path.unlink()
     assert all(outcomes.values()), outcomes

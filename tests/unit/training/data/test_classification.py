@@ -1,4 +1,4 @@
-"""Which label a model writes, and what is reported of it."""
+"""The predicted labels, the label tokens and the metrics of classification."""
 
 from typing import Any
 
@@ -15,40 +15,40 @@ from training.loop.trainers import ClassificationTrainer, written_label
 LABELS = [[5, 7], [5, 8], [6]]
 
 
-def scores(*likeliest: int) -> torch.Tensor:
-    """Of ten tokens at each place: one of them is the likeliest."""
-    table = torch.zeros(len(likeliest), 10)
-    for place, token in enumerate(likeliest):
-        table[place, token] = 1.0
+def scores(*most_likely: int) -> torch.Tensor:
+    """Return logits over ten tokens at each position, with one most likely token."""
+    table = torch.zeros(len(most_likely), 10)
+    for position, token in enumerate(most_likely):
+        table[position, token] = 1.0
     return table
 
 
 @pytest.mark.parametrize(
-    ("right", "likeliest", "written"),
+    ("expected", "most_likely", "predicted"),
     [
         ([5, 7], (5, 7), 0),
         ([5, 7], (5, 8), 1),
         ([5, 8], (5, 8), 1),
         ([5, 8], (6, 8), 2),
         ([6], (6,), 2),
-        ([6], (5,), 0),  # or 1: they begin alike
-        ([6], (9,), 0),  # a token that begins no label does not count; all others are equally likely
+        ([6], (5,), 0),  # a tie with label 1, which has the same first token
+        ([6], (9,), 0),  # a token that starts no label is ignored; all others are equally likely
     ],
 )
-def test_the_label_is_the_likeliest_of_those_that_may_be_written(
-    right: list[int], likeliest: tuple[int, ...], written: int
+def test_predicted_label_is_the_most_likely_label(
+    expected: list[int], most_likely: tuple[int, ...], predicted: int
 ):
-    assert written_label(scores(*likeliest), right, LABELS) == written
+    assert written_label(scores(*most_likely), expected, LABELS) == predicted
 
 
-def test_accuracy_and_f1():
-    """By hand. Right: a a b c, written: a b b b. F1 of a is 2/3, of b 1/2, of c 0."""
+def test_accuracy_and_macro_f1_match_values_computed_by_hand():
+    """Expected labels: a a b c; predicted: a b b b. F1 of a is 2/3, of b 1/2, of c 0."""
     trainer: Any = ClassificationTrainer.__new__(ClassificationTrainer)
-    trainer.label_tokens = [*LABELS, [9]]  # the last one occurs nowhere and counts for nothing
-    taken_for = torch.zeros(4, 4)
-    for right, written in [(0, 0), (0, 1), (1, 1), (2, 1)]:
-        taken_for[right, written] += 1
-    figures = trainer.figures([4.0, 2.0, *taken_for.flatten().tolist()])
+    trainer.label_tokens = [*LABELS, [9]]  # the last label does not occur and is excluded from F1
+    confusion = torch.zeros(4, 4)
+    for expected, predicted in [(0, 0), (0, 1), (1, 1), (2, 1)]:
+        confusion[expected, predicted] += 1
+    figures = trainer.figures([4.0, 2.0, *confusion.flatten().tolist()])
     assert figures == pytest.approx({"loss": 2.0, "accuracy": 0.5, "f1": (2 / 3 + 1 / 2 + 0) / 3})
 
 
@@ -58,8 +58,8 @@ def rows(*labels: tuple[int, list[int]]) -> Dataset:
     )
 
 
-def test_tokens_of_labels_come_from_the_rows():
-    """Of training or validation, in the order of the YAML; a label that no row has is none."""
+def test_label_tokens_come_from_the_rows():
+    """Training and validation rows are searched; labels without rows are excluded."""
     sources = [rows((2, [6]), (0, [5, 7]), (2, [6])), rows((1, [5, 8]))]
     assert label_tokens(sources, ["a", "b", "c", "never"]) == LABELS
 
@@ -73,11 +73,11 @@ def test_a_label_that_is_a_prefix_of_another_raises_an_error():
     ("labels", "logits"),
     [
         ([[-100, -100, -100, 5, 7, -100], [-100, -100, -100, -100, 6, -100]], 4),
-        ([[-100] * 6, [-100] * 6], 1),  # padding, which is evaluated where other workers have rows
+        ([[-100] * 6, [-100] * 6], 1),  # padding rows, evaluated while other workers still have rows
     ],
 )
-def test_only_logits_from_the_first_label_on_are_made(labels: list[list[int]], logits: int):
-    """accelerate would turn those of all tokens to fp32."""
+def test_logits_are_computed_only_from_the_first_label_on(labels: list[list[int]], logits: int):
+    """accelerate would convert the logits of all tokens to fp32."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": 10,
@@ -87,14 +87,16 @@ def test_only_logits_from_the_first_label_on_are_made(labels: list[list[int]], l
         "num_attention_heads": 1,
     }
     model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    made = []
-    model.lm_head.register_forward_hook(lambda module, given, made_of_it: made.append(made_of_it.shape[1]))
+    logit_counts = []
+    model.lm_head.register_forward_hook(
+        lambda module, arguments, output: logit_counts.append(output.shape[1])
+    )
     trainer: Any = ClassificationTrainer.__new__(ClassificationTrainer)
     trainer.label_tokens = LABELS
     inputs = {"input_ids": torch.randint(0, 10, (2, 6)), "labels": torch.tensor(labels)}
     trainer._may_leave_out_logits = False
     with torch.no_grad():
-        of_all = trainer.sums(model, inputs)
+        full_sums = trainer.sums(model, inputs)
         trainer._may_leave_out_logits = True
-        assert torch.equal(trainer.sums(model, inputs), of_all)
-    assert made == [6, logits]
+        assert torch.equal(trainer.sums(model, inputs), full_sums)
+    assert logit_counts == [6, logits]

@@ -1,4 +1,4 @@
-"""Where tokens are pieces of the text's bytes, their lengths say the same as the library's offsets."""
+"""Byte lengths of tokens locate the same loss tokens as the offsets of the tokenizers library."""
 
 import copy
 import json
@@ -17,15 +17,15 @@ from training.data.rendered import Rendered
 WORDS = "2 + 2? It is 4, naïvely. Über 7 مرحبا 你好\n" * 3
 
 
-def as_from_gguf(backend: Tokenizer) -> None:
-    """What transformers makes of a GGUF file's byte-level BPE: SmolLM2's of the quickstart is one."""
+def use_gguf_steps(backend: Tokenizer) -> None:
+    """Use the steps that transformers builds for a GGUF file's byte-level BPE, such as the quickstart's SmolLM2."""
     backend.normalizer = normalizers.Sequence([])
     backend.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("\u2581", " "), decoders.ByteLevel()]
     )
 
 
-def as_llama_3(backend: Tokenizer) -> None:
+def use_llama_3_steps(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(" ", "merged_with_next"),
@@ -35,13 +35,13 @@ def as_llama_3(backend: Tokenizer) -> None:
     )
 
 
-def as_qwen(backend: Tokenizer) -> None:
-    as_llama_3(backend)
+def use_qwen_steps(backend: Tokenizer) -> None:
+    use_llama_3_steps(backend)
     backend.normalizer = normalizers.NFC()
 
 
-def without_some_bytes(**settings: object) -> Callable[[Tokenizer], None]:
-    """A vocabulary of what these words need, and something else for the rest."""
+def with_small_vocabulary(**settings: object) -> Callable[[Tokenizer], None]:
+    """Return a change that trains a vocabulary on WORDS only; other bytes are unknown, dropped or fall back."""
 
     def change(backend: Tokenizer) -> None:
         smaller = Tokenizer(models.BPE())
@@ -52,7 +52,7 @@ def without_some_bytes(**settings: object) -> Callable[[Tokenizer], None]:
         vocabulary = smaller.get_vocab()
         vocabulary |= {token: len(vocabulary) + number for number, token in enumerate(fallback)}
         backend.model = models.BPE(vocabulary, _merges(smaller), **settings)
-        with_eager_added_tokens(backend)
+        add_greedy_tokens(backend)
 
     return change
 
@@ -61,8 +61,8 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-def with_eager_added_tokens(backend: Tokenizer) -> None:
-    """One that takes the white space around it, and one that is found in normalised text."""
+def add_greedy_tokens(backend: Tokenizer) -> None:
+    """Add a token that strips the whitespace around it, and one that matches normalized text."""
     backend.add_tokens(
         [
             AddedToken("<eats>", lstrip=True, rstrip=True),
@@ -74,13 +74,13 @@ def with_eager_added_tokens(backend: Tokenizer) -> None:
 
 BYTE_LEVEL: dict[str, Callable[[Tokenizer], None]] = {
     "plain": lambda backend: None,
-    "gguf": as_from_gguf,
-    "llama_3": as_llama_3,
-    "qwen": as_qwen,
-    "unknown": without_some_bytes(unk_token="<|endoftext|>", fuse_unk=True),
-    "dropped": without_some_bytes(),
-    "fallback": without_some_bytes(byte_fallback=True),
-    "added": with_eager_added_tokens,
+    "gguf": use_gguf_steps,
+    "llama_3": use_llama_3_steps,
+    "qwen": use_qwen_steps,
+    "unknown": with_small_vocabulary(unk_token="<|endoftext|>", fuse_unk=True),
+    "dropped": with_small_vocabulary(),
+    "fallback": with_small_vocabulary(byte_fallback=True),
+    "added": add_greedy_tokens,
 }
 
 
@@ -113,24 +113,24 @@ _text = st.lists(
     min_size=1,
     max_size=8,
 ).map("".join)
-# Texts whose tokens have as many bytes as they, and have them elsewhere.
+# Texts whose tokens have the same total byte length as the text, but other boundaries.
 REORDERED = "a\u0301\u0323"
 TWO_UNKNOWN = "!" * (len("<|endoftext|>") - 1) + "2" + "!" * (len("<|endoftext|>") + 1)
-EATEN_AND_FALLEN_BACK = f"Ж{' ' * 11}<eats>{' ' * 11}2"
+STRIPPED_AND_BYTE_FALLBACK = f"Ж{' ' * 11}<eats>{' ' * 11}2"
 
 
 @pytest.mark.parametrize("kind", list(BYTE_LEVEL))
-@given(text=_text, places=st.sets(st.integers(0, 40), max_size=4))
-@example(text=REORDERED, places={1, 2})
-@example(text=TWO_UNKNOWN, places={13, 20})
-@example(text=EATEN_AND_FALLEN_BACK, places={1, 5})
-def test_trained_tokens_are_those_of_the_offsets(
-    tokenizers_by_kind: dict[str, PreTrainedTokenizerFast], kind: str, text: str, places: set[int]
+@given(text=_text, boundaries=st.sets(st.integers(0, 40), max_size=4))
+@example(text=REORDERED, boundaries={1, 2})
+@example(text=TWO_UNKNOWN, boundaries={13, 20})
+@example(text=STRIPPED_AND_BYTE_FALLBACK, boundaries={1, 5})
+def test_byte_lengths_and_offsets_mark_the_same_loss_tokens(
+    tokenizers_by_kind: dict[str, PreTrainedTokenizerFast], kind: str, text: str, boundaries: set[int]
 ):
     tokenizer = tokenizers_by_kind[kind]
-    inside = sorted(place for place in places if place <= len(text))
-    spans = tuple(zip(inside[::2], inside[1::2], strict=False))
-    # Between others: where one's tokens are not its bytes, the others' must be found all the same.
+    positions = sorted(position for position in boundaries if position <= len(text))
+    spans = tuple(zip(positions[::2], positions[1::2], strict=False))
+    # The neighbors must be located correctly even if the bytes of the middle text do not add up.
     rendered = [Rendered("é 2", ((1, 3),)), Rendered(text, spans), Rendered("It is 4", ((0, 2), (3, 7)))]
     by_lengths, by_offsets = Encoder(tokenizer, whole_text=False), Encoder(tokenizer, whole_text=False)
     assert by_lengths._bytes_of is not None
@@ -141,28 +141,26 @@ def test_trained_tokens_are_those_of_the_offsets(
     assert fast.trained.tolist() == slow.trained.tolist()
 
 
-def prefixed_by_a_space(backend: Tokenizer) -> None:
+def prefix_with_space(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
 
-def with_other_normalisation(backend: Tokenizer) -> None:
+def lowercase(backend: Tokenizer) -> None:
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
 
 
-def without_white_space(backend: Tokenizer) -> None:
+def drop_whitespace(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
 
 
-def metaspace(backend: Tokenizer) -> None:
+def use_metaspace(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
 
 
-@pytest.mark.parametrize(
-    "change", [prefixed_by_a_space, with_other_normalisation, without_white_space, metaspace]
-)
-def test_tokens_that_may_be_other_bytes_are_asked_for_offsets(change: Callable[[Tokenizer], None]):
+@pytest.mark.parametrize("change", [prefix_with_space, lowercase, drop_whitespace, use_metaspace])
+def test_tokenizers_that_change_bytes_use_offsets(change: Callable[[Tokenizer], None]):
     tokenizer = make_tokenizer()
     change(tokenizer.backend_tokenizer)
     assert Encoder(tokenizer, whole_text=False)._bytes_of is None

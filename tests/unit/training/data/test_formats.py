@@ -1,4 +1,4 @@
-"""Each way to write rows, from the file to the tokens: what the model reads, and what of it is trained."""
+"""Every row format and file type yields the expected text and loss tokens."""
 
 import copy
 import csv
@@ -140,14 +140,14 @@ CASES: list[tuple[str, Task, DataFormat, dict[str, Any], str, list[str]]] = [
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
-    """Of a model whose template writes tools and calls."""
+    """Return a tokenizer whose chat template renders tools and tool calls."""
     changed = copy.deepcopy(AutoTokenizer.from_pretrained(tiny_model))
     changed.chat_template = TOOL_TEMPLATE
     return changed
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """As the file's name says."""
+    """Write rows in the file type of the path's suffix."""
     kind = path.name.partition(".")[2]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     match kind:
@@ -176,8 +176,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def learned(tokenizer: PreTrainedTokenizerFast, prepared: PreparedData) -> list[tuple[str, list[str]]]:
-    """Of each row: the text, and the pieces of it that are trained; of a pair the chosen side."""
+def texts_and_loss_pieces(
+    tokenizer: PreTrainedTokenizerFast, prepared: PreparedData
+) -> list[tuple[str, list[str]]]:
+    """Return the text and the runs of loss tokens of each row; for a pair, those of the chosen response."""
     found = []
     for row in prepared.dataset():
         if "prompt_ids" in row:
@@ -197,7 +199,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, prepared: PreparedData) -> list[
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst"])
 @pytest.mark.parametrize(("task", "data_format", "row", "text", "trained"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])  # fmt: skip
-def test_rows_of_every_format_in_every_kind_of_file(
+def test_every_format_has_the_same_loss_text_in_every_file_type(
     tokenizer: PreTrainedTokenizerFast,
     tiny_model: Path,
     tmp_path: Path,
@@ -212,16 +214,16 @@ def test_rows_of_every_format_in_every_kind_of_file(
     data = request(path, task=task, labels=("bad", "good") if task == "classification" else ())
     prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
     assert [source.format for source in prepared.summary.sources] == [data_format]
-    assert learned(tokenizer, prepared) == [(text, trained)]
+    assert texts_and_loss_pieces(tokenizer, prepared) == [(text, trained)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.zst"])
-def test_one_row_of_ten_megabytes_is_left_out(
+def test_row_of_10_mb_is_skipped_or_raises_an_error(
     tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, kind: str
 ):
     rows = [{"prompt": "2 + 2?", "completion": "4" * 10_000_000}, {"prompt": "2 + 2?", "completion": "4"}]
     path = write(tmp_path / f"rows.{kind}", rows)
-    if kind in ("json", "csv"):  # where the next row begins cannot be told for sure
+    if kind in ("json", "csv"):  # the start of the next row cannot be determined reliably
         with pytest.raises(DataError, match=rf"rows.{kind}:[12]: .*8( MB|000000)"):
             prepare(request(path), tokenizer, tiny_model, tmp_path / "cache")
         return
@@ -230,23 +232,21 @@ def test_one_row_of_ten_megabytes_is_left_out(
     assert len(prepared.index) == 1
 
 
-def test_a_prompt_template_lays_rows_out(
-    tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
-):
+def test_prompt_template_formats_rows(tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     rows = [{"instruction": "Add 2 and 2.", "output": "It is 4."}, {"instruction": "Say 3.", "output": "3"}]
     template = "### Instruction: {instruction} ### Response: {output}"
     data = request(write(tmp_path / "rows.csv", rows), prompt_template=template)
     prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
-    assert learned(tokenizer, prepared) == [
+    assert texts_and_loss_pieces(tokenizer, prepared) == [
         ("### Instruction: Add 2 and 2. ### Response: It is 4.<|im_end|>", ["It is 4.<|im_end|>"]),
         ("### Instruction: Say 3. ### Response: 3<|im_end|>", [" 3<|im_end|>"]),
     ]
 
 
-def test_sources_may_be_written_differently(
+def test_sources_may_have_different_formats(
     tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
-    """A file, a directory and a glob, each in a format of its own."""
+    """A file, a directory and a glob have one format each."""
     for name in ("day-1", "day-2", "more"):
         (tmp_path / name).mkdir()
     file = write(tmp_path / "rows.parquet", [{"messages": [USER, ASSISTANT]}])
@@ -262,5 +262,7 @@ def test_sources_may_be_written_differently(
         ("prompt_completion", 2, 2),
         ("conversations", 2, 2),
     ]
-    answers = [pieces[0].removesuffix("<|im_end|>") for _, pieces in learned(tokenizer, prepared)]
+    answers = [
+        pieces[0].removesuffix("<|im_end|>") for _, pieces in texts_and_loss_pieces(tokenizer, prepared)
+    ]
     assert answers == ["It is 4.", "one", "two", "day 1", "day 2"]

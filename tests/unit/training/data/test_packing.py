@@ -1,4 +1,4 @@
-"""Packed rows are computed as if each stood alone."""
+"""Packed rows have the losses and gradients of rows that are computed one by one."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import tests.support.varlen_on_cpu  # noqa: F401  # registers them
+import tests.support.varlen_on_cpu  # noqa: F401  # registers the flash kernels for CPU
 from training.data.batches import TokenSequences, pack, without_mask
 from training.data.row_index import IGNORED
 from training.loop.trainers import collate_rows
@@ -34,7 +34,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss of each trained token, that token)."""
+    """Return (loss of each loss token, id of that token)."""
     labels = batch["labels"][:, 1:]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
     losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
@@ -42,9 +42,9 @@ def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("flattened", [False, True], ids=["side by side", "in one sequence"])
+@pytest.mark.parametrize("flattened", [False, True], ids=["padded", "flattened"])
 @torch.no_grad()
-def test_each_token_has_the_loss_that_it_has_alone(
+def test_packed_rows_have_the_losses_of_single_rows(
     attention: str, flattened: bool, tiny_model: Path, rows: list[dict[str, Any]]
 ):
     model = AutoModelForCausalLM.from_pretrained(
@@ -67,7 +67,9 @@ def test_each_token_has_the_loss_that_it_has_alone(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_padding_needs_no_mask(attention: str, tiny_model: Path, rows: list[dict[str, Any]]):
+def test_padded_rows_without_a_mask_have_the_losses_of_single_rows(
+    attention: str, tiny_model: Path, rows: list[dict[str, Any]]
+):
     model = AutoModelForCausalLM.from_pretrained(
         tiny_model, dtype=torch.float32, attn_implementation=attention
     )
@@ -102,24 +104,24 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["not checkpointed", "checkpointed"])
 @pytest.mark.parametrize("architecture", sorted(PACKED_WITHOUT_MASK))
 def test_packed_kernels_receive_row_ends(architecture: str, checkpointed: bool, rows: list[dict[str, Any]]):
-    """By transformers' models and our interface, down to gradients; the kernel itself is a plain one here."""
+    """The kernel is a plain CPU version; transformers' models, our attention interface and the gradients are real."""
     torch.manual_seed(0)
     window = {"sliding_window": WINDOWS[architecture]} if architecture in WINDOWS else {}
     few_experts = {"num_experts": 4, "num_experts_per_tok": 2} if architecture == "qwen3_moe" else {}
     config = AutoConfig.for_model(architecture, **SMALL | window | few_experts)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().train()
     if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the others know no fp64
+        model.set_experts_implementation("eager")  # the other implementations do not support fp64
     collator = DataCollatorForLanguageModeling(PAD, return_position_ids=True, pad_to_multiple_of=8)
     packs = pack([len(row["input_ids"]) for row in rows], CAPACITY)[:3]
     sequences = TokenSequences(rows, PAD, packs)
     collate = collate_rows(PAD, 8, packed=True, attention=Attention(varlen_attention.NAME, mask=False))
-    masked = without_mask(collator)([sequences[index] for index in range(3)])
-    in_one_line = collate([sequences[index] for index in range(3)])
-    assert in_one_line["input_ids"].shape[0] == 1
+    reference_batch = without_mask(collator)([sequences[index] for index in range(3)])
+    flat_batch = collate([sequences[index] for index in range(3)])
+    assert flat_batch["input_ids"].shape[0] == 1
 
     def losses_and_gradient(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         losses, _ = token_losses(model, batch)
@@ -127,11 +129,11 @@ def test_packed_kernels_receive_row_ends(architecture: str, checkpointed: bool, 
         losses.sum().backward()
         return losses.detach(), model.get_input_embeddings().weight.grad
 
-    expected = losses_and_gradient(masked)
+    expected = losses_and_gradient(reference_batch)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.set_attn_implementation(varlen_attention.NAME)
-    torch.testing.assert_close(losses_and_gradient(in_one_line), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses_and_gradient(flat_batch), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_comparison_detects_rows_that_attend_to_each_other(rows: list[dict[str, Any]]):
@@ -141,27 +143,29 @@ def test_the_comparison_detects_rows_that_attend_to_each_other(rows: list[dict[s
     collate = collate_rows(PAD, 8, packed=True, attention=Attention(varlen_attention.NAME, mask=False))
     batch = collate([TokenSequences(rows, PAD, [[0, 1]])[0]])
     with torch.no_grad():
-        apart, _ = token_losses(model, batch)
+        separate, _ = token_losses(model, batch)
         ends = batch["cu_seq_lens_q"][[0, -1]]
         length = int(ends[-1])
-        together = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length}
-        leaking, _ = token_losses(model, batch | together)
-    assert (leaking - apart).abs().max() > 1e-6
+        merged = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length}
+        leaking, _ = token_losses(model, batch | merged)
+    assert (leaking - separate).abs().max() > 1e-6
 
 
-def test_the_comparison_notices_a_leak(tiny_model: Path, rows: list[dict[str, Any]]):
-    """With an attention mask, rows are taken for one."""
+def test_the_comparison_detects_rows_merged_by_an_attention_mask(
+    tiny_model: Path, rows: list[dict[str, Any]]
+):
+    """With an attention mask, transformers treats the packed rows as one row."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     sequences = TokenSequences(rows, PAD, [[0, 1]])
     collate = DataCollatorForLanguageModeling(PAD, return_position_ids=True)
     with torch.no_grad():
         leaking, _ = token_losses(model, collate([sequences[0]]))
-        apart, _ = token_losses(model, without_mask(collate)([sequences[0]]))
-    assert (leaking - apart).abs().max() > 1e-3
+        separate, _ = token_losses(model, without_mask(collate)([sequences[0]]))
+    assert (leaking - separate).abs().max() > 1e-3
 
 
-def test_nothing_trained_is_a_loss_of_zero(tiny_model: Path):
-    """Of the empty row that fills the last batch of an epoch, as packed as alone."""
+def test_batch_without_loss_tokens_has_zero_loss(tiny_model: Path):
+    """The padding row fills the last batch of an epoch."""
     sequences = TokenSequences([], PAD)
     batch = without_mask(DataCollatorForLanguageModeling(PAD, return_position_ids=True))([sequences[-1]])
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -189,6 +193,6 @@ def test_packing_raises_an_error_for_models_that_would_mix_rows(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral"])
-def test_models_of_attention_alone_are_packed(architecture: str, tmp_path: Path):
+def test_attention_only_models_pass_the_packing_check(architecture: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
     check_packing(tmp_path, "plain", trust_remote_code=False)

@@ -37,9 +37,7 @@ def write(path: Path, *rows: dict[str, Any] | bytes) -> Path:
     return path
 
 
-def test_the_file_holds_what_the_summary_says(
-    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
-):
+def test_summary_matches_the_prepared_rows(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     train, _ = write_data(tmp_path)
     prepared = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
     rows, summary = rows_of(prepared), prepared.summary
@@ -60,8 +58,10 @@ def test_the_file_holds_what_the_summary_says(
     assert [(source.path, source.format, source.rows, source.taken) for source in summary.sources] == [
         (str(train), "messages", 40, 40)
     ]
-    written = [json.loads(line)["messages"] for line in train.read_text().splitlines()]
-    for example, messages in zip(summary.examples, [written[0], written[20], written[39]], strict=True):
+    source_rows = [json.loads(line)["messages"] for line in train.read_text().splitlines()]
+    for example, messages in zip(
+        summary.examples, [source_rows[0], source_rows[20], source_rows[39]], strict=True
+    ):
         assert "".join(text for text, _ in example) == chatml.apply_chat_template(messages, tokenize=False)
         assert [text for text, is_trained in example if is_trained] == [f"{messages[1]['content']}<|im_end|>"]
     assert prepared.places([2, 4]) == f"3, 5 of {train}"
@@ -71,7 +71,7 @@ def test_the_file_holds_what_the_summary_says(
 def short_and_long(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ) -> tuple[Path, int, int]:
-    """(file of a short row, a long answer and a long question; length of the first, of the second)."""
+    """Write a short row, a long answer and a long question; return (file, tokens of the first row, of the second)."""
     rows = [chat("2 + 2?", "4"), chat("Count.", "1 2 3 " * 60), chat("1 2 3 " * 60, "So?")]
     path = write(tmp_path / "rows.jsonl", *rows)
     lengths = prepare(request(path), chatml, tiny_model, tmp_path / "cache").index.length
@@ -79,7 +79,7 @@ def short_and_long(
 
 
 @pytest.mark.parametrize("limit", ["context_length", "max_context"])
-def test_long_rows_are_cut_and_counted(
+def test_long_rows_are_truncated_and_counted(
     chatml: PreTrainedTokenizerFast,
     tiny_model: Path,
     tmp_path: Path,
@@ -90,16 +90,16 @@ def test_long_rows_are_cut_and_counted(
     tokens = (short + long) // 2
     prepared = prepare(request(path, **{limit: tokens}), chatml, tiny_model, tmp_path / "cache")
     rows = rows_of(prepared)
-    whole = rows_of(prepare(request(path), chatml, tiny_model, tmp_path / "cache"))
+    untruncated = rows_of(prepare(request(path), chatml, tiny_model, tmp_path / "cache"))
     assert [(row["row"], row["tokens"]) for row in rows] == [(1, short), (2, tokens)]
-    assert rows[1]["input_ids"] == whole[1]["input_ids"][:tokens]
-    assert rows[1]["labels"] == whole[1]["labels"][:tokens]
-    # The third row's answer lies behind the cut: nothing of it can be learned.
+    assert rows[1]["input_ids"] == untruncated[1]["input_ids"][:tokens]
+    assert rows[1]["labels"] == untruncated[1]["labels"][:tokens]
+    # The third row's answer starts after the limit, so the row has no loss tokens.
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
-    assert prepared.summary.tokens + prepared.summary.lost_tokens == sum(row["tokens"] for row in whole)
-    (left_out,) = [json.loads(line) for line in (prepared.directory / SKIPPED_FILE).read_text().splitlines()]
-    assert (left_out["file"], left_out["row"]) == (str(path), 3)
-    assert f" {tokens} tokens" in left_out["reason"]
+    assert prepared.summary.tokens + prepared.summary.lost_tokens == sum(row["tokens"] for row in untruncated)
+    (skipped,) = [json.loads(line) for line in (prepared.directory / SKIPPED_FILE).read_text().splitlines()]
+    assert (skipped["file"], skipped["row"]) == (str(path), 3)
+    assert f" {tokens} tokens" in skipped["reason"]
 
 
 def test_long_rows_are_dropped_and_counted(
@@ -110,10 +110,10 @@ def test_long_rows_are_dropped_and_counted(
     prepared = prepare(data, chatml, tiny_model, tmp_path / "cache")
     assert [row["row"] for row in rows_of(prepared)] == [1]
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (0, 2)
-    assert prepared.summary.lengths.longest >= long, "lengths are those of the rows as they were written"
+    assert prepared.summary.lengths.longest >= long, "lengths are measured before rows are dropped"
 
 
-def test_long_rows_are_an_error_that_names_them(
+def test_long_rows_raise_an_error_that_names_them(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, short_and_long: tuple[Path, int, int]
 ):
     path, short, long = short_and_long
@@ -168,7 +168,7 @@ def test_bad_rows_are_counted_by_fault_and_the_first_are_shown(
     assert_names(lines[3], "prompt and completion", "messages")
 
 
-def test_skipped_rows_are_counted_and_written_for_reading(
+def test_skipped_rows_are_counted_and_written_with_their_reasons(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     path = write(tmp_path / "rows.jsonl", GOOD[0], *BAD, GOOD[1])
@@ -179,9 +179,9 @@ def test_skipped_rows_are_counted_and_written_for_reading(
     assert [(line["file"], line["row"]) for line in skipped] == [(str(path), row) for row in range(2, 9)]
     assert_names(skipped[1]["reason"], "message 2 (assistant)", "empty")
     assert skipped[2]["content"] == '{"prompt": "2 + 2?", "completion": "4"}'
-    nothing = write(tmp_path / "nothing.jsonl", *BAD)
+    all_bad = write(tmp_path / "nothing.jsonl", *BAD)
     with pytest.raises(DataError, match=r"^7 of 7 rows "):
-        prepare(request(nothing, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
+        prepare(request(all_bad, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
@@ -194,7 +194,7 @@ def test_a_file_without_rows_raises_an_error(
         prepare(request(path), chatml, tiny_model, tmp_path / "cache")
 
 
-def test_duplicate_rows_are_counted_with_their_places(
+def test_duplicate_rows_are_counted_with_their_locations(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     first = write(tmp_path / "a.jsonl", *GOOD)
@@ -215,16 +215,16 @@ def test_sources_are_mixed_by_weight(chatml: PreTrainedTokenizerFast, tiny_model
     assert [source.taken for source in prepared.summary.sources] == [15, 45]
     assert prepared.summary.rows == len(rows) == 60
     assert prepared.summary.tokens == sum(len(row["input_ids"]) for row in rows)
-    taken = [[row["row"] for row in rows if row["file"] == file] for file in (0, 1)]
-    assert len(set(taken[0])) == 15, "a part of a source has no row twice"
-    assert sorted(np.bincount(taken[1], minlength=21)[1:]) == [2] * 15 + [3] * 5
+    rows_by_source = [[row["row"] for row in rows if row["file"] == file] for file in (0, 1)]
+    assert len(set(rows_by_source[0])) == 15, "a downsampled source repeats no row"
+    assert sorted(np.bincount(rows_by_source[1], minlength=21)[1:]) == [2] * 15 + [3] * 5
     plain = rows_of(prepare(request(train, valid), chatml, tiny_model, tmp_path / "cache"))
     assert all(row["input_ids"] == plain[row["row"] - 1 + 40 * row["file"]]["input_ids"] for row in rows)
-    again = prepare(data, chatml, tiny_model, tmp_path / "again").summary
-    assert again == prepared.summary
+    repeated = prepare(data, chatml, tiny_model, tmp_path / "repeated").summary
+    assert repeated == prepared.summary
 
 
-def test_a_source_with_nothing_left_cannot_have_its_weight(
+def test_weighted_source_without_valid_rows_raises_an_error(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     good = write(tmp_path / "good.jsonl", chat("2 + 2?", "4"))
@@ -244,28 +244,28 @@ def test_an_example_with_a_long_question_shows_its_answer(
     (example,) = prepared.summary.examples
     (trained,) = [text for text, is_trained in example if is_trained]
     assert trained.startswith("So? 4") and trained.endswith("6 <|im_end|>")
-    left_out = [re.findall(r" … ([0-9,]+) tokens … ", text) for text, _ in example]
-    assert left_out[1] == [f"{prepared.summary.trained_tokens - PIECE_TOKENS:,}"]
-    assert len(left_out[0]) == 1, "the question, too"
+    omitted = [re.findall(r" … ([0-9,]+) tokens … ", text) for text, _ in example]
+    assert omitted[1] == [f"{prepared.summary.trained_tokens - PIECE_TOKENS:,}"]
+    assert len(omitted[0]) == 1, "the question is shortened as well"
 
 
-def test_data_is_prepared_once_on_a_node(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+def test_data_is_prepared_once_per_node(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     train, _ = write_data(tmp_path)
     with ThreadPoolExecutor(4) as pool:
         prepared = list(
             pool.map(lambda _: prepare(request(train), chatml, tiny_model, tmp_path / "cache"), range(4))
         )
     assert all(other == prepared[0] for other in prepared)
-    written = (prepared[0].directory / DATA_FILE).stat()
-    again = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
-    assert again == prepared[0]
-    assert (again.directory / DATA_FILE).stat() == written
-    name = again.directory.name
-    left = {found.name for found in (tmp_path / "cache" / "prepared").iterdir()}
-    assert left == {name, f"{name}.lock"}
+    file_stat = (prepared[0].directory / DATA_FILE).stat()
+    repeated = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
+    assert repeated == prepared[0]
+    assert (repeated.directory / DATA_FILE).stat() == file_stat
+    name = repeated.directory.name
+    entries = {found.name for found in (tmp_path / "cache" / "prepared").iterdir()}
+    assert entries == {name, f"{name}.lock"}
 
 
-def test_the_same_rows_elsewhere_have_the_same_fingerprint(
+def test_fingerprint_does_not_depend_on_the_path(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     train, _ = write_data(tmp_path)
@@ -285,18 +285,18 @@ def test_prepared_data_is_read_from_the_bucket(
     bucket = str(tmp_path / "bucket" / "prepared")
     first = prepare(request(train), chatml, tiny_model, tmp_path / "driver")
     keep_prepared(first, bucket)
-    told: list[float] = []
-    again = prepare_data(
+    fractions: list[float] = []
+    repeated = prepare_data(
         request(train),
         chatml,
         tiny_model,
         tmp_path / "another driver",
         bucket=bucket,
-        progress=lambda rows, fraction: told.append(fraction),
+        progress=lambda rows, fraction: fractions.append(fraction),
     )
-    assert again.summary == first.summary
-    assert np.array_equal(again.index.digest, first.index.digest)
-    assert not (tmp_path / "another driver").exists(), "nothing was prepared again"
+    assert repeated.summary == first.summary
+    assert np.array_equal(repeated.index.digest, first.index.digest)
+    assert not (tmp_path / "another driver").exists(), "the data was not prepared a second time"
     on_worker = fetch_prepared(first.key, tmp_path / "worker", bucket)
     assert rows_of(on_worker) == rows_of(first)
     verify_prepared(on_worker)
@@ -313,7 +313,7 @@ def test_damaged_tokens_raise_an_error(chatml: PreTrainedTokenizerFast, tiny_mod
         verify_prepared(prepared)
 
 
-def test_every_input_of_the_tokens_is_part_of_the_key(
+def test_cache_key_depends_on_every_input_of_the_tokens(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     train, _ = write_data(tmp_path)
@@ -342,7 +342,7 @@ def test_every_input_of_the_tokens_is_part_of_the_key(
     assert len(set(keys)) == len(keys)
 
 
-def test_a_pair_keeps_its_prompt_when_it_is_cut(
+def test_truncation_retains_the_prompt_of_a_pair(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     path = write(
@@ -360,7 +360,7 @@ def test_a_pair_keeps_its_prompt_when_it_is_cut(
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
 
 
-def test_a_classification_remembers_its_labels(
+def test_classification_rows_store_their_label_index(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     path = write(

@@ -21,12 +21,12 @@ def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
 
 
 def report_of(train: PreparedData, valid: PreparedData | None = None, **changes: Any) -> DataReport:
-    order = BatchPlan(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
+    plan = BatchPlan(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
     settings: dict[str, Any] = {"limit": None, "padded_to": None, "steps": 7} | changes
-    return make_report(train, valid, order, **settings)
+    return make_report(train, valid, plan, **settings)
 
 
-def test_padding_is_what_the_batches_hold_beside_their_rows(
+def test_padding_waste_is_the_share_of_padding_in_the_batches(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     path, _ = write_data(tmp_path, train_rows=42)
@@ -40,7 +40,7 @@ def test_padding_is_what_the_batches_hold_beside_their_rows(
     assert report_of(train, lengths=lengths).padding_waste < report_of(train).padding_waste
 
 
-def test_validation_rows_that_are_training_rows_are_named(
+def test_validation_rows_that_repeat_training_rows_are_listed(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     train_file, valid_file = write_data(tmp_path)
@@ -58,7 +58,7 @@ def test_validation_rows_that_are_training_rows_are_named(
     ]
 
 
-def test_the_page_shows_what_the_record_holds(
+def test_page_shows_the_figures_and_examples_of_the_report(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     path = tmp_path / "rows.jsonl"
@@ -68,13 +68,13 @@ def test_the_page_shows_what_the_record_holds(
     train = prepare(data, chatml, tiny_model, tmp_path / "cache")
     report = report_of(train, limit=60)
     page = to_html(report, "a-run")
-    assert not re.search(r"(src|href|url)\s*=|<script|@import", page), "the page needs nothing else"
+    assert not re.search(r"(src|href|url)\s*=|<script|@import", page), "the page is self-contained"
     assert "&lt;b&gt;1&lt;/b&gt;?" in page
     assert "<mark>1 2 3 &lt;|im_end|&gt;</mark>" in page
     assert f"{train.summary.truncated_rows:,} rows truncated" in page
     assert f"{path}:30: `prompt` is empty" in page
     assert DataReport.model_validate_json(report.model_dump_json()) == report
     assert sum(train.summary.lengths.counts) == 29
-    whole = prepare(request(path, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
-    lost = int(np.maximum(whole.index.length - 60, 0).sum())
+    untruncated = prepare(request(path, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
+    lost = int(np.maximum(untruncated.index.length - 60, 0).sum())
     assert describe_loss(train.summary, 60).startswith(f"{lost:,} tokens")

@@ -1,4 +1,4 @@
-"""The page of a run's data: complete and escaped."""
+"""The data report page is complete and escaped."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ ATTACK = "<script>alert(1)</script>"
 
 
 def summary_of(**changes: Any) -> DataSummary:
-    plain: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "rows": 1_234,
         "tokens": 56_789,
         "trained_tokens": 23_456,
@@ -31,11 +31,11 @@ def summary_of(**changes: Any) -> DataSummary:
         "fingerprint": "0",
         "examples": [[("two and two?\n", False), ("four", True)]],
     }
-    return DataSummary(**plain | changes)
+    return DataSummary(**defaults | changes)
 
 
 def report_of(**changes: Any) -> DataReport:
-    plain: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "train": summary_of(),
         "valid": summary_of(rows=12),
         "limit": 200,
@@ -46,7 +46,7 @@ def report_of(**changes: Any) -> DataReport:
         "steps_per_epoch": 100,
         "sequences_per_step": 8,
     }
-    return DataReport(**plain | changes)
+    return DataReport(**defaults | changes)
 
 
 def test_page_shows_every_figure_of_both_splits():

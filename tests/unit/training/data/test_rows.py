@@ -34,12 +34,12 @@ def read(
     return read_row(row, RowSchema(task, data_format, columns or {}, prompt_template, labels))
 
 
-def test_a_chat_keeps_its_turns():
+def test_messages_become_a_chat():
     assert read({"messages": [SYSTEM, USER, ASSISTANT], "id": 7}) == Chat([SYSTEM, USER, ASSISTANT])
     assert read({"messages": [USER, ASSISTANT] * 3}) == Chat([USER, ASSISTANT] * 3)
 
 
-def test_two_columns_are_a_chat_of_two_turns():
+def test_prompt_and_instruction_columns_become_a_chat_of_two_turns():
     assert read({"prompt": "2 + 2?", "completion": "4"}) == Chat([USER, ASSISTANT])
     assert read({"instruction": "2 + 2?", "output": "4"}) == Chat([USER, ASSISTANT])
     assert read({"instruction": "2 + 2?", "input": " ", "output": "4"}) == Chat([USER, ASSISTANT])
@@ -47,7 +47,7 @@ def test_two_columns_are_a_chat_of_two_turns():
     assert both == Chat([{"role": "user", "content": "Add.\n\n2 + 2"}, ASSISTANT])
 
 
-def test_sharegpt_turns_are_messages():
+def test_sharegpt_turns_become_messages():
     turns = [
         {"from": "system", "value": "Be brief."},
         {"from": "human", "value": "2 + 2?"},
@@ -55,13 +55,13 @@ def test_sharegpt_turns_are_messages():
     ]
     assert read({"conversations": turns}) == Chat([SYSTEM, USER, ASSISTANT])
     assert read({"conversations": turns[1:], "system": "Be brief."}) == Chat([SYSTEM, USER, ASSISTANT])
-    misnamed = RowSchema("instruction_tuning", "conversations", {"conversations": "messages"}, None, ())
-    assert read_row({"messages": turns}, misnamed) == Chat([SYSTEM, USER, ASSISTANT])
+    renamed = RowSchema("instruction_tuning", "conversations", {"conversations": "messages"}, None, ())
+    assert read_row({"messages": turns}, renamed) == Chat([SYSTEM, USER, ASSISTANT])
     with pytest.raises(RowError, match=r"message 2 .*'bing'.*human"):
         read({"conversations": [turns[1], {"from": "bing", "value": "4"}]})
 
 
-def test_columns_may_be_called_otherwise():
+def test_columns_setting_maps_other_column_names():
     row = {"question": "2 + 2?", "answer": "4"}
     assert read(row, columns={"prompt": "question", "completion": "answer"}) == Chat([USER, ASSISTANT])
     with pytest.raises(RowError, match=r"question, answer.*columns: \{prompt: question\}"):
@@ -70,13 +70,13 @@ def test_columns_may_be_called_otherwise():
         read(row, columns={"prompt": "question", "completion": "reply"})
 
 
-def test_plain_text_is_for_causal_lm_only():
+def test_plain_text_requires_causal_lm():
     assert read({"text": "Once upon a time"}, "causal_lm") == Text("Once upon a time")
     with pytest.raises(RowError, match=r"task: causal_lm.*instruction_tuning"):
         read({"text": "Once upon a time"})
 
 
-def test_a_weight_of_0_takes_a_message_out_of_the_loss():
+def test_weight_of_0_excludes_a_message_from_the_loss():
     chat = read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}]})
     assert chat == Chat([USER, ASSISTANT] * 2, untrained=(1,))
     with pytest.raises(RowError, match=r"assistant.* weight.* 0"):
@@ -87,20 +87,20 @@ def test_a_weight_of_0_takes_a_message_out_of_the_loss():
         read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT]}, "causal_lm")
 
 
-def test_an_escaped_nul_in_a_tool_call_is_text_and_a_real_one_an_error():
-    def calling(code: str) -> dict[str, Any]:
+def test_tool_call_may_contain_an_escaped_nul_but_no_nul_character():
+    def row_with_call(code: str) -> dict[str, Any]:
         call = {"name": "run", "arguments": {"code": code}}
         return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
 
-    chat = read(calling(r"print('\u0000')"))
+    chat = read(row_with_call(r"print('\u0000')"))
     assert isinstance(chat, Chat)
     assert r"\u0000" in chat.messages[1]["tool_calls"][0]["function"]["arguments"]["code"]
     for code in ("\x00", "\\\x00"):
         with pytest.raises(RowError, match="NUL"):
-            read(calling(code))
+            read(row_with_call(code))
 
 
-def test_tool_calls_keep_what_templates_print():
+def test_tool_calls_are_normalized_for_templates():
     chat = read({"messages": [USER, CALL, TOOL, ASSISTANT], "tools": TOOLS})
     assert isinstance(chat, Chat)
     assert chat.tools == TOOLS
@@ -125,7 +125,7 @@ def test_tool_calls_keep_what_templates_print():
         )
 
 
-def test_pairs_share_a_beginning():
+def test_preference_rows_become_pairs_with_a_common_prompt():
     expected = Pair([USER], [ASSISTANT], [{"role": "assistant", "content": "5"}])
     five = {"role": "assistant", "content": "5"}
     for row in (
@@ -143,7 +143,7 @@ def test_pairs_share_a_beginning():
         read({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
 
 
-def test_labels_are_those_of_the_yaml():
+def test_labels_must_be_listed_in_the_yaml():
     labels = ("bad", "good")
     row = read({"text": "I like it", "label": "good"}, "classification", labels=labels)
     assert isinstance(row, Chat)
@@ -166,10 +166,10 @@ def test_a_prompt_template_formats_columns():
         read({"instruction": "Add."}, prompt_template=template)
 
 
-def test_a_column_that_a_format_needs_is_missing_not_null():
-    reading = RowSchema("instruction_tuning", "instruction", {}, None, ())
+def test_missing_column_raises_an_error_that_lists_the_present_ones():
+    schema = RowSchema("instruction_tuning", "instruction", {}, None, ())
     with pytest.raises(RowError, match=r"`instruction`.*messages"):
-        read_row({"messages": [USER, ASSISTANT]}, reading)
+        read_row({"messages": [USER, ASSISTANT]}, schema)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def test_a_column_that_a_format_needs_is_missing_not_null():
         ({"messages": [USER, ASSISTANT], "tools": ["add"]}, ("tool 1 ", "`tools`", "JSON schema")),
     ],
 )
-def test_a_wrong_row_raises_an_error_that_names_the_fault(row: dict[str, Any], facts: tuple[str, ...]):
+def test_invalid_row_raises_an_error_that_names_the_fault(row: dict[str, Any], facts: tuple[str, ...]):
     with pytest.raises(RowError) as caught:
         read(row)
     assert_names(str(caught.value), *facts)
 
 
-def test_a_label_that_is_null_is_missing():
+def test_null_label_raises_the_error_of_a_missing_label():
     with pytest.raises(RowError, match=r"`text`.*`label`.*text, label \(null\)"):
         read({"text": "2 + 2?", "label": None}, "classification", labels=("0", "1"))
 

@@ -51,8 +51,8 @@ def zstd(content: bytes) -> bytes:
     return pa.Codec("zstd").compress(content, asbytes=True)
 
 
-def short(value: object) -> str:
-    """The name of a case: pytest would spell out megabytes."""
+def short_id(value: object) -> str:
+    """Truncate a value to a test id, since pytest would print megabytes."""
     return repr(value)[:40]
 
 
@@ -72,15 +72,15 @@ def short(value: object) -> str:
         ("a.json.zst", zstd(json.dumps(ROWS).encode())),
         ("a", jsonl(ROWS)),
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, content: bytes):
+def test_every_file_type_yields_the_same_rows(tmp_path: Path, name: str, content: bytes):
     path = tmp_path / name
     path.write_bytes(content)
     assert [row for _, row in read(path)] == ROWS
 
 
-def test_rows_are_numbered_as_an_editor_numbers_them(tmp_path: Path):
+def test_rows_have_the_line_numbers_of_an_editor(tmp_path: Path):
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(b"\n" + jsonl(ROWS[:1]) + b"\n" + jsonl(ROWS[:1]))
     assert [number for number, _ in read(lines)] == [2, 4]
@@ -104,9 +104,11 @@ def test_rows_are_numbered_as_an_editor_numbers_them(tmp_path: Path):
         (b'{"n": ' + b"9" * 5000 + b"}", ("JSON",)),
         (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', ("10.0 MB", "8 MB")),
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_a_bad_line_does_not_hide_the_others(tmp_path: Path, line: bytes, facts: tuple[str, ...]):
+def test_bad_line_is_reported_and_the_other_lines_are_read(
+    tmp_path: Path, line: bytes, facts: tuple[str, ...]
+):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(ROWS[:1]) + line + b"\n" + jsonl(ROWS[:1]))
     assert [number for number, _ in read(path)] == [1, 2, 3]
@@ -141,9 +143,9 @@ def test_a_bad_line_does_not_hide_the_others(tmp_path: Path, line: bytes, facts:
         ("a.xlsx", b"PK", ("a.xlsx: ", ".xlsx")),
         ("a.parquet.gz", b"", ("a.parquet.gz: ", "Parquet")),
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_a_damaged_file_raises_an_error_with_the_line(
+def test_damaged_file_raises_an_error_with_its_location(
     tmp_path: Path, name: str, content: bytes, facts: tuple[str, ...]
 ):
     path = tmp_path / name
@@ -153,7 +155,8 @@ def test_a_damaged_file_raises_an_error_with_the_line(
     assert_names(str(caught.value), *facts)
 
 
-def test_bytes_that_are_not_utf_8_are_left_for_the_check_of_the_row(tmp_path: Path):
+def test_invalid_utf_8_is_read_as_surrogates(tmp_path: Path):
+    """The check of the row rejects surrogates later."""
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,completion\na\xff,b\n")
     ((_, row),) = read(path)
@@ -169,7 +172,7 @@ def test_cells_without_a_column_are_a_row_error(tmp_path: Path):
     assert_names(found[2], "3 cells", "2 columns")
 
 
-def test_a_directory_and_a_glob_name_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_directories_and_globs_list_their_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in (
         "b.jsonl",
         "a.parquet",
@@ -208,7 +211,7 @@ def test_a_directory_and_a_glob_name_their_files(tmp_path: Path, monkeypatch: py
         find_files(str(tmp_path / "empty"), 0)
 
 
-def test_another_content_is_another_version(tmp_path: Path):
+def test_changed_content_changes_the_version(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1")
     (first,) = find_files(str(path), 0)
@@ -226,7 +229,7 @@ def test_another_content_is_another_version(tmp_path: Path):
         ("hf://datasets/openai/gsm8k?split=train[50%:]", ("openai/gsm8k", None, "train[50%:]")),
     ],
 )
-def test_hub_uris(uri: str, parts: tuple[str, str | None, str]):
+def test_hub_uris_are_parsed(uri: str, parts: tuple[str, str | None, str]):
     assert is_hub_dataset(uri)
     assert parse_hub_uri(uri) == parts
 
@@ -240,7 +243,7 @@ def test_hub_uris(uri: str, parts: tuple[str, str | None, str]):
         ("hf://datasets/a/b?split=", "split="),
     ],
 )
-def test_other_hub_uris_raise_an_error_with_the_form_to_write(uri: str, form: str):
+def test_invalid_hub_uris_raise_an_error_with_the_valid_form(uri: str, form: str):
     with pytest.raises(DataError) as caught:
         parse_hub_uri(uri)
     assert_names(str(caught.value), uri, form)

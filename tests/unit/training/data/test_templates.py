@@ -1,4 +1,4 @@
-"""What is trained on, proven against the templates themselves: decoded, it is the assistant's turns with their end marker."""
+"""Loss tokens decode to the assistant turns and end markers that each chat template renders."""
 
 import copy
 from pathlib import Path
@@ -33,7 +33,7 @@ MISTRAL = (
     "{% elif message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# Tools in the first turn, calls as JSON between tags, answers of tools as a user; reasoning only behind the last question.
+# Tools in the first turn, calls as JSON between tags, tool results as user turns; reasoning only after the last question.
 QWEN = (
     "{% if tools %}{{ '<|im_start|>system\\n' + (messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '') }}"
     "{{ '# Tools\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}"
@@ -46,15 +46,15 @@ QWEN = (
     "{{ '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Only the last answer keeps its reasoning, as in some thinking models.
-FORGETFUL = (
+# Only the last answer retains its reasoning, as in some reasoning models.
+LAST_REASONING_ONLY = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-# What transformers gives a template beside the row: its functions, filters, statements and the special tokens.
-WITH_EVERYTHING = (
+# Functions, filters, statements and special tokens that transformers provides to a template in addition to the row.
+ALL_TEMPLATE_FEATURES = (
     "{{ bos_token }}{{ strftime_now('%Y') }}{{ 'no tools' if tools is none }}{{ 'no documents' if documents is none }}"
     "{{ 'no names' if xyz is not defined }}{% set count = namespace(turns=0) %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% continue %}{% endif %}{% set count.turns = count.turns + 1 %}"
@@ -95,7 +95,7 @@ def styles(chatml: PreTrainedTokenizerFast) -> dict[str, PreTrainedTokenizerFast
 
 
 def expected_answers(style: str, answers: list[str]) -> list[str]:
-    """The assistant's turns as the template writes them, with its end marker."""
+    """Return the assistant turns as the template renders them, with their end marker."""
     match style:
         case "llama_3":
             return [f"{answer.strip()}<|eot_id|>" for answer in answers]
@@ -115,13 +115,13 @@ def chat(turns: Turns, *, system: str | None = None, **details: Any) -> Chat:
     return Chat(messages, **details)
 
 
-def trained_pieces(tokenizer: PreTrainedTokenizerFast, conversation: Chat) -> list[str]:
-    """The text of each run of tokens that the loss looks at; the ids are those of the whole conversation."""
+def loss_pieces(tokenizer: PreTrainedTokenizerFast, conversation: Chat) -> list[str]:
+    """Return the text of each run of loss tokens, and check the ids against those of the complete conversation."""
     ids, labels = encode(tokenizer, conversation)
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    whole = tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
-    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    full_text = tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
+    assert ids == tokenizer(full_text, add_special_tokens=False)["input_ids"]
     pieces: list[list[int]] = [[]]
     for label in labels:
         if label != IGNORED:
@@ -138,19 +138,19 @@ SYSTEMS = [None, "Answer as briefly as you can."]
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("turns", [ONE_TURN, THREE_TURNS])
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_answers_and_their_end_marker_are_trained(
+def test_loss_tokens_are_the_answers_with_their_end_marker(
     styles: dict[str, PreTrainedTokenizerFast], style: str, turns: Turns, system: str | None
 ):
     if style == "mistral" and system:
         with pytest.raises(RowError, match=r"chat template.*no system role here"):
             encode(styles[style], chat(turns, system=system))
         return
-    pieces = trained_pieces(styles[style], chat(turns, system=system))
+    pieces = loss_pieces(styles[style], chat(turns, system=system))
     assert pieces == expected_answers(style, [answer for _, answer in turns])
 
 
-# Text of every kind, and what templates write themselves, as somebody's words.
-_said = st.lists(
+# Texts of many kinds, including the markers that templates render, as message content.
+_text = st.lists(
     st.text(min_size=1, max_size=6)
     | st.sampled_from(
         [
@@ -176,11 +176,11 @@ _said = st.lists(
     min_size=1,
     max_size=5,
 ).map("".join)
-_content = _said.filter(lambda text: bool(text.strip()))
+_content = _text.filter(lambda text: bool(text.strip()))
 
 
-def _by_rendering_only(renderer: Renderer) -> Renderer:
-    """The same, without what it has learned of the template: each turn is found by rendering what comes before."""
+def _without_markers(renderer: Renderer) -> Renderer:
+    """Return a copy without the detected markers, which locates each turn by rendering the turns before it."""
     slow = copy.copy(renderer)
     slow.header = slow.end_marker = ""
     return slow
@@ -188,7 +188,7 @@ def _by_rendering_only(renderer: Renderer) -> Renderer:
 
 @given(turns=st.lists(st.tuples(_content, _content), min_size=1, max_size=3), system=st.none() | _content)
 @pytest.mark.parametrize("style", STYLES)
-def test_any_words_keep_their_place(
+def test_answers_with_any_content_are_located_in_the_text(
     styles: dict[str, PreTrainedTokenizerFast], style: str, turns: Turns, system: str | None
 ):
     tokenizer = styles[style]
@@ -196,11 +196,11 @@ def test_any_words_keep_their_place(
     renderer = Renderer(tokenizer, whole_text=False)
     (rendered,) = renderer.render(conversation)
     assert rendered.text == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
-    if style != "qwen":  # its last turn reads differently once others follow: rendering alone cannot tell
-        assert _by_rendering_only(renderer).render(conversation) == (rendered,)
-    wanted = expected_answers(style, [answer for _, answer in turns])
+    if style != "qwen":  # its last turn changes once others follow, so rendering alone cannot locate it
+        assert _without_markers(renderer).render(conversation) == (rendered,)
+    expected = expected_answers(style, [answer for _, answer in turns])
     assert [rendered.text[begin:end].strip() for begin, end in rendered.spans] == [
-        text.strip() for text in wanted
+        text.strip() for text in expected
     ]
     ids, labels = encode(tokenizer, conversation)
     assert ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
@@ -212,7 +212,7 @@ def test_any_words_keep_their_place(
 def ids_of_spans(
     tokenizer: PreTrainedTokenizerFast, text: str, spans: tuple[tuple[int, int], ...]
 ) -> list[int]:
-    """By the offsets of each token: those that share a character with a span."""
+    """Return the ids of the tokens whose offsets overlap a span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return [
         token
@@ -221,15 +221,15 @@ def ids_of_spans(
     ]
 
 
-def test_a_template_has_all_that_transformers_gives_it(chatml: PreTrainedTokenizerFast):
-    tokenizer = with_template(chatml, WITH_EVERYTHING)
+def test_renderer_provides_every_template_feature_of_transformers(chatml: PreTrainedTokenizerFast):
+    tokenizer = with_template(chatml, ALL_TEMPLATE_FEATURES)
     conversation = chat(THREE_TURNS, system="Be brief.")
     (rendered,) = Renderer(tokenizer, whole_text=True).render(conversation)
     assert rendered.text == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     assert "no toolsno documentsno names1 {" in rendered.text
 
 
-def test_tool_calls_are_trained_and_tools_answers_are_not(styles: dict[str, PreTrainedTokenizerFast]):
+def test_tool_calls_are_trained_and_tool_results_are_not(styles: dict[str, PreTrainedTokenizerFast]):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
     messages: list[Message] = [
         {"role": "user", "content": "2 + 3?"},
@@ -239,10 +239,10 @@ def test_tool_calls_are_trained_and_tools_answers_are_not(styles: dict[str, PreT
     ]
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "b": "int"}}}]
     conversation = Chat(messages, tools)
-    pieces = trained_pieces(styles["qwen"], conversation)
-    printed = '{"name": "add", "arguments": {"a": 2, "b": 3}}'
+    pieces = loss_pieces(styles["qwen"], conversation)
+    rendered_call = '{"name": "add", "arguments": {"a": 2, "b": 3}}'
     assert pieces == [
-        f"<tool_call>\n{printed}\n</tool_call><|im_end|>",
+        f"<tool_call>\n{rendered_call}\n</tool_call><|im_end|>",
         "<think>\n\n</think>\n\nIt is 5.<|im_end|>",
     ]
     (rendered,) = Renderer(styles["qwen"], whole_text=False).render(conversation)
@@ -266,17 +266,17 @@ def test_tools_that_the_template_does_not_render_raise_an_error(
 
 def test_a_message_of_weight_0_is_not_trained(styles: dict[str, PreTrainedTokenizerFast]):
     conversation = chat(THREE_TURNS, untrained=(1, 5))
-    assert trained_pieces(styles["chatml"], conversation) == ["It is 7.\n\nSure.<|im_end|>"]
+    assert loss_pieces(styles["chatml"], conversation) == ["It is 7.\n\nSure.<|im_end|>"]
 
 
-def test_labels_agree_with_the_mask_of_a_template_that_marks_its_generations(chatml: PreTrainedTokenizerFast):
-    marked = (
+def test_labels_match_the_generation_mask_of_a_template(chatml: PreTrainedTokenizerFast):
+    template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
         "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
         "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     )
     conversation = chat(THREE_TURNS, system="Be brief.")
-    expected = with_template(chatml, marked).apply_chat_template(
+    expected = with_template(chatml, template).apply_chat_template(
         conversation.messages, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, labels = encode(chatml, conversation)
@@ -285,11 +285,11 @@ def test_labels_agree_with_the_mask_of_a_template_that_marks_its_generations(cha
 
 
 def test_a_template_that_changes_earlier_turns_raises_an_error(chatml: PreTrainedTokenizerFast):
-    forgetful = with_template(chatml, FORGETFUL)
+    tokenizer = with_template(chatml, LAST_REASONING_ONLY)
     turns = [("2 + 2?", "<think>easy</think>4"), ("3 + 3?", "<think>easy</think>6")]
-    assert trained_pieces(forgetful, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
+    assert loss_pieces(tokenizer, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
     with pytest.raises(RowError, match=r"message 2 .*one assistant"):
-        encode(forgetful, chat(turns))
+        encode(tokenizer, chat(turns))
 
 
 def test_a_broken_template_raises_an_error_with_its_line(chatml: PreTrainedTokenizerFast):
@@ -310,7 +310,7 @@ def test_a_template_without_the_answers_raises_an_error(chatml: PreTrainedTokeni
     with pytest.raises(DataError, match=r"chat template.* assistant "):
         encode(tokenizer, chat(ONE_TURN), task)
     ids, _ = encode(tokenizer, Filled("Q: 1 A: ", "2"), task)
-    assert ids, "what no chat template lays out needs none"
+    assert ids, "a row with a prompt template needs no chat template"
 
 
 def test_a_template_without_the_questions_raises_an_error(chatml: PreTrainedTokenizerFast):
@@ -323,7 +323,7 @@ def test_a_template_without_the_questions_raises_an_error(chatml: PreTrainedToke
         encode(with_template(chatml, answers_alone), chat(ONE_TURN), "instruction_tuning")
 
 
-def test_a_template_without_the_sides_of_a_pair_raises_an_error(chatml: PreTrainedTokenizerFast):
+def test_a_template_without_the_responses_of_a_pair_raises_an_error(chatml: PreTrainedTokenizerFast):
     question, answer, other = (*chat(ONE_TURN).messages, {"role": "assistant", "content": "5"})
     with pytest.raises(DataError, match=r"chat template.* assistant "):
         encode(
@@ -346,7 +346,7 @@ def test_llmforges_prompt_format_trains_its_answers(chatml: PreTrainedTokenizerF
             "system_in_user": True,
         }
     )
-    pieces = trained_pieces(with_template(chatml, template), chat(THREE_TURNS, system="Be brief."))
+    pieces = loss_pieces(with_template(chatml, template), chat(THREE_TURNS, system="Be brief."))
     assert pieces == [f"{answer.strip()}<|im_end|>" for _, answer in THREE_TURNS]
 
 
@@ -368,7 +368,7 @@ def test_a_prompt_template_trains_the_answer_and_the_end_of_text(chatml: PreTrai
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_both_sides_of_a_pair_follow_one_prompt(styles: dict[str, PreTrainedTokenizerFast], style: str):
+def test_both_responses_of_a_pair_follow_one_prompt(styles: dict[str, PreTrainedTokenizerFast], style: str):
     tokenizer = styles[style]
     prompt, chosen, rejected = (
         [{"role": "user", "content": "2 + 2?"}],
@@ -377,12 +377,12 @@ def test_both_sides_of_a_pair_follow_one_prompt(styles: dict[str, PreTrainedToke
     )
     row = encode(tokenizer, Pair(prompt, chosen, rejected), "preference_tuning")
     for side, messages in ((1, chosen), (2, rejected)):
-        whole = tokenizer.apply_chat_template([*prompt, *messages], tokenize=False).rstrip()
-        assert row[0] + row[side] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        full_text = tokenizer.apply_chat_template([*prompt, *messages], tokenize=False).rstrip()
+        assert row[0] + row[side] == tokenizer(full_text, add_special_tokens=False)["input_ids"]
         assert [tokenizer.decode(row[side])] == expected_answers(style, [str(messages[0]["content"])])
 
 
-def test_a_classification_trains_its_label_alone(chatml: PreTrainedTokenizerFast):
+def test_classification_trains_only_its_label(chatml: PreTrainedTokenizerFast):
     ids, labels = encode(chatml, chat([("I like it", "good")], label=1), "classification")
     assert chatml.decode([label for label in labels if label != IGNORED]) == "good"
     assert labels[-1] == ids[-1] != IGNORED
