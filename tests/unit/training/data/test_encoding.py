@@ -86,11 +86,11 @@ BYTE_LEVEL: dict[str, Callable[[Tokenizer], None]] = {
 
 @pytest.fixture(scope="session")
 def tokenizers_by_kind() -> dict[str, PreTrainedTokenizerFast]:
-    made = {}
+    by_kind = {}
     for kind, change in BYTE_LEVEL.items():
-        made[kind] = copy.deepcopy(make_tokenizer())
-        change(made[kind].backend_tokenizer)
-    return made
+        by_kind[kind] = copy.deepcopy(make_tokenizer())
+        change(by_kind[kind].backend_tokenizer)
+    return by_kind
 
 
 _text = st.lists(
