@@ -51,9 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    logging.getLogger("utils.storage.transfer").setLevel(
-        logging.ERROR
-    )  # hide a warning for each damaged download
+    # Hide the warnings about damaged downloads.
+    logging.getLogger("utils.storage.transfer").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
@@ -83,11 +82,11 @@ def main() -> None:
             measured.append({race: run_round(number, *contest) for race, contest in races.items()})
             print(json.dumps(measured[-1]), flush=True)
         counts = {
-            **bodies_of_workers(server.endpoint, directory),
-            **rejected_downloads(server.endpoint, directory),
-            **damage(server.endpoint, directory),
+            **count_downloaded_bytes(server.endpoint, directory),
+            **count_successes_under_errors(server.endpoint, directory),
+            **count_wrongly_accepted(server.endpoint, directory),
         }
-    write_report("bucket", summarise(measured), measured, counts)
+    write_report("bucket", summarize(measured), measured, counts)
 
 
 def fill_bucket(directory: Path) -> Path:
@@ -122,38 +121,38 @@ def race(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> 
     target = directory / "target"
     target.mkdir()
     try:
-        took = _in_a_process(transfer, name, uri, target, endpoint)
-        took["bytes"] = sum(path.stat().st_size for path in target.iterdir())
+        cost = _run_transfer(transfer, name, uri, target, endpoint)
+        cost["bytes"] = sum(path.stat().st_size for path in target.iterdir())
     finally:
         shutil.rmtree(target)
-    assert took["bytes"] == (LARGE_BYTES if uri.endswith("large") else SMALL_FILES * SMALL_BYTES)
-    return took
+    assert cost["bytes"] == (LARGE_BYTES if uri.endswith("large") else SMALL_FILES * SMALL_BYTES)
+    return cost
 
 
 def race_up(name: str, small: Path, directory: Path, endpoint: str) -> dict[str, float]:
     """Time the upload of the small files to an empty prefix."""
     uri = f"s3://{BUCKET}/up-{secrets.token_hex(4)}"
-    took = _in_a_process("up", name, uri, small, endpoint)
+    cost = _run_transfer("up", name, uri, small, endpoint)
     assert sum(item.size for item in open_store(uri).list()) == SMALL_FILES * SMALL_BYTES
-    return took
+    return cost
 
 
-def _in_a_process(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
+def _run_transfer(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
     command = [sys.executable, str(PROJECT / "benchmarks" / "bucket_peers.py"), transfer, name, uri]
     environment = os.environ | {"AWS_ENDPOINT_URL_S3": endpoint}
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, str(directory)], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
-    return json.loads(done.stdout)
+    return json.loads(completed.stdout)
 
 
-def summarise(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the peers' seconds divided by ours (higher is better), and our CPU time and memory."""
+def summarize(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the peers' seconds divided by Anneal's (higher is better), and Anneal's CPU time and memory."""
 
     def ratio(contest: str, peer: str, figure: str = "seconds") -> dict[str, float]:
         return spread([r[contest][peer][figure] / r[contest]["anneal"][figure] for r in rounds])
 
-    checking = _checksum_seconds()
+    checksum_seconds = _checksum_seconds()
     downloads = [r["large_down"]["anneal"] for r in rounds]
     return {
         "large_down_shaped: seconds of ray / anneal": ratio("large_down_shaped", "ray"),
@@ -165,11 +164,11 @@ def summarise(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         "small_up_shaped: seconds of ray / anneal": ratio("small_up_shaped", "ray"),
         "small_down_shaped: seconds of ray / anneal": ratio("small_down_shaped", "ray"),
         "large_down: CPU seconds per GB of anneal": spread(
-            [took["cpu_seconds"] / (LARGE_BYTES / 1e9) for took in downloads]
+            [cost["cpu_seconds"] / (LARGE_BYTES / 1e9) for cost in downloads]
         ),
-        "large_down: memory of anneal, MB": spread([took["memory_mb"] for took in downloads]),
+        "large_down: memory of anneal, MB": spread([cost["memory_mb"] for cost in downloads]),
         "large_down: share of verification in CPU": spread(
-            [checking / took["cpu_seconds"] for took in downloads]
+            [checksum_seconds / cost["cpu_seconds"] for cost in downloads]
         ),
     }
 
@@ -179,16 +178,16 @@ def _checksum_seconds() -> float:
     from awscrt.checksums import crc64nvme
 
     block, value = os.urandom(BLOCK_BYTES), 0
-    began = time.process_time()
+    start = time.process_time()
     for _ in range(LARGE_BYTES // BLOCK_BYTES):
         value = crc64nvme(block, value)
-    return time.process_time() - began
+    return time.process_time() - start
 
 
 # --- Counts ------------------------------------------------------------------------------------------------------
 
 
-def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
+def count_downloaded_bytes(endpoint: str, directory: Path) -> dict[str, float]:
     """Count downloaded bytes, relative to the model size, for 2, 4 and 8 concurrent syncs and for repeated ones."""
     counts = {}
     for workers in (2, 4, 8):
@@ -205,7 +204,7 @@ def bodies_of_workers(endpoint: str, directory: Path) -> dict[str, float]:
     return counts
 
 
-def rejected_downloads(endpoint: str, directory: Path) -> dict[str, int]:
+def count_successes_under_errors(endpoint: str, directory: Path) -> dict[str, int]:
     """Count the successful downloads while the server rejects half of all requests."""
     from boto3.session import Session
 
@@ -227,7 +226,7 @@ def rejected_downloads(endpoint: str, directory: Path) -> dict[str, int]:
     return {f"{name}: of {TRIES_UNDER_ERRORS} under 503s": count for name, count in succeeded.items()}
 
 
-def damage(endpoint: str, directory: Path) -> dict[str, int]:
+def count_wrongly_accepted(endpoint: str, directory: Path) -> dict[str, int]:
     """Count the restores of a damaged checkpoint that are wrongly accepted.
 
     The damage alternates: a flipped bit in the weights, another object in place of the weights, a truncated manifest, and
@@ -239,18 +238,18 @@ def damage(endpoint: str, directory: Path) -> dict[str, int]:
         weights.write_bytes(os.urandom(SMALL_BYTES))
         files = checkpoints.upload_files(run, 1, directory, [weights.name])
         manifests.append(manifest_of(1).model_copy(update={"files": files}).model_dump_json().encode())
-    earlier, right = manifests
-    accepted, where, checkpoint = 0, random.Random(0), checkpoint_uri(run.uri, 1)
+    earlier, valid = manifests
+    accepted, rng, checkpoint = 0, random.Random(0), checkpoint_uri(run.uri, 1)
     with bucket_proxy(endpoint) as proxy:
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
         for number in range(TRIES_WITH_DAMAGE):
             kind = ("flip", "swap", "cut off", "earlier")[number % 4]
-            manifest = {"cut off": right[: where.randrange(len(right))], "earlier": earlier}.get(kind, right)
+            manifest = {"cut off": valid[: rng.randrange(len(valid))], "earlier": earlier}.get(kind, valid)
             run.write(checkpoint_key(1, MANIFEST_FILE), manifest)
             proxy.faults.clear()
             if kind in ("flip", "swap"):
                 proxy.faults.append(
-                    Fault(kind, key=weights.name, at=where.randrange(SMALL_BYTES), content=bytes(SMALL_BYTES))
+                    Fault(kind, key=weights.name, at=rng.randrange(SMALL_BYTES), content=bytes(SMALL_BYTES))
                 )
             with suppress(CheckpointError):
                 checkpoints.restore(checkpoint, restored)
@@ -258,7 +257,7 @@ def damage(endpoint: str, directory: Path) -> dict[str, int]:
             shutil.rmtree(restored, ignore_errors=True)
             proxy.requests.clear()
         proxy.faults.clear()
-        run.write(checkpoint_key(1, MANIFEST_FILE), right)
+        run.write(checkpoint_key(1, MANIFEST_FILE), valid)
         checkpoints.restore(checkpoint, restored)  # the undamaged checkpoint is accepted
     os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
     return {f"accepted of {TRIES_WITH_DAMAGE} damaged": accepted}

@@ -1,7 +1,7 @@
 """Run one transfer of one contestant and print its cost: `bucket_peers.py TRANSFER CONTESTANT URI DIRECTORY`.
 
-Clients are created and connected before the clock starts, as in a run; s5cmd is a program and starts inside the measured
-time. Listings are inside it, too.
+Clients are created and connected before the measured time, as in a run. s5cmd is a program that starts within the measured
+time. Listings are also measured.
 """
 
 import json
@@ -34,13 +34,13 @@ def ray_train(transfer: str, uri: str, directory: Path) -> Transfer:
     """Call pyarrow as Ray Train's storage does: uploads without threads, 64 MB chunks."""
     from pyarrow.fs import LocalFileSystem, S3FileSystem, copy_files
 
-    place = uri.removeprefix("s3://")
+    path = uri.removeprefix("s3://")
     bucket = S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL_S3"])
-    bucket.get_file_info(place)
+    bucket.get_file_info(path)
     local, chunk = LocalFileSystem(), 64 * 1024 * 1024
     if transfer == "up":
-        return lambda: copy_files(str(directory), place, local, bucket, chunk_size=chunk, use_threads=False)
-    return lambda: copy_files(place, str(directory), bucket, local, chunk_size=chunk)
+        return lambda: copy_files(str(directory), path, local, bucket, chunk_size=chunk, use_threads=False)
+    return lambda: copy_files(path, str(directory), bucket, local, chunk_size=chunk)
 
 
 def boto3_default(transfer: str, uri: str, directory: Path) -> Transfer:
@@ -54,9 +54,8 @@ def boto3_default(transfer: str, uri: str, directory: Path) -> Transfer:
 
 
 def s5cmd(transfer: str, uri: str, directory: Path) -> Transfer:
-    program = distribution("s5cmd").locate_file(
-        "s5cmd/bin/s5cmd"
-    )  # the installed command is a Python wrapper
+    # The installed command is a Python wrapper.
+    program = distribution("s5cmd").locate_file("s5cmd/bin/s5cmd")
     endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
     assert transfer == "down"
     command = [str(program), "--endpoint-url", endpoint, "cp", f"{uri}/*", f"{directory}/"]
@@ -68,11 +67,11 @@ CONTESTANTS = {"anneal": anneal, "ray": ray_train, "boto3": boto3_default, "s5cm
 
 def main() -> None:
     transfer, name, uri, directory = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
-    move = CONTESTANTS[name](transfer, uri, directory)
+    run_transfer = CONTESTANTS[name](transfer, uri, directory)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory
-    memory, cpu, began = _memory("VmRSS"), _cpu_seconds(), time.perf_counter()
-    move()
-    seconds = time.perf_counter() - began
+    memory, cpu, start = _memory("VmRSS"), _cpu_seconds(), time.perf_counter()
+    run_transfer()
+    seconds = time.perf_counter() - start
     print(
         json.dumps(
             {
@@ -85,8 +84,8 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(used.ru_utime + used.ru_stime for used in both)
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _memory(name: str) -> float:

@@ -64,16 +64,16 @@ def main() -> None:
                 server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND
             ) as proxy:
                 os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
-                measured = [stalls(directory, number) for number in range(rounds)]
+                measured = [measure_stalls(directory, number) for number in range(rounds)]
             os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
-            counts = growth(directory)
-    parts = {
-        f"{part}_to_synchronous_upload": spread(
-            [round_[f"{part}_seconds"] / round_["synchronous_seconds"] for round_ in measured]
+            counts = measure_growth(directory)
+    summary = {
+        f"{figure}_to_synchronous_upload": spread(
+            [round_[f"{figure}_seconds"] / round_["synchronous_seconds"] for round_ in measured]
         )
-        for part in ("stall", "slower_steps")
+        for figure in ("stall", "slower_steps")
     }
-    write_report("checkpoints", parts, measured, counts)
+    write_report("checkpoints", summary, measured, counts)
 
 
 def create_bucket() -> None:
@@ -82,41 +82,41 @@ def create_bucket() -> None:
     Session().client("s3").create_bucket(Bucket=BUCKET)
 
 
-def stalls(directory: Path, number: int) -> dict[str, Any]:
+def measure_stalls(directory: Path, number: int) -> dict[str, Any]:
     """Return the seconds that a synchronous and an asynchronous checkpoint take."""
     store = open_store(f"s3://{BUCKET}/stalls-{number}")
-    train = a_step()
+    train = make_step()
     undisturbed = statistics.median(timed(train) for _ in range(UNDISTURBED_STEPS))
     committed = threading.Event()
-    with commits_of(store, committed) as commits:
-        first, second = (saved(directory, step, FILE_BYTES) for step in (1, 2))
-        synchronous = timed(lambda: (commits.start(first), commits.wait()))
+    with open_committer(store, committed) as committer:
+        first, second = (write_checkpoint(directory, step, FILE_BYTES) for step in (1, 2))
+        synchronous = timed(lambda: (committer.start(first), committer.wait()))
         committed.clear()
-        stall = timed(lambda: commits.start(second))
-        began, steps = time.perf_counter(), 0
+        stall = timed(lambda: committer.start(second))
+        start, steps = time.perf_counter(), 0
         while not committed.is_set():
             train()
             steps += 1
-        slower = time.perf_counter() - began - steps * undisturbed
+        slowdown = time.perf_counter() - start - steps * undisturbed
     return {
         "synchronous_seconds": synchronous,
         "stall_seconds": stall,
-        "slower_steps_seconds": slower,
+        "slower_steps_seconds": slowdown,
         "steps_meanwhile": steps,
         "undisturbed_step_seconds": undisturbed,
     }
 
 
-def growth(directory: Path) -> dict[str, float]:
+def measure_growth(directory: Path) -> dict[str, float]:
     """Return the growth of the process's resources between an early checkpoint and the last one."""
     store = open_store(f"s3://{BUCKET}/in-a-row")
-    held: dict[int, dict[str, float]] = {}
-    with commits_of(store, threading.Event()) as commits:
+    resources: dict[int, dict[str, float]] = {}
+    with open_committer(store, threading.Event()) as committer:
         for step in range(1, IN_A_ROW + 1):
-            commits.start(saved(directory, step, SMALL_FILE_BYTES))
+            committer.start(write_checkpoint(directory, step, SMALL_FILE_BYTES))
             if step in (SETTLED, IN_A_ROW):
-                commits.wait()
-                held[step] = {
+                committer.wait()
+                resources[step] = {
                     "MB of memory": psutil.Process().memory_info().rss / MB,
                     "threads": threading.active_count(),
                     "descriptors": psutil.Process().num_fds(),
@@ -124,14 +124,14 @@ def growth(directory: Path) -> dict[str, float]:
                     "objects in the run": len(store.list()),
                 }
     return {
-        f"{what} more after {IN_A_ROW} checkpoints than after {SETTLED}": held[IN_A_ROW][what]
-        - held[SETTLED][what]
-        for what in held[SETTLED]
+        f"{resource} more after {IN_A_ROW} checkpoints than after {SETTLED}": resources[IN_A_ROW][resource]
+        - resources[SETTLED][resource]
+        for resource in resources[SETTLED]
     }
 
 
 @contextmanager
-def commits_of(store: Store, committed: threading.Event) -> Iterator[CheckpointCommitter]:
+def open_committer(store: Store, committed: threading.Event) -> Iterator[CheckpointCommitter]:
     def on_commit(_: CheckpointCommitted) -> None:
         committed.set()
 
@@ -147,16 +147,16 @@ def commits_of(store: Store, committed: threading.Event) -> Iterator[CheckpointC
             yield committer
 
 
-def saved(directory: Path, step: int, size: int) -> SavedCheckpoint:
+def write_checkpoint(directory: Path, step: int, size: int) -> SavedCheckpoint:
     """Write a checkpoint to the node's disk."""
-    place = directory / f"checkpoint-{step}"
-    place.mkdir()
+    checkpoint = directory / f"checkpoint-{step}"
+    checkpoint.mkdir()
     for number in range(FILES):
-        (place / f"file-{number}.safetensors").write_bytes(os.urandom(size))
-    return SavedCheckpoint(place, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
+        (checkpoint / f"file-{number}.safetensors").write_bytes(os.urandom(size))
+    return SavedCheckpoint(checkpoint, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
 
 
-def a_step() -> Any:
+def make_step() -> Any:
     """Return a forward and backward pass of about 50 ms on one core."""
     layer = torch.nn.Linear(1024, 1024)
     batch = torch.randn(512, 1024)
@@ -172,9 +172,9 @@ def a_step() -> Any:
 
 def timed(call: Any) -> float:
     """Return the seconds that a call takes."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure the speed and the memory of tokenization.
 
 `make bench-data` prepares 40 MB of chats and compares with datasets.map with two processes. Both read the same JSONL,
-render it with the same chat template and encode it with the same tokenizer. Ours also validates every row, finds the
-loss tokens and detects duplicate rows. A million short rows follow. Rounds are interleaved, each in its own processes,
-and the token ids of all rows are compared. `make bench-data-memory` prepares one file of 5 GB.
+render it with the same chat template and encode it with the same tokenizer. Anneal also validates every row, finds the
+loss tokens and detects duplicate rows. It then prepares a million short rows. Rounds are interleaved, each in its own
+processes, and the token ids of all rows are compared. `make bench-data-memory` prepares one file of 5 GB.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from training.models.files import is_tokenizer_file
 from utils.storage.bucket import sync_to_node
 from utils.storage.embedded_bucket import embedded_bucket
 
-_SECONDS_BETWEEN_LOOKS = 0.25
+_SAMPLING_SECONDS = 0.25
 _SAMPLE = (
     "How many apples does she have left after giving seven of them to her brother? Größe über naïve café — 数据训练 "
     "The model reads a row, answers the question, and is trained on what it should have said. 🍎 x = 3 * (4 + 5)\n"
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, metavar=("HOW", "ROWS", "MODEL", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        how, rows, model, out = options.one
-        HOWS[how](Path(rows), Path(model), Path(out))
+        method, rows, model, out = options.one
+        METHODS[method](Path(rows), Path(model), Path(out))
         return
     quickstart.main()
     with tempfile.TemporaryDirectory() as temporary:
@@ -59,13 +59,18 @@ def main() -> None:
 
 
 def measure_speed(directory: Path, model: Path, options: argparse.Namespace) -> None:
-    """Measure rounds of chats with both, and of short rows with ours."""
-    chats = write_chats(directory / "chats.jsonl", int(options.megabytes * 1e6))
-    short = write_short_rows(directory / "short.jsonl", options.short_rows)
+    """Measure rounds of chats with both methods, and of short rows with Anneal."""
+    chat_file = write_chats(directory / "chats.jsonl", int(options.megabytes * 1e6))
+    short_file = write_short_rows(directory / "short.jsonl", options.short_rows)
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(options.rounds):
-        hows = [("ours", chats), ("map", chats), ("short", short)][:: 1 if number % 2 else -1]
-        rounds.append({how: measure(how, rows, model, directory / f"{how}-{number}") for how, rows in hows})
+        methods = [("ours", chat_file), ("map", chat_file), ("short", short_file)][:: 1 if number % 2 else -1]
+        rounds.append(
+            {
+                method: measure(method, rows, model, directory / f"{method}-{number}")
+                for method, rows in methods
+            }
+        )
         print(rounds[-1], flush=True)
     last = options.rounds - 1
     write_report(
@@ -84,35 +89,39 @@ def measure_speed(directory: Path, model: Path, options: argparse.Namespace) -> 
         {
             "megabytes": options.megabytes,
             "short_rows": options.short_rows,
-            "rows_with_other_ids": differing(directory / f"ours-{last}", directory / f"map-{last}"),
-            **{f"{how}_peak_mb": max(round_[how]["peak_mb"] for round_ in rounds) for how in HOWS},
+            "rows_with_other_ids": count_different_rows(
+                directory / f"ours-{last}", directory / f"map-{last}"
+            ),
+            **{
+                f"{method}_peak_mb": max(round_[method]["peak_mb"] for round_ in rounds) for method in METHODS
+            },
         },
     )
 
 
 def measure_memory(directory: Path, model: Path, gigabytes: float) -> None:
-    """Measure one large file with ours."""
-    piece = write_chats(directory / "piece.jsonl", int(min(40e6, gigabytes * 1e9 / 10)))
+    """Measure the preparation of one large file with Anneal."""
+    chunk = write_chats(directory / "piece.jsonl", int(min(40e6, gigabytes * 1e9 / 10)))
     rows = directory / "large.jsonl"
     with rows.open("wb") as file:
         number = 0
         while file.tell() < gigabytes * 1e9:
             number += 1  # makes all rows different
-            file.write(piece.read_bytes().replace(b'"content": "', b'"content": "%d ' % number))
-    piece.unlink()
+            file.write(chunk.read_bytes().replace(b'"content": "', b'"content": "%d ' % number))
+    chunk.unlink()
     measured = measure("short", rows, model, directory / "large")
     write_report("data_memory", {}, [measured], {"gigabytes": rows.stat().st_size / 1e9, **measured})
 
 
 def write_chats(path: Path, size: int) -> Path:
     """Write chats of one to three turns with words from a sample, until the file has `size` bytes."""
-    chance, words = random.Random(0), _SAMPLE.split(" ")
+    rng, words = random.Random(0), _SAMPLE.split(" ")
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
             messages = []
-            for _ in range(chance.randint(1, 3)):
+            for _ in range(rng.randint(1, 3)):
                 for role, longest in (("user", 60), ("assistant", 120)):
-                    text = " ".join(chance.choices(words, k=chance.randint(5, longest)))
+                    text = " ".join(rng.choices(words, k=rng.randint(5, longest)))
                     messages.append({"role": role, "content": text})
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path
@@ -120,27 +129,27 @@ def write_chats(path: Path, size: int) -> Path:
 
 def write_short_rows(path: Path, count: int) -> Path:
     """Write rows with one question and one answer."""
-    chance, words = random.Random(1), _SAMPLE.split(" ")
+    rng, words = random.Random(1), _SAMPLE.split(" ")
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            question = f"{number}: {' '.join(chance.choices(words, k=8))}"
-            answer = " ".join(chance.choices(words, k=8))
+            question = f"{number}: {' '.join(rng.choices(words, k=8))}"
+            answer = " ".join(rng.choices(words, k=8))
             file.write(json.dumps({"prompt": question, "completion": answer}, ensure_ascii=False) + "\n")
     return path
 
 
-def measure(how: str, rows: Path, model: Path, out: Path) -> dict[str, float]:
+def measure(method: str, rows: Path, model: Path, out: Path) -> dict[str, float]:
     """Return the report of a separate process, and the peak memory (PSS) of it and all its children."""
     environment = os.environ | {"HF_HOME": str(out / "home"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, __file__, "--one", how, str(rows), str(model), str(out)]
+    command = [sys.executable, __file__, "--one", method, str(rows), str(model), str(out)]
     with (Path(f"{out}.stdout")).open("w+") as output:
         process = subprocess.Popen(command, env=environment, stdout=output)
         peak = 0
         while process.poll() is None:
             peak = max(peak, _memory_of(process.pid))
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SAMPLING_SECONDS)
         if process.returncode:
-            raise SystemExit(f"{how} failed with exit code {process.returncode}")
+            raise SystemExit(f"{method} failed with exit code {process.returncode}")
         output.seek(0)
         return json.loads(output.readlines()[-1]) | {"peak_mb": round(peak / 1e6)}
 
@@ -155,28 +164,28 @@ def _memory_of(pid: int) -> int:
     return total
 
 
-def ours(rows: Path, model: Path, out: Path) -> None:
-    short_rows(rows, model, out).dataset().select_columns(["input_ids"]).save_to_disk(str(out / "ids"))
+def prepare_and_save(rows: Path, model: Path, out: Path) -> None:
+    prepare_rows(rows, model, out).dataset().select_columns(["input_ids"]).save_to_disk(str(out / "ids"))
 
 
-def short_rows(rows: Path, model: Path, out: Path) -> Any:
+def prepare_rows(rows: Path, model: Path, out: Path) -> Any:
     from tests.support.prepared import request
     from training.data.prepare import prepare_data
     from training.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=False, chat_template=None)
-    began = time.monotonic()
+    start = time.monotonic()
     prepared = prepare_data(request(rows), tokenizer, model, out)
-    print(json.dumps({"seconds": time.monotonic() - began, "rows": prepared.summary.rows}))
+    print(json.dumps({"seconds": time.monotonic() - start, "rows": prepared.summary.rows}))
     return prepared
 
 
-def by_map(rows: Path, model: Path, out: Path) -> None:
+def map_rows(rows: Path, model: Path, out: Path) -> None:
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    began = time.monotonic()
+    start = time.monotonic()
     dataset = load_dataset("json", data_files=str(rows), split="train")
     loaded = time.monotonic()
 
@@ -185,22 +194,22 @@ def by_map(rows: Path, model: Path, out: Path) -> None:
         return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
 
     encoded = dataset.map(encode, batched=True, num_proc=2, remove_columns=dataset.column_names)  # pyright: ignore
-    ended = time.monotonic()
-    print(json.dumps({"seconds": ended - began, "map_alone_seconds": ended - loaded, "rows": len(encoded)}))  # pyright: ignore
+    end = time.monotonic()
+    print(json.dumps({"seconds": end - start, "map_alone_seconds": end - loaded, "rows": len(encoded)}))  # pyright: ignore
     encoded.save_to_disk(str(out / "ids"))
 
 
-HOWS = {"ours": ours, "map": by_map, "short": short_rows}
+METHODS = {"ours": prepare_and_save, "map": map_rows, "short": prepare_rows}
 
 
-def differing(ours: Path, by_map: Path) -> int:
+def count_different_rows(prepared: Path, mapped: Path) -> int:
     """Return the number of rows whose ids differ."""
     from datasets import load_from_disk
 
-    both = [load_from_disk(str(path / "ids")) for path in (ours, by_map)]
-    if len(both[0]) != len(both[1]):
-        return abs(len(both[0]) - len(both[1]))
-    return sum(a["input_ids"] != b["input_ids"] for a, b in zip(*both, strict=True))  # pyright: ignore
+    loaded = [load_from_disk(str(path / "ids")) for path in (prepared, mapped)]
+    if len(loaded[0]) != len(loaded[1]):
+        return abs(len(loaded[0]) - len(loaded[1]))
+    return sum(a["input_ids"] != b["input_ids"] for a, b in zip(*loaded, strict=True))  # pyright: ignore
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Models have real shapes and random weights, and rows are synthetic, so that nothing is downloaded. In each round every contestant
 runs once, in its own process, in rotating order; ratios are taken within a round. Each result is written to
-benchmarks/results/gpu.json at once. So the next call continues an interrupted one (`--minutes`, or a lost machine).
+benchmarks/results/gpu.json at once, so the next call continues a round that `--minutes` or a lost machine interrupted.
 
 `--tiny` uses shapes that two CPU cores train in seconds; it only tests the script.
 """
@@ -153,23 +153,23 @@ class Bench:
         return self._measured(name)
 
     def _run_main(self, config: Path) -> None:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "main.py", str(config), "--json"], cwd=PROJECT, capture_output=True, text=True
         )
-        if done.returncode != 0:
-            raise ContestantFailedError(f"main.py {config} failed:\n{done.stderr}")
+        if completed.returncode != 0:
+            raise ContestantFailedError(f"main.py {config} failed:\n{completed.stderr}")
 
     def _measured(self, name: str) -> Measured:
         run = self.directory / "runs" / name
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         steps = [line for line in lines if "loss" in line]
-        counted = steps[self.scale.warm_up :]
+        after_warm_up = steps[self.scale.warm_up :]
         manifest = max((run / "checkpoints").glob("*/MANIFEST.json"))
         files = {file["path"]: file["checksum"] for file in json.loads(manifest.read_text())["files"]}
         return Measured(
-            statistics.median(map(_step_seconds, counted)),
+            statistics.median(map(_step_seconds, after_warm_up)),
             tuple(map(_step_seconds, steps)),
-            statistics.median(line["tokens_per_second"] for line in counted),
+            statistics.median(line["tokens_per_second"] for line in after_warm_up),
             max(line["peak_memory_bytes"] for line in steps),
             tuple(line["loss"] for line in steps),
             weights=files.get("adapter_model.safetensors"),
@@ -233,14 +233,14 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(self.directory / "datasets"),
         }
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, *launcher, script, name, str(file)],
             env=os.environ | variables,
             capture_output=True,
             text=True,
         )
-        if done.returncode != 0:
-            raise ContestantFailedError(f"{name} {file} failed:\n{done.stdout}\n{done.stderr}")
+        if completed.returncode != 0:
+            raise ContestantFailedError(f"{name} {file} failed:\n{completed.stdout}\n{completed.stderr}")
 
     def _config(self, **changes: Any) -> tuple[Path, str]:
         """Return (YAML, run name); the default workload is LoRA on rows that fill the context."""
@@ -291,8 +291,8 @@ class Bench:
             while total < needed:
                 tokens = GSM8K_LENGTHS[len(rows) * 7 % len(GSM8K_LENGTHS)]
                 text = _text(tokens * _CHARACTERS_PER_TOKEN, len(rows))
-                places = tokenizer.encode(text, add_special_tokens=False).offsets
-                rows.append({"text": text[: places[tokens - 1][1]]})
+                offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+                rows.append({"text": text[: offsets[tokens - 1][1]]})
                 total += tokens
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return file
@@ -349,7 +349,7 @@ CONTESTANTS: Mapping[str, Callable[[Bench], Measured]] = {
 }
 
 Figures = dict[str, float]
-_Of = Mapping[str, Measured]
+_Round = Mapping[str, Measured]
 
 
 @dataclass(frozen=True)
@@ -357,13 +357,13 @@ class Part:
     """One or more rows of the table."""
 
     contestants: Sequence[str]
-    figures: Callable[[_Of], Figures]
+    figures: Callable[[_Round], Figures]
     targets: Mapping[str, tuple[Literal["at least", "at most"], float]]
     """Figure -> bound and target."""
 
 
-def _lora(of: _Of) -> Figures:
-    speed = {name: of[name].tokens_per_second for name in PARTS["lora"].contestants}
+def _lora(measured: _Round) -> Figures:
+    speed = {name: measured[name].tokens_per_second for name in PARTS["lora"].contestants}
     return {
         "tokens/s": speed["lora"],
         "tokens/s / Unsloth's own script": speed["lora"] / speed["lora of Unsloth's own script"],
@@ -371,24 +371,24 @@ def _lora(of: _Of) -> Figures:
     }
 
 
-def _mfu(of: _Of) -> Figures:
+def _mfu(measured: _Round) -> Figures:
     """Return MFU figures; none on CPU."""
-    known = {name: of[name].mfu for name in PARTS["full"].contestants}
+    known = {name: measured[name].mfu for name in PARTS["full"].contestants}
     return {f"MFU, {name.removeprefix('full, ')}": mfu for name, mfu in known.items() if mfu is not None}
 
 
-def _disagreement(of: _Of) -> Figures:
+def _disagreement(measured: _Round) -> Figures:
     """Return the largest relative loss difference from torch, and the growth of its mean from the first to the last ten steps."""
     figures = {}
     for kernels in ("unsloth", "liger"):
-        measured = of.get(f"losses of {kernels}")
-        if measured is None:
+        result = measured.get(f"losses of {kernels}")
+        if result is None:
             continue  # liger does not run on CPU
-        pairs = zip(measured.losses, of["losses of torch"].losses, strict=True)
-        apart = [(loss - reference) / reference for loss, reference in pairs]
-        figures[f"{kernels}: largest difference of a loss"] = max(map(abs, apart))
+        pairs = zip(result.losses, measured["losses of torch"].losses, strict=True)
+        differences = [(loss - reference) / reference for loss, reference in pairs]
+        figures[f"{kernels}: largest difference of a loss"] = max(map(abs, differences))
         figures[f"{kernels}: drift of the difference"] = abs(
-            statistics.mean(apart[-10:]) - statistics.mean(apart[:10])
+            statistics.mean(differences[-10:]) - statistics.mean(differences[:10])
         )
     return figures
 
@@ -405,8 +405,9 @@ PARTS = {
     ),
     "packing": Part(
         ("packed", "unpacked"),
-        lambda of: {
-            "real tokens/s / unpacked": of["packed"].tokens_per_second / of["unpacked"].tokens_per_second
+        lambda measured: {
+            "real tokens/s / unpacked": measured["packed"].tokens_per_second
+            / measured["unpacked"].tokens_per_second
         },
         {"real tokens/s / unpacked": ("at least", 2.5)},
     ),
@@ -417,29 +418,30 @@ PARTS = {
     ),
     "qlora": Part(
         ("qlora", "qlora of Unsloth's own script", "lora"),
-        lambda of: {
-            "peak memory / Unsloth's": of["qlora"].peak_memory_bytes
-            / of["qlora of Unsloth's own script"].peak_memory_bytes,
-            "tokens/s / our LoRA": of["qlora"].tokens_per_second / of["lora"].tokens_per_second,
+        lambda measured: {
+            "peak memory / Unsloth's": measured["qlora"].peak_memory_bytes
+            / measured["qlora of Unsloth's own script"].peak_memory_bytes,
+            "tokens/s / our LoRA": measured["qlora"].tokens_per_second / measured["lora"].tokens_per_second,
         },
         {"peak memory / Unsloth's": ("at most", 1.05), "tokens/s / our LoRA": ("at least", 0.95)},
     ),
     "ray": Part(
         ("lora", "lora under torchrun"),
-        lambda of: {
-            "step time / the same trainer under torchrun": of["lora"].step_seconds
-            / of["lora under torchrun"].step_seconds
+        lambda measured: {
+            "step time / the same trainer under torchrun": measured["lora"].step_seconds
+            / measured["lora under torchrun"].step_seconds
         },
         {"step time / the same trainer under torchrun": ("at most", 1.02)},
     ),
     "resume": Part(
         ("deterministic", "deterministic, killed", "lora"),
-        lambda of: {
+        lambda measured: {
             "weights are those of a run that was never killed": float(
-                of["deterministic"].weights is not None
-                and of["deterministic"].weights == of["deterministic, killed"].weights
+                measured["deterministic"].weights is not None
+                and measured["deterministic"].weights == measured["deterministic, killed"].weights
             ),
-            "step time / not deterministic": of["deterministic"].step_seconds / of["lora"].step_seconds,
+            "step time / not deterministic": measured["deterministic"].step_seconds
+            / measured["lora"].step_seconds,
         },
         {
             "weights are those of a run that was never killed": ("at least", 1),
@@ -450,9 +452,9 @@ PARTS = {
         ("losses of torch", "losses of unsloth", "losses of liger"),
         _disagreement,
         {
-            f"{name}: {what}": ("at most", 1e-2)
+            f"{name}: {difference}": ("at most", 1e-2)
             for name in ("unsloth", "liger")
-            for what in ("largest difference of a loss", "drift of the difference")
+            for difference in ("largest difference of a loss", "drift of the difference")
         },
     ),
 }
@@ -477,45 +479,45 @@ def main() -> None:
         help="output directory; default: benchmarks/results, with --tiny a temporary directory",
     )
     arguments = parser.parse_args()
-    ends = time.monotonic() + 60 * arguments.minutes
+    deadline = time.monotonic() + 60 * arguments.minutes
     scale = TINY if arguments.tiny else LLAMA_3_8B
     directory = Path(tempfile.gettempdir()) / f"anneal-bench-gpu-{'tiny' if arguments.tiny else 'llama-3-8b'}"
     if scale.device == "cuda" and shutil.which("nvidia-smi") is None:
         raise SystemExit("this machine has no GPU: --tiny runs the same script with shapes for two CPU cores")
     directory.mkdir(exist_ok=True)
     results = arguments.results or (directory / "results" if arguments.tiny else RESULTS)
-    failed = measure(Bench(scale, directory), arguments.part or list(PARTS), ends, results)
+    failed = measure(Bench(scale, directory), arguments.part or list(PARTS), deadline, results)
     print(table(results))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def measure(bench: Bench, parts: Sequence[str], ends: float, results: Path) -> list[str]:
+def measure(bench: Bench, parts: Sequence[str], deadline: float, results: Path) -> list[str]:
     """Run one round of the contestants of these parts, or the rest of an unfinished round. Write each result at once.
 
     Args:
-        bench: runner of the contestants.
-        parts: names in PARTS.
-        ends: deadline by `time.monotonic()`; contestants that might exceed it are left to the next call.
-        results: directory with the rounds of earlier calls.
+        bench: Runner of the contestants.
+        parts: Names in PARTS.
+        deadline: Deadline by `time.monotonic()`; the next call runs the contestants that might exceed it.
+        results: Directory with the rounds of earlier calls.
 
     Returns:
         The contestants that failed; their output is printed. The next call retries them.
     """
     needed = dict.fromkeys(name for part in parts for name in PARTS[part].contestants)
-    wanted = [name for name in needed if bench.scale.device == "cuda" or name != _NEEDS_A_GPU]
+    selected = [name for name in needed if bench.scale.device == "cuda" or name != _NEEDS_A_GPU]
     rounds = _rounds(results)
-    begun_here = bench.directory / "round"  # ratios must come from one machine
-    if not rounds or not begun_here.exists() or set(wanted) <= rounds[-1].keys():
+    round_marker = bench.directory / "round"  # ratios must come from one machine
+    if not rounds or not round_marker.exists() or set(selected) <= rounds[-1].keys():
         rounds.append({})
-        begun_here.touch()
-    first = (len(rounds) - 1) % len(wanted)
+        round_marker.touch()
+    first = (len(rounds) - 1) % len(selected)
     longest, failed = _FIRST_GUESS_SECONDS, []
-    for name in wanted[first:] + wanted[:first]:
+    for name in selected[first:] + selected[:first]:
         if name in rounds[-1]:
             continue
-        begun, runs = time.monotonic(), 2 if name == _RUN_TWICE else 1
-        if begun + runs * longest > ends:
+        start, runs = time.monotonic(), 2 if name == _RUN_TWICE else 1
+        if start + runs * longest > deadline:
             print(f"no time is left for {name}; the same command continues", file=sys.stderr)
             return failed
         try:
@@ -524,11 +526,11 @@ def measure(bench: Bench, parts: Sequence[str], ends: float, results: Path) -> l
             traceback.print_exc()
             failed.append(name)
             continue
-        longest = max(longest, (time.monotonic() - begun) / runs)
+        longest = max(longest, (time.monotonic() - start) / runs)
         write_report(
             "gpu",
             _summary(rounds),
-            [{one: asdict(of[one]) for one in of} for of in rounds],
+            [{name: asdict(result) for name, result in round_.items()} for round_ in rounds],
             directory=results,
         )
     return failed
@@ -538,18 +540,18 @@ def _rounds(results: Path) -> list[dict[str, Measured]]:
     """Return the measured rounds: contestant -> measurements, in order of execution."""
     file = results / "gpu.json"
     known = json.loads(file.read_text())["rounds"] if file.exists() else []
-    return [{name: Measured(**measured) for name, measured in one.items()} for one in known]
+    return [{name: Measured(**measured) for name, measured in round_.items()} for round_ in known]
 
 
-def _summary(rounds: Sequence[_Of]) -> dict[str, dict[str, float]]:
+def _summary(rounds: Sequence[_Round]) -> dict[str, dict[str, float]]:
     """Return `part: figure` -> median and range over the rounds in which all contestants of the part ran."""
     values: dict[str, list[float]] = {}
-    for of in rounds:
+    for measured in rounds:
         for name, part in PARTS.items():
-            if set(part.contestants) - {_NEEDS_A_GPU} <= of.keys():
-                for figure, value in part.figures(of).items():
+            if set(part.contestants) - {_NEEDS_A_GPU} <= measured.keys():
+                for figure, value in part.figures(measured).items():
                     values.setdefault(f"{name}: {figure}", []).append(value)
-    return {figure: spread(measured) | {"rounds": len(measured)} for figure, measured in values.items()}
+    return {name: spread(figures) | {"rounds": len(figures)} for name, figures in values.items()}
 
 
 def table(results: Path) -> str:
@@ -559,12 +561,12 @@ def table(results: Path) -> str:
     for name, part in PARTS.items():
         for figure, (bound, target) in part.targets.items():
             values = summary.get(f"{name}: {figure}")
-            shown = (
+            cell = (
                 f"{values['median']:,.4g} ({values['lowest']:,.4g} to {values['highest']:,.4g}) | {values['rounds']}"
                 if values
                 else "not measured | 0"
             )
-            lines.append(f"| {name} | {figure} | {shown} | {bound} {target:,g} |")
+            lines.append(f"| {name} | {figure} | {cell} | {bound} {target:,g} |")
     return "\n".join(lines)
 
 

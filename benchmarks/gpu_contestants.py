@@ -1,10 +1,10 @@
 """Contestants of benchmarks/gpu.py, each in its own process: `python benchmarks/gpu_contestants.py NAME SETTINGS.json`.
 
-- make_model: write a Llama model of the given shape with random weights;
-- plan: write the plan of a YAML, for `alone`;
-- alone: our own trainer with the plan, without Ray, bucket and checkpoints;
-- trl: TRL and PEFT as in their documentation;
-- unsloth: Unsloth as in its documentation.
+- make_model: write a Llama model of the given shape with random weights.
+- plan: write the plan of a YAML, for `alone`.
+- alone: train that plan with Anneal's trainer, without Ray, bucket and checkpoints.
+- trl: train with TRL and PEFT as in their documentation.
+- unsloth: train with Unsloth as in its documentation.
 
 Contestants that train write a report to the path `report` in the settings: seconds and loss of each step, its tokens, and
 the peak memory.
@@ -48,12 +48,12 @@ def plan(settings: dict[str, Any]) -> None:
     from training.planning.endpoints import ClusterTarget
     from training.planning.planner import make_plan
 
-    made, _, _ = make_plan(
+    run_plan, _, _ = make_plan(
         load_config(Path(settings["yaml"])),
         target=ClusterTarget(None),
         progress=lambda *_: None,  # pyright: ignore[reportArgumentType]
     )
-    Path(settings["plan"]).write_text(made.model_dump_json())
+    Path(settings["plan"]).write_text(run_plan.model_dump_json())
 
 
 def alone(settings: dict[str, Any]) -> None:
@@ -64,8 +64,8 @@ def alone(settings: dict[str, Any]) -> None:
     from training.planning.plan import RunPlan
     from training.world import World
 
-    made = RunPlan.model_validate_json(Path(settings["plan"]).read_text())
-    prepare_process(made, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
+    run_plan = RunPlan.model_validate_json(Path(settings["plan"]).read_text())
+    prepare_process(run_plan, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     from training.data.prepared import fetch_prepared
     from training.loop.throughput import HostTimeline, PhaseClock, Throughput
     from training.loop.trainer_factory import build_trainer
@@ -73,30 +73,30 @@ def alone(settings: dict[str, Any]) -> None:
     from training.models import build_model
     from training.models.files import is_model_file
 
-    model_directory = fetch_model(made.base_model, made.cache, is_model_file)
-    rows = fetch_prepared(made.train, made.cache, made.prepared)
-    request = model_request(made, model_directory, None, rows, None)
-    model = build_model(made.resolved.kernels.provider, request)
-    order = made.order(rows.index.length, rows.summary.longest, 1)
+    model_directory = fetch_model(run_plan.base_model, run_plan.cache, is_model_file)
+    rows = fetch_prepared(run_plan.train, run_plan.cache, run_plan.prepared)
+    request = model_request(run_plan, model_directory, None, rows, None)
+    model = build_model(run_plan.resolved.kernels.provider, request)
+    batch_plan = run_plan.order(rows.index.length, rows.summary.longest, 1)
     throughput = Throughput(
-        order,
+        batch_plan,
         rows.index.tokens.tolist(),
         rows.index.trained_tokens.tolist(),
         clock=PhaseClock(HostTimeline()),  # not used
-        flops=made.flops,
-        peak_flops=peak_flops(made, 1),
+        flops=run_plan.flops,
+        peak_flops=peak_flops(run_plan, 1),
     )
     trainer = build_trainer(
-        made,
-        order,
+        run_plan,
+        batch_plan,
         rows,
         None,
         model=model,
         request=request,
         tokenizer=load_tokenizer(
-            model_directory, trust_remote_code=False, source=made.base_model, chat_template=None
+            model_directory, trust_remote_code=False, source=run_plan.base_model, chat_template=None
         ),
-        args=trainer_arguments(made, Path(settings["output_dir"]), devices=1, eval_first=False),
+        args=trainer_arguments(run_plan, Path(settings["output_dir"]), devices=1, eval_first=False),
         callbacks=[throughput],
         throughput=throughput,
         on_eval_progress=lambda _: None,
@@ -106,18 +106,18 @@ def alone(settings: dict[str, Any]) -> None:
     write_report(
         settings,
         [
-            order_tokens(order, rows.index.tokens, int(line["step"])) / line["tokens_per_second"]
+            tokens_of_step(batch_plan, rows.index.tokens, int(line["step"])) / line["tokens_per_second"]
             for line in steps
         ],
         [line["loss"] for line in steps],
-        tokens_of_a_step=order_tokens(order, rows.index.tokens, 1),
+        tokens_of_a_step=tokens_of_step(batch_plan, rows.index.tokens, 1),
         mfu=[line.get("mfu") for line in steps],
     )
 
 
-def order_tokens(order: Any, tokens_of_row: Any, step: int) -> int:
+def tokens_of_step(batch_plan: Any, tokens_of_row: Any, step: int) -> int:
     """Return the tokens of a step, excluding padding."""
-    return int(sum(tokens_of_row[row] for row in order.rows_of_step(step)))
+    return int(sum(tokens_of_row[row] for row in batch_plan.rows_of_step(step)))
 
 
 def trl(settings: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
 
 
 def write_report(
-    settings: dict[str, Any], step_seconds: list[float], losses: list[float], **more: Any
+    settings: dict[str, Any], step_seconds: list[float], losses: list[float], **extra: Any
 ) -> None:
     import torch
 
@@ -232,12 +232,12 @@ def write_report(
         if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    measured = {"step_seconds": step_seconds, "losses": losses, "peak_memory_bytes": peak} | more
+    measured = {"step_seconds": step_seconds, "losses": losses, "peak_memory_bytes": peak} | extra
     Path(settings["report"]).write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    {f.__name__: f for f in (make_model, plan, alone, trl, unsloth)}[sys.argv[1]](
+    {contestant.__name__: contestant for contestant in (make_model, plan, alone, trl, unsloth)}[sys.argv[1]](
         json.loads(Path(sys.argv[2]).read_text())
     )

@@ -1,6 +1,6 @@
 """Measure the overhead over plain TRL and Ray Train: `make bench-overhead` prints two ratios.
 
-- Tokens/s of our job against plain TRL under torchrun: same model, rows and settings, 2 processes.
+- Tokens/s of Anneal against plain TRL under torchrun: same model, rows and settings, 2 processes.
 - Time from start to the end of the first step, against a bare Ray TorchTrainer that builds the same model.
 
 Each round runs all three one after the other, in rotating order; the ratio is taken within a round.
@@ -51,11 +51,13 @@ def main() -> None:
                 {"order": order} | {name: contestants[name](directory, model, rows) for name in order}
             )
             print(json.dumps(measured[-1]), flush=True)
-    speed = [r["anneal"]["tokens_per_second"] / r["torchrun_trl"]["tokens_per_second"] for r in measured]
-    start = [
+    speed_ratios = [
+        r["anneal"]["tokens_per_second"] / r["torchrun_trl"]["tokens_per_second"] for r in measured
+    ]
+    start_ratios = [
         r["anneal"]["first_step_seconds"] / r["bare_torch_trainer"]["first_step_seconds"] for r in measured
     ]
-    summary = {"tokens_per_second_ratio": spread(speed), "first_step_ratio": spread(start)}
+    summary = {"tokens_per_second_ratio": spread(speed_ratios), "first_step_ratio": spread(start_ratios)}
     write_report("overhead", summary, measured)
 
 
@@ -80,7 +82,7 @@ def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": STEPS},
     }
     config.write_text(yaml.safe_dump(settings))
-    began = time.time()
+    start = time.time()
     first_step = 0.0
     process = subprocess.Popen(
         [sys.executable, "main.py", str(config), "--json"],
@@ -92,7 +94,7 @@ def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
     assert process.stderr is not None and process.stdout is not None
     for line in process.stderr:
         if line.startswith("step 1/"):
-            first_step = time.time() - began
+            first_step = time.time() - start
     result = json.loads(process.stdout.read().splitlines()[-1])
     assert process.wait() == 0 and result["status"] == "completed", result
     return {
@@ -129,7 +131,7 @@ def _run_peer(
         "report": str(report),
     }
     settings_file.write_text(json.dumps(settings))
-    # A fresh cache: ours also tokenizes again in each round.
+    # A new cache, because Anneal also tokenizes in each round.
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -1,4 +1,4 @@
-"""Report of a benchmark: median and range on the screen, all raw results in benchmarks/results/."""
+"""Reports of benchmarks: median and range on the screen, all raw results in benchmarks/results/."""
 
 import json
 import os
@@ -52,9 +52,9 @@ def write_report(
         )
         + "\n"
     )
-    for ratio, values in summary.items():
+    for figure, values in summary.items():
         print(
-            f"{ratio}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {values.get('rounds', len(rounds))} rounds)"
+            f"{figure}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {values.get('rounds', len(rounds))} rounds)"
         )
-    for what, count in (counts or {}).items():
-        print(f"{what}: {count:g}")
+    for label, count in (counts or {}).items():
+        print(f"{label}: {count:g}")

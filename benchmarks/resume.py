@@ -28,7 +28,7 @@ from utils.storage.embedded_bucket import embedded_bucket
 
 KILL_AFTER, STEPS = 2, 4
 RUNS = "s3://anneal/benchmark-runs"
-KINDS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 8, "lora_alpha": 16}, "learning_rate": 5e-4},
     "full": {"learning_rate": 1e-5},
 }
@@ -42,23 +42,23 @@ def main() -> None:
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, embedded_bucket():
         directory = Path(temporary)
-        for kind in KINDS:
-            measure(directory, kind, STEPS)  # fill the node cache with the model and the rows
+        for method in METHODS:
+            measure(directory, method, STEPS)  # fill the node cache with the model and the rows
         for _ in range(rounds):
-            measured.append({kind: measure(directory, kind, KILL_AFTER) for kind in KINDS})
+            measured.append({method: measure(directory, method, KILL_AFTER) for method in METHODS})
             print(measured[-1], flush=True)
     ratios = {
-        kind: [round_[kind]["again_seconds"] / round_[kind]["fresh_seconds"] for round_ in measured]
-        for kind in KINDS
+        method: [round_[method]["again_seconds"] / round_[method]["fresh_seconds"] for round_ in measured]
+        for method in METHODS
     }
     write_report(
-        "resume", {f"{kind}_again_to_fresh": spread(values) for kind, values in ratios.items()}, measured
+        "resume", {f"{method}_again_to_fresh": spread(values) for method, values in ratios.items()}, measured
     )
 
 
-def measure(directory: Path, kind: str, kill_after: int) -> dict[str, float]:
+def measure(directory: Path, method: str, kill_after: int) -> dict[str, float]:
     """Return the seconds to the first step of a fresh run, and of the same run resumed after a kill."""
-    name = f"{kind}-{time.time_ns()}"
+    name = f"{method}-{time.time_ns()}"
     config = directory / f"{name}.yaml"
     settings = {
         "model_id": f"{prepare.HOME}/smollm2-135m",
@@ -73,17 +73,17 @@ def measure(directory: Path, kind: str, kill_after: int) -> dict[str, float]:
         "gradient_checkpointing": False,
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
     }
-    config.write_text(yaml.safe_dump(settings | KINDS[kind]))
+    config.write_text(yaml.safe_dump(settings | METHODS[method]))
     fresh = first_step(config, 1, f"step-{kill_after:06d}")
-    again = first_step(config, kill_after + 1, None) if kill_after < STEPS else fresh
-    left = open_store(f"{RUNS}/{name}")
-    left.delete([stored.key for stored in left.list()])
-    return {"fresh_seconds": fresh, "again_seconds": again}
+    resumed = first_step(config, kill_after + 1, None) if kill_after < STEPS else fresh
+    run = open_store(f"{RUNS}/{name}")
+    run.delete([stored.key for stored in run.list()])
+    return {"fresh_seconds": fresh, "again_seconds": resumed}
 
 
 def first_step(config: Path, step: int, kill_after: str | None) -> float:
     """Return the seconds until main.py has done a step; then let it finish, or kill it after the given checkpoint."""
-    began, taken = time.time(), 0.0
+    start, seconds = time.time(), 0.0
     process = subprocess.Popen(
         [sys.executable, "main.py", str(config), "--json"],
         cwd=PROJECT,
@@ -94,24 +94,24 @@ def first_step(config: Path, step: int, kill_after: str | None) -> float:
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if not taken and (found := re.match(r"step (\d+)/", line)):
-            assert int(found[1]) == step, line
-            taken = time.time() - began
+        if not seconds and (match := re.match(r"step (\d+)/", line)):
+            assert int(match[1]) == step, line
+            seconds = time.time() - start
         if kill_after and kill_after in line:
             kill_all(process)
-            return taken
+            return seconds
     assert process.wait() == 0
-    return taken
+    return seconds
 
 
 def kill_all(process: "subprocess.Popen[str]") -> None:
     """Send SIGKILL to a process and all its descendants."""
     main = psutil.Process(process.pid)
-    family = [main, *main.children(recursive=True)]
-    for member in family:
-        member.kill()
+    processes = [main, *main.children(recursive=True)]
+    for target in processes:
+        target.kill()
     process.wait()
-    psutil.wait_procs(family[1:], timeout=30)
+    psutil.wait_procs(processes[1:], timeout=30)
 
 
 if __name__ == "__main__":

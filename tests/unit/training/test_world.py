@@ -1,4 +1,4 @@
-"""Collective calls between two real worker processes over gloo, without Ray."""
+"""Collectives of `World` between two real worker processes over gloo, without Ray."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ WORLD_SIZE = 2
 
 
 def _exchange(rank: int, directory: Path) -> None:
-    """Be one worker: make every collective call and save what this rank received."""
+    """Run one worker: call every collective and save the values that this rank receives."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD_SIZE
     )
@@ -22,7 +22,7 @@ def _exchange(rank: int, directory: Path) -> None:
     world = World(rank=rank, local_rank=rank, world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, node_rank=0)
     patient = world.with_patient_group()
     received = {
-        # Each rank passes another flag: only rank 0's may arrive.
+        # Each rank passes a different flag; only rank 0's may be returned.
         "true": world.broadcast(rank == 0),
         "false": world.broadcast(rank != 0),
         "gathered": world.gather({"rank": rank}),
@@ -36,22 +36,22 @@ def _exchange(rank: int, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def received(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank received, by rank."""
+    """Return the values that each rank received, in rank order."""
     directory = tmp_path_factory.mktemp("world")
     spawn(_exchange, (directory,), nprocs=WORLD_SIZE)
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
-def test_every_rank_receives_the_flag_of_rank_0(received: list[dict[str, Any]]):
-    assert [(of_rank["true"], of_rank["false"]) for of_rank in received] == [(True, False)] * WORLD_SIZE
+def test_broadcast_returns_the_flag_of_rank_0_on_every_rank(received: list[dict[str, Any]]):
+    assert [(values["true"], values["false"]) for values in received] == [(True, False)] * WORLD_SIZE
 
 
-def test_every_rank_receives_all_values_in_rank_order(received: list[dict[str, Any]]):
-    assert [of_rank["gathered"] for of_rank in received] == [[{"rank": 0}, {"rank": 1}]] * WORLD_SIZE
+def test_gather_returns_all_values_in_rank_order_on_every_rank(received: list[dict[str, Any]]):
+    assert [values["gathered"] for values in received] == [[{"rank": 0}, {"rank": 1}]] * WORLD_SIZE
 
 
-def test_the_patient_group_is_separate_and_carries_the_same_calls(received: list[dict[str, Any]]):
-    assert [(of_rank["own group"], of_rank["patient true"]) for of_rank in received] == [
+def test_patient_group_is_separate_and_supports_all_collectives(received: list[dict[str, Any]]):
+    assert [(values["own group"], values["patient true"]) for values in received] == [
         (True, True)
     ] * WORLD_SIZE
-    assert [of_rank["patient gathered"] for of_rank in received] == [[0, 1]] * WORLD_SIZE
+    assert [values["patient gathered"] for values in received] == [[0, 1]] * WORLD_SIZE

@@ -1,4 +1,4 @@
-"""The number that an answer comes to."""
+"""The final number of a generated answer."""
 
 import pytest
 
@@ -30,5 +30,5 @@ from training.inference.evaluate import final_number
         ("", None),
     ],
 )
-def test_the_final_number(text: str, number: str | None):
+def test_final_number_follows_the_marker_or_is_the_last_one(text: str, number: str | None):
     assert final_number(text) == number

@@ -1,4 +1,4 @@
-"""The lines that are printed while a run trains and when it ends."""
+"""Lines that are printed during a run and at its end."""
 
 from io import StringIO
 
@@ -12,29 +12,29 @@ from training.events import StepDone
 from training.launch.display import Watch, _describe_speed, show_result
 
 
-def line_of(mfu: float | None) -> str:
+def step_line(mfu: float | None) -> str:
     console = Console(file=StringIO(), width=200)
     Watch(console).on_event(StepDone(3, 10, 0.5, 1.25, 12345.6, mfu, 5 * 2**29, {"rewards/margins": 0.5}))
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize(("mfu", "shown"), [(0.4567, "  MFU 45.7%"), (None, "")])
-def test_a_step_has_its_loss_its_speed_and_the_memory(mfu: float | None, shown: str):
-    assert line_of(mfu) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{shown}  2.5 GiB\n"
+@pytest.mark.parametrize(("mfu", "mfu_text"), [(0.4567, "  MFU 45.7%"), (None, "")])
+def test_step_line_shows_loss_metrics_throughput_mfu_and_memory(mfu: float | None, mfu_text: str):
+    assert step_line(mfu) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{mfu_text}  2.5 GiB\n"
 
 
-def shown(result: RunResult) -> list[str]:
+def result_lines(result: RunResult) -> list[str]:
     console = Console(file=StringIO(), width=1000)
     show_result(console, result, ["python", "main.py", "a.yaml"], trains_adapter=True)
     return console.file.getvalue().splitlines()
 
 
-def test_the_end_names_best_and_last_checkpoint_or_only_the_latest_without_evaluation():
-    evaluated = shown(result_of("/runs/a", eval_losses(2.0, 1.5)))
+def test_result_names_best_and_last_checkpoint_or_only_the_latest():
+    evaluated = result_lines(result_of("/runs/a", eval_losses(2.0, 1.5)))
     checkpoint = "/runs/a/checkpoints/step-000010"
     assert [line.split()[0] for line in evaluated if line.endswith(checkpoint)] == ["best", "last"]
     latest = "/runs/a/checkpoints/step-000015"
-    lines = shown(result_of("/runs/a", [], best_checkpoint=latest, last_checkpoint=latest))
+    lines = result_lines(result_of("/runs/a", [], best_checkpoint=latest, last_checkpoint=latest))
     (line,) = [line for line in lines if line.endswith(f"  {latest}")]
     assert not line.startswith(("best", "last"))
 
@@ -42,16 +42,16 @@ def test_the_end_names_best_and_last_checkpoint_or_only_the_latest_without_evalu
 @pytest.mark.parametrize(
     ("checkpoint", "resumes"), [(None, False), ("/runs/a/checkpoints/step-000005", True)]
 )
-def test_the_end_of_a_stopped_run_prints_the_command_that_resumes_it(checkpoint: str | None, resumes: bool):
+def test_result_of_a_stopped_run_ends_with_the_resume_command(checkpoint: str | None, resumes: bool):
     result = result_of(
         "/runs/a", [], status="stopped", best_checkpoint=checkpoint, last_checkpoint=checkpoint
     )
-    line = shown(result)[-1]
+    line = result_lines(result)[-1]
     assert line.endswith("python main.py a.yaml")
     assert ("last checkpoint" in line) == resumes
 
 
-def test_the_end_prints_throughput_and_the_share_of_each_phase():
+def test_result_shows_throughput_and_the_share_of_each_phase():
     speed = Speed(
         tokens_per_second=1234.5,
         trained_tokens_per_second=617.2,
@@ -62,5 +62,5 @@ def test_the_end_prints_throughput_and_the_share_of_each_phase():
     (_, rate), (_, time) = _describe_speed(speed)
     assert_names(rate, "1,234 tokens/s", "617", "MFU 50.0%", "1.0 GiB")
     assert_names(time, "100 s", "forward 30%", "backward 60%", "upload stall 10%")
-    assert "data" not in time, "less than one percent"
+    assert "data" not in time, "phases below one percent are omitted"
     assert _describe_speed(Speed()) == [], "nothing was trained"

@@ -1,4 +1,4 @@
-"""How failures are classified and reported."""
+"""Classification of worker failures, and the reported reasons."""
 
 import signal
 
@@ -14,16 +14,16 @@ from training.loop.ray_internals import WorkerHealthCheckFailedError
 from training.planning.memory import Saving
 
 
-def as_ray_raises_it(cause: Exception) -> ray.train.WorkerGroupError:
-    """A worker's failure, as fit() raises it."""
+def worker_group_error(cause: Exception) -> ray.train.WorkerGroupError:
+    """Return a worker's failure as TorchTrainer.fit() raises it."""
     return ray.train.WorkerGroupError("Training failed due to worker errors", {1: cause})
 
 
 def reason_of(cause: Exception) -> str:
-    return classify(causes_of(as_ray_raises_it(cause)), [])
+    return classify(causes_of(worker_group_error(cause)), [])
 
 
-def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
+def test_reason_of_a_stopped_run_includes_the_signal_and_the_failure():
     assert ending_of(None, [signal.SIGTERM], False).reason == "SIGTERM"
     failure = "s3://b/run: AccessDenied"
     ending = ending_of(failure, [signal.SIGTERM], False)
@@ -31,7 +31,7 @@ def test_a_signal_does_not_hide_what_went_wrong_before_the_run_could_stop():
     assert_names(ending.reason, "SIGTERM", failure)
 
 
-def test_an_allocation_error_of_torch_is_out_of_memory():
+def test_cpu_allocation_error_of_torch_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     reason = reason_of(caught.value)
@@ -39,41 +39,41 @@ def test_an_allocation_error_of_torch_is_out_of_memory():
     assert "\n" not in reason
 
 
-def test_a_worker_killed_by_rays_memory_monitor_is_out_of_memory():
-    words = "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB.\nTop 10 memory users: …"
-    reason = reason_of(ray.exceptions.OutOfMemoryError(words))
+def test_worker_killed_by_rays_memory_monitor_is_out_of_memory():
+    message = "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB.\nTop 10 memory users: …"
+    reason = reason_of(ray.exceptions.OutOfMemoryError(message))
     assert reason == "out of memory: Task was killed due to the node running low on memory."
 
 
-def test_a_dead_worker_is_worker_lost():
+def test_dead_actor_is_a_lost_worker():
     reason = reason_of(ray.exceptions.ActorDiedError())
     assert reason.startswith("worker lost: ")
 
 
-def test_actors_killed_by_rays_memory_monitor_are_out_of_memory():
-    words = "6 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB / 24.0GB"
+def test_cluster_lost_to_rays_memory_monitor_is_out_of_memory():
+    message = "6 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB / 24.0GB"
     savings = [Saving("gradient_checkpointing: true", 5 * 2**30)]
-    reason = describe_lost_cluster(ray.exceptions.OutOfMemoryError(words), savings)
-    assert reason.startswith(f"out of memory: {words}. ")
+    reason = describe_lost_cluster(ray.exceptions.OutOfMemoryError(message), savings)
+    assert reason.startswith(f"out of memory: {message}. ")
     assert_names(reason, "`gradient_checkpointing: true` (5.0 GiB")
 
 
-def test_a_dead_controller_is_a_lost_cluster():
+def test_dead_controller_is_a_lost_cluster():
     assert_names(
         describe_lost_cluster(ray.exceptions.ActorDiedError(), []), "cluster", "lost", "The actor died "
     )
 
 
-def test_an_error_of_the_workers_own():
+def test_other_worker_error_is_reported_unchanged():
     error = ValueError("row 3: no")
     assert reason_of(error) == "row 3: no"
 
 
-def test_an_out_of_memory_error_is_followed_by_what_would_save_memory():
-    words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB.\nSee documentation."
+def test_out_of_memory_reason_lists_memory_savings():
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB.\nSee documentation."
     savings = [Saving("gradient_checkpointing: true", 5 * 2**30), Saving("optim: adamw_8bit", 3 * 2**29)]
-    reason = classify(causes_of(as_ray_raises_it(torch.OutOfMemoryError(words))), savings)
-    assert reason.startswith(f"out of memory: {words.splitlines()[0]}")
+    reason = classify(causes_of(worker_group_error(torch.OutOfMemoryError(message))), savings)
+    assert reason.startswith(f"out of memory: {message.splitlines()[0]}")
     assert "See documentation" not in reason
     assert_names(reason, "`gradient_checkpointing: true` (5.0 GiB", "`optim: adamw_8bit` (1.5 GiB")
 
@@ -81,19 +81,19 @@ def test_an_out_of_memory_error_is_followed_by_what_would_save_memory():
 @pytest.mark.parametrize(
     "text", ["row 3: the patient died", "exit SYSTEM_ERROR", "the service is unavailable"]
 )
-def test_user_error_with_words_of_a_lost_worker_is_an_error(text: str):
+def test_user_error_worded_like_a_lost_worker_is_reported_unchanged(text: str):
     assert reason_of(ValueError(text)) == text
 
 
-def test_user_error_beside_a_lost_worker_names_the_lost_worker():
-    """The others' collectives fail when one worker is lost."""
+def test_lost_worker_takes_precedence_over_errors_of_other_workers():
+    """When one worker is lost, the collectives of the others fail."""
     failures = {0: RuntimeError("Connection closed by peer"), 1: ray.exceptions.ActorDiedError()}
     error = ray.train.WorkerGroupError("Training failed due to worker errors", failures)
     assert classify(causes_of(error), []).startswith("worker lost: ")
 
 
 def test_worker_that_fails_its_health_check_is_lost():
-    """Ray wraps the death of a running worker's actor so."""
+    """Ray raises this error when a running worker's actor dies."""
     reason = reason_of(
         WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
     )
@@ -101,7 +101,7 @@ def test_worker_that_fails_its_health_check_is_lost():
 
 
 def test_actor_that_ray_killed_for_memory_is_out_of_memory():
-    """Ray 2.60 says so in the text of an error of another type only."""
+    """Ray 2.60 names the cause only in the message of an error of another type."""
     died = ray.exceptions.RayActorError(
         error_msg="The actor died unexpectedly before finishing this task.\n\tpid: 7\n"
         "Task was killed due to the node running low on memory.\nMemory on the node was 23.1GB / 24.0GB."
@@ -110,11 +110,11 @@ def test_actor_that_ray_killed_for_memory_is_out_of_memory():
     assert reason == "out of memory: Task was killed due to the node running low on memory."
 
 
-def test_python_without_memory():
+def test_memory_error_of_python_is_out_of_memory():
     assert reason_of(MemoryError()) == "out of memory: MemoryError."
 
 
-def test_error_of_the_controller_is_classified_by_what_it_wraps():
+def test_controller_error_is_classified_by_the_error_that_it_wraps():
     error = ray.train.ControllerError(ray.exceptions.NodeDiedError("node 7 is gone"))
     assert classify(causes_of(error), []) == "worker lost: node 7 is gone"
 
@@ -127,6 +127,6 @@ def test_error_of_the_controller_is_classified_by_what_it_wraps():
     ],
 )
 def test_error_of_an_evaluation_is_classified_by_its_cause(cause: Exception, reason: str):
-    """Ray raises the error of an actor's method as a subclass of both types."""
+    """Ray raises an actor method's error as a subclass of RayTaskError and of the cause's type."""
     error = ray.exceptions.RayTaskError("answer", f"Traceback\n{cause!r}", cause, "title", 1, "127.0.0.1")
     assert classify(causes_of(error.as_instanceof_cause()), []) == reason

@@ -1,4 +1,4 @@
-"""What travels to a cluster with a job: the code, the YAML, local files of a bearable size, and nothing else."""
+"""Packages for a cluster: the code, the YAML and local files up to a size limit, and nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,14 @@ import pytest
 
 from configs.loading import ConfigError, load_config
 from tests.support.jobs import PROJECT, write_yaml
-from training.launch import packaging as travel
+from training.launch import packaging
 from training.launch.packaging import CODE, Package, pack
 from utils.storage.bucket import NotFoundError
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
+def local_files(tmp_path: Path) -> Path:
+    """Write local files of data and a model, and return their directory."""
     for name in (
         "day-1/train.jsonl",
         "day-2/train.jsonl",
@@ -28,52 +29,55 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def packed(tmp_path: Path, rows: Path):
+def pack_run(tmp_path: Path, local_files: Path):
+    """Return a function that packs a run with the given settings."""
+
     def run(**settings: Any) -> Package:
-        plain = {
+        defaults = {
             "model_id": "org/name",
             "train_path": "s3://bucket/train.jsonl",
             "storage_path": "s3://bucket/runs",
         }
-        yaml = write_yaml(tmp_path / "config.yaml", plain | settings)
+        yaml = write_yaml(tmp_path / "config.yaml", defaults | settings)
         (tmp_path / "packed").mkdir()
         return pack(load_config(yaml), tmp_path / "packed")
 
     return run
 
 
-def contents(packed: Package) -> dict[str, str]:
-    below = packed.directory / "files"
-    return {str(path.relative_to(below)): path.read_text() for path in below.rglob("*") if path.is_file()}
+def contents(package: Package) -> dict[str, str]:
+    """Return the packed local files: path to content."""
+    files = package.directory / "files"
+    return {str(path.relative_to(files)): path.read_text() for path in files.rglob("*") if path.is_file()}
 
 
-def test_the_code_and_the_yaml_and_nothing_else(packed):
-    directory = packed().directory
+def test_package_contains_only_the_code_and_the_yaml(pack_run):
+    directory = pack_run().directory
     assert {path.name for path in directory.iterdir()} == {*CODE, "config.yaml"}
     code = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
     assert not [path for path in code if "__pycache__" in path.parts or path.name.startswith(".")]
     assert {path.relative_to(PROJECT) for path in (PROJECT / "training").rglob("*.py")} <= code
     templates = {path.relative_to(PROJECT) for name in CODE for path in (PROJECT / name).rglob("*.html.j2")}
     assert len(templates) >= 3
-    assert templates <= code, "pages are rendered on the cluster"
+    assert templates <= code, "the cluster renders pages"
 
 
-def test_the_yaml_reads_back_as_what_was_checked(packed):
-    job = packed(learning_rate="5e-4", lora_config={"r": 16})
-    assert load_config(job.directory / job.yaml).config == job.loaded.config
+def test_packed_yaml_loads_as_the_checked_config(pack_run):
+    package = pack_run(learning_rate="5e-4", lora_config={"r": 16})
+    assert load_config(package.directory / package.yaml).config == package.loaded.config
 
 
-def test_local_files_go_along_and_are_named_by_where_they_lie(packed, rows: Path):
-    job = packed(
-        model_id=str(rows / "model"),
+def test_local_files_are_packed_and_the_yaml_has_their_packed_paths(pack_run, local_files: Path):
+    package = pack_run(
+        model_id=str(local_files / "model"),
         train_path=[
-            {"path": str(rows / "day-*/*.jsonl")},
-            {"path": str(rows / "day-1")},
+            {"path": str(local_files / "day-*/*.jsonl")},
+            {"path": str(local_files / "day-1")},
             {"path": "s3://bucket/x"},
         ],
-        valid_path=str(rows / "valid.jsonl"),
+        valid_path=str(local_files / "valid.jsonl"),
     )
-    config = job.loaded.config
+    config = package.loaded.config
     assert config.model_id == "files/model_id"
     assert [source.path for source in config.train_sources] == [
         "files/train_path/0",
@@ -81,7 +85,7 @@ def test_local_files_go_along_and_are_named_by_where_they_lie(packed, rows: Path
         "s3://bucket/x",
     ]
     assert config.valid_path == "files/valid_path/valid.jsonl"
-    assert contents(job) == {
+    assert contents(package) == {
         "model_id/config.json": "model/config.json",
         "model_id/sub/x.json": "model/sub/x.json",
         "train_path/0/day-1/train.jsonl": "day-1/train.jsonl",
@@ -89,33 +93,38 @@ def test_local_files_go_along_and_are_named_by_where_they_lie(packed, rows: Path
         "train_path/1/train.jsonl": "day-1/train.jsonl",
         "valid_path/valid.jsonl": "valid.jsonl",
     }
-    assert job.on_the_cluster == ()
+    assert package.on_the_cluster == ()
 
 
-def test_templates_and_deepspeed_files_go_along(packed, rows: Path):
-    (rows / "chat.jinja").write_text("{{ messages }}")
-    (rows / "zero.json").write_text("{}")
-    job = packed(chat_template=str(rows / "chat.jinja"), deepspeed={"config_path": str(rows / "zero.json")})
-    assert job.loaded.config.chat_template == "files/chat_template/chat.jinja"
-    assert contents(job) == {"chat_template/chat.jinja": "{{ messages }}", "deepspeed/zero.json": "{}"}
+def test_templates_and_deepspeed_files_are_packed(pack_run, local_files: Path):
+    (local_files / "chat.jinja").write_text("{{ messages }}")
+    (local_files / "zero.json").write_text("{}")
+    package = pack_run(
+        chat_template=str(local_files / "chat.jinja"),
+        deepspeed={"config_path": str(local_files / "zero.json")},
+    )
+    assert package.loaded.config.chat_template == "files/chat_template/chat.jinja"
+    assert contents(package) == {"chat_template/chat.jinja": "{{ messages }}", "deepspeed/zero.json": "{}"}
 
 
-def test_the_clusters_own_paths_stay(packed):
-    job = packed(train_path="file:///mnt/rows.jsonl", storage_path="/mnt/shared/runs")
-    assert job.loaded.config.train_path == "file:///mnt/rows.jsonl"
-    assert job.on_the_cluster == ("train_path", "storage_path")
+def test_paths_on_the_cluster_are_listed_and_unchanged(pack_run):
+    package = pack_run(train_path="file:///mnt/rows.jsonl", storage_path="/mnt/shared/runs")
+    assert package.loaded.config.train_path == "file:///mnt/rows.jsonl"
+    assert package.on_the_cluster == ("train_path", "storage_path")
 
 
-def test_too_much_to_travel(packed, rows: Path, monkeypatch: pytest.MonkeyPatch):
-    (rows / "large.jsonl").write_bytes(b"x" * 2000)
-    monkeypatch.setattr(travel, "MAX_PACKED_BYTES", 1000)
+def test_local_files_above_the_size_limit_raise_an_error(
+    pack_run, local_files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (local_files / "large.jsonl").write_bytes(b"x" * 2000)
+    monkeypatch.setattr(packaging, "MAX_PACKED_BYTES", 1000)
     with pytest.raises(ConfigError, match=r"\b1000 B\b.*/large\.jsonl.*bucket"):
-        packed(train_path=str(rows / "large.jsonl"))
+        pack_run(train_path=str(local_files / "large.jsonl"))
 
 
-def test_a_file_that_is_not_there(packed, rows: Path):
+def test_missing_file_raises_an_error_with_its_key_and_path(pack_run, local_files: Path):
     with pytest.raises(NotFoundError, match=r"^train_path: .*none\.jsonl"):
-        packed(train_path=str(rows / "none.jsonl"))
+        pack_run(train_path=str(local_files / "none.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +135,11 @@ def test_a_file_that_is_not_there(packed, rows: Path):
         ({"valid_path": ["s3://anneal/x.jsonl"]}, "valid_path"),
     ],
 )
-def test_the_embedded_bucket_serves_one_machine(packed, changes: dict[str, Any], key: str):
+def test_uri_in_the_embedded_bucket_raises_an_error_with_its_key(pack_run, changes: dict[str, Any], key: str):
     with pytest.raises(ConfigError, match=rf"^{key}: .*embedded bucket.*this machine"):
-        packed(**changes)
+        pack_run(**changes)
 
 
-def test_a_relative_storage_path_is_another_place_there(packed):
+def test_relative_storage_path_raises_an_error(pack_run):
     with pytest.raises(ConfigError, match=r"^storage_path: runs .*cluster"):
-        packed(storage_path="runs")
+        pack_run(storage_path="runs")

@@ -1,4 +1,4 @@
-"""What happens around the training loop, without one."""
+"""Callbacks of the training loop, called without a loop."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from training.loop import callbacks
 from training.loop.callbacks import Recording
 
 
-def test_losses_are_recorded_now_and_then_and_less_often_the_more_there_are(
+def test_interval_between_recordings_grows_with_the_number_of_losses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     now = 0.0
@@ -24,4 +24,4 @@ def test_losses_are_recorded_now_and_then_and_less_often_the_more_there_are(
         now = float(second)
         state.log_history += [{"loss": 1.0, "step": second}] * (1 if second <= 100 else 100)
         recording.on_log(arguments, state, TrainerControl())
-    assert recorded == [(30, 30), (60, 60), (90, 90), (120, 2100), (150, 5100)], "not before 201"
+    assert recorded == [(30, 30), (60, 60), (90, 90), (120, 2100), (150, 5100)], "not again before 201 s"

@@ -1,4 +1,4 @@
-"""Preference losses against TRL's own trainers, and what pairs that only fill a batch must not change."""
+"""Preference losses compared with TRL's trainers, and padding pairs that must not change them."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ BETA = 0.3
 def rows() -> Dataset:
     generator = torch.Generator().manual_seed(0)
 
-    def ids(most: int) -> list[int]:
-        length = int(torch.randint(2, most, (), generator=generator))
+    def ids(maximum: int) -> list[int]:
+        length = int(torch.randint(2, maximum, (), generator=generator))
         return torch.randint(3, 500, (length,), generator=generator).tolist()
 
     return Dataset.from_list(
@@ -36,7 +36,7 @@ def rows() -> Dataset:
 
 
 def tuned_model(tiny_model: Path) -> Any:
-    """With an adapter that has moved away from its reference."""
+    """Return the tiny model with an adapter that differs from its reference."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     torch.manual_seed(1)
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
@@ -53,12 +53,12 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = PairSequences(rows, tokenizer.pad_token_id, with_mismatched=loss == "kto")
-    order = BatchPlan(BatchShape(PAIRS, 2, 1, 1), 0)
+    plan = BatchPlan(BatchShape(PAIRS, 2, 1, 1), 0)
     trainer = PreferenceTrainer(
         reference_model=None,
         config=config,
         base_model="m",
-        rows=TrainingRows(order, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None, masked=False)),
+        rows=TrainingRows(plan, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None, masked=False)),
         model=tuned_model(tiny_model),
         args=SFTConfig(
             str(directory),
@@ -72,7 +72,7 @@ def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> P
         ),
         tokenizer=tokenizer,
         callbacks=[],
-        throughput=Throughput(order, [], [], clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None),
+        throughput=Throughput(plan, [], [], clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None),
         on_eval_progress=lambda _: None,
         loss_of_transformers=True,
     )
@@ -90,7 +90,7 @@ def sums_of(trainer: PreferenceTrainer, indices: list[int]) -> torch.Tensor:
 
 
 class LogProbabilities:
-    """TRL's Triton kernel, in torch: there is no GPU here."""
+    """A torch implementation of TRL's Triton kernel, which needs a GPU."""
 
     @staticmethod
     def apply(hidden: torch.Tensor, weight: torch.Tensor, bias: None, labels: torch.Tensor, *_: Any) -> Any:
@@ -101,14 +101,14 @@ class LogProbabilities:
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
-def test_losses_and_rewards_are_those_of_trl(
+def test_dpo_and_ipo_losses_and_rewards_match_those_of_trl(
     loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", LogProbabilities)
-    ours = trainer_of(loss, tiny_model, rows, tmp_path / "ours")
+    trainer = trainer_of(loss, tiny_model, rows, tmp_path / "ours")
     text = rows.map(lambda row: {"prompt": "a", "chosen": "b", "rejected": "c"})
-    theirs = DPOTrainer(
-        # The adapter's reference is the model without it, as a first run's is.
+    trl_trainer = DPOTrainer(
+        # The reference is the model without the adapter, as in a first run.
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
         args=DPOConfig(
             str(tmp_path / "theirs"),
@@ -122,12 +122,12 @@ def test_losses_and_rewards_are_those_of_trl(
         processing_class=AutoTokenizer.from_pretrained(tiny_model),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
-    theirs.model.load_state_dict(ours.model.state_dict())  # pyright: ignore
-    theirs.model.eval()  # pyright: ignore
+    trl_trainer.model.load_state_dict(trainer.model.state_dict())  # pyright: ignore
+    trl_trainer.model.eval()  # pyright: ignore
     with torch.no_grad():
-        expected = theirs.compute_loss(theirs.model, theirs.data_collator(list(rows)))
-    sums = sums_of(ours, list(range(PAIRS))) / PAIRS
-    metrics = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
+        expected = trl_trainer.compute_loss(trl_trainer.model, trl_trainer.data_collator(list(rows)))
+    sums = sums_of(trainer, list(range(PAIRS))) / PAIRS
+    metrics = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
     assert sums[0].item() == pytest.approx(expected.item(), abs=1e-5)
     assert sums[2].item() == pytest.approx(metrics["rewards/chosen"], abs=1e-5)
     assert sums[3].item() == pytest.approx(metrics["rewards/rejected"], abs=1e-5)
@@ -136,27 +136,27 @@ def test_losses_and_rewards_are_those_of_trl(
     assert abs(sums[4].item()) > 1e-3
 
 
-def test_orpo_is_that_of_trl():
-    """But for its likelihood term, which is of the answer alone here, as in the paper."""
+def test_orpo_losses_and_rewards_match_those_of_trl():
+    """The likelihood term differs: here it covers only the answer, as in the paper."""
     torch.manual_seed(0)
     tokens = torch.randint(2, 9, (2, 5))
     policy = -3 * torch.rand(2, 5) * tokens
     settings = PreferenceTuningConfig(loss="orpo", beta=BETA)
     losses, rewards = pair_losses(settings, policy, torch.zeros(2, 5), tokens, None)
 
-    class Theirs:
+    class TrlTrainer:
         beta = BETA
 
         class accelerator:  # noqa: N801
             device = "cpu"
 
-    expected, chosen, rejected, _, _ = ORPOTrainer.odds_ratio_loss(Theirs(), *(policy / tokens))  # pyright: ignore
+    expected, chosen, rejected, _, _ = ORPOTrainer.odds_ratio_loss(TrlTrainer(), *(policy / tokens))  # pyright: ignore
     torch.testing.assert_close(losses, -(policy / tokens)[0] - expected)
     torch.testing.assert_close(rewards, torch.stack([chosen, rejected]))
 
 
-def test_kto_holds_answers_against_the_divergence():
-    """By hand: rewards 0.3 * (1, -2) over a divergence of 0.5 nats."""
+def test_kto_loss_compares_rewards_with_the_divergence():
+    """The expected values are calculated from rewards of 0.3 * (1, -2) and a divergence of 0.5 nats."""
     settings = PreferenceTuningConfig(loss="kto", beta=BETA)
     policy = torch.tensor([[-4.0], [-9.0]])
     reference = torch.tensor([[-5.0], [-7.0]])
@@ -169,7 +169,7 @@ def test_kto_holds_answers_against_the_divergence():
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "kto"])
-def test_what_fills_a_batch_changes_nothing(loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path):
+def test_padding_pairs_do_not_change_the_sums(loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path):
     trainer = trainer_of(loss, tiny_model, rows, tmp_path)
     full = sums_of(trainer, [0, 1])
     filled = sums_of(trainer, [0, PADDING_ROW, 1, PADDING_ROW])
@@ -179,7 +179,7 @@ def test_what_fills_a_batch_changes_nothing(loss: str, tiny_model: Path, rows: D
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "kto"])
-def test_a_batch_without_pairs_leaves_the_gradients_at_zero(
+def test_batch_of_padding_pairs_has_zero_loss_and_gradients(
     loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path
 ):
     trainer = trainer_of(loss, tiny_model, rows, tmp_path)
@@ -193,16 +193,16 @@ def test_a_batch_without_pairs_leaves_the_gradients_at_zero(
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_an_evaluation_does_not_depend_on_its_batches(
+def test_evaluation_does_not_depend_on_the_batch_size(
     loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path
 ):
     trainer = trainer_of(loss, tiny_model, rows, tmp_path)
-    in_batches_of = {}
+    metrics_by_size = {}
     for size in (1, 4):
         trainer.args.per_device_eval_batch_size = size
-        in_batches_of[size] = trainer.evaluate()
-    assert in_batches_of[1] == pytest.approx(in_batches_of[4], abs=1e-5)
-    assert set(in_batches_of[1]) == {
+        metrics_by_size[size] = trainer.evaluate()
+    assert metrics_by_size[1] == pytest.approx(metrics_by_size[4], abs=1e-5)
+    assert set(metrics_by_size[1]) == {
         "eval_loss",
         "eval_rewards/chosen",
         "eval_rewards/rejected",
@@ -211,7 +211,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(
     }
 
 
-def test_mismatched_answers_are_the_next_pairs(rows: Dataset):
+def test_mismatched_answer_is_that_of_the_next_pair(rows: Dataset):
     last = PairSequences(rows, 0, with_mismatched=True)[PAIRS - 1]
     assert last["chosen_ids"] == rows[PAIRS - 1]["chosen_ids"]
     assert last["mismatched_chosen_ids"] == rows[0]["chosen_ids"]

@@ -1,4 +1,4 @@
-"""Trying the largest batch behind the first step leaves nothing behind."""
+"""The rehearsal of the largest batch after the first step, which must not change the run."""
 
 from pathlib import Path
 from typing import Any
@@ -27,36 +27,36 @@ def ids(generator: torch.Generator, length: int) -> list[int]:
 
 def rows_of(task: str, pad: int) -> TrainingRows:
     generator = torch.Generator().manual_seed(0)
-    order = BatchPlan(BatchShape(ROWS, 2, 1, 2), 0)
+    plan = BatchPlan(BatchShape(ROWS, 2, 1, 2), 0)
     lengths = [40 if row == LONGEST else 10 + row for row in range(ROWS)]
     if task == "preference_tuning":
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         pairs = Dataset.from_list([{name: ids(generator, length) for name in names} for length in lengths])
         sequences: Any = PairSequences(pairs, pad, with_mismatched=False)
-        return TrainingRows(order, sequences, None, collate_pairs(pad, None, masked=False), LONGEST)
+        return TrainingRows(plan, sequences, None, collate_pairs(pad, None, masked=False), LONGEST)
     texts = [ids(generator, length) for length in lengths]
     rows = Dataset.from_list([{"input_ids": text, "labels": text} for text in texts])
     collate = collate_rows(pad, None, packed=False, attention=Attention("sdpa", mask=False))
-    return TrainingRows(order, TokenSequences(rows, pad), None, collate, LONGEST)
+    return TrainingRows(plan, TokenSequences(rows, pad), None, collate, LONGEST)
 
 
-class Trained:
-    """Everything that a run ends with."""
+class TrainedRun:
+    """A completed training run: its weights, optimizer states, log and batch widths."""
 
-    def __init__(self, task: str, adapts: bool, model: Path, directory: Path, rehearses: bool):
+    def __init__(self, task: str, with_adapter: bool, model: Path, directory: Path, with_rehearsal: bool):
         config = FinetuneConfig.model_validate({"model_id": "m", "train_path": "t", "task": task})
         tokenizer = AutoTokenizer.from_pretrained(model)
         rows = rows_of(task, tokenizer.pad_token_id)
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attention_dropout=0.1)
         set_seed(1)
-        if adapts:
+        if with_adapter:
             base = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2))
         throughput = Throughput(
             rows.order, [1] * ROWS, [1] * ROWS, clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None
         )
-        more = {"reference_model": None} if task == "preference_tuning" else {}
-        trainer = (PreferenceTrainer if more else FineTuningTrainer)(
-            **more,
+        extra = {"reference_model": None} if task == "preference_tuning" else {}
+        trainer = (PreferenceTrainer if extra else FineTuningTrainer)(
+            **extra,
             config=config,
             base_model="m",
             rows=rows,
@@ -83,11 +83,11 @@ class Trained:
             loss_of_transformers=True,
         )
         self.widths: list[int] = []
-        """Of every batch that the model sees."""
+        """Padded length of every batch that the model receives."""
         base.register_forward_pre_hook(
             lambda _, __, inputs: self.widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
         )
-        if rehearses:
+        if with_rehearsal:
             trainer.add_callback(AfterFirstStep(trainer.rehearse))
         trainer.train()
         self.weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
@@ -101,23 +101,24 @@ class Trained:
 
 
 @pytest.mark.parametrize(
-    ("task", "adapts"),
+    ("task", "with_adapter"),
     [("instruction_tuning", True), ("instruction_tuning", False), ("preference_tuning", True)],
 )
-def test_the_end_is_that_of_a_run_without(task: str, adapts: bool, tiny_model: Path, tmp_path: Path):
-    plain = Trained(task, adapts, tiny_model, tmp_path / "plain", rehearses=False)
-    rehearsed = Trained(task, adapts, tiny_model, tmp_path / "rehearsed", rehearses=True)
+def test_rehearsal_does_not_change_weights_optimizer_states_or_log(
+    task: str, with_adapter: bool, tiny_model: Path, tmp_path: Path
+):
+    plain = TrainedRun(task, with_adapter, tiny_model, tmp_path / "plain", with_rehearsal=False)
+    rehearsed = TrainedRun(task, with_adapter, tiny_model, tmp_path / "rehearsed", with_rehearsal=True)
 
     assert len(plain.log) == STEPS
     assert rehearsed.log == plain.log
     assert all(torch.equal(rehearsed.weights[name], value) for name, value in plain.weights.items())
     assert all(map(torch.equal, rehearsed.moments, plain.moments))
 
-    # The one batch more, behind the two of the first step, is as wide as any batch can be.
-    passes = len(plain.widths) // (
-        2 * STEPS
-    )  # a batch goes through the model once, or through its reference as well
-    behind = 2 * passes
+    # The rehearsed batch follows the two batches of the first step and is as wide as any batch can be.
+    # A batch takes one forward pass through the model, or two with a reference model.
+    forwards = len(plain.widths) // (2 * STEPS)
+    start = 2 * forwards
     widest = 80 if task == "preference_tuning" else 40
-    assert rehearsed.widths[behind : behind + passes] == [widest] * passes
-    assert rehearsed.widths[:behind] + rehearsed.widths[behind + passes :] == plain.widths
+    assert rehearsed.widths[start : start + forwards] == [widest] * forwards
+    assert rehearsed.widths[:start] + rehearsed.widths[start + forwards :] == plain.widths

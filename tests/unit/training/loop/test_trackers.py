@@ -1,4 +1,4 @@
-"""What trackers hold afterwards, with their own packages and local files; and what a broken one costs."""
+"""Local files that the trackers' own packages write, and reports of trackers that fail or hang."""
 
 import struct
 import threading
@@ -28,54 +28,56 @@ Train = Callable[..., list[str]]
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Let a trainer report steps to a tracker; returns the warnings."""
-    # This training lasts no time at all, and what it ends with may still be importing W&B.
+    """Return a function that reports steps to a tracker and returns its warnings."""
+    # The simulated training takes no time, so the tracker may still be importing W&B at its end.
     monkeypatch.setattr(trackers, "_END_SECONDS", 10 * trackers._END_SECONDS)
 
-    def report(settings: Logger, steps: Mapping[int, Mapping[str, Any]] = STEPS, begin: int = 0) -> list[str]:
-        told: list[Event] = []
+    def report(
+        settings: Logger, steps: Mapping[int, Mapping[str, Any]] = STEPS, start_step: int = 0
+    ) -> list[str]:
+        events: list[Event] = []
         run = TrackedRun(
             "a-run", open_store(str(tmp_path / "bucket" / "a-run")), PARAMETERS, tmp_path / "node"
         )
-        tracking = Tracking(settings, run, told.append)
+        tracking = Tracking(settings, run, events.append)
         arguments: Any = TrainingArguments(output_dir=str(tmp_path / "trainer"), report_to=[], use_cpu=True)
-        state, control = TrainerState(global_step=begin), TrainerControl()
+        state, control = TrainerState(global_step=start_step), TrainerControl()
         tracking.on_train_begin(arguments, state, control)
         for step, logs in steps.items():
             state.global_step = step
             tracking.on_log(arguments, state, control, logs=dict(logs))
         tracking.on_log(arguments, state, control, logs={"train_runtime": 1.0})
         tracking.on_train_end(arguments, state, control)
-        return [event.text for event in told if isinstance(event, Notice)]
+        return [event.text for event in events if isinstance(event, Notice)]
 
     return report
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """What an offline run of W&B wrote. Its service closes the file, and may still be at it when the run has finished."""
+    """Return the records of an offline W&B run. W&B's service may still be writing the file after the run has finished."""
     deadline = time.monotonic() + 30
     records = read_wandb_file(path)
     while not any(record.WhichOneof("record_type") == "exit" for record in records):
-        assert time.monotonic() < deadline, f"no end of the run in {path}: {records}"
+        assert time.monotonic() < deadline, f"no exit record in {path}: {records}"
         time.sleep(0.1)
         records = read_wandb_file(path)
     return records
 
 
 def read_wandb_file(path: Path) -> list[Any]:
-    """LevelDB's log format behind seven bytes of W&B's own; small files have one block."""
+    """Return the records of a W&B file: LevelDB's log format after a W&B header of seven bytes; small files have one block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content, place, records = path.read_bytes(), 7, []
-    while place < len(content):
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        assert kind == 1, "a record is in one piece"
-        records.append(Record.FromString(content[place + 7 : place + 7 + length]))
-        place += 7 + length
+    content, offset, records = path.read_bytes(), 7, []
+    while offset < len(content):
+        _, length, kind = struct.unpack_from("<IHB", content, offset)
+        assert kind == 1, "each record is unfragmented"
+        records.append(Record.FromString(content[offset + 7 : offset + 7 + length]))
+        offset += 7 + length
     return records
 
 
-def test_tensorboard_files_are_in_the_run(train: Train, tmp_path: Path):
+def test_tensorboard_events_are_stored_in_the_run(train: Train, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train(TensorboardLogger(provider="tensorboard")) == []
@@ -87,23 +89,23 @@ def test_tensorboard_files_are_in_the_run(train: Train, tmp_path: Path):
     assert b"lora_config.r: 8" in text.tensor_proto.string_val[0]
 
 
-def test_a_resumed_run_replaces_the_tensorboard_events_of_lost_steps(train: Train, tmp_path: Path):
+def test_resumed_run_replaces_the_tensorboard_events_of_lost_steps(train: Train, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(TensorboardLogger(provider="tensorboard"))
-    time.sleep(1.1)  # files are read in the order of their names, which hold a second
-    train(TensorboardLogger(provider="tensorboard"), {2: {"loss": 1.75}}, begin=1)
+    time.sleep(1.1)  # files are read in the order of their names, which contain the time in seconds
+    train(TensorboardLogger(provider="tensorboard"), {2: {"loss": 1.75}}, start_step=1)
     events = EventAccumulator(str(tmp_path / "bucket" / "a-run" / "tensorboard")).Reload()
     losses = [(point.step, point.value) for point in events.Scalars("train/loss")]
     assert losses == [(1, 2.25), (2, 1.75)]
 
 
-def test_mlflow_holds_metrics_parameters_and_tags(
+def test_mlflow_stores_metrics_parameters_and_tags(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # without a server
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a directory instead of a server
     uri = (tmp_path / "mlruns").as_uri()
     settings = MlflowLogger(provider="mlflow", tracking_uri=uri, experiment_name="tuning", tags={"team": "a"})
     assert train(settings) == []
@@ -119,13 +121,13 @@ def test_mlflow_holds_metrics_parameters_and_tags(
     assert [(point.step, point.value) for point in history] == [(1, 2.25), (2, 2.0)]
     assert run.data.metrics["eval/loss"] == 2.5
 
-    assert train(settings, {3: {"loss": 1.5}}, begin=2) == []
+    assert train(settings, {3: {"loss": 1.5}}, start_step=2) == []
     (same,) = client.search_runs([experiment.experiment_id])
-    assert same.info.run_id == run.info.run_id, "a run that goes on is one run"
+    assert same.info.run_id == run.info.run_id, "a resumed run stays the same run"
     assert same.data.metrics["train/loss"] == 1.5
 
 
-def test_wandb_holds_metrics_parameters_and_tags(
+def test_wandb_stores_metrics_parameters_and_tags(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -150,18 +152,18 @@ def test_wandb_holds_metrics_parameters_and_tags(
     assert [point["eval/loss"] for point in history if "eval/loss" in point] == ["2.5"]
 
 
-def test_a_broken_tracker_is_reported_once(train: Train, tmp_path: Path):
-    (tmp_path / "bucket").write_text("in the way of the run's directory")
+def test_broken_tracker_is_reported_once(train: Train, tmp_path: Path):
+    (tmp_path / "bucket").write_text("a file in place of the run's directory")
     (warning,) = train(TensorboardLogger(provider="tensorboard"))
     assert warning.startswith("logger: tensorboard ")
     assert_names(warning, "failed", str(tmp_path / "bucket"))
 
 
-def test_a_tracker_that_hangs_is_not_waited_for(train: Train, monkeypatch: pytest.MonkeyPatch):
-    hangs = threading.Event()
-    monkeypatch.setattr(trackers, "open_tracker", lambda *_: hangs.wait())
+def test_hanging_tracker_is_abandoned_with_a_warning(train: Train, monkeypatch: pytest.MonkeyPatch):
+    release = threading.Event()
+    monkeypatch.setattr(trackers, "open_tracker", lambda *_: release.wait())
     monkeypatch.setattr(trackers, "_END_SECONDS", 0.1)
     (warning,) = train(WandbLogger(provider="wandb"))
     assert warning.startswith("logger: wandb ")
     assert_names(warning, "failed", " 0 s ")
-    hangs.set()
+    release.set()

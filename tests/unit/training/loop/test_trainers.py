@@ -1,4 +1,4 @@
-"""How the trainer restores optimizer and random states."""
+"""Restoring of optimizer states and random states by the trainer."""
 
 import copy
 import random
@@ -16,7 +16,7 @@ PAGED = [bitsandbytes.optim.PagedAdamW8bit, bitsandbytes.optim.PagedLion]
 
 
 def restored_optimizer(optimizer_class: Any, parameter: torch.nn.Parameter) -> tuple[Any, torch.Tensor]:
-    """An optimizer restored after one step, and the weights that the second step of the saved one gives."""
+    """Return an optimizer restored after one step, and the weights that the saved optimizer has after its second step."""
 
     def step(optimizer: Any) -> None:
         parameter.grad = torch.ones_like(parameter)
@@ -39,28 +39,28 @@ def restored_optimizer(optimizer_class: Any, parameter: torch.nn.Parameter) -> t
 def test_page_states_copies_restored_states_into_the_optimizers_own_buffers(
     optimizer_class: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """On CPU bitsandbytes' buffers are plain memory, so what is checked is whose memory it is and what it holds."""
+    """On CPU, bitsandbytes' buffers are ordinary memory, so the test checks their addresses and contents."""
     buffers: list[torch.Tensor] = []
     allocate = optimizer_class.get_state_buffer
 
-    def noted(*arguments: Any, **keywords: Any) -> torch.Tensor:
+    def recording_allocate(*arguments: Any, **keywords: Any) -> torch.Tensor:
         buffers.append(allocate(*arguments, **keywords))
         return buffers[-1]
 
     parameter = torch.nn.Parameter(torch.randn(64, 128))
     restored, expected = restored_optimizer(optimizer_class, parameter)
-    monkeypatch.setattr(optimizer_class, "get_state_buffer", noted)
+    monkeypatch.setattr(optimizer_class, "get_state_buffer", recording_allocate)
     page_states(restored)
-    own = {buffer.data_ptr() for buffer in buffers}
+    buffer_addresses = {buffer.data_ptr() for buffer in buffers}
     for states in restored.state.values():
-        held = {states[name].data_ptr() for name in ("state1", "state2") if name in states}
-        assert held
-        assert held <= own
+        state_addresses = {states[name].data_ptr() for name in ("state1", "state2") if name in states}
+        assert state_addresses
+        assert state_addresses <= buffer_addresses
     restored.step()
     assert torch.equal(parameter, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pages are CUDA's managed memory")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pages need CUDA's managed memory")
 @pytest.mark.parametrize("optimizer_class", PAGED)
 def test_page_states_puts_restored_states_into_pages(optimizer_class: Any):
     parameter = torch.nn.Parameter(torch.randn(512, 512, device="cuda"))  # smaller ones are not paged
@@ -72,8 +72,8 @@ def test_page_states_puts_restored_states_into_pages(optimizer_class: Any):
     assert torch.equal(parameter, expected)
 
 
-def test_a_rank_restores_the_random_state_of_the_gpu_it_had(tmp_path: Path):
-    """transformers saves one state for each GPU that the rank sees."""
+def test_rank_restores_the_random_state_of_the_gpu_that_it_had(tmp_path: Path):
+    """transformers saves one state per visible GPU."""
     states = [torch.randint(0, 255, (16,), dtype=torch.uint8) for _ in range(3)]
     others = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     file = random_states(tmp_path, 5, 8)

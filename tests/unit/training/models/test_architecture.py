@@ -1,4 +1,4 @@
-"""What transformers would load as a causal language model, and must not."""
+"""Rejection of models that are not causal although transformers would load them as causal language models."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,9 @@ def test_models_that_are_not_causal_raise_an_error_with_their_architecture(
     ],
     ids=str,
 )
-def test_causal_models_pass_and_the_same_file_as_an_encoder_does_not(fields: dict[str, Any], tmp_path: Path):
+def test_causal_models_are_accepted_and_their_encoder_variants_rejected(
+    fields: dict[str, Any], tmp_path: Path
+):
     write_config(tmp_path, fields)
     check_is_causal(tmp_path, "mine", trust_remote_code=False)
     write_config(

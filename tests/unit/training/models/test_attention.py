@@ -57,7 +57,7 @@ def test_attention_follows_model_device_and_kernels(
 
 
 @pytest.mark.parametrize(("traits", "implementation"), [(PLAIN, "sdpa"), (CAPPED, "eager")])
-def test_without_flash_attn_pytorch_attention_is_used(
+def test_pytorch_attention_is_used_without_flash_attn(
     traits: AttentionTraits, implementation: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(attention, "is_installed", lambda package: False)
@@ -65,15 +65,15 @@ def test_without_flash_attn_pytorch_attention_is_used(
 
 
 @pytest.mark.parametrize(
-    ("implementation", "takes"),
+    ("implementation", "expected"),
     [("flash_attention_2", True), ("torch_varlen", True), ("sdpa", False), ("eager", False)],
 )
-def test_flash_kernels_take_row_boundaries(implementation: Any, takes: bool):
-    assert Attention(implementation, mask=False).takes_row_boundaries == takes
+def test_only_flash_kernels_take_row_boundaries(implementation: Any, expected: bool):
+    assert Attention(implementation, mask=False).takes_row_boundaries == expected
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "fits"),
+    ("kind", "settings", "fits_varlen"),
     [
         ("llama", {}, True),
         ("llama", {"head_dim": 256}, True),
@@ -83,15 +83,19 @@ def test_flash_kernels_take_row_boundaries(implementation: Any, takes: bool):
         ("gpt2", {}, False),
     ],
 )
-def test_flash_kernels_support_these_models(kind: str, settings: dict[str, Any], fits: bool, tmp_path: Path):
+def test_config_decides_whether_varlen_kernels_fit(
+    kind: str, settings: dict[str, Any], fits_varlen: bool, tmp_path: Path
+):
     AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
-    assert read_traits(tmp_path, "tiny", trust_remote_code=False).fits_varlen == fits
+    assert read_traits(tmp_path, "tiny", trust_remote_code=False).fits_varlen == fits_varlen
 
 
-@pytest.mark.parametrize(("kind", "capped"), [("gemma2", True), ("gemma3_text", False), ("llama", False)])
-def test_softcapping_is_read_from_the_config(kind: str, capped: bool, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kind", "has_softcapping"), [("gemma2", True), ("gemma3_text", False), ("llama", False)]
+)
+def test_softcapping_is_read_from_the_config(kind: str, has_softcapping: bool, tmp_path: Path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    assert read_traits(tmp_path, "tiny", trust_remote_code=False).has_softcapping == capped
+    assert read_traits(tmp_path, "tiny", trust_remote_code=False).has_softcapping == has_softcapping
 
 
 def config(**keys: Any) -> FinetuneConfig:

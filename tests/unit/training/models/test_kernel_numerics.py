@@ -1,8 +1,11 @@
-"""The Triton kernels that training relies on, under Triton's interpreter on CPU: results and gradients are those of torch in fp32.
+"""Results and gradients of the Triton kernels that training uses, under Triton's interpreter on CPU, against fp32 torch.
 
-Each package runs in a process of its own (tests/support/interpreted.py says how). Not here: Unsloth's 4-bit products, which call
-bitsandbytes' CUDA functions; its fused head, which is no Triton kernel but torch.compile's; its norm of several rows a program, which it
-turns off by itself where sums are not added in CUDA's order. Liger's losses are not used: the head is TRL's fused one with its kernels, too.
+Each package runs in its own process; see tests/support/interpreted.py. Not covered are:
+
+- Unsloth's 4-bit products, which call bitsandbytes' CUDA functions.
+- Unsloth's fused head, which comes from torch.compile instead of Triton.
+- Unsloth's norm of several rows per program, which Unsloth disables where sums are not added in CUDA's order.
+- Liger's losses, which training does not use: with Liger's kernels, too, the head is TRL's fused one.
 """
 
 from pathlib import Path
@@ -32,22 +35,22 @@ KERNELS = {
 
 
 class Packages:
-    """What each package's process found, run once."""
+    """The measured differences of each package, whose process runs once."""
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self._found: dict[str, dict[str, dict[str, float]]] = {}
+        self._differences: dict[str, dict[str, dict[str, float]]] = {}
 
     def __getitem__(self, package: str) -> dict[str, dict[str, float]]:
-        if package not in self._found:
-            self._found[package] = found_by(
+        if package not in self._differences:
+            self._differences[package] = found_by(
                 "tests.support.interpreted",
                 package,
                 UNSLOTH_ALLOW_CPU="1",
                 UNSLOTH_DISABLE_STATISTICS="1",
                 UNSLOTH_COMPILE_LOCATION=str(self._directory / "unsloth"),
             )
-        return self._found[package]
+        return self._differences[package]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
 @pytest.mark.parametrize(
     ("package", "kernel"), [(package, kernel) for package, names in KERNELS.items() for kernel in names]
 )
-def test_a_kernel_computes_what_torch_does(package: str, kernel: str, packages: Packages):
+def test_kernel_results_and_gradients_match_torch(package: str, kernel: str, packages: Packages):
     differences = packages[package][kernel]
     assert "result 0" in differences or "logits" in differences
     assert any(name.startswith("gradient of") for name in differences)

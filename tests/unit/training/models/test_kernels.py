@@ -1,3 +1,5 @@
+"""Choice of the kernel provider, and the documented compatibility table."""
+
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,29 +22,31 @@ def config(**keys: Any) -> FinetuneConfig:
     return FinetuneConfig(model_id="some/model", train_path="train.jsonl", **keys)
 
 
-def test_adapter_settings_that_unsloth_ignores_are_not_dropped(monkeypatch: pytest.MonkeyPatch):
+def test_adapter_settings_that_unsloth_ignores_select_liger_or_raise_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(kernels, "is_installed", lambda package: True)
-    asked = config(lora_config={"r": 4, "use_dora": True, "rank_pattern": {"q_proj": 8}})
-    choice = choose_kernels(asked, "cuda", 0)
+    requested = config(lora_config={"r": 4, "use_dora": True, "rank_pattern": {"q_proj": 8}})
+    choice = choose_kernels(requested, "cuda", 0)
     assert choice.provider == "liger"
     assert_names(choice.reason, "auto: ", "Unsloth", "lora_config.rank_pattern", "lora_config.use_dora")
     with pytest.raises(ModelError, match=r"kernels: unsloth: .*lora_config\.use_dora"):
         choose_kernels(config(lora_config={"use_dora": True}, kernels="unsloth"), "cpu", 0)
-    plain = config(lora_config={"r": 4, "lora_alpha": 8, "use_rslora": True, "use_dora": False})
-    assert choose_kernels(plain, "cuda", 0).provider == "unsloth"
+    supported = config(lora_config={"r": 4, "lora_alpha": 8, "use_rslora": True, "use_dora": False})
+    assert choose_kernels(supported, "cuda", 0).provider == "unsloth"
     continued = config(lora_config={"use_dora": True}, initial_adapter_model_ckpt_path="run:a")
-    assert choose_kernels(continued, "cuda", 0).provider == "unsloth", "an adapter is loaded as it is"
+    assert choose_kernels(continued, "cuda", 0).provider == "unsloth", "a loaded adapter has its own settings"
 
 
 @pytest.mark.parametrize("module", ["gate_proj", "model.layers.0.mlp"])
 def test_modules_to_save_that_unsloth_cannot_train_select_liger(module: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "is_installed", lambda package: True)
-    asked = config(lora_config={"modules_to_save": ["lm_head", module]})
-    choice = choose_kernels(asked, "cuda", 0)
+    requested = config(lora_config={"modules_to_save": ["lm_head", module]})
+    choice = choose_kernels(requested, "cuda", 0)
     assert choice.provider == "liger"
     assert_names(choice.reason, "Unsloth", f" {module} ", "lora_config.modules_to_save")
-    taken = config(lora_config={"modules_to_save": ["lm_head", "model.embed_tokens", "model.norm"]})
-    assert choose_kernels(taken, "cuda", 0).provider == "unsloth"
+    supported = config(lora_config={"modules_to_save": ["lm_head", "model.embed_tokens", "model.norm"]})
+    assert choose_kernels(supported, "cuda", 0).provider == "unsloth"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,7 @@ def test_modules_to_save_that_unsloth_cannot_train_select_liger(module: str, mon
         ("cuda", 2, {"unsloth", "triton"}, "unsloth", "GPU"),
         ("cuda", 3, {"unsloth", "triton"}, "liger", "ZeRO-3"),
         ("cuda", 0, {"triton"}, "liger", "make setup-unsloth"),
-        # Triton comes with torch for CUDA, and a machine without a GPU may plan for those that have it.
+        # Triton comes with torch for CUDA; a machine without Triton may plan a run for GPUs.
         ("cuda", 0, set(), "liger", "make setup-unsloth"),
     ],
 )
@@ -101,17 +105,17 @@ def test_auto_does_not_select_unsloth_for_fp32(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "stage", "advice"),
+    ("requested", "device", "stage", "advice"),
     [
         ("unsloth", "cuda", 3, "kernels: auto or liger or torch"),
         ("liger", "cpu", 0, "kernels: auto or unsloth or torch"),
     ],
 )
 def test_kernels_that_cannot_train_the_run_raise_an_error_with_alternatives(
-    asked: str, device: Device, stage: int, advice: str
+    requested: str, device: Device, stage: int, advice: str
 ):
-    with pytest.raises(ModelError, match=f"kernels: {asked}: .*{advice}"):
-        choose_kernels(config(kernels=asked), device, stage)
+    with pytest.raises(ModelError, match=f"kernels: {requested}: .*{advice}"):
+        choose_kernels(config(kernels=requested), device, stage)
 
 
 def test_missing_unsloth_raises_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch):
@@ -120,45 +124,45 @@ def test_missing_unsloth_raises_an_error_with_the_install_command(monkeypatch: p
         choose_kernels(config(kernels="unsloth"), "cuda", 0)
 
 
-@pytest.mark.parametrize(("asked", "device"), [("torch", "cpu"), ("torch", "cuda"), ("liger", "cuda")])
-def test_explicit_kernels_are_used(asked: str, device: Device):
-    assert choose_kernels(config(kernels=asked), device, 0).provider == asked
+@pytest.mark.parametrize(("requested", "device"), [("torch", "cpu"), ("torch", "cuda"), ("liger", "cuda")])
+def test_explicit_kernels_are_used(requested: str, device: Device):
+    assert choose_kernels(config(kernels=requested), device, 0).provider == requested
 
 
-def test_docs_show_the_table():
+def test_docs_contain_the_compatibility_table():
     page = (Path(__file__).resolve().parents[4] / "docs" / "kernels.md").read_text("utf-8")
     assert f"\n\n{compatibility_as_markdown()}\n\n" in page
 
 
-def why_not(provider: Provider, device: Device, method: Method, spread: str) -> str | None:
-    """A word of the reason why kernels cannot train so; None where they can. Written from the facts, not from the table."""
+def rejection_reason(provider: Provider, device: Device, method: Method, strategy: str) -> str | None:
+    """Return a word of the expected error, or None if the kernels can train the run. Does not use the product's table."""
     if provider == "liger" and device == "cpu":
-        return "GPU"  # Liger is Triton kernels alone
-    if spread != "ZeRO-3":
+        return "GPU"  # Liger has only Triton kernels
+    if strategy != "ZeRO-3":
         return None
     if provider == "unsloth":
-        return "ZeRO-3"  # it keeps complete weights on every device
+        return "ZeRO-3"  # Unsloth holds complete weights on every device
     return "4-bit" if method == "QLoRA" else None  # DeepSpeed cannot partition packed 4-bit weights
 
 
 @pytest.mark.parametrize("provider", ["unsloth", "liger", "torch"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA", "full"])
-@pytest.mark.parametrize("spread", ["one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("strategy", ["one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
 def test_explicit_kernels_are_used_or_raise_an_error(
-    monkeypatch: pytest.MonkeyPatch, provider: Provider, device: Device, method: Method, spread: str
+    monkeypatch: pytest.MonkeyPatch, provider: Provider, device: Device, method: Method, strategy: str
 ):
     monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     keys: dict[str, Any] = {} if method == "full" else {"lora_config": {"r": 4}}
     keys |= {"load_in_4bit": True} if method == "QLoRA" else {}
-    keys["num_devices"] = 1 if spread == "one worker" else 2
-    stage = int(spread[-1]) if spread.startswith("ZeRO") else 0
-    asked = config(**keys, kernels=provider)
-    if reason := why_not(provider, device, method, spread):
+    keys["num_devices"] = 1 if strategy == "one worker" else 2
+    stage = int(strategy[-1]) if strategy.startswith("ZeRO") else 0
+    requested = config(**keys, kernels=provider)
+    if reason := rejection_reason(provider, device, method, strategy):
         with pytest.raises(ModelError, match=f"kernels: {provider}.*{reason}"):
-            choose_kernels(asked, device, stage)
+            choose_kernels(requested, device, stage)
     else:
-        assert choose_kernels(asked, device, stage).provider == provider
+        assert choose_kernels(requested, device, stage).provider == provider
 
 
 def test_4_bit_weights_with_zero_3_raise_an_error_for_every_provider():

@@ -1,3 +1,5 @@
+"""Facts that are read from model and adapter files, and errors for damaged files."""
+
 import json
 import shutil
 import struct
@@ -24,7 +26,7 @@ from training.models.torch_provider import peft_config
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """Return a copy of the tiny model that a test may damage."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
@@ -36,7 +38,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_facts_are_those_of_the_loaded_model(tiny_model: Path):
+def test_facts_equal_those_of_the_loaded_model(tiny_model: Path):
     facts = read_model_facts(str(tiny_model))
     loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert facts.parameter_shapes == {name: tuple(value.shape) for name, value in loaded.named_parameters()}
@@ -46,7 +48,7 @@ def test_facts_are_those_of_the_loaded_model(tiny_model: Path):
     assert not facts.tie_word_embeddings
 
 
-def test_a_sharded_model_is_the_same_model(tiny_model: Path, model: Path):
+def test_sharded_model_has_the_same_shapes_and_needs_every_shard(tiny_model: Path, model: Path):
     (model / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(model, max_shard_size="200KB")
     assert len(list(model.glob("*.safetensors"))) > 1
@@ -71,35 +73,35 @@ def test_a_sharded_model_is_the_same_model(tiny_model: Path, model: Path):
     ],
     ids=str,
 )
-def test_lora_parameters_are_counted_as_peft_makes_them(tiny_model: Path, keys: dict[str, Any]):
+def test_lora_parameter_count_equals_that_of_peft(tiny_model: Path, keys: dict[str, Any]):
     lora = LoraConfig(**keys)
-    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), peft_config(lora))
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), peft_config(lora))
     assert (
         count_lora_parameters(read_model_facts(str(tiny_model)), lora)
-        == made.get_nb_trainable_parameters()[0]
+        == adapted.get_nb_trainable_parameters()[0]
     )
 
 
-def without(*names: str) -> Callable[[Path], None]:
+def remove_files(*names: str) -> Callable[[Path], None]:
     return lambda directory: [(directory / name).unlink() for name in names] and None
 
 
-def cut_to(size: int) -> Callable[[Path], None]:
-    def cut(directory: Path) -> None:
+def truncate_to(size: int) -> Callable[[Path], None]:
+    def truncate(directory: Path) -> None:
         path = directory / "model.safetensors"
         path.write_bytes(path.read_bytes()[:size])
 
-    return cut
+    return truncate
 
 
-def write(name: str, content: bytes) -> Callable[[Path], None]:
+def overwrite_file(name: str, content: bytes) -> Callable[[Path], None]:
     def overwrite(directory: Path) -> None:
         (directory / name).write_bytes(content)
 
     return overwrite
 
 
-def pickled_only(directory: Path) -> None:
+def pickle_weights(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
@@ -111,29 +113,35 @@ def header(content: Any) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "pattern"),
     [
-        (without("config.json"), r"/model: .*config\.json .*found: .*tokenizer\.json"),
-        (without("model.safetensors"), r"/model: .*weights.*\*\.safetensors.*config\.json"),
+        (remove_files("config.json"), r"/model: .*config\.json .*found: .*tokenizer\.json"),
+        (remove_files("model.safetensors"), r"/model: .*weights.*\*\.safetensors.*config\.json"),
         (
-            pickled_only,
+            pickle_weights,
             r"/model: .*pytorch_model\.bin.* code .*safetensors",
         ),
         (
-            without("tokenizer.json", "tokenizer_config.json"),
+            remove_files("tokenizer.json", "tokenizer_config.json"),
             r"/model: .*tokenizer\.json or tokenizer\.model",
         ),
-        (write("config.json", b"{"), r"/model/config\.json: .*JSON"),
-        (write("config.json", b"[]"), r"/model/config\.json: .*list.*object"),
-        (cut_to(0), r"/model\.safetensors: .*\b0 bytes"),
-        (cut_to(100), r"/model\.safetensors: .*header .*\d+ bytes.* 100\b"),
-        (cut_to(3000), r"/model\.safetensors: .*\b3000 bytes.*header.*\d+"),
-        (cut_to(-1), r"/model\.safetensors: .*\b\d+ bytes.*header.*\d+"),
-        (write("model.safetensors", b"PK\x03\x04" + bytes(400)), r"/model\.safetensors: .*header"),
-        (write("model.safetensors", struct.pack("<Q", 9) + b"not json!"), r"/model\.safetensors: .*header"),
-        (write("model.safetensors", header([1])), r"/model\.safetensors: .*header"),
-        (write("model.safetensors", header({"weight": {"shape": [2]}})), r"/model\.safetensors: .*header"),
-        (write("model.safetensors", header({"weight": 3})), r"/model\.safetensors: .*header"),
+        (overwrite_file("config.json", b"{"), r"/model/config\.json: .*JSON"),
+        (overwrite_file("config.json", b"[]"), r"/model/config\.json: .*list.*object"),
+        (truncate_to(0), r"/model\.safetensors: .*\b0 bytes"),
+        (truncate_to(100), r"/model\.safetensors: .*header .*\d+ bytes.* 100\b"),
+        (truncate_to(3000), r"/model\.safetensors: .*\b3000 bytes.*header.*\d+"),
+        (truncate_to(-1), r"/model\.safetensors: .*\b\d+ bytes.*header.*\d+"),
+        (overwrite_file("model.safetensors", b"PK\x03\x04" + bytes(400)), r"/model\.safetensors: .*header"),
         (
-            write("model.safetensors", header({"weight": {"shape": 3, "data_offsets": [0, 0]}})),
+            overwrite_file("model.safetensors", struct.pack("<Q", 9) + b"not json!"),
+            r"/model\.safetensors: .*header",
+        ),
+        (overwrite_file("model.safetensors", header([1])), r"/model\.safetensors: .*header"),
+        (
+            overwrite_file("model.safetensors", header({"weight": {"shape": [2]}})),
+            r"/model\.safetensors: .*header",
+        ),
+        (overwrite_file("model.safetensors", header({"weight": 3})), r"/model\.safetensors: .*header"),
+        (
+            overwrite_file("model.safetensors", header({"weight": {"shape": 3, "data_offsets": [0, 0]}})),
             r"/model\.safetensors: .*header",
         ),
     ],
@@ -146,12 +154,12 @@ def test_a_damaged_model_raises_an_error_that_names_the_file(
         read_model_facts(str(model))
 
 
-def test_an_empty_directory_is_no_model(tmp_path: Path):
+def test_empty_directory_raises_an_error_with_example_ids(tmp_path: Path):
     with pytest.raises(ModelError, match=r"org/name.*s3://"):
         read_model_facts(str(tmp_path))
 
 
-def test_adapter_facts_are_those_of_peft(tiny_model: Path, adapter: Path):
+def test_adapter_facts_equal_those_of_peft(tiny_model: Path, adapter: Path):
     facts = read_adapter_facts(str(adapter))
     assert facts.base_model == str(tiny_model)
     assert facts.lora["r"] == 4
@@ -200,12 +208,14 @@ def test_an_adapter_that_cannot_be_trained_further_raises_an_error(adapter: Path
         ("modeling.py", False, False),
     ],
 )
-def test_which_files_are_downloaded_to_a_node(key: str, for_model: bool, for_tokenizer: bool):
+def test_only_model_and_tokenizer_files_are_downloaded_to_a_node(
+    key: str, for_model: bool, for_tokenizer: bool
+):
     assert is_model_file(key) == for_model
     assert is_tokenizer_file(key) == for_tokenizer
 
 
-def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_existing_directory_takes_precedence_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "here").mkdir(parents=True)
     for hub_id in ("gpt2", "org/name", "meta-llama/Llama-3.1-8B"):

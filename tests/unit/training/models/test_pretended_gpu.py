@@ -1,7 +1,7 @@
-"""Unsloth's and Liger's code for GPUs under our trainer, on a GPU that tests/support/pretended_gpu.py pretends, beside torch on CPU.
+"""Unsloth's and Liger's GPU code in our trainer on a simulated GPU, compared with torch on CPU.
 
-Nothing else runs Unsloth's own forward pass, its fused LoRA matrices and loss, its 4-bit weights and the trainer that it writes over
-TRL's, before a GPU is at hand. One process of each provider trains what ON_GPU names.
+tests/support/pretended_gpu.py simulates the GPU. Without a real GPU, no other test runs Unsloth's own forward pass, its fused LoRA
+matrices and loss, its 4-bit weights or the trainer that it generates from TRL's. One process per provider trains the runs in ON_GPU.
 """
 
 import json
@@ -33,7 +33,7 @@ ANSWERS = {
     "a b c d": "e f",
     "7*6?": "42",
 }
-"""So short that interpreted kernels do not take minutes, and of lengths that a batch pads."""
+"""Short, so that interpreted kernels do not take minutes; of different lengths, so that batches are padded."""
 
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {"kind": Qwen3Config, "head_dim": 16}}
 LORA = {"lora_config": {"r": 8, "lora_alpha": 16}}
@@ -51,13 +51,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "preferences": LORA | {"task": "preference_tuning"},
 }
 ON_GPU = {
-    # In full-parameter training last: afterwards it makes no more adapters in a process. Behind `refused`, no more 4-bit weights.
+    # Unsloth needs this order: its process creates no adapters after `full`, and no 4-bit weights after `refused`.
     "unsloth": ("lora", "resumed", "qlora", "continued", "refused", "full"),
     "liger": ("packed", "preferences"),
 }
 KERNELS = {
     ("any", "unsloth"): "apply_lora_qkv",
-    # It leaves that to transformers' layers, and to torch.compile.
+    # Unsloth leaves full-parameter training to transformers' layers and torch.compile.
     ("full", "unsloth"): "LlamaRMSNorm.forward",
     ("any", "liger"): "LigerRMSNorm.forward",
 }
@@ -72,17 +72,17 @@ def rows_of(task: str) -> list[dict[str, str]]:
 
 
 class Runs:
-    """What each provider's process found, run once."""
+    """The results of each provider, whose process runs once."""
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self._found: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
         self._failed: set[str] = set()
         for name, settings in MODELS.items():
             make_model(directory / name, layers=1, **settings)
         llama = AutoModelForCausalLM.from_pretrained(directory / "llama")
         lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        adapted = peft.get_peft_model(llama, lora)  # without a task, as others may have written it
+        adapted = peft.get_peft_model(llama, lora)  # without a task_type, as other tools may write it
         for name, parameter in adapted.named_parameters():
             parameter.data *= 0.1 if "lora_B" in name else 1
         adapted.save_pretrained(str(directory / "adapter"))
@@ -92,7 +92,7 @@ class Runs:
             self._plan(directory / run, settings)
 
     def _make_model_without_pad(self, directory: Path) -> None:
-        """No token to fill up with but the one that ends answers."""
+        """Write a model whose padding token is the token that ends answers."""
         make_model(directory, layers=1)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             file = directory / name
@@ -134,26 +134,26 @@ class Runs:
         (directory / "plan.json").write_text(plan.model_dump_json())
 
     def __getitem__(self, provider: str) -> dict[str, Any]:
-        assert provider not in self._failed, "its process failed: the first test that asked for it says why"
-        if provider not in self._found:
+        assert provider not in self._failed, "its process failed; see the first test that requested it"
+        if provider not in self._results:
             self._failed.add(provider)
             names = RUNS if provider == "torch" else ON_GPU[provider]
             arguments = "tests.support.pretended_gpu", provider, str(self._directory), *names
-            self._found[provider] = (
+            self._results[provider] = (
                 found_without_triton(*arguments)
                 if provider == "torch"
                 else found_by(
                     *arguments,
                     TORCHDYNAMO_DISABLE="1",
-                    HF_DEACTIVATE_ASYNC_LOAD="1",  # what is pretended holds in one thread
+                    HF_DEACTIVATE_ASYNC_LOAD="1",  # the simulation covers only one thread
                 )
             )
             self._failed.remove(provider)
-        return self._found[provider]
+        return self._results[provider]
 
-    def saved(self, run: str, provider: str) -> Path:
-        """The checkpoint of the last step; below it, in another directory, lies that of the continued run."""
-        assert self[provider], "its process writes it"
+    def checkpoint_of(self, run: str, provider: str) -> Path:
+        """Return the checkpoint of the last step; the directory `resumed` beside it has that of the resumed run."""
+        assert self[provider], "the process writes the checkpoint"
         return self._directory / run / provider / "checkpoint-2"
 
 
@@ -162,44 +162,44 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("pretended"))
 
 
-def weights_in(checkpoint: Path) -> Path:
+def weights_file(checkpoint: Path) -> Path:
     (file,) = checkpoint.glob("*.safetensors")
     return file
 
 
 def shapes_in(checkpoint: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of each matrix."""
-    with safe_open(weights_in(checkpoint), "pt") as weights:
+    """Return shape and dtype of each matrix."""
+    with safe_open(weights_file(checkpoint), "pt") as weights:
         slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-        return {name: (found.get_shape(), found.get_dtype()) for name, found in slices.items()}
+        return {name: (matrix.get_shape(), matrix.get_dtype()) for name, matrix in slices.items()}
 
 
 @pytest.mark.parametrize(
     ("run", "provider"), [(run, provider) for provider in ON_GPU for run in ON_GPU[provider] if run in RUNS]
 )
-def test_a_pretended_gpu_trains_as_the_cpu_does(run: str, provider: str, runs: Runs):
-    found, reference = runs[provider][run], runs["torch"][run]
-    assert (found["device"], found["autocast"]) == ("cuda:0", "bf16")
-    assert found["kernel"] == KERNELS.get((run, provider), KERNELS["any", provider])
-    assert len(found["losses"]) == 2
-    assert found["losses"] == pytest.approx(reference["losses"], rel=2e-4)
-    assert len(found["evaluations"]) == len(reference["evaluations"]) == 3
-    for evaluated, expected in zip(found["evaluations"], reference["evaluations"], strict=True):
+def test_metrics_and_weight_shapes_on_a_simulated_gpu_match_those_on_cpu(run: str, provider: str, runs: Runs):
+    result, reference = runs[provider][run], runs["torch"][run]
+    assert (result["device"], result["autocast"]) == ("cuda:0", "bf16")
+    assert result["kernel"] == KERNELS.get((run, provider), KERNELS["any", provider])
+    assert len(result["losses"]) == 2
+    assert result["losses"] == pytest.approx(reference["losses"], rel=2e-4)
+    assert len(result["evaluations"]) == len(reference["evaluations"]) == 3
+    for evaluated, expected in zip(result["evaluations"], reference["evaluations"], strict=True):
         assert evaluated == pytest.approx(expected, rel=2e-4, abs=1e-3)
-    assert found["gradient_norms"] == pytest.approx(reference["gradient_norms"], rel=1e-2)
-    assert shapes_in(runs.saved(run, provider)) == shapes_in(runs.saved(run, "torch"))
+    assert result["gradient_norms"] == pytest.approx(reference["gradient_norms"], rel=1e-2)
+    assert shapes_in(runs.checkpoint_of(run, provider)) == shapes_in(runs.checkpoint_of(run, "torch"))
 
 
-def test_a_resumed_run_is_bitwise_identical(runs: Runs):
-    found, checkpoint = runs["unsloth"], runs.saved("lora", "unsloth")
-    assert found["resumed"] == found["lora"]
+def test_resumed_run_is_bitwise_identical(runs: Runs):
+    result, checkpoint = runs["unsloth"], runs.checkpoint_of("lora", "unsloth")
+    assert result["resumed"] == result["lora"]
     again = checkpoint.parent / "resumed" / checkpoint.name
     for file in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         assert (again / file).read_bytes() == (checkpoint / file).read_bytes(), file
 
 
-def test_a_nearly_full_gpu_keeps_what_is_trained(runs: Runs):
-    """Unsloth moves embeddings to the host then, trained ones as well."""
+def test_trained_embeddings_are_not_offloaded_from_a_nearly_full_gpu(runs: Runs):
+    """By default, Unsloth offloads the embeddings to the host, even trained ones."""
     assert [runs["unsloth"][run]["offloads"] for run in ("lora", "full")] == [True, False]
 
 
@@ -211,23 +211,26 @@ def test_a_nearly_full_gpu_keeps_what_is_trained(runs: Runs):
         ("mixture", ("deterministic", "Unsloth")),
     ],
 )
-def test_what_unsloth_cannot_load_raises_an_error_of_ours(model: str, facts: tuple[str, ...], runs: Runs):
+def test_model_that_unsloth_cannot_load_raises_an_error_with_the_reason(
+    model: str, facts: tuple[str, ...], runs: Runs
+):
     assert_names(runs["unsloth"]["refused"][model], *facts)
 
 
-def test_packed_rows_take_torchs_flash_kernels(runs: Runs):
+def test_packed_rows_use_torchs_varlen_attention(runs: Runs):
     assert runs["liger"]["packed"]["attention"] == "torch_varlen"
 
 
-def test_an_evaluation_keeps_no_keys_and_values(runs: Runs):
-    found = [runs[provider][run] for provider in ON_GPU for run in ON_GPU[provider] if run in RUNS]
-    assert not any(run["keeps_keys"] for run in [*found, *runs["torch"].values()])
+def test_evaluation_uses_no_kv_cache(runs: Runs):
+    results = [runs[provider][run] for provider in ON_GPU for run in ON_GPU[provider] if run in RUNS]
+    assert not any(run["keeps_keys"] for run in [*results, *runs["torch"].values()])
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_model_says_the_same_whatever_kernels_trained_it(name: str, runs: Runs):
-    said, expected = (
-        json.loads((runs.saved("full", provider) / name).read_text()) for provider in ("unsloth", "torch")
+def test_saved_config_does_not_depend_on_the_kernels(name: str, runs: Runs):
+    unsloth, torch = (
+        json.loads((runs.checkpoint_of("full", provider) / name).read_text())
+        for provider in ("unsloth", "torch")
     )
-    said.pop("unsloth_version", None)
-    assert said == expected
+    unsloth.pop("unsloth_version", None)
+    assert unsloth == torch

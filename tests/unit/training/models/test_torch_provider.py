@@ -43,16 +43,16 @@ def request(directory: Path, **changes: object) -> ModelRequest:
     return ModelRequest(**settings | changes)  # pyright: ignore[reportArgumentType]
 
 
-def saved(directory: Path, kind: str, **changes: object) -> Path:
+def save_model(directory: Path, kind: str, **changes: object) -> Path:
     config = AutoConfig.for_model(kind, **SHAPE | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
 
-def test_models_with_softcapping_are_loaded_with_it(tmp_path: Path):
-    """SDPA would ignore it without an error."""
+def test_loaded_models_apply_softcapping(tmp_path: Path):
+    """SDPA would silently ignore softcapping."""
     settings = {"head_dim": 8, "query_pre_attn_scalar": 8, "initializer_range": 0.5}
-    capped = saved(tmp_path, "gemma2", attn_logit_softcapping=0.1, **settings)
+    capped = save_model(tmp_path, "gemma2", attn_logit_softcapping=0.1, **settings)
     tokens = torch.arange(16)[None]
     model: Any = load_weights(capped, dtype="fp32")
     logits = model(tokens).logits
@@ -61,15 +61,15 @@ def test_models_with_softcapping_are_loaded_with_it(tmp_path: Path):
     assert (model(tokens).logits - logits).abs().max() > 0.1
 
 
-def test_a_mixture_of_experts_computes_the_same_bits_every_time(tmp_path: Path):
-    mixture = saved(tmp_path, "mixtral", num_local_experts=2)
+def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):
+    mixture = save_model(tmp_path, "mixtral", num_local_experts=2)
     assert load_base(request(mixture)).get_experts_implementation() != {"": "eager"}
     assert load_base(request(mixture, deterministic=True)).get_experts_implementation() == {"": "eager"}
 
 
-def test_parameters_that_are_not_quantized_are_bf16(tmp_path: Path):
-    """And so does what a layer hands on to the next: in fp32 both would take twice the memory."""
-    directory = saved(tmp_path, "llama", hidden_size=64, intermediate_size=64)
+def test_unquantized_parameters_and_hidden_states_are_bf16(tmp_path: Path):
+    """In fp32, they and the hidden states would need twice the memory."""
+    directory = save_model(tmp_path, "llama", hidden_size=64, intermediate_size=64)
     lora = LoraConfig(target_modules=["q_proj"])
     model = build(request(directory, weights_dtype="bf16", load_in_4bit=True, lora=lora))
     types = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
@@ -81,19 +81,19 @@ def test_parameters_that_are_not_quantized_are_bf16(tmp_path: Path):
 
 
 def test_deterministic_does_not_change_models_without_experts(tmp_path: Path):
-    directory = saved(tmp_path, "llama")
+    directory = save_model(tmp_path, "llama")
     tokens = torch.arange(16)[None]
     plain, deterministic = (load_base(request(directory, deterministic=flag)) for flag in (False, True))
     assert torch.equal(plain(tokens).logits, deterministic(tokens).logits)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-def test_packing_with_flash_kernels_needs_ampere(
+def test_packing_with_varlen_attention_needs_ampere(
     capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    packed = request(saved(tmp_path, "llama"), attention=Attention(varlen_attention.NAME, mask=False))
+    packed = request(save_model(tmp_path, "llama"), attention=Attention(varlen_attention.NAME, mask=False))
     if capability >= (8, 0):
         assert load_base(packed).config._attn_implementation == varlen_attention.NAME
         return

@@ -1,4 +1,4 @@
-"""Which optimizer states cannot be partitioned over devices."""
+"""DeepSpeed strategies: ZeRO stage, limits of optimizers and offloading, and the dtype of the base weights."""
 
 import json
 from pathlib import Path
@@ -30,19 +30,19 @@ def test_partitions_too_large_for_bitsandbytes_raise_an_error(optim: str, stage:
 @pytest.mark.parametrize(
     ("optim", "stage"),
     [
-        ("adamw_8bit", 0),  # one state for each matrix
-        ("adamw_8bit", 3),  # partitions of a billion
+        ("adamw_8bit", 0),  # one state per matrix
+        ("adamw_8bit", 3),  # partitions of a billion elements
         ("adamw_torch", 2),
         ("adafactor", 2),
     ],
 )
-def test_the_limit_is_that_of_bitsandbytes_with_zero_1_and_2_alone(optim: str, stage: int):
+def test_partition_limit_applies_only_to_bitsandbytes_with_zero_1_and_2(optim: str, stage: int):
     check_optimizer(config(optim, 1), stage, LLAMA_3_8B)
     with pytest.raises(StrategyError):
         check_optimizer(config("adamw_8bit", 1), 2, LLAMA_3_8B)
 
 
-def test_the_stage_is_what_a_deepspeed_file_says_whatever_its_name(tmp_path: Path):
+def test_zero_stage_is_read_from_the_deepspeed_file_not_its_name(tmp_path: Path):
     file = tmp_path / "my_zero_2.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     keys = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
@@ -56,16 +56,16 @@ def test_the_stage_is_what_a_deepspeed_file_says_whatever_its_name(tmp_path: Pat
 @pytest.mark.parametrize(
     ("keys", "weights_dtype"),
     [
-        ({}, "fp32"),  # fp32 masters, and autocast
-        ({"deepspeed": "zero_2"}, "bf16"),  # DeepSpeed keeps the masters
+        ({}, "fp32"),  # fp32 master weights and autocast
+        ({"deepspeed": "zero_2"}, "bf16"),  # DeepSpeed holds the fp32 master weights
         ({"lora_config": {"r": 8}}, "bf16"),
         ({"lora_config": {"r": 8}, "dtype": "fp32"}, "fp32"),
         ({"deepspeed": "zero_2", "dtype": "fp32"}, "fp32"),
     ],
 )
-def test_the_base_is_loaded_in_16_bits_where_nothing_needs_more(keys: dict[str, object], weights_dtype: str):
-    plain = {"model_id": "a/b", "train_path": "t.jsonl"}
-    execution = resolve_execution(FinetuneConfig.model_validate(plain | keys), "cpu")
+def test_base_model_is_loaded_in_bf16_unless_fp32_is_required(keys: dict[str, object], weights_dtype: str):
+    defaults = {"model_id": "a/b", "train_path": "t.jsonl"}
+    execution = resolve_execution(FinetuneConfig.model_validate(defaults | keys), "cpu")
     assert execution.weights_dtype == weights_dtype
 
 
@@ -82,13 +82,13 @@ def test_the_base_is_loaded_in_16_bits_where_nothing_needs_more(keys: dict[str, 
         ({}, {"optim": "adamw_8bit", "device": "cpu"}, None),
     ],
 )
-def test_offloading_is_judged_by_the_file_whatever_its_name(
+def test_offloading_is_read_from_the_deepspeed_file_not_its_name(
     zero: dict[str, object], keys: dict[str, object], fix: str | None, name: str, tmp_path: Path
 ):
     file = tmp_path / name
     file.write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}))
-    plain = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
-    config = FinetuneConfig.model_validate(plain | keys)
+    defaults = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(file)}}
+    config = FinetuneConfig.model_validate(defaults | keys)
     if fix is None:
         assert resolve_execution(config, "cuda").zero_stage == 3
         return

@@ -1,4 +1,4 @@
-"""What a row is worth, beside what torch counts while it computes one."""
+"""FLOPs of a row, compared with the count of torch's FlopCounterMode."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +50,8 @@ def shape_of(config: PreTrainedConfig, directory: Path) -> ModelShape:
 
 
 def build(config: PreTrainedConfig) -> Any:
-    experts = {"experts_implementation": "eager"} if config is MIXTURE else {}  # what the counter can see
+    # FlopCounterMode sees the matmuls of eager experts.
+    experts = {"experts_implementation": "eager"} if config is MIXTURE else {}
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **experts)
 
 
@@ -61,23 +62,25 @@ def counted_by_torch(model: Any) -> int:
     return counter.get_total_flops()
 
 
-def not_needed(shape: ModelShape, flops: Any, rotary_embeddings: int = 1) -> float:
-    """What torch computes and we do not count: pairs that the mask hides, and the angles of the rotary embedding, once a model."""
-    hidden = sum(
+def excluded_flops(shape: ModelShape, flops: Any, rotary_embeddings: int = 1) -> float:
+    """Return the FLOPs that only torch counts: masked pairs, and the angles of the rotary embedding, once per model."""
+    masked = sum(
         per_pair * (TOKENS**2 - pairs_in_view(TOKENS, window)) for window, per_pair in flops.attention
     )
-    return hidden + rotary_embeddings * TOKENS * shape.head_dim
+    return masked + rotary_embeddings * TOKENS * shape.head_dim
 
 
 @pytest.mark.parametrize(
     ("config", "rotary_embeddings"), [(LLAMA, 1), (TIED, 1), (WIDE_HEADS, 1), (MIXTURE, 1), (WINDOWS, 2)]
 )
-def test_full_parameter_training(config: PreTrainedConfig, rotary_embeddings: int, tmp_path: Path):
+def test_full_parameter_flops_equal_torchs_count(
+    config: PreTrainedConfig, rotary_embeddings: int, tmp_path: Path
+):
     shape, model = shape_of(config, tmp_path), build(config)
     names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     flops = row_flops(shape, names, is_trained=lambda name: True, ranks={})
-    ours = flops.of_row(TOKENS, TOKENS) + not_needed(shape, flops, rotary_embeddings)
-    assert ours == counted_by_torch(model)
+    estimated = flops.of_row(TOKENS, TOKENS) + excluded_flops(shape, flops, rotary_embeddings)
+    assert estimated == counted_by_torch(model)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_full_parameter_training(config: PreTrainedConfig, rotary_embeddings: in
     ],
     ids=["embedding", "all but the last layer", "all but the head"],
 )
-def test_what_lies_before_the_first_trained_parameter_goes_forward_only(
+def test_layers_before_the_first_trained_parameter_count_only_forward_flops(
     frozen: Callable[[str], bool], tmp_path: Path
 ):
     shape, model = shape_of(LLAMA, tmp_path), build(LLAMA)
@@ -97,7 +100,7 @@ def test_what_lies_before_the_first_trained_parameter_goes_forward_only(
         parameter.requires_grad_(not frozen(name))
     names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     flops = row_flops(shape, names, is_trained=lambda name: not frozen(name), ranks={})
-    assert flops.of_row(TOKENS, TOKENS) + not_needed(shape, flops) == counted_by_torch(model)
+    assert flops.of_row(TOKENS, TOKENS) + excluded_flops(shape, flops) == counted_by_torch(model)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_what_lies_before_the_first_trained_parameter_goes_forward_only(
     ],
     ids=lambda adapter: str(adapter["target_modules"]),
 )
-def test_lora(adapter: dict[str, Any], tmp_path: Path):
+def test_lora_flops_equal_torchs_count(adapter: dict[str, Any], tmp_path: Path):
     shape, base = shape_of(LLAMA, tmp_path), build(LLAMA)
     names = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, **adapter))
@@ -121,10 +124,10 @@ def test_lora(adapter: dict[str, Any], tmp_path: Path):
         if ".lora_A." in name
     }
     flops = row_flops(shape, names, is_trained=lambda name: False, ranks=ranks)
-    assert flops.of_row(TOKENS, TOKENS) + not_needed(shape, flops) == counted_by_torch(model)
+    assert flops.of_row(TOKENS, TOKENS) + excluded_flops(shape, flops) == counted_by_torch(model)
 
 
-def test_the_head_counts_where_the_loss_looks(tmp_path: Path):
+def test_lm_head_flops_count_only_loss_tokens(tmp_path: Path):
     shape = shape_of(LLAMA, tmp_path)
     names = {name: tuple(parameter.shape) for name, parameter in build(LLAMA).named_parameters()}
     flops = row_flops(shape, names, is_trained=lambda name: True, ranks={})
@@ -134,11 +137,11 @@ def test_the_head_counts_where_the_loss_looks(tmp_path: Path):
 @pytest.mark.parametrize(
     ("tokens", "window", "pairs"), [(1, None, 1), (4, None, 10), (4, 4, 10), (4, 9, 10), (4, 2, 7), (4, 1, 4)]
 )
-def test_pairs_in_view(tokens: int, window: int | None, pairs: int):
+def test_pairs_in_view_are_causal_pairs_within_the_window(tokens: int, window: int | None, pairs: int):
     assert pairs_in_view(tokens, window) == pairs
 
 
-def test_layers_that_nobody_has_counted_have_no_shape(tmp_path: Path):
+def test_unsupported_architecture_has_no_shape(tmp_path: Path):
     from transformers import MambaConfig
 
     MambaConfig(hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)

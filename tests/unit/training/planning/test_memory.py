@@ -1,4 +1,4 @@
-"""The estimate of memory, beside real tensors of tiny models."""
+"""Memory estimates, compared with the real tensors of tiny models."""
 
 import contextlib
 import warnings
@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import tests.support.varlen_on_cpu  # noqa: F401  # registers them
+import tests.support.varlen_on_cpu  # noqa: F401  # registers torch's varlen kernels for CPU
 from configs.schema import FinetuneConfig
 from tests.support.architectures import make_files
 from tests.support.live_memory import LiveMemory
@@ -66,12 +66,12 @@ OTHER_KINDS: dict[str, tuple[Any, dict[str, Any], int]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Number of layers -> a model."""
+    """Return models by their number of layers."""
     directory = tmp_path_factory.mktemp("memory")
     return {layers: make_model(directory / str(layers), layers=layers) for layers in (2, 3)}
 
 
-def job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **keys: Any) -> Job:
+def make_job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **keys: Any) -> Job:
     defaults: dict[str, Any] = {
         "model_id": str(model),
         "train_path": "train.jsonl",
@@ -96,18 +96,18 @@ def job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **keys: 
     )
 
 
-def build(of: Job) -> Any:
-    """The model as a worker builds it, and as DeepSpeed casts it."""
-    config, stage = of.config, 2 if of.config.deepspeed else 0
+def build(job: Job) -> Any:
+    """Build the model as a worker does and cast it as DeepSpeed does."""
+    config, stage = job.config, 2 if job.config.deepspeed else 0
     request = ModelRequest(
         directory=Path(config.model_id),
         adapter_directory=None,
         lora=config.lora_config,
         device="cpu",
-        weights_dtype=of.execution.weights_dtype,
+        weights_dtype=job.execution.weights_dtype,
         zero_stage=stage,
         load_in_4bit=config.load_in_4bit,
-        attention=Attention("eager" if of.traits.has_softcapping else "sdpa", mask=False),
+        attention=Attention("eager" if job.traits.has_softcapping else "sdpa", mask=False),
         gradient_checkpointing=config.gradient_checkpointing,
         context_length=LONGEST,
         seed=0,
@@ -123,8 +123,8 @@ def bytes_of(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def weights_of(model: Any) -> int:
-    """With what bitsandbytes needs to read 4-bit weights."""
+def measured_weights(model: Any) -> int:
+    """Return the bytes of the parameters and of the scales of 4-bit weights."""
     scales = [
         scale
         for parameter in model.parameters()
@@ -134,96 +134,102 @@ def weights_of(model: Any) -> int:
     return bytes_of([*model.parameters(), *scales])
 
 
-def autocast(of: Job) -> Any:
-    casts = of.config.dtype == "bf16" and not of.config.deepspeed
+def autocast(job: Job) -> Any:
+    casts = job.config.dtype == "bf16" and not job.config.deepspeed
     return torch.autocast("cpu", torch.bfloat16) if casts else contextlib.nullcontext()
 
 
-def saved_for_backward(of: Job, model: Any) -> int:
-    """Bytes that autograd keeps after a forward pass of a batch, parameters left out."""
-    tokens = torch.randint(0, 256, (ROWS, of.longest))
-    places = torch.arange(of.longest)[None]
+def saved_for_backward(job: Job, model: Any) -> int:
+    """Return the bytes that autograd retains after a batch's forward pass, without parameters."""
+    tokens = torch.randint(0, 256, (ROWS, job.longest))
+    indices = torch.arange(job.longest)[None]
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    retained: dict[int, torch.Tensor] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            retained[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(of):
-        # Packed rows begin anew in the middle, and have a mask.
-        positions = places % (of.longest // 2) if of.config.packing else places
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), autocast(job):
+        # Positions of packed rows restart in the middle, and packed rows have a mask.
+        positions = indices % (job.longest // 2) if job.config.packing else indices
         batch = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
-        if of.device == "cuda":
-            line = {"input_ids": tokens.view(1, -1), "position_ids": positions.repeat(1, ROWS)}
-            batch = with_ends_of_rows(lambda _: batch | line)([])
+        if job.device == "cuda":
+            flattened = {"input_ids": tokens.view(1, -1), "position_ids": positions.repeat(1, ROWS)}
+            batch = with_ends_of_rows(lambda _: batch | flattened)([])
         model(**batch)
-        return bytes_of(kept.values())
+        return bytes_of(retained.values())
 
 
-def weights(estimate: MemoryEstimate, of: Job, model: Any) -> int:
-    """Without the bf16 copies that autocast makes."""
+def weights_without_casts(estimate: MemoryEstimate, job: Job, model: Any) -> int:
+    """Return the estimated weights without the bf16 copies that autocast makes."""
     trained = sum(
         p.numel() for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1 and "embed" not in n
     )
-    casts = of.config.dtype == "bf16" and not of.config.deepspeed
+    casts = job.config.dtype == "bf16" and not job.config.deepspeed
     return estimate.weights - 2 * trained * casts
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_and_gradients_are_those_of_the_real_model(method: str, models: dict[int, Path]):
-    of = job(models[2], **METHODS[method])
-    model, estimate = build(of), estimate_memory(of)
-    # A tiny model's scales are rounded up to whole ones.
-    exact = 0.01 if of.config.load_in_4bit else 0
-    assert weights(estimate, of, model) == pytest.approx(weights_of(model), rel=exact)
-    if of.config.deepspeed:
-        return  # DeepSpeed's buffers and parts are looked at below
+def test_estimated_weights_and_gradients_equal_those_of_the_real_model(method: str, models: dict[int, Path]):
+    job = make_job(models[2], **METHODS[method])
+    model, estimate = build(job), estimate_memory(job)
+    # The number of quantization scales is rounded up, which is noticeable in a tiny model.
+    tolerance = 0.01 if job.config.load_in_4bit else 0
+    assert weights_without_casts(estimate, job, model) == pytest.approx(
+        measured_weights(model), rel=tolerance
+    )
+    if job.config.deepspeed:
+        return  # another test checks DeepSpeed's buffers and partitions
     tokens = torch.randint(0, 256, (1, 8))
-    with autocast(of):
+    with autocast(job):
         model(input_ids=tokens, labels=tokens).loss.backward()
     gradients = bytes_of([p.grad for p in model.parameters() if p.grad is not None])
     assert estimate.gradients == gradients
-    two_devices = job(models[2], **METHODS[method], num_devices=2)
-    assert estimate_memory(two_devices).gradients == 2 * gradients, "DDP has them in its buckets as well"
+    two_devices = make_job(models[2], **METHODS[method], num_devices=2)
+    assert estimate_memory(two_devices).gradients == 2 * gradients, "DDP holds a second copy in its buckets"
 
 
-def difference_of_a_layer(models: dict[int, Path], **keys: Any) -> tuple[int, int]:
-    """Bytes that a third layer saves: (in truth, as estimated)."""
+def bytes_added_by_a_layer(models: dict[int, Path], **keys: Any) -> tuple[int, int]:
+    """Return the (measured, estimated) bytes that a third layer adds to the saved tensors."""
     saved, estimated = [], []
     for layers in (2, 3):
-        of = job(models[layers], **keys)
-        model, estimate = build(of), estimate_memory(of)
-        if of.config.gradient_checkpointing:
+        job = make_job(models[layers], **keys)
+        model, estimate = build(job), estimate_memory(job)
+        if job.config.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
-        saved.append(saved_for_backward(of, model))
-        copies = 0 if of.config.gradient_checkpointing else estimate.weights - weights(estimate, of, model)
+        saved.append(saved_for_backward(job, model))
+        copies = (
+            0
+            if job.config.gradient_checkpointing
+            else estimate.weights - weights_without_casts(estimate, job, model)
+        )
         estimated.append(estimate.activations + copies)
     return saved[1] - saved[0], estimated[1] - estimated[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_layer_saves_what_is_estimated(method: str, models: dict[int, Path]):
-    saved, estimated = difference_of_a_layer(models, **METHODS[method])
+def test_estimated_activations_of_a_layer_equal_its_saved_tensors(method: str, models: dict[int, Path]):
+    saved, estimated = bytes_added_by_a_layer(models, **METHODS[method])
     assert saved == estimated
 
 
-def test_a_mask_grows_with_the_square_of_the_length(models: dict[int, Path]):
-    saved, estimated = difference_of_a_layer(models, longest=3 * LONGEST, packing=True, **LORA)
+def test_estimate_of_long_packed_rows_includes_their_mask(models: dict[int, Path]):
+    saved, estimated = bytes_added_by_a_layer(models, longest=3 * LONGEST, packing=True, **LORA)
     assert saved == estimated
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_capped_scores_grow_with_the_square_of_the_length(dtype: str, tmp_path: Path):
-    """In transformers' plain attention, which Gemma 2 gets."""
+def test_estimated_softcapped_scores_grow_with_the_squared_length(dtype: str, tmp_path: Path):
+    """Gemma 2 uses transformers' eager attention."""
     settings: dict[str, Any] = {"kind": Gemma2Config, "head_dim": 16, "query_pre_attn_scalar": 16}
     gemmas = {layers: make_model(tmp_path / str(layers), layers=layers, **settings) for layers in (2, 3)}
     short, long = (
         [
-            figure / (ROWS * longest)
-            for figure in difference_of_a_layer(gemmas, longest=longest, dtype=dtype, **LORA)
+            size / (ROWS * longest)
+            for size in bytes_added_by_a_layer(gemmas, longest=longest, dtype=dtype, **LORA)
         ]
         for longest in (LONGEST, 2 * LONGEST)
     )
@@ -231,33 +237,35 @@ def test_capped_scores_grow_with_the_square_of_the_length(dtype: str, tmp_path: 
 
 
 @pytest.mark.parametrize("method", ["full, bf16", "LoRA, bf16", "LoRA, bf16, ZeRO"])
-def test_packed_rows_on_a_gpu_have_no_mask(method: str, models: dict[int, Path]):
-    """The kernel itself is a plain one here; what it keeps for its backward pass is torch's own list."""
+def test_estimate_of_packed_rows_on_a_gpu_includes_no_mask(method: str, models: dict[int, Path]):
+    """Plain attention replaces the kernel here; it saves the same tensors for backward as torch's kernel."""
     saved, estimated = [], []
     for layers in (2, 3):
         settings = METHODS[method] | {"packing": True, "kernels": "torch"}
-        of = job(models[layers], device="cuda", **settings)
-        model, estimate = build(of), estimate_memory(of)
+        job = make_job(models[layers], device="cuda", **settings)
+        model, estimate = build(job), estimate_memory(job)
         model.set_attn_implementation(varlen_attention.NAME)
-        saved.append(saved_for_backward(of, model))
-        estimated.append(estimate.activations + estimate.weights - weights(estimate, of, model))
-    of_no_random_numbers = 32  # bytes: the kernel's state of a generator that it does not use
-    assert saved[1] - saved[0] == pytest.approx(estimated[1] - estimated[0], abs=of_no_random_numbers)
+        saved.append(saved_for_backward(job, model))
+        estimated.append(
+            estimate.activations + estimate.weights - weights_without_casts(estimate, job, model)
+        )
+    random_state = 32  # bytes that the kernel saves of a random generator that it does not use
+    assert saved[1] - saved[0] == pytest.approx(estimated[1] - estimated[0], abs=random_state)
 
 
 @pytest.mark.parametrize("method", ["full, bf16, ZeRO", "LoRA, bf16"])
-def test_a_checkpointed_layer_keeps_its_input(method: str, models: dict[int, Path]):
-    saved, estimated = difference_of_a_layer(models, **METHODS[method], gradient_checkpointing=True)
+def test_estimated_activations_of_a_checkpointed_layer_equal_its_input(method: str, models: dict[int, Path]):
+    saved, estimated = bytes_added_by_a_layer(models, **METHODS[method], gradient_checkpointing=True)
     assert saved == estimated
 
 
-def test_unsloth_offloads_what_it_says(models: dict[int, Path]):
-    """Not short sequences, and not where embeddings are trained whole."""
+def test_unsloth_checkpointing_offloads_only_long_sequences(models: dict[int, Path]):
+    """Unsloth offloads nothing if the embeddings are fully trained."""
 
     def activations(longest: int, **lora: Any) -> list[int]:
         return [
             estimate_memory(
-                job(
+                make_job(
                     models[3],
                     device="cuda",
                     longest=longest,
@@ -269,31 +277,31 @@ def test_unsloth_offloads_what_it_says(models: dict[int, Path]):
             for checkpointing in ("unsloth", True)
         ]
 
-    offloaded, kept = activations(512)
-    assert offloaded < kept
-    offloaded, kept = activations(504)
-    assert offloaded == kept
-    offloaded, kept = activations(512, modules_to_save=["embed_tokens"])
-    assert offloaded == kept
+    unsloth, standard = activations(512)
+    assert unsloth < standard
+    unsloth, standard = activations(504)
+    assert unsloth == standard
+    unsloth, standard = activations(512, modules_to_save=["embed_tokens"])
+    assert unsloth == standard
 
 
-def most_of_a_step(of: Job) -> int:
-    """Bytes of all tensors that live at once in two batches and the optimizer's step."""
-    model = build(of)
-    if of.config.gradient_checkpointing:
+def peak_of_a_step(job: Job) -> int:
+    """Return the peak bytes of live tensors during two batches and an optimizer step."""
+    model = build(job)
+    if job.config.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
-    tokens = torch.randint(0, 256, (of.config.batch_size, of.longest))
+    tokens = torch.randint(0, 256, (job.config.batch_size, job.longest))
 
     def step() -> None:
         for _ in range(2):
-            with autocast(of):
+            with autocast(job):
                 model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimizer has its states from now on
+    step()  # creates the optimizer's states
     states = [value for state in optimizer.state.values() for value in state.values()]
     with LiveMemory([*model.parameters(), *states]) as memory:
         step()
@@ -303,20 +311,22 @@ def most_of_a_step(of: Job) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full, fp32", "full, bf16", "LoRA, fp32", "LoRA, bf16"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing: bool, tmp_path: Path):
-    """The estimate is at most 1% below, 15% above."""
-    of = job(
+def test_estimated_peak_is_close_to_that_of_a_training_step(
+    method: str, gradient_checkpointing: bool, tmp_path: Path
+):
+    """The estimate may be 1% below or 15% above the measured peak."""
+    job = make_job(
         make_model(tmp_path / "model", layers=6),
         longest=256,
         gradient_checkpointing=gradient_checkpointing,
         **METHODS[method],
     )
-    peak = most_of_a_step(of)
-    assert 0.99 * peak <= estimate_memory(of).total <= 1.15 * peak
+    peak = peak_of_a_step(job)
+    assert 0.99 * peak <= estimate_memory(job).total <= 1.15 * peak
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT's own, of experts
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT warns about experts
 @pytest.mark.parametrize(
     ("kind", "method", "gradient_checkpointing"),
     [
@@ -324,26 +334,27 @@ def test_the_most_that_a_training_step_takes(method: str, gradient_checkpointing
         for kind in OTHER_KINDS
         for method in ("LoRA, bf16", "full, bf16")
         for checkpointing in (False, True)
-        if (kind, method, checkpointing) != ("mixtral", "full, bf16", False)  # 8% below: not all is counted
+        if (kind, method, checkpointing)
+        != ("mixtral", "full, bf16", False)  # 8% below, because the estimate is incomplete
     ],
 )
-def test_the_most_that_a_step_of_other_models_takes(
+def test_estimated_peak_is_close_for_other_architectures(
     kind: str, method: str, gradient_checkpointing: bool, tmp_path: Path
 ):
-    """The estimate is at most 1% below, 25% above."""
+    """The estimate may be 1% below or 25% above the measured peak."""
     config, settings, longest = OTHER_KINDS[kind]
     model = make_model(tmp_path / "model", layers=3, positions=longest, kind=config, **settings)
-    of = job(model, longest=longest, gradient_checkpointing=gradient_checkpointing, **METHODS[method])
-    if lora := of.config.lora_config:
-        of = replace(of, new_adapter=adapter_shapes(model, "tiny", lora, trust_remote_code=False))
-    peak = most_of_a_step(of)
-    assert 0.99 * peak <= estimate_memory(of).total <= 1.25 * peak
+    job = make_job(model, longest=longest, gradient_checkpointing=gradient_checkpointing, **METHODS[method])
+    if lora := job.config.lora_config:
+        job = replace(job, new_adapter=adapter_shapes(model, "tiny", lora, trust_remote_code=False))
+    peak = peak_of_a_step(job)
+    assert 0.99 * peak <= estimate_memory(job).total <= 1.25 * peak
 
 
-def test_dora_keeps_what_it_scales(models: dict[int, Path]):
-    of = job(models[2], longest=256, lora_config={"r": 4, "use_dora": True})
-    peak = most_of_a_step(of)
-    assert 0.99 * peak <= estimate_memory(of).total <= 1.15 * peak
+def test_estimated_peak_includes_the_tensors_that_dora_scales(models: dict[int, Path]):
+    job = make_job(models[2], longest=256, lora_config={"r": 4, "use_dora": True})
+    peak = peak_of_a_step(job)
+    assert 0.99 * peak <= estimate_memory(job).total <= 1.15 * peak
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys", "ignore:`lora_bias=True`")
@@ -361,23 +372,23 @@ def test_dora_keeps_what_it_scales(models: dict[int, Path]):
     ids=str,
 )
 def test_trainable_parameters_of_an_adapter_equal_pefts(lora: dict[str, Any], tmp_path: Path):
-    """Of a mixture, whose experts PEFT takes together."""
+    """The model has experts, which PEFT adapts as one parameter per layer."""
     model = make_model(tmp_path / "model", kind=MixtralConfig, num_local_experts=4)
-    of = job(model, lora_config={"r": 4, **lora})
-    assert of.config.lora_config is not None
-    shapes = adapter_shapes(model, "tiny", of.config.lora_config, trust_remote_code=False)
+    job = make_job(model, lora_config={"r": 4, **lora})
+    assert job.config.lora_config is not None
+    shapes = adapter_shapes(model, "tiny", job.config.lora_config, trust_remote_code=False)
     trained = {
-        name: tuple(entry.shape) for name, entry in build(of).named_parameters() if entry.requires_grad
+        name: tuple(entry.shape) for name, entry in build(job).named_parameters() if entry.requires_grad
     }
     assert shapes == trained
 
 
-def test_experts_stay_out_of_4_bits(tmp_path: Path):
-    """transformers has all of a layer's in one parameter, which bitsandbytes leaves as it is."""
+def test_estimated_weights_of_experts_are_not_quantized(tmp_path: Path):
+    """transformers holds a layer's experts in one parameter, which bitsandbytes does not quantize."""
     model = make_model(tmp_path / "model", kind=MixtralConfig, num_local_experts=4)
     lora = {"r": 4, "target_modules": ["q_proj"]}
-    of = job(model, lora_config=lora, load_in_4bit=True)
-    assert estimate_memory(of).weights == pytest.approx(weights_of(build(of)), rel=0.01)
+    job = make_job(model, lora_config=lora, load_in_4bit=True)
+    assert estimate_memory(job).weights == pytest.approx(measured_weights(build(job)), rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["full, fp32", "LoRA of 64, fp32"])
@@ -394,13 +405,13 @@ def test_experts_stay_out_of_4_bits(tmp_path: Path):
         "sgd",
     ],
 )
-def test_states_are_those_of_the_real_optimizer(
+def test_estimated_states_equal_those_of_the_real_optimizer(
     method: str, optim: str, models: dict[int, Path], tmp_path: Path
 ):
     keys = METHODS.get(method) or {"lora_config": {"r": 64}, "dtype": "fp32"}
-    of = job(models[2], **keys, optim=optim)
-    GlobalOptimManager.get_instance().initialize()  # it knows parameters by their ids, which are used again
-    model = build(of)
+    job = make_job(models[2], **keys, optim=optim)
+    GlobalOptimManager.get_instance().initialize()  # it identifies parameters by id(), which Python reuses
+    model = build(job)
     trainer = Trainer(
         model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, optim=optim, report_to=[])
     )
@@ -408,7 +419,7 @@ def test_states_are_those_of_the_real_optimizer(
     tokens = torch.randint(0, 256, (1, 8))
     model(input_ids=tokens, labels=tokens).loss.backward()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there are no pages on CPU
+        warnings.simplefilter("ignore")  # about paged optimizers on CPU
         optimizer.step()
     states = [
         value
@@ -416,79 +427,79 @@ def test_states_are_those_of_the_real_optimizer(
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and value.numel() > 1 and "qmap" not in name
     ]
-    assert int(estimate_memory(of).optimizer) == bytes_of(states)
+    assert int(estimate_memory(job).optimizer) == bytes_of(states)
 
 
-def test_zero_splits_what_a_single_device_has_whole(models: dict[int, Path]):
-    """16 bytes a weight over the devices, as DeepSpeed's authors count: fp32 weight, its gradient, two moments."""
+def test_zero_partitions_weights_gradients_and_states_over_devices(models: dict[int, Path]):
+    """A weight takes 16 bytes, as in the ZeRO paper: bf16 weight and gradient (4), fp32 weight and two moments (12)."""
 
-    def split(stage: int, devices: int, **keys: Any) -> MemoryEstimate:
-        of = job(models[2], deepspeed=f"zero_{stage}", num_devices=devices, longest=8 * LONGEST, **keys)
-        return estimate_memory(of)
+    def estimate_with_zero(stage: int, devices: int, **keys: Any) -> MemoryEstimate:
+        job = make_job(models[2], deepspeed=f"zero_{stage}", num_devices=devices, longest=8 * LONGEST, **keys)
+        return estimate_memory(job)
 
     parameters = read_model_facts(str(models[2])).parameters
     bucket = 2 * 2 * 200_000_000
     for stage, devices in ((1, 1), (1, 8), (2, 8)):
-        estimate = split(stage, devices)
+        estimate = estimate_with_zero(stage, devices)
         assert estimate.weights == 2 * parameters
         assert estimate.gradients == 2 * parameters // (devices if stage == 2 else 1) + bucket
         assert estimate.optimizer == pytest.approx(12 * parameters / devices, rel=0.001)
-    assert split(3, 8).optimizer == split(2, 8).optimizer
-    gathered = split(3, 8).weights - 2 * parameters // 8
-    assert gathered == split(3, 4).weights - 2 * parameters // 4, "the layers in use are whole"
+    assert estimate_with_zero(3, 8).optimizer == estimate_with_zero(2, 8).optimizer
+    gathered = estimate_with_zero(3, 8).weights - 2 * parameters // 8
+    assert gathered == estimate_with_zero(3, 4).weights - 2 * parameters // 4, "layers in use are gathered"
 
 
 @pytest.mark.parametrize(
     ("available", "verdict"), [(1.2, "fits"), (1.05, "may not fit"), (0.99, "does not fit"), (None, None)]
 )
-def test_a_tenth_of_a_device_stays_free(
+def test_verdict_reserves_a_tenth_of_the_device(
     available: float | None, verdict: str | None, models: dict[int, Path]
 ):
-    of = job(models[2], device="cuda", kernels="torch", **LORA)
-    needed = estimate_memory(of).total
-    report = report_memory(of, "A10G", int(available * needed) if available else None)
+    job = make_job(models[2], device="cuda", kernels="torch", **LORA)
+    needed = estimate_memory(job).total
+    report = report_memory(job, "A10G", int(available * needed) if available else None)
     assert (report.total, report.verdict) == (needed, verdict)
 
 
-def test_the_largest_batch_that_fits_is_taken(models: dict[int, Path]):
-    """Of what divides a device's share of a step: here 1, 2, 3, 4, 6 and 12 rows."""
+def test_auto_batch_size_is_the_largest_that_fits(models: dict[int, Path]):
+    """Candidates are the divisors of a device's rows per step: here 1, 2, 3, 4, 6 and 12."""
     auto = {"train_batch_size_per_device": "auto", "train_batch_size": 24, "num_devices": 2}
-    of = job(models[2], device="cuda", kernels="torch", **auto, **LORA)
+    job = make_job(models[2], device="cuda", kernels="torch", **auto, **LORA)
     needed = {
-        rows: estimate_memory(replace(of, config=of.config.with_batch_size(rows))).total / 0.9
+        rows: estimate_memory(replace(job, config=job.config.with_batch_size(rows))).total / 0.9
         for rows in (1, 2, 3, 4, 6, 12)
     }
     for rows, bytes_of_rows in needed.items():
-        assert largest_batch(of, int(bytes_of_rows) + 1) == rows
-        fewer = max((less for less in needed if less < rows), default=1)
-        assert largest_batch(of, int(bytes_of_rows) - 1) == fewer
-    assert largest_batch(of, 2 * int(needed[12])) == 12
+        assert largest_batch(job, int(bytes_of_rows) + 1) == rows
+        fewer = max((smaller for smaller in needed if smaller < rows), default=1)
+        assert largest_batch(job, int(bytes_of_rows) - 1) == fewer
+    assert largest_batch(job, 2 * int(needed[12])) == 12
 
 
 def test_advised_savings_equal_the_difference_of_two_estimates(models: dict[int, Path]):
-    """The three that save most, each of them a YAML that goes."""
-    of = job(models[2], longest=400, train_batch_size_per_device=8, kernels="torch", **LORA)
-    savings = report_memory(of, None, None).savings
+    """The report lists the three largest savings, each a valid YAML."""
+    job = make_job(models[2], longest=400, train_batch_size_per_device=8, kernels="torch", **LORA)
+    savings = report_memory(job, None, None).savings
     assert len(savings) == 3
-    assert [saving.saved for saving in savings] == sorted((one.saved for one in savings), reverse=True)
-    changed = replace(of, config=of.config.model_copy(update={"gradient_checkpointing": True}))
-    less = estimate_memory(of).total - estimate_memory(changed).total
-    assert Saving("gradient_checkpointing: true", less) in savings
-    words = describe_savings(savings)
+    assert [saving.saved for saving in savings] == sorted((saving.saved for saving in savings), reverse=True)
+    changed = replace(job, config=job.config.model_copy(update={"gradient_checkpointing": True}))
+    saved = estimate_memory(job).total - estimate_memory(changed).total
+    assert Saving("gradient_checkpointing: true", saved) in savings
+    description = describe_savings(savings)
     assert_names(
-        words,
+        description,
         "`train_batch_size_per_device: 4, gradient_accumulation_steps: 2` (",
         "`context_length: 200` (",
         "`long_rows`",
     )
 
 
-def test_advice_names_three_keys_and_the_mildest_value_that_fits(tmp_path: Path):
+def test_advised_savings_name_three_keys_and_the_mildest_value_that_fits(tmp_path: Path):
     model = make_files(tmp_path / "model", "meta-llama/Meta-Llama-3-8B-Instruct")
-    of = job(model, device="cuda", kernels="torch", num_devices=8, longest=400)
+    job = make_job(model, device="cuda", kernels="torch", num_devices=8, longest=400)
 
     def advised(available: int) -> list[str]:
-        return [saving.setting for saving in report_memory(of, "A100", available).savings]
+        return [saving.setting for saving in report_memory(job, "A100", available).savings]
 
     small, large = advised(2**30), advised(80 * 2**30)
     for settings in (small, large):
@@ -498,11 +509,11 @@ def test_advice_names_three_keys_and_the_mildest_value_that_fits(tmp_path: Path)
 
 
 def test_conflicting_settings_are_not_advised(models: dict[int, Path]):
-    of = job(models[2], num_devices=2, deepspeed="zero_3", device="cuda", kernels="liger", **LORA)
-    settings = [saving.setting for saving in report_memory(of, None, None).savings]
+    job = make_job(models[2], num_devices=2, deepspeed="zero_3", device="cuda", kernels="liger", **LORA)
+    settings = [saving.setting for saving in report_memory(job, None, None).savings]
     assert settings
     assert not any("load_in_4bit" in setting or "unsloth" in setting for setting in settings)
 
 
-def test_nothing_is_advised_where_nothing_helps():
+def test_empty_savings_have_an_empty_description():
     assert describe_savings([]) == ""

@@ -1,4 +1,4 @@
-"""What an Anyscale workspace offers is used where it is there."""
+"""Storage and scratch directory of a run, in and outside an Anyscale workspace."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def config(tmp_path: Path) -> FinetuneConfig:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Its directories, elsewhere than in /mnt."""
+    """Move a workspace's directories from /mnt to a temporary directory and return it."""
     for module, name, directory in (
         (layout, "CLUSTER_STORAGE", "cluster_storage"),
         (paths, "LOCAL_STORAGE", "local_storage"),
@@ -30,13 +30,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "mnt"
 
 
-def test_outside_of_one(config: FinetuneConfig, workspace: Path, monkeypatch: pytest.MonkeyPatch):
+def test_embedded_bucket_and_user_cache_are_used_outside_a_workspace(
+    config: FinetuneConfig, workspace: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", "/home/user/.cache")
     assert storage_path(config) == "s3://anneal/runs"
     assert scratch_directory(config) == Path("/home/user/.cache/anneal")
 
 
-def test_what_its_nodes_share_and_what_each_has(
+def test_workspace_provides_shared_storage_and_local_scratch(
     config: FinetuneConfig, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("cluster_storage", "local_storage"):
@@ -47,9 +49,9 @@ def test_what_its_nodes_share_and_what_each_has(
     assert storage_path(config) == "s3://org/artifacts/anneal"
 
 
-def test_the_yaml_comes_first(config: FinetuneConfig, workspace: Path):
+def test_yaml_paths_override_those_of_the_workspace(config: FinetuneConfig, workspace: Path):
     for name in ("cluster_storage", "local_storage"):
         (workspace / name).mkdir(parents=True)
-    said = config.model_copy(update={"storage_path": "s3://my/runs", "output_dir": "/scratch"})
-    assert storage_path(said) == "s3://my/runs"
-    assert scratch_directory(said) == Path("/scratch")
+    configured = config.model_copy(update={"storage_path": "s3://my/runs", "output_dir": "/scratch"})
+    assert storage_path(configured) == "s3://my/runs"
+    assert scratch_directory(configured) == Path("/scratch")

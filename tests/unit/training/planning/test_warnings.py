@@ -21,13 +21,13 @@ def config(dtype: str) -> FinetuneConfig:
     return FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl", "dtype": dtype})
 
 
-def test_emulated_bf16_is_a_warning(large_model: ModelFacts):
+def test_emulated_bf16_gives_a_warning(large_model: ModelFacts):
     """torch 2.13 on a CPU without AVX-512 took 367 ms for a bf16 matmul that takes 8.4 ms in fp32."""
     (warning,) = dtype_warnings(config("bf16"), large_model, "cpu", has_bf16=False)
     assert_names(warning, "dtype: bf16", "dtype: fp32")
 
 
-def test_bf16_in_hardware_on_a_gpu_or_for_a_tiny_model_is_no_warning(
+def test_bf16_in_hardware_on_a_gpu_or_for_a_tiny_model_gives_no_warning(
     large_model: ModelFacts, tiny_model: Path
 ):
     assert not list(dtype_warnings(config("bf16"), large_model, "cpu", has_bf16=True))
