@@ -215,9 +215,8 @@ def test_losses_with_gpu_kernels_equal_those_of_one_worker(
     name = f"{method}-{spread}-as-gpus-{provider}"
     losses, eval_losses = train(files, name, METHODS[method] | SPREADS[spread], kernels_of_gpus(provider))
     figures = {figure for entry in read_metrics(files / "runs" / name) for figure in entry}
-    assert ("entropy" in figures) == (
-        not method.startswith("dpo")
-    )  # reported by the fused head for rows, not for pairs
+    # TRL's fused head reports the entropy for rows, not for pairs.
+    assert ("entropy" in figures) == (not method.startswith("dpo"))
     assert "num_tokens" not in figures
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
