@@ -1,4 +1,4 @@
-"""The cookbooks that need GPUs, planned on a machine without: their model's shape, rows as long as they take, and the memory they need."""
+"""Tests of the cookbooks that need GPUs: with rows of the maximum length, each plan fits its accelerator. No GPU is needed."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ ROWS = 4
 
 
 class Models:
-    """Each model's files, made when they are asked for."""
+    """Directories with the files of each model, created on first access."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -37,12 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def write_rows(path: Path, config: FinetuneConfig) -> Path:
-    """Rows of what the YAML trains on, as long as its context."""
+    """Write rows for the task of a config, as long as its context_length."""
     limit = config.context_length or 0
-    a_word = len(make_tokenizer()("so " * 100)["input_ids"]) / 100
-    fitting = int((limit - 60) / a_word)  # words, with room for the roles and a label
-    # Where longer rows are cut off they are longer, else they just fit.
-    words = limit if config.long_rows == "truncate" else fitting
+    tokens_per_word = len(make_tokenizer()("so " * 100)["input_ids"]) / 100
+    fitting_words = int((limit - 60) / tokens_per_word)  # leaves room for the roles and a label
+    # Rows exceed the context if the config truncates long rows, and just fit otherwise.
+    words = limit if config.long_rows == "truncate" else fitting_words
     answers = [f"{'so ' * words}{number}" for number in range(ROWS)]
     if config.columns:
         question, answer = config.columns["prompt"], config.columns["completion"]
@@ -59,17 +59,18 @@ def write_rows(path: Path, config: FinetuneConfig) -> Path:
     else:
         assert config.classifier_config is not None
         labels = config.classifier_config.label_tokens
-        rows = [{"text": "so " * fitting, "label": label} for label in labels]  # the label is what is trained
+        # These rows always fit, because truncation would remove the label.
+        rows = [{"text": "so " * fitting_words, "label": label} for label in labels]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_every_size_of_model_has_a_cookbook():
+def test_every_architecture_has_a_cookbook():
     assert {load_config(path).config.model_id for path in COOKBOOKS} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("path", COOKBOOKS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_it_fits_the_accelerator_that_it_asks_for(path: Path, models: Models, tmp_path: Path):
+def test_cookbook_fits_the_accelerator_that_it_requests(path: Path, models: Models, tmp_path: Path):
     config = load_config(path).config
     data = write_rows(tmp_path / "rows.jsonl", config)
     copy = tmp_path / path.name
@@ -80,7 +81,7 @@ def test_it_fits_the_accelerator_that_it_asks_for(path: Path, models: Models, tm
         f"valid_path={data}",
         f"storage_path={tmp_path / 'runs'}",
         f"output_dir={tmp_path / 'scratch'}",
-        "initial_adapter_model_ckpt_path=null",  # an adapter of the shape that the run before it gave it
+        "initial_adapter_model_ckpt_path=null",  # the previous run's adapter is missing here; r=8 gives its shape
         *(["lora_config.r=8"] if config.initial_adapter_model_ckpt_path else []),
     ]
     finished = run_main_quickly(copy, *overrides, "--dry-run", "--json")

@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/ show, as they stand there: a real model learns from the embedded bucket."""
+"""Test of the commands that README.md and docs/ show: a real model is trained with the embedded bucket."""
 
 import json
 import os
@@ -28,12 +28,12 @@ COPY_SNIPPET = textwrap.dedent(
     COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
 )
 GIGABYTE = 10**9
-# As the plan's warning advises: emulated bf16 would take a quarter of an hour.
+# The plan's warning recommends fp32 here: emulated bf16 would take a quarter of an hour.
 DTYPE = () if cpu_has_bf16() else ("dtype=fp32",)
 
 
-class MemoryOfTree:
-    """The most memory that a process and its descendants hold at once, shared pages counted once (PSS)."""
+class ProcessTreeMemory:
+    """A monitor of the peak memory of a process and its descendants, which counts shared pages once (PSS)."""
 
     def __init__(self, pid: int):
         self.peak_bytes = 0
@@ -63,8 +63,8 @@ class MemoryOfTree:
 
 
 @pytest.mark.timeout(900)
-def test_the_quickstart(tmp_path: Path):
-    """Eval loss falls by 30% on problem types that training never shows, in under 8 GB."""
+def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path):
+    """The eval loss falls by 30% on problem types that the training data does not contain, in less than 8 GB of memory."""
     variables = environment() | {
         STATE_VARIABLE: str(tmp_path / "bucket"),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
@@ -79,16 +79,15 @@ def test_the_quickstart(tmp_path: Path):
     )
     assert prepared.returncode == 0, prepared.stderr
     process = subprocess.Popen(
-        command(
-            YAML, "max_steps=16", *DTYPE, "--json"
-        ),  # half of its steps, in which the eval loss falls most
+        # Half of the quickstart's steps, in which the eval loss falls most.
+        command(YAML, "max_steps=16", *DTYPE, "--json"),
         cwd=PROJECT,
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    memory = MemoryOfTree(process.pid)
+    memory = ProcessTreeMemory(process.pid)
     output, errors = process.communicate()
     peak = memory.stop()
     assert process.returncode == 0, errors
@@ -113,14 +112,14 @@ def test_the_quickstart(tmp_path: Path):
         yaml = Path(shutil.copy(PROJECT / checked[0], tmp_path))
         finished = run_main_quickly(yaml, *dict.fromkeys(checked[1:]), variables=variables)
         assert finished.exit_code == 0, (shown, finished.errors)
-    shown_of_runs = run_commands(COMMANDS)
-    assert {shown[0] for shown in shown_of_runs} == set(COMMANDS)
+    shown_run_commands = run_commands(COMMANDS)
+    assert {shown[0] for shown in shown_run_commands} == set(COMMANDS)
     substitutes = {"both.png": str(tmp_path / "both.png"), "exported": str(tmp_path / "exported")}
     substitutes |= dict.fromkeys(("run:NAME", "run:OTHER"), f"run:{result['run_name']}")
-    substitutes["64"] = "4"  # tokens of an answer: 64 take minutes, on two cores
-    for shown in shown_of_runs:
+    substitutes["64"] = "4"  # tokens per answer: 64 take minutes on two cores
+    for shown in shown_run_commands:
         arguments = [substitutes.get(argument, argument) for argument in shown]
-        finished = run_command_quickly(arguments, tmp_path / "looked.txt", variables=variables)
+        finished = run_command_quickly(arguments, tmp_path / "shown.txt", variables=variables)
         assert finished.exit_code == 0, (shown, finished.errors)
         assert finished.output.strip() if shown[0] == "chat" else result["run_name"] in finished.output
     copied = subprocess.run(
@@ -139,11 +138,11 @@ def test_the_quickstart(tmp_path: Path):
     )
     assert copied.returncode == 0, copied.stderr
     assert (Path(copied.stdout.strip()) / "adapter_model.safetensors").exists()
-    assert not _left_behind(tmp_path), "something of the run still lives"
+    assert not _remaining_processes(tmp_path), "processes of the run are still alive"
 
 
-def _left_behind(directory: Path) -> list[str]:
-    """Command lines that name the test's own directories, a few seconds after nobody uses the bucket."""
+def _remaining_processes(directory: Path) -> list[str]:
+    """Return the command lines that contain the directory; the processes get 10 seconds to exit."""
     for _ in range(50):
         lines = []
         for process in psutil.process_iter():

@@ -1,4 +1,4 @@
-"""Every wrong input exits main.py with code 2 and one error: what, where, how to fix it. No file of a run is left."""
+"""Tests of invalid input: main.py exits with code 2 and one error that says what failed, where, and the fix. It creates no run."""
 
 import json
 import shutil
@@ -28,11 +28,11 @@ Rejected = Callable[..., str]
 
 
 def config_file(directory: Path, tiny_model: Path, **changes: Any) -> Path:
-    """A config that trains, with some keys changed. Its runs would go to `directory`/runs."""
+    """Write a valid config with some keys changed, whose runs would be stored in `directory`/runs; return its path."""
     train, valid = directory / "train.jsonl", directory / "valid.jsonl"
     if not train.exists():
         write_data(directory)
-    plain = {
+    defaults = {
         "model_id": str(tiny_model),
         "train_path": str(train),
         "valid_path": str(valid),
@@ -42,11 +42,11 @@ def config_file(directory: Path, tiny_model: Path, **changes: Any) -> Path:
         "storage_path": str(directory / "runs"),
         "output_dir": str(directory / "scratch"),
     }
-    return write_yaml(directory / "config.yaml", plain | changes)
+    return write_yaml(directory / "config.yaml", defaults | changes)
 
 
 def message_of(finished: Finished) -> str:
-    """The message of the only error."""
+    """Return the message of the only error that main.py printed."""
     assert "Traceback" not in finished.output + finished.errors
     assert finished.exit_code == 2, finished
     assert finished.output == ""
@@ -58,7 +58,7 @@ def message_of(finished: Finished) -> str:
 
 @pytest.fixture
 def rejected(tiny_model: Path, tmp_path: Path) -> Rejected:
-    """Run main.py with keys changed and expect an error that leaves no run: returns its message."""
+    """Return a function that runs main.py with changed keys, expects an error and no run, and returns the message."""
 
     def run(*arguments: str, variables: Mapping[str, str] | None = None, **changes: Any) -> str:
         config = config_file(tmp_path, tiny_model, **changes)
@@ -74,7 +74,7 @@ def rejected(tiny_model: Path, tmp_path: Path) -> Rejected:
 
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket) -> dict[str, str]:
-    """The environment of a user who has an S3 server."""
+    """Return the environment variables for a user's own S3 server."""
     return {
         "AWS_ENDPOINT_URL_S3": bucket.endpoint,
         "AWS_ACCESS_KEY_ID": bucket.access_key,
@@ -88,17 +88,18 @@ def damaged_model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def rows(directory: Path, *lines: Any) -> str:
+def write_rows(directory: Path, *lines: Any) -> str:
+    """Write rows.jsonl from raw lines or lists of messages; return its path."""
     path = directory / "rows.jsonl"
     texts = [line if isinstance(line, str) else json.dumps({"messages": line}) for line in lines]
     path.write_text("".join(text + "\n" for text in texts))
     return str(path)
 
 
-# --- The reference: a valid configuration ------------------------------------------------------------------
+# --- A valid config, for reference --------------------------------------------------------------------------
 
 
-def test_a_right_config_passes_and_leaves_no_run_either(tiny_model: Path, tmp_path: Path):
+def test_valid_config_passes_without_creating_a_run(tiny_model: Path, tmp_path: Path):
     finished = run_main_quickly(config_file(tmp_path, tiny_model), "--dry-run", "--json")
     assert finished.exit_code == 0
     assert finished.result["train"]["rows"] == 40
@@ -109,7 +110,9 @@ def test_a_right_config_passes_and_leaves_no_run_either(tiny_model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("key", ["train_path", "valid_path", "model_id", "storage_path"])
-def test_a_bucket_that_does_not_exist(rejected: Rejected, own_bucket: dict[str, str], key: str):
+def test_missing_bucket_raises_an_error_with_key_and_uri(
+    rejected: Rejected, own_bucket: dict[str, str], key: str
+):
     message = rejected(variables=own_bucket, **{key: "s3://no-such-bucket/x"})
     assert message.startswith(f"{key}: ")
     assert_names(message, "s3://no-such-bucket/x", "no bucket", "'no-such-bucket'")
@@ -125,20 +128,22 @@ def test_a_bucket_that_does_not_exist(rejected: Rejected, own_bucket: dict[str, 
         "resume_from_checkpoint",
     ],
 )
-def test_an_object_that_does_not_exist(rejected: Rejected, bucket_uri: str, key: str):
+def test_missing_object_raises_an_error_with_key_and_uri(rejected: Rejected, bucket_uri: str, key: str):
     message = rejected(storage_path=f"{bucket_uri}/runs", **{key: f"{bucket_uri}/nothing"})
     assert message.startswith(f"{key}: {bucket_uri}/nothing: ")
     assert_names(message, "no such object", "spelling")
 
 
 @pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path"])
-def test_an_unknown_access_key(rejected: Rejected, own_bucket: dict[str, str], key: str):
+def test_unknown_access_key_raises_an_error_with_the_variables(
+    rejected: Rejected, own_bucket: dict[str, str], key: str
+):
     message = rejected(variables=own_bucket | {"AWS_ACCESS_KEY_ID": "nobody"}, **{key: "s3://theirs/x"})
     assert message.startswith(f"{key}: ")
     assert_names(message, "s3://theirs/x", "access key", "AWS_ACCESS_KEY_ID", "AWS_PROFILE")
 
 
-def test_a_wrong_secret_key_is_reported_without_showing_it(rejected: Rejected, own_bucket: dict[str, str]):
+def test_wrong_secret_key_error_does_not_contain_the_key(rejected: Rejected, own_bucket: dict[str, str]):
     message = rejected(
         variables=own_bucket | {"AWS_SECRET_ACCESS_KEY": "hunter2"}, train_path="s3://theirs/train.jsonl"
     )
@@ -146,10 +151,12 @@ def test_a_wrong_secret_key_is_reported_without_showing_it(rejected: Rejected, o
     assert "hunter2" not in message
 
 
-def test_no_credentials(rejected: Rejected, own_bucket: dict[str, str]):
-    nowhere = {"AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_CONFIG_FILE": "/dev/null"}
+def test_missing_credentials_raise_an_error_with_the_variables(
+    rejected: Rejected, own_bucket: dict[str, str]
+):
+    no_files = {"AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_CONFIG_FILE": "/dev/null"}
     message = rejected(
-        variables={"AWS_ENDPOINT_URL_S3": own_bucket["AWS_ENDPOINT_URL_S3"], **nowhere},
+        variables={"AWS_ENDPOINT_URL_S3": own_bucket["AWS_ENDPOINT_URL_S3"], **no_files},
         train_path="s3://theirs/train.jsonl",
     )
     assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
@@ -164,7 +171,7 @@ def test_no_credentials(rejected: Rejected, own_bucket: dict[str, str]):
     ],
     ids=["profile", "port", "scheme"],
 )
-def test_a_variable_with_an_impossible_value(
+def test_invalid_aws_variable_raises_an_error_with_its_name(
     rejected: Rejected, own_bucket: dict[str, str], variables: dict[str, str], facts: tuple[str, ...]
 ):
     message = rejected(variables=own_bucket | variables, train_path="s3://theirs/train.jsonl")
@@ -173,47 +180,49 @@ def test_a_variable_with_an_impossible_value(
 
 
 @pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path", "resume_from_checkpoint"])
-def test_an_endpoint_that_does_not_answer_is_reported_within_seconds(
+def test_unreachable_endpoint_raises_an_error_within_20_seconds(
     rejected: Rejected, own_bucket: dict[str, str], key: str
 ):
     with socket.create_server(("127.0.0.1", 0)) as closed_soon:
         port = closed_soon.getsockname()[1]
-    began = time.monotonic()
+    started = time.monotonic()
     message = rejected(
         variables=own_bucket | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}, **{key: "s3://theirs/x"}
     )
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - started < 20
     assert message.startswith(f"{key}: ")
     assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")
 
 
-def test_a_storage_path_that_cannot_be_written(rejected: Rejected, tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
+def test_unwritable_storage_path_raises_an_error_with_the_obstructing_file(
+    rejected: Rejected, tmp_path: Path
+):
+    (tmp_path / "file").write_text("a file instead of a directory")
     message = rejected(storage_path=str(tmp_path / "file" / "runs"))
     assert message.startswith("storage_path: ")
     assert_names(message, f"{tmp_path}/file/runs", f"{tmp_path}/file is a file")
 
 
-def test_an_output_dir_that_cannot_be_written(rejected: Rejected, tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
+def test_unwritable_output_dir_raises_an_error_with_its_path(rejected: Rejected, tmp_path: Path):
+    (tmp_path / "file").write_text("a file instead of a directory")
     message = rejected(output_dir=str(tmp_path / "file" / "scratch"))
     assert message.startswith(f"output_dir: {tmp_path}/file/scratch ")
 
 
-def test_target_modules_that_the_model_has_not(rejected: Rejected):
+def test_unknown_target_modules_raise_an_error_with_modules_of_the_model(rejected: Rejected):
     message = rejected(lora_config={"target_modules": ["nope"]})
     assert message.startswith("lora_config.target_modules: ['nope'] ")
     assert "q_proj" in message
 
 
-def test_a_target_module_that_is_misspelt(tiny_model: Path, tmp_path: Path):
+def test_one_misspelt_target_module_is_a_warning(tiny_model: Path, tmp_path: Path):
     changed = config_file(tmp_path, tiny_model, lora_config={"target_modules": ["q_proj", "v_porj"]})
     finished = run_main_quickly(changed, "--dry-run", "--json")
     assert finished.exit_code == 0
     assert sum("v_porj" in warning for warning in finished.result["warnings"]) == 1
 
 
-def test_a_step_larger_than_the_data(tiny_model: Path, tmp_path: Path):
+def test_step_larger_than_the_data_is_a_warning(tiny_model: Path, tmp_path: Path):
     changed = config_file(tmp_path, tiny_model, train_batch_size_per_device=64)
     finished = run_main_quickly(changed, "--dry-run", "--json")
     assert sum("64 rows" in warning for warning in finished.result["warnings"]) == 1
@@ -222,13 +231,13 @@ def test_a_step_larger_than_the_data(tiny_model: Path, tmp_path: Path):
 # --- Data -------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_does_not_exist(rejected: Rejected, tmp_path: Path):
+def test_missing_data_file_raises_an_error_with_its_path(rejected: Rejected, tmp_path: Path):
     message = rejected(train_path=str(tmp_path / "nothing.jsonl"))
     assert message.startswith("train_path: ")
     assert_names(message, f"{tmp_path}/nothing.jsonl: no such file", "spelling")
 
 
-def test_a_directory_without_rows(rejected: Rejected, tmp_path: Path):
+def test_directory_without_rows_raises_an_error_with_the_formats(rejected: Rejected, tmp_path: Path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.md").write_text("# Notes")
     message = rejected(train_path=str(tmp_path / "notes"))
@@ -236,14 +245,14 @@ def test_a_directory_without_rows(rejected: Rejected, tmp_path: Path):
     assert_names(message, ".jsonl")
 
 
-def test_a_format_that_is_not_read(rejected: Rejected, tmp_path: Path):
+def test_unsupported_format_raises_an_error_with_supported_formats(rejected: Rejected, tmp_path: Path):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     message = rejected(train_path=str(tmp_path / "rows.xlsx"))
     assert_names(message, f"{tmp_path}/rows.xlsx: ", ".xlsx ", "JSONL")
 
 
-def test_an_empty_file(rejected: Rejected, tmp_path: Path):
-    message = rejected(train_path=rows(tmp_path))
+def test_empty_data_file_raises_an_error_with_its_path(rejected: Rejected, tmp_path: Path):
+    message = rejected(train_path=write_rows(tmp_path))
     assert_names(message, f"{tmp_path}/rows.jsonl: ", "no rows")
 
 
@@ -257,22 +266,24 @@ def test_an_empty_file(rejected: Rejected, tmp_path: Path):
         ([USER], ("no assistant",)),
     ],
 )
-def test_a_wrong_row(rejected: Rejected, tmp_path: Path, key: str, row: Any, facts: tuple[str, ...]):
-    message = rejected(**{key: rows(tmp_path, [USER, ASSISTANT], row)})
+def test_invalid_row_raises_an_error_with_file_line_and_reason(
+    rejected: Rejected, tmp_path: Path, key: str, row: Any, facts: tuple[str, ...]
+):
+    message = rejected(**{key: write_rows(tmp_path, [USER, ASSISTANT], row)})
     assert message.startswith("1 of 2 rows ")
     (line,) = [line for line in message.splitlines() if line.startswith(f"{tmp_path}/rows.jsonl:2: ")]
     assert_names(line, *facts)
     assert "bad_rows: skip" in message.splitlines()[-1]
 
 
-def test_a_row_over_context_length(rejected: Rejected, tmp_path: Path):
+def test_too_long_row_raises_an_error_with_the_limit_and_the_options(rejected: Rejected, tmp_path: Path):
     long = [USER, {"role": "assistant", "content": "1 2 3 " * 500}]
-    message = rejected(train_path=rows(tmp_path, [USER, ASSISTANT], long), long_rows="error")
+    message = rejected(train_path=write_rows(tmp_path, [USER, ASSISTANT], long), long_rows="error")
     assert_names(message, "long_rows", "256 tokens", f"{tmp_path}/rows.jsonl:2: ")
     assert_names(message, "context_length", "truncate", "drop")
 
 
-def test_no_row_that_fits(rejected: Rejected):
+def test_context_length_that_no_row_fits_is_an_error(rejected: Rejected):
     message = rejected(context_length=4)
     assert_names(message, "4 tokens", "40 rows", "context_length")
 
@@ -288,7 +299,7 @@ def test_no_row_that_fits(rejected: Rejected):
         ),
     ],
 )
-def test_a_hub_that_cannot_be_reached(rejected: Rejected, key: str, uri: str, advice: str):
+def test_unreachable_hub_raises_an_error_with_advice(rejected: Rejected, key: str, uri: str, advice: str):
     message = rejected(**{key: uri})
     assert_names(message, f"{uri}: ", "Hugging Face")
     assert advice in message
@@ -297,21 +308,23 @@ def test_a_hub_that_cannot_be_reached(rejected: Rejected, key: str, uri: str, ad
 # --- Models -----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_weights(rejected: Rejected, damaged_model: Path):
+def test_model_without_weights_raises_an_error_with_the_expected_files(
+    rejected: Rejected, damaged_model: Path
+):
     (damaged_model / "model.safetensors").unlink()
     message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "no weights", "*.safetensors")
 
 
-def test_a_model_with_pickled_weights_only(rejected: Rejected, damaged_model: Path):
+def test_model_with_only_pickled_weights_is_an_error(rejected: Rejected, damaged_model: Path):
     (damaged_model / "model.safetensors").rename(damaged_model / "pytorch_model.bin")
     message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "pytorch_model.bin", "safetensors")
 
 
-def test_cut_off_weights(rejected: Rejected, damaged_model: Path):
+def test_truncated_weights_raise_an_error_with_both_sizes(rejected: Rejected, damaged_model: Path):
     weights = damaged_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     message = rejected(model_id=str(damaged_model))
@@ -319,7 +332,9 @@ def test_cut_off_weights(rejected: Rejected, damaged_model: Path):
     assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
 
 
-def test_cut_off_weights_in_a_bucket(rejected: Rejected, damaged_model: Path, bucket_uri: str):
+def test_truncated_weights_in_a_bucket_raise_an_error_with_both_sizes(
+    rejected: Rejected, damaged_model: Path, bucket_uri: str
+):
     weights = damaged_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     store = open_store(f"{bucket_uri}/model")
@@ -329,7 +344,9 @@ def test_cut_off_weights_in_a_bucket(rejected: Rejected, damaged_model: Path, bu
     assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
 
 
-def test_a_model_without_tokenizer(rejected: Rejected, damaged_model: Path):
+def test_model_without_tokenizer_raises_an_error_with_the_expected_files(
+    rejected: Rejected, damaged_model: Path
+):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (damaged_model / name).unlink()
     message = rejected(model_id=str(damaged_model))
@@ -338,28 +355,32 @@ def test_a_model_without_tokenizer(rejected: Rejected, damaged_model: Path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"added_tokens": [], "model": {"type": "x"}}'])
-def test_a_damaged_tokenizer(rejected: Rejected, damaged_model: Path, content: str):
+def test_damaged_tokenizer_raises_an_error_with_its_model(
+    rejected: Rejected, damaged_model: Path, content: str
+):
     (damaged_model / "tokenizer.json").write_text(content)
     message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "tokenizer", "loaded (")
 
 
-def test_a_model_without_chat_template(rejected: Rejected, damaged_model: Path):
+def test_model_without_chat_template_raises_an_error_with_alternatives(
+    rejected: Rejected, damaged_model: Path
+):
     (damaged_model / "chat_template.jinja").unlink()
     message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "no chat template", "chat_template", "prompt_template")
 
 
-def test_a_model_that_transformers_does_not_know(rejected: Rejected, damaged_model: Path):
+def test_unknown_model_type_raises_an_error_with_the_type(rejected: Rejected, damaged_model: Path):
     (damaged_model / "config.json").write_text('{"model_type": "nonesuch"}')
     message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, "transformers", "config.json", "`nonesuch`")
 
 
-def test_an_adapter_given_as_the_model(rejected: Rejected, tmp_path: Path):
+def test_adapter_as_model_id_raises_an_error_with_the_adapter_key(rejected: Rejected, tmp_path: Path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     message = rejected(model_id=str(tmp_path / "adapter"))
@@ -367,19 +388,19 @@ def test_an_adapter_given_as_the_model(rejected: Rejected, tmp_path: Path):
     assert_names(message, "config.json is missing", "adapter_config.json", "initial_adapter_model_ckpt_path")
 
 
-def test_a_model_given_as_the_adapter(rejected: Rejected, tiny_model: Path):
+def test_model_as_adapter_raises_an_error_with_the_model_key(rejected: Rejected, tiny_model: Path):
     message = rejected(initial_adapter_model_ckpt_path=str(tiny_model))
     assert message.startswith(f"adapter {tiny_model}: adapter_config.json ")
     assert_names(message, "initial_base_model_ckpt_path")
 
 
-def test_a_run_that_is_not_there(rejected: Rejected):
+def test_unknown_run_raises_an_error_with_storage_path(rejected: Rejected):
     message = rejected(initial_adapter_model_ckpt_path="run:nothing")
     assert message.startswith("run:nothing: ")
     assert_names(message, "no run", "storage_path")
 
 
-def test_a_checkpoint_that_was_never_committed(rejected: Rejected, tiny_model: Path):
+def test_resuming_from_an_uncommitted_checkpoint_is_an_error(rejected: Rejected, tiny_model: Path):
     message = rejected(resume_from_checkpoint=str(tiny_model))
     assert message.startswith(f"{tiny_model}: ")
     assert_names(message, "no MANIFEST.json", "result.json")
@@ -388,7 +409,7 @@ def test_a_checkpoint_that_was_never_committed(rejected: Rejected, tiny_model: P
 # --- Settings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_is_not_there(rejected: Rejected):
+def test_missing_gpu_raises_an_error_with_alternatives(rejected: Rejected):
     message = rejected(device="cuda", variables={"CUDA_VISIBLE_DEVICES": ""})
     assert message.startswith("device: cuda")
     assert_names(message, "no CUDA device", "device: cpu", "RAY_ADDRESS")
@@ -398,21 +419,21 @@ def test_a_gpu_that_is_not_there(rejected: Rejected):
     ("resource", "planned", "needed"),
     [("accelerator_type:H100", ("H100", "79.0 GiB"), "H100"), ("GPU", ("cuda", "2 workers"), "CUDA device")],
 )
-def test_a_requested_gpu_can_be_planned_but_not_trained_without_one(
+def test_requested_gpu_can_be_planned_but_not_trained_without_one(
     resource: str, planned: tuple[str, ...], needed: str, tiny_model: Path, tmp_path: Path
 ):
-    asks = {"device": "auto", "worker_resources": {resource: 0.001}, "num_devices": 2}
-    config = config_file(tmp_path, tiny_model, **asks)
+    settings = {"device": "auto", "worker_resources": {resource: 0.001}, "num_devices": 2}
+    config = config_file(tmp_path, tiny_model, **settings)
     no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
-    dry = run_main_quickly(config, "--dry-run", variables=no_gpu)
-    assert dry.exit_code == 0, dry.errors
-    assert_names(dry.output, *planned)
+    dry_run = run_main_quickly(config, "--dry-run", variables=no_gpu)
+    assert dry_run.exit_code == 0, dry_run.errors
+    assert_names(dry_run.output, *planned)
     message = message_of(run_main_quickly(config, variables=no_gpu))
     assert_names(message, f"2 x {needed}", "0 CUDA devices", "RAY_ADDRESS")
     assert not (tmp_path / "runs" / "config").exists()
 
 
-def test_a_default_length_is_a_warning(tiny_model: Path, tmp_path: Path):
+def test_default_training_length_is_a_warning(tiny_model: Path, tmp_path: Path):
     planned = run_main_quickly(config_file(tmp_path, tiny_model, num_epochs=None), "--dry-run", "--json")
     assert planned.exit_code == 0, planned.errors
     report = planned.result
@@ -422,20 +443,20 @@ def test_a_default_length_is_a_warning(tiny_model: Path, tmp_path: Path):
     assert_names(warning, "max_steps", "min_update_steps", f"{epochs} epochs", "100 steps")
 
 
-def test_attention_that_torchs_kernels_cannot_compute_is_a_warning(tmp_path: Path):
+def test_attention_without_a_torch_kernel_is_a_warning(tmp_path: Path):
     gemma = make_model(tmp_path / "gemma", kind=Gemma2Config, head_dim=16, query_pre_attn_scalar=16)
     planned = run_main_quickly(config_file(tmp_path, gemma), "--dry-run", "--json")
     assert planned.exit_code == 0, planned.errors
     assert sum("attention" in warning and "torch" in warning for warning in planned.result["warnings"]) == 1
 
 
-def test_an_unknown_key(rejected: Rejected, tmp_path: Path):
+def test_unknown_key_raises_an_error_with_line_and_nearest_key(rejected: Rejected, tmp_path: Path):
     message = rejected(epochs=3)
     assert message.startswith(f"{tmp_path}/config.yaml:9: `epochs` ")
     assert_names(message, "`num_epochs`?")
 
 
-def test_a_deepspeed_file_that_does_not_exist(rejected: Rejected, tmp_path: Path):
+def test_missing_deepspeed_file_raises_an_error_with_its_path(rejected: Rejected, tmp_path: Path):
     message = rejected(deepspeed={"config_path": str(tmp_path / "ds.json")})
     assert message.startswith(f"deepspeed: {tmp_path}/ds.json ")
     assert_names(message, "not exist", "preset")
@@ -454,7 +475,7 @@ def test_a_deepspeed_file_that_does_not_exist(rejected: Rejected, tmp_path: Path
         ('{"optimizer": {}}', ("`optimizer`", "YAML")),
     ],
 )
-def test_a_deepspeed_file_that_cannot_be_used(
+def test_invalid_deepspeed_file_raises_an_error_with_path_and_reason(
     rejected: Rejected, tmp_path: Path, content: str, facts: tuple[str, ...]
 ):
     (tmp_path / "ds.json").write_text(content)
@@ -463,8 +484,8 @@ def test_a_deepspeed_file_that_cannot_be_used(
     assert_names(message, *facts)
 
 
-def test_with_json_an_error_prints_no_json(rejected: Rejected, tmp_path: Path):
-    assert f"{tmp_path}/rows.jsonl:1: " in rejected("--json", train_path=rows(tmp_path, "{bad"))
+def test_error_with_json_option_prints_no_json(rejected: Rejected, tmp_path: Path):
+    assert f"{tmp_path}/rows.jsonl:1: " in rejected("--json", train_path=write_rows(tmp_path, "{bad"))
 
 
 @pytest.mark.parametrize(
@@ -478,20 +499,20 @@ def test_with_json_an_error_prints_no_json(rejected: Rejected, tmp_path: Path):
     ],
     ids=str,
 )
-def test_an_empty_argument_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]):
-    """It would mean the working directory, or nothing."""
+def test_empty_argument_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    """An empty path would mean the working directory."""
     assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert_names(said.err, "argument", "empty", "variable")
-    assert said.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert_names(captured.err, "argument", "empty", "variable")
+    assert captured.err.count("\n") == 1
 
 
-# --- Real starts of the interpreter: what the others leave out ------------------------------------------------------
+# --- In a new Python process; the tests above fork from one with imported packages -----------------------------------
 
 
-def test_an_unknown_option(tiny_model: Path, tmp_path: Path):
+def test_unknown_option_raises_an_error_with_the_nearest_option(tiny_model: Path, tmp_path: Path):
     finished = run_main(config_file(tmp_path, tiny_model), "--dryrun")
     assert (finished.exit_code, finished.output) == (2, "")
     assert len(finished.errors.splitlines()) == 1
@@ -499,8 +520,8 @@ def test_an_unknown_option(tiny_model: Path, tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_error_in_the_data_is_reported_before_a_cluster_starts(tiny_model: Path, tmp_path: Path):
-    config = config_file(tmp_path, tiny_model, valid_path=rows(tmp_path, [USER]))
+def test_data_error_is_reported_before_a_cluster_starts(tiny_model: Path, tmp_path: Path):
+    config = config_file(tmp_path, tiny_model, valid_path=write_rows(tmp_path, [USER]))
     finished = run_main(config, "--json")
     assert_names(message_of(finished), f"{tmp_path}/rows.jsonl:1: ", "no assistant")
     assert "workers" not in finished.errors
@@ -514,7 +535,9 @@ def test_an_error_in_the_data_is_reported_before_a_cluster_starts(tiny_model: Pa
         (99999, ("127.0.0.1:99999", "65535")),
     ],
 )
-def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path, port: int, facts: tuple[str, ...]):
+def test_unreachable_cluster_raises_an_error_with_its_address(
+    tiny_model: Path, tmp_path: Path, port: int, facts: tuple[str, ...]
+):
     config = config_file(tmp_path, tiny_model)
     cluster = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     finished = run_main(config, "--json", "device=cpu", variables=cluster, timeout=60)
@@ -524,8 +547,8 @@ def test_a_cluster_that_does_not_answer(tiny_model: Path, tmp_path: Path, port: 
     assert not (tmp_path / "runs").exists()
 
 
-def on_a_disk_of_300_kb(directory: Path, config: Path) -> Finished:
-    """Run main.py --dry-run where `directory` is a disk of its own, which only that process sees."""
+def dry_run_on_300_kb_disk(directory: Path, config: Path) -> Finished:
+    """Run main.py --dry-run with a file system of 300 kB mounted at `directory`, visible only to that process."""
     directory.mkdir()
     require_small_disks(directory)
     done = subprocess.run(
@@ -539,22 +562,24 @@ def on_a_disk_of_300_kb(directory: Path, config: Path) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def test_a_disk_that_is_too_small_for_the_model(tiny_model: Path, tmp_path: Path, bucket_uri: str):
+def test_disk_too_small_for_the_model_raises_an_error_with_output_dir(
+    tiny_model: Path, tmp_path: Path, bucket_uri: str
+):
     store = open_store(f"{bucket_uri}/model")
     upload_directory(tiny_model, store, "", [path.name for path in tiny_model.iterdir()])
     config = config_file(
         tmp_path, tiny_model, model_id=f"{bucket_uri}/model", output_dir=str(tmp_path / "small")
     )
-    message = message_of(on_a_disk_of_300_kb(tmp_path / "small", config))
+    message = message_of(dry_run_on_300_kb_disk(tmp_path / "small", config))
     assert message.startswith(f"model {bucket_uri}/model: ")
     assert_names(message, f"{tmp_path}/small ", "KiB", "output_dir")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_disk_that_is_too_small_for_the_tokens(tiny_model: Path, tmp_path: Path):
+def test_disk_too_small_for_the_tokens_raises_an_error_with_output_dir(tiny_model: Path, tmp_path: Path):
     write_data(tmp_path, train_rows=1500)
     config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))
-    message = message_of(on_a_disk_of_300_kb(tmp_path / "small", config))
+    message = message_of(dry_run_on_300_kb_disk(tmp_path / "small", config))
     assert message.startswith(f"{tmp_path}/train.jsonl: ")
     assert_names(message, f"{tmp_path}/small/", "output_dir")
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""main.py runs, show and compare: their output for runs in every state, their requests to the bucket, their errors."""
+"""Tests of main.py runs, show and compare: output for runs in every state, requests to the bucket, and errors."""
 
 import json
 import os
@@ -39,26 +39,27 @@ from utils.storage.bucket import Store, join_uri, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 PNG = b"\x89PNG\r\n"
-Look = Callable[..., Finished]
+RunCommand = Callable[..., Finished]
 
 
 @pytest.fixture
-def look(tmp_path: Path) -> Look:
-    """Run main.py with these arguments."""
+def run_command(tmp_path: Path) -> RunCommand:
+    """Return a function that runs main.py with its arguments."""
     return lambda *arguments, **variables: run_command_quickly(
-        arguments, tmp_path / "said.txt", variables=variables
+        arguments, tmp_path / "command.txt", variables=variables
     )
 
 
 @pytest.fixture(params=["s3", "local"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """Where runs are."""
+    """Return an empty storage for runs: in a bucket, then in a local directory."""
     return open_store(
         request.getfixturevalue("bucket_uri") if request.param == "s3" else str(tmp_path / "runs")
     )
 
 
-def write_in_every_state(storage: Store) -> None:
+def write_runs_in_every_state(storage: Store) -> None:
+    """Write a run in each state, named after it, and an object that belongs to no run."""
     losses = eval_losses(2.0, 1.5, 1.75)
     for status, hours in (("completed", 3), ("stopped", 50), ("failed", 4)):
         uri = storage.uri_of(f"is-{status}")
@@ -67,8 +68,8 @@ def write_in_every_state(storage: Store) -> None:
         )
     write_run(storage, "is-running", losses, result=None)
     write_claim(storage, "is-running")
-    again = result_of(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
-    write_run(storage, "is-running-again", losses, result=again)
+    previous = result_of(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
+    write_run(storage, "is-running-again", losses, result=previous)
     write_claim(storage, "is-running-again", number=2)
     write_run(storage, "is-interrupted", losses, result=None)
     write_run(storage, "is-damaged", losses, result=None)
@@ -77,9 +78,9 @@ def write_in_every_state(storage: Store) -> None:
     storage.write("prepared/0123/data.arrow", b"no run")
 
 
-def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
-    write_in_every_state(storage)
-    finished = look("runs", storage.uri, "--json")
+def test_runs_lists_every_run_with_its_status(storage: Store, run_command: RunCommand):
+    write_runs_in_every_state(storage)
+    finished = run_command("runs", storage.uri, "--json")
     assert finished.exit_code == 0, finished.errors
     (line,) = finished.output.splitlines()
     listed = {run["run_name"]: run for run in json.loads(line)}
@@ -101,19 +102,21 @@ def test_every_run_is_listed_as_it_stands(storage: Store, look: Look):
     assert listed["is-stopped"]["reason"] == "SIGTERM"
     assert f"{listed['is-damaged']['run_uri']}/{RESULT_FILE} " in listed["is-damaged"]["reason"]
     assert listed["is-stopped"]["age_seconds"] == pytest.approx(50 * 3600, abs=600)
-    assert list(listed)[-3:] == ["is-failed", "is-stopped", "is-damaged"], "those heard of last come first"
+    assert list(listed)[-3:] == ["is-failed", "is-stopped", "is-damaged"], (
+        "the runs with the latest activity come first"
+    )
 
-    finished = look("runs", storage.uri)
+    finished = run_command("runs", storage.uri)
     assert finished.exit_code == 0, finished.errors
     heading, *names = [line.split()[0] for line in finished.output.splitlines()]
     assert heading == "run"
     assert sorted(names) == sorted(listed)
-    assert names[-4:] == list(listed)[-4:], "those heard of hours apart"
+    assert names[-4:] == list(listed)[-4:], "the ages of these runs differ by hours"
     (stopped,) = [line.split() for line in finished.output.splitlines() if line.startswith("is-stopped")]
     assert stopped == ["is-stopped", "stopped", "1.5000", "20", "2", "days", "SIGTERM"]
 
 
-def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
+def test_run_with_an_expired_lease_is_interrupted(tmp_path: Path):
     storage = open_store(str(tmp_path))
     write_run(storage, "lost", eval_losses(2.0), result=None)
     write_claim(storage, "lost")
@@ -125,7 +128,7 @@ def test_a_run_whose_claim_has_expired_is_interrupted(tmp_path: Path):
     assert run.age_seconds == pytest.approx(2 * LEASE_EXPIRES_SECONDS, abs=20)
 
 
-def test_a_run_whose_driver_was_killed_on_this_machine_is_interrupted_at_once(tmp_path: Path):
+def test_run_of_a_killed_local_driver_is_interrupted_at_once(tmp_path: Path):
     storage = open_store(str(tmp_path))
     write_run(storage, "a", eval_losses(2.0), result=None)
     driver = subprocess.Popen(["sleep", "60"])
@@ -133,11 +136,15 @@ def test_a_run_whose_driver_was_killed_on_this_machine_is_interrupted_at_once(tm
     write_claim(storage, "a", machine=this_machine(), process=driver.pid, process_started=started)
     long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
     os.utime(tmp_path / "a" / lease_key(1), (long_ago, long_ago))
-    assert [run.status for run in list_runs(storage.uri)] == ["running"], "the kernel is asked first"
+    assert [run.status for run in list_runs(storage.uri)] == ["running"], (
+        "a live process on this machine counts more than an expired lease"
+    )
     driver.kill()
     os.utime(tmp_path / "a" / lease_key(1))
     _wait_for_zombie(driver.pid)
-    assert [run.status for run in list_runs(storage.uri)] == ["interrupted"], "nobody has collected it yet"
+    assert [run.status for run in list_runs(storage.uri)] == ["interrupted"], (
+        "a zombie process counts as dead"
+    )
     driver.wait()
     assert [run.status for run in list_runs(storage.uri)] == ["interrupted"]
 
@@ -147,14 +154,14 @@ def _wait_for_zombie(process: int) -> None:
         time.sleep(0.01)
 
 
-def test_an_interrupted_attempt_counts_and_not_the_result_of_the_one_before(tmp_path: Path):
+def test_interrupted_attempt_overrides_the_previous_result(tmp_path: Path):
     storage = open_store(str(tmp_path))
     losses = eval_losses(2.0, 1.5)
-    before = result_of(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
-    write_run(storage, "a", losses, result=before)
+    previous = result_of(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
+    write_run(storage, "a", losses, result=previous)
     assert read_run(storage.uri_of("a")).status == "stopped"
     long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
-    for since, status in ((before.ended, "stopped"), (now_as_text(), "interrupted")):
+    for since, status in ((previous.ended, "stopped"), (now_as_text(), "interrupted")):
         write_claim(storage, "a", since=since)
         os.utime(tmp_path / "a" / lease_key(1), (long_ago, long_ago))
         run = read_run(storage.uri_of("a"))
@@ -166,7 +173,7 @@ def now_as_text() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def test_a_claim_that_cannot_be_read_is_damage(tmp_path: Path):
+def test_unreadable_lease_marks_the_run_as_damaged(tmp_path: Path):
     storage = open_store(str(tmp_path))
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
     storage.write(f"a/{lease_key(1)}", b"{")
@@ -176,39 +183,39 @@ def test_a_claim_that_cannot_be_read_is_damage(tmp_path: Path):
     assert "delete" in run.reason
 
 
-def test_a_thousand_runs_are_a_request_each(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
-    """However many checkpoints they have; those that are not completed are a few more."""
-    completed, unfinished, held_lease = 1000, 10, 5
+def test_listing_sends_one_request_per_completed_run(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
+    """Checkpoints add no requests; an unfinished run adds a few."""
+    completed, unfinished, leased = 1000, 10, 5
     uri = join_uri(reach_as_a_user(monkeypatch, bucket, "a-thousand-runs"), "runs")
     storage, losses = open_store(uri), eval_losses(2.0, 1.0)
     result = result_of(storage.uri_of("run"), losses).model_dump_json().encode()
     files = {f"run-{number:04d}/{RESULT_FILE}": result for number in range(completed)}
     files |= {f"run-0000/{checkpoint_key(step, 'model.safetensors')}": b"w" for step in range(1200)}
-    files |= {f"left-{number}/{METRICS_FILE}": b"" for number in range(unfinished)}
-    files |= {f"left-{number}/config.yaml": b"" for number in range(unfinished)}
+    files |= {f"unfinished-{number}/{METRICS_FILE}": b"" for number in range(unfinished)}
+    files |= {f"unfinished-{number}/config.yaml": b"" for number in range(unfinished)}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: storage.write(*item), files.items()))
-    for number in range(held_lease):
-        write_claim(storage, f"left-{number}")
+    for number in range(leased):
+        write_claim(storage, f"unfinished-{number}")
     with bucket_proxy(bucket.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        began = time.monotonic()
+        started = time.monotonic()
         runs = list_runs(uri)
-        print(f"\n{len(runs)} runs in {time.monotonic() - began:.2f} s, {len(proxy.requests)} requests")
+        print(f"\n{len(runs)} runs in {time.monotonic() - started:.2f} s, {len(proxy.requests)} requests")
     assert sum(run.status == "completed" for run in runs) == completed
-    assert sum(run.status == "interrupted" for run in runs) == unfinished - held_lease
-    assert sum(run.status == "running" for run in runs) == held_lease
-    about_the_place = 3 + 2  # is it there, may it be read; two pages of names
-    assert len(proxy.requests) <= about_the_place + completed + 4 * unfinished + held_lease
+    assert sum(run.status == "interrupted" for run in runs) == unfinished - leased
+    assert sum(run.status == "running" for run in runs) == leased
+    fixed_requests = 3 + 2  # checks that the storage exists and is readable; two pages of names
+    assert len(proxy.requests) <= fixed_requests + completed + 4 * unfinished + leased
     read = [request.path for request in proxy.downloads("a-thousand-runs")]
     assert not [path for path in read if "checkpoints" in path]
 
 
-def test_a_run_is_shown_in_full(storage: Store, look: Look):
+def test_show_prints_result_config_losses_checkpoints_and_damage(storage: Store, run_command: RunCommand):
     losses = eval_losses(2.0, 1.5)
     result = result_of(storage.uri_of("a"), losses, hours_ago=5)
     uri = write_run(storage, "a", losses, result=result)
-    shown = look("show", uri, "--json").result
+    shown = run_command("show", uri, "--json").result
     assert shown["result"] == result.model_dump()
     assert shown["config"]["model_id"] == "some/model"
     assert shown["eval_losses"] == [loss.model_dump() for loss in losses]
@@ -219,8 +226,8 @@ def test_a_run_is_shown_in_full(storage: Store, look: Look):
     assert shown["train_loss"] == pytest.approx(1.6)
 
     storage.delete([f"a/{checkpoint_key(10, 'model.safetensors')}"])
-    assert len(look("show", uri, "--json").result["damage"]) == 1
-    said = look("show", uri).output
+    assert len(run_command("show", uri, "--json").result["damage"]) == 1
+    output = run_command("show", uri).output
     for part in (
         uri,
         "completed",
@@ -230,36 +237,38 @@ def test_a_run_is_shown_in_full(storage: Store, look: Look):
         "5 h ago",
         "1.6000",
     ):
-        assert part in said
-    assert re.search(r"checkpoints/step-000010/model\.safetensors .*bytes", said)
+        assert part in output
+    assert re.search(r"checkpoints/step-000010/model\.safetensors .*bytes", output)
 
 
 @pytest.mark.parametrize("status", ["completed", "stopped", "failed", "running", "interrupted"])
 def test_show_prints_how_to_resume_a_run(tmp_path: Path, status: Any):
     storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
-    has_ended = status in ("completed", "stopped", "failed")
-    result = result_of(storage.uri_of("a"), losses, status=status) if has_ended else None
+    has_result = status in ("completed", "stopped", "failed")
+    result = result_of(storage.uri_of("a"), losses, status=status) if has_result else None
     uri = write_run(storage, "a", losses, result=result)
     if status == "running":
         write_claim(storage, "a")
     console = Console(file=StringIO(), width=1000)
     show_run(console, read_run(uri))
-    said = console.file.getvalue()
-    assert ("same command" in said) == (status not in ("completed", "running"))
+    output = console.file.getvalue()
+    assert ("same command" in output) == (status not in ("completed", "running"))
     resume = f"resume_from_checkpoint: {uri}/checkpoints/step-000000"
-    assert (resume in said) == (status != "running")
+    assert (resume in output) == (status != "running")
 
 
-def test_run_names_are_looked_for_where_runs_go_by_default(look: Look, bucket_uri: str):
+def test_run_names_resolve_in_the_default_storage_path(run_command: RunCommand, bucket_uri: str):
     losses = eval_losses(2.0)
     storage = open_store(join_uri(bucket_uri, "anneal"))
     uri = write_run(storage, "a", losses, result=result_of(storage.uri_of("a"), losses))
-    assert look("show", "run:a", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result["run_uri"] == uri
-    listed = look("runs", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result
+    assert (
+        run_command("show", "run:a", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result["run_uri"] == uri
+    )
+    listed = run_command("runs", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result
     assert [run["run_uri"] for run in listed] == [uri]
 
 
-def test_a_closed_pipe_ends_the_output_without_an_error(tmp_path: Path):
+def test_closed_pipe_ends_the_output_without_an_error(tmp_path: Path):
     write_run(open_store(str(tmp_path / "runs")), "a", eval_losses(2.0), result=None)
     config = write_yaml(tmp_path / "a.yaml", {"model_id": "a", "train_path": "b.jsonl"})
     for arguments in (["runs", str(tmp_path / "runs")], [str(config), "--print-config"]):
@@ -271,10 +280,12 @@ def test_a_closed_pipe_ends_the_output_without_an_error(tmp_path: Path):
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
+def test_compare_reports_differing_keys_and_best_losses(
+    storage: Store, run_command: RunCommand, tmp_path: Path
+):
     adapter = {"lora_config": {"r": 8, "lora_alpha": 16}}
     one = write_run(storage, "one", eval_losses(2.0, 1.5), result=None, run_name="one", **adapter)
-    assert "warning" not in look("compare", one, "--picture", str(tmp_path / "one.png")).output
+    assert "warning" not in run_command("compare", one, "--picture", str(tmp_path / "one.png")).output
     other = eval_losses(2.0, 1.25, 1.0)
     two = write_run(
         storage,
@@ -285,45 +296,45 @@ def test_runs_are_compared(storage: Store, look: Look, tmp_path: Path):
         learning_rate=2e-4,
     )
     picture = tmp_path / "both.png"
-    finished = look("compare", one, two, "--picture", str(picture), "--json")
+    finished = run_command("compare", one, two, "--picture", str(picture), "--json")
     assert finished.exit_code == 0, finished.errors
     assert finished.result["differences"] == {"learning_rate": [1e-4, 2e-4], "lora_config.r": [8, 16]}
     assert [run["best_eval_loss"] for run in finished.result["runs"]] == [1.5, 1.0]
     both = picture.read_bytes()
     assert both.startswith(PNG)
 
-    said = look("compare", one, two, "--picture", str(picture)).output
-    rows = {line.split("   ")[0].strip(): line.split()[-2:] for line in said.splitlines() if line}
+    output = run_command("compare", one, two, "--picture", str(picture)).output
+    rows = {line.split("   ")[0].strip(): line.split()[-2:] for line in output.splitlines() if line}
     assert rows["best eval loss"] == ["1.5000", "1.0000"]
     assert rows["lora_config.r"] == ["8", "16"]
     assert rows["curves"][-1] == str(picture)
-    look("compare", one, "--picture", str(picture))
-    assert picture.read_bytes() not in (b"", both), "each run has a curve"
+    run_command("compare", one, "--picture", str(picture))
+    assert picture.read_bytes() not in (b"", both), "the picture has a curve per run"
 
 
-def test_compare_warns_about_runs_evaluated_on_other_rows(look: Look, tmp_path: Path):
+def test_compare_warns_about_runs_evaluated_on_different_rows(run_command: RunCommand, tmp_path: Path):
     storage = open_store(str(tmp_path / "runs"))
     first = {"valid_path": "a.jsonl", "lora_config": {"r": 8}}
-    then = {"valid_path": "b.jsonl", "initial_adapter_model_ckpt_path": "run:a"}
+    second = {"valid_path": "b.jsonl", "initial_adapter_model_ckpt_path": "run:a"}
     a = write_run(storage, "a", eval_losses(2.0), result=None, **first)
-    b = write_run(storage, "b", eval_losses(1.0), result=None, **then)
+    b = write_run(storage, "b", eval_losses(1.0), result=None, **second)
     unevaluated = write_run(storage, "c", [], result=None)
     picture = str(tmp_path / "picture.png")
-    said = look("compare", a, b, "--picture", picture).output
-    (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
+    output = run_command("compare", a, b, "--picture", picture).output
+    (warning,) = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert warning.endswith(": valid_path")
-    rows = [" ".join(line.split()) for line in said.splitlines()]
+    rows = [" ".join(line.split()) for line in output.splitlines()]
     assert "initial_adapter_model_ckpt_path - run:a" in rows
     assert [row for row in rows if row.startswith("lora_config.r 8 ") and "parent" in row]
-    assert "warning" not in look("compare", a, unevaluated, "--picture", picture).output
-    finished = look("compare", a, b, "--picture", picture, "--json")
+    assert "warning" not in run_command("compare", a, unevaluated, "--picture", picture).output
+    finished = run_command("compare", a, b, "--picture", picture, "--json")
     assert finished.result["incomparable_by"] == ["valid_path"]
 
 
-def test_runs_without_an_eval_loss_have_no_picture(look: Look, tmp_path: Path):
+def test_compare_without_eval_losses_writes_no_picture(run_command: RunCommand, tmp_path: Path):
     run = write_run(open_store(str(tmp_path)), "a", [], result=None)
     picture = tmp_path / "none.png"
-    finished = look("compare", run, run, "--picture", str(picture))
+    finished = run_command("compare", run, run, "--picture", str(picture))
     assert finished.exit_code == 0, finished.errors
     assert "no run has an eval loss" in finished.output
     assert not picture.exists()
@@ -350,85 +361,93 @@ def error_of(finished: Finished) -> str:
     ],
     ids=str,
 )
-def test_a_wrong_command_line_names_the_argument(look: Look, arguments: list[str], fact: str):
-    assert_names(error_of(look(*arguments)), fact)
+def test_invalid_command_line_raises_an_error_with_the_argument(
+    run_command: RunCommand, arguments: list[str], fact: str
+):
+    assert_names(error_of(run_command(*arguments)), fact)
 
 
 @pytest.mark.parametrize("command", ["runs", "show", "compare"])
-def test_a_place_where_nothing_is(look: Look, storage: Store, command: str):
+def test_uri_without_runs_is_an_error(run_command: RunCommand, storage: Store, command: str):
     nowhere = storage.uri_of("nowhere")
-    assert nowhere in error_of(look(command, nowhere))
+    assert nowhere in error_of(run_command(command, nowhere))
     storage.write("else/where.txt", b"no run")
-    message = error_of(look(command, storage.uri))
+    message = error_of(run_command(command, storage.uri))
     assert message.startswith(f"{storage.uri}: ")
     assert "no run" in message
 
 
-def test_a_run_where_runs_are_to_be_listed(look: Look, storage: Store):
+def test_listing_a_single_run_raises_an_error_with_the_show_command(run_command: RunCommand, storage: Store):
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
-    assert f"main.py show {uri}" in error_of(look("runs", uri))
-    message = error_of(look("runs", "run:a"))
+    assert f"main.py show {uri}" in error_of(run_command("runs", uri))
+    message = error_of(run_command("runs", "run:a"))
     assert message.startswith("run:a ")
     assert "main.py show run:a" in message
 
 
-def test_an_unknown_name_raises_an_error_with_what_exists(look: Look, storage: Store):
+def test_unknown_run_or_checkpoint_raises_an_error_with_a_listing_command(
+    run_command: RunCommand, storage: Store
+):
     write_run(storage, "first", eval_losses(2.0), result=None)
-    assert_names(error_of(look("show", "first")), "first: ", "run:first?")
-    assert_names(error_of(look("show", "run:")), "run:NAME")
+    assert_names(error_of(run_command("show", "first")), "first: ", "run:first?")
+    assert_names(error_of(run_command("show", "run:")), "run:NAME")
     nope = storage.uri_of("nope")
     for command in ("show", "compare", "export"):
-        message = error_of(look(command, nope))
+        message = error_of(run_command(command, nope))
         assert message.startswith(f"{nope}: ")
         assert_names(message, "run", f"`main.py runs {storage.uri}`")
     checkpoint = storage.uri_of("first/checkpoints/step-000077")
-    message = error_of(look("export", checkpoint))
+    message = error_of(run_command("export", checkpoint))
     assert message.startswith(f"{checkpoint}: ")
     assert_names(message, "checkpoint", f"`main.py show {storage.uri_of('first')}`")
 
 
 @pytest.mark.parametrize(("word", "command"), [("shwo", "show"), ("run", "runs"), ("exprot", "export")])
-def test_a_command_that_is_misspelt(look: Look, word: str, command: str):
-    assert_names(error_of(look(word, "run:a", "--json")), word, f"main.py {command}?")
-    assert f"main.py {command}" not in error_of(look(f"{word}.yaml"))
+def test_misspelt_command_raises_an_error_with_the_nearest_command(
+    run_command: RunCommand, word: str, command: str
+):
+    assert_names(error_of(run_command(word, "run:a", "--json")), word, f"main.py {command}?")
+    assert f"main.py {command}" not in error_of(run_command(f"{word}.yaml"))
 
 
-def test_a_damaged_run(look: Look, storage: Store):
+def test_damaged_file_of_a_run_raises_an_error_with_its_uri(run_command: RunCommand, storage: Store):
     uri = write_run(storage, "a", eval_losses(2.0), result=None)
     storage.write(f"a/{CONFIG_FILE}", b":::{")
-    not_yaml_of_ours = error_of(look("show", uri))
-    assert_names(not_yaml_of_ours, f"{uri}/{CONFIG_FILE} ", "configuration")
+    message = error_of(run_command("show", uri))
+    assert_names(message, f"{uri}/{CONFIG_FILE} ", "configuration")
     storage.write(f"a/{CONFIG_FILE}", b"a: [")
-    assert_names(error_of(look("show", uri)), f"{uri}/{CONFIG_FILE} ", "YAML")
+    assert_names(error_of(run_command("show", uri)), f"{uri}/{CONFIG_FILE} ", "YAML")
     storage.write(f"a/{METRICS_FILE}", b'{"step": 1}\n{"st')
-    assert f"{uri}/{METRICS_FILE} " in error_of(look("show", uri))
+    assert f"{uri}/{METRICS_FILE} " in error_of(run_command("show", uri))
 
 
 @pytest.mark.parametrize("command", ["runs", "show", "compare"])
-def test_no_credentials(look: Look, bucket: EmbeddedBucket, tmp_path: Path, command: str):
+def test_missing_credentials_raise_an_error_with_the_variable(
+    run_command: RunCommand, bucket: EmbeddedBucket, tmp_path: Path, command: str
+):
     variables = {
         "AWS_ENDPOINT_URL_S3": bucket.endpoint,
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
         "HOME": str(tmp_path),
     }
-    message = error_of(look(command, "s3://some-bucket/runs", **variables))
+    message = error_of(run_command(command, "s3://some-bucket/runs", **variables))
     assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID")
 
 
 @pytest.mark.parametrize("command", ["runs", "show", "compare"])
-def test_no_network(look: Look, command: str):
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
+def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, command: str):
+    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
+        port = closed_soon.getsockname()[1]
     variables = {
         "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
     }
-    message = error_of(look(command, "s3://some-bucket/runs", **variables))
+    message = error_of(run_command(command, "s3://some-bucket/runs", **variables))
     assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")
 
 
-def test_a_picture_that_cannot_be_written(look: Look, tmp_path: Path):
+def test_unwritable_picture_raises_an_error_with_its_path(run_command: RunCommand, tmp_path: Path):
     run = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
@@ -438,6 +457,6 @@ def test_a_picture_that_cannot_be_written(look: Look, tmp_path: Path):
         "a.txt": ".png",
         "full": f"{tmp_path}/full/comparison.png",
     }.items():
-        message = error_of(look("compare", run, "--picture", f"{tmp_path}/{name}"))
+        message = error_of(run_command("compare", run, "--picture", f"{tmp_path}/{name}"))
         assert_names(message, f"{tmp_path}/{name}: ", fact)
     assert not (tmp_path / "new").exists()

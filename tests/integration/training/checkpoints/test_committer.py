@@ -1,4 +1,4 @@
-"""How checkpoints come to exist and go: in the background, once, on a real S3 server that is slow or forgets to answer."""
+"""Tests of the commit, retention and deletion of checkpoints on a real S3 server that stalls, fails or loses responses."""
 
 import os
 import secrets
@@ -37,155 +37,161 @@ BUCKET = "commits"
 
 @pytest.fixture
 def run_uri(request: pytest.FixtureRequest, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run in a bucket that is reached as a user's is, by us or, where a test asks for it, through fsspec."""
+    """Return the URI of a run in a user's bucket, accessed with our S3 client or, if a test requests it, through fsspec."""
     reach = getattr(request, "param", reach_as_a_user)
     return f"{reach(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
 
 
-by_both_ways = pytest.mark.parametrize(
+with_both_clients = pytest.mark.parametrize(
     "run_uri", [reach_as_a_user, reach_through_fsspec], ids=["s3", "s3fs"], indirect=True
 )
 
 
 @contextmanager
-def behind(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, *faults: Fault) -> Iterator[BucketProxy]:
+def behind_proxy(
+    bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, *faults: Fault
+) -> Iterator[BucketProxy]:
+    """Send S3 requests through a proxy with these faults within the block."""
     with bucket_proxy(bucket.endpoint, *faults) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         yield proxy
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.endpoint)
 
 
-def nobody(owner: str) -> None:
-    raise AssertionError(f"waits for {owner}")
+def fail_if_waiting(owner: str) -> None:
+    raise AssertionError(f"the driver waits for {owner}")
 
 
-def saved(directory: Path, step: int, eval_loss: float | None = None) -> SavedCheckpoint:
-    place = directory / f"checkpoint-{step}"
-    (place / "shards").mkdir(parents=True)
-    (place / "model.safetensors").write_bytes(os.urandom(100_000))
-    (place / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
-    told = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
-    return SavedCheckpoint(place, manifest_of(step, float(step), eval_loss), "{}\n", told)
+def save_locally(directory: Path, step: int, eval_loss: float | None = None) -> SavedCheckpoint:
+    """Write random checkpoint files for a step; return them as a saved checkpoint."""
+    checkpoint = directory / f"checkpoint-{step}"
+    (checkpoint / "shards").mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(os.urandom(100_000))
+    (checkpoint / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
+    committed = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
+    return SavedCheckpoint(checkpoint, manifest_of(step, float(step), eval_loss), "{}\n", committed)
 
 
-def undescribed(directory: Path, state: object) -> SavedCheckpoint:
-    raise AssertionError(f"{directory}: these tests describe their checkpoints themselves")
+def fail_if_described(directory: Path, state: object) -> SavedCheckpoint:
+    raise AssertionError(f"{directory}: these tests describe their checkpoints without the context")
 
 
-def committer_of(
+def make_committer(
     store: Store,
     lease: Lease,
     *,
     keep: int = 1,
     on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None,
 ) -> CheckpointCommitter:
-    context = CommitContext(store, lease, ALONE, keep, describe=undescribed, report=on_commit)
+    context = CommitContext(store, lease, ALONE, keep, describe=fail_if_described, report=on_commit)
     return CheckpointCommitter(context, reading.committed(store))
 
 
 @contextmanager
-def commits_of(
+def committer_with_lease(
     store: Store, *, keep: int = 1, on_commit: Callable[[CheckpointCommitted], None] = lambda committed: None
 ) -> Iterator[CheckpointCommitter]:
+    """Hold the lease of a run and commit checkpoints under it within the block."""
     with (
-        held_lease(store, waiting=nobody) as lease,
-        committer_of(store, lease, keep=keep, on_commit=on_commit) as commits,
+        held_lease(store, waiting=fail_if_waiting) as lease,
+        make_committer(store, lease, keep=keep, on_commit=on_commit) as committer,
     ):
-        yield commits
+        yield committer
 
 
-def steps(store: Store) -> list[int]:
+def committed_steps(store: Store) -> list[int]:
     return [manifest.step for manifest in reading.committed(store)]
 
 
-def test_training_continues_during_an_upload_and_waits_only_for_the_previous_one(
+def test_save_waits_only_for_the_previous_upload(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """An upload that hangs for a while: saving returns, the next save waits for it, both are committed at the end."""
-    stalled = Fault("stall", method="PUT", key="model.safetensors", times=1, seconds=3)
-    told: list[int] = []
-    with behind(bucket, monkeypatch, stalled):
+    stall = Fault("stall", method="PUT", key="model.safetensors", times=1, seconds=3)
+    reported_steps: list[int] = []
+    with behind_proxy(bucket, monkeypatch, stall):
         store = open_store(run_uri)
-        with commits_of(store, keep=2, on_commit=lambda committed: told.append(committed.step)) as commits:
-            commits.start(saved(tmp_path, 1))
-            assert told == [] and steps(store) == [], "it is still on its way, and nobody sees it"
-            commits.check()
-            commits.start(saved(tmp_path, 2))
-            assert told == [1], "the second waits for the first"
-        assert stalled.struck == 1
-    assert told == [1, 2]
-    assert steps(open_store(run_uri)) == [1, 2]
-    assert list(tmp_path.iterdir()) == [], "nothing is left on the node"
+        with committer_with_lease(
+            store, keep=2, on_commit=lambda committed: reported_steps.append(committed.step)
+        ) as committer:
+            committer.start(save_locally(tmp_path, 1))
+            assert reported_steps == [] and committed_steps(store) == [], "the upload still hangs"
+            committer.check()
+            committer.start(save_locally(tmp_path, 2))
+            assert reported_steps == [1], "the second save waits for the first commit"
+        assert stall.struck == 1
+    assert reported_steps == [1, 2]
+    assert committed_steps(open_store(run_uri)) == [1, 2]
+    assert list(tmp_path.iterdir()) == [], "a committed checkpoint is deleted from the node"
 
 
-def test_losses_are_recorded_ahead_of_a_checkpoint_which_has_the_last_word(run_uri: str, tmp_path: Path):
+def test_checkpoint_overwrites_losses_recorded_before_it(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     log = [{"loss": 1.5, "step": 1, "epoch": 0.5}, {"train_runtime": 2.0, "step": 1}]
-    with commits_of(store) as commits:
-        commits.record(log)
+    with committer_with_lease(store) as committer:
+        committer.record(log)
     assert [(line.step, line.loss) for line in reading.read_metrics(store)] == [(1, 1.5)]
-    assert steps(store) == []
-    with commits_of(store) as commits:
-        commits.record(log)
-        commits.start(saved(tmp_path, 2))
-    assert store.read(METRICS_FILE) == b"{}\n", "as the checkpoint was saved with"
+    assert committed_steps(store) == []
+    with committer_with_lease(store) as committer:
+        committer.record(log)
+        committer.start(save_locally(tmp_path, 2))
+    assert store.read(METRICS_FILE) == b"{}\n", "the metrics of the checkpoint replace the recorded losses"
 
 
-def test_losses_that_cannot_be_recorded_cost_nothing(
+def test_failed_record_of_losses_does_not_fail_a_commit(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    refused = Fault("refuse", method="PUT", key=METRICS_FILE, status=403, code="AccessDenied", times=1)
-    with behind(bucket, monkeypatch, refused):
+    rejection = Fault("refuse", method="PUT", key=METRICS_FILE, status=403, code="AccessDenied", times=1)
+    with behind_proxy(bucket, monkeypatch, rejection):
         store = open_store(run_uri)
-        with commits_of(store) as commits:
-            commits.record([{"loss": 1.5, "step": 1}])
-            commits.start(saved(tmp_path, 2))
-        assert refused.struck == 1
-    assert steps(open_store(run_uri)) == [2]
+        with committer_with_lease(store) as committer:
+            committer.record([{"loss": 1.5, "step": 1}])
+            committer.start(save_locally(tmp_path, 2))
+        assert rejection.struck == 1
+    assert committed_steps(open_store(run_uri)) == [2]
 
 
-def test_an_upload_that_fails_ends_the_run_at_its_next_step(
+def test_failed_upload_raises_its_error_at_the_next_check(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    refused = Fault("refuse", method="PUT", key="optimizer.pt", status=403, code="AccessDenied")
-    with behind(bucket, monkeypatch, refused):
+    rejection = Fault("refuse", method="PUT", key="optimizer.pt", status=403, code="AccessDenied")
+    with behind_proxy(bucket, monkeypatch, rejection):
         store = open_store(run_uri)
-        with pytest.raises(BucketError, match=r"optimizer\.pt"), commits_of(store) as commits:
-            commits.start(saved(tmp_path, 1))
+        with pytest.raises(BucketError, match=r"optimizer\.pt"), committer_with_lease(store) as committer:
+            committer.start(save_locally(tmp_path, 1))
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
-                commits.check()
+                committer.check()
                 time.sleep(0.05)
-            pytest.fail("the failure never came out")
-    assert steps(open_store(run_uri)) == []
+            pytest.fail("check() raised no error within 60 s")
+    assert committed_steps(open_store(run_uri)) == []
 
 
-def test_an_answer_that_is_lost_does_not_cost_the_checkpoint(
+def test_lost_response_to_the_manifest_write_does_not_fail_the_commit(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """The manifest is written, its answer never comes, and sent again it is in its own way."""
-    lost = Fault("lose", method="PUT", key=MANIFEST_FILE, times=1)
-    with behind(bucket, monkeypatch, lost):
+    """The retry of the conditional write finds the manifest that the first request stored."""
+    lost_response = Fault("lose", method="PUT", key=MANIFEST_FILE, times=1)
+    with behind_proxy(bucket, monkeypatch, lost_response):
         store = open_store(run_uri)
-        with commits_of(store) as commits:
-            commits.start(saved(tmp_path, 1))
-        assert lost.struck == 1
-    assert steps(open_store(run_uri)) == [1]
+        with committer_with_lease(store) as committer:
+            committer.start(save_locally(tmp_path, 1))
+        assert lost_response.struck == 1
+    assert committed_steps(open_store(run_uri)) == [1]
 
 
-@by_both_ways
-def test_a_step_is_committed_once(run_uri: str, tmp_path: Path):
+@with_both_clients
+def test_second_commit_of_a_step_is_an_error(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with commits_of(store) as commits:
-        commits.start(saved(tmp_path, 1))
-    first = store.read(checkpoint_key(1, MANIFEST_FILE))
-    with pytest.raises(CheckpointError, match="committed by"), commits_of(store) as commits:
-        commits.start(saved(tmp_path, 1))
-    assert store.read(checkpoint_key(1, MANIFEST_FILE)) == first
+    with committer_with_lease(store) as committer:
+        committer.start(save_locally(tmp_path, 1))
+    manifest = store.read(checkpoint_key(1, MANIFEST_FILE))
+    with pytest.raises(CheckpointError, match="committed by"), committer_with_lease(store) as committer:
+        committer.start(save_locally(tmp_path, 1))
+    assert store.read(checkpoint_key(1, MANIFEST_FILE)) == manifest
 
 
-def test_a_full_disk_is_reported_by_every_writer(tmp_path: Path):
-    """Python, safetensors and torch each fail in their own words; other failures keep theirs."""
+def test_every_writer_reports_a_full_disk(tmp_path: Path):
+    """Python, safetensors and torch each raise a different error for a full disk; other errors are passed on unchanged."""
     require_small_disks(tmp_path)
     save = textwrap.dedent(
         """
@@ -210,32 +216,34 @@ def test_a_full_disk_is_reported_by_every_writer(tmp_path: Path):
                 print([path.name for path in directory.iterdir()], error)
         """
     )
-    said = subprocess.run(
+    lines = subprocess.run(
         [*on_a_small_disk(tmp_path, "2m"), sys.executable, "-c", save, str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    full = [line.startswith(f"[] {tmp_path}/checkpoint-1: ") and "2.0 MiB" in line for line in said]
-    assert full == [True, True, True, False, False], said
+    reports_full_disk = [
+        line.startswith(f"[] {tmp_path}/checkpoint-1: ") and "2.0 MiB" in line for line in lines
+    ]
+    assert reports_full_disk == [True, True, True, False, False], lines
 
 
-@by_both_ways
-def test_files_that_are_not_there_are_not_committed(run_uri: str, tmp_path: Path):
+@with_both_clients
+def test_commit_rejects_a_file_whose_size_differs(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    checkpoint = saved(tmp_path, 1)
+    checkpoint = save_locally(tmp_path, 1)
     records = checkpoints.upload_files(store, 1, checkpoint.directory, ["model.safetensors"])
     store.write(checkpoint_key(1, "model.safetensors"), b"another attempt's")
     with pytest.raises(CheckpointError, match=r"model\.safetensors .*\b17 bytes.*\b100000\b"):
         checkpoints.commit(store, checkpoint.manifest.model_copy(update={"files": records}))
-    assert steps(store) == []
+    assert committed_steps(store) == []
 
 
-@by_both_ways
-def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp_path: Path):
+@with_both_clients
+def test_fetch_rejects_weights_that_differ_from_their_manifest(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with commits_of(store) as commits:
-        commits.start(saved(tmp_path / "saved", 1))
+    with committer_with_lease(store) as committer:
+        committer.start(save_locally(tmp_path / "saved", 1))
     checkpoint, weights = store.uri_of("checkpoints/step-000001"), checkpoint_key(1, "model.safetensors")
 
     def fetch(cache: str) -> Path:
@@ -249,40 +257,40 @@ def test_weights_are_compared_with_their_manifest_as_they_come(run_uri: str, tmp
             fetch(cache)
 
 
-def test_partial_files_of_killed_attempts_are_removed_by_the_next_owner(run_uri: str, tmp_path: Path):
+def test_remove_leftovers_deletes_partial_checkpoints_and_uploads(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with commits_of(store) as commits:
-        commits.start(saved(tmp_path, 1))
+    with committer_with_lease(store) as committer:
+        committer.start(save_locally(tmp_path, 1))
     store.write(checkpoint_key(2, "model.safetensors"), b"half a checkpoint")
     store.write(checkpoint_key(3, "model.safetensors"), b"damaged")
     store.write(checkpoint_key(3, MANIFEST_FILE), b"{")
-    upload = _unfinished_upload(run_uri, checkpoint_key(2, "optimizer.pt"))
-    assert upload in _uploads(run_uri)
-    removed = checkpoints.remove_leftovers(store, reading.committed(store))
-    assert removed == [
+    upload = _start_multipart_upload(run_uri, checkpoint_key(2, "optimizer.pt"))
+    assert upload in _multipart_uploads(run_uri)
+    deleted = checkpoints.remove_leftovers(store, reading.committed(store))
+    assert deleted == [
         checkpoint_key(3, MANIFEST_FILE),
         checkpoint_key(2, "model.safetensors"),
         checkpoint_key(3, "model.safetensors"),
     ]
-    assert upload not in _uploads(run_uri)
-    assert steps(store) == [1]
+    assert upload not in _multipart_uploads(run_uri)
+    assert committed_steps(store) == [1]
     assert {item.key.split("/")[1] for item in store.list("checkpoints/")} == {"step-000001"}
 
 
-def test_a_manifest_of_another_step_counts_for_none(run_uri: str, tmp_path: Path):
+def test_manifest_of_another_step_is_reported_as_damage(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with commits_of(store, keep=2) as commits:
+    with committer_with_lease(store, keep=2) as committer:
         for step in (1, 2):
-            commits.start(saved(tmp_path, step))
+            committer.start(save_locally(tmp_path, step))
     store.write(checkpoint_key(2, MANIFEST_FILE), store.read(checkpoint_key(1, MANIFEST_FILE)))
     manifests, damage = reading.survey(store)
     assert [manifest.step for manifest in manifests] == [1]
-    (found,) = damage
-    assert found.startswith(f"{store.uri_of(checkpoint_key(2, MANIFEST_FILE))} ")
-    assert "step 1" in found
+    (message,) = damage
+    assert message.startswith(f"{store.uri_of(checkpoint_key(2, MANIFEST_FILE))} ")
+    assert "step 1" in message
 
 
-def _unfinished_upload(run_uri: str, key: str) -> str:
+def _start_multipart_upload(run_uri: str, key: str) -> str:
     from boto3.session import Session
 
     bucket, _, prefix = run_uri.removeprefix("s3://").partition("/")
@@ -292,7 +300,7 @@ def _unfinished_upload(run_uri: str, key: str) -> str:
     return upload
 
 
-def _uploads(run_uri: str) -> list[str]:
+def _multipart_uploads(run_uri: str) -> list[str]:
     from boto3.session import Session
 
     bucket, _, prefix = run_uri.removeprefix("s3://").partition("/")
@@ -300,113 +308,112 @@ def _uploads(run_uri: str) -> list[str]:
     return [upload["UploadId"] for upload in listing.get("Uploads", [])]
 
 
-@by_both_ways
-def test_the_best_the_latest_and_referenced_checkpoints_are_retained(run_uri: str, tmp_path: Path):
+@with_both_clients
+def test_best_latest_and_referenced_checkpoints_are_retained(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     child_uri = f"{run_uri}-child"
     child = open_store(child_uri)
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
-    with commits_of(store, keep=1) as commits:
-        commits.start(saved(tmp_path, 1, losses[1]))
-        commits.wait()
+    with committer_with_lease(store, keep=1) as committer:
+        committer.start(save_locally(tmp_path, 1, losses[1]))
+        committer.wait()
         checkpoints.mark_in_use(store.uri_of("checkpoints/step-000001"), child_uri)
-        with held_lease(child, waiting=nobody):
+        with held_lease(child, waiting=fail_if_waiting):
             for step in (2, 3):
-                commits.start(saved(tmp_path, step, losses[step]))
-            commits.wait()
-            assert steps(store) == [1, 2, 3]
-        # The child's lease has gone without a result: somebody removed that run.
-        commits.start(saved(tmp_path, 4, losses[4]))
-    assert steps(store) == [2, 4]
+                committer.start(save_locally(tmp_path, step, losses[step]))
+            committer.wait()
+            assert committed_steps(store) == [1, 2, 3]
+        # The child run has neither a lease nor a result, so it counts as deleted.
+        committer.start(save_locally(tmp_path, 4, losses[4]))
+    assert committed_steps(store) == [2, 4]
     assert store.list("used-by/") == []
 
 
 @pytest.mark.parametrize("mark", ["{", CheckpointUse(run_uri="s3://no-such-bucket/x").model_dump_json()])
-def test_a_checkpoint_is_kept_for_a_run_that_cannot_be_looked_at(run_uri: str, tmp_path: Path, mark: str):
+def test_checkpoint_is_retained_for_a_run_that_cannot_be_read(run_uri: str, tmp_path: Path, mark: str):
     store = open_store(run_uri)
-    with commits_of(store, keep=1) as commits:
-        commits.start(saved(tmp_path, 1, 3.0))
-        commits.wait()
+    with committer_with_lease(store, keep=1) as committer:
+        committer.start(save_locally(tmp_path, 1, 3.0))
+        committer.wait()
         store.write(use_key("step-000001", "another"), mark.encode())
         for step in (2, 3):
-            commits.start(saved(tmp_path, step, 1.0 / step))
-    assert steps(store) == [1, 3]
+            committer.start(save_locally(tmp_path, step, 1.0 / step))
+    assert committed_steps(store) == [1, 3]
 
 
-def test_where_every_checkpoint_is_damaged_none_is_removed(run_uri: str, tmp_path: Path):
+def test_restore_deletes_nothing_if_every_checkpoint_is_damaged(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with commits_of(store, keep=2) as commits:
+    with committer_with_lease(store, keep=2) as committer:
         for step in (1, 2):
-            commits.start(saved(tmp_path, step))
+            committer.start(save_locally(tmp_path, step))
     for step in (1, 2):
         store.write(checkpoint_key(step, "model.safetensors"), bytes(100_000))
     before = store.list()
-    told: list[Event] = []
+    events: list[Event] = []
     with (
-        held_lease(store, waiting=nobody) as lease,
+        held_lease(store, waiting=fail_if_waiting) as lease,
         pytest.raises(CheckpointError, match=r"step-000001/model\.safetensors: .*content"),
     ):
-        Restoring(store, lease, None, tmp_path / "restored", ALONE).finish(told.append)
-    (notice,) = told
+        Restoring(store, lease, None, tmp_path / "restored", ALONE).finish(events.append)
+    (notice,) = events
     assert isinstance(notice, Notice)
     assert notice.text.endswith(" " + store.uri_of("checkpoints/step-000001") + ".")
     assert store.uri_of("checkpoints/step-000002") in notice.text
     assert store.list() == before
 
 
-@by_both_ways
-def test_a_driver_whose_claim_was_taken_over_commits_nothing(run_uri: str, tmp_path: Path):
+@with_both_clients
+def test_driver_whose_lease_was_taken_over_commits_nothing(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
-    with held_lease(store, waiting=nobody) as lease:
+    with held_lease(store, waiting=fail_if_waiting) as lease:
         former = Lease.model_validate(lease.model_dump() | {"number": lease.number - 1, "token": "former"})
-        with committer_of(store, former) as commits:
-            commits.record([{"loss": 1.5, "step": 1}])
+        with make_committer(store, former) as committer:
+            committer.record([{"loss": 1.5, "step": 1}])
         assert store.read_if_exists(METRICS_FILE) is None
-        store.write(checkpoint_key(1, "model.safetensors"), b"the new owner's, on its way")
+        store.write(checkpoint_key(1, "model.safetensors"), b"partial upload of the new owner")
         with pytest.raises(LeaseError, match="taken over"):
             Restoring(store, former, None, tmp_path / "restored", ALONE).finish(lambda event: None)
         assert [item.key for item in store.list("checkpoints/")] == [checkpoint_key(1, "model.safetensors")]
         with (
             pytest.raises(LeaseError, match="taken over"),
-            committer_of(store, former) as commits,
+            make_committer(store, former) as committer,
         ):
-            commits.start(saved(tmp_path, 1))
-    assert steps(store) == []
+            committer.start(save_locally(tmp_path, 1))
+    assert committed_steps(store) == []
 
 
-def test_many_checkpoints_leave_nothing_behind(run_uri: str, tmp_path: Path):
-    """Neither threads nor descriptors, nor files on the node, nor objects in the bucket."""
+def test_commits_leak_no_threads_descriptors_objects_or_files(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     process = psutil.Process()
-    first, more = 10, 30
+    warm_up, later = 10, 30
 
-    def held() -> tuple[int, int, int]:
+    def resources() -> tuple[int, int, int]:
         return threading.active_count(), process.num_fds(), len(store.list("checkpoints/"))
 
-    with commits_of(store, keep=1) as commits:
-        for step in range(1, first + 1):
-            commits.start(saved(tmp_path, step))
-        commits.wait()
-        threads, descriptors, objects = held()
-        for step in range(first + 1, first + more + 1):
-            commits.start(saved(tmp_path, step))
-        commits.wait()
-        later_threads, later_descriptors, later_objects = held()
-    # Connections come and go with the pool's threads: what each checkpoint left would make it `more` of them.
-    assert later_threads - threads < more // 2
-    assert later_descriptors - descriptors < more // 2
+    with committer_with_lease(store, keep=1) as committer:
+        for step in range(1, warm_up + 1):
+            committer.start(save_locally(tmp_path, step))
+        committer.wait()
+        threads, descriptors, objects = resources()
+        for step in range(warm_up + 1, warm_up + later + 1):
+            committer.start(save_locally(tmp_path, step))
+        committer.wait()
+        later_threads, later_descriptors, later_objects = resources()
+    # Pool threads open and close connections, so the counts vary. A leak per checkpoint would add `later` of them.
+    assert later_threads - threads < later // 2
+    assert later_descriptors - descriptors < later // 2
     assert later_objects == objects
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_manifest_that_goes_while_the_run_is_looked_at_is_passed_over(
+def test_manifest_deleted_after_the_listing_is_skipped(
     run_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Who trains removes older checkpoints at any time."""
+    """A training driver may delete older checkpoints at any time."""
     store = open_store(run_uri)
-    with commits_of(store, keep=2) as commits:
+    with committer_with_lease(store, keep=2) as committer:
         for step in (1, 2):
-            commits.start(saved(tmp_path, step))
+            committer.start(save_locally(tmp_path, step))
     listed = store.list("checkpoints/")
     store.delete([checkpoint_key(1, MANIFEST_FILE)])
     monkeypatch.setattr(store, "list", lambda prefix: listed)

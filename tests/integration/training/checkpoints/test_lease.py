@@ -1,4 +1,4 @@
-"""One driver at a time trains a run; a dead one's lease expires. On a local directory and on a real S3 server, by two ways."""
+"""Tests that one driver at a time holds the lease of a run, in a local directory and on a real S3 server with both clients."""
 
 import multiprocessing
 import os
@@ -28,25 +28,26 @@ def run_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     server = request.getfixturevalue("bucket")
     if request.param == "s3":
         return request.getfixturevalue("bucket_uri")
-    return f"{reach_through_fsspec(monkeypatch, server, 'claims')}/{tmp_path.name}"
+    return f"{reach_through_fsspec(monkeypatch, server, 'leases')}/{tmp_path.name}"
 
 
-def nobody(owner: str) -> None:
-    raise AssertionError(f"waits for {owner}")
+def fail_if_waiting(owner: str) -> None:
+    raise AssertionError(f"the driver waits for {owner}")
 
 
-def hold(uri: str, ready: Connection) -> None:
+def hold_lease(uri: str, ready: Connection) -> None:
+    """Take the lease in a child process, send it to the parent and hold it."""
     PACKAGES.update([S3_THROUGH_FSSPEC])
-    with held_lease(open_store(uri), waiting=nobody) as lease:
+    with held_lease(open_store(uri), waiting=fail_if_waiting) as lease:
         ready.send(lease.model_dump_json())
         time.sleep(60)
 
 
 def killed_owner(uri: str) -> Lease:
-    """The lease of a driver that took it and was killed."""
+    """Start a driver that takes the lease, kill it, and return its lease."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    owner = spawn.Process(target=hold, args=(uri, sender), daemon=True)
+    owner = spawn.Process(target=hold_lease, args=(uri, sender), daemon=True)
     owner.start()
     lease = Lease.model_validate_json(receiver.recv())
     assert owner.pid is not None
@@ -55,8 +56,8 @@ def killed_owner(uri: str) -> Lease:
     return lease
 
 
-def elsewhere(store: Store) -> Lease:
-    """A lease from another machine, just made."""
+def write_remote_lease(store: Store) -> Lease:
+    """Write a new lease owned by a driver on another machine; return it."""
     lease = Lease(
         number=1,
         token="theirs",
@@ -70,38 +71,38 @@ def elsewhere(store: Store) -> Lease:
     return lease
 
 
-def test_a_second_driver_raises_an_error_with_the_owners_process(run_uri: str):
+def test_second_driver_raises_an_error_with_the_process_of_the_owner(run_uri: str):
     store = open_store(run_uri)
-    with held_lease(store, waiting=nobody) as lease:
+    with held_lease(store, waiting=fail_if_waiting) as lease:
         check_lease(store, lease)
         with (
             pytest.raises(LeaseError, match=rf"process {os.getpid()}\b"),
-            held_lease(store, waiting=nobody),
+            held_lease(store, waiting=fail_if_waiting),
         ):
             pass
         check_lease(store, lease)
-    assert store.list(f"{LEASES}/") == [], "an ended driver leaves nothing"
+    assert store.list(f"{LEASES}/") == [], "a driver deletes its lease when it exits"
 
 
-def test_a_killed_drivers_claim_is_taken_over_and_its_workers_cannot_commit(run_uri: str):
+def test_lease_of_a_killed_driver_is_taken_over_and_becomes_invalid(run_uri: str):
     store = open_store(run_uri)
-    dead = killed_owner(run_uri)
-    with held_lease(store, waiting=nobody) as lease:
-        assert lease.number == dead.number + 1
+    expired = killed_owner(run_uri)
+    with held_lease(store, waiting=fail_if_waiting) as lease:
+        assert lease.number == expired.number + 1
         check_lease(store, lease)
         with pytest.raises(LeaseError, match="taken over"):
-            check_lease(store, dead)
+            check_lease(store, expired)
     with pytest.raises(LeaseError, match="expired"):
-        check_lease(store, dead)
+        check_lease(store, expired)
 
 
-def test_an_owner_elsewhere_that_renews_is_alive(run_uri: str):
+def test_remote_owner_that_renews_its_lease_is_alive(run_uri: str):
     store = open_store(run_uri)
-    lease = elsewhere(store)
-    ended = threading.Event()
+    lease = write_remote_lease(store)
+    stop = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(2):  # S3 tells ages in whole seconds
+        while not stop.wait(2):  # S3 reports ages in whole seconds
             store.write(lease_key(1), lease.model_dump_json().encode())
 
     renewing = threading.Thread(target=renew)
@@ -110,69 +111,69 @@ def test_an_owner_elsewhere_that_renews_is_alive(run_uri: str):
         with pytest.raises(LeaseError, match="ann@elsewhere"), held_lease(store, waiting=lambda owner: None):
             pass
     finally:
-        ended.set()
+        stop.set()
         renewing.join()
 
 
-def test_an_owner_elsewhere_that_stays_silent_expires(run_uri: str, monkeypatch: pytest.MonkeyPatch):
+def test_lease_that_a_remote_owner_does_not_renew_expires(run_uri: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease_module, "LEASE_EXPIRES_SECONDS", 3.0)
     store = open_store(run_uri)
-    theirs = elsewhere(store)
+    remote = write_remote_lease(store)
     waited_for: list[str] = []
     with held_lease(store, waiting=waited_for.append) as lease:
         assert lease.number == 2
         with pytest.raises(LeaseError):
-            check_lease(store, theirs)
+            check_lease(store, remote)
     assert "ann@elsewhere, process 7" in waited_for
 
 
-def test_of_many_at_once_one_takes_it(run_uri: str):
+def test_one_of_many_concurrent_drivers_takes_the_lease(run_uri: str):
     killed_owner(run_uri)
     store = open_store(run_uri)
-    everybody = threading.Barrier(6)
-    ended = threading.Event()
+    barrier = threading.Barrier(6)
+    stop = threading.Event()
 
     def driver(_: int) -> bool:
-        everybody.wait()
+        barrier.wait()
         try:
-            with held_lease(store, waiting=nobody):
-                ended.wait(60)
+            with held_lease(store, waiting=fail_if_waiting):
+                stop.wait(60)
             return True
         except LeaseError:
             return False
 
     with ThreadPoolExecutor(6) as pool:
         results = [pool.submit(driver, number) for number in range(6)]
-        _until(lambda: sum(result.done() for result in results) == 5)
-        ended.set()
+        _wait_until(lambda: sum(result.done() for result in results) == 5)
+        stop.set()
         assert sorted(result.result() for result in results) == [False] * 5 + [True]
 
 
-def test_a_lease_that_was_taken_over_stays_lost(run_uri: str, monkeypatch: pytest.MonkeyPatch):
-    """Its successor has ended and deleted all leases; the former owner must not count as the owner again."""
+def test_lease_that_was_taken_over_stays_invalid(run_uri: str, monkeypatch: pytest.MonkeyPatch):
+    """The successor has exited and deleted all leases; the former owner must not become the owner again."""
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.05)
     store = open_store(run_uri)
-    with held_lease(store, waiting=nobody) as lease:
+    with held_lease(store, waiting=fail_if_waiting) as lease:
         successor = lease.model_copy(update={"number": lease.number + 1, "token": "theirs"})
         store.write(lease_key(successor.number), successor.model_dump_json().encode())
-        _until(lambda: all(thread.name != "lease" for thread in threading.enumerate()))
+        _wait_until(lambda: all(thread.name != "lease" for thread in threading.enumerate()))
         store.delete([lease_key(lease.number), lease_key(successor.number)])
         with pytest.raises(LeaseError, match="taken over"):
             check_lease(store, lease)
 
 
-def _until(condition: Callable[[], bool]) -> None:
+def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "never came"
+        assert time.monotonic() < deadline, "condition not met within 60 s"
         time.sleep(0.05)
 
 
-def test_a_damaged_claim_is_named(bucket: EmbeddedBucket, bucket_uri: str):
+def test_damaged_lease_raises_an_error_with_its_key(bucket: EmbeddedBucket, bucket_uri: str):
     store = open_store(bucket_uri)
     store.write(lease_key(3), b"{")
     with (
         pytest.raises(LeaseError, match=r"/000003\.json .*delete"),
-        held_lease(store, waiting=nobody),
+        held_lease(store, waiting=fail_if_waiting),
     ):
         pass

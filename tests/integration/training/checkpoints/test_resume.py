@@ -1,6 +1,6 @@
-"""A killed run, sent again with the same command, ends as one that was never interrupted, to the last bit.
+"""Tests that a killed run, rerun with the same command, ends bit for bit like an uninterrupted run.
 
-`make test` takes a sample of the grid, `make test-resume` all of it (RESUME_GRID=1).
+`make test` runs a sample of the grid, `make test-resume` all of it (RESUME_GRID=1).
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 
 pytestmark = pytest.mark.timeout(900)
 
-# 5 steps of 8 rows and one of 3: with two workers the second has nothing but padding at the end of an epoch.
+# 5 steps of 8 rows and one of 3: with two workers, the second one gets only padding at the end of an epoch.
 ROWS, ROWS_PER_STEP, STEPS_PER_EPOCH, EPOCHS, INTERVAL = 43, 8, 6, 2, 2
 STEPS = EPOCHS * STEPS_PER_EPOCH
 PACKED_TOKENS = 60
@@ -51,7 +51,7 @@ LORA = {"r": 4, "lora_dropout": DROPOUT}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora_config": LORA},
-    # Matrices large enough for an 8-bit optimizer to hold them in 8 bits.
+    # With r=64, the matrices are large enough for the 8-bit optimizer to store their state in 8 bits.
     "qlora": {"lora_config": LORA | {"r": 64}, "load_in_4bit": True, "optim": "adamw_8bit"},
     "bf16": {"lora_config": LORA, "dtype": "bf16"},
 }
@@ -59,7 +59,7 @@ FIGURES = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate")
 
 
 class Kill(StrEnum):
-    """Where a run is killed; in this order they fit into one epoch."""
+    """A point at which a run is killed; in this order, all points fit into one epoch."""
 
     BEFORE_MANIFEST = "before_manifest"
     AFTER_MANIFEST = "after_manifest"
@@ -78,64 +78,64 @@ STEP_IN_EPOCH = {
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How a run trains."""
+class Setup:
+    """The method, parallelism and rows of a run."""
 
     method: str
     accumulation: int
     workers: int
     parallelism: str
     rows: str = "train"
-    """The file that it trains on; see KEYS."""
+    """Name of the training file; see KEYS."""
 
     def __str__(self) -> str:
         return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}-{self.rows}"
 
     @property
     def model_file(self) -> str:
-        """The checkpoint's weights."""
+        """Name of the file with the weights of a checkpoint."""
         return "model.safetensors" if self.method == "full" else "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One run that is killed at each of these places in an epoch, and sent again after each."""
+    """A run that is killed at each of these points in an epoch and rerun after each kill."""
 
-    shape: Shape
+    setup: Setup
     epoch: int
     kills: tuple[Kill, ...]
 
     def __str__(self) -> str:
-        return f"{self.shape}-epoch_{self.epoch}"
+        return f"{self.setup}-epoch_{self.epoch}"
 
 
 GRID = [
-    Chain(Shape(method, accumulation, workers, parallelism), epoch, tuple(Kill))
+    Chain(Setup(method, accumulation, workers, parallelism), epoch, tuple(Kill))
     for method, accumulation, workers, parallelism, epoch in product(
         ("lora", "full"), (1, 4), (1, 2), ("ddp", "zero_2"), (1, 2)
     )
 ] + [
-    Chain(Shape("qlora", 1, 1, "ddp"), 1, tuple(Kill)),
-    Chain(Shape("qlora", 4, 2, "ddp"), 2, tuple(Kill)),
-    Chain(Shape("bf16", 1, 2, "ddp"), 2, tuple(Kill)),
-    Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, tuple(Kill)),
-    Chain(Shape("lora", 1, 2, "ddp", "pairs"), 2, tuple(Kill)),
-    Chain(Shape("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
+    Chain(Setup("qlora", 1, 1, "ddp"), 1, tuple(Kill)),
+    Chain(Setup("qlora", 4, 2, "ddp"), 2, tuple(Kill)),
+    Chain(Setup("bf16", 1, 2, "ddp"), 2, tuple(Kill)),
+    Chain(Setup("lora", 4, 2, "ddp", "packed"), 2, tuple(Kill)),
+    Chain(Setup("lora", 1, 2, "ddp", "pairs"), 2, tuple(Kill)),
+    Chain(Setup("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
 ]
-FAST = Chain(Shape("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
-"""The one chain that is not marked slow."""
+FAST = Chain(Setup("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
+"""The only chain that is not marked slow."""
 SAMPLE = [
     FAST,
-    Chain(Shape("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
-    Chain(Shape("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP, Kill.MID_SAVE, Kill.MID_UPLOAD)),
+    Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
+    Chain(Setup("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP, Kill.MID_SAVE, Kill.MID_UPLOAD)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
-SABOTAGED = Shape("lora", 1, 1, "ddp")
+SABOTAGED = Setup("lora", 1, 1, "ddp")
 
 
 @dataclass(frozen=True, order=True)
-class Taken:
-    """A row, or a pack of rows, that a worker took for an optimizer step."""
+class ConsumedRow:
+    """A row or pack that a worker consumed in an optimizer step."""
 
     step: int
     rank: int
@@ -143,19 +143,19 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class End:
-    """What a finished run is compared by."""
+class Outcome:
+    """The results of a finished run that are compared."""
 
     figures: list[dict[str, float]]
     weights: dict[str, str]
     optimizer: dict[str, str]
     settings: dict[str, str]
-    ledger: list[Taken]
+    ledger: list[ConsumedRow]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and one model for adapters and one with dropout of its own for full-parameter training."""
+    """Write the data, a model for adapters, and a model with its own dropout for full-parameter training."""
     directory = tmp_path_factory.mktemp("resume")
     make_model(directory / "model")
     shutil.copytree(directory / "model", directory / "model-with-dropout")
@@ -164,19 +164,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(directory, train_rows=ROWS, valid_rows=3)
     train_pairs, _ = write_pairs_of(directory, train_rows=ROWS, valid_rows=3)
     train_pairs.rename(directory / "pairs.jsonl")
-    _write_rows_of_a_length(directory / "packed.jsonl", directory / "model")
+    _write_rows_for_packs_of_two(directory / "packed.jsonl", directory / "model")
     return directory
 
 
-def _write_rows_of_a_length(path: Path, model: Path) -> None:
-    """Rows of which any two fill a sequence of PACKED_TOKENS, and no three: ROWS sequences."""
+def _write_rows_for_packs_of_two(path: Path, model: Path) -> None:
+    """Write 2 * ROWS rows, of which any two but no three fit into PACKED_TOKENS, so that packing gives ROWS sequences."""
     sums = [(10 + row, 99 - row) for row in range(2 * ROWS)]
     chats = [
         [
-            {"role": "user", "content": f"What is {one} + {other}?"},
-            {"role": "assistant", "content": f"It is {one + other}."},
+            {"role": "user", "content": f"What is {left} + {right}?"},
+            {"role": "assistant", "content": f"It is {left + right}."},
         ]
-        for one, other in sums
+        for left, right in sums
     ]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -186,36 +186,36 @@ def _write_rows_of_a_length(path: Path, model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def storage(bucket: EmbeddedBucket) -> Iterator[str]:
-    """A bucket reached as a user's own is, so that a proxy can stand before it."""
+    """Return the URI of a user's bucket, so that its requests can pass through a proxy."""
     with pytest.MonkeyPatch.context() as patch:
         yield reach_as_a_user(patch, bucket, f"resume-{secrets.token_hex(6)}")
 
 
 class Run:
-    """A run of one name, and its attempts so far."""
+    """A run and its attempts so far."""
 
-    def __init__(self, files: Path, storage: str, name: str, shape: Shape):
-        self.shape = shape
-        self.place = files / "attempts" / name
-        self.place.mkdir(parents=True)
+    def __init__(self, files: Path, storage: str, name: str, setup: Setup):
+        self.setup = setup
+        self.directory = files / "attempts" / name
+        self.directory.mkdir(parents=True)
         self.scratch = files / "scratch"
         self.uri = join_uri(storage, name)
         self.name = name
-        self.ledgers: list[list[Taken]] = []
+        self.ledgers: list[list[ConsumedRow]] = []
         self.config = write_yaml(
-            self.place / "run.yaml",
+            self.directory / "run.yaml",
             {
-                "model_id": str(files / ("model-with-dropout" if shape.method == "full" else "model")),
-                "train_path": str(files / f"{shape.rows}.jsonl"),
-                "valid_path": str(files / ("valid-pairs.jsonl" if shape.rows == "pairs" else "valid.jsonl")),
+                "model_id": str(files / ("model-with-dropout" if setup.method == "full" else "model")),
+                "train_path": str(files / f"{setup.rows}.jsonl"),
+                "valid_path": str(files / ("valid-pairs.jsonl" if setup.rows == "pairs" else "valid.jsonl")),
                 "storage_path": storage,
                 "run_name": name,
                 "output_dir": str(self.scratch),
                 "device": "cpu",
                 "dtype": "fp32",
-                "num_devices": shape.workers,
-                "train_batch_size_per_device": ROWS_PER_STEP // shape.accumulation // shape.workers,
-                "gradient_accumulation_steps": shape.accumulation,
+                "num_devices": setup.workers,
+                "train_batch_size_per_device": ROWS_PER_STEP // setup.accumulation // setup.workers,
+                "gradient_accumulation_steps": setup.accumulation,
                 "num_epochs": EPOCHS,
                 "learning_rate": 1e-2,
                 "gradient_checkpointing": False,
@@ -223,36 +223,36 @@ class Run:
                 "num_checkpoints_to_keep": 1,
                 "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": INTERVAL},
             }
-            | METHODS[shape.method]
-            | ({"deepspeed": shape.parallelism} if shape.parallelism != "ddp" else {})
-            | KEYS[shape.rows],
+            | METHODS[setup.method]
+            | ({"deepspeed": setup.parallelism} if setup.parallelism != "ddp" else {})
+            | KEYS[setup.rows],
         )
 
     @property
     def committed_step(self) -> int:
-        """Of the latest checkpoint, 0 when there is none."""
+        """Step of the latest committed checkpoint, or 0."""
         manifests = committed(open_store(self.uri))
         return manifests[-1].step if manifests else 0
 
-    def finish(self, *, sabotage: str = "") -> End:
-        """Send it, and let it train to its end."""
+    def finish(self, *, sabotage: str = "") -> Outcome:
+        """Start an attempt that trains to the end; return the outcome of the run."""
         ledger = self._next_ledger()
         with started(self.config, injection(ledger, sabotage=sabotage)) as job:
             finished = job.end()
         assert finished.exit_code == 0, finished.errors
         assert finished.result["train_steps"] == STEPS
         self.ledgers.append(read_ledger(ledger))
-        return self._end(finished.result["last_checkpoint"])
+        return self._outcome(finished.result["last_checkpoint"])
 
     def kill(self, kill: Kill, step: int, endpoint: str) -> None:
-        """Send it, and kill it with all that it started at one step."""
+        """Start an attempt, and kill it and its child processes at this point of a step."""
         checkpoint = checkpoint_key(step)
         traps = {
-            Kill.MID_UPLOAD: Trap("midway", checkpoint + self.shape.model_file),
+            Kill.MID_UPLOAD: Trap("midway", checkpoint + self.setup.model_file),
             Kill.BEFORE_MANIFEST: Trap("before", checkpoint + MANIFEST_FILE),
             Kill.AFTER_MANIFEST: Trap("after", checkpoint + MANIFEST_FILE),
         }
-        # Steps and saves last milliseconds here: where it would have gone on, it is held until the kill comes.
+        # Steps and saves take milliseconds here, so the attempt is held at this point until it is killed.
         holds = {Kill.AFTER_STEP: f"after_step:{step}", Kill.MID_SAVE: f"in_save:{step}"}
         ledger, trap = self._next_ledger(), traps.get(kill)
         with ExitStack() as stack:
@@ -262,16 +262,16 @@ class Run:
             self._wait_for(kill, step, job, trap)
             job.kill_all()
         if kill is Kill.MID_SAVE:
-            (directory,) = self._saved(step)
+            (directory,) = self._saved_directories(step)
             saved = {path.name for path in directory.iterdir()}
-            assert "trainer_state.json" not in saved, "the save was done"
+            assert "trainer_state.json" not in saved, "the save was complete before the kill"
         self.ledgers.append(read_ledger(ledger))
 
     def stop(self, step: int) -> int:
-        """Send it, and SIGTERM main.py once a step is seen; returns the step of the last checkpoint."""
-        assert step % INTERVAL != 0, "with nothing uncommitted, a run stops at once"
+        """Start an attempt, and send SIGTERM to main.py after a step; return the step of the last checkpoint."""
+        assert step % INTERVAL != 0, "a run without uncommitted steps stops at once"
         ledger = self._next_ledger()
-        # Else these steps of milliseconds would be over before the signal comes.
+        # Steps take milliseconds, so without the hold all would finish before the signal arrives.
         with started(self.config, injection(ledger, hold=f"in_step_until_stop:{step + 1}")) as job:
             job.wait_for_line(f"step {step}/")
             job.process.send_signal(signal.SIGTERM)
@@ -284,55 +284,55 @@ class Run:
         if trap:
             job.wait_until(trap.sprung.is_set, f"{kill} at step {step}")
         elif kill is Kill.MID_SAVE:
-            job.wait_until(lambda: bool(self._saved(step)), f"{kill} at step {step}")
+            job.wait_until(lambda: bool(self._saved_directories(step)), f"{kill} at step {step}")
         else:
             job.wait_for_line(f"step {step}/")
         if not trap:
-            # Steps of milliseconds leave the checkpoint before on its way, which would be lost as well.
+            # Steps take milliseconds: the previous checkpoint may still be uploading and would be lost as well.
             due = (step - 1 if kill is Kill.MID_SAVE else step) // INTERVAL * INTERVAL
             job.wait_until(lambda: self.committed_step >= due, f"the checkpoint of step {due}")
 
-    def _saved(self, step: int) -> list[Path]:
+    def _saved_directories(self, step: int) -> list[Path]:
         return list((self.scratch / "runs" / self.name).glob(f"*/node-0/trainer/checkpoint-{step}"))
 
     def _next_ledger(self) -> Path:
-        return self.place / f"ledger-{len(self.ledgers)}"
+        return self.directory / f"ledger-{len(self.ledgers)}"
 
-    def _end(self, checkpoint: str) -> End:
-        copy = sync_to_node(checkpoint, self.place / "last")
+    def _outcome(self, checkpoint: str) -> Outcome:
+        copy = sync_to_node(checkpoint, self.directory / "last")
         lines = open_store(self.uri).read("metrics.jsonl").decode().splitlines()
-        return End(
+        return Outcome(
             [{name: line[name] for name in FIGURES if name in line} for line in map(json.loads, lines)],
-            digests(load_file(copy / self.shape.model_file)),
+            digests(load_file(copy / self.setup.model_file)),
             digests(optimizer_state(copy)),
-            settings_in(copy),
-            trained(self.ledgers),
+            read_settings(copy),
+            rows_in_weights(self.ledgers),
         )
 
 
 def optimizer_state(checkpoint: Path) -> dict[str, Any]:
-    """Everything the optimizer and the schedule saved: one file of each, or DeepSpeed's, one for each rank."""
+    """Return the saved state of the optimizer and scheduler: one file each, or one DeepSpeed file per rank."""
     paths = [
         path
         for path in sorted(checkpoint.rglob("*.pt"))
         if path.name in ("optimizer.pt", "scheduler.pt") or path.name.endswith("_optim_states.pt")
     ]
     assert any("optim" in path.name for path in paths)
-    # DeepSpeed pickles objects of its own; the file is one that we have just written.
+    # DeepSpeed pickles its own objects. Loading them is safe, because this test wrote the file.
     return {
         str(path.relative_to(checkpoint)): torch.load(path, map_location="cpu", weights_only=False)
         for path in paths
     }
 
 
-def settings_in(checkpoint: Path) -> dict[str, str]:
-    """The files of settings beside the weights, to the letter: all but those that tell when, and how fast."""
+def read_settings(checkpoint: Path) -> dict[str, str]:
+    """Return the text of the JSON files beside the weights, except those that contain times and speeds."""
     timed = (MANIFEST_FILE, "trainer_state.json")
     return {path.name: path.read_text() for path in checkpoint.glob("*.json") if path.name not in timed}
 
 
 def digests(state: Any, name: str = "") -> dict[str, str]:
-    """The sha256 of every tensor and number in nested state, by its path."""
+    """Return the SHA-256 of every tensor and number in nested state, by path."""
     if isinstance(state, Mapping | list | tuple):
         parts = state.items() if isinstance(state, Mapping) else enumerate(state)
         return {
@@ -346,34 +346,34 @@ def digests(state: Any, name: str = "") -> dict[str, str]:
     return {}
 
 
-def read_ledger(directory: Path) -> list[Taken]:
-    """What the workers of one attempt took."""
+def read_ledger(directory: Path) -> list[ConsumedRow]:
+    """Return the rows that the workers of one attempt consumed."""
     lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
-    return [Taken(*map(int, line.split())) for line in lines]
+    return [ConsumedRow(*map(int, line.split())) for line in lines]
 
 
-def first_step(ledger: Sequence[Taken]) -> int:
-    """The step with which an attempt began."""
-    return min(taken.step for taken in ledger)
+def first_step(ledger: Sequence[ConsumedRow]) -> int:
+    """Return the first step of an attempt."""
+    return min(consumed.step for consumed in ledger)
 
 
-def trained(ledgers: Sequence[Sequence[Taken]]) -> list[Taken]:
-    """What is in the weights: of each attempt, its steps before those of the next one that trained."""
-    kept: list[Taken] = []
+def rows_in_weights(ledgers: Sequence[Sequence[ConsumedRow]]) -> list[ConsumedRow]:
+    """Return the rows that the weights contain: those of each attempt before the first step of the next one that trained."""
+    rows: list[ConsumedRow] = []
     for ledger in ledgers:
         if ledger:
-            kept = [taken for taken in kept if taken.step < first_step(ledger)] + list(ledger)
-    return sorted(kept)
+            rows = [consumed for consumed in rows if consumed.step < first_step(ledger)] + list(ledger)
+    return sorted(rows)
 
 
-def wrong_rows(ledger: Sequence[Taken]) -> list[str]:
-    """Rows that an epoch took not once, over all workers."""
+def wrong_rows(ledger: Sequence[ConsumedRow]) -> list[str]:
+    """Return the rows that the workers did not consume exactly once per epoch."""
     wrong = []
     for epoch in range(EPOCHS):
         counts = Counter(
-            taken.row
-            for taken in ledger
-            if (taken.step - 1) // STEPS_PER_EPOCH == epoch and taken.row != PADDING_ROW
+            consumed.row
+            for consumed in ledger
+            if (consumed.step - 1) // STEPS_PER_EPOCH == epoch and consumed.row != PADDING_ROW
         )
         wrong += [
             f"epoch {epoch + 1}: row {row} {counts[row]} times"
@@ -383,35 +383,35 @@ def wrong_rows(ledger: Sequence[Taken]) -> list[str]:
     return wrong
 
 
-def differences(end: End, reference: End) -> list[str]:
-    """In what a run's end is not the other's."""
+def differences(outcome: Outcome, reference: Outcome) -> list[str]:
+    """Return the names of the results that differ between two outcomes."""
     pairs = {
-        "figures": (end.figures, reference.figures),
-        "weights": (end.weights, reference.weights),
-        "optimizer": (end.optimizer, reference.optimizer),
-        "settings": (end.settings, reference.settings),
-        "rows": (end.ledger, reference.ledger),
+        "figures": (outcome.figures, reference.figures),
+        "weights": (outcome.weights, reference.weights),
+        "optimizer": (outcome.optimizer, reference.optimizer),
+        "settings": (outcome.settings, reference.settings),
+        "rows": (outcome.ledger, reference.ledger),
     }
-    return [name for name, (one, other) in pairs.items() if one != other]
+    return [name for name, (left, right) in pairs.items() if left != right]
 
 
 class References:
-    """Each shape's run that nobody interrupts, made once."""
+    """The outcomes of uninterrupted runs, one per setup, trained on first access."""
 
     def __init__(self, files: Path, storage: str):
         self._files = files
         self._storage = storage
-        self._ends: dict[Shape, End] = {}
+        self._outcomes: dict[Setup, Outcome] = {}
 
-    def __getitem__(self, shape: Shape) -> End:
-        if shape not in self._ends:
-            end = Run(self._files, self._storage, f"{shape}-reference", shape).finish()
-            losses = [line["loss"] for line in end.figures if "loss" in line]
+    def __getitem__(self, setup: Setup) -> Outcome:
+        if setup not in self._outcomes:
+            outcome = Run(self._files, self._storage, f"{setup}-reference", setup).finish()
+            losses = [line["loss"] for line in outcome.figures if "loss" in line]
             assert len(losses) == STEPS
-            assert {taken.rank for taken in end.ledger} == set(range(shape.workers))
-            assert wrong_rows(end.ledger) == []
-            self._ends[shape] = end
-        return self._ends[shape]
+            assert {consumed.rank for consumed in outcome.ledger} == set(range(setup.workers))
+            assert wrong_rows(outcome.ledger) == []
+            self._outcomes[setup] = outcome
+        return self._outcomes[setup]
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +424,7 @@ def references(files: Path, storage: str) -> References:
     [pytest.param(chain, marks=[] if chain == FAST else pytest.mark.slow) for chain in CHAINS],
     ids=str,
 )
-def test_a_killed_run_ends_as_if_it_was_not(
+def test_killed_run_ends_bit_for_bit_like_an_uninterrupted_run(
     chain: Chain,
     files: Path,
     storage: str,
@@ -432,63 +432,63 @@ def test_a_killed_run_ends_as_if_it_was_not(
     references: References,
     record_property: Callable[[str, object], None],
 ):
-    """Equal weights, optimizer and figures; each row once an epoch; no kill costs more than an interval."""
-    run = Run(files, storage, str(chain), chain.shape)
+    """Each epoch also consumes each row once, and no kill costs more steps than one checkpoint interval."""
+    run = Run(files, storage, str(chain), chain.setup)
     for kill in chain.kills:
         restored = run.committed_step
         step = (chain.epoch - 1) * STEPS_PER_EPOCH + STEP_IN_EPOCH[kill]
         run.kill(kill, step, bucket.endpoint)
         assert first_step(run.ledgers[-1]) == restored + 1
-        whole_intervals = step - step % INTERVAL
+        last_due = step - step % INTERVAL
         lost = INTERVAL if kill in (Kill.MID_SAVE, Kill.MID_UPLOAD, Kill.BEFORE_MANIFEST) else 0
-        assert run.committed_step == whole_intervals - lost
+        assert run.committed_step == last_due - lost
         assert run.committed_step >= step - INTERVAL
     restored = run.committed_step
-    end = run.finish()
+    outcome = run.finish()
     assert first_step(run.ledgers[-1]) == restored + 1
-    assert differences(end, references[chain.shape]) == []
-    assert wrong_rows(end.ledger) == []
+    assert differences(outcome, references[chain.setup]) == []
+    assert wrong_rows(outcome.ledger) == []
     record_property(KILLS, len(chain.kills))
 
 
 @pytest.fixture(scope="module")
 def stopped(files: Path) -> tuple[Run, int, int]:
-    """A run stopped by SIGTERM in the middle of its second epoch: (run, step seen, step of its last checkpoint)."""
+    """Stop a run by SIGTERM in the middle of its second epoch; return (run, step before the signal, step of the last checkpoint)."""
     run = Run(files, str(files / "stopped"), "stopped", SABOTAGED)
-    seen = STEPS_PER_EPOCH + INTERVAL + 1
-    return run, seen, run.stop(seen)
+    signalled_step = STEPS_PER_EPOCH + INTERVAL + 1
+    return run, signalled_step, run.stop(signalled_step)
 
 
 def copy_of(stopped: Run, files: Path, name: str) -> Run:
-    """The stopped run once more, elsewhere."""
-    run = Run(files, str(files / "stopped"), name, stopped.shape)
+    """Return a copy of the stopped run under another name."""
+    run = Run(files, str(files / "stopped"), name, stopped.setup)
     shutil.copytree(stopped.uri, run.uri)
     run.ledgers = list(stopped.ledgers)
     return run
 
 
 @pytest.mark.slow
-def test_a_stopped_run_loses_at_most_a_step(
+def test_stopped_run_resumes_after_the_step_of_the_signal(
     stopped: tuple[Run, int, int], files: Path, references: References
 ):
-    """The step in which the signal came is the last one; test_run_life stops a run between two intervals."""
-    run, seen, last = stopped
-    assert last == seen + 1
-    continued = copy_of(run, files, "continued")
-    end = continued.finish()
-    assert first_step(continued.ledgers[-1]) == last + 1
-    assert differences(end, references[SABOTAGED]) == []
-    assert wrong_rows(end.ledger) == []
+    """The running step is completed and saved before the run exits; test_run_life stops a run between two intervals."""
+    run, signalled_step, last = stopped
+    assert last == signalled_step + 1
+    resumed = copy_of(run, files, "resumed")
+    outcome = resumed.finish()
+    assert first_step(resumed.ledgers[-1]) == last + 1
+    assert differences(outcome, references[SABOTAGED]) == []
+    assert wrong_rows(outcome.ledger) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["rng", "optimizer", "position"])
-def test_what_is_not_restored_is_noticed(
+def test_comparison_detects_state_that_is_not_restored(
     part: str, stopped: tuple[Run, int, int], files: Path, references: References
 ):
-    """The comparison above fails for a checkpoint of which one part is left out."""
+    """If one part of the checkpoint is not restored, the comparisons above fail."""
     run = copy_of(stopped[0], files, f"without-{part}")
-    end = run.finish(sabotage=part)
-    wrong = set(differences(end, references[SABOTAGED]))
+    outcome = run.finish(sabotage=part)
+    wrong = set(differences(outcome, references[SABOTAGED]))
     assert wrong - {"rows"} == {"figures", "weights", "optimizer"}
-    assert ("rows" in wrong) == (wrong_rows(end.ledger) != []) == (part == "position")
+    assert ("rows" in wrong) == (wrong_rows(outcome.ledger) != []) == (part == "position")

@@ -1,4 +1,4 @@
-"""An untrusted checkpoint may contain anything: no code of it is executed."""
+"""Test that resuming from an untrusted checkpoint executes none of its code."""
 
 import json
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 class Canary:
-    """Unpickled, it leaves a file behind: it could have done anything."""
+    """An object that creates a file when it is unpickled, as a stand-in for any code."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,27 +35,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def settings(files: Path, **more: Any) -> dict[str, Any]:
+def settings(files: Path, **changes: Any) -> dict[str, Any]:
     return tiny_settings(files) | {
         "train_batch_size_per_device": 4,
         "num_epochs": 2,
         "lora_config": {"r": 4},
-        **more,
+        **changes,
     }
 
 
 @pytest.fixture(scope="module")
-def checkpoint_of(files: Path) -> dict[str, Path]:
-    """The last checkpoint of a run, with and without DeepSpeed."""
-    checkpoints = {}
-    for name, more in (("plain", {}), ("zero", {"deepspeed": "zero_2"})):
+def checkpoints(files: Path) -> dict[str, Path]:
+    """Train one run without and one with DeepSpeed; return their last checkpoints."""
+    by_kind = {}
+    for name, changes in (("plain", {}), ("zero", {"deepspeed": "zero_2"})):
         config = write_yaml(
-            files / f"{name}.yaml", settings(files, run_name=name, max_steps=2, num_epochs=None, **more)
+            files / f"{name}.yaml", settings(files, run_name=name, max_steps=2, num_epochs=None, **changes)
         )
         finished = run_main(config, "--json")
         assert finished.exit_code == 0, finished.errors
-        checkpoints[name] = Path(finished.result["last_checkpoint"])
-    return checkpoints
+        by_kind[name] = Path(finished.result["last_checkpoint"])
+    return by_kind
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ def checkpoint_of(files: Path) -> dict[str, Path]:
         ("zero", "*_model_states.pt"),
     ],
 )
-def test_a_pickle_is_not_executed(files: Path, checkpoint_of: dict[str, Path], kind: str, file: str):
-    """Its manifest is in order: whoever can write there can write that as well."""
-    name = f"strangers-{kind}-{file.strip('*_').partition('.')[0]}"
+def test_resume_does_not_execute_a_pickle(files: Path, checkpoints: dict[str, Path], kind: str, file: str):
+    """The manifest matches the planted file, because an attacker who can write the file can write the manifest as well."""
+    name = f"untrusted-{kind}-{file.strip('*_').partition('.')[0]}"
     checkpoint = Path(
-        shutil.copytree(checkpoint_of[kind], files / "runs" / name / "checkpoints" / checkpoint_of[kind].name)
+        shutil.copytree(checkpoints[kind], files / "runs" / name / "checkpoints" / checkpoints[kind].name)
     )
     canary = files / f"{name}.canary"
     (planted,) = checkpoint.rglob(file)
@@ -82,14 +82,14 @@ def test_a_pickle_is_not_executed(files: Path, checkpoint_of: dict[str, Path], k
             record |= {"size": planted.stat().st_size, "checksum": checksum(planted)}
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
 
-    more = {"deepspeed": "zero_2"} if kind == "zero" else {}
+    changes = {"deepspeed": "zero_2"} if kind == "zero" else {}
     config = write_yaml(
         files / f"{name}.yaml",
-        settings(files, run_name=f"on-{name}", resume_from_checkpoint=str(checkpoint), **more),
+        settings(files, run_name=f"on-{name}", resume_from_checkpoint=str(checkpoint), **changes),
     )
     finished = run_main(config, "--json")
-    assert not canary.exists(), "the checkpoint was executed"
+    assert not canary.exists(), "code from the checkpoint was executed"
     assert finished.exit_code == 1
     assert re.search(rf"{re.escape(str(checkpoint))} .*tensors", finished.errors)
     torch.load(planted, weights_only=False)
-    assert canary.exists(), "the canary would have sung"
+    assert canary.exists(), "an unrestricted load executes the planted pickle"

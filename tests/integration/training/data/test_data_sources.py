@@ -1,4 +1,4 @@
-"""Rows from where people keep them: a real S3 server, and what speaks the hub's protocol."""
+"""Tests of data sources on a real S3 server and on a local server that speaks the protocol of the Hugging Face hub."""
 
 import gzip
 import json
@@ -20,13 +20,14 @@ from training.data.sources import find_files
 from utils.storage.bucket import NotFoundError, open_store
 
 
-def lines(*answers: str) -> bytes:
+def jsonl(*answers: str) -> bytes:
+    """Return prompt and completion rows as JSONL."""
     return "".join(
         json.dumps({"prompt": f"What is {answer}?", "completion": answer}) + "\n" for answer in answers
     ).encode()
 
 
-def put(uri: str, objects: dict[str, bytes], directory: Path) -> None:
+def upload_objects(uri: str, objects: dict[str, bytes], directory: Path) -> None:
     for key, content in objects.items():
         path = directory / "object"
         path.write_bytes(content)
@@ -34,20 +35,21 @@ def put(uri: str, objects: dict[str, bytes], directory: Path) -> None:
 
 
 OBJECTS = {
-    "rows/a.jsonl": lines("one", "two", "three"),
-    "rows/deep/er/b.jsonl.gz": gzip.compress(lines("four")),
+    "rows/a.jsonl": jsonl("one", "two", "three"),
+    "rows/deep/er/b.jsonl.gz": gzip.compress(jsonl("four")),
     "rows/notes.md": b"# Notes",
     "rows/_SUCCESS": b"",
-    "rows/_temporary/c.jsonl": lines("five"),
-    "rows-of-others/d.jsonl": lines("six"),
+    "rows/_temporary/c.jsonl": jsonl("five"),
+    "rows-of-others/d.jsonl": jsonl("six"),
     "day-1/e.csv": b"prompt,completion\nWhat is seven?,seven\n",
     "day-2/e.csv": b"prompt,completion\nWhat is eight?,eight\n",
 }
 
 
 @pytest.fixture
-def home(bucket_uri: str, tmp_path: Path) -> str:
-    put(bucket_uri, OBJECTS, tmp_path)
+def data_uri(bucket_uri: str, tmp_path: Path) -> str:
+    """Return the URI of a prefix that contains OBJECTS."""
+    upload_objects(bucket_uri, OBJECTS, tmp_path)
     return bucket_uri
 
 
@@ -69,102 +71,114 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
         ("rows/_temporary/*", ["rows/_temporary/c.jsonl"]),
     ],
 )
-def test_objects_a_prefix_and_a_glob(home: str, path: str, found: list[str]):
-    files = find_files(f"{home}/{path}", 0)
-    assert [file.uri for file in files] == [f"{home}/{key}" for key in found]
+def test_find_files_resolves_objects_prefixes_and_globs(data_uri: str, path: str, found: list[str]):
+    files = find_files(f"{data_uri}/{path}", 0)
+    assert [file.uri for file in files] == [f"{data_uri}/{key}" for key in found]
 
 
-def test_a_missing_object_raises_an_error_with_the_uri(home: str):
-    for path, fact in {"rows/*.parquet": f" {home}/rows", "row": "no such object"}.items():
+def test_missing_object_raises_an_error_with_its_uri(data_uri: str):
+    for path, fact in {"rows/*.parquet": f" {data_uri}/rows", "row": "no such object"}.items():
         with pytest.raises(NotFoundError) as missing:
-            find_files(f"{home}/{path}", 0)
-        assert str(missing.value).startswith(f"{home}/{path}: ")
+            find_files(f"{data_uri}/{path}", 0)
+        assert str(missing.value).startswith(f"{data_uri}/{path}: ")
         assert_names(str(missing.value), fact)
     with pytest.raises(DataError, match=r"bucket.* pattern"):
         find_files("s3://b*/rows.jsonl", 0)
 
 
-def test_another_object_under_the_same_key_is_another_version(home: str, tmp_path: Path):
-    (before,) = find_files(f"{home}/rows/a.jsonl", 0)
-    assert find_files(f"{home}/rows/a.jsonl", 0) == [before]
-    put(home, {"rows/a.jsonl": lines("one", "two", "seven")}, tmp_path)
-    (after,) = find_files(f"{home}/rows/a.jsonl", 0)
+def test_overwritten_object_has_another_version(data_uri: str, tmp_path: Path):
+    (before,) = find_files(f"{data_uri}/rows/a.jsonl", 0)
+    assert find_files(f"{data_uri}/rows/a.jsonl", 0) == [before]
+    upload_objects(data_uri, {"rows/a.jsonl": jsonl("one", "two", "seven")}, tmp_path)
+    (after,) = find_files(f"{data_uri}/rows/a.jsonl", 0)
     assert after.version != before.version
 
 
-def test_rows_are_named_by_their_object(
-    home: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+def test_invalid_row_raises_an_error_with_object_and_line(
+    data_uri: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
-    put(home, {"rows/z.jsonl": lines("nine") + b"{bad\n"}, tmp_path)
-    data = request(f"{home}/rows", f"{home}/day-*/*.csv")
-    with pytest.raises(DataError, match=rf"{home}/rows/z\.jsonl:2: .*JSON"):
+    upload_objects(data_uri, {"rows/z.jsonl": jsonl("nine") + b"{bad\n"}, tmp_path)
+    data = request(f"{data_uri}/rows", f"{data_uri}/day-*/*.csv")
+    with pytest.raises(DataError, match=rf"{data_uri}/rows/z\.jsonl:2: .*JSON"):
         prepare(data, tokenizer, tiny_model, tmp_path / "cache")
 
 
 def test_sources_in_a_bucket_are_mixed_by_weight(
-    home: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+    data_uri: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
-    sources = (f"{home}/rows", f"{home}/day-*/*.csv", f"{home}/rows-of-others/d.jsonl")
+    sources = (f"{data_uri}/rows", f"{data_uri}/day-*/*.csv", f"{data_uri}/rows-of-others/d.jsonl")
     data = request(*sources, weights=(4.0, 2.0, 1.0))
     prepared = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
     assert [(source.rows, source.taken) for source in prepared.summary.sources] == [(4, 4), (2, 2), (1, 1)]
     data = request(*sources, weights=(1.0, 1.0, 5.0))
     mixed = prepare(data, tokenizer, tiny_model, tmp_path / "cache")
     assert [(source.rows, source.taken) for source in mixed.summary.sources] == [(4, 1), (2, 1), (1, 5)]
-    places = [mixed.place(row) for row in range(len(rows_of(mixed)))]
-    assert places[2:] == [f"{home}/rows-of-others/d.jsonl:1"] * 5
-    assert places[0].startswith(f"{home}/rows/")
-    assert places[1].startswith(f"{home}/day-")
+    locations = [mixed.place(row) for row in range(len(rows_of(mixed)))]
+    assert locations[2:] == [f"{data_uri}/rows-of-others/d.jsonl:1"] * 5
+    assert locations[0].startswith(f"{data_uri}/rows/")
+    assert locations[1].startswith(f"{data_uri}/day-")
 
 
-def test_prepared_rows_are_kept_in_the_bucket(
-    home: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+def test_prepared_rows_are_reused_from_the_bucket(
+    data_uri: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
-    """Another driver reads no rows, and another node gets their tokens."""
-    bucket, data = f"{home}/prepared", request(f"{home}/rows")
+    """Another driver reads no source files, and another node fetches the prepared rows."""
+    bucket, data = f"{data_uri}/prepared", request(f"{data_uri}/rows")
     first = prepare_data(data, tokenizer, tiny_model, tmp_path / "driver", bucket=bucket)
     keep_prepared(first, bucket)
-    again = prepare_data(data, tokenizer, tiny_model, tmp_path / "another", bucket=bucket)
-    assert again.summary == first.summary
+    repeated = prepare_data(data, tokenizer, tiny_model, tmp_path / "another", bucket=bucket)
+    assert repeated.summary == first.summary
     assert not (tmp_path / "another" / "data").exists()
     assert rows_of(fetch_prepared(first.key, tmp_path / "worker", bucket)) == rows_of(first)
-    put(home, {"rows/a.jsonl": lines("one")}, tmp_path)
+    upload_objects(data_uri, {"rows/a.jsonl": jsonl("one")}, tmp_path)
     changed = prepare_data(
-        request(f"{home}/rows"), tokenizer, tiny_model, tmp_path / "another", bucket=bucket
+        request(f"{data_uri}/rows"), tokenizer, tiny_model, tmp_path / "another", bucket=bucket
     )
     assert changed.summary.rows == 2
 
 
 def dry_run(directory: Path, tiny_model: Path, **settings: Any) -> Finished:
-    plain = {"model_id": str(tiny_model), "device": "cpu", "output_dir": str(directory / "scratch")}
-    config = write_yaml(directory / "config.yaml", plain | settings)
+    defaults = {"model_id": str(tiny_model), "device": "cpu", "output_dir": str(directory / "scratch")}
+    config = write_yaml(directory / "config.yaml", defaults | settings)
     return run_main_quickly(config, "--dry-run", "--json")
 
 
-def test_the_plan_names_each_source(home: str, tiny_model: Path, tmp_path: Path):
+def test_plan_reports_the_rows_of_each_source(data_uri: str, tiny_model: Path, tmp_path: Path):
     finished = dry_run(
         tmp_path,
         tiny_model,
-        train_path=[{"path": f"{home}/rows", "weight": 3}, {"path": f"{home}/day-*/*.csv", "weight": 3}],
-        valid_path=f"{home}/rows-of-others",
-        storage_path=f"{home}/runs",
+        train_path=[
+            {"path": f"{data_uri}/rows", "weight": 3},
+            {"path": f"{data_uri}/day-*/*.csv", "weight": 3},
+        ],
+        valid_path=f"{data_uri}/rows-of-others",
+        storage_path=f"{data_uri}/runs",
     )
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train"]["sources"] == [
-        {"path": f"{home}/rows", "format": "prompt_completion", "files": 2, "rows": 4, "taken": 3},
-        {"path": f"{home}/day-*/*.csv", "format": "prompt_completion", "files": 2, "rows": 2, "taken": 3},
+        {"path": f"{data_uri}/rows", "format": "prompt_completion", "files": 2, "rows": 4, "taken": 3},
+        {
+            "path": f"{data_uri}/day-*/*.csv",
+            "format": "prompt_completion",
+            "files": 2,
+            "rows": 2,
+            "taken": 3,
+        },
     ]
     assert finished.result["valid"]["rows"] == 1
     (tmp_path / "other").mkdir()
-    nothing = dry_run(
-        tmp_path / "other", tiny_model, train_path=f"{home}/rows/*.parket", storage_path=f"{home}/runs"
+    no_match = dry_run(
+        tmp_path / "other",
+        tiny_model,
+        train_path=f"{data_uri}/rows/*.parket",
+        storage_path=f"{data_uri}/runs",
     )
-    assert nothing.exit_code == 2
-    assert_names(nothing.errors, f"error: train_path: {home}/rows/*.parket: ", "no file")
+    assert no_match.exit_code == 2
+    assert_names(no_match.errors, f"error: train_path: {data_uri}/rows/*.parket: ", "no file")
 
 
-def test_a_dataset_of_the_hub(tiny_model: Path, tmp_path: Path):
-    """As it is served, again from what the first time left here, and where nothing answers."""
+def test_hub_dataset_is_read_online_and_then_from_the_cache(tiny_model: Path, tmp_path: Path):
+    """If the hub is unreachable, the error advises HF_HUB_OFFLINE=1, which reads the cache."""
     settings = {
         "model_id": str(tiny_model),
         "train_path": "hf://datasets/org/rows?split=train[1:]",
@@ -174,16 +188,16 @@ def test_a_dataset_of_the_hub(tiny_model: Path, tmp_path: Path):
     }
     config = write_yaml(tmp_path / "config.yaml", settings)
     cache = {"HF_HOME": str(tmp_path / "hub")}
-    with hub_of("org/rows", {"train.jsonl": lines("one", "two", "three")}) as endpoint:
+    with hub_of("org/rows", {"train.jsonl": jsonl("one", "two", "three")}) as endpoint:
         online = cache | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
         first = run_main(config, "--dry-run", "--json", variables=online)
     assert first.exit_code == 0, first.errors
     assert (first.result["train"]["rows"], first.result["train"]["files"]) == (2, [settings["train_path"]])
     assert COMMIT in {path.name for path in (tmp_path / "hub").rglob("*")}
-    again = run_main(config, "--dry-run", "--json", variables=cache | {"HF_HUB_OFFLINE": "1"})
-    assert again.exit_code == 0, again.errors
-    assert again.result["train"] == first.result["train"]
-    gone = run_main(config, "--dry-run", variables=online)
-    assert gone.exit_code == 2
-    assert "Traceback" not in gone.errors
-    assert_names(gone.errors, f"error: {settings['train_path']}: ", "Hugging Face", "HF_HUB_OFFLINE=1")
+    cached = run_main(config, "--dry-run", "--json", variables=cache | {"HF_HUB_OFFLINE": "1"})
+    assert cached.exit_code == 0, cached.errors
+    assert cached.result["train"] == first.result["train"]
+    unreachable = run_main(config, "--dry-run", variables=online)
+    assert unreachable.exit_code == 2
+    assert "Traceback" not in unreachable.errors
+    assert_names(unreachable.errors, f"error: {settings['train_path']}: ", "Hugging Face", "HF_HUB_OFFLINE=1")

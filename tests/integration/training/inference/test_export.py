@@ -1,4 +1,4 @@
-"""main.py export: what it writes loads in plain transformers and PEFT as the same model, and is never seen half."""
+"""Tests of main.py export: exports load in transformers and PEFT as the same model, and a partial export is never visible."""
 
 import json
 import os
@@ -28,14 +28,14 @@ from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-Use = Callable[..., Finished]
+RunCommand = Callable[..., Finished]
 
 
 @pytest.fixture
-def use(tmp_path: Path) -> Use:
-    """Run main.py with these arguments."""
+def run_command(tmp_path: Path) -> RunCommand:
+    """Return a function that runs main.py with its arguments."""
     return lambda *arguments, **variables: run_command_quickly(
-        arguments, tmp_path / "said.txt", variables=variables
+        arguments, tmp_path / "command.txt", variables=variables
     )
 
 
@@ -51,11 +51,12 @@ def scratch(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def run(storage: Store, tiny_model: Path, scratch: dict[str, str]) -> str:
-    """A run that trained an adapter."""
+    """Store a run that trained an adapter; return its URI."""
     return store_adapter_run(storage, "adapter", tiny_model, LORA, **scratch)
 
 
-def exported_by(finished: Finished) -> Export:
+def parse_export(finished: Finished) -> Export:
+    """Return the export that a successful command printed as JSON."""
     assert finished.exit_code == 0, finished.errors
     (line,) = finished.output.splitlines()
     return Export.model_validate_json(line)
@@ -85,57 +86,64 @@ def adapter_on_base(run: str, model: Path) -> Any:
             "modules_to_save": ["lm_head"],
         },
     ],
-    ids=["lora", "dora", "rslora and a whole head"],
+    ids=["lora", "dora", "rslora with modules_to_save"],
 )
-def test_the_merged_model_is_the_adapter_on_its_base(
-    use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str], lora: dict[str, Any]
+def test_merged_model_equals_the_adapter_on_its_base(
+    run_command: RunCommand,
+    storage: Store,
+    tiny_model: Path,
+    tmp_path: Path,
+    scratch: dict[str, str],
+    lora: dict[str, Any],
 ):
     run = store_adapter_run(storage, "run", tiny_model, lora, **scratch)
     to = tmp_path / "exported"
-    exported = exported_by(use("export", run, "--to", str(to), "--dtype", "fp32", "--json"))
+    exported = parse_export(run_command("export", run, "--to", str(to), "--dtype", "fp32", "--json"))
     merged = AutoModelForCausalLM.from_pretrained(to)
     assert merged.dtype == torch.float32
     expected = logits_of(adapter_on_base(run, tiny_model))
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
     base = logits_of(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
-    assert (base - expected).abs().max() > 0.1, "the adapter does something"
+    assert (base - expected).abs().max() > 0.1, "the adapter changes the logits"
     assert (exported.kind, exported.dtype, exported.uri) == ("merged", "fp32", str(to))
 
 
-def test_an_export_holds_all_that_a_server_needs(use: Use, run: str, tiny_model: Path):
-    exported = exported_by(use("export", run, "--json"))
-    place = Path(exported.uri)
-    assert place == Path(run) / "exports" / "step-000010-merged-bf16"
-    assert json.loads((place / EXPORT_FILE).read_text()) == exported.model_dump()
-    assert {path.name for path in place.iterdir()} == {file.path for file in exported.files} | {EXPORT_FILE}
-    assert all(checksum(place / file.path) == file.checksum for file in exported.files)
-    with safe_open(place / "model.safetensors", "pt") as weights:
+def test_export_contains_everything_that_a_server_needs(run_command: RunCommand, run: str, tiny_model: Path):
+    exported = parse_export(run_command("export", run, "--json"))
+    directory = Path(exported.uri)
+    assert directory == Path(run) / "exports" / "step-000010-merged-bf16"
+    assert json.loads((directory / EXPORT_FILE).read_text()) == exported.model_dump()
+    assert {path.name for path in directory.iterdir()} == {file.path for file in exported.files} | {
+        EXPORT_FILE
+    }
+    assert all(checksum(directory / file.path) == file.checksum for file in exported.files)
+    with safe_open(directory / "model.safetensors", "pt") as weights:
         assert {str(weights.get_tensor(name).dtype) for name in weights.keys()} == {"torch.bfloat16"}  # noqa: SIM118
-    settings = json.loads((place / "config.json").read_text())
+    settings = json.loads((directory / "config.json").read_text())
     assert settings["dtype"] == "bfloat16"
     assert settings["use_cache"] is True
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     original = AutoTokenizer.from_pretrained(tiny_model)
     chat = [{"role": "user", "content": "2 + 2?"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(
         chat, tokenize=False
     )
-    assert GenerationConfig.from_pretrained(place).eos_token_id == tokenizer.eos_token_id
-    card = ModelCard.load(place / "README.md")
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == tokenizer.eos_token_id
+    card = ModelCard.load(directory / "README.md")
     assert (card.data.base_model, card.data.library_name) == (str(tiny_model), "transformers")
-    for said in (
+    for text in (
         "| before the first step | 2.0000 |",
         "after step 10 | 1.5000 |",
         "rows.jsonl",
         "lora_config.r | 4",
     ):
-        assert said in card.text, said
+        assert text in card.text, text
 
 
-def test_generation_config_has_the_end_of_turn_tokens(
-    use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
+def test_generation_config_contains_all_end_of_turn_tokens(
+    run_command: RunCommand, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
 ):
-    """The chat template's end marker, where the base model ends its texts with another token."""
+    """The EOS token of the base model differs from the end-of-turn token of the chat template."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     for name, key, value in (
         ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
@@ -144,15 +152,17 @@ def test_generation_config_has_the_end_of_turn_tokens(
     ):
         (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | {key: value}))
     run = store_adapter_run(storage, "run", model, LORA, **scratch)
-    exported = exported_by(use("export", run, "--json"))
+    exported = parse_export(run_command("export", run, "--json"))
     tokenizer = AutoTokenizer.from_pretrained(exported.uri)
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert sorted(GenerationConfig.from_pretrained(exported.uri).eos_token_id) == sorted(stops)
 
 
-def test_a_whole_model_is_cast(use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]):
+def test_full_parameter_model_is_cast_to_the_requested_dtype(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
     run = store_full_run(storage, "full", tiny_model, **scratch)
-    exported = exported_by(use("export", run, "--dtype", "fp16", "--json"))
+    exported = parse_export(run_command("export", run, "--dtype", "fp16", "--json"))
     assert (exported.kind, exported.dtype) == ("model", "fp16")
     model = AutoModelForCausalLM.from_pretrained(exported.uri)
     assert model.dtype == torch.float16
@@ -162,21 +172,23 @@ def test_a_whole_model_is_cast(use: Use, storage: Store, tiny_model: Path, scrat
         assert torch.equal(ours, theirs.half()), name
 
 
-def test_the_adapter_alone(use: Use, run: str, tiny_model: Path):
-    exported = exported_by(use("export", run, "--no-merge", "--json"))
+def test_no_merge_exports_only_the_adapter(run_command: RunCommand, run: str, tiny_model: Path):
+    exported = parse_export(run_command("export", run, "--no-merge", "--json"))
     assert (exported.kind, exported.dtype) == ("adapter", None)
-    place = Path(exported.uri)
+    directory = Path(exported.uri)
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= {
-        path.name for path in place.iterdir()
+        path.name for path in directory.iterdir()
     }
-    settings = json.loads((place / "adapter_config.json").read_text())
+    settings = json.loads((directory / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny_model)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(base, place)
+    adapted = peft.PeftModel.from_pretrained(base, directory)
     assert torch.equal(logits_of(adapted), logits_of(adapter_on_base(run, tiny_model)))
 
 
-def test_a_merge_takes_one_copy_of_the_model(tiny_model: Path, storage: Store, scratch: dict[str, str]):
+def test_merge_needs_memory_for_one_copy_of_the_model(
+    tiny_model: Path, storage: Store, scratch: dict[str, str]
+):
     from configs.schema import ExportConfig
     from training.inference.checkpoint_model import trained_model
     from training.inference.export import export
@@ -189,11 +201,11 @@ def test_a_merge_takes_one_copy_of_the_model(tiny_model: Path, storage: Store, s
     assert size * 0.9 < memory.peak < size * 1.5
 
 
-def test_a_base_in_4_bits_is_merged_in_16_and_the_card_says_why(
-    use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]
+def test_4_bit_adapter_is_merged_into_16_bit_weights_and_the_card_says_why(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
 ):
     run = store_adapter_run(storage, "run", tiny_model, LORA, load_in_4bit=True, **scratch)
-    exported = exported_by(use("export", run, "--dtype", "fp32", "--json"))
+    exported = parse_export(run_command("export", run, "--dtype", "fp32", "--json"))
     (note,) = exported.notes
     assert "16-bit" in note
     assert note in (Path(exported.uri) / "README.md").read_text()
@@ -202,15 +214,15 @@ def test_a_base_in_4_bits_is_merged_in_16_and_the_card_says_why(
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-# --- Whole or not there -------------------------------------------------------------------------------------------
+# --- Complete or not visible ---------------------------------------------------------------------------------------
 
 
 def test_config_json_and_the_manifest_are_written_last(
-    use: Use, bucket: EmbeddedBucket, run: str, monkeypatch: pytest.MonkeyPatch
+    run_command: RunCommand, bucket: EmbeddedBucket, run: str, monkeypatch: pytest.MonkeyPatch
 ):
-    place = f"{reach_as_a_user(monkeypatch, bucket, 'exports')}/model"
+    uri = f"{reach_as_a_user(monkeypatch, bucket, 'exports')}/model"
     with bucket_proxy(bucket.endpoint) as proxy:
-        exported_by(use("export", run, "--to", place, "--json", AWS_ENDPOINT_URL_S3=proxy.endpoint))
+        parse_export(run_command("export", run, "--to", uri, "--json", AWS_ENDPOINT_URL_S3=proxy.endpoint))
         written = [request.path.rpartition("/")[2] for request in proxy.requests if request.method == "PUT"]
     assert [name for name in written if not name.startswith(".write-probe")][-2:] == [
         "config.json",
@@ -219,38 +231,40 @@ def test_config_json_and_the_manifest_are_written_last(
     assert {"model.safetensors", "tokenizer.json"} <= set(written[:-2])
 
 
-def test_rerun_export_changes_nothing_and_another_export_raises_an_error(use: Use, run: str, tmp_path: Path):
+def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
+    run_command: RunCommand, run: str, tmp_path: Path
+):
     to = tmp_path / "exported"
-    first = exported_by(use("export", run, "--to", str(to), "--json"))
+    first = parse_export(run_command("export", run, "--to", str(to), "--json"))
     before = {path: path.stat().st_mtime_ns for path in to.iterdir()}
-    assert exported_by(use("export", run, "--to", str(to), "--json")) == first
+    assert parse_export(run_command("export", run, "--to", str(to), "--json")) == first
     assert {path: path.stat().st_mtime_ns for path in to.iterdir()} == before
-    other = error_of(use("export", run, "--to", str(to), "--dtype", "fp16"))
-    assert_names(other, f"{to} ", "merged model", "bf16")
+    message = error_of(run_command("export", run, "--to", str(to), "--dtype", "fp16"))
+    assert_names(message, f"{to} ", "merged model", "bf16")
     (to / "tokenizer.json").write_text("{}")
-    assert f"{to}/tokenizer.json: " in error_of(use("export", run, "--to", str(to)))
+    assert f"{to}/tokenizer.json: " in error_of(run_command("export", run, "--to", str(to)))
 
 
-def test_an_export_that_was_cut_off_is_made_whole(use: Use, run: str, tmp_path: Path):
+def test_interrupted_export_is_completed_by_a_rerun(run_command: RunCommand, run: str, tmp_path: Path):
     to = tmp_path / "exported"
-    whole = exported_by(use("export", run, "--to", str(to), "--json"))
+    complete = parse_export(run_command("export", run, "--to", str(to), "--json"))
     (to / EXPORT_FILE).rename(to / "EXPORT.unfinished")
     (to / "model.safetensors").write_bytes(b"half")
-    (to / "model-00001-of-00002.safetensors").write_bytes(b"of other settings")
-    again = exported_by(use("export", run, "--to", str(to), "--json"))
-    by_name = {file.path: file.checksum for file in whole.files}
+    (to / "model-00001-of-00002.safetensors").write_bytes(b"from an export with other settings")
+    again = parse_export(run_command("export", run, "--to", str(to), "--json"))
+    checksums = {file.path: file.checksum for file in complete.files}
     assert {file.path: file.checksum for file in again.files if file.path != "README.md"} == {
-        name: found for name, found in by_name.items() if name != "README.md"
+        name: found for name, found in checksums.items() if name != "README.md"
     }
-    assert {path.name for path in to.iterdir()} == {*by_name, EXPORT_FILE}
-    assert checksum(to / "model.safetensors") == by_name["model.safetensors"]
+    assert {path.name for path in to.iterdir()} == {*checksums, EXPORT_FILE}
+    assert checksum(to / "model.safetensors") == checksums["model.safetensors"]
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------------
 
 
-def converter(directory: Path, code: str) -> dict[str, str]:
-    """Something in llama.cpp's place, and the PATH that it is found on."""
+def install_converter(directory: Path, code: str) -> dict[str, str]:
+    """Write a shell script in place of llama.cpp's converter; return the PATH on which main.py finds it."""
     tool = directory / "tools" / GGUF_TOOL
     tool.parent.mkdir()
     tool.write_text(f"#!/bin/sh\n{code}\n")
@@ -258,18 +272,18 @@ def converter(directory: Path, code: str) -> dict[str, str]:
     return {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
 
 
-def test_gguf_is_made_by_llama_cpp(use: Use, run: str, tmp_path: Path):
-    variables = converter(tmp_path, 'ls "$1"/model.safetensors && echo "$2 $4 $5" > "$3"')
-    exported = exported_by(use("export", run, "--gguf", "--dtype", "fp16", "--json", **variables))
+def test_gguf_file_is_written_by_llama_cpp(run_command: RunCommand, run: str, tmp_path: Path):
+    variables = install_converter(tmp_path, 'ls "$1"/model.safetensors && echo "$2 $4 $5" > "$3"')
+    exported = parse_export(run_command("export", run, "--gguf", "--dtype", "fp16", "--json", **variables))
     assert exported.gguf == "adapter-fp16.gguf"
     assert exported.gguf in {file.path for file in exported.files}
     assert (Path(exported.uri) / exported.gguf).read_text() == "--outfile --outtype f16\n"
 
 
-def test_gguf_without_its_tool_or_with_one_that_fails(use: Use, run: str, tmp_path: Path):
-    assert_names(error_of(use("export", run, "--gguf")), GGUF_TOOL, "PATH")
-    variables = converter(tmp_path, "echo 'Model TinyForCausalLM is not supported' >&2; exit 1")
-    message = error_of(use("export", run, "--gguf", **variables))
+def test_missing_or_failing_gguf_converter_is_an_error(run_command: RunCommand, run: str, tmp_path: Path):
+    assert_names(error_of(run_command("export", run, "--gguf")), GGUF_TOOL, "PATH")
+    variables = install_converter(tmp_path, "echo 'Model TinyForCausalLM is not supported' >&2; exit 1")
+    message = error_of(run_command("export", run, "--gguf", **variables))
     assert_names(message, GGUF_TOOL, "(Model TinyForCausalLM is not supported)")
     assert not (Path(run) / "exports").exists()
 
@@ -285,48 +299,55 @@ def error_of(finished: Finished) -> str:
     return finished.errors.partition("error: ")[2]
 
 
-def test_weights_that_exist_in_4_bits_only(
-    use: Use, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
+def test_merge_into_weights_that_exist_only_in_4_bits_is_an_error(
+    run_command: RunCommand, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
 ):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     run = store_adapter_run(storage, "run", model, LORA, load_in_4bit=True, **scratch)
     settings = json.loads((model / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (model / "config.json").write_text(json.dumps(settings))
-    message = error_of(use("export", run))
+    message = error_of(run_command("export", run))
     assert_names(message, f"model {model}: ", "4 bits")
-    assert exported_by(use("export", run, "--no-merge", "--json")).kind == "adapter"
+    assert parse_export(run_command("export", run, "--no-merge", "--json")).kind == "adapter"
 
 
-def test_an_adapter_that_vllm_does_not_load(
-    use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]
+def test_no_merge_of_an_adapter_that_vllm_cannot_load_is_an_error(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
 ):
     run = store_adapter_run(storage, "run", tiny_model, {**LORA, "use_dora": True}, **scratch)
-    assert_names(error_of(use("export", run, "--no-merge")), "vLLM", "use_dora")
+    assert_names(error_of(run_command("export", run, "--no-merge")), "vLLM", "use_dora")
 
 
-def test_a_whole_model_has_no_adapter(use: Use, storage: Store, tiny_model: Path, scratch: dict[str, str]):
+def test_no_merge_of_a_full_parameter_run_is_an_error(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
     run = store_full_run(storage, "full", tiny_model, **scratch)
-    assert_names(error_of(use("export", run, "--no-merge")), run, "no adapter")
+    assert_names(error_of(run_command("export", run, "--no-merge")), run, "no adapter")
 
 
-def test_a_place_that_holds_something_else(use: Use, run: str, tmp_path: Path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.txt").write_text("mine")
-    message = error_of(use("export", run, "--to", str(tmp_path / "taken")))
-    assert_names(message, str(tmp_path / "taken"), "thesis.txt")
-    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+def test_target_directory_with_other_files_is_an_error(run_command: RunCommand, run: str, tmp_path: Path):
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("mine")
+    message = error_of(run_command("export", run, "--to", str(tmp_path / "occupied")))
+    assert_names(message, str(tmp_path / "occupied"), "thesis.txt")
+    assert [path.name for path in (tmp_path / "occupied").iterdir()] == ["thesis.txt"]
 
 
-def test_a_damaged_checkpoint_or_base(
-    use: Use, storage: Store, tiny_model: Path, run: str, scratch: dict[str, str], tmp_path: Path
+def test_damaged_checkpoint_or_missing_base_raises_an_error_with_its_path(
+    run_command: RunCommand,
+    storage: Store,
+    tiny_model: Path,
+    run: str,
+    scratch: dict[str, str],
+    tmp_path: Path,
 ):
     weights = Path(run) / "checkpoints" / "step-000010" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert_names(error_of(use("export", run)), f"{weights}: ", "content")
-    gone = Path(shutil.copytree(tiny_model, tmp_path / "gone"))
-    run = store_adapter_run(storage, "other", gone, LORA, **scratch)
-    shutil.rmtree(gone)
-    assert str(gone) in error_of(use("export", run))
+    assert_names(error_of(run_command("export", run)), f"{weights}: ", "content")
+    deleted_model = Path(shutil.copytree(tiny_model, tmp_path / "deleted"))
+    run = store_adapter_run(storage, "other", deleted_model, LORA, **scratch)
+    shutil.rmtree(deleted_model)
+    assert str(deleted_model) in error_of(run_command("export", run))

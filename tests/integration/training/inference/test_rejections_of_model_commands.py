@@ -1,4 +1,4 @@
-"""Errors of main.py export, chat and evaluate: one message, exit code 2, nothing on standard output."""
+"""Tests of the errors of main.py export, chat and evaluate: one message, exit code 2, nothing on standard output."""
 
 import socket
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 COMMANDS = (["export"], ["chat", "--prompt", "2 + 2?"], ["evaluate", "--data", "rows.jsonl"])
-Use = Callable[..., Finished]
+RunCommand = Callable[..., Finished]
 
 
 @pytest.fixture
-def use(tmp_path: Path) -> Use:
-    """Run main.py with these arguments."""
+def run_command(tmp_path: Path) -> RunCommand:
+    """Return a function that runs main.py with its arguments."""
     return lambda *arguments, **variables: run_command_quickly(
-        arguments, tmp_path / "said.txt", variables=variables
+        arguments, tmp_path / "command.txt", variables=variables
     )
 
 
@@ -49,50 +49,56 @@ def error_of(finished: Finished) -> str:
     ],
     ids=str,
 )
-def test_a_wrong_command_line_names_the_argument(use: Use, arguments: list[str], fact: str):
-    assert_names(error_of(use(*arguments)), fact)
+def test_invalid_command_line_raises_an_error_with_the_argument(
+    run_command: RunCommand, arguments: list[str], fact: str
+):
+    assert_names(error_of(run_command(*arguments)), fact)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_no_run(use: Use, command: list[str], tmp_path: Path):
-    assert f"{tmp_path}/nowhere" in error_of(use(*command, f"{tmp_path}/nowhere"))
+def test_directory_without_a_run_is_an_error(run_command: RunCommand, command: list[str], tmp_path: Path):
+    assert f"{tmp_path}/nowhere" in error_of(run_command(*command, f"{tmp_path}/nowhere"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "where.txt").touch()
-    assert_names(error_of(use(*command, f"{tmp_path}/else")), f"{tmp_path}/else: ", "no run")
+    assert_names(error_of(run_command(*command, f"{tmp_path}/else")), f"{tmp_path}/else: ", "no run")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_no_checkpoint_and_no_configuration_of_ours(use: Use, command: list[str], tmp_path: Path):
+def test_run_without_checkpoint_or_readable_config_is_an_error(
+    run_command: RunCommand, command: list[str], tmp_path: Path
+):
     storage = open_store(str(tmp_path / "runs"))
     run = write_run(storage, "begun", [], result=None)
-    assert_names(error_of(use(*command, run)), run, "no checkpoint")
+    assert_names(error_of(run_command(*command, run)), run, "no checkpoint")
     result = result_of(storage.uri_of("failed"), [], status="failed", reason="no GPU is left.")
     failed = write_run(storage, "failed", [], result=result)
-    assert_names(error_of(use(*command, failed)), failed, "failed", "no GPU is left.", "same command")
+    assert_names(error_of(run_command(*command, failed)), failed, "failed", "no GPU is left.", "same command")
     damaged = write_run(storage, "damaged", eval_losses(2.0), result=None)
     storage.write(f"damaged/{CONFIG_FILE}", b"model_id: [")
-    assert_names(error_of(use(*command, damaged)), f"{damaged}/{CONFIG_FILE}: ", "damaged")
+    assert_names(error_of(run_command(*command, damaged)), f"{damaged}/{CONFIG_FILE}: ", "damaged")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_no_credentials(use: Use, bucket: EmbeddedBucket, tmp_path: Path, command: list[str]):
+def test_missing_credentials_raise_an_error_with_the_variable(
+    run_command: RunCommand, bucket: EmbeddedBucket, tmp_path: Path, command: list[str]
+):
     variables = {
         "AWS_ENDPOINT_URL_S3": bucket.endpoint,
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
         "HOME": str(tmp_path),
     }
-    message = error_of(use(*command, "s3://some-bucket/runs/a", **variables))
+    message = error_of(run_command(*command, "s3://some-bucket/runs/a", **variables))
     assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_no_network(use: Use, command: list[str]):
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
+def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, command: list[str]):
+    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
+        port = closed_soon.getsockname()[1]
     variables = {
         "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
     }
-    message = error_of(use(*command, "s3://some-bucket/runs/a", **variables))
+    message = error_of(run_command(*command, "s3://some-bucket/runs/a", **variables))
     assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")

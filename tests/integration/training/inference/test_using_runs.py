@@ -1,4 +1,4 @@
-"""A run that exports itself, and then is talked with and evaluated: main.py chat and evaluate."""
+"""Tests of a trained run: its automatic export, and main.py chat and evaluate."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ROWS, NEW_TOKENS = 12, 24
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run called `run` was trained, and exported."""
+    """Train and export a run called `run`; return its directory of files."""
     directory = tmp_path_factory.mktemp("using")
     make_model(directory / "model")
     write_data(directory, train_rows=ROWS, valid_rows=4)
@@ -53,7 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(files: Path) -> Any:
-    """The best checkpoint in plain PEFT."""
+    """Return the best checkpoint, loaded with PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     (checkpoint,) = (files / "runs" / "run" / "checkpoints").iterdir()
     return peft.PeftModel.from_pretrained(base, checkpoint).eval()
@@ -65,7 +65,7 @@ def tokenizer(files: Path) -> Any:
 
 
 def greedy(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """One answer, with nothing of ours."""
+    """Return a greedy answer, generated with transformers alone."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     tokens = torch.tensor([tokenizer(text)["input_ids"]])
     generated = model.generate(
@@ -79,16 +79,16 @@ def greedy(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
-def asked(question: str) -> list[dict[str, str]]:
+def user_messages(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
 @pytest.fixture
 def rejected(files: Path, tmp_path: Path) -> Callable[..., str]:
-    """Return the error message of a command about the run."""
+    """Return a function that runs a command on the run, expects an error, and returns its message."""
 
     def run(name: str, *arguments: str) -> str:
-        finished = run_command_quickly(command(name, files, *arguments)[2:], tmp_path / "said.txt")
+        finished = run_command_quickly(command_line(name, files, *arguments)[2:], tmp_path / "command.txt")
         assert finished.exit_code == 2, finished
         assert finished.output == ""
         assert "Traceback" not in finished.errors
@@ -98,26 +98,26 @@ def rejected(files: Path, tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def use(files: Path, name: str, *arguments: str, said: str = "") -> str:
-    """A command about the run, with text on standard input where there is any; returns what it prints."""
+def run_command(files: Path, name: str, *arguments: str, stdin: str = "") -> str:
+    """Run a command on the run; return its output."""
     done = subprocess.run(
-        command(name, files, *arguments),
+        command_line(name, files, *arguments),
         cwd=PROJECT,
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
-        input=said,
+        input=stdin,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def command(name: str, files: Path, *arguments: str) -> list[str]:
+def command_line(name: str, files: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(PROJECT / "main.py"), name, str(files / "runs" / "run"), *arguments]
 
 
-def test_a_run_exports_itself_and_the_same_command_does_so_again(files: Path, model: Any):
+def test_run_exports_itself_and_its_rerun_completes_the_export(files: Path, model: Any):
     to = files / "exported"
     exported = Export.model_validate_json((to / EXPORT_FILE).read_text())
     assert exported.checkpoint == str(next((files / "runs" / "run" / "checkpoints").iterdir()))
@@ -128,43 +128,43 @@ def test_a_run_exports_itself_and_the_same_command_does_so_again(files: Path, mo
     (to / EXPORT_FILE).unlink()
     (to / "EXPORT.unfinished").touch()
     losses = read_metrics(files / "runs" / "run")
-    again = run_main(files / "run.yaml", "--json")
-    assert again.exit_code == 0, again.errors
+    rerun = run_main(files / "run.yaml", "--json")
+    assert rerun.exit_code == 0, rerun.errors
     assert (to / EXPORT_FILE).exists()
-    assert read_metrics(files / "runs" / "run") == losses, "nothing was trained"
+    assert read_metrics(files / "runs" / "run") == losses, "the rerun trains nothing"
 
 
-def test_one_answer(files: Path, model: Any, tokenizer: Any):
+def test_chat_answers_a_prompt_option_and_standard_input(files: Path, model: Any, tokenizer: Any):
     question = "Ada has 3 apples and buys 4. How many?"
-    expected = greedy(model, tokenizer, asked(question))
-    assert expected.strip(), "the model says something"
+    expected = greedy(model, tokenizer, user_messages(question))
+    assert expected.strip(), "the model generates text"
     limit = ("--max-new-tokens", str(NEW_TOKENS))
-    assert use(files, "chat", "--prompt", question, *limit) == expected + "\n"
-    assert use(files, "chat", *limit, said=question + "\n") == expected + "\n"
+    assert run_command(files, "chat", "--prompt", question, *limit) == expected + "\n"
+    assert run_command(files, "chat", *limit, stdin=question + "\n") == expected + "\n"
 
 
-def test_a_conversation_on_a_terminal(files: Path, model: Any, tokenizer: Any):
-    """What was said before is part of the next question."""
+def test_chat_on_a_terminal_continues_the_conversation(files: Path, model: Any, tokenizer: Any):
+    """Each answer takes the previous turns into account."""
     questions = ["Ada has 3 apples.", "How many?"]
     messages: list[dict[str, str]] = []
     answers = []
     for question in questions:
-        messages += asked(question)
+        messages += user_messages(question)
         answers.append(greedy(model, tokenizer, messages))
         messages.append({"role": "assistant", "content": answers[-1]})
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     with subprocess.Popen(
-        command("chat", files, "--max-new-tokens", str(NEW_TOKENS)),
+        command_line("chat", files, "--max-new-tokens", str(NEW_TOKENS)),
         cwd=PROJECT,
         env=environment(),
-        stdin=theirs,
+        stdin=terminal,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        os.write(ours, "".join(f"{question}\n" for question in [*questions, ""]).encode())
+        os.write(controller, "".join(f"{question}\n" for question in [*questions, ""]).encode())
         output, errors = process.communicate(timeout=120)
-    os.close(ours)
-    os.close(theirs)
+    os.close(controller)
+    os.close(terminal)
     assert process.returncode == 0, errors
     assert output.decode() == "".join(answer + "\n" for answer in answers)
     assert errors.decode().count("> ") == len(questions) + 1
@@ -172,23 +172,23 @@ def test_a_conversation_on_a_terminal(files: Path, model: Any, tokenizer: Any):
 
 @pytest.fixture(scope="module")
 def held_out(files: Path, model: Any, tokenizer: Any) -> Path:
-    """Rows of many lengths: some that were trained, and some whose answer is what the model says."""
+    """Write rows of many lengths: two from the training data, and four whose answer is the model's own."""
     trained = (files / "train.jsonl").read_text().splitlines()[:2]
-    others = [json.loads(line)["messages"] for line in write_problems(TRAIN_KINDS, 9, 77).splitlines()]
-    for position, messages in enumerate(others):
+    other_rows = [json.loads(line)["messages"] for line in write_problems(TRAIN_KINDS, 9, 77).splitlines()]
+    for position, messages in enumerate(other_rows):
         messages[0]["content"] += " Please." * position
-    for messages in others[:4]:
+    for messages in other_rows[:4]:
         messages[1]["content"] = f" {greedy(model, tokenizer, messages[:1])}\n"
     path = files / "test.jsonl"
     path.write_text(
-        "".join(f"{line}\n" for line in [*trained, *(json.dumps({"messages": m}) for m in others)])
+        "".join(f"{line}\n" for line in [*trained, *(json.dumps({"messages": m}) for m in other_rows)])
     )
     return path
 
 
 def evaluate(files: Path, data: Path, *arguments: str) -> str:
     limit = ("--max-new-tokens", str(NEW_TOKENS))
-    return use(files, "evaluate", "--data", str(data), "--match", "text", *limit, *arguments)
+    return run_command(files, "evaluate", "--data", str(data), "--match", "text", *limit, *arguments)
 
 
 def answers_in(files: Path, name: str) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def answers_in(files: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_workers(
+def test_evaluate_answers_like_transformers_for_any_batch_size_and_workers(
     files: Path, held_out: Path, model: Any, tokenizer: Any
 ):
     (line,) = evaluate(files, held_out, "--batch-size", "4", "--name", "batched", "--json").splitlines()
@@ -205,8 +205,10 @@ def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_worker
     assert [answer["answer"] for answer in answers] == [greedy(model, tokenizer, row[:1]) for row in rows]
     assert [answer["row"] for answer in answers] == [f"{held_out}:{number}" for number in range(1, 12)]
     assert [answer["expected"] for answer in answers] == [row[1]["content"] for row in rows]
-    right = [answer["correct"] for answer in answers]
-    assert right == [False] * 2 + [True] * 4 + [False] * 5, "where the row's answer is what the model says"
+    correct = [answer["correct"] for answer in answers]
+    assert correct == [False] * 2 + [True] * 4 + [False] * 5, (
+        "only the rows whose answer is the model's own are correct"
+    )
     assert [answer["trained"] for answer in answers] == [True] * 2 + [False] * 9
     assert {key: result[key] for key in ("rows", "correct", "exact_match", "trained_rows")} == {
         "rows": 11,
@@ -217,19 +219,21 @@ def test_answers_are_those_of_plain_transformers_whatever_the_batches_and_worker
     assert result["exact_match_of_others"] == 4 / 9
     assert result["answers"] == str(files / "runs" / "run" / "evaluations" / "batched.jsonl")
 
-    said = evaluate(files, held_out, "--num-devices", "2", "--batch-size", "3")
+    output = evaluate(files, held_out, "--num-devices", "2", "--batch-size", "3")
     assert answers_in(files, "test-step-000003") == answers
-    assert_names(said, "36.4% (4 of 11 rows)", "44.4% of 9 rows", "warning: 2 ")
+    assert_names(output, "36.4% (4 of 11 rows)", "44.4% of 9 rows", "warning: 2 ")
 
 
 # --- Errors --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_cannot_be_compared(files: Path, rejected: Callable[..., str], tmp_path: Path):
+def test_evaluate_rejects_rows_that_it_cannot_compare(
+    files: Path, rejected: Callable[..., str], tmp_path: Path
+):
     rows = [
-        {"messages": [*asked("2 + 2?"), {"role": "assistant", "content": "four"}]},
+        {"messages": [*user_messages("2 + 2?"), {"role": "assistant", "content": "four"}]},
         {"text": "no answer"},
-        {"messages": [*asked("2 + 2? " * 200), {"role": "assistant", "content": "4"}]},
+        {"messages": [*user_messages("2 + 2? " * 200), {"role": "assistant", "content": "4"}]},
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -240,5 +244,5 @@ def test_rows_that_cannot_be_compared(files: Path, rejected: Callable[..., str],
     assert not (files / "runs" / "run" / "evaluations" / "rows-step-000003.jsonl").exists()
 
 
-def test_no_prompt(rejected: Callable[..., str]):
+def test_chat_without_a_prompt_is_an_error(rejected: Callable[..., str]):
     assert_names(rejected("chat"), "no prompt")

@@ -1,7 +1,7 @@
-"""The same ten steps are the same ten losses: on one worker, with DDP, ZeRO-1, 2 and 3, and with Unsloth's CPU mode.
+"""Tests that ten steps have the same losses on one worker, with DDP, ZeRO-1, 2 and 3, and with Unsloth's CPU mode.
 
-Packed, too, where a step takes as many packs; and an evaluation does not depend on whether its rows are packed. `make test` takes a
-sample, `make test-kernels` all of it (ALL_KERNELS=1).
+Packed runs take as many packs per step, and their eval loss equals that of unpacked runs. `make test` runs a sample,
+`make test-kernels` all of it (ALL_KERNELS=1).
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.support.tiny_model import make_model, write_data, write_pairs_of
 from training.models import kernels
 from training.models.kernels import Method
 
-# Eight rows a step in every one; the batch sizes of evaluation differ on purpose.
+# Each trains on eight rows per step; the eval batch sizes differ on purpose.
 SPREADS: dict[str, dict[str, Any]] = {
     "one": {"num_devices": 1, "train_batch_size_per_device": 8, "eval_batch_size_per_device": 4},
     "ddp": {
@@ -37,7 +37,7 @@ SPREADS: dict[str, dict[str, Any]] = {
     "zero_3": {
         "num_devices": 2,
         "train_batch_size_per_device": 4,
-        "eval_batch_size_per_device": 1,  # of 11 rows: the last batch of a worker holds padding alone
+        "eval_batch_size_per_device": 1,  # of 11 rows: the last batch of one worker contains only padding
         "deepspeed": "zero_3",
     },
     "unsloth_one": {"num_devices": 1, "train_batch_size_per_device": 8, "kernels": "unsloth"},
@@ -86,14 +86,14 @@ SAMPLE = [
 ]
 FAST = SAMPLE[0]
 CELLS = ALL if os.environ.get("ALL_KERNELS") else SAMPLE
-ALL_OF_GPUS = [
+ALL_GPU_KERNEL_CELLS = [
     ("full", "zero_3", "torch"),
     ("full", "zero_3", "liger"),
     ("lora", "zero_3", "torch"),
     ("packed", "ddp", "torch"),
     ("dpo_full", "zero_3", "torch"),
 ]
-OF_GPUS = ALL_OF_GPUS[: None if os.environ.get("ALL_KERNELS") else 1]
+GPU_KERNEL_CELLS = ALL_GPU_KERNEL_CELLS[: None if os.environ.get("ALL_KERNELS") else 1]
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +104,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(directory, train_rows=76, valid_rows=11)
     write_pairs_of(directory, train_rows=76, valid_rows=11)
     zero_3 = json.loads((PROJECT / "configs/deepspeed/zero_3.json").read_text("utf-8"))
-    # The preset would leave every parameter of a model this small whole on each worker.
+    # The preset would not partition the parameters of a model this small.
     zero_3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (directory / "splits_everything.json").write_text(json.dumps(zero_3), "utf-8")
+    (directory / "partition_everything.json").write_text(json.dumps(zero_3), "utf-8")
     return directory
 
 
 def train(
     files: Path, name: str, settings: dict[str, Any], variables: dict[str, str] | None = None
 ) -> tuple[list[float], list[float]]:
-    """(loss of each step, eval losses)."""
+    """Train for ten steps; return (loss of each step, eval losses)."""
     config = tiny_settings(files) | {
         "run_name": name,
         "max_steps": 10,
@@ -123,7 +123,7 @@ def train(
     config |= settings
     config |= {key: str(files / config[key]) for key in ("train_path", "valid_path")}
     if config.get("deepspeed") == "zero_3":
-        config["deepspeed"] = {"config_path": str(files / "splits_everything.json")}
+        config["deepspeed"] = {"config_path": str(files / "partition_everything.json")}
     finished = run_main(
         write_yaml(files / f"{name}.yaml", config),
         "--json",
@@ -140,7 +140,7 @@ def train(
 
 
 class References:
-    """Each method's run on one worker, made once."""
+    """The losses of each method on one worker, trained on first access."""
 
     def __init__(self, files: Path):
         self._files = files
@@ -157,22 +157,22 @@ def on_one_worker(files: Path) -> References:
     return References(files)
 
 
-def test_the_table_says_tested_of_what_is_tested_here():
-    """Each cell of `make test-kernels`, and the runs that they are compared with."""
+def test_compatibility_table_marks_exactly_the_tested_cells():
+    """These are the cells of `make test-kernels` and the runs on one worker that they are compared with."""
     methods: dict[str, Method] = {"lora": "LoRA", "full": "full", "qlora": "QLoRA"}
     spreads: dict[str, str] = dict(
         zip(("one", "ddp", "zero_1", "zero_2", "zero_3"), kernels.SPREADS, strict=True)
     )
     cells = [(methods[method], spread) for method, spread in ALL if method in methods]
     cells += [(method, "one") for method in methods.values()]
-    said = {
+    marked = {
         (provider, method, spread)
-        for (provider, device), of_method in kernels.COMPATIBILITY.items()
-        for method, row in of_method.items()
+        for (provider, device), rows in kernels.COMPATIBILITY.items()
+        for method, row in rows.items()
         for spread, cell in zip(kernels.SPREADS, row, strict=True)
         if device == "cpu" and cell == kernels.TESTED
     }
-    assert said == {
+    assert marked == {
         (
             "unsloth" if spread.startswith("unsloth_") else "torch",
             method,
@@ -189,8 +189,8 @@ def test_the_table_says_tested_of_what_is_tested_here():
         for method in dict.fromkeys(method for method, _ in CELLS)
     ],
 )
-def test_training_changes_the_losses(method: str, on_one_worker: References):
-    """Else the comparisons below would hold for a trainer that does nothing."""
+def test_training_lowers_the_losses(method: str, on_one_worker: References):
+    """Otherwise the comparisons below would also hold for a trainer that does nothing."""
     losses, eval_losses = on_one_worker[method]
     assert losses[0] - losses[-1] > 0.05
     assert eval_losses[0] - eval_losses[-1] > 0.05
@@ -200,28 +200,29 @@ def test_training_changes_the_losses(method: str, on_one_worker: References):
     ("method", "spread"),
     [pytest.param(*cell, marks=[] if cell == FAST else pytest.mark.slow) for cell in CELLS],
 )
-def test_losses_are_equal(method: str, spread: str, files: Path, on_one_worker: References):
+def test_losses_equal_those_of_one_worker(method: str, spread: str, files: Path, on_one_worker: References):
     losses, eval_losses = train(files, f"{method}-{spread}", METHODS[method] | SPREADS[spread])
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "spread", "provider"), OF_GPUS)
-def test_losses_are_equal_with_the_kernels_that_gpus_have(
+@pytest.mark.parametrize(("method", "spread", "provider"), GPU_KERNEL_CELLS)
+def test_losses_with_gpu_kernels_equal_those_of_one_worker(
     method: str, spread: str, provider: str, files: Path, on_one_worker: References
 ):
-    """TRL's fused head looks at weights by itself that ZeRO-3 has split."""
+    """TRL's fused head reads the weights directly, although ZeRO-3 has partitioned them."""
     name = f"{method}-{spread}-as-gpus-{provider}"
     losses, eval_losses = train(files, name, METHODS[method] | SPREADS[spread], kernels_of_gpus(provider))
     figures = {figure for entry in read_metrics(files / "runs" / name) for figure in entry}
-    assert ("entropy" in figures) == (not method.startswith("dpo"))  # the head's own, of rows
+    # TRL's fused head reports the entropy for rows, not for pairs.
+    assert ("entropy" in figures) == (not method.startswith("dpo"))
     assert "num_tokens" not in figures
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_packing_leaves_the_eval_loss(on_one_worker: References):
-    """Before the first step, when both are the same model."""
+def test_packing_does_not_change_the_eval_loss(on_one_worker: References):
+    """The losses before the first step are compared, when both runs have the same weights."""
     assert on_one_worker["packed"][1][0] == pytest.approx(on_one_worker["lora"][1][0], abs=1e-6)

@@ -1,4 +1,4 @@
-"""A run that is tracked: what lies in it afterwards, and what a broken tracker costs it."""
+"""Tests of trackers: TensorBoard contains the metrics of a run, and a broken tracker does not stop training."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def settings(files: Path, **more: Any) -> dict[str, Any]:
-    return tiny_settings(files) | {"num_devices": 2, "max_steps": 2, "learning_rate": 1e-2, **more}
+def settings(files: Path, **changes: Any) -> dict[str, Any]:
+    return tiny_settings(files) | {"num_devices": 2, "max_steps": 2, "learning_rate": 1e-2, **changes}
 
 
-def test_tensorboard_holds_what_metrics_hold(files: Path):
+def test_tensorboard_contains_the_metrics_and_the_config(files: Path):
     config = write_yaml(files / "tb.yaml", settings(files, run_name="tb", logger={"provider": "tensorboard"}))
     finished = run_main(config)
     assert finished.exit_code == 0, finished.errors
@@ -42,10 +42,10 @@ def test_tensorboard_holds_what_metrics_hold(files: Path):
     assert b"max_steps: 2" in text.tensor_proto.string_val[0]
 
 
-def test_a_broken_tracker_costs_a_warning(files: Path):
-    in_the_way = files / "a-file"
-    in_the_way.write_text("")
-    logger = {"provider": "mlflow", "tracking_uri": in_the_way.as_uri()}
+def test_broken_tracker_causes_one_warning(files: Path):
+    not_a_directory = files / "a-file"
+    not_a_directory.write_text("")
+    logger = {"provider": "mlflow", "tracking_uri": not_a_directory.as_uri()}
     config = write_yaml(files / "broken.yaml", settings(files, run_name="broken", logger=logger))
     finished = run_main(config, "--json", variables={"MLFLOW_ALLOW_FILE_STORE": "true"})
     assert finished.exit_code == 0, finished.errors

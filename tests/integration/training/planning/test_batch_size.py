@@ -1,4 +1,4 @@
-"""`train_batch_size_per_device: auto`: chosen before a cluster is asked for, kept by the run."""
+"""Tests of `train_batch_size_per_device: auto`: the plan chooses the batch size, and a resumed run keeps it."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
+def dry_run(files: Path, name: str, **changes: Any) -> dict[str, Any]:
     config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
     finished = run_main_quickly(config, "--dry-run", "--json")
     assert finished.exit_code == 0, finished.errors
@@ -44,13 +44,14 @@ def planned(files: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
+    """Plan a run in this process, without its command line."""
     config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
     plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None), progress=lambda *_: None)
     return plan
 
 
 def commit(plan: RunPlan) -> None:
-    """What a run of the plan has in its bucket behind its first checkpoint, as far as a plan looks at it."""
+    """Write the files that the planner reads from a run with one committed checkpoint."""
     store, weights = open_store(plan.run_uri), b"weights"
     record = FileRecord(path="model.safetensors", size=len(weights), checksum=checksum_bytes(weights))
     manifest = manifest_of(1, files=[record]).model_copy(
@@ -61,32 +62,32 @@ def commit(plan: RunPlan) -> None:
     store.write(checkpoint_key(1, MANIFEST_FILE), manifest.model_dump_json().encode())
 
 
-def test_a_resumed_run_keeps_its_batch_size(files: Path):
-    """On a machine with more memory, too, and when another run takes over its state."""
-    four = planned(files, "four", train_batch_size_per_device=4, gradient_accumulation_steps=4)
-    for_four = 1_000_000_000 + int(four["memory"]["total"] / 0.9) + 1
-    begun = plan_of(files, "kept", **AUTO, worker_resources={"memory": for_four})
-    assert (begun.config.batch_size, begun.config.gradient_accumulation_steps) == (4, 4)
-    commit(begun)
+def test_resumed_run_keeps_its_batch_size(files: Path):
+    """The batch size is also kept with more memory, and by another run that resumes from its checkpoint."""
+    plan_with_four = dry_run(files, "four", train_batch_size_per_device=4, gradient_accumulation_steps=4)
+    memory_for_four = 1_000_000_000 + int(plan_with_four["memory"]["total"] / 0.9) + 1
+    original = plan_of(files, "kept", **AUTO, worker_resources={"memory": memory_for_four})
+    assert (original.config.batch_size, original.config.gradient_accumulation_steps) == (4, 4)
+    commit(original)
 
-    more = AUTO | {"worker_resources": {"memory": "8GB"}}
-    again = planned(files, "kept", **more)
-    assert batch_of(again) == (4, 4)
-    assert again["resumes_from"]
-    assert batch_of(planned(files, "longer", resume_from_checkpoint="run:kept", **more)) == (4, 4)
-    assert batch_of(planned(files, "new", **more)) == (16, 1)
+    more_memory = AUTO | {"worker_resources": {"memory": "8GB"}}
+    resumed = dry_run(files, "kept", **more_memory)
+    assert batch_of(resumed) == (4, 4)
+    assert resumed["resumes_from"]
+    assert batch_of(dry_run(files, "longer", resume_from_checkpoint="run:kept", **more_memory)) == (4, 4)
+    assert batch_of(dry_run(files, "new", **more_memory)) == (16, 1)
 
 
 def batch_of(plan: dict[str, Any]) -> tuple[int, ...]:
-    """(rows per device, accumulated batches) as the plan prints them."""
+    """Return (rows per device, accumulated batches) as the plan prints them."""
     return tuple(int(figure) for figure in re.findall(r"\d+", plan["batch"])[:2])
 
 
 @pytest.mark.parametrize(
     "keys", [{}, {"context_length": 61}, {"padding": "max_length", "context_length": 61}]
 )
-def test_a_model_is_made_for_the_padding_of_its_batches(files: Path, keys: dict[str, Any]):
-    """Unsloth cuts tokens off, but no labels, where a batch is longer than what it was told."""
+def test_context_length_of_the_model_includes_batch_padding(files: Path, keys: dict[str, Any]):
+    """If a batch is longer than the context length of the model, Unsloth truncates the tokens but not the labels."""
     plan = plan_of(files, "padded", long_rows="truncate", **keys, **ON_A10G)
     train = fetch_prepared(plan.train, plan.cache, plan.prepared)
     multiple = pad_to_multiple_of(plan.config, "cuda", train.summary.longest)
@@ -96,8 +97,8 @@ def test_a_model_is_made_for_the_padding_of_its_batches(files: Path, keys: dict[
     assert longest_batch == model_request(plan, files / "model", None, train, None).context_length
 
 
-def test_a_known_accelerator_decides(files: Path):
-    plan = planned(files, "a10g", **AUTO, **ON_A10G)
+def test_auto_batch_size_fits_the_requested_accelerator(files: Path):
+    plan = dry_run(files, "a10g", **AUTO, **ON_A10G)
     assert batch_of(plan) == (16, 1)
     assert_names(plan["batch"], "auto", "A10G")
     assert plan["sequences_per_step"] == 16
