@@ -1,4 +1,4 @@
-"""Jobs on Ray clusters: one of their own, and one that runs already."""
+"""Jobs run on their own local Ray cluster and on an existing one."""
 
 import re
 import signal
@@ -33,25 +33,27 @@ def config(files: Path, path: Path, **more: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("is_local", "needless"),
+    ("is_local", "omitted"),
     [(True, {DatasetsCallback, PlacementGroupCleanerCallback}), (False, {DatasetsCallback})],
-    ids=["own", "joined"],
+    ids=["local", "existing"],
 )
-def test_a_run_goes_without_actors_of_rays_that_it_does_not_need(is_local: bool, needless: set[type]):
-    """They would delay every start; a newer Ray that starts them otherwise shows here."""
+def test_trainer_omits_ray_callbacks_that_would_delay_the_start(is_local: bool, omitted: set[type]):
+    """The test fails if a newer Ray creates these callbacks in another way."""
     trainer = LeanTorchTrainer(
         lambda: None,
         is_local=is_local,
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="any", failure_config=FailureConfig()),
     )
-    everything = [type(callback) for callback in super(LeanTorchTrainer, trainer)._create_default_callbacks()]
-    assert needless <= set(everything)
-    ours = [type(callback) for callback in trainer._create_default_callbacks()]
-    assert ours == [callback for callback in everything if callback not in needless]
+    ray_callbacks = [
+        type(callback) for callback in super(LeanTorchTrainer, trainer)._create_default_callbacks()
+    ]
+    assert omitted <= set(ray_callbacks)
+    callbacks = [type(callback) for callback in trainer._create_default_callbacks()]
+    assert callbacks == [callback for callback in ray_callbacks if callback not in omitted]
 
 
-GPUS_OF_A_WORKER = """
+PRINT_GPUS_OF_WORKER = """
 import os
 import ray
 from training.planning.endpoints import target_cluster
@@ -62,9 +64,9 @@ with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage=
 """
 
 
-def gpus_of_a_worker(variables: dict[str, str]) -> str:
-    """What a worker on CPU is told of the GPUs of a node where somebody else can see two."""
-    command = [sys.executable, "-c", GPUS_OF_A_WORKER]
+def output_of_worker(variables: dict[str, str]) -> str:
+    """Return the output of a CPU job that prints its worker's GPUs, on a node whose environment lists two."""
+    command = [sys.executable, "-c", PRINT_GPUS_OF_WORKER]
     done = subprocess.run(
         command,
         cwd=PROJECT,
@@ -77,66 +79,66 @@ def gpus_of_a_worker(variables: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_workers_on_cpu_see_no_gpus_of_their_node():
-    """Ray leaves them to a worker that asked for none, and Unsloth, bitsandbytes and DeepSpeed would take them."""
-    assert "seen: ''" in gpus_of_a_worker({})
+def test_cpu_workers_see_no_gpus():
+    """Ray hides no GPUs from a worker that requested none; Unsloth, bitsandbytes and DeepSpeed would use them."""
+    assert "seen: ''" in output_of_worker({})
     with ray_cluster(cpus=1, variables={"CUDA_VISIBLE_DEVICES": "0,1"}) as cluster:
-        assert "seen: ''" in gpus_of_a_worker(cluster.variables)
+        assert "seen: ''" in output_of_worker(cluster.variables)
 
 
-def test_workers_that_no_machine_can_hold(files: Path, tmp_path: Path):
-    """More memory than there is would wait for ever; more CPUs are a figure that Ray is told."""
-    large = config(files, tmp_path / "large.yaml", max_steps=1, num_epochs=None)
-    refused = run_main(large, "worker_resources.memory=900TiB", "--json")
-    assert refused.exit_code == 2, refused.errors
-    assert_names(refused.errors, "2 workers", "memory")
-    trained = run_main(large, "worker_resources.CPU=99", "--json")
-    assert trained.exit_code == 0, trained.errors
+def test_excess_worker_memory_raises_an_error_and_excess_cpus_do_not(files: Path, tmp_path: Path):
+    """Ray would wait forever for the memory. The CPU count of a local cluster is only an argument of ray.init."""
+    yaml = config(files, tmp_path / "large.yaml", max_steps=1, num_epochs=None)
+    rejected = run_main(yaml, "worker_resources.memory=900TiB", "--json")
+    assert rejected.exit_code == 2, rejected.errors
+    assert_names(rejected.errors, "2 workers", "memory")
+    accepted = run_main(yaml, "worker_resources.CPU=99", "--json")
+    assert accepted.exit_code == 0, accepted.errors
 
 
-def test_a_cluster_that_runs_already(files: Path, tmp_path: Path):
-    """RAY_ADDRESS joins it, our code travels there, and it keeps running after the job."""
-    joining = config(files, tmp_path / "joined.yaml", num_epochs=1)
+def test_ray_address_runs_a_job_on_an_existing_cluster(files: Path, tmp_path: Path):
+    """The code is uploaded to the cluster, which keeps running after the job."""
+    yaml = config(files, tmp_path / "joined.yaml", num_epochs=1)
     with ray_cluster(cpus=2) as cluster:
-        unauthorized = run_main(joining, "--json", variables={"RAY_ADDRESS": cluster.address})
-        asked = run_main(joining, "--dry-run", "--json", variables=cluster.variables)
-        joined = run_main(joining, "--json", variables=cluster.variables)
-        too_many = run_main(joining, "num_devices=3", "--json", variables=cluster.variables)
-        never = run_main(joining, "num_devices=3", "--dry-run", variables=cluster.variables)
+        unauthorized = run_main(yaml, "--json", variables={"RAY_ADDRESS": cluster.address})
+        dry_run = run_main(yaml, "--dry-run", "--json", variables=cluster.variables)
+        finished = run_main(yaml, "--json", variables=cluster.variables)
+        too_many = run_main(yaml, "num_devices=3", "--json", variables=cluster.variables)
+        too_many_dry_run = run_main(yaml, "num_devices=3", "--dry-run", variables=cluster.variables)
     assert unauthorized.exit_code == 2
     assert "RAY_AUTH_MODE=token" in unauthorized.errors
     assert "Traceback" not in unauthorized.errors
-    assert asked.exit_code == 0, asked.errors
-    assert asked.result["cluster"].startswith(f"{cluster.address} ")
-    assert asked.result["config"]["num_devices"] == 2
-    assert "weight_decay" in asked.result["defaults"]
-    assert "num_devices" not in asked.result["defaults"]
-    assert joined.exit_code == 0, joined.errors
-    assert joined.result["train_steps"] == 5
-    for rejected in (too_many, never):
+    assert dry_run.exit_code == 0, dry_run.errors
+    assert dry_run.result["cluster"].startswith(f"{cluster.address} ")
+    assert dry_run.result["config"]["num_devices"] == 2
+    assert "weight_decay" in dry_run.result["defaults"]
+    assert "num_devices" not in dry_run.result["defaults"]
+    assert finished.exit_code == 0, finished.errors
+    assert finished.result["train_steps"] == 5
+    for rejected in (too_many, too_many_dry_run):
         assert rejected.exit_code == 2
         assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
 
 
 @needs_ray_default
-def test_a_cluster_that_grows(files: Path, tmp_path: Path):
-    """One whose nodes come from groups may have too few of them yet: that is said, and waited for."""
-    growing = config(files, tmp_path / "growing.yaml", num_epochs=1)
+def test_job_waits_for_the_cluster_to_scale_up(files: Path, tmp_path: Path):
+    """Only a cluster with node groups can scale up; other clusters raise an error at once."""
+    yaml = config(files, tmp_path / "growing.yaml", num_epochs=1)
     with ray_cluster(cpus=1, variables={"RAY_NODE_TYPE_NAME": "workers"}) as cluster:
-        asked = run_main(growing, "--dry-run", "--json", variables=cluster.variables)
-        with started(growing, cluster.variables) as job:
+        dry_run = run_main(yaml, "--dry-run", "--json", variables=cluster.variables)
+        with started(yaml, cluster.variables) as job:
             job.wait_for_line("waiting for the cluster to scale up: CPU 2 (has 1)")
             cluster.start_node(cpus=1)
             finished = job.end()
-    assert asked.exit_code == 0, asked.errors
-    assert_names(asked.result["cluster"], "scale up", "CPU 2 (has 1)")
+    assert dry_run.exit_code == 0, dry_run.errors
+    assert_names(dry_run.result["cluster"], "scale up", "CPU 2 (has 1)")
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 5
 
 
-def test_checkpoints_and_notices_do_not_wait_for_one_another(files: Path, tmp_path: Path):
-    """Every step asks whether a node is taken away, while the thread that commits reports to Ray, which waits for all workers."""
-    busy = config(
+def test_commits_and_preemption_checks_do_not_deadlock(files: Path, tmp_path: Path):
+    """Each step checks for a preemption notice while the committing thread calls ray.train.report, which waits for all workers."""
+    yaml = config(
         files,
         tmp_path / "busy.yaml",
         run_name="busy",
@@ -146,28 +148,28 @@ def test_checkpoints_and_notices_do_not_wait_for_one_another(files: Path, tmp_pa
         checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 1},
     )
     with ray_cluster(cpus=2) as cluster:
-        finished = run_main(busy, "--json", timeout=200, variables=cluster.variables)
+        finished = run_main(yaml, "--json", timeout=200, variables=cluster.variables)
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 40
 
 
 @needs_ray_default
-def test_rays_own_metrics(files: Path, tmp_path: Path):
-    """Its dashboard and Prometheus show the latest loss and throughput, under the run's name."""
-    watched = config(files, tmp_path / "watched.yaml", run_name="watched", num_devices=1, num_epochs=100)
-    wanted = [f"ray_anneal_{name}" for name in ("loss", "eval_loss", "tokens_per_second")]
-    with ray_cluster(cpus=1) as cluster, started(watched, cluster.variables) as job:
+def test_ray_metrics_contain_loss_and_throughput_of_the_run(files: Path, tmp_path: Path):
+    """Ray's dashboard and Prometheus read this endpoint."""
+    yaml = config(files, tmp_path / "watched.yaml", run_name="watched", num_devices=1, num_epochs=100)
+    expected = [f"ray_anneal_{name}" for name in ("loss", "eval_loss", "tokens_per_second")]
+    with ray_cluster(cpus=1) as cluster, started(yaml, cluster.variables) as job:
 
-        def told() -> dict[str, str]:
-            with urllib.request.urlopen(cluster.metrics) as answer:
+        def reported_metrics() -> dict[str, str]:
+            with urllib.request.urlopen(cluster.metrics) as response:
                 return dict(
                     re.findall(
-                        r'^(ray_anneal_\w+){[^}]*run="watched"[^}]*} (\S+)$', answer.read().decode(), re.M
+                        r'^(ray_anneal_\w+){[^}]*run="watched"[^}]*} (\S+)$', response.read().decode(), re.M
                     )
                 )
 
         job.wait_for_line("step 1/")
-        job.wait_until(lambda: sorted(told()) == sorted(wanted), "metrics of Ray's")
-        assert all(float(figure) > 0 for figure in told().values())
+        job.wait_until(lambda: sorted(reported_metrics()) == sorted(expected), "Ray metrics of the run")
+        assert all(float(value) > 0 for value in reported_metrics().values())
         job.process.send_signal(signal.SIGTERM)
         assert job.end().exit_code == 128 + signal.SIGTERM

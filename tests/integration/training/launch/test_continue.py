@@ -1,4 +1,4 @@
-"""Training continued from adapters, full weights and complete trainer states; changed settings are reported."""
+"""Runs continue from adapters, full weights and complete trainer states; incompatible settings raise errors."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 
 pytestmark = pytest.mark.slow
 
-# The head is trained in full beside the adapter: a random base learns nothing with adapters alone.
+# A random base model learns nothing from adapters alone, so lm_head is trained in full.
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
 
 
@@ -48,7 +48,7 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def adapter_run(files: Path) -> dict[str, Any]:
-    """A finished LoRA run, by the name `first`; its result."""
+    """Train the LoRA run `first` and return its result."""
     config = write_yaml(files / "first.yaml", settings(files, run_name="first", lora_config=LORA))
     finished = run_main(config, "--json")
     assert finished.exit_code == 0, finished.errors
@@ -57,7 +57,7 @@ def adapter_run(files: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def full_run(files: Path) -> dict[str, Any]:
-    """A finished full-parameter run, by the name `full`; its result."""
+    """Train the full-parameter run `full` and return its result."""
     config = write_yaml(files / "full.yaml", settings(files, run_name="full", learning_rate=2e-3))
     finished = run_main(config, "--json")
     assert finished.exit_code == 0, finished.errors
@@ -69,7 +69,7 @@ def best_loss(result: dict[str, Any]) -> float:
 
 
 def error_of(files: Path, name: str, **more: Any) -> str:
-    """Return the error of a dry run of these settings."""
+    """Return the error that a dry run prints for these settings."""
     config = write_yaml(files / f"{name}.yaml", settings(files, **more))
     finished = run_main_quickly(config, "--dry-run")
     assert finished.exit_code == 2, finished.output
@@ -77,10 +77,10 @@ def error_of(files: Path, name: str, **more: Any) -> str:
     return finished.errors
 
 
-def test_an_adapter_starts_from_the_best_checkpoint_of_its_run(
+def test_first_eval_loss_from_an_initial_adapter_is_the_best_of_its_run(
     files: Path, adapter_run: dict[str, Any], bucket: EmbeddedBucket, bucket_uri: str
 ):
-    """The child's first eval loss is the parent's best; it keeps r, alpha and target modules; plain PEFT loads it."""
+    """The child run retains r, alpha and target modules, and plain PEFT loads its checkpoint."""
     store = open_store(bucket_uri)
     best = Path(adapter_run["best_checkpoint"])
     store.upload_many({f"adapter/{path.name}": path for path in best.iterdir()})
@@ -106,8 +106,8 @@ def test_an_adapter_starts_from_the_best_checkpoint_of_its_run(
     assert (trained.r, trained.lora_alpha, set(trained.target_modules or ())) == (4, 8, {"q_proj", "v_proj"})
 
 
-def preferring(files: Path, name: str, **more: Any) -> dict[str, Any]:
-    """The result of a preference tuning of this name."""
+def tune_preferences(files: Path, name: str, **more: Any) -> dict[str, Any]:
+    """Run preference tuning under this run name and return its result."""
     config = settings(
         files,
         run_name=name,
@@ -121,17 +121,19 @@ def preferring(files: Path, name: str, **more: Any) -> dict[str, Any]:
     return finished.result
 
 
-def test_preferences_are_tuned_against_the_adapter_that_they_start_from(
+def test_preference_tuning_uses_the_initial_adapter_as_its_reference(
     files: Path, adapter_run: dict[str, Any]
 ):
-    """At first the adapter is its own reference: every reward is 0, and the loss log 2. The reference is in no checkpoint."""
-    result = preferring(files, "preferring", initial_adapter_model_ckpt_path="run:first", learning_rate=1e-3)
+    """Before the first step, every reward is 0 and the loss is log 2. The reference is in no checkpoint."""
+    result = tune_preferences(
+        files, "preference", initial_adapter_model_ckpt_path="run:first", learning_rate=1e-3
+    )
     first, *_, last = result["eval_losses"]
     assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["figures"]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert last["eval_loss"] < first["eval_loss"]
     assert last["figures"]["rewards/margins"] > 0.01
-    page = (files / "runs" / "preferring" / "report.html").read_text()
+    page = (files / "runs" / "preference" / "report.html").read_text()
     assert page.index("parent run, evaluation") < page.index(">evaluation</text>")
     checkpoint = Path(result["last_checkpoint"])
     assert not list(checkpoint.glob("reference*"))
@@ -139,31 +141,33 @@ def test_preferences_are_tuned_against_the_adapter_that_they_start_from(
     assert list(peft.PeftModel.from_pretrained(base, checkpoint).peft_config) == ["default"]
 
 
-def test_a_preference_tuning_is_lengthened_with_its_whole_state(files: Path):
-    """It ends as one that was as long from the start: the reference is the base in both."""
+def test_extended_preference_tuning_equals_an_uninterrupted_run(files: Path):
+    """The reference is the base model in both runs."""
     lora = {"lora_config": {"r": 4}, "learning_rate": 1e-2}
-    preferring(files, "preferring-short", num_epochs=1, **lora)
-    longer = preferring(files, "preferring-longer", resume_from_checkpoint="run:preferring-short", **lora)
-    at_once = preferring(files, "preferring-at-once", **lora)
-    assert longer["train_steps"] == at_once["train_steps"] == 6
-    assert longer["eval_losses"] == at_once["eval_losses"]
+    tune_preferences(files, "preference-short", num_epochs=1, **lora)
+    extended = tune_preferences(
+        files, "preference-extended", resume_from_checkpoint="run:preference-short", **lora
+    )
+    uninterrupted = tune_preferences(files, "preference-uninterrupted", **lora)
+    assert extended["train_steps"] == uninterrupted["train_steps"] == 6
+    assert extended["eval_losses"] == uninterrupted["eval_losses"]
 
 
-@pytest.mark.parametrize("way", ["name", "run", "checkpoint"])
-def test_a_start_is_named_as_a_run_or_as_a_checkpoint(files: Path, adapter_run: dict[str, Any], way: str):
-    named = {
+@pytest.mark.parametrize("kind", ["name", "run", "checkpoint"])
+def test_initial_adapter_may_be_a_run_or_a_checkpoint(files: Path, adapter_run: dict[str, Any], kind: str):
+    initial = {
         "name": "run:first",
         "run": adapter_run["run_uri"],
         "checkpoint": adapter_run["best_checkpoint"],
-    }[way]
-    config = write_yaml(files / f"{way}.yaml", settings(files, initial_adapter_model_ckpt_path=named))
+    }[kind]
+    config = write_yaml(files / f"{kind}.yaml", settings(files, initial_adapter_model_ckpt_path=initial))
     finished = run_main_quickly(config, "--dry-run", "--json")
     assert finished.exit_code == 0, finished.errors
     assert finished.result["starts_from"] == adapter_run["best_checkpoint"]
     assert finished.result["trainable_parameters"] == adapter_run["trainable_parameters"]
 
 
-def test_an_adapter_keeps_its_own_shape(files: Path, adapter_run: dict[str, Any]):
+def test_lora_config_that_differs_from_the_adapter_raises_an_error(files: Path, adapter_run: dict[str, Any]):
     same = write_yaml(
         files / "same.yaml", settings(files, initial_adapter_model_ckpt_path="run:first", lora_config=LORA)
     )
@@ -176,10 +180,12 @@ def test_an_adapter_keeps_its_own_shape(files: Path, adapter_run: dict[str, Any]
     )
     assert re.search(r"lora_config\.r: .*\b4\b.*\b16\b", message)
     assert_names(message, "lora_config.target_modules: ")
-    assert "lora_alpha" not in message, "a key that the YAML does not give is not compared"
+    assert "lora_alpha" not in message, "a key that the YAML omits must not be compared"
 
 
-def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dict[str, Any]):
+def test_adapter_for_another_hidden_size_raises_an_error_with_both_shapes(
+    files: Path, adapter_run: dict[str, Any]
+):
     wider = files / "wider"
     model = AutoModelForCausalLM.from_config(
         AutoModelForCausalLM.from_pretrained(files / "model").config.__class__.from_pretrained(
@@ -192,8 +198,10 @@ def test_an_adapter_is_put_on_a_model_that_it_fits(files: Path, adapter_run: dic
     assert re.search(r"model\.layers\.0\.self_attn\.q_proj .*64 x 96.* model, 64 x 64.* adapter", message)
 
 
-def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[str, Any]):
-    """Its matrices all fit, and the layers above them would stay as they are."""
+def test_adapter_for_fewer_layers_raises_an_error_with_the_first_missing_layer(
+    files: Path, adapter_run: dict[str, Any]
+):
+    """All its matrices fit, so the upper layers would silently stay without an adapter."""
     deeper = files / "deeper"
     make_model(deeper, layers=3)
     message = error_of(files, "deeper", model_id=str(deeper), initial_adapter_model_ckpt_path="run:first")
@@ -201,27 +209,27 @@ def test_an_adapter_is_not_put_on_a_deeper_model(files: Path, adapter_run: dict[
     assert "model.layers.1." not in message
 
 
-def copy_of_run(files: Path, result: dict[str, Any], name: str) -> Path:
-    """Another run with the same checkpoints; returns its directory."""
+def copy_run(files: Path, result: dict[str, Any], name: str) -> Path:
+    """Copy a run under another name and return the directory of the copy."""
     return Path(shutil.copytree(result["run_uri"], files / "runs" / name))
 
 
-def damage(path: Path) -> None:
-    """Turn one bit in the middle: the size stays."""
+def flip_bit(path: Path) -> None:
+    """Flip one bit in the middle of a file; its size does not change."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "base"])
-def test_damaged_weights_are_no_start(
+def test_damaged_initial_weights_raise_an_error(
     files: Path, adapter_run: dict[str, Any], full_run: dict[str, Any], kind: str
 ):
-    """A run that begins with other weights than were committed would look healthy: the checksums tell."""
+    """A run that starts from damaged weights would look healthy; only the checksums reveal the damage."""
     result = adapter_run if kind == "adapter" else full_run
-    run = copy_of_run(files, result, f"damaged-{kind}")
+    run = copy_run(files, result, f"damaged-{kind}")
     weights = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
-    damage(run / "checkpoints" / Path(result["best_checkpoint"]).name / weights)
+    flip_bit(run / "checkpoints" / Path(result["best_checkpoint"]).name / weights)
     child = settings(
         files, run_name=f"on-damaged-{kind}", **{f"initial_{kind}_model_ckpt_path": f"run:damaged-{kind}"}
     )
@@ -231,18 +239,16 @@ def test_damaged_weights_are_no_start(
     assert finished.result["last_checkpoint"] is None
 
 
-def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
-    files: Path, adapter_run: dict[str, Any]
-):
-    """Its best may be the one that is damaged: the second best is not taken without a word."""
+def test_initial_run_with_a_damaged_checkpoint_raises_an_error(files: Path, adapter_run: dict[str, Any]):
+    """The damaged checkpoint may be the best one; the second best must not be used silently."""
     best = Path(adapter_run["best_checkpoint"]).name
-    run = copy_of_run(files, adapter_run, "cut-off")
-    cut_off = run / "checkpoints" / best / "adapter_model.safetensors"
-    cut_off.write_bytes(cut_off.read_bytes()[:-8])
-    message = error_of(files, "from_cut_off", initial_adapter_model_ckpt_path="run:cut-off")
+    run = copy_run(files, adapter_run, "truncated")
+    truncated = run / "checkpoints" / best / "adapter_model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-8])
+    message = error_of(files, "from_truncated", initial_adapter_model_ckpt_path="run:truncated")
     assert re.search(rf"{best}/adapter_model\.safetensors .*\d+ bytes", message)
 
-    run = copy_of_run(files, adapter_run, "half-removed")
+    run = copy_run(files, adapter_run, "half-removed")
     (run / "checkpoints" / best / "MANIFEST.json").unlink()
     result = json.loads((run / "result.json").read_text())
     result["run_uri"] = str(run)
@@ -264,19 +270,19 @@ def test_a_run_with_a_damaged_checkpoint_is_named_and_not_chosen_from(
     assert_names(message, "run:frist", "no run")
 
 
-def test_a_run_with_only_damaged_checkpoints_does_not_restart(files: Path, adapter_run: dict[str, Any]):
-    """A restart would remove what may still be fixed."""
-    run = copy_of_run(files, adapter_run, "all-damaged")
+def test_run_with_only_damaged_checkpoints_does_not_restart(files: Path, adapter_run: dict[str, Any]):
+    """A restart would delete checkpoints that may still be recoverable."""
+    run = copy_run(files, adapter_run, "all-damaged")
     (run / "result.json").unlink()
     for manifest in run.glob("checkpoints/*/MANIFEST.json"):
         manifest.write_bytes(manifest.read_bytes()[:-8])
     message = error_of(files, "all_damaged", run_name="all-damaged", lora_config=LORA)
     assert_names(message, "all-damaged ", "checkpoints")
-    assert list(run.glob("checkpoints/*/adapter_model.safetensors")), "nothing is removed"
+    assert list(run.glob("checkpoints/*/adapter_model.safetensors")), "no weights may be deleted"
 
 
 def losses_of(metrics: list[dict[str, Any]]) -> list[tuple[int, float, float, float]]:
-    """Of each step what does not depend on how fast it was."""
+    """Return step, loss, gradient norm and learning rate of each step; these do not depend on speed."""
     return [
         (line["step"], line["loss"], line["grad_norm"], line["learning_rate"])
         for line in metrics
@@ -284,9 +290,9 @@ def losses_of(metrics: list[dict[str, Any]]) -> list[tuple[int, float, float, fl
     ]
 
 
-def test_damaged_checkpoints_of_the_same_run_are_passed_over(files: Path):
-    """The one before is taken, with a warning; the end is the same, and what no checkpoint owns is gone."""
-    name = "passed-over"
+def test_resume_skips_damaged_checkpoints_with_a_warning(files: Path):
+    """The rerun gives the same losses and weights, and deletes files that belong to no checkpoint."""
+    name = "skips-damaged"
     every_4 = {"unit": "steps", "frequency": 4}
     config = write_yaml(
         files / f"{name}.yaml",
@@ -298,38 +304,40 @@ def test_damaged_checkpoints_of_the_same_run_are_passed_over(files: Path):
             checkpoint_and_evaluation_frequency=every_4,
         ),
     )
-    whole = run_main(config, "--json")
-    assert whole.exit_code == 0, whole.errors
-    run = Path(whole.result["run_uri"])
-    losses = read_metrics(run)
-    kept, before, latest = sorted((run / "checkpoints").iterdir())
+    first = run_main(config, "--json")
+    assert first.exit_code == 0, first.errors
+    run = Path(first.result["run_uri"])
+    metrics = read_metrics(run)
+    intact, previous, latest = sorted((run / "checkpoints").iterdir())
     weights = (latest / "adapter_model.safetensors").read_bytes()
     (run / "result.json").unlink()
     (latest / "MANIFEST.json").write_text("{")
-    damage(before / "optimizer.pt")
+    flip_bit(previous / "optimizer.pt")
     orphan = run / "checkpoints" / "step-000007" / "optimizer.pt"
     orphan.parent.mkdir()
-    orphan.write_bytes(b"of an attempt that was killed")
+    orphan.write_bytes(b"of a killed attempt")
 
     again = run_main(config, "--json")
     assert again.exit_code == 0, again.errors
-    for damaged in (latest / "MANIFEST.json", before / "optimizer.pt"):
-        assert f"{damaged.parent.name}/{damaged.name}" in again.errors, "a warning names what was passed over"
-    assert kept.name in again.errors
-    assert losses_of(read_metrics(run)) == losses_of(losses)
+    for damaged in (latest / "MANIFEST.json", previous / "optimizer.pt"):
+        assert f"{damaged.parent.name}/{damaged.name}" in again.errors, (
+            "a warning must name each damaged file"
+        )
+    assert intact.name in again.errors
+    assert losses_of(read_metrics(run)) == losses_of(metrics)
     assert (latest / "adapter_model.safetensors").read_bytes() == weights
     assert not orphan.exists()
 
 
 @pytest.mark.parametrize("kernels", ["torch", "unsloth"])
-def test_an_adapter_that_plain_peft_saved(files: Path, kernels: str):
-    """It goes on upon the model that the YAML names, wherever the one that it names may be."""
+def test_run_starts_from_an_adapter_saved_by_plain_peft(files: Path, kernels: str):
+    """The YAML's model is used, even if the base model in adapter_config.json has another path."""
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     saved = files / f"plain_peft_{kernels}"
     peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(saved)
     adapter = json.loads((saved / "adapter_config.json").read_text())
-    # What older versions wrote: fewer keys, and no names of what came later.
-    kept = (
+    # Older PEFT versions wrote only these keys.
+    old_keys = (
         "peft_type",
         "task_type",
         "base_model_name_or_path",
@@ -343,8 +351,10 @@ def test_an_adapter_that_plain_peft_saved(files: Path, kernels: str):
         "modules_to_save",
         "init_lora_weights",
     )
-    elsewhere = {"base_model_name_or_path": str(files / "moved")}
-    (saved / "adapter_config.json").write_text(json.dumps({key: adapter[key] for key in kept} | elsewhere))
+    other_path = {"base_model_name_or_path": str(files / "moved")}
+    (saved / "adapter_config.json").write_text(
+        json.dumps({key: adapter[key] for key in old_keys} | other_path)
+    )
     child = settings(
         files,
         run_name=f"plain-{kernels}",
@@ -361,29 +371,29 @@ def test_an_adapter_that_plain_peft_saved(files: Path, kernels: str):
     )
 
 
-def test_full_weights_go_on_full_and_take_an_adapter_with_a_warning(files: Path, full_run: dict[str, Any]):
+def test_initial_full_weights_train_in_full_and_warn_with_an_adapter(files: Path, full_run: dict[str, Any]):
     child = settings(files, run_name="full-2", initial_base_model_ckpt_path="run:full", num_epochs=1)
     finished = run_main(write_yaml(files / "full_2.yaml", child), "--json")
     assert finished.exit_code == 0, finished.errors
     assert finished.result["eval_losses"][0]["eval_loss"] == pytest.approx(best_loss(full_run), rel=1e-4)
     assert finished.result["trainable_parameters"] == full_run["trainable_parameters"]
 
-    on_top = write_yaml(
+    adapter_config = write_yaml(
         files / "on_top.yaml", settings(files, initial_base_model_ckpt_path="run:full", lora_config=LORA)
     )
-    dry = run_main_quickly(on_top, "--dry-run")
-    assert dry.exit_code == 0
-    assert_names(dry.output, "serving", "checkpoint")
+    dry_run = run_main_quickly(adapter_config, "--dry-run")
+    assert dry_run.exit_code == 0
+    assert_names(dry_run.output, "serving", "checkpoint")
 
 
-def test_a_longer_run_is_the_run_that_was_longer_from_the_start(files: Path):
-    """One epoch, then its whole state taken for a second one: the losses of two epochs in one go, dropout included."""
+def test_extended_run_has_the_losses_of_an_uninterrupted_run(files: Path):
+    """One epoch is extended to two with the complete trainer state, dropout included."""
     lora = LORA | {"lora_dropout": 0.2}
     losses = {}
     for name, more in (
-        ("whole", {"num_epochs": 2}),
+        ("uninterrupted", {"num_epochs": 2}),
         ("short", {"num_epochs": 1}),
-        ("longer", {"num_epochs": 2, "resume_from_checkpoint": "run:short"}),
+        ("extended", {"num_epochs": 2, "resume_from_checkpoint": "run:short"}),
     ):
         config = write_yaml(files / f"{name}.yaml", settings(files, run_name=name, lora_config=lora, **more))
         finished = run_main(config, "--json")
@@ -394,34 +404,34 @@ def test_a_longer_run_is_the_run_that_was_longer_from_the_start(files: Path):
             for line in lines
             if "loss" in line or "eval_loss" in line
         ]
-    assert len(losses["short"]) < len(losses["whole"])
-    assert losses["longer"] == losses["whole"]
+    assert len(losses["short"]) < len(losses["uninterrupted"])
+    assert losses["extended"] == losses["uninterrupted"]
 
 
-def test_resume_from_checkpoint_reports_each_setting_that_may_not_change(
-    files: Path, adapter_run: dict[str, Any]
-):
-    taken = {
-        "run_name": "taken",
+def test_resume_from_checkpoint_reports_each_incompatible_setting(files: Path, adapter_run: dict[str, Any]):
+    extension = {
+        "run_name": "extension",
         "resume_from_checkpoint": "run:first",
         "lora_config": LORA,
         "num_epochs": 3,
     }
-    fits = write_yaml(files / "fits.yaml", settings(files, **taken))
-    assert run_main_quickly(fits, "--dry-run").exit_code == 0
+    unchanged = write_yaml(files / "fits.yaml", settings(files, **extension))
+    assert run_main_quickly(unchanged, "--dry-run").exit_code == 0
 
     message = error_of(
-        files, "changed", **taken | {"learning_rate": 1e-3, "num_devices": 2, "lora_config": LORA | {"r": 8}}
+        files,
+        "changed",
+        **extension | {"learning_rate": 1e-3, "num_devices": 2, "lora_config": LORA | {"r": 8}},
     )
     for difference in ("learning_rate: 0.02 -> 0.001", "num_devices: 1 -> 2", "lora_config.r: 4 -> 8"):
         assert difference in message
-    message = error_of(files, "rows", **taken, train_path=str(files / "more" / "train.jsonl"))
+    message = error_of(files, "rows", **extension, train_path=str(files / "more" / "train.jsonl"))
     assert_names(message, "train_path: ", "initial_adapter_model_ckpt_path: run:first")
-    message = error_of(files, "done", **taken | {"num_epochs": 2})
+    message = error_of(files, "done", **extension | {"num_epochs": 2})
     assert_names(message, "step 10 ")
 
 
-def test_resume_reports_each_setting_that_may_not_change(files: Path, adapter_run: dict[str, Any]):
+def test_resume_reports_each_incompatible_setting(files: Path, adapter_run: dict[str, Any]):
     message = error_of(
         files, "same_run", run_name="first", lora_config=LORA, learning_rate=1e-3, num_devices=2
     )
@@ -429,8 +439,8 @@ def test_resume_reports_each_setting_that_may_not_change(files: Path, adapter_ru
     assert "num_devices: 1 -> 2" in message
 
 
-def test_a_nan_loss_stops_the_run_with_step_and_rows(files: Path):
-    """Not tried again, and nothing of it is committed."""
+def test_nan_loss_stops_the_run_and_reports_the_rows(files: Path):
+    """The step is not retried, and nothing is committed."""
     config = write_yaml(
         files / "diverging.yaml",
         settings(files, run_name="diverging", learning_rate=1e30, max_failures=3),
@@ -443,14 +453,14 @@ def test_a_nan_loss_stops_the_run_with_step_and_rows(files: Path):
     assert "checkpoint" in reason
     assert finished.result["last_checkpoint"] is None
     assert finished.result["failures"] == []
-    assert finished.errors.count("step 1/") <= 1, "the step is not trained again"
+    assert finished.errors.count("step 1/") <= 1, "the step must not be retried"
 
 
-@pytest.mark.parametrize("stored", ["16bit", "4bit"])
-def test_a_4bit_base_with_an_adapter_on_top(files: Path, stored: str):
-    """The settings of QLoRA, on CPU; what is saved is an adapter that a 16-bit base takes as well."""
+@pytest.mark.parametrize("base_format", ["16bit", "4bit"])
+def test_qlora_adapter_loads_on_a_16bit_base(files: Path, base_format: str):
+    """QLoRA runs on CPU here, from a base model that is stored in 16 or in 4 bits."""
     model = files / "model"
-    if stored == "4bit":
+    if base_format == "4bit":
         model = files / "model-4bit"
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         AutoModelForCausalLM.from_pretrained(
@@ -464,10 +474,10 @@ def test_a_4bit_base_with_an_adapter_on_top(files: Path, stored: str):
         "gradient_checkpointing": "unsloth",
         "dtype": "bf16",
         "lora_config": LORA,
-        "run_name": f"qlora-{stored}",
+        "run_name": f"qlora-{base_format}",
         "num_epochs": 1,
     }
-    config = write_yaml(files / f"qlora-{stored}.yaml", settings(files, **qlora))
+    config = write_yaml(files / f"qlora-{base_format}.yaml", settings(files, **qlora))
     finished = run_main(config, "--json")
     assert finished.exit_code == 0, finished.errors
     first, last = (finished.result["eval_losses"][index]["eval_loss"] for index in (0, -1))

@@ -1,6 +1,6 @@
-"""The cookbooks that run on a machine without a GPU, in the order that their READMEs give, on a tiny model and rows like theirs.
+"""Cookbooks that need no GPU run on a tiny model and similar rows, in the order of their READMEs.
 
-`make test` runs the two that show most, `make test-cookbooks` all of them (ALL_COOKBOOKS=1).
+`make test-all` runs two of them, `make test-cookbooks` runs all (ALL_COOKBOOKS=1).
 """
 
 import gzip
@@ -32,7 +32,7 @@ PART_1, PART_2 = CONTINUE / "smollm2-135m-part-1.yaml", CONTINUE / "smollm2-135m
 STAGES = [RESUME / f"curriculum_stage_{number}.yaml" for number in (1, 2, 3)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-not_in_the_sample = pytest.mark.skipif(
+only_in_full_grid = pytest.mark.skipif(
     not os.environ.get("ALL_COOKBOOKS"), reason="`make test-cookbooks` runs it"
 )
 
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_questions(path: Path, chats: str) -> None:
-    """Rows in GSM8K's columns."""
+    """Write chats as rows with GSM8K's columns."""
     rows = [json.loads(line)["messages"] for line in chats.splitlines()]
     path.write_text(
         "".join(
@@ -60,7 +60,7 @@ def _write_questions(path: Path, chats: str) -> None:
 
 
 def overrides(files: Path, *, model: str | Path, train: str, valid: str) -> list[str]:
-    """What makes a cookbook a small run of its own."""
+    """Return overrides that make a cookbook a small run with its own storage."""
     return [
         f"model_id={model}",
         f"train_path={files / train}",
@@ -71,87 +71,83 @@ def overrides(files: Path, *, model: str | Path, train: str, valid: str) -> list
     ]
 
 
-def run(
+def run_cookbook(
     files: Path, yaml: Path, *more: str, train: str, valid: str, model: str | Path | None = None
 ) -> dict[str, Any]:
-    """A cookbook as it is, but for its model, its rows and where its run goes; its result."""
+    """Run a cookbook with another model, other rows and other storage, and return its result."""
     settings = overrides(files, model=model or files / "model", train=train, valid=valid)
     finished = run_main(yaml, *settings, *more, "--json")
     assert finished.exit_code == 0, finished.errors
     return finished.result
 
 
-def ask(files: Path, yaml: Path) -> dict[str, Any]:
-    """On questions and answers."""
-    return run(files, yaml, train="questions.jsonl", valid="valid-questions.jsonl")
+def run_on_questions(files: Path, yaml: Path) -> dict[str, Any]:
+    """Run a cookbook on questions and answers."""
+    return run_cookbook(files, yaml, train="questions.jsonl", valid="valid-questions.jsonl")
 
 
-def chat(files: Path, yaml: Path, *more: str, model: str | Path | None = None) -> dict[str, Any]:
-    """On chats."""
-    return run(files, yaml, *more, train="train.jsonl", valid="valid.jsonl", model=model)
+def run_on_chats(files: Path, yaml: Path, *more: str, model: str | Path | None = None) -> dict[str, Any]:
+    """Run a cookbook on chats."""
+    return run_cookbook(files, yaml, *more, train="train.jsonl", valid="valid.jsonl", model=model)
 
 
 def assert_learned(result: dict[str, Any]) -> None:
-    """The last evaluation is better than the one before any step."""
+    """Assert that the last eval loss is below the one before the first step."""
     assert result["eval_losses"][-1]["eval_loss"] < result["eval_losses"][0]["eval_loss"]
 
 
 @pytest.fixture(scope="module")
 def part_1(files: Path) -> dict[str, Any]:
-    return ask(files, PART_1)
+    return run_on_questions(files, PART_1)
 
 
-def test_the_second_part(files: Path, part_1: dict[str, Any]):
-    """It starts where the first was best."""
-    part_2 = ask(files, PART_2)
+def test_part_2_starts_from_the_best_checkpoint_of_part_1(files: Path, part_1: dict[str, Any]):
+    part_2 = run_on_questions(files, PART_2)
     assert part_2["parent"] == part_1["best_checkpoint"]
     best = min(loss["eval_loss"] for loss in part_1["eval_losses"])
     assert part_2["eval_losses"][0]["eval_loss"] == pytest.approx(best, rel=0.01)
 
 
-def test_function_calling(files: Path):
-    """Calls and answers are learned, by the template of the YAML: the model's own writes no tools."""
+def test_function_calling_learns_calls_and_answers(files: Path):
+    """The chat template comes from the YAML, because the model's own template renders no tools."""
     (files / "calls.jsonl").write_text(write_calls(["Oslo", "Kyoto"], 24, 1))
     (files / "valid-calls.jsonl").write_text(write_calls(["Lima"], 6, 2))
     model = make_model(files / "model-of-long-rows", positions=4096)
     yaml = COOKBOOKS / "function_calling" / "smollm2-135m.yaml"
-    result = run(files, yaml, train="calls.jsonl", valid="valid-calls.jsonl", model=model)
+    result = run_cookbook(files, yaml, train="calls.jsonl", valid="valid-calls.jsonl", model=model)
     assert_learned(result)
     example, *_ = json.loads((Path(result["run_uri"]) / "data_report.json").read_text())["train"]["examples"]
-    trained = "".join(text for text, is_trained in example if is_trained)
-    assert trained.startswith('<tool_call>{"name": "')
-    assert trained.count("<|im_end|>") == 2
+    loss_text = "".join(text for text, is_trained in example if is_trained)
+    assert loss_text.startswith('<tool_call>{"name": "')
+    assert loss_text.count("<|im_end|>") == 2
 
 
-@not_in_the_sample
-def test_more_epochs(files: Path, part_1: dict[str, Any]):
-    """The state is taken whole: the first run's steps are counted."""
-    extended = ask(files, RESUME / "extend.yaml")
+@only_in_full_grid
+def test_extended_run_counts_the_steps_of_the_first_run(files: Path, part_1: dict[str, Any]):
+    extended = run_on_questions(files, RESUME / "extend.yaml")
     assert extended["parent"] == part_1["last_checkpoint"]
     assert extended["train_steps"] == part_1["train_steps"] * 4 / 3
 
 
-@not_in_the_sample
-def test_new_data(files: Path, part_1: dict[str, Any]):
-    """Other rows, in another form, and steps from one."""
-    other = chat(files, RESUME / "new_data.yaml")
-    assert other["parent"] == part_1["best_checkpoint"]
-    assert other["train_steps"] == 4
+@only_in_full_grid
+def test_new_data_starts_from_the_best_checkpoint_at_step_0(files: Path, part_1: dict[str, Any]):
+    """The new rows also have another format."""
+    result = run_on_chats(files, RESUME / "new_data.yaml")
+    assert result["parent"] == part_1["best_checkpoint"]
+    assert result["train_steps"] == 4
 
 
-@not_in_the_sample
-def test_a_4bit_base_below_the_adapter(files: Path, part_1: dict[str, Any]):
-    """Quantising a base costs it little: the adapter still helps."""
-    quantised = chat(files, RESUME / "qlora.yaml")
-    assert quantised["parent"] == part_1["best_checkpoint"]
-    assert quantised["train_steps"] == 100
-    assert_learned(quantised)
+@only_in_full_grid
+def test_qlora_improves_the_adapter_on_a_4bit_base(files: Path, part_1: dict[str, Any]):
+    result = run_on_chats(files, RESUME / "qlora.yaml")
+    assert result["parent"] == part_1["best_checkpoint"]
+    assert result["train_steps"] == 100
+    assert_learned(result)
 
 
-@not_in_the_sample
-def test_a_curriculum(files: Path):
-    """Each stage starts from the best of the one before."""
-    stages = [ask(files, stage) for stage in STAGES]
+@only_in_full_grid
+def test_each_curriculum_stage_starts_from_the_best_checkpoint_before(files: Path):
+    stages = [run_on_questions(files, stage) for stage in STAGES]
     assert [stage["parent"] for stage in stages] == [
         None,
         stages[0]["best_checkpoint"],
@@ -159,43 +155,44 @@ def test_a_curriculum(files: Path):
     ]
 
 
-@not_in_the_sample
-def test_preference_tuning(files: Path):
-    """It learns to tell the answers apart, from where it is its own reference."""
+@only_in_full_grid
+def test_preference_tuning_raises_the_reward_margin(files: Path):
+    """The first eval loss is log 2, because the model is its own reference before the first step."""
     yaml = COOKBOOKS / "preference_tuning" / "smollm2-135m.yaml"
-    first, *_, last = run(files, yaml, train="train-pairs.jsonl", valid="valid-pairs.jsonl")["eval_losses"]
+    first, *_, last = run_cookbook(files, yaml, train="train-pairs.jsonl", valid="valid-pairs.jsonl")[
+        "eval_losses"
+    ]
     assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert last["eval_loss"] < first["eval_loss"]
     assert last["figures"]["rewards/margins"] > 0
 
 
-@not_in_the_sample
-def test_causal_lm(files: Path):
+@only_in_full_grid
+def test_causal_lm_counts_all_tokens_but_the_first_as_loss_tokens(files: Path):
     (files / "texts.jsonl").write_text(write_texts(TRAIN_KINDS, 64, 1))
     (files / "valid-texts.jsonl").write_text(write_texts(VALID_KINDS, 8, 2))
-    result = run(
+    result = run_cookbook(
         files, COOKBOOKS / "causal_lm" / "smollm2-135m.yaml", train="texts.jsonl", valid="valid-texts.jsonl"
     )
     assert_learned(result)
-    assert result["trained_tokens"] == result["tokens"] - 64  # all but the first of each row
+    assert result["trained_tokens"] == result["tokens"] - 64  # no loss on the first token of a row
 
 
-@not_in_the_sample
-def test_classification(files: Path):
-    """Labels that were no likelier than any other token become what the model writes."""
+@only_in_full_grid
+def test_classification_reports_accuracy_and_f1(files: Path):
+    """A random model ranks labels no higher than other tokens, so even chance accuracy shows that it learned them."""
     (files / "topics.jsonl").write_text(write_topics(48, 1))
     (files / "valid-topics.jsonl").write_text(write_topics(12, 2))
     yaml = COOKBOOKS / "classification" / "smollm2-135m.yaml"
-    result = run(files, yaml, train="topics.jsonl", valid="valid-topics.jsonl")
+    result = run_cookbook(files, yaml, train="topics.jsonl", valid="valid-topics.jsonl")
     assert_learned(result)
     figures = result["eval_losses"][-1]["figures"]
     assert figures["accuracy"] >= 1 / len(TOPICS)
     assert 0 < figures["f1"] <= 1
 
 
-@not_in_the_sample
-def test_data_of_ones_own(files: Path):
-    """Two formats are mixed as they are weighted, and the two mistakes are left out and listed."""
+@only_in_full_grid
+def test_bring_your_own_data_trains_on_mixed_formats_and_lists_skipped_rows(files: Path):
     (files / "own.csv").write_text(own_data.write_mistakes(own_data.write_table(TRAIN_KINDS, 16, 1)))
     (files / "chats").mkdir()
     (files / "chats" / "a.jsonl.gz").write_bytes(
@@ -204,25 +201,24 @@ def test_data_of_ones_own(files: Path):
     (files / "valid.csv").write_text(own_data.write_table(VALID_KINDS, 4, 2))
     sources = f"[{{path: {files}/own.csv, weight: 2}}, {{path: '{files}/chats/*.jsonl.gz', weight: 1}}]"
     yaml = COOKBOOKS / "bring_your_own_data" / "smollm2-135m.yaml"
-    result = run(files, yaml, f"train_path={sources}", train="unused", valid="valid.csv")
+    result = run_cookbook(files, yaml, f"train_path={sources}", train="unused", valid="valid.csv")
     assert_learned(result)
     skipped = (Path(result["run_uri"]) / "skipped_rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"].split()[0] for line in skipped] == ["`Reply`", "`Question`"]
 
 
-@not_in_the_sample
-def test_weights_of_ones_own(files: Path, bucket_uri: str):
-    """Layers are gone, and what is left is uploaded, loaded and trained."""
+@only_in_full_grid
+def test_bring_your_own_weights_trains_a_pruned_model_from_a_bucket(files: Path, bucket_uri: str):
     own_weights.prune(make_model(files / "deep", layers=20))
     own_weights.upload(files / "deep", f"{bucket_uri}/own")
     assert json.loads((files / "deep" / "config.json").read_text())["num_hidden_layers"] == 18
     yaml = COOKBOOKS / "bring_your_own_weights" / "smollm2-135m.yaml"
-    assert_learned(chat(files, yaml, "learning_rate=1e-2", model=f"{bucket_uri}/own"))
+    assert_learned(run_on_chats(files, yaml, "learning_rate=1e-2", model=f"{bucket_uri}/own"))
 
 
-@not_in_the_sample
-def test_another_family_of_models(files: Path):
-    """Without a chat template of its own; the YAML's goes with the checkpoint."""
+@only_in_full_grid
+def test_gpt_neox_stores_the_chat_template_of_the_yaml(files: Path):
+    """The model has no chat template of its own."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     config = GPTNeoXConfig(
@@ -235,40 +231,41 @@ def test_another_family_of_models(files: Path):
     )
     GPTNeoXForCausalLM(config).save_pretrained(files / "neox")
     tokenizer.save_pretrained(files / "neox")
-    result = chat(files, COOKBOOKS / "bring_any_hf_model" / "gpt-neox-14m.yaml", model=files / "neox")
+    result = run_on_chats(files, COOKBOOKS / "bring_any_hf_model" / "gpt-neox-14m.yaml", model=files / "neox")
     assert_learned(result)
     assert "<|im_start|>" in (Path(result["best_checkpoint"]) / "chat_template.jinja").read_text()
 
 
-@not_in_the_sample
+@only_in_full_grid
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_lora_and_full_parameter(method: str, files: Path):
+def test_lora_and_full_parameter_lower_the_eval_loss(method: str, files: Path):
     yaml = COOKBOOKS / "lora_vs_full_parameter" / f"smollm2-135m-{method}.yaml"
-    assert_learned(chat(files, yaml, "learning_rate=1e-2"))
+    assert_learned(run_on_chats(files, yaml, "learning_rate=1e-2"))
 
 
-@not_in_the_sample
-def test_long_context(files: Path):
+@only_in_full_grid
+def test_long_context_lowers_the_eval_loss(files: Path):
     (files / "notes.jsonl").write_text(write_notes(8, 1, notes=6))
     (files / "valid-notes.jsonl").write_text(write_notes(2, 2, notes=6))
     yaml = COOKBOOKS / "long_context" / "smollm2-135m.yaml"
     model = make_model(files / "model-of-notes", positions=2048)
     settings = ("learning_rate=1e-2",)
-    assert_learned(run(files, yaml, *settings, train="notes.jsonl", valid="valid-notes.jsonl", model=model))
+    assert_learned(
+        run_cookbook(files, yaml, *settings, train="notes.jsonl", valid="valid-notes.jsonl", model=model)
+    )
 
 
-@not_in_the_sample
-def test_optimize_cost(files: Path):
-    """The batch is chosen: on a tiny model all that a step takes."""
-    result = chat(files, COOKBOOKS / "optimize_cost" / "smollm2-135m.yaml", "num_epochs=10")
+@only_in_full_grid
+def test_optimize_cost_chooses_the_largest_batch_that_fits(files: Path):
+    """For a tiny model, that is the complete batch of a step."""
+    result = run_on_chats(files, COOKBOOKS / "optimize_cost" / "smollm2-135m.yaml", "num_epochs=10")
     assert_learned(result)
     config = (Path(result["run_uri"]) / "config.yaml").read_text()
     assert "train_batch_size_per_device: 4" in config
 
 
-@not_in_the_sample
-def test_a_search(files: Path):
-    """Each trial is a run that main.py lists; the best is shown first."""
+@only_in_full_grid
+def test_search_stores_a_run_per_trial_and_prints_the_best(files: Path):
     directory = COOKBOOKS / "modifying_hyperparameters"
     settings = overrides(files, model=files / "model", train="train.jsonl", valid="valid.jsonl")
     settings[3] = f"storage_path={files / 'searched'}"
@@ -289,5 +286,5 @@ def test_a_search(files: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     runs = list_runs(str(files / "searched"))
     assert len(runs) == 3
-    best = min(runs, key=lambda found: found.best_eval_loss or math.inf)
+    best = min(runs, key=lambda run: run.best_eval_loss or math.inf)
     assert f"best: {best.run_uri}" in done.stdout

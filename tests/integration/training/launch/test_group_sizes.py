@@ -1,4 +1,4 @@
-"""How many workers a run with a range of devices starts, by Ray's own coordinator on a real cluster."""
+"""Elastic runs start the largest allowed worker group that fits a real Ray cluster."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from training.launch.elastic import GroupSizes
 from training.loop.ray_internals import NoopDecision, ResizeDecision, ScalingDecision
 
 COUNTS = (2, 6)
-"""The numbers of workers that can share a step; Ray alone would take any between."""
+"""Worker counts that divide a step evenly; Ray's own policy would accept any count in the range."""
 CPUS = 9
 
 
@@ -24,8 +24,8 @@ def mailbox() -> Iterator[Any]:
     ray.shutdown()
 
 
-def decision(mailbox: Any, cpus_per_worker: int) -> ScalingDecision:
-    """What the policy decides for a new worker group, from registering with Ray to the answer."""
+def initial_decision(mailbox: Any, cpus_per_worker: int) -> ScalingDecision:
+    """Register the policy with Ray and return its decision for a new worker group."""
     scaling = ScalingConfig(num_workers=COUNTS, resources_per_worker={"CPU": cpus_per_worker})
     sizes = GroupSizes(scaling, COUNTS, mailbox)
     context: Any = SimpleNamespace(run_id=f"{cpus_per_worker}-cpus")
@@ -37,13 +37,13 @@ def decision(mailbox: Any, cpus_per_worker: int) -> ScalingDecision:
 
 
 @pytest.mark.parametrize(("cpus_per_worker", "workers"), [(1, 6), (2, 2), (3, 2), (4, 2)])
-def test_a_worker_group_starts_with_the_largest_allowed_count_that_fits(
+def test_worker_group_starts_with_the_largest_allowed_count_that_fits(
     mailbox: Any, cpus_per_worker: int, workers: int
 ):
-    decided = decision(mailbox, cpus_per_worker)
-    assert isinstance(decided, ResizeDecision)
-    assert (decided.num_workers, decided.resources_per_worker) == (workers, {"CPU": cpus_per_worker})
+    decision = initial_decision(mailbox, cpus_per_worker)
+    assert isinstance(decision, ResizeDecision)
+    assert (decision.num_workers, decision.resources_per_worker) == (workers, {"CPU": cpus_per_worker})
 
 
-def test_a_worker_group_waits_while_the_fewest_workers_do_not_fit(mailbox: Any):
-    assert decision(mailbox, 5) == NoopDecision()
+def test_worker_group_waits_while_the_minimum_worker_count_does_not_fit(mailbox: Any):
+    assert initial_decision(mailbox, 5) == NoopDecision()

@@ -1,4 +1,4 @@
-"""A run from its first command to its last: what it leaves in the bucket, and what a signal or a lost worker does to it."""
+"""The life cycle of a run: stored files, signals, lost workers, storage errors and reruns."""
 
 import json
 import os
@@ -66,38 +66,42 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def run_export_of_page(page: str, to: Path) -> None:
-    """Run the command of a run's page that exports the best checkpoint, in fp32."""
-    (line,) = re.findall(r"<pre>\.venv/bin/python (main\.py export .*) --to exported$", unescape(page), re.M)
-    ran = subprocess.run(
-        [sys.executable, *shlex.split(line), "--to", str(to), "--dtype", "fp32"],
+def run_export_command(page: str, directory: Path) -> None:
+    """Run the command in a report page that exports the best checkpoint, in fp32."""
+    (command_line,) = re.findall(
+        r"<pre>\.venv/bin/python (main\.py export .*) --to exported$", unescape(page), re.M
+    )
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command_line), "--to", str(directory), "--dtype", "fp32"],
         cwd=PROJECT,
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def eval_loss_of(model: Any, tokenizer: Any, rows: Path) -> float:
-    """Token-weighted loss on the assistants' words, with nothing of ours."""
+    """Return the token-weighted loss on assistant messages, computed without the product's code."""
     total, count = 0.0, 0
     for line in rows.read_text().splitlines():
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
-        ids = torch.tensor(tokenizer(whole)["input_ids"])
-        begin = len(tokenizer(prompt)["input_ids"])
+        conversation = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        ids = torch.tensor(tokenizer(conversation)["input_ids"])
+        start = len(tokenizer(prompt)["input_ids"])
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0].float()
-        losses = torch.nn.functional.cross_entropy(logits[begin - 1 : -1], ids[begin:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="none")
         total, count = total + losses.sum().item(), count + len(losses)
     return total / count
 
 
-def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path):
-    """From s3:// to s3://: model, data and results in the bucket; the adapter loads in plain PEFT."""
+def test_lora_run_reads_from_and_writes_to_the_bucket(
+    files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path
+):
+    """Plain PEFT loads the adapter and computes the eval loss that the run reported."""
     store = open_store(bucket_uri)
     store.upload_many({f"model/{path.name}": path for path in (files / "model").iterdir()})
     store.upload_many({name: files / name for name in ("train.jsonl", "valid.jsonl")})
@@ -117,7 +121,7 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     assert result["status"] == "completed"
     assert result["train_steps"] == 10
     assert [loss["step"] for loss in result["eval_losses"]] == [0, 5, 10]
-    assert "warning" not in finished.errors.lower(), "library noise on the screen"
+    assert "warning" not in finished.errors.lower(), "a library printed a warning"
 
     run = open_store(result["run_uri"])
     assert json.loads(run.read("result.json")) == result
@@ -129,23 +133,23 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     speed = result["speed"]
     assert speed["tokens_per_second"] == result["tokens_per_second"] > speed["trained_tokens_per_second"] > 0
     assert speed["mfu"] is None and not any("mfu" in line for line in steps), (
-        "nobody knows what this CPU could do"
+        "the peak FLOPS of this CPU are unknown"
     )
     assert all(line["peak_memory_bytes"] <= speed["peak_memory_bytes"] for line in steps)
-    worked = {"data", "forward", "backward", "optimizer", "evaluation", "saving"}
-    assert all(speed["seconds"][phase] > 0 for phase in worked)
+    measured = {"data", "forward", "backward", "optimizer", "evaluation", "saving"}
+    assert all(speed["seconds"][phase] > 0 for phase in measured)
     assert sum(speed["seconds"].values()) < result["elapsed_seconds"]
     for phase in ("data", "forward", "backward", "optimizer"):
-        of_steps = sum(line[f"seconds/{phase}"] for line in steps)
-        assert of_steps == pytest.approx(speed["seconds"][phase], abs=0.001), (
-            "each step has its own, and nobody else's"
+        seconds = sum(line[f"seconds/{phase}"] for line in steps)
+        assert seconds == pytest.approx(speed["seconds"][phase], abs=0.001), (
+            "each step must report only its own time"
         )
     summaries = [
         json.loads(path.read_text()) for path in (files / "scratch").glob("cache/prepared/*/summary.json")
     ]
-    trained_on = next(summary for summary in summaries if summary["rows"] == ROWS)
-    assert result["tokens"] == 2 * trained_on["tokens"]
-    assert result["trained_tokens"] == 2 * trained_on["trained_tokens"]
+    train_summary = next(summary for summary in summaries if summary["rows"] == ROWS)
+    assert result["tokens"] == 2 * train_summary["tokens"]
+    assert result["trained_tokens"] == 2 * train_summary["trained_tokens"]
 
     checkpoint = sync_to_node(result["best_checkpoint"], tmp_path / "cache")
     manifest = Manifest.model_validate_json((checkpoint / "MANIFEST.json").read_text())
@@ -155,7 +159,9 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     assert all(checksum(checkpoint / file.path) == file.checksum for file in manifest.files)
     assert manifest.data_position.rows_seen == manifest.step * 8
     adapter = json.loads((checkpoint / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == f"{bucket_uri}/model", "not where it lay on the node"
+    assert adapter["base_model_name_or_path"] == f"{bucket_uri}/model", (
+        "the URI, not the path in the node cache"
+    )
 
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, checkpoint).eval()
@@ -163,7 +169,7 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
     best = min(loss["eval_loss"] for loss in result["eval_losses"])
     assert eval_loss_of(model, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
 
-    run_export_of_page(run.read("report.html").decode(), tmp_path / "merged")
+    run_export_command(run.read("report.html").decode(), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert eval_loss_of(merged, tokenizer, files / "valid.jsonl") == pytest.approx(best, abs=1e-3)
@@ -173,18 +179,18 @@ def test_a_lora_run_in_the_bucket(files: Path, bucket: EmbeddedBucket, bucket_ur
 
     again = run_main(config, "--json")
     assert again.exit_code == 0
-    assert again.result == result, "a completed run is not trained again"
-    looked_at = run_main(config, "--json", "--dry-run")
-    assert looked_at.exit_code == 0
-    assert looked_at.result["completed"] == result
-    assert looked_at.result["steps"] == result["train_steps"]
+    assert again.result == result, "a completed run must not be trained again"
+    dry_run = run_main(config, "--json", "--dry-run")
+    assert dry_run.exit_code == 0
+    assert dry_run.result["completed"] == result
+    assert dry_run.result["steps"] == result["train_steps"]
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A run whose model, data and checkpoints lie in a user's own bucket, and all that it left and asked for.
+class ObservedRun:
+    """A run in a user's own bucket, with every file that it wrote and every request that it sent.
 
-    While it trains and commits, half of its requests are refused.
+    While it trains and commits, half of its requests fail.
     """
 
     secrets: dict[str, str]
@@ -194,16 +200,16 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(
+def observed(
     files: Path, bucket: EmbeddedBucket, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watched]:
+) -> Iterator[ObservedRun]:
     directory = tmp_path_factory.mktemp("watched")
     with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
-        place = reach_as_a_user(environment, bucket, "watched")
-        store = open_store(place)
+        root_uri = reach_as_a_user(environment, bucket, "watched")
+        store = open_store(root_uri)
         store.upload_many({f"models/tiny/{path.name}": path for path in (files / "model").iterdir()})
         store.upload_many({f"data/{name}": files / name for name in ("train.jsonl", "valid.jsonl")})
-        given = {
+        credentials = {
             "AWS_ACCESS_KEY_ID": bucket.access_key,
             "AWS_SECRET_ACCESS_KEY": bucket.secret_key,
             "HF_TOKEN": f"hf_{secrets.token_hex(17)}",
@@ -213,20 +219,21 @@ def watched(
             directory / "quiet.yaml",
             settings(files, lora_config={"r": 4}, max_steps=3, num_epochs=None)
             | {
-                "model_id": f"{place}/models/tiny",
-                "train_path": f"{place}/data/train.jsonl",
-                "valid_path": f"{place}/data/valid.jsonl",
-                "storage_path": f"{place}/runs",
+                "model_id": f"{root_uri}/models/tiny",
+                "train_path": f"{root_uri}/data/train.jsonl",
+                "valid_path": f"{root_uri}/data/valid.jsonl",
+                "storage_path": f"{root_uri}/runs",
                 "output_dir": str(directory / "scratch"),
                 "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
             },
         )
-        with tempfile.TemporaryDirectory(prefix="ray-") as ray_directory:  # sockets want a short path
-            variables = given | {"RAY_TMPDIR": ray_directory, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        # The path of a socket is limited to 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="ray-") as ray_directory:
+            variables = credentials | {"RAY_TMPDIR": ray_directory, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
             with started(config, variables) as job:
                 job.wait_for_line("… training")
-                family = psutil.Process(job.process.pid).children(recursive=True)
-                command_lines = "\n".join(" ".join(process.cmdline()) for process in family)
+                processes = psutil.Process(job.process.pid).children(recursive=True)
+                command_lines = "\n".join(" ".join(process.cmdline()) for process in processes)
                 proxy.faults += [
                     Fault("refuse", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
                 ]
@@ -246,39 +253,39 @@ def watched(
             "command lines": command_lines.encode(),
             "screen": (finished.output + finished.errors).encode(),
         }
-        yield Watched(given, written, requests, finished)
+        yield ObservedRun(credentials, written, requests, finished)
 
 
 @pytest.mark.slow
-def test_errors_of_half_of_all_storage_requests_do_not_stop_training(watched: Watched):
-    assert sum(request.status == 503 for request in watched.requests) > 10
-    assert watched.finished.result["train_steps"] == 3
-    assert reading.survey(open_store(watched.finished.result["run_uri"]))[1] == []
+def test_training_continues_when_half_of_all_storage_requests_fail(observed: ObservedRun):
+    assert sum(request.status == 503 for request in observed.requests) > 10
+    assert observed.finished.result["train_steps"] == 3
+    assert reading.survey(open_store(observed.finished.result["run_uri"]))[1] == []
 
 
 @pytest.mark.slow
-def test_no_secret_is_left_anywhere(watched: Watched):
-    """Keys and tokens from the environment: in no command line, no screen, no log of ours or Ray's, and not in the run."""
-    assert any("raylet" in path for path in watched.written), "Ray's logs are among them"
-    assert any("scratch/logs" in path for path in watched.written), "ours are"
-    for name, secret in watched.secrets.items():
-        found = [path for path, content in watched.written.items() if secret.encode() in content]
+def test_run_exposes_no_secret(observed: ObservedRun):
+    """Keys and tokens from the environment are in no command line, terminal output, log of Anneal or Ray, or file of the run."""
+    assert any("raylet" in path for path in observed.written), "Ray's logs must be searched"
+    assert any("scratch/logs" in path for path in observed.written), "Anneal's logs must be searched"
+    for name, secret in observed.secrets.items():
+        found = [path for path, content in observed.written.items() if secret.encode() in content]
         assert found == [], name
 
 
 @pytest.mark.slow
-def test_a_whole_run_needs_no_right_that_its_policy_lacks(watched: Watched):
-    """Every request of the driver and the workers, up to the pruning of checkpoints."""
+def test_iam_policy_allows_every_request_of_a_run(observed: ObservedRun):
+    """The requests come from the driver and the workers, and include those that prune checkpoints."""
     policy = json.loads((PROJECT / "configs" / "iam_policy.json").read_text().replace("MY-BUCKET", "watched"))
-    calls = needed(watched.requests)
+    calls = needed(observed.requests)
     assert {call for call in calls if not is_allowed(policy, *call)} == set()
     deleted = {resource for action, resource in calls if action == "s3:DeleteObject"}
-    assert any(resource.endswith("/MANIFEST.json") for resource in deleted), "it pruned"
+    assert any(resource.endswith("/MANIFEST.json") for resource in deleted), "the run must prune a checkpoint"
 
 
 @pytest.mark.slow
-def test_a_full_parameter_run(files: Path, tmp_path: Path):
-    """The last checkpoint loads in plain transformers and gives the last reported eval loss."""
+def test_full_parameter_checkpoint_loads_in_plain_transformers(files: Path, tmp_path: Path):
+    """Its eval loss there equals the last one that the run reported."""
     config = write_yaml(tmp_path / "full.yaml", settings(files, num_checkpoints_to_keep=1))
     finished = run_main(config, "--json")
     assert finished.exit_code == 0, finished.errors
@@ -289,25 +296,25 @@ def test_a_full_parameter_run(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_that_ended_before_its_result_was_written_down(files: Path, tmp_path: Path):
-    """Killed behind its last checkpoint, in the midst of an epoch: the same command trains nothing more, and writes it down."""
+def test_rerun_writes_a_missing_result_without_training(files: Path, tmp_path: Path):
+    """A driver that is killed after its last checkpoint leaves this state. If that checkpoint is damaged, the rerun fails."""
     config = write_yaml(
         tmp_path / "ended.yaml", settings(files, num_epochs=None, max_steps=7, run_name="ended")
     )
     first = run_main(config, "--json")
     assert first.exit_code == 0, first.errors
     run = open_store(first.result["run_uri"])
-    left = read_metrics(files / "runs" / "ended")
+    metrics = read_metrics(files / "runs" / "ended")
     run.delete(["result.json", "report.html", "eval_loss.png"])
 
     again = run_main(config, "--json")
     assert again.exit_code == 0, again.errors
-    of_an_attempt = {"elapsed_seconds", "ended", "tokens_per_second", "speed", "log_files"}
-    assert {key: value for key, value in again.result.items() if key not in of_an_attempt} == {
-        key: value for key, value in first.result.items() if key not in of_an_attempt
+    attempt_keys = {"elapsed_seconds", "ended", "tokens_per_second", "speed", "log_files"}
+    assert {key: value for key, value in again.result.items() if key not in attempt_keys} == {
+        key: value for key, value in first.result.items() if key not in attempt_keys
     }
     assert again.result["train_steps"] == 7
-    assert read_metrics(files / "runs" / "ended") == left
+    assert read_metrics(files / "runs" / "ended") == metrics
     assert json.loads(run.read("result.json")) == again.result
 
     run.delete(["result.json"])
@@ -325,21 +332,23 @@ EVERY_50 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency"
 
 
 @pytest.mark.slow
-def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(files: Path, tmp_path: Path):
-    """Stopped and continued, the run has the losses of one that was never stopped, dropout included.
+def test_signal_commits_a_checkpoint_and_the_same_command_resumes(files: Path, tmp_path: Path):
+    """The resumed run has the losses of an uninterrupted one, dropout included.
 
-    The signal goes to the whole process group, as from `timeout`, a service manager or a terminal.
+    The signal goes to the complete process group, as from `timeout`, a service manager or a terminal.
     """
-    whole = run_main(
-        write_yaml(tmp_path / "whole.yaml", settings(files, **LONG, **EVERY_50)), "run_name=whole", "--json"
+    uninterrupted = run_main(
+        write_yaml(tmp_path / "uninterrupted.yaml", settings(files, **LONG, **EVERY_50)),
+        "run_name=uninterrupted",
+        "--json",
     )
-    assert whole.exit_code == 0, whole.errors
+    assert uninterrupted.exit_code == 0, uninterrupted.errors
 
     config = write_yaml(tmp_path / "stopped.yaml", settings(files, **LONG, **EVERY_50, run_name="stopped"))
-    with started(config) as running:
-        running.wait_for_line("step 20/")
-        os.killpg(running.process.pid, signal.SIGTERM)
-        finished = running.end()
+    with started(config) as job:
+        job.wait_for_line("step 20/")
+        os.killpg(job.process.pid, signal.SIGTERM)
+        finished = job.end()
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert finished.result["status"] == "stopped"
     stopped_at = finished.result["train_steps"]
@@ -350,40 +359,39 @@ def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(files: Path,
     assert "stopped: SIGTERM" in page
     assert f"python main.py {config}" in page
 
-    continued = run_main(config, "--json")
-    assert continued.exit_code == 0, continued.errors
+    resumed = run_main(config, "--json")
+    assert resumed.exit_code == 0, resumed.errors
     steps = {}
-    for name in ("whole", "stopped"):
+    for name in ("uninterrupted", "stopped"):
         steps[name] = [
             (line["step"], line["loss"]) for line in read_metrics(files / "runs" / name) if "loss" in line
         ]
-    assert steps["stopped"] == steps["whole"]
-    assert continued.result["tokens"] == whole.result["tokens"]
+    assert steps["stopped"] == steps["uninterrupted"]
+    assert resumed.result["tokens"] == uninterrupted.result["tokens"]
 
 
 @pytest.mark.slow
-def test_a_signal_before_the_first_step_does_not_wait(files: Path, tmp_path: Path):
-    """There is nothing to commit, and nothing is written."""
+def test_signal_before_the_first_step_exits_without_a_result(files: Path, tmp_path: Path):
+    """There is nothing to commit yet."""
     config = write_yaml(tmp_path / "early.yaml", settings(files, **LONG, run_name="early"))
-    with started(config) as running:
-        running.wait_for_line("starting the workers")
-        running.process.send_signal(signal.SIGTERM)
-        finished = running.end()
+    with started(config) as job:
+        job.wait_for_line("starting the workers")
+        job.process.send_signal(signal.SIGTERM)
+        finished = job.end()
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert "Traceback" not in finished.errors
     assert not (files / "runs" / "early" / "result.json").exists()
 
 
 @pytest.mark.slow
-def test_a_lost_worker(files: Path, tmp_path: Path):
-    """Without retries the run fails and says why; what was committed stays, and the same command ends it."""
+def test_lost_worker_without_retries_fails_the_run_and_a_rerun_resumes(files: Path, tmp_path: Path):
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
-    with started(config) as running:
-        running.wait_for_line("checkpoint ")
-        workers = running.workers()
+    with started(config) as job:
+        job.wait_for_line("checkpoint ")
+        workers = job.workers()
         assert len(workers) == 2
         os.kill(workers[1].pid, signal.SIGKILL)
-        finished = running.end()
+        finished = job.end()
     assert finished.exit_code == 1, finished.errors
     assert finished.result["status"] == "failed"
     assert finished.result["reason"].startswith("worker lost")
@@ -396,15 +404,15 @@ def test_a_lost_worker(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_lost_worker_restarts_from_the_latest_checkpoint(files: Path, tmp_path: Path):
-    """Within max_failures the run ends by itself, and each step is trained once in the end."""
+def test_lost_worker_within_max_failures_restarts_from_the_latest_checkpoint(files: Path, tmp_path: Path):
+    """The metrics contain each step once."""
     config = write_yaml(
         tmp_path / "back.yaml", settings(files, **LONG, **EVERY_50, run_name="back", max_failures=1)
     )
-    with started(config) as running:
-        running.wait_for_line("checkpoint ")
-        os.kill(running.workers()[0].pid, signal.SIGKILL)
-        finished = running.end()
+    with started(config) as job:
+        job.wait_for_line("checkpoint ")
+        os.kill(job.workers()[0].pid, signal.SIGKILL)
+        finished = job.end()
     assert finished.exit_code == 0, finished.errors
     (failure,) = finished.result["failures"]
     assert failure.startswith("worker lost")
@@ -416,26 +424,26 @@ def test_a_lost_worker_restarts_from_the_latest_checkpoint(files: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_lost_cluster(files: Path, tmp_path: Path):
-    """Ray's own process is killed under the driver, which Ray may terminate with it: the same command resumes."""
+def test_rerun_resumes_after_the_cluster_was_lost(files: Path, tmp_path: Path):
+    """The raylet is killed; Ray may then terminate the driver too."""
     config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
-    with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as running:
-        running.wait_for_line("step 75/")
-        running.wait_until(
-            lambda: read_metrics(files / "runs" / "cluster")[-1]["step"] > 50, "losses behind a checkpoint"
+    with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as job:
+        job.wait_for_line("step 75/")
+        job.wait_until(
+            lambda: read_metrics(files / "runs" / "cluster")[-1]["step"] > 50, "losses after a checkpoint"
         )
         (listed,) = (run for run in list_runs(str(files / "runs")) if run.run_name == "cluster")
         assert listed.status == "running"
         assert 50 < listed.steps <= 75
         (raylet,) = [
             process
-            for process in psutil.Process(running.process.pid).children(recursive=True)
+            for process in psutil.Process(job.process.pid).children(recursive=True)
             if process.name() == "raylet"
         ]
         raylet.kill()
-        finished = running.end()
+        finished = job.end()
     assert finished.exit_code == 1, finished.errors
-    if finished.output:  # else Ray has ended the driver
+    if finished.output:  # otherwise Ray terminated the driver
         assert_names(finished.result["reason"], "cluster", "lost")
     assert "Traceback" not in finished.errors
     recovered = run_main(config, "--json")
@@ -445,8 +453,8 @@ def test_a_lost_cluster(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
-    """A checkpoint that does not fit is reported in a line, committed ones stay complete, and the same command resumes."""
+def test_full_disk_raises_an_error_and_a_rerun_resumes(files: Path, tmp_path: Path):
+    """The error names the checkpoint that does not fit. Committed checkpoints stay complete."""
     require_small_disks(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -455,12 +463,13 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
         tmp_path / "full.yaml",
         settings(files, max_steps=100, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
     )
-    with started(config, within=on_a_small_disk(disk, "32m")) as running:
-        running.wait_for_line("checkpoint ")
-        while running.process.poll() is None:  # what is committed is removed there, and makes room
-            fill_disk(Path(f"/proc/{running.process.pid}/root{disk}"), leaving=500_000)
+    with started(config, within=on_a_small_disk(disk, "32m")) as job:
+        job.wait_for_line("checkpoint ")
+        # Committed checkpoints are deleted from this disk, which frees space.
+        while job.process.poll() is None:
+            fill_disk(Path(f"/proc/{job.process.pid}/root{disk}"), leaving=500_000)
             time.sleep(0.01)
-        finished = running.end()
+        finished = job.end()
     assert finished.exit_code == 1, finished.errors
     assert re.search(rf"{disk}\S*/checkpoint-\d+: .*disk.*output_dir", finished.errors)
     assert "Traceback" not in finished.errors
@@ -469,8 +478,8 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
     manifests, damage = reading.survey(run)
     assert damage == []
     assert finished.result["last_checkpoint"].endswith(f"step-{manifests[-1].step:06d}")
-    whole = {checkpoint_key(manifest.step) for manifest in manifests}
-    assert {item.key.rpartition("/")[0] + "/" for item in run.list("checkpoints/")} == whole
+    committed = {checkpoint_key(manifest.step) for manifest in manifests}
+    assert {item.key.rpartition("/")[0] + "/" for item in run.list("checkpoints/")} == committed
 
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
@@ -480,35 +489,35 @@ def test_a_disk_that_fills_up(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_access_denied_during_a_run(files: Path, bucket: EmbeddedBucket, tmp_path: Path):
-    """Neither a checkpoint nor the result can be written: both are told, as a failure of the run."""
+def test_access_denied_during_training_reports_checkpoint_and_result(
+    files: Path, bucket: EmbeddedBucket, tmp_path: Path
+):
     with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
-        place = reach_as_a_user(environment, bucket, "refusing")
+        root_uri = reach_as_a_user(environment, bucket, "denied")
         config = write_yaml(
-            tmp_path / "refused.yaml",
-            settings(files, max_steps=1, num_epochs=None, storage_path=f"{place}/runs"),
+            tmp_path / "denied.yaml",
+            settings(files, max_steps=1, num_epochs=None, storage_path=f"{root_uri}/runs"),
         )
-        with started(config, {"AWS_ENDPOINT_URL_S3": proxy.endpoint}) as running:
-            running.wait_for_line("… training")
+        with started(config, {"AWS_ENDPOINT_URL_S3": proxy.endpoint}) as job:
+            job.wait_for_line("… training")
             proxy.faults += [
                 Fault("refuse", method, status=403, code="AccessDenied") for method in ("GET", "PUT", "POST")
             ]
-            finished = running.end()
+            finished = job.end()
     assert finished.exit_code == 1, finished.errors
-    assert re.search(rf"error: .*{place}/runs/\S+: access denied", finished.errors)
-    assert re.search(rf"result\.json .*{place}/runs/\S+: access denied", finished.errors)
+    assert re.search(rf"error: .*{root_uri}/runs/\S+: access denied", finished.errors)
+    assert re.search(rf"result\.json .*{root_uri}/runs/\S+: access denied", finished.errors)
     assert "Traceback" not in finished.errors
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
-    """It ends at once, and what was committed is still there."""
+def test_second_interrupt_exits_at_once_and_retains_checkpoints(files: Path, tmp_path: Path):
     config = write_yaml(tmp_path / "twice.yaml", settings(files, **LONG, **EVERY_50, run_name="twice"))
-    with started(config) as running:
-        running.wait_for_line("checkpoint ")
-        running.process.send_signal(signal.SIGINT)
-        running.process.send_signal(signal.SIGINT)
-        finished = running.end()
+    with started(config) as job:
+        job.wait_for_line("checkpoint ")
+        job.process.send_signal(signal.SIGINT)
+        job.process.send_signal(signal.SIGINT)
+        finished = job.end()
     assert finished.exit_code == 128 + signal.SIGINT, finished.errors
     assert "Traceback" not in finished.errors
     last = finished.result["last_checkpoint"]
@@ -516,8 +525,8 @@ def test_a_second_interrupt_does_not_wait(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_does_not_call_ray_after_its_end():
-    """Ray answers a thread that does so by ending the whole process, silently, with exit code 1."""
+def test_interrupted_run_leaves_no_thread_that_calls_ray():
+    """If a thread calls Ray after shutdown, Ray terminates the process silently with exit code 1."""
     script = """
 import threading, ray
 from training.launch.driver import _Fit, _mailbox_on_this_node
@@ -536,9 +545,9 @@ ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=Fal
 mailbox = _mailbox_on_this_node()
 fit = _Fit(Trainer(), mailbox)
 fit.end()
-left = [thread.name for thread in threading.enumerate() if thread.name == "fit"]
+threads = [thread.name for thread in threading.enumerate() if thread.name == "fit"]
 ray.shutdown()
-print(left, fit.error)
+print(threads, fit.error)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=PROJECT
@@ -547,13 +556,13 @@ print(left, fit.error)
 
 
 @pytest.mark.slow
-def test_a_second_driver_of_a_run_raises_an_error(files: Path, tmp_path: Path):
-    """Exactly one trains; the other names it and leaves, and the first one does not notice."""
+def test_second_driver_of_a_run_raises_an_error_with_the_owner(files: Path, tmp_path: Path):
+    """The first driver is not affected."""
     config = write_yaml(tmp_path / "one.yaml", settings(files, **LONG, **EVERY_50, run_name="one"))
-    with started(config) as running:
-        running.wait_for_line("starting the workers")
+    with started(config) as job:
+        job.wait_for_line("starting the workers")
         second = run_main(config, "--json")
-        first = running.end()
+        first = job.end()
     assert second.exit_code == 2, second.errors
     assert re.search(rf"error: .*{files / 'runs' / 'one'} .*process \d+", second.errors)
     assert second.output.count("{") == 0

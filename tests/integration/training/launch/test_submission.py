@@ -1,4 +1,4 @@
-"""Runs as jobs of a real job server behind a token, with a real bucket: submitted, followed, stopped, rejected, failed."""
+"""Runs submitted to a real Ray job server with a token and a real bucket: followed, detached, stopped, rejected, failed."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def storage(bucket: EmbeddedBucket) -> str:
-    """A prefix of a bucket that the cluster reaches as anybody's."""
+    """Create a bucket that the cluster accesses through the AWS variables, and return the URI of a prefix in it."""
     variables = variables_of(bucket)
     client = Session(variables["AWS_ACCESS_KEY_ID"], variables["AWS_SECRET_ACCESS_KEY"]).client(
         "s3", endpoint_url=bucket.endpoint, region_name="us-east-1"
@@ -65,12 +65,12 @@ def cluster(bucket: EmbeddedBucket) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def laptop(bucket: EmbeddedBucket, cluster: RayCluster) -> dict[str, str]:
-    """The environment of who submits: credentials of their own, and the token."""
+    """Return the environment of the machine that submits: its own credentials and the cluster's token."""
     return variables_of(bucket) | cluster.token | SECRETS
 
 
 def config(files: Path, path: Path, storage: str, **more: object) -> Path:
-    """Local model and rows, which travel; results go to the bucket."""
+    """Write a YAML whose model and rows are local, so they are uploaded with the job; its results go to the bucket."""
     settings = {
         "model_id": str(files / "model"),
         "train_path": str(files / "train.jsonl"),
@@ -88,28 +88,28 @@ def config(files: Path, path: Path, storage: str, **more: object) -> Path:
     return write_yaml(path, settings | more)
 
 
-def jobs_of(cluster: RayCluster) -> str:
-    """All that the job server tells of its jobs."""
+def job_list(cluster: RayCluster) -> str:
+    """Return the job server's list of its jobs, as JSON text."""
     request = urllib.request.Request(
         f"{cluster.job_server}/api/jobs/",
         headers={"Authorization": f"Bearer {cluster.token['RAY_AUTH_TOKEN']}"},
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return answer.read().decode()
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read().decode()
 
 
 def printed_command(finished: Finished, name: str) -> list[str]:
-    """What --detach says to type."""
+    """Return the command that --detach printed under this name."""
     match = re.search(rf"^{name} +(.*?)(?:  \(.*)?$", finished.output, re.M)
     assert match, finished.output
     return shlex.split(match[1])
 
 
-def type_in(words: list[str], variables: Mapping[str, str]) -> str:
-    """Run one of Ray's own commands."""
-    program = Path(command(Path())[0]).with_name(words[0])
+def run_ray_command(arguments: list[str], variables: Mapping[str, str]) -> str:
+    """Run a command of Ray's CLI and return its output."""
+    program = Path(command(Path())[0]).with_name(arguments[0])
     done = subprocess.run(
-        [str(program), *words[1:]],
+        [str(program), *arguments[1:]],
         env=environment() | dict(variables),
         capture_output=True,
         text=True,
@@ -119,10 +119,10 @@ def type_in(words: list[str], variables: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def test_a_run_is_submitted_and_followed(
+def test_submitted_run_is_followed_and_exposes_no_secret(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
-    """Its output comes to standard error, its result to standard output, and nothing secret goes anywhere."""
+    """The job's output goes to standard error, its result to standard output. The rerun command submits no second job."""
     yaml = config(files, tmp_path / "followed.yaml", storage)
     finished = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert finished.exit_code == 0, finished.errors
@@ -131,19 +131,19 @@ def test_a_run_is_submitted_and_followed(
     assert len(finished.output.splitlines()) == 1
     uri = re.escape(finished.result["run_uri"])
     printed = re.findall(rf"^(results \D*?) +{uri}$", finished.errors, re.M)
-    assert len(printed) == 2 and len(set(printed)) == 1, "by the check here and by the job: the same run"
+    assert len(printed) == 2 and len(set(printed)) == 1, "the local check and the job must print the same run"
     assert "step 5/5  loss" in finished.errors
-    jobs = jobs_of(cluster)
+    jobs = job_list(cluster)
     assert "main.py followed.yaml" in jobs
     secrets = [*SECRETS.values(), cluster.token["RAY_AUTH_TOKEN"], laptop["AWS_SECRET_ACCESS_KEY"]]
     assert not [secret for secret in secrets if secret in jobs + finished.errors]
     again = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert again.exit_code == 0, again.errors
     assert again.result == finished.result
-    assert len(json.loads(jobs_of(cluster))) == len(json.loads(jobs))
+    assert len(json.loads(job_list(cluster))) == len(json.loads(jobs))
 
 
-def test_a_detached_job_is_stopped_and_resumed_by_the_same_command(
+def test_stopped_job_is_resumed_by_the_same_command(
     files: Path,
     tmp_path: Path,
     storage: str,
@@ -152,7 +152,7 @@ def test_a_detached_job_is_stopped_and_resumed_by_the_same_command(
     bucket: EmbeddedBucket,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Ctrl-C leaves it alone; a stop commits a checkpoint, from which the same command resumes."""
+    """Ctrl-C only detaches from the job. `ray job stop` commits a checkpoint, from which the same command resumes."""
     yaml = config(
         files, tmp_path / "stopped.yaml", storage, run_name="stopped", max_steps=4000, num_epochs=None
     )
@@ -160,11 +160,11 @@ def test_a_detached_job_is_stopped_and_resumed_by_the_same_command(
     with started(yaml, laptop, arguments=submitted) as job:
         job.wait_for_line("step 5/4000")
         job.process.send_signal(signal.SIGINT)
-        left = job.end()
-    assert left.exit_code == 130
-    assert "Traceback" not in left.errors
-    stop = re.findall(r"interrupted: .*: (.*)$", left.errors, re.M)[-1]
-    type_in(shlex.split(stop), laptop)
+        detached = job.end()
+    assert detached.exit_code == 130
+    assert "Traceback" not in detached.errors
+    stop = re.findall(r"interrupted: .*: (.*)$", detached.errors, re.M)[-1]
+    run_ray_command(shlex.split(stop), laptop)
     for name, value in variables_of(bucket).items():
         monkeypatch.setenv(name, value)
     manifests = [
@@ -177,60 +177,61 @@ def test_a_detached_job_is_stopped_and_resumed_by_the_same_command(
         job.wait_for_line(f"step {manifests[-1].step + 1}/4000")
         stop = re.search(r"^stop +(.*?)  \(", job.errors, re.M)
         assert stop
-        type_in(shlex.split(stop[1]), laptop)
+        run_ray_command(shlex.split(stop[1]), laptop)
         stopped = job.end()
     assert stopped.exit_code == 143
     assert stopped.result["status"] == "stopped"
     assert stopped.result["train_steps"] > manifests[-1].step
 
 
-def test_a_job_that_is_not_followed(
+def test_detach_prints_commands_that_follow_and_resume_the_job(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
-    """The commands that are printed do what they say; one that fails has its own exit code, and says why."""
+    """The job fails: its log contains the result, and rerunning the command returns the job's exit code."""
     yaml = config(files, tmp_path / "detached.yaml", storage, learning_rate=1e30, max_grad_norm=0)
-    left = run_main(yaml, "--submit", cluster.job_server, "--detach", variables=laptop)
-    assert left.exit_code == 0, left.errors
-    log = type_in(printed_command(left, "follow"), laptop)
+    detached = run_main(yaml, "--submit", cluster.job_server, "--detach", variables=laptop)
+    assert detached.exit_code == 0, detached.errors
+    log = run_ray_command(printed_command(detached, "follow"), laptop)
     assert '"status":"failed"' in log
     again = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert again.exit_code == 1
     assert again.result["status"] == "failed"
-    assert printed_command(left, "resume") == ["python", "main.py", str(yaml), "--submit", cluster.job_server]
+    resume = ["python", "main.py", str(yaml), "--submit", cluster.job_server]
+    assert printed_command(detached, "resume") == resume
 
 
-def test_a_job_that_does_not_fit_the_cluster_raises_an_error(
+def test_job_that_does_not_fit_the_cluster_raises_an_error(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
     yaml = config(files, tmp_path / "large.yaml", storage, num_devices=3)
-    refused = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
-    assert refused.exit_code == 2
-    assert_names(refused.errors, "3 workers", "CPU 3 (has 2)")
-    assert refused.output == ""
+    rejected = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
+    assert rejected.exit_code == 2
+    assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
+    assert rejected.output == ""
 
 
-def test_paths_that_only_the_cluster_sees_are_checked_by_the_job(
+def test_job_checks_uris_that_only_the_cluster_can_access(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
-    """Somebody without rights to the bucket may submit; a path of the cluster's own is looked at by the job."""
+    """A user without access to the bucket can submit. The job itself checks a path on the cluster."""
     yaml = config(files, tmp_path / "outside.yaml", storage, num_devices=1, max_steps=1, num_epochs=None)
-    without = laptop | {"AWS_SECRET_ACCESS_KEY": "wrong"}
-    finished = run_main(yaml, "--submit", cluster.job_server, "--json", variables=without)
+    no_access = laptop | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    finished = run_main(yaml, "--submit", cluster.job_server, "--json", variables=no_access)
     assert finished.exit_code == 0, finished.errors
     assert re.search("^warning: .*storage_path: ", finished.errors, re.M)
-    there = run_main(
+    rejected = run_main(
         yaml,
         f"train_path=file://{tmp_path}/nowhere.jsonl",
         "--submit",
         cluster.job_server,
         variables=laptop,
     )
-    assert there.exit_code == 2
-    assert "train_path: " in there.errors
-    assert "nowhere.jsonl" in there.errors.splitlines()[-1]
+    assert rejected.exit_code == 2
+    assert "train_path: " in rejected.errors
+    assert "nowhere.jsonl" in rejected.errors.splitlines()[-1]
 
 
-def test_the_wrong_place_to_submit_to(
+def test_unusable_job_server_raises_an_error_with_the_fix(
     files: Path,
     tmp_path: Path,
     storage: str,
@@ -257,32 +258,32 @@ def test_the_wrong_place_to_submit_to(
         assert "http://HEAD:8265" in error_of(no_address, laptop)
 
 
-def test_the_cookbook(
+def test_commands_of_the_cookbook_complete(
     files: Path, tmp_path: Path, cluster: RayCluster, laptop: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Its commands as they stand there, in their order, but for a smaller model and this cluster."""
+    """The README's commands run in their order; only the model, the paths and the cluster are replaced."""
     cookbook = PROJECT / "cookbooks" / "launch_as_job"
     readme = (cookbook / "README.md").read_text("utf-8")
     yaml = cookbook / "smollm2-135m.yaml"
     shutil.copytree(files / "model", tmp_path / "smollm2-135m")
-    prepare(tmp_path)  # finds the model there, and adds rows
-    smaller = [
+    prepare(tmp_path)  # uses the copied model and writes the rows
+    overrides = [
         f"model_id=file://{tmp_path}/smollm2-135m",
         f"train_path={tmp_path}/train.jsonl",
         f"valid_path={tmp_path}/valid.jsonl",
         f"storage_path={tmp_path}/runs",
     ]
-    typed = [
+    commands = [
         shlex.split(line.replace("http://127.0.0.1:8265", cluster.job_server))
         for line in re.findall(r"^ {4}((?:python main\.py|ray job) .*8265.*)$", readme, re.M)
         if "HEAD" not in line
     ]
-    assert [line[:2] for line in typed] == [["python", "main.py"], ["python", "main.py"], ["ray", "job"]]
-    followed, detached, by_ray = typed
-    finished = run_main(yaml, *followed[3:], *smaller, variables=laptop)
+    assert [line[:2] for line in commands] == [["python", "main.py"], ["python", "main.py"], ["ray", "job"]]
+    followed, detached, by_ray = commands
+    finished = run_main(yaml, *followed[3:], *overrides, variables=laptop)
     assert finished.exit_code == 0, finished.errors
-    left = run_main(yaml, *detached[3:], *smaller, variables=laptop)
-    assert left.exit_code == 0, left.errors
-    assert "completed: " in type_in(printed_command(left, "follow"), laptop)
+    submitted = run_main(yaml, *detached[3:], *overrides, variables=laptop)
+    assert submitted.exit_code == 0, submitted.errors
+    assert "completed: " in run_ray_command(printed_command(submitted, "follow"), laptop)
     monkeypatch.chdir(PROJECT)
-    assert "completed: " in type_in([*by_ray, *smaller], laptop)
+    assert "completed: " in run_ray_command([*by_ray, *overrides], laptop)

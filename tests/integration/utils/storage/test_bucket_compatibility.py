@@ -1,4 +1,4 @@
-"""Stores that are not current AWS, the rights that are needed, and the others who open our buckets."""
+"""Compatibility with other S3 stores, IAM policies, custom certificates and s3fs."""
 
 import json
 import os
@@ -36,21 +36,21 @@ POLICY = Path(__file__).resolve().parents[4] / "configs" / "iam_policy.json"
 
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A prefix of a bucket that is reached as a user's own is: through the AWS variables."""
+    """Create a bucket that is accessed through the AWS variables, as a user's own bucket, and return its URI."""
     return reach_as_a_user(monkeypatch, bucket, BUCKET)
 
 
-def test_a_store_that_rejects_checksum_headers(
+def test_when_required_checksums_work_with_stores_that_reject_checksum_headers(
     own_bucket: str, bucket: EmbeddedBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    refusals = [
+    rejections = [
         Fault("refuse", method, header=header, status=400, code="InvalidArgument")
         for method in ("GET", "HEAD", "PUT", "POST")
         for header in ("x-amz-checksum-", "x-amz-sdk-checksum-", "x-amz-trailer")
     ]
     (tmp_path / "large").write_bytes(os.urandom(20 * MB))
     uri = f"{own_bucket}/{secrets.token_hex(4)}"
-    with bucket_proxy(bucket.endpoint, *refusals) as proxy:
+    with bucket_proxy(bucket.endpoint, *rejections) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         with pytest.raises(BucketError, match="InvalidArgument"):
             open_store(uri).write("small", b"1")
@@ -65,14 +65,14 @@ def test_a_store_that_rejects_checksum_headers(
         assert store.list() == []
 
 
-def test_the_policy_allows_what_is_done_and_nothing_more(
+def test_iam_policy_allows_exactly_the_required_actions(
     own_bucket: str, bucket: EmbeddedBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "large").write_bytes(os.urandom(20 * MB))
-    for place in ("models/tiny/weights", "data/train.jsonl"):
-        open_store(own_bucket).upload(tmp_path / "large", place)
-    broken = Fault("refuse", "PUT", key="broken", status=403, code="AccessDenied")
-    with bucket_proxy(bucket.endpoint, broken) as proxy:
+    for key in ("models/tiny/weights", "data/train.jsonl"):
+        open_store(own_bucket).upload(tmp_path / "large", key)
+    denied = Fault("refuse", "PUT", key="broken", status=403, code="AccessDenied")
+    with bucket_proxy(bucket.endpoint, denied) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         check_readable(f"{own_bucket}/models/tiny")
         check_readable(f"{own_bucket}/data/train.jsonl")
@@ -96,18 +96,18 @@ def test_the_policy_allows_what_is_done_and_nothing_more(
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_s3fs_opens_what_we_open(own: bool, own_bucket: str, bucket_uri: str):
+def test_s3fs_opens_objects_with_our_storage_options(own: bool, own_bucket: str, bucket_uri: str):
     uri = own_bucket if own else bucket_uri
     open_store(uri).write("metrics.jsonl", b"{}\n")
     with fsspec.open(f"{uri}/metrics.jsonl", **storage_options(uri)) as file:
         assert file.read() == b"{}\n"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_a_certificate_of_ones_own(
+def test_custom_certificate_works_with_aws_ca_bundle(
     own_bucket: str, bucket: EmbeddedBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "large").write_bytes(os.urandom(20 * MB))
-    with tls_in_front(bucket.endpoint, tmp_path) as (endpoint, certificate):
+    with tls_proxy(bucket.endpoint, tmp_path) as (endpoint, certificate):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         with pytest.raises(BucketError, match="AWS_CA_BUNDLE"):
             check_readable(own_bucket)
@@ -125,8 +125,8 @@ def test_a_certificate_of_ones_own(
 
 
 @contextmanager
-def tls_in_front(endpoint: str, directory: Path) -> Iterator[tuple[str, Path]]:
-    """A server that speaks TLS with a certificate made for it, and hands everything on; gives (endpoint, certificate)."""
+def tls_proxy(endpoint: str, directory: Path) -> Iterator[tuple[str, Path]]:
+    """Start a TLS proxy with a new self-signed certificate and yield (endpoint, path of the certificate)."""
     key, certificate = directory / "key.pem", directory / "certificate.pem"
     options = (
         "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
@@ -154,10 +154,10 @@ def tls_in_front(endpoint: str, directory: Path) -> Iterator[tuple[str, Path]]:
             context.wrap_socket(raw, server_side=True) as client,
             socket.create_connection((host, int(port))) as server,
         ):
-            answers = threading.Thread(target=pump, args=(server, client), daemon=True)
-            answers.start()
+            responses = threading.Thread(target=pump, args=(server, client), daemon=True)
+            responses.start()
             pump(client, server)
-            answers.join()
+            responses.join()
 
     def accept() -> None:
         with suppress(OSError):

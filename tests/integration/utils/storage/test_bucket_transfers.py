@@ -1,4 +1,4 @@
-"""Both stores, and the sync to a node, against a real S3 server."""
+"""Every kind of store, the sync to a node, and storage errors, against a real S3 server."""
 
 import gc
 import os
@@ -49,7 +49,7 @@ SYNC = (
 
 @pytest.fixture(params=["s3", "local", "memory", "s3fs"])
 def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each kind of store; fsspec's by its own `memory://`, and with a real server behind it."""
+    """Return the URI of a store of each kind; fsspec is tested with `memory://` and with s3fs on a real server."""
     match request.param:
         case "s3":
             return request.getfixturevalue("bucket_uri")
@@ -64,15 +64,15 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket reached as a user's own is: through the AWS variables."""
+    """Create a bucket that is accessed through the AWS variables, as a user's own bucket, and return its URI."""
     return reach_as_a_user(monkeypatch, bucket, OWN_BUCKET)
 
 
 @pytest.fixture
 def proxy(bucket: EmbeddedBucket, own_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketProxy]:
-    with bucket_proxy(bucket.endpoint, bytes_per_second=20 * MB) as watched:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", watched.endpoint)
-        yield watched
+    with bucket_proxy(bucket.endpoint, bytes_per_second=20 * MB) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
+        yield server
 
 
 def start_sync(uri: str, cache_dir: Path) -> subprocess.Popen[str]:
@@ -89,7 +89,7 @@ def files_below(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_round_trip(store_uri: str, tmp_path: Path):
+def test_store_writes_lists_reads_downloads_and_deletes_objects(store_uri: str, tmp_path: Path):
     store = open_store(store_uri)
     assert store.list() == []
     assert store.read_if_exists("a/one") is None
@@ -121,7 +121,7 @@ def test_directories_are_listed_without_their_contents(store_uri: str):
     assert list(store.directories()) == ["a", "b", "b.c"]
 
 
-def test_an_etag_changes_with_the_content(store_uri: str):
+def test_etag_changes_with_the_content(store_uri: str):
     store = open_store(store_uri)
     store.write("key", b"1")
     before = store.list()
@@ -129,7 +129,7 @@ def test_an_etag_changes_with_the_content(store_uri: str):
     assert store.list() != before
 
 
-def test_only_the_first_write_counts_when_asked(store_uri: str):
+def test_conditional_write_to_an_existing_key_raises_an_error(store_uri: str):
     store = open_store(store_uri)
     store.write("manifest", b"first", only_if_absent=True)
     with pytest.raises(AlreadyExistsError, match="/manifest"):
@@ -137,33 +137,33 @@ def test_only_the_first_write_counts_when_asked(store_uri: str):
     assert store.read("manifest") == b"first"
 
 
-def test_a_directory_goes_up_and_comes_back_whole(store_uri: str, tmp_path: Path):
+def test_uploaded_directory_is_synced_back_unchanged(store_uri: str, tmp_path: Path):
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
-    (source / "large").write_bytes(os.urandom(20 * MB))  # three parts
+    (source / "large").write_bytes(os.urandom(20 * MB))  # uploaded in three parts
     for number in range(30):
         (source / "deep" / f"{number:02}").write_bytes(os.urandom(number))
-    (source / "unwanted").write_bytes(b"")
-    names = sorted(set(files_below(source)) - {"unwanted"})
+    (source / "excluded").write_bytes(b"")
+    names = sorted(set(files_below(source)) - {"excluded"})
 
     store = open_store(store_uri)
     upload_directory(source, store, "checkpoints/step-1", names)
     arrived = sync_to_node(join_uri(store_uri, "checkpoints", "step-1"), tmp_path / "cache")
     assert arrived.name == "step-1"
     expected = files_below(source)
-    del expected["unwanted"]
+    del expected["excluded"]
     assert files_below(arrived) == expected
     store.delete(item.key for item in store.list())
     assert store.list() == []
 
 
-def test_transfers_in_a_row_leave_no_thread_and_no_descriptor_behind(bucket_uri: str, tmp_path: Path):
+def test_repeated_transfers_leak_no_threads_or_file_descriptors(bucket_uri: str, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     for number in range(4):
         (source / str(number)).write_bytes(os.urandom(1000))
 
-    def come_and_go(times: int) -> int:
+    def transfer(times: int) -> int:
         for number in range(times):
             store = open_store(f"{bucket_uri}/{number}")
             upload_directory(source, store, "", [str(number) for number in range(4)])
@@ -172,16 +172,16 @@ def test_transfers_in_a_row_leave_no_thread_and_no_descriptor_behind(bucket_uri:
         gc.collect()
         return threading.active_count() + len(list(Path("/proc/self/fd").iterdir()))
 
-    before = come_and_go(5)
-    assert come_and_go(50) < before + 10  # one more or less may be open at the moment
+    before = transfer(5)
+    assert transfer(50) < before + 10  # a few may be open at the moment
 
 
-def test_uploading_a_file_that_is_not_there(store_uri: str, tmp_path: Path):
+def test_upload_of_a_missing_file_raises_an_error_with_its_path(store_uri: str, tmp_path: Path):
     with pytest.raises(NotFoundError, match="nothing-here"):
         open_store(store_uri).upload(tmp_path / "nothing-here", "key")
 
 
-def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path: Path):
+def test_sync_filters_keys_and_detects_changed_objects(bucket_uri: str, tmp_path: Path):
     store = open_store(bucket_uri)
     store.write("model.safetensors", b"weights")
     store.write("model.bin", b"pickle")
@@ -191,7 +191,7 @@ def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path
     second = sync_to_node(bucket_uri, tmp_path, lambda key: not key.endswith(".bin"))
     assert files_below(second) == {"model.safetensors": b"better!"}
     assert files_below(first) == {"model.safetensors": b"weights"}
-    assert missing_bytes(bucket_uri, tmp_path) == len(b"pickle")  # the weights are there already
+    assert missing_bytes(bucket_uri, tmp_path) == len(b"pickle")  # the weights are cached
     sync_to_node(bucket_uri, tmp_path)
     assert missing_bytes(bucket_uri, tmp_path) == 0
     assert missing_bytes(f"{bucket_uri}/model.bin", tmp_path) == 0
@@ -199,18 +199,18 @@ def test_sync_takes_what_is_wanted_and_notices_changes(bucket_uri: str, tmp_path
         sync_to_node(bucket_uri, tmp_path, lambda key: False)
 
 
-def test_one_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
+def test_single_object_keeps_its_name(bucket_uri: str, tmp_path: Path):
     store = open_store(bucket_uri)
     store.write("data/train.jsonl", b"{}\n")
     store.write("data/train.jsonl.bak", b"old")
-    for bring in (fetch_file, sync_to_node):
-        path = bring(f"{bucket_uri}/data/train.jsonl", tmp_path)
+    for fetch in (fetch_file, sync_to_node):
+        path = fetch(f"{bucket_uri}/data/train.jsonl", tmp_path)
         assert (path.name, path.read_bytes()) == ("train.jsonl", b"{}\n")
         with pytest.raises(NotFoundError, match=r"/data/train: .*no such object"):
-            bring(f"{bucket_uri}/data/train", tmp_path)
+            fetch(f"{bucket_uri}/data/train", tmp_path)
 
 
-def test_a_damaged_copy_is_brought_again(bucket_uri: str, tmp_path: Path):
+def test_damaged_cached_copy_is_downloaded_again(bucket_uri: str, tmp_path: Path):
     open_store(bucket_uri).write("weights", b"12345")
     copy = sync_to_node(bucket_uri, tmp_path)
     for damage in (b"1", b"54321"):
@@ -221,24 +221,24 @@ def test_a_damaged_copy_is_brought_again(bucket_uri: str, tmp_path: Path):
         assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
 
 
-def test_four_processes_download_once(own_bucket: str, proxy: BucketProxy, tmp_path: Path):
+def test_four_processes_download_each_object_once(own_bucket: str, proxy: BucketProxy, tmp_path: Path):
     store = open_store(f"{own_bucket}/once")
     for number in range(3):
         store.write(str(number), os.urandom(2 * MB))
     proxy.requests.clear()
     processes = [start_sync(f"{own_bucket}/once", tmp_path) for _ in range(4)]
-    said = {process.communicate(timeout=50)[0].strip() for process in processes}
+    paths = {process.communicate(timeout=50)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
-    assert len(said) == 1
+    assert len(paths) == 1
     assert len(proxy.downloads(OWN_BUCKET)) == 3
-    # And not at all when it is there.
+    # A sync of a complete copy downloads nothing.
     proxy.requests.clear()
-    assert str(sync_to_node(f"{own_bucket}/once", tmp_path)) == said.pop()
+    assert str(sync_to_node(f"{own_bucket}/once", tmp_path)) == paths.pop()
     assert proxy.requests != []
     assert proxy.downloads(OWN_BUCKET) == []
 
 
-def test_a_killed_download_resumes_with_its_complete_files(
+def test_sync_after_a_killed_download_reuses_its_complete_files(
     own_bucket: str, proxy: BucketProxy, tmp_path: Path
 ):
     content = os.urandom(30 * MB)
@@ -254,15 +254,15 @@ def test_a_killed_download_resumes_with_its_complete_files(
     ):
         time.sleep(0.02)
     time.sleep(0.1)
-    holder = first if _writes_below(first.pid, cache_dir) else second
-    assert _writes_below(holder.pid, cache_dir)
-    holder.send_signal(signal.SIGKILL)
-    holder.communicate()
+    downloader = first if _writes_below(first.pid, cache_dir) else second
+    assert _writes_below(downloader.pid, cache_dir)
+    downloader.send_signal(signal.SIGKILL)
+    downloader.communicate()
     assert not list(cache_dir.rglob("ready.json"))
-    survivor = second if holder is first else first
+    survivor = second if downloader is first else first
     arrived = Path(survivor.communicate(timeout=50)[0].strip())
     assert files_below(arrived) == {"large": content, "small": b"1"}
-    assert len([asked for asked in proxy.downloads(OWN_BUCKET) if asked.path.endswith("small")]) == 1
+    assert len([request for request in proxy.downloads(OWN_BUCKET) if request.path.endswith("small")]) == 1
     assert not list(cache_dir.rglob("*.partial"))
 
 
@@ -271,8 +271,10 @@ def _writes_below(pid: int, directory: Path) -> bool:
     return any(name.startswith(str(directory)) and not name.endswith("lock") for name in opened)
 
 
-def test_keys_that_escape_write_nothing(bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # The test server refuses to store such a key, a hostile one need not: the listing is where it comes from.
+def test_unsafe_key_raises_an_error_and_writes_nothing(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The test server rejects such a key, but a hostile server could list it.
     open_store(bucket_uri).write("good", b"1")
     listed = [
         *S3Store(bucket_uri).list(),
@@ -284,7 +286,7 @@ def test_keys_that_escape_write_nothing(bucket_uri: str, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_raises_an_error_before_the_download(
+def test_insufficient_disk_space_raises_an_error_before_the_download(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     open_store(bucket_uri).write("weights", bytes(3 * MB))
@@ -294,7 +296,7 @@ def test_a_disk_that_is_too_small_raises_an_error_before_the_download(
     assert all(name.endswith("lock") for name in files_below(tmp_path))
 
 
-def test_a_full_disk_of_a_local_store(tmp_path: Path):
+def test_full_disk_of_a_local_store_raises_an_error_and_stores_no_object(tmp_path: Path):
     require_small_disks(tmp_path)
     disk, file = tmp_path / "disk", tmp_path / "file"
     disk.mkdir()
@@ -306,17 +308,17 @@ def test_a_full_disk_of_a_local_store(tmp_path: Path):
         "try: store.upload(Path(sys.argv[2]), 'a/file')\n"
         "except BucketError as error: print(error, [item.key for item in store.list()])"
     )
-    said = subprocess.run(
+    output = subprocess.run(
         [*on_a_small_disk(disk, "1m"), sys.executable, "-c", upload, str(disk), str(file)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert re.search(rf"No space left on device.* {disk}/a\b", said)
-    assert said.endswith("['before']\n")
+    assert re.search(rf"No space left on device.* {disk}/a\b", output)
+    assert output.endswith("['before']\n")
 
 
-def test_an_object_that_changes_during_the_download_raises_an_error(bucket_uri: str, tmp_path: Path):
+def test_object_that_changes_during_the_download_raises_an_error(bucket_uri: str, tmp_path: Path):
     store = open_store(bucket_uri)
     store.write("weights", os.urandom(9 * MB))
     listed = store.list()
@@ -331,7 +333,7 @@ def test_an_object_that_changes_during_the_download_raises_an_error(bucket_uri: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checks_of_a_bucket_that_works(own_bucket: str):
+def test_checks_pass_for_a_working_bucket_and_leave_no_object(own_bucket: str):
     uri = f"{own_bucket}/checks"
     check_writable(uri)
     assert open_store(uri).list() == []
@@ -340,7 +342,7 @@ def test_checks_of_a_bucket_that_works(own_bucket: str):
         check_readable(readable)
 
 
-def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_each_storage_error_names_its_cause(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
     for check in (check_readable, check_writable):
         with pytest.raises(BucketError, match="no bucket 'no-such-bucket'"):
             check("s3://no-such-bucket/x")
@@ -365,13 +367,14 @@ def test_each_cause_has_its_own_message(own_bucket: str, monkeypatch: pytest.Mon
         patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/trainer")
         patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere/token")
         with pytest.raises(BucketError, match=r"token.*AWS_WEB_IDENTITY_TOKEN_FILE"):
-            open_store(own_bucket).read_if_exists("MANIFEST.json")  # nothing is said of the object
+            # The error is about the credentials, not about the object.
+            open_store(own_bucket).read_if_exists("MANIFEST.json")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "not a url")
     with pytest.raises(BucketError, match="AWS_ENDPOINT_URL_S3"):
         check_readable(own_bucket)
 
 
-def test_an_endpoint_that_does_not_answer_raises_an_error_within_seconds(
+def test_unresponsive_endpoint_raises_an_error_within_seconds(
     own_bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -399,10 +402,10 @@ def test_an_endpoint_that_does_not_answer_raises_an_error_within_seconds(
         (301, b"", "elsewhere|redirect"),
     ],
 )
-def test_a_server_that_is_not_s3_raises_an_error(
+def test_server_that_is_not_s3_raises_an_error(
     own_bucket: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, fact: str
 ):
-    class Answer(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
@@ -415,7 +418,7 @@ def test_a_server_that_is_not_s3_raises_an_error(
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(BucketError, match=rf"({fact}).*AWS_ENDPOINT_URL_S3"):
@@ -423,14 +426,14 @@ def test_a_server_that_is_not_s3_raises_an_error(
         server.shutdown()
 
 
-def test_endless_redirects_are_reported_inside_a_request_too():
-    """botocore follows until Python's stack is used up, which may be inside a request."""
+def test_endless_redirects_inside_a_request_are_reported():
+    """botocore follows redirects until Python's recursion limit, which it may reach inside a request."""
     from botocore.exceptions import HTTPClientError
 
     assert re.search("elsewhere|redirect", explain_failure(HTTPClientError(error=RecursionError("too deep"))))
 
 
-def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_empty_region_variable_counts_as_unset(own_bucket: str, monkeypatch: pytest.MonkeyPatch):
     for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(variable, "")
     check_writable(own_bucket)
@@ -439,7 +442,7 @@ def test_a_region_that_is_set_and_empty_counts_as_none(own_bucket: str, monkeypa
     assert store.read("key") == b"1"
 
 
-def test_both_buckets_in_one_process(own_bucket: str, bucket_uri: str):
+def test_one_process_uses_own_and_embedded_bucket(own_bucket: str, bucket_uri: str):
     open_store(f"{own_bucket}/both").write("key", b"own")
     open_store(bucket_uri).write("key", b"embedded")
     assert open_store(f"{own_bucket}/both").read("key") == b"own"

@@ -1,4 +1,4 @@
-"""The embedded bucket's life: real servers, real processes, real signals."""
+"""The life cycle of the embedded bucket, with real servers, processes and signals."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from utils.storage.bucket import BucketError, open_store
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, embedded_endpoint
 
 pytestmark = pytest.mark.timeout(60)
-USER = (
+USE_BUCKET = (
     "import sys; from pathlib import Path; from utils.storage.embedded_bucket import embedded_bucket\n"
     "with embedded_bucket(Path(sys.argv[1])) as server:\n print(server.endpoint, flush=True); sys.stdin.read()"
 )
@@ -26,7 +26,7 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "state"
     monkeypatch.setenv(STATE_VARIABLE, str(path))
     yield path
-    assert wait_for(lambda: not (path / "server.json").exists()), "a server was left behind"
+    assert wait_for(lambda: not (path / "server.json").exists()), "a server is still running"
 
 
 def wait_for(condition, seconds: float = 8) -> bool:
@@ -51,10 +51,10 @@ def pids(state_dir: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def user(state_dir: Path):
-    """Another process that uses the bucket until its standard input ends."""
+def started_user(state_dir: Path):
+    """Start another process that uses the bucket until its standard input is closed."""
     with subprocess.Popen(
-        [sys.executable, "-c", USER, str(state_dir)], stdin=-1, stdout=-1, text=True
+        [sys.executable, "-c", USE_BUCKET, str(state_dir)], stdin=-1, stdout=-1, text=True
     ) as process:
         try:
             yield process
@@ -62,16 +62,16 @@ def user(state_dir: Path):
             process.kill()
 
 
-def endpoint_said(process: subprocess.Popen[str]) -> str:
+def read_endpoint(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_objects_and_keys_outlive_the_server(state_dir: Path):
+def test_objects_and_credentials_survive_a_server_restart(state_dir: Path):
     with embedded_bucket(state_dir) as first:
         open_store("s3://anneal/run").write("result.json", b"{}")
-        old = pids(state_dir)
-    assert wait_for(lambda: not any(map(is_alive, old)))
+        processes = pids(state_dir)
+    assert wait_for(lambda: not any(map(is_alive, processes)))
     with pytest.raises(BucketError, match=r"embedded bucket.*not running"):
         open_store("s3://anneal/run").list()
     with embedded_bucket(state_dir) as second:
@@ -80,7 +80,7 @@ def test_objects_and_keys_outlive_the_server(state_dir: Path):
     assert (first.access_key, first.secret_key) == (second.access_key, second.secret_key)
 
 
-def test_the_keys_stay_private(state_dir: Path):
+def test_secret_key_stays_private(state_dir: Path):
     with embedded_bucket(state_dir) as server:
         assert server.secret_key not in repr(server)
         for name in ("credentials.json", "server.json", "weed.log"):
@@ -91,37 +91,39 @@ def test_the_keys_stay_private(state_dir: Path):
         assert server.secret_key not in os.environ.values()
 
 
-def test_a_profile_of_the_users_is_none_of_its_business(state_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_embedded_bucket_ignores_the_aws_profile_of_the_user(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with embedded_bucket(state_dir):
         assert open_store("s3://anneal/x").read_if_exists("nothing") is None
 
 
-def test_it_lives_until_its_last_user_leaves(state_dir: Path):
-    with user(state_dir) as first:
-        endpoint = endpoint_said(first)
+def test_server_stops_after_its_last_user_exits(state_dir: Path):
+    with started_user(state_dir) as first:
+        endpoint = read_endpoint(first)
         with embedded_bucket(state_dir) as second:
             assert second.endpoint == endpoint
             before = pids(state_dir)
-            first.communicate("")  # it leaves
+            first.communicate("")  # closes its standard input, so it exits
             time.sleep(1.5)
             assert pids(state_dir) == before
             open_store("s3://anneal/x").write("still", b"here")
         assert wait_for(lambda: not any(map(is_alive, before)), 30)
 
 
-def test_a_killed_user_leaves_nothing_behind(state_dir: Path):
-    with user(state_dir) as victim:
-        endpoint_said(victim)
+def test_server_stops_after_its_user_is_killed(state_dir: Path):
+    with started_user(state_dir) as victim:
+        read_endpoint(victim)
         processes = pids(state_dir)
         victim.kill()
         assert wait_for(lambda: not any(map(is_alive, processes)), 4)
     assert not (state_dir / "server.json").exists()
 
 
-def test_a_killed_watcher_takes_the_server_with_it_and_the_next_user_starts_another(state_dir: Path):
-    with user(state_dir) as first:
-        endpoint_said(first)
+def test_killed_watcher_stops_the_server_and_the_next_user_starts_another(state_dir: Path):
+    with started_user(state_dir) as first:
+        read_endpoint(first)
         weed, watcher = pids(state_dir)
         os.kill(watcher, 9)
         assert wait_for(lambda: not is_alive(weed))
@@ -130,7 +132,7 @@ def test_a_killed_watcher_takes_the_server_with_it_and_the_next_user_starts_anot
             assert open_store("s3://anneal/x").list() == []
 
 
-def test_a_dead_server_is_replaced(state_dir: Path):
+def test_killed_server_is_replaced(state_dir: Path):
     with embedded_bucket(state_dir):
         weed, watcher = pids(state_dir)
         os.kill(weed, 9)
@@ -141,17 +143,22 @@ def test_a_dead_server_is_replaced(state_dir: Path):
             assert open_store("s3://anneal/x").read("key") == b"1"
 
 
-def test_three_at_once_share_one_server(state_dir: Path):
-    with user(state_dir) as one, user(state_dir) as two, user(state_dir) as three:
-        assert len({endpoint_said(process) for process in (one, two, three)}) == 1
+def test_concurrent_users_share_one_server(state_dir: Path):
+    with (
+        started_user(state_dir) as first,
+        started_user(state_dir) as second,
+        started_user(state_dir) as third,
+    ):
+        assert len({read_endpoint(process) for process in (first, second, third)}) == 1
 
 
-def test_a_user_that_arrives_during_the_stop_gets_a_new_server(state_dir: Path):
+def test_user_that_starts_during_a_stop_gets_a_new_server(state_dir: Path):
     with embedded_bucket(state_dir) as first:
         stopping, watcher = pids(state_dir)
-        os.kill(stopping, signal.SIGSTOP)  # it ignores SIGTERM from now on, so the stop takes seconds
+        # A suspended process does not react to SIGTERM, so the stop takes seconds.
+        os.kill(stopping, signal.SIGSTOP)
     assert wait_for(lambda: not (state_dir / "server.json").exists()), (
-        "the watcher did not begin to stop the server"
+        "the watcher did not start to stop the server"
     )
     assert is_alive(stopping)
     with embedded_bucket(state_dir) as second:
@@ -162,9 +169,9 @@ def test_a_user_that_arrives_during_the_stop_gets_a_new_server(state_dir: Path):
         assert open_store("s3://anneal/x").read("key") == b"1"
 
 
-def test_a_server_that_cannot_start_says_why(state_dir: Path):
+def test_server_that_cannot_start_raises_an_error_with_its_directory(state_dir: Path):
     state_dir.mkdir()
-    (state_dir / "data").write_text("a file where the directory belongs")
+    (state_dir / "data").write_text("a file in place of the directory")
     with pytest.raises(BucketError, match=f"{state_dir} .*start"), embedded_bucket(state_dir):
         pass
     assert not (state_dir / "server.json").exists()

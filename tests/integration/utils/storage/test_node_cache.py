@@ -1,4 +1,4 @@
-"""What a node keeps of buckets: once, shared between versions, within a limit, never taken from a process that uses it."""
+"""The node cache downloads each object once, shares it between versions, has a limit, and evicts nothing that is in use."""
 
 import json
 import os
@@ -18,29 +18,29 @@ from utils.storage.node_cache import LIMIT_VARIABLE
 
 pytestmark = pytest.mark.timeout(60)
 KB = 1000
-HOLD = (
+SYNC_AND_HOLD = (
     "import sys; from pathlib import Path; from utils.storage.bucket import sync_to_node\n"
     "print(sync_to_node(sys.argv[1], Path(sys.argv[2])), flush=True); sys.stdin.read()"
 )
 
 
-def sync_elsewhere(uri: str, cache: Path) -> Path:
-    """Bring a prefix in a process that ends: nobody holds it afterwards."""
-    with held_elsewhere(uri, cache) as process:
+def sync_and_exit(uri: str, cache: Path) -> Path:
+    """Sync a prefix in a process that exits, so that no process holds it afterwards."""
+    with sync_and_hold(uri, cache) as process:
         return Path(process.communicate()[0].strip())
 
 
-def held_elsewhere(uri: str, cache: Path) -> "subprocess.Popen[str]":
-    """A process that holds a prefix until its standard input is closed."""
+def sync_and_hold(uri: str, cache: Path) -> "subprocess.Popen[str]":
+    """Start a process that syncs a prefix and holds it until its standard input is closed."""
     return subprocess.Popen(
-        [sys.executable, "-c", HOLD, uri, str(cache)],
+        [sys.executable, "-c", SYNC_AND_HOLD, uri, str(cache)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
 
-def test_a_changed_prefix_moves_only_what_changed(bucket_uri: str, tmp_path: Path):
+def test_changed_prefix_downloads_only_the_changed_objects(bucket_uri: str, tmp_path: Path):
     store = open_store(bucket_uri)
     store.write("weights", os.urandom(500 * KB))
     store.write("config.json", b"{}")
@@ -53,7 +53,7 @@ def test_a_changed_prefix_moves_only_what_changed(bucket_uri: str, tmp_path: Pat
     assert (first / "weights").samefile(second / "weights")
 
 
-def test_the_marker_holds_every_checksum(bucket_uri: str, tmp_path: Path):
+def test_ready_marker_contains_every_checksum(bucket_uri: str, tmp_path: Path):
     open_store(bucket_uri).write("weights", b"12345")
     copy = sync_to_node(bucket_uri, tmp_path)
     ready = json.loads((copy.parents[1] / "ready.json").read_bytes())
@@ -62,69 +62,69 @@ def test_the_marker_holds_every_checksum(bucket_uri: str, tmp_path: Path):
     ]
 
 
-def test_a_copy_of_before_a_reboot_is_verified_once(bucket_uri: str, tmp_path: Path):
+def test_copy_from_before_a_reboot_is_verified_once(bucket_uri: str, tmp_path: Path):
     open_store(bucket_uri).write("weights", b"12345")
     copy = sync_to_node(bucket_uri, tmp_path)
     marker = copy.parents[1] / "ready.json"
-    today = marker.read_text()
-    before = json.dumps(json.loads(today) | {"boot": "another"})
-    marker.write_text(before)
+    current = marker.read_text()
+    before_reboot = json.dumps(json.loads(current) | {"boot": "another"})
+    marker.write_text(before_reboot)
     assert sync_to_node(bucket_uri, tmp_path) == copy
-    assert json.loads(marker.read_text()) == json.loads(today)
-    marker.write_text(before)
-    (copy / "weights").write_bytes(b"1\0\0\0\0")  # of the right size, as a file is that the power cut short
+    assert json.loads(marker.read_text()) == json.loads(current)
+    marker.write_text(before_reboot)
+    (copy / "weights").write_bytes(b"1\0\0\0\0")  # of the right size, as after a power failure
     assert (sync_to_node(bucket_uri, tmp_path) / "weights").read_bytes() == b"12345"
 
 
-def test_the_least_recently_used_entry_is_evicted_unless_in_use(
+def test_least_recently_used_entry_is_evicted_unless_in_use(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("oldest", "held", "used", "new"):
         open_store(f"{bucket_uri}/{name}").write("weights", os.urandom(100 * KB))
     monkeypatch.setenv(LIMIT_VARIABLE, "300 KB")
-    with held_elsewhere(f"{bucket_uri}/held", tmp_path) as holder:
+    with sync_and_hold(f"{bucket_uri}/held", tmp_path) as holder:
         assert holder.stdout
         held = Path(holder.stdout.readline().strip())
-        oldest, used = (sync_elsewhere(f"{bucket_uri}/{name}", tmp_path) for name in ("oldest", "used"))
-        sync_elsewhere(f"{bucket_uri}/oldest", tmp_path)  # not the oldest any more
-        new = sync_elsewhere(f"{bucket_uri}/new", tmp_path)
+        oldest, used = (sync_and_exit(f"{bucket_uri}/{name}", tmp_path) for name in ("oldest", "used"))
+        sync_and_exit(f"{bucket_uri}/oldest", tmp_path)  # now "used" is the least recently used
+        new = sync_and_exit(f"{bucket_uri}/new", tmp_path)
         assert [path.exists() for path in (held, oldest, used, new)] == [True, True, False, True]
-        # Held by nobody but needed now: the limit gives way, a run does not.
+        # A sync succeeds even if its objects alone exceed the limit.
         monkeypatch.setenv(LIMIT_VARIABLE, "1KB")
-        assert sync_elsewhere(f"{bucket_uri}/used", tmp_path) == used
+        assert sync_and_exit(f"{bucket_uri}/used", tmp_path) == used
         assert [path.exists() for path in (held, oldest, used, new)] == [True, False, True, False]
 
 
-def test_files_of_dead_processes_are_evicted(
+def test_partial_downloads_of_dead_processes_are_removed(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of another boot it is never taken for whole; of a place that nobody wants any more it goes when room is needed."""
+    """A sync of the same prefix never reuses one from another boot. Syncs of other prefixes evict it when they need space."""
     for name in ("first", "second"):
         open_store(f"{bucket_uri}/{name}").write("weights", b"1" * 100 * KB)
-    version = sync_elsewhere(f"{bucket_uri}/first", tmp_path).parents[1]
+    version = sync_and_exit(f"{bucket_uri}/first", tmp_path).parents[1]
     (version / "ready.json").unlink()
     partial = version.rename(version.with_name(f"{version.name}.another.partial"))
     (partial / "files" / "first" / "weights").write_bytes(b"0" * 100 * KB)
-    again = sync_elsewhere(f"{bucket_uri}/first", tmp_path)
+    again = sync_and_exit(f"{bucket_uri}/first", tmp_path)
     assert (again / "weights").read_bytes() == b"1" * 100 * KB
     assert not partial.exists()
     version.rename(partial)
     monkeypatch.setenv(LIMIT_VARIABLE, "150KB")
-    sync_elsewhere(f"{bucket_uri}/second", tmp_path)
+    sync_and_exit(f"{bucket_uri}/second", tmp_path)
     assert not partial.exists()
 
 
-def test_files_that_cannot_be_removed_are_ignored(
+def test_eviction_ignores_files_that_cannot_be_removed(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     require_small_disks(tmp_path)
     for name in ("first", "second"):
         open_store(f"{bucket_uri}/{name}").write("weights", b"1" * 100 * KB)
-    first = sync_elsewhere(f"{bucket_uri}/first", tmp_path)
+    first = sync_and_exit(f"{bucket_uri}/first", tmp_path)
     monkeypatch.setenv(LIMIT_VARIABLE, "150KB")
-    with_a_mount_point = on_a_small_disk(first, "1m")
+    mounted = on_a_small_disk(first, "1m")  # a mount point cannot be removed
     second = subprocess.run(
-        [*with_a_mount_point, sys.executable, "-c", HOLD, f"{bucket_uri}/second", str(tmp_path)],
+        [*mounted, sys.executable, "-c", SYNC_AND_HOLD, f"{bucket_uri}/second", str(tmp_path)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -135,28 +135,28 @@ def test_files_that_cannot_be_removed_are_ignored(
     assert first.exists()
 
 
-def test_the_cache_is_measured_while_others_fill_and_clear_it(tmp_path: Path):
+def test_cache_size_is_measured_while_its_files_change(tmp_path: Path):
     files = tmp_path / "place" / "version" / "files"
-    ended = threading.Event()
+    stop = threading.Event()
 
     def fill_and_clear() -> None:
-        while not ended.is_set():
+        while not stop.is_set():
             for number in range(20):
                 (files / str(number)).mkdir(parents=True)
                 (files / str(number) / "weights").write_bytes(b"1")
             shutil.rmtree(files.parent)
 
-    other = threading.Thread(target=fill_and_clear)
-    other.start()
+    thread = threading.Thread(target=fill_and_clear)
+    thread.start()
     try:
         assert all(0 <= node_cache._held_bytes(tmp_path) <= 20 for _ in range(2000))
     finally:
-        ended.set()
-        other.join()
+        stop.set()
+        thread.join()
 
 
-def test_a_cached_copy_with_another_checksum_raises_an_error(bucket_uri: str, tmp_path: Path):
-    """Whether it is brought now or lies there already, for somebody who knew of nothing."""
+def test_cached_copy_with_another_checksum_raises_an_error(bucket_uri: str, tmp_path: Path):
+    """The copy was synced without known checksums."""
     open_store(bucket_uri).write("weights", b"12345")
     cached = sync_to_node(bucket_uri, tmp_path)
     right, wrong = ({"weights": checksum_bytes(content)} for content in (b"12345", b"54321"))
@@ -176,11 +176,11 @@ def test_entries_synced_by_this_process_are_not_evicted(
     lock = first.parents[1].with_name(f"{first.parents[1].name}.lock")
     with pytest.raises(BlockingIOError), file_lock(lock, blocking=False):
         pass
-    sync_elsewhere(f"{bucket_uri}/second", tmp_path)
+    sync_and_exit(f"{bucket_uri}/second", tmp_path)
     assert first.exists()
 
 
-def test_a_limit_that_is_no_size_raises_an_error(
+def test_invalid_cache_limit_raises_an_error(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     open_store(bucket_uri).write("weights", b"1")
