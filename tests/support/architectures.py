@@ -1,4 +1,4 @@
-"""Public models by their shapes: files that a plan reads as theirs, with weights of zeros that take no space on disk."""
+"""Public models by shape: files that a plan reads like the originals, with sparse weight files that take no disk space."""
 
 import json
 import math
@@ -28,11 +28,11 @@ _LLAMA_3_8B = LlamaConfig(
     max_position_embeddings=8192,
 )
 
-# Sizes as each model's config.json on the hub has them.
+# Sizes from each model's config.json on the Hub.
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
-    "unsloth/llama-3-8b-Instruct-bnb-4bit": _LLAMA_3_8B,  # in 4 bits there; held in as many from 16
+    "unsloth/llama-3-8b-Instruct-bnb-4bit": _LLAMA_3_8B,  # stored in 4 bits on the Hub; here in 16 bits, which load_in_4bit quantizes
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -107,7 +107,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 
 
 def make_files(directory: Path, model_id: str) -> Path:
-    """Configuration, tokenizer (the tiny model's) and weights of a public model's shape; returns the directory."""
+    """Write config, weights of a public model's shape and the tiny model's tokenizer to a directory; return the directory."""
     config = ARCHITECTURES[model_id]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Files of rows that are wrong in some way: the same for the same number, made by chance otherwise."""
+"""Random data files with damaged rows or bytes, each determined by its number."""
 
 import csv
 import gzip
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 _WORDS = ["2 + 2?", "4", "naïve", "🍎 é", "مرحبا", "a\u0301", " ", "\n", "<|im_end|>", "\u200b", "x" * 300]
 _HUGE = [10**400, -(10**30), 1e308, float("nan"), float("inf"), 2**64, 0.1]
-_SHAPES = 9  # of good rows
+_SHAPES = 9  # of valid rows
 _ODD_TEXT = [
     "",
     "   ",
@@ -32,48 +32,48 @@ _ODD_TEXT = [
 
 
 def write_bad_file(directory: Path, number: int) -> Path:
-    """Make file `number`: up to six rows, some good, then some damage to rows, to bytes, or to both."""
-    chance = random.Random(number)
-    shape = chance.randrange(_SHAPES)
-    rows: list[Any] = [_good_row(chance, shape) for _ in range(chance.randint(1, 6))]
-    if chance.random() < 0.1:
-        rows.append(_good_row(chance, chance.randrange(_SHAPES)))
-    for _ in range(chance.randint(0, 3)):
-        rows[chance.randrange(len(rows))] = _damaged(chance, chance.choice(rows))
-    ending, write = chance.choice(_KINDS)
-    content = write(chance, rows)
-    if chance.random() < 0.5:
-        content = chance.choice(_DAMAGES)(chance, content)
-    compression = chance.choice(["", "", "", ".gz", ".zst"])
+    """Write file `number` with a few valid rows, then damage rows, bytes or both; return its path."""
+    rng = random.Random(number)
+    shape = rng.randrange(_SHAPES)
+    rows: list[Any] = [_valid_row(rng, shape) for _ in range(rng.randint(1, 6))]
+    if rng.random() < 0.1:
+        rows.append(_valid_row(rng, rng.randrange(_SHAPES)))
+    for _ in range(rng.randint(0, 3)):
+        rows[rng.randrange(len(rows))] = _damaged_row(rng, rng.choice(rows))
+    suffix, write = rng.choice(_FORMATS)
+    content = write(rng, rows)
+    if rng.random() < 0.5:
+        content = rng.choice(_CORRUPTIONS)(rng, content)
+    compression = rng.choice(["", "", "", ".gz", ".zst"])
     if compression == ".gz":
         content = gzip.compress(content, mtime=0)
     elif compression == ".zst":
         content = pa.Codec("zstd").compress(content, asbytes=True)
-    if compression and chance.random() < 0.5:
-        content = chance.choice(_DAMAGES)(chance, content)
-    path = directory / f"{number}{ending}{compression}"
+    if compression and rng.random() < 0.5:
+        content = rng.choice(_CORRUPTIONS)(rng, content)
+    path = directory / f"{number}{suffix}{compression}"
     path.write_bytes(content)
     return path
 
 
-def _text(chance: random.Random) -> str:
-    return " ".join(chance.choices(_WORDS, k=chance.randint(1, 4)))
+def _text(rng: random.Random) -> str:
+    return " ".join(rng.choices(_WORDS, k=rng.randint(1, 4)))
 
 
-def _turns(chance: random.Random) -> list[dict[str, Any]]:
+def _turns(rng: random.Random) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for _ in range(chance.randint(1, 3)):
-        turns.append({"role": "user", "content": _text(chance)})
-        turns.append({"role": "assistant", "content": _text(chance)})
+    for _ in range(rng.randint(1, 3)):
+        turns.append({"role": "user", "content": _text(rng)})
+        turns.append({"role": "assistant", "content": _text(rng)})
     return turns
 
 
-def _good_row(chance: random.Random, shape: int) -> dict[str, Any]:
-    turns = _turns(chance)
+def _valid_row(rng: random.Random, shape: int) -> dict[str, Any]:
+    turns = _turns(rng)
     shapes: list[dict[str, Any]] = [
         {"messages": turns},
         {"messages": [{"role": "system", "content": "Be brief."}, *turns]},
-        {"messages": [*turns[:-1], {**turns[-1], "weight": chance.choice([0, 1])}]},
+        {"messages": [*turns[:-1], {**turns[-1], "weight": rng.choice([0, 1])}]},
         {
             "conversations": [
                 {
@@ -83,11 +83,11 @@ def _good_row(chance: random.Random, shape: int) -> dict[str, Any]:
                 for turn in turns
             ]
         },
-        {"prompt": _text(chance), "completion": _text(chance)},
-        {"instruction": _text(chance), "input": "", "output": _text(chance)},
-        {"text": _text(chance)},
-        {"prompt": _text(chance), "chosen": _text(chance), "rejected": _text(chance)},
-        {"text": _text(chance), "label": chance.choice(["4", "naïve"])},
+        {"prompt": _text(rng), "completion": _text(rng)},
+        {"instruction": _text(rng), "input": "", "output": _text(rng)},
+        {"text": _text(rng)},
+        {"prompt": _text(rng), "chosen": _text(rng), "rejected": _text(rng)},
+        {"text": _text(rng), "label": rng.choice(["4", "naïve"])},
     ]
     assert len(shapes) == _SHAPES
     return shapes[shape]
@@ -100,67 +100,69 @@ def _nested(depth: int) -> Any:
     return value
 
 
-def _odd_value(chance: random.Random) -> Any:
-    return chance.choice(
+def _odd_value(rng: random.Random) -> Any:
+    return rng.choice(
         [
             lambda: None,
-            lambda: chance.choice(_ODD_TEXT),
-            lambda: chance.choice(_HUGE),
-            lambda: chance.choice([True, False, 0, -1]),
+            lambda: rng.choice(_ODD_TEXT),
+            lambda: rng.choice(_HUGE),
+            lambda: rng.choice([True, False, 0, -1]),
             lambda: [],
             lambda: {},
             lambda: _nested(200),
             lambda: [None],
             lambda: {"role": "user"},
-            lambda: [{"role": "assistant", "tool_calls": chance.choice([[{}], "[", {"a": 1}, [None]])}],
+            lambda: [{"role": "assistant", "tool_calls": rng.choice([[{}], "[", {"a": 1}, [None]])}],
             lambda: "y" * 20_000,
         ]
     )()
 
 
-def _damaged(chance: random.Random, row: Any) -> Any:
-    """A copy with one value, somewhere, that does not belong there; or no object at all."""
-    if chance.random() < 0.15 or not isinstance(row, dict) or not row:
-        return _odd_value(chance)
+def _damaged_row(rng: random.Random, row: Any) -> Any:
+    """Return a copy of a row with one key or value removed, renamed or replaced, or a value that is no row."""
+    if rng.random() < 0.15 or not isinstance(row, dict) or not row:
+        return _odd_value(rng)
     copy = json.loads(json.dumps(row))
-    place: Any = copy
+    container: Any = copy
     while True:
-        key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        below = place[key]
-        if isinstance(below, dict | list) and below and chance.random() < 0.8:
-            place = below
+        key = rng.choice(list(container) if isinstance(container, dict) else range(len(container)))
+        child = container[key]
+        if isinstance(child, dict | list) and child and rng.random() < 0.8:
+            container = child
             continue
-        match chance.randrange(4):
+        match rng.randrange(4):
             case 0:
-                del place[key]
-            case 1 if isinstance(place, dict):
-                place[f"{key}_"] = place.pop(key)
+                del container[key]
+            case 1 if isinstance(container, dict):
+                container[f"{key}_"] = container.pop(key)
             case _:
-                place[key] = _odd_value(chance)
+                container[key] = _odd_value(rng)
         return copy
 
 
-def _jsonl(chance: random.Random, rows: list[Any]) -> bytes:
-    lines = [json.dumps(row, ensure_ascii=chance.random() < 0.5) for row in rows]
-    if chance.random() < 0.1:
+def _jsonl(rng: random.Random, rows: list[Any]) -> bytes:
+    lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows]
+    if rng.random() < 0.1:
         lines.insert(0, '{"messages": ' + "[" * 1000)
-    if chance.random() < 0.05:
+    if rng.random() < 0.05:
         lines.append('{"prompt": ' + "[" * 100_000)
-    ends = [chance.choice(["\n", "\r\n", "\n\n", "\r"] if chance.random() < 0.3 else ["\n"]) for _ in lines]
-    return "".join(line + end for line, end in zip(lines, ends, strict=True)).encode("utf-8", "surrogatepass")
+    line_ends = [rng.choice(["\n", "\r\n", "\n\n", "\r"] if rng.random() < 0.3 else ["\n"]) for _ in lines]
+    return "".join(line + end for line, end in zip(lines, line_ends, strict=True)).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
-def _json(chance: random.Random, rows: list[Any]) -> bytes:
-    document = rows if chance.random() < 0.8 else {"data": rows}
-    text = json.dumps(document, indent=chance.choice([None, 1]), ensure_ascii=chance.random() < 0.5)
+def _json(rng: random.Random, rows: list[Any]) -> bytes:
+    document = rows if rng.random() < 0.8 else {"data": rows}
+    text = json.dumps(document, indent=rng.choice([None, 1]), ensure_ascii=rng.random() < 0.5)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _csv(chance: random.Random, rows: list[Any]) -> bytes:
+def _csv(rng: random.Random, rows: list[Any]) -> bytes:
     objects = [row for row in rows if isinstance(row, dict)] or [{"prompt": "a", "completion": "b"}]
     names = list(objects[0])
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator=chance.choice(["\n", "\r\n", "\r"]))
+    writer = csv.writer(text, lineterminator=rng.choice(["\n", "\r\n", "\r"]))
     writer.writerow(names)
     for row in objects:
         cells = [row.get(name) for name in names]
@@ -168,21 +170,21 @@ def _csv(chance: random.Random, rows: list[Any]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogatepass")
 
 
-def _parquet(chance: random.Random, rows: list[Any]) -> bytes:
+def _parquet(rng: random.Random, rows: list[Any]) -> bytes:
     sink = io.BytesIO()
     objects = [row for row in rows if isinstance(row, dict)] or [{"prompt": "a"}]
     columns = {
         name: [value if isinstance(value := row.get(name), str) else json.dumps(value) for row in objects]
         for name in objects[0]
     } or {"prompt": ["a"]}
-    clean = {
+    encodable = {
         name: [text.encode("utf-8", "replace").decode() for text in texts] for name, texts in columns.items()
     }
-    pq.write_table(pa.table(clean), sink)
+    pq.write_table(pa.table(encodable), sink)
     return sink.getvalue()
 
 
-_KINDS: list[tuple[str, Callable[[random.Random, list[Any]], bytes]]] = [
+_FORMATS: list[tuple[str, Callable[[random.Random, list[Any]], bytes]]] = [
     (".jsonl", _jsonl),
     (".jsonl", _jsonl),
     (".json", _json),
@@ -193,20 +195,20 @@ _KINDS: list[tuple[str, Callable[[random.Random, list[Any]], bytes]]] = [
 ]
 
 
-def _cut_off(chance: random.Random, content: bytes) -> bytes:
-    return content[: chance.randint(0, len(content))]
+def _truncate(rng: random.Random, content: bytes) -> bytes:
+    return content[: rng.randint(0, len(content))]
 
 
-def _flip(chance: random.Random, content: bytes) -> bytes:
+def _change_bytes(rng: random.Random, content: bytes) -> bytes:
     damaged = bytearray(content)
-    for _ in range(chance.randint(1, 8) if damaged else 0):
-        damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+    for _ in range(rng.randint(1, 8) if damaged else 0):
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
     return bytes(damaged)
 
 
-def _insert(chance: random.Random, content: bytes) -> bytes:
-    at = chance.randint(0, len(content))
-    piece = chance.choice(
+def _insert(rng: random.Random, content: bytes) -> bytes:
+    position = rng.randint(0, len(content))
+    inserted = rng.choice(
         [
             b"\x00",
             b"\xff\xfe",
@@ -221,11 +223,16 @@ def _insert(chance: random.Random, content: bytes) -> bytes:
             b"," * 50,
         ]
     )
-    return content[:at] + piece + content[at:]
+    return content[:position] + inserted + content[position:]
 
 
-def _in_utf_16(chance: random.Random, content: bytes) -> bytes:
+def _encode_as_utf_16(rng: random.Random, content: bytes) -> bytes:
     return content.decode("utf-8", "replace").encode("utf-16")
 
 
-_DAMAGES: list[Callable[[random.Random, bytes], bytes]] = [_cut_off, _flip, _insert, _in_utf_16]
+_CORRUPTIONS: list[Callable[[random.Random, bytes], bytes]] = [
+    _truncate,
+    _change_bytes,
+    _insert,
+    _encode_as_utf_16,
+]

@@ -1,8 +1,8 @@
-"""A proxy in front of an S3 server: it counts what passes, makes it slow, and breaks it as networks and stores do.
+"""A proxy in front of an S3 server that counts requests and bytes, slows them down and injects faults.
 
-Bodies go from socket to socket inside the kernel, and the kernel paces them, so that a Python process keeps up with many
-fast connections: a rate is that of one connection, in each direction. A latency is a round trip: one for the connection,
-one for each request, and one more where a client asks whether it may send its body.
+The kernel copies bodies from socket to socket and paces them, so that one Python process keeps up with many fast connections.
+The rate limit applies to each connection in each direction. The latency is one round trip: it applies once to each connection,
+once to each request, and once more if a client sends `Expect: 100-continue`.
 """
 
 import html
@@ -21,15 +21,15 @@ from typing import Literal
 
 _SO_MAX_PACING_RATE = 47  # <asm-generic/socket.h>; Python has no name for it
 _PIPE_BYTES = 1024 * 1024
-_MOST_HEAD_BYTES = 32 * 1024
-_HOLD_SECONDS = 240
+_MAX_HEAD_BYTES = 32 * 1024
+_TRAP_SECONDS = 240
 _KEY = re.compile(r"<Key>(.*?)</Key>")
-_ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>made by a test</Message></Error>'
+_ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>injected by a test</Message></Error>'
 
 
 @dataclass
 class Request:
-    """What a client asked for; `sent` are the bytes of the answer's body that went to it, `deleted` the keys it named."""
+    """A client's request; `sent` counts the bytes of the response body, `deleted` lists the keys that it deletes."""
 
     method: str
     path: str
@@ -41,7 +41,7 @@ class Request:
 
     @property
     def is_download(self) -> bool:
-        """Whether it asks for an object's content."""
+        """Return whether the request downloads an object's content."""
         return (
             self.method == "GET"
             and self.path.count("/") > 1
@@ -51,13 +51,19 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to requests of one method whose path ends with `key`: to a share of them, and to so many at most.
+    """A fault in requests of one method whose path ends with `key`.
 
-    Where `header` is given, to those only that carry a header which begins like that.
+    It affects a random `share` of these requests, at most `times` of them. `header` limits it to requests with a header whose
+    name starts with that text. `struck` counts the affected requests. The faults:
 
-    refuse: answered with `status` and `code`. lose: carried out, and the answer never comes. reset, truncate, stall: the connection is cut, closed, or silent for
-    `seconds`, at byte `at` of the body (its middle, when not given). flip: one bit of that byte is another one. swap: the
-    body is that of another object. The body is the answer's of a GET and the request's of a PUT.
+    - refuse: the proxy responds with `status` and `code`.
+    - lose: the server executes the request, and the proxy drops the response.
+    - reset, truncate: the proxy resets or closes the connection at byte `at` of the body, by default in its middle.
+    - stall: the proxy sends nothing for `seconds` at that byte, then closes the connection.
+    - flip: the proxy inverts one bit of that byte.
+    - swap: the proxy sends `content` as the body.
+
+    The body is the response body of a GET and the request body of a PUT.
     """
 
     kind: Literal["refuse", "lose", "reset", "truncate", "stall", "flip", "swap"]
@@ -76,10 +82,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Trap:
-    """A PUT of an object whose key ends with `key` is caught there and goes no further.
+    """A point at which the proxy stops the PUT of an object whose key ends with `key`.
 
-    `before`: no byte of it reaches the server; `midway`: half of its body does; `after`: the object is stored, and the
-    answer does not reach the client.
+    - before: no byte of the request reaches the server.
+    - midway: half of the body reaches the server.
+    - after: the server stores the object, and the client receives no response.
     """
 
     when: Literal["before", "midway", "after"]
@@ -88,14 +95,14 @@ class Trap:
     released: threading.Event = field(default_factory=threading.Event)
 
     def spring(self) -> None:
-        """Tell that it is caught, wait until the client is dead, and drop the connection."""
+        """Report that the PUT has been stopped, wait until the proxy closes, and drop the connection."""
         self.sprung.set()
-        self.released.wait(_HOLD_SECONDS)
+        self.released.wait(_TRAP_SECONDS)
         raise ConnectionAbortedError
 
 
 class BucketProxy:
-    """Listens at `endpoint`; `requests` holds what was asked, in order."""
+    """A proxy that listens at `endpoint` and records `requests` in order."""
 
     def __init__(
         self,
@@ -115,7 +122,7 @@ class BucketProxy:
         self._trap = trap
         self._expired_key: str | None = None
         self._random = random.Random(0)
-        self._drawing = threading.Lock()
+        self._random_lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._closed = threading.Event()
         self._listener = socket.create_server((address, 0), backlog=256)
@@ -123,7 +130,7 @@ class BucketProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def downloads(self, bucket: str) -> list[Request]:
-        """The requests for objects' contents."""
+        """Return the requests that download an object's content from a bucket."""
         return [
             request
             for request in self.requests
@@ -131,11 +138,11 @@ class BucketProxy:
         ]
 
     def body_bytes(self, bucket: str) -> int:
-        """The bytes of objects' contents that went to clients."""
+        """Return how many bytes of object content the proxy has sent to clients."""
         return sum(request.sent for request in self.downloads(bucket))
 
     def expire(self, access_key: str | None) -> None:
-        """Answer requests signed with this key as those are whose credentials have expired; None ends it."""
+        """Respond with ExpiredToken to requests signed with this key; None stops this."""
         self._expired_key = access_key
 
     def close(self) -> None:
@@ -156,14 +163,14 @@ class BucketProxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        # Either side may go at any time.
+        # Either side may close the connection at any time.
         with suppress(OSError), client, socket.create_connection(self._upstream) as server, _pipe() as pipe:
             self._sockets |= {client, server}
             try:
-                for end in (client, server):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for side in (client, server):
+                    side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     if self._bytes_per_second:
-                        end.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(self._bytes_per_second))
+                        side.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(self._bytes_per_second))
                 time.sleep(self._latency_seconds)
                 while _Exchange(self, client, server, pipe).run():
                     pass
@@ -173,7 +180,7 @@ class BucketProxy:
     def draw_fault(self, request: Request) -> Fault | None:
         if self._expired_key and self._expired_key in request.headers.get("authorization", ""):
             return Fault("refuse", status=400, code="ExpiredToken")
-        with self._drawing:
+        with self._random_lock:
             for fault in self.faults:
                 if (
                     fault.method == request.method
@@ -187,7 +194,7 @@ class BucketProxy:
                     return fault
         return None
 
-    def wait_a_round_trip(self) -> None:
+    def wait_for_round_trip(self) -> None:
         if self._latency_seconds:
             time.sleep(self._latency_seconds)
 
@@ -200,7 +207,7 @@ class BucketProxy:
 
 
 class _Exchange:
-    """One request and its answer on a connection."""
+    """One request and its response on a connection."""
 
     def __init__(
         self, proxy: BucketProxy, client: socket.socket, server: socket.socket, pipe: tuple[int, int]
@@ -208,32 +215,32 @@ class _Exchange:
         self._proxy, self._client, self._server, self._pipe = proxy, client, server, pipe
 
     def run(self) -> bool:
-        """Returns whether the connection can carry another."""
+        """Forward the request and the response; return whether the connection stays open."""
         head = _read_head(self._client)
         if not head:
             return False
         request = _parse(head)
         self._proxy.requests.append(request)
         fault, trap = self._proxy.draw_fault(request), self._proxy.trap_for(request)
-        self._proxy.wait_a_round_trip()
+        self._proxy.wait_for_round_trip()
         if trap and trap.when == "before":
             trap.spring()
         if fault and fault.kind == "refuse":
-            return self._refuse(request, fault)
+            return self._send_error(request, fault)
         self._server.sendall(head)
-        answer = b""
+        response = b""
         if request.headers.get("expect") == "100-continue":
-            answer = _read_head(self._server)
-            if _status(answer) == 100:
-                self._client.sendall(answer)
-                self._proxy.wait_a_round_trip()
-                answer = b""
-        if not answer:
+            response = _read_head(self._server)
+            if _status(response) == 100:
+                self._client.sendall(response)
+                self._proxy.wait_for_round_trip()
+                response = b""
+        if not response:
             if trap and trap.when == "midway":
                 self._copy(self._client, self._server, int(request.headers["content-length"]) // 2)
                 trap.spring()
             if "delete" in request.query:
-                self._server.sendall(self._deletion(request))
+                self._server.sendall(self._receive_deletion(request))
             else:
                 self._copy_body(
                     self._client,
@@ -241,41 +248,41 @@ class _Exchange:
                     request.headers,
                     fault if request.method == "PUT" and fault and fault.kind != "lose" else None,
                 )
-            answer = _read_head(self._server)
-            while _status(answer) == 100:
-                answer = _read_head(self._server)
-        if trap and trap.when == "after" and _status(answer) == 200:
+            response = _read_head(self._server)
+            while _status(response) == 100:
+                response = _read_head(self._server)
+        if trap and trap.when == "after" and _status(response) == 200:
             trap.spring()
         if fault and fault.kind == "lose":
             return False
-        return self._answer(request, answer, fault if request.method == "GET" else None)
+        return self._forward_response(request, response, fault if request.method == "GET" else None)
 
-    def _deletion(self, request: Request) -> bytes:
-        """The body of a request that deletes many objects; their keys are noted."""
+    def _receive_deletion(self, request: Request) -> bytes:
+        """Return the body of a DeleteObjects request, and record its keys."""
         body = _receive(self._client, int(request.headers["content-length"]))
         request.deleted = tuple(html.unescape(key) for key in _KEY.findall(body.decode()))
         return body
 
-    def _refuse(self, request: Request, fault: Fault) -> bool:
+    def _send_error(self, request: Request, fault: Fault) -> bool:
         if "delete" in request.query:
-            self._deletion(request)
+            self._receive_deletion(request)
         elif request.headers.get("expect") != "100-continue":
             _receive(self._client, int(request.headers.get("content-length", 0)))
         body = _ERROR.format(code=fault.code).encode() if request.method != "HEAD" else b""
         request.status = fault.status
         self._client.sendall(
-            f"HTTP/1.1 {fault.status} Refused\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+            f"HTTP/1.1 {fault.status} Error\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
             "Connection: close\r\n\r\n".encode()
             + body
         )
         return False
 
-    def _answer(self, request: Request, answer: bytes, fault: Fault | None) -> bool:
-        if not answer:
+    def _forward_response(self, request: Request, response: bytes, fault: Fault | None) -> bool:
+        if not response:
             return False
-        request.status = _status(answer)
-        headers = _headers(answer)
-        self._client.sendall(answer)
+        request.status = _status(response)
+        headers = _headers(response)
+        self._client.sendall(response)
         if request.method != "HEAD" and request.status not in (204, 304):
             if fault and fault.kind == "swap":
                 self._swap(request, headers, fault)
@@ -313,8 +320,8 @@ class _Exchange:
     def _swap(self, request: Request, headers: dict[str, str], fault: Fault) -> None:
         length = int(headers["content-length"])
         _receive(self._server, length)
-        wanted = re.match(r"bytes=(\d+)-", request.headers.get("range", ""))
-        start = int(wanted[1]) if wanted else 0
+        range_start = re.match(r"bytes=(\d+)-", request.headers.get("range", ""))
+        start = int(range_start[1]) if range_start else 0
         self._client.sendall(fault.content[start : start + length])
 
     def _copy_chunks(self, source: socket.socket, sink: socket.socket) -> None:
@@ -333,13 +340,13 @@ class _Exchange:
     def _copy(
         self, source: socket.socket, sink: socket.socket, length: int, request: Request | None = None
     ) -> None:
-        outlet, inlet = self._pipe
+        read_end, write_end = self._pipe
         while length:
-            moved = waiting = os.splice(source.fileno(), inlet, min(length, _PIPE_BYTES))
+            moved = pending = os.splice(source.fileno(), write_end, min(length, _PIPE_BYTES))
             if not moved:
                 raise ConnectionAbortedError
-            while waiting:
-                waiting -= os.splice(outlet, sink.fileno(), waiting)
+            while pending:
+                pending -= os.splice(read_end, sink.fileno(), pending)
             length -= moved
             if request:
                 request.sent += moved
@@ -349,24 +356,24 @@ class _Exchange:
 def _pipe() -> Iterator[tuple[int, int]]:
     import fcntl
 
-    outlet, inlet = os.pipe()
+    read_end, write_end = os.pipe()
     try:
-        with suppress(PermissionError):  # an ordinary user's share of pipes is used up: smaller ones do
-            fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        yield outlet, inlet
+        with suppress(PermissionError):  # the user's pipe quota is used up; the default size works too
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        yield read_end, write_end
     finally:
-        os.close(outlet)
-        os.close(inlet)
+        os.close(read_end)
+        os.close(write_end)
 
 
-def _read_head(source: socket.socket, end: bytes = b"\r\n\r\n") -> bytes:
-    """All up to an end marker, and not a byte more: the body stays in the kernel. Empty when the other side has gone."""
+def _read_head(source: socket.socket, marker: bytes = b"\r\n\r\n") -> bytes:
+    """Read up to an end marker and no further, so that the body stays in the kernel; return b"" at end of stream."""
     while True:
-        seen = source.recv(_MOST_HEAD_BYTES, socket.MSG_PEEK)
-        if not seen:
+        buffered = source.recv(_MAX_HEAD_BYTES, socket.MSG_PEEK)
+        if not buffered:
             return b""
-        if (found := seen.find(end)) >= 0:
-            return _receive(source, found + len(end))
+        if (position := buffered.find(marker)) >= 0:
+            return _receive(source, position + len(marker))
         time.sleep(0.001)
 
 
@@ -410,7 +417,7 @@ def bucket_proxy(
     trap: Trap | None = None,
     address: str = "127.0.0.1",
 ) -> Iterator[BucketProxy]:
-    """Put a proxy in front of the server at `endpoint` (http://host:port), listening at an address of this machine."""
+    """Run a proxy in front of the server at `endpoint` (http://host:port), on an address of this machine."""
     host, _, port = endpoint.removeprefix("http://").partition(":")
     proxy = BucketProxy(
         (host, int(port)),

@@ -1,4 +1,4 @@
-"""What can happen to a run besides its bucket's faults (see bucket_proxy): killed at an exact place, seen through injected code, out of disk."""
+"""Faults of a run other than those of its bucket (see bucket_proxy): held or changed by injected code, or out of disk space."""
 
 import os
 import shutil
@@ -15,21 +15,21 @@ _INJECTED = Path(__file__).parent / "injected"
 
 
 def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, str]:
-    """Environment variables that bring tests/support/injected into a run; see there."""
+    """Return the environment variables that inject tests/support/injected into a run; see sitecustomize.py there."""
     ledger.mkdir(parents=True)
     return {
         "PYTHONPATH": _python_path(_INJECTED),
         "RESUME_LEDGER": str(ledger),
         "RESUME_HOLD": hold,
-        "RESUME_SABOTAGE": sabotage,
+        "RESUME_SKIP_RESTORE": sabotage,
     }
 
 
 def kernels_of_gpus(provider: str) -> dict[str, str]:
-    """Environment variables that make a run on CPU compute as one on a GPU does with `torch` or `liger`; see tests/support/injected."""
+    """Return the environment variables that give a CPU run the GPU kernels of `torch` or `liger`; see tests/support/injected."""
     return {
         "PYTHONPATH": _python_path(_INJECTED, PROJECT, triton_directory()),
-        "KERNELS_OF_GPUS": provider,
+        "GPU_KERNELS": provider,
         "TRITON_INTERPRET": "1",
     }
 
@@ -39,21 +39,26 @@ def _python_path(*directories: Path) -> str:
 
 
 def on_a_small_disk(directory: Path, size: str) -> list[str]:
-    """The beginning of a command line that has a disk of its own at `directory`: "16m" large, gone with the process."""
+    """Return the beginning of a command line that mounts a tmpfs at `directory`, visible only to the command.
+
+    Args:
+        directory: The mount point.
+        size: The size, such as "16m".
+    """
     mount = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
-    alone = ["unshare", "--user", "--map-root-user", "--mount"]
-    return [*alone, "sh", "-c", mount, "sh", size, str(directory)]
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    return [*unshare, "sh", "-c", mount, "sh", size, str(directory)]
 
 
 def require_small_disks(directory: Path) -> None:
-    """Skip the test where this machine lets no ordinary user make them."""
-    tried = subprocess.run([*on_a_small_disk(directory, "1m"), "true"], capture_output=True, check=False)
-    if tried.returncode != 0:
-        pytest.skip("this machine lets no ordinary user mount a file system of its own")
+    """Skip the test if unprivileged users of this machine cannot mount a tmpfs."""
+    attempt = subprocess.run([*on_a_small_disk(directory, "1m"), "true"], capture_output=True, check=False)
+    if attempt.returncode != 0:
+        pytest.skip("unprivileged users of this machine cannot mount a tmpfs")
 
 
 def fill_disk(directory: Path, *, leaving: int) -> None:
-    """Make the file `filler` there as large as it takes, so that so many bytes stay free."""
+    """Write a file `filler` until only `leaving` bytes of the disk are free."""
     with suppress(OSError), (directory / "filler").open("ab", buffering=0) as filler:
         while shutil.disk_usage(directory).free > leaving:
             filler.write(bytes(4096))

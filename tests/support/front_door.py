@@ -1,4 +1,4 @@
-"""main.py in a process of its own, as `jobs.run_main`, without paying for its imports each time: a tenth of a second."""
+"""Runs of main.py in forked processes that share its imports, so each starts in a tenth of a second."""
 
 import multiprocessing
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tests.support.jobs import Finished, environment
 
-# Each call forks from one process that holds what a dry run imports; nothing of main.py has run in it.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
+# One server process imports the modules of a dry run, and each call forks it. It has run nothing of main.py.
+_fork_server = multiprocessing.get_context("forkserver")
+_fork_server.set_forkserver_preload(
     [
         "main",
         "training.launch.display",
@@ -25,16 +25,16 @@ _processes.set_forkserver_preload(
         "awscrt.checksums",
     ]
 )
-_LIMIT_SECONDS = 300  # ends a command that hangs; an evaluation of 32 rows took 120 on a busy machine
+_TIMEOUT_SECONDS = 300  # for a command that hangs; an evaluation of 32 rows took 120 on a busy machine
 
 
 def run_main_quickly(config: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> Finished:
-    """Run main.py to its end.
+    """Run main.py on a config until it exits.
 
     Args:
         config: The YAML; the output is written beside it.
         arguments: Overrides and options.
-        variables: Of the environment, on top of ours.
+        variables: Environment variables to add.
     """
     return run_command_quickly([str(config), *arguments], config, variables=variables)
 
@@ -42,17 +42,17 @@ def run_main_quickly(config: Path, *arguments: str, variables: Mapping[str, str]
 def run_command_quickly(
     arguments: Sequence[str], beside: Path, *, variables: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run main.py with any arguments to its end; what it prints is written to files beside a path."""
+    """Run main.py with any arguments until it exits; its output is written to files beside a path."""
     stdout, stderr = beside.with_suffix(".stdout"), beside.with_suffix(".stderr")
-    process = _processes.Process(
+    process = _fork_server.Process(
         target=_main, args=(list(arguments), {**environment(), **(variables or {})}, stdout, stderr)
     )
     process.start()
-    process.join(_LIMIT_SECONDS)
+    process.join(_TIMEOUT_SECONDS)
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise TimeoutError(f"main.py {' '.join(arguments)} ran for more than {_LIMIT_SECONDS} seconds")
+        raise TimeoutError(f"main.py {' '.join(arguments)} ran for more than {_TIMEOUT_SECONDS} seconds")
     return Finished(process.exitcode, stdout.read_text("utf-8"), stderr.read_text("utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""One dataset as the Hugging Face hub serves it, on this machine: what its clients ask for, and no more."""
+"""A local server for one dataset, with the endpoints of the Hugging Face Hub that its clients request."""
 
 import hashlib
 import http.server
@@ -12,7 +12,7 @@ COMMIT = "a" * 40
 
 @contextmanager
 def hub_of(name: str, files: Mapping[str, bytes]) -> Iterator[str]:
-    """Serve a dataset for the length of the block; gives the value of HF_ENDPOINT."""
+    """Serve a dataset for the duration of the block and yield the value of HF_ENDPOINT."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -52,7 +52,7 @@ def hub_of(name: str, files: Mapping[str, bytes]) -> Iterator[str]:
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Not on standard error."""
+            """Keep requests off standard error."""
 
     def etag(file: str) -> str:
         return hashlib.sha1(files[file]).hexdigest()

@@ -1,4 +1,4 @@
-"""What AWS would answer to requests under an IAM policy."""
+"""Checks of recorded S3 requests against an IAM policy."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -8,20 +8,20 @@ from tests.support.bucket_proxy import Request
 
 
 def needed(requests: Iterable[Request]) -> set[tuple[str, str]]:
-    """The (action, resource) that requests need, as AWS documents them for each operation."""
+    """Return the (action, resource) pairs that requests need, as AWS documents them for each operation."""
     return {(_action(request), resource) for request in requests for resource in _resources(request)}
 
 
 def is_allowed(policy: Mapping[str, Any], action: str, resource: str) -> bool:
-    """Whether a policy of Allow statements allows an action on a resource."""
+    """Return whether a policy of Allow statements allows an action on a resource."""
     return any(
         action in statement["Action"]
-        and any(fnmatchcase(resource, pattern) for pattern in _listed(statement["Resource"]))
+        and any(fnmatchcase(resource, pattern) for pattern in _as_list(statement["Resource"]))
         for statement in policy["Statement"]
     )
 
 
-def _listed(value: str | list[str]) -> list[str]:
+def _as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 

@@ -1,16 +1,16 @@
-"""Triton kernels on CPU, under Triton's interpreter, beside torch in fp32: `python -m tests.support.interpreted liger`.
+"""Comparison of Triton kernels in Triton's interpreter with torch in fp32: `python -m tests.support.interpreted liger`.
 
-Runs in a process of its own, with TRITON_INTERPRET=1 and Triton on PYTHONPATH, and prints one line of JSON: for each kernel, the largest
-difference from torch of each result and gradient, relative to the largest value there is in it.
+Runs in a separate process with TRITON_INTERPRET=1 and Triton on PYTHONPATH. Prints one line of JSON with each kernel's results and
+gradients: the largest difference from torch, relative to the largest value.
 """
 
 import sys
 from typing import Any
 
-from tests.support.triton_interpreter import cast  # before whatever has kernels
+from tests.support.triton_interpreter import triton_cast  # before modules that define kernels
 
 if "unsloth" in sys.argv:
-    import unsloth  # noqa: F401  # before what it patches
+    import unsloth  # noqa: F401  # before the modules that it patches
 
 import json
 from collections.abc import Callable
@@ -30,27 +30,30 @@ Kernel = Callable[..., Any]
 Differences = dict[str, float]
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def compare(
-    ours: Kernel, reference: Kernel, inputs: dict[str, torch.Tensor], *, of: Any = None
+    ours: Kernel, reference: Kernel, inputs: dict[str, torch.Tensor], *, module: Any = None
 ) -> Differences:
-    """Results of both, and their gradients by the inputs and by what is trained in a module."""
-    trained = {name: value for name, value in of.named_parameters() if value.requires_grad} if of else {}
+    """Compare the results of two functions, and the gradients of the inputs and of a module's trained parameters."""
+    parameters = module.named_parameters() if module else ()
+    trained = {name: value for name, value in parameters if value.requires_grad}
     found = []
     for function in (ours, reference):
         leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-        # Clones: some kernels write over what they are given.
+        # Clone the inputs: some kernels overwrite them.
         results = function(**{name: leaf.clone() for name, leaf in leaves.items()})
         results = results if isinstance(results, tuple) else (results,)
-        by = leaves | trained
-        above = [random(*result.shape, seed=number + 1) for number, result in enumerate(results)]
-        gradients = torch.autograd.grad(results, list(by.values()), above)
+        variables = leaves | trained
+        grad_outputs = [
+            random_tensor(*result.shape, seed=number + 1) for number, result in enumerate(results)
+        ]
+        gradients = torch.autograd.grad(results, list(variables.values()), grad_outputs)
         found.append(
             {f"result {number}": result.detach() for number, result in enumerate(results)}
-            | {f"gradient of {name}": gradient for name, gradient in zip(by, gradients, strict=True)}
+            | {f"gradient of {name}": gradient for name, gradient in zip(variables, gradients, strict=True)}
         )
     return difference(*found)
 
@@ -69,20 +72,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def norm_inputs() -> dict[str, torch.Tensor]:
-    return {"x": random(ROWS, TOKENS, HIDDEN), "weight": random(HIDDEN, seed=9)}
+    return {"x": random_tensor(ROWS, TOKENS, HIDDEN), "weight": random_tensor(HIDDEN, seed=9)}
 
 
 def gate_inputs() -> dict[str, torch.Tensor]:
-    return {"gate": random(ROWS, TOKENS, WIDTH), "up": random(ROWS, TOKENS, WIDTH, seed=9)}
+    return {"gate": random_tensor(ROWS, TOKENS, WIDTH), "up": random_tensor(ROWS, TOKENS, WIDTH, seed=9)}
 
 
 def rotary_inputs() -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Queries and keys, and the cosines and sines of their positions."""
+    """Return queries and keys, and the cosines and sines of their positions."""
     config = LlamaConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, max_position_embeddings=64)
     positions = torch.arange(TOKENS)[None]
-    cos, sin = LlamaRotaryEmbedding(config)(random(1), positions)
-    queries = random(ROWS, HEADS, TOKENS, HEAD_DIM)
-    keys = random(ROWS, KEY_HEADS, TOKENS, HEAD_DIM, seed=9)
+    cos, sin = LlamaRotaryEmbedding(config)(random_tensor(1), positions)
+    queries = random_tensor(ROWS, HEADS, TOKENS, HEAD_DIM)
+    keys = random_tensor(ROWS, KEY_HEADS, TOKENS, HEAD_DIM, seed=9)
     return {"queries": queries, "keys": keys}, (cos, sin)
 
 
@@ -101,15 +104,15 @@ def small_llama() -> LlamaForCausalLM:
 
 
 def adapted_layer() -> Any:
-    """A layer whose matrices have adapters that do something."""
+    """Return a layer whose adapters have nonzero weights."""
     model: Any = get_peft_model(small_llama(), LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = random(*parameter.shape)
+            parameter.data = random_tensor(*parameter.shape)
     return model.base_model.model.model.layers[0]
 
 
-def liger() -> dict[str, Callable[[], Differences]]:
+def liger_kernels() -> dict[str, Callable[[], Differences]]:
     from liger_kernel.ops import (
         LigerGELUMulFunction,
         LigerRMSNormFunction,
@@ -126,15 +129,15 @@ def liger() -> dict[str, Callable[[], Differences]]:
             inputs,
         )
 
-    def whole_model() -> Differences:
-        """As training/models/liger_provider.py applies it."""
+    def full_model() -> Differences:
+        """Compare a model with Liger applied as in training/models/liger_provider.py."""
         patched, plain = small_llama(), small_llama()
         _apply_liger_kernel_to_instance(model=patched, cross_entropy=False, fused_linear_cross_entropy=False)
         found = []
         for model in (patched, plain):
             ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS)
             logits = model(ids).logits
-            logits.backward(random(*logits.shape))
+            logits.backward(random_tensor(*logits.shape))
             gradients = {f"gradient of {name}": value.grad for name, value in model.named_parameters()}
             found.append({"logits": logits.detach(), **gradients})
         return difference(*found)
@@ -161,21 +164,21 @@ def liger() -> dict[str, Callable[[], Differences]]:
             lambda gate, up: gelu(gate, approximate="tanh") * up,
             gate_inputs(),
         ),
-        "whole_model": whole_model,
+        "whole_model": full_model,
     }
 
 
-def trl() -> dict[str, Callable[[], Differences]]:
+def trl_kernels() -> dict[str, Callable[[], Differences]]:
     from trl.kernels import ChunkedLogProbFunction
 
     targets = torch.arange(ROWS * TOKENS) * 29 % WORDS
-    inputs = {"hidden": random(ROWS * TOKENS, HIDDEN), "head": random(WORDS, HIDDEN, seed=9)}
+    inputs = {"hidden": random_tensor(ROWS * TOKENS, HIDDEN), "head": random_tensor(WORDS, HIDDEN, seed=9)}
 
     def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         return log_softmax(hidden @ head.T, -1).gather(1, targets[:, None])[:, 0]
 
     return {
-        # Tiles of 128 words, so that three of them are added up.
+        # Tiles of 128 words, so that the kernel adds up three tiles.
         "fused_head": lambda: compare(
             lambda hidden, head: ChunkedLogProbFunction.apply(
                 hidden, head, None, targets, 1.0, 128, None, 1.0, ()
@@ -186,11 +189,11 @@ def trl() -> dict[str, Callable[[], Differences]]:
     }
 
 
-def of_unsloth() -> dict[str, Callable[[], Differences]]:
+def unsloth_kernels() -> dict[str, Callable[[], Differences]]:
     import unsloth.kernels as kernels
     from unsloth.kernels import cross_entropy_loss
 
-    cross_entropy_loss.triton_cast = cast
+    cross_entropy_loss.triton_cast = triton_cast
 
     def norm(x: torch.Tensor, weight: torch.Tensor, gemma: bool) -> torch.Tensor:
         module = SimpleNamespace(weight=weight, variance_epsilon=EPSILON)
@@ -210,8 +213,8 @@ def of_unsloth() -> dict[str, Callable[[], Differences]]:
         return compare(
             lambda x: kernels.apply_lora_qkv(attention, x),
             lambda x: (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)),
-            {"x": random(ROWS, TOKENS, HIDDEN)},
-            of=attention,
+            {"x": random_tensor(ROWS, TOKENS, HIDDEN)},
+            module=attention,
         )
 
     def lora_output() -> Differences:
@@ -219,8 +222,8 @@ def of_unsloth() -> dict[str, Callable[[], Differences]]:
         return compare(
             lambda x: kernels.apply_lora_o(attention, x),
             attention.o_proj,
-            {"x": random(ROWS, TOKENS, HIDDEN)},
-            of=attention.o_proj,
+            {"x": random_tensor(ROWS, TOKENS, HIDDEN)},
+            module=attention.o_proj,
         )
 
     def lora_mlp(fused: Kernel, activation: Kernel) -> Differences:
@@ -228,12 +231,12 @@ def of_unsloth() -> dict[str, Callable[[], Differences]]:
         return compare(
             lambda x: fused(mlp, x),
             lambda x: mlp.down_proj(activation(mlp.gate_proj(x)) * mlp.up_proj(x)),
-            {"x": random(ROWS, TOKENS, HIDDEN)},
-            of=mlp,
+            {"x": random_tensor(ROWS, TOKENS, HIDDEN)},
+            module=mlp,
         )
 
     def loss(cap: float) -> Differences:
-        """Soft-capped as Gemma 2 does it; 0: not."""
+        """Compare the loss with logits soft-capped at `cap`, as in Gemma 2; 0: not capped."""
         labels = (torch.arange(ROWS * TOKENS) * 29 % WORDS).view(ROWS, TOKENS)
         labels[0, :2] = -100
 
@@ -244,7 +247,7 @@ def of_unsloth() -> dict[str, Callable[[], Differences]]:
         return compare(
             lambda logits: kernels.fast_cross_entropy_loss(logits, labels, logit_softcapping=cap),
             reference,
-            {"logits": random(ROWS, TOKENS, WORDS)},
+            {"logits": random_tensor(ROWS, TOKENS, WORDS)},
         )
 
     return {
@@ -268,5 +271,5 @@ def of_unsloth() -> dict[str, Callable[[], Differences]]:
 
 
 if __name__ == "__main__":
-    kernels_of = {"liger": liger, "trl": trl, "unsloth": of_unsloth}[sys.argv[1]]
-    print(json.dumps({name: measure() for name, measure in kernels_of().items()}))
+    package_kernels = {"liger": liger_kernels, "trl": trl_kernels, "unsloth": unsloth_kernels}[sys.argv[1]]
+    print(json.dumps({name: measure() for name, measure in package_kernels().items()}))

@@ -1,4 +1,4 @@
-"""Runs main.py as a user does, in a process of its own: to its end, or to be looked at and hurt on the way."""
+"""Helpers that run main.py in a separate process, as a user does: until it exits, or observed and killed on the way."""
 
 import json
 import os
@@ -16,13 +16,13 @@ import psutil
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
-_LIMIT_SECONDS = 360
-_LOOK_SECONDS = 0.005
+_TIMEOUT_SECONDS = 360
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run of main.py ended."""
+    """Exit code and output of main.py."""
 
     exit_code: int
     output: str
@@ -30,18 +30,22 @@ class Finished:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The JSON object on the last line of standard output."""
+        """Return the JSON object on the last line of standard output."""
         return json.loads(self.output.splitlines()[-1])
 
 
 def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
-    """Write a config; returns its path."""
+    """Write a config and return its path."""
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
 
 
 def tiny_settings(files: Path) -> dict[str, Any]:
-    """What every run of the tiny model says: `files` holds model/, train.jsonl and valid.jsonl, and gets runs and scratch."""
+    """Return the settings that all runs of the tiny model share.
+
+    Args:
+        files: Directory with model/, train.jsonl and valid.jsonl, to which the run adds runs/ and scratch/.
+    """
     return {
         "model_id": str(files / "model"),
         "train_path": str(files / "train.jsonl"),
@@ -56,28 +60,28 @@ def tiny_settings(files: Path) -> dict[str, Any]:
 
 
 def command(config: Path, *arguments: str) -> list[str]:
-    """The command line, without library warnings."""
+    """Return the command line of main.py."""
     return [sys.executable, str(PROJECT / "main.py"), str(config), *arguments]
 
 
 def environment() -> dict[str, str]:
-    """Ours, without a cluster of somebody else's."""
+    """Return the environment without RAY_ADDRESS, so that a run joins no existing cluster."""
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 def run_main(
     config: Path, *arguments: str, timeout: float = 300, variables: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run main.py to its end.
+    """Run main.py until it exits.
 
     Args:
         config: The YAML.
         arguments: Overrides and options.
-        timeout: Seconds.
-        variables: Set on top of the environment.
+        timeout: Timeout in seconds.
+        variables: Environment variables to add.
     """
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command(config, *arguments),
             cwd=PROJECT,
             env=environment() | dict(variables or {}),
@@ -88,18 +92,20 @@ def run_main(
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
-        said = (error.stderr or b"").decode(errors="replace")
-        raise AssertionError(f"main.py {config} has not ended in {timeout:g} s; it said:\n{said}") from None
-    return Finished(done.returncode, done.stdout, done.stderr)
+        output = (error.stderr or b"").decode(errors="replace")
+        raise AssertionError(
+            f"main.py {config} did not exit within {timeout:g} s; stderr:\n{output}"
+        ) from None
+    return Finished(completed.returncode, completed.stdout, completed.stderr)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, from a run stored in a local directory."""
+    """Return the lines of metrics.jsonl from a run that is stored in a local directory."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 class Job:
-    """main.py with everything that it starts."""
+    """A running main.py with all its descendants."""
 
     def __init__(
         self, config: Path, variables: Mapping[str, str], within: Sequence[str], arguments: Sequence[str]
@@ -118,51 +124,55 @@ class Job:
 
     @property
     def errors(self) -> str:
-        """What it wrote to standard error so far."""
+        """Return what main.py has written to standard error so far."""
         return self._stderr.read_text("utf-8", errors="replace")
 
-    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        """Return as soon as something is so; fail when main.py ends first, or never gets there."""
-        deadline = time.monotonic() + _LIMIT_SECONDS
-        while not happened():
-            assert self.process.poll() is None, f"ended before {what}:\n{self.errors}"
-            assert time.monotonic() < deadline, f"no {what} in {_LIMIT_SECONDS} s:\n{self.errors}"
-            time.sleep(_LOOK_SECONDS)
+    def wait_until(self, condition: Callable[[], bool], description: str) -> None:
+        """Wait until a condition holds; fail if main.py exits first or the timeout expires."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while not condition():
+            assert self.process.poll() is None, f"main.py exited before {description}:\n{self.errors}"
+            assert time.monotonic() < deadline, (
+                f"no {description} within {_TIMEOUT_SECONDS} s:\n{self.errors}"
+            )
+            time.sleep(_POLL_SECONDS)
 
     def wait_for_line(self, text: str) -> None:
-        """Return when standard error holds the text."""
+        """Wait until standard error contains the text."""
         self.wait_until(lambda: text in self.errors, text)
 
     def workers(self) -> list[psutil.Process]:
-        """The Ray Train workers on a cluster of its own."""
+        """Return the Ray Train workers if main.py started the cluster itself."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
 
     def end(self) -> Finished:
-        """Wait for its own end."""
+        """Wait until main.py exits and return its exit code and output."""
         try:
-            self.process.wait(_LIMIT_SECONDS)
+            self.process.wait(_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"has not ended in {_LIMIT_SECONDS} s; it said:\n{self.errors}") from None
+            raise AssertionError(
+                f"main.py did not exit within {_TIMEOUT_SECONDS} s; stderr:\n{self.errors}"
+            ) from None
         return Finished(self.process.returncode, self._stdout.read_text("utf-8"), self.errors)
 
     def kill_all(self) -> None:
-        """SIGKILL for main.py and all its descendants; returns when none of them lives."""
+        """Kill main.py and all its descendants with SIGKILL, and wait until none is alive."""
         with suppress(psutil.NoSuchProcess):
             main = psutil.Process(self.process.pid)
-            family = [main, *main.children(recursive=True)]
-            for process in family:
+            processes = [main, *main.children(recursive=True)]
+            for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
             self.process.wait()
             deadline = time.monotonic() + 30
-            while alive := [process for process in family if _lives(process)]:
+            while alive := [process for process in processes if _is_alive(process)]:
                 assert time.monotonic() < deadline, f"still alive after SIGKILL: {alive}"
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
 
 
-def _lives(process: psutil.Process) -> bool:
-    # An orphan stays a zombie where nobody collects it.
+def _is_alive(process: psutil.Process) -> bool:
+    # A killed orphan remains a zombie if no process reaps it.
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -177,7 +187,14 @@ def started(
     within: Sequence[str] = (),
     arguments: Sequence[str] = (),
 ) -> Iterator[Job]:
-    """main.py for the length of the block, by the command `within` where one is given; nothing of it is left behind."""
+    """Run main.py for the duration of the block, and kill all its processes at the end.
+
+    Args:
+        config: The YAML.
+        variables: Environment variables to add.
+        within: The beginning of a command line that runs main.py, such as `unshare` with its options.
+        arguments: Overrides and options.
+    """
     job = Job(config, variables or {}, within, arguments)
     try:
         yield job

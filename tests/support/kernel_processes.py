@@ -1,4 +1,4 @@
-"""Starts processes of their own in which Triton's interpreter runs kernels on CPU, and reads what they find."""
+"""Helpers that run modules in separate processes, where Triton's interpreter runs kernels on CPU, and read their results."""
 
 import json
 import os
@@ -10,30 +10,36 @@ from typing import Any
 from tests.support.jobs import PROJECT
 
 _TRITON = Path(sys.prefix) / "interpreter"
-"""Beside the environment, not in it: where Triton can be imported, TRL and others take a GPU for granted."""
+"""Outside site-packages: if Triton can be imported, TRL and other packages assume a GPU."""
 
 
 def triton_directory() -> Path:
-    """Where Triton can be imported from."""
-    assert _TRITON.exists(), f"{_TRITON} is missing: `make setup-dev` makes it"
+    """Return the directory from which Triton can be imported."""
+    assert _TRITON.exists(), f"{_TRITON} is missing: run `make setup-dev`"
     return _TRITON
 
 
 def found_by(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
-    """The last line, one of JSON, that a module prints which runs kernels; `variables` are its environment's."""
+    """Run a module with Triton's interpreter and return the JSON object on its last output line.
+
+    Args:
+        module: The name of the module.
+        arguments: Its arguments.
+        variables: Environment variables to add.
+    """
     return found_without_triton(
         module, *arguments, PYTHONPATH=str(triton_directory()), TRITON_INTERPRET="1", **variables
     )
 
 
 def found_without_triton(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
-    """As `found_by`, of a module that runs no kernels."""
-    done = subprocess.run(
+    """Run a module without Triton and return the JSON object on its last output line."""
+    completed = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=PROJECT,
         env=os.environ | variables,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at most, counted on any device as torch makes and drops them."""
+"""Peak memory of live tensors, counted on any device as torch allocates and frees them."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,38 +10,38 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts inside its block; `peak` is in bytes."""
+    """A counter of live tensor bytes inside its block; `peak` is in bytes."""
 
-    def __init__(self, known: Iterable[torch.Tensor]):
-        """Counting begins with what is there.
+    def __init__(self, existing: Iterable[torch.Tensor]):
+        """Start with the bytes of existing tensors.
 
         Args:
-            known: Tensors that live already.
+            existing: Tensors that are alive before the block.
         """
         super().__init__()
         self.peak = 0
-        self._now = 0
-        self._alive: set[int] = set()
-        for tensor in known:
+        self._live_bytes = 0
+        self._live_storages: set[int] = set()
+        for tensor in existing:
             self._add(tensor)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor)
-        return made
+        return result
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        name, size = storage._cdata, storage.nbytes()
-        if name in self._alive:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._live_storages:
             return
-        self._alive.add(name)
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._drop, name, size)
+        self._live_storages.add(address)
+        self._live_bytes += size
+        self.peak = max(self.peak, self._live_bytes)
+        weakref.finalize(storage, self._drop, address, size)
 
-    def _drop(self, name: int, size: int) -> None:
-        self._alive.discard(name)
-        self._now -= size
+    def _drop(self, address: int, size: int) -> None:
+        self._live_storages.discard(address)
+        self._live_bytes -= size

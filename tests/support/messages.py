@@ -1,7 +1,7 @@
-"""Checks of messages by their facts: the wording around them may change."""
+"""Assertions on the facts in a message; its wording may change."""
 
 
 def assert_names(message: str, *facts: str) -> None:
-    """Fail unless a message holds every fact: a place, a key, a value, a figure, or what to write."""
+    """Fail unless a message contains every fact: a location, a key, a value, a number or the fix."""
     missing = [fact for fact in facts if fact not in message]
     assert not missing, f"{missing} not in the message: {message}"

@@ -1,4 +1,4 @@
-"""A machine beside this one, as far as the kernel can make one: a network of its own, and directories that it does not see."""
+"""Isolation that makes processes act like a second machine: a separate network and hidden directories."""
 
 import secrets
 import shutil
@@ -13,31 +13,31 @@ import pytest
 
 @dataclass(frozen=True)
 class NetworkNamespace:
-    """What lives in it reaches this machine by one cable, and nothing else."""
+    """A network namespace whose only link is a veth pair to this machine."""
 
     interface: str
-    """The name of the cable's end, here and there."""
+    """Name of the veth interface on both ends."""
     host: str
-    """This machine's address on it."""
+    """Address of this machine's end."""
     address: str
-    """The other end's."""
+    """Address of the namespace's end."""
     command: list[str]
-    """The beginning of a command line that lives there."""
+    """Beginning of a command line that runs in the namespace."""
 
 
 @contextmanager
 def network_namespace(hidden: Path) -> Iterator[NetworkNamespace]:
-    """One for the length of the block; skips the test where this machine lets nobody make it.
+    """Create a network namespace for the duration of the block; skip the test if this machine does not allow it.
 
     Args:
-        hidden: A directory of this machine that is empty there.
+        hidden: A directory of this machine that is empty in the namespace.
     """
     name = f"anneal{secrets.token_hex(3)}"
     network = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(256)}"
     near, far = f"{network}.1", f"{network}.2"
-    hide = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'  # `ip netns exec` has mounts of its own
+    hide = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'  # `ip netns exec` has its own mount namespace
     try:
-        for words in (
+        for arguments in (
             f"netns add {name}",
             f"link add {name} type veth peer name {name} netns {name}",
             f"addr add {near}/30 dev {name}",
@@ -46,17 +46,19 @@ def network_namespace(hidden: Path) -> Iterator[NetworkNamespace]:
             f"-n {name} link set {name} up",
             f"-n {name} link set lo up",
         ):
-            done = _ip(words)
-            if done.returncode != 0:
-                pytest.skip(f"this machine lets nobody make networks: ip {words}: {done.stderr.strip()}")
+            completed = _ip(arguments)
+            if completed.returncode != 0:
+                pytest.skip(
+                    f"this machine does not allow network namespaces: ip {arguments}: {completed.stderr.strip()}"
+                )
         yield NetworkNamespace(
             name, near, far, ["ip", "netns", "exec", name, "sh", "-c", hide, "sh", str(hidden)]
         )
     finally:
-        _ip(f"netns del {name}")  # and the cable with it
+        _ip(f"netns del {name}")  # deletes the veth pair too
 
 
-def _ip(words: str) -> "subprocess.CompletedProcess[str]":
+def _ip(arguments: str) -> "subprocess.CompletedProcess[str]":
     if shutil.which("ip") is None:
         pytest.skip("this machine has no `ip`")
-    return subprocess.run(["ip", *words.split()], capture_output=True, text=True, check=False)
+    return subprocess.run(["ip", *arguments.split()], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A bucket that is reached as a user's own is: through the AWS variables, not as the embedded one."""
+"""Buckets that are configured as a user's own bucket: through AWS variables, not as the embedded bucket."""
 
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.fsspec_store import PACKAGES
 
-if TYPE_CHECKING:  # benchmarks go without it
+if TYPE_CHECKING:  # benchmarks run without pytest
     import pytest
 
 
 def variables_of(server: EmbeddedBucket) -> dict[str, str]:
-    """The AWS variables that lead there."""
+    """Return the AWS variables that configure a server's endpoint and credentials."""
     return {
         "AWS_ENDPOINT_URL_S3": server.endpoint,
         "AWS_ACCESS_KEY_ID": server.access_key,
@@ -21,23 +21,23 @@ def variables_of(server: EmbeddedBucket) -> dict[str, str]:
     }
 
 
-def reach_as_a_user(environment: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
-    """Set the variables, and make the bucket where it is not there yet; returns its URI."""
+def reach_as_a_user(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
+    """Set the AWS variables, create the bucket if it does not exist, and return its URI."""
     from boto3.session import Session
 
     for name, value in variables_of(server).items():
-        environment.setenv(name, value)
+        patch.setenv(name, value)
     client = Session().client("s3")
     with suppress(client.exceptions.BucketAlreadyOwnedByYou):
         client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
 
 
-def reach_through_fsspec(environment: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
-    """As `reach_as_a_user`, by another way: what fsspec opens there."""
-    environment.setitem(PACKAGES, *S3_THROUGH_FSSPEC)
-    return reach_as_a_user(environment, server, bucket).replace("s3://", "s3a://")
+def reach_through_fsspec(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
+    """Set up the bucket as `reach_as_a_user` does, and return a URI that fsspec opens."""
+    patch.setitem(PACKAGES, *S3_THROUGH_FSSPEC)
+    return reach_as_a_user(patch, server, bucket).replace("s3://", "s3a://")
 
 
 S3_THROUGH_FSSPEC = ("s3a", "s3fs")
-"""A scheme that fsspec knows and `open_store` does not."""
+"""A URI scheme that fsspec supports and `open_store` does not, with its package."""

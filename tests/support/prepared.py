@@ -1,4 +1,4 @@
-"""Examples prepared by themselves, without a file."""
+"""Helpers that prepare examples and files as training rows."""
 
 import tempfile
 from dataclasses import replace
@@ -20,8 +20,8 @@ from training.data.token_files import RenderedRow, TokenWriter
 
 
 def request(*paths: Path | str, **changes: Any) -> DataRequest:
-    """Files with the defaults of a YAML."""
-    plain = DataRequest(
+    """Return a request for files, with the defaults of a YAML."""
+    defaults = DataRequest(
         paths=tuple(map(str, paths)),
         files=tuple(file for number, path in enumerate(paths) for file in find_files(str(path), number)),
         weights=None,
@@ -37,13 +37,13 @@ def request(*paths: Path | str, **changes: Any) -> DataRequest:
         bad_rows="error",
         seed=42,
     )
-    return replace(plain, **changes)
+    return replace(defaults, **changes)
 
 
 def encode(
     tokenizer: PreTrainedTokenizerFast, example: Example, task: Task = "instruction_tuning"
 ) -> tuple[list[int], ...]:
-    """The token columns of one example, as data.arrow holds them."""
+    """Return the token columns of one example as data.arrow stores them."""
     rendered = Renderer(tokenizer, whole_text=task == "causal_lm").render(example)
     with tempfile.TemporaryDirectory() as directory:
         encoder = Encoder(tokenizer, whole_text=task == "causal_lm")
@@ -56,12 +56,12 @@ def encode(
 
 
 def prepare(data: DataRequest, tokenizer: PreTrainedTokenizerFast, model: Path, cache: Path) -> PreparedData:
-    """Prepared on this node, without a bucket."""
+    """Prepare data on this node, without a bucket."""
     return prepare_data(data, tokenizer, model, cache)
 
 
 def rows_of(prepared: PreparedData) -> list[dict[str, Any]]:
-    """Every row of an epoch with its tokens and what the index says of it."""
+    """Return every row of an epoch: its tokens and its columns of the index."""
     index = prepared.index
     columns = ("file", "row", "tokens", "trained_tokens", "length")
     return [

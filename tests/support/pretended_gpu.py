@@ -1,12 +1,15 @@
-"""Our trainer on a pretended GPU: `python -m tests.support.pretended_gpu PROVIDER DIRECTORY RUN...`.
+"""The product's trainer on a simulated GPU: `python -m tests.support.pretended_gpu PROVIDER DIRECTORY RUN...`.
 
-Pretended is one A10G: torch.cuda says that it is there, what is sent to it stays where it is, tensors say that they lie on it, and its
-streams do nothing. So Unsloth and Liger take the code that they have for GPUs, with Triton's interpreter for their kernels, where
-Unsloth's CPU mode is mostly stock transformers. Not like a GPU: torch.compile is off, bitsandbytes makes 4-bit weights by its code for
-CPUs (Unsloth unpacks them by a kernel of its own), and torch's flash kernels for packed rows are tests/support/varlen_on_cpu.py.
+The simulated GPU is one A10G. torch.cuda reports it, tensors that are moved to it stay in host memory but report it as their
+device, and its streams do nothing. So Unsloth and Liger run their code for GPUs, with their kernels in Triton's interpreter;
+Unsloth's CPU mode would be mostly stock transformers. It differs from a real GPU:
 
-For each run it does what a worker does from the model to the last step, and prints one line of JSON. PROVIDER `torch` runs on CPU,
-without the pretence, to be compared with.
+- torch.compile is off.
+- bitsandbytes makes 4-bit weights with its CPU code; Unsloth dequantizes them with its own kernel.
+- tests/support/varlen_on_cpu.py replaces torch's flash kernels for packed rows.
+
+The module performs each RUN as a worker does, from building the model to the last step, and prints one line of JSON. PROVIDER
+`torch` runs on CPU without the simulation, as the reference.
 """
 
 import json
@@ -35,47 +38,47 @@ _device_of = torch.Tensor.device.__get__  # pyright: ignore[reportAttributeAcces
 _is_on_gpu = torch.Tensor.is_cuda.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _host(device: Any) -> Any:
-    """A device to put something on, with the CPU in place of the GPU; anything else as it is."""
+def _host_device(device: Any) -> Any:
+    """Return the CPU for a GPU device or index, and any other argument unchanged."""
     if isinstance(device, str | torch.device):
         return "cpu" if str(device).startswith("cuda") else device
     return "cpu" if type(device) is int else device
 
 
-class _OnCpu(TorchFunctionMode):
-    """What is asked to be on the GPU is on the CPU, and says that it is on the GPU."""
+class _SimulatedGpu(TorchFunctionMode):
+    """A mode in which tensors are on the CPU but report the GPU as their device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if func == _device_of:  # each look-up makes a new one
+        if func == _device_of:  # each access returns a new device object
             real = func(*args)
             return _GPU if real.type == "cpu" else real
         if func == _is_on_gpu:
             return not args[0].is_meta
-        if func is torch.device:  # of a number: the accelerator's, and torch knows of none
+        if func is torch.device:  # an index alone means the accelerator, and torch has none here
             return torch.device("cuda", args[0]) if type(args[0]) is int else func(*args, **named)
         if name in ("cuda", "pin_memory"):
             return args[0]
         if name == "to" and len(args) > 1:
-            args = (args[0], _host(args[1]), *args[2:])
+            args = (args[0], _host_device(args[1]), *args[2:])
         if "device" in named:
-            named["device"] = _host(named["device"])
+            named["device"] = _host_device(named["device"])
         named.pop("pin_memory", None)
         return func(*args, **named)
 
 
-class _Nothing:
-    """A stream or the context of a device."""
+class _NoOp:
+    """A stream or device context that does nothing."""
 
     cuda_stream = 0
 
     def __init__(self, *arguments: Any, **keywords: Any):
         self.idx = 0
 
-    def __enter__(self) -> "_Nothing":
+    def __enter__(self) -> "_NoOp":
         return self
 
     def __exit__(self, *raised: object) -> None: ...
@@ -86,8 +89,8 @@ class _Nothing:
         return lambda *arguments, **keywords: None
 
 
-class _Event(_Nothing):
-    """A moment."""
+class _Event(_NoOp):
+    """An event that records the time of the host."""
 
     def record(self, *arguments: Any) -> None:
         self.seconds = time.monotonic()
@@ -96,35 +99,35 @@ class _Event(_Nothing):
         return (later.seconds - self.seconds) * 1000
 
 
-class _InCuda:
-    """A function of bitsandbytes' library for GPUs."""
+class _CudaFunction:
+    """A function of bitsandbytes' CUDA library that must not be called."""
 
-    restype = None  # as ctypes has it, which Unsloth looks for
+    restype = None  # Unsloth expects this attribute of ctypes functions
 
     def __call__(self, *arguments: Any) -> None:
-        raise RuntimeError("bitsandbytes' code for GPUs was called, and nothing here computes what it does")
+        raise RuntimeError("bitsandbytes' CUDA code was called, and the simulated GPU cannot run it")
 
 
-def pretend_gpu() -> None:
-    """Make this process take a GPU for granted."""
-    # First, with its library for CPUs: it has none for a GPU of torch's CPU build.
+def simulate_gpu() -> None:
+    """Simulate the GPU in this process."""
+    # Import bitsandbytes first, so that it loads its CPU library: it has no GPU library for torch's CPU build.
     from bitsandbytes import functional
     from bitsandbytes.nn import modules
     from torch.amp.autocast_mode import autocast
     from torch.nn.attention import flex_attention
     from torch.utils import checkpoint
 
-    # It would lay out 4-bit weights for this CPU, and backward passes behind that are wrong.
+    # With AVX-512 BF16, bitsandbytes repacks 4-bit weights during evaluation, and later backward passes are wrong.
     cast(Any, modules).has_avx512bf16 = lambda: False
-    # Unsloth takes 4 bits where it finds these, and leaves them alone for Triton kernels of its own.
+    # Unsloth enables 4 bits only if these functions exist; its own Triton kernels replace them.
     for number in ("fp32", "fp16_nf4", "bf16_nf4", "fp32_nf4"):
-        setattr(functional.lib, f"cdequantize_blockwise_{number}", _InCuda())
+        setattr(functional.lib, f"cdequantize_blockwise_{number}", _CudaFunction())
     for number in ("fp16", "bf16"):
-        setattr(functional.lib, f"cgemm_4bit_inference_naive_{number}", _InCuda())
-    # Unsloth looks for CUDA's libraries with ldconfig where it may.
+        setattr(functional.lib, f"cgemm_4bit_inference_naive_{number}", _CudaFunction())
+    # As root, Unsloth would search for CUDA's libraries with ldconfig.
     os.geteuid = lambda: 1000
     torch.version.cuda = "13.0"
-    answers = {
+    return_values = {
         "is_available": True,
         "is_initialized": True,
         "is_bf16_supported": True,
@@ -134,9 +137,10 @@ def pretend_gpu() -> None:
         "get_device_capability": (8, 6),
         "get_device_name": _PROPERTIES.name,
         "get_device_properties": _PROPERTIES,
-        "mem_get_info": (2**20, 22 * 2**30),  # what is left: Unsloth would make room
-        "current_stream": _Nothing(),
-        "default_stream": _Nothing(),
+        # (free, total): with so little free memory, Unsloth offloads embeddings.
+        "mem_get_info": (2**20, 22 * 2**30),
+        "current_stream": _NoOp(),
+        "default_stream": _NoOp(),
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
         "memory_allocated": 0,
@@ -144,40 +148,40 @@ def pretend_gpu() -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": [torch.zeros(16, dtype=torch.uint8)],
     }
-    silent = ("_lazy_init", "empty_cache", "manual_seed", "manual_seed_all", "reset_peak_memory_stats")
-    silent += ("set_device", "set_rng_state", "set_rng_state_all", "synchronize")
-    for name, answer in (answers | dict.fromkeys(silent)).items():
+    no_ops = ("_lazy_init", "empty_cache", "manual_seed", "manual_seed_all", "reset_peak_memory_stats")
+    no_ops += ("set_device", "set_rng_state", "set_rng_state_all", "synchronize")
+    for name, return_value in (return_values | dict.fromkeys(no_ops)).items():
         for module in (torch.cuda, torch.cuda.random):
             if hasattr(module, name):
-                setattr(module, name, lambda *_, answer=answer, **__: answer)
+                setattr(module, name, lambda *_, return_value=return_value, **__: return_value)
     for name in ("Stream", "device", "device_of", "stream"):
-        setattr(torch.cuda, name, _Nothing)
+        setattr(torch.cuda, name, _NoOp)
     torch.cuda.Event = _Event
-    for name, answer in {
+    for name, return_value in {
         "is_available": True,
         "current_accelerator": torch.device("cuda"),
-        "current_stream": _Nothing(),
+        "current_stream": _NoOp(),
         "current_device_index": 0,
         "device_count": 1,
     }.items():
-        setattr(torch.accelerator, name, lambda *_, answer=answer, **__: answer)
+        setattr(torch.accelerator, name, lambda *_, return_value=return_value, **__: return_value)
     torch._C._cuda_getCurrentRawStream = lambda index: 0
-    # Both look below what is pretended: which device a layer that is computed again saves for, and where flex attention (Gemma 3) is.
+    # Both checks bypass the simulation: the device of recomputed activations, and the device of flex attention (Gemma 3).
     checkpoint._allowed_determinism_checks_to_fns["default"] = lambda tensor: (tensor.shape, tensor.dtype)
     flex_attention._validate_device = lambda *_: None
 
-    make = autocast.__init__
-    autocast.__init__ = lambda self, device_type, *more, **named: make(
-        self, _host(device_type), *more, **named
+    original_init = autocast.__init__
+    autocast.__init__ = lambda self, device_type, *more, **named: original_init(
+        self, _host_device(device_type), *more, **named
     )
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        asked = getattr(torch, name)
-        setattr(torch, name, lambda *types, asked=asked: asked(*map(_host, types)))
-    cast(Any, _OnCpu()).__enter__()
+        original = getattr(torch, name)
+        setattr(torch, name, lambda *types, original=original: original(*map(_host_device, types)))
+    cast(Any, _SimulatedGpu()).__enter__()
 
 
 def train(provider: str, plan_file: Path, directory: Path, restored: Path | None = None) -> dict[str, Any]:
-    """What a worker does from the model to the last step, with the largest batch rehearsed behind the first."""
+    """Train as a worker does, with a rehearsal of the largest batch after the first step, and return what the tests compare."""
     from training.loop.worker import model_request, peak_flops, prepare_process
     from training.models.attention import choose_attention, read_traits
     from training.models.kernels import KernelChoice
@@ -196,9 +200,9 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
     if provider == "unsloth":
         from unsloth.kernels import cross_entropy_loss
 
-        from tests.support.triton_interpreter import cast
+        from tests.support.triton_interpreter import triton_cast
 
-        cross_entropy_loss.triton_cast = cast
+        cross_entropy_loss.triton_cast = triton_cast
 
     from training.data.prepared import fetch_prepared
     from training.loop.callbacks import AfterFirstStep, Schedule
@@ -238,9 +242,9 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
     )
     trainer.add_callback(AfterFirstStep(trainer.rehearse))
     decoder = model.get_base_model() if request.is_lora else model
-    keeps_keys = set()
+    has_kv_cache = set()
     decoder.register_forward_hook(
-        lambda module, inputs, outputs: keeps_keys.add(outputs.get("past_key_values") is not None)
+        lambda module, inputs, outputs: has_kv_cache.add(outputs.get("past_key_values") is not None)
     )
     trainer.train(resume_from_checkpoint=str(restored) if restored else None)
     layer = decoder.model.layers[0]
@@ -258,12 +262,12 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
         "attention": decoder.config._attn_implementation,
         "offloads": hasattr(decoder.get_input_embeddings(), "_unsloth_offload_hooks_installed"),
         "kernel": getattr(layer.self_attn, "apply_qkv", layer.input_layernorm.forward).__qualname__,
-        "keeps_keys": True in keeps_keys,
+        "keeps_keys": True in has_kv_cache,
     }
 
 
-def refused(directory: Path) -> dict[str, str]:
-    """What our provider says to what Unsloth takes in another way, or refuses in other words."""
+def collect_errors(directory: Path) -> dict[str, str]:
+    """Return the product's error for each model that Unsloth would load differently or reject in its own words."""
     from unsloth.models import loader
 
     from configs.schema import LoraConfig
@@ -271,8 +275,8 @@ def refused(directory: Path) -> dict[str, str]:
     from training.models.attention import Attention
     from training.models.files import ModelError
 
-    loader.ALLOW_BITSANDBYTES = False  # as it finds for itself where bitsandbytes has no functions for GPUs
-    said = {}
+    loader.ALLOW_BITSANDBYTES = False  # Unsloth sets this itself if bitsandbytes has no CUDA functions
+    messages = {}
     for model in ("llama", "without_pad", "mixture"):
         request = ModelRequest(
             directory=directory / model,
@@ -292,35 +296,39 @@ def refused(directory: Path) -> dict[str, str]:
         try:
             unsloth_provider.build(request)
         except ModelError as error:
-            said[model] = str(error)
-    return said
+            messages[model] = str(error)
+    return messages
 
 
 def main(provider: str, directory: Path, runs: list[str]) -> dict[str, Any]:
-    """What was found in each run, whose plan lies in a directory of its name; `resumed` is `lora` as it goes on from step 1, and
-    `refused` is none.
+    """Perform the runs and return the results of each.
+
+    Args:
+        provider: The kernels provider.
+        directory: Holds the plan of each run in a directory with the run's name.
+        runs: Names of runs. `resumed` resumes `lora` from step 1; `refused` collects errors instead.
     """
-    found = {}
+    results = {}
     for run in runs:
         if run == "refused":
-            found[run] = refused(directory)
+            results[run] = collect_errors(directory)
         elif run == "resumed":
-            results = directory / "lora" / provider
-            plan, checkpoint = directory / "lora" / "plan.json", results / "checkpoint-1"
-            found[run] = train(provider, plan, results / run, checkpoint)
+            output = directory / "lora" / provider
+            plan, checkpoint = directory / "lora" / "plan.json", output / "checkpoint-1"
+            results[run] = train(provider, plan, output / run, checkpoint)
         else:
-            found[run] = train(provider, directory / run / "plan.json", directory / run / provider)
-    return found
+            results[run] = train(provider, directory / run / "plan.json", directory / run / provider)
+    return results
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    name, directory, *runs = sys.argv[1:]
-    if name == "torch":
+    provider, directory, *runs = sys.argv[1:]
+    if provider == "torch":
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     else:
         from tests.support import triton_interpreter, varlen_on_cpu  # noqa: F401
 
-        pretend_gpu()
-    print(json.dumps(main(name, Path(directory), runs)))
+        simulate_gpu()
+    print(json.dumps(main(provider, Path(directory), runs)))

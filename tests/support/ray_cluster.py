@@ -1,4 +1,4 @@
-"""A Ray cluster that somebody else has started: real raylets on this machine, behind a token."""
+"""An existing Ray cluster for tests to join: real raylets on this machine, with token authentication."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from tests.support.namespaces import NetworkNamespace
 needs_ray_default = pytest.mark.skipif(
     find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`"
 )
-"""For tests of what only the dashboard's own packages bring: the job server, an autoscaler's view of its nodes."""
+"""Marks tests of the job server or of an autoscaler's node list: both need the dashboard's packages."""
 
 _RAY = Path(sys.executable).with_name("ray")
-_LIMIT_SECONDS = 60
-_OTHER_NODES = """
+_TIMEOUT_SECONDS = 60
+_PRINT_WORKER_NODE_IDS = """
 import json, ray
 ray.init(log_to_driver=False)
 print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "node:__internal_head__" not in node["Resources"]]))
@@ -35,44 +35,44 @@ print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "n
 
 
 class RayCluster:
-    """A head, and one raylet after another, each a node of its own with its own CPUs and cache directory."""
+    """A head node and worker nodes: one raylet each, with its own CPUs and cache directory."""
 
     def __init__(self, directory: Path, variables: Mapping[str, str], host: str):
         self._directory = directory
         self._variables = variables
         self._host = host
-        self._nodes: list[subprocess.Popen[bytes]] = []
-        self._node_of_id: dict[str, subprocess.Popen[bytes]] = {}
+        self._raylets: list[subprocess.Popen[bytes]] = []
+        self._raylet_by_id: dict[str, subprocess.Popen[bytes]] = {}
         self.port, self._job_server_port, self._agent_port, self._metrics_port = _free_ports(4)
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     @property
     def address(self) -> str:
-        """What RAY_ADDRESS says."""
+        """Return the value of RAY_ADDRESS."""
         return f"{self._host}:{self.port}"
 
     @property
     def job_server(self) -> str:
-        """What --submit says, where the head was started with one."""
+        """Return the job server's address for --submit; the head must have been started with a job server."""
         return f"http://127.0.0.1:{self._job_server_port}"
 
     @property
     def metrics(self) -> str:
-        """Where Prometheus finds the head's."""
+        """Return the URL of the head's Prometheus metrics."""
         return f"http://{self._host}:{self._metrics_port}/metrics"
 
     @property
     def token(self) -> dict[str, str]:
-        """What lets a client in."""
+        """Return the environment variables that authenticate a client."""
         return self._token
 
     @property
     def variables(self) -> dict[str, str]:
-        """What leads to it, the token included."""
+        """Return the environment variables that connect a client: the address and the token."""
         return {"RAY_ADDRESS": self.address, **self._token}
 
     def start_head(self, cpus: int, *, job_server: bool) -> None:
-        """Start the first node; returns when it listens."""
+        """Start the head node and wait until it listens."""
         self._start(
             f"--num-cpus={cpus}",
             "--head",
@@ -84,22 +84,22 @@ class RayCluster:
             f"--metrics-export-port={self._metrics_port}",
             f"--temp-dir={self._directory}",
         )
-        _wait_until(lambda: _listens(self._host, self.port), "head")
+        _wait_until(lambda: _is_listening(self._host, self.port), "head")
         if job_server:
-            _wait_until(lambda: _listens("127.0.0.1", self._job_server_port), "job server")
+            _wait_until(lambda: _is_listening("127.0.0.1", self._job_server_port), "job server")
 
     def start_node(self, cpus: int, *, within: NetworkNamespace | None = None) -> str:
-        """Start another node; returns its id when it has joined.
+        """Start a worker node, wait until it has joined, and return its ID.
 
         Args:
-            cpus: Of the node.
-            within: Where it lives, if not on this machine's own network.
+            cpus: CPUs of the node.
+            within: The network namespace to start it in; None: this machine's network.
         """
-        before = self.other_nodes()
-        # A directory of its own, as a machine has: nodes that share one unpack the code into each other's hands.
-        directory = self._directory / str(len(self._nodes))
-        # Ray takes nodes of one address for one node: of two workers there, one would wait for what the other never fetches.
-        address = within.address if within else f"127.0.0.{len(self._nodes) + 1}"
+        before = self.worker_node_ids()
+        # Each node needs its own directory: nodes that share one overwrite each other's unpacked code.
+        directory = self._directory / str(len(self._raylets))
+        # Ray treats nodes with one address as one node: one of its workers would wait for files that the other never fetches.
+        address = within.address if within else f"127.0.0.{len(self._raylets) + 1}"
         self._start(
             f"--num-cpus={cpus}",
             f"--address={self.address}",
@@ -107,37 +107,37 @@ class RayCluster:
             f"--temp-dir={directory}",
             within=within.command if within else (),
         )
-        _wait_until(lambda: len(self.other_nodes()) > len(before), "node")
-        node = next(node for node in self.other_nodes() if node not in before)
-        self._node_of_id[node] = self._nodes[-1]
+        _wait_until(lambda: len(self.worker_node_ids()) > len(before), "node")
+        node = next(node for node in self.worker_node_ids() if node not in before)
+        self._raylet_by_id[node] = self._raylets[-1]
         return node
 
     def caches(self) -> list[Path]:
-        """Where each node's user has caches (XDG_CACHE_HOME), in the order of their start."""
-        return [self._cache_of(number) for number in range(len(self._nodes))]
+        """Return the cache directory (XDG_CACHE_HOME) of each node in start order."""
+        return [self._cache_directory(number) for number in range(len(self._raylets))]
 
     def kill(self, node: str) -> None:
-        """End a node's processes with SIGKILL, as a machine ends that loses its power."""
-        _kill(self._node_of_id[node])
+        """Kill a node's processes with SIGKILL, as if its machine lost power."""
+        _kill(self._raylet_by_id[node])
 
-    def other_nodes(self) -> list[str]:
-        """The ids of all nodes that live, without the head."""
-        return json.loads(self._run(sys.executable, "-c", _OTHER_NODES).splitlines()[-1])
+    def worker_node_ids(self) -> list[str]:
+        """Return the IDs of all live nodes except the head."""
+        return json.loads(self._run(sys.executable, "-c", _PRINT_WORKER_NODE_IDS).splitlines()[-1])
 
     def preempt(self, node: str, *, seconds: int) -> None:
-        """Give notice that a node will be taken away, as a cloud does with its spot instances."""
+        """Announce the preemption of a node, as a cloud does for spot instances."""
         self._run(
             str(_RAY),
             "drain-node",
             f"--address={self.address}",
             f"--node-id={node}",
             "--reason=DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message=taken away",
+            "--reason-message=preempted",
             f"--deadline-remaining-seconds={seconds}",
         )
 
-    def what_ray_said(self) -> str:
-        """The end of what Ray Train's own processes logged, for whoever looks why a run has not ended."""
+    def ray_train_logs(self) -> str:
+        """Return the last log lines of Ray Train's processes, which show why a run has not finished."""
         lines = [
             f"{log.name}: {line}"
             for log in sorted(self._directory.glob("session_latest/logs/train/*.log"))
@@ -146,16 +146,16 @@ class RayCluster:
         return "\n".join(line[:300] for line in lines)
 
     def end(self) -> None:
-        """End every node with all its processes."""
-        for node in reversed(self._nodes):
-            if node.poll() is None:
-                _kill(node)
+        """Kill the processes of every node."""
+        for raylet in reversed(self._raylets):
+            if raylet.poll() is None:
+                _kill(raylet)
 
-    def _cache_of(self, number: int) -> Path:
+    def _cache_directory(self, number: int) -> Path:
         return self._directory / f"cache-{number}"
 
     def _start(self, *options: str, within: Sequence[str] = ()) -> None:
-        self._nodes.append(
+        self._raylets.append(
             subprocess.Popen(
                 [
                     *within,
@@ -163,15 +163,15 @@ class RayCluster:
                     "start",
                     "--block",
                     "--disable-usage-stats",
-                    # Any free ones: each node would give its workers those from 10002 on, as if the machine were its own.
+                    # Any free ports: by default, every node on this machine would assign its workers the ports from 10002 on.
                     "--min-worker-port=0",
                     "--max-worker-port=0",
                     *options,
                 ],
-                # `python` is ours on every node, as in an image.
+                # Put this environment's `python` first on every node's PATH, as an image does.
                 env=environment()
                 | {"PATH": f"{_RAY.parent}:{os.environ['PATH']}"}
-                | {"XDG_CACHE_HOME": str(self._cache_of(len(self._nodes)))}
+                | {"XDG_CACHE_HOME": str(self._cache_directory(len(self._raylets)))}
                 | self._token
                 | dict(self._variables),
                 stdout=subprocess.DEVNULL,
@@ -180,41 +180,41 @@ class RayCluster:
         )
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(
+        completed = subprocess.run(
             command,
             env=environment() | self.variables,
             capture_output=True,
             text=True,
-            timeout=_LIMIT_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
 
-def _kill(node: subprocess.Popen[bytes]) -> None:
-    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-        with suppress(psutil.NoSuchProcess):  # it may have ended with the one before
+def _kill(raylet: subprocess.Popen[bytes]) -> None:
+    for process in [*psutil.Process(raylet.pid).children(recursive=True), psutil.Process(raylet.pid)]:
+        with suppress(psutil.NoSuchProcess):  # it may have exited with a process killed before it
             process.kill()
-    node.wait()
+    raylet.wait()
 
 
-def _listens(host: str, port: int) -> bool:
+def _is_listening(host: str, port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((host, port)) == 0
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
-def _wait_until(happened: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _LIMIT_SECONDS
-    while not happened():
-        assert time.monotonic() < deadline, f"no {what} in {_LIMIT_SECONDS} s"
+def _wait_until(condition: Callable[[], bool], description: str) -> None:
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"no {description} within {_TIMEOUT_SECONDS} s"
         time.sleep(0.2)
 
 
@@ -226,22 +226,22 @@ def ray_cluster(
     variables: Mapping[str, str] | None = None,
     host: str = "127.0.0.1",
 ) -> Iterator[RayCluster]:
-    """A cluster of one node for the length of the block.
+    """Run a cluster with a head node for the duration of the block.
 
     Args:
-        cpus: Of the node.
-        job_server: Whether jobs can be submitted to it.
-        variables: Of its nodes' environment, on top of ours.
-        host: The address of this machine that other nodes reach it by.
+        cpus: CPUs of the head node.
+        job_server: Whether to start a job server.
+        variables: Environment variables to add on every node.
+        host: The address of this machine at which other nodes reach the head.
     """
-    # Paths of Ray's sockets are limited to 107 bytes.
+    # The socket paths of Ray are limited to 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     cluster = RayCluster(directory, variables or {}, host)
     try:
         cluster.start_head(cpus, job_server=job_server)
         yield cluster
     except BaseException:
-        print(cluster.what_ray_said())
+        print(cluster.ray_train_logs())
         raise
     finally:
         cluster.end()

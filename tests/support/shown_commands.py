@@ -1,4 +1,4 @@
-"""The commands that README.md, docs/ and CONTRIBUTING.md show, sorted by the test that runs them."""
+"""Commands that README.md, docs/ and CONTRIBUTING.md show, grouped by the test that runs them."""
 
 import re
 import shlex
@@ -30,7 +30,7 @@ def split_code(page: Path) -> tuple[list[str], list[str]]:
 
 
 def main_commands(pages: Iterable[Path]) -> list[tuple[str, ...]]:
-    """Return the arguments of each `main.py` command in the code blocks of pages: in order, without comments and repetitions."""
+    """Return the arguments of each `main.py` command in the code blocks of pages: in order, without comments or duplicates."""
     lines = [line for page in pages for line in split_code(page)[0]]
     shown = [
         tuple(shlex.split(match[1], comments=True)) for line in lines if (match := _MAIN.fullmatch(line))
@@ -39,7 +39,7 @@ def main_commands(pages: Iterable[Path]) -> list[tuple[str, ...]]:
 
 
 def quickstart_commands() -> list[tuple[str, ...]]:
-    """Return what test_quickstart runs on the quickstart's YAML: each command that needs no file of the reader's own."""
+    """Return the commands that test_quickstart runs on the quickstart YAML: those that need no file from the reader."""
     return [
         shown
         for shown in main_commands((*PAGES, QUICKSTART_README))
@@ -48,12 +48,12 @@ def quickstart_commands() -> list[tuple[str, ...]]:
 
 
 def run_commands(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return what test_quickstart runs on its trained run: each shown command that is called one of `names`."""
+    """Return the commands that test_quickstart runs on its trained run: those whose first argument is one of `names`."""
     return [shown for shown in main_commands(PAGES) if shown[0] in names]
 
 
 def submit_commands() -> list[tuple[str, ...]]:
-    """Return what test_submission runs on a cluster of this machine."""
+    """Return the commands that test_submission runs on a cluster of this machine."""
     return [
         shown
         for shown in main_commands([SUBMIT_README])
@@ -62,7 +62,7 @@ def submit_commands() -> list[tuple[str, ...]]:
 
 
 def make_targets(page: Path) -> Iterator[str]:
-    """Yield each target of make that a page names, in code blocks and in backticks."""
+    """Yield each make target that a page names in code blocks or in backticks."""
     code, prose = split_code(page)
     for line in code:
         yield from re.findall(r"^make ([a-z-]+)", line)

@@ -1,4 +1,4 @@
-"""Runs as they lie in a bucket, written without training anything."""
+"""Runs as they are stored in a bucket, written without training."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ _WEIGHTS = b"weights"
 
 
 def eval_losses(*losses: float) -> list[EvalLoss]:
-    """One evaluation an epoch of ten steps, the first before step 0."""
+    """Return one evaluation per epoch of ten steps; the first is before step 0."""
     return [
         EvalLoss(step=10 * epoch, epoch=float(epoch), eval_loss=loss) for epoch, loss in enumerate(losses)
     ]
@@ -47,16 +47,16 @@ def result_of(
     hours_ago: float = 0.0,
     **changes: Any,
 ) -> RunResult:
-    """What a run of these evaluations left."""
-    last = checkpoint_uri(run_uri, losses[-1].step) if losses else None
-    plain: dict[str, Any] = {
+    """Return the result of a run with these evaluations."""
+    checkpoint = checkpoint_uri(run_uri, losses[-1].step) if losses else None
+    defaults: dict[str, Any] = {
         "status": status,
         "reason": {"completed": "all steps done", "stopped": "SIGTERM", "failed": "out of memory"}[status],
         "stop_signal": signal.SIGTERM if status == "stopped" else None,
         "run_name": run_uri.rpartition("/")[2],
         "run_uri": run_uri,
-        "best_checkpoint": last,
-        "last_checkpoint": last,
+        "best_checkpoint": checkpoint,
+        "last_checkpoint": checkpoint,
         "eval_losses": losses,
         "train_steps": losses[-1].step if losses else 0,
         "tokens": 12_345,
@@ -69,13 +69,13 @@ def result_of(
         "versions": VERSIONS,
         "ended": (datetime.now(UTC) - timedelta(hours=hours_ago)).isoformat(timespec="seconds"),
     }
-    return RunResult(**plain | changes)
+    return RunResult(**defaults | changes)
 
 
 def write_run(
     store: Store, name: str, losses: Sequence[EvalLoss], *, result: RunResult | None, **settings: Any
 ) -> str:
-    """Write a run with one committed checkpoint below a store; returns its URI."""
+    """Write a run with one committed checkpoint below a store; return its URI."""
     config = {"model_id": "some/model", "train_path": "rows.jsonl", "learning_rate": 1e-4, **settings}
     store.write(f"{name}/{CONFIG_FILE}", yaml.safe_dump(config).encode())
     lines = [
@@ -92,8 +92,8 @@ def write_run(
 
 
 def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> None:
-    """Write a lease on a run below a store: by a driver of another machine that began now, or what `changes` say."""
-    plain: dict[str, Any] = {
+    """Write a lease on a run below a store: acquired now by a driver on another machine, unless `changes` override it."""
+    defaults: dict[str, Any] = {
         "number": number,
         "token": "theirs",
         "owner": "ann@elsewhere, process 7",
@@ -102,14 +102,14 @@ def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> Non
         "process": 7,
         "process_started": 0.0,
     }
-    lease = Lease(**plain | changes)
+    lease = Lease(**defaults | changes)
     store.write(f"{name}/{lease_key(number)}", lease.model_dump_json().encode())
 
 
 def manifest_of(
     step: int, epoch: float = 0.0, eval_loss: float | None = None, files: Sequence[FileRecord] = ()
 ) -> Manifest:
-    """The manifest of a checkpoint of one worker."""
+    """Return the manifest of a checkpoint that one worker saved."""
     return Manifest(
         step=step,
         epoch=epoch,
@@ -127,7 +127,7 @@ def manifest_of(
 
 
 def manifest_with_weights(loss: EvalLoss) -> Manifest:
-    """The manifest of a checkpoint of one file."""
+    """Return the manifest of a checkpoint with one file of weights."""
     weights = FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))
     return manifest_of(loss.step, loss.epoch, loss.eval_loss, [weights])
 

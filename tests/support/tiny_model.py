@@ -1,4 +1,4 @@
-"""A random Llama of 100 thousand parameters and a tokenizer trained on the spot: real files, made in a second."""
+"""A tiny Llama with 100 thousand random parameters, its tokenizer and data, all written to real files within a second."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over word problems, with ChatML turns."""
+    """Return a byte-level BPE tokenizer that is trained on word problems, with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +50,16 @@ def make_model(
     kind: Callable[..., PreTrainedConfig] = LlamaConfig,
     **settings: Any,
 ) -> Path:
-    """Write the model and its tokenizer to a directory, as save_pretrained does; `settings` are those of its kind alone."""
+    """Save the model and its tokenizer to a directory; return the directory.
+
+    Args:
+        directory: The directory to write.
+        seed: The seed of the weights.
+        layers: The number of layers.
+        positions: The maximum number of positions.
+        kind: The configuration class.
+        settings: Settings that only this class has.
+    """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = kind(
@@ -72,7 +81,7 @@ def make_model(
 
 
 def write_data(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -> tuple[Path, Path]:
-    """Word problems as JSONL: (train, valid)."""
+    """Write word problems as JSONL; return the paths (train, valid)."""
     train, valid = directory / "train.jsonl", directory / "valid.jsonl"
     train.write_text(write_problems(TRAIN_KINDS, train_rows, 1))
     valid.write_text(write_problems(VALID_KINDS, valid_rows, 2))
@@ -80,7 +89,7 @@ def write_data(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -
 
 
 def write_pairs_of(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -> tuple[Path, Path]:
-    """Worked answers against bare results as JSONL: (train, valid)."""
+    """Write preference pairs, worked answers over bare results, as JSONL; return the paths (train, valid)."""
     train, valid = directory / "train-pairs.jsonl", directory / "valid-pairs.jsonl"
     train.write_text(write_pairs(TRAIN_KINDS, train_rows, 1))
     valid.write_text(write_pairs(VALID_KINDS, valid_rows, 2))

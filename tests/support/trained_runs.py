@@ -1,4 +1,4 @@
-"""Runs of the tiny model whose checkpoints are real, written without training anything: adapters of random weights."""
+"""Runs of the tiny model with real checkpoints of random weights, written without training."""
 
 import json
 import tempfile
@@ -19,28 +19,27 @@ STEP = 10
 
 
 def store_adapter_run(storage: Store, name: str, model: Path, lora: dict[str, Any], **settings: Any) -> str:
-    """Write a run that trained an adapter on the model in a directory; returns its URI."""
+    """Write a run with an adapter for the model in a directory; return the run's URI."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = peft.get_peft_model(
         base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
     )
     for parameter in adapted.parameters():
-        if (
-            parameter.requires_grad
-        ):  # what is trained beside the adapter as well, and enough for it to be seen
+        # Change all trained weights, also those outside the adapter, by enough to change the outputs.
+        if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     adapted.peft_config["default"].base_model_name_or_path = str(model)
     return _store(storage, name, model, adapted, lora_config=lora, **settings)
 
 
 def store_full_run(storage: Store, name: str, model: Path, **settings: Any) -> str:
-    """Write a run that trained the whole model in a directory; returns its URI."""
+    """Write a full-parameter run of the model in a directory; return the run's URI."""
     torch.manual_seed(2)
     trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for parameter in trained.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    trained.config.use_cache = False  # as training leaves it
+    trained.config.use_cache = False  # as after training
     return _store(storage, name, model, trained, **settings)
 
 

@@ -1,4 +1,7 @@
-"""What compiled Triton kernels have and Triton's interpreter lacks: imported before whatever defines kernels, with TRITON_INTERPRET=1."""
+"""Patches for Triton's interpreter, which lacks features of compiled kernels.
+
+Import this module before modules that define kernels, with TRITON_INTERPRET=1.
+"""
 
 from typing import Any
 
@@ -8,15 +11,15 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
-_argument = interpreter._implicit_cvt
-_launch = interpreter.GridExecutor.__call__
-_convert = interpreter._convert_float
+_original_convert_argument = interpreter._implicit_cvt
+_original_launch = interpreter.GridExecutor.__call__
+_original_convert_float = interpreter._convert_float
 
 
-def _number(argument: Any) -> Any:
-    """Plain numbers have 32 bits, and can be cast."""
+def _convert_argument(argument: Any) -> Any:
+    """Convert a plain float to a 32-bit tensor, which can be cast; convert other arguments as the interpreter does."""
     if not isinstance(argument, float):
-        return _argument(argument)
+        return _original_convert_argument(argument)
     value = interpreter.TensorHandle(
         interpreter.np.array([argument], dtype=interpreter.np.float32), tl.float32
     )
@@ -34,40 +37,40 @@ def _rsqrt(x):
 
 
 @triton.jit
-def cast(x, dtype):
-    """Unsloth's, of a plain number."""
+def triton_cast(x, dtype):
+    """Replace Unsloth's function of this name for plain numbers."""
     return tl.full((), x, dtype)
 
 
 def _launch_in_fp32(executor: Any, *arguments: Any, **keywords: Any) -> None:
-    """NumPy has no bf16 and would add up its bits: a kernel gets fp32 copies of what lies in it, and its results are rounded."""
+    """Launch a kernel on fp32 copies of its bf16 tensors and round the results, since NumPy would add bf16 bits as integers."""
     copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def widened(argument: Any) -> Any:
+    def to_fp32(argument: Any) -> Any:
         if not isinstance(argument, torch.Tensor) or argument.dtype != torch.bfloat16:
             return argument
         storage = argument.untyped_storage()
         if storage.data_ptr() not in copies:
-            whole = torch.empty(0, dtype=torch.bfloat16).set_(storage)
-            copies[storage.data_ptr()] = whole, whole.float()
+            original = torch.empty(0, dtype=torch.bfloat16).set_(storage)
+            copies[storage.data_ptr()] = original, original.float()
         _, copy = copies[storage.data_ptr()]
         return copy.as_strided(argument.size(), argument.stride(), argument.storage_offset())
 
     with torch.no_grad(), torch._C.DisableTorchFunction():
-        named = {name: widened(value) for name, value in keywords.items()}
-        _launch(executor, *map(widened, arguments), **named)
-        for whole, copy in copies.values():
-            whole.copy_(copy)
+        named = {name: to_fp32(value) for name, value in keywords.items()}
+        _original_launch(executor, *map(to_fp32, arguments), **named)
+        for original, copy in copies.values():
+            original.copy_(copy)
 
 
-def _convert_to_nearest(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """To bf16 as GPUs do, where the interpreter cuts off: gradients were 0.3% smaller behind every norm."""
+def _convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """Round to bf16 as GPUs do; the interpreter truncates, which made gradients 0.3% smaller after every norm."""
     if (source, target) != (tl.float32, tl.bfloat16):
-        return _convert(data, source, target, rounding)
+        return _original_convert_float(data, source, target, rounding)
     return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
 
 
-interpreter._implicit_cvt = _number
-interpreter._convert_float = _convert_to_nearest
+interpreter._implicit_cvt = _convert_argument
+interpreter._convert_float = _convert_float
 interpreter.GridExecutor.__call__ = _launch_in_fp32
 libdevice.tanh, libdevice.rsqrt = _tanh, _rsqrt

@@ -1,12 +1,14 @@
-"""Python runs this first in every process that has this directory on PYTHONPATH: a run's own code, watched, held or sabotaged.
+"""Code that Python imports at the start of every process with this directory on PYTHONPATH, to observe, hold or change a run.
 
-RESUME_LEDGER names a directory: each worker notes the rows it trains, one "step rank row" a line. Losses are then recorded after
-each step, not only now and then.
-RESUME_HOLD is `after_step:N` or `in_save:N`: there every worker waits to be killed; or `in_step_until_stop:N`: there the
-first worker waits until the driver has asked it to stop.
-RESUME_SABOTAGE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
-KERNELS_OF_GPUS is `torch` or `liger`: workers on CPU compute the loss by TRL's fused head, as those on a GPU do, in Triton's
-interpreter; with `liger` its layers, too.
+Environment variables select what it does:
+
+- RESUME_LEDGER names a directory in which each worker writes the rows it trains, one "step rank row" per line. Workers then also
+  record losses after each step instead of at intervals.
+- RESUME_HOLD is `after_step:N`, `in_save:N` or `in_step_until_stop:N`. At the first two, every worker waits to be killed. At the
+  third, rank 0 waits until the driver has requested a stop.
+- RESUME_SKIP_RESTORE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
+- GPU_KERNELS is `torch` or `liger`. CPU workers then compute the loss with TRL's fused head, as GPU workers do, in Triton's
+  interpreter. With `liger` they use Liger's layers too.
 """
 
 import os
@@ -18,20 +20,20 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, TextIO
 
-_holds, _, _held_step = os.environ.get("RESUME_HOLD", "").partition(":")
-_sabotaged = os.environ.get("RESUME_SABOTAGE")
+_hold_point, _, _held_step = os.environ.get("RESUME_HOLD", "").partition(":")
+_skipped_part = os.environ.get("RESUME_SKIP_RESTORE")
 
 
 class _Ledger:
-    """Knows which optimizer step takes its rows now, and notes them; evaluation's rows belong to no step."""
+    """A record of the rows in each optimizer step; rows of evaluation belong to no step."""
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.rank = 0
         self._file: TextIO | None = None
 
-    def note(self, row: int) -> None:
-        """One line, which outlives a kill: it is the kernel's as soon as it is written."""
+    def record(self, row: int) -> None:
+        """Write one line, which survives a kill because line buffering passes it to the kernel at once."""
         if self.step is None:
             return
         if self._file is None:
@@ -43,136 +45,138 @@ class _Ledger:
 _ledger = _Ledger()
 
 
-def _is_held(place: str, step: int) -> bool:
-    return (_holds, _held_step) == (place, str(step))
+def _is_held(point: str, step: int) -> bool:
+    return (_hold_point, _held_step) == (point, str(step))
 
 
-def _hold(place: str, step: int) -> None:
-    if _is_held(place, step):
+def _hold(point: str, step: int) -> None:
+    if _is_held(point, step):
         threading.Event().wait()
 
 
-def _watch_rows(module: Any) -> None:
+def _record_rows(module: Any) -> None:
     for rows in (module.TokenSequences, module.PairSequences):
-        rows.__getitem__ = _noting(rows.__getitem__)
+        rows.__getitem__ = _recording(rows.__getitem__)
 
 
-def _noting(get: Callable[..., Any]) -> Callable[..., Any]:
-    def noted(self: Any, index: int) -> Any:
-        _ledger.note(index)
-        return get(self, index)
+def _recording(get_row: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(self: Any, index: int) -> Any:
+        _ledger.record(index)
+        return get_row(self, index)
 
-    return noted
+    return recorded
 
 
-def _watch_callbacks(module: Any) -> None:
+def _patch_callbacks(module: Any) -> None:
     module._RECORD_EVERY_SECONDS, module._RECORDED_LINES_A_SECOND = 0, float("inf")
     stopping = module.Stopping
-    end_step = stopping.on_step_end
+    on_step_end = stopping.on_step_end
 
-    def held(self: Any, args: Any, state: Any, *others: Any, **named: Any) -> None:
+    def held(self: Any, args: Any, state: Any, *more: Any, **named: Any) -> None:
         while (
             _is_held("in_step_until_stop", state.global_step)
             and args.process_index == 0
             and not self.is_requested()
         ):
             time.sleep(0.01)
-        end_step(self, args, state, *others, **named)
+        on_step_end(self, args, state, *more, **named)
 
     stopping.on_step_end = held
 
 
-def _watch_trainer(module: Any) -> None:
+def _patch_trainer(module: Any) -> None:
     trainer = module.FineTuningTrainer
-    take, save_rng_state = trainer.get_batch_samples, trainer._save_rng_state
+    get_batch_samples, save_rng_state = trainer.get_batch_samples, trainer._save_rng_state
 
-    def noted(self: Any, *arguments: Any) -> Any:
+    def recorded(self: Any, *arguments: Any) -> Any:
         _hold("after_step", self.state.global_step)
         _ledger.step, _ledger.rank = self.state.global_step + 1, self.args.process_index
         try:
-            return take(self, *arguments)
+            return get_batch_samples(self, *arguments)
         finally:
             _ledger.step = None
 
     def held(self: Any, directory: str) -> None:
-        # The weights and the optimizer are written by now, the random states and the trainer's own are not.
+        # The weights and the optimizer are saved before this point, the random states and the trainer state after it.
         _hold("in_save", self.state.global_step)
         save_rng_state(self, directory)
 
-    trainer.get_batch_samples, trainer._save_rng_state = noted, held
-    if _sabotaged:
-        _SABOTAGES[_sabotaged](trainer)
+    trainer.get_batch_samples, trainer._save_rng_state = recorded, held
+    if _skipped_part:
+        _SKIP_RESTORE[_skipped_part](trainer)
 
 
-def _take_liger(module: Any) -> None:
+def _use_liger(module: Any) -> None:
     from tests.support import triton_interpreter  # noqa: F401
 
-    build = module.build_model
-    module.build_model = lambda provider, request: build("liger", request)
+    build_model = module.build_model
+    module.build_model = lambda provider, request: build_model("liger", request)
 
 
-def _take_fused_head(module: Any) -> None:
+def _use_fused_head(module: Any) -> None:
     from tests.support import triton_interpreter  # noqa: F401
 
     trainer = module.FineTuningTrainer
-    make = trainer.__init__
-    trainer.__init__ = lambda self, **arguments: make(self, **arguments | {"loss_of_transformers": False})
+    original_init = trainer.__init__
+    trainer.__init__ = lambda self, **arguments: original_init(
+        self, **arguments | {"loss_of_transformers": False}
+    )
 
 
-def _forget_rng(trainer: Any) -> None:
+def _skip_rng(trainer: Any) -> None:
     trainer._load_rng_state = lambda self, checkpoint: None
 
 
-def _forget_optimizer(trainer: Any) -> None:
+def _skip_optimizer(trainer: Any) -> None:
     trainer._load_optimizer_and_scheduler = lambda self, checkpoint: None
 
 
-def _forget_position(trainer: Any) -> None:
-    begin = trainer._init_training_state
+def _skip_position(trainer: Any) -> None:
+    init_training_state = trainer._init_training_state
 
     def from_the_first_batch(self: Any, *arguments: Any) -> Any:
         self.args.ignore_data_skip = True
-        return begin(self, *arguments)
+        return init_training_state(self, *arguments)
 
     trainer._init_training_state = from_the_first_batch
 
 
-_SABOTAGES: dict[str, Callable[[Any], None]] = {
-    "rng": _forget_rng,
-    "optimizer": _forget_optimizer,
-    "position": _forget_position,
+_SKIP_RESTORE: dict[str, Callable[[Any], None]] = {
+    "rng": _skip_rng,
+    "optimizer": _skip_optimizer,
+    "position": _skip_position,
 }
-_CHANGES: dict[str, Callable[[Any], None]] = {}
+_PATCHES: dict[str, Callable[[Any], None]] = {}
 if "RESUME_LEDGER" in os.environ:
-    _CHANGES |= {
-        "training.data.batches": _watch_rows,
-        "training.loop.callbacks": _watch_callbacks,
-        "training.loop.trainers": _watch_trainer,
+    _PATCHES |= {
+        "training.data.batches": _record_rows,
+        "training.loop.callbacks": _patch_callbacks,
+        "training.loop.trainers": _patch_trainer,
     }
-if "KERNELS_OF_GPUS" in os.environ:
-    _CHANGES |= {"training.loop.trainers": _take_fused_head}
-if os.environ.get("KERNELS_OF_GPUS") == "liger":
-    _CHANGES |= {"training.models": _take_liger}
+if "GPU_KERNELS" in os.environ:
+    _PATCHES |= {"training.loop.trainers": _use_fused_head}
+if os.environ.get("GPU_KERNELS") == "liger":
+    _PATCHES |= {"training.models": _use_liger}
 
 
-class _Changing:
-    """Finds modules as Python does, and changes those named once they are loaded."""
+class _PatchingFinder:
+    """A finder that applies the patch of a module after loading it."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        change = _CHANGES.get(name)
-        spec = PathFinder.find_spec(name, path, target) if change else None
-        if change is None or spec is None or spec.loader is None:
+        patch = _PATCHES.get(name)
+        spec = PathFinder.find_spec(name, path, target) if patch else None
+        if patch is None or spec is None or spec.loader is None:
             return None
         loader: Any = spec.loader
         load = loader.exec_module
 
-        def load_and_change(module: ModuleType) -> None:
+        def load_and_patch(module: ModuleType) -> None:
             load(module)
-            change(module)
+            patch(module)
 
-        loader.exec_module = load_and_change
+        loader.exec_module = load_and_patch
         return spec
 
 
-if _CHANGES:
-    sys.meta_path.insert(0, _Changing())  # type: ignore[arg-type]
+if _PATCHES:
+    sys.meta_path.insert(0, _PatchingFinder())  # type: ignore[arg-type]
