@@ -28,8 +28,8 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.report import spread, write_report
 from runs.layout import MANIFEST_FILE, checkpoint_key, checkpoint_uri
 from tests.support.bucket_proxy import Fault, bucket_proxy
-from tests.support.own_buckets import variables_of
-from tests.support.stored_runs import manifest_of
+from tests.support.own_buckets import aws_variables
+from tests.support.stored_runs import make_manifest
 from training.checkpoints import store as checkpoints
 from training.checkpoints.store import CheckpointError
 from utils.storage.bucket import BucketError, open_store
@@ -57,7 +57,7 @@ def main() -> None:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
         server = stack.enter_context(embedded_bucket())
-        os.environ |= variables_of(server)
+        os.environ |= aws_variables(server)
         small = fill_bucket(directory)
         shaped = stack.enter_context(
             bucket_proxy(server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND)
@@ -211,7 +211,7 @@ def count_successes_under_errors(endpoint: str, directory: Path) -> dict[str, in
     succeeded = {"anneal": 0, "boto3": 0}
     store = open_store(f"s3://{BUCKET}/rejected")
     store.write("file", os.urandom(64 * MB))
-    faults = [Fault("refuse", method, share=0.5) for method in ("GET", "HEAD")]
+    faults = [Fault("reject", method, share=0.5) for method in ("GET", "HEAD")]
     with bucket_proxy(endpoint, *faults) as proxy:
         os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
         for _ in range(TRIES_UNDER_ERRORS):
@@ -237,7 +237,7 @@ def count_wrongly_accepted(endpoint: str, directory: Path) -> dict[str, int]:
     for _ in range(2):
         weights.write_bytes(os.urandom(SMALL_BYTES))
         files = checkpoints.upload_files(run, 1, directory, [weights.name])
-        manifests.append(manifest_of(1).model_copy(update={"files": files}).model_dump_json().encode())
+        manifests.append(make_manifest(1).model_copy(update={"files": files}).model_dump_json().encode())
     earlier, valid = manifests
     accepted, rng, checkpoint = 0, random.Random(0), checkpoint_uri(run.uri, 1)
     with bucket_proxy(endpoint) as proxy:

@@ -29,8 +29,8 @@ from benchmarks.report import spread, write_report
 from runs import reading
 from runs.layout import Speed
 from tests.support.bucket_proxy import bucket_proxy
-from tests.support.own_buckets import variables_of
-from tests.support.stored_runs import manifest_of
+from tests.support.own_buckets import aws_variables
+from tests.support.stored_runs import make_manifest
 from training.checkpoints.committer import CheckpointCommitter, CommitContext, SavedCheckpoint
 from training.checkpoints.lease import held_lease
 from training.events import CheckpointCommitted
@@ -58,7 +58,7 @@ def main() -> None:
         directory = Path(temporary)
         os.environ[STATE_VARIABLE] = str(directory / "bucket")
         with embedded_bucket() as server:
-            os.environ |= variables_of(server)
+            os.environ |= aws_variables(server)
             create_bucket()
             with bucket_proxy(
                 server.endpoint, latency_seconds=LATENCY_SECONDS, bytes_per_second=BYTES_PER_SECOND
@@ -153,7 +153,7 @@ def write_checkpoint(directory: Path, step: int, size: int) -> SavedCheckpoint:
     checkpoint.mkdir()
     for number in range(FILES):
         (checkpoint / f"file-{number}.safetensors").write_bytes(os.urandom(size))
-    return SavedCheckpoint(checkpoint, manifest_of(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
+    return SavedCheckpoint(checkpoint, make_manifest(step), "", CheckpointCommitted(step, "", 0, 0, Speed()))
 
 
 def make_step() -> Any:

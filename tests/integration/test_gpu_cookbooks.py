@@ -7,7 +7,7 @@ import pytest
 
 from configs.loading import load_config
 from configs.schema import FinetuneConfig
-from tests.support.architectures import ARCHITECTURES, make_files
+from tests.support.architectures import ARCHITECTURES, write_model_files
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT
 from tests.support.tiny_model import make_tokenizer
@@ -28,7 +28,7 @@ class Models:
 
     def __getitem__(self, model_id: str) -> Path:
         directory = self._directory / model_id.replace("/", "--")
-        return directory if directory.exists() else make_files(directory, model_id)
+        return directory if directory.exists() else write_model_files(directory, model_id)
 
 
 @pytest.fixture(scope="module")

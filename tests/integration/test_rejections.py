@@ -13,9 +13,9 @@ import pytest
 from transformers import Gemma2Config
 
 from main import main
-from tests.support.faults import on_a_small_disk, require_small_disks
+from tests.support.faults import require_small_disks, small_disk_prefix
 from tests.support.front_door import run_main_quickly
-from tests.support.jobs import PROJECT, Finished, command, environment, run_main, write_yaml
+from tests.support.jobs import PROJECT, CompletedCommand, command, environment, run_main, write_yaml
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model, write_data
 from utils.storage.bucket import open_store, upload_directory
@@ -45,7 +45,7 @@ def config_file(directory: Path, tiny_model: Path, **changes: Any) -> Path:
     return write_yaml(directory / "config.yaml", defaults | changes)
 
 
-def message_of(finished: Finished) -> str:
+def message_of(finished: CompletedCommand) -> str:
     """Return the message of the only error that main.py printed."""
     assert "Traceback" not in finished.output + finished.errors
     assert finished.exit_code == 2, finished
@@ -547,19 +547,19 @@ def test_unreachable_cluster_raises_an_error_with_its_address(
     assert not (tmp_path / "runs").exists()
 
 
-def dry_run_on_300_kb_disk(directory: Path, config: Path) -> Finished:
+def dry_run_on_300_kb_disk(directory: Path, config: Path) -> CompletedCommand:
     """Run main.py --dry-run with a file system of 300 kB mounted at `directory`, visible only to that process."""
     directory.mkdir()
     require_small_disks(directory)
     done = subprocess.run(
-        [*on_a_small_disk(directory, "300k"), *command(config, "--dry-run")],
+        [*small_disk_prefix(directory, "300k"), *command(config, "--dry-run")],
         cwd=PROJECT,
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return CompletedCommand(done.returncode, done.stdout, done.stderr)
 
 
 def test_disk_too_small_for_the_model_raises_an_error_with_output_dir(

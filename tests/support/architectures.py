@@ -106,7 +106,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 }
 
 
-def make_files(directory: Path, model_id: str) -> Path:
+def write_model_files(directory: Path, model_id: str) -> Path:
     """Write config, weights of a public model's shape and the tiny model's tokenizer to a directory; return the directory."""
     config = ARCHITECTURES[model_id]
     with torch.device("meta"):

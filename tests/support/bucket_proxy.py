@@ -54,9 +54,9 @@ class Fault:
     """A fault in requests of one method whose path ends with `key`.
 
     It affects a random `share` of these requests, at most `times` of them. `header` limits it to requests with a header whose
-    name starts with that text. `struck` counts the affected requests. The faults:
+    name starts with that text. `times_injected` counts the affected requests. The faults:
 
-    - refuse: the proxy responds with `status` and `code`.
+    - reject: the proxy responds with `status` and `code`.
     - lose: the server executes the request, and the proxy drops the response.
     - reset, truncate: the proxy resets or closes the connection at byte `at` of the body, by default in its middle.
     - stall: the proxy sends nothing for `seconds` at that byte, then closes the connection.
@@ -66,7 +66,7 @@ class Fault:
     The body is the response body of a GET and the request body of a PUT.
     """
 
-    kind: Literal["refuse", "lose", "reset", "truncate", "stall", "flip", "swap"]
+    kind: Literal["reject", "lose", "reset", "truncate", "stall", "flip", "swap"]
     method: str = "GET"
     key: str = ""
     header: str = ""
@@ -77,7 +77,7 @@ class Fault:
     status: int = 503
     code: str = "SlowDown"
     content: bytes = b""
-    struck: int = 0
+    times_injected: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,18 +179,18 @@ class BucketProxy:
 
     def draw_fault(self, request: Request) -> Fault | None:
         if self._expired_key and self._expired_key in request.headers.get("authorization", ""):
-            return Fault("refuse", status=400, code="ExpiredToken")
+            return Fault("reject", status=400, code="ExpiredToken")
         with self._random_lock:
             for fault in self.faults:
                 if (
                     fault.method == request.method
                     and request.path.endswith(fault.key)
                     and any(name.startswith(fault.header) for name in request.headers)
-                    and (request.method != "GET" or request.is_download or fault.kind in ("refuse", "lose"))
-                    and (fault.times is None or fault.struck < fault.times)
+                    and (request.method != "GET" or request.is_download or fault.kind in ("reject", "lose"))
+                    and (fault.times is None or fault.times_injected < fault.times)
                     and self._random.random() < fault.share
                 ):
-                    fault.struck += 1
+                    fault.times_injected += 1
                     return fault
         return None
 
@@ -225,7 +225,7 @@ class _Exchange:
         self._proxy.wait_for_round_trip()
         if trap and trap.when == "before":
             trap.spring()
-        if fault and fault.kind == "refuse":
+        if fault and fault.kind == "reject":
             return self._send_error(request, fault)
         self._server.sendall(head)
         response = b""

@@ -14,18 +14,18 @@ from tests.support.kernel_processes import triton_directory
 _INJECTED = Path(__file__).parent / "injected"
 
 
-def injection(ledger: Path, *, hold: str = "", sabotage: str = "") -> dict[str, str]:
+def injection(ledger: Path, *, hold: str = "", skip_restore: str = "") -> dict[str, str]:
     """Return the environment variables that inject tests/support/injected into a run; see sitecustomize.py there."""
     ledger.mkdir(parents=True)
     return {
         "PYTHONPATH": _python_path(_INJECTED),
         "RESUME_LEDGER": str(ledger),
         "RESUME_HOLD": hold,
-        "RESUME_SKIP_RESTORE": sabotage,
+        "RESUME_SKIP_RESTORE": skip_restore,
     }
 
 
-def kernels_of_gpus(provider: str) -> dict[str, str]:
+def gpu_kernel_variables(provider: str) -> dict[str, str]:
     """Return the environment variables that give a CPU run the GPU kernels of `torch` or `liger`; see tests/support/injected."""
     return {
         "PYTHONPATH": _python_path(_INJECTED, PROJECT, triton_directory()),
@@ -38,7 +38,7 @@ def _python_path(*directories: Path) -> str:
     return os.pathsep.join([*map(str, directories), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def on_a_small_disk(directory: Path, size: str) -> list[str]:
+def small_disk_prefix(directory: Path, size: str) -> list[str]:
     """Return the beginning of a command line that mounts a tmpfs at `directory`, visible only to the command.
 
     Args:
@@ -52,7 +52,7 @@ def on_a_small_disk(directory: Path, size: str) -> list[str]:
 
 def require_small_disks(directory: Path) -> None:
     """Skip the test if unprivileged users of this machine cannot mount a tmpfs."""
-    attempt = subprocess.run([*on_a_small_disk(directory, "1m"), "true"], capture_output=True, check=False)
+    attempt = subprocess.run([*small_disk_prefix(directory, "1m"), "true"], capture_output=True, check=False)
     if attempt.returncode != 0:
         pytest.skip("unprivileged users of this machine cannot mount a tmpfs")
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.support.jobs import Finished, environment
+from tests.support.jobs import CompletedCommand, environment
 
 # One server process imports the modules of a dry run, and each call forks it. It has run nothing of main.py.
 _fork_server = multiprocessing.get_context("forkserver")
@@ -28,7 +28,9 @@ _fork_server.set_forkserver_preload(
 _TIMEOUT_SECONDS = 300  # for a command that hangs; an evaluation of 32 rows took 120 on a busy machine
 
 
-def run_main_quickly(config: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> Finished:
+def run_main_quickly(
+    config: Path, *arguments: str, variables: Mapping[str, str] | None = None
+) -> CompletedCommand:
     """Run main.py on a config until it exits.
 
     Args:
@@ -41,7 +43,7 @@ def run_main_quickly(config: Path, *arguments: str, variables: Mapping[str, str]
 
 def run_command_quickly(
     arguments: Sequence[str], beside: Path, *, variables: Mapping[str, str] | None = None
-) -> Finished:
+) -> CompletedCommand:
     """Run main.py with any arguments until it exits; its output is written to files beside a path."""
     stdout, stderr = beside.with_suffix(".stdout"), beside.with_suffix(".stderr")
     process = _fork_server.Process(
@@ -53,7 +55,7 @@ def run_command_quickly(
         process.kill()
         process.join()
         raise TimeoutError(f"main.py {' '.join(arguments)} ran for more than {_TIMEOUT_SECONDS} seconds")
-    return Finished(process.exitcode, stdout.read_text("utf-8"), stderr.read_text("utf-8"))
+    return CompletedCommand(process.exitcode, stdout.read_text("utf-8"), stderr.read_text("utf-8"))
 
 
 def _main(arguments: list[str], variables: Mapping[str, str], stdout: Path, stderr: Path) -> None:

@@ -11,7 +11,7 @@ COMMIT = "a" * 40
 
 
 @contextmanager
-def hub_of(name: str, files: Mapping[str, bytes]) -> Iterator[str]:
+def serve_hub(name: str, files: Mapping[str, bytes]) -> Iterator[str]:
     """Serve a dataset for the duration of the block and yield the value of HF_ENDPOINT."""
 
     class Handler(http.server.BaseHTTPRequestHandler):

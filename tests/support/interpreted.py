@@ -148,7 +148,7 @@ def liger_kernels() -> dict[str, Callable[[], Differences]]:
             rms_norm,
             norm_inputs(),
         ),
-        "rms_norm_of_gemma": lambda: compare(
+        "gemma_rms_norm": lambda: compare(
             lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPSILON, 1.0, "gemma", False),
             lambda x, weight: rms_norm(x, weight + 1),
             norm_inputs(),
@@ -164,7 +164,7 @@ def liger_kernels() -> dict[str, Callable[[], Differences]]:
             lambda gate, up: gelu(gate, approximate="tanh") * up,
             gate_inputs(),
         ),
-        "whole_model": full_model,
+        "full_model": full_model,
     }
 
 
@@ -252,7 +252,7 @@ def unsloth_kernels() -> dict[str, Callable[[], Differences]]:
 
     return {
         "rms_norm": lambda: compare(lambda x, weight: norm(x, weight, False), rms_norm, norm_inputs()),
-        "rms_norm_of_gemma": lambda: compare(
+        "gemma_rms_norm": lambda: compare(
             lambda x, weight: norm(x, weight, True),
             lambda x, weight: rms_norm(x, weight + 1),
             norm_inputs(),
@@ -266,7 +266,7 @@ def unsloth_kernels() -> dict[str, Callable[[], Differences]]:
         ),
         "lora_mlp_geglu_exact": lambda: lora_mlp(kernels.apply_lora_mlp_geglu_exact, gelu),
         "cross_entropy": lambda: loss(0),
-        "cross_entropy_of_gemma": lambda: loss(3.0),
+        "gemma_cross_entropy": lambda: loss(3.0),
     }
 
 

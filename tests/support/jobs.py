@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
-class Finished:
+class CompletedCommand:
     """Exit code and output of main.py."""
 
     exit_code: int
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 
 def run_main(
     config: Path, *arguments: str, timeout: float = 300, variables: Mapping[str, str] | None = None
-) -> Finished:
+) -> CompletedCommand:
     """Run main.py until it exits.
 
     Args:
@@ -96,7 +96,7 @@ def run_main(
         raise AssertionError(
             f"main.py {config} did not exit within {timeout:g} s; stderr:\n{output}"
         ) from None
-    return Finished(completed.returncode, completed.stdout, completed.stderr)
+    return CompletedCommand(completed.returncode, completed.stdout, completed.stderr)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ class Job:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
 
-    def end(self) -> Finished:
+    def end(self) -> CompletedCommand:
         """Wait until main.py exits and return its exit code and output."""
         try:
             self.process.wait(_TIMEOUT_SECONDS)
@@ -154,7 +154,7 @@ class Job:
             raise AssertionError(
                 f"main.py did not exit within {_TIMEOUT_SECONDS} s; stderr:\n{self.errors}"
             ) from None
-        return Finished(self.process.returncode, self._stdout.read_text("utf-8"), self.errors)
+        return CompletedCommand(self.process.returncode, self._stdout.read_text("utf-8"), self.errors)
 
     def kill_all(self) -> None:
         """Kill main.py and all its descendants with SIGKILL, and wait until none is alive."""

@@ -19,7 +19,7 @@ def triton_directory() -> Path:
     return _TRITON
 
 
-def found_by(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
+def run_with_triton(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
     """Run a module with Triton's interpreter and return the JSON object on its last output line.
 
     Args:
@@ -27,12 +27,12 @@ def found_by(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
         arguments: Its arguments.
         variables: Environment variables to add.
     """
-    return found_without_triton(
+    return run_without_triton(
         module, *arguments, PYTHONPATH=str(triton_directory()), TRITON_INTERPRET="1", **variables
     )
 
 
-def found_without_triton(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
+def run_without_triton(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
     """Run a module without Triton and return the JSON object on its last output line."""
     completed = subprocess.run(
         [sys.executable, "-m", module, *arguments],

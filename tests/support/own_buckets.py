@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # benchmarks run without pytest
     import pytest
 
 
-def variables_of(server: EmbeddedBucket) -> dict[str, str]:
+def aws_variables(server: EmbeddedBucket) -> dict[str, str]:
     """Return the AWS variables that configure a server's endpoint and credentials."""
     return {
         "AWS_ENDPOINT_URL_S3": server.endpoint,
@@ -21,11 +21,11 @@ def variables_of(server: EmbeddedBucket) -> dict[str, str]:
     }
 
 
-def reach_as_a_user(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
+def set_up_own_bucket(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
     """Set the AWS variables, create the bucket if it does not exist, and return its URI."""
     from boto3.session import Session
 
-    for name, value in variables_of(server).items():
+    for name, value in aws_variables(server).items():
         patch.setenv(name, value)
     client = Session().client("s3")
     with suppress(client.exceptions.BucketAlreadyOwnedByYou):
@@ -33,10 +33,10 @@ def reach_as_a_user(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket:
     return f"s3://{bucket}"
 
 
-def reach_through_fsspec(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
-    """Set up the bucket as `reach_as_a_user` does, and return a URI that fsspec opens."""
+def set_up_fsspec_bucket(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bucket: str) -> str:
+    """Set up the bucket as `set_up_own_bucket` does, and return a URI that fsspec opens."""
     patch.setitem(PACKAGES, *S3_THROUGH_FSSPEC)
-    return reach_as_a_user(patch, server, bucket).replace("s3://", "s3a://")
+    return set_up_own_bucket(patch, server, bucket).replace("s3://", "s3a://")
 
 
 S3_THROUGH_FSSPEC = ("s3a", "s3fs")

@@ -262,7 +262,7 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
         "attention": decoder.config._attn_implementation,
         "offloads": hasattr(decoder.get_input_embeddings(), "_unsloth_offload_hooks_installed"),
         "kernel": getattr(layer.self_attn, "apply_qkv", layer.input_layernorm.forward).__qualname__,
-        "keeps_keys": True in has_kv_cache,
+        "has_kv_cache": True in has_kv_cache,
     }
 
 

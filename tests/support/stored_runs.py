@@ -39,7 +39,7 @@ def eval_losses(*losses: float) -> list[EvalLoss]:
     ]
 
 
-def result_of(
+def make_result(
     run_uri: str,
     losses: Sequence[EvalLoss],
     *,
@@ -91,7 +91,7 @@ def write_run(
     return store.uri_of(name)
 
 
-def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> None:
+def write_lease(store: Store, name: str, number: int = 1, **changes: Any) -> None:
     """Write a lease on a run below a store: acquired now by a driver on another machine, unless `changes` override it."""
     defaults: dict[str, Any] = {
         "number": number,
@@ -106,7 +106,7 @@ def write_claim(store: Store, name: str, number: int = 1, **changes: Any) -> Non
     store.write(f"{name}/{lease_key(number)}", lease.model_dump_json().encode())
 
 
-def manifest_of(
+def make_manifest(
     step: int, epoch: float = 0.0, eval_loss: float | None = None, files: Sequence[FileRecord] = ()
 ) -> Manifest:
     """Return the manifest of a checkpoint that one worker saved."""
@@ -126,13 +126,13 @@ def manifest_of(
     )
 
 
-def manifest_with_weights(loss: EvalLoss) -> Manifest:
+def make_manifest_with_weights(loss: EvalLoss) -> Manifest:
     """Return the manifest of a checkpoint with one file of weights."""
     weights = FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))
-    return manifest_of(loss.step, loss.epoch, loss.eval_loss, [weights])
+    return make_manifest(loss.step, loss.epoch, loss.eval_loss, [weights])
 
 
 def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:
     store.write(f"{name}/{checkpoint_key(loss.step, 'model.safetensors')}", _WEIGHTS)
-    content = manifest_with_weights(loss).model_dump_json().encode()
+    content = make_manifest_with_weights(loss).model_dump_json().encode()
     store.write(f"{name}/{checkpoint_key(loss.step, MANIFEST_FILE)}", content)

@@ -88,7 +88,9 @@ def write_data(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -
     return train, valid
 
 
-def write_pairs_of(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -> tuple[Path, Path]:
+def write_preference_pairs(
+    directory: Path, *, train_rows: int = 40, valid_rows: int = 11
+) -> tuple[Path, Path]:
     """Write preference pairs, worked answers over bare results, as JSONL; return the paths (train, valid)."""
     train, valid = directory / "train-pairs.jsonl", directory / "valid-pairs.jsonl"
     train.write_text(write_pairs(TRAIN_KINDS, train_rows, 1))

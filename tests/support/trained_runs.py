@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs.layout import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from tests.support.stored_runs import eval_losses, manifest_of, result_of
+from tests.support.stored_runs import eval_losses, make_manifest, make_result
 from training.checkpoints import store as checkpoints
 from utils.storage.bucket import Store, open_store
 
@@ -62,6 +62,6 @@ def _store(storage: Store, name: str, model: Path, trained: Any, **settings: Any
         AutoTokenizer.from_pretrained(model).save_pretrained(directory)
         files = checkpoints.checkpoint_files(Path(directory))
         records = checkpoints.upload_files(store, STEP, Path(directory), files)
-    checkpoints.commit(store, manifest_of(STEP, 1.0, losses[-1].eval_loss, records))
-    store.write(RESULT_FILE, result_of(uri, losses).model_dump_json().encode())
+    checkpoints.commit(store, make_manifest(STEP, 1.0, losses[-1].eval_loss, records))
+    store.write(RESULT_FILE, make_result(uri, losses).model_dump_json().encode())
     return uri

@@ -30,16 +30,16 @@ from runs.layout import (
 from runs.listing import list_runs, read_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import PROJECT, Finished, environment, write_yaml
+from tests.support.jobs import PROJECT, CompletedCommand, environment, write_yaml
 from tests.support.messages import assert_names
-from tests.support.own_buckets import reach_as_a_user
-from tests.support.stored_runs import eval_losses, result_of, write_claim, write_run
+from tests.support.own_buckets import set_up_own_bucket
+from tests.support.stored_runs import eval_losses, make_result, write_lease, write_run
 from utils.processes import started_after_boot, this_machine
 from utils.storage.bucket import Store, join_uri, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 PNG = b"\x89PNG\r\n"
-RunCommand = Callable[..., Finished]
+RunCommand = Callable[..., CompletedCommand]
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def write_runs_in_every_state(storage: Store) -> None:
     for status, hours in (("completed", 3), ("stopped", 50), ("failed", 4)):
         uri = storage.uri_of(f"is-{status}")
         write_run(
-            storage, f"is-{status}", losses, result=result_of(uri, losses, status=status, hours_ago=hours)
+            storage, f"is-{status}", losses, result=make_result(uri, losses, status=status, hours_ago=hours)
         )
     write_run(storage, "is-running", losses, result=None)
-    write_claim(storage, "is-running")
-    previous = result_of(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
+    write_lease(storage, "is-running")
+    previous = make_result(storage.uri_of("is-running-again"), losses[:2], status="stopped", hours_ago=9)
     write_run(storage, "is-running-again", losses, result=previous)
-    write_claim(storage, "is-running-again", number=2)
+    write_lease(storage, "is-running-again", number=2)
     write_run(storage, "is-interrupted", losses, result=None)
     write_run(storage, "is-damaged", losses, result=None)
     storage.write(f"is-damaged/{RESULT_FILE}", b'{"status": "comp')
@@ -119,7 +119,7 @@ def test_runs_lists_every_run_with_its_status(storage: Store, run_command: RunCo
 def test_run_with_an_expired_lease_is_interrupted(tmp_path: Path):
     storage = open_store(str(tmp_path))
     write_run(storage, "lost", eval_losses(2.0), result=None)
-    write_claim(storage, "lost")
+    write_lease(storage, "lost")
     assert [run.status for run in list_runs(storage.uri)] == ["running"]
     long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
     os.utime(tmp_path / "lost" / lease_key(1), (long_ago, long_ago))
@@ -133,7 +133,7 @@ def test_run_of_a_killed_local_driver_is_interrupted_at_once(tmp_path: Path):
     write_run(storage, "a", eval_losses(2.0), result=None)
     driver = subprocess.Popen(["sleep", "60"])
     started = started_after_boot(driver.pid)
-    write_claim(storage, "a", machine=this_machine(), process=driver.pid, process_started=started)
+    write_lease(storage, "a", machine=this_machine(), process=driver.pid, process_started=started)
     long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
     os.utime(tmp_path / "a" / lease_key(1), (long_ago, long_ago))
     assert [run.status for run in list_runs(storage.uri)] == ["running"], (
@@ -157,12 +157,12 @@ def _wait_for_zombie(process: int) -> None:
 def test_interrupted_attempt_overrides_the_previous_result(tmp_path: Path):
     storage = open_store(str(tmp_path))
     losses = eval_losses(2.0, 1.5)
-    previous = result_of(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
+    previous = make_result(storage.uri_of("a"), losses[:1], status="stopped", hours_ago=2)
     write_run(storage, "a", losses, result=previous)
     assert read_run(storage.uri_of("a")).status == "stopped"
     long_ago = time.time() - 2 * LEASE_EXPIRES_SECONDS
     for since, status in ((previous.ended, "stopped"), (now_as_text(), "interrupted")):
-        write_claim(storage, "a", since=since)
+        write_lease(storage, "a", since=since)
         os.utime(tmp_path / "a" / lease_key(1), (long_ago, long_ago))
         run = read_run(storage.uri_of("a"))
         assert run.status == status
@@ -186,9 +186,9 @@ def test_unreadable_lease_marks_the_run_as_damaged(tmp_path: Path):
 def test_listing_sends_one_request_per_completed_run(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
     """Checkpoints add no requests; an unfinished run adds a few."""
     completed, unfinished, leased = 1000, 10, 5
-    uri = join_uri(reach_as_a_user(monkeypatch, bucket, "a-thousand-runs"), "runs")
+    uri = join_uri(set_up_own_bucket(monkeypatch, bucket, "a-thousand-runs"), "runs")
     storage, losses = open_store(uri), eval_losses(2.0, 1.0)
-    result = result_of(storage.uri_of("run"), losses).model_dump_json().encode()
+    result = make_result(storage.uri_of("run"), losses).model_dump_json().encode()
     files = {f"run-{number:04d}/{RESULT_FILE}": result for number in range(completed)}
     files |= {f"run-0000/{checkpoint_key(step, 'model.safetensors')}": b"w" for step in range(1200)}
     files |= {f"unfinished-{number}/{METRICS_FILE}": b"" for number in range(unfinished)}
@@ -196,7 +196,7 @@ def test_listing_sends_one_request_per_completed_run(bucket: EmbeddedBucket, mon
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: storage.write(*item), files.items()))
     for number in range(leased):
-        write_claim(storage, f"unfinished-{number}")
+        write_lease(storage, f"unfinished-{number}")
     with bucket_proxy(bucket.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         started = time.monotonic()
@@ -213,7 +213,7 @@ def test_listing_sends_one_request_per_completed_run(bucket: EmbeddedBucket, mon
 
 def test_show_prints_result_config_losses_checkpoints_and_damage(storage: Store, run_command: RunCommand):
     losses = eval_losses(2.0, 1.5)
-    result = result_of(storage.uri_of("a"), losses, hours_ago=5)
+    result = make_result(storage.uri_of("a"), losses, hours_ago=5)
     uri = write_run(storage, "a", losses, result=result)
     shown = run_command("show", uri, "--json").result
     assert shown["result"] == result.model_dump()
@@ -245,10 +245,10 @@ def test_show_prints_result_config_losses_checkpoints_and_damage(storage: Store,
 def test_show_prints_how_to_resume_a_run(tmp_path: Path, status: Any):
     storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
     has_result = status in ("completed", "stopped", "failed")
-    result = result_of(storage.uri_of("a"), losses, status=status) if has_result else None
+    result = make_result(storage.uri_of("a"), losses, status=status) if has_result else None
     uri = write_run(storage, "a", losses, result=result)
     if status == "running":
-        write_claim(storage, "a")
+        write_lease(storage, "a")
     console = Console(file=StringIO(), width=1000)
     show_run(console, read_run(uri))
     output = console.file.getvalue()
@@ -260,7 +260,7 @@ def test_show_prints_how_to_resume_a_run(tmp_path: Path, status: Any):
 def test_run_names_resolve_in_the_default_storage_path(run_command: RunCommand, bucket_uri: str):
     losses = eval_losses(2.0)
     storage = open_store(join_uri(bucket_uri, "anneal"))
-    uri = write_run(storage, "a", losses, result=result_of(storage.uri_of("a"), losses))
+    uri = write_run(storage, "a", losses, result=make_result(storage.uri_of("a"), losses))
     assert (
         run_command("show", "run:a", "--json", ANYSCALE_ARTIFACT_STORAGE=bucket_uri).result["run_uri"] == uri
     )
@@ -291,7 +291,7 @@ def test_compare_reports_differing_keys_and_best_losses(
         storage,
         "two",
         other,
-        result=result_of(storage.uri_of("two"), other),
+        result=make_result(storage.uri_of("two"), other),
         lora_config={"r": 16, "lora_alpha": 16},
         learning_rate=2e-4,
     )
@@ -343,7 +343,7 @@ def test_compare_without_eval_losses_writes_no_picture(run_command: RunCommand, 
 # --- Errors: one message, exit code 2, nothing on standard output -------------------------------------------
 
 
-def error_of(finished: Finished) -> str:
+def error_of(finished: CompletedCommand) -> str:
     assert finished.exit_code == 2, finished
     assert finished.output == ""
     assert "Traceback" not in finished.errors

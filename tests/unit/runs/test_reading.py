@@ -6,7 +6,7 @@ import pytest
 
 from runs.layout import CONFIG_FILE, RunResult, run_of
 from runs.reading import eval_losses_of, read_config, read_metrics
-from tests.support.stored_runs import result_of
+from tests.support.stored_runs import make_result
 from utils.storage.bucket import open_store
 
 
@@ -33,7 +33,7 @@ def test_nan_and_infinite_evaluation_losses_are_excluded(tmp_path):
     store.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     losses = eval_losses_of(read_metrics(store))
     assert [(loss.step, loss.figures) for loss in losses] == [(1, {"accuracy": 0.5})]
-    result = result_of("s3://bucket/runs/a", losses)
+    result = make_result("s3://bucket/runs/a", losses)
     assert RunResult.model_validate_json(result.model_dump_json()) == result
 
 

@@ -9,7 +9,7 @@ from configs.loading import to_yaml
 from configs.schema import FinetuneConfig
 from runs.layout import MetricsLine
 from runs.report import RunReport, to_html
-from tests.support.stored_runs import eval_losses, manifest_with_weights, result_of
+from tests.support.stored_runs import eval_losses, make_manifest_with_weights, make_result
 
 ATTACK = "<script>alert(1)</script>"
 RUN = "s3://bucket/runs/a-run"
@@ -50,10 +50,10 @@ def metrics(*losses: float) -> list[MetricsLine]:
 def report(**changes: Any) -> RunReport:
     config = FinetuneConfig(model_id="org/base", train_path="rows.jsonl")
     defaults: dict[str, Any] = {
-        "result": result_of(RUN, eval_losses(2.0, 1.25)),
+        "result": make_result(RUN, eval_losses(2.0, 1.25)),
         "metrics": metrics(2.0, 1.25),
         "parent_metrics": [],
-        "checkpoints": [manifest_with_weights(eval_losses(2.0, 1.25)[-1])],
+        "checkpoints": [make_manifest_with_weights(eval_losses(2.0, 1.25)[-1])],
         "data": [("training rows", "1,234 rows of 1 file"), ("", "56,789 tokens")],
         "config": to_yaml(config),
         "environment": {"device": "cpu, 2 workers"},
@@ -95,7 +95,7 @@ def test_page_is_self_contained_and_complete():
 
 
 def test_local_checkpoint_is_a_link():
-    page = to_html(report(result=result_of("/my runs/a", eval_losses(2.0, 1.25))))
+    page = to_html(report(result=make_result("/my runs/a", eval_losses(2.0, 1.25))))
     assert "file:///my%20runs/a/checkpoints/step-000010" in _Elements(page).addresses
     assert "aws s3" not in page
 
@@ -108,13 +108,13 @@ def test_parent_curves_precede_those_of_the_run():
 
 
 def test_stopped_run_shows_the_command_that_resumes_it():
-    page = unescape(to_html(report(result=result_of(RUN, eval_losses(2.0), status="stopped"))))
+    page = unescape(to_html(report(result=make_result(RUN, eval_losses(2.0), status="stopped"))))
     assert "python main.py 'my file.yaml' seed=1" in page
     assert "stopped: SIGTERM" in page
 
 
 def test_run_that_failed_before_the_first_step_has_a_page():
-    page = to_html(report(result=result_of(RUN, [], status="failed"), metrics=[], checkpoints=[]))
+    page = to_html(report(result=make_result(RUN, [], status="failed"), metrics=[], checkpoints=[]))
     assert "failed: out of memory" in page
     assert "<svg" not in page
     assert _Elements(page).headings == ["Data", "Checkpoints", "Next steps", "Configuration", "Environment"]
@@ -122,7 +122,7 @@ def test_run_that_failed_before_the_first_step_has_a_page():
 
 def test_checkpoint_without_evaluation_is_not_called_best():
     checkpoint = f"{RUN}/checkpoints/step-000015"
-    result = result_of(RUN, eval_losses(2.0), best_checkpoint=checkpoint, last_checkpoint=checkpoint)
+    result = make_result(RUN, eval_losses(2.0), best_checkpoint=checkpoint, last_checkpoint=checkpoint)
     assert "Chat with the best checkpoint" in to_html(report())
     page = to_html(report(result=result))
     assert "Chat with the latest checkpoint" in page
@@ -138,7 +138,7 @@ def test_full_parameter_run_is_exported_without_merging():
 
 def test_user_text_is_escaped():
     config = FinetuneConfig(model_id=f"org/{ATTACK}", train_path="rows.jsonl", chat_template=ATTACK)
-    result = result_of(
+    result = make_result(
         f"/runs/{ATTACK}",
         [loss.model_copy(update={"figures": {ATTACK: 0.5}}) for loss in eval_losses(2.0, 1.25)],
         status="failed",
@@ -156,7 +156,7 @@ def test_user_text_is_escaped():
             environment={ATTACK: ATTACK},
             command=["python", "main.py", ATTACK],
             base_model=ATTACK,
-            checkpoints=[manifest_with_weights(loss) for loss in eval_losses(2.0)],
+            checkpoints=[make_manifest_with_weights(loss) for loss in eval_losses(2.0)],
         )
     )
     assert "<script" not in page

@@ -17,9 +17,9 @@ import pytest
 from runs import reading
 from runs.layout import MANIFEST_FILE, METRICS_FILE, CheckpointUse, Lease, Speed, checkpoint_key, use_key
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
-from tests.support.faults import on_a_small_disk, require_small_disks
-from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
-from tests.support.stored_runs import manifest_of
+from tests.support.faults import require_small_disks, small_disk_prefix
+from tests.support.own_buckets import set_up_fsspec_bucket, set_up_own_bucket
+from tests.support.stored_runs import make_manifest
 from training.checkpoints import store as checkpoints
 from training.checkpoints.committer import CheckpointCommitter, CommitContext, SavedCheckpoint
 from training.checkpoints.lease import LeaseError, held_lease
@@ -38,12 +38,12 @@ BUCKET = "commits"
 @pytest.fixture
 def run_uri(request: pytest.FixtureRequest, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the URI of a run in a user's bucket, accessed with our S3 client or, if a test requests it, through fsspec."""
-    reach = getattr(request, "param", reach_as_a_user)
+    reach = getattr(request, "param", set_up_own_bucket)
     return f"{reach(monkeypatch, bucket, BUCKET)}/{secrets.token_hex(6)}"
 
 
 with_both_clients = pytest.mark.parametrize(
-    "run_uri", [reach_as_a_user, reach_through_fsspec], ids=["s3", "s3fs"], indirect=True
+    "run_uri", [set_up_own_bucket, set_up_fsspec_bucket], ids=["s3", "s3fs"], indirect=True
 )
 
 
@@ -69,7 +69,7 @@ def save_locally(directory: Path, step: int, eval_loss: float | None = None) -> 
     (checkpoint / "model.safetensors").write_bytes(os.urandom(100_000))
     (checkpoint / "shards" / "optimizer.pt").write_bytes(os.urandom(10_000))
     committed = CheckpointCommitted(step, f"step {step}", 0, 0, Speed())
-    return SavedCheckpoint(checkpoint, manifest_of(step, float(step), eval_loss), "{}\n", committed)
+    return SavedCheckpoint(checkpoint, make_manifest(step, float(step), eval_loss), "{}\n", committed)
 
 
 def fail_if_described(directory: Path, state: object) -> SavedCheckpoint:
@@ -118,7 +118,7 @@ def test_save_waits_only_for_the_previous_upload(
             committer.check()
             committer.start(save_locally(tmp_path, 2))
             assert reported_steps == [1], "the second save waits for the first commit"
-        assert stall.struck == 1
+        assert stall.times_injected == 1
     assert reported_steps == [1, 2]
     assert committed_steps(open_store(run_uri)) == [1, 2]
     assert list(tmp_path.iterdir()) == [], "a committed checkpoint is deleted from the node"
@@ -140,20 +140,20 @@ def test_checkpoint_overwrites_losses_recorded_before_it(run_uri: str, tmp_path:
 def test_failed_record_of_losses_does_not_fail_a_commit(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    rejection = Fault("refuse", method="PUT", key=METRICS_FILE, status=403, code="AccessDenied", times=1)
+    rejection = Fault("reject", method="PUT", key=METRICS_FILE, status=403, code="AccessDenied", times=1)
     with behind_proxy(bucket, monkeypatch, rejection):
         store = open_store(run_uri)
         with committer_with_lease(store) as committer:
             committer.record([{"loss": 1.5, "step": 1}])
             committer.start(save_locally(tmp_path, 2))
-        assert rejection.struck == 1
+        assert rejection.times_injected == 1
     assert committed_steps(open_store(run_uri)) == [2]
 
 
 def test_failed_upload_raises_its_error_at_the_next_check(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    rejection = Fault("refuse", method="PUT", key="optimizer.pt", status=403, code="AccessDenied")
+    rejection = Fault("reject", method="PUT", key="optimizer.pt", status=403, code="AccessDenied")
     with behind_proxy(bucket, monkeypatch, rejection):
         store = open_store(run_uri)
         with pytest.raises(BucketError, match=r"optimizer\.pt"), committer_with_lease(store) as committer:
@@ -175,7 +175,7 @@ def test_lost_response_to_the_manifest_write_does_not_fail_the_commit(
         store = open_store(run_uri)
         with committer_with_lease(store) as committer:
             committer.start(save_locally(tmp_path, 1))
-        assert lost_response.struck == 1
+        assert lost_response.times_injected == 1
     assert committed_steps(open_store(run_uri)) == [1]
 
 
@@ -217,7 +217,7 @@ def test_every_writer_reports_a_full_disk(tmp_path: Path):
         """
     )
     lines = subprocess.run(
-        [*on_a_small_disk(tmp_path, "2m"), sys.executable, "-c", save, str(tmp_path)],
+        [*small_disk_prefix(tmp_path, "2m"), sys.executable, "-c", save, str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runs.layout import LEASES, Lease, lease_key
-from tests.support.own_buckets import S3_THROUGH_FSSPEC, reach_through_fsspec
+from tests.support.own_buckets import S3_THROUGH_FSSPEC, set_up_fsspec_bucket
 from training.checkpoints import lease as lease_module
 from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from utils.storage.bucket import Store, open_store
@@ -28,7 +28,7 @@ def run_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     server = request.getfixturevalue("bucket")
     if request.param == "s3":
         return request.getfixturevalue("bucket_uri")
-    return f"{reach_through_fsspec(monkeypatch, server, 'leases')}/{tmp_path.name}"
+    return f"{set_up_fsspec_bucket(monkeypatch, server, 'leases')}/{tmp_path.name}"
 
 
 def fail_if_waiting(owner: str) -> None:

@@ -29,8 +29,8 @@ from tests.conftest import KILLS
 from tests.support.bucket_proxy import Trap, bucket_proxy
 from tests.support.faults import injection
 from tests.support.jobs import Job, started, write_yaml
-from tests.support.own_buckets import reach_as_a_user
-from tests.support.tiny_model import make_model, write_data, write_pairs_of
+from tests.support.own_buckets import set_up_own_bucket
+from tests.support.tiny_model import make_model, write_data, write_preference_pairs
 from training.data.batches import PADDING_ROW
 from utils.storage.bucket import join_uri, open_store, sync_to_node
 from utils.storage.embedded_bucket import EmbeddedBucket
@@ -162,7 +162,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = directory / "model-with-dropout" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": DROPOUT}))
     write_data(directory, train_rows=ROWS, valid_rows=3)
-    train_pairs, _ = write_pairs_of(directory, train_rows=ROWS, valid_rows=3)
+    train_pairs, _ = write_preference_pairs(directory, train_rows=ROWS, valid_rows=3)
     train_pairs.rename(directory / "pairs.jsonl")
     _write_rows_for_packs_of_two(directory / "packed.jsonl", directory / "model")
     return directory
@@ -188,7 +188,7 @@ def _write_rows_for_packs_of_two(path: Path, model: Path) -> None:
 def storage(bucket: EmbeddedBucket) -> Iterator[str]:
     """Return the URI of a user's bucket, so that its requests can pass through a proxy."""
     with pytest.MonkeyPatch.context() as patch:
-        yield reach_as_a_user(patch, bucket, f"resume-{secrets.token_hex(6)}")
+        yield set_up_own_bucket(patch, bucket, f"resume-{secrets.token_hex(6)}")
 
 
 class Run:
@@ -234,10 +234,10 @@ class Run:
         manifests = committed(open_store(self.uri))
         return manifests[-1].step if manifests else 0
 
-    def finish(self, *, sabotage: str = "") -> Outcome:
+    def finish(self, *, skip_restore: str = "") -> Outcome:
         """Start an attempt that trains to the end; return the outcome of the run."""
         ledger = self._next_ledger()
-        with started(self.config, injection(ledger, sabotage=sabotage)) as job:
+        with started(self.config, injection(ledger, skip_restore=skip_restore)) as job:
             finished = job.end()
         assert finished.exit_code == 0, finished.errors
         assert finished.result["train_steps"] == STEPS
@@ -488,7 +488,7 @@ def test_comparison_detects_state_that_is_not_restored(
 ):
     """If one part of the checkpoint is not restored, the comparisons above fail."""
     run = copy_of(stopped[0], files, f"without-{part}")
-    outcome = run.finish(sabotage=part)
+    outcome = run.finish(skip_restore=part)
     wrong = set(differences(outcome, references[SABOTAGED]))
     assert wrong - {"rows"} == {"figures", "weights", "optimizer"}
     assert ("rows" in wrong) == (wrong_rows(outcome.ledger) != []) == (part == "position")

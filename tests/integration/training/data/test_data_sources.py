@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.front_door import run_main_quickly
-from tests.support.hub import COMMIT, hub_of
-from tests.support.jobs import Finished, run_main, write_yaml
+from tests.support.hub import COMMIT, serve_hub
+from tests.support.jobs import CompletedCommand, run_main, write_yaml
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
 from training.data.errors import DataError
@@ -137,7 +137,7 @@ def test_prepared_rows_are_reused_from_the_bucket(
     assert changed.summary.rows == 2
 
 
-def dry_run(directory: Path, tiny_model: Path, **settings: Any) -> Finished:
+def dry_run(directory: Path, tiny_model: Path, **settings: Any) -> CompletedCommand:
     defaults = {"model_id": str(tiny_model), "device": "cpu", "output_dir": str(directory / "scratch")}
     config = write_yaml(directory / "config.yaml", defaults | settings)
     return run_main_quickly(config, "--dry-run", "--json")
@@ -188,7 +188,7 @@ def test_hub_dataset_is_read_online_and_then_from_the_cache(tiny_model: Path, tm
     }
     config = write_yaml(tmp_path / "config.yaml", settings)
     cache = {"HF_HOME": str(tmp_path / "hub")}
-    with hub_of("org/rows", {"train.jsonl": jsonl("one", "two", "three")}) as endpoint:
+    with serve_hub("org/rows", {"train.jsonl": jsonl("one", "two", "three")}) as endpoint:
         online = cache | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
         first = run_main(config, "--dry-run", "--json", variables=online)
     assert first.exit_code == 0, first.errors

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from runs.layout import EXPORT_FILE, Export
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import Finished
+from tests.support.jobs import CompletedCommand
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import set_up_own_bucket
 from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.planning.exportable import GGUF_TOOL
 from utils.files import checksum
@@ -28,7 +28,7 @@ from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-RunCommand = Callable[..., Finished]
+RunCommand = Callable[..., CompletedCommand]
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def run(storage: Store, tiny_model: Path, scratch: dict[str, str]) -> str:
     return store_adapter_run(storage, "adapter", tiny_model, LORA, **scratch)
 
 
-def parse_export(finished: Finished) -> Export:
+def parse_export(finished: CompletedCommand) -> Export:
     """Return the export that a successful command printed as JSON."""
     assert finished.exit_code == 0, finished.errors
     (line,) = finished.output.splitlines()
@@ -220,7 +220,7 @@ def test_4_bit_adapter_is_merged_into_16_bit_weights_and_the_card_says_why(
 def test_config_json_and_the_manifest_are_written_last(
     run_command: RunCommand, bucket: EmbeddedBucket, run: str, monkeypatch: pytest.MonkeyPatch
 ):
-    uri = f"{reach_as_a_user(monkeypatch, bucket, 'exports')}/model"
+    uri = f"{set_up_own_bucket(monkeypatch, bucket, 'exports')}/model"
     with bucket_proxy(bucket.endpoint) as proxy:
         parse_export(run_command("export", run, "--to", uri, "--json", AWS_ENDPOINT_URL_S3=proxy.endpoint))
         written = [request.path.rpartition("/")[2] for request in proxy.requests if request.method == "PUT"]
@@ -291,7 +291,7 @@ def test_missing_or_failing_gguf_converter_is_an_error(run_command: RunCommand, 
 # --- Errors: one message, exit code 2, nothing written -----------------------------------------------------------
 
 
-def error_of(finished: Finished) -> str:
+def error_of(finished: CompletedCommand) -> str:
     assert finished.exit_code == 2, finished
     assert finished.output == ""
     assert "Traceback" not in finished.errors

@@ -8,14 +8,14 @@ import pytest
 
 from runs.layout import CONFIG_FILE
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import Finished
+from tests.support.jobs import CompletedCommand
 from tests.support.messages import assert_names
-from tests.support.stored_runs import eval_losses, result_of, write_run
+from tests.support.stored_runs import eval_losses, make_result, write_run
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 COMMANDS = (["export"], ["chat", "--prompt", "2 + 2?"], ["evaluate", "--data", "rows.jsonl"])
-RunCommand = Callable[..., Finished]
+RunCommand = Callable[..., CompletedCommand]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run_command(tmp_path: Path) -> RunCommand:
     )
 
 
-def error_of(finished: Finished) -> str:
+def error_of(finished: CompletedCommand) -> str:
     assert finished.exit_code == 2, finished
     assert finished.output == ""
     assert "Traceback" not in finished.errors
@@ -70,7 +70,7 @@ def test_run_without_checkpoint_or_readable_config_is_an_error(
     storage = open_store(str(tmp_path / "runs"))
     run = write_run(storage, "begun", [], result=None)
     assert_names(error_of(run_command(*command, run)), run, "no checkpoint")
-    result = result_of(storage.uri_of("failed"), [], status="failed", reason="no GPU is left.")
+    result = make_result(storage.uri_of("failed"), [], status="failed", reason="no GPU is left.")
     failed = write_run(storage, "failed", [], result=result)
     assert_names(error_of(run_command(*command, failed)), failed, "failed", "no GPU is left.", "same command")
     damaged = write_run(storage, "damaged", eval_losses(2.0), result=None)

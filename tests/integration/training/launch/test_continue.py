@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.messages import assert_names
-from tests.support.tiny_model import make_model, write_data, write_pairs_of
+from tests.support.tiny_model import make_model, write_data, write_preference_pairs
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("continue")
     make_model(directory / "model")
     write_data(directory, train_rows=40, valid_rows=11)
-    write_pairs_of(directory, train_rows=24, valid_rows=11)
+    write_preference_pairs(directory, train_rows=24, valid_rows=11)
     (directory / "more").mkdir()
     write_data(directory / "more", train_rows=24, valid_rows=3)
     return directory

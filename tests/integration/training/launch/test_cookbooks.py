@@ -24,7 +24,7 @@ from cookbooks.long_context.prepare import write_notes
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
 from runs.listing import list_runs
 from tests.support.jobs import PROJECT, environment, run_main
-from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_pairs_of
+from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
 
 COOKBOOKS = PROJECT / "cookbooks"
 CONTINUE, RESUME = COOKBOOKS / "continue_from_checkpoint", COOKBOOKS / "resume_from_adapter"
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cookbooks")
     make_model(directory / "model")
     write_data(directory, train_rows=16, valid_rows=4)
-    write_pairs_of(directory, train_rows=32, valid_rows=8)
+    write_preference_pairs(directory, train_rows=32, valid_rows=8)
     _write_questions(directory / "questions.jsonl", write_problems(TRAIN_KINDS, 16, 1))
     _write_questions(directory / "valid-questions.jsonl", write_problems(VALID_KINDS, 4, 1))
     return directory

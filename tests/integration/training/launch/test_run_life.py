@@ -26,11 +26,11 @@ from runs import reading
 from runs.layout import Manifest, checkpoint_key
 from runs.listing import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
-from tests.support.faults import fill_disk, injection, on_a_small_disk, require_small_disks
+from tests.support.faults import fill_disk, injection, require_small_disks, small_disk_prefix
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
-    Finished,
+    CompletedCommand,
     environment,
     read_metrics,
     run_main,
@@ -39,7 +39,7 @@ from tests.support.jobs import (
     write_yaml,
 )
 from tests.support.messages import assert_names
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model, write_data
 from utils.files import checksum
 from utils.storage.bucket import open_store, sync_to_node
@@ -196,7 +196,7 @@ class ObservedRun:
     secrets: dict[str, str]
     written: dict[str, bytes]
     requests: list[Request]
-    finished: Finished
+    finished: CompletedCommand
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def observed(
 ) -> Iterator[ObservedRun]:
     directory = tmp_path_factory.mktemp("watched")
     with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
-        root_uri = reach_as_a_user(environment, bucket, "watched")
+        root_uri = set_up_own_bucket(environment, bucket, "watched")
         store = open_store(root_uri)
         store.upload_many({f"models/tiny/{path.name}": path for path in (files / "model").iterdir()})
         store.upload_many({f"data/{name}": files / name for name in ("train.jsonl", "valid.jsonl")})
@@ -235,7 +235,7 @@ def observed(
                 processes = psutil.Process(job.process.pid).children(recursive=True)
                 command_lines = "\n".join(" ".join(process.cmdline()) for process in processes)
                 proxy.faults += [
-                    Fault("refuse", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
+                    Fault("reject", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
                 ]
                 finished = job.end()
             proxy.faults.clear()
@@ -463,7 +463,7 @@ def test_full_disk_raises_an_error_and_a_rerun_resumes(files: Path, tmp_path: Pa
         tmp_path / "full.yaml",
         settings(files, max_steps=100, num_epochs=None, run_name="full", output_dir=str(disk), **every_20),
     )
-    with started(config, within=on_a_small_disk(disk, "32m")) as job:
+    with started(config, within=small_disk_prefix(disk, "32m")) as job:
         job.wait_for_line("checkpoint ")
         # Committed checkpoints are deleted from this disk, which frees space.
         while job.process.poll() is None:
@@ -493,7 +493,7 @@ def test_access_denied_during_training_reports_checkpoint_and_result(
     files: Path, bucket: EmbeddedBucket, tmp_path: Path
 ):
     with pytest.MonkeyPatch.context() as environment, bucket_proxy(bucket.endpoint) as proxy:
-        root_uri = reach_as_a_user(environment, bucket, "denied")
+        root_uri = set_up_own_bucket(environment, bucket, "denied")
         config = write_yaml(
             tmp_path / "denied.yaml",
             settings(files, max_steps=1, num_epochs=None, storage_path=f"{root_uri}/runs"),
@@ -501,7 +501,7 @@ def test_access_denied_during_training_reports_checkpoint_and_result(
         with started(config, {"AWS_ENDPOINT_URL_S3": proxy.endpoint}) as job:
             job.wait_for_line("… training")
             proxy.faults += [
-                Fault("refuse", method, status=403, code="AccessDenied") for method in ("GET", "PUT", "POST")
+                Fault("reject", method, status=403, code="AccessDenied") for method in ("GET", "PUT", "POST")
             ]
             finished = job.end()
     assert finished.exit_code == 1, finished.errors

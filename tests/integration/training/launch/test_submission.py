@@ -17,9 +17,9 @@ from boto3.session import Session
 
 from cookbooks.launch_as_job.prepare import main as prepare
 from runs.layout import Manifest
-from tests.support.jobs import PROJECT, Finished, command, environment, run_main, started, write_yaml
+from tests.support.jobs import PROJECT, CompletedCommand, command, environment, run_main, started, write_yaml
 from tests.support.messages import assert_names
-from tests.support.own_buckets import variables_of
+from tests.support.own_buckets import aws_variables
 from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from utils.storage.bucket import open_store
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def storage(bucket: EmbeddedBucket) -> str:
     """Create a bucket that the cluster accesses through the AWS variables, and return the URI of a prefix in it."""
-    variables = variables_of(bucket)
+    variables = aws_variables(bucket)
     client = Session(variables["AWS_ACCESS_KEY_ID"], variables["AWS_SECRET_ACCESS_KEY"]).client(
         "s3", endpoint_url=bucket.endpoint, region_name="us-east-1"
     )
@@ -59,14 +59,14 @@ def storage(bucket: EmbeddedBucket) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(bucket: EmbeddedBucket) -> Iterator[RayCluster]:
-    with ray_cluster(cpus=2, job_server=True, variables=variables_of(bucket)) as cluster:
+    with ray_cluster(cpus=2, job_server=True, variables=aws_variables(bucket)) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def laptop(bucket: EmbeddedBucket, cluster: RayCluster) -> dict[str, str]:
     """Return the environment of the machine that submits: its own credentials and the cluster's token."""
-    return variables_of(bucket) | cluster.token | SECRETS
+    return aws_variables(bucket) | cluster.token | SECRETS
 
 
 def config(files: Path, path: Path, storage: str, **more: object) -> Path:
@@ -98,7 +98,7 @@ def job_list(cluster: RayCluster) -> str:
         return response.read().decode()
 
 
-def printed_command(finished: Finished, name: str) -> list[str]:
+def printed_command(finished: CompletedCommand, name: str) -> list[str]:
     """Return the command that --detach printed under this name."""
     match = re.search(rf"^{name} +(.*?)(?:  \(.*)?$", finished.output, re.M)
     assert match, finished.output
@@ -165,7 +165,7 @@ def test_stopped_job_is_resumed_by_the_same_command(
     assert "Traceback" not in detached.errors
     stop = re.findall(r"interrupted: .*: (.*)$", detached.errors, re.M)[-1]
     run_ray_command(shlex.split(stop), laptop)
-    for name, value in variables_of(bucket).items():
+    for name, value in aws_variables(bucket).items():
         monkeypatch.setenv(name, value)
     manifests = [
         Manifest.model_validate_json(open_store(f"{storage}/stopped").read(item.key))

@@ -17,9 +17,9 @@ import pytest
 from runs import reading
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_main_quickly
-from tests.support.jobs import Finished, read_metrics, run_main, started, tiny_settings, write_yaml
+from tests.support.jobs import CompletedCommand, read_metrics, run_main, started, tiny_settings, write_yaml
 from tests.support.namespaces import network_namespace
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import set_up_own_bucket
 from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.tiny_model import make_model, write_data
 from utils.storage.bucket import Store, open_store
@@ -63,7 +63,7 @@ def two_nodes(files: Path, bucket: EmbeddedBucket) -> Iterator[TwoNodes]:
         network_namespace(hidden=files) as namespace,
         bucket_proxy(bucket.endpoint, address=namespace.host) as proxy,
     ):
-        bucket_uri = reach_as_a_user(monkeypatch, bucket, "apart")
+        bucket_uri = set_up_own_bucket(monkeypatch, bucket, "apart")
         store = open_store(bucket_uri)
         store.upload_many({f"model/{path.name}": path for path in (files / "model").iterdir()})
         store.upload_many({f"data/{name}": files / name for name in ("train.jsonl", "valid.jsonl")})
@@ -75,7 +75,7 @@ def two_nodes(files: Path, bucket: EmbeddedBucket) -> Iterator[TwoNodes]:
             yield TwoNodes(cluster, bucket_uri)
 
 
-def train(nodes: TwoNodes, directory: Path, name: str, *, on_cluster: bool) -> tuple[Finished, Store]:
+def train(nodes: TwoNodes, directory: Path, name: str, *, on_cluster: bool) -> tuple[CompletedCommand, Store]:
     settings = tiny_settings(directory) | {
         "model_id": f"{nodes.bucket_uri}/model",
         "train_path": f"{nodes.bucket_uri}/data/train.jsonl",

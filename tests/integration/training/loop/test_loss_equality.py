@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.faults import kernels_of_gpus
+from tests.support.faults import gpu_kernel_variables
 from tests.support.jobs import PROJECT, read_metrics, run_main, tiny_settings, write_yaml
-from tests.support.tiny_model import make_model, write_data, write_pairs_of
+from tests.support.tiny_model import make_model, write_data, write_preference_pairs
 from training.models import kernels
 from training.models.kernels import Method
 
@@ -102,7 +102,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(directory / "model")
     # 76 rows are 9.5 steps an epoch: the last step of the first epoch is a short one.
     write_data(directory, train_rows=76, valid_rows=11)
-    write_pairs_of(directory, train_rows=76, valid_rows=11)
+    write_preference_pairs(directory, train_rows=76, valid_rows=11)
     zero_3 = json.loads((PROJECT / "configs/deepspeed/zero_3.json").read_text("utf-8"))
     # The preset would not partition the parameters of a model this small.
     zero_3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -213,7 +213,9 @@ def test_losses_with_gpu_kernels_equal_those_of_one_worker(
 ):
     """TRL's fused head reads the weights directly, although ZeRO-3 has partitioned them."""
     name = f"{method}-{spread}-as-gpus-{provider}"
-    losses, eval_losses = train(files, name, METHODS[method] | SPREADS[spread], kernels_of_gpus(provider))
+    losses, eval_losses = train(
+        files, name, METHODS[method] | SPREADS[spread], gpu_kernel_variables(provider)
+    )
     figures = {figure for entry in read_metrics(files / "runs" / name) for figure in entry}
     # TRL's fused head reports the entropy for rows, not for pairs.
     assert ("entropy" in figures) == (not method.startswith("dpo"))

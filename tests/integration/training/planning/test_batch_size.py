@@ -11,7 +11,7 @@ from runs.layout import CONFIG_FILE, MANIFEST_FILE, FileRecord, checkpoint_key
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.messages import assert_names
-from tests.support.stored_runs import manifest_of
+from tests.support.stored_runs import make_manifest
 from tests.support.tiny_model import make_model, write_data
 from training.data.batches import pad_to_multiple_of
 from training.data.prepared import fetch_prepared
@@ -54,7 +54,7 @@ def commit(plan: RunPlan) -> None:
     """Write the files that the planner reads from a run with one committed checkpoint."""
     store, weights = open_store(plan.run_uri), b"weights"
     record = FileRecord(path="model.safetensors", size=len(weights), checksum=checksum_bytes(weights))
-    manifest = manifest_of(1, files=[record]).model_copy(
+    manifest = make_manifest(1, files=[record]).model_copy(
         update={"config_hash": plan.config_hash, "data": plan.data}
     )
     store.write(CONFIG_FILE, to_yaml(plan.config).encode())

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from tests.support.iam import is_allowed, needed
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import set_up_own_bucket
 from utils.storage.bucket import (
     BucketError,
     check_readable,
@@ -37,14 +37,14 @@ POLICY = Path(__file__).resolve().parents[4] / "configs" / "iam_policy.json"
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """Create a bucket that is accessed through the AWS variables, as a user's own bucket, and return its URI."""
-    return reach_as_a_user(monkeypatch, bucket, BUCKET)
+    return set_up_own_bucket(monkeypatch, bucket, BUCKET)
 
 
 def test_when_required_checksums_work_with_stores_that_reject_checksum_headers(
     own_bucket: str, bucket: EmbeddedBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rejections = [
-        Fault("refuse", method, header=header, status=400, code="InvalidArgument")
+        Fault("reject", method, header=header, status=400, code="InvalidArgument")
         for method in ("GET", "HEAD", "PUT", "POST")
         for header in ("x-amz-checksum-", "x-amz-sdk-checksum-", "x-amz-trailer")
     ]
@@ -71,7 +71,7 @@ def test_iam_policy_allows_exactly_the_required_actions(
     (tmp_path / "large").write_bytes(os.urandom(20 * MB))
     for key in ("models/tiny/weights", "data/train.jsonl"):
         open_store(own_bucket).upload(tmp_path / "large", key)
-    denied = Fault("refuse", "PUT", key="broken", status=403, code="AccessDenied")
+    denied = Fault("reject", "PUT", key="broken", status=403, code="AccessDenied")
     with bucket_proxy(bucket.endpoint, denied) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         check_readable(f"{own_bucket}/models/tiny")

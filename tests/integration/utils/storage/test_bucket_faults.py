@@ -16,7 +16,7 @@ from typing import Protocol
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, Fault, bucket_proxy
-from tests.support.own_buckets import reach_as_a_user
+from tests.support.own_buckets import set_up_own_bucket
 from utils.files import checksum_bytes
 from utils.storage.bucket import (
     AlreadyExistsError,
@@ -39,7 +39,7 @@ SHORT_TIMEOUTS = RetryPolicy(silence=1, failing=20)
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Create a bucket that is accessed through the AWS variables, as a user's own bucket."""
-    reach_as_a_user(monkeypatch, bucket, BUCKET)
+    set_up_own_bucket(monkeypatch, bucket, BUCKET)
 
 
 class StartProxy(Protocol):
@@ -92,7 +92,7 @@ def is_complete(files: dict[str, bytes]) -> bool:
 def test_errors_on_half_of_all_requests_are_retried(
     uri: str, start_proxy: StartProxy, tmp_path: Path, status: int
 ):
-    faults = [Fault("refuse", method, share=0.5, status=status) for method in ("GET", "HEAD", "PUT", "POST")]
+    faults = [Fault("reject", method, share=0.5, status=status) for method in ("GET", "HEAD", "PUT", "POST")]
     start_proxy(*faults)
     assert is_complete(download(uri, tmp_path / "down"))
     store = S3Store(f"{uri}-up", SHORT_TIMEOUTS)
@@ -100,7 +100,7 @@ def test_errors_on_half_of_all_requests_are_retried(
     assert is_complete(download(f"{uri}-up", tmp_path / "again"))
     for number in range(16):
         store.write(f"more/{number}", b"")  # enough requests that some of them fail
-    assert faults[0].struck > 3 and faults[2].struck > 1
+    assert faults[0].times_injected > 3 and faults[2].times_injected > 1
 
 
 @pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
@@ -110,7 +110,7 @@ def test_interrupted_download_continues_where_it_stopped(
     fault = Fault(kind, times=3)  # pyright: ignore[reportArgumentType]
     proxy = start_proxy(fault)
     assert is_complete(download(uri, tmp_path / "down"))
-    assert fault.struck == 3
+    assert fault.times_injected == 3
     if kind == "truncate":  # bytes that were sent have arrived, and are not requested again
         assert proxy.body_bytes(BUCKET) == len(LARGE) + 2000
 
@@ -134,7 +134,7 @@ def test_interrupted_upload_is_retried(uri: str, start_proxy: StartProxy, tmp_pa
     start_proxy(fault)
     store = S3Store(uri, SHORT_TIMEOUTS)
     store.upload(tmp_path / "file", "up")
-    assert fault.struck == 3
+    assert fault.times_injected == 3
     assert store.read("up") == LARGE
 
 
@@ -147,7 +147,7 @@ def test_damaged_body_is_downloaded_again_before_it_raises_an_error(
     always = replace(once, times=None)
     proxy = start_proxy(once)
     assert is_complete(download(uri, tmp_path / "down"))
-    assert once.struck == 1
+    assert once.times_injected == 1
     proxy.faults[:] = [always]
     with pytest.raises(DamagedError, match=key):
         download(uri, tmp_path / "never")
@@ -163,7 +163,7 @@ def test_continued_download_of_a_small_object_is_verified(uri: str, start_proxy:
     start_proxy(flip, truncate)
     with pytest.raises(DamagedError, match="small-1"):
         download(uri, tmp_path / "down")
-    assert flip.struck == truncate.struck == 2
+    assert flip.times_injected == truncate.times_injected == 2
     assert not list((tmp_path / "down").glob("*small-1*"))
 
 
@@ -212,7 +212,7 @@ def test_retry_after_a_lost_response_recognizes_its_own_write(
     store = S3Store(uri, SHORT_TIMEOUTS)
     store.write("manifest", b"ours", only_if_absent=True)
     store.upload(tmp_path / "file", "up")
-    assert [fault.struck for fault in lost_responses] == [1, 2]
+    assert [fault.times_injected for fault in lost_responses] == [1, 2]
     assert store.read("manifest") == b"ours"
     assert store.read("up") == LARGE
     with pytest.raises(AlreadyExistsError):
@@ -314,7 +314,7 @@ def test_abort_stale_uploads_removes_only_uploads_below_its_prefix(uri: str, tmp
 
 def test_failed_upload_leaves_no_unfinished_upload(uri: str, start_proxy: StartProxy, tmp_path: Path):
     (tmp_path / "file").write_bytes(LARGE)
-    start_proxy(Fault("refuse", "PUT", key="up", status=403, code="AccessDenied"))
+    start_proxy(Fault("reject", "PUT", key="up", status=403, code="AccessDenied"))
     store = S3Store(uri, SHORT_TIMEOUTS)
     with pytest.raises(BucketError, match="access denied"):
         store.upload(tmp_path / "file", "up")

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.bucket_proxy import BucketProxy, bucket_proxy
-from tests.support.faults import on_a_small_disk, require_small_disks
-from tests.support.own_buckets import reach_as_a_user, reach_through_fsspec
+from tests.support.faults import require_small_disks, small_disk_prefix
+from tests.support.own_buckets import set_up_fsspec_bucket, set_up_own_bucket
 from utils.storage import node_cache
 from utils.storage.bucket import (
     AlreadyExistsError,
@@ -59,13 +59,13 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
             return f"memory://{tmp_path.name}"
         case _:
             server = request.getfixturevalue("bucket")
-            return f"{reach_through_fsspec(monkeypatch, server, OWN_BUCKET)}/{tmp_path.name}"
+            return f"{set_up_fsspec_bucket(monkeypatch, server, OWN_BUCKET)}/{tmp_path.name}"
 
 
 @pytest.fixture
 def own_bucket(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """Create a bucket that is accessed through the AWS variables, as a user's own bucket, and return its URI."""
-    return reach_as_a_user(monkeypatch, bucket, OWN_BUCKET)
+    return set_up_own_bucket(monkeypatch, bucket, OWN_BUCKET)
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_full_disk_of_a_local_store_raises_an_error_and_stores_no_object(tmp_pat
         "except BucketError as error: print(error, [item.key for item in store.list()])"
     )
     output = subprocess.run(
-        [*on_a_small_disk(disk, "1m"), sys.executable, "-c", upload, str(disk), str(file)],
+        [*small_disk_prefix(disk, "1m"), sys.executable, "-c", upload, str(disk), str(file)],
         capture_output=True,
         text=True,
         check=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults import on_a_small_disk, require_small_disks
+from tests.support.faults import require_small_disks, small_disk_prefix
 from utils.files import checksum_bytes, file_lock
 from utils.storage import node_cache
 from utils.storage.bucket import BucketError, DamagedError, missing_bytes, open_store, sync_to_node
@@ -122,7 +122,7 @@ def test_eviction_ignores_files_that_cannot_be_removed(
         open_store(f"{bucket_uri}/{name}").write("weights", b"1" * 100 * KB)
     first = sync_and_exit(f"{bucket_uri}/first", tmp_path)
     monkeypatch.setenv(LIMIT_VARIABLE, "150KB")
-    mounted = on_a_small_disk(first, "1m")  # a mount point cannot be removed
+    mounted = small_disk_prefix(first, "1m")  # a mount point cannot be removed
     second = subprocess.run(
         [*mounted, sys.executable, "-c", SYNC_AND_HOLD, f"{bucket_uri}/second", str(tmp_path)],
         stdin=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from runs.layout import RunResult, Speed
 from tests.support.messages import assert_names
-from tests.support.stored_runs import eval_losses, result_of
+from tests.support.stored_runs import eval_losses, make_result
 from training.events import StepDone
 from training.launch.display import Watch, _describe_speed, show_result
 
@@ -30,11 +30,11 @@ def result_lines(result: RunResult) -> list[str]:
 
 
 def test_result_names_best_and_last_checkpoint_or_only_the_latest():
-    evaluated = result_lines(result_of("/runs/a", eval_losses(2.0, 1.5)))
+    evaluated = result_lines(make_result("/runs/a", eval_losses(2.0, 1.5)))
     checkpoint = "/runs/a/checkpoints/step-000010"
     assert [line.split()[0] for line in evaluated if line.endswith(checkpoint)] == ["best", "last"]
     latest = "/runs/a/checkpoints/step-000015"
-    lines = result_lines(result_of("/runs/a", [], best_checkpoint=latest, last_checkpoint=latest))
+    lines = result_lines(make_result("/runs/a", [], best_checkpoint=latest, last_checkpoint=latest))
     (line,) = [line for line in lines if line.endswith(f"  {latest}")]
     assert not line.startswith(("best", "last"))
 
@@ -43,7 +43,7 @@ def test_result_names_best_and_last_checkpoint_or_only_the_latest():
     ("checkpoint", "resumes"), [(None, False), ("/runs/a/checkpoints/step-000005", True)]
 )
 def test_result_of_a_stopped_run_ends_with_the_resume_command(checkpoint: str | None, resumes: bool):
-    result = result_of(
+    result = make_result(
         "/runs/a", [], status="stopped", best_checkpoint=checkpoint, last_checkpoint=checkpoint
     )
     line = result_lines(result)[-1]

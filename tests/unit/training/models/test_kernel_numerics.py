@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kernel_processes import found_by
+from tests.support.kernel_processes import run_with_triton
 
 pytestmark = pytest.mark.slow
 
 KERNELS = {
-    "liger": ("rms_norm", "rms_norm_of_gemma", "rope", "swiglu", "geglu", "whole_model"),
+    "liger": ("rms_norm", "gemma_rms_norm", "rope", "swiglu", "geglu", "full_model"),
     "trl": ("fused_head",),
     "unsloth": (
         "rms_norm",
-        "rms_norm_of_gemma",
+        "gemma_rms_norm",
         "rope",
         "lora_qkv",
         "lora_output",
@@ -29,7 +29,7 @@ KERNELS = {
         "lora_mlp_geglu",
         "lora_mlp_geglu_exact",
         "cross_entropy",
-        "cross_entropy_of_gemma",
+        "gemma_cross_entropy",
     ),
 }
 
@@ -43,7 +43,7 @@ class Packages:
 
     def __getitem__(self, package: str) -> dict[str, dict[str, float]]:
         if package not in self._differences:
-            self._differences[package] = found_by(
+            self._differences[package] = run_with_triton(
                 "tests.support.interpreted",
                 package,
                 UNSLOTH_ALLOW_CPU="1",

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 
 from configs.loading import load_config
-from tests.support.kernel_processes import found_by, found_without_triton
+from tests.support.kernel_processes import run_with_triton, run_without_triton
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model
 from training.planning.endpoints import ClusterTarget
@@ -140,9 +140,9 @@ class Runs:
             names = RUNS if provider == "torch" else ON_GPU[provider]
             arguments = "tests.support.pretended_gpu", provider, str(self._directory), *names
             self._results[provider] = (
-                found_without_triton(*arguments)
+                run_without_triton(*arguments)
                 if provider == "torch"
-                else found_by(
+                else run_with_triton(
                     *arguments,
                     TORCHDYNAMO_DISABLE="1",
                     HF_DEACTIVATE_ASYNC_LOAD="1",  # the simulation covers only one thread
@@ -223,7 +223,7 @@ def test_packed_rows_use_torchs_varlen_attention(runs: Runs):
 
 def test_evaluation_uses_no_kv_cache(runs: Runs):
     results = [runs[provider][run] for provider in ON_GPU for run in ON_GPU[provider] if run in RUNS]
-    assert not any(run["keeps_keys"] for run in [*results, *runs["torch"].values()])
+    assert not any(run["has_kv_cache"] for run in [*results, *runs["torch"].values()])
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

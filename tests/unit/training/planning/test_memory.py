@@ -20,7 +20,7 @@ from transformers import (
 
 import tests.support.varlen_on_cpu  # noqa: F401  # registers torch's varlen kernels for CPU
 from configs.schema import FinetuneConfig
-from tests.support.architectures import make_files
+from tests.support.architectures import write_model_files
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model
@@ -495,7 +495,7 @@ def test_advised_savings_equal_the_difference_of_two_estimates(models: dict[int,
 
 
 def test_advised_savings_name_three_keys_and_the_mildest_value_that_fits(tmp_path: Path):
-    model = make_files(tmp_path / "model", "meta-llama/Meta-Llama-3-8B-Instruct")
+    model = write_model_files(tmp_path / "model", "meta-llama/Meta-Llama-3-8B-Instruct")
     job = make_job(model, device="cuda", kernels="torch", num_devices=8, longest=400)
 
     def advised(available: int) -> list[str]:
