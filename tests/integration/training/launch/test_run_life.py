@@ -506,7 +506,7 @@ def test_access_denied_during_training_reports_checkpoint_and_result(
             finished = job.end()
     assert finished.exit_code == 1, finished.errors
     assert re.search(rf"error: .*{root_uri}/runs/\S+: access denied", finished.errors)
-    assert re.search(rf"result\.json .*{root_uri}/runs/\S+: access denied", finished.errors)
+    assert re.search(rf"result\.json: .*{root_uri}/runs/\S+: access denied", finished.errors)
     assert "Traceback" not in finished.errors
 
 
