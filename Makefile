@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 EXTRAS := quickstart unsloth trackers cluster dev bench
 
-# The locks leave torch out: its build (CPU or CUDA) depends on the machine.
+# The locks exclude torch: its build (CPU or CUDA) depends on the machine.
 TORCH = $(shell sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)
 BOOTSTRAP = $(shell sed -nE 's/^([a-z-]+==[^ ;]+) \\$$/\1/p' requirements/bootstrap.lock)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -58,7 +58,7 @@ $(STAMPS)/interpreter: requirements/interpreter.lock $(STAMPS)/torch
 	@$(INSTALL) --target $(VENV)/interpreter -r $< && touch $@
 
 setup: $(STAMPS)/quickstart  ## install the packages for training and the quickstart into .venv
-setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see README)
+setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see docs/kernels.md)
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
 setup-cluster: setup $(STAMPS)/cluster  ## add Ray's dashboard and job server, for the head of a cluster
 setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add the packages for tests and linters
@@ -70,11 +70,11 @@ quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU
 test: setup-dev  ## run the tests that are not marked slow (minutes on two cores)
 	$(PYTEST) -m "not slow"
 
-test-all: test  ## run the tests of `make test`, then those marked slow (about half an hour on two cores)
+test-all: test  ## run the tests of `make test`, then those marked slow (45 minutes on two busy cores)
 	$(PYTEST) -m slow
 
-fuzz: setup-dev  ## prepare 10,000 generated bad files: each is accepted or rejected with file and line (minutes)
-	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/data/test_bad_files.py
+fuzz: setup-dev  ## prepare 10,000 generated bad files and 10,000 odd rows: each is accepted in full or rejected with its location (minutes)
+	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/data/test_bad_files.py tests/unit/training/data/test_row_texts.py
 
 test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and compare the weights bit for bit (1 h 45 min on two cores)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from configs.schema import Column
+from configs.schema import Column, FinetuneConfig
 from runs import commands as run_commands
 from training import train
 from training.inference import commands as model_commands
@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         if not arguments:
             return
         option = arguments[0].partition("=")[0]
+        key = option.removeprefix("--").replace("-", "_")
+        if key in FinetuneConfig.model_fields:
+            self.error(
+                f"unknown argument {arguments[0]}: keys of the YAML are written without dashes: {key}=VALUE"
+            )
         known = sorted(set(re.findall(r"--[a-z-]+", self.format_help())))
         nearest = get_close_matches(option, known, n=1)
         self.error(f"unknown argument {arguments[0]}" + (f": did you mean {nearest[0]}?" if nearest else ""))
@@ -66,6 +71,13 @@ def main(arguments: list[str]) -> int:
     if meant := nearest_command(arguments[0], commands):
         print(
             f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?", file=sys.stderr
+        )
+        return REJECTED
+    if is_neither_file_nor_command(arguments[0], commands):
+        known = ", ".join(name for name in commands if name != "train")
+        print(
+            f"error: {arguments[0]}: no such file or command. Write the path of a YAML to train, or a command: {known}",
+            file=sys.stderr,
         )
         return REJECTED
     name = arguments[0] if arguments[0] in commands else "train"
@@ -122,6 +134,12 @@ def nearest_command(word: str, commands: dict[str, Parser]) -> str | None:
     return next(iter(get_close_matches(word, [name for name in commands if name != "train"], n=1)), None)
 
 
+def is_neither_file_nor_command(word: str, commands: dict[str, Parser]) -> bool:
+    """Return whether the first argument is a word that names neither a command nor a file that could be a YAML."""
+    path = Path(word)
+    return not (word in commands or word.startswith("-") or path.suffix or "/" in word or path.exists())
+
+
 def check_train_options(parser: Parser, values: dict[str, Any]) -> None:
     """Reject incompatible training options."""
     if values["config"] is None:
@@ -132,7 +150,7 @@ def check_train_options(parser: Parser, values: dict[str, Any]) -> None:
 
 def _train_parser() -> Parser:
     parser = Parser(
-        prog="main.py",
+        prog="main.py CONFIG.yaml",
         usage="main.py CONFIG.yaml [key=value ...] [--print-config | --dry-run | --submit URL [--detach]] [--json]",
         description="Train as a Ray TorchTrainer job described by a YAML file.",
         allow_abbrev=False,

@@ -56,8 +56,10 @@ def _values(field: Mapping[str, Any]) -> str:
     match field.get("type"):
         case "array":
             return f"list of {_values(field['items'])}"
-        case "object":
+        case "object" if isinstance(field["additionalProperties"], Mapping):
             return f"mapping to {_values(field['additionalProperties'])}"
+        case "object":
+            return "mapping"
         case kind:
             return str(kind)
 

@@ -419,6 +419,8 @@ def _sections_at(path: KeyPath) -> list[type[Section]]:
     """Return the section classes that the value at `path` may have."""
     sections: list[type[Section]] = [FinetuneConfig]
     for key in path:
+        if isinstance(key, int):
+            continue  # an item of a list has the sections of the list
         fields = [section.model_fields[str(key)] for section in sections if key in section.model_fields]
         sections = [below for field in fields for below in sections_of(field.annotation)]
     return sections

@@ -29,10 +29,6 @@ DeepspeedPreset = Literal["zero_1", "zero_2", "zero_3", "zero_3_offload_optim", 
 
 DEEPSPEED_PRESETS: tuple[DeepspeedPreset, ...] = get_args(DeepspeedPreset)
 
-# Accelerate replaces the optimizer with DeepSpeed's CPU optimizer, and unknown ones with plain Adam.
-OFFLOADABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit")
-"""Values of `optim` that work with the optimizer states in CPU memory."""
-
 # Keys that do not affect the final weights.
 NOT_IN_HASH = {
     "resume",
@@ -46,6 +42,20 @@ NOT_IN_HASH = {
     "logger",
     "export",
 }
+
+
+# The hash holds these keys only if a YAML changes them, so runs that are older than the keys have the hash that they had.
+_NOT_IN_HASH_BY_DEFAULT = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "chat_template_kwargs",
+    "max_train_rows",
+    "max_valid_rows",
+    "turns",
+    "valid_split",
+    "warmup_ratio",
+)
 
 
 class ConflictError(ValueError):
@@ -372,7 +382,7 @@ class ExportConfig(Section):
     in a form that vLLM loads."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Data type of the exported model weights; an adapter keeps its own."""
+    """Data type of the exported model weights; an adapter retains its own."""
 
     to: StorageUri | None = None
     """Bucket prefix or directory to export to; null: exports/ in the run."""
@@ -409,7 +419,7 @@ class FinetuneConfig(Section):
 
     initial_adapter_model_ckpt_path: ModelUri | None = None
     """LoRA adapter to continue training: s3:// prefix, local directory, a run's URI, or run:NAME under the same
-    storage_path. A run means its best checkpoint. Loads weights only. Without lora_config the adapter keeps its rank and
+    storage_path. A run means its best checkpoint. Loads weights only. Without lora_config the adapter retains its rank and
     target modules."""
 
     resume: Literal["auto", "never"] = "auto"
@@ -433,6 +443,16 @@ class FinetuneConfig(Section):
     valid_path: DataPaths | None = None
     """Validation rows, as train_path but without weights; null: no evaluation, and the latest checkpoint counts as the best."""
 
+    valid_split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the rows of train_path that are validation rows instead, without valid_path. Complete conversations, chosen by
+    seed and content: equal rows are on the same side."""
+
+    max_train_rows: PositiveInt | None = None
+    """Number of training rows read from each source, from its start; null: all."""
+
+    max_valid_rows: PositiveInt | None = None
+    """Number of validation rows read from each source, from its start; null: all."""
+
     data_format: Literal["auto"] | DataFormat = "auto"
     """Format of the rows. messages: chats of role and content (`tools`, `tool_calls`, `weight: 0`); conversations:
     ShareGPT's from and value; prompt_completion; instruction: with input and output; text: raw text, for causal_lm;
@@ -447,6 +467,13 @@ class FinetuneConfig(Section):
 
     chat_template: Text | None = None
     """Jinja chat template for conversations, inline or as a file path; null: the model's own."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template, in training and evaluation, such as `{enable_thinking: false}`."""
+
+    turns: Literal["auto", "last", "all"] = "auto"
+    """Assistant messages in the loss. auto: all, each in the context in which the model will be asked for it, in several
+    sequences where the template renders earlier turns differently; last: the last one; all: all in one sequence, or an error."""
 
     prompt_template: Text | None = None
     """Template for rows rendered without a chat template: text with {column} placeholders, the answer's last, such as
@@ -513,6 +540,9 @@ class FinetuneConfig(Section):
     num_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps over which the learning rate rises from 0."""
 
+    warmup_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """num_warmup_steps as a share of the steps of the run, rounded up."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
 
@@ -533,6 +563,15 @@ class FinetuneConfig(Section):
         "sgd",
     ] = "adamw_torch_fused"
     """Optimizer, named as in transformers."""
+
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of the first moment in Adam and Lion."""
+
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay rate of the second moment in Adam and Lion."""
+
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Term that Adam adds to the denominator."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Random seed for data order, dropout and new weights."""
@@ -615,6 +654,10 @@ class FinetuneConfig(Section):
         assert self.train_batch_size_per_device != "auto"
         return self.train_batch_size_per_device
 
+    def warmup_steps(self, steps: int) -> int:
+        """Return the optimizer steps of the warm-up in a run of this many steps."""
+        return self.num_warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * steps)
+
     @property
     def most_devices(self) -> int:
         """Return num_devices, or the upper end of its range."""
@@ -671,7 +714,9 @@ class FinetuneConfig(Section):
 
     @property
     def valid_sources(self) -> tuple[DataSource, ...]:
-        """Return valid_path as a list of sources; empty if it is not set."""
+        """Return the sources of validation rows: those of valid_path, or of train_path with valid_split."""
+        if self.valid_split is not None:
+            return tuple(DataSource(path=source.path) for source in self.train_sources)
         return _sources(self.valid_path)
 
     @property
@@ -698,7 +743,12 @@ def config_hash(config: FinetuneConfig) -> str:
     The hash excludes storage location, name, logging, retries and resources. It includes files by name only, not
     by the contents of the data or of a custom DeepSpeed file.
     """
-    said = config.model_dump(mode="json", exclude=NOT_IN_HASH)
+    unchanged = {
+        name
+        for name in _NOT_IN_HASH_BY_DEFAULT
+        if getattr(config, name) == FinetuneConfig.model_fields[name].default
+    }
+    said = config.model_dump(mode="json", exclude=NOT_IN_HASH | unchanged)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -717,7 +767,6 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _device_conflicts(config)
     yield from _range_conflicts(config)
     yield from _precision_conflicts(config)
-    yield from _deepspeed_conflicts(config)
     if config.export and not config.export.merge and not config.trains_adapter:
         yield (
             "export.merge",
@@ -747,6 +796,13 @@ def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             given[-1],
             f"{' and '.join(f'`{key}`' for key in given)} each set the length of the run: keep one of them",
+        )
+    if config.warmup_ratio is not None and config.num_warmup_steps > 0:
+        yield "warmup_ratio", "`num_warmup_steps` and `warmup_ratio` both set the warm-up: keep one of them"
+    if config.lr_scheduler_type == "constant" and config.warmup_ratio is not None:
+        yield (
+            "warmup_ratio",
+            "`lr_scheduler_type: constant` has no warm-up: use `constant_with_warmup`, or remove `warmup_ratio`",
         )
     if config.lr_scheduler_type == "constant" and config.num_warmup_steps > 0:
         yield (
@@ -819,18 +875,6 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "packing",
             f"`packing` does not work with `task: {config.task}`, which scores each answer separately: write `packing: false`",
         )
-    if config.task == "preference_tuning" and config.kernels == "unsloth":
-        yield (
-            "kernels",
-            "`kernels: unsloth` does not work with `task: preference_tuning`: the task needs log-probabilities, but "
-            "Unsloth's forward pass returns only a loss: write `kernels: liger` or `torch`",
-        )
-    if config.packing and config.kernels == "unsloth":
-        yield (
-            "packing",
-            "`packing` does not work with `kernels: unsloth`, whose attention does not separate packed rows: "
-            "write `kernels: liger` or `torch`, or `packing: false`",
-        )
 
 
 def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
@@ -839,6 +883,11 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             "train_path",
             "`train_path` has a weight for some sources only: add one to each source, or remove all",
+        )
+    if config.valid_path is not None and config.valid_split is not None:
+        yield (
+            "valid_split",
+            "`valid_path` and `valid_split` both choose the validation rows: keep one of them",
         )
     if any(source.weight is not None for source in config.valid_sources):
         yield (
@@ -921,11 +970,6 @@ def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
                 "an accelerator type needs a name and at most 1, which is all that Ray assigns to a node: write "
                 "`accelerator_type:A10G: 0.001`",
             )
-    if config.kernels == "liger" and config.device == "cpu":
-        yield (
-            "kernels",
-            "`kernels: liger` requires a GPU: write `kernels: auto` or `torch` with `device: cpu`",
-        )
 
 
 def _precision_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
@@ -962,33 +1006,6 @@ def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "num_devices",
             "`num_devices` as a range does not work with `loss: kto`, which depends on the pairs that all devices process at once: "
             f"write `num_devices: {config.num_devices.max}`, or use another loss",
-        )
-
-
-def _deepspeed_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
-    if not isinstance(config.deepspeed, str):
-        return  # the planner reads and checks files
-    offloads, is_zero_3 = "offload" in config.deepspeed, config.deepspeed.startswith("zero_3")
-    if is_zero_3 and config.load_in_4bit:
-        yield (
-            "load_in_4bit",
-            "`load_in_4bit` does not work with ZeRO-3, which cannot shard 4-bit weights: "
-            "write `deepspeed: zero_2`, or `load_in_4bit: false`",
-        )
-    if is_zero_3 and config.kernels == "unsloth":
-        yield (
-            "kernels",
-            "`kernels: unsloth` does not work with ZeRO-3: write `kernels: liger` or `torch`, or use zero_2",
-        )
-    if offloads and config.device == "cpu":
-        yield (
-            "deepspeed",
-            "offloading to CPU memory has no effect with `device: cpu`: write `deepspeed: zero_3`",
-        )
-    if offloads and config.optim not in OFFLOADABLE_OPTIMIZERS:
-        yield (
-            "optim",
-            f"`optim: {config.optim}` cannot be offloaded to CPU memory: write `optim: adamw_torch`",
         )
 
 

@@ -1,1 +1,1 @@
-"""What happens on the cluster."""
+"""Plan runs, launch and train them on a cluster, and use the trained models."""

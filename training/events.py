@@ -211,8 +211,6 @@ class EventMailbox:
 
     async def fails_again(self, rank: int, error: str) -> bool:
         """Record a rank's error; return whether it equals the rank's previous error with no checkpoint committed in between."""
-        if "out of memory" in error:
-            error = "out of memory"  # the rest of the message has free memory and process ids, which vary
         again = self._failures.get(rank) == error
         self._failures[rank] = error
         return again

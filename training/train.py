@@ -129,7 +129,7 @@ def plan_and_train(
         show_error(screen.progress, str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        show_error(screen.progress, "interrupted before training started; nothing was written")
+        show_error(screen.progress, "interrupted before training started; nothing was trained")
         return INTERRUPTED
     show_result(screen.main, result, options.command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from training.data.encoding import Encoder
 from training.data.prepare import prepare_data
 from training.data.prepared import PreparedData
-from training.data.records import Example, Task
+from training.data.records import Example, Pair, Task
 from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE
 from training.data.sources import find_files
@@ -30,6 +30,8 @@ def request(*paths: Path | str, **changes: Any) -> DataRequest:
         columns=(),
         prompt_template=None,
         chat_template=None,
+        chat_template_kwargs=(),
+        turns="auto",
         labels=(),
         context_length=None,
         max_context=None,
@@ -43,16 +45,25 @@ def request(*paths: Path | str, **changes: Any) -> DataRequest:
 def encode(
     tokenizer: PreTrainedTokenizerFast, example: Example, task: Task = "instruction_tuning"
 ) -> tuple[list[int], ...]:
-    """Return the token columns of one example as data.arrow stores them."""
+    """Return the token columns of an example that becomes one row of data.arrow."""
+    (row,) = encode_all(tokenizer, example, task)
+    return row
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerFast, example: Example, task: Task = "instruction_tuning"
+) -> list[tuple[list[int], ...]]:
+    """Return the token columns of all rows of data.arrow that an example becomes."""
     rendered = Renderer(tokenizer, whole_text=task == "causal_lm").render(example)
+    rows = [rendered] if isinstance(example, Pair) else [(sequence,) for sequence in rendered]
     with tempfile.TemporaryDirectory() as directory:
         encoder = Encoder(tokenizer, whole_text=task == "causal_lm")
         writer = TokenWriter(request(task=task), encoder, Path(directory), lambda row, reason: None)
-        writer.add([RenderedRow(0, 1, rendered, 0)], encoder.encode(rendered))
+        writer.add([RenderedRow(0, 1, row, 0) for row in rows], encoder.encode(rendered))
         writer.close()
         with pa.OSFile(f"{directory}/{DATA_FILE}") as source:
-            (row,) = pa.ipc.open_stream(source).read_all().to_pylist()
-    return tuple(ids for name, ids in row.items() if name != "label")
+            written = pa.ipc.open_stream(source).read_all().to_pylist()
+    return [tuple(ids for name, ids in row.items() if name != "label") for row in written]
 
 
 def prepare(data: DataRequest, tokenizer: PreTrainedTokenizerFast, model: Path, cache: Path) -> PreparedData:

@@ -1,5 +1,6 @@
 """Errors of data and rows, and the limits and words that they share."""
 
+from collections.abc import Callable
 from typing import Any
 
 from utils.errors import AnnealError
@@ -34,3 +35,34 @@ def json_type(value: Any) -> str:
     return names.get(
         type(value), f"of type {type(value).__name__}"
     )  # Parquet also has bytes, dates and other types
+
+
+def check_text(text: Any, what: Callable[[], str] | str) -> str:
+    """Return a text that can be tokenized; raise RowError if it is blank, too large or not valid Unicode.
+
+    Args:
+        text: The value.
+        what: Name of the value in messages; a function if building it takes time.
+    """
+
+    def called() -> str:
+        return what if isinstance(what, str) else what()
+
+    if type(text) is not str:
+        raise RowError("wrong type", f"{called()} is {json_type(text)}, not a string")
+    if not text or text.isspace():
+        raise RowError("empty content", f"{called()} is empty")
+    if len(text) > MAX_ROW_BYTES:
+        million = f"{len(text) / 1e6:.1f} million characters, above the limit of {MAX_ROW_BYTES / 1e6:.0f} million per row"
+        raise RowError("too large", f"{called()} has {million}. Split long documents")
+    if "\x00" in text:
+        raise RowError("NUL character", f"{called()} contains a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                "not UTF-8",
+                f"{called()} contains a lone surrogate or an invalid UTF-8 byte (at character {error.start + 1})",
+            ) from None
+    return text

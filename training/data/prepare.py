@@ -5,6 +5,7 @@ This thread renders the chat template while a second thread tokenizes the previo
 
 import gc
 import json
+import re
 import shutil
 import tempfile
 from collections import Counter, deque
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from configs.schema import DataFormat
 from training.data.encoding import Encoder
@@ -29,7 +31,8 @@ from training.data.prepared import (
     fingerprint,
     open_prepared,
 )
-from training.data.records import Example
+from training.data.records import Example, Pair
+from training.data.rendered import Rendered
 from training.data.request import DataRequest
 from training.data.row_index import INDEX_FILE, INDEX_SCHEMA, RowIndex
 from training.data.rows import FORMAT_NAMES, RowSchema, read_row, recognise
@@ -53,6 +56,7 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2_000_000
 _AHEAD = 2  # batches in the tokenizer queue while the next batch is rendered
 _MAX_SHOWN = 5
 _SHOWN_CHARACTERS = 2000
+_VARIES = re.compile(r"'[^']*'|\d+")
 
 
 def prepare_data(
@@ -111,15 +115,32 @@ def _prepare(
 
 @dataclass
 class _Faults:
-    """Counts and first messages of rejected rows."""
+    """Counts and first messages of rejected rows; messages that differ in quoted texts and numbers only count as one."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)
+    """Message without its quoted texts and numbers -> its first occurrence."""
+    alike: Counter[str] = field(default_factory=Counter)
 
     def add(self, place: str, error: RowError) -> None:
         self.counts[error.kind] += 1
-        if len(self.first) < _MAX_SHOWN:
-            self.first.append(f"{place}: {error}")
+        same = _VARIES.sub("", str(error))
+        self.alike[same] += 1
+        if len(self.shown) < _MAX_SHOWN:
+            self.shown.setdefault(same, f"{place}: {error}")
+
+    @property
+    def first(self) -> list[str]:
+        """The first messages, each with the number of rows that have the same."""
+        return [
+            f"{line} (and {self.alike[same] - 1:,} more rows)" if self.alike[same] > 1 else line
+            for same, line in self.shown.items()
+        ]
+
+    @property
+    def unseen(self) -> int:
+        """The number of rows whose message is not among the first."""
+        return self.counts.total() - sum(self.alike[same] for same in self.shown)
 
 
 class _Preparation:
@@ -128,7 +149,14 @@ class _Preparation:
     def __init__(self, request: DataRequest, tokenizer: "PreTrainedTokenizerFast", directory: Path):
         self.request = request
         self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer, whole_text=request.task == "causal_lm")
+        self.renderer = Renderer(
+            tokenizer,
+            whole_text=request.task == "causal_lm",
+            turns=request.turns,
+            variables=dict(request.chat_template_kwargs),
+        )
+        self.notes: Counter[str] = Counter()
+        self.split_rows = 0
         self.directory = directory
         self.rows_read = 0
         self.faults = _Faults()
@@ -171,12 +199,14 @@ class _Preparation:
         request = self.request
         files = request.files
         reading: RowSchema | None = None
-        began = self.rows_read
+        began, taken = self.rows_read, 0
         for number, file in enumerate(files):
-            if file.source != source:
+            if file.source != source or taken == request.max_rows:
                 continue
             opened = open_file(file, cache / "data")
             for row, value in opened.rows:
+                if taken == request.max_rows:
+                    break
                 self.rows_read += 1
                 if self.rows_read % _BATCH_ROWS == 0:
                     progress(self.rows_read, (number + opened.fraction()) / len(files))
@@ -190,14 +220,29 @@ class _Preparation:
                     self.faults.add(f"{file.uri}:{row}", error)
                     self._write_skipped(file.uri, row, str(error), value)
                     continue
-                if request.bad_rows == "error" and self.faults.first:
+                if request.bad_rows == "error" and self.faults.counts:
                     continue  # the run will fail: only collect further faults
-                yield RenderedRow(number, row, sequences, getattr(example, "label", None))
+                if request.share != (0.0, 1.0) and not self._is_in_share(sequences):
+                    continue
+                if notes := (*example.notes, *self.renderer.notes(example, sequences)):
+                    self.notes.update(set(notes))
+                taken += 1
+                if isinstance(example, Pair):
+                    yield RenderedRow(number, row, sequences, None)
+                    continue
+                self.split_rows += len(sequences) > 1
+                for sequence in sequences:
+                    yield RenderedRow(number, row, (sequence,), getattr(example, "label", None))
         if self.rows_read == began:
             raise DataError(
                 f"{request.paths[source]}: contains no rows. Use files with at least one row to train on."
             )
         self.formats.append(reading.data_format if reading else "messages")
+
+    def _is_in_share(self, sequences: Sequence[Rendered]) -> bool:
+        begin, end = self.request.share
+        text = "\0".join(sequence.text for sequence in sequences).encode()
+        return begin <= xxhash.xxh3_64_intdigest(text, seed=self.request.seed) / 2**64 < end
 
     def _reading(self, row: dict[str, Any]) -> RowSchema:
         request = self.request
@@ -235,13 +280,16 @@ class _Preparation:
         count = faults.counts.total()
         if count and (request.bad_rows == "error" or self.tokens.rows == 0):
             kinds = ", ".join(f"{number:,} {kind}" for kind, number in faults.counts.most_common())
-            more = f"\n… and {count - len(faults.first):,} more rows" if count > len(faults.first) else ""
+            more = f"\n… and {faults.unseen:,} more rows" if faults.unseen else ""
             raise DataError(
                 f"{count:,} of {self.rows_read:,} rows cannot be trained on ({kinds}):\n"
                 + "\n".join(faults.first)
                 + more
-                + "\nFix or remove these rows"
-                + (", or skip them with bad_rows: skip." if count < self.rows_read else ".")
+                + (
+                    "\nFix or remove these rows, or skip them with bad_rows: skip."
+                    if count < self.rows_read
+                    else "\nNo row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
+                )
             )
         self.tokens.reject_long_rows()
         for path, rows in zip(request.paths, self.rows_of_sources, strict=True):
@@ -275,6 +323,8 @@ class _Preparation:
             truncated_rows=tokens.truncated,
             lost_tokens=tokens.lost,
             dropped_rows=tokens.dropped,
+            split_rows=self.split_rows,
+            notes=dict(self.notes.most_common()),
             skipped_rows=dict(self.faults.counts.most_common()),
             first_skipped=self.faults.first,
             duplicates=duplicates,

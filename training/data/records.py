@@ -1,6 +1,6 @@
 """Rows as the formats read them, before they are rendered."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = dict[str, Any]
@@ -19,6 +19,8 @@ class Chat:
     """Indices of assistant messages that `weight: 0` excludes from the loss."""
     label: int | None = None
     """For classification: index of the label in the last message."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """Parts of the row that are changed or not used, as the plan counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Text:
     """A text to train on without a chat template."""
 
     text: str
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Filled:
 
     prompt: str
     answer: str
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Pair:
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 Example = Chat | Text | Filled | Pair

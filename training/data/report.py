@@ -111,7 +111,8 @@ def describe_rows(summary: DataSummary) -> str:
     """Describe rows, files and formats in one line."""
     formats = dict.fromkeys(FORMAT_NAMES[source.format] for source in summary.sources)
     files = f"{len(summary.files):,} files" if len(summary.files) > 1 else "1 file"
-    return f"{summary.rows:,} rows in {files}: {' and '.join(formats)}"
+    rows = "1 row" if summary.rows == 1 else f"{summary.rows:,} rows"
+    return f"{rows} in {files}: {' and '.join(formats)}"
 
 
 def describe_tokens(summary: DataSummary) -> str:
@@ -138,6 +139,16 @@ def describe_loss(summary: DataSummary, limit: int | None) -> str:
     return (
         f"{lost:,} tokens ({lost / (lost + summary.tokens):.1%}) at {limit:,} tokens per row: "
         f"{summary.truncated_rows:,} rows truncated, {summary.dropped_rows:,} dropped"
+    )
+
+
+def describe_split(summary: DataSummary) -> str:
+    """Describe in one line how many rows became several sequences."""
+    if not summary.split_rows:
+        return "none"
+    return (
+        f"{summary.split_rows:,} rows became several sequences, because the chat template renders earlier turns differently once others "
+        "follow (turns: auto)"
     )
 
 

@@ -9,6 +9,7 @@ from training.data.report import (
     describe_loss,
     describe_padding,
     describe_rows,
+    describe_split,
     describe_tokens,
 )
 from training.data.rows import FORMAT_NAMES
@@ -29,5 +30,6 @@ def to_html(report: DataReport, run_name: str) -> str:
         describe_loss=describe_loss,
         describe_padding=describe_padding,
         describe_rows=describe_rows,
+        describe_split=describe_split,
         describe_tokens=describe_tokens,
     )

@@ -3,14 +3,15 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from configs.schema import DataFormat
 from training.data.records import Task
 from training.data.sources import DataFile
+from training.data.templates import Turns
 from utils.files import checksum, checksum_bytes
 
-_FORMAT = 3  # increment when the meaning of prepared files changes
+_FORMAT = 4  # increment when the meaning of prepared files changes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,6 +37,10 @@ class DataRequest:
     prompt_template: str | None
     chat_template: str | None
     """Jinja source; None: the model's own template."""
+    chat_template_kwargs: tuple[tuple[str, Any], ...]
+    """Variables of the chat template."""
+    turns: Turns
+    """The assistant messages in the loss; see `Renderer`."""
     labels: tuple[str, ...]
     """Classification labels."""
     context_length: int | None
@@ -45,7 +50,11 @@ class DataRequest:
     long_rows: Literal["truncate", "drop", "error"]
     bad_rows: Literal["error", "skip"]
     seed: int
-    """Seed for sampling rows if a weight takes part of a source."""
+    """Seed for sampling rows if a weight takes part of a source, and for the shares of a split."""
+    share: tuple[float, float] = (0.0, 1.0)
+    """Part of the rows to take, as bounds of a hash of their text: (begin, end), from 0 to 1. Equal rows have equal hashes."""
+    max_rows: int | None = None
+    """Rows to take from each source, from its start; None: all."""
 
     @property
     def limit(self) -> int | None:

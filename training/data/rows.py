@@ -1,14 +1,15 @@
 """Row schemas: detect the format of a raw row, validate it and convert it into a training example."""
 
-import json
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from configs.schema import DataFormat
-from training.data.errors import MAX_ROW_BYTES, RowError, json_type
+from training.data.chats import is_media, listed, mapped, mask_turns, read_chat, read_history, short
+from training.data.errors import RowError, check_text
 from training.data.records import Chat, Example, Filled, Message, Pair, Task, Text
+from training.data.tools import Tool, read_tools
 
 FORMAT_NAMES: dict[DataFormat, str] = {
     "messages": "chats (messages)",
@@ -29,6 +30,27 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 """Required columns per format; the first format that matches a row is used."""
+_OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
+    "preference": ("prompt", "system", "tools"),
+    "messages": ("system", "tools", "loss_mask"),
+    "conversations": ("system", "tools", "loss_mask"),
+    "instruction": ("input", "system", "history"),
+    "prompt_completion": ("system", "history", "tools"),
+    "classification": (),
+    "text": (),
+}
+ALL_COLUMNS = {name: frozenset({*needed, *_OPTIONAL_COLUMNS[name]}) for name, needed in _COLUMNS.items()}
+"""Format -> standard columns that it reads."""
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "conversations": ("conversation",),
+    "input": ("context",),
+    "output": ("response",),
+    "prompt": ("question", "query"),
+    "completion": ("answer", "response"),
+    "system": ("system_prompt",),
+    "tools": ("functions",),
+}
+"""Standard column -> names in other tools' files, which are understood unless `columns` maps the standard column."""
 _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
     "instruction_tuning": ("messages", "conversations", "prompt_completion", "instruction"),
     "causal_lm": ("messages", "conversations", "prompt_completion", "instruction", "text"),
@@ -41,17 +63,8 @@ _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
         "instruction",
     ),
 }
-_ROLES = ("system", "user", "assistant", "tool")
-_KEPT_KEYS = ("name", "tool_call_id", "reasoning_content")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+_QUALITY_TAGS = ("label", "kto_tag", "score")
+"""Columns that say whether an answer is good. Without preference tuning, the bad answers would be trained too."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +89,13 @@ def recognise(
         RowError: The task supports no format that matches the row.
     """
     if prompt_template is not None and any(
-        row.get(columns.get(name, name)) is not None for name in places_of(prompt_template)
+        mapped(row, columns, name) is not None for name in places_of(prompt_template)
     ):
         return "prompt_completion" if "completion" in places_of(prompt_template) else "instruction"
     found: list[DataFormat] = [
         name
         for name, needed in _COLUMNS.items()
-        if all(row.get(columns.get(column, column)) is not None for column in needed)
+        if all(_value_of(row, columns, column) is not None for column in needed)
     ]
     allowed = _FORMATS_OF_TASK[task]
     for name in found:
@@ -92,9 +105,9 @@ def recognise(
         all(columns.get(column, column) in row for column in _COLUMNS[name]) for name in allowed
     )
     if found and not has_empty_columns:
-        better = next(other for other, formats in _FORMATS_OF_TASK.items() if found[0] in formats)
+        tasks = " or ".join(other for other, formats in _FORMATS_OF_TASK.items() if found[0] in formats)
         raise RowError(
-            "wrong format", f"has the format {FORMAT_NAMES[found[0]]}, which needs task: {better}, not {task}"
+            "wrong format", f"has the format {FORMAT_NAMES[found[0]]}, which needs task: {tasks}, not {task}"
         )
     raise RowError("wrong columns", _missing_columns(row, columns, allowed))
 
@@ -120,24 +133,85 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
         RowError: The row cannot be trained on.
     """
     if reading.prompt_template is not None:
-        return _fill(row, reading.prompt_template, reading.columns)
-    chat = _READERS[reading.data_format](row, reading.columns)
-    if isinstance(chat, Chat) and reading.task == "classification":
-        return _labelled(chat, reading.labels)
-    if isinstance(chat, Chat) and reading.task == "causal_lm" and chat.untrained:
+        filled = _fill(row, reading.prompt_template, reading.columns)
+        names = {reading.columns.get(name, name) for name in places_of(reading.prompt_template)}
+        return replace(filled, notes=_judge_unread(row, names, reading.task))
+    example = _read_columns(row, reading)
+    if not isinstance(example, Chat):
+        return example
+    if reading.task == "classification":
+        return _labelled(example, reading.labels)
+    if reading.task == "causal_lm" and example.untrained:
         raise RowError(
             "wrong weight",
-            f"message {chat.untrained[0] + 1} has weight 0, but task: causal_lm trains on every token. Remove the weights, or use "
-            "task: instruction_tuning",
+            f"message {example.untrained[0] + 1} is excluded from the loss, but task: causal_lm trains on every token. Remove its "
+            "weight, or use task: instruction_tuning",
         )
-    if isinstance(chat, Chat) and not _trains_anything(chat):
-        raise RowError("nothing trained", "has only assistant messages of weight 0, so it has no loss tokens")
-    return chat
+    answers = sum(message["role"] == "assistant" for message in example.messages)
+    if answers <= len(example.untrained):
+        raise RowError(
+            "nothing trained",
+            "has only assistant messages that are excluded from the loss (weight 0, or before the first user message)",
+        )
+    return example
 
 
-def _trains_anything(chat: Chat) -> bool:
-    answers = sum(message["role"] == "assistant" for message in chat.messages)
-    return answers > len(chat.untrained)
+def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
+    """Read a row by its format, and note or reject the columns that the format does not use."""
+    known = ALL_COLUMNS[reading.data_format]
+    if not reading.columns and row.keys() <= known:
+        return _READERS[reading.data_format](row, reading.columns)
+    columns = _columns_of(row, reading.columns, reading.data_format)
+    example = _READERS[reading.data_format](row, columns)
+    unread = _judge_unread(row, {columns.get(name, name) for name in known}, reading.task)
+    return replace(example, notes=(*example.notes, *unread)) if unread else example
+
+
+def _columns_of(
+    row: dict[str, Any], columns: Mapping[str, str], data_format: DataFormat
+) -> Mapping[str, str]:
+    """Return the mapping of columns, extended by the names of other tools that this row has."""
+    found = {
+        name: other
+        for name in ALL_COLUMNS[data_format]
+        if name in _OTHER_NAMES and name not in columns and row.get(name) is None
+        for other in _OTHER_NAMES[name]
+        if row.get(other) is not None
+    }
+    return {**columns, **found} if found else columns
+
+
+def _value_of(row: dict[str, Any], columns: Mapping[str, str], name: str) -> Any:
+    """Return a column's value, under one of its names in other tools unless `columns` maps it."""
+    if name in columns or row.get(name) is not None:
+        return mapped(row, columns, name)
+    return next((row[other] for other in _OTHER_NAMES.get(name, ()) if row.get(other) is not None), None)
+
+
+def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str, ...]:
+    """Return a note for each column that is not used; reject columns that change what should be learned."""
+    notes = []
+    for name, value in row.items():
+        if name in used or value is None or value in ("", [], {}):
+            continue
+        if is_media(name):
+            raise RowError("unsupported content", f"has a column `{name}`. Only text is supported")
+        is_tag = (
+            isinstance(value, bool | int | float) if name in ("label", "score") else name in _QUALITY_TAGS
+        )
+        if is_tag and task == "instruction_tuning":
+            raise RowError(
+                "quality tag",
+                f"has a column `{name}` ({short(value)}), which says how good the answer is, but task: instruction_tuning trains every "
+                f"answer. Remove the bad rows and the column, or build pairs for task: preference_tuning",
+            )
+        if name in ("weight", "loss_mask", "loss", "train", "trainable"):
+            raise RowError(
+                "wrong weight",
+                f"has a column `{name}`, which is not supported for this format. Remove it, and the rows that it excludes",
+            )
+        notes.append(f"column `{name}` is not used")
+    return tuple(notes)
 
 
 def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
@@ -149,7 +223,7 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
             f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known})",
         )
     messages = [*chat.messages[:-1], {**chat.messages[-1], "content": answer}]
-    return Chat(messages, chat.tools, label=labels.index(answer))
+    return replace(chat, messages=messages, label=labels.index(answer))
 
 
 # --- prompt_template --------------------------------------------------------------------------------------------
@@ -164,7 +238,7 @@ def _fill(row: dict[str, Any], prompt_template: str, columns: Mapping[str, str])
     names = places_of(prompt_template)
     values: dict[str, str] = {}
     for name in names:
-        is_empty_input = name == "input" and not row.get(columns.get(name, name))
+        is_empty_input = name == "input" and not mapped(row, columns, name)
         values[name] = "" if is_empty_input else _text_of(row, name, columns)
     answer = values.pop(names[-1])
     head = prompt_template.rstrip()[: -len(names[-1]) - 2]
@@ -179,81 +253,64 @@ def _called(name: str, columns: Mapping[str, str]) -> str:
 
 
 def _text_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> str:
-    text = row.get(columns.get(name, name))
+    text = mapped(row, columns, name)
     if text is None and columns.get(name, name) not in row:
         raise RowError("wrong columns", f"has no {_called(name, columns)} ({_found(row)})")
-    return _check_text(text, lambda: _called(name, columns))
+    return check_text(text, lambda: _called(name, columns))
 
 
-def _check_text(text: Any, what: Callable[[], str]) -> str:
-    if type(text) is not str:
-        raise RowError("wrong type", f"{what()} is {json_type(text)}, not a string")
-    if not text or text.isspace():
-        raise RowError("empty content", f"{what()} is empty")
-    if len(text) > MAX_ROW_BYTES:
-        million = f"{len(text) / 1e6:.1f} million characters, above the limit of {MAX_ROW_BYTES / 1e6:.0f} million per row"
-        raise RowError("too large", f"{what()} has {million}. Split long documents")
-    if "\x00" in text:
-        raise RowError("NUL character", f"{what()} contains a NUL character")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                "not UTF-8",
-                f"{what()} contains a lone surrogate or an invalid UTF-8 byte (at character {error.start + 1})",
-            ) from None
-    return text
+def _system_of(row: dict[str, Any], columns: Mapping[str, str]) -> str | None:
+    """Return the text of a system column, or None if it is empty."""
+    system = mapped(row, columns, "system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return None
+    return check_text(system, lambda: _called("system", columns))
+
+
+def _tools_of(row: dict[str, Any], columns: Mapping[str, str], *, wrap: bool = False) -> list[Tool] | None:
+    name = columns.get("tools", "tools")
+    return read_tools(row.get(name), f"`{name}`", wrap=wrap or name == "functions")
 
 
 def _read_messages(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    name = columns.get("messages", "messages")
-    tools = _tools_of(row, columns)
-    return _check_chat(_listed(row.get(name), f"`{name}`"), tools)
+    return _read_chat_column("messages", row, columns)
 
 
 def _read_conversations(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    name = columns.get("conversations", "conversations")
-    turns = _listed(row.get(name), f"`{name}`")
-    messages = [_from_sharegpt(position, turn) for position, turn in enumerate(turns, start=1)]
-    system = row.get("system")
-    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    if isinstance(system, str) and system.strip() and not has_system:
-        messages = [{"role": "system", "content": system}, *messages]
-    return _check_chat(messages, _tools_of(row, columns))
+    return _read_chat_column("conversations", row, columns)
 
 
-def _from_sharegpt(position: int, turn: Any) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    said = turn["from"]
-    if not isinstance(said, str) or said not in _SHAREGPT_ROLES:
-        raise RowError(
-            "unknown role",
-            f"message {position} is from {_short(said)}. Known: {', '.join(_SHAREGPT_ROLES)}",
-        )
-    return {"role": _SHAREGPT_ROLES[said], "content": turn.get("value"), "weight": turn.get("weight")}
+def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
+    chat = read_chat(
+        mapped(row, columns, name),
+        _called(name, columns),
+        _tools_of(row, columns, wrap=name == "conversations"),
+        system=_system_of(row, columns),
+    )
+    mask = mapped(row, columns, "loss_mask")
+    return chat if mask is None else mask_turns(chat, mask, _called("loss_mask", columns))
 
 
 def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    prompt, completion = (row.get(columns.get(name, name)) for name in ("prompt", "completion"))
-    if isinstance(prompt, list) or isinstance(completion, list):
-        return _check_chat(
-            [
-                *_side(prompt, "user", _called("prompt", columns)),
-                *_side(completion, "assistant", _called("completion", columns)),
-            ],
-            _tools_of(row, columns),
-        )
-    return _two_turns(_text_of(row, "prompt", columns), _text_of(row, "completion", columns))
+    messages = [
+        *_history_of(row, columns),
+        *_side(row, "prompt", "user", columns),
+        *_side(row, "completion", "assistant", columns),
+    ]
+    return read_chat(messages, "the row", _tools_of(row, columns), system=_system_of(row, columns))
 
 
 def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
     question = _text_of(row, "instruction", columns)
-    more = row.get(columns.get("input", "input"))
+    more = mapped(row, columns, "input")
     if more is not None and not (isinstance(more, str) and not more.strip()):
         question = f"{question}\n\n{_text_of(row, 'input', columns)}"
-    return _two_turns(question, _text_of(row, "output", columns))
+    messages = [*_history_of(row, columns), *_two_turns(question, _text_of(row, "output", columns))]
+    return read_chat(messages, "the row", system=_system_of(row, columns))
+
+
+def _history_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    return read_history(mapped(row, columns, "history"), _called("history", columns))
 
 
 def _read_text(row: dict[str, Any], columns: Mapping[str, str]) -> Text:
@@ -261,56 +318,59 @@ def _read_text(row: dict[str, Any], columns: Mapping[str, str]) -> Text:
 
 
 def _read_classification(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    label = row.get(columns.get("label", "label"))
+    label = mapped(row, columns, "label")
     if isinstance(label, int) and not isinstance(label, bool):
         label = str(label)
-    return _two_turns(_text_of(row, "text", columns), _check_text(label, lambda: _called("label", columns)))
+    answer = check_text(label, lambda: _called("label", columns))
+    return Chat(_two_turns(_text_of(row, "text", columns), answer))
 
 
-def _two_turns(question: str, answer: str) -> Chat:
-    return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+def _two_turns(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _side(row: dict[str, Any], name: str, role: str, columns: Mapping[str, str]) -> list[Any]:
+    """Convert a column that contains a text or a list of messages into a list of messages."""
+    value = mapped(row, columns, name)
+    if isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith("[{")):
+        return listed(value, _called(name, columns))
+    return [{"role": role, "content": _text_of(row, name, columns)}]
 
 
 def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
-    prompt = row.get(columns.get("prompt", "prompt"))
-    sides = [
-        _side(row.get(columns.get(name, name)), "assistant", _called(name, columns))
-        for name in ("chosen", "rejected")
-    ]
-    if prompt is not None:
-        shared = _side(prompt, "user", _called("prompt", columns))
+    """Read two conversations; the messages that they share are the prompt."""
+    has_prompt = mapped(row, columns, "prompt") is not None
+    prompt = _side(row, "prompt", "user", columns) if has_prompt else []
+    tools, system = _tools_of(row, columns), _system_of(row, columns)
+    chats: list[Chat] = []
+    for name in ("chosen", "rejected"):
+        side = _side(row, name, "assistant", columns)
         # Some data sets repeat the prompt at the start of both responses.
-        sides = [side[len(shared) :] if side[: len(shared)] == shared else side for side in sides]
-    else:
-        same = 0
-        while same < min(map(len, sides)) and sides[0][same] == sides[1][same]:
-            same += 1
-        shared = sides[0][:same]
-        if not shared or not all(side[same:] for side in sides):
-            raise RowError(
-                "no shared prompt",
-                "without a `prompt`, `chosen` and `rejected` must begin with the same messages and then differ",
-            )
-        sides = [side[same:] for side in sides]
-    tools = _tools_of(row, columns)
-    checked = []
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        rest = side[len(prompt) :] if side[: len(prompt)] == prompt else side
         try:
-            checked.append(_check_chat([*shared, *side], tools).messages[len(shared) :])
+            chats.append(read_chat([*prompt, *rest], _called(name, columns), tools, system=system))
         except RowError as error:
             raise RowError(error.kind, f"{_called(name, columns)}: {error}") from None
-    if checked[0] == checked[1]:
+    chosen, rejected = (chat.messages for chat in chats)
+    if chosen == rejected:
         raise RowError("nothing to prefer", "has identical `chosen` and `rejected` responses")
-    return Pair(
-        _check_chat([*shared, *sides[0]], tools).messages[: len(shared)], checked[0], checked[1], tools
-    )
-
-
-def _side(value: Any, role: str, what: str) -> list[Any]:
-    """Convert a column that contains a string or a list of messages into a list of messages."""
-    if isinstance(value, str) and not value.lstrip().startswith("[{"):
-        return [{"role": role, "content": _check_text(value, lambda: what)}]
-    return _listed(value, what)
+    same = 0
+    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        same += 1
+    if same == 0:
+        raise RowError(
+            "no shared prompt",
+            "without a `prompt`, `chosen` and `rejected` must begin with the same messages and then differ",
+        )
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if messages[same]["role"] != "assistant" or len(messages) > same + 1:
+            raise RowError(
+                "several answers",
+                f"{_called(name, columns)} has messages after the first one that differs (message {same + 1}), but only one answer can be "
+                "compared. End both conversations with the first answers that differ",
+            )
+    notes = tuple(dict.fromkeys(note for chat in chats for note in chat.notes))
+    return Pair(chosen[:same], chosen[same:], rejected[same:], chats[0].tools, notes=notes)
 
 
 _READERS: dict[DataFormat, Callable[[dict[str, Any], Mapping[str, str]], Example]] = {
@@ -323,181 +383,3 @@ _READERS: dict[DataFormat, Callable[[dict[str, Any], Mapping[str, str]], Example
     "classification": _read_classification,
 }
 assert set(_READERS) == set(_COLUMNS) == set(get_args(DataFormat))
-
-
-# --- Chats ------------------------------------------------------------------------------------------------------
-
-
-def _listed(value: Any, what: str) -> list[Any]:
-    """Return a list of messages; CSV and some Parquet files store it as a JSON string."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _from_json(value, what)
-    if not isinstance(value, list | tuple):
-        raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of messages")
-    if not value:
-        raise RowError("empty content", f"{what} is an empty list")
-    return list(value)
-
-
-def _from_json(value: str, what: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise RowError("not JSON", f"{what} is a string that is not valid JSON ({error})") from None
-    except RecursionError:
-        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
-
-
-def _tools_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
-    name = columns.get("tools", "tools")
-    tools = row.get(name)
-    if isinstance(tools, str):
-        tools = _from_json(tools, f"`{name}`") if tools.strip() else None
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise RowError("wrong type", f"`{name}` is {json_type(tools)}, not a list of JSON schemas")
-    for number, tool in enumerate(tools, start=1):
-        if not isinstance(tool, dict):
-            raise RowError("wrong type", f"tool {number} of `{name}` is {json_type(tool)}, not a JSON schema")
-    _check_nesting(tools, f"`{name}`")
-    return tools
-
-
-def _check_nesting(value: Any, what: str) -> None:
-    """Check that a value can be serialized, since chat templates print it as JSON."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except RecursionError:
-        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
-    except (ValueError, TypeError) as error:
-        raise RowError("wrong type", f"{what} cannot be serialized as JSON ({error})") from None
-    if "\\u0000" in text.replace("\\\\", ""):  # JSON escapes a literal backslash as two
-        raise RowError("NUL character", f"{what} contains a NUL character")
-
-
-def _check_chat(messages: list[Any], tools: list[dict[str, Any]] | None) -> Chat:
-    checked: list[Message] = []
-    untrained: list[int] = []
-    previous = None
-    for position, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise RowError("wrong type", f"message {position} is not an object with role and content")
-        role = message.get("role")
-        if role is None and "from" in message:
-            raise RowError(
-                "wrong format",
-                f"message {position} has `from`, not `role`. ShareGPT chats need data_format: conversations; if their column is "
-                "named messages, also set columns: {conversations: messages}",
-            )
-        if role not in _ROLES:
-            raise RowError(
-                "unknown role", f"message {position} has the role {_short(role)}. Known: {', '.join(_ROLES)}"
-            )
-        if len(message) == 2 and "content" in message:
-            content = message["content"]
-            clean = message
-        else:
-            clean = _clean_message(message, position)
-            content = clean.get("content")
-            if role == "assistant" and _weight_of(message, position) == 0:
-                untrained.append(position - 1)
-        if content != "" or "tool_calls" not in clean:
-            _check_text(content, lambda position=position, role=role: f"message {position} ({role})")
-        _check_order(role, previous, position, checked)
-        checked.append(clean)
-        previous = role
-    if previous != "assistant":
-        if not any(message["role"] == "assistant" for message in checked):
-            raise RowError("nothing trained", "has no assistant message, so it has no loss tokens")
-        raise RowError(
-            "role order", f"ends with a {previous} message; the last message must be from the assistant"
-        )
-    return Chat(checked, tools, tuple(untrained))
-
-
-def _check_order(role: str, previous: str | None, position: int, before: list[Message]) -> None:
-    if role == "system" and previous is not None:
-        raise RowError("role order", f"message {position}: a system message must be the first message")
-    if role == "assistant" and previous in (None, "system"):
-        raise RowError(
-            "role order",
-            f"message {position}: an assistant message must follow a user message, but none precedes it",
-        )
-    if role == "tool":
-        if previous == "tool" or (previous == "assistant" and "tool_calls" in before[-1]):
-            return
-        raise RowError(
-            "role order",
-            f"message {position}: a tool message must follow an assistant message with tool_calls, but none precedes it",
-        )
-    if role == previous:
-        raise RowError(
-            "role order",
-            f"messages {position - 1} and {position} are both from the {role}; roles must alternate",
-        )
-
-
-def _short(value: Any) -> str:
-    shown = repr(value) if isinstance(value, str | int | float | None) else json_type(value)
-    return shown if len(shown) <= 40 else shown[:40] + "…"
-
-
-def _weight_of(message: dict[str, Any], position: int) -> float:
-    weight = message.get("weight")
-    if weight is None:
-        return 1
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise RowError(
-            "wrong weight",
-            f"message {position} has weight {_short(weight)}. Use 1 to include the message in the loss, or 0 to exclude it",
-        )
-    return weight
-
-
-def _clean_message(message: dict[str, Any], position: int) -> Message:
-    """Return a message without Parquet's filler nulls and without keys that no template reads."""
-    role = message["role"]
-    clean: Message = {"role": role, "content": message.get("content")}
-    for key in _KEPT_KEYS:
-        if value := message.get(key):
-            clean[key] = _check_text(value, lambda key=key: f"message {position} ({role}): `{key}`")
-    calls = message.get("tool_calls")
-    if not calls:
-        return clean
-    if role != "assistant":
-        raise RowError(
-            "role order",
-            f"message {position} ({role}) has tool_calls, which only assistant messages may have",
-        )
-    if isinstance(calls, str):
-        calls = _from_json(calls, f"message {position}: `tool_calls`")
-    if not isinstance(calls, list):
-        raise RowError("wrong type", f"message {position}: `tool_calls` is {json_type(calls)}, not a list")
-    clean["tool_calls"] = [
-        _clean_call(call, f"message {position}: tool call {number}") for number, call in enumerate(calls, 1)
-    ]
-    if clean["content"] is None:
-        clean["content"] = ""  # templates print a null as None
-    return clean
-
-
-def _clean_call(call: Any, what: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _from_json(arguments, f"{what}: arguments") if arguments.strip() else {}
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise RowError("wrong type", f"{what}: arguments is {json_type(arguments)}, not an object")
-    _check_nesting([function["name"], arguments], what)
-    clean: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
-    if isinstance(call.get("id"), str):
-        clean["id"] = call["id"]
-    return clean

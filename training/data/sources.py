@@ -22,13 +22,25 @@ from utils.storage.bucket import (
     local_path,
 )
 
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+}
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_NOT_READ = (".tsv", ".arrow", ".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
+_NOT_READ = (".tsv", ".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
+# Files that `datasets` writes beside the rows.
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|training|valid|validation|val|dev|eval|test)(?=[/_.-]|$)")
+_SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _HUB_PREFIX = "hf://datasets/"
 _HUB_SECONDS = 10
 _PARQUET_ROWS = 1000
+_HEAD_BYTES = 64
 _JSON_BLOCK = 1 << 20  # characters
 
 
@@ -74,12 +86,32 @@ def _files_at(place: str) -> list[tuple[str, str]]:
     """Return (URI, version) of the file at this path, or of all data files below it."""
     check_readable(place)
     found = find_objects(place)
-    is_one_file = [uri for uri, _ in found] == [place]
-    return found if is_one_file else [(uri, version) for uri, version in found if _is_data_file(uri, place)]
+    if [uri for uri, _ in found] == [place]:
+        return found
+    files = [(uri, version) for uri, version in found if _is_data_file(uri, place)]
+    _reject_several_splits([uri for uri, _ in files], place)
+    return files
+
+
+def _reject_several_splits(uris: list[str], directory: str) -> None:
+    """Reject a directory with files of several splits, which would be trained together."""
+    by_split: dict[str, str] = {}
+    for uri in uris:
+        if found := _SPLIT.search(uri.removeprefix(directory).lower()):
+            by_split.setdefault(_SAME_SPLIT.get(found[1], found[1]), uri)
+    if len(by_split) > 1:
+        raise DataError(
+            f"{directory}: contains files of several splits ({', '.join(sorted(by_split.values()))}). Name the file, or a pattern such as "
+            f"{directory.rstrip('/')}/*train*."
+        )
 
 
 def _is_glob(place: str) -> bool:
-    return any(character in place for character in "*?[") and (is_remote(place) or not Path(place).exists())
+    """Return whether a path is a pattern; a file or an object may have `[` or `?` in its name."""
+    if not any(character in place for character in "*?["):
+        return False
+    exists = any(uri == place for uri, _ in find_objects(place)) if is_remote(place) else Path(place).exists()
+    return not exists
 
 
 def _matches(pattern: str) -> list[tuple[str, str]]:
@@ -106,7 +138,8 @@ def _matches(pattern: str) -> list[tuple[str, str]]:
 
 
 def _is_data_file(uri: str, directory: str) -> bool:
-    return not _is_hidden(uri, directory) and _kind_of(uri)[0] in _KINDS.values()
+    is_description = PurePosixPath(uri).name in _DESCRIPTIONS
+    return not is_description and not _is_hidden(uri, directory) and _kind_of(uri)[0] in _KINDS.values()
 
 
 def _is_hidden(uri: str, directory: str) -> bool:
@@ -201,6 +234,8 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
         raise DataError(
             f"{file.uri}: {kind} files are not supported. Convert it to JSONL (one JSON object per line), JSON, CSV or Parquet, with that extension."
         )
+    if kind == "arrow":
+        return _open_arrow(path, file.uri)
     if kind == "parquet":
         if compression:
             raise DataError(
@@ -260,6 +295,9 @@ def _naming_damage(rows: Iterator[tuple[int, Any]], uri: str) -> Iterator[tuple[
 
 
 def _read_jsonl(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
+    if stream.peek(_HEAD_BYTES).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        yield from _read_json(stream, uri)  # an array under the name of JSON Lines
+        return
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -476,24 +514,33 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                     for value in batch.to_pylist():
                         read += 1
-                        yield read, _without_filler_nulls(value)
+                        yield read, value
         except read_errors as error:
             raise _parquet_error(f"{uri}:{read + 1}", error) from error
 
     return OpenFile(rows(), lambda: read / max(file.metadata.num_rows, 1))
 
 
-def _without_filler_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Remove nulls that fill in for keys of other rows; chat templates would print them."""
-    return {name: _without_nulls(value) for name, value in row.items()}
+def _open_arrow(path: Path, uri: str) -> OpenFile:
+    """Open a file of `Dataset.save_to_disk`: a stream of Arrow batches."""
+    import pyarrow as pa
 
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{uri}: not a stream of Arrow batches, or corrupt ({(str(error).splitlines() or [''])[0]}). Write it with Dataset.save_to_disk."
+        ) from error
+    read = 0
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
-    if isinstance(value, list):
-        return [_without_nulls(below) for below in value]
-    return value
+    def rows() -> Iterator[tuple[int, Any]]:
+        nonlocal read
+        for batch in table.to_batches(max_chunksize=_PARQUET_ROWS):
+            for value in batch.to_pylist():
+                read += 1
+                yield read, value
+
+    return OpenFile(rows(), lambda: read / max(len(table), 1))
 
 
 def _parquet_error(place: str, error: Exception) -> DataError:
@@ -516,6 +563,6 @@ def _open_hub(file: DataFile) -> OpenFile:
         nonlocal read
         for row in dataset:
             read += 1
-            yield read, _without_filler_nulls(row)  # pyright: ignore[reportArgumentType]
+            yield read, row
 
     return OpenFile(rows(), lambda: read / max(len(dataset), 1))  # pyright: ignore[reportArgumentType]

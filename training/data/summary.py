@@ -1,7 +1,7 @@
 """Summary of prepared rows: counts, lengths, duplicates and examples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +74,10 @@ class DataSummary:
     """Checksum of the tokens, independent of where the rows are stored."""
     examples: list[list[tuple[str, bool]]]
     """Example rows as (text, contributes to the loss) pieces."""
+    split_rows: int = 0
+    """Rows that became several sequences, because the chat template renders earlier turns differently once others follow."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Changed or unused parts of rows -> number of rows."""
 
 
 def measure_lengths(lengths: np.ndarray) -> Lengths:

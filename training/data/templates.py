@@ -1,93 +1,409 @@
-"""Chat templates: render examples as text and locate the assistant's answers, including the end marker."""
+"""Chat templates: render each assistant turn in the context in which the model will be asked for it.
 
+The prompt of a turn is the template's rendering of the messages before it, with the generation prompt. The completion is what
+follows the prompt in the rendering that ends with the turn, end marker included.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Example, Filled, Message, Pair, Text
 from training.data.rendered import Rendered, Span
+from training.data.template_checks import check_answer, check_context, check_parts, clearest, drops_tool_texts
+from training.data.template_forms import Form, adapted, answers_of, features_of, possible_forms, thought_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Turns = Literal["auto", "last", "all"]
 
 _QUESTION, _ANSWER = "What is it?", "That is it."
-_SPEAKERS = {"user", "assistant"}
+# A row whose text contains these may be rendered by other rules than a row of the same roles without them.
+_RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+_END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant turn in its own context."""
+
+    text: str
+    """The rendering that ends with the turn."""
+    begin: int
+    """First character of the completion."""
+    end: int
+    """End of the completion; only whitespace follows."""
+
+    @property
+    def prompt(self) -> str:
+        """The text before the completion."""
+        return self.text[: self.begin]
+
+    @property
+    def completion(self) -> str:
+        """The text that the loss is on."""
+        return self.text[self.begin : self.end]
 
 
 class Renderer:
     """A renderer that applies the model's chat template to the examples of a source."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, whole_text: bool):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        whole_text: bool,
+        turns: Turns = "auto",
+        variables: dict[str, Any] | None = None,
+    ):
         """Detect the text that the chat template puts around an answer.
 
         Args:
             tokenizer: Tokenizer with its chat template.
             whole_text: True to train on every token instead of the answers only.
+            turns: auto: every turn in its own context; last: only the last turn; all: every turn, in one sequence.
+            variables: Variables of the template (`chat_template_kwargs`).
         """
         self._tokenizer = tokenizer
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
+        self._turns = turns
+        self._variables = variables or {}
+        self._source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
-        self._written: set[str] = set()
-        self._writes_tools: bool | None = None
-        self._writes_calls: bool | None = None
+        self._bos = _text_of(tokenizer.bos_token)
+        self._stops = tuple(
+            {stop for stop in (_text_of(tokenizer.eos_token), self.end_marker.strip()) if stop}
+        )
+        self._knows_developer = "developer" in self._source
+        self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+        self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
+        self._switches = [
+            name
+            for name in ("enable_thinking", "thinking")
+            if name not in self._variables and re.search(rf"(?<![\w.'\"]){name}\b(?!['\"])", self._source)
+        ]
+        """Variables that turn thinking on and off, which the template reads and the YAML does not set."""
+        self._forms: dict[tuple[bool, ...], Form] = {}
+        """Features of a chat -> the form that rendered the last such chat."""
+        self._appends: dict[tuple[Any, ...], bool] = {}
+        """Roles and keys of a chat -> True if one rendering holds all of its turns."""
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
-        """Render an example as one sequence, or a pair as two: chosen, then rejected, with their completions as spans.
+        """Render an example: a pair as two sequences (chosen, then rejected), a chat as one or, if need be, several.
 
         Raises:
-            RowError: The template rejects the row, or its answers cannot be located in the rendered text.
+            RowError: The template rejects the row, or a text of the row does not reach the rendering.
         """
         if isinstance(example, Text):
-            return (Rendered(example.text, ((0, len(example.text)),), ends_the_text=True),)
+            return (self._plain(example.text, 0, len(example.text)),)
         if isinstance(example, Filled):
             text = example.prompt + example.answer
-            begin = 0 if self._whole_text else len(example.prompt)
-            return (Rendered(text, ((begin, len(text)),), ends_the_text=True),)
+            return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
         if isinstance(example, Pair):
-            return tuple(self._completed(example, side) for side in (example.chosen, example.rejected))
-        whole = self._apply_template(example.messages, example.tools)
-        self._check_content(whole, example.messages, example.tools)
-        self._check_tools(whole, example)
+            return self._pair(self._clean_pair(example))
+        cleaned = self._clean(example.messages)
+        if cleaned is not example.messages:
+            example = replace(example, messages=cleaned)
         if self._whole_text:
-            return (Rendered(whole, ((0, len(whole)),)),)
-        spans = self._answers(whole, example)
+            return (self._whole(example),)
         if example.label is not None:
-            return (self._up_to_label(whole, spans[-1], str(example.messages[-1]["content"])),)
-        if example.untrained:
-            positions = _answer_positions(example.messages)
-            spans = [
-                span
-                for position, span in zip(positions, spans, strict=True)
-                if position not in example.untrained
-            ]
-        return (Rendered(whole, tuple(spans)),)
+            last_only = replace(example, untrained=tuple(answers_of(example.messages)[:-1]))
+            return (_up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
+        return self._chat(example)
 
-    def _completed(self, pair: Pair, side: list[Message]) -> Rendered:
-        before = self._apply_template(pair.prompt, pair.tools, prompt=True)
-        whole = self._apply_template([*pair.prompt, *side], pair.tools)
-        self._check_content(whole, [*pair.prompt, *side], pair.tools)
-        if not whole.startswith(before):
+    def _plain(self, text: str, begin: int, end: int) -> Rendered:
+        """Return text that is tokenized without a chat template, without the BOS token that the tokenizer adds."""
+        if self._adds_bos and text.startswith(self._bos):
+            cut = len(self._bos)
+            text, begin, end = text[cut:], max(0, begin - cut), end - cut
+        return Rendered(text, ((begin, end),), ends_the_text=True)
+
+    def notes(self, example: Example, sequences: Sequence[Rendered]) -> list[str]:
+        """Return what the plan counts about a rendered row: special tokens that a user wrote, and texts of tools that are not used.
+
+        Special tokens in the words of a user are tokenized as such.
+        """
+        if not isinstance(example, Chat | Pair):
+            return []
+        notes = []
+        messages = example.messages if isinstance(example, Chat) else example.prompt
+        writers = [
+            m["role"] for m in messages if m["role"] != "assistant" and self._special.search(m["content"])
+        ]
+        if writers:
+            notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
+        if example.tools and drops_tool_texts(sequences[-1].text, example.tools):
+            notes.append("some texts of `tools` are not in the rendering of the chat template")
+        return notes
+
+    def _clean(self, messages: list[Message]) -> list[Message]:
+        """Give developer messages the role that the template knows, and remove end tokens that answers bring themselves.
+
+        Raises:
+            RowError: The prompt is rendered already.
+        """
+        first = next((message["content"] for message in messages if message["role"] != "assistant"), "")
+        if self._bos and first.lstrip().startswith(self._bos):
             raise RowError(
-                "template",
-                "the model's chat template does not render the completion directly after the prompt. Use a model whose "
-                "template only appends messages, or set chat_template",
+                "rendered already",
+                f"message 1 begins with {self._bos}, so it is rendered already and the chat template would wrap it again. Use the format "
+                "`text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
             )
-        return Rendered(whole.rstrip(), ((len(before), len(whole.rstrip())),))
+        if not self._knows_developer and any(message["role"] == "developer" for message in messages):
+            messages = [
+                {**message, "role": "system"} if message["role"] == "developer" else message
+                for message in messages
+            ]
+        if not any(
+            m["role"] == "assistant" and m["content"].rstrip().endswith(self._stops) for m in messages
+        ):
+            return messages
+        return [
+            self._without_stop(message) if message["role"] == "assistant" else message for message in messages
+        ]
 
-    def _up_to_label(self, whole: str, answer: Span, label: str) -> Rendered:
-        begin = whole.find(label, answer[0], answer[1])
-        if begin < 0:
-            raise RowError("template", f"the model's chat template does not render the label {label!r}")
-        end = begin + len(label)
-        return Rendered(whole[:end], ((begin, end),))
+    def _without_stop(self, message: Message) -> Message:
+        content = message["content"].rstrip()
+        stop = next((stop for stop in self._stops if content.endswith(stop)), None)
+        if stop is None or content == stop:
+            return message
+        return {**message, "content": content[: -len(stop)]}
 
-    def _apply_template(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False
+    def _clean_pair(self, pair: Pair) -> Pair:
+        return replace(
+            pair,
+            prompt=self._clean(pair.prompt),
+            chosen=[self._without_stop(message) for message in pair.chosen],
+            rejected=[self._without_stop(message) for message in pair.rejected],
+        )
+
+    # --- Chats ---
+
+    def _chat(self, chat: Chat) -> tuple[Rendered, ...]:
+        """Render the trained turns of a chat as few sequences as give each turn its own context."""
+        trained = [k for k in answers_of(chat.messages) if k not in chat.untrained]
+        if self._turns == "last":
+            trained = trained[-1:]
+        signature = (
+            bool(chat.tools),
+            *(m["role"] if len(m) == 2 else (*m, m["role"]) for m in chat.messages),
+        )
+        if self._appends.get(signature, True) and (whole := self._appended(chat, trained)):
+            if signature not in self._appends:
+                self._appends[signature] = self._split(chat, trained) == (whole,)
+            if self._appends[signature]:
+                return (whole,)
+        sequences = self._split(chat, trained)
+        if self._turns == "all" and len(sequences) > 1:
+            raise RowError(
+                "several contexts",
+                f"needs {len(sequences)} sequences, because the chat template renders earlier turns differently once others follow. Set "
+                "turns: auto (each turn in its own context) or last",
+            )
+        return sequences
+
+    def _split(self, chat: Chat, trained: Sequence[int]) -> tuple[Rendered, ...]:
+        """Return the sequences of a chat in the order of their last turns."""
+        turns = self._turns_of(chat, trained)
+        sequences: list[tuple[str, list[Span]]] = []
+        for turn in reversed(turns):
+            for text, spans in sequences:
+                if text.startswith(turn.text[: turn.end]) and turn.end <= spans[0][0]:
+                    spans.insert(0, (turn.begin, turn.end))
+                    break
+            else:
+                sequences.append((turn.text, [(turn.begin, turn.end)]))
+        return tuple(Rendered(text, tuple(spans)) for text, spans in reversed(sequences))
+
+    def _appended(self, chat: Chat, trained: Sequence[int]) -> Rendered | None:
+        """Render a chat once and find its answers word for word, or return None.
+
+        The result counts only for templates and kinds of chats for which it equals that of `_split`.
+        """
+        if not (self.header and self.end_marker):
+            return None
+        try:
+            whole = self._apply(chat.messages, chat.tools)
+        except RowError:
+            return None
+        answers = answers_of(chat.messages)
+        # The count makes sure that message content is never mistaken for a header.
+        if whole.count(self.header) != len(answers) or any(mark in whole for mark in _RULES_DEPEND_ON):
+            return None
+        spans: list[Span] = []
+        cursor = 0
+        for index in answers:
+            begin = whole.index(self.header, cursor) + len(self.header)
+            end = _end_of(whole, begin, chat.messages[index], self.end_marker)
+            if end is None:
+                return None
+            if index in trained:
+                spans.append((begin, end))
+            cursor = end
+        for message in chat.messages:
+            if message["role"] != "assistant" and message["content"].strip() not in whole:
+                return None
+        return Rendered(whole, tuple(spans))
+
+    def _turns_of(self, chat: Chat, trained: Sequence[int]) -> list[_Turn]:
+        """Return the turns in the first form in which every text of the row reaches the rendering."""
+        features = features_of(chat)
+        errors: list[RowError] = []
+        known = self._forms.get(features)
+        forms = [form for form in possible_forms(chat, self._source) if form != known]
+        for form in [known, *forms] if known else forms:
+            try:
+                turns = [self._turn(chat, index, form) for index in trained]
+                check_context(turns[-1].prompt, chat.messages[: trained[-1]], chat.tools)
+            except RowError as error:
+                errors.append(error)
+                continue
+            self._forms[features] = form
+            return turns
+        raise clearest(errors)
+
+    def _turn(self, chat: Chat, index: int, form: Form, *, thinks: bool | None = None) -> _Turn:
+        """Return the assistant turn at an index, which ends the rendering.
+
+        Args:
+            chat: The chat.
+            index: Index of the turn.
+            form: How messages are handed to the template.
+            thinks: True if the turn is asked for with thinking; None: if it has reasoning.
+        """
+        messages = [
+            adapted(message, form, number) for number, message in enumerate(chat.messages[: index + 1])
+        ]
+        answer = chat.messages[index]
+        reasoning = thought_of(answer)[0]
+        # A row may write an empty thought itself; in a pair of which one answer has reasoning, the other is an answer without.
+        keeps_empty_thought = bool(thinks) or _EMPTY_THOUGHT.match(answer["content"]) is not None
+        if thinks is None:
+            thinks = bool(reasoning) or keeps_empty_thought
+        turn = self._asked(messages, chat.tools, thinks=thinks)
+        if turn is None or (
+            reasoning and reasoning.strip() not in turn.completion and form.reasoning is None
+        ):
+            turn = self._continued(messages, chat.tools, reasoning)
+        if not keeps_empty_thought:
+            turn = _without_empty_thought(turn, answer["content"])
+        check_answer(turn.completion, answer, index)
+        if form.parts:
+            check_parts(turn.text, messages)
+        return turn
+
+    def _asked(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, thinks: bool
+    ) -> _Turn | None:
+        """Return the turn after its generation prompt, or None if the rendering does not begin with that prompt.
+
+        Without thinking, the generation prompt that turns thinking off is preferred if the rendering begins with it.
+        """
+        usual = self._apply(messages, tools)
+        found: list[tuple[bool, int, _Turn]] = []
+        for switch in ({}, *({name: thinks} for name in self._switches)):
+            prompt = self._apply(messages[:-1], tools, prompt=True, switch=switch)
+            text = self._apply(messages, tools, switch=switch) if switch else usual
+            end = len(text.rstrip())
+            if text.startswith(prompt) and len(prompt) < end:
+                found.append((text == usual, len(prompt), _Turn(text, len(prompt), end)))
+        if not found:
+            return None
+        if thinks:
+            return found[0][2]
+        return max(found, key=lambda entry: entry[:2])[2]
+
+    def _continued(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, reasoning: str
+    ) -> _Turn:
+        """Return a turn whose rendering does not begin with its generation prompt: what stands after its header, after the prompt.
+
+        Such templates change earlier turns once another follows, cut reasoning out, or open a thought in the generation prompt.
+        """
+        before = self._apply(messages[:-1], tools)
+        prompt = self._apply(messages[:-1], tools, prompt=True)
+        text = self._apply(messages, tools)
+        is_open = prompt.rstrip().endswith("<think>")
+        header = prompt[len(before) :] if prompt.startswith(before) else ""
+        if is_open and "<think>" in header:
+            header = header[: header.rindex("<think>")]
+        place = text.rfind(header) if header else -1
+        if place < 0:
+            raise RowError("template", _not_a_prefix(len(messages) - 1))
+        completion = text[place + len(header) :]
+        if is_open or (reasoning and reasoning.strip() not in completion):
+            opening = "" if is_open else "<think>\n"
+            completion = f"{opening}{reasoning.strip()}\n</think>\n\n{completion.lstrip()}"
+        whole = prompt + completion
+        return _Turn(whole, len(prompt), len(whole.rstrip()))
+
+    # --- Other examples ---
+
+    def _whole(self, chat: Chat) -> Rendered:
+        """Render a chat that is trained on every token."""
+        errors: list[RowError] = []
+        for form in possible_forms(chat, self._source):
+            messages = [adapted(message, form, number) for number, message in enumerate(chat.messages)]
+            try:
+                whole = self._apply(messages, chat.tools)
+                check_context(whole, chat.messages, chat.tools)
+                if form.parts:
+                    check_parts(whole, messages)
+                for index in answers_of(chat.messages):
+                    check_answer(whole, chat.messages[index], index)
+            except RowError as error:
+                errors.append(error)
+                continue
+            return Rendered(whole, ((0, len(whole)),))
+        raise clearest(errors)
+
+    def _pair(self, pair: Pair) -> tuple[Rendered, ...]:
+        """Render both conversations of a pair after the same prompt."""
+        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected)]
+        index = len(pair.prompt)
+        thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
+        errors: list[RowError] = []
+        for form in possible_forms(
+            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools), self._source
+        ):
+            try:
+                turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
+                check_context(turns[0].prompt, pair.prompt, pair.tools)
+            except RowError as error:
+                errors.append(error)
+                continue
+            if turns[0].prompt != turns[1].prompt:
+                errors.append(
+                    RowError(
+                        "template", "the chat template renders the prompt of the two answers differently"
+                    )
+                )
+                continue
+            if turns[0].completion == turns[1].completion:
+                raise RowError(
+                    "nothing to prefer", "the chat template renders `chosen` and `rejected` to the same text"
+                )
+            return tuple(Rendered(turn.text[: turn.end], ((turn.begin, turn.end),)) for turn in turns)
+        raise clearest(errors)
+
+    # --- The template ---
+
+    def _apply(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        *,
+        prompt: bool = False,
+        switch: dict[str, bool] | None = None,
     ) -> str:
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
@@ -98,6 +414,8 @@ class Renderer:
                 documents=None,
                 add_generation_prompt=prompt,
                 **self._special_tokens,
+                **self._variables,
+                **(switch or {}),
             )
         except TemplateSyntaxError as error:
             raise DataError(
@@ -118,63 +436,15 @@ class Renderer:
                 f"is rejected by the chat template ({error}). Use only roles and fields that the template supports",
             ) from error
 
-    def _check_content(self, whole: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
-        """Check that the template renders user and assistant content; some templates skip content that is a string."""
-        for position in range(len(messages) - 1, -1, -1):
-            if self._written >= _SPEAKERS:
-                return
-            message = messages[position]
-            role = message["role"]
-            if role in self._written or role not in _SPEAKERS or "tool_calls" in message:
-                continue
-            changed = {**message, "content": f"{message['content']} {_ANSWER}"}
-            if whole == self._apply_template(
-                [*messages[:position], changed, *messages[position + 1 :]], tools
-            ):
-                raise DataError(
-                    f"the chat template drops the content of {role} messages. Set chat_template, or use a model whose template accepts "
-                    "message content as a string."
-                )
-            self._written.add(role)
-
-    def _check_tools(self, whole: str, chat: Chat) -> None:
-        """Check that the template renders tools and tool calls; most templates silently skip unsupported fields."""
-        if chat.tools:
-            if self._writes_tools is None:
-                self._writes_tools = whole != self._apply_template(chat.messages, None)
-            if not self._writes_tools:
-                raise RowError(
-                    "template",
-                    "has `tools`, but the chat template drops them. Use a model whose template renders tools, or set chat_template",
-                )
-        for position, message in enumerate(chat.messages):
-            if "tool_calls" not in message:
-                continue
-            name = message["tool_calls"][0]["function"]["name"]
-            if self._writes_calls is None:
-                other = {"type": "function", "function": {"name": f"not_{name}", "arguments": {}}}
-                changed = [
-                    *chat.messages[:position],
-                    {**message, "tool_calls": [other]},
-                    *chat.messages[position + 1 :],
-                ]
-                self._writes_calls = whole != self._apply_template(changed, chat.tools)
-            if not self._writes_calls:
-                raise RowError(
-                    "template",
-                    f"message {position + 1} calls `{name}`, but the chat template drops the call. Use a model whose template "
-                    "renders tool calls, or set chat_template",
-                )
-
     def _surroundings(self) -> tuple[str, str]:
         """Return the text before and after an answer, or two empty strings if the template does more than append."""
-        if not self._tokenizer.chat_template:
+        if not self._source:
             return "", ""
         question: Message = {"role": "user", "content": _QUESTION}
         try:
-            asked = self._apply_template([question], None)
-            prompt = self._apply_template([question], None, prompt=True)
-            whole = self._apply_template([question, {"role": "assistant", "content": _ANSWER}], None)
+            asked = self._apply([question], None)
+            prompt = self._apply([question], None, prompt=True)
+            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}], None)
         except RowError:
             return "", ""
         answer = whole.find(_ANSWER, len(prompt))
@@ -182,41 +452,15 @@ class Renderer:
             return "", ""
         return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
 
-    def _answers(self, whole: str, chat: Chat) -> list[Span]:
-        """Return the span of each assistant message in the rendered text."""
-        positions = _answer_positions(chat.messages)
-        header, marker = self.header, self.end_marker
-        # The count makes sure that message content is never mistaken for a header.
-        starts_are_known = bool(header) and whole.count(header) == len(positions)
-        spans: list[Span] = []
-        cursor = 0
-        for position in positions:
-            if starts_are_known:
-                begin = whole.index(header, cursor) + len(header)
-            else:
-                begin = self._begin(whole, chat, position)
-            end = _end_of(whole, begin, chat.messages[position], marker) if marker else None
-            if end is None:
-                end = self._end_by_rendering(whole, chat, position)
-            if not cursor <= begin < end:
-                raise RowError("template", _changes(position))
-            spans.append((begin, end))
-            cursor = end
-        return spans
 
-    def _begin(self, whole: str, chat: Chat, position: int) -> int:
-        before = self._apply_template(chat.messages[:position], chat.tools, prompt=True)
-        if not whole.startswith(before):
-            raise RowError("template", _changes(position))
-        return len(before)
+def _text_of(token: Any) -> str:
+    return token if isinstance(token, str) else ""
 
-    def _end_by_rendering(self, whole: str, chat: Chat, position: int) -> int:
-        """Return where the text ends if this turn is the last, without whitespace after the end marker."""
-        is_last = position == len(chat.messages) - 1
-        after = whole if is_last else self._apply_template(chat.messages[: position + 1], chat.tools)
-        if not whole.startswith(after):
-            raise RowError("template", _changes(position))
-        return len(after.rstrip())
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Return the texts of the special tokens, longest first."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(special, key=len, reverse=True)
 
 
 @lru_cache
@@ -228,8 +472,17 @@ def _compiled(chat_template: str) -> Template:
     return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
 
 
-def _answer_positions(messages: list[Message]) -> list[int]:
-    return [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+def _without_empty_thought(turn: _Turn, content: str) -> _Turn:
+    """Move an empty thought that the template inserts from the completion to the prompt: nobody asks the model for it."""
+    is_open = turn.prompt.rstrip().endswith("<think>")
+    found = (_END_OF_EMPTY_THOUGHT if is_open else _EMPTY_THOUGHT).match(turn.text, turn.begin, turn.end)
+    if found is None or found.end() >= turn.end:
+        return turn
+    begin = turn.text.find(content, found.end(), turn.end)  # the answer keeps its own whitespace
+    if not content or begin < 0 or turn.text[found.end() : begin].strip():
+        rest = turn.text[found.end() : turn.end]
+        begin = turn.end - len(rest.lstrip())
+    return _Turn(turn.text, begin, turn.end)
 
 
 def _end_of(whole: str, begin: int, message: Message, marker: str) -> int | None:
@@ -243,8 +496,15 @@ def _end_of(whole: str, begin: int, message: Message, marker: str) -> int | None
     return None
 
 
-def _changes(position: int) -> str:
+def _up_to_label(rendered: Rendered, label: str) -> Rendered:
+    """Cut a sequence after the label that ends it, which alone is trained."""
+    begin = rendered.text.find(label, *rendered.spans[-1])
+    end = begin + len(label)
+    return Rendered(rendered.text[:end], ((begin, end),))
+
+
+def _not_a_prefix(index: int) -> str:
     return (
-        f"the chat template renders message {position + 1} differently when other messages follow, so its loss tokens cannot be "
-        "located. Use one assistant message per row, a model whose template only appends messages, or set chat_template"
+        f"the chat template does not render message {index + 1} directly after its generation prompt, so the model would be trained on a "
+        "context that it is never asked in. Set chat_template to a template that only appends messages"
     )

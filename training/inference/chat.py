@@ -67,7 +67,12 @@ class Conversation:
             return prompt, False
         messages = [*self._messages, {"role": "user", "content": prompt}]
         return str(
-            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._trained.config.chat_template_kwargs or {},
+            )
         ), True
 
 

@@ -165,7 +165,8 @@ def read_questions(
     data: str, trained: TrainedModel, tokenizer: "PreTrainedTokenizerFast", settings: EvaluationSettings
 ) -> list[Question]:
     """Read the rows and render their prompts as in training. Raise an error that lists rows that cannot be evaluated."""
-    renderer = Renderer(tokenizer, whole_text=False)
+    variables = trained.config.chat_template_kwargs
+    renderer = Renderer(tokenizer, whole_text=False, turns="last", variables=variables)
     limit = _max_tokens(trained)
     questions: list[Question] = []
     errors: list[str] = []

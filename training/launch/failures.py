@@ -7,6 +7,7 @@ import ray.exceptions
 import ray.train
 
 from training.events import FailureCause, FailureKind
+from training.loop.memory_errors import out_of_memory_line
 from training.loop.ray_internals import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from training.models.files import first_line
 from training.planning.memory import Saving, describe_savings
@@ -25,12 +26,6 @@ _LOST_WORKER = (
 
 # Ray 2.60.0: after the memory monitor kills an actor, only the message of the ActorDiedError names the cause.
 _KILLED_FOR_MEMORY = re.compile(r"^.*running low on memory.*$", re.MULTILINE)
-
-# torch 2.x raises OutOfMemoryError only from its CUDA allocator. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
-_TORCH_OUT_OF_MEMORY = re.compile(
-    r"^.*(?:DefaultCPUAllocator: can't allocate memory|CUDA.*out of memory|Cuda failure.*out of memory).*$",
-    re.MULTILINE,
-)
 
 
 def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
@@ -78,17 +73,13 @@ def describe_lost_cluster(error: ray.exceptions.RayError, savings: Sequence[Savi
 
 def _cause_of(failure: BaseException) -> FailureCause:
     error = _unwrapped(failure)
-    text = str(error).strip()
-    if _is_memory_error(error):
-        # Ray's message has forty lines with its largest processes; the first line that mentions memory states the cause.
-        memory = re.search(r"^.*memory.*$", text, re.MULTILINE | re.IGNORECASE)
-        return FailureCause("out of memory", memory[0].strip() if memory else first_line(error))
+    if line := out_of_memory_line(error):
+        return FailureCause("out of memory", line)
     if isinstance(error, _LOST_WORKER):
+        text = str(error).strip()
         if killed := _KILLED_FOR_MEMORY.search(text):
             return FailureCause("out of memory", killed[0].strip())
         return FailureCause("worker lost", text.splitlines()[-1])  # after the actor's ids
-    if isinstance(error, RuntimeError) and (failed := _TORCH_OUT_OF_MEMORY.search(text)):
-        return FailureCause("out of memory", failed[0].strip())
     if isinstance(
         failure, ray.exceptions.RayTaskError
     ):  # from an evaluation, which has no worker log that shows the type
@@ -106,10 +97,3 @@ def _unwrapped(error: BaseException) -> BaseException:
                 error = error.cause
             case _:
                 return error
-
-
-def _is_memory_error(error: BaseException) -> bool:
-    """Return whether the type is MemoryError or an OutOfMemoryError of Ray or torch (by name, without importing torch)."""
-    return isinstance(error, MemoryError) or any(
-        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
-    )

@@ -136,7 +136,7 @@ class Throughput(TrainerCallback):
         self,
         order: BatchPlan,
         tokens_of_row: Sequence[int],
-        trained_tokens_of_row: Sequence[int],
+        loss_tokens_of_row: Sequence[int],
         *,
         clock: PhaseClock,
         flops: RowFlops | None,
@@ -147,14 +147,14 @@ class Throughput(TrainerCallback):
         Args:
             order: Assigns rows to steps.
             tokens_of_row: Tokens of each row.
-            trained_tokens_of_row: Loss tokens of each row.
+            loss_tokens_of_row: Loss tokens of each row.
             clock: Measures the phases.
             flops: FLOPs per row; None if unknown.
             peak_flops: Peak FLOPS of all devices together; None if unknown.
         """
         self.order = order
         self.tokens_of_row = tokens_of_row
-        self.trained_tokens_of_row = trained_tokens_of_row
+        self.loss_tokens_of_row = loss_tokens_of_row
         self.clock = clock
         self.flops = flops
         self.peak_flops = peak_flops
@@ -235,11 +235,11 @@ class Throughput(TrainerCallback):
 
     def _work_of(self, step: int) -> _Work:
         rows = self.order.rows_of_step(step)
-        lengths = [(self.tokens_of_row[row], self.trained_tokens_of_row[row]) for row in rows]
+        lengths = [(self.tokens_of_row[row], self.loss_tokens_of_row[row]) for row in rows]
         return _Work(
             rows=len(rows),
             tokens=sum(tokens for tokens, _ in lengths),
-            trained_tokens=sum(trained for _, trained in lengths),
+            trained_tokens=sum(loss_tokens for _, loss_tokens in lengths),
             flops=sum(self.flops.of_row(*length) for length in lengths) if self.flops else 0.0,
         )
 

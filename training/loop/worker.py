@@ -24,6 +24,7 @@ from training.checkpoints.weights import fetch_model, fetch_weights, verify_loca
 from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
+from training.loop.memory_errors import out_of_memory_line
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
@@ -94,7 +95,9 @@ class Driver:
 
     def fails_again(self, error: Exception) -> bool:
         """Report this rank's error; return whether it is the same as the last one, with no progress in between."""
-        return ray.get(self._mailbox.fails_again.remote(self._world.rank, repr(error)))
+        # The message of an out-of-memory error has free memory and process ids, which vary.
+        text = "out of memory" if out_of_memory_line(error) else repr(error)
+        return ray.get(self._mailbox.fails_again.remote(self._world.rank, text))
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -357,8 +360,8 @@ def _callbacks(
         Schedule(frequency, plan.steps_per_epoch, evaluates=inputs.valid is not None),
         Stopping(driver.has_request, world.broadcast),
     ]
-    # Ray passes the driver's setting to its workers. Skip the callback if possible: it broadcasts in every step.
-    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "1":
+    # A local cluster gets no preemption notices, and the callback broadcasts in every step.
+    if not plan.resolved.target.is_local:
         callbacks.append(Preempted(is_node_preempted, world.broadcast))
     callbacks += [
         Committing(committer.save, committer.check, built.throughput.clock),

@@ -281,7 +281,7 @@ def lora_ranks(facts: ModelFacts, lora: LoraConfig) -> dict[str, int]:
     return {module: _rank(lora, module) for module in targeted_modules(facts, lora)}
 
 
-def is_trained_whole(lora: LoraConfig | None, parameter: str) -> bool:
+def is_fully_trained(lora: LoraConfig | None, parameter: str) -> bool:
     """Return whether `modules_to_save` makes a base parameter fully trainable."""
     return any(f".{module}." in f".{parameter}" for module in (lora.modules_to_save or [] if lora else []))
 

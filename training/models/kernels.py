@@ -101,7 +101,7 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
         raise ModelError(f"kernels: {asked}: {reason}. Write {advice}.")
     if asked == "unsloth" and not is_installed("unsloth"):
         raise ModelError(
-            "kernels: unsloth: Unsloth is not installed. Install it with `make setup-unsloth` (its licence: see docs/kernels.md)."
+            "kernels: unsloth: Unsloth is not installed. Install it with `make setup-unsloth` (parts of it are licensed under AGPL-3.0)."
         )
     in_cpu_mode = asked == "unsloth" and device == "cpu"
     return KernelChoice(asked, "set by `kernels`" + (", in its CPU mode" if in_cpu_mode else ""))

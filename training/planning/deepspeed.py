@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from configs.schema import OFFLOADABLE_OPTIMIZERS, DeepspeedFile, FinetuneConfig, deepspeed_preset_path
+from configs.schema import FinetuneConfig, deepspeed_preset_path
 from training.models.kernels import Device, KernelChoice, WeightsDtype, choose_kernels
 from utils.errors import AnnealError
 
@@ -14,6 +14,8 @@ ZeroStage = Literal[0, 1, 2, 3]
 """0 without DeepSpeed."""
 
 _BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
+# Accelerate replaces the optimizer with DeepSpeed's CPU optimizer, and unknown ones with plain Adam.
+_OFFLOADABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit")
 # bitsandbytes passes the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
 _MAX_ENTRIES = 2**31 - 1
 
@@ -78,8 +80,7 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
             raise StrategyError(
                 f"deepspeed: {path} has a block `{block}`. Remove it, and set {key} in the YAML instead."
             )
-    if isinstance(config.deepspeed, DeepspeedFile):
-        _check_offloading(config, path, settings.get("zero_optimization", {}))
+    _check_offloading(config, path, settings.get("zero_optimization", {}))
     return settings
 
 
@@ -88,21 +89,18 @@ def is_offloaded(zero: Mapping[str, Any], block: Literal["offload_optimizer", "o
     return zero.get(block, {}).get("device", "none") != "none"
 
 
-def _check_offloading(config: FinetuneConfig, file: Path, zero: Mapping[str, Any]) -> None:
-    """Check that a file offloads only on GPUs, and only an optimizer that DeepSpeed has for CPU memory.
-
-    The schema checks presets.
-    """
+def _check_offloading(config: FinetuneConfig, path: Path, zero: Mapping[str, Any]) -> None:
+    """Check that a configuration offloads only on GPUs, and only an optimizer that DeepSpeed has for CPU memory."""
     offloads_optimizer = is_offloaded(zero, "offload_optimizer")
     if config.device == "cpu" and (offloads_optimizer or is_offloaded(zero, "offload_param")):
         raise StrategyError(
-            f"deepspeed: {file} offloads to CPU memory, which has no effect with `device: cpu`. Remove `offload_optimizer` and "
-            "`offload_param` from it."
+            f"deepspeed: {path.name} offloads to CPU memory, which has no effect with `device: cpu`. Write `deepspeed: zero_3`, or a file "
+            "without `offload_optimizer` and `offload_param`."
         )
-    if offloads_optimizer and config.optim not in OFFLOADABLE_OPTIMIZERS:
+    if offloads_optimizer and config.optim not in _OFFLOADABLE_OPTIMIZERS:
         raise StrategyError(
-            f"deepspeed: {file} offloads the optimizer, but `optim: {config.optim}` cannot be offloaded to CPU memory. Write optim: "
-            "adamw_torch, or remove `offload_optimizer` from the file."
+            f"deepspeed: {path.name} offloads the optimizer, but `optim: {config.optim}` cannot be offloaded to CPU memory. Write `optim: "
+            "adamw_torch`, or a file without `offload_optimizer`."
         )
 
 

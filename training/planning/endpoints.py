@@ -30,8 +30,9 @@ class ClusterTarget:
 
 
 def target_cluster() -> ClusterTarget:
-    """Return the cluster that RAY_ADDRESS names. Called once in the entry point, which passes the result on."""
-    return ClusterTarget(os.environ.get("RAY_ADDRESS") or None)
+    """Return the cluster that RAY_ADDRESS names; entry points call this once and pass the result on."""
+    address = os.environ.get("RAY_ADDRESS") or None
+    return ClusterTarget(None if address == "local" else address)
 
 
 def set_ray_environment(target: ClusterTarget) -> None:
@@ -53,9 +54,14 @@ def check_cluster_answers(target: ClusterTarget) -> None:
             f"RAY_ADDRESS: {address} is a job server. Submit the run with --submit {address}, or set RAY_ADDRESS=HEAD:6379 on a machine "
             "of the cluster."
         )
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return  # unset, or a name such as "auto": Ray looks for a cluster on this machine
+    if address in ("", "auto"):
+        return  # "auto": Ray looks for a cluster on this machine
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(
+            f"RAY_ADDRESS: {address} is not the address of a cluster. Write HOST:6379, ray://HOST:10001, or auto for a cluster on this "
+            "machine; unset it to run without one."
+        )
     check_answers(
         "RAY_ADDRESS",
         address,

@@ -23,16 +23,16 @@ class RowFlops:
 
     per_token: float
     """FLOPs per token in the matrices of the layers."""
-    per_trained_token: float
+    per_loss_token: float
     """FLOPs per loss token in the LM head."""
     attention: tuple[tuple[int | None, float], ...]
     """(window, FLOPs per query-key pair over all layers with this window); a window of None is full attention."""
 
-    def of_row(self, tokens: int, trained_tokens: int) -> float:
+    def of_row(self, tokens: int, loss_tokens: int) -> float:
         """Return the FLOPs of one row without padding."""
         return (
             self.per_token * tokens
-            + self.per_trained_token * trained_tokens
+            + self.per_loss_token * loss_tokens
             + sum(per_pair * pairs_in_view(tokens, window) for window, per_pair in self.attention)
         )
 
@@ -78,7 +78,7 @@ def row_flops(
     first_trained = min(
         (position(shape, name) for name in (*trained, *adapted)), default=(shape.layers + 1, 0)
     )
-    per_token = per_trained_token = 0.0
+    per_token = per_loss_token = 0.0
 
     for name, entries in matrices.items():
         passes_on = first_trained < position(shape, name)
@@ -90,17 +90,17 @@ def row_flops(
                 2 * forward + 2.0 * rank * (outputs + inputs * passes_on)
             )
         if is_head(name):
-            per_trained_token += flops
+            per_loss_token += flops
         else:
             per_token += flops
     if not any(is_head(name) for name in matrices):  # tied to the embedding
         head_is_trained = any(is_embedding(name) for name in trained)
         passes_on = first_trained < (shape.layers, 1)
-        per_trained_token += 2.0 * shape.vocabulary * shape.hidden * (1 + passes_on + head_is_trained)
+        per_loss_token += 2.0 * shape.vocabulary * shape.hidden * (1 + passes_on + head_is_trained)
 
     attention: dict[int | None, float] = {}
     for layer, window in enumerate(shape.windows):
         goes_back = first_trained < (layer, ATTENTION_OUTPUT)
         flops = 4.0 * shape.heads * shape.head_dim * (1 + 2 * goes_back)
         attention[window] = attention.get(window, 0.0) + flops
-    return RowFlops(per_token, per_trained_token, tuple(attention.items()))
+    return RowFlops(per_token, per_loss_token, tuple(attention.items()))

@@ -20,7 +20,7 @@ from training.models.architecture import (
     share_of_experts,
 )
 from training.models.attention import Attention, AttentionTraits, choose_attention
-from training.models.files import AdapterFacts, ModelFacts, is_trained_whole, lora_ranks
+from training.models.files import AdapterFacts, ModelFacts, is_fully_trained, lora_ranks
 from training.models.kernels import Device, Provider, offloads_activations
 from training.planning.deepspeed import Execution, check_optimizer, is_offloaded, resolve_execution
 from utils.errors import AnnealError
@@ -139,7 +139,7 @@ def _hold(job: Job) -> _Held:
     shapes = {
         name: shape
         for name, shape in job.facts.parameter_shapes.items()
-        if not adapts or is_trained_whole(config.lora_config, name)
+        if not adapts or is_fully_trained(config.lora_config, name)
     }
     for module, rank in job.ranks.items():
         outputs, inputs = job.facts.matrix_shapes[module]

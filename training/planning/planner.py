@@ -4,13 +4,13 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from configs.loading import LoadedConfig
-from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
+from configs.schema import FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
 from training.checkpoints.weights import fetch_model
@@ -34,9 +34,9 @@ from training.models.files import (
     AdapterFacts,
     ModelFacts,
     count_lora_parameters,
+    is_fully_trained,
     is_hub_id,
     is_tokenizer_file,
-    is_trained_whole,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
@@ -63,12 +63,16 @@ from training.planning.memory import Job, MemoryReport, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import PlanReport
-from training.planning.resume import latest_of_the_same_run, starting_weights, whole_state
+from training.planning.resume import complete_state, latest_of_the_same_run, starting_weights
 from utils.files import checksum_bytes
 from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+Part = Literal["train", "valid"]
+"""The training rows or the validation rows."""
 
 
 class Progress(Protocol):
@@ -172,7 +176,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Resume:
+class FoundCheckpoints:
     """The checkpoints that a run can resume from."""
 
     own_checkpoint: str | None
@@ -205,7 +209,7 @@ def make_plan(
     adapter = _count_trainable(loaded.config, settings, model)
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
-    resume = _find_checkpoints(batch, storage, data, progress)
+    checkpoints = _find_checkpoints(batch, storage, data, progress)
     memory = (
         report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
         if batch.job
@@ -228,8 +232,8 @@ def make_plan(
         deepspeed=settings.execution.deepspeed,
         base_model=model.base,
         adapter=model.adapter,
-        parent=resume.parent_state or model.parent,
-        restore_from=resume.own_checkpoint or resume.parent_state,
+        parent=checkpoints.parent_state or model.parent,
+        restore_from=checkpoints.own_checkpoint or checkpoints.parent_state,
         chat_template=model.chat_template,
         prepared=storage.prepared,
         train=data.train.key,
@@ -240,8 +244,8 @@ def make_plan(
         flops=_flops(batch.job),
         scratch=str(storage.scratch),
     )
-    warnings = list(_warnings(loaded, settings, model, data, batch, resume, memory, rows))
-    report = _report(plan, storage, model, adapter, batch, resume, memory, rows, warnings)
+    warnings = list(_warnings(loaded, settings, model, data, batch, checkpoints, memory, rows))
+    report = _report(plan, storage, model, adapter, batch, checkpoints, memory, rows, warnings)
     return plan, report, data.prepared
 
 
@@ -336,12 +340,8 @@ def _only_peft_can_count(lora: LoraConfig, shape: ModelShape | None) -> bool:
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
     """Tokenize the rows, and derive the run name from them unless the YAML has one."""
     config = loaded.config
-    train = _prepare("train_path", config.train_sources, config, storage, model, progress)
-    valid = (
-        _prepare("valid_path", config.valid_sources, config, storage, model, progress)
-        if config.valid_sources
-        else None
-    )
+    train = _prepare("train", config, storage, model, progress)
+    valid = _prepare("valid", config, storage, model, progress) if config.valid_sources else None
     fingerprints = DataFingerprints(
         train=train.summary.fingerprint, valid=valid.summary.fingerprint if valid else None
     )
@@ -352,16 +352,12 @@ def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress
 
 
 def _prepare(
-    key: str,
-    sources: Sequence[DataSource],
-    config: FinetuneConfig,
-    storage: Storage,
-    model: Model,
-    progress: Progress,
+    part: Part, config: FinetuneConfig, storage: Storage, model: Model, progress: Progress
 ) -> PreparedData:
+    key = "valid_path" if part == "valid" and config.valid_split is None else "train_path"
     progress(f"rows of {key}")
     with about_key(key):
-        request = data_request(config, sources, model.facts, model.chat_template)
+        request = data_request(config, part, model.facts, model.chat_template)
     check_template(request, model.tokenizer, model.base)
     return prepare_data(
         request,
@@ -374,9 +370,11 @@ def _prepare(
 
 
 def data_request(
-    config: FinetuneConfig, sources: Sequence[DataSource], facts: ModelFacts, chat_template: str | None
+    config: FinetuneConfig, part: Part, facts: ModelFacts, chat_template: str | None
 ) -> DataRequest:
     """Return the sources with all settings that determine their tokens; files are listed but not downloaded."""
+    sources = config.train_sources if part == "train" else config.valid_sources
+    split = config.valid_split or 0.0
     return DataRequest(
         paths=tuple(source.path for source in sources),
         files=tuple(
@@ -388,12 +386,16 @@ def data_request(
         columns=tuple(sorted((str(ours), theirs) for ours, theirs in config.columns.items())),
         prompt_template=config.prompt_template,
         chat_template=chat_template,
+        chat_template_kwargs=tuple(sorted((config.chat_template_kwargs or {}).items())),
+        turns=config.turns,
         labels=tuple(config.classifier_config.label_tokens) if config.classifier_config else (),
         context_length=config.context_length,
         max_context=facts.max_context,
         long_rows=config.long_rows,
         bad_rows=config.bad_rows,
         seed=config.seed,
+        share=(split, 1.0) if part == "train" else (0.0, split or 1.0),
+        max_rows=config.max_train_rows if part == "train" else config.max_valid_rows,
     )
 
 
@@ -438,15 +440,15 @@ def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
     return math.ceil(epochs * shape.steps_per_epoch)
 
 
-def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Progress) -> Resume:
+def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Progress) -> FoundCheckpoints:
     """Find the checkpoint to resume from; reject a configuration that differs from that of the checkpoint."""
     progress("earlier runs")
     own, damage = latest_of_the_same_run(batch.config, data.run_uri, data.config_hash, data.fingerprints)
     completed = _completed(data.run_uri) if own else None
     parent_state = (
-        None if completed else whole_state(batch.config, storage.uri, data.fingerprints, batch.max_steps)
+        None if completed else complete_state(batch.config, storage.uri, data.fingerprints, batch.max_steps)
     )
-    return Resume(own, parent_state, completed, damage)
+    return FoundCheckpoints(own, parent_state, completed, damage)
 
 
 def _completed(run_uri: str) -> RunResult | None:
@@ -464,7 +466,7 @@ def _flops(job: Job | None) -> RowFlops | None:
         job.shape,
         job.facts.parameter_shapes,
         is_trained=lambda name: (
-            not job.config.trains_adapter or is_trained_whole(job.config.lora_config, name)
+            not job.config.trains_adapter or is_fully_trained(job.config.lora_config, name)
         ),
         ranks=job.ranks,
     )
@@ -476,7 +478,7 @@ def _warnings(
     model: Model,
     data: Data,
     batch: Batch,
-    resume: Resume,
+    checkpoints: FoundCheckpoints,
     memory: MemoryReport | None,
     rows: DataReport,
 ) -> Iterator[str]:
@@ -490,9 +492,11 @@ def _warnings(
         yield from plan_warnings.dtype_warnings(config, model.facts, settings.device, has_bf16=has_bf16)
     yield from plan_warnings.learning_rate_warnings(loaded)
     yield from plan_warnings.template_warnings(config, model.tokenizer)
+    yield from plan_warnings.tokenizer_warnings(model.tokenizer)
+    yield from plan_warnings.column_warnings(config, data.train.summary)
     yield from plan_warnings.data_warnings(data.train.summary, data.valid.summary if data.valid else None)
     yield from plan_warnings.length_warnings(config, batch.shape)
-    for line in resume.damage:
+    for line in checkpoints.damage:
         yield f"skipped a damaged checkpoint of this run: {line}"
     yield from plan_warnings.memory_warnings(memory)
     yield from plan_warnings.overlap_warnings(rows)
@@ -516,7 +520,7 @@ def _report(
     model: Model,
     adapter: Adapter,
     batch: Batch,
-    resume: Resume,
+    checkpoints: FoundCheckpoints,
     memory: MemoryReport | None,
     rows: DataReport,
     warnings: list[str],
@@ -538,9 +542,9 @@ def _report(
         else ("DDP" if config.most_devices > 1 else "one worker"),
         batch=describe_batch(config, batch.reason),
         packing=describe_packing(config, rows.train, batch.shape) if config.packing else None,
-        resumes_from=resume.own_checkpoint,
+        resumes_from=checkpoints.own_checkpoint,
         starts_from=plan.parent,
         memory=memory,
-        completed=resume.completed,
+        completed=checkpoints.completed,
         warnings=warnings,
     )

@@ -1,4 +1,4 @@
-"""What a run starts from and which settings may differ: its own checkpoint, another run's trainer state, or only weights."""
+"""Find the checkpoint or weights that a run starts from, and reject settings that differ but must match the checkpoint's."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,9 @@ from training.models.files import AdapterFacts, ModelFacts, is_hub_id, targeted_
 from training.planning.paths import about_key, absolute
 from utils.storage.bucket import Store, check_readable, is_remote, open_store
 
-# A restored trainer state keeps its position in the rows, its optimizer and its schedule. Keys that determine none of
+# A restored trainer state retains its position in the rows, its optimizer and its schedule. Keys that determine none of
 # them may change; a longer run stretches the schedule over the remaining steps.
-MAY_CHANGE_WITH_WHOLE_STATE = NOT_IN_HASH | {
+MAY_CHANGE_WITH_COMPLETE_STATE = NOT_IN_HASH | {
     "num_epochs",
     "max_steps",
     "min_update_steps",
@@ -96,7 +96,7 @@ def latest_of_the_same_run(
     return checkpoint_uri(run_uri, last.step), damage
 
 
-def whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
+def complete_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
     """Return the URI of the checkpoint whose complete trainer state a new run restores, or None."""
     if config.resume_from_checkpoint is None:
         return None
@@ -104,7 +104,7 @@ def whole_state(config: FinetuneConfig, storage: str, data: DataFingerprints, st
     checkpoint = resolve(key, config.resume_from_checkpoint, storage, latest)
     manifest = read_manifest(checkpoint)
     changed = differences(
-        open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_WHOLE_STATE
+        open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_COMPLETE_STATE
     )
     if manifest.data.train != data.train:
         changed.append("train_path: the rows have changed")
@@ -128,7 +128,10 @@ def resolve(
 ) -> str:
     """Resolve the model or checkpoint that a key names, after checking that it can be read."""
     if uri.startswith("run:"):
-        return resolve_start(uri, storage, choose=choose)
+        try:
+            return resolve_start(uri, storage, choose=choose)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
     if is_hub_id(uri):
         return uri
     with about_key(key):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from configs.loading import LoadedConfig
 from configs.schema import DEFAULT_MIN_UPDATE_STEPS, FinetuneConfig
 from training.data.batches import BatchShape
-from training.data.report import DataReport
+from training.data.report import DataReport, describe_split
+from training.data.rows import ALL_COLUMNS, places_of
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.models.architecture import ModelShape
@@ -120,6 +121,32 @@ def template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFas
         yield "the chat template puts no end token after a response, so the model does not learn to stop; set chat_template to one that does"
 
 
+def tokenizer_warnings(tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:
+    """Warn of tokenizers with Mistral's old regular expression, which transformers reports in its log only.
+
+    transformers 5.17 flags every large vocabulary beside a config of Mistral's that an earlier version wrote, so the expression is
+    compared.
+    """
+    backend = tokenizer.backend_tokenizer
+    if getattr(backend, "fix_mistral_regex", None) is False and r"\p{Lu}\p{Lt}" not in str(
+        backend.pre_tokenizer
+    ):
+        yield (
+            "the tokenizer splits words by an expression that Mistral has corrected since, so tokens differ from those of pretraining. Copy "
+            "tokenizer.json from the current repository of the model"
+        )
+
+
+def column_warnings(config: FinetuneConfig, train: DataSummary) -> Iterator[str]:
+    """Warn of columns that the YAML maps but that the rows' format does not read."""
+    read = set().union(*(ALL_COLUMNS[source.format] for source in train.sources))
+    if config.prompt_template is not None:
+        read = set(places_of(config.prompt_template))
+    for name in config.columns:
+        if name not in read:
+            yield f"columns.{name}: the format of the rows ({', '.join({s.format for s in train.sources})}) has no such column: remove it"
+
+
 def data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str]:
     """Warn of truncated, excluded or duplicate rows, and of missing validation rows."""
     for name, summary in (("train_path", train), ("valid_path", valid)):
@@ -132,6 +159,10 @@ def data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str
         if summary.skipped_rows:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped_rows.items())
             yield f"{name}: {sum(summary.skipped_rows.values()):,} rows are excluded (bad_rows: skip): {kinds}; first: {summary.first_skipped[0]}"
+        for note, count in summary.notes.items():
+            yield f"{name}: {note} ({count:,} {'row' if count == 1 else 'rows'})"
+        if summary.split_rows:
+            yield f"{name}: {describe_split(summary)}"
         if summary.duplicates:
             yield f"{name}: {summary.duplicates:,} rows are duplicates; first: {summary.first_duplicates[0]}"
     if valid is None:

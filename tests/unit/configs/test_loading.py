@@ -400,3 +400,8 @@ def test_loader_imports_quickly_and_without_frameworks():
         assert loaded.strip() == "[]"
         cpu_seconds.append(float(seconds))
     assert min(cpu_seconds) < 0.5
+
+
+def test_unknown_key_in_a_list_item_has_the_nearest_key(write):
+    path = write(BASE.replace("train_path: train.jsonl", "train_path: [{path: a.jsonl, wieght: 2}]"))
+    assert_names(error_message(path), "`train_path.0.wieght`", "`train_path.0.weight`")

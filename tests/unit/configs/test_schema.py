@@ -102,17 +102,10 @@ def test_config_is_immutable():
     ("settings", "facts"),
     [
         ({"load_in_4bit": True}, ("`load_in_4bit`", "`lora_config`")),
-        ({"load_in_4bit": True, "deepspeed": "zero_3", **LORA}, ("`load_in_4bit`", "ZeRO-3")),
-        (
-            {"kernels": "unsloth", "deepspeed": "zero_3_offload_optim"},
-            ("`kernels: unsloth`", "ZeRO-3", "liger"),
-        ),
         (
             {"gradient_checkpointing": "unsloth", "kernels": "torch"},
             ("`gradient_checkpointing: unsloth`", "`kernels: unsloth`", "`true`"),
         ),
-        ({"kernels": "liger", "device": "cpu"}, ("`kernels: liger`", "GPU", "`device: cpu`")),
-        ({"deepspeed": "zero_3_offload_optim", "device": "cpu"}, ("`device: cpu`", "`deepspeed: zero_3`")),
         (
             {"worker_resources": {"GPU": 0}, "device": "cuda", "num_devices": 2},
             ("`worker_resources.GPU`", "`device: cuda`"),
@@ -143,7 +136,6 @@ def test_config_is_immutable():
         ({"export": {"merge": False}}, ("`export.merge: false`", "adapter")),
         ({"export": {"merge": False, "gguf": True}, **LORA}, ("`gguf`", "`merge: true`")),
         ({"packing": True, "task": "preference_tuning"}, ("`task: preference_tuning`", "`packing: false`")),
-        ({"packing": True, "kernels": "unsloth"}, ("`kernels: unsloth`", "`packing: false`")),
         ({"prompt_template": "{instruction}"}, ("`prompt_template`", "two")),
         (
             {"prompt_template": 'Answer as {"a": 1}. {instruction} {output}'},
@@ -165,15 +157,13 @@ def test_config_is_immutable():
             ("`prompt_template`", "{instruction", "{{ and }}"),
         ),
         ({"prompt_template": "{instruction} {output} {output}"}, ("`prompt_template`", "`output`", "twice")),
-        (
-            {"optim": "adamw_8bit", "deepspeed": "zero_3_offload_optim"},
-            ("adamw_8bit", "`optim: adamw_torch`"),
-        ),
-        (
-            {"optim": "adafactor", "deepspeed": "zero_3_offload_optim+param"},
-            ("adafactor", "`optim: adamw_torch`"),
-        ),
         ({"dtype": "fp32", "flash_attention_2": True}, ("`flash_attention_2`", "`dtype: bf16`")),
+        ({"valid_path": "v.jsonl", "valid_split": 0.1}, ("`valid_path`", "`valid_split`")),
+        ({"num_warmup_steps": 5, "warmup_ratio": 0.1}, ("`num_warmup_steps`", "`warmup_ratio`")),
+        (
+            {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+            ("`warmup_ratio`", "`constant_with_warmup`"),
+        ),
         ({"num_epochs": 1, "min_update_steps": 5}, ("`num_epochs`", "`min_update_steps`")),
         ({"num_epochs": 1, "max_steps": 5}, ("`num_epochs`", "`max_steps`")),
         ({"max_steps": 1, "min_update_steps": 5}, ("`max_steps`", "`min_update_steps`")),
@@ -358,8 +348,47 @@ def test_the_hash_includes_settings_that_affect_training(settings: dict[str, Any
     assert config_hash(config(**settings)) != config_hash(config())
 
 
-def test_hash_does_not_depend_on_key_order():
+def test_hash_of_an_earlier_version_is_unchanged():
     """Run names default to the hash, so a hash that changes turns every unnamed run into a new one."""
+    expected = "31e81f77790722a19a2a6f5f1e9ce231dd16dfafbf5ad6dd3d7356b72cd4e94f"
+    assert config_hash(config(num_epochs=1, seed=7)) == expected
+
+
+@pytest.mark.parametrize(
+    "later_key",
+    [
+        {"turns": "last"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"valid_split": 0.1},
+        {"max_train_rows": 10},
+        {"max_valid_rows": 10},
+        {"warmup_ratio": 0.1},
+        {"adam_beta1": 0.8},
+        {"adam_beta2": 0.95},
+        {"adam_epsilon": 1e-6},
+    ],
+)
+def test_keys_of_later_versions_change_the_hash_only_if_they_are_set(later_key: dict[str, Any]):
+    assert config_hash(config(**later_key)) != config_hash(config())
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "warmup"),
+    [({}, 100, 0), ({"num_warmup_steps": 7}, 100, 7), ({"warmup_ratio": 0.03}, 110, 4)],
+)
+def test_warm_up_is_a_number_of_steps_or_a_share_of_them(settings: dict[str, Any], steps: int, warmup: int):
+    """transformers rounds a share up, too (get_warmup_steps in its training arguments)."""
+    assert config(**settings).warmup_steps(steps) == warmup
+
+
+def test_a_split_takes_its_validation_rows_from_the_training_sources():
+    sources = config(
+        valid_split=0.1, train_path=[{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 1}]
+    ).valid_sources
+    assert [(source.path, source.weight) for source in sources] == [("a.jsonl", None), ("b.jsonl", None)]
+
+
+def test_hash_does_not_depend_on_key_order():
     reordered = config(worker_resources={"CPU": 1}, lora_config={"lora_alpha": 16, "r": 8})
     assert config_hash(reordered) == config_hash(config(lora_config={"r": 8, "lora_alpha": 16}))
     assert len(config_hash(reordered)) == 64

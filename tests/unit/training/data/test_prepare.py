@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -140,8 +141,8 @@ BAD = [
     b"{bad",
     chat("2 + 2?", " "),
     {"prompt": "2 + 2?", "completion": "4"},
-    {"messages": [{"role": "assistant", "content": "4"}]},
-    {"messages": [{"role": "bot", "content": "4"}]},
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "tool", "content": "4"}]},
+    {"messages": [{"role": "robot", "content": "4"}]},
     chat("2 + 2?", "4\x00"),
     chat("2 + 2?", "4" * 9_000_000),
 ]
@@ -371,3 +372,64 @@ def test_classification_rows_store_their_label_index(
     assert [row["label"] for row in rows] == [1, 0]
     with pytest.raises(DataError, match=r"'good'.*classifier_config"):
         prepare(replace(data, labels=("bad", "fine")), chatml, tiny_model, tmp_path / "cache")
+
+
+def test_a_split_takes_whole_rows_by_seed_and_keeps_equal_rows_together(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    rows = [chat(f"{number} + 1?", str(number + 1)) for number in range(200)]
+    path = write(tmp_path / "rows.jsonl", *rows, *rows[:40])
+
+    def taken(share: tuple[float, float], seed: int = 42) -> list[int]:
+        data = request(path, share=share, seed=seed)
+        return [row["row"] for row in rows_of(prepare(data, chatml, tiny_model, tmp_path / "cache"))]
+
+    train, valid = taken((0.2, 1.0)), taken((0.0, 0.2))
+    assert sorted(train + valid) == list(range(1, 241))
+    assert 20 < len(valid) < 80
+    assert {row + 200 for row in valid if row <= 40} == {row for row in valid if row > 200}
+    assert taken((0.0, 0.2), seed=1) != valid
+
+
+def test_max_rows_takes_the_first_rows_of_each_source(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    first, second = (
+        write(tmp_path / f"{name}.jsonl", *(chat(f"{name} {number}?", "4") for number in range(5)))
+        for name in ("a", "b")
+    )
+    prepared = prepare(request(first, second, max_rows=2), chatml, tiny_model, tmp_path / "cache")
+    assert [(row["file"], row["row"]) for row in rows_of(prepared)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+    """The template gives every turn but the last another end, so a chat of two turns becomes two sequences."""
+    turns = [*chat("2 + 2?", "4")["messages"], *chat("3 + 3?", "6")["messages"]]
+    path = write(tmp_path / "rows.jsonl", {"messages": turns, "topic": "sums"}, chat("<|im_end|> 2?", "2"))
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = str(chatml.chat_template).replace(
+        "'<|im_end|>\n'",
+        "('<|endoftext|>' if message['role'] == 'assistant' and not loop.last else '<|im_end|>') + '\n'",
+    )
+    assert tokenizer.chat_template != chatml.chat_template
+    prepared = prepare(request(path), tokenizer, tiny_model, tmp_path / "cache")
+    assert [row["row"] for row in rows_of(prepared)] == [1, 1, 2]
+    assert prepared.summary.split_rows == 1
+    assert prepared.summary.notes == {
+        "column `topic` is not used": 1,
+        "user messages contain special tokens of the tokenizer": 1,
+    }
+
+
+def test_rows_with_the_same_fault_are_shown_once_with_their_number(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    faulty = [{"messages": [{"role": f"narrator{number}", "content": "4"}]} for number in range(12)]
+    path = write(tmp_path / "rows.jsonl", *faulty, b"{bad", GOOD[0])
+    with pytest.raises(DataError) as caught:
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache")
+    first, same, other, *rest = str(caught.value).splitlines()
+    assert first.startswith("13 of 14 rows ")
+    assert_names(same, f"{path}:1: ", "narrator0", "11 more rows")
+    assert other.startswith(f"{path}:13: ")
+    assert len(rest) == 1

@@ -11,7 +11,7 @@ from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepared import PreparedData
-from training.data.report import DataReport, describe_loss, make_report
+from training.data.report import DataReport, describe_loss, describe_rows, make_report
 from training.data.report_page import to_html
 
 
@@ -78,3 +78,13 @@ def test_page_shows_the_figures_and_examples_of_the_report(
     untruncated = prepare(request(path, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
     lost = int(np.maximum(untruncated.index.length - 60, 0).sum())
     assert describe_loss(train.summary, 60).startswith(f"{lost:,} tokens")
+
+
+def test_one_row_is_described_in_the_singular(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    for rows, described in ((1, "1 row in 1 file: "), (2, "2 rows in 1 file: ")):
+        path = tmp_path / f"{rows}.jsonl"
+        path.write_text('{"prompt": "1 2", "completion": "3"}\n' * rows)
+        summary = prepare(request(path), chatml, tiny_model, tmp_path / "cache").summary
+        assert describe_rows(summary).startswith(described)

@@ -64,8 +64,8 @@ def test_sharegpt_turns_become_messages():
 def test_columns_setting_maps_other_column_names():
     row = {"question": "2 + 2?", "answer": "4"}
     assert read(row, columns={"prompt": "question", "completion": "answer"}) == Chat([USER, ASSISTANT])
-    with pytest.raises(RowError, match=r"question, answer.*columns: \{prompt: question\}"):
-        read(row)
+    with pytest.raises(RowError, match=r"ask, reply.*columns: \{prompt: question\}"):
+        read({"ask": "2 + 2?", "reply": "4"})
     with pytest.raises(RowError, match=r"`reply`.*`columns`.*`completion`.*question"):
         read(row, columns={"prompt": "question", "completion": "reply"})
 
@@ -79,11 +79,11 @@ def test_plain_text_requires_causal_lm():
 def test_weight_of_0_excludes_a_message_from_the_loss():
     chat = read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}]})
     assert chat == Chat([USER, ASSISTANT] * 2, untrained=(1,))
-    with pytest.raises(RowError, match=r"assistant.* weight.* 0"):
+    with pytest.raises(RowError, match=r"assistant.*weight 0"):
         read({"messages": [USER, ASSISTANT | {"weight": 0}]})
     with pytest.raises(RowError, match=r"message 2 .*weight.* 0\.5\b.*1.*0"):
         read({"messages": [USER, ASSISTANT | {"weight": 0.5}]})
-    with pytest.raises(RowError, match=r"message 2 .*weight.* 0.*task: causal_lm"):
+    with pytest.raises(RowError, match=r"message 2 .*task: causal_lm.*weight"):
         read({"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT]}, "causal_lm")
 
 
@@ -181,31 +181,27 @@ def test_missing_column_raises_an_error_that_lists_the_present_ones():
         ({"messages": []}, ("`messages`", "empty")),
         ({"messages": ["hello"]}, ("message 1 ", "role", "content")),
         (
-            {"messages": [USER, {"role": "bot", "content": "4"}]},
-            ("message 2 ", "'bot'", "system"),
+            {"messages": [USER, {"role": "robot", "content": "4"}]},
+            ("message 2 ", "'robot'", "system"),
         ),
         ({"messages": [{"content": "4"}]}, ("message 1 ", "role", "None")),
         ({"messages": [USER, {"role": "assistant", "content": "  "}]}, ("message 2 (assistant)", "empty")),
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            ("message 2 (assistant)", "null"),
+            ("message 2 (assistant)", "empty"),
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": [1]}]},
             ("message 2 (assistant)", "list"),
         ),
         ({"messages": [USER, {"role": "assistant", "content": "a\x00"}]}, ("NUL",)),
-        ({"messages": [USER, SYSTEM, ASSISTANT]}, ("message 2:", "system")),
-        ({"messages": [ASSISTANT, USER]}, ("message 1:", "assistant", "user")),
-        ({"messages": [SYSTEM, ASSISTANT]}, ("message 2:", "assistant", "user")),
-        ({"messages": [USER, USER, ASSISTANT]}, ("messages 1 and 2 ", "user")),
-        ({"messages": [USER, ASSISTANT, ASSISTANT]}, ("messages 2 and 3 ", "assistant")),
-        ({"messages": [USER]}, ("no assistant",)),
-        ({"messages": [USER, ASSISTANT, USER]}, ("ends with a user message",)),
+        ({"messages": [ASSISTANT, USER]}, ("before the first user message",)),
+        ({"messages": [SYSTEM, ASSISTANT]}, ("before the first user message",)),
         (
-            {"messages": [{"from": "human", "value": "2 + 2?"}]},
-            ("`from`", "`role`", "ShareGPT"),
+            {"messages": [USER, ASSISTANT | {"weight": 0}, ASSISTANT]},
+            ("messages 2 and 3 ", "assistant", "merged"),
         ),
+        ({"messages": [USER]}, ("no assistant",)),
         ({"prompt": "2 + 2?", "completion": ""}, ("`completion`", "empty")),
         ({"prompt": 4, "completion": "4"}, ("`prompt`", "number")),
         ({"prompt": b"2 + 2?", "completion": "4"}, ("`prompt`", "bytes")),

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from tests.support.messages import assert_names
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError
@@ -247,3 +248,64 @@ def test_invalid_hub_uris_raise_an_error_with_the_valid_form(uri: str, form: str
     with pytest.raises(DataError) as caught:
         parse_hub_uri(uri)
     assert_names(str(caught.value), uri, form)
+
+
+def test_json_array_in_a_jsonl_file_is_read(tmp_path: Path):
+    rows = [{"text": "a"}, {"text": "b"}]
+    for name, content in (
+        ("array.jsonl", "\ufeff \n" + json.dumps(rows, indent=1)),
+        ("lines.jsonl", '{"text": "a"}\n'),
+    ):
+        (tmp_path / name).write_text(content, "utf-8")
+    assert read(tmp_path / "array.jsonl") == [(1, rows[0]), (2, rows[1])]
+    assert read(tmp_path / "lines.jsonl") == [(1, rows[0])]
+
+
+def test_file_with_a_bracket_in_its_name_is_no_pattern(tmp_path: Path):
+    for name in ("rows[1].jsonl", "rows1.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert [Path(file.uri).name for file in find_files(str(tmp_path / "rows[1].jsonl"), 0)] == [
+        "rows[1].jsonl"
+    ]
+    assert [Path(file.uri).name for file in find_files(str(tmp_path / "rows[12].jsonl"), 0)] == [
+        "rows1.jsonl"
+    ]
+
+
+def test_saved_dataset_is_read_without_its_description(tmp_path: Path):
+    """As `Dataset.save_to_disk` writes it: Arrow streams beside JSON files."""
+    rows = [
+        {"prompt": "2026-11-29", "completion": "3", "id": 2**60 + 1},
+        {"prompt": "b", "completion": "c", "id": 4},
+    ]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    (file,) = find_files(str(tmp_path / "saved"), 0)
+    assert file.uri.endswith(".arrow")
+    assert read(Path(file.uri)) == [(1, rows[0]), (2, rows[1])]
+
+
+@pytest.mark.parametrize(
+    ("names", "are_mixed"),
+    [
+        (("train.jsonl", "test.jsonl"), True),
+        (("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"), True),
+        (("train/a.jsonl", "dev/a.jsonl"), True),
+        (("train-00000.jsonl", "train-00001.jsonl"), False),
+        (("val.jsonl", "validation.jsonl"), False),
+        (("a.jsonl", "train.jsonl"), False),
+        (("trains.jsonl", "latest.jsonl", "contest.jsonl"), False),
+    ],
+)
+def test_directory_with_files_of_several_splits_raises_an_error(
+    names: tuple[str, ...], are_mixed: bool, tmp_path: Path
+):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    if not are_mixed:
+        assert len(find_files(str(tmp_path), 0)) == len(names)
+        return
+    with pytest.raises(DataError) as caught:
+        find_files(str(tmp_path), 0)
+    assert_names(str(caught.value), *names, "*train*")
+    assert len(find_files(f"{tmp_path}/**/*", 0)) == len(names), "a pattern says what is meant"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.prompt_format import to_chat_template
-from tests.support.prepared import encode
+from tests.support.prepared import encode, encode_all
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Filled, Message, Pair, Task, Text
 from training.data.row_index import IGNORED
@@ -57,7 +57,7 @@ LAST_REASONING_ONLY = (
 ALL_TEMPLATE_FEATURES = (
     "{{ bos_token }}{{ strftime_now('%Y') }}{{ 'no tools' if tools is none }}{{ 'no documents' if documents is none }}"
     "{{ 'no names' if xyz is not defined }}{% set count = namespace(turns=0) %}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% continue %}{% endif %}{% set count.turns = count.turns + 1 %}"
+    "{% if message['role'] == 'narrator' %}{% continue %}{% endif %}{% set count.turns = count.turns + 1 %}"
     "{{ count.turns }} {{ message | tojson }}{% generation %}{{ message['content'] }}{% endgeneration %}{{ eos_token }}"
     "{% endfor %}{{ range(2) | list }}"
 )
@@ -101,10 +101,6 @@ def expected_answers(style: str, answers: list[str]) -> list[str]:
             return [f"{answer.strip()}<|eot_id|>" for answer in answers]
         case "mistral":
             return [f" {answer}<|im_end|>" for answer in answers]
-        case "qwen":
-            return [f"{answer}<|im_end|>" for answer in answers[:-1]] + [
-                f"<think>\n\n</think>\n\n{answers[-1]}<|im_end|>"
-            ]
     return [f"{answer}<|im_end|>" for answer in answers]
 
 
@@ -116,18 +112,25 @@ def chat(turns: Turns, *, system: str | None = None, **details: Any) -> Chat:
 
 
 def loss_pieces(tokenizer: PreTrainedTokenizerFast, conversation: Chat) -> list[str]:
-    """Return the text of each run of loss tokens, and check the ids against those of the complete conversation."""
-    ids, labels = encode(tokenizer, conversation)
-    assert len(ids) == len(labels)
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    full_text = tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
-    assert ids == tokenizer(full_text, add_special_tokens=False)["input_ids"]
-    pieces: list[list[int]] = [[]]
-    for label in labels:
-        if label != IGNORED:
-            pieces[-1].append(label)
-        elif pieces[-1]:
-            pieces.append([])
+    """Return the text of each run of loss tokens, and check the ids against those of transformers' renderings."""
+    messages = conversation.messages
+    texts = [
+        tokenizer.apply_chat_template(messages[: index + 1], tools=conversation.tools, tokenize=False)
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    pieces: list[list[int]] = []
+    for ids, labels in encode_all(tokenizer, conversation):
+        assert ids in expected
+        assert len(ids) == len(labels)
+        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+        pieces.append([])
+        for label in labels:
+            if label != IGNORED:
+                pieces[-1].append(label)
+            elif pieces[-1]:
+                pieces.append([])
     return [tokenizer.decode(piece) for piece in pieces if piece]
 
 
@@ -176,7 +179,14 @@ _text = st.lists(
     min_size=1,
     max_size=5,
 ).map("".join)
-_content = _text.filter(lambda text: bool(text.strip()))
+# A text that begins with the BOS token is rendered already, and an end token that an answer brings is removed.
+_content = _text.filter(
+    lambda text: (
+        bool(text.strip())
+        and not text.strip().startswith("<|im_start|>")
+        and not text.strip().endswith(("<|im_end|>", "<|eot_id|>"))
+    )
+)
 
 
 def _without_markers(renderer: Renderer) -> Renderer:
@@ -194,19 +204,17 @@ def test_answers_with_any_content_are_located_in_the_text(
     tokenizer = styles[style]
     conversation = chat(turns, system=None if style == "mistral" else system)
     renderer = Renderer(tokenizer, whole_text=False)
-    (rendered,) = renderer.render(conversation)
-    assert rendered.text == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
-    if style != "qwen":  # its last turn changes once others follow, so rendering alone cannot locate it
-        assert _without_markers(renderer).render(conversation) == (rendered,)
+    sequences = renderer.render(conversation)
+    assert sequences[-1].text == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    assert _without_markers(renderer).render(conversation) == sequences
     expected = expected_answers(style, [answer for _, answer in turns])
-    assert [rendered.text[begin:end].strip() for begin, end in rendered.spans] == [
-        text.strip() for text in expected
-    ]
-    ids, labels = encode(tokenizer, conversation)
-    assert ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
-    assert [label for label in labels if label != IGNORED] == ids_of_spans(
-        tokenizer, rendered.text, rendered.spans
-    )
+    located = [sequence.text[begin:end] for sequence in sequences for begin, end in sequence.spans]
+    assert [text.strip() for text in located] == [text.strip() for text in expected]
+    for sequence, (ids, labels) in zip(sequences, encode_all(tokenizer, conversation), strict=True):
+        assert ids == tokenizer(sequence.text, add_special_tokens=False)["input_ids"]
+        assert [label for label in labels if label != IGNORED] == ids_of_spans(
+            tokenizer, sequence.text, sequence.spans
+        )
 
 
 def ids_of_spans(
@@ -243,9 +251,9 @@ def test_tool_calls_are_trained_and_tool_results_are_not(styles: dict[str, PreTr
     rendered_call = '{"name": "add", "arguments": {"a": 2, "b": 3}}'
     assert pieces == [
         f"<tool_call>\n{rendered_call}\n</tool_call><|im_end|>",
-        "<think>\n\n</think>\n\nIt is 5.<|im_end|>",
+        "It is 5.<|im_end|>",
     ]
-    (rendered,) = Renderer(styles["qwen"], whole_text=False).render(conversation)
+    rendered = Renderer(styles["qwen"], whole_text=False).render(conversation)[-1]
     assert '# Tools\n{"type": "function", "function": {"name": "add"' in rendered.text
 
 
@@ -260,7 +268,7 @@ def test_tools_that_the_template_does_not_render_raise_an_error(
     with_call = Chat(
         [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     )
-    with pytest.raises(RowError, match=r"message 2 .*`add`.*chat template"):
+    with pytest.raises(RowError, match=r"message 2 .*chat template.*'add'"):
         encode(styles[style], with_call)
 
 
@@ -284,12 +292,17 @@ def test_labels_match_the_generation_mask_of_a_template(chatml: PreTrainedTokeni
     assert [int(label != IGNORED) for label in labels] == expected["assistant_masks"]
 
 
-def test_a_template_that_changes_earlier_turns_raises_an_error(chatml: PreTrainedTokenizerFast):
+def test_a_template_that_changes_earlier_turns_splits_a_chat(chatml: PreTrainedTokenizerFast):
     tokenizer = with_template(chatml, LAST_REASONING_ONLY)
     turns = [("2 + 2?", "<think>easy</think>4"), ("3 + 3?", "<think>easy</think>6")]
     assert loss_pieces(tokenizer, chat(turns[:1])) == ["<think>easy</think>4<|im_end|>"]
-    with pytest.raises(RowError, match=r"message 2 .*one assistant"):
-        encode(tokenizer, chat(turns))
+    first, last = encode_all(tokenizer, chat(turns))
+    assert "easy" in tokenizer.decode(first[0])
+    assert tokenizer.decode(last[0]).count("easy") == 1, "the context of the last turn has no reasoning"
+    with pytest.raises(RowError, match=r"2 sequences.*turns: auto"):
+        Renderer(tokenizer, whole_text=False, turns="all").render(chat(turns))
+    (only,) = Renderer(tokenizer, whole_text=False, turns="last").render(chat(turns))
+    assert only.text == tokenizer.apply_chat_template(chat(turns).messages, tokenize=False)
 
 
 def test_a_broken_template_raises_an_error_with_its_line(chatml: PreTrainedTokenizerFast):
@@ -305,9 +318,19 @@ CONTENT_IN_PARTS = (
 
 
 @pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm"])
-def test_a_template_without_the_answers_raises_an_error(chatml: PreTrainedTokenizerFast, task: Task):
+def test_a_template_that_reads_content_parts_gets_them(chatml: PreTrainedTokenizerFast, task: Task):
     tokenizer = with_template(chatml, CONTENT_IN_PARTS)
-    with pytest.raises(DataError, match=r"chat template.* assistant "):
+    ids, _ = encode(tokenizer, chat(ONE_TURN), task)
+    assert [ids] == [encode(chatml, chat(ONE_TURN), task)[0]]
+
+
+@pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm"])
+def test_a_template_without_the_answers_raises_an_error(chatml: PreTrainedTokenizerFast, task: Task):
+    template = (
+        "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
+    )
+    tokenizer = with_template(chatml, template)
+    with pytest.raises(RowError, match=r"chat template.*message 2|message 2.*chat template"):
         encode(tokenizer, chat(ONE_TURN), task)
     ids, _ = encode(tokenizer, Filled("Q: 1 A: ", "2"), task)
     assert ids, "a row with a prompt template needs no chat template"
@@ -319,16 +342,25 @@ def test_a_template_without_the_questions_raises_an_error(chatml: PreTrainedToke
         "message['content']", "(message['content'] if message['role'] == 'assistant' else '')"
     )
     assert answers_alone != template
-    with pytest.raises(DataError, match=r"chat template.* user "):
+    with pytest.raises(RowError, match=r"message 1 \(user\): the chat template drops content .*'Ada buys"):
         encode(with_template(chatml, answers_alone), chat(ONE_TURN), "instruction_tuning")
 
 
 def test_a_template_without_the_responses_of_a_pair_raises_an_error(chatml: PreTrainedTokenizerFast):
     question, answer, other = (*chat(ONE_TURN).messages, {"role": "assistant", "content": "5"})
-    with pytest.raises(DataError, match=r"chat template.* assistant "):
-        encode(
-            with_template(chatml, CONTENT_IN_PARTS), Pair([question], [answer], [other]), "preference_tuning"
-        )
+    template = str(chatml.chat_template).replace("message['content']", "'4'")
+    with pytest.raises(RowError, match=r"message 2 .*chat template"):
+        encode(with_template(chatml, template), Pair([question], [answer], [other]), "preference_tuning")
+
+
+def test_a_pair_that_is_rendered_to_equal_texts_raises_an_error(chatml: PreTrainedTokenizerFast):
+    question: Message = {"role": "user", "content": "2 + 2?"}
+    chosen, rejected = ({"role": "assistant", "content": text} for text in ("4", " 4 "))
+    trimmed = with_template(
+        chatml, str(chatml.chat_template).replace("message['content']", "message['content'] | trim")
+    )
+    with pytest.raises(RowError, match="same text"):
+        encode(trimmed, Pair([question], [chosen], [rejected]), "preference_tuning")
 
 
 @pytest.mark.parametrize("expression", ["'{x}'.format()", "'{}'.format()", "'text' | dictsort"])

@@ -9,6 +9,7 @@ from configs.schema import FinetuneConfig
 from tests.support.messages import assert_names
 from training.models.files import ModelError
 from training.planning.deepspeed import StrategyError, check_optimizer, resolve_execution
+from utils.errors import AnnealError
 
 LLAMA_3_8B = 8_030_261_248
 
@@ -95,3 +96,39 @@ def test_offloading_is_read_from_the_deepspeed_file_not_its_name(
     with pytest.raises(StrategyError) as caught:
         resolve_execution(config, "cuda")
     assert_names(str(caught.value), "deepspeed", name, fix)
+
+
+@pytest.mark.parametrize(
+    ("keys", "facts"),
+    [
+        ({"deepspeed": "zero_3_offload_optim", "optim": "adamw_8bit"}, ("adamw_8bit", "optim: adamw_torch")),
+        (
+            {"deepspeed": "zero_3_offload_optim+param", "optim": "adafactor"},
+            ("adafactor", "optim: adamw_torch"),
+        ),
+        ({"deepspeed": "zero_3_offload_optim", "device": "cpu"}, ("device: cpu", "deepspeed: zero_3")),
+        (
+            {"deepspeed": "zero_3", "load_in_4bit": True, "lora_config": {"r": 8}},
+            ("ZeRO-3", "load_in_4bit: false"),
+        ),
+        ({"deepspeed": "zero_3", "kernels": "unsloth"}, ("kernels: unsloth", "ZeRO-3", "liger")),
+        ({"kernels": "unsloth", "packing": True}, ("kernels: unsloth", "packed", "liger")),
+        (
+            {"kernels": "unsloth", "task": "preference_tuning"},
+            ("kernels: unsloth", "log-probabilities", "torch"),
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other_raise_an_error_with_the_fix(
+    keys: dict[str, object], facts: tuple[str, ...]
+):
+    config = FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl"} | keys)
+    with pytest.raises(AnnealError) as caught:
+        resolve_execution(config, "cuda")
+    assert_names(str(caught.value), *facts)
+
+
+def test_liger_without_a_gpu_raises_an_error():
+    config = FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl", "kernels": "liger"})
+    with pytest.raises(ModelError, match=r"kernels: liger.*GPU.*torch"):
+        resolve_execution(config, "cpu")

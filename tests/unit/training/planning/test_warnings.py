@@ -1,14 +1,34 @@
 """Warnings of a plan."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from configs.loading import load_config
 from configs.schema import FinetuneConfig
 from tests.support.messages import assert_names
+from tests.support.tiny_model import make_tokenizer
+from training.data.batches import BatchShape
+from training.data.report import DataReport
+from training.models.architecture import ModelShape
 from training.models.files import ModelFacts, read_model_facts
-from training.planning.warnings import dtype_warnings
+from training.models.kernels import Device, Provider
+from training.models.tokenizer import load_tokenizer
+from training.planning.warnings import (
+    accelerator_warnings,
+    dtype_warnings,
+    expert_warnings,
+    learning_rate_warnings,
+    length_warnings,
+    overlap_warnings,
+    template_warnings,
+    tokenizer_warnings,
+)
 
 
 @pytest.fixture
@@ -17,21 +37,180 @@ def large_model(tiny_model: Path) -> ModelFacts:
     return replace(facts, parameter_shapes={"model.embed_tokens.weight": (50_000, 576)})
 
 
-def config(dtype: str) -> FinetuneConfig:
-    return FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl", "dtype": dtype})
+def config(**keys: Any) -> FinetuneConfig:
+    return FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl", **keys})
 
 
 def test_emulated_bf16_gives_a_warning(large_model: ModelFacts):
     """torch 2.13 on a CPU without AVX-512 took 367 ms for a bf16 matmul that takes 8.4 ms in fp32."""
-    (warning,) = dtype_warnings(config("bf16"), large_model, "cpu", has_bf16=False)
+    (warning,) = dtype_warnings(config(dtype="bf16"), large_model, "cpu", has_bf16=False)
     assert_names(warning, "dtype: bf16", "dtype: fp32")
 
 
 def test_bf16_in_hardware_on_a_gpu_or_for_a_tiny_model_gives_no_warning(
     large_model: ModelFacts, tiny_model: Path
 ):
-    assert not list(dtype_warnings(config("bf16"), large_model, "cpu", has_bf16=True))
-    assert not list(dtype_warnings(config("bf16"), large_model, "cuda", has_bf16=False))
-    assert not list(dtype_warnings(config("fp32"), large_model, "cpu", has_bf16=False))
+    assert not list(dtype_warnings(config(dtype="bf16"), large_model, "cpu", has_bf16=True))
+    assert not list(dtype_warnings(config(dtype="bf16"), large_model, "cuda", has_bf16=False))
+    assert not list(dtype_warnings(config(dtype="fp32"), large_model, "cpu", has_bf16=False))
     tiny = read_model_facts(str(tiny_model))
-    assert not list(dtype_warnings(config("bf16"), tiny, "cpu", has_bf16=False))
+    assert not list(dtype_warnings(config(dtype="bf16"), tiny, "cpu", has_bf16=False))
+
+
+OLD_EXPRESSION = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+NEW_EXPRESSION = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+"
+
+
+@pytest.mark.parametrize(
+    ("expression", "model_type", "warns"),
+    [
+        (OLD_EXPRESSION, "mistral", True),
+        (NEW_EXPRESSION, "mistral", False),
+        (OLD_EXPRESSION, "llama", False),
+    ],
+)
+def test_old_expression_of_mistral_gives_a_warning(
+    expression: str, model_type: str, warns: bool, tmp_path: Path
+):
+    """transformers 5.17 flags such tokenizers in `_patch_mistral_regex`, for vocabularies of more than 100,000 tokens."""
+    backend = Tokenizer(models.BPE({f"token{number}": number for number in range(100_001)}, []))
+    split = pre_tokenizers.Split(Regex(expression), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="token0").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "transformers_version": "4.57.0"})
+    )
+    tokenizer = load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None)
+    warnings = list(tokenizer_warnings(tokenizer))
+    assert bool(warnings) == warns
+    assert all("tokenizer.json" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("A100-80", "A100-80G"), ("h100", "H100"), ("H100", None), ("TPU-v5", None)]
+)
+def test_misspelled_accelerator_gives_a_warning_with_the_nearest_name(written: str, meant: str | None):
+    warnings = list(accelerator_warnings(config(worker_resources={f"accelerator_type:{written}": 0.001})))
+    assert len(warnings) == (meant is not None)
+    for warning in warnings:
+        assert_names(warning, "worker_resources", f"accelerator_type:{written} ", f"did you mean {meant}?")
+
+
+def test_run_without_a_named_accelerator_gives_no_accelerator_warning():
+    assert not list(accelerator_warnings(config()))
+
+
+def shape_with(experts: int) -> ModelShape:
+    return ModelShape(
+        layers=1,
+        hidden=64,
+        intermediate=128,
+        heads=4,
+        key_value_heads=2,
+        head_dim=16,
+        vocabulary=512,
+        windows=(None,),
+        experts=experts,
+        experts_per_token=min(experts, 2),
+    )
+
+
+def expert_warnings_of(
+    large_model: ModelFacts,
+    shape: ModelShape | None,
+    device: Device,
+    kernels: Provider,
+    *,
+    load_in_4bit: bool = True,
+) -> list[str]:
+    settings = config(load_in_4bit=load_in_4bit, lora_config={"r": 4})
+    return list(expert_warnings(settings, large_model, shape, device, kernels))
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels"), [("cuda", "liger"), ("cuda", "torch"), ("cpu", "torch"), ("cpu", "unsloth")]
+)
+def test_experts_that_4_bit_loading_leaves_in_16_bits_give_a_warning(
+    large_model: ModelFacts, device: Device, kernels: Provider
+):
+    (warning,) = expert_warnings_of(large_model, shape_with(8), device, kernels)
+    assert_names(warning, "load_in_4bit", large_model.source, "experts", "16 bits")
+
+
+def test_dense_unquantized_or_unsloth_models_give_no_expert_warning(large_model: ModelFacts):
+    assert not expert_warnings_of(large_model, shape_with(8), "cuda", "unsloth")
+    assert not expert_warnings_of(large_model, shape_with(8), "cuda", "torch", load_in_4bit=False)
+    assert not expert_warnings_of(large_model, shape_with(0), "cuda", "torch")
+    assert not expert_warnings_of(large_model, None, "cuda", "torch")
+
+
+WITHOUT_END_TOKEN = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("task", ["instruction_tuning", "preference_tuning"])
+def test_chat_template_without_an_end_token_gives_a_warning(task: str):
+    tokenizer = make_tokenizer()
+    assert not list(template_warnings(config(task=task), tokenizer))
+    tokenizer.chat_template = WITHOUT_END_TOKEN
+    (warning,) = template_warnings(config(task=task), tokenizer)
+    assert_names(warning, "chat template", "end token", "set chat_template")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"task": "causal_lm"},
+        {"prompt_template": "Question: {prompt} Answer: {completion}"},
+    ],
+)
+def test_unused_chat_template_gives_no_warning(keys: dict[str, Any]):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = WITHOUT_END_TOKEN
+    assert not list(template_warnings(config(**keys), tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("keys", "warns"),
+    [
+        ("", True),
+        ("learning_rate: 1e-5", False),
+        ("lora_config: {r: 4}", False),
+    ],
+)
+def test_default_learning_rate_with_full_parameter_training_gives_a_warning(
+    tmp_path: Path, keys: str, warns: bool
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model_id: org/name\ntrain_path: train.jsonl\n{keys}\n")
+    loaded = load_config(path)
+    warnings = list(learning_rate_warnings(loaded))
+    assert len(warnings) == warns
+    for warning in warnings:
+        assert_names(warning, "learning_rate ", f"{loaded.config.learning_rate:g}", "LoRA", "1e-5")
+
+
+def test_validation_rows_that_are_training_rows_give_a_warning():
+    place = "valid.jsonl:12 is the same as train.jsonl:7"
+    (warning,) = overlap_warnings(DataReport.model_construct(in_both=1234, first_in_both=[place]))
+    assert_names(warning, "valid_path: 1,234 ", "training rows", place)
+    assert not list(overlap_warnings(DataReport.model_construct(in_both=0, first_in_both=[])))
+
+
+@pytest.mark.parametrize(("packing", "what"), [(False, "rows"), (True, "packs")])
+def test_step_larger_than_an_epoch_gives_a_warning(packing: bool, what: str):
+    settings = config(packing=packing, num_epochs=1)
+    (warning,) = length_warnings(settings, BatchShape(15, 4, 2, 2))
+    assert_names(warning, f"16 {what} ", "batch size", "accumulation", "train_path", "15")
+    assert not list(length_warnings(settings, BatchShape(16, 4, 2, 2)))
+
+
+@pytest.mark.parametrize("key", ["num_epochs", "max_steps", "min_update_steps"])
+def test_run_length_that_the_yaml_does_not_set_gives_a_warning(key: str):
+    shape = BatchShape(96, 4, 2, 1)
+    (warning,) = length_warnings(config(), shape)
+    assert_names(warning, key, "9 epochs", "100 steps")
+    assert not list(length_warnings(config(**{key: 1}), shape))

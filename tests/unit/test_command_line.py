@@ -1,0 +1,53 @@
+"""Errors of the command line: one line, the fix, and exit code 2."""
+
+import pytest
+
+import main
+from tests.support.messages import assert_names
+from training.planning.endpoints import ClusterError, ClusterTarget, check_cluster_answers, target_cluster
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["trian"], ("trian", "no such file or command", "runs", "evaluate")),
+        (["exprot"], ("exprot", "main.py export")),
+        (["help"], ("help", "no such file or command")),
+        (["run.yaml", "--learning_rate=3"], ("--learning_rate=3", "learning_rate=VALUE")),
+        (["run.yaml", "--dry-rum"], ("--dry-rum", "--dry-run", "main.py CONFIG.yaml --help")),
+        (["run.yaml", "--detach"], ("--detach", "--submit")),
+        (["run.yaml", "--print-config", "--dry-run"], ("--dry-run", "--print-config")),
+        ([""], ("empty",)),
+    ],
+)
+def test_wrong_arguments_raise_an_error_in_one_line(
+    arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    try:
+        code = main.main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == main.REJECTED
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert_names(printed, *facts)
+
+
+@pytest.mark.parametrize("address", ["garbage", "head", "head:port", ":6379", "ray://head"])
+def test_address_that_names_no_port_raises_an_error(address: str):
+    with pytest.raises(ClusterError) as caught:
+        check_cluster_answers(ClusterTarget(address))
+    assert_names(str(caught.value), "RAY_ADDRESS", address, "HOST:6379")
+
+
+@pytest.mark.parametrize(
+    ("address", "is_local"),
+    [(None, True), ("", True), ("local", True), ("auto", False), ("head:6379", False)],
+)
+def test_ray_address_names_a_cluster_or_this_machine(
+    address: str | None, is_local: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert target_cluster().is_local == is_local

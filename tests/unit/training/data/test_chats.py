@@ -1,0 +1,410 @@
+"""Spellings of other tools are read as chats, and nothing that a row says is dropped without an error or a note."""
+
+from typing import Any
+
+import pytest
+
+from tests.support.messages import assert_names
+from training.data.errors import RowError
+from training.data.records import Chat, Pair, Task
+from training.data.rows import RowSchema, read_row, recognise
+
+USER = {"role": "user", "content": "How warm is it?"}
+ANSWER = {"role": "assistant", "content": "21 degrees"}
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+LOOK = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "21"}
+
+
+def read(row: dict[str, Any], task: Task = "instruction_tuning") -> Any:
+    return read_row(row, RowSchema(task, recognise(row, {}, task), {}, None, ()))
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        (
+            {
+                "messages": [
+                    {"role": "human", "content": "How warm is it?"},
+                    {"role": "bot", "content": "21 degrees"},
+                ]
+            },
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "How warm is it?"},
+                    {"role": "model", "content": "21 degrees"},
+                ]
+            },
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "messages": [
+                    {"from": "human", "value": "How warm is it?"},
+                    {"from": "chatgpt", "value": "21 degrees"},
+                ]
+            },
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "conversation": [
+                    {"from": "human", "value": "How warm is it?"},
+                    {"from": "gpt", "value": "21 degrees"},
+                ]
+            },
+            [USER, ANSWER],
+        ),
+        ({"query": "How warm is it?", "response": "21 degrees"}, [USER, ANSWER]),
+        ({"question": "How warm is it?", "answer": "21 degrees"}, [USER, ANSWER]),
+        ({"instruction": "How warm is it?", "context": "", "response": "21 degrees"}, [USER, ANSWER]),
+        ({"system": "Answer briefly.", "messages": [USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+        ({"system": " ", "messages": [USER, ANSWER]}, [USER, ANSWER]),
+        ({"system": "Answer briefly.", "messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+        (
+            {"system": "Answer briefly.", "prompt": "How warm is it?", "completion": "21 degrees"},
+            [SYSTEM, USER, ANSWER],
+        ),
+        (
+            {
+                "instruction": "How warm is it?",
+                "output": "21 degrees",
+                "system": "Answer briefly.",
+                "history": [["And in Oslo?", "Cold."]],
+            },
+            [
+                SYSTEM,
+                {"role": "user", "content": "And in Oslo?"},
+                {"role": "assistant", "content": "Cold."},
+                USER,
+                ANSWER,
+            ],
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        **USER,
+                        "content": [
+                            {"type": "text", "text": "How warm "},
+                            {"type": "text", "text": "is it?"},
+                        ],
+                    },
+                    ANSWER,
+                ]
+            },
+            [USER, ANSWER],
+        ),
+        ({"messages": [{"role": "system", "content": ""}, USER, ANSWER]}, [USER, ANSWER]),
+        (
+            {"messages": [{"role": "developer", "content": "Be kind."}, USER, ANSWER]},
+            [{"role": "developer", "content": "Be kind."}, USER, ANSWER],
+        ),
+        (
+            {"messages": [USER, {**CALLING, "content": None}, {**RESULT, "content": None}, ANSWER]},
+            [USER, CALLING, {**RESULT, "content": ""}, ANSWER],
+        ),
+        (
+            {"messages": [USER, CALLING, {**RESULT, "content": {"warm": 21, "wet": None}}, ANSWER]},
+            [USER, CALLING, {**RESULT, "content": '{"warm": 21, "wet": null}'}, ANSWER],
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "function_call": {"name": "look", "arguments": "{}"},
+                    },
+                    {"role": "function", "content": "21"},
+                    ANSWER,
+                ]
+            },
+            [USER, CALLING, RESULT, ANSWER],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "How warm is it?"},
+                    {"from": "function_call", "value": '{"name": "look", "arguments": {}}'},
+                    {"from": "observation", "value": "21"},
+                    {"from": "gpt", "value": "21 degrees"},
+                ]
+            },
+            [USER, CALLING, RESULT, ANSWER],
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "look", "parameters": {"a": 1}}}],
+                    },
+                ]
+            },
+            [
+                USER,
+                {
+                    **CALLING,
+                    "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}],
+                },
+            ],
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "content": '<tool_call>\n{"name": "look"}\n</tool_call>'},
+                    RESULT,
+                    ANSWER,
+                ]
+            },
+            [USER, {**ANSWER, "content": '<tool_call>\n{"name": "look"}\n</tool_call>'}, RESULT, ANSWER],
+        ),
+    ],
+)
+def test_other_spellings_are_read_as_messages(row: dict[str, Any], messages: list[dict[str, Any]]):
+    assert read(row).messages == messages
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_read_under_each_of_its_names(key: str):
+    expected = [USER, {**ANSWER, "reasoning_content": "The sun shines."}]
+    assert read({"messages": [USER, {**ANSWER, key: "The sun shines."}]}).messages == expected
+    turns = [
+        {"from": "human", "value": "How warm is it?"},
+        {"from": "gpt", "value": "21 degrees", key: "The sun shines."},
+    ]
+    assert read({"conversations": turns}).messages == expected
+    parts = [{"type": "thinking", "thinking": "The sun shines."}, {"type": "text", "text": "21 degrees"}]
+    assert read({"messages": [USER, {**ANSWER, "content": parts}]}).messages == expected
+
+
+@pytest.mark.parametrize(
+    "excluded",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"trainable": False},
+        {"loss": False},
+        {"loss": 0},
+        {"loss_mask": 0},
+        {"mask": True},
+        {"masked": True},
+    ],
+)
+def test_each_key_that_excludes_a_turn_takes_it_out_of_the_loss(excluded: dict[str, Any]):
+    key = next(iter(excluded))
+    chat = read({"messages": [USER, {**ANSWER, **excluded}, USER, {**ANSWER, key: not excluded[key]}]})
+    assert chat.untrained == (1,)
+
+
+@pytest.mark.parametrize("mask", [[0, 1], [False, True], [1, 0, 1, 1], "[0, 1]"])
+def test_a_loss_mask_of_a_row_excludes_turns(mask: Any):
+    assert read({"messages": [USER, ANSWER, USER, ANSWER], "loss_mask": mask}).untrained == (1,)
+
+
+def test_functions_become_tools():
+    tools = [{"type": "function", "function": LOOK}]
+    row = {"functions": [LOOK], "messages": [USER, CALLING]}
+    assert read(row).tools == tools
+    assert (
+        read(
+            {**row, "functions": '[{"name": "look", "parameters": {"type": "object", "properties": {}}}]'}
+        ).tools
+        == tools
+    )
+    in_system = {"role": "system", "content": "Help.", "functions": [LOOK]}
+    assert read({"messages": [in_system, USER, {**ANSWER, "functions": None}]}).tools == tools
+    bare = {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        "tools": [LOOK],
+    }
+    assert read(bare).tools == tools
+
+
+def test_nulls_that_arrow_adds_are_removed_and_others_stay():
+    """Arrow gives each object of a column the keys of all others, with null."""
+    nullable = {"type": ["string", "null"], "default": None}
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": "a",
+                "parameters": {"properties": {"x": {"type": "string"}, "y": None, "z": nullable}},
+            },
+        },
+        {
+            "type": "function",
+            "function": {"name": "b", "parameters": {"properties": {"x": None, "y": {"enum": ["u", None]}}}},
+        },
+    ]
+    called = {"function": {"name": "a", "arguments": {"x": "1", "y": None, "z": None}}}
+    chat = read(
+        {"tools": tools, "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [called]}]}
+    )
+    assert chat.tools[0]["function"]["parameters"]["properties"] == {"x": {"type": "string"}, "z": nullable}
+    assert chat.tools[1]["function"]["parameters"]["properties"] == {"y": {"enum": ["u", None]}}
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": "1", "z": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "roles", "note"),
+    [
+        (
+            {"messages": [USER, ANSWER, USER]},
+            "user assistant",
+            "user messages after the last answer are removed",
+        ),
+        ({"messages": [ANSWER, USER, ANSWER]}, "assistant user assistant", "before the first user message"),
+        (
+            {"messages": [SYSTEM, SYSTEM, USER, ANSWER]},
+            "system user assistant",
+            "consecutive system messages are merged",
+        ),
+        ({"messages": [USER, USER, ANSWER]}, "user assistant", "consecutive user messages are merged"),
+        ({"messages": [USER, ANSWER, ANSWER]}, "user assistant", "consecutive assistant messages are merged"),
+        ({"messages": [USER, {**ANSWER, "id": 3}]}, "user assistant", "`id` of messages is not used"),
+        ({"messages": [USER, ANSWER], "topic": "weather"}, "user assistant", "column `topic` is not used"),
+        (
+            {"prompt": "Hi", "completion": "Hello", "source": "web"},
+            "user assistant",
+            "column `source` is not used",
+        ),
+    ],
+)
+def test_what_is_changed_or_not_used_is_noted(row: dict[str, Any], roles: str, note: str):
+    chat = read(row)
+    assert [message["role"] for message in chat.messages] == roles.split()
+    assert any(note in found for found in chat.notes)
+
+
+def test_merged_messages_keep_both_texts():
+    chat = read({"messages": [SYSTEM, {"role": "system", "content": "Be kind."}, USER, ANSWER]})
+    assert chat.messages[0]["content"] == "Answer briefly.\n\nBe kind."
+
+
+def test_a_greeting_is_context_and_not_in_the_loss():
+    assert read({"messages": [ANSWER, USER, ANSWER]}).untrained == (0,)
+
+
+def test_empty_columns_are_neither_used_nor_noted():
+    row = {
+        "instruction": "Hi",
+        "input": "",
+        "output": "Hello",
+        "system": "",
+        "history": [],
+        "topic": None,
+        "tags": [],
+    }
+    assert read(row).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "facts"),
+    [
+        ({"messages": [USER, ANSWER], "label": False}, ("`label`", "preference_tuning")),
+        ({"prompt": "Hi", "completion": "Go away", "label": True}, ("`label`", "preference_tuning")),
+        ({"prompt": "Hi", "completion": "Go away", "kto_tag": "bad"}, ("`kto_tag`", "preference_tuning")),
+        ({"messages": [USER, ANSWER], "score": 0.1}, ("`score`", "0.1")),
+        ({"messages": [USER, ANSWER], "images": ["cat.jpg"]}, ("`images`", "text")),
+        (
+            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
+            ("message 1", "'image_url'", "text"),
+        ),
+        ({"messages": [{**USER, "audio": "a.wav"}, ANSWER]}, ("message 1", "`audio`")),
+        ({"messages": [USER, ANSWER], "weight": 0.5}, ("`weight`",)),
+        ({"messages": [USER, ANSWER], "loss_mask": [1, 0, 1]}, ("`loss_mask`", "3 entries", "1 assistant")),
+        ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, ("message 2", "weight and train")),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "Be kind."}, ("system",)),
+        (
+            {"messages": [USER, {**ANSWER, "reasoning": "a", "thinking": "b"}]},
+            ("message 2", "`reasoning` and `thinking`"),
+        ),
+        ({"messages": [{**USER, "reasoning": "a"}, ANSWER]}, ("message 1", "reasoning", "assistant")),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "args": {"a": 1}}}]},
+                ]
+            },
+            ("tool call 1", "`args`"),
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": {}, "parameters": {"a": 1}}}],
+                    },
+                ]
+            },
+            ("tool call 1", "`parameters`"),
+        ),
+        (
+            {"instruction": "Hi", "output": "Hello", "history": [["only one"]]},
+            ("`history`", "entry 1", "pair"),
+        ),
+    ],
+)
+def test_what_changes_the_result_raises_an_error(row: dict[str, Any], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read(row)
+    assert_names(str(caught.value), *facts)
+
+
+def test_a_pair_takes_its_shared_beginning_as_the_prompt():
+    shared = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q two"}]
+    sides = {
+        name: [*shared, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", "b"), ("rejected", "c"))
+    }
+    question = {"role": "user", "content": "q one"}
+    expected = Pair(
+        [question, *shared], [{"role": "assistant", "content": "b"}], [{"role": "assistant", "content": "c"}]
+    )
+    assert read({"prompt": "q one", **sides}, "preference_tuning") == expected
+    assert read({name: [question, *side] for name, side in sides.items()}, "preference_tuning") == expected
+
+
+def test_a_pair_reads_its_system_column():
+    pair = read(
+        {"system": "Answer in French.", "question": "Yes or no?", "chosen": "oui", "rejected": "yes"},
+        "preference_tuning",
+    )
+    assert pair.prompt == [
+        {"role": "system", "content": "Answer in French."},
+        {"role": "user", "content": "Yes or no?"},
+    ]
+
+
+def test_a_pair_whose_answers_continue_raises_an_error():
+    """Token columns of a pair have no mask, so the words of the user would be scored."""
+    side = [ANSWER, USER, ANSWER]
+    with pytest.raises(RowError, match=r"`rejected`.*message 2.*End both"):
+        read(
+            {"prompt": "q", "chosen": "b", "rejected": [{**ANSWER, "content": "c"}, *side[1:]]},
+            "preference_tuning",
+        )
+
+
+def test_classification_notes_and_rejects_alike():
+    row = {"text": "I like it", "label": "good", "images": ["a.png"]}
+    with pytest.raises(RowError, match="`images`"):
+        read_row(row, RowSchema("classification", "classification", {}, None, ("good",)))
+    chat = read_row(
+        {**row, "images": None, "id": 3}, RowSchema("classification", "classification", {}, None, ("good",))
+    )
+    assert isinstance(chat, Chat)
+    assert chat.notes == ("column `id` is not used",)

@@ -1,0 +1,353 @@
+"""Every assistant turn is trained in the context in which the model is asked for it, with each chat template that TRL ships."""
+
+import copy
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from training.data.errors import RowError
+from training.data.records import Chat, Pair
+from training.data.rendered import Rendered
+from training.data.rows import RowSchema, read_row, recognise
+from training.data.templates import Renderer
+
+TEMPLATES = {
+    path.stem: path.read_text()
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    if not path.stem.endswith("_training")
+}
+"""Templates of models, as TRL 1.15 ships them, by name."""
+
+END = "<｜end▁of▁sentence｜>"  # noqa: RUF001
+"""DeepSeek's end token."""
+
+SYSTEM = {"role": "system", "content": "Answer in rhymes."}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find_weather",
+            "description": "Find the weather.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+RESULT = {"role": "tool", "tool_call_id": "call_1", "name": "find_weather", "content": "minus 3 degrees"}
+
+
+def user(number: int) -> dict[str, Any]:
+    return {"role": "user", "content": f"Question number {number}?"}
+
+
+def answer(number: int, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": f"Answer with words {number}.", **keys}
+
+
+def call(content: str | None = None) -> dict[str, Any]:
+    function = {"name": "find_weather", "arguments": '{"city": "Tromsø"}'}
+    return {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+    }
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "one answer": {"messages": [user(1), answer(1)]},
+    "system": {"messages": [SYSTEM, user(1), answer(1)]},
+    "three turns": {"messages": [user(1), answer(1), user(2), answer(2), user(3), answer(3)]},
+    "system and two turns": {"messages": [SYSTEM, user(1), answer(1), user(2), answer(2)]},
+    "reasoning": {"messages": [user(1), answer(1, reasoning_content="A thought 1.")]},
+    "reasoning in two turns": {
+        "messages": [
+            *(user(1), answer(1, reasoning="A thought 1.")),
+            *(user(2), answer(2, thinking="A thought 2.")),
+        ]
+    },
+    "reasoning in the content": {
+        "messages": [
+            user(1),
+            answer(1) | {"content": "<think>\nA thought 1.\n</think>\n\nAnswer with words 1."},
+        ]
+    },
+    "call": {"messages": [user(1), call()], "tools": TOOLS},
+    "call and result": {"messages": [user(1), call(), RESULT, answer(1)], "tools": TOOLS},
+    "words beside a call": {"messages": [user(1), call("Words beside."), RESULT, answer(1)], "tools": TOOLS},
+    "text parts": {"messages": [{**user(1), "content": [{"type": "text", "text": "Question?"}]}, answer(1)]},
+}
+WITHOUT_SYSTEM = {"gemma"}
+WITHOUT_REASONING = {
+    *(
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma3",
+        "gemma4",
+        "gemma4_v2",
+        "gemma4_v3",
+        "gemma4_v4",
+        "idefics3",
+        "lfm2",
+        "lfm2_v2",
+    ),
+    *(
+        "llama3",
+        "llama3_1",
+        "llama3_2",
+        "llava_next",
+        "phi3",
+        "phi3_5",
+        "qwen2_5",
+        "qwen2_5_vl",
+        "qwen3_instruct_2507",
+    ),
+    *("qwen3_vl", "smolvlm"),
+}
+"""Templates that read no reasoning (Gemma 4 before its fifth version: only beside calls)."""
+WITHOUT_TOOLS = {
+    *(
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma3",
+        "idefics3",
+        "lfm2",
+        "llama3",
+        "llava_next",
+        "phi3",
+        "phi3_5",
+        "qwen2_5_vl",
+    ),
+    *("smolvlm", "deepseek_r1_distill", "deepseekv3"),
+}
+"""Templates that print no tools or no calls."""
+
+
+class Tokenizers(dict[str, PreTrainedTokenizerFast]):
+    """Tokenizers by the name of their template, with a short representation for hypothesis."""
+
+    def __repr__(self) -> str:
+        return "tokenizers"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny_model: Path) -> Tokenizers:
+    plain = AutoTokenizer.from_pretrained(tiny_model)
+    # SmolLM2's BOS token is the role marker of half of these templates.
+    plain.add_special_tokens({"bos_token": "<|bos|>", "eos_token": "<|eos|>"})
+    found = Tokenizers()
+    for name, template in TEMPLATES.items():
+        found[name] = copy.deepcopy(plain)
+        found[name].chat_template = template
+    return found
+
+
+def test_each_template_trains_each_kind_of_row_or_names_what_it_drops(
+    tokenizers: Tokenizers,
+):
+    trained, rejected = set(), {}
+    for name, tokenizer in tokenizers.items():
+        for kind, row in ROWS.items():
+            try:
+                check_turns(tokenizer, read(row))
+                trained.add((name, kind))
+            except RowError as error:
+                rejected[name, kind] = str(error)
+    for (name, kind), message in rejected.items():
+        says = {
+            "system": name in WITHOUT_SYSTEM,
+            "reasoning": name in WITHOUT_REASONING and "content" not in kind,
+            "call": name in WITHOUT_TOOLS or kind.startswith("words"),
+        }
+        assert any(known for word, known in says.items() if word in kind), f"{name}, {kind}: {message}"
+        assert "chat template" in message or "chat_template" in message
+    assert len(trained) / (len(trained) + len(rejected)) > 0.75
+
+
+def test_templates_of_training_train_the_same_tokens_as_those_of_the_models(
+    tokenizers: Tokenizers,
+):
+    """TRL's training templates mark what is trained; for one answer without reasoning both mean the same."""
+    compared = 0
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja")):
+        name = path.stem.removesuffix("_training")
+        # DeepSeek's training templates leave the opened thought out; GLM's trains the next user marker as an end token.
+        if name not in tokenizers or name.startswith(("deepseek", "glm4moe")):
+            continue
+        marked = copy.deepcopy(tokenizers[name])
+        marked.chat_template = path.read_text()
+        for kind in ("one answer", "system"):
+            try:
+                theirs, ours = (
+                    Renderer(each, whole_text=False).render(read(ROWS[kind]))
+                    for each in (marked, tokenizers[name])
+                )
+            except RowError:
+                assert name in WITHOUT_SYSTEM
+                continue
+            assert loss_texts(theirs) == loss_texts(ours), f"{name}, {kind}"
+            compared += 1
+    assert compared > 20
+
+
+_words = st.text("abcxyz äß?!.,\n", min_size=1, max_size=12).filter(
+    lambda text: bool(text.strip()) and text[0] != "\n"
+)
+_turn = st.fixed_dictionaries({"question": _words, "answer": _words, "reasoning": st.none() | _words})
+
+
+@settings(max_examples=10, deadline=None)
+@given(system=st.none() | _words, turns=st.lists(_turn, min_size=1, max_size=3))
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_generated_turns_are_trained_once_each_in_their_own_context(
+    name: str,
+    tokenizers: Tokenizers,
+    system: str | None,
+    turns: list[dict[str, Any]],
+):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["question"]})
+        reasoning = {} if turn["reasoning"] is None else {"reasoning_content": turn["reasoning"]}
+        messages.append({"role": "assistant", "content": turn["answer"], **reasoning})
+    chat = read({"messages": messages})
+    try:
+        check_turns(tokenizers[name], chat)
+    except RowError as error:
+        cannot = (system and name in WITHOUT_SYSTEM) or (
+            any(turn["reasoning"] for turn in turns) and name in WITHOUT_REASONING
+        )
+        assert cannot, error
+
+
+def test_a_prompt_that_opens_a_thought_gets_the_reasoning_and_its_end(
+    tokenizers: Tokenizers,
+):
+    """DeepSeek-R1-Distill's template cuts reasoning out, and its generation prompt ends with an opened thought."""
+    renderer = Renderer(tokenizers["deepseek_r1_distill"], whole_text=False)
+    (reasoned,) = renderer.render(read(ROWS["reasoning in the content"]))
+    assert reasoned.text.endswith(f"<think>\nA thought 1.\n</think>\n\nAnswer with words 1.{END}")
+    assert loss_texts([reasoned]) == [f"A thought 1.\n</think>\n\nAnswer with words 1.{END}"]
+    (plain,) = renderer.render(read(ROWS["one answer"]))
+    assert plain.text.endswith(f"<think>\n\n</think>\n\nAnswer with words 1.{END}")
+    assert loss_texts([plain]) == [f"Answer with words 1.{END}"]
+
+
+def test_an_empty_thought_is_trained_only_if_the_row_writes_it(
+    tokenizers: Tokenizers,
+):
+    """Qwen3's template inserts one before the last answer."""
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    written = answer(1) | {"content": "<think>\n\n</think>\n\nAnswer with words 1."}
+    inserted, own = (
+        renderer.render(read({"messages": [user(1), message]})) for message in (answer(1), written)
+    )
+    assert inserted[0].text == own[0].text
+    assert loss_texts(inserted) == ["Answer with words 1.<|im_end|>"]
+    assert loss_texts(own) == ["<think>\n\n</think>\n\nAnswer with words 1.<|im_end|>"]
+
+
+def test_chat_template_variables_reach_the_template(tokenizers: Tokenizers):
+    chat = read(ROWS["one answer"])
+    texts = [
+        Renderer(tokenizers["gptoss"], whole_text=False, variables=variables).render(chat)[0].text
+        for variables in ({}, {"reasoning_effort": "low"})
+    ]
+    assert ["Reasoning: medium" in texts[0], "Reasoning: low" in texts[1]] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "deepseek_r1_distill", "nemotron_3_nano", "gptoss"])
+def test_both_answers_of_a_pair_follow_the_prompt_that_asks_for_them(name: str, tokenizers: Tokenizers):
+    tokenizer = tokenizers[name]
+    plain = Pair([user(1)], [answer(1)], [answer(2)])
+    chosen, rejected = Renderer(tokenizer, whole_text=False).render(plain)
+    assert chosen.text[: chosen.spans[0][0]] == rejected.text[: rejected.spans[0][0]]
+    assert "Answer with words 1." in loss_texts([chosen])[0]
+    assert "Answer with words 2." in loss_texts([rejected])[0]
+    if name == "llama3":
+        return
+    thoughts = [answer(1) | {"reasoning_content": f"A thought {number}."} for number in (1, 2)]
+    sides = Renderer(tokenizer, whole_text=False).render(Pair([user(1)], thoughts[:1], thoughts[1:]))
+    assert ["A thought 1." in loss_texts(sides)[0], "A thought 2." in loss_texts(sides)[1]] == [True, True]
+
+
+def read(row: dict[str, Any]) -> Chat:
+    chat = read_row(
+        row, RowSchema("instruction_tuning", recognise(row, {}, "instruction_tuning"), {}, None, ())
+    )
+    assert isinstance(chat, Chat)
+    return chat
+
+
+def loss_texts(sequences: list[Rendered] | tuple[Rendered, ...]) -> list[str]:
+    return [sequence.text[begin:end] for sequence in sequences for begin, end in sequence.spans]
+
+
+def check_turns(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> None:
+    """Check that each turn is trained once, after the prompt that transformers renders for it, with all of its texts."""
+    sequences = Renderer(tokenizer, whole_text=False).render(chat)
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    prompts = {index: possible_prompts(tokenizer, chat, index) for index in answers}
+    found = []
+    for sequence in sequences:
+        assert all(first[1] <= second[0] for first, second in pairwise(sequence.spans))
+        for begin, end in sequence.spans:
+            indices = [index for index in answers if sequence.text[:begin] in prompts[index]]
+            assert indices, f"no prompt of transformers: {sequence.text[:begin]!r}"
+            found += indices
+            message, completion = chat.messages[indices[0]], sequence.text[begin:end]
+            assert message.get("reasoning_content", "").strip() in completion
+            assert message["content"].rpartition("</think>")[2].strip() in completion
+            for called in message.get("tool_calls", ()):
+                assert called["function"]["name"] in completion
+                assert all(value in completion for value in called["function"]["arguments"].values())
+    assert sorted(found) == answers
+
+
+def possible_prompts(tokenizer: PreTrainedTokenizerFast, chat: Chat, index: int) -> set[str]:
+    """Return transformers' generation prompts before a turn: with thinking on, off or not set, and after an empty thought."""
+    prompts = set()
+    for shape in (lambda message: message, with_parts, with_arguments_as_text):
+        for switches in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            try:
+                prompt = tokenizer.apply_chat_template(
+                    [shape(message) for message in chat.messages[:index]],
+                    tools=chat.tools,  # pyright: ignore[reportArgumentType]
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **switches,
+                )
+            except Exception:  # noqa: BLE001  # templates raise errors of many classes for messages in another shape
+                continue
+            prompts.add(str(prompt))
+    closed = ("<think>\n\n</think>\n\n", "\n</think>\n\n", "\n<think></think>\n")
+    return prompts | {prompt + thought for prompt in prompts for thought in closed}
+
+
+def with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    calls = [
+        {
+            "type": "function",
+            "function": {**each, "arguments": json.dumps(each["arguments"], ensure_ascii=False)},
+        }
+        for each in functions
+    ]
+    return {**message, "content": message["content"] or None, "tool_calls": calls}

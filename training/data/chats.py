@@ -1,0 +1,363 @@
+"""Chats: validate messages, and convert the spellings of other tools into OpenAI's chat format."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.data.errors import RowError, check_text, json_type
+from training.data.records import Chat, Message
+from training.data.tools import Tool, check_json, parse_json, read_calls, read_tools
+
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+_SYSTEM = ("system", "developer")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_IN_LOSS = ("weight", "train", "trainable", "loss", "loss_mask")
+"""Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
+_OUT_OF_LOSS = ("mask", "masked")
+"""Keys that say the opposite."""
+_KNOWN = {
+    *(
+        "role",
+        "from",
+        "content",
+        "value",
+        "name",
+        "tool_call_id",
+        "tool_calls",
+        "function_call",
+        "functions",
+        "tools",
+    ),
+    *_REASONING,
+    *_IN_LOSS,
+    *_OUT_OF_LOSS,
+}
+_MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
+
+
+@dataclass
+class _Reading:
+    """The messages of a chat read so far."""
+
+    tools: list[Tool] | None
+    messages: list[Message] = field(default_factory=list)
+    untrained: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    """What was changed or not used, as counted in the plan."""
+
+
+def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system: str | None = None) -> Chat:
+    """Validate a list of messages.
+
+    Args:
+        values: The messages, or their JSON text (CSV and some Parquet files).
+        what: Name of the column in messages.
+        tools: The row's tools.
+        system: Text of a system column beside the messages.
+
+    Raises:
+        RowError: The messages cannot be trained on.
+    """
+    messages = listed(values, what)
+    if system is None and _is_usual(messages):
+        for position, message in enumerate(messages, start=1):
+            check_text(
+                message["content"], lambda position=position, role=message["role"]: _at(position, role)
+            )
+        return Chat(messages, tools)
+    reading = _Reading(tools)
+    for position, value in enumerate(messages, start=1):
+        _append(_read_message(value, position, reading), position, reading)
+    _add_system(system, reading)
+    _cut(reading)
+    return Chat(
+        reading.messages,
+        reading.tools,
+        tuple(sorted(reading.untrained)),
+        notes=tuple(reading.notes),
+    )
+
+
+def listed(value: Any, what: str) -> list[Any]:
+    """Return a list of messages; CSV and some Parquet files store it as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, what)
+    if not isinstance(value, list | tuple):
+        raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of messages")
+    if not value:
+        raise RowError("empty content", f"{what} is an empty list")
+    return list(value)
+
+
+def _is_usual(messages: list[Any]) -> bool:
+    """Return whether messages have only a role and a text, and roles alternate; most rows do, and need nothing else."""
+    expected = "user"
+    for position, message in enumerate(messages):
+        if type(message) is not dict or len(message) != 2 or type(message.get("content")) is not str:
+            return False
+        if message["content"].isspace() or not message["content"]:
+            return False
+        role = message.get("role")
+        if role != expected and not (position == 0 and role == "system"):
+            return False
+        if role == expected:
+            expected = "assistant" if expected == "user" else "user"
+    return expected == "user" and len(messages) > 1
+
+
+def _at(position: int, role: str) -> str:
+    return f"message {position} ({role})"
+
+
+def _read_message(value: Any, position: int, reading: _Reading) -> Message:
+    if not isinstance(value, dict):
+        raise RowError("wrong type", f"message {position} is not an object with role and content")
+    said = value.get("role", value.get("from"))
+    role = _ROLES.get(said.lower()) if isinstance(said, str) else None
+    if role is None:
+        raise RowError(
+            "unknown role", f"message {position} has the role {short(said)}. Known: {', '.join(_ROLES)}"
+        )
+    at = _at(position, role)
+    message: Message = {"role": role}
+    content = value.get("content", value.get("value"))
+    calls = value.get("tool_calls") or value.get("function_call")
+    if said == "function_call" and not calls:
+        calls, content = content, ""
+    message["content"], thought = _content_of(content, role, at)
+    reasoning = _reasoning_of(value, thought, role, at, reading)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    for key in ("name", "tool_call_id"):
+        if value.get(key):
+            message[key] = check_text(value[key], lambda key=key: f"{at}: `{key}`")
+    if calls:
+        if role != "assistant":
+            raise RowError("role order", f"{at} has tool_calls, which only assistant messages may have")
+        message["tool_calls"] = read_calls(calls, f"message {position}: tool call", reading.tools)
+    _read_functions(value, at, reading)
+    if role == "assistant" and not _is_in_loss(value, at):
+        reading.untrained.add(len(reading.messages))
+    _note_unread(value, at, reading)
+    is_empty = not message["content"].strip()
+    if is_empty and "tool_calls" not in message and role not in (*_SYSTEM, "tool"):
+        raise RowError("empty content", f"{at} is empty")
+    return message
+
+
+def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
+    """Return (text, reasoning) of a message's content: a string, text parts, or the result of a tool."""
+    if content is None:
+        return "", ""
+    if isinstance(content, str):
+        if content.strip():
+            check_text(content, lambda: at)
+        return content, ""
+    is_parts = isinstance(content, list | tuple) and all(
+        isinstance(part, dict) and "type" in part for part in content
+    )
+    if is_parts:
+        return _join_parts(content, at)
+    if role == "tool":
+        check_json(content, at)
+        return json.dumps(content, ensure_ascii=False), ""
+    raise RowError(
+        "wrong type", f"{at}: content is {json_type(content)}, not a string or a list of text parts"
+    )
+
+
+def _join_parts(parts: Any, at: str) -> tuple[str, str]:
+    texts, thoughts = [], []
+    for part in parts:
+        kind = part["type"]
+        if kind in ("text", "input_text", "output_text"):
+            text = part.get("text")
+            texts.append(check_text(text, f"{at}: text part") if text != "" else "")
+        elif kind in ("thinking", "reasoning"):
+            thoughts.append(check_text(part.get(kind) or part.get("text"), f"{at}: {kind} part"))
+        else:
+            raise RowError(
+                "unsupported content", f"{at} has a part of type {short(kind)}. Only text is supported"
+            )
+    return "".join(texts), "\n".join(thoughts)
+
+
+def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, reading: _Reading) -> str:
+    given = [key for key in _REASONING if value.get(key) not in (None, "")]
+    texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
+    if len(texts) > 1:
+        raise RowError(
+            "two reasonings", f"{at} has different texts in {' and '.join(f'`{key}`' for key in given)}"
+        )
+    if texts and role != "assistant":
+        raise RowError("role order", f"{at} has reasoning, which only assistant messages may have")
+    return next(iter(texts), "")
+
+
+def _read_functions(value: dict[str, Any], at: str, reading: _Reading) -> None:
+    """Read the tools that a system message brings (Qwen-Agent, Glaive)."""
+    for key in ("functions", "tools"):
+        if not value.get(key):
+            continue
+        found = read_tools(value[key], f"{at}: `{key}`", wrap=True)
+        if reading.tools and found != reading.tools:
+            raise RowError(
+                "two tool lists", f"{at} has `{key}`, but the row has tools already. Keep one of them"
+            )
+        reading.tools = found
+
+
+def _is_in_loss(value: dict[str, Any], at: str) -> bool:
+    judged = {}
+    for key in (*_IN_LOSS, *_OUT_OF_LOSS):
+        flag = value.get(key)
+        if flag is None:
+            continue
+        if flag not in (0, 1):  # True and False are 1 and 0
+            raise RowError(
+                "wrong weight",
+                f"{at} has {key} {short(flag)}. Use 1 or true to include the message in the loss, 0 or false to exclude it"
+                if key in _IN_LOSS
+                else f"{at} has {key} {short(flag)}. Use true to exclude the message from the loss, or false",
+            )
+        judged[key] = bool(flag) == (key in _IN_LOSS)
+    if len(set(judged.values())) > 1:
+        raise RowError(
+            "wrong weight", f"{at}: {' and '.join(judged)} contradict each other. Keep one of them"
+        )
+    return all(judged.values())
+
+
+def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
+    for key, content in value.items():
+        if key in _KNOWN or content is None or content in ("", [], {}):
+            continue
+        if _MEDIA.fullmatch(key):
+            raise RowError("unsupported content", f"{at} has `{key}`. Only text is supported")
+        reading.notes.append(f"`{key}` of messages is not used")
+
+
+def _append(message: Message, position: int, reading: _Reading) -> None:
+    """Add a message; merge it with the previous one if both are plain texts of one role."""
+    role, messages = message["role"], reading.messages
+    if role in _SYSTEM and not message["content"].strip():
+        return
+    previous = messages[-1] if messages else None
+    if role == "tool" and not _follows_a_call(messages):
+        raise RowError(
+            "role order",
+            f"message {position}: a tool message must follow an assistant message with tool_calls, but none precedes it",
+        )
+    if previous is None or role != previous["role"] or role == "tool":
+        messages.append(message)
+        return
+    is_untrained = {index in reading.untrained for index in (len(messages) - 1, len(messages))}
+    if set(message) | set(previous) != {"role", "content"} or len(is_untrained) > 1:
+        raise RowError(
+            "role order",
+            f"messages {position - 1} and {position} are both from the {role} and cannot be merged; roles must alternate",
+        )
+    reading.untrained.discard(len(messages))
+    messages[-1] = {**previous, "content": f"{previous['content']}\n\n{message['content']}"}
+    reading.notes.append(f"consecutive {role} messages are merged")
+
+
+def _follows_a_call(messages: list[Message]) -> bool:
+    for message in reversed(messages):
+        if message["role"] != "tool":
+            return message["role"] == "assistant" and (
+                "tool_calls" in message or "<tool_call>" in message["content"]
+            )
+    return False
+
+
+def _add_system(system: str | None, reading: _Reading) -> None:
+    if system is None:
+        return
+    first = reading.messages[0]
+    if first["role"] not in _SYSTEM:
+        reading.messages.insert(0, {"role": "system", "content": system})
+        reading.untrained = {index + 1 for index in reading.untrained}
+    elif first["content"] != system:
+        raise RowError(
+            "two system texts", "has a system column and another system message. Remove one of them"
+        )
+
+
+def _cut(reading: _Reading) -> None:
+    """Remove messages after the last answer, and exclude a greeting before the first question from the loss."""
+    messages = reading.messages
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise RowError("nothing trained", "has no assistant message, so it has no loss tokens")
+    while messages[-1]["role"] != "assistant":
+        reading.notes.append(f"{messages.pop()['role']} messages after the last answer are removed")
+    for index, role in enumerate(roles):
+        if role == "user":
+            break
+        if role == "assistant":
+            reading.untrained.add(index)
+            reading.notes.append("assistant messages before the first user message are not in the loss")
+
+
+def mask_turns(chat: Chat, mask: Any, what: str) -> Chat:
+    """Exclude turns by a list with one entry per message or per assistant message; 0 or false excludes a turn."""
+    if isinstance(mask, str):
+        mask = parse_json(mask, what)
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if not isinstance(mask, list | tuple) or any(flag not in (0, 1) for flag in mask):
+        raise RowError("wrong weight", f"{what} is not a list of 0 and 1")
+    if len(mask) == len(chat.messages):
+        mask = [mask[index] for index in answers]
+    if len(mask) != len(answers):
+        raise RowError(
+            "wrong weight",
+            f"{what} has {len(mask)} entries for {len(answers)} assistant messages. Write one entry for each of them",
+        )
+    excluded = {index for index, flag in zip(answers, mask, strict=True) if not flag}
+    return Chat(chat.messages, chat.tools, tuple(sorted({*chat.untrained, *excluded})), notes=chat.notes)
+
+
+def read_history(value: Any, what: str) -> list[Message]:
+    """Convert Alpaca's history, a list of [question, answer] pairs, into messages."""
+    if isinstance(value, str):
+        value = parse_json(value, what) if value.strip() else []
+    messages: list[Message] = []
+    for number, pair in enumerate(value or (), start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError("wrong type", f"{what}: entry {number} is not a pair of question and answer")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": check_text(text, f"{what}: entry {number}")})
+    return messages
+
+
+def is_media(key: str) -> bool:
+    """Return whether a column's name is that of images, audio or video."""
+    return _MEDIA.fullmatch(key) is not None
+
+
+def short(value: Any) -> str:
+    """Return a value as messages show it, at most 40 characters."""
+    shown = repr(value) if isinstance(value, str | int | float | None) else json_type(value)
+    return shown if len(shown) <= 40 else shown[:40] + "…"
+
+
+def mapped(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> Any:
+    """Return the value of a standard column under the name that it has in the file."""
+    return row.get(columns.get(name, name))

@@ -1,0 +1,132 @@
+"""Checks that every text of a row reaches the rendering: templates skip what they do not read, without an error."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from training.data.errors import RowError
+from training.data.records import Message
+from training.data.template_forms import thought_of
+
+_DROPPED = "dropped text"
+# Templates print the types of JSON schemas in their own spelling.
+_TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
+
+
+def check_answer(text: str, message: Message, index: int) -> None:
+    """Check that all texts of an assistant message stand in a text, each in a place of its own."""
+    reasoning, content = thought_of(message)
+    drops = f"message {index + 1} (assistant): the chat template drops"
+    if reasoning:
+        _strike(text, [(f"{drops} reasoning", reasoning)])
+        text = text.partition(reasoning.strip())[2]  # the answer follows
+    parts = [(f"{drops} content", content)]
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        arguments = function["arguments"]
+        parts.append((f"{drops} the name of a tool call", function["name"]))
+        parts += [(f"{drops} an argument of a tool call", leaf) for leaf in _leaves(arguments)]
+        if arguments and repr(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
+            raise RowError(
+                "template",
+                f"message {index + 1}: the chat template prints the arguments of a tool call as Python, not as JSON. Set chat_template",
+            )
+    _strike(text, parts)
+
+
+def check_parts(text: str, messages: Sequence[Message]) -> None:
+    """Check that a template reads lists of parts and does not print them."""
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if content and any(
+            str(part) in text or json.dumps(part, ensure_ascii=False) in text for part in content
+        ):
+            raise RowError(
+                "template", f"message {index + 1}: the chat template reads content only as a string"
+            )
+
+
+def check_context(text: str, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> None:
+    """Check that the contents of messages and the names of tools stand in a prompt.
+
+    Templates may remove the reasoning of earlier turns.
+    """
+    parts = []
+    for index, message in enumerate(messages):
+        content = thought_of(message)[1] if message["role"] == "assistant" else message["content"]
+        parts.append((f"message {index + 1} ({message['role']}): the chat template drops content", content))
+    text = _strike(text, parts)
+    functions = [tool.get("function", tool) for tool in tools or ()]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    _strike(
+        text, [("`tools`: the chat template drops a tool", name) for name in names if isinstance(name, str)]
+    )
+
+
+def drops_tool_texts(text: str, tools: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a string of a tool's schema, other than the names of types, does not stand in a text."""
+    leaves = (leaf for tool in tools for leaf in _leaves(tool, keys=False) if leaf.lower() not in _TYPES)
+    return any(not any(spelling in text for spelling in _spellings(leaf)) for leaf in leaves)
+
+
+def clearest(errors: list[RowError]) -> RowError:
+    """Return the error to report when no form of a row can be rendered: one that names a text, or else the first."""
+    return next((error for error in errors if error.kind == _DROPPED), errors[0])
+
+
+def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
+    """Remove parts from a text, as written or as JSON strings; raise RowError for one that has no place of its own.
+
+    Args:
+        text: The text.
+        parts: (reason of the error, part), in their usual order; some templates move system messages and calls.
+
+    Returns:
+        The text without the parts.
+    """
+    parts = [(reason, part.strip()) for reason, part in parts if part.strip()]
+    rest, cursor = [], 0
+    for _, part in parts:
+        places = [(text.find(spelling, cursor), len(spelling)) for spelling in _spellings(part)]
+        place, length = next((found for found in places if found[0] >= 0), (-1, 0))
+        if place < 0:
+            break
+        rest.append(text[cursor:place])
+        cursor = place + length
+    else:
+        return "\0".join([*rest, text[cursor:]])
+    for reason, part in sorted(parts, key=lambda entry: -len(entry[1])):
+        spelling = next((spelling for spelling in _spellings(part) if spelling in text), None)
+        if spelling is None:
+            raise RowError(
+                _DROPPED,
+                f"{reason} ({_shown(part)}). Remove it, use a model whose template renders it, or set chat_template",
+            )
+        text = text.replace(spelling, "\0", 1)
+    return text
+
+
+def _spellings(part: str) -> tuple[str, ...]:
+    escaped = json.dumps(part, ensure_ascii=False)[1:-1]
+    return (part,) if escaped == part and part.isascii() else (part, escaped, json.dumps(part)[1:-1])
+
+
+def _leaves(value: Any, *, keys: bool = True) -> Iterator[str]:
+    """Yield the texts inside JSON: strings, numbers and, if asked for, keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            if keys:
+                yield key
+            yield from _leaves(entry, keys=keys)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _leaves(entry, keys=keys)
+
+
+def _shown(text: str) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 40 else line[:40] + "…")

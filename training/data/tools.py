@@ -1,0 +1,156 @@
+"""Tools and tool calls: validate them and convert other spellings into OpenAI's form."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from training.data.errors import RowError, check_text, json_type
+
+Tool = dict[str, Any]
+
+
+def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
+    """Return the tools of a row as JSON schemas, or None if it has none.
+
+    Args:
+        value: The column's value: a list, or its JSON text.
+        what: Name of the column in messages.
+        wrap: True to convert a bare function into {"type": "function", "function": ...}.
+
+    Raises:
+        RowError: The value is not a list of JSON schemas.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, what) if value.strip() else None
+    if not value:
+        return None
+    if not isinstance(value, list | tuple):
+        raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of JSON schemas")
+    tools: list[Tool] = []
+    for number, tool in enumerate(value, start=1):
+        if not isinstance(tool, dict):
+            raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
+        clean = _without_filler(tool)
+        is_bare = "function" not in clean and isinstance(clean.get("name"), str)
+        tools.append({"type": "function", "function": clean} if wrap and is_bare else clean)
+    check_json(tools, what)
+    return tools
+
+
+def _without_filler(schema: Any) -> Any:
+    """Remove keys whose value is null: Arrow adds the keys of other rows. A null `default` stays if the type allows null."""
+    if isinstance(schema, dict):
+        return {
+            key: _without_filler(value)
+            for key, value in schema.items()
+            if value is not None or (key == "default" and _allows_null(schema))
+        }
+    if isinstance(schema, list | tuple):
+        return [_without_filler(value) for value in schema]
+    return schema
+
+
+def _allows_null(schema: Any) -> bool:
+    if not isinstance(schema, dict):
+        return False
+    kinds = schema.get("type")
+    variants = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
+    return (
+        bool(schema.get("nullable"))
+        or kinds == "null"
+        or (isinstance(kinds, list | tuple) and "null" in kinds)
+        or None in (schema.get("enum") or ())
+        or any(map(_allows_null, variants))
+    )
+
+
+def read_calls(value: Any, what: str, tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+    """Return the tool calls of a message, with their arguments as objects.
+
+    Args:
+        value: A list of calls, one call, or the JSON text of either.
+        what: Name of the message and key in messages.
+        tools: The row's tools, whose schemas tell which nulls are meant.
+
+    Raises:
+        RowError: A call has no name, or its arguments are not an object.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, what)
+    calls = [value] if isinstance(value, dict) else value
+    if not isinstance(calls, list | tuple):
+        raise RowError("wrong type", f"{what} is {json_type(value)}, not a list")
+    return [_read_call(call, f"{what} {number}", tools) for number, call in enumerate(calls, 1)]
+
+
+def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, Any]:
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
+    name = check_text(function["name"], f"{what}: name")
+    given = [key for key in ("arguments", "parameters") if function.get(key) is not None]
+    if len(given) == 2:
+        raise RowError("wrong type", f"{what} has both `arguments` and `parameters`. Remove one of them")
+    arguments = function[given[0]] if given else {}
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{what}: arguments") if arguments.strip() else {}
+    if not isinstance(arguments, dict):
+        raise RowError("wrong type", f"{what}: arguments is {json_type(arguments)}, not an object")
+    unknown = sorted(
+        key
+        for holder in (call, function)
+        for key, value in holder.items()
+        if value is not None
+        and key not in ("id", "type", "index", "function", "name", "arguments", "parameters")
+    )
+    if unknown:
+        raise RowError(
+            "unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. Remove it"
+        )
+    arguments = _without_foreign_nulls(arguments, name, tools)
+    check_json([name, arguments], what)
+    clean: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if isinstance(call.get("id"), str) and call["id"]:
+        clean["id"] = call["id"]
+    return clean
+
+
+def _without_foreign_nulls(
+    arguments: dict[str, Any], name: str, tools: Sequence[Tool] | None
+) -> dict[str, Any]:
+    """Remove null arguments unless the tool's schema allows null there: Arrow adds the arguments of other calls."""
+    if None not in arguments.values():
+        return arguments
+    properties: dict[str, Any] = {}
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        if function.get("name") == name:
+            properties = (function.get("parameters") or {}).get("properties") or {}
+    return {
+        key: value
+        for key, value in arguments.items()
+        if value is not None or _allows_null(properties.get(key))
+    }
+
+
+def parse_json(value: str, what: str) -> Any:
+    """Parse JSON text inside a row; raise RowError if it is invalid."""
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RowError("not JSON", f"{what} is a string that is not valid JSON ({error})") from None
+    except RecursionError:
+        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+
+
+def check_json(value: Any, what: str) -> None:
+    """Check that a value can be serialized, since chat templates print it as JSON."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except RecursionError:
+        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise RowError("wrong type", f"{what} cannot be serialized as JSON ({error})") from None
+    if "\\u0000" in text.replace("\\\\", ""):  # JSON escapes a literal backslash as two
+        raise RowError("NUL character", f"{what} contains a NUL character")
