@@ -19,7 +19,7 @@ COPY requirements requirements
 ARG UNSLOTH=0
 ARG TRACKERS=0
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# As `make setup` does it: the locks name every file by its hash; torch's version stands in pyproject.toml.
+# Like `make setup`: the locks pin every file by its hash, and pyproject.toml pins torch's version.
 RUN python3 -m venv /opt/venv \
     && export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 \
     && /opt/venv/bin/pip install --require-hashes -r requirements/bootstrap.lock \
@@ -49,7 +49,7 @@ COPY utils utils
 COPY runs runs
 COPY training training
 COPY cookbooks cookbooks
-# The user may write in their home only; the embedded bucket lies there too.
+# The user can write only to the home directory, so the embedded bucket is stored there.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0 \
@@ -57,6 +57,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     ANNEAL_EMBEDDED_BUCKET=/home/anneal/bucket
 USER 1001:1001
 HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["python", "-c", "import ray, torch"]
-# A YAML, an option or a command of main.py's goes there; any other (ray start, bash) runs as it stands.
+# A YAML, an option or a command of main.py is passed to main.py; any other command (ray start, bash) runs unchanged.
 ENTRYPOINT ["/bin/bash", "-c", "case \"$1\" in *.yaml|*.yml|-*|runs|show|compare|export|chat|evaluate) exec python main.py \"$@\";; *) exec \"$@\";; esac", "anneal"]
 CMD ["--help"]

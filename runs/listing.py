@@ -86,16 +86,25 @@ class RunDetails(RunSummary):
 
 def list_runs(storage: str) -> list[RunSummary]:
     """Return the runs directly below a storage path, the most recently active first."""
-    check_readable(storage)
+    try:
+        check_readable(storage)
+    except NotFoundError as error:
+        raise NotFoundError(_no_runs(storage)) from error
     store = open_store(storage)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
         found = list(pool.map(lambda name: _summarize(store, name), store.directories()))
     runs = [run for run in found if run is not None]
     if not runs:
-        is_run = store.read_if_exists(CONFIG_FILE) is not None
-        advice = f"It is a run itself: main.py show {storage}" if is_run else "Check the spelling."
-        raise NotFoundError(f"{storage}: there are no runs below it. {advice}")
+        if store.read_if_exists(CONFIG_FILE) is not None:
+            raise NotFoundError(f"{storage}: it is a run itself; show it with main.py show {storage}")
+        raise NotFoundError(_no_runs(storage))
     return sorted(runs, key=lambda run: (run.age_seconds is None, run.age_seconds or 0.0, run.run_name))
+
+
+def _no_runs(storage: str) -> str:
+    return (
+        f"{storage}: there are no runs yet. Check the spelling, or start a run with storage_path: {storage}"
+    )
 
 
 def read_run(uri: str) -> RunDetails:

@@ -509,6 +509,17 @@ def test_empty_argument_is_an_error(arguments: list[str], capsys: pytest.Capture
     assert captured.err.count("\n") == 1
 
 
+def test_detach_without_submit_is_an_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        main(["a.yaml", "--detach"])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert_names(captured.err, "--detach", "--submit URL")
+    assert captured.err.count("\n") == 1
+
+
 # --- In a new Python process; the tests above fork from one with imported packages -----------------------------------
 
 

@@ -34,6 +34,15 @@ class CompletedCommand:
         return json.loads(self.output.splitlines()[-1])
 
 
+def error_of(finished: CompletedCommand) -> str:
+    """Check that a command was rejected with one error and nothing else, and return its message."""
+    assert finished.exit_code == 2, finished
+    assert finished.output == ""
+    assert "Traceback" not in finished.errors
+    assert finished.errors.count("error: ") == 1, finished.errors
+    return finished.errors.partition("error: ")[2]
+
+
 def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
     """Write a config and return its path."""
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

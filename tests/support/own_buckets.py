@@ -1,5 +1,6 @@
 """Buckets that are configured as a user's own bucket: through AWS variables, not as the embedded bucket."""
 
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -41,3 +42,14 @@ def set_up_fsspec_bucket(patch: "pytest.MonkeyPatch", server: EmbeddedBucket, bu
 
 S3_THROUGH_FSSPEC = ("s3a", "s3fs")
 """A URI scheme that fsspec supports and `open_store` does not, with its package."""
+
+
+def unreachable_endpoint() -> tuple[int, dict[str, str]]:
+    """Return (a port that nothing listens on, environment variables that name it as the S3 endpoint)."""
+    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
+        port = closed_soon.getsockname()[1]
+    return port, {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }

@@ -306,11 +306,11 @@ def main(provider: str, directory: Path, runs: list[str]) -> dict[str, Any]:
     Args:
         provider: The kernels provider.
         directory: Holds the plan of each run in a directory with the run's name.
-        runs: Names of runs. `resumed` resumes `lora` from step 1; `refused` collects errors instead.
+        runs: Names of runs. `resumed` resumes `lora` from step 1; `rejected` collects errors instead.
     """
     results = {}
     for run in runs:
-        if run == "refused":
+        if run == "rejected":
             results[run] = collect_errors(directory)
         elif run == "resumed":
             output = directory / "lora" / provider

@@ -88,6 +88,13 @@ def write_data(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -
     return train, valid
 
 
+def make_model_and_data(directory: Path) -> Path:
+    """Write a tiny model, training rows and validation rows into a directory, and return the directory."""
+    make_model(directory / "model")
+    write_data(directory)
+    return directory
+
+
 def write_preference_pairs(
     directory: Path, *, train_rows: int = 40, valid_rows: int = 11
 ) -> tuple[Path, Path]:

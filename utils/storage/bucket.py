@@ -243,8 +243,8 @@ def _single_object(uri: str, cache_dir: Path) -> NodeCopy:
     return node_cache.node_copy(store, uri, [found], cache_dir)
 
 
-def _remote_store(uri: str, patience: RetryPolicy = WORK) -> Store:
-    return S3Store(uri, patience) if _scheme(uri) == "s3" else FsspecStore(uri)
+def _remote_store(uri: str, retry_policy: RetryPolicy = WORK) -> Store:
+    return S3Store(uri, retry_policy) if _scheme(uri) == "s3" else FsspecStore(uri)
 
 
 def _parent(uri: str) -> tuple[str, str]:

@@ -70,11 +70,11 @@ _DELETE_BATCH = 1000  # maximum number of keys per S3 request
 class S3Store:
     """A prefix of a bucket as a store. Create one per process; each process looks up its own credentials."""
 
-    def __init__(self, uri: str, patience: RetryPolicy = WORK):
+    def __init__(self, uri: str, retry_policy: RetryPolicy = WORK):
         self.bucket, self.prefix = split_s3(uri)
         self.uri = join_uri(f"s3://{self.bucket}", self.prefix)
         self._start = f"{self.prefix}/" if self.prefix else ""  # prefix of every key in the bucket
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._made_client: Any = None
         self._making_client = Lock()
 
@@ -226,7 +226,7 @@ class S3Store:
         """See transfer.Source. Continues an interrupted download at the byte where it stopped."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        end, attempts = start + length, _Attempts(self._patience)
+        end, attempts = start + length, _Attempts(self._retry_policy)
         is_whole = start == 0 and length == item.size  # S3 sends a checksum only with a complete object
         with self._errors("download", item.key):
             while True:
@@ -417,8 +417,8 @@ class S3Store:
 
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
-            connect_timeout=min(10, self._patience.silence),
-            read_timeout=self._patience.silence,
+            connect_timeout=min(10, self._retry_policy.silence),
+            read_timeout=self._retry_policy.silence,
             parameter_validation=False,  # validation takes a tenth of the time of a small object
             max_pool_connections=SMALL_THREADS + LARGE_THREADS,
         )
@@ -450,7 +450,7 @@ class S3Store:
         """Send a request and read its response, with retries while they may help. Raises botocore's errors."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        attempts = _Attempts(self._patience)
+        attempts = _Attempts(self._retry_policy)
         while True:
             client = self._client()
             try:
@@ -500,9 +500,9 @@ class S3Store:
 class _Attempts:
     """The failed attempts of one operation and the delay after each."""
 
-    def __init__(self, patience: RetryPolicy):
+    def __init__(self, retry_policy: RetryPolicy):
         self.failed = 0
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._until = 0.0
         self._delay = _FIRST_DELAY_SECONDS
 
@@ -516,7 +516,7 @@ class _Attempts:
     def wait(self) -> None:
         """Sleep with exponential backoff and jitter, so that clients do not retry at the same moment."""
         if not self.failed:
-            self._until = time.monotonic() + self._patience.failing
+            self._until = time.monotonic() + self._retry_policy.failing
         self.failed += 1
         time.sleep(self._delay * random.uniform(0.5, 1))
         self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from runs.layout import EXPORT_FILE, Export
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import CompletedCommand
+from tests.support.jobs import CompletedCommand, error_of
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
@@ -289,14 +289,6 @@ def test_missing_or_failing_gguf_converter_is_an_error(run_command: RunCommand, 
 
 
 # --- Errors: one message, exit code 2, nothing written -----------------------------------------------------------
-
-
-def error_of(finished: CompletedCommand) -> str:
-    assert finished.exit_code == 2, finished
-    assert finished.output == ""
-    assert "Traceback" not in finished.errors
-    assert finished.errors.count("error: ") == 1, finished.errors
-    return finished.errors.partition("error: ")[2]
 
 
 def test_merge_into_weights_that_exist_only_in_4_bits_is_an_error(

@@ -1,6 +1,5 @@
 """Tests of the errors of main.py export, chat and evaluate: one message, exit code 2, nothing on standard output."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import pytest
 
 from runs.layout import CONFIG_FILE
 from tests.support.front_door import run_command_quickly
-from tests.support.jobs import CompletedCommand
+from tests.support.jobs import CompletedCommand, error_of
 from tests.support.messages import assert_names
+from tests.support.own_buckets import unreachable_endpoint
 from tests.support.stored_runs import eval_losses, make_result, write_run
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
@@ -24,14 +24,6 @@ def run_command(tmp_path: Path) -> RunCommand:
     return lambda *arguments, **variables: run_command_quickly(
         arguments, tmp_path / "command.txt", variables=variables
     )
-
-
-def error_of(finished: CompletedCommand) -> str:
-    assert finished.exit_code == 2, finished
-    assert finished.output == ""
-    assert "Traceback" not in finished.errors
-    assert finished.errors.count("error: ") == 1, finished.errors
-    return finished.errors.partition("error: ")[2]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +85,6 @@ def test_missing_credentials_raise_an_error_with_the_variable(
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, command: list[str]):
-    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
-        port = closed_soon.getsockname()[1]
-    variables = {
-        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-    }
+    port, variables = unreachable_endpoint()
     message = error_of(run_command(*command, "s3://some-bucket/runs/a", **variables))
     assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")

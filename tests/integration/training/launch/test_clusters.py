@@ -13,7 +13,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.ray_cluster import needs_ray_default, ray_cluster
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model_and_data
 from training.loop.ray_internals import DatasetsCallback, LeanTorchTrainer, PlacementGroupCleanerCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -21,10 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("clusters")
-    make_model(root / "model")
-    write_data(root)
-    return root
+    return make_model_and_data(tmp_path_factory.mktemp("clusters"))
 
 
 def config(files: Path, path: Path, **more: object) -> Path:

@@ -21,7 +21,7 @@ from tests.support.jobs import PROJECT, CompletedCommand, command, environment, 
 from tests.support.messages import assert_names
 from tests.support.own_buckets import aws_variables
 from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model_and_data
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
@@ -40,10 +40,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("submission")
-    make_model(root / "model")
-    write_data(root)
-    return root
+    return make_model_and_data(tmp_path_factory.mktemp("submission"))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model_and_data
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tracking")
-    make_model(directory / "model")
-    write_data(directory)
-    return directory
+    return make_model_and_data(tmp_path_factory.mktemp("tracking"))
 
 
 def settings(files: Path, **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tests.support.front_door import run_main_quickly
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.stored_runs import make_manifest
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model_and_data
 from training.data.batches import pad_to_multiple_of
 from training.data.prepared import fetch_prepared
 from training.loop.trainers import collate_rows
@@ -30,10 +30,7 @@ ON_A10G: dict[str, Any] = {"device": "cuda", "worker_resources": {"accelerator_t
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("batch_size")
-    make_model(directory / "model")
-    write_data(directory)
-    return directory
+    return make_model_and_data(tmp_path_factory.mktemp("batch_size"))
 
 
 def dry_run(files: Path, name: str, **changes: Any) -> dict[str, Any]:

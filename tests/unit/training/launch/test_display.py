@@ -8,19 +8,29 @@ from rich.console import Console
 from runs.layout import RunResult, Speed
 from tests.support.messages import assert_names
 from tests.support.stored_runs import eval_losses, make_result
-from training.events import StepDone
+from training.events import Evaluated, Event, Notice, StepDone
 from training.launch.display import Watch, _describe_speed, show_result
 
 
-def step_line(mfu: float | None) -> str:
+def printed(event: Event) -> str:
     console = Console(file=StringIO(), width=200)
-    Watch(console).on_event(StepDone(3, 10, 0.5, 1.25, 12345.6, mfu, 5 * 2**29, {"rewards/margins": 0.5}))
+    Watch(console).on_event(event)
     return console.file.getvalue()
 
 
 @pytest.mark.parametrize(("mfu", "mfu_text"), [(0.4567, "  MFU 45.7%"), (None, "")])
 def test_step_line_shows_loss_metrics_throughput_mfu_and_memory(mfu: float | None, mfu_text: str):
-    assert step_line(mfu) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{mfu_text}  2.5 GiB\n"
+    event = StepDone(3, 10, 0.5, 1.25, 12345.6, mfu, 5 * 2**29, {"rewards/margins": 0.5})
+    assert printed(event) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{mfu_text}  2.5 GiB\n"
+
+
+def test_evaluation_prints_step_epoch_eval_loss_and_metrics():
+    event = Evaluated(10, 1.5, 1.25, {"rewards/margins": 0.5})
+    assert printed(event) == "step 10  epoch 1.50  eval loss 1.2500  margins 0.5000\n"
+
+
+def test_notice_is_printed_as_a_warning():
+    assert printed(Notice("running with 2 of 3 workers")) == "warning: running with 2 of 3 workers\n"
 
 
 def result_lines(result: RunResult) -> list[str]:

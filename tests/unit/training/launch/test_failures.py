@@ -79,9 +79,15 @@ def test_out_of_memory_reason_lists_memory_savings():
 
 
 @pytest.mark.parametrize(
-    "text", ["row 3: the patient died", "exit SYSTEM_ERROR", "the service is unavailable"]
+    "text",
+    [
+        "row 3: the patient died",
+        "exit SYSTEM_ERROR",
+        "the service is unavailable",
+        "row 3: CUDA out of memory",
+    ],
 )
-def test_user_error_worded_like_a_lost_worker_is_reported_unchanged(text: str):
+def test_user_error_worded_like_a_lost_worker_or_out_of_memory_is_reported_unchanged(text: str):
     assert reason_of(ValueError(text)) == text
 
 
@@ -90,6 +96,17 @@ def test_lost_worker_takes_precedence_over_errors_of_other_workers():
     failures = {0: RuntimeError("Connection closed by peer"), 1: ray.exceptions.ActorDiedError()}
     error = ray.train.WorkerGroupError("Training failed due to worker errors", failures)
     assert classify(causes_of(error), []).startswith("worker lost: ")
+
+
+@pytest.mark.parametrize("lost_rank", [0, 1])
+def test_out_of_memory_takes_precedence_over_a_lost_worker(lost_rank: int):
+    """When a worker runs out of memory, others may be lost."""
+    failures = {
+        lost_rank: ray.exceptions.ActorDiedError(),
+        1 - lost_rank: torch.OutOfMemoryError("CUDA out of memory."),
+    }
+    error = ray.train.WorkerGroupError("Training failed due to worker errors", dict(sorted(failures.items())))
+    assert classify(causes_of(error), []) == "out of memory: CUDA out of memory."
 
 
 def test_worker_that_fails_its_health_check_is_lost():

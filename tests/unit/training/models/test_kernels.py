@@ -83,6 +83,13 @@ def test_auto_does_not_select_unsloth_for_packed_rows(monkeypatch: pytest.Monkey
     assert_names(choice.reason, "Unsloth", "packed")
 
 
+def test_auto_does_not_select_unsloth_for_preference_tuning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
+    choice = choose_kernels(config(task="preference_tuning"), "cuda", 0)
+    assert choice.provider == "liger"
+    assert_names(choice.reason, "Unsloth", "preference tuning")
+
+
 @pytest.mark.parametrize("package", ["flash_attn", "xformers"])
 def test_auto_does_not_select_nondeterministic_attention_for_deterministic_runs(
     package: str, monkeypatch: pytest.MonkeyPatch

@@ -51,8 +51,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "preferences": LORA | {"task": "preference_tuning"},
 }
 ON_GPU = {
-    # Unsloth needs this order: its process creates no adapters after `full`, and no 4-bit weights after `refused`.
-    "unsloth": ("lora", "resumed", "qlora", "continued", "refused", "full"),
+    # Unsloth needs this order: its process creates no adapters after `full`, and no 4-bit weights after `rejected`.
+    "unsloth": ("lora", "resumed", "qlora", "continued", "rejected", "full"),
     "liger": ("packed", "preferences"),
 }
 KERNELS = {
@@ -214,7 +214,7 @@ def test_trained_embeddings_are_not_offloaded_from_a_nearly_full_gpu(runs: Runs)
 def test_model_that_unsloth_cannot_load_raises_an_error_with_the_reason(
     model: str, facts: tuple[str, ...], runs: Runs
 ):
-    assert_names(runs["unsloth"]["refused"][model], *facts)
+    assert_names(runs["unsloth"]["rejected"][model], *facts)
 
 
 def test_packed_rows_use_torchs_varlen_attention(runs: Runs):
