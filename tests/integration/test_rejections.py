@@ -261,8 +261,8 @@ def test_empty_data_file_raises_an_error_with_its_path(rejected: Rejected, tmp_p
     ("row", "facts"),
     [
         ("{bad", ("JSON",)),
-        ([ASSISTANT, USER, ASSISTANT], ("message 1:", "assistant")),
-        ([USER, USER, ASSISTANT], ("messages 1 and 2 ", "user")),
+        ([{"role": "tool", "content": "4"}, USER, ASSISTANT], ("message 1:", "tool_calls")),
+        ([USER, {"role": "robot", "content": "4"}], ("message 2 ", "'robot'")),
         ([USER], ("no assistant",)),
     ],
 )
@@ -396,7 +396,7 @@ def test_model_as_adapter_raises_an_error_with_the_model_key(rejected: Rejected,
 
 def test_unknown_run_raises_an_error_with_storage_path(rejected: Rejected):
     message = rejected(initial_adapter_model_ckpt_path="run:nothing")
-    assert message.startswith("run:nothing: ")
+    assert message.startswith("initial_adapter_model_ckpt_path: run:nothing: ")
     assert_names(message, "no run", "storage_path")
 
 

@@ -110,6 +110,8 @@ def _is_glob(place: str) -> bool:
     """Return whether a path is a pattern; a file or an object may have `[` or `?` in its name."""
     if not any(character in place for character in "*?["):
         return False
+    if is_remote(place) and any(character in place.split("/")[2] for character in "*?["):
+        return True  # no bucket has such a name
     exists = any(uri == place for uri, _ in find_objects(place)) if is_remote(place) else Path(place).exists()
     return not exists
 
