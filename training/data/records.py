@@ -1,5 +1,6 @@
 """Rows as the formats read them, before they are rendered."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ class Chat:
     """Indices of assistant messages that `weight: 0` excludes from the loss."""
     label: int | None = None
     """For classification: index of the label in the last message."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template for this row (`chat_template_kwargs`)."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Parts of the row that are changed or not used, as the plan counts them."""
 
@@ -48,6 +51,8 @@ class Pair:
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template for this row (`chat_template_kwargs`)."""
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from configs.schema import DataFormat
 from training.data.chats import is_media, listed, mapped, mask_turns, read_chat, read_history, short
-from training.data.errors import RowError, check_text
+from training.data.errors import RowError, check_text, json_type
 from training.data.records import Chat, Example, Filled, Message, Pair, Task, Text
-from training.data.tools import Tool, read_tools
+from training.data.tools import Tool, check_json, parse_json, read_tools
 
 FORMAT_NAMES: dict[DataFormat, str] = {
     "messages": "chats (messages)",
@@ -31,11 +31,11 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 }
 """Required columns per format; the first format that matches a row is used."""
 _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "preference": ("prompt", "system", "tools"),
-    "messages": ("system", "tools", "loss_mask"),
-    "conversations": ("system", "tools", "loss_mask"),
-    "instruction": ("input", "system", "history"),
-    "prompt_completion": ("system", "history", "tools"),
+    "preference": ("prompt", "system", "tools", "chat_template_kwargs"),
+    "messages": ("system", "tools", "loss_mask", "chat_template_kwargs"),
+    "conversations": ("system", "tools", "loss_mask", "chat_template_kwargs"),
+    "instruction": ("input", "system", "history", "chat_template_kwargs"),
+    "prompt_completion": ("system", "history", "tools", "chat_template_kwargs"),
     "classification": (),
     "text": (),
 }
@@ -137,6 +137,8 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
         names = {reading.columns.get(name, name) for name in places_of(reading.prompt_template)}
         return replace(filled, notes=_judge_unread(row, names, reading.task))
     example = _read_columns(row, reading)
+    if isinstance(example, Chat | Pair) and row.get("chat_template_kwargs"):
+        example = replace(example, variables=_variables_of(row["chat_template_kwargs"]))
     if not isinstance(example, Chat):
         return example
     if reading.task == "classification":
@@ -154,6 +156,16 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
             "has only assistant messages that are excluded from the loss (weight 0, or before the first user message)",
         )
     return example
+
+
+def _variables_of(value: Any) -> dict[str, Any]:
+    """Return a row's variables of the chat template, without the nulls that Arrow adds."""
+    if isinstance(value, str):
+        value = parse_json(value, "`chat_template_kwargs`")
+    if not isinstance(value, dict):
+        raise RowError("wrong type", f"`chat_template_kwargs` is {json_type(value)}, not an object")
+    check_json(value, "`chat_template_kwargs`")
+    return {name: entry for name, entry in value.items() if entry is not None}
 
 
 def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:

@@ -5,7 +5,7 @@ follows the prompt in the rendering that ends with the turn, end marker included
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +76,8 @@ class Renderer:
         self._whole_text = whole_text
         self._turns = turns
         self._variables = variables or {}
+        self._row_variables: Mapping[str, Any] = {}
+        """Variables of the row that is rendered at present."""
         self._source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
@@ -108,6 +110,7 @@ class Renderer:
         if isinstance(example, Filled):
             text = example.prompt + example.answer
             return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
+        self._row_variables = example.variables
         if isinstance(example, Pair):
             return self._pair(self._clean_pair(example))
         cleaned = self._clean(example.messages)
@@ -197,10 +200,10 @@ class Renderer:
             bool(chat.tools),
             *(m["role"] if len(m) == 2 else (*m, m["role"]) for m in chat.messages),
         )
-        if self._appends.get(signature, True) and (whole := self._appended(chat, trained)):
+        if not chat.variables:
             if signature not in self._appends:
-                self._appends[signature] = self._split(chat, trained) == (whole,)
-            if self._appends[signature]:
+                self._appends[signature] = self._is_one_sequence(chat)
+            if self._appends[signature] and (whole := self._appended(chat, trained)):
                 return (whole,)
         sequences = self._split(chat, trained)
         if self._turns == "all" and len(sequences) > 1:
@@ -210,6 +213,15 @@ class Renderer:
                 "turns: auto (each turn in its own context) or last",
             )
         return sequences
+
+    def _is_one_sequence(self, chat: Chat) -> bool:
+        """Return whether one rendering holds all turns of a chat, each in its own context."""
+        answers = answers_of(chat.messages)
+        whole = self._appended(chat, answers)
+        try:
+            return whole is not None and self._split(chat, answers) == (whole,)
+        except RowError:
+            return False
 
     def _split(self, chat: Chat, trained: Sequence[int]) -> tuple[Rendered, ...]:
         """Return the sequences of a chat in the order of their last turns."""
@@ -310,7 +322,8 @@ class Renderer:
         """
         usual = self._apply(messages, tools)
         found: list[tuple[bool, int, _Turn]] = []
-        for switch in ({}, *({name: thinks} for name in self._switches)):
+        open_switches = [name for name in self._switches if name not in self._row_variables]
+        for switch in ({}, *({name: thinks} for name in open_switches)):
             prompt = self._apply(messages[:-1], tools, prompt=True, switch=switch)
             text = self._apply(messages, tools, switch=switch) if switch else usual
             end = len(text.rstrip())
@@ -414,8 +427,7 @@ class Renderer:
                 documents=None,
                 add_generation_prompt=prompt,
                 **self._special_tokens,
-                **self._variables,
-                **(switch or {}),
+                **{**self._variables, **self._row_variables, **(switch or {})},
             )
         except TemplateSyntaxError as error:
             raise DataError(

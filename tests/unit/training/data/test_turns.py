@@ -267,6 +267,41 @@ def test_chat_template_variables_reach_the_template(tokenizers: Tokenizers):
     assert ["Reasoning: medium" in texts[0], "Reasoning: low" in texts[1]] == [True, True]
 
 
+def test_variables_of_a_row_reach_the_template(tokenizers: Tokenizers):
+    """As in smoltalk2, whose rows say whether they are to be asked with thinking."""
+    renderer = Renderer(tokenizers["gptoss"], whole_text=False)
+    efforts = ({"reasoning_effort": "low"}, '{"reasoning_effort": "high"}', {"reasoning_effort": None}, None)
+    texts = [
+        renderer.render(read({**ROWS["one answer"], "chat_template_kwargs": effort}))[0].text
+        for effort in efforts
+    ]
+    assert [text.partition("Reasoning: ")[2].split()[0] for text in texts] == [
+        "low",
+        "high",
+        "medium",
+        "medium",
+    ]
+    with pytest.raises(RowError, match=r"chat_template_kwargs.*list"):
+        read({**ROWS["one answer"], "chat_template_kwargs": ["low"]})
+
+
+def test_a_row_that_trains_the_last_turn_alone_does_not_decide_for_others(tiny_model: Path):
+    """A template that moves the system text into the last question gives each turn another context."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'user' and (loop.last or loop.nextitem is defined and loop.revindex == 2) and messages[0]['role'] == 'system' %}"
+        "{{ messages[0]['content'] + '\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = ROWS["system and two turns"]
+    first_excluded = copy.deepcopy(row)
+    first_excluded["messages"][2]["weight"] = 0
+    renderer = Renderer(tokenizer, whole_text=False)
+    assert len(renderer.render(read(first_excluded))) == 1
+    assert len(renderer.render(read(row))) == 2
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "deepseek_r1_distill", "nemotron_3_nano", "gptoss"])
 def test_both_answers_of_a_pair_follow_the_prompt_that_asks_for_them(name: str, tokenizers: Tokenizers):
     tokenizer = tokenizers[name]
