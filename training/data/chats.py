@@ -15,10 +15,12 @@ _ROLES = {
     "developer": "developer",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "tool": "tool",
     "function": "tool",
@@ -26,7 +28,8 @@ _ROLES = {
     "function_call": "assistant",
 }
 _SYSTEM = ("system", "developer")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the reasoning of an answer."""
 _IN_LOSS = ("weight", "train", "trainable", "loss", "loss_mask")
 """Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
 _OUT_OF_LOSS = ("mask", "masked")
@@ -37,6 +40,7 @@ _KNOWN = {
         "from",
         "content",
         "value",
+        "text",
         "name",
         "tool_call_id",
         "tool_calls",
@@ -44,10 +48,12 @@ _KNOWN = {
         "functions",
         "tools",
     ),
-    *_REASONING,
+    *REASONING_KEYS,
     *_IN_LOSS,
     *_OUT_OF_LOSS,
 }
+# Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
+_WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
 
@@ -128,17 +134,23 @@ def _at(position: int, role: str) -> str:
 def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if not isinstance(value, dict):
         raise RowError("wrong type", f"message {position} is not an object with role and content")
-    said = value.get("role", value.get("from"))
-    role = _ROLES.get(said.lower()) if isinstance(said, str) else None
+    said = value.get("role") or value.get("from")
+    name = said.lower().replace("-", "_") if isinstance(said, str) else ""
+    role = _ROLES.get(name)
     if role is None:
+        keys = ", ".join(map(str, list(value)[:6])) or "none"
         raise RowError(
-            "unknown role", f"message {position} has the role {short(said)}. Known: {', '.join(_ROLES)}"
+            "unknown role",
+            f"message {position} has the role {short(said)} (keys found: {keys}). Known roles: {', '.join(_ROLES)}",
         )
     at = _at(position, role)
     message: Message = {"role": role}
-    content = value.get("content", value.get("value"))
-    calls = value.get("tool_calls") or value.get("function_call")
-    if said == "function_call" and not calls:
+    content = next((value[key] for key in ("content", "value", "text") if value.get(key) is not None), None)
+    given = [key for key in ("tool_calls", "function_call") if _calls_something(value.get(key))]
+    if len(given) == 2:
+        raise RowError("two calls", f"{at} has both `tool_calls` and `function_call`. Remove one of them")
+    calls = value[given[0]] if given else None
+    if name == "function_call" and not calls:
         calls, content = content, ""
     message["content"], thought = _content_of(content, role, at)
     reasoning = _reasoning_of(value, thought, role, at, reading)
@@ -161,6 +173,13 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     return message
 
 
+def _calls_something(calls: Any) -> bool:
+    """Return whether a value holds calls; Arrow fills absent ones with nulls."""
+    if isinstance(calls, dict):
+        return any(value is not None for value in calls.values())
+    return bool(calls) and calls != "null"
+
+
 def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
     """Return (text, reasoning) of a message's content: a string, text parts, or the result of a tool."""
     if content is None:
@@ -169,10 +188,12 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
         if content.strip():
             check_text(content, lambda: at)
         return content, ""
-    is_parts = isinstance(content, list | tuple) and all(
-        isinstance(part, dict) and "type" in part for part in content
+    is_parts = (
+        isinstance(content, list | tuple)
+        and bool(content)
+        and all(isinstance(part, dict) and "type" in part for part in content)
     )
-    if is_parts:
+    if is_parts and not (role == "tool" and any(part["type"] != "text" for part in content)):
         return _join_parts(content, at)
     if role == "tool":
         check_json(content, at)
@@ -186,6 +207,13 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
     texts, thoughts = [], []
     for part in parts:
         kind = part["type"]
+        unread = [
+            key for key, entry in part.items() if key not in ("type", "text", "annotations", kind) and entry
+        ]
+        if unread and kind in ("text", "input_text", "output_text"):
+            raise RowError(
+                "unsupported content", f"{at} has a text part with `{unread[0]}`. Only text is supported"
+            )
         if kind in ("text", "input_text", "output_text"):
             text = part.get("text")
             texts.append(check_text(text, f"{at}: text part") if text != "" else "")
@@ -199,7 +227,7 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
 
 
 def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, reading: _Reading) -> str:
-    given = [key for key in _REASONING if value.get(key) not in (None, "")]
+    given = [key for key in REASONING_KEYS if value.get(key) not in (None, "")]
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
         raise RowError(
@@ -250,6 +278,12 @@ def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
             continue
         if _MEDIA.fullmatch(key):
             raise RowError("unsupported content", f"{at} has `{key}`. Only text is supported")
+        if key == "kto_tag" or (key in ("label", "score") and isinstance(content, bool | int | float)):
+            raise RowError(
+                "quality tag",
+                f"{at} has `{key}` ({short(content)}), which says how good the message is, but every answer is trained. Remove the bad "
+                "messages and the key, or exclude them with weight: 0",
+            )
         reading.notes.append(f"`{key}` of messages is not used")
 
 
@@ -267,6 +301,13 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
     if previous is None or role != previous["role"] or role == "tool":
         messages.append(message)
         return
+    if (
+        set(message) == {"role", "content", "tool_calls"}
+        and not message["content"]
+        and "tool_calls" not in previous
+    ):
+        messages[-1] = {**previous, "tool_calls": message["tool_calls"]}
+        return
     is_untrained = {index in reading.untrained for index in (len(messages) - 1, len(messages))}
     if set(message) | set(previous) != {"role", "content"} or len(is_untrained) > 1:
         raise RowError(
@@ -282,7 +323,7 @@ def _follows_a_call(messages: list[Message]) -> bool:
     for message in reversed(messages):
         if message["role"] != "tool":
             return message["role"] == "assistant" and (
-                "tool_calls" in message or "<tool_call>" in message["content"]
+                "tool_calls" in message or _WRITTEN_CALL.search(message["content"]) is not None
             )
     return False
 
@@ -294,7 +335,7 @@ def _add_system(system: str | None, reading: _Reading) -> None:
     if first["role"] not in _SYSTEM:
         reading.messages.insert(0, {"role": "system", "content": system})
         reading.untrained = {index + 1 for index in reading.untrained}
-    elif first["content"] != system:
+    elif first["content"].strip() != system.strip():
         raise RowError(
             "two system texts", "has a system column and another system message. Remove one of them"
         )
@@ -316,14 +357,20 @@ def _cut(reading: _Reading) -> None:
             reading.notes.append("assistant messages before the first user message are not in the loss")
 
 
-def mask_turns(chat: Chat, mask: Any, what: str) -> Chat:
-    """Exclude turns by a list with one entry per message or per assistant message; 0 or false excludes a turn."""
+def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
+    """Apply a loss mask to messages as they are written; it has one entry per message or per assistant message.
+
+    Args:
+        messages: The messages.
+        mask: A list in which 0 or false excludes a turn from the loss, or its JSON text.
+        what: Name of the mask's column in messages.
+    """
     if isinstance(mask, str):
         mask = parse_json(mask, what)
-    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    answers = [index for index, message in enumerate(messages) if _is_answer(message)]
     if not isinstance(mask, list | tuple) or any(flag not in (0, 1) for flag in mask):
         raise RowError("wrong weight", f"{what} is not a list of 0 and 1")
-    if len(mask) == len(chat.messages):
+    if len(mask) == len(messages):
         mask = [mask[index] for index in answers]
     if len(mask) != len(answers):
         raise RowError(
@@ -331,7 +378,32 @@ def mask_turns(chat: Chat, mask: Any, what: str) -> Chat:
             f"{what} has {len(mask)} entries for {len(answers)} assistant messages. Write one entry for each of them",
         )
     excluded = {index for index, flag in zip(answers, mask, strict=True) if not flag}
-    return Chat(chat.messages, chat.tools, tuple(sorted({*chat.untrained, *excluded})), notes=chat.notes)
+    return [
+        {**message, "weight": 0} if index in excluded else message for index, message in enumerate(messages)
+    ]
+
+
+def _is_answer(message: Any) -> bool:
+    said = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
+    return isinstance(said, str) and _ROLES.get(said.lower().replace("-", "_")) == "assistant"
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value looks like a message."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def same_words(first: Any, second: Any) -> bool:
+    """Return whether two messages as written have the same role and text, whatever their keys and outer whitespace."""
+
+    def plain(message: Any) -> tuple[str | None, str]:
+        said = message.get("role") or message.get("from") if isinstance(message, dict) else None
+        content = next((message[key] for key in ("content", "value") if message.get(key) is not None), "")
+        if isinstance(content, list | tuple):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        return _ROLES.get(str(said).lower()), str(content).strip()
+
+    return is_message(first) and is_message(second) and plain(first) == plain(second)
 
 
 def read_history(value: Any, what: str) -> list[Message]:

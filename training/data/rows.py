@@ -1,12 +1,24 @@
 """Row schemas: detect the format of a raw row, validate it and convert it into a training example."""
 
+import json
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from configs.schema import DataFormat
-from training.data.chats import is_media, listed, mapped, mask_turns, read_chat, read_history, short
+from training.data.chats import (
+    REASONING_KEYS,
+    is_media,
+    is_message,
+    listed,
+    mapped,
+    mask_messages,
+    read_chat,
+    read_history,
+    same_words,
+    short,
+)
 from training.data.errors import RowError, check_text, json_type
 from training.data.records import Chat, Example, Filled, Message, Pair, Task, Text
 from training.data.tools import Tool, check_json, parse_json, read_tools
@@ -34,8 +46,8 @@ _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "preference": ("prompt", "system", "tools", "chat_template_kwargs"),
     "messages": ("system", "tools", "loss_mask", "chat_template_kwargs"),
     "conversations": ("system", "tools", "loss_mask", "chat_template_kwargs"),
-    "instruction": ("input", "system", "history", "chat_template_kwargs"),
-    "prompt_completion": ("system", "history", "tools", "chat_template_kwargs"),
+    "instruction": ("input", "system", "history", "chat_template_kwargs", *REASONING_KEYS),
+    "prompt_completion": ("system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "classification": (),
     "text": (),
 }
@@ -45,8 +57,8 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "conversations": ("conversation",),
     "input": ("context",),
     "output": ("response",),
-    "prompt": ("question", "query"),
-    "completion": ("answer", "response"),
+    "prompt": ("question", "query", "problem"),
+    "completion": ("answer", "response", "solution"),
     "system": ("system_prompt",),
     "tools": ("functions",),
 }
@@ -217,7 +229,7 @@ def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str,
                 f"has a column `{name}` ({short(value)}), which says how good the answer is, but task: instruction_tuning trains every "
                 f"answer. Remove the bad rows and the column, or build pairs for task: preference_tuning",
             )
-        if name in ("weight", "loss_mask", "loss", "train", "trainable"):
+        if name in ("weight", "loss_mask", "loss", "train", "trainable") and value not in (1, True):
             raise RowError(
                 "wrong weight",
                 f"has a column `{name}`, which is not supported for this format. Remove it, and the rows that it excludes",
@@ -293,14 +305,12 @@ def _read_conversations(row: dict[str, Any], columns: Mapping[str, str]) -> Chat
 
 
 def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    chat = read_chat(
-        mapped(row, columns, name),
-        _called(name, columns),
-        _tools_of(row, columns, wrap=name == "conversations"),
-        system=_system_of(row, columns),
-    )
+    messages, called = mapped(row, columns, name), _called(name, columns)
     mask = mapped(row, columns, "loss_mask")
-    return chat if mask is None else mask_turns(chat, mask, _called("loss_mask", columns))
+    if mask is not None:
+        messages = mask_messages(listed(messages, called), mask, _called("loss_mask", columns))
+    tools = _tools_of(row, columns, wrap=name == "conversations")
+    return read_chat(messages, called, tools, system=_system_of(row, columns))
 
 
 def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
@@ -309,6 +319,7 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
         *_side(row, "prompt", "user", columns),
         *_side(row, "completion", "assistant", columns),
     ]
+    messages[-1] = _with_reasoning(messages[-1], row)
     return read_chat(messages, "the row", _tools_of(row, columns), system=_system_of(row, columns))
 
 
@@ -318,7 +329,14 @@ def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
     if more is not None and not (isinstance(more, str) and not more.strip()):
         question = f"{question}\n\n{_text_of(row, 'input', columns)}"
     messages = [*_history_of(row, columns), *_two_turns(question, _text_of(row, "output", columns))]
+    messages[-1] = _with_reasoning(messages[-1], row)
     return read_chat(messages, "the row", system=_system_of(row, columns))
+
+
+def _with_reasoning(answer: Any, row: dict[str, Any]) -> Any:
+    """Add the reasoning of columns beside the answer to it."""
+    reasoning = {key: row[key] for key in REASONING_KEYS if row.get(key)}
+    return {**answer, **reasoning} if reasoning and isinstance(answer, dict) else answer
 
 
 def _history_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -341,11 +359,22 @@ def _two_turns(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def _written_messages(text: str) -> list[Any]:
+    """Return the messages that a text holds as JSON; empty if it is another text, such as an answer in JSON."""
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return messages if isinstance(messages, list) and all(map(is_message, messages)) else []
+
+
 def _side(row: dict[str, Any], name: str, role: str, columns: Mapping[str, str]) -> list[Any]:
     """Convert a column that contains a text or a list of messages into a list of messages."""
     value = mapped(row, columns, name)
-    if isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith("[{")):
+    if isinstance(value, list | tuple):
         return listed(value, _called(name, columns))
+    if isinstance(value, str) and value.lstrip().startswith("[{") and (messages := _written_messages(value)):
+        return messages
     return [{"role": role, "content": _text_of(row, name, columns)}]
 
 
@@ -357,10 +386,11 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     chats: list[Chat] = []
     for name in ("chosen", "rejected"):
         side = _side(row, name, "assistant", columns)
-        # Some data sets repeat the prompt at the start of both responses.
-        rest = side[len(prompt) :] if side[: len(prompt)] == prompt else side
+        # Some data sets repeat the prompt, or all messages before the answer, in both responses.
+        repeats = bool(prompt) and any(same_words(message, prompt[-1]) for message in side[:-1])
         try:
-            chats.append(read_chat([*prompt, *rest], _called(name, columns), tools, system=system))
+            messages = side if repeats else [*prompt, *side]
+            chats.append(read_chat(messages, _called(name, columns), tools, system=system))
         except RowError as error:
             raise RowError(error.kind, f"{_called(name, columns)}: {error}") from None
     chosen, rejected = (chat.messages for chat in chats)
@@ -369,10 +399,11 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     same = 0
     while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
         same += 1
-    if same == 0:
+    if all(message["role"] in ("system", "developer") for message in chosen[:same]):
         raise RowError(
             "no shared prompt",
-            "without a `prompt`, `chosen` and `rejected` must begin with the same messages and then differ",
+            f"has no question that `chosen` and `rejected` answer: without a `prompt`, both must begin with the same messages and then differ "
+            f"({_found(row)}). If the prompt has another name, map it, e.g. columns: {{prompt: question}}",
         )
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[same]["role"] != "assistant" or len(messages) > same + 1:
@@ -381,6 +412,11 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
                 f"{_called(name, columns)} has messages after the first one that differs (message {same + 1}), but only one answer can be "
                 "compared. End both conversations with the first answers that differ",
             )
+    if any(same in chat.untrained for chat in chats):
+        raise RowError(
+            "wrong weight",
+            "has an answer of weight 0, but both answers of a pair are compared. Remove the weight",
+        )
     notes = tuple(dict.fromkeys(note for chat in chats for note in chat.notes))
     return Pair(chosen[:same], chosen[same:], rejected[same:], chats[0].tools, notes=notes)
 

@@ -46,21 +46,34 @@ def check_parts(text: str, messages: Sequence[Message]) -> None:
             )
 
 
-def check_context(text: str, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> None:
-    """Check that the contents of messages and the names of tools stand in a prompt.
-
-    Templates may remove the reasoning of earlier turns.
-    """
-    parts = []
-    for index, message in enumerate(messages):
-        content = thought_of(message)[1] if message["role"] == "assistant" else message["content"]
-        parts.append((f"message {index + 1} ({message['role']}): the chat template drops content", content))
-    text = _strike(text, parts)
-    functions = [tool.get("function", tool) for tool in tools or ()]
+def check_tools(text: str, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> None:
+    """Check that the names of tools stand in a prompt, beside the contents and calls of its messages."""
+    if not tools:
+        return
+    parts = [("", name) for message in messages for name in _called_names(message)]
+    text = _strike(text, [*_contents_of(messages), *parts])
+    functions = [tool.get("function", tool) for tool in tools]
     names = [function.get("name") for function in functions if isinstance(function, dict)]
     _strike(
         text, [("`tools`: the chat template drops a tool", name) for name in names if isinstance(name, str)]
     )
+
+
+def _called_names(message: Message) -> list[str]:
+    return [call["function"]["name"] for call in message.get("tool_calls", ())]
+
+
+def check_context(text: str, messages: Sequence[Message]) -> None:
+    """Check that the contents of messages stand in a prompt. Templates may remove the reasoning of earlier turns."""
+    _strike(text, _contents_of(messages))
+
+
+def _contents_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    parts = []
+    for index, message in enumerate(messages):
+        content = thought_of(message)[1] if message["role"] == "assistant" else message["content"]
+        parts.append((f"message {index + 1} ({message['role']}): the chat template drops content", content))
+    return parts
 
 
 def drops_tool_texts(text: str, tools: Sequence[dict[str, Any]]) -> bool:

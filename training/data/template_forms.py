@@ -4,14 +4,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 from typing import Any
 
 from training.data.records import Chat, Message
 from utils.files import checksum_bytes
 
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+# With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
+_THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
 
 
@@ -66,13 +67,45 @@ def thought_of(message: Message) -> tuple[str, str]:
     if "reasoning_content" in message:
         return message["reasoning_content"], message["content"]
     found = _THOUGHT.fullmatch(message["content"]) if "</think>" in message["content"] else None
-    if found and (found[2].strip() or "tool_calls" in message):
-        return found[1].strip(), found[2]
+    if found and (found[3].strip() or "tool_calls" in message):
+        return (found[1] or found[2] or "").strip(), found[3]
     return "", message["content"]
 
 
-def adapted(message: Message, form: Form, number: int) -> Message:
-    """Return a message in the form that a template reads."""
+def adapted(messages: Sequence[Message], form: Form) -> list[Message]:
+    """Return messages in the form that a template reads."""
+    if form.short_ids:
+        messages = _with_ids(messages)
+    return [_adapted(message, form) for message in messages]
+
+
+def _with_ids(messages: Sequence[Message]) -> list[Message]:
+    """Give calls and their results the same ids of nine characters; results without an id follow the order of the calls."""
+    numbered: list[Message] = []
+    open_ids: list[str] = []
+    for number, message in enumerate(messages):
+        if "tool_calls" in message:
+            results = [
+                m.get("tool_call_id")
+                for m in takewhile(lambda m: m["role"] == "tool", messages[number + 1 :])
+            ]
+            ids = [
+                call.get("id") or next(iter(results[place : place + 1]), None) or f"{number} {place}"
+                for place, call in enumerate(message["tool_calls"])
+            ]
+            open_ids = list(map(_short_id, ids))
+            calls = [{**call, "id": own} for call, own in zip(message["tool_calls"], open_ids, strict=True)]
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            own = _short_id(given) if given else next(iter(open_ids), _short_id(str(number)))
+            open_ids = [each for each in open_ids if each != own]
+            message = {**message, "tool_call_id": own}
+        numbered.append(message)
+    return numbered
+
+
+def _adapted(message: Message, form: Form) -> Message:
     if form == Form() and "reasoning_content" not in message:
         return message
     changed = {key: value for key, value in message.items() if key != "reasoning_content"}
@@ -85,22 +118,17 @@ def adapted(message: Message, form: Form, number: int) -> Message:
     if form.parts:
         changed["content"] = [{"type": "text", "text": changed["content"]}]
     if "tool_calls" in message:
-        changed["tool_calls"] = [
-            _adapted_call(call, form, f"{number} {place}") for place, call in enumerate(message["tool_calls"])
-        ]
+        changed["tool_calls"] = [_adapted_call(call, form) for call in message["tool_calls"]]
         if form.null_content and not message["content"].strip():
             changed["content"] = None
-    if form.short_ids and "tool_call_id" in message:
-        changed["tool_call_id"] = _short_id(message["tool_call_id"])
     return changed
 
 
-def _adapted_call(call: dict[str, Any], form: Form, place: str) -> dict[str, Any]:
+def _adapted_call(call: dict[str, Any], form: Form) -> dict[str, Any]:
     function = call["function"]
     if form.arguments_as_text:
         function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    ids = {"id": _short_id(call.get("id", place))} if form.short_ids else {}
-    return {**call, "function": function, **ids}
+    return {**call, "function": function}
 
 
 def _short_id(text: str) -> str:

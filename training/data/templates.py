@@ -15,7 +15,14 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Example, Filled, Message, Pair, Text
 from training.data.rendered import Rendered, Span
-from training.data.template_checks import check_answer, check_context, check_parts, clearest, drops_tool_texts
+from training.data.template_checks import (
+    check_answer,
+    check_context,
+    check_parts,
+    check_tools,
+    clearest,
+    drops_tool_texts,
+)
 from training.data.template_forms import Form, adapted, answers_of, features_of, possible_forms, thought_of
 
 if TYPE_CHECKING:
@@ -83,7 +90,11 @@ class Renderer:
         """Text before and after an answer; both are empty if the template does more than append."""
         self._bos = _text_of(tokenizer.bos_token)
         self._stops = tuple(
-            {stop for stop in (_text_of(tokenizer.eos_token), self.end_marker.strip()) if stop}
+            {
+                stop
+                for stop in (_text_of(tokenizer.eos_token), self.end_marker.strip(), *self.end_marker.split())
+                if stop
+            }
         )
         self._knows_developer = "developer" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
@@ -144,6 +155,8 @@ class Renderer:
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
+        if any("name" in m and m["name"] not in sequences[-1].text for m in messages):
+            notes.append("`name` of messages is not in the rendering of the chat template")
         if example.tools and drops_tool_texts(sequences[-1].text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
@@ -196,6 +209,11 @@ class Renderer:
         trained = [k for k in answers_of(chat.messages) if k not in chat.untrained]
         if self._turns == "last":
             trained = trained[-1:]
+        chat = (
+            replace(chat, messages=chat.messages[: trained[-1] + 1])
+            if trained[-1] + 1 < len(chat.messages)
+            else chat
+        )
         signature = (
             bool(chat.tools),
             *(m["role"] if len(m) == 2 else (*m, m["role"]) for m in chat.messages),
@@ -275,7 +293,8 @@ class Renderer:
         for form in [known, *forms] if known else forms:
             try:
                 turns = [self._turn(chat, index, form) for index in trained]
-                check_context(turns[-1].prompt, chat.messages[: trained[-1]], chat.tools)
+                check_context(turns[-1].prompt, chat.messages[: trained[-1]])
+                check_tools(turns[0].prompt, chat.messages[: trained[0]], chat.tools)
             except RowError as error:
                 errors.append(error)
                 continue
@@ -292,9 +311,7 @@ class Renderer:
             form: How messages are handed to the template.
             thinks: True if the turn is asked for with thinking; None: if it has reasoning.
         """
-        messages = [
-            adapted(message, form, number) for number, message in enumerate(chat.messages[: index + 1])
-        ]
+        messages = adapted(chat.messages[: index + 1], form)
         answer = chat.messages[index]
         reasoning = thought_of(answer)[0]
         # A row may write an empty thought itself; in a pair of which one answer has reasoning, the other is an answer without.
@@ -327,6 +344,8 @@ class Renderer:
             prompt = self._apply(messages[:-1], tools, prompt=True, switch=switch)
             text = self._apply(messages, tools, switch=switch) if switch else usual
             end = len(text.rstrip())
+            if thinks and prompt.rstrip().endswith("</think>"):
+                continue  # this prompt asks for an answer without reasoning
             if text.startswith(prompt) and len(prompt) < end:
                 found.append((text == usual, len(prompt), _Turn(text, len(prompt), end)))
         if not found:
@@ -343,19 +362,29 @@ class Renderer:
         Such templates change earlier turns once another follows, cut reasoning out, or open a thought in the generation prompt.
         """
         before = self._apply(messages[:-1], tools)
-        prompt = self._apply(messages[:-1], tools, prompt=True)
+        open_switches = [name for name in self._switches if name not in self._row_variables]
+        prompts = [
+            self._apply(messages[:-1], tools, prompt=True, switch=switch)
+            for switch in ({}, *({name: bool(reasoning)} for name in open_switches))
+        ]
+        opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
+        prompt = opened[0] if reasoning and opened else prompts[0]
         text = self._apply(messages, tools)
         is_open = prompt.rstrip().endswith("<think>")
         header = prompt[len(before) :] if prompt.startswith(before) else ""
         if is_open and "<think>" in header:
             header = header[: header.rindex("<think>")]
+        question = messages[-2]["content"] if len(messages) > 1 else ""
+        if not header and isinstance(question, str) and question.strip():
+            header = prompt.rpartition(question.strip())[2].strip()
         place = text.rfind(header) if header else -1
         if place < 0:
             raise RowError("template", _not_a_prefix(len(messages) - 1))
         completion = text[place + len(header) :]
         if is_open or (reasoning and reasoning.strip() not in completion):
             opening = "" if is_open else "<think>\n"
-            completion = f"{opening}{reasoning.strip()}\n</think>\n\n{completion.lstrip()}"
+            answer = completion.lstrip().removeprefix("</think>").lstrip()
+            completion = f"{opening}{reasoning.strip()}\n</think>\n\n{answer}"
         whole = prompt + completion
         return _Turn(whole, len(prompt), len(whole.rstrip()))
 
@@ -365,10 +394,11 @@ class Renderer:
         """Render a chat that is trained on every token."""
         errors: list[RowError] = []
         for form in possible_forms(chat, self._source):
-            messages = [adapted(message, form, number) for number, message in enumerate(chat.messages)]
+            messages = adapted(chat.messages, form)
             try:
                 whole = self._apply(messages, chat.tools)
-                check_context(whole, chat.messages, chat.tools)
+                check_context(whole, chat.messages)
+                check_tools(whole, chat.messages, chat.tools)
                 if form.parts:
                     check_parts(whole, messages)
                 for index in answers_of(chat.messages):
@@ -390,7 +420,8 @@ class Renderer:
         ):
             try:
                 turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
-                check_context(turns[0].prompt, pair.prompt, pair.tools)
+                check_context(turns[0].prompt, pair.prompt)
+                check_tools(turns[0].prompt, pair.prompt, pair.tools)
             except RowError as error:
                 errors.append(error)
                 continue

@@ -20,7 +20,8 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
     Raises:
         RowError: The value is not a list of JSON schemas.
     """
-    if isinstance(value, str):
+    is_text = isinstance(value, str)
+    if is_text:
         value = parse_json(value, what) if value.strip() else None
     if not value:
         return None
@@ -30,7 +31,7 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
     for number, tool in enumerate(value, start=1):
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
-        clean = _without_filler(tool)
+        clean = tool if is_text else _without_filler(tool)  # Arrow fills in no nulls inside a text
         is_bare = "function" not in clean and isinstance(clean.get("name"), str)
         tools.append({"type": "function", "function": clean} if wrap and is_bare else clean)
     check_json(tools, what)
@@ -92,7 +93,8 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, 
     if len(given) == 2:
         raise RowError("wrong type", f"{what} has both `arguments` and `parameters`. Remove one of them")
     arguments = function[given[0]] if given else {}
-    if isinstance(arguments, str):
+    is_text = isinstance(arguments, str)
+    if is_text:
         arguments = parse_json(arguments, f"{what}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise RowError("wrong type", f"{what}: arguments is {json_type(arguments)}, not an object")
@@ -107,7 +109,8 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, 
         raise RowError(
             "unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. Remove it"
         )
-    arguments = _without_foreign_nulls(arguments, name, tools)
+    if not is_text:  # Arrow fills in no nulls inside a text
+        arguments = _without_foreign_nulls(arguments, name, tools)
     check_json([name, arguments], what)
     clean: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if isinstance(call.get("id"), str) and call["id"]:

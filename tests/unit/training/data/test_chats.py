@@ -408,3 +408,86 @@ def test_classification_notes_and_rejects_alike():
     )
     assert isinstance(chat, Chat)
     assert chat.notes == ("column `id` is not used",)
+
+
+def test_a_loss_mask_is_applied_to_messages_as_written():
+    """Not after a system text is added and messages are merged."""
+    messages = [USER, ANSWER, ANSWER, USER, {**ANSWER, "content": "22 degrees"}]
+    with pytest.raises(RowError, match="cannot be merged"):
+        read({"messages": messages, "loss_mask": [0, 0, 1, 0, 1]})
+    chat = read(
+        {"system": "Answer briefly.", "messages": messages[:2] + messages[3:], "loss_mask": [0, 1, 0, 0]}
+    )
+    assert chat.untrained == (4,)
+
+
+def test_a_prompt_that_the_answers_repeat_in_other_spelling_is_taken_once():
+    asked = [{"role": "user", "content": "How warm is it?\n"}]
+    for chosen, rejected in (
+        ([*asked, ANSWER], [*asked, {**ANSWER, "content": "cold"}]),
+        ([SYSTEM, *asked, ANSWER], [SYSTEM, *asked, {**ANSWER, "content": "cold"}]),
+    ):
+        pair = read(
+            {"prompt": "How warm is it?", "chosen": chosen, "rejected": rejected}, "preference_tuning"
+        )
+        assert [message["role"] for message in pair.prompt].count("user") == 1
+
+
+def test_a_pair_without_a_question_raises_an_error():
+    row = {"system": "Answer briefly.", "input": "How warm is it?", "chosen": "warm", "rejected": "cold"}
+    with pytest.raises(RowError, match=r"no question.*input.*columns: \{prompt: question\}"):
+        read(row, "preference_tuning")
+
+
+def test_an_answer_in_json_is_a_text():
+    assert (
+        read({"prompt": "Names?", "completion": '[{"name": "Bob"}]'}).messages[1]["content"]
+        == '[{"name": "Bob"}]'
+    )
+    assert read({"prompt": "[{}] What?", "completion": "A list."}).messages[0]["content"] == "[{}] What?"
+
+
+def test_nulls_in_arguments_as_text_are_meant():
+    called = {"function": {"name": "look", "arguments": '{"city": "Oslo", "unit": null}'}}
+    chat = read({"messages": [USER, {"role": "assistant", "tool_calls": [called]}]})
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo", "unit": None}
+
+
+def test_words_and_a_call_in_two_sharegpt_turns_are_one_message():
+    turns = [
+        {"from": "human", "value": "How warm is it?"},
+        {"from": "gpt", "value": "Let me look."},
+        {"from": "function-call", "value": '{"name": "look", "arguments": {}}'},
+    ]
+    assert read({"conversations": turns}).messages == [USER, {**CALLING, "content": "Let me look."}]
+
+
+def test_reasoning_in_a_column_belongs_to_the_answer():
+    row = {"question": "How warm is it?", "answer": "21 degrees", "reasoning": "The sun shines."}
+    assert read(row).messages[1] == {**ANSWER, "reasoning_content": "The sun shines."}
+
+
+@pytest.mark.parametrize(
+    ("message", "facts"),
+    [
+        ({**ANSWER, "label": False}, ("message 2", "`label`", "weight: 0")),
+        ({**ANSWER, "kto_tag": False}, ("message 2", "`kto_tag`")),
+        ({**ANSWER, "content": [{"type": "text", "text": "a", "image": "b"}]}, ("message 2", "`image`")),
+        ({**CALLING, "function_call": {"name": "look", "arguments": "{}"}}, ("message 2", "`function_call`")),
+    ],
+)
+def test_what_a_message_says_beside_its_text_raises_an_error(message: dict[str, Any], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, message]})
+    assert_names(str(caught.value), *facts)
+
+
+def test_a_tool_message_follows_a_call_that_is_written_as_text():
+    """ToolACE writes calls as [name(key=value)]."""
+    written = {**ANSWER, "content": '[Market Trends API(country="us")]'}
+    assert len(read({"messages": [USER, written, RESULT, ANSWER]}).messages) == 4
+    parts = {**RESULT, "content": [{"type": "hotel", "name": "X"}]}
+    assert (
+        read({"messages": [USER, CALLING, parts, ANSWER]}).messages[2]["content"]
+        == '[{"type": "hotel", "name": "X"}]'
+    )

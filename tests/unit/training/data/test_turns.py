@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,84 @@ def test_a_row_that_trains_the_last_turn_alone_does_not_decide_for_others(tiny_m
     renderer = Renderer(tokenizer, whole_text=False)
     assert len(renderer.render(read(first_excluded))) == 1
     assert len(renderer.render(read(row))) == 2
+
+
+MISTRAL_V3 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system, rest = messages[0]['content'], messages[1:] %}"
+    "{% else %}{% set system, rest = none, messages %}{% endif %}{{ bos_token }}{% for m in rest %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + (system + '\n\n' if loop.last and system else '') + m['content'] + '[/INST]' }}"
+    "{% elif m['tool_calls'] %}{% if m['tool_calls'][0]['id'] | length != 9 %}{{ raise_exception('ids') }}{% endif %}"
+    "{{ '[TOOL_CALLS] ' + m['tool_calls'] | tojson + eos_token }}"
+    "{% elif m['role'] == 'tool' %}{% if m['tool_call_id'] | length != 9 %}{{ raise_exception('ids') }}{% endif %}"
+    "{{ '[TOOL_RESULTS] ' + m['content'] + ' ' + m['tool_call_id'] + '[/TOOL_RESULTS]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+"""The rules of Mistral 7B v0.3: system text in the last question, ids of nine characters, no generation prompt."""
+
+
+def test_a_system_text_that_moves_with_the_last_question_gives_each_turn_its_context(tokenizers: Tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = MISTRAL_V3
+    first, second = Renderer(tokenizer, whole_text=False).render(read(ROWS["system and two turns"]))
+    assert first.text.count("Answer in rhymes.") == second.text.count("Answer in rhymes.") == 1
+    assert first.text.endswith("Answer in rhymes.\n\nQuestion number 1?[/INST] Answer with words 1.<|eos|>")
+    assert second.text.endswith("Answer in rhymes.\n\nQuestion number 2?[/INST] Answer with words 2.<|eos|>")
+
+
+def test_calls_and_results_get_the_same_ids_where_a_template_needs_nine_characters(tokenizers: Tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = MISTRAL_V3
+    result = {"role": "tool", "content": "minus 3 degrees"}
+    called = call()
+    del called["tool_calls"][0]["id"]
+    for asked, answered in ((called, result), (call(), result), (called, RESULT)):
+        chat = read({"messages": [user(1), asked, answered, answer(1)]})
+        text = Renderer(tokenizer, whole_text=False).render(chat)[-1].text
+        (identity,) = re.findall(r'"id": "(\w{9})"', text)
+        assert f"minus 3 degrees {identity}[/TOOL_RESULTS]" in text
+
+
+THINKING_SWITCH = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}"
+    "{% else %}{{ '<|Assistant|></think>' + m['content'].split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
+"""The rules of DeepSeek V3.1."""
+
+
+def test_reasoning_is_asked_for_by_the_prompt_that_opens_a_thought(tokenizers: Tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = THINKING_SWITCH
+    renderer = Renderer(tokenizer, whole_text=False)
+    (plain,) = renderer.render(read(ROWS["one answer"]))
+    assert (plain.text, loss_texts([plain])) == (
+        "<|User|>Question number 1?<|Assistant|></think>Answer with words 1.<|end|>",
+        ["Answer with words 1.<|end|>"],
+    )
+    (reasoned,) = renderer.render(read(ROWS["reasoning"]))
+    assert reasoned.text[: reasoned.spans[0][0]].endswith("<|Assistant|><think>")
+    assert loss_texts([reasoned]) == ["A thought 1.\n</think>\n\nAnswer with words 1.<|end|>"]
+
+
+def test_prose_about_thoughts_is_no_thought(tokenizers: Tokenizers):
+    words = answer(1) | {"content": "Close it with </think> at the end."}
+    (rendered,) = Renderer(tokenizers["llama3"], whole_text=False).render(
+        read({"messages": [user(1), words]})
+    )
+    assert loss_texts([rendered]) == ["Close it with </think> at the end.<|eot_id|>"]
+
+
+def test_a_sequence_ends_with_its_last_trained_turn(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["llama3"], whole_text=False)
+    excluded = {"messages": [user(1), answer(1), user(2), answer(2, weight=0)]}
+    for row in (
+        ROWS["system and two turns"],
+        excluded,
+        {"messages": [user(1), answer(1), user(2), answer(2)]},
+    ):
+        renderer.render(read(row))
+    (rendered,) = renderer.render(read(excluded))
+    assert rendered.text.endswith("Answer with words 1.<|eot_id|>")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "deepseek_r1_distill", "nemotron_3_nano", "gptoss"])
