@@ -40,6 +40,10 @@ def test_address_that_names_no_port_raises_an_error(address: str):
     assert_names(str(caught.value), "RAY_ADDRESS", address, "HOST:6379")
 
 
+def test_address_of_another_client_is_left_to_ray():
+    check_cluster_answers(ClusterTarget("anyscale://cluster"))
+
+
 @pytest.mark.parametrize(
     ("address", "is_local"),
     [(None, True), ("", True), ("local", True), ("auto", False), ("head:6379", False)],

@@ -56,6 +56,8 @@ def check_cluster_answers(target: ClusterTarget) -> None:
         )
     if address in ("", "auto"):
         return  # "auto": Ray looks for a cluster on this machine
+    if "://" in address and not address.startswith("ray://"):
+        return  # the address of another client that Ray loads by its scheme, such as anyscale://
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(
