@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.data.errors import RowError, check_text, json_type
-from training.data.records import Chat, Message
+from training.data.records import REASONING_KEYS, Chat, Message
 from training.data.tools import Tool, check_json, parse_json, read_calls, read_tools
 
 _ROLES = {
@@ -28,30 +28,15 @@ _ROLES = {
     "function_call": "assistant",
 }
 _SYSTEM = ("system", "developer")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names of the reasoning of an answer."""
 _IN_LOSS = ("weight", "train", "trainable", "loss", "loss_mask")
 """Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
 _OUT_OF_LOSS = ("mask", "masked")
 """Keys that say the opposite."""
-_KNOWN = {
-    *(
-        "role",
-        "from",
-        "content",
-        "value",
-        "text",
-        "name",
-        "tool_call_id",
-        "tool_calls",
-        "function_call",
-        "functions",
-        "tools",
-    ),
-    *REASONING_KEYS,
-    *_IN_LOSS,
-    *_OUT_OF_LOSS,
-}
+_TEXT_AND_CALLS = (
+    *("role", "from", "content", "value", "text", "name"),
+    *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
+)
+_KNOWN = {*_TEXT_AND_CALLS, *REASONING_KEYS, *_IN_LOSS, *_OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
@@ -134,18 +119,18 @@ def _at(position: int, role: str) -> str:
 def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if not isinstance(value, dict):
         raise RowError("wrong type", f"message {position} is not an object with role and content")
-    said = value.get("role") or value.get("from")
-    name = said.lower().replace("-", "_") if isinstance(said, str) else ""
+    name = _written_role(value)
     role = _ROLES.get(name)
     if role is None:
         keys = ", ".join(map(str, list(value)[:6])) or "none"
+        said = value.get("role") or value.get("from")
         raise RowError(
             "unknown role",
             f"message {position} has the role {short(said)} (keys found: {keys}). Known roles: {', '.join(_ROLES)}",
         )
     at = _at(position, role)
     message: Message = {"role": role}
-    content = next((value[key] for key in ("content", "value", "text") if value.get(key) is not None), None)
+    content = _written_content(value)
     given = [key for key in ("tool_calls", "function_call") if _calls_something(value.get(key))]
     if len(given) == 2:
         raise RowError("two calls", f"{at} has both `tool_calls` and `function_call`. Remove one of them")
@@ -171,6 +156,17 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if is_empty and "tool_calls" not in message and role not in (*_SYSTEM, "tool"):
         raise RowError("empty content", f"{at} is empty")
     return message
+
+
+def _written_role(message: dict[str, Any]) -> str:
+    """Return the role as a row writes it, in the spelling of the table of roles; empty if it is no text."""
+    said = message.get("role") or message.get("from")
+    return said.lower().replace("-", "_") if isinstance(said, str) else ""
+
+
+def _written_content(message: dict[str, Any]) -> Any:
+    """Return a message's content under one of its names, or None."""
+    return next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
 
 
 def _calls_something(calls: Any) -> bool:
@@ -278,7 +274,7 @@ def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
             continue
         if _MEDIA.fullmatch(key):
             raise RowError("unsupported content", f"{at} has `{key}`. Only text is supported")
-        if key == "kto_tag" or (key in ("label", "score") and isinstance(content, bool | int | float)):
+        if is_quality_tag(key, content):
             raise RowError(
                 "quality tag",
                 f"{at} has `{key}` ({short(content)}), which says how good the message is, but every answer is trained. Remove the bad "
@@ -384,8 +380,7 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
 
 
 def _is_answer(message: Any) -> bool:
-    said = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
-    return isinstance(said, str) and _ROLES.get(said.lower().replace("-", "_")) == "assistant"
+    return isinstance(message, dict) and _ROLES.get(_written_role(message)) == "assistant"
 
 
 def is_message(value: Any) -> bool:
@@ -396,12 +391,11 @@ def is_message(value: Any) -> bool:
 def same_words(first: Any, second: Any) -> bool:
     """Return whether two messages as written have the same role and text, whatever their keys and outer whitespace."""
 
-    def plain(message: Any) -> tuple[str | None, str]:
-        said = message.get("role") or message.get("from") if isinstance(message, dict) else None
-        content = next((message[key] for key in ("content", "value") if message.get(key) is not None), "")
+    def plain(message: dict[str, Any]) -> tuple[str | None, str]:
+        content = _written_content(message)
         if isinstance(content, list | tuple):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        return _ROLES.get(str(said).lower()), str(content).strip()
+        return _ROLES.get(_written_role(message)), str(content or "").strip()
 
     return is_message(first) and is_message(second) and plain(first) == plain(second)
 
@@ -417,6 +411,11 @@ def read_history(value: Any, what: str) -> list[Message]:
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": check_text(text, f"{what}: entry {number}")})
     return messages
+
+
+def is_quality_tag(key: str, value: Any) -> bool:
+    """Return whether a column or a key of a message says how good an answer is."""
+    return key == "kto_tag" or (key in ("label", "score") and isinstance(value, bool | int | float))
 
 
 def is_media(key: str) -> bool:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from configs.schema import DataFormat
 from training.data.encoding import Encoder
@@ -45,7 +44,7 @@ from training.data.summary import (
     show_examples,
 )
 from training.data.templates import Renderer
-from training.data.token_files import RenderedRow, TokenWriter
+from training.data.token_files import RenderedRow, TokenWriter, digest_of
 from utils.files import file_lock, write_atomically
 
 if TYPE_CHECKING:
@@ -241,8 +240,7 @@ class _Preparation:
 
     def _is_in_share(self, sequences: Sequence[Rendered]) -> bool:
         begin, end = self.request.share
-        text = "\0".join(sequence.text for sequence in sequences).encode()
-        return begin <= xxhash.xxh3_64_intdigest(text, seed=self.request.seed) / 2**64 < end
+        return begin <= digest_of(sequences, self.request.seed) / 2**64 < end
 
     def _reading(self, row: dict[str, Any]) -> RowSchema:
         request = self.request

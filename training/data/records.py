@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 Message = dict[str, Any]
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the reasoning of an answer, in rows and in chat templates."""
+
 
 Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
 

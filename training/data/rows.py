@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from configs.schema import DataFormat
 from training.data.chats import (
-    REASONING_KEYS,
     is_media,
     is_message,
+    is_quality_tag,
     listed,
     mapped,
     mask_messages,
@@ -20,7 +20,7 @@ from training.data.chats import (
     short,
 )
 from training.data.errors import RowError, check_text, json_type
-from training.data.records import Chat, Example, Filled, Message, Pair, Task, Text
+from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text
 from training.data.tools import Tool, check_json, parse_json, read_tools
 
 FORMAT_NAMES: dict[DataFormat, str] = {
@@ -75,8 +75,6 @@ _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
         "instruction",
     ),
 }
-_QUALITY_TAGS = ("label", "kto_tag", "score")
-"""Columns that say whether an answer is good. Without preference tuning, the bad answers would be trained too."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def recognise(
     found: list[DataFormat] = [
         name
         for name, needed in _COLUMNS.items()
-        if all(_value_of(row, columns, column) is not None for column in needed)
+        if all(row.get(_name_of(row, columns, column)) is not None for column in needed)
     ]
     allowed = _FORMATS_OF_TASK[task]
     for name in found:
@@ -195,21 +193,15 @@ def _columns_of(
     row: dict[str, Any], columns: Mapping[str, str], data_format: DataFormat
 ) -> Mapping[str, str]:
     """Return the mapping of columns, extended by the names of other tools that this row has."""
-    found = {
-        name: other
-        for name in ALL_COLUMNS[data_format]
-        if name in _OTHER_NAMES and name not in columns and row.get(name) is None
-        for other in _OTHER_NAMES[name]
-        if row.get(other) is not None
-    }
-    return {**columns, **found} if found else columns
+    found = {name: _name_of(row, columns, name) for name in ALL_COLUMNS[data_format]}
+    return {**columns, **{name: theirs for name, theirs in found.items() if theirs != name}}
 
 
-def _value_of(row: dict[str, Any], columns: Mapping[str, str], name: str) -> Any:
-    """Return a column's value, under one of its names in other tools unless `columns` maps it."""
-    if name in columns or row.get(name) is not None:
-        return mapped(row, columns, name)
-    return next((row[other] for other in _OTHER_NAMES.get(name, ()) if row.get(other) is not None), None)
+def _name_of(row: dict[str, Any], columns: Mapping[str, str], name: str) -> str:
+    """Return a column's name in the file: as `columns` maps it, else the standard one or one of other tools that is not null."""
+    if name in columns:
+        return columns[name]
+    return next((each for each in (name, *_OTHER_NAMES.get(name, ())) if row.get(each) is not None), name)
 
 
 def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str, ...]:
@@ -220,10 +212,9 @@ def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str,
             continue
         if is_media(name):
             raise RowError("unsupported content", f"has a column `{name}`. Only text is supported")
-        is_tag = (
-            isinstance(value, bool | int | float) if name in ("label", "score") else name in _QUALITY_TAGS
-        )
-        if is_tag and task == "instruction_tuning":
+        if task == "instruction_tuning" and is_quality_tag(
+            name, value
+        ):  # the bad answers would be trained too
             raise RowError(
                 "quality tag",
                 f"has a column `{name}` ({short(value)}), which says how good the answer is, but task: instruction_tuning trains every "

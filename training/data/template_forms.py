@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from typing import Any
 
-from training.data.records import Chat, Message
+from training.data.records import REASONING_KEYS, Chat, Message
 from utils.files import checksum_bytes
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
@@ -143,9 +142,9 @@ def possible_forms(chat: Chat, template: str) -> Iterator[Form]:
     calls, reasons = _has_calls(chat.messages), _has_reasoning(chat.messages)
     reasoning: tuple[str | None, ...] = (None,)
     if reasons:
-        reasoning = (*_REASONING_KEYS, None) if "</think>" in template else _REASONING_KEYS
+        reasoning = (*REASONING_KEYS, None) if "</think>" in template else REASONING_KEYS
     elif any(_is_thought(message) for message in chat.messages):
-        reasoning = (*_REASONING_KEYS, None)
+        reasoning = (*REASONING_KEYS, None)
     either = (False, True)
     for parts, null, ids, text, key in product(
         either,

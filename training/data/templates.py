@@ -339,8 +339,7 @@ class Renderer:
         """
         usual = self._apply(messages, tools)
         found: list[tuple[bool, int, _Turn]] = []
-        open_switches = [name for name in self._switches if name not in self._row_variables]
-        for switch in ({}, *({name: thinks} for name in open_switches)):
+        for switch in self._settings_of_switches(on=thinks):
             prompt = self._apply(messages[:-1], tools, prompt=True, switch=switch)
             text = self._apply(messages, tools, switch=switch) if switch else usual
             end = len(text.rstrip())
@@ -354,6 +353,10 @@ class Renderer:
             return found[0][2]
         return max(found, key=lambda entry: entry[:2])[2]
 
+    def _settings_of_switches(self, *, on: bool) -> list[dict[str, bool]]:
+        """Return the template's default, and each switch of thinking that the row leaves open."""
+        return [{}, *({name: on} for name in self._switches if name not in self._row_variables)]
+
     def _continued(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, reasoning: str
     ) -> _Turn:
@@ -362,10 +365,9 @@ class Renderer:
         Such templates change earlier turns once another follows, cut reasoning out, or open a thought in the generation prompt.
         """
         before = self._apply(messages[:-1], tools)
-        open_switches = [name for name in self._switches if name not in self._row_variables]
         prompts = [
             self._apply(messages[:-1], tools, prompt=True, switch=switch)
-            for switch in ({}, *({name: bool(reasoning)} for name in open_switches))
+            for switch in self._settings_of_switches(on=bool(reasoning))
         ]
         opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
         prompt = opened[0] if reasoning and opened else prompts[0]
@@ -516,7 +518,7 @@ def _compiled(chat_template: str) -> Template:
 
 
 def _without_empty_thought(turn: _Turn, content: str) -> _Turn:
-    """Move an empty thought that the template inserts from the completion to the prompt: nobody asks the model for it."""
+    """Move an empty thought that the template inserts from the completion to the prompt: the model is not asked for it."""
     is_open = turn.prompt.rstrip().endswith("<think>")
     found = (_END_OF_EMPTY_THOUGHT if is_open else _EMPTY_THOUGHT).match(turn.text, turn.begin, turn.end)
     if found is None or found.end() >= turn.end:

@@ -1,7 +1,7 @@
 """Token files: the tokens of all rows (data.arrow) and one index entry per row (index.arrow)."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +41,9 @@ class RenderedRow:
     label: int | None
 
 
-def digest_of(sequences: tuple[Rendered, ...]) -> int:
-    """Return a hash of a row's text, to find duplicates."""
-    return xxhash.xxh3_64_intdigest("\x00".join(sequence.text for sequence in sequences).encode())
+def digest_of(sequences: Sequence[Rendered], seed: int = 0) -> int:
+    """Return a 64-bit hash of a row's text, to find duplicates and to split rows."""
+    return xxhash.xxh3_64_intdigest("\x00".join(sequence.text for sequence in sequences).encode(), seed=seed)
 
 
 class TokenWriter:
