@@ -9,7 +9,7 @@ PYTHON = $(shell for python in python3.11 python3.12 python3.13 python3 python; 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-EXTRAS := quickstart unsloth trackers cluster dev bench
+EXTRAS := quickstart unsloth trackers cluster service dev bench
 
 # The locks exclude torch: its build (CPU or CUDA) depends on the machine.
 TORCH = $(shell sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)
@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -57,11 +57,17 @@ $(STAMPS)/interpreter: requirements/interpreter.lock $(STAMPS)/torch
 	@echo "installing $<"
 	@$(INSTALL) --target $(VENV)/interpreter -r $< && touch $@
 
+# OpenAI's client is installed outside the environment: the service's tests use it as a user's program would.
+$(STAMPS)/openai: requirements/openai.lock $(STAMPS)/torch
+	@echo "installing $<"
+	@$(INSTALL) --target $(VENV)/openai -r $< && touch $@
+
 setup: $(STAMPS)/quickstart  ## install the packages for training and the quickstart into .venv
 setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see docs/kernels.md)
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
 setup-cluster: setup $(STAMPS)/cluster  ## add Ray's dashboard and job server, for the head of a cluster
-setup-dev: setup-unsloth setup-trackers $(STAMPS)/dev $(STAMPS)/interpreter  ## add the packages for tests and linters
+setup-service: setup $(STAMPS)/service  ## add the packages of the fine-tuning service
+setup-dev: setup-unsloth setup-trackers setup-service $(STAMPS)/dev $(STAMPS)/interpreter $(STAMPS)/openai  ## add the packages for tests and linters
 
 quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
 	$(BIN)/python cookbooks/quickstart/prepare.py
@@ -90,6 +96,9 @@ test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (installs packages that slow the start of every Ray cluster)
 	$(BIN)/python -m pytest tests/integration/training/launch/test_submission.py tests/integration/training/launch/test_clusters.py
+
+test-service: setup-dev  ## run OpenAI's client through every call, fuzz the API and kill the service's processes, with a real model
+	SERVICE_GRID=1 $(BIN)/python -m pytest tests/unit/service tests/integration/service
 
 test-image: setup-dev  ## run the image's install steps without Docker, then its health check and entry point (3 GB, two minutes)
 	TEST_IMAGE=1 $(BIN)/python -m pytest tests/integration/test_image.py
@@ -137,6 +146,7 @@ lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	  $$compile --extra $$extra -c requirements/runtime.lock pyproject.toml -o requirements/$$extra.lock || exit 1; \
 	done && \
 	echo triton==3.7.1 | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate - -o requirements/interpreter.lock && \
+	echo openai==3.57.0 | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate - -c requirements/service.lock -o requirements/openai.lock && \
 	printf '%s\n' "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" setuptools filelock fsspec jinja2 networkx sympy typing-extensions \
 	  | $$compile - -c requirements/runtime.lock -o requirements/bootstrap.lock
 

@@ -61,6 +61,8 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "completion": ("answer", "response", "solution"),
     "system": ("system_prompt",),
     "tools": ("functions",),
+    "chosen": ("preferred_output",),
+    "rejected": ("non_preferred_output",),
 }
 """Standard column -> names in other tools' files, which are understood unless `columns` maps the standard column."""
 _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
@@ -98,6 +100,7 @@ def recognise(
     Raises:
         RowError: The task supports no format that matches the row.
     """
+    row = _with_input_as_columns(row)
     if prompt_template is not None and any(
         mapped(row, columns, name) is not None for name in places_of(prompt_template)
     ):
@@ -142,6 +145,7 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
     Raises:
         RowError: The row cannot be trained on.
     """
+    row = _with_input_as_columns(row)
     if reading.prompt_template is not None:
         filled = _fill(row, reading.prompt_template, reading.columns)
         names = {reading.columns.get(name, name) for name in places_of(reading.prompt_template)}
@@ -166,6 +170,16 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
             "has only assistant messages that are excluded from the loss (weight 0, or before the first user message)",
         )
     return example
+
+
+def _with_input_as_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of OpenAI's preference format with the messages and tools of its `input` as columns; others unchanged."""
+    given = row.get("input")
+    if "preferred_output" not in row or not isinstance(given, dict):
+        return row
+    unread = {f"input.{name}": value for name, value in given.items() if name not in ("messages", "tools")}
+    columns = {"prompt": given.get("messages"), "tools": given.get("tools")}
+    return {name: value for name, value in row.items() if name != "input"} | columns | unread
 
 
 def _variables_of(value: Any) -> dict[str, Any]:

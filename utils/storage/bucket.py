@@ -21,6 +21,7 @@ from utils.storage.node_cache import NodeCopy
 from utils.storage.s3 import CHECK, WORK, RetryPolicy, S3Store, split_s3, storage_options
 from utils.storage.store import (
     AlreadyExistsError,
+    ChangedError,
     DamagedError,
     NotFoundError,
     Store,
@@ -33,6 +34,7 @@ __all__ = [
     "EMBEDDED_BUCKET",
     "AlreadyExistsError",
     "BucketError",
+    "ChangedError",
     "DamagedError",
     "NotFoundError",
     "Store",

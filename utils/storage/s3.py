@@ -14,12 +14,14 @@ import os
 import random
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -38,6 +40,7 @@ from utils.storage.s3_errors import (
 )
 from utils.storage.store import (
     AlreadyExistsError,
+    ChangedError,
     DamagedError,
     NotFoundError,
     StoredObject,
@@ -63,6 +66,7 @@ CHECK = RetryPolicy(silence=5, failing=2)  # a check answers within about 10 sec
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 BLOCK_BYTES = 256 * 1024  # read size for response bodies; larger blocks leave the CPU cache and are slower
 _UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
+_STREAM_THREADS = 3
 _TOKEN_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 _DELETE_BATCH = 1000  # maximum number of keys per S3 request
 
@@ -159,6 +163,43 @@ class S3Store:
                         f"cannot write {self.uri_of(key)}: it already exists"
                     ) from rejected
 
+    def read_version(self, key: str) -> tuple[bytes, str] | None:
+        """Return (content, ETag) of an object for `write_version`, or None if it does not exist."""
+
+        def get(client: Any) -> tuple[bytes, str]:
+            answer = client.get_object(Bucket=self.bucket, Key=self._start + key)
+            return answer["Body"].read(), answer["ETag"]
+
+        try:
+            with self._errors("read", key):
+                return self._request(get)
+        except NotFoundError:
+            return None
+
+    def write_version(self, key: str, data: bytes, etag: str) -> None:
+        """Replace an object that still has this ETag.
+
+        Raises:
+            ChangedError: another process has written or deleted it.
+        """
+        with self._errors("write", key):
+            try:
+                self._put(key, data, IfMatch=etag)
+            except _RejectedError as rejected:
+                # 409: another conditional write of the object is in progress. 404: it was deleted.
+                if rejected.code not in (
+                    "PreconditionFailed",
+                    "412",
+                    "ConditionalRequestConflict",
+                    "NoSuchKey",
+                ):
+                    raise
+                # An earlier attempt may have succeeded although its response was lost.
+                if not rejected.repeated or self.read_if_exists(key) != data:
+                    raise ChangedError(
+                        f"cannot write {self.uri_of(key)}: it has changed since it was read"
+                    ) from rejected
+
     def download(self, key: str, path: Path) -> None:
         """See Store."""
         self.download_many({self.stat(key): path})
@@ -185,6 +226,20 @@ class S3Store:
             except BaseException:
                 files.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def upload_stream(self, blocks: Iterable[bytes], key: str) -> int:
+        """Upload an object from blocks of any size as they arrive, and return its size in bytes.
+
+        At most 4 parts of 8 MB are in memory. An error of `blocks` aborts the upload, and the object does not exist.
+        """
+        parts = _parts_of(blocks)
+        first = next(parts, b"")
+        second = next(parts, None)
+        with self._errors("upload to", key):
+            if second is None:
+                self._put(key, first)
+                return len(first)
+            return self._upload_parts_of_stream(chain((first, second), parts), key)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See Store."""
@@ -313,12 +368,7 @@ class S3Store:
                 self._upload_in_parts(path, size, key, pool)
 
     def _upload_in_parts(self, path: Path, size: int, key: str, pool: ThreadPoolExecutor) -> None:
-        where = {"Bucket": self.bucket, "Key": self._start + key}
-        checksummed = (
-            {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"} if self._sends_checksums else {}
-        )
-        upload = self._request(lambda client: client.create_multipart_upload(**where, **checksummed))
-        where["UploadId"] = upload["UploadId"]
+        where = self._begin_upload(key)
         length = max(_UPLOAD_PART_BYTES, -(-size // _MOST_UPLOAD_PARTS))
         tasks = [
             pool.submit(self._upload_part, path, where, index, length) for index in range(-(-size // length))
@@ -332,10 +382,41 @@ class S3Store:
             self._abort(where["Key"], where["UploadId"])
             raise
 
+    def _upload_parts_of_stream(self, parts: Iterable[bytes], key: str) -> int:
+        where = self._begin_upload(key)
+        done: list[dict[str, Any]] = []
+        running: deque[Future[dict[str, Any]]] = deque()
+        size = 0
+        with ThreadPoolExecutor(_STREAM_THREADS, thread_name_prefix="upload-part") as pool:
+            try:
+                for index, data in enumerate(parts):
+                    size += len(data)
+                    if len(running) == _STREAM_THREADS:
+                        done.append(running.popleft().result())
+                    running.append(pool.submit(self._put_part, where, index, data))
+                done += [task.result() for task in running]
+                self._complete(where, done, key)
+            except BaseException:
+                wait(running)  # a part that arrives after the abort would stay in the bucket
+                self._abort(where["Key"], where["UploadId"])
+                raise
+        return size
+
+    def _begin_upload(self, key: str) -> dict[str, str]:
+        where = {"Bucket": self.bucket, "Key": self._start + key}
+        checksummed = (
+            {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"} if self._sends_checksums else {}
+        )
+        upload = self._request(lambda client: client.create_multipart_upload(**where, **checksummed))
+        return where | {"UploadId": upload["UploadId"]}
+
     def _upload_part(self, path: Path, where: Mapping[str, str], index: int, length: int) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek(index * length)
             data = file.read(length)
+        return self._put_part(where, index, data)
+
+    def _put_part(self, where: Mapping[str, str], index: int, data: bytes) -> dict[str, Any]:
         checksum = self._checksum_option(data)
         answer = self._request(
             lambda client: client.upload_part(**where, PartNumber=index + 1, Body=data, **checksum)
@@ -528,6 +609,18 @@ class _RejectedError(Exception):
     def __init__(self, error: Any, *, repeated: bool):
         super().__init__(str(error))
         self.error, self.code, self.repeated = error, error_code(error), repeated
+
+
+def _parts_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of `blocks` in parts of the size that uploads use; the last part may be smaller."""
+    part = bytearray()
+    for block in blocks:
+        part += block
+        while len(part) >= _UPLOAD_PART_BYTES:
+            yield bytes(part[:_UPLOAD_PART_BYTES])
+            del part[:_UPLOAD_PART_BYTES]
+    if part:
+        yield bytes(part)
 
 
 @cache

@@ -17,6 +17,10 @@ class AlreadyExistsError(BucketError):
     """An error for a conditional write whose object already exists."""
 
 
+class ChangedError(BucketError):
+    """An error for a conditional write whose object has changed since it was read."""
+
+
 class DamagedError(BucketError):
     """An error for an object whose downloaded content differs from the stored content."""
 

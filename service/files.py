@@ -1,0 +1,319 @@
+"""Files: records, content in the bucket, and uploads that are streamed."""
+
+import queue
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from service.config import Limits
+from service.errors import ApiError, invalid, not_found
+from service.keys import Caller
+from service.layout import active_key, content_key, files_of, jobs_of
+from service.records import Record, Slice
+from service.requests import PageQuery
+from utils.storage.s3 import S3Store
+
+PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
+_BLOCK_BYTES = 1024 * 1024
+_QUEUED_BLOCKS = 8
+_MAX_FIELD_BYTES = 4096
+_MAX_PARTS = 16
+_READ_BYTES = 4 * 1024 * 1024
+
+
+@cache
+def _upload_threads() -> anyio.CapacityLimiter:
+    """Return the limiter of upload threads: slow uploads must not take the threads that answer other requests."""
+    return anyio.CapacityLimiter(64)
+
+
+class Files:
+    """The files of all projects."""
+
+    def __init__(self, store: S3Store, limits: Limits):
+        self._store, self._limits = store, limits
+
+    async def create(self, caller: Caller, request: Request) -> Record:
+        """Stream an upload into the bucket and return its record."""
+        declared = request.headers.get("content-length", "")
+        too_large = int(declared) > self._limits.file_bytes + 100_000 if declared.isdigit() else False
+        if too_large:
+            raise self._too_large()
+        await anyio.to_thread.run_sync(self._check_stored_bytes, caller.project)
+        name = f"{secrets.token_hex(12)}.jsonl"
+        key = content_key(caller.project, name)
+        upload = await _Upload(request, self._limits.file_bytes, self._too_large).stream_to(self._store, key)
+        try:
+            purpose = upload.fields.get("purpose")
+            if purpose is None:
+                raise invalid("'purpose' is a required property", "purpose", "missing_required_parameter")
+            if purpose != PURPOSE:
+                raise invalid(f"Invalid 'purpose': this service stores files for {PURPOSE!r}.", "purpose")
+            if unknown := sorted(upload.fields.keys() - {"purpose"}):
+                raise invalid(
+                    f"Unknown parameter: {unknown[0][:100]!r}", unknown[0][:100], "unknown_parameter"
+                )
+            if upload.size == 0:
+                raise invalid("The file is empty.", "file")
+        except ApiError:
+            await anyio.to_thread.run_sync(self._store.delete, [key])
+            raise
+        record = {
+            "bytes": upload.size,
+            "created_at": int(time.time()),
+            "filename": upload.filename,
+            "purpose": purpose,
+            "content": name,
+        }
+        return await anyio.to_thread.run_sync(
+            lambda: files_of(self._store, caller.project).append(
+                lambda identifier: {"id": identifier, **record}
+            )
+        )
+
+    def get(self, project: str, file_id: str) -> Record:
+        """Return a file's record; raise an ApiError if it does not exist."""
+        record = files_of(self._store, project).get(file_id)
+        if record is None:
+            raise not_found("File object", file_id)
+        return record
+
+    def slice(self, project: str, query: PageQuery, purpose: str | None) -> Slice | None:
+        """Return part of the list of files."""
+        return files_of(self._store, project).slice(
+            after=query.after,
+            limit=query.limit,
+            ascending=query.ascending,
+            wanted=lambda record: purpose in (None, record["purpose"]),
+        )
+
+    def content(self, project: str, record: Record) -> Iterator[bytes]:
+        """Yield the content of a file in blocks."""
+        key = content_key(project, record["content"])
+        for start in range(0, record["bytes"], _READ_BYTES):
+            yield self._store.read_range(key, start, min(_READ_BYTES, record["bytes"] - start))
+
+    def delete(self, project: str, file_id: str) -> None:
+        """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it."""
+        self.get(project, file_id)
+        prefix = active_key(project)
+        active = [item.key.removeprefix(prefix) for item in self._store.list(prefix)]
+        for job in jobs_of(self._store, project).get_many(active).values():
+            if file_id in (job["training_file"], job["validation_file"]):
+                raise invalid(
+                    f"The file is used by the unfinished job {job['id']}. Cancel the job first.", "file_id"
+                )
+        record = files_of(self._store, project).remove(file_id)
+        if record is not None:
+            self._store.delete([content_key(project, record["content"])])
+
+    def _check_stored_bytes(self, project: str) -> None:
+        stored = sum(item.size for item in self._store.list(content_key(project)))
+        if stored >= self._limits.stored_bytes:
+            raise ApiError(
+                status=429,
+                message=f"The project stores {stored:,} bytes; the limit is {self._limits.stored_bytes:,}. Delete files first.",
+                type="insufficient_quota",
+                code="insufficient_quota",
+                headers={"Retry-After": "60", "x-should-retry": "false"},
+            )
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            status=413,
+            message=f"The file is larger than the limit of {self._limits.file_bytes:,} bytes.",
+            param="file",
+        )
+
+
+def file_body(record: Record) -> dict[str, Any]:
+    """Return a file as the API answers it."""
+    return {
+        "id": record["id"],
+        "object": "file",
+        "bytes": record["bytes"],
+        "created_at": record["created_at"],
+        "filename": record["filename"],
+        "purpose": record["purpose"],
+        "status": "processed",
+        "status_details": None,
+        "expires_at": None,
+    }
+
+
+@dataclass
+class _Part:
+    """The part of a form that is being parsed."""
+
+    headers: dict[str, str] = field(default_factory=dict)
+    header_name: bytearray = field(default_factory=bytearray)
+    header_value: bytearray = field(default_factory=bytearray)
+    name: str = ""
+    filename: str | None = None
+    value: bytearray = field(default_factory=bytearray)
+
+
+class _Upload:
+    """A multipart form whose part `file` is streamed and whose other parts are short texts."""
+
+    def __init__(self, request: Request, limit: int, too_large: Callable[[], ApiError]):
+        self.fields: dict[str, str] = {}
+        self.filename = ""
+        self.size = 0
+        self._request, self._limit, self._too_large = request, limit, too_large
+        self._part = _Part()
+        self._parts = 0
+        self._has_file = self._is_complete = self._is_abandoned = False
+        self._block = bytearray()
+        self._blocks: queue.Queue[bytes | Exception | None] = queue.Queue(_QUEUED_BLOCKS)
+
+    async def stream_to(self, store: S3Store, key: str) -> "_Upload":
+        """Parse the form while another thread uploads the file; return this object with its fields and size."""
+        parser = self._parser()
+        async with anyio.create_task_group() as tasks:
+            failed: list[Exception] = []
+            # A group would wrap an exception, so the task records it.
+            tasks.start_soon(self._store, store, key, failed)
+            end: Exception | None = None
+            try:
+                async for block in self._request.stream():
+                    if failed:
+                        break
+                    parser.write(block)
+                    if len(self._block) >= _BLOCK_BYTES:
+                        await self._send(bytes(self._block), failed)
+                        self._block.clear()
+                self._check_complete()
+                await self._send(bytes(self._block), failed)
+            except (ApiError, ClientDisconnect) as error:
+                end = error
+            except FormParserError as error:
+                end = invalid(f"The multipart form cannot be parsed: {str(error)[:200]}")
+            except UnicodeDecodeError:
+                end = invalid("The multipart form has a part whose name or value is not UTF-8 text.")
+            except BaseException:
+                self._is_abandoned = True
+                raise
+            await self._send(end, failed)
+        for error in [end, *failed]:
+            if isinstance(error, ClientDisconnect):
+                raise ApiError(status=499, message="The client closed the connection.") from error
+            if error is not None:
+                raise error
+        return self
+
+    async def _store(self, store: S3Store, key: str, failed: list[Exception]) -> None:
+        def blocks() -> Iterator[bytes]:
+            while (block := self._next_block()) is not None:
+                if isinstance(block, Exception):
+                    raise block
+                yield block
+
+        try:
+            await anyio.to_thread.run_sync(store.upload_stream, blocks(), key, limiter=_upload_threads())
+        except Exception as error:  # noqa: BLE001: stream_to raises it
+            failed.append(error)
+
+    def _next_block(self) -> bytes | Exception | None:
+        while True:
+            try:
+                return self._blocks.get(timeout=1)
+            except queue.Empty:
+                if self._is_abandoned:
+                    raise ConnectionAbortedError("the request was cancelled") from None
+
+    async def _send(self, block: bytes | Exception | None, failed: list[Exception]) -> None:
+        """Hand a block to the uploading thread; wait while its queue is full."""
+        while not failed:
+            try:
+                self._blocks.put_nowait(block)
+                return
+            except queue.Full:
+                await anyio.sleep(0.005)
+
+    def _check_complete(self) -> None:
+        if not self._is_complete:
+            raise invalid("The multipart form ends before its closing boundary.")
+        if not self._has_file:
+            raise invalid("'file' is a required property", "file", "missing_required_parameter")
+
+    def _parser(self) -> MultipartParser:
+        kind, options = parse_options_header(self._request.headers.get("content-type", ""))
+        boundary = options.get(b"boundary")
+        if kind != b"multipart/form-data" or not boundary or len(boundary) > 200:
+            raise invalid("Send the file as multipart/form-data with a boundary.")
+        return MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": lambda data, start, end: self._add(
+                    self._part.header_name, data, start, end
+                ),
+                "on_header_value": lambda data, start, end: self._add(
+                    self._part.header_value, data, start, end
+                ),
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+        )
+
+    def _add(self, buffer: bytearray, data: bytes, start: int, end: int) -> None:
+        buffer += data[start:end]
+        if len(buffer) > _MAX_FIELD_BYTES:
+            raise invalid(f"A field of the multipart form is larger than {_MAX_FIELD_BYTES:,} bytes.")
+
+    def _on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise invalid(f"The multipart form has more than {_MAX_PARTS} parts.")
+        self._part = _Part()
+
+    def _on_header_end(self) -> None:
+        part = self._part
+        part.headers[part.header_name.decode("latin-1").lower()] = part.header_value.decode("latin-1")
+        if len(part.headers) > _MAX_PARTS:
+            raise invalid(f"A part of the multipart form has more than {_MAX_PARTS} headers.")
+        part.header_name.clear()
+        part.header_value.clear()
+
+    def _on_headers_finished(self) -> None:
+        part = self._part
+        _, options = parse_options_header(part.headers.get("content-disposition", ""))
+        part.name = options.get(b"name", b"").decode()
+        if part.name == "file":
+            if self._has_file:
+                raise invalid("The multipart form has two parts named 'file'.", "file")
+            self._has_file = True
+            filename = options.get(b"filename", b"upload.jsonl").decode()
+            self.filename = "".join(each for each in filename if each.isprintable())[:255]
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._part.name != "file":
+            self._add(self._part.value, data, start, end)
+            return
+        self.size += end - start
+        if self.size > self._limit:
+            raise self._too_large()
+        self._block += data[start:end]
+
+    def _on_part_end(self) -> None:
+        part = self._part
+        if part.name != "file":
+            if part.name in self.fields:
+                raise invalid(f"The multipart form has two parts named {part.name[:100]!r}.", part.name[:100])
+            self.fields[part.name] = part.value.decode()
+
+    def _on_end(self) -> None:
+        self._is_complete = True

@@ -1,0 +1,325 @@
+"""Fine-tuning jobs: how a request becomes a record, and how its status changes."""
+
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from service.config import LoadedService
+from service.errors import ApiError, invalid, not_found
+from service.job_config import resolve_hyperparameters
+from service.keys import Caller
+from service.layout import FILE_PREFIX, active_key, files_of, jobs_of
+from service.models import Models
+from service.records import Record, Slice
+from service.requests import PageQuery, RequestBody
+from utils.storage.s3 import S3Store
+
+VALIDATING, QUEUED, RUNNING, PAUSED = "validating_files", "queued", "running", "paused"
+SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
+UNFINISHED = (VALIDATING, QUEUED, RUNNING, PAUSED)
+_REPEAT_SECONDS, _RETRY_SECONDS = 5, 600
+_MAX_MESSAGES = 200
+
+Auto = Literal["auto"]
+Suffix = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class HyperparametersBody(RequestBody):
+    """Hyperparameters of a supervised job; null and `auto` mean the service's default."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Auto | None = None
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] | Auto | None = None
+
+
+class DpoHyperparametersBody(HyperparametersBody):
+    """Hyperparameters of a DPO job."""
+
+    beta: Annotated[float, Field(gt=0, le=10)] | Auto | None = None
+
+
+class SupervisedBody(RequestBody):
+    """Settings of the method `supervised`."""
+
+    hyperparameters: HyperparametersBody | None = None
+
+
+class DpoBody(RequestBody):
+    """Settings of the method `dpo`."""
+
+    hyperparameters: DpoHyperparametersBody | None = None
+
+
+class MethodBody(RequestBody):
+    """The method of a job."""
+
+    type: str
+    supervised: SupervisedBody | None = None
+    dpo: DpoBody | None = None
+    reinforcement: Any = None
+
+
+class WandbBody(RequestBody):
+    """Settings of Weights & Biases."""
+
+    project: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[str, Field(max_length=200)] | None = None
+    entity: Annotated[str, Field(max_length=200)] | None = None
+    tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)] | None = (
+        None
+    )
+
+
+class IntegrationBody(RequestBody):
+    """An integration."""
+
+    type: Literal["wandb"]
+    wandb: WandbBody
+
+
+class CreateJobBody(RequestBody):
+    """The body of a request that creates a job."""
+
+    model: Annotated[str, Field(max_length=300)]
+    training_file: Annotated[str, Field(max_length=100)]
+    validation_file: Annotated[str, Field(max_length=100)] | None = None
+    suffix: Suffix | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    metadata: Metadata | None = None
+    integrations: Annotated[list[IntegrationBody], Field(max_length=1)] | None = None
+    method: MethodBody | None = None
+    hyperparameters: HyperparametersBody | None = None
+
+
+class Jobs:
+    """The jobs of all projects, as requests see them."""
+
+    def __init__(self, store: S3Store, service: LoadedService, models: Models):
+        self._store, self._service, self._models = store, service, models
+
+    def create(self, caller: Caller, body: CreateJobBody, *, is_retry: bool) -> Record:
+        """Accept a job, or return the job that the same request has created already.
+
+        Args:
+            caller: Project and key of the request.
+            body: The request.
+            is_retry: The client says that it repeats a request whose answer it lost.
+        """
+        served = self._models.resolve(body.model, caller.project)
+        method, given = _method_of(body)
+        self._check_files(caller.project, body)
+        integrations = _integrations_of(body)
+        settings, base = self._service.config.models[served.base], self._service.bases[served.base].config
+        digest = hashlib.sha256(f"{caller.key_id} {body.model_dump_json()}".encode()).hexdigest()
+        now = int(time.time())
+        record = {
+            "key_id": caller.key_id,
+            "request_digest": digest,
+            "created_at": now,
+            "started_at": None,
+            "finished_at": None,
+            "model": body.model,
+            "base": served.base,
+            "parent_checkpoint": served.checkpoint,
+            "training_file": body.training_file,
+            "validation_file": body.validation_file,
+            "method": method,
+            "hyperparameters": resolve_hyperparameters(method, given, settings, base),
+            "suffix": body.suffix,
+            "seed": random.randrange(2**31) if body.seed is None else body.seed,
+            "metadata": body.metadata,
+            "integrations": integrations,
+            "status": VALIDATING,
+            "error": None,
+            "fine_tuned_model": None,
+            "checkpoint": None,
+            "trained_tokens": None,
+            "result_file": None,
+            "needs": None,
+            "total_steps": None,
+            "model_deleted": False,
+            "messages": [[now, "info", "Created fine-tuning job"], [now, "info", "Validating training file"]],
+            "marks": [],
+        }
+
+        def make(identifier: str) -> Record:
+            # The scheduler finds jobs by their markers, so the marker exists before the job does.
+            self._store.write(active_key(caller.project, identifier), b"")
+            return {"id": identifier, **record}
+
+        def is_the_same(other: Record) -> bool:
+            window = _RETRY_SECONDS if is_retry else _REPEAT_SECONDS
+            return other["request_digest"] == digest and now - other["created_at"] <= window
+
+        self._check_unfinished(caller.project)
+        created = jobs_of(self._store, caller.project).append(make, is_the_same)
+        self._store.write(active_key(caller.project, created["id"]), b"")
+        return created
+
+    def get(self, project: str, job_id: str) -> Record:
+        """Return a job; raise an ApiError if it does not exist."""
+        record = jobs_of(self._store, project).get(job_id)
+        if record is None:
+            raise _no_job(job_id)
+        return record
+
+    def slice(self, project: str, query: PageQuery, metadata: Mapping[str, str] | None) -> Slice | None:
+        """Return part of the list of jobs that have this metadata; None: that have no metadata."""
+
+        def wanted(job: Record) -> bool:
+            has = job["metadata"] or {}
+            return not has if metadata is None else metadata.items() <= has.items()
+
+        return jobs_of(self._store, project).slice(
+            after=query.after, limit=query.limit, ascending=query.ascending, wanted=wanted
+        )
+
+    def cancel(self, project: str, job_id: str) -> Record:
+        """Stop a job for good. Its committed checkpoints stay."""
+        return self._change(project, job_id, "cancel", UNFINISHED, CANCELLED, "The job was cancelled")
+
+    def pause(self, project: str, job_id: str) -> Record:
+        """Stop a job after a checkpoint; `resume` continues it from there."""
+        allowed = (VALIDATING, QUEUED, RUNNING)
+        return self._change(project, job_id, "pause", allowed, PAUSED, "The job was paused")
+
+    def resume(self, project: str, job_id: str) -> Record:
+        """Queue a paused job again."""
+        return self._change(project, job_id, "resume", (PAUSED,), VALIDATING, "The job was resumed")
+
+    def _change(
+        self, project: str, job_id: str, action: str, allowed: tuple[str, ...], status: str, message: str
+    ) -> Record:
+        def change(job: Record) -> Record | None:
+            if job["status"] == status and action != "resume":
+                return None  # a repeated request
+            if job["status"] not in allowed:
+                raise invalid(
+                    f"Cannot {action} job {job_id}: its status is '{job['status']}'.", code="invalid_status"
+                )
+            finished = {"finished_at": int(time.time())} if status == CANCELLED else {}
+            # After a validation, a resumed job does not need another.
+            resumed = {"status": QUEUED if status == VALIDATING and job["needs"] else status}
+            return with_message(job | finished | resumed, message)
+
+        self.get(project, job_id)
+        self._store.write(active_key(project, job_id), b"")
+        record = jobs_of(self._store, project).update(job_id, change)
+        if record is None:
+            raise _no_job(job_id)
+        return record
+
+    def _check_files(self, project: str, body: CreateJobBody) -> None:
+        named = {"training_file": body.training_file, "validation_file": body.validation_file}
+        wanted = {param: file_id for param, file_id in named.items() if file_id is not None}
+        found = files_of(self._store, project).get_many(list(wanted.values()))
+        for param, file_id in wanted.items():
+            if file_id not in found:
+                raise invalid(
+                    f"No such file: {file_id!r}. File ids begin with {FILE_PREFIX!r}.",
+                    param,
+                    "file_not_found",
+                )
+
+    def _check_unfinished(self, project: str) -> None:
+        limit = self._service.config.limits.jobs
+        if len(self._store.list(active_key(project))) >= limit:
+            raise ApiError(
+                status=429,
+                message=f"The project has {limit} unfinished jobs, which is its limit. Wait until one has finished.",
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "60"},
+            )
+
+
+def with_message(job: Record, message: str, level: str = "info") -> Record:
+    """Return a job with another event."""
+    messages = [*job["messages"], [int(time.time()), level, message]]
+    return job | {"messages": messages[:2] + messages[2:][-_MAX_MESSAGES:]}
+
+
+def job_body(job: Record, project: str) -> dict[str, Any]:
+    """Return a job as the API answers it."""
+    return {
+        "object": "fine_tuning.job",
+        "id": job["id"],
+        "model": job["model"],
+        "created_at": job["created_at"],
+        "finished_at": job["finished_at"],
+        "fine_tuned_model": job["fine_tuned_model"],
+        "organization_id": project,
+        "result_files": [job["result_file"]] if job["status"] == SUCCEEDED else [],
+        "status": job["status"],
+        "training_file": job["training_file"],
+        "validation_file": job["validation_file"],
+        "hyperparameters": {name: value for name, value in job["hyperparameters"].items() if name != "beta"},
+        "trained_tokens": job["trained_tokens"],
+        "error": job["error"],
+        "user_provided_suffix": job["suffix"],
+        "seed": job["seed"],
+        "estimated_finish": None,
+        "integrations": job["integrations"] or [],
+        "metadata": job["metadata"],
+        "method": {"type": job["method"], job["method"]: {"hyperparameters": job["hyperparameters"]}},
+    }
+
+
+def _no_job(job_id: str) -> ApiError:
+    return not_found("fine-tuning job", job_id, "fine_tuning_job_id")
+
+
+def _method_of(body: CreateJobBody) -> tuple[str, dict[str, Any]]:
+    """Return (method, given hyperparameters)."""
+    method = body.method
+    if method is None:
+        return "supervised", _given(body.hyperparameters)
+    if method.type not in ("supervised", "dpo"):
+        raise invalid(
+            f"The method {method.type[:50]!r} is not supported: use 'supervised' or 'dpo'.",
+            "method.type",
+            "unsupported_method",
+        )
+    others = [
+        name
+        for name in ("supervised", "dpo", "reinforcement")
+        if name != method.type and getattr(method, name)
+    ]
+    if others:
+        raise invalid(
+            f"'method.{others[0]}' does not belong to the method {method.type!r}.", f"method.{others[0]}"
+        )
+    if body.hyperparameters is not None:
+        raise invalid("Set hyperparameters in 'method', not at the top level as well.", "hyperparameters")
+    settings: SupervisedBody | DpoBody | None = getattr(method, method.type)
+    return method.type, _given(settings.hyperparameters if settings else None)
+
+
+def _given(body: HyperparametersBody | None) -> dict[str, Any]:
+    return {} if body is None else body.model_dump(exclude_none=True)
+
+
+def _integrations_of(body: CreateJobBody) -> list[dict[str, Any]] | None:
+    if not body.integrations:
+        return None
+    if not os.environ.get("WANDB_API_KEY"):
+        raise invalid("The service has no Weights & Biases key, so it cannot log there.", "integrations")
+    return [integration.model_dump() for integration in body.integrations]
+
+
+def update_if(
+    store: S3Store, project: str, job_id: str, statuses: tuple[str, ...], change: Callable[[Record], Record]
+) -> Record | None:
+    """Change a job that still has one of these statuses; return it as it is afterwards."""
+    return jobs_of(store, project).update(
+        job_id, lambda job: change(job) if job["status"] in statuses else None
+    )

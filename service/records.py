@@ -1,0 +1,235 @@
+"""Records in the bucket: append-ordered pages of JSON objects that every change replaces with a conditional write.
+
+The records of one kind and project are stored in pages of 40, `<prefix>/<999999999 - number>.json`, so that the newest page
+is listed first. An id contains the number of its page and the record's place in it. So a record is read with one request, and
+a list of 20 with at most three, however many records exist. A page is changed by reading it and replacing it only if its ETag
+is still the same.
+"""
+
+import json
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.storage.bucket import AlreadyExistsError, BucketError, ChangedError
+from utils.storage.s3 import S3Store
+
+PAGE_RECORDS = 40
+_LAST_PAGE = 999_999_999
+_GIVE_UP_SECONDS = 60.0
+
+Record = dict[str, Any]
+
+
+class ContentionError(BucketError):
+    """An error for a record that other processes kept changing."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a list of records."""
+
+    records: list[Record]
+    has_more: bool
+
+
+class Records:
+    """The records of one kind, below a prefix of a store."""
+
+    def __init__(self, store: S3Store, prefix: str, id_prefix: str):
+        """Set the location.
+
+        Args:
+            store: The bucket prefix of the service.
+            prefix: Location of the pages in the store.
+            id_prefix: Begin of every id, such as `file-`.
+        """
+        self._store, self._prefix, self._id_prefix = store, prefix, id_prefix
+        self._id = re.compile(rf"{re.escape(id_prefix)}([0-9a-f]{{7}})([0-9a-f]{{4}})[0-9a-f]{{13}}")
+
+    def get(self, identifier: str) -> Record | None:
+        """Return a record, or None."""
+        number = self._page_of(identifier)
+        return None if number is None else _find(self._read(number)[0], identifier)
+
+    def get_many(self, identifiers: Sequence[str]) -> dict[str, Record]:
+        """Return the records that exist, by id, with one request per page."""
+        numbers = {number for each in identifiers if (number := self._page_of(each)) is not None}
+        found = {record["id"]: record for number in numbers for record in self._read(number)[0]}
+        return {each: found[each] for each in identifiers if each in found}
+
+    def append(
+        self, make: Callable[[str], Record], existing: Callable[[Record], bool] | None = None
+    ) -> Record:
+        """Add a record and return it.
+
+        Args:
+            make: Returns the record for a new id.
+            existing: Returns whether a record is the same as the new one. A recent record that is the same is returned
+                instead, also if another process adds it at the same moment.
+        """
+        for _ in _attempts():
+            number = self._newest()
+            records, etag = self._read(number) if number is not None else ([], None)
+            for record in reversed([*self._before(number, records, existing), *records]):
+                if existing and existing(record):
+                    return record
+            if number is None or len(records) >= PAGE_RECORDS:
+                number, records, etag = (0 if number is None else number + 1), [], None
+            record = make(self._new_id(number, records))
+            if self._write(number, [*records, record], etag):
+                return record
+        raise self._contention()
+
+    def reserve(self) -> str:
+        """Return an id for `insert`."""
+        number = self._newest()
+        if number is None:
+            self._write(0, [], None)
+        return self._new_id(number or 0, self._read(number or 0)[0])
+
+    def insert(self, record: Record) -> None:
+        """Add a record with a reserved id, unless it exists already."""
+        number = self._page_of(record["id"])
+        assert number is not None
+        for _ in _attempts():
+            records, etag = self._read(number)
+            if _find(records, record["id"]) or self._write(number, [*records, record], etag):
+                return
+        raise self._contention()
+
+    def update(self, identifier: str, change: Callable[[Record], Record | None]) -> Record | None:
+        """Change a record and return the result; None if it does not exist.
+
+        Args:
+            identifier: Id of the record.
+            change: Returns the new record, or None to leave it unchanged. May be called more than once.
+        """
+        number = self._page_of(identifier)
+        if number is None:
+            return None
+        for _ in _attempts():
+            records, etag = self._read(number)
+            record = _find(records, identifier)
+            if record is None or (changed := change(record)) is None or changed == record:
+                return record
+            updated = [changed if each["id"] == identifier else each for each in records]
+            if self._write(number, updated, etag):
+                return changed
+        raise self._contention()
+
+    def remove(self, identifier: str) -> Record | None:
+        """Remove a record and return it; None if it does not exist."""
+        number = self._page_of(identifier)
+        if number is None:
+            return None
+        for _ in _attempts():
+            records, etag = self._read(number)
+            record = _find(records, identifier)
+            if record is None:
+                return None
+            if self._write(number, [each for each in records if each["id"] != identifier], etag):
+                return record
+        raise self._contention()
+
+    def slice(
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        ascending: bool = False,
+        wanted: Callable[[Record], bool] = lambda record: True,
+    ) -> Slice | None:
+        """Return up to `limit` records after an id, newest first or oldest first; None if that id has never existed.
+
+        Args:
+            after: Id of the last record of the slice before; it may have been removed.
+            limit: Number of records.
+            ascending: Oldest first.
+            wanted: Selects records.
+        """
+        step = 1 if ascending else -1
+        if after is None:
+            newest = self._newest()
+            number = newest if not ascending else (None if newest is None else 0)
+        elif (number := self._page_of(after)) is None:
+            return None
+        found: list[Record] = []
+        while number is not None and number >= 0:
+            page = self._store.read_if_exists(self._key(number))
+            if page is None:
+                break
+            records = sorted(json.loads(page), key=lambda record: self._place_of(record["id"]))[::step]
+            if after is not None:
+                place, after = self._place_of(after), None
+                records = [each for each in records if (self._place_of(each["id"]) - place) * step > 0]
+            found += [record for record in records if wanted(record)]
+            if len(found) > limit:
+                break
+            number += step
+        return Slice(found[:limit], len(found) > limit)
+
+    def _before(
+        self, number: int | None, records: list[Record], existing: Callable[[Record], bool] | None
+    ) -> list[Record]:
+        """Return the records of the page before the newest one, where the same record may be."""
+        if existing is None or not number or len(records) >= PAGE_RECORDS:
+            return []
+        return self._read(number - 1)[0]
+
+    def _newest(self) -> int | None:
+        found = self._store.first(f"{self._prefix}/")
+        return None if found is None else _LAST_PAGE - int(found.key.rpartition("/")[2].partition(".")[0])
+
+    def _key(self, number: int) -> str:
+        return f"{self._prefix}/{_LAST_PAGE - number:09d}.json"
+
+    def _new_id(self, number: int, records: list[Record]) -> str:
+        place = max((self._place_of(record["id"]) for record in records), default=0) + 1
+        return f"{self._id_prefix}{number:07x}{place:04x}{secrets.token_hex(7)[:13]}"
+
+    def _place_of(self, identifier: str) -> int:
+        match = self._id.fullmatch(identifier)
+        return int(match[2], 16) if match else 0
+
+    def _page_of(self, identifier: str) -> int | None:
+        match = self._id.fullmatch(identifier)
+        return int(match[1], 16) if match else None
+
+    def _read(self, number: int) -> tuple[list[Record], str | None]:
+        found = self._store.read_version(self._key(number))
+        return ([], None) if found is None else (json.loads(found[0]), found[1])
+
+    def _write(self, number: int, records: list[Record], etag: str | None) -> bool:
+        """Write a page; return false if another process has changed it."""
+        content = json.dumps(records).encode()
+        try:
+            if etag is None:
+                self._store.write(self._key(number), content, only_if_absent=True)
+            else:
+                self._store.write_version(self._key(number), content, etag)
+        except (AlreadyExistsError, ChangedError):
+            return False
+        return True
+
+    def _contention(self) -> ContentionError:
+        return ContentionError(
+            f"{self._store.uri_of(self._prefix)}: other processes changed these records for {_GIVE_UP_SECONDS:.0f} s; try again"
+        )
+
+
+def _find(records: list[Record], identifier: str) -> Record | None:
+    return next((record for record in records if record["id"] == identifier), None)
+
+
+def _attempts() -> Iterator[int]:
+    """Yield numbers of attempts, with a random delay before each repetition."""
+    until, number = time.monotonic() + _GIVE_UP_SECONDS, 0
+    while number == 0 or time.monotonic() < until:
+        yield number
+        number += 1
+        time.sleep(random.uniform(0, min(0.5, 0.01 * 2**number)))

@@ -1,0 +1,152 @@
+"""Bodies and query parameters of requests: every wrong one becomes an ApiError that names the parameter."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from service.errors import ApiError, invalid
+from service.records import Record, Slice
+
+MAX_BODY_BYTES = 1_000_000
+MAX_PAGE = 100
+_MAX_DEPTH = 50
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class RequestBody(BaseModel):
+    """Base class of request bodies: rejects unknown fields and does not coerce values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
+    """Return the body of a request; raise an ApiError if it is larger than `limit` bytes."""
+    body = bytearray()
+    async for block in request.stream():
+        body += block
+        if len(body) > limit:
+            raise ApiError(status=413, message=f"The request body is larger than {limit:,} bytes.")
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body."""
+    try:
+        parsed = json.loads(body, parse_constant=_reject_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise invalid(f"We could not parse the JSON body of your request: {reason[:200]}") from error
+    if not isinstance(parsed, dict):
+        raise invalid("The JSON body of your request must be an object.")
+    _check_value(parsed, 0)
+    return parsed
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """Return the validated JSON body of a request."""
+    try:
+        return kind.model_validate(parse_json(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(str(part)[:100] for part in first["loc"])[:200]
+        code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(
+            first["type"]
+        )
+        raise invalid(f"Invalid value for '{param}': {first['msg'][:300]}", param, code) from error
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_value(value: Any, depth: int) -> None:
+    """Reject values that could not be stored as JSON in UTF-8."""
+    if depth > _MAX_DEPTH:
+        raise invalid("We could not parse the JSON body of your request: nested too deeply")
+    if isinstance(value, str):
+        if "\x00" in value or not _is_unicode(value):
+            raise invalid("The JSON body contains text that is not valid Unicode, or a NUL character.")
+    elif isinstance(value, dict):
+        for name, below in value.items():
+            _check_value(name, depth + 1)
+            _check_value(below, depth + 1)
+    elif isinstance(value, list):
+        for below in value:
+            _check_value(below, depth + 1)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class PageQuery:
+    """The position and length of a list."""
+
+    after: str | None
+    limit: int
+    ascending: bool
+
+
+def page_query(request: Request, *, default: int = 20, most: int = MAX_PAGE) -> PageQuery:
+    """Return `after`, `limit` and `order` of a request."""
+    query = request.query_params
+    limit = default
+    if (given := query.get("limit")) is not None:
+        if not given.isascii() or not given.isdigit() or not 1 <= int(given[:9]) <= most or len(given) > 9:
+            raise invalid(f"Invalid 'limit': expected an integer from 1 to {most}.", "limit")
+        limit = int(given)
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise invalid("Invalid 'order': expected 'asc' or 'desc'.", "order")
+    return PageQuery(query.get("after") or None, limit, order == "asc")
+
+
+def metadata_filter(request: Request) -> dict[str, str] | None:
+    """Return the metadata that listed jobs must have; None for `metadata=null`, jobs without metadata."""
+    query = request.query_params
+    if query.get("metadata") == "null":
+        return None
+    return {
+        name.removeprefix("metadata[").removesuffix("]"): value
+        for name, value in query.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+
+
+def list_body(found: Slice | None, query: PageQuery, kind: str, shape: Any) -> dict[str, Any]:
+    """Return the JSON body of a list; raise an ApiError if `after` names no object of the project."""
+    if found is None:
+        raise invalid(f"No such {kind}: {(query.after or '')[:200]!r}", "after")
+    return list_of([shape(record) for record in found.records], has_more=found.has_more)
+
+
+def list_of(data: Sequence[Mapping[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """Return the JSON body of a list."""
+    return {
+        "object": "list",
+        "data": list(data),
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }
+
+
+def slice_by_id(records: Sequence[Record], query: PageQuery, kind: str) -> dict[str, Any]:
+    """Return the JSON body of a list that is short enough to be built completely, newest first."""
+    ordered = list(reversed(records)) if query.ascending else list(records)
+    if query.after is not None:
+        places = [place for place, record in enumerate(ordered) if record["id"] == query.after]
+        if not places:
+            raise invalid(f"No such {kind}: {query.after[:200]!r}", "after")
+        ordered = ordered[places[0] + 1 :]
+    return list_of(ordered[: query.limit], has_more=len(ordered) > query.limit)
