@@ -3,6 +3,7 @@
     python main.py CONFIG.yaml [key=value ...]      train
     python main.py runs | show | compare ...        list, show and compare runs (runs/commands.py)
     python main.py export | chat | evaluate ...     use a trained checkpoint (training/inference/commands.py)
+    python main.py serve | keys ...                 run the fine-tuning service (service/commands.py)
 
 Exit codes: 0 success; 1 failed after training started; 2 rejected before training; 128+signal stopped.
 """
@@ -17,6 +18,7 @@ from typing import Any, NoReturn, get_args
 
 from configs.schema import Column, FinetuneConfig
 from runs import commands as run_commands
+from service import commands as service_commands
 from training import train
 from training.inference import commands as model_commands
 from utils.errors import AnnealError
@@ -90,8 +92,7 @@ def main(arguments: list[str]) -> int:
         if name == "train":
             check_train_options(command, values)
             return train.run(train.Options(**values), began)
-        values.pop("run_command")(**values)
-        return 0
+        return values.pop("run_command")(**values) or 0
     except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -116,13 +117,18 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "train": _train_parser(),
         **{
             name: subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-            for name, text in {**run_commands.COMMANDS, **model_commands.COMMANDS}.items()
+            for name, text in {
+                **run_commands.COMMANDS,
+                **model_commands.COMMANDS,
+                **service_commands.COMMANDS,
+            }.items()
         },
     }
     _add_run_arguments(commands)
     _add_export_arguments(commands["export"])
     _add_chat_arguments(commands["chat"])
     _add_evaluate_arguments(commands["evaluate"])
+    _add_service_arguments(commands["serve"], commands["keys"])
     return parser, commands
 
 
@@ -310,6 +316,43 @@ def _add_evaluate_arguments(command: Parser) -> None:
     )
     _add_max_new_tokens(command)
     _add_json(command)
+
+
+def _add_service_arguments(serving: Parser, keys: Parser) -> None:
+    serving.set_defaults(run_command=service_commands.serve_command)
+    serving.add_argument("config", type=Path, metavar="SERVICE.yaml")
+    serving.add_argument(
+        "--port", type=_port, metavar="PORT", help="port to listen on; default: the service YAML's"
+    )
+    serving.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the service YAML, the bucket, the models and the memory of jobs, and exit",
+    )
+    _add_json(serving)
+    keys.set_defaults(run_command=service_commands.keys_command)
+    keys.add_argument("action", choices=("create", "list", "revoke"))
+    keys.add_argument(
+        "project", metavar="PROJECT", help="project whose files, jobs and models the key accesses"
+    )
+    keys.add_argument(
+        "--id", dest="key_id", metavar="KEY_ID", help="with revoke: the only key to revoke; default: all"
+    )
+    keys.add_argument(
+        "--service",
+        type=Path,
+        default=service_commands.DEFAULT_SERVICE,
+        metavar="SERVICE.yaml",
+        help="service YAML, which names the bucket; default: %(default)s",
+    )
+    _add_json(keys)
+
+
+def _port(text: str) -> int:
+    port = _positive(text)
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: the highest port is 65535")
+    return port
 
 
 def _positive(text: str) -> int:

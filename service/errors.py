@@ -12,7 +12,7 @@ class ApiError(Exception):
         *,
         status: int,
         message: str,
-        type: str = "invalid_request_error",  # noqa: A002: the name of the field
+        type: str = "invalid_request_error",  # noqa: A002
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,

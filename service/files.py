@@ -220,7 +220,7 @@ class _Upload:
 
         try:
             await anyio.to_thread.run_sync(store.upload_stream, blocks(), key, limiter=_upload_threads())
-        except Exception as error:  # noqa: BLE001: stream_to raises it
+        except Exception as error:  # noqa: BLE001
             failed.append(error)
 
     def _next_block(self) -> bytes | Exception | None:

@@ -1,7 +1,6 @@
 """Fine-tuning jobs: how a request becomes a record, and how its status changes."""
 
 import hashlib
-import json
 import os
 import random
 import time
@@ -216,6 +215,8 @@ class Jobs:
         record = jobs_of(self._store, project).update(job_id, change)
         if record is None:
             raise _no_job(job_id)
+        # The scheduler may have removed the marker of a paused job before it could see the new status.
+        self._store.write(active_key(project, job_id), b"")
         return record
 
     def _check_files(self, project: str, body: CreateJobBody) -> None:

@@ -1,0 +1,236 @@
+"""The commands `serve` and `keys`."""
+
+import importlib.util
+import ipaddress
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from service.config import LoadedService, load_service
+from service.keys import create_first_key, create_key, list_keys, revoke_keys
+from training.planning.endpoints import (
+    ClusterTarget,
+    check_cluster_answers,
+    set_ray_environment,
+    target_cluster,
+)
+from training.planning.paths import needs_embedded_bucket
+from utils.console import open_consoles
+from utils.errors import AnnealError
+from utils.processes import FORWARDED, run_in_own_session
+from utils.storage.bucket import check_writable
+from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, state_directory
+from utils.storage.s3 import S3Store
+
+COMMANDS = {
+    "serve": "run the fine-tuning service: OpenAI's API for files, jobs, models and chat",
+    "keys": "create, list and revoke API keys of the fine-tuning service",
+}
+DEFAULT_SERVICE = Path("cookbooks/fine_tuning_service/service.yaml")
+DEFAULT_PROJECT = "default"
+_CODE = ("main.py", "configs", "utils", "runs", "training", "service")
+_PROJECT_ROOT = Path(__file__).resolve().parents[1]
+_STOP_SECONDS = 600
+
+
+class ServiceError(AnnealError):
+    """An error before the service is ready."""
+
+
+def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) -> int:
+    """Run the service until a signal, or check everything that it needs.
+
+    Args:
+        config: The service YAML.
+        port: A port that replaces the YAML's.
+        dry_run: Check and exit.
+        as_json: Print one line of JSON when the service is ready.
+    """
+    service = load_service(config, port)
+    missing = [name for name in ("fastapi", "grpc_reflection", "python_multipart") if not _is_installed(name)]
+    if missing:
+        raise ServiceError(
+            f"the packages of the service are not installed ({', '.join(missing)}): run make setup-service"
+        )
+    target = target_cluster()
+    check_cluster_answers(target)
+    output, progress = open_consoles()
+    warn_about_address(service.config.host, progress)
+    if dry_run:
+        with _bucket(service):
+            from service.dry_run import check_service
+
+            check_service(service, target, progress if as_json else output)
+        return 0
+    work = _Run(service, target, output, progress, as_json)
+    return run_in_own_session(work.run) if target.is_local else work.run()
+
+
+def keys_command(action: str, project: str, key_id: str | None, service: Path, as_json: bool) -> None:
+    """Create, list or revoke keys of a project.
+
+    Args:
+        action: "create", "list" or "revoke".
+        project: Name of the project.
+        key_id: For "revoke": the only key to revoke.
+        service: The service YAML.
+        as_json: Print one line of JSON.
+    """
+    output, _ = open_consoles()
+    loaded = load_service(service)
+    with _bucket(loaded):
+        store = S3Store(loaded.config.storage_path)
+        if action == "create":
+            key = create_key(store, project)
+            output.print(json.dumps({"api_key": key}) if as_json else key, soft_wrap=True, highlight=False)
+            return
+        found = list_keys(store, project) if action == "list" else revoke_keys(store, project, key_id)
+        if as_json:
+            output.print(json.dumps([asdict(record) for record in found]), soft_wrap=True, highlight=False)
+            return
+        for record in found:
+            created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(record.created_at))
+            state = "revoked" if record.revoked_at else "valid"
+            output.print(f"{record.id}  {state:8} created {created} UTC", highlight=False)
+
+
+def warn_about_address(host: str, progress: Console) -> None:
+    """Print a warning if the service listens on an address that other machines reach."""
+    if host == "localhost":
+        return
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        progress.print(
+            f"warning: host: {host}: other machines can connect, and keys and data are sent without encryption. Put a proxy with TLS "
+            "before the service, or set host: 127.0.0.1.",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+@contextmanager
+def _bucket(service: LoadedService) -> Iterator[None]:
+    """Keep the embedded bucket running if the service uses it."""
+    configs = [
+        base.config.model_copy(update={"storage_path": service.config.storage_path})
+        for base in service.bases.values()
+    ]
+    with ExitStack() as stack:
+        if any(map(needs_embedded_bucket, configs)):
+            stack.enter_context(embedded_bucket())
+        yield
+
+
+class _Run:
+    """A running service."""
+
+    def __init__(
+        self, service: LoadedService, target: ClusterTarget, output: Console, progress: Console, as_json: bool
+    ):
+        self._service, self._target, self._as_json = service, target, as_json
+        self._output, self._progress = output, progress
+        self._stop = threading.Event()
+
+    def run(self) -> int:
+        """Start the service, wait for a signal and stop it; return the exit code."""
+        set_ray_environment(self._target)
+        config = self._service.config
+        with _bucket(self._service):
+            check_writable(config.storage_path)
+            self._write("starting Ray and the service")
+            import ray
+            from ray import serve
+
+            from service.app import APP_NAME, build
+
+            _connect(self._target)
+            received: list[int] = []
+            for number in FORWARDED:
+                signal.signal(number, lambda got, _: (received.append(got), self._stop.set()))
+            try:
+                location: Any = "HeadOnly" if self._target.is_local else "EveryNode"
+                serve.start(proxy_location=location, http_options={"host": config.host, "port": config.port})
+                serve.run(build(self._service), name=APP_NAME, route_prefix="/")
+                self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
+                self._stop.wait()
+                self._write("stopping: running jobs commit a checkpoint; the same command continues them")
+                serve.shutdown()
+                _stop_drivers(received)
+            finally:
+                ray.shutdown()
+        return 128 + received[0] if received else 0
+
+    def _announce(self, key: str | None) -> None:
+        host = self._service.config.host
+        name = f"[{host}]" if ":" in host else host
+        url = f"http://{name}:{self._service.config.port}/v1"
+        if self._as_json:
+            ready = {"base_url": url} | ({"api_key": key} if key else {})
+            self._output.print(json.dumps(ready), soft_wrap=True, highlight=False)
+            return
+        self._output.print(f"ready: base_url={url}", soft_wrap=True, highlight=False)
+        if key:
+            self._output.print(
+                f"the first key, of project {DEFAULT_PROJECT}; it is shown only now: {key}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+    def _write(self, text: str) -> None:
+        self._progress.print(text, soft_wrap=True, highlight=False)
+
+
+def _connect(target: ClusterTarget) -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start a local one on all cores and GPUs of this machine."""
+    import logging
+
+    import ray
+
+    if target.is_local:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=os.cpu_count())
+    else:
+        excludes = [
+            "/[!.]*",
+            "/.?*",
+            *(f"!/{pattern}" for name in _CODE for pattern in (name, f"{name}/**")),
+            "__pycache__",
+        ]
+        environment = {"working_dir": str(_PROJECT_ROOT), "excludes": excludes}
+        environment |= {"env_vars": {STATE_VARIABLE: str(state_directory())}}
+        ray.init(address=target.address, log_to_driver=False, runtime_env=environment)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _stop_drivers(signals: list[int]) -> None:
+    """Ask all drivers to commit a checkpoint, and wait until they have exited; a second signal stops at once."""
+    import ray.exceptions
+
+    from service.drivers import driver_state, find_driver, job_ids_of_drivers
+
+    drivers = [actor for job_id in job_ids_of_drivers() if (actor := find_driver(job_id)) is not None]
+    for actor in drivers:
+        actor.stop.remote()
+    deadline = time.monotonic() + _STOP_SECONDS
+    while drivers and len(signals) < 2 and time.monotonic() < deadline:
+        try:
+            states = [(actor, driver_state(actor, 5)) for actor in drivers]
+        except ray.exceptions.GetTimeoutError:
+            continue
+        drivers = [actor for actor, state in states if state is not None and state.exit_code is None]
+        time.sleep(0.2)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

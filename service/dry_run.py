@@ -1,0 +1,79 @@
+"""`main.py serve --dry-run`: check the bucket, the models and the memory that jobs need, without a cluster."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.loading import LoadedConfig, load_config, to_yaml
+from service.config import LoadedService
+from service.job_config import resolve_hyperparameters, training_config
+from training.planning.endpoints import ClusterTarget, set_ray_environment
+from training.planning.planner import make_plan
+from training.planning.report import PlanReport
+from utils.errors import AnnealError
+from utils.files import format_bytes
+from utils.storage.bucket import check_writable
+
+_CHAT = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello!"}]}
+
+
+class DryRunError(AnnealError):
+    """A base model that jobs cannot train."""
+
+
+def check_service(service: LoadedService, target: ClusterTarget, console: Console) -> None:
+    """Check everything that the service needs before it starts, and print what it found.
+
+    Raises:
+        AnnealError: with the key of the service YAML, what is wrong and the fix.
+    """
+    set_ray_environment(target)
+    check_writable(service.config.storage_path)
+    console.print(f"storage_path: {service.config.storage_path} is writable", soft_wrap=True, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="anneal-") as directory:
+        for name, base in service.bases.items():
+            try:
+                report = _plan(name, service, base, target, Path(directory))
+            except AnnealError as error:
+                raise DryRunError(f"models.{name}: {error}") from error
+            console.print(
+                f"models.{name}: {report.model} ({report.parameters:,} parameters, {report.trainable_parameters:,} trainable), "
+                f"{_memory(report)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            for warning in report.warnings:
+                console.print(f"warning: models.{name}: {warning}", soft_wrap=True, highlight=False)
+
+
+def _plan(
+    name: str, service: LoadedService, base: LoadedConfig, target: ClusterTarget, directory: Path
+) -> PlanReport:
+    """Plan a job of one short row."""
+    settings = service.config.models[name]
+    hyperparameters = resolve_hyperparameters("supervised", {}, settings, base.config)
+    job = {
+        "id": "dry-run",
+        "seed": 0,
+        "method": "supervised",
+        "hyperparameters": hyperparameters,
+        "parent_checkpoint": None,
+        "integrations": None,
+    }
+    rows = directory / "rows.jsonl"
+    count = hyperparameters["batch_size"]
+    rows.write_text("".join(json.dumps(_CHAT | {"id": number}) + "\n" for number in range(count)), "utf-8")
+    paths = {"train": str(rows), "valid": None, "storage": str(directory / "runs")}
+    yaml = directory / "job.yaml"
+    yaml.write_text(to_yaml(training_config(job, base.config, paths)), "utf-8")
+    _, report, _ = make_plan(load_config(yaml), target=target, progress=lambda *_: None)
+    return report
+
+
+def _memory(report: PlanReport) -> str:
+    if report.memory is None:
+        return "memory unknown for this architecture"
+    verdict = f", {report.memory.verdict}" if report.memory.verdict else ""
+    return f"{format_bytes(report.memory.total)} per device for short rows{verdict}"

@@ -1,0 +1,111 @@
+"""Around every request: key, rate limit, request id, metrics and the access log."""
+
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio.to_thread
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ApiError, error_body
+from service.keys import Caller, Keyring
+from service.metrics import Metrics
+
+_OPEN_PATHS = ("/healthz", "/metrics")
+_MAX_KEYS = 10_000
+_METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
+
+_log = logging.getLogger("service.access")
+
+
+class RequestRates:
+    """Requests of the last minute by key, in this replica."""
+
+    def __init__(self, per_minute: int):
+        self._per_minute = per_minute
+        self._times: dict[str, deque[float]] = {}
+
+    def count(self, key_id: str) -> None:
+        """Count a request; raise an ApiError if the key has sent too many in the last minute."""
+        now = time.monotonic()
+        if len(self._times) >= _MAX_KEYS:
+            self._times.clear()
+        times = self._times.setdefault(key_id, deque())
+        while times and now - times[0] > 60:
+            times.popleft()
+        if len(times) >= self._per_minute:
+            wait = max(1, round(60 - (now - times[0])))
+            raise ApiError(
+                status=429,
+                message=f"Rate limit reached: {self._per_minute} requests per minute. Try again in {wait} s.",
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(wait)},
+            )
+        times.append(now)
+
+
+class Gate:
+    """ASGI middleware that answers requests without a valid key, and logs and counts all of them."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, rates: RequestRates, metrics: Metrics):
+        self._app, self._keyring, self._rates, self._metrics = app, keyring, rates, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, request_id, status = time.monotonic(), f"req_{secrets.token_hex(12)}", 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_id)
+        finally:
+            self._record(scope, request_id, status, time.monotonic() - began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in _OPEN_PATHS:
+            try:
+                headers = {name: value for name, value in scope["headers"] if name == b"authorization"}
+                authorization = headers.get(b"authorization", b"").decode("latin-1")
+                caller = await anyio.to_thread.run_sync(self._keyring.caller, authorization)
+                self._rates.count(caller.key_id)
+            except ApiError as error:
+                await answer_error(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send)
+
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.observe(method, route, status, seconds)
+        caller: Caller | None = scope.get("state", {}).get("caller")
+        # Neither the path nor the query: both may contain a prompt or a key that was put in the wrong place.
+        line = {
+            "request_id": request_id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            "project": caller.project if caller else None,
+            "key": caller.key_id if caller else None,
+        }
+        _log.info(json.dumps(line))
+
+
+def answer_error(error: ApiError) -> Callable[[Scope, Receive, Send], Awaitable[Any]]:
+    """Return the response for an error."""
+    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)

@@ -1,0 +1,137 @@
+"""The routes of files, jobs and models."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from service.files import Files, file_body
+from service.jobs import CreateJobBody, Jobs, job_body
+from service.keys import Caller
+from service.models import Models
+from service.progress import checkpoints_of, events_of
+from service.requests import (
+    list_body,
+    list_of,
+    metadata_filter,
+    page_query,
+    parse_body,
+    read_body,
+    slice_by_id,
+)
+from utils.storage.s3 import S3Store
+
+_MAX_FILES = 10_000
+
+
+def caller_of(request: Request) -> Caller:
+    """Return the project and key of a request, as the middleware has set them."""
+    return request.state.caller
+
+
+def file_router(files: Files) -> APIRouter:
+    """Return the routes of /v1/files."""
+    router = APIRouter(prefix="/v1/files")
+
+    @router.post("")
+    async def create(request: Request) -> dict[str, Any]:
+        return file_body(await files.create(caller_of(request), request))
+
+    @router.get("")
+    def listing(request: Request) -> dict[str, Any]:
+        query = page_query(request, default=_MAX_FILES, most=_MAX_FILES)
+        found = files.slice(caller_of(request).project, query, request.query_params.get("purpose"))
+        return list_body(found, query, "file", file_body)
+
+    @router.get("/{file_id}")
+    def retrieve(request: Request, file_id: str) -> dict[str, Any]:
+        return file_body(files.get(caller_of(request).project, file_id))
+
+    @router.get("/{file_id}/content")
+    def content(request: Request, file_id: str) -> StreamingResponse:
+        project = caller_of(request).project
+        record = files.get(project, file_id)
+        return StreamingResponse(
+            files.content(project, record),
+            media_type="application/octet-stream",
+            headers={"Content-Length": str(record["bytes"])},
+        )
+
+    @router.delete("/{file_id}")
+    def delete(request: Request, file_id: str) -> dict[str, Any]:
+        files.delete(caller_of(request).project, file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    return router
+
+
+def job_router(jobs: Jobs, store: S3Store) -> APIRouter:
+    """Return the routes of /v1/fine_tuning/jobs."""
+    router = APIRouter(prefix="/v1/fine_tuning/jobs")
+
+    @router.post("")
+    async def create(request: Request) -> dict[str, Any]:
+        caller = caller_of(request)
+        body = parse_body(await read_body(request), CreateJobBody)
+        is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+        created = await run_in_threadpool(jobs.create, caller, body, is_retry=is_retry)
+        return job_body(created, caller.project)
+
+    @router.get("")
+    def listing(request: Request) -> dict[str, Any]:
+        project, query = caller_of(request).project, page_query(request)
+        found = jobs.slice(project, query, metadata_filter(request))
+        return list_body(found, query, "fine-tuning job", lambda job: job_body(job, project))
+
+    @router.get("/{job_id}")
+    def retrieve(request: Request, job_id: str) -> dict[str, Any]:
+        project = caller_of(request).project
+        return job_body(jobs.get(project, job_id), project)
+
+    @router.post("/{job_id}/cancel")
+    def cancel(request: Request, job_id: str) -> dict[str, Any]:
+        project = caller_of(request).project
+        return job_body(jobs.cancel(project, job_id), project)
+
+    @router.post("/{job_id}/pause")
+    def pause(request: Request, job_id: str) -> dict[str, Any]:
+        project = caller_of(request).project
+        return job_body(jobs.pause(project, job_id), project)
+
+    @router.post("/{job_id}/resume")
+    def resume(request: Request, job_id: str) -> dict[str, Any]:
+        project = caller_of(request).project
+        return job_body(jobs.resume(project, job_id), project)
+
+    @router.get("/{job_id}/events")
+    def events(request: Request, job_id: str) -> dict[str, Any]:
+        project, query = caller_of(request).project, page_query(request)
+        return slice_by_id(events_of(store, project, jobs.get(project, job_id)), query, "event")
+
+    @router.get("/{job_id}/checkpoints")
+    def checkpoints(request: Request, job_id: str) -> dict[str, Any]:
+        project, query = caller_of(request).project, page_query(request, default=10)
+        return slice_by_id(checkpoints_of(store, project, jobs.get(project, job_id)), query, "checkpoint")
+
+    return router
+
+
+def model_router(models: Models) -> APIRouter:
+    """Return the routes of /v1/models."""
+    router = APIRouter(prefix="/v1/models")
+
+    @router.get("")
+    def listing(request: Request) -> dict[str, Any]:
+        return list_of(models.list(caller_of(request).project), has_more=False)
+
+    @router.get("/{model_id:path}")  # ids contain slashes, which the client escapes
+    def retrieve(request: Request, model_id: str) -> dict[str, Any]:
+        return models.get(model_id, caller_of(request).project)
+
+    @router.delete("/{model_id:path}")
+    def delete(request: Request, model_id: str) -> dict[str, Any]:
+        models.delete(model_id, caller_of(request).project)
+        return {"id": model_id, "object": "model", "deleted": True}
+
+    return router

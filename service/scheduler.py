@@ -1,0 +1,462 @@
+"""The scheduler: makes what runs on the cluster match the status of the jobs in the bucket.
+
+Every step reads the bucket and the cluster, and can be repeated. So a scheduler may be killed at any moment, and the next one
+continues. A lease in the bucket ensures that one at a time acts.
+
+    validating_files  check the files in a task, then `queued` or `failed`
+    queued            when the cluster has the resources: start the driver, then `running`
+    running           without a driver: read the run's result, or start the driver again. It continues the same run.
+    paused, cancelled with a driver: ask it to commit a checkpoint and exit
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from configs.loading import to_yaml
+from runs.layout import Lease, RunResult
+from runs.reading import read_result
+from service.config import LoadedService
+from service.drivers import (
+    Checked,
+    DriverState,
+    Needs,
+    check_job,
+    driver_state,
+    find_driver,
+    start_driver,
+)
+from service.files import RESULTS_PURPOSE
+from service.job_config import training_config
+from service.jobs import (
+    CANCELLED,
+    FAILED,
+    PAUSED,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    UNFINISHED,
+    VALIDATING,
+    update_if,
+    with_message,
+)
+from service.layout import (
+    active_key,
+    config_key,
+    content_key,
+    files_of,
+    job_of_marker,
+    jobs_of,
+    model_key,
+    run_uri,
+    runs_uri,
+)
+from service.models import fine_tuned_id
+from service.progress import latest_step, metrics_csv
+from service.records import Record
+from training.checkpoints.lease import LeaseError, check_lease, held_lease
+from training.loop.ray_internals import autoscaler_maximum, has_node_groups
+from utils.storage.bucket import AlreadyExistsError, BucketError
+from utils.storage.s3 import S3Store
+
+TICK_SECONDS = 1.0
+_DRIVER_ANSWERS_SECONDS = 30.0
+_ORPHAN_SECONDS = 120.0
+_METRICS_SECONDS = 3.0
+_MAX_ATTEMPTS = 8
+_LONGEST_DELAY_SECONDS = 60.0
+
+_log = logging.getLogger("service.scheduler")
+
+
+@dataclass
+class _Attempts:
+    """Attempts of a job that failed for a reason that may pass, in this process."""
+
+    failed: int = 0
+    not_before: float = 0.0
+
+    def add(self) -> None:
+        self.failed += 1
+        self.not_before = time.monotonic() + min(2.0**self.failed, _LONGEST_DELAY_SECONDS)
+
+
+@dataclass
+class _Memory:
+    """What a scheduler remembers between two rounds; all of it may be lost."""
+
+    checks: dict[str, Any] = field(default_factory=dict)
+    """Job id -> reference of the running check."""
+    attempts: dict[str, _Attempts] = field(default_factory=dict)
+    orphans: dict[str, float] = field(default_factory=dict)
+    """Marker without a job -> when it was first seen."""
+    metrics_read: dict[str, float] = field(default_factory=dict)
+
+
+class Scheduler:
+    """The scheduler of a service."""
+
+    def __init__(self, store: S3Store, service: LoadedService, address: str):
+        """Set what it works on.
+
+        Args:
+            store: The service's storage path.
+            service: The service YAML.
+            address: Address of the cluster, for drivers.
+        """
+        self._store, self._service, self._address = store, service, address
+        self._memory = _Memory()
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Schedule jobs until `stop`; wait for the lease while another scheduler holds it."""
+        lease_store = S3Store(self._store.uri_of("scheduler"))
+        while not self._stop.is_set():
+            try:
+                with held_lease(lease_store, waiting=lambda owner: None) as lease:
+                    self._schedule(lease_store, lease)
+            except LeaseError as error:
+                _log.info("waiting for the lease: %s", error)
+            except BucketError as error:
+                _log.warning("the bucket does not answer: %s", error)
+            self._stop.wait(TICK_SECONDS)
+
+    def stop(self) -> None:
+        """End `run` after the current round."""
+        self._stop.set()
+
+    def _schedule(self, lease_store: S3Store, lease: Lease) -> None:
+        while not self._stop.is_set():
+            check_lease(lease_store, lease)
+            self.round()
+            self._stop.wait(TICK_SECONDS)
+
+    def round(self) -> None:
+        """Look at every active job once, oldest first."""
+        jobs = self._active_jobs()
+        drivers = {job["id"]: find_driver(job["id"]) for _, job in jobs}
+        taken = _sum(
+            Needs(**job["needs"]).together
+            for _, job in jobs
+            if drivers[job["id"]] is not None and job["needs"]
+        )
+        room = _Room(self._service, taken)
+        for project, job in sorted(jobs, key=lambda each: (each[1]["created_at"], each[1]["id"])):
+            try:
+                self._act(project, job, drivers[job["id"]], room)
+            except (BucketError, ray.exceptions.RayError) as error:
+                _log.warning("job %s: %s", job["id"], error)
+
+    def _active_jobs(self) -> list[tuple[str, Record]]:
+        markers: dict[str, list[str]] = {}
+        for item in self._store.list("active/"):
+            project, job_id = job_of_marker(item.key)
+            markers.setdefault(project, []).append(job_id)
+        found = []
+        for project, job_ids in markers.items():
+            jobs = jobs_of(self._store, project).get_many(job_ids)
+            found += [(project, job) for job in jobs.values()]
+            for job_id in set(job_ids) - set(jobs):
+                self._forget_orphan(active_key(project, job_id))
+        return found
+
+    def _forget_orphan(self, marker: str) -> None:
+        """Delete a marker whose job was never recorded, once no request can still be recording it."""
+        since = self._memory.orphans.setdefault(marker, time.monotonic())
+        if time.monotonic() - since > _ORPHAN_SECONDS:
+            self._store.delete([marker])
+            del self._memory.orphans[marker]
+
+    def _act(self, project: str, job: Record, driver: Any, room: "_Room") -> None:
+        state = driver_state(driver, _DRIVER_ANSWERS_SECONDS) if driver is not None else None
+        if driver is not None and state is not None and state.exit_code is None:
+            self._follow(project, job, driver, state)
+            return
+        if state is not None:
+            ray.kill(driver)
+        if job["status"] in (QUEUED, RUNNING) and self._finish(project, job, state):
+            return
+        if job["status"] == VALIDATING:
+            self._check(project, job)
+        elif job["status"] in (QUEUED, RUNNING):
+            self._start(project, job, room)
+        else:
+            self._retire(project, job)
+
+    def _follow(self, project: str, job: Record, driver: Any, state: DriverState) -> None:
+        """Look after a job whose driver runs."""
+        if job["status"] not in (QUEUED, RUNNING):
+            if not state.is_stopping:
+                driver.stop.remote()
+            return
+        if state.is_stopping:
+            return  # resumed while it stops: the next driver starts when this one has exited
+        if job["status"] == QUEUED:  # the scheduler was killed after it had started the driver
+            self._set_running(project, job)
+        if time.monotonic() - self._memory.metrics_read.get(job["id"], 0.0) > _METRICS_SECONDS:
+            self._memory.metrics_read[job["id"]] = time.monotonic()
+            self._mark_progress(project, job)
+
+    def _mark_progress(self, project: str, job: Record) -> None:
+        """Record when metrics up to a step became visible, so that events keep their times."""
+        step = latest_step(self._store, project, job["id"])
+        if step > (job["marks"][-1][0] if job["marks"] else 0):
+            mark = [step, int(time.time())]
+            update_if(
+                self._store,
+                project,
+                job["id"],
+                (RUNNING,),
+                lambda found: found | {"marks": [*found["marks"], mark]},
+            )
+
+    # --- Checking the files ------------------------------------------------------------------------------------------
+
+    def _check(self, project: str, job: Record) -> None:
+        job_id, memory = job["id"], self._memory
+        running = memory.checks.get(job_id)
+        if running is None:
+            if self._may_try(job_id):
+                memory.checks[job_id] = check_job.remote(self._config_of(project, job), job_id, self._address)
+            return
+        done, _ = ray.wait([running], timeout=0)
+        if not done:
+            return
+        del memory.checks[job_id]
+        try:
+            checked: Checked = ray.get(running)
+        except ray.exceptions.RayError as error:
+            self._failed_attempt(project, job, f"the files could not be checked: {_first_line(error)}")
+            return
+        if checked.needs is None:
+            message = self._with_file_ids(project, job, checked.error)
+            self._fail(project, job, "invalid_file", message, checked.param)
+            return
+        needs = asdict(checked.needs)
+        update_if(
+            self._store,
+            project,
+            job_id,
+            (VALIDATING,),
+            lambda found: with_message(
+                found | {"status": QUEUED, "needs": needs, "total_steps": checked.steps},
+                "Files validated, moving job to queued state",
+            ),
+        )
+
+    def _config_of(self, project: str, job: Record) -> str:
+        """Return the training YAML of a job; it never changes after it was first written."""
+        key = config_key(project, job["id"])
+        written = self._store.read_if_exists(key)
+        if written is None:
+            paths = {
+                "train": self._content_uri(project, job["training_file"]),
+                "storage": runs_uri(self._store, project),
+            }
+            paths["valid"] = (
+                self._content_uri(project, job["validation_file"]) if job["validation_file"] else None
+            )
+            text = to_yaml(training_config(job, self._service.bases[job["base"]].config, paths)).encode()
+            try:
+                self._store.write(key, text, only_if_absent=True)
+            except AlreadyExistsError:
+                return self._store.read(key).decode()
+            return text.decode()
+        return written.decode()
+
+    def _content_uri(self, project: str, file_id: str) -> str:
+        record = files_of(self._store, project).get(file_id)
+        # A file that was deleted meanwhile makes the check fail with its name.
+        return self._store.uri_of(content_key(project, record["content"] if record else file_id))
+
+    def _with_file_ids(self, project: str, job: Record, message: str) -> str:
+        """Return an error with the ids of files instead of their locations in the bucket."""
+        for file_id in filter(None, (job["training_file"], job["validation_file"])):
+            message = message.replace(self._content_uri(project, file_id), file_id)
+        return message.replace(self._store.uri, "")
+
+    # --- Running -----------------------------------------------------------------------------------------------------
+
+    def _start(self, project: str, job: Record, room: "_Room") -> None:
+        if not self._may_try(job["id"]):
+            return
+        needs = Needs(**job["needs"])
+        lacking = room.lacking(job["id"], needs)
+        if lacking:
+            self._say_once(project, job, f"Waiting for resources: {lacking}")
+            return
+        room.take(needs)
+        start_driver(self._config_of(project, job), job["id"], self._address)
+        if job["status"] == QUEUED:
+            self._set_running(project, job)
+
+    def _set_running(self, project: str, job: Record) -> None:
+        update_if(
+            self._store,
+            project,
+            job["id"],
+            (QUEUED,),
+            lambda found: with_message(
+                found | {"status": RUNNING, "started_at": found["started_at"] or int(time.time())},
+                "Fine-tuning job started",
+            ),
+        )
+
+    def _say_once(self, project: str, job: Record, message: str) -> None:
+        def change(found: Record) -> Record:
+            waits = found["messages"][-1][2] == message
+            return found if waits else with_message(found, message)
+
+        if job["messages"][-1][2] != message:
+            update_if(self._store, project, job["id"], (QUEUED,), change)
+
+    def _finish(self, project: str, job: Record, state: DriverState | None) -> bool:
+        """End a job whose run has completed or failed; return whether it has."""
+        result = read_result(S3Store(run_uri(self._store, project, job["id"])))
+        if result is not None and result.status == "completed":
+            self._succeed(project, job, result)
+            return True
+        if state is None or state.is_stopping:
+            return False  # killed, or stopped: the same run continues
+        if state.exit_code == 1 and result is not None and result.status == "failed":
+            self._fail(project, job, "training_failed", self._with_file_ids(project, job, result.reason))
+            return True
+        if state.exit_code != 0:
+            said = [line for line in state.output.splitlines() if line.startswith("error: ")]
+            reason = said[-1].removeprefix("error: ") if said else f"main.py exited with {state.exit_code}"
+            self._failed_attempt(project, job, self._with_file_ids(project, job, reason))
+            return True
+        return False
+
+    def _succeed(self, project: str, job: Record, result: RunResult) -> None:
+        """Write the result file and the model's marker, then the status. Each step may be repeated."""
+        files, jobs = files_of(self._store, project), jobs_of(self._store, project)
+        result_file = job["result_file"]
+        if result_file is None:
+            reserved = files.reserve()
+            updated = jobs.update(
+                job["id"], lambda found: found | {"result_file": found["result_file"] or reserved}
+            )
+            if updated is None:
+                return
+            result_file = updated["result_file"]
+        content, name = metrics_csv(self._store, project, job), f"{job['id']}.csv"
+        self._store.write(content_key(project, name), content)
+        now = int(time.time())
+        record = {
+            "bytes": len(content),
+            "created_at": now,
+            "filename": "step_metrics.csv",
+            "purpose": RESULTS_PURPOSE,
+        }
+        files.insert({"id": result_file, "content": name, **record})
+        model = fine_tuned_id(job, project)
+        self._store.write(model_key(project, model, job["created_at"]), b"")
+        self._mark_progress(project, job)
+        done = {
+            "status": SUCCEEDED,
+            "finished_at": now,
+            "fine_tuned_model": model,
+            "checkpoint": result.best_checkpoint,
+            "trained_tokens": result.tokens,
+        }
+        update_if(
+            self._store,
+            project,
+            job["id"],
+            (QUEUED, RUNNING),
+            lambda found: with_message(
+                with_message(found | done, f"New fine-tuned model created: {model}"),
+                "The job has successfully completed",
+            ),
+        )
+
+    # --- Ends --------------------------------------------------------------------------------------------------------
+
+    def _may_try(self, job_id: str) -> bool:
+        attempts = self._memory.attempts.get(job_id)
+        return attempts is None or time.monotonic() >= attempts.not_before
+
+    def _failed_attempt(self, project: str, job: Record, reason: str) -> None:
+        """Count an attempt that failed for a reason that may pass; fail the job after too many."""
+        attempts = self._memory.attempts.setdefault(job["id"], _Attempts())
+        attempts.add()
+        _log.warning("job %s, attempt %d: %s", job["id"], attempts.failed, reason)
+        if attempts.failed >= _MAX_ATTEMPTS:
+            self._fail(project, job, "server_error", reason)
+
+    def _fail(self, project: str, job: Record, code: str, message: str, param: str | None = None) -> None:
+        error = {"code": code, "message": message, "param": param}
+        update_if(
+            self._store,
+            project,
+            job["id"],
+            (VALIDATING, QUEUED, RUNNING),
+            lambda found: with_message(
+                found | {"status": FAILED, "error": error, "finished_at": int(time.time())}, message, "error"
+            ),
+        )
+
+    def _retire(self, project: str, job: Record) -> None:
+        """Delete the marker of a job that needs nothing more."""
+        self._store.delete([active_key(project, job["id"])])
+        self._memory.attempts.pop(job["id"], None)
+        self._memory.checks.pop(job["id"], None)
+        # A request may have resumed the job after it was read here.
+        again = jobs_of(self._store, project).get(job["id"])
+        if again and again["status"] in UNFINISHED and again["status"] != PAUSED:
+            self._store.write(active_key(project, job["id"]), b"")
+
+
+class _Room:
+    """The resources that a round may still give to jobs."""
+
+    def __init__(self, service: LoadedService, taken: Mapping[str, float]):
+        engines = _sum(
+            {name: amount * base.num_replicas for name, amount in base.resources.items()}
+            for base in service.config.models.values()
+        )
+        self._used = _sum([taken, engines])
+        self._reserved_for: str | None = None
+
+    def lacking(self, job_id: str, needs: Needs) -> str:
+        """Describe what a job waits for; empty if it can start, or if the cluster can scale up for it."""
+        if self._reserved_for is not None:
+            return f"the job {self._reserved_for} is before it"
+        has, most = ray.cluster_resources(), autoscaler_maximum()
+        if not most and has_node_groups():
+            return ""  # the driver asks the cluster to scale up, and waits
+        total = {
+            name: max(has.get(name, 0.0), most.get(name, 0.0)) for name in {*has, *most, *needs.together}
+        }
+        free = {name: max(amount - self._used.get(name, 0.0), 0.0) for name, amount in total.items()}
+        short = [name for name, amount in needs.together.items() if free[name] < amount]
+        if short and all(total[name] >= amount for name, amount in needs.together.items()):
+            self._reserved_for = job_id  # smaller jobs must not overtake it for ever
+        return ", ".join(
+            f"{name} {needs.together[name]:g} ({free[name]:g} of {total[name]:g} free)" for name in short
+        )
+
+    def take(self, needs: Needs) -> None:
+        """Count the resources of a job that is started."""
+        self._used = _sum([self._used, needs.together])
+
+
+def _sum(amounts: Any) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for each in amounts:
+        for name, amount in each.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[
+        :500
+    ]
