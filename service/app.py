@@ -1,111 +1,22 @@
-"""The service as an ASGI application, and as an application of Ray Serve."""
+"""The service as an application of Ray Serve."""
 
 import logging
 import threading
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray.serve import Application
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from service.api import create_app
 from service.config import LoadedService, load_service
-from service.errors import ApiError, invalid
-from service.files import Files
-from service.jobs import Jobs
-from service.keys import Keyring
-from service.metrics import CONTENT_TYPE, Metrics
-from service.middleware import Gate, RequestRates, answer_error
-from service.models import Models, ServedModel
-from service.routes import caller_of, file_router, job_router, model_router
 from service.scheduler import Scheduler
-from utils.storage.bucket import BucketError
-from utils.storage.s3 import CHECK, S3Store
+from utils.storage.s3 import S3Store
 
 APP_NAME = "fine-tuning"
 _MAX_ONGOING_REQUESTS = 1000
-
-_log = logging.getLogger("service")
-
-
-def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
-    """Return the ASGI application of one replica.
-
-    Args:
-        service: The service YAML.
-        handles: Base model -> handle of its engine.
-    """
-    store = S3Store(service.config.storage_path)
-    limits = service.config.limits
-    models = Models(store, service, int(time.time()))
-    metrics = Metrics(store)
-    app = FastAPI(title="Anneal", openapi_url=None, redirect_slashes=False)
-    _add_error_handlers(app)
-    app.include_router(file_router(Files(store, limits)))
-    app.include_router(job_router(Jobs(store, service, models), store))
-    app.include_router(model_router(models))
-
-    def resolve(model_id: str, request: Request) -> ServedModel:
-        return models.resolve(model_id, caller_of(request).project)
-
-    _ = resolve, handles
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        await run_in_threadpool(S3Store(service.config.storage_path, CHECK).first, "keys/")
-        return Response("ok\n", media_type="text/plain")
-
-    @app.get("/metrics")
-    def prometheus() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-    return Gate(app, Keyring(store), RequestRates(limits.requests_per_minute), metrics)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Answer every error in OpenAI's format."""
-
-    async def api_error(request: Request, error: Exception) -> Any:
-        assert isinstance(error, ApiError)
-        return answer_error(error)
-
-    async def http_error(request: Request, error: Exception) -> Any:
-        assert isinstance(error, HTTPException)
-        message = (
-            f"Invalid URL ({request.method} {request.url.path[:200]})"
-            if error.status_code == 404
-            else error.detail
-        )
-        return answer_error(ApiError(status=error.status_code, message=message, headers=error.headers))
-
-    async def validation_error(request: Request, error: Exception) -> Any:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return answer_error(invalid(str(first["msg"]), ".".join(map(str, first["loc"]))))
-
-    async def bucket_error(request: Request, error: Exception) -> Any:
-        _log.error("the bucket does not answer: %s", error)
-        return answer_error(
-            ApiError(
-                status=503,
-                message="The storage does not answer.",
-                type="server_error",
-                headers={"Retry-After": "5"},
-            )
-        )
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(BucketError, bucket_error)
 
 
 @serve.ingress()
@@ -116,7 +27,7 @@ class Ingress:
         _log_to_stderr()
         self._service, self._handles = service, handles
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: N807
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._service, self._handles)
 
 
@@ -141,10 +52,11 @@ class SchedulerReplica:
 
 def build(service: LoadedService) -> Application:
     """Return the application that `serve.run` deploys."""
-    scheduler = serve.deployment(SchedulerReplica).options(
+    deployment: Any = serve.deployment
+    scheduler = deployment(SchedulerReplica).options(
         name="scheduler", num_replicas=1, ray_actor_options={"num_cpus": 0}, health_check_period_s=5
     )
-    ingress = serve.deployment(Ingress).options(
+    ingress = deployment(Ingress).options(
         name="api",
         num_replicas=service.config.num_replicas,
         ray_actor_options={"num_cpus": 0},

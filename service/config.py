@@ -1,7 +1,7 @@
 """The service YAML: where state is stored, which base models are offered, and the limits of keys and projects."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,9 @@ from pydantic import AfterValidator, Field, ValidationError
 from configs.loading import ConfigError, LoadedConfig, load_config
 from configs.schema import PositiveInt, Resources, Section, StorageUri, Text
 from configs.yaml_source import Document, Origin, dotted, parse_yaml, shown
-from utils.storage.bucket import EMBEDDED_BUCKET, is_remote
+from training.models.files import is_hub_id
+from training.planning.paths import absolute
+from utils.storage.bucket import EMBEDDED_BUCKET
 
 Auto = Literal["auto"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)]
@@ -56,7 +58,7 @@ class BaseModelSettings(Section):
     """A base model that the service fine-tunes and answers with."""
 
     config: Text
-    """Path of a training YAML, relative to the service YAML. Jobs train with its keys; files, length, batch size and
+    """Path of a training YAML, relative to the service YAML; absolute once loaded. Jobs train with its keys; files, length, batch size and
     learning rate come from the job."""
 
     hyperparameters: MethodDefaults = MethodDefaults()
@@ -138,11 +140,13 @@ def load_service(path: Path, port: int | None = None) -> LoadedService:
         config = ServiceConfig.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError("\n".join(_problems(document, error))) from error
-    bases = {}
+    bases, models = {}, {}
     for name, base in config.models.items():
         where = document.origin(("models", name, "config")).label
-        bases[name] = _load_base(where, name, path.parent / base.config)
-    return LoadedService(config, bases)
+        yaml = (path.parent / base.config).resolve()
+        bases[name] = _load_base(where, name, yaml)
+        models[name] = base.model_copy(update={"config": str(yaml)})
+    return LoadedService(config.model_copy(update={"models": models}), bases)
 
 
 def _load_base(where: str, name: str, path: Path) -> LoadedConfig:
@@ -155,7 +159,10 @@ def _load_base(where: str, name: str, path: Path) -> LoadedConfig:
         raise ConfigError(
             f"{where}: `models.{name}.config`: {path} must train chats: set task: instruction_tuning and remove prompt_template"
         )
-    return loaded
+    if is_hub_id(config.model_id):
+        return loaded
+    # Jobs run in another directory.
+    return replace(loaded, config=config.model_copy(update={"model_id": absolute(config.model_id)}))
 
 
 def _read(path: Path) -> Document:
@@ -193,8 +200,3 @@ def _known_part(data: Any, path: tuple[int | str, ...]) -> tuple[int | str, ...]
             break
         data, known = data[part], (*known, part)
     return known
-
-
-def is_embedded(config: ServiceConfig) -> bool:
-    """Return whether the service's state is in the embedded bucket."""
-    return is_remote(config.storage_path) and config.storage_path.split("/")[2] == EMBEDDED_BUCKET

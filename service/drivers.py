@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util import list_named_actors
 
 from configs.loading import ConfigError, load_config
 from training.data.errors import DataError
@@ -68,7 +69,7 @@ def check_job(config: str, job_id: str, address: str) -> Checked:
         path.write_text(config, "utf-8")
         loaded = load_config(path)
     try:
-        plan, _, prepared = make_plan(loaded, target=target, progress=lambda *_: None)
+        plan, _, prepared = make_plan(loaded, target=target, progress=_ignore_progress)
     except (DataError, ConfigError) as error:
         in_validation = loaded.config.valid_path is not None and str(loaded.config.valid_path) in str(error)
         return Checked(None, 0, str(error), "validation_file" if in_validation else "training_file")
@@ -76,6 +77,10 @@ def check_job(config: str, job_id: str, address: str) -> Checked:
         keep_prepared(rows, plan.prepared)
     workers = workers_of(plan)
     return Checked(Needs(workers.each, workers.least), plan.max_steps, "", None)
+
+
+def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def driver_state(actor: Any, timeout: float) -> DriverState | None:
 
 def job_ids_of_drivers() -> list[str]:
     """Return the ids of the jobs whose driver actors are alive."""
-    named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    named: Any = list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
     return [name.removeprefix("driver-") for name in names if name.startswith("driver-")]
 

@@ -68,8 +68,12 @@ def _plan(
     paths = {"train": str(rows), "valid": None, "storage": str(directory / "runs")}
     yaml = directory / "job.yaml"
     yaml.write_text(to_yaml(training_config(job, base.config, paths)), "utf-8")
-    _, report, _ = make_plan(load_config(yaml), target=target, progress=lambda *_: None)
+    _, report, _ = make_plan(load_config(yaml), target=target, progress=_ignore_progress)
     return report
+
+
+def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
+    pass
 
 
 def _memory(report: PlanReport) -> str:

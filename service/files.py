@@ -179,11 +179,10 @@ class _Upload:
     async def stream_to(self, store: S3Store, key: str) -> "_Upload":
         """Parse the form while another thread uploads the file; return this object with its fields and size."""
         parser = self._parser()
+        failed: list[Exception] = []  # a task group would wrap an exception
+        end: Exception | None = None
         async with anyio.create_task_group() as tasks:
-            failed: list[Exception] = []
-            # A group would wrap an exception, so the task records it.
             tasks.start_soon(self._store, store, key, failed)
-            end: Exception | None = None
             try:
                 async for block in self._request.stream():
                     if failed:

@@ -35,7 +35,6 @@ from service.drivers import (
 from service.files import RESULTS_PURPOSE
 from service.job_config import training_config
 from service.jobs import (
-    CANCELLED,
     FAILED,
     PAUSED,
     QUEUED,
@@ -178,7 +177,7 @@ class Scheduler:
         if driver is not None and state is not None and state.exit_code is None:
             self._follow(project, job, driver, state)
             return
-        if state is not None:
+        if driver is not None and state is not None:
             ray.kill(driver)
         if job["status"] in (QUEUED, RUNNING) and self._finish(project, job, state):
             return
@@ -255,7 +254,7 @@ class Scheduler:
         key = config_key(project, job["id"])
         written = self._store.read_if_exists(key)
         if written is None:
-            paths = {
+            paths: dict[str, str | None] = {
                 "train": self._content_uri(project, job["training_file"]),
                 "storage": runs_uri(self._store, project),
             }

@@ -1,0 +1,99 @@
+"""The API of one replica as an ASGI application."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from service.config import LoadedService
+from service.errors import ApiError, invalid
+from service.files import Files
+from service.jobs import Jobs
+from service.keys import Keyring
+from service.metrics import CONTENT_TYPE, Metrics
+from service.middleware import Gate, RequestRates, answer_error
+from service.models import Models, ServedModel
+from service.routes import caller_of, file_router, job_router, model_router
+from utils.storage.bucket import BucketError
+from utils.storage.s3 import CHECK, S3Store
+
+_log = logging.getLogger("service")
+
+
+def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
+    """Return the ASGI application of one replica.
+
+    Args:
+        service: The service YAML.
+        handles: Base model -> handle of its engine.
+    """
+    store = S3Store(service.config.storage_path)
+    limits = service.config.limits
+    models = Models(store, service, int(time.time()))
+    metrics = Metrics(store)
+    app = FastAPI(title="Anneal", openapi_url=None, redirect_slashes=False)
+    _add_error_handlers(app)
+    app.include_router(file_router(Files(store, limits)))
+    app.include_router(job_router(Jobs(store, service, models), store))
+    app.include_router(model_router(models))
+
+    def resolve(model_id: str, request: Request) -> ServedModel:
+        return models.resolve(model_id, caller_of(request).project)
+
+    _ = resolve, handles
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        await run_in_threadpool(S3Store(service.config.storage_path, CHECK).first, "keys/")
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    return Gate(app, Keyring(store), RequestRates(limits.requests_per_minute), metrics)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's format."""
+
+    async def api_error(request: Request, error: Exception) -> Any:
+        assert isinstance(error, ApiError)
+        return answer_error(error)
+
+    async def http_error(request: Request, error: Exception) -> Any:
+        assert isinstance(error, HTTPException)
+        message = (
+            f"Invalid URL ({request.method} {request.url.path[:200]})"
+            if error.status_code == 404
+            else error.detail
+        )
+        return answer_error(ApiError(status=error.status_code, message=message, headers=error.headers))
+
+    async def validation_error(request: Request, error: Exception) -> Any:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return answer_error(invalid(str(first["msg"]), ".".join(map(str, first["loc"]))))
+
+    async def bucket_error(request: Request, error: Exception) -> Any:
+        _log.error("the bucket does not answer: %s", error)
+        return answer_error(
+            ApiError(
+                status=503,
+                message="The storage does not answer.",
+                type="server_error",
+                headers={"Retry-After": "5"},
+            )
+        )
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(BucketError, bucket_error)

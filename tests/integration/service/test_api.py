@@ -1,0 +1,307 @@
+"""Files, jobs, models, keys and limits of the API, against a real bucket."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import LoadedService, load_service
+from service.keys import create_key, list_keys, revoke_keys
+from service.layout import active_key, files_of, jobs_of
+from tests.support.service import CHAT, Api, rows, running_api, write_service
+from utils.storage.s3 import S3Store
+
+
+@pytest.fixture
+def service(tmp_path: Path, bucket_uri: str) -> LoadedService:
+    return load_service(write_service(tmp_path, bucket_uri))
+
+
+@pytest.fixture
+def store(service: LoadedService) -> S3Store:
+    return S3Store(service.config.storage_path)
+
+
+@pytest.fixture
+def apis(service: LoadedService) -> Iterator[list[Api]]:
+    with running_api(service, ["red", "blue"]) as found:
+        yield found
+
+
+def ids(listing: Any) -> list[str]:
+    return [item["id"] for item in listing["data"]]
+
+
+def test_file_is_stored_listed_read_and_deleted(apis: list[Api]):
+    red, blue = apis
+    content = rows(CHAT, CHAT)
+    file = red.upload(content)
+    assert (file["bytes"], file["filename"], file["purpose"]) == (len(content), "rows.jsonl", "fine-tune")
+    assert red.get(f"/v1/files/{file['id']}") == file
+    assert red.request("GET", f"/v1/files/{file['id']}/content").content == content
+    assert ids(red.get("/v1/files")) == [file["id"]]
+    assert ids(red.get("/v1/files?purpose=other")) == []
+    assert ids(blue.get("/v1/files")) == []
+    for path in (f"/v1/files/{file['id']}", f"/v1/files/{file['id']}/content"):
+        assert blue.get(path, 404)["error"]["param"] == "id"
+    blue.delete(f"/v1/files/{file['id']}", 404)
+    assert red.delete(f"/v1/files/{file['id']}")["deleted"]
+    red.get(f"/v1/files/{file['id']}", 404)
+
+
+def test_upload_is_streamed_in_parts(apis: list[Api], store: S3Store):
+    content = b"".join(rows({**CHAT, "n": number}) for number in range(200_000))
+    assert len(content) > 16_000_000
+    file = apis[0].upload(content)
+    assert apis[0].request("GET", f"/v1/files/{file['id']}/content").content == content
+
+
+@pytest.mark.parametrize(
+    ("purpose", "content", "param"),
+    [("assistants", rows(), "purpose"), ("fine-tune", b"", "file"), (None, rows(), "purpose")],
+)
+def test_wrong_upload_is_rejected_and_leaves_nothing(
+    apis: list[Api], store: S3Store, purpose: str | None, content: bytes, param: str
+):
+    data = {"purpose": purpose} if purpose else {}
+    answer = apis[0].request("POST", "/v1/files", data=data, files={"file": ("a.jsonl", content)})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert store.list("content/") == store.list("projects/") == []
+
+
+def test_files_above_the_limits_are_rejected(tmp_path: Path, bucket_uri: str):
+    limits = {"file_bytes": 1000, "stored_bytes": 1500}
+    with running_api(load_service(write_service(tmp_path, bucket_uri, limits=limits))) as (api,):
+        api.upload(b"x" * 1001, status=413)
+        api.upload(b"x" * 1000)
+        api.upload(b"x" * 600)
+        answer = api.request("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": b"x"})
+        assert answer.status_code == 429
+        assert 0 < int(answer.headers["retry-after"]) <= 120
+
+
+def test_job_reports_resolved_hyperparameters(apis: list[Api]):
+    red, blue = apis
+    file = red.upload(rows())["id"]
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}}
+    job = red.create_job(file, method=method, suffix="my-model", seed=7, metadata={"team": "a"})
+    assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
+    assert job["hyperparameters"] == {"n_epochs": 2, "batch_size": 1, "learning_rate_multiplier": 1.0}
+    assert (job["status"], job["seed"], job["model"]) == ("validating_files", 7, "tiny")
+    assert job["user_provided_suffix"] == "my-model"
+    old = red.create_job(file, hyperparameters={"n_epochs": 5})
+    assert old["hyperparameters"]["n_epochs"] == 5
+    dpo = red.create_job(file, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}})
+    assert dpo["method"]["dpo"]["hyperparameters"]["beta"] == 0.2
+    blue.get(f"/v1/fine_tuning/jobs/{job['id']}", 404)
+    assert ids(red.get("/v1/fine_tuning/jobs?metadata[team]=a")) == [job["id"]]
+    assert ids(red.get("/v1/fine_tuning/jobs?metadata[team]=b")) == []
+    assert ids(red.get("/v1/fine_tuning/jobs?metadata=null")) == [dpo["id"], old["id"]]
+    assert [event["message"] for event in red.get(f"/v1/fine_tuning/jobs/{job['id']}/events")["data"]] == [
+        "Validating training file",
+        "Created fine-tuning job",
+    ]
+    assert red.delete(f"/v1/files/{file}", 400)["error"]["param"] == "file_id"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param"),
+    [
+        ({"model": "gpt-5"}, 404, "model"),
+        ({"model": "ft:tiny:blue::00"}, 404, "model"),
+        ({"training_file": "file-none"}, 400, "training_file"),
+        ({"validation_file": "../x"}, 400, "validation_file"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "method.type"),
+        ({"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 1}}}}, 400, "method.supervised"),
+        ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs"),
+        ({"suffix": "a:b"}, 400, "suffix"),
+        ({"seed": -1}, 400, "seed"),
+        ({"metadata": {"a": 1}}, 400, "metadata.a"),
+        ({"unknown": 1}, 400, "unknown"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, 400, "integrations"),
+    ],
+)
+def test_wrong_job_is_rejected_with_its_parameter(
+    apis: list[Api], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], status: int, param: str
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]} | changes
+    error = apis[0].post("/v1/fine_tuning/jobs", body, status)["error"]
+    assert error["param"].startswith(param)
+
+
+def test_repeated_create_is_one_job(apis: list[Api], store: S3Store):
+    red = apis[0]
+    file = red.upload(rows())["id"]
+    with ThreadPoolExecutor(6) as pool:
+        created = list(pool.map(lambda _: red.create_job(file, suffix="a")["id"], range(6)))
+    assert len(set(created)) == 1
+    assert red.create_job(file, suffix="b")["id"] != created[0]
+    jobs_of(store, "red").update(created[0], lambda job: job | {"created_at": job["created_at"] - 500})
+    retry = {"x-stainless-retry-count": "1"}
+    assert red.create_job(file, suffix="a", headers=retry)["id"] == created[0]
+    assert red.create_job(file, suffix="a")["id"] != created[0]
+    assert len(store.list(active_key("red"))) >= 3
+
+
+def test_status_changes_only_where_it_may(apis: list[Api], store: S3Store):
+    red = apis[0]
+    job = red.create_job(red.upload(rows())["id"])["id"]
+    path = f"/v1/fine_tuning/jobs/{job}"
+    assert "validating_files" in red.post(f"{path}/resume", status=400)["error"]["message"]
+    # The client says that an empty body is JSON.
+    headers = {"content-type": "application/json"}
+    assert red.post(f"{path}/pause", headers=headers)["status"] == "paused"
+    assert red.post(f"{path}/pause")["status"] == "paused"
+    assert red.post(f"{path}/resume")["status"] == "validating_files"
+    assert red.post(f"{path}/cancel")["status"] == "cancelled"
+    assert red.post(f"{path}/cancel")["finished_at"] > 0
+    assert "cancelled" in red.post(f"{path}/pause", status=400)["error"]["message"]
+    assert len(jobs_of(store, "red").get(job)["messages"]) == 5  # pyright: ignore
+
+
+def test_unfinished_jobs_and_requests_have_limits(tmp_path: Path, bucket_uri: str):
+    service = load_service(write_service(tmp_path, bucket_uri, limits={"jobs": 1, "requests_per_minute": 4}))
+    with running_api(service, ["red", "blue"]) as (red, blue):
+        file = red.upload(rows())["id"]
+        red.create_job(file)
+        answer = red.request("POST", "/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "seed": 1})
+        assert answer.status_code == 429
+        assert 0 < int(answer.headers["retry-after"]) <= 120
+        red.get("/v1/models")
+        answer = red.request("GET", "/v1/models")
+        assert answer.status_code == 429
+        assert 0 < int(answer.headers["retry-after"]) <= 120
+        blue.get("/v1/models")
+
+
+def test_only_valid_keys_are_answered(apis: list[Api], store: S3Store):
+    red = apis[0]
+    for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eA=="}):
+        assert red.request("GET", "/v1/models", headers=headers).status_code == 401
+    again = Api(red.url, create_key(store, "red"))
+    again.get("/v1/models")
+    assert [record.revoked_at for record in list_keys(store, "red")] == [None, None]
+    revoke_keys(store, "red", None)
+    deadline = time.monotonic() + 5
+    while again.request("GET", "/v1/models").status_code != 401:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not any(red.key.encode() in store.read(item.key) for item in store.list())
+
+
+def test_key_and_prompt_are_in_no_log(apis: list[Api], caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "service"):
+        apis[0].get(f"/v1/models/secret-{apis[0].key}", 404)
+        apis[0].get("/v1/models")  # the line is written after the answer
+    lines = [record.getMessage() for record in caplog.records if record.name == "service.access"]
+    assert json.loads(lines[0])["status"] == 404
+    assert not any(apis[0].key in line or "secret" in line for line in lines)
+
+
+def test_health_and_metrics_need_no_key(apis: list[Api]):
+    apis[0].create_job(apis[0].upload(rows())["id"])
+    assert apis[0].request("GET", "/healthz", headers={"Authorization": ""}).status_code == 200
+    text = apis[0].request("GET", "/metrics", headers={"Authorization": ""}).text
+    assert 'anneal_jobs{status="validating_files"} 1.0' in text
+    assert 'anneal_requests_total{method="POST",route="/v1/fine_tuning/jobs",status="200"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("PUT", "/v1/files", 405),
+        ("GET", "/v1/files/..%2F..%2Fkeys", 404),
+        ("GET", "/v1/fine_tuning/jobs?limit=-1", 400),
+        ("GET", "/v1/fine_tuning/jobs?limit=9999999999999", 400),
+        ("GET", "/v1/fine_tuning/jobs?after=ftjob-x", 400),
+        ("GET", "/v1/models/org%2Fname:x", 404),
+        ("POST", "/v1/fine_tuning/jobs", 400),
+    ],
+)
+def test_wrong_request_has_an_error_object(apis: list[Api], method: str, path: str, status: int):
+    answer = apis[0].request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 100_000, "{", "[]", '{"model": NaN}', '{"model": "\\ud800"}', f'{{"seed": {"9" * 5000}}}']
+)
+def test_wrong_json_is_rejected(apis: list[Api], body: str):
+    answer = apis[0].request("POST", "/v1/fine_tuning/jobs", data=body)
+    assert answer.status_code == 400
+    assert "JSON" in answer.json()["error"]["message"]
+
+
+def test_records_of_10_000_are_listed_with_few_requests(
+    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    red = apis[0]
+    job = red.create_job(red.upload(rows())["id"])["id"]
+    template = jobs_of(store, "red").get(job)
+    assert template
+    for number in range(250):
+        page = [
+            template | {"id": f"ftjob-{number:07x}{place:04x}{0:013x}", "suffix": f"{number}-{place}"}
+            for place in range(1, 41)
+        ]
+        store.write(f"projects/blue/jobs/{999_999_999 - number:09d}.json", json.dumps(page).encode())
+    sent = count_requests(monkeypatch)
+    first = apis[1].get("/v1/fine_tuning/jobs?limit=20")
+    assert len(first["data"]) == 20
+    assert first["has_more"]
+    second = apis[1].get(f"/v1/fine_tuning/jobs?limit=20&after={first['last_id']}")
+    third = apis[1].get(f"/v1/fine_tuning/jobs?limit=20&after={second['last_id']}")
+    assert len({*ids(first), *ids(second), *ids(third)}) == 60
+    assert len(sent) <= 12  # of three pages, with the key
+    assert [job["user_provided_suffix"] for job in third["data"]][:2] == ["248-40", "248-39"]
+    last = apis[1].get(f"/v1/fine_tuning/jobs?limit=20&after=ftjob-{0:07x}{20:04x}{0:013x}")
+    assert (len(last["data"]), last["has_more"]) == (19, False)
+
+
+def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets an item for each request to the bucket."""
+    sent: list[int] = []
+    original = S3Store._request
+
+    def request(self: S3Store, send: Any) -> Any:
+        sent.append(1)
+        return original(self, send)
+
+    monkeypatch.setattr(S3Store, "_request", request)
+    return sent
+
+
+def test_after_a_deleted_record_the_list_continues(apis: list[Api], store: S3Store):
+    red = apis[0]
+    created = [red.upload(rows())["id"] for _ in range(5)]
+    newest_first = created[::-1]
+    first = red.get("/v1/files?limit=2")
+    assert (ids(first), first["has_more"]) == (newest_first[:2], True)
+    red.delete(f"/v1/files/{newest_first[1]}")
+    assert ids(red.get(f"/v1/files?limit=2&after={newest_first[1]}")) == newest_first[2:4]
+    assert ids(red.get(f"/v1/files?order=asc&after={created[0]}")) == [created[1], created[2], created[4]]
+
+
+def test_writes_at_the_same_moment_lose_nothing(store: S3Store):
+    records = files_of(store, "red")
+
+    def add(number: int) -> str:
+        return records.append(lambda identifier: {"id": identifier, "n": number, "seen": 0})["id"]
+
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(add, range(45)))
+        again = list(pool.map(lambda each: records.update(each, lambda found: found | {"seen": 1}), created))
+    assert len(set(created)) == 45
+    found = records.slice(after=None, limit=100)
+    assert found
+    assert sorted(record["n"] for record in found.records) == list(range(45))
+    assert all(record and record["seen"] == 1 for record in again)
+    assert all(record["seen"] == 1 for record in found.records)
