@@ -18,6 +18,7 @@ COPY pyproject.toml ./
 COPY requirements requirements
 ARG UNSLOTH=0
 ARG TRACKERS=0
+ARG SERVICE=0
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # Like `make setup`: the locks pin every file by its hash, and pyproject.toml pins torch's version.
 RUN python3 -m venv /opt/venv \
@@ -27,6 +28,7 @@ RUN python3 -m venv /opt/venv \
     && locks=(-r requirements/runtime.lock -r requirements/cluster.lock) \
     && if [[ "$UNSLOTH" == 1 ]]; then locks+=(-r requirements/unsloth.lock); fi \
     && if [[ "$TRACKERS" == 1 ]]; then locks+=(-r requirements/trackers.lock); fi \
+    && if [[ "$SERVICE" == 1 ]]; then locks+=(-r requirements/service.lock); fi \
     && /opt/venv/bin/uv pip install --no-deps --require-hashes --build-constraints requirements/bootstrap.lock \
         --compile-bytecode --python /opt/venv/bin/python "${locks[@]}"
 
@@ -48,6 +50,7 @@ COPY configs configs
 COPY utils utils
 COPY runs runs
 COPY training training
+COPY service service
 COPY cookbooks cookbooks
 # The user can write only to the home directory, so the embedded bucket is stored there.
 ENV PATH=/opt/venv/bin:$PATH \

@@ -64,7 +64,15 @@ def served(config: Path, port: int | None = None) -> Iterator[Served]:
     errors = config.with_suffix(f".{time.time_ns()}.stderr")
     with errors.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "main.py"), "serve", str(config), "--port", str(port or free_port()), "--json"],
+            [
+                sys.executable,
+                str(PROJECT / "main.py"),
+                "serve",
+                str(config),
+                "--port",
+                str(port or free_port()),
+                "--json",
+            ],
             cwd=PROJECT,
             env=environment(),
             stdin=subprocess.DEVNULL,
@@ -73,9 +81,9 @@ def served(config: Path, port: int | None = None) -> Iterator[Served]:
             text=True,
             process_group=0,
         )
+    assert process.stdout
     service = Served(process, "", None, errors)
     try:
-        assert process.stdout
         line = process.stdout.readline()
         assert line, errors.read_text()
         ready = json.loads(line)
@@ -83,6 +91,7 @@ def served(config: Path, port: int | None = None) -> Iterator[Served]:
         yield service
     finally:
         service.kill_all()
+        process.stdout.close()
 
 
 def run_client(base_url: str, key: str, *arguments: str, timeout: float = 300) -> dict[str, Any]:

@@ -22,7 +22,11 @@ TINY = {"device": "cpu", "dtype": "fp32", "gradient_checkpointing": False, "max_
 
 
 def write_service(
-    directory: Path, storage: str, model: str = "s3://anneal/no/model", base: dict[str, Any] | None = None, **keys: Any
+    directory: Path,
+    storage: str,
+    model: str = "s3://anneal/no/model",
+    base: dict[str, Any] | None = None,
+    **keys: Any,
 ) -> Path:
     """Write a service YAML with one base model, `tiny`, and return its path.
 
@@ -33,10 +37,18 @@ def write_service(
         base: More keys of the base model's YAML.
         keys: More keys of the service YAML.
     """
-    training = {"model_id": model, "train_path": "unused.jsonl", "lora_config": {"r": 4}, **TINY, **(base or {})}
+    training = {
+        "model_id": model,
+        "train_path": "unused.jsonl",
+        "lora_config": {"r": 4},
+        **TINY,
+        **(base or {}),
+    }
     (directory / "base.yaml").write_text(yaml.safe_dump(training))
     path = directory / "service.yaml"
-    path.write_text(yaml.safe_dump({"storage_path": storage, "models": {"tiny": {"config": "base.yaml"}}, **keys}))
+    path.write_text(
+        yaml.safe_dump({"storage_path": storage, "models": {"tiny": {"config": "base.yaml"}}, **keys})
+    )
     return path
 
 
@@ -70,7 +82,9 @@ class Api:
         options = {"data": {"purpose": purpose}, "files": {"file": ("rows.jsonl", content)}}
         return self._json("POST", "/v1/files", status, options)
 
-    def create_job(self, file_id: str, status: int = 200, headers: dict[str, str] | None = None, **keys: Any) -> Any:
+    def create_job(
+        self, file_id: str, status: int = 200, headers: dict[str, str] | None = None, **keys: Any
+    ) -> Any:
         """Create a job; see `get`."""
         body = {"model": "tiny", "training_file": file_id, **keys}
         return self.post("/v1/fine_tuning/jobs", body, status, headers=headers or {})
@@ -95,7 +109,9 @@ def running_api(service: LoadedService, projects: Sequence[str] = ("red",)) -> I
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(create_app(service, {}), log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            create_app(service, {}), log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
@@ -104,5 +120,3 @@ def running_api(service: LoadedService, projects: Sequence[str] = ("red",)) -> I
         finally:
             server.should_exit = True
             thread.join()
-
-

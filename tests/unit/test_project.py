@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from configs.loading import load_config
+from service.config import load_service
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-COOKBOOKS = sorted((ROOT / "cookbooks").rglob("*.yaml"))
+SERVICES = sorted((ROOT / "cookbooks" / "fine_tuning_service").glob("*.yaml"))
+COOKBOOKS = sorted({*(ROOT / "cookbooks").rglob("*.yaml")} - {*SERVICES})
 NOWHERE = "sys_platform == 'never'"
 PLATFORM_SPECIFIC = re.compile(r"(torch|torchvision|torchaudio|triton|xformers|nvidia-.*|cuda-.*)$")
 
@@ -132,7 +134,7 @@ def test_make_without_a_supported_python_names_the_supported_ones(tmp_path):
 def test_image_installs_the_locks_and_runs_as_a_non_root_user():
     dockerfile = read("Dockerfile")
     lock_names = set(re.findall(r"requirements/([\w-]+)\.lock", dockerfile))
-    assert lock_names == {"bootstrap", "runtime", "cluster", "unsloth", "trackers"}
+    assert lock_names == {"bootstrap", "runtime", "cluster", "unsloth", "trackers", "service"}
     assert {f"{name}.lock" for name in lock_names} <= {lock.name for lock in LOCKS}
     assert "--require-hashes" in dockerfile
     users = re.findall(r"^USER (.*)$", dockerfile.rpartition("\nFROM ")[2], re.M)
@@ -148,6 +150,12 @@ def test_image_contains_every_room():
 
 def test_cookbooks_exist():
     assert COOKBOOKS
+
+
+@pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
+def test_service_yaml_loads_and_shows_its_command(path):
+    assert load_service(path).bases
+    assert f"main.py serve {path.relative_to(ROOT)}" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", COOKBOOKS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -117,7 +117,11 @@ def test_job_reports_resolved_hyperparameters(apis: list[Api]):
         ({"training_file": "file-none"}, 400, "training_file"),
         ({"validation_file": "../x"}, 400, "validation_file"),
         ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, 400, "method.type"),
-        ({"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 1}}}}, 400, "method.supervised"),
+        (
+            {"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 1}}}},
+            400,
+            "method.supervised",
+        ),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs"),
         ({"suffix": "a:b"}, 400, "suffix"),
         ({"seed": -1}, 400, "seed"),
@@ -170,7 +174,9 @@ def test_unfinished_jobs_and_requests_have_limits(tmp_path: Path, bucket_uri: st
     with running_api(service, ["red", "blue"]) as (red, blue):
         file = red.upload(rows())["id"]
         red.create_job(file)
-        answer = red.request("POST", "/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "seed": 1})
+        answer = red.request(
+            "POST", "/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "seed": 1}
+        )
         assert answer.status_code == 429
         assert 0 < int(answer.headers["retry-after"]) <= 120
         red.get("/v1/models")
@@ -182,7 +188,11 @@ def test_unfinished_jobs_and_requests_have_limits(tmp_path: Path, bucket_uri: st
 
 def test_only_valid_keys_are_answered(apis: list[Api], store: S3Store):
     red = apis[0]
-    for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eA=="}):
+    for headers in (
+        {"Authorization": ""},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic eA=="},
+    ):
         assert red.request("GET", "/v1/models", headers=headers).status_code == 401
     again = Api(red.url, create_key(store, "red"))
     again.get("/v1/models")

@@ -71,4 +71,6 @@ def test_openai_client_fine_tunes_the_quickstart_model(tmp_path: Path, bucket_ur
     rows.write_text(write_problems(TRAIN_KINDS, 64, 1))
     with served(config) as service:
         assert service.key
-        check(run_client(service.base_url, service.key, str(rows), "smollm2-135m", timeout=600), "smollm2-135m")
+        check(
+            run_client(service.base_url, service.key, str(rows), "smollm2-135m", timeout=600), "smollm2-135m"
+        )

@@ -1,0 +1,199 @@
+"""Generated requests: every answer is below 500, has OpenAI's error object, and shows nothing of another project."""
+
+import json
+import os
+import random
+import socket
+import string
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from service.config import load_service
+from tests.support.service import Api, rows, running_api, write_service
+
+REQUESTS = 10_000 if os.environ.get("SERVICE_GRID") else 300
+CONNECTIONS = 1000 if os.environ.get("SERVICE_GRID") else 50
+MARK = "belongs-to-blue"
+MAX_GROWTH_BYTES = 300_000_000
+
+
+@pytest.fixture(scope="module")
+def apis(tmp_path_factory: pytest.TempPathFactory, bucket: Any) -> Iterator[list[Api]]:
+    storage = f"s3://{bucket.bucket}/fuzz-{random.randrange(10**9)}"
+    limits = {"requests_per_minute": 10**6, "jobs": 10**6}
+    path = write_service(tmp_path_factory.mktemp("fuzz"), storage, limits=limits)
+    with running_api(load_service(path), ["red", "blue"]) as found:
+        yield found
+
+
+def odd_value(chance: random.Random, depth: int = 0) -> Any:
+    kinds: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        2**70,
+        1e308,
+        0.5,
+        "",
+        "auto",
+        "../" * chance.randrange(1, 9),
+        "\x00",
+        "a" * chance.choice([10, 1000, 100_000]),
+        "".join(chance.choices(string.printable + "äß漢🙂\u202e", k=12)),
+    ]
+    if depth < 3:
+        kinds += [
+            [odd_value(chance, depth + 1) for _ in range(chance.randrange(4))],
+            {
+                str(odd_value(chance, 3))[:40]: odd_value(chance, depth + 1)
+                for _ in range(chance.randrange(4))
+            },
+        ]
+    return chance.choice(kinds)
+
+
+def odd_body(chance: random.Random, file: str) -> bytes:
+    body: dict[str, Any] = {
+        "model": "tiny",
+        "training_file": file,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
+        "metadata": {"a": "b"},
+        "suffix": "x",
+        "seed": 1,
+    }
+    names = [*body, "validation_file", "integrations", "hyperparameters", "unknown"]
+    for _ in range(chance.randrange(1, 4)):
+        name = chance.choice(names)
+        if chance.random() < 0.3:
+            body.pop(name, None)
+        else:
+            body[name] = odd_value(chance)
+    text = json.dumps(body).encode()
+    match chance.randrange(10):
+        case 0:
+            return text[: chance.randrange(len(text))]
+        case 1:
+            return b"[" * chance.choice([10, 3000, 200_000])
+        case 2:
+            return chance.randbytes(chance.randrange(200))
+        case _:
+            return text
+
+
+def odd_form(chance: random.Random) -> tuple[bytes, str]:
+    parts = [
+        b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n',
+        b'--B\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"messages": []}\r\n',
+        b'--B\r\nContent-Disposition: form-data; name="\xff"\r\n\r\nx\r\n',
+        b"--B\r\nX: " + b"y" * chance.choice([5, 9000]) + b"\r\n\r\nx\r\n",
+        b"--B\r\n\r\n" + chance.randbytes(50) + b"\r\n",
+    ]
+    form = b"".join(chance.choices(parts, k=chance.randrange(6))) + chance.choice([b"--B--\r\n", b"", b"--B"])
+    if chance.random() < 0.3:
+        form = form[: chance.randrange(len(form) + 1)]
+    kinds = [
+        "multipart/form-data; boundary=B",
+        "multipart/form-data",
+        "multipart/form-data; boundary=" + "z" * 300,
+        "text/plain",
+    ]
+    return form, chance.choice(kinds)
+
+
+def odd_request(chance: random.Random, files: list[str], jobs: list[str]) -> tuple[str, str, dict[str, Any]]:
+    identifier = chance.choice(
+        [
+            *files,
+            *jobs,
+            "..%2F..%2Fkeys",
+            "%00",
+            "x" * 500,
+            "file-%F0%9F%99%82",
+            "ftjob-" + "0" * 24,
+            "",
+            "ft:tiny:blue::0",
+        ]
+    )
+    query = chance.choice(
+        [
+            "",
+            "?limit=-1",
+            "?limit=1e9",
+            "?limit=100000000000000000000",
+            "?limit=2",
+            f"?after={identifier}",
+            "?order=up",
+            "?metadata[a]=b",
+            "?metadata[]=%FF",
+        ]
+    )
+    headers = {"content-type": chance.choice(["application/json", "text/plain", "multipart/form-data"])}
+    match chance.randrange(6):
+        case 0 | 1:
+            return "POST", "/v1/fine_tuning/jobs", {"data": odd_body(chance, files[0])}
+        case 2:
+            form, kind = odd_form(chance)
+            return "POST", "/v1/files", {"data": form, "headers": {"content-type": kind}}
+        case 3:
+            action = chance.choice(["", "/cancel", "/pause", "/resume", "/events", "/checkpoints", "/x"])
+            method = chance.choice(["GET", "POST", "DELETE", "PUT"])
+            return method, f"/v1/fine_tuning/jobs/{identifier}{action}{query}", {"headers": headers}
+        case 4:
+            method, kind = chance.choice(["GET", "DELETE", "POST"]), chance.choice(["files", "models"])
+            return (
+                method,
+                f"/v1/{kind}/{identifier}{chance.choice(['', '/content', '/x'])}{query}",
+                {"headers": headers},
+            )
+        case _:
+            return "GET", f"/v1/{chance.choice(['files', 'fine_tuning/jobs', 'models'])}{query}", {}
+
+
+def test_no_generated_request_is_answered_with_a_server_error(apis: list[Api]):
+    red, blue = apis
+    of_blue = blue.upload(rows())["id"]
+    job_of_blue = blue.create_job(of_blue, suffix=MARK)["id"]
+    of_red = red.upload(rows())["id"]
+    job_of_red = red.create_job(of_red)["id"]
+    before = psutil.Process().memory_info().rss
+
+    def send(seed: int) -> None:
+        chance = random.Random(seed)
+        method, path, options = odd_request(chance, [of_red, of_blue], [job_of_red, job_of_blue])
+        answer = red.request(method, path, **options)
+        assert answer.status_code < 500, (seed, method, path, answer.text)
+        assert MARK not in answer.text, (seed, method, path)
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, (seed, answer.text)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(send, range(REQUESTS)))
+    assert psutil.Process().memory_info().rss - before < MAX_GROWTH_BYTES
+    assert blue.get(f"/v1/fine_tuning/jobs/{job_of_blue}")["status"] == "validating_files"
+    assert blue.request("GET", f"/v1/files/{of_blue}/content").content == rows()
+
+
+def test_slow_and_cut_uploads_do_not_block_others(apis: list[Api]):
+    host, port = apis[0].url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {apis[0].key}\r\n"
+        "Content-Type: multipart/form-data; boundary=B\r\nContent-Length: 100000\r\n\r\n"
+        '--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    )
+    connections = [socket.create_connection((host, int(port))) for _ in range(CONNECTIONS)]
+    try:
+        for connection in connections:
+            connection.sendall(head.encode())
+        before = len(apis[0].get("/v1/files")["data"])
+        for connection in connections[::2]:
+            connection.close()
+        assert len(apis[0].get("/v1/files")["data"]) == before
+    finally:
+        for connection in connections:
+            connection.close()
+    apis[0].upload(rows())
