@@ -50,6 +50,7 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "adam_beta2",
     "adam_epsilon",
     "chat_template_kwargs",
+    "ignore_columns",
     "max_train_rows",
     "max_valid_rows",
     "turns",
@@ -299,7 +300,25 @@ class PreferenceTuningConfig(Section):
     """Strength of the pull towards the reference model; for orpo, weight of the odds-ratio loss."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
-    """The preference loss. dpo, ipo and kto use the initial model as the reference model; orpo needs no reference model."""
+    """The preference loss. dpo, ipo and kto use the initial model as the reference model; orpo needs no reference model. kto
+    also trains on unpaired rows: one answer with a `label` of true or false."""
+
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the losses of good answers in kto, to balance unequal numbers of good and bad ones."""
+
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the losses of bad answers in kto."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        conflicts = [
+            (key, f"`{key}` has no effect with `loss: {self.loss}`: write `loss: kto`, or remove it")
+            for key in ("desirable_weight", "undesirable_weight")
+            if self.loss != "kto" and getattr(self, key) != 1.0
+        ]
+        if conflicts:
+            raise ConflictError(conflicts)
+        return self
 
     @property
     def needs_reference(self) -> bool:
@@ -460,6 +479,9 @@ class FinetuneConfig(Section):
 
     columns: dict[Column, Text] = {}
     """Column names in the files: `{prompt: question, completion: answer}`."""
+
+    ignore_columns: list[Text] = []
+    """Columns to ignore, such as a quality `score` that would otherwise be rejected. The plan counts them."""
 
     bad_rows: Literal["error", "skip"] = "error"
     """Handling of rows that cannot be trained on. error: list them and stop before training; skip: exclude them, count them
@@ -749,6 +771,9 @@ def config_hash(config: FinetuneConfig) -> str:
         if getattr(config, name) == FinetuneConfig.model_fields[name].default
     }
     said = config.model_dump(mode="json", exclude=NOT_IN_HASH | unchanged)
+    for key in ("desirable_weight", "undesirable_weight"):  # these are newer, too
+        if said["preference_tuning_config"] and said["preference_tuning_config"][key] == 1.0:
+            del said["preference_tuning_config"][key]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -878,6 +903,12 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 
 def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    for ours, theirs in config.columns.items():
+        if theirs in config.ignore_columns:
+            yield (
+                "ignore_columns",
+                f"`ignore_columns` lists `{theirs}`, which `columns` maps to `{ours}`: remove one",
+            )
     weighted = [source.weight is not None for source in config.train_sources]
     if any(weighted) and not all(weighted):
         yield (
@@ -910,10 +941,13 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "`data_format: preference` requires `task: preference_tuning`: set that task as well",
         )
     if config.task == "preference_tuning" and config.data_format not in ("auto", "preference"):
-        yield (
-            "data_format",
-            f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`",
-        )
+        settings = config.preference_tuning_config
+        if settings is None or settings.loss != "kto" or config.data_format in ("text", "classification"):
+            yield (
+                "data_format",
+                f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`, or "
+                "`preference_tuning_config: {loss: kto}` for chats with a `label`",
+            )
     if config.data_format == "text" and config.task != "causal_lm":
         yield "data_format", "`data_format: text` has no answers to train on: write `task: causal_lm`"
     if config.data_format == "classification" and config.task != "classification":

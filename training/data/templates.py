@@ -412,8 +412,8 @@ class Renderer:
         raise clearest(errors)
 
     def _pair(self, pair: Pair) -> tuple[Rendered, ...]:
-        """Render both conversations of a pair after the same prompt."""
-        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected)]
+        """Render the conversations of a pair after the same prompt: two, or one of an unpaired row."""
+        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected) if side]
         index = len(pair.prompt)
         thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
         errors: list[RowError] = []
@@ -427,14 +427,14 @@ class Renderer:
             except RowError as error:
                 errors.append(error)
                 continue
-            if turns[0].prompt != turns[1].prompt:
+            if turns[0].prompt != turns[-1].prompt:
                 errors.append(
                     RowError(
                         "template", "the chat template renders the prompt of the two answers differently"
                     )
                 )
                 continue
-            if turns[0].completion == turns[1].completion:
+            if len(turns) == 2 and turns[0].completion == turns[1].completion:
                 raise RowError(
                     "nothing to prefer", "the chat template renders `chosen` and `rejected` to the same text"
                 )
