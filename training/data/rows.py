@@ -18,6 +18,8 @@ from training.data.chats import (
     read_history,
     same_words,
     short,
+    turns_of,
+    written_turns,
 )
 from training.data.errors import RowError, check_text, json_type
 from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text
@@ -77,6 +79,7 @@ _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
 }
 _UNPAIRED: tuple[DataFormat, ...] = ("messages", "conversations", "prompt_completion", "instruction")
 """Formats that preference tuning reads as one response with a label."""
+_CHATS = ("conversations", "messages")
 _RATINGS = ("label", "kto_tag")
 """Columns that say whether the response is good: of TRL, and of LLaMA-Factory."""
 _FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
@@ -209,8 +212,9 @@ def _variables_of(value: Any) -> dict[str, Any]:
 def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
     """Read a row by its format, and note or reject the columns that the format does not use."""
     known = ALL_COLUMNS[reading.data_format]
-    if reading.task == "preference_tuning" and reading.data_format != "preference":
-        known = known.union(_RATINGS)
+    if reading.task == "preference_tuning":
+        is_pair = reading.data_format == "preference"
+        known = known.union(_prompt_columns(row, reading.columns) if is_pair else _RATINGS)
     if not reading.columns and row.keys() <= known:
         return _READERS[reading.data_format](row, reading.columns)
     columns = _columns_of(row, reading.columns, reading.data_format)
@@ -367,8 +371,9 @@ def _read_conversations(row: dict[str, Any], columns: Mapping[str, str]) -> Chat
 def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
     messages, called = mapped(row, columns, name), _called(name, columns)
     mask = mapped(row, columns, "loss_mask")
+    messages = turns_of(listed(messages, called))
     if mask is not None:
-        messages = mask_messages(listed(messages, called), mask, _called("loss_mask", columns))
+        messages = mask_messages(messages, mask, _called("loss_mask", columns))
     tools = _tools_of(row, columns, wrap=name == "conversations")
     return read_chat(messages, called, tools, system=_system_of(row, columns))
 
@@ -384,13 +389,21 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
 
 
 def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    question = _text_of(row, "instruction", columns)
-    more = mapped(row, columns, "input")
-    if more is not None and not (isinstance(more, str) and not more.strip()):
-        question = f"{question}\n\n{_text_of(row, 'input', columns)}"
-    messages = [*_history_of(row, columns), *_two_turns(question, _text_of(row, "output", columns))]
+    messages = [
+        *_history_of(row, columns),
+        *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
+    ]
     messages[-1] = _with_reasoning(messages[-1], row)
     return read_chat(messages, "the row", system=_system_of(row, columns))
+
+
+def _question_of(row: dict[str, Any], columns: Mapping[str, str]) -> str:
+    """Return the instruction of a row, with its input if it has one."""
+    question = _text_of(row, "instruction", columns)
+    more = mapped(row, columns, "input")
+    if more is None or (isinstance(more, str) and not more.strip()):
+        return question
+    return f"{question}\n\n{_text_of(row, 'input', columns)}"
 
 
 def _with_reasoning(answer: Any, row: dict[str, Any]) -> Any:
@@ -429,19 +442,45 @@ def _written_messages(text: str) -> list[Any]:
 
 
 def _side(row: dict[str, Any], name: str, role: str, columns: Mapping[str, str]) -> list[Any]:
-    """Convert a column that contains a text or a list of messages into a list of messages."""
+    """Convert a column that contains a text, a message or a list of messages into a list of messages."""
     value = mapped(row, columns, name)
     if isinstance(value, list | tuple):
         return listed(value, _called(name, columns))
+    if is_message(value):
+        return [value]
     if isinstance(value, str) and value.lstrip().startswith("[{") and (messages := _written_messages(value)):
+        return messages
+    if isinstance(value, str) and (messages := written_turns(value)):
         return messages
     return [{"role": role, "content": _text_of(row, name, columns)}]
 
 
+def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:
+    """Return the messages before both answers of a pair."""
+    match _prompt_columns(row, columns):
+        case ["prompt"]:
+            return _side(row, "prompt", "user", columns)
+        case ["instruction", *_]:
+            return [*_history_of(row, columns), {"role": "user", "content": _question_of(row, columns)}]
+        case [name]:
+            return listed(mapped(row, columns, name), _called(name, columns))
+    return []
+
+
+def _prompt_columns(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns that hold the prompt of a pair: `prompt`, or those that LLaMA-Factory has in its place."""
+    if mapped(row, columns, "prompt") is not None:
+        return ("prompt",)
+    if mapped(row, columns, "instruction") is not None:
+        return ("instruction", "input", "history")
+    if is_message(mapped(row, columns, "chosen")):
+        return tuple(name for name in _CHATS if mapped(row, columns, name) is not None)[:1]
+    return ()
+
+
 def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     """Read two conversations; the messages that they share are the prompt."""
-    has_prompt = mapped(row, columns, "prompt") is not None
-    prompt = _side(row, "prompt", "user", columns) if has_prompt else []
+    prompt = _prompt_of_pair(row, columns)
     tools, system = _tools_of(row, columns), _system_of(row, columns)
     chats: list[Chat] = []
     for name in ("chosen", "rejected"):
@@ -478,6 +517,11 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
             "has an answer of weight 0, but both answers of a pair are compared. Remove the weight",
         )
     notes = tuple(dict.fromkeys(note for chat in chats for note in chat.notes))
+    if any(
+        isinstance(text := mapped(row, columns, name), str) and written_turns(text)
+        for name in ("chosen", "rejected")
+    ):
+        notes = (*notes, "texts with `Human:` and `Assistant:` are read as messages")
     return Pair(chosen[:same], chosen[same:], rejected[same:], chats[0].tools, notes=notes)
 
 

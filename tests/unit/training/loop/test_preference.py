@@ -46,7 +46,10 @@ def tuned_model(tiny_model: Path) -> Any:
 def unpaired(rows: Dataset) -> Dataset:
     """Rows with one response each: the first, second, fourth and fifth are good answers."""
     return Dataset.from_list(
-        [dict(row) | {("chosen_ids", "rejected_ids")[number % 3 < 2]: []} for number, row in enumerate(rows.to_list())]
+        [
+            dict(row) | {("chosen_ids", "rejected_ids")[number % 3 < 2]: []}
+            for number, row in enumerate(rows.to_list())
+        ]
     )
 
 
