@@ -50,7 +50,11 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "adam_beta2",
     "adam_epsilon",
     "chat_template_kwargs",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "ignore_columns",
+    "loss_watchdog_patience",
+    "loss_watchdog_threshold",
     "max_train_rows",
     "max_valid_rows",
     "turns",
@@ -632,6 +636,19 @@ class FinetuneConfig(Section):
     checkpoint_and_evaluation_frequency: CheckpointFrequency = CheckpointFrequency()
     """How often to checkpoint and evaluate."""
 
+    early_stopping_patience: PositiveInt | None = None
+    """Stop training after this many evaluations in a row without a lower eval loss; null: train to the end."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Decrease of the eval loss, in nats per loss token, that does not count as lower."""
+
+    loss_watchdog_threshold: Annotated[float, Field(gt=0)] | None = None
+    """Fail the run if the training loss is above this value for loss_watchdog_patience steps in a row; null: only if a loss is NaN
+    or infinite."""
+
+    loss_watchdog_patience: PositiveInt = 3
+    """Steps in a row above loss_watchdog_threshold."""
+
     eval_first: bool = True
     """Evaluate before the first training step (if valid_path is set)."""
 
@@ -786,6 +803,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     """Yield conflicts between keys: (key, what is wrong and how to fix it)."""
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
+    yield from _stop_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
     yield from _data_conflicts(config)
@@ -834,6 +852,24 @@ def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "num_warmup_steps",
             "`lr_scheduler_type: constant` has no warm-up: use `constant_with_warmup`, or "
             "`num_warmup_steps: 0`",
+        )
+
+
+def _stop_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if config.early_stopping_patience is not None and not config.valid_sources:
+        yield (
+            "early_stopping_patience",
+            "`early_stopping_patience` compares eval losses, but there are no validation rows: add `valid_path` or `valid_split`",
+        )
+    if config.early_stopping_threshold and config.early_stopping_patience is None:
+        yield (
+            "early_stopping_threshold",
+            "`early_stopping_threshold` has no effect without `early_stopping_patience`: add it, or remove the threshold",
+        )
+    if config.loss_watchdog_patience != 3 and config.loss_watchdog_threshold is None:
+        yield (
+            "loss_watchdog_patience",
+            "`loss_watchdog_patience` has no effect without `loss_watchdog_threshold`: add it, or remove the patience",
         )
 
 
