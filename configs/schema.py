@@ -50,6 +50,11 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "adam_beta2",
     "adam_epsilon",
     "chat_template_kwargs",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "ignore_columns",
+    "loss_watchdog_patience",
+    "loss_watchdog_threshold",
     "max_train_rows",
     "max_valid_rows",
     "turns",
@@ -299,7 +304,25 @@ class PreferenceTuningConfig(Section):
     """Strength of the pull towards the reference model; for orpo, weight of the odds-ratio loss."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto"] = "dpo"
-    """The preference loss. dpo, ipo and kto use the initial model as the reference model; orpo needs no reference model."""
+    """The preference loss. dpo, ipo and kto use the initial model as the reference model; orpo needs no reference model. kto
+    also trains on unpaired rows: one answer with a `label` of true or false."""
+
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the losses of good answers in kto, to balance unequal numbers of good and bad ones."""
+
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the losses of bad answers in kto."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        conflicts = [
+            (key, f"`{key}` has no effect with `loss: {self.loss}`: write `loss: kto`, or remove it")
+            for key in ("desirable_weight", "undesirable_weight")
+            if self.loss != "kto" and getattr(self, key) != 1.0
+        ]
+        if conflicts:
+            raise ConflictError(conflicts)
+        return self
 
     @property
     def needs_reference(self) -> bool:
@@ -461,6 +484,9 @@ class FinetuneConfig(Section):
     columns: dict[Column, Text] = {}
     """Column names in the files: `{prompt: question, completion: answer}`."""
 
+    ignore_columns: list[Text] = []
+    """Columns to ignore, such as a quality `score` that would otherwise be rejected. The plan counts them."""
+
     bad_rows: Literal["error", "skip"] = "error"
     """Handling of rows that cannot be trained on. error: list them and stop before training; skip: exclude them, count them
     and list them in the run's skipped_rows.jsonl."""
@@ -610,6 +636,19 @@ class FinetuneConfig(Section):
     checkpoint_and_evaluation_frequency: CheckpointFrequency = CheckpointFrequency()
     """How often to checkpoint and evaluate."""
 
+    early_stopping_patience: PositiveInt | None = None
+    """Stop training after this many evaluations in a row without a lower eval loss; null: train to the end."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Decrease of the eval loss, in nats per loss token, that does not count as lower."""
+
+    loss_watchdog_threshold: Annotated[float, Field(gt=0)] | None = None
+    """Fail the run if the training loss is above this value for loss_watchdog_patience steps in a row; null: only if a loss is NaN
+    or infinite."""
+
+    loss_watchdog_patience: PositiveInt = 3
+    """Steps in a row above loss_watchdog_threshold."""
+
     eval_first: bool = True
     """Evaluate before the first training step (if valid_path is set)."""
 
@@ -749,6 +788,9 @@ def config_hash(config: FinetuneConfig) -> str:
         if getattr(config, name) == FinetuneConfig.model_fields[name].default
     }
     said = config.model_dump(mode="json", exclude=NOT_IN_HASH | unchanged)
+    for key in ("desirable_weight", "undesirable_weight"):  # these are newer, too
+        if said["preference_tuning_config"] and said["preference_tuning_config"][key] == 1.0:
+            del said["preference_tuning_config"][key]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -761,6 +803,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     """Yield conflicts between keys: (key, what is wrong and how to fix it)."""
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
+    yield from _stop_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
     yield from _data_conflicts(config)
@@ -809,6 +852,24 @@ def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "num_warmup_steps",
             "`lr_scheduler_type: constant` has no warm-up: use `constant_with_warmup`, or "
             "`num_warmup_steps: 0`",
+        )
+
+
+def _stop_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if config.early_stopping_patience is not None and not config.valid_sources:
+        yield (
+            "early_stopping_patience",
+            "`early_stopping_patience` compares eval losses, but there are no validation rows: add `valid_path` or `valid_split`",
+        )
+    if config.early_stopping_threshold and config.early_stopping_patience is None:
+        yield (
+            "early_stopping_threshold",
+            "`early_stopping_threshold` has no effect without `early_stopping_patience`: add it, or remove the threshold",
+        )
+    if config.loss_watchdog_patience != 3 and config.loss_watchdog_threshold is None:
+        yield (
+            "loss_watchdog_patience",
+            "`loss_watchdog_patience` has no effect without `loss_watchdog_threshold`: add it, or remove the patience",
         )
 
 
@@ -878,6 +939,12 @@ def _task_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 
 def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    for ours, theirs in config.columns.items():
+        if theirs in config.ignore_columns:
+            yield (
+                "ignore_columns",
+                f"`ignore_columns` lists `{theirs}`, which `columns` maps to `{ours}`: remove one",
+            )
     weighted = [source.weight is not None for source in config.train_sources]
     if any(weighted) and not all(weighted):
         yield (
@@ -910,10 +977,13 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "`data_format: preference` requires `task: preference_tuning`: set that task as well",
         )
     if config.task == "preference_tuning" and config.data_format not in ("auto", "preference"):
-        yield (
-            "data_format",
-            f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`",
-        )
+        settings = config.preference_tuning_config
+        if settings is None or settings.loss != "kto" or config.data_format in ("text", "classification"):
+            yield (
+                "data_format",
+                f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`, or "
+                "`preference_tuning_config: {loss: kto}` for chats with a `label`",
+            )
     if config.data_format == "text" and config.task != "causal_lm":
         yield "data_format", "`data_format: text` has no answers to train on: write `task: causal_lm`"
     if config.data_format == "classification" and config.task != "classification":

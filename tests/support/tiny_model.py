@@ -1,5 +1,6 @@
 """A tiny Llama with 100 thousand random parameters, its tokenizer and data, all written to real files within a second."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,15 @@ def write_preference_pairs(
     train.write_text(write_pairs(TRAIN_KINDS, train_rows, 1))
     valid.write_text(write_pairs(VALID_KINDS, valid_rows, 2))
     return train, valid
+
+
+def write_unpaired_rows(pairs: Path, path: Path) -> Path:
+    """Write one response of each pair with its label, as TRL's KTOTrainer reads them; every third one is not desirable."""
+    rows = []
+    for number, line in enumerate(pairs.read_text().splitlines()):
+        pair = json.loads(line)
+        is_good = number % 3 < 2
+        answer = pair["chosen" if is_good else "rejected"]
+        rows.append({"prompt": pair["prompt"], "completion": answer, "label": is_good})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

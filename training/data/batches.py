@@ -17,6 +17,7 @@ PADDING_ROW = -1  # fills the last batch of an epoch; all of its labels are igno
 
 _MOST_STEPS_A_WINDOW = 50
 _LEAST_WINDOWS = 4
+_NEIGHBORS = 32
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class TokenSequences(Dataset[dict[str, Any]]):
 
 
 class PairSequences(Dataset[dict[str, Any]]):
-    """A dataset of preference pairs, with the empty pair for PADDING_ROW."""
+    """A dataset of preference pairs and unpaired rows (which have one response), with the empty pair for PADDING_ROW."""
 
     def __init__(self, rows: Any, pad_token_id: int, *, with_mismatched: bool):
         """Build the dataset.
@@ -246,8 +247,8 @@ class PairSequences(Dataset[dict[str, Any]]):
         Args:
             rows: Rows with prompt_ids, chosen_ids and rejected_ids.
             pad_token_id: Token of the empty pair.
-            with_mismatched: Add the next pair's responses as mismatched_chosen_ids and mismatched_rejected_ids, from which
-                kto estimates the divergence from the reference; see `pair_losses`.
+            with_mismatched: Add the responses of the next row with another prompt as mismatched_chosen_ids and
+                mismatched_rejected_ids, from which kto estimates the divergence from the reference; see `pair_losses`.
         """
         self.rows = rows
         self.with_mismatched = with_mismatched
@@ -260,9 +261,19 @@ class PairSequences(Dataset[dict[str, Any]]):
         pair = self.padding if index == PADDING_ROW else self.rows[index]
         pair = {name: pair[name] for name in self.padding}
         if self.with_mismatched:
-            other = self.padding if index == PADDING_ROW else self.rows[(index + 1) % len(self.rows)]
+            other = self.padding if index == PADDING_ROW else self._mismatched(index)
             pair |= {f"mismatched_{name}": other[name] for name in ("chosen_ids", "rejected_ids")}
         return pair
+
+    def _mismatched(self, index: int) -> dict[str, Any]:
+        """Return the next row with another prompt, or the last of its neighbors if all have the same."""
+        prompt = self.rows[index]["prompt_ids"]
+        other = self.rows[index]
+        for distance in range(1, min(len(self.rows), _NEIGHBORS) + 1):
+            other = self.rows[(index + distance) % len(self.rows)]
+            if other["prompt_ids"] != prompt:
+                break
+        return other
 
 
 def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> int | None:

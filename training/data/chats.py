@@ -39,6 +39,7 @@ _TEXT_AND_CALLS = (
 _KNOWN = {*_TEXT_AND_CALLS, *REASONING_KEYS, *_IN_LOSS, *_OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
+_WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
 
@@ -77,6 +78,9 @@ def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system
         _append(_read_message(value, position, reading), position, reading)
     _add_system(system, reading)
     _cut(reading)
+    if reading.tools and _lists_tools(reading.messages[0], reading.tools):
+        reading.tools = None
+        reading.notes.append("the system message lists the tools, so the column `tools` is not used")
     return Chat(
         reading.messages,
         reading.tools,
@@ -94,6 +98,31 @@ def listed(value: Any, what: str) -> list[Any]:
     if not value:
         raise RowError("empty content", f"{what} is an empty list")
     return list(value)
+
+
+def turns_of(values: list[Any]) -> list[Any]:
+    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara)."""
+    if len(values) > 1 and all(isinstance(value, str) for value in values):
+        roles = ("user", "assistant")
+        return [{"role": roles[number % 2], "content": text} for number, text in enumerate(values)]
+    if not all(isinstance(value, dict) and {"input", "output"} <= value.keys() for value in values):
+        return values
+    messages: list[Any] = []
+    for value in values:
+        others = {key: entry for key, entry in value.items() if key not in ("input", "output")}
+        messages.append({"role": "user", "content": value["input"]})
+        messages.append({"role": "assistant", "content": value["output"], **others})
+    return messages
+
+
+def written_turns(text: str) -> list[Message]:
+    """Return the messages of a text in the form of HH-RLHF, without an empty answer at its end; empty for another text."""
+    if not text.startswith("\n\nHuman:"):
+        return []
+    _, *parts = _WRITTEN_TURN.split(text)
+    roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, parts[1::2], strict=True)]
+    return messages[:-1] if roles[-1] == "assistant" and not messages[-1]["content"].strip() else messages
 
 
 def _is_usual(messages: list[Any]) -> bool:
@@ -335,6 +364,15 @@ def _add_system(system: str | None, reading: _Reading) -> None:
         raise RowError(
             "two system texts", "has a system column and another system message. Remove one of them"
         )
+
+
+def _lists_tools(message: Message, tools: list[Tool]) -> bool:
+    """Return whether a system message lists all tools itself, as those of Hermes do; a template would list them again."""
+    text = message["content"]
+    if message["role"] not in _SYSTEM or "<tools>" not in text:
+        return False
+    functions = [tool.get("function", tool) for tool in tools]
+    return all(isinstance(function, dict) and str(function.get("name")) in text for function in functions)
 
 
 def _cut(reading: _Reading) -> None:

@@ -155,6 +155,7 @@ class _Preparation:
             variables=dict(request.chat_template_kwargs),
         )
         self.notes: Counter[str] = Counter()
+        self._ignored = frozenset(request.ignore_columns)
         self.split_rows = 0
         self.directory = directory
         self.rows_read = 0
@@ -212,6 +213,9 @@ class _Preparation:
                 try:
                     if isinstance(value, RowError):
                         raise value
+                    ignored = self._ignored & value.keys()
+                    if ignored:
+                        value = {name: entry for name, entry in value.items() if name not in ignored}
                     reading = reading or self._reading(value)
                     example = self._read(value, reading)
                     sequences = self.renderer.render(example)
@@ -225,9 +229,11 @@ class _Preparation:
                     continue
                 if notes := (*example.notes, *self.renderer.notes(example, sequences)):
                     self.notes.update(set(notes))
+                self.notes.update(f"column `{name}` is ignored (ignore_columns)" for name in ignored)
                 taken += 1
                 if isinstance(example, Pair):
-                    yield RenderedRow(number, row, sequences, None)
+                    only = int(bool(example.chosen)) if len(sequences) == 1 else None
+                    yield RenderedRow(number, row, sequences, only)
                     continue
                 self.split_rows += len(sequences) > 1
                 for sequence in sequences:
@@ -247,15 +253,21 @@ class _Preparation:
         columns = dict(request.columns)
         data_format = request.data_format
         if data_format == "auto":
-            data_format = recognise(row, columns, request.task, request.prompt_template)
-        return RowSchema(request.task, data_format, columns, request.prompt_template, request.labels)
+            data_format = recognise(
+                row, columns, request.task, request.prompt_template, unpaired=request.unpaired
+            )
+        return RowSchema(
+            request.task, data_format, columns, request.prompt_template, request.labels, request.unpaired
+        )
 
     def _read(self, row: dict[str, Any], reading: RowSchema) -> Example:
         try:
             return read_row(row, reading)
         except RowError as error:
             if self.request.data_format == "auto":
-                other = recognise(row, reading.columns, reading.task, reading.prompt_template)
+                other = recognise(
+                    row, reading.columns, reading.task, reading.prompt_template, unpaired=reading.unpaired
+                )
                 if other != reading.data_format:
                     raise RowError(
                         "mixed formats",

@@ -48,11 +48,13 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a chosen and a rejected response."""
+    """A prompt with a chosen and a rejected response, or with one of them."""
 
     prompt: list[Message]
     chosen: list[Message]
+    """Empty in an unpaired row whose response is not desirable."""
     rejected: list[Message]
+    """Empty in an unpaired row whose response is desirable."""
     tools: list[dict[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template for this row (`chat_template_kwargs`)."""

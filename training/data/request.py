@@ -34,6 +34,8 @@ class DataRequest:
     data_format: Literal["auto"] | DataFormat
     columns: tuple[tuple[str, str], ...]
     """(standard column name, column name in the files)."""
+    ignore_columns: tuple[str, ...]
+    """Columns that are removed from every row."""
     prompt_template: str | None
     chat_template: str | None
     """Jinja source; None: the model's own template."""
@@ -43,6 +45,8 @@ class DataRequest:
     """The assistant messages in the loss; see `Renderer`."""
     labels: tuple[str, ...]
     """Classification labels."""
+    unpaired: bool
+    """True if a row of preference tuning may be one response with a label (loss: kto)."""
     context_length: int | None
     """Maximum tokens per row; None: limited only by `max_context`."""
     max_context: int | None

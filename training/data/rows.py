@@ -18,6 +18,8 @@ from training.data.chats import (
     read_history,
     same_words,
     short,
+    turns_of,
+    written_turns,
 )
 from training.data.errors import RowError, check_text, json_type
 from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text
@@ -77,6 +79,13 @@ _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
         "instruction",
     ),
 }
+_UNPAIRED: tuple[DataFormat, ...] = ("messages", "conversations", "prompt_completion", "instruction")
+"""Formats that preference tuning reads as one response with a label."""
+_CHATS = ("conversations", "messages")
+_RATINGS = ("label", "kto_tag")
+"""Columns that say whether the response is good: of TRL, and of LLaMA-Factory."""
+_FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+"""Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +99,26 @@ class RowSchema:
     prompt_template: str | None
     labels: tuple[str, ...]
     """Labels from `classifier_config.label_tokens`."""
+    unpaired: bool = False
+    """True if a row of preference tuning may be one response with a label (loss: kto)."""
 
 
 def recognise(
-    row: dict[str, Any], columns: Mapping[str, str], task: Task, prompt_template: str | None = None
+    row: dict[str, Any],
+    columns: Mapping[str, str],
+    task: Task,
+    prompt_template: str | None = None,
+    *,
+    unpaired: bool = False,
 ) -> DataFormat:
     """Detect the format of a row from its columns that are not null.
+
+    Args:
+        row: The row.
+        columns: Standard column name -> column name in the file.
+        task: The run's task.
+        prompt_template: The YAML's prompt_template.
+        unpaired: True if a row of preference tuning may be one response with a label.
 
     Raises:
         RowError: The task supports no format that matches the row.
@@ -110,13 +133,19 @@ def recognise(
         for name, needed in _COLUMNS.items()
         if all(row.get(_name_of(row, columns, column)) is not None for column in needed)
     ]
-    allowed = _FORMATS_OF_TASK[task]
+    allowed = (*_FORMATS_OF_TASK[task], *(_UNPAIRED if unpaired else ()))
     for name in found:
         if name in allowed:
             return name
     has_empty_columns = any(
         all(columns.get(column, column) in row for column in _COLUMNS[name]) for name in allowed
     )
+    if found and task == "preference_tuning" and _rating_of(row, columns) is not None:
+        raise RowError(
+            "wrong format",
+            "has one response with a label, not a pair of chosen and rejected, which only loss: kto trains on. Set "
+            "preference_tuning_config: {loss: kto}",
+        )
     if found and not has_empty_columns:
         tasks = " or ".join(other for other, formats in _FORMATS_OF_TASK.items() if found[0] in formats)
         raise RowError(
@@ -155,6 +184,8 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
         example = replace(example, variables=_variables_of(row["chat_template_kwargs"]))
     if not isinstance(example, Chat):
         return example
+    if reading.task == "preference_tuning":
+        return _rated(example, row, reading.columns)
     if reading.task == "classification":
         return _labelled(example, reading.labels)
     if reading.task == "causal_lm" and example.untrained:
@@ -195,6 +226,9 @@ def _variables_of(value: Any) -> dict[str, Any]:
 def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
     """Read a row by its format, and note or reject the columns that the format does not use."""
     known = ALL_COLUMNS[reading.data_format]
+    if reading.task == "preference_tuning":
+        is_pair = reading.data_format == "preference"
+        known = known.union(_prompt_columns(row, reading.columns) if is_pair else _RATINGS)
     if not reading.columns and row.keys() <= known:
         return _READERS[reading.data_format](row, reading.columns)
     columns = _columns_of(row, reading.columns, reading.data_format)
@@ -225,22 +259,61 @@ def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str,
         if name in used or value is None or value in ("", [], {}):
             continue
         if is_media(name):
-            raise RowError("unsupported content", f"has a column `{name}`. Only text is supported")
+            raise RowError(
+                "unsupported content",
+                f"has a column `{name}`. Only text is supported. If the text does not need it, set ignore_columns: [{name}]",
+            )
         if task == "instruction_tuning" and is_quality_tag(
             name, value
         ):  # the bad answers would be trained too
             raise RowError(
                 "quality tag",
                 f"has a column `{name}` ({short(value)}), which says how good the answer is, but task: instruction_tuning trains every "
-                f"answer. Remove the bad rows and the column, or build pairs for task: preference_tuning",
+                f"answer. Remove the bad rows and the column, ignore it with ignore_columns: [{name}], or use task: preference_tuning (true or "
+                "false needs preference_tuning_config: {loss: kto})",
             )
         if name in ("weight", "loss_mask", "loss", "train", "trainable") and value not in (1, True):
             raise RowError(
                 "wrong weight",
-                f"has a column `{name}`, which is not supported for this format. Remove it, and the rows that it excludes",
+                f"has a column `{name}`, which is not supported for this format. Remove it, and the rows that it excludes, or ignore it with "
+                f"ignore_columns: [{name}]",
             )
         notes.append(f"column `{name}` is not used")
     return tuple(notes)
+
+
+def _rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
+    """Return the label of an unpaired row under one of its names, or None."""
+    return next((value for name in _RATINGS if (value := mapped(row, columns, name)) is not None), None)
+
+
+def _rated(chat: Chat, row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
+    """Return the last answer of a chat as the chosen or the rejected response, by the row's label."""
+    rating = _rating_of(row, columns)
+    if rating is None:
+        raise RowError(
+            "no label",
+            "has neither `chosen` and `rejected` nor a `label` (or `kto_tag`) of true or false for its answer",
+        )
+    is_good = _FLAGS.get(rating.strip().lower() if isinstance(rating, str) else rating)
+    if is_good is None:
+        raise RowError(
+            "wrong label", f"has the label {short(rating)}. Use true for a good answer, false for a bad one"
+        )
+    completion = row.get(_name_of(row, columns, "completion"))
+    if isinstance(completion, list | tuple) and len(completion) > 1:
+        raise RowError(
+            "several answers",
+            f"{_called('completion', columns)} has {len(completion)} messages, but only one answer can be rated. Move the others to "
+            f"{_called('prompt', columns)}",
+        )
+    prompt, answer = chat.messages[:-1], chat.messages[-1:]
+    if len(prompt) in chat.untrained:
+        raise RowError(
+            "wrong weight", "has an answer that is excluded from the loss, but a label. Remove one of them"
+        )
+    sides = (answer, []) if is_good else ([], answer)
+    return Pair(prompt, *sides, chat.tools, chat.variables, chat.notes)
 
 
 def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
@@ -312,8 +385,9 @@ def _read_conversations(row: dict[str, Any], columns: Mapping[str, str]) -> Chat
 def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
     messages, called = mapped(row, columns, name), _called(name, columns)
     mask = mapped(row, columns, "loss_mask")
+    messages = turns_of(listed(messages, called))
     if mask is not None:
-        messages = mask_messages(listed(messages, called), mask, _called("loss_mask", columns))
+        messages = mask_messages(messages, mask, _called("loss_mask", columns))
     tools = _tools_of(row, columns, wrap=name == "conversations")
     return read_chat(messages, called, tools, system=_system_of(row, columns))
 
@@ -329,13 +403,21 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
 
 
 def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    question = _text_of(row, "instruction", columns)
-    more = mapped(row, columns, "input")
-    if more is not None and not (isinstance(more, str) and not more.strip()):
-        question = f"{question}\n\n{_text_of(row, 'input', columns)}"
-    messages = [*_history_of(row, columns), *_two_turns(question, _text_of(row, "output", columns))]
+    messages = [
+        *_history_of(row, columns),
+        *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
+    ]
     messages[-1] = _with_reasoning(messages[-1], row)
     return read_chat(messages, "the row", system=_system_of(row, columns))
+
+
+def _question_of(row: dict[str, Any], columns: Mapping[str, str]) -> str:
+    """Return the instruction of a row, with its input if it has one."""
+    question = _text_of(row, "instruction", columns)
+    more = mapped(row, columns, "input")
+    if more is None or (isinstance(more, str) and not more.strip()):
+        return question
+    return f"{question}\n\n{_text_of(row, 'input', columns)}"
 
 
 def _with_reasoning(answer: Any, row: dict[str, Any]) -> Any:
@@ -374,19 +456,45 @@ def _written_messages(text: str) -> list[Any]:
 
 
 def _side(row: dict[str, Any], name: str, role: str, columns: Mapping[str, str]) -> list[Any]:
-    """Convert a column that contains a text or a list of messages into a list of messages."""
+    """Convert a column that contains a text, a message or a list of messages into a list of messages."""
     value = mapped(row, columns, name)
     if isinstance(value, list | tuple):
         return listed(value, _called(name, columns))
+    if is_message(value):
+        return [value]
     if isinstance(value, str) and value.lstrip().startswith("[{") and (messages := _written_messages(value)):
+        return messages
+    if isinstance(value, str) and (messages := written_turns(value)):
         return messages
     return [{"role": role, "content": _text_of(row, name, columns)}]
 
 
+def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:
+    """Return the messages before both answers of a pair."""
+    match _prompt_columns(row, columns):
+        case ["prompt"]:
+            return _side(row, "prompt", "user", columns)
+        case ["instruction", *_]:
+            return [*_history_of(row, columns), {"role": "user", "content": _question_of(row, columns)}]
+        case [name]:
+            return listed(mapped(row, columns, name), _called(name, columns))
+    return []
+
+
+def _prompt_columns(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns that hold the prompt of a pair: `prompt`, or those that LLaMA-Factory has in its place."""
+    if mapped(row, columns, "prompt") is not None:
+        return ("prompt",)
+    if mapped(row, columns, "instruction") is not None:
+        return ("instruction", "input", "history")
+    if is_message(mapped(row, columns, "chosen")):
+        return tuple(name for name in _CHATS if mapped(row, columns, name) is not None)[:1]
+    return ()
+
+
 def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     """Read two conversations; the messages that they share are the prompt."""
-    has_prompt = mapped(row, columns, "prompt") is not None
-    prompt = _side(row, "prompt", "user", columns) if has_prompt else []
+    prompt = _prompt_of_pair(row, columns)
     tools, system = _tools_of(row, columns), _system_of(row, columns)
     chats: list[Chat] = []
     for name in ("chosen", "rejected"):
@@ -423,6 +531,11 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
             "has an answer of weight 0, but both answers of a pair are compared. Remove the weight",
         )
     notes = tuple(dict.fromkeys(note for chat in chats for note in chat.notes))
+    if any(
+        isinstance(text := mapped(row, columns, name), str) and written_turns(text)
+        for name in ("chosen", "rejected")
+    ):
+        notes = (*notes, "texts with `Human:` and `Assistant:` are read as messages")
     return Pair(chosen[:same], chosen[same:], rejected[same:], chats[0].tools, notes=notes)
 
 

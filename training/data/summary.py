@@ -113,8 +113,8 @@ def show_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerFast") -> l
 
 def _ids_and_trained(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
     if "prompt_ids" in row:
-        prompt, chosen = row["prompt_ids"], row["chosen_ids"]
-        return prompt + chosen, [False] * len(prompt) + [True] * len(chosen)
+        prompt, response = row["prompt_ids"], row["chosen_ids"] or row["rejected_ids"]
+        return prompt + response, [False] * len(prompt) + [True] * len(response)
     return row["input_ids"], [label != IGNORED for label in row["labels"]]
 
 

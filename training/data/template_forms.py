@@ -8,10 +8,12 @@ from itertools import product, takewhile
 from typing import Any
 
 from training.data.records import REASONING_KEYS, Chat, Message
+from training.data.tools import Tool
 from utils.files import checksum_bytes
 
 # With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
+_TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
 
 
@@ -29,6 +31,8 @@ class Form:
     """True to hand over no content beside calls."""
     parts: bool = False
     """True to hand over content as a list of text parts."""
+    tools_in_system: bool = False
+    """True to hand over the tools in the system message, as the JSON text of their functions."""
 
 
 def answers_of(messages: Sequence[Message]) -> list[int]:
@@ -71,10 +75,14 @@ def thought_of(message: Message) -> tuple[str, str]:
     return "", message["content"]
 
 
-def adapted(messages: Sequence[Message], form: Form) -> list[Message]:
+def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | None) -> list[Message]:
     """Return messages in the form that a template reads."""
     if form.short_ids:
         messages = _with_ids(messages)
+    if form.tools_in_system:
+        system = messages[0] if messages[0]["role"] == "system" else {"role": "system", "content": ""}
+        functions = json.dumps([tool.get("function", tool) for tool in tools or ()], ensure_ascii=False)
+        messages = [{**system, "tools": functions}, *messages[messages[0]["role"] == "system" :]]
     return [_adapted(message, form) for message in messages]
 
 
@@ -146,11 +154,13 @@ def possible_forms(chat: Chat, template: str) -> Iterator[Form]:
     elif any(_is_thought(message) for message in chat.messages):
         reasoning = (*REASONING_KEYS, None)
     either = (False, True)
-    for parts, null, ids, text, key in product(
+    in_system = either if chat.tools and _TOOLS_OF_A_MESSAGE.search(template) else (False,)
+    for system, parts, null, ids, text, key in product(
+        in_system,
         either,
         either if calls else (False,),
         either if calls else (False,),
         either if calls else (False,),
         reasoning,
     ):
-        yield Form(key, text, ids, null, parts)
+        yield Form(key, text, ids, null, parts, system)

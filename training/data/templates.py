@@ -33,6 +33,11 @@ Turns = Literal["auto", "last", "all"]
 _QUESTION, _ANSWER = "What is it?", "That is it."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
+_DIRECTIVES = (
+    "/no_think",
+    "/think",
+    "/system_override",
+)  # in the order in which SmolLM3's template removes them
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
@@ -105,6 +110,7 @@ class Renderer:
             if name not in self._variables and re.search(rf"(?<![\w.'\"]){name}\b(?!['\"])", self._source)
         ]
         """Variables that turn thinking on and off, which the template reads and the YAML does not set."""
+        self._directives = [word for word in _DIRECTIVES if re.search(rf"['\"]{word}['\"]", self._source)]
         self._forms: dict[tuple[bool, ...], Form] = {}
         """Features of a chat -> the form that rendered the last such chat."""
         self._appends: dict[tuple[Any, ...], bool] = {}
@@ -293,8 +299,8 @@ class Renderer:
         for form in [known, *forms] if known else forms:
             try:
                 turns = [self._turn(chat, index, form) for index in trained]
-                check_context(turns[-1].prompt, chat.messages[: trained[-1]])
-                check_tools(turns[0].prompt, chat.messages[: trained[0]], chat.tools)
+                check_context(turns[-1].prompt, self._said(chat.messages[: trained[-1]]))
+                check_tools(turns[0].prompt, self._said(chat.messages[: trained[0]]), chat.tools)
             except RowError as error:
                 errors.append(error)
                 continue
@@ -311,7 +317,7 @@ class Renderer:
             form: How messages are handed to the template.
             thinks: True if the turn is asked for with thinking; None: if it has reasoning.
         """
-        messages = adapted(chat.messages[: index + 1], form)
+        messages = adapted(chat.messages[: index + 1], form, chat.tools)
         answer = chat.messages[index]
         reasoning = thought_of(answer)[0]
         # A row may write an empty thought itself; in a pair of which one answer has reasoning, the other is an answer without.
@@ -390,17 +396,26 @@ class Renderer:
         whole = prompt + completion
         return _Turn(whole, len(prompt), len(whole.rstrip()))
 
+    def _said(self, messages: list[Message]) -> list[Message]:
+        """Return messages without the words of a system message that the template reads as a switch (SmolLM3)."""
+        if not self._directives or not messages or messages[0]["role"] != "system":
+            return messages
+        content = messages[0]["content"]
+        for directive in self._directives:
+            content = content.replace(directive, "")
+        return [{**messages[0], "content": content}, *messages[1:]]
+
     # --- Other examples ---
 
     def _whole(self, chat: Chat) -> Rendered:
         """Render a chat that is trained on every token."""
         errors: list[RowError] = []
         for form in possible_forms(chat, self._source):
-            messages = adapted(chat.messages, form)
+            messages = adapted(chat.messages, form, chat.tools)
             try:
                 whole = self._apply(messages, chat.tools)
-                check_context(whole, chat.messages)
-                check_tools(whole, chat.messages, chat.tools)
+                check_context(whole, self._said(chat.messages))
+                check_tools(whole, self._said(chat.messages), chat.tools)
                 if form.parts:
                     check_parts(whole, messages)
                 for index in answers_of(chat.messages):
@@ -412,8 +427,8 @@ class Renderer:
         raise clearest(errors)
 
     def _pair(self, pair: Pair) -> tuple[Rendered, ...]:
-        """Render both conversations of a pair after the same prompt."""
-        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected)]
+        """Render the conversations of a pair after the same prompt: two, or one of an unpaired row."""
+        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected) if side]
         index = len(pair.prompt)
         thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
         errors: list[RowError] = []
@@ -422,19 +437,19 @@ class Renderer:
         ):
             try:
                 turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
-                check_context(turns[0].prompt, pair.prompt)
-                check_tools(turns[0].prompt, pair.prompt, pair.tools)
+                check_context(turns[0].prompt, self._said(pair.prompt))
+                check_tools(turns[0].prompt, self._said(pair.prompt), pair.tools)
             except RowError as error:
                 errors.append(error)
                 continue
-            if turns[0].prompt != turns[1].prompt:
+            if turns[0].prompt != turns[-1].prompt:
                 errors.append(
                     RowError(
                         "template", "the chat template renders the prompt of the two answers differently"
                     )
                 )
                 continue
-            if turns[0].completion == turns[1].completion:
+            if len(turns) == 2 and turns[0].completion == turns[1].completion:
                 raise RowError(
                     "nothing to prefer", "the chat template renders `chosen` and `rejected` to the same text"
                 )

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class RenderedRow:
     row: int
     sequences: tuple[Rendered, ...]
     label: int | None
+    """Of classification: index of the label. Of an unpaired row: 1 if its response is the chosen one, 0 if the rejected one."""
 
 
 def digest_of(sequences: Sequence[Rendered], seed: int = 0) -> int:
@@ -70,7 +72,7 @@ class TokenWriter:
         if request.task == "classification":
             columns.append(("label", pa.int32()))
         self._schema = pa.schema(columns)
-        self._per_row = 2 if request.task == "preference_tuning" else 1  # sequences
+        self._per_row = 1  # sequences of each row of the batch that is added
         self._files = ExitStack()
         self._data = self._open(directory / DATA_FILE, self._schema)
         self._index = self._open(directory / INDEX_FILE, INDEX_SCHEMA)
@@ -85,12 +87,18 @@ class TokenWriter:
 
     def add(self, batch: "list[RenderedRow]", encodings: "list[Encoding]") -> None:
         """Write a batch of rows; `encodings` holds one entry per sequence, in order."""
+        self._per_row = len(batch[0].sequences)
         encoded = self.encoder.locate([sequence for row in batch for sequence in row.sequences], encodings)
         encoded, kept = self._within_limit(batch, encoded)
         rows = [batch[number] for number in np.flatnonzero(kept)]
         if not rows:
             return
-        columns, trained = _pair_columns(encoded) if self._per_row == 2 else _columns(encoded)
+        if self.request.task != "preference_tuning":
+            columns, trained = _columns(encoded)
+        elif self._per_row == 2:
+            columns, trained = _pair_columns(encoded)
+        else:
+            columns, trained = _unpaired_columns(encoded, np.array([row.label == 1 for row in rows]))
         if "label" in self._schema.names:
             columns.append(pa.array([row.label for row in rows], pa.int32()))
         index = [
@@ -185,6 +193,24 @@ def _pair_columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:
         _lists(encoded.ids[~in_chosen & ~in_prompt], rejected),
     ]
     return columns, chosen + rejected
+
+
+def _unpaired_columns(encoded: Encoded, is_chosen: np.ndarray) -> tuple[list[pa.Array], np.ndarray]:
+    """Return the token columns of unpaired rows (prompt, chosen, rejected), one of the last two empty, and their loss tokens.
+
+    Args:
+        encoded: One sequence per row.
+        is_chosen: True for rows whose response is the chosen one, bool [rows].
+    """
+    begins = encoded.begins()
+    prompts = np.array([encoded.trained[begin:end].argmax() for begin, end in pairwise(begins)], np.int64)
+    in_prompt = encoded.places() < np.repeat(prompts, encoded.lengths)
+    responses = encoded.lengths - prompts
+    columns = [_lists(encoded.ids[in_prompt], prompts)]
+    for side in (is_chosen, ~is_chosen):
+        of_side = np.repeat(side, encoded.lengths)
+        columns.append(_lists(encoded.ids[of_side & ~in_prompt], np.where(side, responses, 0)))
+    return columns, responses
 
 
 def _shared(encoded: Encoded, begin: int, middle: int, end: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.loading import to_yaml
 from runs.curve import draw_eval_curve
+from runs.early_stopping import stopping_step
 from runs.layout import (
     CONFIG_FILE,
     CURVE_FILE,
@@ -59,16 +60,21 @@ class Ending:
     stop_signal: int | None = None
 
 
-def ending_of(failure: str | None, signals: Sequence[int], finished: bool) -> Ending:
+def ending_of(
+    failure: str | None, signals: Sequence[int], finished: bool, early_stop: str | None = None
+) -> Ending:
     """Return how an attempt ended.
 
     Args:
         failure: Reason of the failure, if the attempt failed.
         signals: The signals that the driver received.
         finished: True if the last step is committed.
+        early_stop: Reason for which training ended before the last step, if it did.
     """
     if finished and failure is None:
         return Ending("completed", "all steps done")
+    if early_stop and failure is None:
+        return Ending("completed", early_stop)
     if signals:
         name = signal.Signals(signals[0]).name
         return Ending(
@@ -125,7 +131,12 @@ def _result_of(
 ) -> RunResult:
     last = manifests[-1] if manifests else None
     steps = last.step if last else 0
-    ending = ending_of(attempt.failure, attempt.signals, bool(manifests) and steps >= plan.max_steps)
+    ending = ending_of(
+        attempt.failure,
+        attempt.signals,
+        bool(manifests) and steps >= plan.max_steps,
+        _early_stop(plan, metrics, steps),
+    )
     # Exclude evaluations after the last checkpoint: their weights are lost.
     eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= steps]
     if last is None and plan.config.resume_from_checkpoint:
@@ -155,6 +166,21 @@ def _result_of(
         log_files=[str(log) for log in attempt.log_files],
         versions=package_versions(),
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _early_stop(plan: RunPlan, metrics: list[MetricsLine], committed_steps: int) -> str | None:
+    """Return why early stopping ended the run at its last checkpoint, or None if it did not."""
+    patience, threshold = plan.config.early_stopping_patience, plan.config.early_stopping_threshold
+    if patience is None:
+        return None
+    step = stopping_step([line.model_dump() for line in metrics], patience, threshold)
+    if step is None or step != committed_steps:
+        return None
+    gain = f" by more than {threshold:g}" if threshold else ""
+    return (
+        f"stopped early at step {step} of {plan.max_steps}: the eval loss did not fall{gain} in {patience} evaluations "
+        "(early_stopping_patience)"
     )
 
 

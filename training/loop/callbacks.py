@@ -10,6 +10,7 @@ from ray.util.metrics import Gauge
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import CheckpointFrequency
+from runs.early_stopping import stopping_step
 from runs.layout import eval_figures
 from training.events import DivergedError, Evaluated, Event, StepDone
 from training.loop.throughput import PhaseClock
@@ -109,6 +110,55 @@ class Gauges(TrainerCallback):
         for name, gauge in self.gauges.items():
             if name in logs:
                 gauge.set(logs[name])
+
+
+class EarlyStopping(TrainerCallback):
+    """A callback that ends training, on every rank, once the eval loss has stopped improving; a checkpoint is saved as usual."""
+
+    def __init__(self, patience: int, threshold: float):
+        self.patience = patience
+        self.threshold = threshold
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Request the end of training after an evaluation, from the eval losses of all attempts."""
+        if logs and "eval_loss" in logs:
+            step = stopping_step(state.log_history, self.patience, self.threshold)
+            control.should_training_stop |= step == state.global_step
+
+
+class LossWatchdog(TrainerCallback):
+    """A callback that fails the run on every rank if the training loss stays above a threshold.
+
+    Args:
+        threshold: Loss in nats per loss token.
+        patience: Steps in a row above the threshold.
+        last_good: Returns the URI of the latest committed checkpoint, if any.
+    """
+
+    def __init__(self, threshold: float, patience: int, last_good: Callable[[], str | None]):
+        self.threshold = threshold
+        self.patience = patience
+        self.last_good = last_good
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Check the losses of the last steps, which are equal on all ranks."""
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-self.patience :]
+        if len(losses) < self.patience or min(losses) <= self.threshold:
+            return
+        left = self.last_good()
+        raise DivergedError(
+            f"step {state.global_step}: the loss was above {self.threshold:g} (loss_watchdog_threshold) for {self.patience} steps, at last "
+            f"{losses[-1]:.4g}. "
+            + (f"The last checkpoint is {left}. " if left else "No checkpoint was committed. ")
+            + "Lower learning_rate, raise num_warmup_steps, or raise loss_watchdog_threshold."
+        )
 
 
 class Diverging(TrainerCallback):

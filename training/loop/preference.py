@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from configs.schema import PreferenceTuningConfig
@@ -22,14 +22,19 @@ from training.data.row_index import IGNORED
 from training.loop.trainers import FineTuningTrainer
 from training.models.request import REFERENCE_ADAPTER
 
-FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+_SUMS = (
+    *("loss", "rows", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("chosen responses", "rejected responses", "pairs"),
+)
+"""What an evaluation and a step sum up, in this order."""
 
 
 def collate_pairs(
     pad_token_id: int, multiple: int | None, *, masked: bool
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator for pairs: 2 x pairs rows, chosen first, with labels on the responses.
+    """Return a collator for pairs: one sequence per response, all chosen ones first, with labels on the responses.
 
+    `sides`, bool [2, pairs], tells which pairs have a chosen and a rejected sequence in the batch; an unpaired row has one of them.
     If rows have mismatched responses, `mismatched` is a second batch of the same form.
 
     Args:
@@ -37,24 +42,27 @@ def collate_pairs(
         multiple: Passed as `pad_to_multiple_of`.
         masked: True if batches need an attention mask.
     """
-    collator = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=multiple)
-    collate_answers = collator if masked else without_mask(collator)
+    collator = DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=multiple)
+    collate_sequences = collator if masked else without_mask(collator)
 
-    def collate_half(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate_answers(examples)
-        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
-        return batch | {"labels": labels}
+    def collate_responses(examples: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
+        sequences: list[dict[str, Any]] = []
+        sides: list[list[bool]] = []
+        for side in (f"{prefix}chosen_ids", f"{prefix}rejected_ids"):
+            sides.append([])
+            for example in examples:
+                prompt, response = example["prompt_ids"], example[side]
+                is_padding = not (example[f"{prefix}chosen_ids"] or example[f"{prefix}rejected_ids"])
+                sides[-1].append(bool(response) or is_padding)
+                if sides[-1][-1]:
+                    labels = [IGNORED] * len(prompt) + response
+                    sequences.append({"input_ids": prompt + response, "labels": labels})
+        return collate_sequences(sequences) | {"sides": torch.tensor(sides)}
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate_half(examples)
+        batch = collate_responses(examples, "")
         if "mismatched_chosen_ids" in examples[0]:
-            names = ("chosen_ids", "rejected_ids")
-            mismatched = [
-                {"prompt_ids": example["prompt_ids"]}
-                | {name: example[f"mismatched_{name}"] for name in names}
-                for example in examples
-            ]
-            batch["mismatched"] = collate_half(mismatched)
+            batch["mismatched"] = collate_responses(examples, "mismatched_")
         return batch
 
     return collate
@@ -70,10 +78,10 @@ def pair_losses(
     """Return the loss of each pair and the implicit rewards of its responses.
 
     Args:
-        settings: Loss type and beta.
+        settings: Loss type, beta and the weights of kto.
         policy: Log-probability of each response in nats, (2, pairs), chosen first.
         reference: The same under the reference model; unused by orpo.
-        tokens: Number of tokens of each response, (2, pairs).
+        tokens: Number of tokens of each response, (2, pairs); 0 for the response that an unpaired row does not have (kto only).
         divergence: Estimated KL divergence from the reference in nats, at least 0; only for kto.
 
     Returns:
@@ -81,8 +89,8 @@ def pair_losses(
 
     dpo: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. ipo: Azar et al. 2023 (arXiv 2310.12036), eq. 17, with
     log-probabilities per token, as in the authors' code. orpo: Hong et al. 2024 (arXiv 2403.07691), eqs. 6 and 7, with beta as
-    its lambda. kto: Ethayarajh et al. 2024 (arXiv 2402.01306), eqs. 7 and 8, with each pair as one desirable and one undesirable
-    response.
+    its lambda. kto: Ethayarajh et al. 2024 (arXiv 2402.01306), eqs. 7 and 8, averaged over the responses of a row: one, or the
+    desirable and the undesirable one of a pair.
     """
     beta = settings.beta
     if settings.loss == "orpo":
@@ -96,9 +104,13 @@ def pair_losses(
         return (chosen - rejected - 1 / (2 * beta)) ** 2, rewards
     if settings.loss == "kto":
         assert divergence is not None
-        desirable = torch.sigmoid(rewards[0] - beta * divergence)
-        undesirable = torch.sigmoid(beta * divergence - rewards[1])
-        return 1 - (desirable + undesirable) / 2, rewards
+        desirable = 1 - torch.sigmoid(rewards[0] - beta * divergence)
+        undesirable = 1 - torch.sigmoid(beta * divergence - rewards[1])
+        losses = torch.stack(
+            [settings.desirable_weight * desirable, settings.undesirable_weight * undesirable]
+        )
+        exists = tokens > 0
+        return torch.where(exists, losses, 0).sum(0) / exists.sum(0), rewards
     return -logsigmoid(rewards[0] - rewards[1]), rewards
 
 
@@ -133,37 +145,49 @@ class PreferenceTrainer(FineTuningTrainer):
         return model.to(self.args.device)
 
     def _no_sums(self) -> torch.Tensor:
-        return torch.zeros(2 + len(FIGURES), dtype=torch.float64, device=self.args.device)
+        return torch.zeros(len(_SUMS), dtype=torch.float64, device=self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Return the number of pairs in a step, over all workers."""
-        count = sum((_is_pair(batch["labels"]).sum() for batch in batch_samples), torch.tensor(0))
+        """Return the number of rows in a step, over all workers."""
+        counts = (self._is_row(_lengths(batch["labels"], batch["sides"])).sum() for batch in batch_samples)
+        count = sum(counts, torch.tensor(0))
         return self.of_all_workers(count.to(device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return this worker's share of the mean over the step's pairs; DDP averages over workers."""
-        losses, rewards = self._pairs(model, inputs)
-        self._trained += _sums(losses, rewards)
+        """Return this worker's share of the mean over the step's rows; DDP averages over workers."""
+        losses, rewards, exists = self._pairs(model, inputs)
+        self._trained += _sums(losses, rewards, exists)
         return losses.sum() / num_items_in_batch * self.args.world_size
 
     def sums(self, model: Any, inputs: Any) -> torch.Tensor:
-        """Return the sums of loss, pairs and reward figures of a batch."""
+        """Return the sums of loss, rows and reward figures of a batch."""
         return _sums(*self._pairs(model, inputs))
 
     def figures(self, totals: list[float]) -> dict[str, float]:
-        """Return the loss and reward figures as means over pairs."""
-        loss, pairs, *figures = totals
-        return {"loss": loss / pairs} | {
-            name: figure / pairs for name, figure in zip(FIGURES, figures, strict=True)
-        }
+        """Return the mean loss of the rows and the mean reward figures of their responses.
+
+        Rows without a pair have no accuracy, and their margin is the difference of the mean rewards.
+        """
+        sums = dict(zip(_SUMS, totals, strict=True))
+        figures = {"loss": sums["loss"] / sums["rows"]}
+        for side in ("chosen", "rejected"):
+            if sums[f"{side} responses"]:
+                figures[f"rewards/{side}"] = sums[f"rewards/{side}"] / sums[f"{side} responses"]
+        if sums["pairs"]:
+            figures |= {
+                name: sums[name] / sums["pairs"] for name in ("rewards/margins", "rewards/accuracies")
+            }
+        elif sums["chosen responses"] and sums["rejected responses"]:
+            figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
+        return figures
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the reward figures of the step to the logs."""
         if "loss" in logs:
             figures = self.figures(self.of_all_workers(self._trained).tolist())
-            logs |= {name: figures[name] for name in FIGURES}
+            logs |= {name: figures[name] for name in figures.keys() - {"loss"}}
             self._trained = self._no_sums()
         super().log(logs, start_time)
 
@@ -185,36 +209,42 @@ class PreferenceTrainer(FineTuningTrainer):
     def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the sum and number of log-ratios of mismatched responses."""
         mismatched = inputs["mismatched"]
-        real = _is_pair(mismatched["labels"])
+        exists = _lengths(mismatched["labels"], mismatched["sides"]) > 0
         with torch.no_grad():
             policy = self._log_probabilities(model, mismatched)
-            ratios = (policy - self._under_reference(mismatched))[:, real]
+            ratios = (policy - self._under_reference(mismatched))[exists]
         return torch.stack([ratios.sum(), torch.tensor(ratios.numel(), device=ratios.device)]).double()
 
-    def _pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return losses and rewards of the batch's pairs, without padding pairs."""
+    def _is_row(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the real rows of a batch, bool [pairs], from the tokens of their responses; the others are padding."""
+        return (tokens > 0).any(0) if self.settings.loss == "kto" else (tokens > 0).all(0)
+
+    def _pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return losses (rows), rewards (2, rows) and which responses exist (2, rows) of a batch, without padding pairs."""
         divergence = self._divergence
         if divergence is None and self.settings.loss == "kto":
             divergence = _mean_divergence(self.of_all_workers(self._divergence_sums(model, inputs)))
         inputs = {name: value for name, value in inputs.items() if name != "mismatched"}
-        real = _is_pair(inputs["labels"])
         policy = self._log_probabilities(model, inputs)
         reference = (
             self._under_reference(inputs) if self.settings.needs_reference else torch.zeros_like(policy)
         )
-        tokens = _halves((inputs["labels"][:, 1:] != IGNORED).sum(1))
-        losses, rewards = pair_losses(
-            self.settings, policy[:, real], reference[:, real], tokens[:, real], divergence
-        )
-        return losses, rewards.detach()
+        tokens = _lengths(inputs["labels"], inputs["sides"])
+        real = self._is_row(tokens)
+        tokens = tokens[:, real]
+        losses, rewards = pair_losses(self.settings, policy[:, real], reference[:, real], tokens, divergence)
+        return losses, rewards.detach(), tokens > 0
 
-    def _log_probabilities(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the total log-probability of each response, (2, pairs)."""
+    def _log_probabilities(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the total log-probability of each response, (2, pairs); 0 if a pair does not have it."""
+        sides = inputs["sides"]
+        inputs = {name: value for name, value in inputs.items() if name != "sides"} | {"use_cache": False}
         if self.loss_of_transformers:
-            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-            logits = model(**unlabelled | {"use_cache": False}).logits
-            return _halves(-_token_losses(logits, inputs["labels"]).sum(1))
-        return _halves(model(**inputs | {"use_cache": False, "fused_lm_head": True}).log_probs.sum(1).float())
+            labels = inputs.pop("labels")
+            per_token = -_token_losses(model(**inputs).logits, labels)
+        else:
+            per_token = model(**inputs, fused_lm_head=True).log_probs
+        return _by_side(per_token.sum(1).float(), sides)
 
     def _under_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
@@ -248,20 +278,33 @@ def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _halves(values: torch.Tensor) -> torch.Tensor:
-    return values.view(2, -1)
+def _by_side(values: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Arrange values of the sequences of a batch by side and pair, (2, pairs), with 0 where there is no sequence."""
+    arranged = values.new_zeros(sides.shape)
+    arranged[sides] = values
+    return arranged
 
 
-def _is_pair(labels: torch.Tensor) -> torch.Tensor:
-    """Return a mask of the real pairs in a batch; the others are padding."""
-    return _halves((labels != IGNORED).any(1)).all(0)
+def _lengths(labels: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Return the number of tokens of each response, (2, pairs)."""
+    return _by_side((labels[:, 1:] != IGNORED).sum(1), sides)
 
 
-def _sums(losses: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+def _sums(losses: torch.Tensor, rewards: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Return the entries of `_SUMS`; the reward of a response that does not exist is 0."""
     chosen, rejected = rewards.double()
-    count = torch.tensor(chosen.numel(), dtype=torch.float64, device=chosen.device)
-    figures = (chosen, rejected, chosen - rejected, (chosen > rejected).double())
-    return torch.stack([losses.detach().double().sum(), count, *(figure.sum() for figure in figures)])
+    is_pair = exists.all(0)
+    sums = (
+        losses.detach().double(),
+        torch.ones_like(chosen),
+        chosen,
+        rejected,
+        (chosen - rejected)[is_pair],
+        (chosen > rejected)[is_pair].double(),
+        *exists.double(),
+        is_pair.double(),
+    )
+    return torch.stack([each.sum() for each in sums])
 
 
 def _mean_divergence(totals: torch.Tensor) -> torch.Tensor:

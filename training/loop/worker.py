@@ -16,6 +16,7 @@ import ray
 import ray.train
 
 from configs.loading import flat, to_yaml
+from runs.early_stopping import stopping_step
 from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest
 from training.checkpoints.committer import CheckpointCommitter, CommitContext
 from training.checkpoints.restore import Restoring
@@ -227,7 +228,7 @@ def _train(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> None:
     if inputs.resume.committed:
         driver.emit(Restored(committed_event(plan, inputs.resume.step, built.throughput)))
         # The previous attempt ended after its last checkpoint: the trainer would train another step.
-        if inputs.resume.step >= plan.max_steps:
+        if inputs.resume.step >= min(plan.max_steps, _early_stop(plan, inputs.resume.log) or plan.max_steps):
             world.gather(None)  # every rank has read trainer_state.json
             if inputs.resume.directory and world.local_rank == 0:
                 shutil.rmtree(inputs.resume.directory)
@@ -346,7 +347,9 @@ def _callbacks(
         AfterFirstStep,
         Committing,
         Diverging,
+        EarlyStopping,
         Gauges,
+        LossWatchdog,
         Preempted,
         ProgressReporter,
         Recording,
@@ -375,6 +378,15 @@ def _callbacks(
             lambda step: inputs.train.places(built.order.rows_of_step(step)), committer.latest_checkpoint
         )
     )
+    config = plan.config
+    if config.loss_watchdog_threshold is not None:
+        callbacks.append(
+            LossWatchdog(
+                config.loss_watchdog_threshold, config.loss_watchdog_patience, committer.latest_checkpoint
+            )
+        )
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
     if world.rank == 0:
         callbacks.append(Recording(committer.record))
     restored = inputs.resume.directory
@@ -447,6 +459,14 @@ def _tracking(plan: RunPlan, inputs: Inputs, driver: Driver) -> "list[TrainerCal
         scratch=inputs.scratch / "tracker",
     )
     return [Tracking(plan.config.logger, run, driver.emit)]
+
+
+def _early_stop(plan: RunPlan, log: list[dict[str, Any]]) -> int | None:
+    """Return the step at which early stopping ended the run, if it did."""
+    config = plan.config
+    if config.early_stopping_patience is None:
+        return None
+    return stopping_step(log, config.early_stopping_patience, config.early_stopping_threshold)
 
 
 def _progress_of(restored: Path) -> tuple[int, list[dict[str, Any]]]:

@@ -57,6 +57,8 @@ class Job:
     attention: Attention
     new_adapter: Mapping[str, tuple[int, ...]] | None = None
     """Name -> shape of a new adapter's trainable parameters, if PEFT counted them."""
+    unpaired: bool = False
+    """True if rows of preference tuning have one response each."""
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -359,7 +361,8 @@ def _logits(job: Job, held: _Held) -> float:
 def _tokens(job: Job) -> int:
     """Return the tokens of a batch, padding included."""
     rows = job.config.batch_size
-    return rows * job.longest * (_ROWS_OF_A_PAIR if job.config.task == "preference_tuning" else 1)
+    has_pairs = job.config.task == "preference_tuning" and not job.unpaired
+    return rows * job.longest * (_ROWS_OF_A_PAIR if has_pairs else 1)
 
 
 def _masks_pairs(job: Job) -> bool:

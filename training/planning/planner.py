@@ -384,11 +384,14 @@ def data_request(
         task=config.task,
         data_format=config.data_format,
         columns=tuple(sorted((str(ours), theirs) for ours, theirs in config.columns.items())),
+        ignore_columns=tuple(sorted(config.ignore_columns)),
         prompt_template=config.prompt_template,
         chat_template=chat_template,
         chat_template_kwargs=tuple(sorted((config.chat_template_kwargs or {}).items())),
         turns=config.turns,
         labels=tuple(config.classifier_config.label_tokens) if config.classifier_config else (),
+        unpaired=config.preference_tuning_config is not None
+        and config.preference_tuning_config.loss == "kto",
         context_length=config.context_length,
         max_context=facts.max_context,
         long_rows=config.long_rows,
@@ -415,6 +418,7 @@ def _plan_batches(
         traits=model.traits,
         attention=model.attention,
         new_adapter=adapter.new_shapes,
+        unpaired=all(source.format != "preference" for source in train.sources),
     )
     reason = ""
     if config.train_batch_size_per_device == "auto":

@@ -30,7 +30,7 @@ from tests.support.bucket_proxy import Trap, bucket_proxy
 from tests.support.faults import injection
 from tests.support.jobs import Job, started, write_yaml
 from tests.support.own_buckets import set_up_own_bucket
-from tests.support.tiny_model import make_model, write_data, write_preference_pairs
+from tests.support.tiny_model import make_model, write_data, write_preference_pairs, write_unpaired_rows
 from training.data.batches import PADDING_ROW
 from utils.storage.bucket import join_uri, open_store, sync_to_node
 from utils.storage.embedded_bucket import EmbeddedBucket
@@ -45,7 +45,9 @@ KEYS: dict[str, dict[str, Any]] = {
     "train": {},
     "packed": {"packing": True, "context_length": PACKED_TOKENS},
     "pairs": {"task": "preference_tuning"},
+    "unpaired": {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
 }
+VALID_FILES = {"pairs": "valid-pairs.jsonl", "unpaired": "valid-unpaired.jsonl"}
 DROPOUT = 0.1
 LORA = {"r": 4, "lora_dropout": DROPOUT}
 METHODS: dict[str, dict[str, Any]] = {
@@ -120,6 +122,7 @@ GRID = [
     Chain(Setup("bf16", 1, 2, "ddp"), 2, tuple(Kill)),
     Chain(Setup("lora", 4, 2, "ddp", "packed"), 2, tuple(Kill)),
     Chain(Setup("lora", 1, 2, "ddp", "pairs"), 2, tuple(Kill)),
+    Chain(Setup("lora", 1, 2, "ddp", "unpaired"), 2, tuple(Kill)),
     Chain(Setup("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
 ]
 FAST = Chain(Setup("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
@@ -162,7 +165,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = directory / "model-with-dropout" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": DROPOUT}))
     write_data(directory, train_rows=ROWS, valid_rows=3)
-    train_pairs, _ = write_preference_pairs(directory, train_rows=ROWS, valid_rows=3)
+    train_pairs, valid_pairs = write_preference_pairs(directory, train_rows=ROWS, valid_rows=3)
+    write_unpaired_rows(train_pairs, directory / "unpaired.jsonl")
+    write_unpaired_rows(valid_pairs, directory / "valid-unpaired.jsonl")
     train_pairs.rename(directory / "pairs.jsonl")
     _write_rows_for_packs_of_two(directory / "packed.jsonl", directory / "model")
     return directory
@@ -207,7 +212,7 @@ class Run:
             {
                 "model_id": str(files / ("model-with-dropout" if setup.method == "full" else "model")),
                 "train_path": str(files / f"{setup.rows}.jsonl"),
-                "valid_path": str(files / ("valid-pairs.jsonl" if setup.rows == "pairs" else "valid.jsonl")),
+                "valid_path": str(files / VALID_FILES.get(setup.rows, "valid.jsonl")),
                 "storage_path": storage,
                 "run_name": name,
                 "output_dir": str(self.scratch),

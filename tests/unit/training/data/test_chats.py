@@ -315,8 +315,8 @@ def test_empty_columns_are_neither_used_nor_noted():
         ({"messages": [USER, ANSWER], "label": False}, ("`label`", "preference_tuning")),
         ({"prompt": "Hi", "completion": "Go away", "label": True}, ("`label`", "preference_tuning")),
         ({"prompt": "Hi", "completion": "Go away", "kto_tag": "bad"}, ("`kto_tag`", "preference_tuning")),
-        ({"messages": [USER, ANSWER], "score": 0.1}, ("`score`", "0.1")),
-        ({"messages": [USER, ANSWER], "images": ["cat.jpg"]}, ("`images`", "text")),
+        ({"messages": [USER, ANSWER], "score": 0.1}, ("`score`", "0.1", "ignore_columns: [score]")),
+        ({"messages": [USER, ANSWER], "images": ["cat.jpg"]}, ("`images`", "text", "ignore_columns")),
         (
             {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
             ("message 1", "'image_url'", "text"),

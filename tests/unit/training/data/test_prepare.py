@@ -361,6 +361,45 @@ def test_truncation_retains_the_prompt_of_a_pair(
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
 
 
+def test_unpaired_rows_store_their_response_on_one_side(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(
+        tmp_path / "rated.jsonl",
+        {"prompt": "2 + 2?", "completion": "4", "label": True},
+        {"prompt": "2 + 3?", "completion": "6 " * 50, "label": False},
+        {"prompt": "2 + 2? " * 50, "completion": "4", "label": True},
+    )
+    data = request(path, task="preference_tuning", unpaired=True, context_length=40)
+    prepared = prepare(data, chatml, tiny_model, tmp_path / "cache")
+    good, bad = rows_of(prepared)
+    assert (chatml.decode(good["chosen_ids"]), good["rejected_ids"]) == ("4<|im_end|>", [])
+    assert bad["chosen_ids"] == []
+    assert len(bad["prompt_ids"]) + len(bad["rejected_ids"]) == bad["tokens"] == 40
+    assert bad["trained_tokens"] == len(bad["rejected_ids"])
+    assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
+    assert prepared.summary.examples[0][-1] == ("4<|im_end|>", True)
+    with pytest.raises(DataError, match=r"(?s)3 of 3 rows.*loss: kto"):
+        prepare(replace(data, unpaired=False), chatml, tiny_model, tmp_path / "cache")
+
+
+def test_ignored_columns_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "2 + 2?", "completion": "4", "score": 5.2, "source": "web"},
+        {"prompt": "2 + 3?", "completion": "5"},
+    )
+    with pytest.raises(DataError, match=r"`score`.*ignore_columns: \[score\]"):
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache")
+    data = request(path, ignore_columns=("score", "source"))
+    prepared = prepare(data, chatml, tiny_model, tmp_path / "cache")
+    assert prepared.summary.rows == 2
+    assert prepared.summary.notes == {
+        "column `score` is ignored (ignore_columns)": 1,
+        "column `source` is ignored (ignore_columns)": 1,
+    }
+
+
 def test_classification_rows_store_their_label_index(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):

@@ -29,9 +29,10 @@ def read(
     columns: dict[str, str] | None = None,
     prompt_template: str | None = None,
     labels: tuple[str, ...] = (),
+    unpaired: bool = False,
 ) -> Example:
-    data_format = recognise(row, columns or {}, task, prompt_template)
-    return read_row(row, RowSchema(task, data_format, columns or {}, prompt_template, labels))
+    data_format = recognise(row, columns or {}, task, prompt_template, unpaired=unpaired)
+    return read_row(row, RowSchema(task, data_format, columns or {}, prompt_template, labels, unpaired))
 
 
 def test_messages_become_a_chat():
@@ -123,6 +124,51 @@ def test_tool_calls_are_normalized_for_templates():
                 ]
             }
         )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {"instruction": "2 + 2?", "input": "", "output": "4"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_label_makes_the_answer_the_chosen_or_the_rejected_one(row: dict[str, Any]):
+    good, bad = Pair([USER], [ASSISTANT], []), Pair([USER], [], [ASSISTANT])
+    for label in (True, 1, "True", "true", "1"):
+        assert read(row | {"label": label}, "preference_tuning", unpaired=True) == good
+    for label in (False, 0, "False", "0"):
+        assert read(row | {"label": label}, "preference_tuning", unpaired=True) == bad
+    assert read(row | {"kto_tag": False}, "preference_tuning", unpaired=True) == bad
+    rated = read(row | {"good": True}, "preference_tuning", columns={"label": "good"}, unpaired=True)
+    assert rated == good
+    assert read(
+        row | {"label": None, "kto_tag": True, "id": 3}, "preference_tuning", unpaired=True
+    ).notes == ("column `id` is not used",)
+
+
+def test_unpaired_rows_without_a_usable_label_are_rejected():
+    row = {"prompt": "2 + 2?", "completion": "4"}
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        (row, ("`label`", "kto_tag", "chosen")),
+        (row | {"label": "good"}, ("'good'", "true", "false")),
+        (row | {"label": 0.5}, ("0.5", "true", "false")),
+        (
+            row | {"completion": [ASSISTANT, USER, ASSISTANT], "label": True},
+            ("`completion`", "3 messages", "`prompt`"),
+        ),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}], "label": True}, ("loss", "label")),
+    ]
+    for bad, names in cases:
+        with pytest.raises(RowError) as error:
+            read(bad, "preference_tuning", unpaired=True)
+        assert_names(str(error.value), *names)
+    with pytest.raises(RowError, match=r"one response.*preference_tuning_config: \{loss: kto\}"):
+        read(row | {"label": True}, "preference_tuning")
 
 
 def test_preference_rows_become_pairs_with_a_common_prompt():

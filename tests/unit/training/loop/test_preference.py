@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
@@ -42,14 +42,29 @@ def tuned_model(tiny_model: Path) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
-def trainer_of(loss: str, tiny_model: Path, rows: Dataset, directory: Path) -> PreferenceTrainer:
+@pytest.fixture(scope="module")
+def unpaired(rows: Dataset) -> Dataset:
+    """Rows with one response each: the first, second, fourth and fifth are good answers."""
+    return Dataset.from_list(
+        [
+            dict(row) | {("chosen_ids", "rejected_ids")[number % 3 < 2]: []}
+            for number, row in enumerate(rows.to_list())
+        ]
+    )
+
+
+def trainer_of(
+    loss: str, tiny_model: Path, rows: Dataset, directory: Path, **settings: float
+) -> PreferenceTrainer:
     from trl import SFTConfig
 
     config = FinetuneConfig(
         model_id="m",
         train_path="t",
         task="preference_tuning",
-        preference_tuning_config=PreferenceTuningConfig.model_validate({"loss": loss, "beta": BETA}),
+        preference_tuning_config=PreferenceTuningConfig.model_validate(
+            {"loss": loss, "beta": BETA, **settings}
+        ),
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = PairSequences(rows, tokenizer.pad_token_id, with_mismatched=loss == "kto")
@@ -136,6 +151,63 @@ def test_dpo_and_ipo_losses_and_rewards_match_those_of_trl(
     assert abs(sums[4].item()) > 1e-3
 
 
+def test_kto_losses_and_rewards_of_unpaired_rows_match_those_of_trl(
+    tiny_model: Path, unpaired: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", LogProbabilities)
+    weights: dict[str, Any] = {"desirable_weight": 0.75, "undesirable_weight": 1.5}
+    trainer = trainer_of("kto", tiny_model, unpaired, tmp_path / "ours", **weights)
+    model: Any = trainer.model
+    torch.manual_seed(
+        0
+    )  # this adapter makes the mismatched responses more probable, so the divergence is above 0
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    responses = [row["chosen_ids"] or row["rejected_ids"] for row in unpaired.to_list()]
+    examples = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": responses[number],
+            "KL_completion_ids": responses[(number + 1) % PAIRS],
+            "label": bool(row["chosen_ids"]),
+        }
+        for number, row in enumerate(unpaired.to_list())
+    ]
+    trl_trainer = KTOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=KTOConfig(
+            str(tmp_path / "theirs"), use_cpu=True, bf16=False, report_to=[], beta=BETA, **weights
+        ),
+        train_dataset=unpaired.map(
+            lambda row: {"prompt": "a", "completion": "b", "label": True}
+        ).select_columns(["prompt", "completion", "label"]),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trl_trainer.model.load_state_dict(trainer.model.state_dict())  # pyright: ignore
+    trl_trainer.model.eval()  # pyright: ignore
+    with torch.no_grad():
+        theirs: Any = trl_trainer.model
+        expected = trl_trainer.compute_loss(theirs, trl_trainer.data_collator(examples))
+    figures = trainer.figures(sums_of(trainer, list(range(PAIRS))).tolist())
+    metrics = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
+    assert metrics["kl"] > 1e-3, "the divergence is not tested if it is 0"
+    assert figures.pop("loss") == pytest.approx(expected.item(), abs=1e-5)
+    assert set(figures) == {"rewards/chosen", "rewards/rejected", "rewards/margins"}
+    for name, value in figures.items():
+        assert value == pytest.approx(metrics[name], abs=1e-5)
+
+
+def test_sequence_of_a_missing_response_is_not_computed(unpaired: Dataset):
+    batch = collate_pairs(0, None, masked=False)([unpaired[0], unpaired[1], unpaired[2]])
+    assert len(batch["input_ids"]) == 3
+    assert batch["sides"].tolist() == [[True, True, False], [False, False, True]]
+    assert batch["labels"][2].tolist()[: len(unpaired[2]["prompt_ids"])] == [IGNORED] * len(
+        unpaired[2]["prompt_ids"]
+    )
+
+
 def test_orpo_losses_and_rewards_match_those_of_trl():
     """The likelihood term differs: here it covers only the answer, as in the paper."""
     torch.manual_seed(0)
@@ -175,7 +247,7 @@ def test_padding_pairs_do_not_change_the_sums(loss: str, tiny_model: Path, rows:
     filled = sums_of(trainer, [0, PADDING_ROW, 1, PADDING_ROW])
     torch.testing.assert_close(filled, full, atol=1e-5, rtol=1e-5)
     assert full[1].item() == 2
-    assert sums_of(trainer, [PADDING_ROW, PADDING_ROW]).tolist() == [0.0] * 6
+    assert sums_of(trainer, [PADDING_ROW, PADDING_ROW]).tolist() == [0.0] * 9
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "kto"])
@@ -190,6 +262,21 @@ def test_batch_of_padding_pairs_has_zero_loss_and_gradients(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert loss_.item() == 0
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_padding_rows_do_not_change_the_sums_of_unpaired_rows(
+    tiny_model: Path, unpaired: Dataset, tmp_path: Path
+):
+    trainer = trainer_of("kto", tiny_model, unpaired, tmp_path)
+    full = sums_of(trainer, [0, 2])
+    filled = sums_of(trainer, [0, PADDING_ROW, 2, PADDING_ROW])
+    torch.testing.assert_close(filled, full, atol=1e-5, rtol=1e-5)
+    assert full[1].item() == 2
+    metrics_by_size = {}
+    for size in (1, 4):
+        trainer.args.per_device_eval_batch_size = size
+        metrics_by_size[size] = trainer.evaluate()
+    assert metrics_by_size[1] == pytest.approx(metrics_by_size[4], abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -209,6 +296,15 @@ def test_evaluation_does_not_depend_on_the_batch_size(
         "eval_rewards/margins",
         "eval_rewards/accuracies",
     }
+
+
+def test_mismatched_answer_is_that_of_the_next_row_with_another_prompt(rows: Dataset):
+    same = Dataset.from_list(
+        [dict(row) | {"prompt_ids": [3 + number // 2]} for number, row in enumerate(rows.to_list())]
+    )
+    pairs = PairSequences(same, 0, with_mismatched=True)
+    assert pairs[0]["mismatched_chosen_ids"] == rows[2]["chosen_ids"]
+    assert pairs[1]["mismatched_chosen_ids"] == rows[2]["chosen_ids"]
 
 
 def test_mismatched_answer_is_that_of_the_next_pair(rows: Dataset):
