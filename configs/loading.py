@@ -3,9 +3,13 @@
 Every error is reported on its own line: file and line (or the override), the key, the value, and how to fix it.
 """
 
+import copy
 import difflib
+import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -15,11 +19,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from configs import legacy
+from configs import legacy, other_tools
 from configs.schema import LENGTH_KEYS, ConflictError, FinetuneConfig, Section, sections_of
 from configs.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
+    SECRETS_COME_FROM,
+    TEMPLATES,
     ConfigError,
     Document,
     KeyPath,
@@ -31,9 +37,10 @@ from configs.yaml_source import (
     parse_yaml,
     plain_scalar,
     shown,
+    without_variables,
 )
 
-__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "to_yaml"]
+__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "to_yaml"]
 
 MAX_PROBLEMS = 50
 """Maximum number of lines in a report; a file with more errors is probably not a configuration."""
@@ -72,17 +79,28 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         path: the YAML file.
         overrides: `key=value`, with dotted keys (`lora_config.r=16`) and values as in the YAML; `key=null` unsets a key.
     """
-    document = _read(path)
+    return load_text(read_text(path), path, overrides)
+
+
+def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Validate the text of a YAML; arguments and errors as of load_config."""
+    document = _parse(text, path)
+    if tool := _other_tool(document.data):
+        raise ConfigError(
+            f"{path}: is a YAML of {other_tools.TOOL_NAMES[tool]}. Translate it: python main.py convert {shlex.quote(str(path))} --to NEW.yaml"
+        )
     for number, override in enumerate(overrides):
         _apply_override(document, override, _AFTER_ALL_LINES + number)
+    _reject_repeated(document, overrides)
     _let_an_override_decide_the_length(document)
     migration = legacy.migrate(document)
     document.problems += _secrets(document)
     config, errors = _validate(document.data)
     if errors:
         document.problems += islice(_field_problems(document, errors), MAX_PROBLEMS)
+        document.problems += _conflicts_beside(document, errors)
     if document.problems or config is None:
-        ordered = sorted(document.problems, key=lambda problem: problem.origin.order)
+        ordered = sorted(document.problems, key=lambda problem: (problem.rank, problem.origin.order))
         lines = list(dict.fromkeys(str(problem) for problem in ordered))
         raise ConfigError("\n".join(lines[:MAX_PROBLEMS]))
     return LoadedConfig(
@@ -96,9 +114,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 def to_yaml(config: FinetuneConfig) -> str:
     """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
-    )
+    return _dump(without_variables(config.model_dump(mode="json")))
 
 
 def default_keys(loaded: LoadedConfig) -> list[str]:
@@ -108,12 +124,19 @@ def default_keys(loaded: LoadedConfig) -> list[str]:
 
 def to_marked_yaml(loaded: LoadedConfig) -> str:
     """Return the resolved configuration as YAML, with a comment after each default."""
-    defaults, above, lines = set(default_keys(loaded)), [], []
-    for line in to_yaml(loaded.config).splitlines():
+    comments = dict.fromkeys(default_keys(loaded), "default")
+    settings = without_variables(loaded.config.model_dump(mode="json"))
+    return "\n".join(commented_yaml(settings, comments)) + "\n"
+
+
+def commented_yaml(settings: Mapping[str, Any], comments: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of settings as YAML, with these comments after the lines of their keys (dotted for sections)."""
+    above: list[str] = []
+    for line in _dump(settings).splitlines():
         depth = (len(line) - len(line.lstrip())) // _INDENT
         above = [*above[:depth], line.strip().partition(":")[0]]
-        lines.append(f"{line}  # default" if ".".join(above) in defaults else line)
-    return "\n".join(lines) + "\n"
+        comment = comments.get(".".join(above))
+        yield f"{line}  # {comment}" if comment else line
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -123,6 +146,10 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         name = f"{above}{key}"
         keys |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return keys
+
+
+def _dump(settings: Mapping[str, Any]) -> str:
+    return yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -140,7 +167,8 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _read(path: Path) -> Document:
+def read_text(path: Path) -> str:
+    """Return the text of a YAML file; raise a ConfigError if it cannot be read, is too large, or is not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -155,16 +183,41 @@ def _read(path: Path) -> Document:
             f"{path}: is larger than {MAX_BYTES:,} bytes, the limit for a configuration: check the path"
         )
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8") from error
-    document = parse_yaml(text, lambda line: Origin(f"{path}:{line}", line), legacy.IGNORED)
+
+
+def _parse(text: str, path: Path) -> Document:
+    document = parse_yaml(text, lambda line: Origin(f"{path}:{line}", line), legacy.IGNORED, os.environ)
     if document.data is None and not document.problems:
         raise ConfigError(f"{path}:1: is empty: add at least `model_id` and `train_path`")
     if not isinstance(document.data, dict):
         raise ConfigError(f"{document.origin(()).label}: is not a mapping: write lines of `key: value`")
     return document
+
+
+_FEWEST_OTHER_KEYS = 3
+
+
+def _other_tool(data: dict[str, Any]) -> other_tools.Tool | None:
+    """Return the tool that a file was written for: one that names no model as we do, and has several of the tool's own keys."""
+    if "model_id" in data or (tool := other_tools.detect(data)) is None:
+        return None
+    own = [key for key in data if key not in FinetuneConfig.model_fields and other_tools.find(key, tool)]
+    return tool if tool == "torchtune" or len(own) >= _FEWEST_OTHER_KEYS else None
+
+
+def _reject_repeated(document: Document, overrides: Sequence[str]) -> None:
+    """Add a problem for a key that the command line sets twice."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            origin = Origin("command line", _AFTER_ALL_LINES + number, from_override=True)
+            document.problems.append(
+                Problem(tuple(key.split(".")), origin, f"`{dotted((key,))}` is set twice: keep one")
+            )
 
 
 def _apply_override(document: Document, override: str, order: int) -> None:
@@ -186,7 +239,9 @@ def _apply_override(document: Document, override: str, order: int) -> None:
         document.problems.append(Problem(path, origin, text))
         return
     try:
-        value = parse_yaml(value_text, lambda line: origin)
+        value = parse_yaml(
+            value_text, lambda line: origin, variables=None if path[0] in TEMPLATES else os.environ
+        )
     except ConfigError as error:
         document.problems.append(Problem(path, origin, str(error).removeprefix(f"{origin.label}: ")))
         return
@@ -223,13 +278,9 @@ def _secrets(document: Document) -> Iterator[Problem]:
             yield Problem(
                 path,
                 document.origin(path),
-                f"`{dotted(path)}` looks like a secret (not shown here): {_TOKENS}",
+                f"`{dotted(path)}` looks like a secret (not shown here): {SECRETS_COME_FROM}",
+                rank=0,
             )
-
-
-_TOKENS = (
-    "tokens and keys come from the environment (HF_TOKEN, AWS_*), never from the YAML or the command line"
-)
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
@@ -266,6 +317,43 @@ def _field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[
         yield from _explain(document, path, here)
 
 
+def _conflicts_beside(document: Document, errors: list[ErrorDetails]) -> list[Problem]:
+    """Return the conflicts between keys that other errors hide: those that the file still has without its wrong values.
+
+    A conflict that names a wrong key is left out, because the right value may resolve it.
+    """
+    wrong = {_path_in_data(document.data, error) for error in errors} | {
+        problem.path for problem in document.problems
+    }
+    if any(path in {(), ("?",)} for path in wrong):
+        return []
+    data = copy.deepcopy(document.data)
+    for path in sorted(wrong, key=len, reverse=True):
+        _remove(data, path)
+    needed = {name: "x" for name, field in FinetuneConfig.model_fields.items() if field.is_required()}
+    _, conflicts = _validate({**needed, **data})
+    top = {str(path[0]) for path in wrong}
+    return [
+        replace(problem, rank=3)
+        for problem in _field_problems(document, conflicts)
+        if "value_error" in {error["type"] for error in conflicts}
+        and not top
+        & {word.partition(".")[0].partition(":")[0] for word in re.findall("`(.*?)`", problem.text)}
+    ]
+
+
+def _remove(data: Any, path: KeyPath) -> None:
+    """Remove a value. A wrong item of a list removes the list, and a missing key its section."""
+    for depth, part in enumerate(path):
+        below = data.get(part) if isinstance(data, dict) else None
+        is_last = depth == len(path) - 1 or not isinstance(below, dict) or path[depth + 1] not in below
+        if is_last and isinstance(data, dict):
+            data.pop(part, None)
+        if is_last:
+            return
+        data = below
+
+
 def _path_in_data(data: Any, error: ErrorDetails) -> KeyPath:
     """Return the error's location without the type names that pydantic inserts between keys."""
     path: KeyPath = ()
@@ -291,9 +379,15 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
         value = shown(kinds["value_error"]["input"])
         yield Problem(path, origin, f"`{dotted(path)}` is {value}: {cause}")
     elif "missing" in kinds:
-        yield Problem(path, origin, f"`{dotted(path)}` is missing: {_to_write(_help(path))}")
+        yield Problem(
+            path,
+            origin,
+            f"`{dotted(path)}` is missing: {_to_write(_help(path))}",
+            rank=1 if len(path) == 1 else 2,
+        )
     elif "extra_forbidden" in kinds:
-        yield Problem(path, origin, _unknown_key(document.data, path))
+        value = kinds["extra_forbidden"]["input"]
+        yield Problem(path, origin, _unknown_key(document.data, path, value, origin))
     elif errors[0]["loc"][-1] == "[key]":
         expected = _choices(errors[0])
         yield Problem(
@@ -372,6 +466,11 @@ def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
         return "" if _is_required(path) else ", or remove the key to use its default"
     if path == ("deepspeed",) and isinstance(value, str) and value.endswith(".json"):
         return f" (write a file as {{config_path: {value}}})"
+    instead, reason = _other_tools_value(path, value)
+    if instead:
+        return f" ({instead})"
+    if (sections := _sections_at(path)) and len(path) == 1 and not isinstance(value, dict | list):
+        return _section_hint(str(path[0]), value, sections)
     if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
         return f" ({value} is text in this YAML)"
     if (
@@ -386,24 +485,96 @@ def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
         choices = [choice.strip() for error in errors for choice in _choices_list(error)]
         if value.lower() == "gpu" and "cuda" in choices:
             return " (use `cuda` for a GPU)"
-        near = difflib.get_close_matches(value.lower(), choices, n=1)
-        return f" (did you mean `{near[0]}`?)" if near else ""
-    return ""
+        if near := difflib.get_close_matches(value.lower(), choices, n=1):
+            return f" (did you mean `{near[0]}`?)"
+    return f" ({reason})" if reason else ""
+
+
+def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
+    """Return (what to write for a value that another tool accepts, such as `deepspeed: 3`; why it has no counterpart)."""
+    if (instead := _OTHER_VALUES.get((dotted(path), value if isinstance(value, str) else ""))) is not None:
+        return instead, ""
+    row = next((row for row in other_tools.TABLE if row.theirs == row.ours == dotted(path)), None)
+    if row is None:
+        return "", ""
+    try:
+        settings = row.settings(value)
+    except other_tools.NoCounterpartError as error:
+        return "", str(error)
+    except (TypeError, ValueError, AttributeError):
+        return "", ""
+    return ("" if not settings or settings == {row.ours: value} else f"write {written(settings)}"), ""
+
+
+_OTHER_VALUES = {
+    ("task", "dpo"): "write `task: preference_tuning`, whose default loss is dpo",
+    ("task", "sft"): "write `task: instruction_tuning`",
+    ("task", "pt"): "write `task: causal_lm`",
+    ("task", "pretrain"): "write `task: causal_lm`",
+    ("task", "pretraining"): "write `task: causal_lm`",
+    ("dtype", "fp16"): other_tools.NO_FP16,
+    ("dtype", "float16"): other_tools.NO_FP16,
+} | {
+    ("task", loss): f"write `task: preference_tuning` and `preference_tuning_config: {{loss: {loss}}}`"
+    for loss in ("ipo", "orpo", "kto")
+}
+
+
+def _section_hint(key: str, value: Any, sections: list[type[Section]]) -> str:
+    """Return how to write a section for which a single value was given, with the names of its keys."""
+    if key == "logger":
+        return f", as in `logger: {{provider: {value if value in _LOGGERS else 'wandb'}}}`"
+    keys = [name for section in sections for name in section.model_fields]
+    required = [
+        name for section in sections for name, field in section.model_fields.items() if field.is_required()
+    ]
+    default = "" if required or value is False else f" (`{key}: {{}}` for its defaults)"
+    return f"{default}; its keys are {', '.join(keys[:8])}{' and others' if len(keys) > 8 else ''}"
+
+
+def written(settings: Mapping[str, Any], data: Mapping[str, Any] = {}, *, as_overrides: bool = False) -> str:
+    """Return settings as a message quotes them.
+
+    Args:
+        settings: dotted keys and values.
+        data: the file; a section that it has is not written again.
+        as_overrides: quote them as `section.key=value`.
+    """
+    parts = []
+    for key, value in settings.items():
+        text = (
+            yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1_000_000)
+            .removesuffix("\n...\n")
+            .strip()
+        )
+        section, _, inner = key.partition(".")
+        if as_overrides:
+            parts.append(f"`{key}={text}`")
+        elif inner and isinstance(data.get(section), dict):
+            parts.append(f"`{inner}: {text}` in `{section}`")
+        else:
+            parts.append(f"`{section}: {{{inner}: {text}}}`" if inner else f"`{key}: {text}`")
+    return " and ".join(parts)
 
 
 def _choices_list(error: ErrorDetails) -> list[str]:
     return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
 
 
-def _unknown_key(data: dict[str, Any], path: KeyPath) -> str:
-    """Return the message for an unknown key; it never contains the value, which may be a secret."""
+def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin) -> str:
+    """Return the message for an unknown key; it contains only values that another tool's key has, and no secret."""
     key = str(path[-1])
     if any(names_secret(str(part)) for part in path):
-        return f"`{dotted(path)}` is not a key (its value is not shown): {_TOKENS}"
+        return f"`{dotted(path)}` is not a key (its value is not shown): {SECRETS_COME_FROM}"
+    elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
+    advice = None
+    if len(path) == 1 and elsewhere != ["lora_config"]:
+        advice = _other_tools_key(key, value, data, as_overrides=origin.from_override)
+    if advice:
+        return advice
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
-    elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
     if key in FinetuneConfig.model_fields and len(path) > 1:
         return (
             f"`{dotted(path)}` is not a key: `{key}` belongs at the top level, not in `{dotted(path[:-1])}`"
@@ -413,6 +584,27 @@ def _unknown_key(data: dict[str, Any], path: KeyPath) -> str:
     if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
         return f"`{dotted(path)}` is not a key (the closest is `{dotted((*path[:-1], near[0]))}`): remove it"
     return f"`{dotted(path)}` is not a key: remove it"
+
+
+def _other_tools_key(key: str, value: Any, data: Mapping[str, Any], *, as_overrides: bool) -> str | None:
+    """Return the message for another tool's key; None if no tool has it."""
+    row = other_tools.find(key)
+    if row is None:
+        return None
+    note = f": {row.note}" if row.note else ""
+    if row.ours is None or value is None:
+        return f"`{key}` is another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
+    try:
+        settings = row.settings(value)
+    except other_tools.NoCounterpartError as error:
+        return f"`{key}` is another tool's key: {error}"
+    except (TypeError, ValueError, AttributeError):
+        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
+    if settings and not looks_secret(str(value)) and not isinstance(value, list | dict):
+        return f"`{key}` is another tool's key: write {written(settings, data, as_overrides=as_overrides)}"
+    if settings:
+        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
+    return f"`{key}` is another tool's key that needs nothing here: remove it"
 
 
 def _sections_at(path: KeyPath) -> list[type[Section]]:
@@ -453,7 +645,8 @@ def _fields_at(path: KeyPath) -> list[FieldInfo]:
 
 
 def _to_write(description: str) -> str:
-    return f"add it ({' '.join(description.split()).rstrip('.')})"
+    first = " ".join(description.split()).partition(". ")[0]
+    return f"add it ({first.rstrip('.')})"
 
 
 def _lines(notes: list[tuple[Origin, str]]) -> tuple[str, ...]:
