@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.loading import ConfigError, LoadedConfig, commented_yaml, load_text, read_text
+from configs.loading import ConfigError, LoadedConfig, load_text, read_text
 from configs.other_tools import (
     SAME_NAME,
     TOOL_NAMES,
@@ -25,6 +25,7 @@ from configs.other_tools import (
 )
 from configs.schema import FinetuneConfig, Section, sections_of
 from configs.yaml_source import Origin, parse_yaml, shown, without_variables
+from configs.yaml_writer import commented_yaml
 
 COMMANDS = {"convert": "translate a YAML of Axolotl, LLaMA-Factory, TRL or torchtune"}
 """Help text of the command."""

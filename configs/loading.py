@@ -4,7 +4,6 @@ Every error is reported on its own line: file and line (or the override), the ke
 """
 
 import copy
-import difflib
 import os
 import re
 import shlex
@@ -12,15 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from configs import legacy, other_tools
-from configs.schema import LENGTH_KEYS, ConflictError, FinetuneConfig, Section, sections_of
+from configs.explain import field_problems, path_in_data
+from configs.schema import LENGTH_KEYS, FinetuneConfig
 from configs.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -35,10 +33,10 @@ from configs.yaml_source import (
     looks_secret,
     names_secret,
     parse_yaml,
-    plain_scalar,
     shown,
     without_variables,
 )
+from configs.yaml_writer import commented_yaml, dump
 
 __all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "to_yaml"]
 
@@ -47,7 +45,6 @@ MAX_PROBLEMS = 50
 
 # Lines of a file come first in a report, then the overrides in order.
 _AFTER_ALL_LINES = MAX_BYTES + 1
-_INDENT = 2  # indentation of yaml.dump
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedCon
     document.problems += _secrets(document)
     config, errors = _validate(document.data)
     if errors:
-        document.problems += islice(_field_problems(document, errors), MAX_PROBLEMS)
+        document.problems += islice(field_problems(document, errors), MAX_PROBLEMS)
         document.problems += _conflicts_beside(document, errors)
     if document.problems or config is None:
         ordered = sorted(document.problems, key=lambda problem: (problem.rank, problem.origin.order))
@@ -114,7 +111,7 @@ def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedCon
 
 def to_yaml(config: FinetuneConfig) -> str:
     """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order."""
-    return _dump(without_variables(config.model_dump(mode="json")))
+    return dump(without_variables(config.model_dump(mode="json")))
 
 
 def default_keys(loaded: LoadedConfig) -> list[str]:
@@ -129,16 +126,6 @@ def to_marked_yaml(loaded: LoadedConfig) -> str:
     return "\n".join(commented_yaml(settings, comments)) + "\n"
 
 
-def commented_yaml(settings: Mapping[str, Any], comments: Mapping[str, str]) -> Iterator[str]:
-    """Yield the lines of settings as YAML, with these comments after the lines of their keys (dotted for sections)."""
-    above: list[str] = []
-    for line in _dump(settings).splitlines():
-        depth = (len(line) - len(line.lstrip())) // _INDENT
-        above = [*above[:depth], line.strip().partition(":")[0]]
-        comment = comments.get(".".join(above))
-        yield f"{line}  # {comment}" if comment else line
-
-
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Flatten sections into dotted keys: {"lora_config": {"r": 8}} -> {"lora_config.r": 8}."""
     keys = {}
@@ -146,25 +133,6 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         name = f"{above}{key}"
         keys |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return keys
-
-
-def _dump(settings: Mapping[str, Any]) -> str:
-    return yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
-
-
-class _Dumper(yaml.SafeDumper):
-    """A dumper that quotes text which YAML would otherwise read as another type."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    reads_as_text = isinstance(plain_scalar(text), str) and text.isprintable()
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if reads_as_text else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
 
 
 def read_text(path: Path) -> str:
@@ -301,28 +269,12 @@ def _validate(data: dict[str, Any]) -> tuple[FinetuneConfig | None, list[ErrorDe
         return None, error.errors(include_url=False)
 
 
-def _field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
-    """Yield pydantic's errors as problems: one per value, and none for a value that has a problem already."""
-    known = {problem.path for problem in document.problems}
-    by_path: dict[KeyPath, list[ErrorDetails]] = {}
-    for error in errors:
-        by_path.setdefault(_path_in_data(document.data, error), []).append(error)
-    sections = {path[:length] for path in by_path for length in range(1, len(path))}
-    for path, here in by_path.items():
-        if any(path[:length] in known for length in range(1, len(path) + 1)):
-            continue
-        # A section that may also be a name fails as both: report only the errors inside the section.
-        if path in sections:
-            continue
-        yield from _explain(document, path, here)
-
-
 def _conflicts_beside(document: Document, errors: list[ErrorDetails]) -> list[Problem]:
     """Return the conflicts between keys that other errors hide: those that the file still has without its wrong values.
 
     A conflict that names a wrong key is left out, because the right value may resolve it.
     """
-    wrong = {_path_in_data(document.data, error) for error in errors} | {
+    wrong = {path_in_data(document.data, error) for error in errors} | {
         problem.path for problem in document.problems
     }
     if any(path in {(), ("?",)} for path in wrong):
@@ -335,7 +287,7 @@ def _conflicts_beside(document: Document, errors: list[ErrorDetails]) -> list[Pr
     top = {str(path[0]) for path in wrong}
     return [
         replace(problem, rank=3)
-        for problem in _field_problems(document, conflicts)
+        for problem in field_problems(document, conflicts)
         if "value_error" in {error["type"] for error in conflicts}
         and not top
         & {word.partition(".")[0].partition(":")[0] for word in re.findall("`(.*?)`", problem.text)}
@@ -352,301 +304,6 @@ def _remove(data: Any, path: KeyPath) -> None:
         if is_last:
             return
         data = below
-
-
-def _path_in_data(data: Any, error: ErrorDetails) -> KeyPath:
-    """Return the error's location without the type names that pydantic inserts between keys."""
-    path: KeyPath = ()
-    for part in error["loc"]:
-        children: Any = dict(enumerate(data)) if isinstance(data, list) else data
-        if isinstance(children, dict) and part in children:
-            data, path = children[part], (*path, part)
-    if error["type"] == "missing":
-        path = (*path, error["loc"][-1])
-    return path
-
-
-def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> Iterator[Problem]:
-    origin = document.origin(path)
-    kinds = {error["type"]: error for error in errors}
-    if "value_error" in kinds:
-        cause = kinds["value_error"].get("ctx", {})["error"]
-        if isinstance(cause, ConflictError):
-            for key, text in cause.conflicts:
-                below = (*path, *key.split("."))
-                yield Problem(below, document.origin(below), _in_section(path, text))
-            return
-        value = shown(kinds["value_error"]["input"])
-        yield Problem(path, origin, f"`{dotted(path)}` is {value}: {cause}")
-    elif "missing" in kinds:
-        yield Problem(
-            path,
-            origin,
-            f"`{dotted(path)}` is missing: {_to_write(_help(path))}",
-            rank=1 if len(path) == 1 else 2,
-        )
-    elif "extra_forbidden" in kinds:
-        value = kinds["extra_forbidden"]["input"]
-        yield Problem(path, origin, _unknown_key(document.data, path, value, origin))
-    elif errors[0]["loc"][-1] == "[key]":
-        expected = _choices(errors[0])
-        yield Problem(
-            path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use one of {expected}"
-        )
-    else:
-        value = errors[0]["input"]
-        yield Problem(
-            path,
-            origin,
-            f"`{dotted(path)}` is {shown(value)}: {_expected(errors)}{_hint(path, value, errors)}",
-        )
-
-
-def _in_section(path: KeyPath, text: str) -> str:
-    return f"{dotted(path)}: {text}" if path else text
-
-
-def _expected(errors: list[ErrorDetails]) -> str:
-    phrases = list(dict.fromkeys(_phrase(error) for error in errors))
-    if "a number" in phrases and "an integer" in phrases:
-        phrases.remove("an integer")
-    return f"write {' or '.join(phrases)}"
-
-
-def _phrase(error: ErrorDetails) -> str:
-    """Return a description of the accepted values for one of pydantic's error types."""
-    limits = error.get("ctx", {})
-    match error["type"]:
-        case "literal_error":
-            return _choices(error)
-        case "bool_type":
-            return "true or false"
-        case "int_type" | "int_from_float":
-            return "an integer"
-        case "float_type":
-            return "a number"
-        case "string_type":
-            return "text"
-        case "list_type":
-            return "a list"
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return "a section of `key: value` lines"
-        case "greater_than":
-            return f"a number above {limits['gt']}"
-        case "greater_than_equal":
-            return f"a number of at least {limits['ge']}"
-        case "less_than":
-            return f"a number below {limits['lt']}"
-        case "finite_number":
-            return "a finite number"
-        case "string_too_short":
-            return "some text, or remove the key"
-        case "string_too_long":
-            return f"at most {limits['max_length']} characters"
-        case "too_short":
-            return f"at least {limits['min_length']} items"
-        case "string_pattern_mismatch":
-            return "only letters, digits, `.`, `_` and `-`, starting with a letter or digit"
-        case "union_tag_invalid" | "union_tag_not_found":
-            return f"`provider: {'`, `provider: '.join(_LOGGERS)}`"
-    return f"something else ({error['msg']})"
-
-
-_LOGGERS = ("wandb", "mlflow", "tensorboard")
-
-
-def _choices(error: ErrorDetails) -> str:
-    """Return pydantic's list of choices without quotes: `'a', 'b' or 'c'` -> a, b or c."""
-    return error.get("ctx", {})["expected"].replace("'", "")
-
-
-def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
-    kinds = {error["type"] for error in errors}
-    if value is None:
-        return "" if _is_required(path) else ", or remove the key to use its default"
-    if path == ("deepspeed",) and isinstance(value, str) and value.endswith(".json"):
-        return f" (write a file as {{config_path: {value}}})"
-    instead, reason = _other_tools_value(path, value)
-    if instead:
-        return f" ({instead})"
-    if (sections := _sections_at(path)) and len(path) == 1 and not isinstance(value, dict | list):
-        return _section_hint(str(path[0]), value, sections)
-    if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
-        return f" ({value} is text in this YAML)"
-    if (
-        isinstance(value, str)
-        and kinds & {"int_type", "float_type"}
-        and not isinstance(plain_scalar(value), str)
-    ):
-        return " (write numbers without quotes)"
-    if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
-        return f": {int(value)}"
-    if isinstance(value, str) and "literal_error" in kinds:
-        choices = [choice.strip() for error in errors for choice in _choices_list(error)]
-        if value.lower() == "gpu" and "cuda" in choices:
-            return " (use `cuda` for a GPU)"
-        if near := difflib.get_close_matches(value.lower(), choices, n=1):
-            return f" (did you mean `{near[0]}`?)"
-    return f" ({reason})" if reason else ""
-
-
-def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
-    """Return (what to write for a value that another tool accepts, such as `deepspeed: 3`; why it has no counterpart)."""
-    if (instead := _OTHER_VALUES.get((dotted(path), value if isinstance(value, str) else ""))) is not None:
-        return instead, ""
-    row = next((row for row in other_tools.TABLE if row.theirs == row.ours == dotted(path)), None)
-    if row is None:
-        return "", ""
-    try:
-        settings = row.settings(value)
-    except other_tools.NoCounterpartError as error:
-        return "", str(error)
-    except (TypeError, ValueError, AttributeError):
-        return "", ""
-    return ("" if not settings or settings == {row.ours: value} else f"write {written(settings)}"), ""
-
-
-_OTHER_VALUES = {
-    ("task", "dpo"): "write `task: preference_tuning`, whose default loss is dpo",
-    ("task", "sft"): "write `task: instruction_tuning`",
-    ("task", "pt"): "write `task: causal_lm`",
-    ("task", "pretrain"): "write `task: causal_lm`",
-    ("task", "pretraining"): "write `task: causal_lm`",
-    ("dtype", "fp16"): other_tools.NO_FP16,
-    ("dtype", "float16"): other_tools.NO_FP16,
-} | {
-    ("task", loss): f"write `task: preference_tuning` and `preference_tuning_config: {{loss: {loss}}}`"
-    for loss in ("ipo", "orpo", "kto")
-}
-
-
-def _section_hint(key: str, value: Any, sections: list[type[Section]]) -> str:
-    """Return how to write a section for which a single value was given, with the names of its keys."""
-    if key == "logger":
-        return f", as in `logger: {{provider: {value if value in _LOGGERS else 'wandb'}}}`"
-    keys = [name for section in sections for name in section.model_fields]
-    required = [
-        name for section in sections for name, field in section.model_fields.items() if field.is_required()
-    ]
-    default = "" if required or value is False else f" (`{key}: {{}}` for its defaults)"
-    return f"{default}; its keys are {', '.join(keys[:8])}{' and others' if len(keys) > 8 else ''}"
-
-
-def written(settings: Mapping[str, Any], data: Mapping[str, Any] = {}, *, as_overrides: bool = False) -> str:
-    """Return settings as a message quotes them.
-
-    Args:
-        settings: dotted keys and values.
-        data: the file; a section that it has is not written again.
-        as_overrides: quote them as `section.key=value`.
-    """
-    parts = []
-    for key, value in settings.items():
-        text = (
-            yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1_000_000)
-            .removesuffix("\n...\n")
-            .strip()
-        )
-        section, _, inner = key.partition(".")
-        if as_overrides:
-            parts.append(f"`{key}={text}`")
-        elif inner and isinstance(data.get(section), dict):
-            parts.append(f"`{inner}: {text}` in `{section}`")
-        else:
-            parts.append(f"`{section}: {{{inner}: {text}}}`" if inner else f"`{key}: {text}`")
-    return " and ".join(parts)
-
-
-def _choices_list(error: ErrorDetails) -> list[str]:
-    return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
-
-
-def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin) -> str:
-    """Return the message for an unknown key; it contains only values that another tool's key has, and no secret."""
-    key = str(path[-1])
-    if any(names_secret(str(part)) for part in path):
-        return f"`{dotted(path)}` is not a key (its value is not shown): {SECRETS_COME_FROM}"
-    elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
-    advice = None
-    if len(path) == 1 and elsewhere != ["lora_config"]:
-        advice = _other_tools_key(key, value, data, as_overrides=origin.from_override)
-    if advice:
-        return advice
-    siblings = _keys_of(path[:-1], data)
-    if near := difflib.get_close_matches(key.lower(), siblings, n=1):
-        return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
-    if key in FinetuneConfig.model_fields and len(path) > 1:
-        return (
-            f"`{dotted(path)}` is not a key: `{key}` belongs at the top level, not in `{dotted(path[:-1])}`"
-        )
-    if elsewhere:
-        return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
-    if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
-        return f"`{dotted(path)}` is not a key (the closest is `{dotted((*path[:-1], near[0]))}`): remove it"
-    return f"`{dotted(path)}` is not a key: remove it"
-
-
-def _other_tools_key(key: str, value: Any, data: Mapping[str, Any], *, as_overrides: bool) -> str | None:
-    """Return the message for another tool's key; None if no tool has it."""
-    row = other_tools.find(key)
-    if row is None:
-        return None
-    note = f": {row.note}" if row.note else ""
-    if row.ours is None or value is None:
-        return f"`{key}` is another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
-    try:
-        settings = row.settings(value)
-    except other_tools.NoCounterpartError as error:
-        return f"`{key}` is another tool's key: {error}"
-    except (TypeError, ValueError, AttributeError):
-        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
-    if settings and not looks_secret(str(value)) and not isinstance(value, list | dict):
-        return f"`{key}` is another tool's key: write {written(settings, data, as_overrides=as_overrides)}"
-    if settings:
-        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
-    return f"`{key}` is another tool's key that needs nothing here: remove it"
-
-
-def _sections_at(path: KeyPath) -> list[type[Section]]:
-    """Return the section classes that the value at `path` may have."""
-    sections: list[type[Section]] = [FinetuneConfig]
-    for key in path:
-        if isinstance(key, int):
-            continue  # an item of a list has the sections of the list
-        fields = [section.model_fields[str(key)] for section in sections if key in section.model_fields]
-        sections = [below for field in fields for below in sections_of(field.annotation)]
-    return sections
-
-
-def _keys_of(path: KeyPath, data: dict[str, Any]) -> list[str]:
-    sections = _sections_at(path)
-    if path == ("logger",) and data:
-        provider = data["logger"].get("provider")
-        sections = [section for section in sections if provider in _choices_of(section)] or sections
-    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
-
-
-def _choices_of(section: type[Section]) -> tuple[Any, ...]:
-    """Return the `provider` values of a logger's section class."""
-    return get_args(section.model_fields["provider"].annotation)
-
-
-def _help(path: KeyPath) -> str:
-    return next((field.description or "" for field in _fields_at(path)), "")
-
-
-def _is_required(path: KeyPath) -> bool:
-    return any(field.is_required() for field in _fields_at(path))
-
-
-def _fields_at(path: KeyPath) -> list[FieldInfo]:
-    sections = _sections_at(path[:-1])
-    return [section.model_fields[str(path[-1])] for section in sections if path[-1] in section.model_fields]
-
-
-def _to_write(description: str) -> str:
-    first = " ".join(description.split()).partition(". ")[0]
-    return f"add it ({first.rstrip('.')})"
 
 
 def _lines(notes: list[tuple[Origin, str]]) -> tuple[str, ...]:

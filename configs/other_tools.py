@@ -61,11 +61,15 @@ class Counterpart:
         """
         if self.ours is None:
             return Ours()
+        if isinstance(value, str):
+            value = _SWITCHES.get(value.lower(), value)
         converted = self.value(value)
         if converted is None:
             return Ours()
         return converted if isinstance(converted, Ours) else Ours({self.ours: converted})
 
+
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1 reads them so; here they are text
 
 NO_FP16 = "fp16 training is not supported: `dtype: bf16` needs an NVIDIA GPU since 2020 (A10G, A100, L4), `dtype: fp32` runs on any"
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -99,7 +103,12 @@ def _dtype(value: Any) -> str | None:
 
 
 def _optimizer(value: Any) -> str:
-    same = {"adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit", "lion": "lion_32bit"}
+    same = {
+        "adamw": "adamw_torch_fused",
+        "adamw_hf": "adamw_torch",
+        "paged_adamw": "paged_adamw_32bit",
+        "lion": "lion_32bit",
+    }
     same |= {"torch.optim.AdamW": "adamw_torch", "torch.optim.SGD": "sgd"}
     same |= {
         "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
@@ -200,6 +209,16 @@ def _names(value: Any) -> Any:
         if isinstance(value, str)
         else value
     )
+
+
+def _adapter(value: Any) -> Any:
+    if value == "qlora":
+        return Ours({"lora_config": {}, "load_in_4bit": True})
+    if value not in ("lora", "full"):
+        raise NoCounterpartError(
+            f"{value} is not supported: use `lora_config`, or train all weights without it"
+        )
+    return {} if value == "lora" else None
 
 
 def _loss(value: Any) -> Any:
@@ -486,20 +505,12 @@ TABLE: tuple[Counterpart, ...] = (
         "a",
         "adapter",
         "lora_config",
-        lambda value: Ours({"load_in_4bit": True}) if value == "qlora" else None,
+        _adapter,
     ),
     Counterpart(
-        "l",
-        "finetuning_type",
-        "lora_config",
-        note="write `lora_config: {}` for LoRA; without it all weights are trained",
+        "l", "finetuning_type", "lora_config", _adapter, "without `lora_config` all weights are trained"
     ),
-    Counterpart(
-        "h",
-        "use_peft",
-        "lora_config",
-        note="write `lora_config: {}` for LoRA; without it all weights are trained",
-    ),
+    Counterpart("h", "use_peft", "lora_config", _if({}), "without `lora_config` all weights are trained"),
     Counterpart("ha", "lora_r", "lora_config.r"),
     Counterpart("l", "lora_rank", "lora_config.r"),
     Counterpart("t", "model.lora_rank", "lora_config.r"),

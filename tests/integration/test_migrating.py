@@ -72,7 +72,8 @@ def test_axolotl_yaml_is_converted_trained_and_exported(tmp_path: Path):
         assert finished.returncode == 0, f"{shown}: {finished.stderr}"
         printed.append(finished.stdout + finished.stderr)
     assert_names(printed[0], "python main.py run.yaml --dry-run")
-    (run,) = (tmp_path / "outputs" / "lora").iterdir()
+    (result,) = (tmp_path / "outputs" / "lora").glob("*/result.json")
+    run = result.parent
     exported = main_in(tmp_path, "export", str(run))
     assert exported.returncode == 0, exported.stderr
     (model,) = (run / "exports").iterdir()

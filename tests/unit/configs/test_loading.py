@@ -331,10 +331,10 @@ def test_resolved_yaml_loads_to_the_same_config(write, text: str):
 @given(st.text(min_size=1, max_size=30))
 def test_any_text_round_trips_through_the_resolved_yaml(tmp_path: Path, text: str):
     path = tmp_path / "run.yaml"
-    config = FinetuneConfig(model_id="a", train_path="b", output_dir=text)
+    config = FinetuneConfig(model_id="a", train_path="b", columns={"prompt": text})
     path.write_text(to_yaml(config), encoding="utf-8", errors="surrogatepass", newline="")
     try:
-        assert load_config(path).config.output_dir == text
+        assert load_config(path).config.columns == {"prompt": text}
     except ConfigError as error:
         assert "secret" in str(error)
 
