@@ -110,7 +110,7 @@ lint: setup-dev  ## check style, types, imports between packages and the Dockerf
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-schema: setup  ## generate configs/schema.json, which editors use to complete and check YAMLs, and configs/keys.md
+schema: setup  ## generate configs/schema.json, which editors use to complete and check YAMLs, and the pages of keys
 	$(BIN)/python -m configs.json_schema
 
 format: setup-dev  ## fix lint errors and format the Python files

@@ -1,6 +1,7 @@
 """Command line entry point: parses the arguments and runs a command.
 
     python main.py CONFIG.yaml [key=value ...]      train
+    python main.py convert OTHER.yaml               translate another tool's YAML (configs/convert.py)
     python main.py runs | show | compare ...        list, show and compare runs (runs/commands.py)
     python main.py export | chat | evaluate ...     use a trained checkpoint (training/inference/commands.py)
     python main.py serve | keys ...                 run the fine-tuning service (service/commands.py)
@@ -10,12 +11,15 @@ Exit codes: 0 success; 1 failed after training started; 2 rejected before traini
 
 import argparse
 import re
+import shlex
 import sys
 import time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from configs import convert
+from configs.other_tools import find
 from configs.schema import Column, FinetuneConfig
 from runs import commands as run_commands
 from service import commands as service_commands
@@ -30,6 +34,7 @@ examples:
   main.py cookbooks/quickstart/smollm2-135m.yaml                    train
   main.py cookbooks/quickstart/smollm2-135m.yaml lora_config.r=16   override a key of the YAML
   main.py cookbooks/quickstart/smollm2-135m.yaml --dry-run          check everything without training
+  main.py convert OTHER.yaml --to run.yaml                          translate a YAML of Axolotl, LLaMA-Factory, TRL or torchtune
   main.py runs s3://my-bucket/runs                                  list runs
   main.py chat run:NAME                                             chat with a run's best checkpoint
 
@@ -45,19 +50,32 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message} (options: {self.prog} --help)", file=sys.stderr)
         sys.exit(REJECTED)
 
-    def reject_unknown(self, arguments: list[str]) -> None:
-        """Reject unknown arguments and suggest the closest option."""
-        if not arguments:
+    def reject_unknown(self, unknown: list[str], given: list[str]) -> None:
+        """Reject unknown arguments; name the override for a key of the YAML, or the closest option.
+
+        Args:
+            unknown: arguments that are no option.
+            given: the complete command line.
+        """
+        if not unknown:
             return
-        option = arguments[0].partition("=")[0]
+        option, separator, value = unknown[0].partition("=")
         key = option.removeprefix("--").replace("-", "_")
+        if not separator:
+            value = next(iter(given[given.index(unknown[0]) + 1 :]), "")
+            value = "VALUE" if not value or value.startswith("-") or "=" in value else value
         if key in FinetuneConfig.model_fields:
             self.error(
-                f"unknown argument {arguments[0]}: keys of the YAML are written without dashes: {key}=VALUE"
+                f"unknown argument {unknown[0]}: keys of the YAML are written without dashes: {key}={value}"
             )
+        if self.prog.endswith(".yaml") and (row := find(key)):
+            instead = (
+                f"its counterpart is {row.ours}=VALUE" if row.ours else f"it has no counterpart ({row.note})"
+            )
+            self.error(f"unknown argument {unknown[0]}: another tool's key: {instead}")
         known = sorted(set(re.findall(r"--[a-z-]+", self.format_help())))
         nearest = get_close_matches(option, known, n=1)
-        self.error(f"unknown argument {arguments[0]}" + (f": did you mean {nearest[0]}?" if nearest else ""))
+        self.error(f"unknown argument {unknown[0]}" + (f": did you mean {nearest[0]}?" if nearest else ""))
 
 
 def main(arguments: list[str]) -> int:
@@ -70,6 +88,10 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help(None if arguments else sys.stderr)
         return 0 if arguments else REJECTED
+    if arguments[0] == "train" and not Path("train").exists():
+        line = shlex.join(arguments[1:]) or "CONFIG.yaml"
+        print(f"error: train: training needs no command: main.py {line}", file=sys.stderr)
+        return REJECTED
     if meant := nearest_command(arguments[0], commands):
         print(
             f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?", file=sys.stderr
@@ -86,7 +108,7 @@ def main(arguments: list[str]) -> int:
     command = commands[name]
     # Options may be mixed with positional arguments, which subparsers do not support.
     options, unknown = command.parse_known_intermixed_args(arguments[name != "train" :])
-    command.reject_unknown(unknown)
+    command.reject_unknown(unknown, arguments)
     values = vars(options)
     try:
         if name == "train":
@@ -118,12 +140,14 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         **{
             name: subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
             for name, text in {
+                **convert.COMMANDS,
                 **run_commands.COMMANDS,
                 **model_commands.COMMANDS,
                 **service_commands.COMMANDS,
             }.items()
         },
     }
+    _add_convert_arguments(commands["convert"])
     _add_run_arguments(commands)
     _add_export_arguments(commands["export"])
     _add_chat_arguments(commands["chat"])
@@ -193,6 +217,14 @@ def _train_parser() -> Parser:
         help="print the result (or the plan) as JSON on the last line of standard output",
     )
     return parser
+
+
+def _add_convert_arguments(command: Parser) -> None:
+    command.set_defaults(run_command=convert.convert_command)
+    command.add_argument("source", type=Path, metavar="OTHER.yaml", help="the other tool's YAML")
+    command.add_argument(
+        "--to", dest="target", type=Path, metavar="FILE", help="new file to write; default: standard output"
+    )
 
 
 def _add_run_arguments(commands: dict[str, Parser]) -> None:

@@ -1,4 +1,4 @@
-"""Write the JSON schema, with which editors complete and check YAMLs, and the page of keys (keys.md).
+"""Write the JSON schema, with which editors complete and check YAMLs, and the pages of keys (keys.md, other_keys.md).
 
 make schema
 """
@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.other_tools import NOT_NEEDED, TABLE, TOOL_NAMES, tools_of
 from configs.schema import FinetuneConfig
 
 SCHEMA_FILE = Path(__file__).parent / "schema.json"
 KEYS_FILE = Path(__file__).parent / "keys.md"
+OTHER_KEYS_FILE = Path(__file__).parent / "other_keys.md"
 
 
 def json_schema() -> str:
@@ -32,6 +34,28 @@ def keys_page() -> str:
     ]
     for name, section in schema["$defs"].items():
         lines += ["", f"## {name}", "", *_table(section)]
+    return "\n".join(lines) + "\n"
+
+
+def other_keys_page() -> str:
+    """Return a Markdown page with the keys of other tools and what replaces them."""
+    lines = [
+        "# Keys of other tools",
+        "",
+        "Generated from `configs/other_tools.py` by `make schema`. `main.py convert OTHER.yaml` translates a file with this table.",
+        "A key that is not listed and has the same name here means the same.",
+    ]
+    for tool, name in TOOL_NAMES.items():
+        lines += ["", f"## {name}", "", "| key | here | what differs |", "|---|---|---|"]
+        for row in TABLE:
+            if tool in tools_of(row):
+                ours = f"`{row.ours}`" if row.ours else "no counterpart" if row.differs else "not needed"
+                lines.append(f"| `{row.theirs}` | {ours} | {row.note} |")
+    lines += ["", "## Not needed", "", "| keys | because |", "|---|---|"]
+    lines += [
+        f"| {', '.join(f'`{key}`' for key in keys.split())} | {reason} |"
+        for reason, keys in NOT_NEEDED.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -67,3 +91,4 @@ def _values(field: Mapping[str, Any]) -> str:
 if __name__ == "__main__":
     SCHEMA_FILE.write_text(json_schema(), "utf-8")
     KEYS_FILE.write_text(keys_page(), "utf-8")
+    OTHER_KEYS_FILE.write_text(other_keys_page(), "utf-8")

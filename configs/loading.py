@@ -3,23 +3,27 @@
 Every error is reported on its own line: file and line (or the override), the key, the value, and how to fix it.
 """
 
-import difflib
+import copy
+import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from configs import legacy
-from configs.schema import LENGTH_KEYS, ConflictError, FinetuneConfig, Section, sections_of
+from configs import legacy, other_tools
+from configs.explain import field_problems, path_in_data
+from configs.schema import LENGTH_KEYS, FinetuneConfig
 from configs.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
+    SECRETS_COME_FROM,
+    TEMPLATES,
     ConfigError,
     Document,
     KeyPath,
@@ -29,18 +33,18 @@ from configs.yaml_source import (
     looks_secret,
     names_secret,
     parse_yaml,
-    plain_scalar,
     shown,
+    without_variables,
 )
+from configs.yaml_writer import commented_yaml, dump
 
-__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "to_yaml"]
+__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "to_yaml"]
 
 MAX_PROBLEMS = 50
 """Maximum number of lines in a report; a file with more errors is probably not a configuration."""
 
 # Lines of a file come first in a report, then the overrides in order.
 _AFTER_ALL_LINES = MAX_BYTES + 1
-_INDENT = 2  # indentation of yaml.dump
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,28 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         path: the YAML file.
         overrides: `key=value`, with dotted keys (`lora_config.r=16`) and values as in the YAML; `key=null` unsets a key.
     """
-    document = _read(path)
+    return load_text(read_text(path), path, overrides)
+
+
+def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Validate the text of a YAML; arguments and errors as of load_config."""
+    document = _parse(text, path)
+    if tool := _other_tool(document.data):
+        raise ConfigError(
+            f"{path}: is a YAML of {other_tools.TOOL_NAMES[tool]}. Translate it: python main.py convert {shlex.quote(str(path))} --to NEW.yaml"
+        )
     for number, override in enumerate(overrides):
         _apply_override(document, override, _AFTER_ALL_LINES + number)
+    _reject_repeated(document, overrides)
     _let_an_override_decide_the_length(document)
     migration = legacy.migrate(document)
     document.problems += _secrets(document)
     config, errors = _validate(document.data)
     if errors:
-        document.problems += islice(_field_problems(document, errors), MAX_PROBLEMS)
+        document.problems += islice(field_problems(document, errors), MAX_PROBLEMS)
+        document.problems += _conflicts_beside(document, errors)
     if document.problems or config is None:
-        ordered = sorted(document.problems, key=lambda problem: problem.origin.order)
+        ordered = sorted(document.problems, key=lambda problem: (problem.rank, problem.origin.order))
         lines = list(dict.fromkeys(str(problem) for problem in ordered))
         raise ConfigError("\n".join(lines[:MAX_PROBLEMS]))
     return LoadedConfig(
@@ -96,9 +111,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 def to_yaml(config: FinetuneConfig) -> str:
     """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
-    )
+    return dump(without_variables(config.model_dump(mode="json")))
 
 
 def default_keys(loaded: LoadedConfig) -> list[str]:
@@ -108,12 +121,9 @@ def default_keys(loaded: LoadedConfig) -> list[str]:
 
 def to_marked_yaml(loaded: LoadedConfig) -> str:
     """Return the resolved configuration as YAML, with a comment after each default."""
-    defaults, above, lines = set(default_keys(loaded)), [], []
-    for line in to_yaml(loaded.config).splitlines():
-        depth = (len(line) - len(line.lstrip())) // _INDENT
-        above = [*above[:depth], line.strip().partition(":")[0]]
-        lines.append(f"{line}  # default" if ".".join(above) in defaults else line)
-    return "\n".join(lines) + "\n"
+    comments = dict.fromkeys(default_keys(loaded), "default")
+    settings = without_variables(loaded.config.model_dump(mode="json"))
+    return "\n".join(commented_yaml(settings, comments)) + "\n"
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -125,22 +135,8 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return keys
 
 
-class _Dumper(yaml.SafeDumper):
-    """A dumper that quotes text which YAML would otherwise read as another type."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    reads_as_text = isinstance(plain_scalar(text), str) and text.isprintable()
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if reads_as_text else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def _read(path: Path) -> Document:
+def read_text(path: Path) -> str:
+    """Return the text of a YAML file; raise a ConfigError if it cannot be read, is too large, or is not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -155,16 +151,41 @@ def _read(path: Path) -> Document:
             f"{path}: is larger than {MAX_BYTES:,} bytes, the limit for a configuration: check the path"
         )
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8") from error
-    document = parse_yaml(text, lambda line: Origin(f"{path}:{line}", line), legacy.IGNORED)
+
+
+def _parse(text: str, path: Path) -> Document:
+    document = parse_yaml(text, lambda line: Origin(f"{path}:{line}", line), legacy.IGNORED, os.environ)
     if document.data is None and not document.problems:
         raise ConfigError(f"{path}:1: is empty: add at least `model_id` and `train_path`")
     if not isinstance(document.data, dict):
         raise ConfigError(f"{document.origin(()).label}: is not a mapping: write lines of `key: value`")
     return document
+
+
+_FEWEST_OTHER_KEYS = 3
+
+
+def _other_tool(data: dict[str, Any]) -> other_tools.Tool | None:
+    """Return the tool that a file was written for: one that names no model as we do, and has several of the tool's own keys."""
+    if "model_id" in data or (tool := other_tools.detect(data)) is None:
+        return None
+    own = [key for key in data if key not in FinetuneConfig.model_fields and other_tools.find(key, tool)]
+    return tool if tool == "torchtune" or len(own) >= _FEWEST_OTHER_KEYS else None
+
+
+def _reject_repeated(document: Document, overrides: Sequence[str]) -> None:
+    """Add a problem for a key that the command line sets twice."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            origin = Origin("command line", _AFTER_ALL_LINES + number, from_override=True)
+            document.problems.append(
+                Problem(tuple(key.split(".")), origin, f"`{dotted((key,))}` is set twice: keep one")
+            )
 
 
 def _apply_override(document: Document, override: str, order: int) -> None:
@@ -186,7 +207,9 @@ def _apply_override(document: Document, override: str, order: int) -> None:
         document.problems.append(Problem(path, origin, text))
         return
     try:
-        value = parse_yaml(value_text, lambda line: origin)
+        value = parse_yaml(
+            value_text, lambda line: origin, variables=None if path[0] in TEMPLATES else os.environ
+        )
     except ConfigError as error:
         document.problems.append(Problem(path, origin, str(error).removeprefix(f"{origin.label}: ")))
         return
@@ -223,13 +246,9 @@ def _secrets(document: Document) -> Iterator[Problem]:
             yield Problem(
                 path,
                 document.origin(path),
-                f"`{dotted(path)}` looks like a secret (not shown here): {_TOKENS}",
+                f"`{dotted(path)}` looks like a secret (not shown here): {SECRETS_COME_FROM}",
+                rank=0,
             )
-
-
-_TOKENS = (
-    "tokens and keys come from the environment (HF_TOKEN, AWS_*), never from the YAML or the command line"
-)
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
@@ -250,210 +269,41 @@ def _validate(data: dict[str, Any]) -> tuple[FinetuneConfig | None, list[ErrorDe
         return None, error.errors(include_url=False)
 
 
-def _field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
-    """Yield pydantic's errors as problems: one per value, and none for a value that has a problem already."""
-    known = {problem.path for problem in document.problems}
-    by_path: dict[KeyPath, list[ErrorDetails]] = {}
-    for error in errors:
-        by_path.setdefault(_path_in_data(document.data, error), []).append(error)
-    sections = {path[:length] for path in by_path for length in range(1, len(path))}
-    for path, here in by_path.items():
-        if any(path[:length] in known for length in range(1, len(path) + 1)):
-            continue
-        # A section that may also be a name fails as both: report only the errors inside the section.
-        if path in sections:
-            continue
-        yield from _explain(document, path, here)
+def _conflicts_beside(document: Document, errors: list[ErrorDetails]) -> list[Problem]:
+    """Return the conflicts between keys that other errors hide: those that the file still has without its wrong values.
+
+    A conflict that names a wrong key is left out, because the right value may resolve it.
+    """
+    wrong = {path_in_data(document.data, error) for error in errors} | {
+        problem.path for problem in document.problems
+    }
+    if any(path in {(), ("?",)} for path in wrong):
+        return []
+    data = copy.deepcopy(document.data)
+    for path in sorted(wrong, key=len, reverse=True):
+        _remove(data, path)
+    needed = {name: "x" for name, field in FinetuneConfig.model_fields.items() if field.is_required()}
+    _, conflicts = _validate({**needed, **data})
+    top = {str(path[0]) for path in wrong}
+    return [
+        replace(problem, rank=3)
+        for problem in field_problems(document, conflicts)
+        if "value_error" in {error["type"] for error in conflicts}
+        and not top
+        & {word.partition(".")[0].partition(":")[0] for word in re.findall("`(.*?)`", problem.text)}
+    ]
 
 
-def _path_in_data(data: Any, error: ErrorDetails) -> KeyPath:
-    """Return the error's location without the type names that pydantic inserts between keys."""
-    path: KeyPath = ()
-    for part in error["loc"]:
-        children: Any = dict(enumerate(data)) if isinstance(data, list) else data
-        if isinstance(children, dict) and part in children:
-            data, path = children[part], (*path, part)
-    if error["type"] == "missing":
-        path = (*path, error["loc"][-1])
-    return path
-
-
-def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> Iterator[Problem]:
-    origin = document.origin(path)
-    kinds = {error["type"]: error for error in errors}
-    if "value_error" in kinds:
-        cause = kinds["value_error"].get("ctx", {})["error"]
-        if isinstance(cause, ConflictError):
-            for key, text in cause.conflicts:
-                below = (*path, *key.split("."))
-                yield Problem(below, document.origin(below), _in_section(path, text))
+def _remove(data: Any, path: KeyPath) -> None:
+    """Remove a value. A wrong item of a list removes the list, and a missing key its section."""
+    for depth, part in enumerate(path):
+        below = data.get(part) if isinstance(data, dict) else None
+        is_last = depth == len(path) - 1 or not isinstance(below, dict) or path[depth + 1] not in below
+        if is_last and isinstance(data, dict):
+            data.pop(part, None)
+        if is_last:
             return
-        value = shown(kinds["value_error"]["input"])
-        yield Problem(path, origin, f"`{dotted(path)}` is {value}: {cause}")
-    elif "missing" in kinds:
-        yield Problem(path, origin, f"`{dotted(path)}` is missing: {_to_write(_help(path))}")
-    elif "extra_forbidden" in kinds:
-        yield Problem(path, origin, _unknown_key(document.data, path))
-    elif errors[0]["loc"][-1] == "[key]":
-        expected = _choices(errors[0])
-        yield Problem(
-            path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use one of {expected}"
-        )
-    else:
-        value = errors[0]["input"]
-        yield Problem(
-            path,
-            origin,
-            f"`{dotted(path)}` is {shown(value)}: {_expected(errors)}{_hint(path, value, errors)}",
-        )
-
-
-def _in_section(path: KeyPath, text: str) -> str:
-    return f"{dotted(path)}: {text}" if path else text
-
-
-def _expected(errors: list[ErrorDetails]) -> str:
-    phrases = list(dict.fromkeys(_phrase(error) for error in errors))
-    if "a number" in phrases and "an integer" in phrases:
-        phrases.remove("an integer")
-    return f"write {' or '.join(phrases)}"
-
-
-def _phrase(error: ErrorDetails) -> str:
-    """Return a description of the accepted values for one of pydantic's error types."""
-    limits = error.get("ctx", {})
-    match error["type"]:
-        case "literal_error":
-            return _choices(error)
-        case "bool_type":
-            return "true or false"
-        case "int_type" | "int_from_float":
-            return "an integer"
-        case "float_type":
-            return "a number"
-        case "string_type":
-            return "text"
-        case "list_type":
-            return "a list"
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return "a section of `key: value` lines"
-        case "greater_than":
-            return f"a number above {limits['gt']}"
-        case "greater_than_equal":
-            return f"a number of at least {limits['ge']}"
-        case "less_than":
-            return f"a number below {limits['lt']}"
-        case "finite_number":
-            return "a finite number"
-        case "string_too_short":
-            return "some text, or remove the key"
-        case "string_too_long":
-            return f"at most {limits['max_length']} characters"
-        case "too_short":
-            return f"at least {limits['min_length']} items"
-        case "string_pattern_mismatch":
-            return "only letters, digits, `.`, `_` and `-`, starting with a letter or digit"
-        case "union_tag_invalid" | "union_tag_not_found":
-            return f"`provider: {'`, `provider: '.join(_LOGGERS)}`"
-    return f"something else ({error['msg']})"
-
-
-_LOGGERS = ("wandb", "mlflow", "tensorboard")
-
-
-def _choices(error: ErrorDetails) -> str:
-    """Return pydantic's list of choices without quotes: `'a', 'b' or 'c'` -> a, b or c."""
-    return error.get("ctx", {})["expected"].replace("'", "")
-
-
-def _hint(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
-    kinds = {error["type"] for error in errors}
-    if value is None:
-        return "" if _is_required(path) else ", or remove the key to use its default"
-    if path == ("deepspeed",) and isinstance(value, str) and value.endswith(".json"):
-        return f" (write a file as {{config_path: {value}}})"
-    if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
-        return f" ({value} is text in this YAML)"
-    if (
-        isinstance(value, str)
-        and kinds & {"int_type", "float_type"}
-        and not isinstance(plain_scalar(value), str)
-    ):
-        return " (write numbers without quotes)"
-    if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
-        return f": {int(value)}"
-    if isinstance(value, str) and "literal_error" in kinds:
-        choices = [choice.strip() for error in errors for choice in _choices_list(error)]
-        if value.lower() == "gpu" and "cuda" in choices:
-            return " (use `cuda` for a GPU)"
-        near = difflib.get_close_matches(value.lower(), choices, n=1)
-        return f" (did you mean `{near[0]}`?)" if near else ""
-    return ""
-
-
-def _choices_list(error: ErrorDetails) -> list[str]:
-    return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
-
-
-def _unknown_key(data: dict[str, Any], path: KeyPath) -> str:
-    """Return the message for an unknown key; it never contains the value, which may be a secret."""
-    key = str(path[-1])
-    if any(names_secret(str(part)) for part in path):
-        return f"`{dotted(path)}` is not a key (its value is not shown): {_TOKENS}"
-    siblings = _keys_of(path[:-1], data)
-    if near := difflib.get_close_matches(key.lower(), siblings, n=1):
-        return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
-    elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
-    if key in FinetuneConfig.model_fields and len(path) > 1:
-        return (
-            f"`{dotted(path)}` is not a key: `{key}` belongs at the top level, not in `{dotted(path[:-1])}`"
-        )
-    if elsewhere:
-        return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
-    if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
-        return f"`{dotted(path)}` is not a key (the closest is `{dotted((*path[:-1], near[0]))}`): remove it"
-    return f"`{dotted(path)}` is not a key: remove it"
-
-
-def _sections_at(path: KeyPath) -> list[type[Section]]:
-    """Return the section classes that the value at `path` may have."""
-    sections: list[type[Section]] = [FinetuneConfig]
-    for key in path:
-        if isinstance(key, int):
-            continue  # an item of a list has the sections of the list
-        fields = [section.model_fields[str(key)] for section in sections if key in section.model_fields]
-        sections = [below for field in fields for below in sections_of(field.annotation)]
-    return sections
-
-
-def _keys_of(path: KeyPath, data: dict[str, Any]) -> list[str]:
-    sections = _sections_at(path)
-    if path == ("logger",) and data:
-        provider = data["logger"].get("provider")
-        sections = [section for section in sections if provider in _choices_of(section)] or sections
-    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
-
-
-def _choices_of(section: type[Section]) -> tuple[Any, ...]:
-    """Return the `provider` values of a logger's section class."""
-    return get_args(section.model_fields["provider"].annotation)
-
-
-def _help(path: KeyPath) -> str:
-    return next((field.description or "" for field in _fields_at(path)), "")
-
-
-def _is_required(path: KeyPath) -> bool:
-    return any(field.is_required() for field in _fields_at(path))
-
-
-def _fields_at(path: KeyPath) -> list[FieldInfo]:
-    sections = _sections_at(path[:-1])
-    return [section.model_fields[str(path[-1])] for section in sections if path[-1] in section.model_fields]
-
-
-def _to_write(description: str) -> str:
-    return f"add it ({' '.join(description.split()).rstrip('.')})"
+        data = below
 
 
 def _lines(notes: list[tuple[Origin, str]]) -> tuple[str, ...]:

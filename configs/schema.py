@@ -11,6 +11,7 @@ import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -55,8 +56,11 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "ignore_columns",
     "loss_watchdog_patience",
     "loss_watchdog_threshold",
+    "eval_steps",
+    "lr_scheduler_kwargs",
     "max_train_rows",
     "max_valid_rows",
+    "save_steps",
     "turns",
     "valid_split",
     "warmup_ratio",
@@ -92,6 +96,15 @@ def _uri(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _local(value: str) -> str:
+    scheme, separator, _ = value.partition("://")
+    if separator:
+        raise ValueError(
+            f"{scheme}:// is not possible here, because this is a path on each machine: write a local path"
+        )
+    return value
+
+
 def _bytes(value: str) -> int:
     """Convert text such as `50GiB` to bytes (53687091200)."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -122,10 +135,14 @@ class _UriMark:
     kind: UriKind
 
 
+LocalPath = Annotated[Text, AfterValidator(_local)]
 ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("model")]
 DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
+Interval = PositiveInt | Annotated[float, Field(gt=0, lt=1)]
+"""Number of steps, or a share of the steps of the run."""
+
 ACCELERATOR = "accelerator_type:"
 """Prefix of Ray's resource names for GPU types."""
 
@@ -245,6 +262,14 @@ class LoraConfig(Section):
             conflicts.append(
                 ("layers_pattern", "`layers_pattern` requires `layers_to_transform`: add it, or remove it")
             )
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key)
+            # As a regular expression, `q_proj,v_proj` would match no module.
+            if isinstance(value, str) and "," in value and re.fullmatch(r"[\w.,\s-]+", value):
+                names = ", ".join(name.strip() for name in value.split(","))
+                conflicts.append(
+                    (key, f"`{key}` is one text with commas: write the names as a list, `{key}: [{names}]`")
+                )
         if self.lora_bias and self.use_dora:
             conflicts.append(("lora_bias", "`lora_bias` and `use_dora` cannot be combined: remove one"))
         if self.lora_bias and isinstance(self.init_lora_weights, str):
@@ -257,7 +282,7 @@ class LoraConfig(Section):
 class DeepspeedFile(Section):
     """A custom DeepSpeed configuration file."""
 
-    config_path: Text
+    config_path: LocalPath
     """JSON file, relative to the current working directory. It needs no optimizer or scheduler block: those come
     from this YAML."""
 
@@ -287,14 +312,64 @@ class DeviceRange(Section):
         return self
 
 
+def _one_spelling(frequency: object) -> object:
+    """Return 2.0 as 2, so that two spellings of one run have one hash."""
+    return int(frequency) if isinstance(frequency, float) and frequency.is_integer() else frequency
+
+
 class CheckpointFrequency(Section):
     """How often to write a checkpoint and evaluate the validation set."""
 
     unit: Literal["epochs", "steps"] = "epochs"
     """Unit of frequency: epochs, or optimizer steps."""
 
-    frequency: PositiveInt = 1
-    """Number of units between two checkpoints."""
+    frequency: Annotated[PositiveInt | Annotated[float, Field(gt=0)], BeforeValidator(_one_spelling)] = 1
+    """Number of units between two checkpoints; with epochs also a fraction, such as 0.25."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.unit == "steps" and isinstance(self.frequency, float):
+            raise ConflictError(
+                [
+                    (
+                        "frequency",
+                        f"`frequency` is {self.frequency}, but steps are counted in integers: write "
+                        "`unit: epochs`, or an integer",
+                    )
+                ]
+            )
+        return self
+
+
+class LrSchedulerKwargs(Section):
+    """Further arguments of transformers' learning rate schedules."""
+
+    num_cycles: Annotated[float, Field(gt=0)] | None = None
+    """cosine, cosine_with_min_lr: number of waves, 0.5 falls once; cosine_with_restarts: number of falls from the peak."""
+
+    power: Annotated[float, Field(gt=0)] | None = None
+    """polynomial: exponent of the decay; null: 1."""
+
+    lr_end: Annotated[float, Field(ge=0)] | None = None
+    """polynomial: learning rate at the end; null: 1e-7."""
+
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    """cosine_with_min_lr: learning rate at the end."""
+
+    min_lr_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    """cosine_with_min_lr: learning rate at the end, as a share of learning_rate."""
+
+    num_decay_steps: PositiveInt | None = None
+    """warmup_stable_decay: optimizer steps of the decay at the end of the run; required for it."""
+
+    decay_type: Literal["linear", "cosine", "1-sqrt"] | None = None
+    """warmup_stable_decay: shape of the decay; null: cosine."""
+
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """warmup_stable_decay: learning rate at the end, as a share of learning_rate; null: 0."""
+
+    timescale: PositiveInt | None = None
+    """inverse_sqrt: steps over which the learning rate falls by a factor of the square root of 2; null: the warm-up."""
 
 
 class PreferenceTuningConfig(Section):
@@ -558,10 +633,21 @@ class FinetuneConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate. About 1e-4 for LoRA, 1e-5 for full-parameter training."""
 
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = (
-        "cosine"
-    )
-    """Learning rate schedule after the warm-up."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """Learning rate schedule after the warm-up, named as in transformers."""
+
+    lr_scheduler_kwargs: LrSchedulerKwargs | None = None
+    """Further arguments of the schedule, such as `{min_lr_rate: 0.1}` for cosine_with_min_lr; null: transformers' defaults."""
 
     num_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps over which the learning rate rises from 0."""
@@ -634,7 +720,15 @@ class FinetuneConfig(Section):
     """Settings of task classification; required for it."""
 
     checkpoint_and_evaluation_frequency: CheckpointFrequency = CheckpointFrequency()
-    """How often to checkpoint and evaluate."""
+    """How often to checkpoint and evaluate, together."""
+
+    eval_steps: Interval | None = None
+    """Optimizer steps between two evaluations, if they have an interval of their own; a number below 1 is a share of the steps
+    of the run, rounded up. null: checkpoint_and_evaluation_frequency."""
+
+    save_steps: Interval | None = None
+    """Optimizer steps between two checkpoints, as eval_steps. A checkpoint at a step without an evaluation has no eval loss, so
+    it never counts as the best."""
 
     early_stopping_patience: PositiveInt | None = None
     """Stop training after this many evaluations in a row without a lower eval loss; null: train to the end."""
@@ -663,8 +757,8 @@ class FinetuneConfig(Section):
     """Name of the run under storage_path; null: derived from the YAML's name and contents, so that the same command
     resumes the same run."""
 
-    output_dir: Text | None = None
-    """Scratch directory on each node; null: /mnt/local_storage if it exists, else the user's cache directory."""
+    output_dir: LocalPath | None = None
+    """Scratch directory on each node, not the place of results (storage_path); null: /mnt/local_storage if it exists, else the user's cache directory."""
 
     trust_remote_code: bool = False
     """Run Python code that is shipped with the model. Gated models need HF_TOKEN in the environment."""
@@ -696,6 +790,31 @@ class FinetuneConfig(Section):
     def warmup_steps(self, steps: int) -> int:
         """Return the optimizer steps of the warm-up in a run of this many steps."""
         return self.num_warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * steps)
+
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """Return the arguments of lr_scheduler_kwargs that are set."""
+        given = self.lr_scheduler_kwargs
+        return given.model_dump(exclude_none=True) if given else {}
+
+    def evaluation_interval(self, steps_per_epoch: int, steps: int) -> Fraction:
+        """Return the optimizer steps between two evaluations, which may be a fraction.
+
+        Args:
+            steps_per_epoch: optimizer steps per pass over the training rows.
+            steps: optimizer steps of the run.
+        """
+        return self._interval(self.eval_steps, steps_per_epoch, steps)
+
+    def checkpoint_interval(self, steps_per_epoch: int, steps: int) -> Fraction:
+        """Return the optimizer steps between two checkpoints; arguments as of evaluation_interval."""
+        return self._interval(self.save_steps, steps_per_epoch, steps)
+
+    def _interval(self, own: int | float | None, steps_per_epoch: int, steps: int) -> Fraction:
+        if own is not None:  # transformers rounds a share up, too
+            return Fraction(own if isinstance(own, int) else math.ceil(own * steps))
+        both = self.checkpoint_and_evaluation_frequency
+        # By its digits: as a binary number 0.1 is a little more than a tenth, and the last evaluation of an epoch would be late.
+        return Fraction(str(both.frequency)) * (steps_per_epoch if both.unit == "epochs" else 1)
 
     @property
     def most_devices(self) -> int:
@@ -804,6 +923,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
     yield from _stop_conflicts(config)
+    yield from _scheduler_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
     yield from _data_conflicts(config)
@@ -831,6 +951,36 @@ def _start_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
                 f"`{key}` to start a new run from weights only, or `resume_from_checkpoint` to restore the "
                 f"complete training state",
             )
+
+
+_SCHEDULER_KWARGS = {
+    "cosine": {"num_cycles"},
+    "cosine_with_restarts": {"num_cycles"},
+    "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
+    "polynomial": {"power", "lr_end"},
+    "inverse_sqrt": {"timescale"},
+    "warmup_stable_decay": {"num_decay_steps", "decay_type", "min_lr_ratio"},
+}
+
+
+def _scheduler_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    given, schedule = set(config.scheduler_arguments()), config.lr_scheduler_type
+    for name in sorted(given - _SCHEDULER_KWARGS.get(schedule, set())):
+        takers = [other for other, names in _SCHEDULER_KWARGS.items() if name in names]
+        yield (
+            f"lr_scheduler_kwargs.{name}",
+            f"`lr_scheduler_kwargs.{name}` has no effect with `lr_scheduler_type: {schedule}`: remove it, or use {' or '.join(takers)}",
+        )
+    if schedule == "cosine_with_min_lr" and len(given & {"min_lr", "min_lr_rate"}) != 1:
+        yield (
+            "lr_scheduler_type",
+            "`lr_scheduler_type: cosine_with_min_lr` needs one end: add `lr_scheduler_kwargs: {min_lr_rate: 0.1}`, or `min_lr`",
+        )
+    if schedule == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield (
+            "lr_scheduler_type",
+            "`lr_scheduler_type: warmup_stable_decay` needs the steps of its decay: add `lr_scheduler_kwargs: {num_decay_steps: 100}`",
+        )
 
 
 def _length_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
@@ -960,6 +1110,11 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             "valid_path",
             "`valid_path` has weights, but each validation row is evaluated once: remove the weights",
+        )
+    if config.chat_template and re.match(r"\w+://\S+$", config.chat_template):
+        yield (
+            "chat_template",
+            "`chat_template` is read from a file on this machine: download it and write its path, or the template itself",
         )
     if config.prompt_template is not None:
         if config.chat_template is not None:

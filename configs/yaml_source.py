@@ -1,12 +1,14 @@
 """Parse YAML text into plain data that records the source line of every value.
 
-Only the plain subset of YAML is supported: mappings, lists and scalars. Anchors, aliases, merge keys, tags and duplicate
-keys are errors. Scalars are interpreted as they look: `5e-6` is a number; `yes`, `on`, `12:30` and `2024-01-01` are text.
+Mappings, lists, scalars, anchors and merge keys are supported; tags and duplicate keys are errors. Scalars are interpreted as
+they look: `5e-6` is a number; `yes`, `on`, `12:30` and `2024-01-01` are text. `${NAME}` and `${NAME:-default}` in a value stand
+for an environment variable.
 """
 
+import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,16 @@ from utils.errors import AnnealError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_ANCHORS = 100
+MAX_COPIED_VALUES = 1_000
+"""Maximum number of values that aliases may add to a file, so that nested aliases do not exhaust memory."""
+
+TEMPLATES = ("chat_template", "prompt_template")
+"""Keys with placeholders of their own, in which no variable is replaced."""
+
+SECRETS_COME_FROM = (
+    "tokens and keys come from the environment (HF_TOKEN, AWS_*), never from the YAML or the command line"
+)
 
 KeyPath = tuple[str | int, ...]
 """Path to a value: keys of mappings and indices of lists; `()` is the complete document."""
@@ -45,6 +57,8 @@ class Problem:
     path: KeyPath
     origin: Origin
     text: str
+    rank: int = 2
+    """Importance: 0 comes first."""
 
     def __str__(self) -> str:
         return f"{self.origin.label}: {self.text}"
@@ -77,12 +91,16 @@ class Document:
         self.origins = {known: origin for known, origin in self.origins.items() if known[: len(path)] != path}
         self.origins.update({(*path, *below): origin for below, origin in value.origins.items()})
         self.problems += [
-            Problem((*path, *problem.path), problem.origin, problem.text) for problem in value.problems
+            Problem((*path, *problem.path), problem.origin, problem.text, problem.rank)
+            for problem in value.problems
         ]
 
 
 def parse_yaml(
-    text: str, origin_at: Callable[[int], Origin], repeatable: frozenset[str] = frozenset()
+    text: str,
+    origin_at: Callable[[int], Origin],
+    repeatable: frozenset[str] = frozenset(),
+    variables: Mapping[str, str] | None = None,
 ) -> Document:
     """Parse one YAML document.
 
@@ -90,8 +108,33 @@ def parse_yaml(
         text: the document; empty text gives None.
         origin_at: returns the origin of a line (lines count from 1).
         repeatable: top-level keys that may occur more than once (the last one wins).
+        variables: environment variables for `${NAME}`; None: such text stays as it is.
     """
-    return _Builder(_events(text, origin_at), origin_at, repeatable).document()
+    return _Builder(_events(text, origin_at), origin_at, repeatable, variables).document()
+
+
+def without_variables(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which parsing replaces no variable: `${NAME}` becomes `$${NAME}`, except in templates."""
+    return {key: value if key in TEMPLATES else _escaped(value) for key, value in settings.items()}
+
+
+def unescaped(value: Any) -> Any:
+    """Return data that was read without variables as parsing returns it: `$${NAME}` becomes `${NAME}`, except in templates."""
+    if isinstance(value, dict):
+        return {key: below if key in TEMPLATES else unescaped(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [unescaped(below) for below in value]
+    if not isinstance(value, str):
+        return value
+    return _VARIABLE.sub(lambda match: match[0][1:] if len(match[1]) > 1 else match[0], value)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_escaped(below) for below in value]
+    return _VARIABLE.sub(r"$\g<0>", value) if isinstance(value, str) else value
 
 
 def dotted(path: KeyPath) -> str:
@@ -138,6 +181,8 @@ _SECRET_KEY = re.compile(
     r"|^token$|(hf|hub|huggingface|auth|access|api|session|tracking|wandb|use_auth)_?token",
     re.IGNORECASE,
 )
+
+_VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -194,6 +239,8 @@ def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Even
 def _advice(problem: str) -> str:
     if "mapping values are not allowed" in problem:
         return f"{problem}: check the indentation, and quote text that contains `: `"
+    if "',' or '}'" in problem:
+        return f'{problem}: quote text that contains `{{` or `}}` between braces, such as "${{NAME}}"'
     if "<block end>" in problem:
         return f"{problem}: check the indentation, the quotes and the `key: value` form of this line"
     if "cannot start any token" in problem:
@@ -207,11 +254,19 @@ class _Builder:
     """A builder that converts parser events into data and collects syntax errors."""
 
     def __init__(
-        self, events: Iterator[yaml.Event], origin_at: Callable[[int], Origin], repeatable: frozenset[str]
+        self,
+        events: Iterator[yaml.Event],
+        origin_at: Callable[[int], Origin],
+        repeatable: frozenset[str],
+        variables: Mapping[str, str] | None,
     ):
         self._events = events
         self._origin_at = origin_at
         self._repeatable = repeatable
+        self._variables = variables
+        self._anchors: dict[str, Document] = {}
+        self._anchor_count = 0
+        self._copied = 0
         self._document = Document(None, {(): origin_at(1)})
 
     def document(self) -> Document:
@@ -236,18 +291,54 @@ class _Builder:
             raise ConfigError(f"{self._here(event).label}: nested more than {MAX_DEPTH} levels deep")
         self._document.origins.setdefault(path, self._here(event))
         if isinstance(event, yaml.AliasEvent):
-            self._document.complain(path, f"{_name(path)} is an alias (`*name`): write the value itself")
-            return None
+            return self._alias(event, path)
         assert isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent))
-        if event.anchor is not None:
-            self._document.complain(path, f"{_name(path)} has an anchor (`&name`): remove it")
         if event.tag is not None:
             self._document.complain(path, f"{_name(path)} has a tag (`!...`): write the plain value")
         if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event, path)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._sequence(path)
-        return self._mapping(path)
+            value = self._scalar(event, path)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = self._sequence(path)
+        else:
+            value = self._mapping(path)
+        if event.anchor is not None:
+            self._remember(event.anchor, path, value)
+        return value
+
+    def _remember(self, anchor: str, path: KeyPath, value: Any) -> None:
+        self._anchor_count += 1
+        if self._anchor_count > MAX_ANCHORS:
+            raise ConfigError(
+                f"{self._document.origin(path).label}: `&{anchor}` is more than the {MAX_ANCHORS} anchors of a file: "
+                "write the values themselves"
+            )
+        depth, origins = len(path), self._document.origins
+        below = {known[depth:]: origin for known, origin in origins.items() if known[:depth] == path}
+        self._anchors[anchor] = Document(value, below)
+
+    def _alias(self, event: yaml.AliasEvent, path: KeyPath) -> Any:
+        """Return a copy of the anchor's value; errors in it have the lines of the anchor."""
+        meant = self._anchors.get(event.anchor)
+        if meant is None:
+            self._document.complain(
+                path,
+                f"{_name(path)} is an alias (`*{event.anchor}`) without an anchor `&{event.anchor}` before it",
+            )
+            return None
+        self._count_copies(len(meant.origins), event)
+        if len(path) + max(map(len, meant.origins)) > MAX_DEPTH:
+            raise ConfigError(f"{self._here(event).label}: nested more than {MAX_DEPTH} levels deep")
+        self._document.origins.update(
+            {(*path, *below): origin for below, origin in meant.origins.items() if below}
+        )
+        return copy.deepcopy(meant.data)
+
+    def _count_copies(self, values: int, event: yaml.Event) -> None:
+        self._copied += values
+        if self._copied > MAX_COPIED_VALUES:
+            raise ConfigError(
+                f"{self._here(event).label}: aliases and `<<` add more than {MAX_COPIED_VALUES:,} values to the file: write fewer"
+            )
 
     def _scalar(self, event: yaml.ScalarEvent, path: KeyPath) -> Any:
         if _SURROGATE.search(event.value):
@@ -255,7 +346,38 @@ class _Builder:
                 path, f"{_name(path)} contains half a character (a lone surrogate): retype it"
             )
             return None
-        return event.value if event.style else plain_scalar(event.value)
+        text = event.value
+        if self._variables is not None and "${" in text and path[:1] not in [(key,) for key in TEMPLATES]:
+            replaced = self._replace_variables(text, path)
+            if replaced is None:
+                return None
+            text = replaced
+        return text if event.style else plain_scalar(text)
+
+    def _replace_variables(self, text: str, path: KeyPath) -> str | None:
+        """Replace the variables in a value; None after a problem with one of them."""
+        problems = len(self._document.problems)
+
+        def value_of(match: re.Match[str]) -> str:
+            dollars, name, default = match.groups()
+            if len(dollars) > 1:
+                return match[0][1:]
+            assert self._variables is not None
+            value = self._variables.get(name) or default
+            if value is None:
+                state = "empty" if name in self._variables else "not set"
+                self._document.complain(
+                    path,
+                    f"{_name(path)} uses ${{{name}}}, which is {state}: set it, or write ${{{name}:-DEFAULT}}",
+                )
+            elif names_secret(name) or looks_secret(value):
+                self._document.complain(
+                    path, f"{_name(path)} uses ${{{name}}}, which is a secret: {SECRETS_COME_FROM}"
+                )
+            return value or ""
+
+        replaced = _VARIABLE.sub(value_of, text)
+        return replaced if len(self._document.problems) == problems else None
 
     def _sequence(self, path: KeyPath) -> list[Any]:
         items: list[Any] = []
@@ -265,7 +387,11 @@ class _Builder:
 
     def _mapping(self, path: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and not event.style:
+                self._merge(merged, event, path)
+                continue
             key = self._key(event, path)
             origin = self._here(event)
             below = (*path, key)
@@ -274,9 +400,45 @@ class _Builder:
                 self._document.problems.append(
                     Problem(below, origin, f"`{dotted(below)}` is set twice, first at {first}: keep one")
                 )
+            if key in merged:
+                self._forget(below)
+                del merged[key]
             self._document.origins[below] = origin
             mapping[key] = self._node(next(self._events), below)
-        return mapping
+        return {**merged, **mapping}
+
+    def _merge(self, merged: dict[str, Any], event: yaml.Event, path: KeyPath) -> None:
+        """Add the keys of `<<: *anchor`, or of a list of aliases; keys that the mapping itself sets win."""
+        here, place = self._here(event), (*path, "<<")
+        self._document.origins[place] = here
+        value = self._node(next(self._events), place)
+        parts = value if isinstance(value, list) else [value]
+        for index, part in enumerate(parts):
+            source = (*place, index) if isinstance(value, list) else place
+            if not isinstance(part, dict):
+                if not any(problem.path[: len(place)] == place for problem in self._document.problems):
+                    self._unusable(
+                        event,
+                        path,
+                        "`<<` merges a section: write `<<: *NAME`, with `&NAME` at a section before it",
+                    )
+                continue
+            self._count_copies(1 + len(part), event)
+            for key, below in part.items():
+                if key not in merged and (*path, key) not in self._document.origins:
+                    merged[key] = below
+                    self._move((*source, key), (*path, key))
+        self._forget(place)
+
+    def _move(self, source: KeyPath, target: KeyPath) -> None:
+        origins, depth = self._document.origins, len(source)
+        for known in [known for known in origins if known[:depth] == source]:
+            origins[(*target, *known[depth:])] = origins[known]
+
+    def _forget(self, path: KeyPath) -> None:
+        origins = self._document.origins
+        for known in [known for known in origins if known[: len(path)] == path]:
+            del origins[known]
 
     def _key(self, event: yaml.Event, path: KeyPath) -> str:
         """Return the key as written (`1` and `on` are text), or a placeholder for an invalid one."""
@@ -287,11 +449,6 @@ class _Builder:
         if event.anchor is not None or event.tag is not None or _SURROGATE.search(event.value):
             self._unusable(
                 event, path, "a key has an anchor, a tag or half a character: keys must be plain text"
-            )
-            return "?"
-        if event.value == "<<" and not event.style:
-            self._unusable(
-                event, path, "`<<` merges mappings, which is not supported: write the keys themselves"
             )
             return "?"
         if not event.value:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from configs.schema import FinetuneConfig
+from configs.yaml_source import unescaped
 from runs.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -77,7 +78,7 @@ def read_config(store: Store) -> StoredConfig | None:
         return None
     uri = store.uri_of(CONFIG_FILE)
     try:
-        keys = yaml.safe_load(content) or {}
+        keys = unescaped(yaml.safe_load(content) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         return StoredConfig({}, None, f"{uri} is not valid YAML ({str(error).splitlines()[0]})")
     if not isinstance(keys, dict):

@@ -226,7 +226,6 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
         flops=plan.flops,
         peak_flops=peak_flops(plan, 1),
     )
-    frequency = plan.config.checkpoint_and_evaluation_frequency
     trainer = build_trainer(
         plan,
         order,
@@ -236,7 +235,7 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
         request=request,
         tokenizer=load_tokenizer(base, trust_remote_code=False, source=str(base), chat_template=None),
         args=arguments,
-        callbacks=[Schedule(frequency, plan.steps_per_epoch, evaluates=True), throughput],
+        callbacks=[Schedule(plan.config, plan.steps_per_epoch, plan.max_steps, evaluates=True), throughput],
         throughput=throughput,
         on_eval_progress=lambda _: None,
     )

@@ -12,6 +12,7 @@ PAGES = (PROJECT / "README.md", *DOCS, PROJECT / "CONTRIBUTING.md")
 QUICKSTART = "cookbooks/quickstart/smollm2-135m.yaml"
 QUICKSTART_README = PROJECT / "cookbooks" / "quickstart" / "README.md"
 SUBMIT_README = PROJECT / "cookbooks" / "launch_as_job" / "README.md"
+MIGRATING = PROJECT / "docs" / "migrating.md"
 
 _MAIN = re.compile(r"(?:\.venv/bin/)?python main\.py (.+)")
 
@@ -59,6 +60,11 @@ def submit_commands() -> list[tuple[str, ...]]:
         for shown in main_commands([SUBMIT_README])
         if any("8265" in argument and "HEAD" not in argument for argument in shown)
     ]
+
+
+def migrating_commands() -> list[tuple[str, ...]]:
+    """Return the commands that test_migrating runs on a YAML of Axolotl."""
+    return main_commands([MIGRATING])
 
 
 def make_targets(page: Path) -> Iterator[str]:

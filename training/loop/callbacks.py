@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from ray.util.metrics import Gauge
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from configs.schema import CheckpointFrequency
+from configs.schema import FinetuneConfig
 from runs.early_stopping import stopping_step
 from runs.layout import eval_figures
 from training.events import DivergedError, Evaluated, Event, StepDone
@@ -25,19 +26,30 @@ _GAUGES = {
 
 
 class Schedule(TrainerCallback):
-    """A callback that requests evaluations and checkpoints at the YAML's frequency and at the end."""
+    """A callback that requests evaluations and checkpoints at the YAML's intervals and at the end.
 
-    def __init__(self, frequency: CheckpointFrequency, steps_per_epoch: int, *, evaluates: bool):
+    The step alone decides, so a resumed run continues both intervals.
+    """
+
+    def __init__(self, config: FinetuneConfig, steps_per_epoch: int, steps: int, *, evaluates: bool):
         self.evaluates = evaluates
-        self.every = frequency.frequency * (steps_per_epoch if frequency.unit == "epochs" else 1)
+        self.evaluation_every = config.evaluation_interval(steps_per_epoch, steps)
+        self.checkpoint_every = config.checkpoint_interval(steps_per_epoch, steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Request an evaluation and a checkpoint if they are due."""
-        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+        step, is_last = state.global_step, state.global_step >= state.max_steps
+        if is_last or _is_due(step, self.evaluation_every):
             control.should_evaluate = self.evaluates
+        if is_last or _is_due(step, self.checkpoint_every):
             control.should_save = True
+
+
+def _is_due(step: int, every: Fraction) -> bool:
+    """Return whether a multiple of the interval is in (step - 1, step]."""
+    return step // every > (step - 1) // every
 
 
 class AfterFirstStep(TrainerCallback):

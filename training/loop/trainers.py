@@ -52,6 +52,7 @@ def trainer_arguments(plan: RunPlan, output_directory: Path, *, devices: int, ev
         gradient_accumulation_steps=config.accumulation_on(devices),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=config.scheduler_arguments(),
         warmup_steps=config.warmup_steps(plan.max_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

@@ -358,9 +358,8 @@ def _callbacks(
     )
     from training.loop.ray_internals import is_node_preempted
 
-    frequency = plan.config.checkpoint_and_evaluation_frequency
     callbacks: list[TrainerCallback] = [
-        Schedule(frequency, plan.steps_per_epoch, evaluates=inputs.valid is not None),
+        Schedule(plan.config, plan.steps_per_epoch, plan.max_steps, evaluates=inputs.valid is not None),
         Stopping(driver.has_request, world.broadcast),
     ]
     # A local cluster gets no preemption notices, and the callback broadcasts in every step.

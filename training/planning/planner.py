@@ -66,6 +66,7 @@ from training.planning.report import PlanReport
 from training.planning.resume import complete_state, latest_of_the_same_run, starting_weights
 from utils.files import checksum_bytes
 from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
+from utils.storage.node_cache import written_cache_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -203,6 +204,7 @@ def make_plan(
         The plan, its report, and the prepared training and validation rows.
     """
     reject_missing_requirements(loaded)
+    written_cache_limit()
     settings = _resolve_settings(loaded.config, target)
     storage = _check_storage(loaded.config, progress)
     model = _read_model(loaded.config, settings, storage, progress)

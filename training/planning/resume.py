@@ -25,6 +25,8 @@ MAY_CHANGE_WITH_COMPLETE_STATE = NOT_IN_HASH | {
     "eval_batch_size_per_device",
     "eval_first",
     "checkpoint_and_evaluation_frequency",
+    "eval_steps",
+    "save_steps",
     "resume_from_checkpoint",
     "device",
     "kernels",

@@ -233,9 +233,17 @@ def _held_by_other_versions(copy: NodeCopy) -> dict[StoredObject, tuple[Path, st
 
 def cache_limit(cache_dir: Path) -> int:
     """Return the maximum size of a cache directory in bytes: $ANNEAL_CACHE_LIMIT, else four fifths of its disk."""
+    limit = written_cache_limit()
+    return (
+        int(shutil.disk_usage(nearest_existing(cache_dir)).total * _SHARE_OF_DISK) if limit is None else limit
+    )
+
+
+def written_cache_limit() -> int | None:
+    """Return $ANNEAL_CACHE_LIMIT in bytes; None if it is not set. Raise a BucketError if it is not a size."""
     written = os.environ.get(LIMIT_VARIABLE)
     if not written:
-        return int(shutil.disk_usage(nearest_existing(cache_dir)).total * _SHARE_OF_DISK)
+        return None
     try:
         return parse_bytes(written)
     except ValueError as error:

@@ -8,7 +8,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from configs.json_schema import KEYS_FILE, SCHEMA_FILE, json_schema, keys_page
+from configs.json_schema import (
+    KEYS_FILE,
+    OTHER_KEYS_FILE,
+    SCHEMA_FILE,
+    json_schema,
+    keys_page,
+    other_keys_page,
+)
 from configs.loading import load_config
 from configs.schema import FinetuneConfig
 from configs.yaml_source import Origin, parse_yaml
@@ -27,9 +34,10 @@ def schema_errors(text: str) -> list[str]:
     ]
 
 
-def test_committed_schema_and_key_page_are_up_to_date():
+def test_committed_schema_and_key_pages_are_up_to_date():
     assert SCHEMA_FILE.read_text("utf-8") == json_schema(), "run make schema"
     assert KEYS_FILE.read_text("utf-8") == keys_page(), "run make schema"
+    assert OTHER_KEYS_FILE.read_text("utf-8") == other_keys_page(), "run make schema"
 
 
 def test_schema_is_valid_and_describes_every_key():

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,9 +141,11 @@ def test_a_conflict_is_reported_at_the_line_of_its_key(write):
         ("- a\n- b\n", (":1: ", "mapping")),
         ("just text\n", (":1: ", "mapping")),
         (BASE + "---\n" + BASE, (":3: ", "second", "`---`")),
-        ("model_id: &m a\ntrain_path: *m\n", (":2: `train_path`", "alias")),
-        ("model_id: &m a\ntrain_path: b\n", (":1: `model_id`", "anchor")),
-        (BASE + "lora_config:\n  <<: {r: 3}\n", (":4: `<<`",)),
+        ("model_id: &m a\ntrain_path: *n\n", (":2: `train_path`", "alias", "`&n`")),
+        ("model_id: &m a\ntrain_path: [*m, *n]\n", (":2: `train_path.1`", "alias", "`&n`")),
+        ("model_id: &m [*m]\ntrain_path: b\n", (":1: `model_id.0`", "alias", "`&m`")),
+        (BASE + "lora_config:\n  <<: 3\n", (":4: `<<`", "`<<: *NAME`")),
+        (BASE + "lora_config: &l {rank: 3}\nlogger: *l\n", (":3: `lora_config.rank`",)),
         (BASE + "seed: !!int 3\n", (":3: `seed`", "tag")),
         (BASE + "x: !!python/object/apply:os.system [ls]\n", (":3: `x`", "tag")),
         (BASE + "? [a]\n: 3\n", (":3: ", "key", "list")),
@@ -248,7 +251,7 @@ def test_empty_override_raises_an_error_that_suggests_null(write, override: str)
     assert_names(error_message(write(BASE), override), f"override '{override}'", "variable", f"{key}=null")
 
 
-def test_overrides_set_nested_keys_and_the_last_one_wins(write):
+def test_overrides_set_nested_keys(write):
     path = write(BASE + "num_epochs: 3\ndeepspeed: zero_2\nseed: 1\n")
     loaded = load_config(
         path,
@@ -260,7 +263,6 @@ def test_overrides_set_nested_keys_and_the_last_one_wins(write):
             "deepspeed=null",
             "worker_resources.accelerator_type:A10G=0.001",
             "train_path=hf://datasets/openai/gsm8k/main?split=train[50%:]",
-            "seed=2",
             "seed=3",
         ],
     )
@@ -329,10 +331,10 @@ def test_resolved_yaml_loads_to_the_same_config(write, text: str):
 @given(st.text(min_size=1, max_size=30))
 def test_any_text_round_trips_through_the_resolved_yaml(tmp_path: Path, text: str):
     path = tmp_path / "run.yaml"
-    config = FinetuneConfig(model_id="a", train_path="b", output_dir=text)
+    config = FinetuneConfig(model_id="a", train_path="b", columns={"prompt": text})
     path.write_text(to_yaml(config), encoding="utf-8", errors="surrogatepass", newline="")
     try:
-        assert load_config(path).config.output_dir == text
+        assert load_config(path).config.columns == {"prompt": text}
     except ConfigError as error:
         assert "secret" in str(error)
 
@@ -405,3 +407,127 @@ def test_loader_imports_quickly_and_without_frameworks():
 def test_unknown_key_in_a_list_item_has_the_nearest_key(write):
     path = write(BASE.replace("train_path: train.jsonl", "train_path: [{path: a.jsonl, wieght: 2}]"))
     assert_names(error_message(path), "`train_path.0.wieght`", "`train_path.0.weight`")
+
+
+def test_key_that_the_command_line_sets_twice_raises_an_error(write):
+    assert_names(error_message(write(BASE), "seed=1", "seed=2"), "command line", "`seed`", "twice")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("output_dir: ${WHERE}/x\n", "output_dir", "/disk/x"),
+        ("output_dir: '${WHERE}'\n", "output_dir", "/disk"),
+        ("output_dir: ${ABSENT:-/tmp}/x\n", "output_dir", "/tmp/x"),
+        ("output_dir: ${EMPTY:-/tmp}\n", "output_dir", "/tmp"),
+        ("output_dir: x${EMPTY:-}y\n", "output_dir", "xy"),
+        ("output_dir: $${WHERE}/$x/${}\n", "output_dir", "${WHERE}/$x/${}"),
+        ("max_steps: ${STEPS}\n", "max_steps", 20),
+        ("learning_rate: ${ABSENT:-1e-5}\n", "learning_rate", 1e-5),
+        ("train_path: [a, 's3://${WHERE}/b']\n", "train_path", ["a", "s3:///disk/b"]),
+        ('prompt_template: "${question}: {answer}"\n', "prompt_template", "${question}: {answer}"),
+        ("chat_template: '${WHERE} {{ messages }}'\n", "chat_template", "${WHERE} {{ messages }}"),
+    ],
+)
+def test_environment_variables_in_values_are_replaced(
+    write, monkeypatch: pytest.MonkeyPatch, text: str, key: str, value: object
+):
+    for name, setting in {"WHERE": "/disk", "STEPS": "20", "EMPTY": ""}.items():
+        monkeypatch.setenv(name, setting)
+    monkeypatch.delenv("ABSENT", raising=False)
+    path = write(text if "train_path" in text else BASE + text)
+    if "train_path" in text:
+        path.write_text(f"model_id: m\n{text}")
+    config = load_config(path).config
+    assert getattr(config, key) == value
+    (path.parent / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(path.parent / "resolved.yaml").config == config
+    if key != "train_path":
+        override = f"{key}={text.partition(': ')[2].strip()}"
+        assert getattr(load_config(write(BASE), [override]).config, key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("output_dir: ${ABSENT}\n", (":3: `output_dir`", "${ABSENT}", "not set", "${ABSENT:-DEFAULT}")),
+        ("output_dir: ${EMPTY}\n", (":3: `output_dir`", "${EMPTY}", "empty")),
+        ("output_dir: ${HF_TOKEN}\n", (":3: `output_dir`", "${HF_TOKEN}", "secret", "environment")),
+        ("output_dir: x/${HARMLESS}\n", (":3: `output_dir`", "${HARMLESS}", "secret", "environment")),
+        ("max_steps: ${WORD}\n", (":3: `max_steps`", "'twenty'", "integer")),
+        ("logger: {provider: mlflow, tracking_uri: ${WORD}}\n", (":3: ", "quote", '"${NAME}"')),
+    ],
+)
+def test_bad_environment_variables_raise_an_error_without_their_secrets(
+    write, monkeypatch: pytest.MonkeyPatch, text: str, facts: tuple[str, ...]
+):
+    """A secret never gets into the configuration, so it is in no config.yaml, no log and no message."""
+    for name, setting in {"HF_TOKEN": "hush", "HARMLESS": TOKEN, "EMPTY": "", "WORD": "twenty"}.items():
+        monkeypatch.setenv(name, setting)
+    monkeypatch.delenv("ABSENT", raising=False)
+    message = error_message(write(BASE + text))
+    assert_names(message, *facts)
+    assert "hush" not in message
+    assert TOKEN not in message
+
+
+def test_anchors_and_merge_keys_are_resolved(write):
+    text = """\
+model_id: org/model
+train_path: &rows [a.jsonl, b.jsonl]
+valid_path: *rows
+worker_resources: &one {GPU: 1, CPU: 4}
+trainer_resources:
+  <<: *one
+  CPU: 2
+columns: {<<: [{prompt: q}, {prompt: r, completion: a}]}
+"""
+    config = load_config(write(text)).config
+    assert config.valid_path == ["a.jsonl", "b.jsonl"]
+    assert config.trainer_resources == {"GPU": 1, "CPU": 2}
+    assert config.columns == {"prompt": "q", "completion": "a"}
+
+
+def test_errors_in_a_copy_have_the_lines_of_the_anchor(write):
+    text = BASE + "worker_resources: &one\n  GPU: -1\ntrainer_resources:\n  <<: *one\n  CPU: x\n"
+    message = error_message(write(text))
+    assert_names(
+        message, ":4: `worker_resources.GPU`", ":4: `trainer_resources.GPU`", ":7: `trainer_resources.CPU`"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "".join(f"k{number}: &a{number} x\n" for number in range(1_000)),
+        "a: &a {x: 1}\nb:\n" + "  - {<<: *a}\n" * 50_000,
+        "a:\n" + "  - {<<: {}}\n" * 60_000,
+    ],
+)
+def test_expansion_of_anchors_is_bounded(write, text: str):
+    began = time.process_time()
+    message = error_message(write(text))
+    assert time.process_time() - began < 10
+    assert len(message) < 300
+    assert_names(message, "write")
+
+
+def test_conflicts_are_reported_beside_other_errors_unless_those_decide_them(write):
+    lines = error_message(
+        write(BASE + "seed: x\nnum_epochs: 1\nmax_steps: 3\ntask: classify\nclassifier_config: {}\n")
+    )
+    assert [line.split(": ")[0].rpartition(":")[2] for line in lines.splitlines()] == ["3", "6", "7", "5"]
+    assert "has no effect" not in lines
+
+
+def test_secrets_and_missing_keys_come_first(write):
+    first, second, third = error_message(
+        write(f"packing: maybe\ntrain_path: b\noutput_dir: {TOKEN}\n")
+    ).splitlines()
+    assert_names(first, "`output_dir`", "secret")
+    assert_names(second, "`model_id`", "missing")
+    assert_names(third, "`packing`")

@@ -203,6 +203,16 @@ def test_config_is_immutable():
             ("`train_batch_size`", "8", "3 devices", "multiple of 3"),
         ),
         (
+            {"lr_scheduler_kwargs": {"power": 2.0}},
+            ("`lr_scheduler_kwargs.power`", "polynomial", "remove"),
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ("lr_scheduler_kwargs", "min_lr_rate")),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, ("lr_scheduler_kwargs", "num_decay_steps")),
+        (
+            {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 0.5}},
+            ("`frequency`", "`unit: epochs`"),
+        ),
+        (
             {"lr_scheduler_type": "constant", "num_warmup_steps": 5},
             ("`lr_scheduler_type: constant`", "`constant_with_warmup`"),
         ),
@@ -366,6 +376,9 @@ def test_hash_of_an_earlier_version_is_unchanged():
         {"adam_beta1": 0.8},
         {"adam_beta2": 0.95},
         {"adam_epsilon": 1e-6},
+        {"eval_steps": 10},
+        {"save_steps": 0.1},
+        {"lr_scheduler_kwargs": {"num_cycles": 1.0}},
     ],
 )
 def test_keys_of_later_versions_change_the_hash_only_if_they_are_set(later_key: dict[str, Any]):

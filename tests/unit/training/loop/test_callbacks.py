@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from configs.schema import FinetuneConfig
 from runs.early_stopping import stopping_step
 from training.events import DivergedError
 from training.loop import callbacks
@@ -74,3 +75,43 @@ def test_loss_that_stays_high_fails_the_run(tmp_path: Path):
         DivergedError, match=r"step 12: .* 5 .*loss_watchdog_threshold.*checkpoint-10.*learning_rate"
     ):
         watchdog.on_log(arguments, state, TrainerControl())
+
+
+def due_steps(settings: dict[str, Any], *, steps_per_epoch: int, steps: int) -> tuple[list[int], list[int]]:
+    """Return (steps with an evaluation, steps with a checkpoint)."""
+    config = FinetuneConfig(model_id="a", train_path="b", **settings)
+    schedule = callbacks.Schedule(config, steps_per_epoch, steps, evaluates=True)
+    evaluated, saved = [], []
+    for step in range(1, steps + 1):
+        state, control = TrainerState(global_step=step, max_steps=steps), TrainerControl()
+        schedule.on_step_end(cast(Any, None), state, control)
+        evaluated += [step] if control.should_evaluate else []
+        saved += [step] if control.should_save else []
+    return evaluated, saved
+
+
+def every(frequency: float, unit: str = "epochs") -> dict[str, Any]:
+    return {"checkpoint_and_evaluation_frequency": {"unit": unit, "frequency": frequency}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluated", "saved"),
+    [
+        ({}, [10, 20, 25], [10, 20, 25]),
+        (every(6, "steps"), [6, 12, 18, 24, 25], [6, 12, 18, 24, 25]),
+        (every(2), [20, 25], [20, 25]),
+        (every(2.0), [20, 25], [20, 25]),
+        # Four in each epoch of ten steps, also where ten steps have no quarters.
+        (every(0.25), [3, 5, 8, 10, 13, 15, 18, 20, 23, 25], [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]),
+        (every(0.7), [7, 14, 21, 25], [7, 14, 21, 25]),
+        (every(0.01), list(range(1, 26)), list(range(1, 26))),
+        ({"eval_steps": 4, "save_steps": 10}, [4, 8, 12, 16, 20, 24, 25], [10, 20, 25]),
+        ({"eval_steps": 4}, [4, 8, 12, 16, 20, 24, 25], [10, 20, 25]),
+        ({"save_steps": 0.3} | every(5, "steps"), [5, 10, 15, 20, 25], [8, 16, 24, 25]),
+        ({"eval_steps": 100, "save_steps": 100}, [25], [25]),
+    ],
+)
+def test_evaluations_and_checkpoints_have_their_own_intervals(
+    settings: dict[str, Any], evaluated: list[int], saved: list[int]
+):
+    assert due_steps(settings, steps_per_epoch=10, steps=25) == (evaluated, saved)

@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from configs.schema import FinetuneConfig
 from training.loop.callbacks import Preempted
 from training.loop.worker import _callbacks
 from training.planning.endpoints import ClusterTarget
@@ -16,8 +17,9 @@ from training.world import World
 def test_preemption_notices_are_checked_only_on_a_remote_cluster(address: str | None, watches: bool):
     """The check broadcasts in every step, and a local cluster gets no notices."""
     plan: Any = SimpleNamespace(
-        config=SimpleNamespace(checkpoint_and_evaluation_frequency=MagicMock()),
+        config=FinetuneConfig(model_id="a", train_path="b"),
         steps_per_epoch=10,
+        max_steps=20,
         resolved=SimpleNamespace(target=ClusterTarget(address)),
     )
     inputs: Any = SimpleNamespace(valid=None, resume=SimpleNamespace(directory=None))

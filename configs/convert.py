@@ -1,0 +1,696 @@
+"""Convert the YAML of another fine-tuning tool into this project's YAML.
+
+The result names the key from which each line was translated. Comments at its start list what changes and what has no counterpart.
+"""
+
+import json
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.loading import ConfigError, LoadedConfig, load_text, read_text
+from configs.other_tools import (
+    SAME_NAME,
+    TOOL_NAMES,
+    NoCounterpartError,
+    Tool,
+    detect,
+    find,
+    hub_dataset,
+)
+from configs.schema import FinetuneConfig, Section, sections_of
+from configs.yaml_source import Origin, parse_yaml, shown, without_variables
+from configs.yaml_writer import commented_yaml
+
+COMMANDS = {"convert": "translate a YAML of Axolotl, LLaMA-Factory, TRL or torchtune"}
+"""Help text of the command."""
+
+_DEFAULTS: dict[Tool, dict[str, Any]] = {
+    "huggingface": {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "linear",
+        "max_length": 1024,
+    },
+    "axolotl": {"num_epochs": 1, "sequence_len": 512, "warmup_ratio": 0.03, "excess_length_strategy": "drop"},
+    "llamafactory": {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "linear",
+        "cutoff_len": 2048,
+    },
+    "torchtune": {"lr_scheduler_type": "constant", "clip_grad_norm": 0.0},
+}
+"""Defaults that another tool trains with where ours differ. For Hugging Face they are those of TRL's SFTConfig."""
+
+_LORA_DEFAULTS: dict[Tool, dict[str, Any]] = {
+    "huggingface": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
+    "axolotl": {},
+    "llamafactory": {},  # lora_alpha is twice the rank
+    "torchtune": {},
+}
+
+_COLUMNS = 110
+
+_TORCHTUNE_DATASETS = {
+    "alpaca_dataset": "tatsu-lab/alpaca",
+    "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
+    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup",
+    "samsum_dataset": "Samsung/samsum",
+    "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
+}
+_TORCHTUNE_MODULES = {"output_proj": "o_proj"}
+_MLP_MODULES = ["gate_proj", "up_proj", "down_proj"]
+_FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
+
+
+@dataclass
+class Conversion:
+    """Settings that were translated from another tool's YAML, and what was not."""
+
+    tool: Tool
+    theirs: dict[str, Any]
+    """Their keys and values; dotted for torchtune. Keys without a value are left out."""
+
+    ours: dict[str, Any] = field(default_factory=dict)
+    """Our dotted keys and values."""
+
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    """Our dotted key -> the keys that it was translated from."""
+
+    changes: list[str] = field(default_factory=list)
+    """Where training differs from the other tool's; one sentence each."""
+
+    lost: set[str] = field(default_factory=set)
+    """Our keys for whose values there is no counterpart: our defaults apply."""
+
+    unneeded: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> keys that need no counterpart."""
+
+    def put(self, key: str, value: Any, source: str) -> None:
+        """Set our key; a second value for a key is reported."""
+        if key in self.ours and self.ours[key] != value:
+            self.changes.append(
+                f"{source}: `{key}: {shown(self.ours[key])}` is kept, from {self.sources[key][0]}"
+            )
+            return
+        self.ours[key] = value
+        self.sources.setdefault(key, []).append(source)
+
+    def skip(self, key: str, reason: str) -> None:
+        """Note that a key needs no counterpart."""
+        keys = self.unneeded.setdefault(reason, [])
+        keys += [] if key in keys else [key]
+
+    def change(self, key: str, value: Any, reason: str) -> None:
+        """Note that training differs because of a key."""
+        self.changes.append(f"{key}: {shown(value)}: {reason}")
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """Remove and return the value of their key."""
+        return self.theirs.pop(key, default)
+
+    def translate(self, key: str, value: Any, source: str = "") -> None:
+        """Translate one key by the table."""
+        row = find(key, self.tool)
+        if row is None and key in SAME_NAME:
+            self.put(key, value, source or key)
+        elif row is None and value is False:
+            self.skip(key, "it is off")
+        elif row is None:
+            self.change(key, value, "is not known here")
+        elif row.ours is None and row.differs and value not in (False, 0, "", [], {}):
+            self.change(key, value, row.note)
+        elif row.ours is None:
+            self.skip(key, row.note)
+        else:
+            try:
+                settings = row.settings(value)
+            except NoCounterpartError as error:
+                self.change(key, value, str(error))
+                self.lost.add(row.ours)
+                return
+            for ours, converted in settings.items():
+                self.put(ours, converted, source or key)
+            if not settings:
+                self.skip(key, f"`{shown(value)}` needs no key")
+
+
+def convert(text: str, path: Path) -> Conversion:
+    """Translate another tool's YAML.
+
+    Args:
+        text: the YAML.
+        path: its path, for messages and for files that it names.
+
+    Raises:
+        ConfigError: the file is not YAML, or no YAML of a known tool.
+    """
+    document = parse_yaml(text, lambda line: Origin(f"{path}:{line}", line))
+    if document.problems:
+        raise ConfigError("\n".join(str(problem) for problem in document.problems))
+    data = document.data
+    tool = detect(data) if isinstance(data, dict) else None
+    if tool is None:
+        known = ", ".join(TOOL_NAMES.values())
+        raise ConfigError(
+            f"{path}: is not a YAML of {known}. Check Anneal's own with: python main.py {path} --print-config"
+        )
+    given = _resolved(_flat(data)) if tool == "torchtune" else data
+    conversion = Conversion(tool, {key: value for key, value in given.items() if value not in (None, "")})
+    _SPECIAL[tool](conversion, path)
+    for key in list(conversion.theirs):
+        conversion.translate(key, conversion.theirs[key])
+    _add_defaults(conversion)
+    _settle(conversion)
+    return conversion
+
+
+def convert_command(source: Path, target: Path | None) -> None:
+    """Write the converted YAML to a new file, or to standard output, and a summary to standard error."""
+    if target is not None and target.exists():
+        raise ConfigError(f"{target}: exists already: name a new file after --to")
+    conversion = convert(read_text(source), source)
+    text = "\n".join([*_header(conversion, source), "", *_body(conversion)]) + "\n"
+    shown_as = target or Path("converted.yaml")
+    if target is None:
+        sys.stdout.write(text)
+    else:
+        try:
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{target}: cannot be written: {error.strerror}") from error
+    lines = [f"converted {len(conversion.sources)} settings of {TOOL_NAMES[conversion.tool]}"]
+    lines += [f"changes: {change}" for change in conversion.changes]
+    loaded = _still_wrong(text, shown_as)
+    lines += [f"to do: {line}" for line in ([] if isinstance(loaded, LoadedConfig) else loaded)]
+    if target is not None:
+        lines.append(f"next: python main.py {shlex.quote(str(target))} --dry-run")
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _still_wrong(text: str, path: Path) -> LoadedConfig | list[str]:
+    try:
+        return load_text(text, path)
+    except ConfigError as error:
+        return str(error).splitlines()
+
+
+def _header(conversion: Conversion, source: Path) -> Iterator[str]:
+    text = f"Converted from {source.name}, a YAML of {TOOL_NAMES[conversion.tool]}. A comment names the key that a line comes from."
+    yield from textwrap.wrap(text, _COLUMNS, initial_indent="# ", subsequent_indent="# ")
+    unneeded = [f"{', '.join(keys)}: {reason}" for reason, keys in conversion.unneeded.items()]
+    for title, items in (
+        ("What changes:", conversion.changes),
+        ("Left out, because nothing is needed:", unneeded),
+    ):
+        if items:
+            yield from ("#", f"# {title}")
+        for item in items:
+            yield from textwrap.wrap(
+                item, _COLUMNS, initial_indent="# - ", subsequent_indent="#   ", break_long_words=False
+            )
+
+
+def _body(conversion: Conversion) -> Iterator[str]:
+    nested: dict[str, Any] = {}
+    for key in (key for key in _KEYS if key in conversion.ours):
+        section, _, inner = key.partition(".")
+        if inner:
+            nested[section] = nested.get(section, {}) | {inner: conversion.ours[key]}
+        else:
+            nested[key] = conversion.ours[key]
+    comments = {
+        key: ", ".join(source for source in sources if source != key)
+        for key, sources in conversion.sources.items()
+    }
+    yield from commented_yaml(without_variables(nested), comments)
+
+
+def _declared(section: type[Section], above: str = "") -> Iterator[str]:
+    for name, declared in section.model_fields.items():
+        yield f"{above}{name}"
+        for below in sections_of(declared.annotation) if not above else ():
+            yield from _declared(below, f"{name}.")
+
+
+_KEYS = tuple(dict.fromkeys(_declared(FinetuneConfig)))
+"""Our dotted keys in the order of their declaration."""
+
+
+def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in data.items():
+        keys |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return keys
+
+
+def _resolved(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Replace OmegaConf's references to other keys, such as `${output_dir}/logs`; unknown ones stay."""
+
+    def value_of(match: re.Match[str]) -> str:
+        value = theirs.get(match[1])
+        return match[0] if value is None or "${" in str(value) else str(value)
+
+    return {
+        key: re.sub(r"\$\{([\w.]+)\}", value_of, value) if isinstance(value, str) else value
+        for key, value in theirs.items()
+    }
+
+
+# --- Keys that depend on each other -----------------------------------------------------------------------------------
+
+
+def _huggingface(conversion: Conversion, path: Path) -> None:
+    name, config = conversion.take("dataset_name"), conversion.take("dataset_config")
+    split, test = conversion.take("dataset_train_split"), conversion.take("dataset_test_split", "test")
+    evaluates = (
+        conversion.theirs.get("eval_strategy", conversion.theirs.get("evaluation_strategy", "no")) != "no"
+    )
+    if name:
+        conversion.put("train_path", _rows(name, path, config, split), "dataset_name")
+        if evaluates and "valid_split" not in conversion.ours:
+            conversion.put("valid_path", _rows(name, path, config, test), "dataset_test_split")
+    train_file, valid_file = conversion.take("train_file"), conversion.take("validation_file")
+    if train_file:
+        conversion.put("train_path", train_file, "train_file")
+    if valid_file:
+        conversion.put("valid_path", valid_file, "validation_file")
+    if conversion.take("use_peft") or "lora_r" in conversion.theirs:
+        conversion.put("lora_config", {}, "use_peft")
+        if (
+            "lora_target_modules" not in conversion.theirs
+        ):  # PEFT's choice for the architecture, not all linear layers
+            conversion.put("lora_config.target_modules", None, "lora_target_modules, the default there")
+    _settle_strategies(conversion)
+
+
+def _settle_strategies(conversion: Conversion) -> None:
+    """Drop the intervals that transformers ignores: those of a strategy other than steps."""
+    for strategy, older, interval in (
+        ("eval_strategy", "evaluation_strategy", "eval_steps"),
+        ("save_strategy", "", "save_steps"),
+    ):
+        value = conversion.theirs.get(strategy, conversion.theirs.get(older))
+        if value in ("epoch", "no", "best") and interval in conversion.theirs:
+            conversion.take(interval)
+            conversion.skip(interval, f"`{strategy}: {value}` ignores it")
+        if value == "no" and strategy == "eval_strategy":
+            conversion.skip(strategy, "without validation rows nothing is evaluated")
+            conversion.take(strategy)
+
+
+def _axolotl(conversion: Conversion, path: Path) -> None:
+    theirs = conversion.theirs
+    preference = conversion.theirs.get("rl")
+    if isinstance(rows := conversion.take("datasets"), list):
+        _axolotl_datasets(conversion, rows, path, preference=bool(preference))
+    if isinstance(tests := conversion.take("test_datasets"), list):
+        paths = [_axolotl_path(item, path) for item in tests if isinstance(item, dict)]
+        conversion.put("valid_path", paths if len(paths) > 1 else paths[0], "test_datasets")
+    if isinstance(texts := conversion.take("pretraining_dataset"), list | dict | str):
+        first = texts[0] if isinstance(texts, list) else texts
+        item = first if isinstance(first, dict) else {"path": first}
+        conversion.put("train_path", _axolotl_path(item, path), "pretraining_dataset")
+        conversion.put("task", "causal_lm", "pretraining_dataset")
+        if item.get("text_column", "text") != "text":
+            conversion.put("columns.text", item["text_column"], "pretraining_dataset.text_column")
+    adapter = conversion.take("adapter")
+    if adapter in ("lora", "qlora"):
+        conversion.put("lora_config", {}, "adapter")
+        if adapter == "qlora":
+            conversion.put("load_in_4bit", True, "adapter")
+            conversion.take("load_in_4bit")
+    elif adapter:
+        conversion.change("adapter", adapter, "is not supported: use `lora_config`")
+    if adapter not in ("lora", "qlora"):
+        _drop_adapter_keys(conversion, "adapter")
+    _axolotl_intervals(conversion)
+    _axolotl_extras(conversion)
+    if isinstance(settings := theirs.get("trl"), dict) and "beta" in settings:
+        conversion.put("preference_tuning_config.beta", float(settings["beta"]), "trl.beta")
+        conversion.take("trl")
+    if preference or conversion.ours.get("task") == "causal_lm":
+        conversion.take("train_on_inputs")
+    if "learning_rate" in theirs:
+        theirs["learning_rate"] = float(theirs["learning_rate"])
+
+
+def _drop_adapter_keys(conversion: Conversion, switch: str) -> None:
+    for key in [key for key in conversion.theirs if key.startswith(("lora_", "peft_"))]:
+        conversion.take(key)
+        conversion.skip(key, f"it has no effect without `{switch}: lora`")
+
+
+def _axolotl_intervals(conversion: Conversion) -> None:
+    epochs = conversion.theirs.get("num_epochs", 1)
+    for theirs, ours in (("evals_per_epoch", "eval_steps"), ("saves_per_epoch", "save_steps")):
+        count = conversion.take(theirs)
+        if not count:
+            continue
+        share = 1 / (count * epochs)
+        if share < 1:
+            conversion.put(ours, share, theirs)
+        else:
+            conversion.put(ours, 0.999999, theirs) if share > 1 else conversion.skip(
+                theirs, "the last step always has one"
+            )
+    conversion.theirs = {
+        key: value
+        for key, value in conversion.theirs.items()
+        if not (key in ("eval_strategy", "save_strategy") and value in ("steps", "epoch"))
+    }
+
+
+def _axolotl_extras(conversion: Conversion) -> None:
+    if conversion.theirs.get("cosine_min_lr_ratio"):
+        conversion.take("lr_scheduler")  # the ratio selects a schedule of its own
+    for plugin in conversion.take("plugins", []):
+        name = str(plugin).lower()
+        if "liger" in name:
+            conversion.put("kernels", "liger", "plugins")
+        elif "cut_cross_entropy" in name:
+            conversion.skip("plugins (cut_cross_entropy)", "the kernels are chosen by `kernels`")
+        else:
+            conversion.change("plugins", plugin, "is not supported")
+    for key in [key for key in conversion.theirs if key.startswith("liger_")]:
+        if conversion.take(key):
+            conversion.put("kernels", "liger", key)
+    template = conversion.take("chat_template")
+    if template not in (None, "tokenizer_default", "jinja"):
+        conversion.change(
+            "chat_template",
+            template,
+            "the model's own chat template is used; name a file in `chat_template` for another",
+        )
+    tokens = conversion.theirs.get("special_tokens")
+    if isinstance(tokens, dict) and set(tokens) - {"pad_token"}:
+        conversion.take("special_tokens")
+        conversion.change(
+            "special_tokens", sorted(set(tokens) - {"pad_token"}), "the tokens are the model's own"
+        )
+    for key in [key for key in conversion.theirs if key.startswith("lora_") and key.endswith("_kernel")]:
+        conversion.take(key)
+        conversion.skip(key, "the kernels are chosen by `kernels`")
+
+
+def _axolotl_datasets(conversion: Conversion, rows: list[Any], path: Path, *, preference: bool) -> None:
+    items = [item for item in rows if isinstance(item, dict) and item.get("path")]
+    paths = [_axolotl_path(item, path) for item in items]
+    if not paths:
+        return
+    conversion.put("train_path", paths if len(paths) > 1 else paths[0], "datasets")
+    kinds = [item.get("type") for item in items]
+    if len({shown(kind) for kind in kinds}) > 1:
+        conversion.changes.append(
+            "datasets: types differ between sources; the format of each is detected from its columns"
+        )
+        return
+    item, kind = items[0], kinds[0]
+    if isinstance(kind, dict):
+        _axolotl_prompt(conversion, kind)
+    elif preference:
+        conversion.put("data_format", "preference", "datasets.type")
+    elif kind is not None:
+        _axolotl_type(conversion, str(kind))
+    for theirs, ours in (
+        ("field_messages", "columns.messages"),
+        ("field_chosen", "columns.chosen"),
+        ("field_rejected", "columns.rejected"),
+    ):
+        natural = ours.partition(".")[2]
+        if item.get(theirs) not in (None, natural, "conversations"):
+            conversion.put(ours, item[theirs], f"datasets.{theirs}")
+    if item.get("field") not in (None, "text") and str(kind).startswith("completion"):
+        conversion.put("columns.text", item["field"], "datasets.field")
+    if item.get("train_on_eos") in ("none", "last") or item.get("roles_to_train") not in (
+        None,
+        ["assistant"],
+        ["gpt"],
+    ):
+        conversion.changes.append(
+            "datasets: roles_to_train and train_on_eos: the loss is on every assistant turn and its end marker"
+        )
+
+
+def _axolotl_type(conversion: Conversion, kind: str) -> None:
+    name = kind.partition(":")[0].partition(".")[0]
+    match name:
+        case "alpaca" | "alpaca_chat" | "alpaca_w_system":
+            conversion.put("data_format", "instruction", "datasets.type")
+            conversion.changes.append(
+                f"datasets.type: {kind}: rows are rendered with the model's chat template. A model without one needs `prompt_template`, "
+                'such as "### Instruction: {instruction} ### Response: {output}"'
+            )
+        case "chat_template" | "sharegpt":
+            if name == "sharegpt":
+                conversion.put("data_format", "conversations", "datasets.type")
+            else:
+                conversion.skip(
+                    "datasets.type",
+                    "the format is detected from the columns, the template is the model's own",
+                )
+        case "completion" | "pretrain":
+            conversion.put("task", "causal_lm", "datasets.type")
+            conversion.put("data_format", "text", "datasets.type")
+        case _:
+            conversion.change("datasets.type", kind, "the format is detected from the columns (docs/data.md)")
+
+
+def _axolotl_prompt(conversion: Conversion, kind: Mapping[str, Any]) -> None:
+    """Translate a prompt of one's own: `format` with {instruction} and {input}, and the columns that they stand for."""
+    names = {part: kind.get(f"field_{part}") or part for part in ("instruction", "input", "output")}
+    text = kind.get("format")
+    if not text:
+        for ours, theirs in names.items():
+            if ours != theirs:
+                conversion.put(f"columns.{ours}", theirs, f"datasets.type.field_{ours}")
+        conversion.put("data_format", "instruction", "datasets.type")
+        return
+    for part in ("instruction", "input"):
+        text = text.replace(f"{{{part}}}", f"{{{names[part]}}}")
+    conversion.put("prompt_template", f"{text} {{{names['output']}}}", "datasets.type.format")
+    if kind.get("no_input_format") not in (None, kind.get("format")):
+        conversion.changes.append(
+            "datasets.type.no_input_format: `prompt_template` renders rows with and without input alike"
+        )
+    if kind.get("system_prompt"):
+        conversion.changes.append("datasets.type.system_prompt: write it at the start of `prompt_template`")
+
+
+def _axolotl_path(item: Mapping[str, Any], path: Path) -> str:
+    files = item.get("data_files")
+    first = files[0] if isinstance(files, list) and files else files
+    name = str(item.get("path"))
+    if first and (name in ("json", "csv", "parquet", "arrow", "text") or not _is_hub_name(name, path)):
+        return str(first) if name in ("json", "csv", "parquet", "arrow", "text") else f"{name}/{first}"
+    return _rows(name, path, item.get("name"), item.get("split"))
+
+
+def _rows(name: str, path: Path, config: str | None = None, split: str | None = None) -> str:
+    """Return the location of rows that a tool names by a file, a directory, a URI or a Hub dataset."""
+    return hub_dataset(name, config, split) if _is_hub_name(name, path) else name
+
+
+def _is_hub_name(name: str, path: Path) -> bool:
+    looks_local = "://" in name or name.startswith(("/", ".", "~")) or name.endswith(_FILE_TYPES)
+    return (
+        not looks_local
+        and name.count("/") == 1
+        and not Path(name).exists()
+        and not (path.parent / name).exists()
+    )
+
+
+def _llamafactory(conversion: Conversion, path: Path) -> None:
+    directory = str(conversion.take("dataset_dir", "data"))
+    for theirs, ours in (("dataset", "train_path"), ("eval_dataset", "valid_path")):
+        value = conversion.take(theirs)
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value or []
+        if names:
+            paths = [_llamafactory_rows(conversion, name, directory, path, theirs) for name in names]
+            conversion.put(ours, paths if len(paths) > 1 else paths[0], f"{theirs} in dataset_dir")
+    kind = conversion.take("finetuning_type", "lora")
+    if kind == "lora":
+        conversion.put("lora_config", {}, "finetuning_type")
+        rank = conversion.theirs.get("lora_rank", 8)
+        conversion.theirs.setdefault("lora_rank", rank)
+        conversion.theirs.setdefault("lora_alpha", 2 * rank)
+    else:
+        if kind != "full":
+            conversion.change(
+                "finetuning_type", kind, "is not supported: use `lora_config`, or train all weights"
+            )
+        _drop_adapter_keys(conversion, "finetuning_type")
+    if conversion.theirs.get("stage") not in ("dpo", "kto"):
+        for key in ("pref_beta", "pref_loss"):
+            if conversion.take(key) is not None:
+                conversion.skip(key, "it has no effect in this stage")
+    elif "pref_loss" in conversion.theirs:
+        conversion.take("stage")
+        conversion.put("task", "preference_tuning", "stage")
+    if conversion.theirs.get("packing") and not conversion.theirs.get("neat_packing"):
+        conversion.changes.append("packing: packed rows do not attend to each other, as with neat_packing")
+    _settle_strategies(conversion)
+
+
+def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: Path, key: str) -> str:
+    """Return the location of a data set that dataset_info.json describes."""
+    if directory == "ONLINE":
+        return hub_dataset(name)
+    if directory.startswith("REMOTE:"):
+        repository = directory.removeprefix("REMOTE:")
+        conversion.changes.append(
+            f"{key}: {name}: dataset_info.json of {repository} names its file: download it and name it in `train_path`"
+        )
+        return f"{name}.json"
+    entry = _dataset_info(directory, path).get(name)
+    if entry is None:
+        conversion.changes.append(
+            f"{key}: {name}: {directory}/dataset_info.json does not describe it here: check the path of the file"
+        )
+        return f"{directory}/{name}.json"
+    columns = entry.get("columns", {})
+    if entry.get("ranking"):
+        conversion.put("data_format", "preference", key)
+    renamed = (
+        {"prompt": "instruction", "query": "input", "response": "output"}
+        if entry.get("formatting", "alpaca") == "alpaca" and not entry.get("ranking")
+        else {"messages": "conversations" if not entry.get("tags", {}).get("role_tag") else "messages"}
+    )
+    for theirs, ours in renamed.items():
+        if columns.get(theirs) not in (None, ours):
+            conversion.put(f"columns.{ours}", columns[theirs], f"{key}.columns.{theirs}")
+    if "hf_hub_url" in entry:
+        return hub_dataset(entry["hf_hub_url"], entry.get("subset"), entry.get("split"))
+    return f"{directory}/{entry.get('file_name', f'{name}.json')}"
+
+
+def _dataset_info(directory: str, path: Path) -> dict[str, Any]:
+    for base in (Path(directory), path.parent / directory):
+        try:
+            described = json.loads((base / "dataset_info.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        return described if isinstance(described, dict) else {}
+    return {}
+
+
+def _torchtune(conversion: Conversion, path: Path) -> None:
+    theirs = conversion.theirs
+    component = str(conversion.take("model._component_", "")).rpartition(".")[2]
+    if component.startswith(("lora_", "qlora_")):
+        conversion.put("lora_config", {}, "model._component_")
+        modules = [
+            _TORCHTUNE_MODULES.get(name, name) for name in conversion.take("model.lora_attn_modules", [])
+        ]
+        modules += _MLP_MODULES if conversion.take("model.apply_lora_to_mlp") else []
+        modules += ["lm_head"] if conversion.take("model.apply_lora_to_output") else []
+        conversion.put("lora_config.target_modules", modules, "model.lora_attn_modules")
+        if component.startswith("qlora_"):
+            conversion.put("load_in_4bit", True, "model._component_")
+    for key in ("lora_alpha", "lora_dropout", "use_dora"):
+        if (value := conversion.take(f"model.{key}")) is not None:
+            conversion.put(
+                f"lora_config.{key}", float(value) if key == "lora_dropout" else value, f"model.{key}"
+            )
+    name = str(conversion.take("dataset._component_", "")).rpartition(".")[2]
+    source, files = conversion.take("dataset.source"), conversion.take("dataset.data_files")
+    split = conversion.take("dataset.split")
+    if source in ("json", "csv", "parquet", "text") and files:
+        conversion.put("train_path", files, "dataset.data_files")
+    elif source or name in _TORCHTUNE_DATASETS:
+        conversion.put("train_path", _rows(source or _TORCHTUNE_DATASETS[name], path, None, split), "dataset")
+    if name == "text_completion_dataset":
+        conversion.put("task", "causal_lm", "dataset._component_")
+        if column := conversion.take("dataset.column"):
+            conversion.put("columns.text", column, "dataset.column")
+    elif "preference" in name or "dpo" in str(theirs.get("loss._component_", "")).lower():
+        conversion.put("task", "preference_tuning", "dataset._component_")
+    for key in [key for key in theirs if key.startswith("dataset.column_map.")]:
+        conversion.put(f"columns.{key.rpartition('.')[2]}", conversion.take(key), key)
+    if "wandb" in str(conversion.take("metric_logger._component_", "")).lower():
+        conversion.put("logger.provider", "wandb", "metric_logger._component_")
+        if project := conversion.take("metric_logger.project"):
+            conversion.put("logger.project", project, "metric_logger.project")
+    if theirs.get("optimizer.fused") and str(theirs.get("optimizer._component_")) == "torch.optim.AdamW":
+        conversion.put("optim", "adamw_torch_fused", "optimizer.fused")
+        conversion.take("optimizer._component_")
+    conversion.take("optimizer.fused")
+    known = {"tokenizer.max_seq_len", "checkpointer.checkpoint_dir"}
+    for key in [
+        key
+        for key in theirs
+        if key.partition(".")[0] in ("tokenizer", "checkpointer", "profiler", "metric_logger", "loss")
+    ]:
+        if key not in known:
+            conversion.take(key)
+            conversion.skip(key.partition(".")[0], "it is not used")
+
+
+_SPECIAL: dict[Tool, Callable[[Conversion, Path], None]] = {
+    "huggingface": _huggingface,
+    "axolotl": _axolotl,
+    "llamafactory": _llamafactory,
+    "torchtune": _torchtune,
+}
+
+
+def _add_defaults(conversion: Conversion) -> None:
+    """Write down the other tool's defaults where ours differ, so that training does not."""
+    defaults = dict(_DEFAULTS[conversion.tool])
+    if "lora_config" in conversion.ours:
+        defaults |= _LORA_DEFAULTS[conversion.tool]
+    replaced_by = {
+        "num_train_epochs": "max_steps",
+        "num_epochs": "max_steps",
+        "warmup_ratio": "num_warmup_steps",
+        "per_device_train_batch_size": "train_batch_size",
+    }
+    for key, value in defaults.items():
+        row = find(key, conversion.tool)
+        ours = row.ours if row and row.ours else key
+        if (
+            ours not in conversion.ours.keys() | conversion.lost
+            and replaced_by.get(key) not in conversion.ours
+        ):
+            conversion.translate(key, value, f"{key}, the default there")
+
+
+def _settle(conversion: Conversion) -> None:
+    """Resolve settings that the other tool ranks and that here exclude each other."""
+    ours = conversion.ours
+
+    def drop(key: str, reason: str) -> None:
+        if key in ours:
+            conversion.skip(conversion.sources.pop(key)[0], reason)
+            del ours[key]
+
+    if "max_steps" in ours:
+        drop("num_epochs", "`max_steps` sets the length")
+    if ours.get("num_warmup_steps"):
+        drop("warmup_ratio", "`num_warmup_steps` sets the warm-up")
+    if ours.get("num_warmup_steps") == 0:
+        drop("num_warmup_steps", "it is the default")
+    if ours.get("lr_scheduler_type") == "constant" and ("warmup_ratio" in ours or "num_warmup_steps" in ours):
+        ours["lr_scheduler_type"] = "constant_with_warmup"
+    if "lr_scheduler_kwargs.min_lr_rate" in ours:
+        ours["lr_scheduler_type"] = "cosine_with_min_lr"
+    if "valid_path" in ours:
+        drop("valid_split", "`valid_path` names the validation rows")
+    if "valid_path" not in ours and "valid_split" not in ours:
+        drop("eval_steps", "there are no validation rows")
+    if ours.get("task") in ("preference_tuning", "classification"):
+        drop("packing", "it does not work with preferences")
+    if ours.get("load_in_4bit") is False:
+        drop("load_in_4bit", "it is the default")
+    if "logger.provider" not in ours:
+        for key in [key for key in ours if key.startswith("logger.")]:
+            drop(key, "there is no tracker")

@@ -1,0 +1,426 @@
+"""Explain validation errors: what is wrong with a value or a key, and what to write instead."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from configs import other_tools
+from configs.schema import ConflictError, FinetuneConfig, Section, sections_of
+from configs.yaml_source import (
+    SECRETS_COME_FROM,
+    Document,
+    KeyPath,
+    Origin,
+    Problem,
+    dotted,
+    looks_secret,
+    names_secret,
+    plain_scalar,
+    shown,
+)
+from configs.yaml_writer import flow
+
+
+def field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
+    """Yield pydantic's errors as problems: one per value, and none for a value that has a problem already."""
+    known = {problem.path for problem in document.problems}
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for error in errors:
+        by_path.setdefault(path_in_data(document.data, error), []).append(error)
+    sections = {path[:length] for path in by_path for length in range(1, len(path))}
+    said = {
+        (row.ours,)
+        for key in document.data
+        if key not in FinetuneConfig.model_fields and (row := other_tools.find(key))
+    }
+    for path, here in by_path.items():
+        if any(path[:length] in known for length in range(1, len(path) + 1)):
+            continue
+        # A section that may also be a name fails as both: report only the errors inside the section.
+        if path in sections:
+            continue
+        if path in said and here[0]["type"] == "missing":
+            continue  # the message about the other tool's key says it
+        if path[:1] == ("deepspeed",) and path[-1] != "config_path" and _is_inline_deepspeed(document.data):
+            continue  # the message about the missing config_path says it
+        yield from _explain(document, path, here)
+
+
+def path_in_data(data: Any, error: ErrorDetails) -> KeyPath:
+    """Return the error's location without the type names that pydantic inserts between keys."""
+    path: KeyPath = ()
+    for part in error["loc"]:
+        children: Any = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(children, dict) and part in children:
+            data, path = children[part], (*path, part)
+    if error["type"] == "missing":
+        path = (*path, error["loc"][-1])
+    return path
+
+
+def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> Iterator[Problem]:
+    origin = document.origin(path)
+    kinds = {error["type"]: error for error in errors}
+    if "value_error" in kinds:
+        cause = kinds["value_error"].get("ctx", {})["error"]
+        if isinstance(cause, ConflictError):
+            for key, text in cause.conflicts:
+                below = (*path, *key.split("."))
+                yield Problem(below, document.origin(below), _in_section(path, text))
+            return
+        value = shown(kinds["value_error"]["input"])
+        yield Problem(path, origin, f"`{dotted(path)}` is {value}: {cause}")
+    elif path == ("deepspeed", "config_path") and _is_inline_deepspeed(document.data):
+        yield Problem(
+            path,
+            origin,
+            "`deepspeed` has no preset and no file: write `deepspeed: zero_3`, or put these settings into a JSON file and write "
+            "`deepspeed: {config_path: FILE}`",
+        )
+    elif "missing" in kinds:
+        yield Problem(
+            path,
+            origin,
+            f"`{dotted(path)}` is missing: {_to_write(_help(path))}",
+            rank=1 if len(path) == 1 else 2,
+        )
+    elif "extra_forbidden" in kinds:
+        value = kinds["extra_forbidden"]["input"]
+        yield Problem(path, origin, _unknown_key(document.data, path, value, origin))
+    elif errors[0]["loc"][-1] == "[key]":
+        expected = _choices(errors[0])
+        yield Problem(
+            path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use one of {expected}"
+        )
+    else:
+        value = errors[0]["input"]
+        yield Problem(path, origin, f"`{dotted(path)}` is {shown(value)}: {_fix(path, value, errors)}")
+
+
+def _is_inline_deepspeed(data: Mapping[str, Any]) -> bool:
+    """Return whether `deepspeed` has the contents of a configuration file."""
+    return isinstance(data.get("deepspeed"), dict) and bool(
+        data["deepspeed"].keys() & {"stage", "zero_optimization", "zero_stage"}
+    )
+
+
+def _in_section(path: KeyPath, text: str) -> str:
+    return f"{dotted(path)}: {text}" if path else text
+
+
+def _expected(errors: list[ErrorDetails]) -> str:
+    phrases = list(dict.fromkeys(_phrase(error) for error in errors))
+    if "a number" in phrases and "an integer" in phrases:
+        phrases.remove("an integer")
+    return f"write {' or '.join(phrases)}"
+
+
+def _phrase(error: ErrorDetails) -> str:
+    """Return a description of the accepted values for one of pydantic's error types."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "literal_error":
+            return _choices(error)
+        case "bool_type":
+            return "true or false"
+        case "int_type" | "int_from_float":
+            return "an integer"
+        case "float_type":
+            return "a number"
+        case "string_type":
+            return "text"
+        case "list_type":
+            return "a list"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "a section of `key: value` lines"
+        case "greater_than":
+            return f"a number above {limits['gt']:g}"
+        case "greater_than_equal":
+            return f"a number of at least {limits['ge']:g}"
+        case "less_than":
+            return f"a number below {limits['lt']:g}"
+        case "finite_number":
+            return "a finite number"
+        case "string_too_short":
+            return "some text, or remove the key"
+        case "string_too_long":
+            return f"at most {limits['max_length']} characters"
+        case "too_short":
+            return f"at least {limits['min_length']} items"
+        case "string_pattern_mismatch":
+            return "only letters, digits, `.`, `_` and `-`, starting with a letter or digit"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"`provider: {'`, `provider: '.join(_LOGGERS)}`"
+    return f"something else ({error['msg']})"
+
+
+_LOGGERS = ("wandb", "mlflow", "tensorboard")
+
+
+def _choices(error: ErrorDetails) -> str:
+    """Return pydantic's list of choices without quotes: `'a', 'b' or 'c'` -> a, b or c."""
+    return error.get("ctx", {})["expected"].replace("'", "")
+
+
+def _fix(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
+    """Return what to write instead of a value: the setting that is probably meant, else the accepted values with a hint."""
+    if value is None:
+        return (
+            _to_write(_help(path))
+            if _is_required(path)
+            else f"{_expected(errors)}, or remove the key to use its default"
+        )
+    instead, reason = _other_tools_value(path, value)
+    if instead:
+        return instead
+    if reason:
+        return reason
+    kinds = {error["type"] for error in errors}
+    if (sections := _sections_at(path)) and not kinds - {"dict_type", "model_type", "model_attributes_type"}:
+        return _section_fix(path, value, sections)
+    return f"{_expected(errors)}{_hint(value, errors)}"
+
+
+def _hint(value: Any, errors: list[ErrorDetails]) -> str:
+    kinds = {error["type"] for error in errors}
+    if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
+        return f" ({value} is text in this YAML)"
+    if (
+        isinstance(value, str)
+        and kinds & {"int_type", "float_type"}
+        and not isinstance(plain_scalar(value), str)
+    ):
+        return " (write numbers without quotes)"
+    if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
+        return f": {int(value)}"
+    if isinstance(value, str) and "literal_error" in kinds:
+        choices = [choice.strip() for error in errors for choice in _choices_list(error)]
+        if value.lower() == "gpu" and "cuda" in choices:
+            return " (use `cuda` for a GPU)"
+        if near := difflib.get_close_matches(value.lower(), choices, n=1):
+            return f" (did you mean `{near[0]}`?)"
+    return ""
+
+
+def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
+    """Return (what to write for a value that another tool accepts, such as `deepspeed: 3`; why it has no counterpart)."""
+    key = dotted(path)
+    if key == "deepspeed" and isinstance(value, str) and value.endswith(".json"):
+        preset = other_tools.deepspeed_setting(value)
+        instead = f"`deepspeed: {preset}`, or `deepspeed: {{config_path: {value}}}`"
+        return f"write {instead if isinstance(preset, str) else f'`deepspeed: {{config_path: {value}}}`'}", ""
+    if isinstance(value, str | bool) and (instead := _OTHER_VALUES.get((key, value))):
+        return instead, ""
+    if (
+        key == "checkpoint_and_evaluation_frequency"
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+    ):
+        return f"write `{key}: {{unit: steps, frequency: {value}}}`", ""
+    theirs = _SAME_MEANING.get(key, key)
+    row = next((row for row in other_tools.TABLE if (row.theirs, row.ours) == (theirs, key)), None)
+    if row is None:
+        return "", ""
+    try:
+        settings = row.settings(value)
+    except other_tools.NoCounterpartError as error:
+        return "", "" if _is_near_a_choice(path, value) else str(error)
+    except (TypeError, ValueError, AttributeError):
+        return "", ""
+    if not settings:
+        return ("remove the key" if isinstance(value, int | float) and value <= 0 else ""), ""
+    return (f"write {written(settings)}" if settings != {key: value} else ""), ""
+
+
+_SAME_MEANING = {"num_warmup_steps": "warmup_steps", "valid_split": "val_set_size"}
+
+
+def _is_near_a_choice(path: KeyPath, value: Any) -> bool:
+    choices = [
+        choice
+        for field in _fields_at(path)
+        for choice in get_args(field.annotation)
+        if isinstance(choice, str)
+    ]
+    return isinstance(value, str) and bool(difflib.get_close_matches(value.lower(), choices, n=1))
+
+
+_OTHER_VALUES = {
+    ("task", "dpo"): "write `task: preference_tuning`, whose default loss is dpo",
+    ("task", "sft"): "write `task: instruction_tuning`",
+    ("task", "pt"): "write `task: causal_lm`",
+    ("task", "pretrain"): "write `task: causal_lm`",
+    ("task", "pretraining"): "write `task: causal_lm`",
+    ("dtype", "fp16"): f"write `dtype: bf16` or `dtype: fp32` ({other_tools.NO_FP16})",
+    ("dtype", "float16"): f"write `dtype: bf16` or `dtype: fp32` ({other_tools.NO_FP16})",
+    (
+        "checkpoint_and_evaluation_frequency",
+        "epochs",
+    ): "write `checkpoint_and_evaluation_frequency: {unit: epochs}`",
+    (
+        "checkpoint_and_evaluation_frequency",
+        "epoch",
+    ): "write `checkpoint_and_evaluation_frequency: {unit: epochs}`",
+    (
+        "resume_from_checkpoint",
+        True,
+    ): "remove the key and run the same command again: a run resumes from its latest checkpoint",
+    ("resume", True): "write `resume: auto`, the default",
+    ("resume", False): "write `resume: never`",
+} | {
+    ("task", loss): f"write `task: preference_tuning` and `preference_tuning_config: {{loss: {loss}}}`"
+    for loss in ("ipo", "orpo", "kto")
+}
+
+
+def _section_fix(path: KeyPath, value: Any, sections: list[type[Section]]) -> str:
+    """Return how to write a section for which something else was given, with the names of its keys."""
+    key = dotted(path)
+    if path == ("logger",):
+        name = value[0] if isinstance(value, list) and value else value
+        return f"write `logger: {{provider: {name if name in _LOGGERS else 'wandb'}}}`"
+    fields = {name: field for section in sections for name, field in section.model_fields.items()}
+    if value is False:
+        return "remove it"
+    default = (
+        ""
+        if any(field.is_required() for field in fields.values())
+        else f"`{key}: {{}}` for its defaults, or "
+    )
+    names = list(fields)
+    return (
+        f"write {default}a section with keys {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
+    )
+
+
+def written(settings: Mapping[str, Any], data: Mapping[str, Any] = {}, *, as_overrides: bool = False) -> str:
+    """Return settings as a message quotes them.
+
+    Args:
+        settings: dotted keys and values.
+        data: the file; a section that it has is not written again.
+        as_overrides: quote them as `section.key=value`.
+    """
+    if as_overrides:
+        return " and ".join(f"`{key}={flow(value)}`" for key, value in settings.items())
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        section, _, inner = key.partition(".")
+        if inner and isinstance(data.get(section), dict):
+            nested[f"{section}\n{inner}"] = value
+        elif inner:
+            nested[section] = nested.get(section, {}) | {inner: value}
+        elif value != {} or section not in data:
+            nested.setdefault(section, value)
+    parts = []
+    for key, value in nested.items():
+        section, _, inner = key.partition("\n")
+        parts.append(f"`{inner}: {flow(value)}` in `{section}`" if inner else f"`{section}: {flow(value)}`")
+    return " and ".join(parts)
+
+
+def _choices_list(error: ErrorDetails) -> list[str]:
+    return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
+
+
+def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin) -> str:
+    """Return the message for an unknown key; it contains only values that another tool's key has, and no secret."""
+    key = str(path[-1])
+    if any(names_secret(str(part)) for part in path):
+        return f"`{dotted(path)}` is not a key (its value is not shown): remove it; {SECRETS_COME_FROM}"
+    elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
+    advice = None
+    if len(path) == 1 and elsewhere != ["lora_config"]:
+        advice = _other_tools_key(key, value, data, as_overrides=origin.from_override)
+    elif len(path) == 2:
+        advice = _other_tools_key_in_section(path)
+    if advice:
+        return advice
+    siblings = _keys_of(path[:-1], data)
+    if near := difflib.get_close_matches(key.lower(), siblings, n=1):
+        return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
+    if key in FinetuneConfig.model_fields and len(path) > 1:
+        return (
+            f"`{dotted(path)}` is not a key: `{key}` belongs at the top level, not in `{dotted(path[:-1])}`"
+        )
+    if elsewhere:
+        return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
+    if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
+        return f"`{dotted(path)}` is not a key (the closest is `{dotted((*path[:-1], near[0]))}`): remove it"
+    return f"`{dotted(path)}` is not a key: remove it"
+
+
+def _other_tools_key(key: str, value: Any, data: Mapping[str, Any], *, as_overrides: bool) -> str | None:
+    """Return the message for another tool's key; None if no tool has it."""
+    row = other_tools.find(key)
+    if row is None:
+        return None
+    note = f": {row.note}" if row.note else ""
+    if row.ours is None or value is None:
+        return f"`{key}` is another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
+    try:
+        settings = row.settings(value)
+    except other_tools.NoCounterpartError as error:
+        return f"`{key}` is another tool's key: {error}"
+    except (TypeError, ValueError, AttributeError):
+        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
+    text = written(settings, data, as_overrides=as_overrides)
+    if text and not looks_secret(str(value)) and not isinstance(value, dict) and len(text) < 100:
+        return f"`{key}` is another tool's key: write {text}"
+    if text:
+        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
+    return f"`{key}` is another tool's key that needs nothing here: remove it"
+
+
+def _other_tools_key_in_section(path: KeyPath) -> str | None:
+    """Return the message for `lora_rank` or `rank` in `lora_config`, which is `r` there."""
+    for name in (f"{path[1]}", f"lora_{path[1]}"):
+        row = other_tools.find(name)
+        if row and row.ours and row.ours.startswith(f"{path[0]}.") and row.ours != dotted(path):
+            return f"`{dotted(path)}` is not a key: did you mean `{row.ours}`?"
+    return None
+
+
+def _sections_at(path: KeyPath) -> list[type[Section]]:
+    """Return the section classes that the value at `path` may have."""
+    sections: list[type[Section]] = [FinetuneConfig]
+    for key in path:
+        if isinstance(key, int):
+            continue  # an item of a list has the sections of the list
+        fields = [section.model_fields[str(key)] for section in sections if key in section.model_fields]
+        sections = [below for field in fields for below in sections_of(field.annotation)]
+    return sections
+
+
+def _keys_of(path: KeyPath, data: dict[str, Any]) -> list[str]:
+    sections = _sections_at(path)
+    if path == ("logger",) and data:
+        provider = data["logger"].get("provider")
+        sections = [section for section in sections if provider in _choices_of(section)] or sections
+    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
+
+
+def _choices_of(section: type[Section]) -> tuple[Any, ...]:
+    """Return the `provider` values of a logger's section class."""
+    return get_args(section.model_fields["provider"].annotation)
+
+
+def _help(path: KeyPath) -> str:
+    return next((field.description or "" for field in _fields_at(path)), "")
+
+
+def _is_required(path: KeyPath) -> bool:
+    return any(field.is_required() for field in _fields_at(path))
+
+
+def _fields_at(path: KeyPath) -> list[FieldInfo]:
+    sections = _sections_at(path[:-1])
+    return [section.model_fields[str(path[-1])] for section in sections if path[-1] in section.model_fields]
+
+
+def _to_write(description: str) -> str:
+    first = " ".join(description.split()).partition(". ")[0]
+    return f"add it ({first.rstrip('.')})"

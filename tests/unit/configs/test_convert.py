@@ -1,0 +1,392 @@
+"""YAMLs of other tools, translated: the shapes that each tool documents, in our own words."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from configs.convert import TOOL_NAMES, Conversion, convert
+from configs.loading import load_config
+from configs.other_tools import TABLE, detect, find, tools_of
+from configs.schema import FinetuneConfig, sections_of
+from tests.support.messages import assert_names
+
+AXOLOTL = """\
+base_model: org/small-1b
+load_in_8bit: false
+load_in_4bit: false
+strict: false
+datasets:
+  - path: org/rows
+    type: alpaca
+dataset_prepared_path: prepared
+val_set_size: 0.1
+output_dir: ./outputs/lora
+adapter: lora
+lora_model_dir:
+sequence_len: 2048
+sample_packing: true
+eval_sample_packing: true
+pad_to_sequence_len: true
+lora_r: 16
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_modules: [q_proj, v_proj]
+wandb_project:
+gradient_accumulation_steps: 2
+micro_batch_size: 2
+num_epochs: 2
+optimizer: adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+train_on_inputs: false
+group_by_length: false
+bf16: auto
+fp16:
+tf32: false
+gradient_checkpointing: true
+flash_attention: true
+loss_watchdog_threshold: 5.0
+warmup_steps: 10
+evals_per_epoch: 4
+saves_per_epoch: 1
+deepspeed:
+weight_decay: 0.0
+special_tokens:
+  pad_token: <|pad|>
+"""
+
+LLAMAFACTORY = """\
+model_name_or_path: org/chat-4b
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: one, two
+dataset_dir: rows
+template: chatml
+cutoff_len: 1024
+max_samples: 1000
+preprocessing_num_workers: 16
+output_dir: saves/sft
+logging_steps: 10
+plot_loss: true
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+deepspeed: examples/deepspeed/ds_z3_config.json
+ray_num_workers: 4
+resources_per_worker: {GPU: 1}
+"""
+
+TRL = """\
+model_name_or_path: org/chat-4b
+dataset_name: org/chats
+eval_strategy: epoch
+eval_steps: 100
+max_steps: -1
+warmup_steps: 0.05
+use_peft: true
+report_to: [wandb]
+save_total_limit: 2
+"""
+
+TORCHTUNE = """\
+output_dir: /tmp/out
+model:
+  _component_: torchtune.models.llama3_2.qlora_llama3_2_1b
+  lora_attn_modules: [q_proj, output_proj]
+  apply_lora_to_mlp: true
+  lora_rank: 64
+  lora_alpha: 128
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  max_seq_len: 4096
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: /models/llama
+  output_dir: ${output_dir}
+dataset:
+  _component_: torchtune.datasets.chat_dataset
+  source: json
+  data_files: rows.json
+  split: train
+  packed: false
+batch_size: 4
+optimizer:
+  _component_: torch.optim.AdamW
+  fused: true
+  lr: 3e-4
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 100
+epochs: 1
+gradient_accumulation_steps: 8
+device: cuda
+dtype: bf16
+metric_logger:
+  log_dir: ${output_dir}/logs
+"""
+
+EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "axolotl": (
+        AXOLOTL,
+        {
+            "model_id": "org/small-1b",
+            "train_path": "hf://datasets/org/rows",
+            "data_format": "instruction",
+            "valid_split": 0.1,
+            "context_length": 2048,
+            "long_rows": "drop",
+            "packing": True,
+            "num_epochs": 2,
+            "train_batch_size_per_device": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 2e-4,
+            "num_warmup_steps": 10,
+            "optim": "adamw_8bit",
+            "lora_config.r": 16,
+            "lora_config.target_modules": ["q_proj", "v_proj"],
+            "eval_steps": 0.125,
+            "save_steps": 0.5,
+            "storage_path": "./outputs/lora",
+        },
+    ),
+    "llamafactory": (
+        LLAMAFACTORY,
+        {
+            "model_id": "org/chat-4b",
+            "train_path": ["rows/one.json", "rows/two.json"],
+            "max_train_rows": 1000,
+            "lora_config.lora_alpha": 16,
+            "lora_config.target_modules": "all-linear",
+            "deepspeed": "zero_3",
+            "num_devices": 4,
+            "storage_path": "saves/sft",
+        },
+    ),
+    "huggingface": (
+        TRL,
+        {
+            "valid_path": "hf://datasets/org/chats?split=test",
+            "warmup_ratio": 0.05,
+            "num_epochs": 3,
+            "train_batch_size_per_device": 8,
+            "lr_scheduler_type": "linear",
+            "lora_config.r": 16,
+            "lora_config.target_modules": None,
+            "num_checkpoints_to_keep": 2,
+            "logger.provider": "wandb",
+        },
+    ),
+    "torchtune": (
+        TORCHTUNE,
+        {
+            "model_id": "/models/llama",
+            "train_path": "rows.json",
+            "load_in_4bit": True,
+            "lora_config.target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "context_length": 4096,
+            "optim": "adamw_torch_fused",
+            "lr_scheduler_type": "cosine",
+            "num_warmup_steps": 100,
+            "max_grad_norm": 0.0,
+            "storage_path": "/tmp/out",
+        },
+    ),
+}
+
+
+def converted(text: str, directory: Path = Path()) -> Conversion:
+    return convert(text, directory / "other.yaml")
+
+
+@pytest.mark.parametrize("tool", EXPECTED)
+def test_documented_shape_of_each_tool_is_translated(tool: str, tmp_path: Path):
+    text, expected = EXPECTED[tool]
+    conversion = converted(text, tmp_path)
+    assert conversion.tool == tool
+    assert {key: conversion.ours.get(key, "absent") for key in expected} == expected
+
+
+@pytest.mark.parametrize("tool", EXPECTED)
+def test_written_file_loads_and_names_every_key(
+    tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Each of their keys stands in the file: as the comment of a line, or in the list of what was left out or changes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text(EXPECTED[tool][0])
+    assert main.main(["convert", "other.yaml", "--to", "ours.yaml"]) == 0
+    written = (tmp_path / "ours.yaml").read_text()
+    errors = capsys.readouterr().err
+    assert_names(errors, "python main.py ours.yaml --dry-run")
+    assert "to do:" not in errors
+    loaded = load_config(tmp_path / "ours.yaml")
+    assert loaded.rejections == ()
+    keys = re.findall(r"^(\w+):(?! *$)", EXPECTED[tool][0], re.MULTILINE)
+    assert [key for key in keys if not re.search(rf"\b{key}\b", written)] == []
+    assert max(map(len, written.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "rl: ipo\nrl_beta: 0.3",
+            {"preference_tuning_config.loss": "ipo", "preference_tuning_config.beta": 0.3},
+        ),
+        ("adapter: qlora", {"load_in_4bit": True, "lora_config": {}}),
+        ("max_steps: 30\nnum_epochs: 4", {"max_steps": 30, "num_epochs": None}),
+        ("fsdp: [full_shard]\nfsdp_config: {reshard: true}", {"deepspeed": "zero_3"}),
+        ("deepspeed: deepspeed_configs/zero2.json", {"deepspeed": "zero_2"}),
+        (
+            "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json",
+            {"deepspeed": "zero_3_offload_optim+param"},
+        ),
+        ("deepspeed: mine.json", {"deepspeed": {"config_path": "mine.json"}}),
+        ("cosine_min_lr_ratio: 0.1\nlr_scheduler: cosine", {"lr_scheduler_type": "cosine_with_min_lr"}),
+        ("wandb_project: p", {"logger.provider": "wandb", "logger.project": "p"}),
+        ("train_on_inputs: true", {"task": "causal_lm"}),
+        ("batch_size: 16", {"train_batch_size": 16, "train_batch_size_per_device": "auto"}),
+        ("plugins: [axolotl.integrations.liger.LigerPlugin]", {"kernels": "liger"}),
+        (
+            "test_datasets: [{path: valid.jsonl}]\nval_set_size: 0.1",
+            {"valid_path": "valid.jsonl", "valid_split": None},
+        ),
+        ("bf16: false\nfp16: true", {"dtype": None}),
+        ("attn_implementation: flash_attention_2", {"flash_attention_2": True}),
+        ("lora_r: 8", {"lora_config.r": None}),
+    ],
+)
+def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
+    conversion = converted(
+        f"base_model: org/m\ndatasets: [{{path: rows.jsonl, type: chat_template}}]\n{lines}\n"
+    )
+    assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "{path: org/rows, name: main, split: 'train[:90%]'}",
+            {"train_path": "hf://datasets/org/rows/main?split=train[:90%]"},
+        ),
+        ("{path: json, data_files: a.jsonl}", {"train_path": "a.jsonl"}),
+        ("{path: s3://bucket/rows/}", {"train_path": "s3://bucket/rows/"}),
+        ("{path: rows.jsonl, type: completion, field: body}", {"task": "causal_lm", "columns.text": "body"}),
+        ("{path: rows.jsonl, type: sharegpt}", {"data_format": "conversations"}),
+        ("{path: rows.jsonl, type: chat_template, field_messages: chat}", {"columns.messages": "chat"}),
+        (
+            "{path: r.jsonl, type: {field_instruction: q, field_output: a, format: '[INST] {instruction} [/INST]'}}",
+            {"prompt_template": "[INST] {q} [/INST] {a}"},
+        ),
+    ],
+)
+def test_axolotl_datasets_are_translated(source: str, expected: dict[str, Any]):
+    conversion = converted(f"base_model: org/m\ndatasets: [{source}]\n")
+    assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "dataset_info.json").write_text(
+        '{"one": {"file_name": "first.json", "columns": {"prompt": "q", "response": "a"}}, "two": {"hf_hub_url": "org/second"}}'
+    )
+    ours = converted(LLAMAFACTORY, tmp_path).ours
+    assert ours["train_path"] == ["rows/first.json", "hf://datasets/org/second"]
+    assert (ours["columns.instruction"], ours["columns.output"]) == ("q", "a")
+
+
+@pytest.mark.parametrize(
+    ("lines", "facts"),
+    [
+        ("load_in_8bit: true", ("load_in_8bit", "load_in_4bit")),
+        ("fp16: true", ("fp16", "dtype: bf16", "dtype: fp32")),
+        ("neftune_noise_alpha: 5", ("neftune_noise_alpha: 5", "not supported")),
+        ("lr_scheduler: rex", ("rex", "cosine")),
+        ("optimizer: muon", ("muon", "adamw_torch_fused")),
+        ("rl: grpo", ("grpo", "dpo")),
+        ("val_set_size: 500", ("val_set_size: 500", "valid_split")),
+        ("special_tokens: {eos_token: x}", ("special_tokens", "eos_token")),
+        ("chat_template: llama3", ("chat_template", "model's own")),
+        ("made_up: 3", ("made_up: 3", "not known")),
+    ],
+)
+def test_what_has_no_counterpart_is_listed_as_a_change(lines: str, facts: tuple[str, ...]):
+    conversion = converted(f"base_model: org/m\ndatasets: [{{path: rows.jsonl}}]\n{lines}\n")
+    assert_names("\n".join(conversion.changes), *facts)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("model_id: a\ntrain_path: b\n", ("other.yaml", "Axolotl", "--print-config")),
+        ("- a\n", ("other.yaml", "Axolotl")),
+        ("base_model: [\n", ("other.yaml:2", "YAML")),
+        ("base_model: !!x a\n", ("other.yaml:1", "tag")),
+    ],
+)
+def test_other_files_are_rejected(
+    text: str, facts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "other.yaml").write_text(text)
+    assert main.main(["convert", str(tmp_path / "other.yaml")]) == 2
+    assert_names(capsys.readouterr().err, *facts)
+
+
+def test_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "other.yaml").write_text(AXOLOTL)
+    assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "other.yaml")]) == 2
+    assert_names(capsys.readouterr().err, "other.yaml", "exists", "--to")
+    assert (tmp_path / "other.yaml").read_text() == AXOLOTL
+
+
+def test_every_counterpart_is_a_key_of_ours():
+    """The table names no key that the schema does not have."""
+    known = set(FinetuneConfig.model_fields)
+    for name, declared in FinetuneConfig.model_fields.items():
+        known |= {
+            f"{name}.{key}" for section in sections_of(declared.annotation) for key in section.model_fields
+        }
+    named = {
+        row.ours
+        for row in TABLE
+        if row.ours and not row.ours.startswith(("columns.", "chat_template_kwargs."))
+    }
+    assert named - known == set()
+
+
+def test_table_covers_each_tool_and_says_why_a_key_has_no_counterpart():
+    assert {
+        tool: sum(tool in tools_of(row) for row in TABLE) >= 30 for tool in TOOL_NAMES if tool != "torchtune"
+    } == dict.fromkeys(("huggingface", "axolotl", "llamafactory"), True)
+    assert [row.theirs for row in TABLE if row.ours is None and not row.note] == []
+    pairs = [(tool, row.theirs) for row in TABLE for tool in tools_of(row)]
+    assert len(pairs) == len(set(pairs))
+
+
+def test_keys_of_our_own_yamls_are_no_other_tools():
+    """No cookbook is taken for another tool's YAML."""
+    assert (
+        detect(
+            {
+                "model_id": "a",
+                "train_path": "b",
+                "gradient_accumulation_steps": 2,
+                "lr_scheduler_type": "cosine",
+            }
+        )
+        is None
+    )
+    row = find("micro_batch_size")
+    assert row is not None and row.settings(4) == {"train_batch_size_per_device": 4}

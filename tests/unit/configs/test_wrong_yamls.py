@@ -1,0 +1,170 @@
+"""Wrong YAMLs: following the first line of the message once gives a file that loads, or the next true error.
+
+Each case has the lines after `model_id` and `train_path`, what the first line of the message says to write or to do, the lines of
+someone who follows it, and the key that the next error names (empty: the file loads).
+"""
+
+from pathlib import Path
+
+import pytest
+
+from configs.loading import ConfigError, load_config
+
+BASE = ["model_id: org/model", "train_path: train.jsonl"]
+
+CASES: list[tuple[str, str, str, str]] = [
+    # Keys of other tools
+    (
+        "per_device_train_batch_size: 2",
+        "`train_batch_size_per_device: 2`",
+        "train_batch_size_per_device: 2",
+        "",
+    ),
+    ("num_train_epochs: 3", "`num_epochs: 3`", "num_epochs: 3", ""),
+    ("max_seq_length: 2048", "`context_length: 2048`", "context_length: 2048", ""),
+    ("warmup_steps: 10", "`num_warmup_steps: 10`", "num_warmup_steps: 10", ""),
+    ("warmup_steps: 0.1", "`warmup_ratio: 0.1`", "warmup_ratio: 0.1", ""),
+    ("save_total_limit: 2", "`num_checkpoints_to_keep: 2`", "num_checkpoints_to_keep: 2", ""),
+    ("report_to: wandb", "`logger: {provider: wandb}`", "logger: {provider: wandb}", ""),
+    (
+        "wandb_project: x",
+        "`logger: {project: x, provider: wandb}`",
+        "logger: {project: x, provider: wandb}",
+        "",
+    ),
+    ("logging_steps: 10", "remove it", "", ""),
+    ("tf32: true", "remove it", "", ""),
+    ("bf16: true", "`dtype: bf16`", "dtype: bf16", ""),
+    ("fp16: true", "`dtype: fp32`", "dtype: fp32", ""),
+    ("load_in_8bit: true", "`load_in_4bit: true`", "load_in_4bit: true", "lora_config"),
+    ("neftune_noise_alpha: 5", "remove it", "", ""),
+    ("max_samples: 100", "`max_train_rows: 100`", "max_train_rows: 100", ""),
+    ("lora_r: 16", "`lora_config: {r: 16}`", "lora_config: {r: 16}", ""),
+    (
+        "lora_r: 16\nlora_config: {lora_alpha: 32}",
+        "`r: 16` in `lora_config`",
+        "lora_config: {lora_alpha: 32, r: 16}",
+        "",
+    ),
+    ("lora_alpha: 16", "`lora_config.lora_alpha`", "lora_config: {lora_alpha: 16}", ""),
+    (
+        "lora_target_modules: [q_proj]",
+        "`lora_config: {target_modules: [q_proj]}`",
+        "lora_config: {target_modules: [q_proj]}",
+        "",
+    ),
+    ("micro_batch_size: 2", "`train_batch_size_per_device: 2`", "train_batch_size_per_device: 2", ""),
+    ("sequence_len: 2048", "`context_length: 2048`", "context_length: 2048", ""),
+    ("sample_packing: yes", "`packing: true`", "packing: true", ""),
+    ("sample_packing: no", "`packing: false`", "packing: false", ""),
+    (
+        "adapter: qlora",
+        "`lora_config: {}` and `load_in_4bit: true`",
+        "lora_config: {}\nload_in_4bit: true",
+        "",
+    ),
+    ("lr_scheduler: cosine", "`lr_scheduler_type: cosine`", "lr_scheduler_type: cosine", ""),
+    ("fsdp: full_shard", "`deepspeed: zero_3`", "deepspeed: zero_3", ""),
+    ("attn_implementation: flash_attention_2", "`flash_attention_2: true`", "flash_attention_2: true", ""),
+    # Values of other tools
+    ("optim: adamw_hf", "`optim: adamw_torch`", "optim: adamw_torch", ""),
+    ("optim: adamw", "`optim: adamw_torch_fused`", "optim: adamw_torch_fused", ""),
+    ("lr_scheduler_type: reduce_lr_on_plateau", "`cosine`", "lr_scheduler_type: cosine", ""),
+    ("deepspeed: 3", "`deepspeed: zero_3`", "deepspeed: zero_3", ""),
+    ("deepspeed: ds_z3_config.json", "`deepspeed: zero_3`", "deepspeed: zero_3", ""),
+    ("deepspeed: {zero_optimization: {stage: 3}}", "`deepspeed: zero_3`", "deepspeed: zero_3", ""),
+    ("logger: wandb", "`logger: {provider: wandb}`", "logger: {provider: wandb}", ""),
+    ("logger: [tensorboard]", "`logger: {provider: tensorboard}`", "logger: {provider: tensorboard}", ""),
+    ("task: dpo", "`task: preference_tuning`", "task: preference_tuning", ""),
+    (
+        "task: kto",
+        "`preference_tuning_config: {loss: kto}`",
+        "task: preference_tuning\npreference_tuning_config: {loss: kto}",
+        "",
+    ),
+    ("task: sft", "`task: instruction_tuning`", "task: instruction_tuning", ""),
+    ("optim: adafactr", "`adafactor`", "optim: adafactor", ""),
+    ("dtype: float16", "`dtype: fp32`", "dtype: fp32", ""),
+    ("dtype: bfloat16", "`dtype: bf16`", "dtype: bf16", ""),
+    ("max_steps: -1", "remove the key", "", ""),
+    ("warmup_ratio: 0.0", "remove the key", "", ""),
+    ("num_warmup_steps: 0.1", "`warmup_ratio: 0.1`", "warmup_ratio: 0.1", ""),
+    ("resume_from_checkpoint: true", "remove the key", "", ""),
+    ("checkpoint_and_evaluation_frequency: 10", "{unit: steps, frequency: 10}", "save_steps: 10", ""),
+    # Sections
+    (
+        "lora_config: {target_modules: 'q_proj,v_proj'}",
+        "`target_modules: [q_proj, v_proj]`",
+        "lora_config: {target_modules: [q_proj, v_proj]}",
+        "",
+    ),
+    ("lora_config: true", "`lora_config: {}`", "lora_config: {}", ""),
+    ("lora_config: {rank: 8}", "`lora_config.r`", "lora_config: {r: 8}", ""),
+    ("lora_config: {alpha: 8}", "`lora_config.lora_alpha`", "lora_config: {lora_alpha: 8}", ""),
+    ("export: true", "`export: {}`", "export: {}", ""),
+    ("export: {merged: true}", "`export.merge`", "export: {merge: true}", ""),
+    # Types and conflicts
+    ("learning_rate: '1e-4'", "without quotes", "learning_rate: 1e-4", ""),
+    ("num_devices: '4'", "without quotes", "num_devices: 4", ""),
+    ("packing: yes", "true", "packing: true", ""),
+    ("num_epochs: 1\nmax_steps: 3", "keep one", "max_steps: 3", ""),
+    ("valid_split: 0.1\nvalid_path: v.jsonl", "keep one", "valid_path: v.jsonl", ""),
+    ("valid_split: 500", "0.05", "valid_split: 0.05", ""),
+    ("output_dir: s3://bucket/out", "local path", "output_dir: /tmp/out", ""),
+    ("worker_resources: {GPU: 2}", "`GPU: 1`", "worker_resources: {GPU: 1}\nnum_devices: 2", ""),
+    (
+        "train_path: ${ABSENT_VARIABLE}/x",
+        "${ABSENT_VARIABLE:-DEFAULT}",
+        "train_path: '${ABSENT_VARIABLE:-rows}/x'",
+        "",
+    ),
+    ("seed: 1\nseed: 2", "keep one", "seed: 2", ""),
+    ("deepsped: zero_2", "`deepspeed`", "deepspeed: zero_2", ""),
+    ("hf_token: abc", "remove it", "", ""),
+    ("chat_template: s3://bucket/chat.jinja", "download", "chat_template: chat.jinja", ""),
+    (
+        "task: classification",
+        "`classifier_config: {label_tokens: [...]}`",
+        "task: classification\nclassifier_config: {label_tokens: [a, b]}",
+        "",
+    ),
+]
+
+
+def lines_with(lines: str) -> str:
+    given = {line.partition(":")[0] for line in lines.splitlines()}
+    return "\n".join([line for line in BASE if line.partition(":")[0] not in given] + [lines]) + "\n"
+
+
+def first_line(path: Path, text: str) -> str:
+    """Return the first line of the error; empty if the file loads."""
+    path.write_text(text)
+    try:
+        load_config(path)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            assert len(line.removeprefix(f"{path}:")) <= 240, line
+        return str(error).splitlines()[0]
+    return ""
+
+
+def test_there_are_61_cases_of_different_kinds():
+    assert len({lines for lines, *_ in CASES}) >= 61
+
+
+@pytest.mark.parametrize(("lines", "instead", "fixed", "next_key"), CASES, ids=[lines for lines, *_ in CASES])
+def test_following_the_first_line_gives_a_valid_file_or_the_next_error(
+    tmp_path: Path, lines: str, instead: str, fixed: str, next_key: str
+):
+    path = tmp_path / "run.yaml"
+    message = first_line(path, lines_with(lines))
+    assert instead in message
+    following = first_line(path, lines_with(fixed))
+    assert (next_key in following) if next_key else following == ""
+
+
+def test_every_message_of_the_cases_stays_below_two_lines(tmp_path: Path):
+    """All cases that do not exclude each other, in one file: one message, each error on one line."""
+    lines = [lines for lines, *_ in CASES if "\n" not in lines]
+    by_key = {line.partition(":")[0]: line for line in lines}
+    assert first_line(tmp_path / "run.yaml", lines_with("\n".join(by_key.values())))
