@@ -125,7 +125,7 @@ class Gauges(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """A callback that ends training, on every rank, once the eval loss has stopped improving; a checkpoint is saved as usual."""
+    """A callback that ends training, on every rank, once the eval loss has stopped improving, with a checkpoint."""
 
     def __init__(self, patience: int, threshold: float):
         self.patience = patience
@@ -141,8 +141,9 @@ class EarlyStopping(TrainerCallback):
     ) -> None:
         """Request the end of training after an evaluation, from the eval losses of all attempts."""
         if logs and "eval_loss" in logs:
-            step = stopping_step(state.log_history, self.patience, self.threshold)
-            control.should_training_stop |= step == state.global_step
+            stops = stopping_step(state.log_history, self.patience, self.threshold) == state.global_step
+            control.should_training_stop |= stops
+            control.should_save |= stops  # checkpoints may have an interval of their own
 
 
 class LossWatchdog(TrainerCallback):

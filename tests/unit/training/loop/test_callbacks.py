@@ -53,13 +53,14 @@ def test_training_stops_after_two_evaluations_without_improvement(
     assert stopping_step([*steps, *log], 2, threshold) == step
     callback = EarlyStopping(2, threshold)
     arguments: Any = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    stopped = []
+    stopped, saved = [], []
     for number in range(len(log)):
         control = TrainerControl()
         state = TrainerState(global_step=log[number]["step"], log_history=log[: number + 1])
         callback.on_log(arguments, state, control, logs=log[number])
         stopped.append(control.should_training_stop)
-    assert stopped == [entry["step"] == step for entry in log]
+        saved.append(control.should_save)
+    assert stopped == saved == [entry["step"] == step for entry in log]
 
 
 def test_loss_that_stays_high_fails_the_run(tmp_path: Path):
