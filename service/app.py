@@ -1,11 +1,13 @@
 """The service as an application of Ray Serve."""
 
 import logging
+import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 import ray
+import uvicorn
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -17,11 +19,12 @@ from utils.storage.s3 import S3Store
 
 APP_NAME = "fine-tuning"
 _MAX_ONGOING_REQUESTS = 1000
+_MAX_CONNECTIONS, _BACKLOG = 4000, 1024
 
 
 @serve.ingress()
-class Ingress:
-    """A replica that answers requests."""
+class ProxiedReplica:
+    """A replica that answers the requests of Serve's proxies, on clusters whose load balancer expects them."""
 
     def __init__(self, service: LoadedService, handles: dict[str, Any], scheduler: Any):
         _log_to_stderr()
@@ -29,6 +32,36 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._service, self._handles)
+
+
+class ListeningReplica:
+    """A replica that listens on the service's port itself; the kernel shares connections among the replicas of a machine.
+
+    Serve's proxies and replicas queue the body of a request without a limit. Here an upload that is faster than the bucket
+    waits in the client's socket instead.
+    """
+
+    def __init__(self, service: LoadedService, handles: dict[str, Any], scheduler: Any):
+        _log_to_stderr()
+        listening = socket.create_server(
+            (service.config.host, service.config.port),
+            family=socket.AF_INET6 if ":" in service.config.host else socket.AF_INET,
+            backlog=_BACKLOG,
+            reuse_port=True,
+        )
+        app = create_app(service, handles)
+        config = uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=_MAX_CONNECTIONS)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listening],), name="http", daemon=True)
+        self._thread.start()
+
+    def check_health(self) -> None:
+        """Raise an error if the server has ended; Serve then replaces the replica."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the HTTP server has ended")
+
+    def __del__(self) -> None:
+        self._server.should_exit = True
 
 
 class SchedulerReplica:
@@ -50,13 +83,19 @@ class SchedulerReplica:
         self._scheduler.stop()
 
 
-def build(service: LoadedService) -> Application:
-    """Return the application that `serve.run` deploys."""
+def build(service: LoadedService, *, behind_proxies: bool) -> Application:
+    """Return the application that `serve.run` deploys.
+
+    Args:
+        service: The service YAML.
+        behind_proxies: Serve's proxies receive the requests; otherwise the replicas listen on the service's port.
+    """
     deployment: Any = serve.deployment
     scheduler = deployment(SchedulerReplica).options(
         name="scheduler", num_replicas=1, ray_actor_options={"num_cpus": 0}, health_check_period_s=5
     )
-    ingress = deployment(Ingress).options(
+    replica = ProxiedReplica if behind_proxies else ListeningReplica
+    ingress = deployment(replica).options(
         name="api",
         num_replicas=service.config.num_replicas,
         ray_actor_options={"num_cpus": 0},
@@ -70,7 +109,7 @@ def build(service: LoadedService) -> Application:
 
 def build_from_file(arguments: dict[str, str]) -> Application:
     """Return the application for a Serve config file: `import_path: service.app:build_from_file`, `args: {config: PATH}`."""
-    return build(load_service(Path(arguments["config"])))
+    return build(load_service(Path(arguments["config"])), behind_proxies=True)
 
 
 def _log_to_stderr() -> None:

@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +66,8 @@ def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) 
     check_cluster_answers(target)
     output, progress = open_consoles()
     warn_about_address(service.config.host, progress)
+    if target.is_local:
+        _check_port(service)
     if dry_run:
         with _bucket(service):
             from service.dry_run import check_service
@@ -120,6 +123,18 @@ def warn_about_address(host: str, progress: Console) -> None:
         )
 
 
+def _check_port(service: LoadedService) -> None:
+    """Check that the address can be listened on. The replicas share it, so they could not detect another program."""
+    host, port = service.config.host, service.config.port
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ServiceError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another port with --port, or set host to an address "
+            "of this machine"
+        ) from error
+
+
 @contextmanager
 def _bucket(service: LoadedService) -> Iterator[None]:
     """Keep the embedded bucket running if the service uses it."""
@@ -160,9 +175,10 @@ class _Run:
             for number in FORWARDED:
                 signal.signal(number, lambda got, _: (received.append(got), self._stop.set()))
             try:
-                location: Any = "HeadOnly" if self._target.is_local else "EveryNode"
+                is_local = self._target.is_local
+                location: Any = "Disabled" if is_local else "EveryNode"
                 serve.start(proxy_location=location, http_options={"host": config.host, "port": config.port})
-                serve.run(build(self._service), name=APP_NAME, route_prefix="/")
+                serve.run(build(self._service, behind_proxies=not is_local), name=APP_NAME, route_prefix="/")
                 self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
                 self._stop.wait()
                 self._write("stopping: running jobs commit a checkpoint; the same command continues them")

@@ -59,10 +59,10 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "conversations": ("conversation",),
     "input": ("context",),
     "output": ("response",),
-    "prompt": ("question", "query", "problem"),
+    "prompt": ("question", "query", "problem", "input.messages"),
     "completion": ("answer", "response", "solution"),
     "system": ("system_prompt",),
-    "tools": ("functions",),
+    "tools": ("functions", "input.tools"),
     "chosen": ("preferred_output",),
     "rejected": ("non_preferred_output",),
 }
@@ -204,13 +204,12 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
 
 
 def _with_input_as_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of OpenAI's preference format with the messages and tools of its `input` as columns; others unchanged."""
+    """Return a row of OpenAI's preference format with the fields of its `input` as columns; other rows unchanged."""
     given = row.get("input")
     if "preferred_output" not in row or not isinstance(given, dict):
         return row
-    unread = {f"input.{name}": value for name, value in given.items() if name not in ("messages", "tools")}
-    columns = {"prompt": given.get("messages"), "tools": given.get("tools")}
-    return {name: value for name, value in row.items() if name != "input"} | columns | unread
+    columns = {f"input.{name}": value for name, value in given.items()}
+    return {name: value for name, value in row.items() if name != "input"} | columns
 
 
 def _variables_of(value: Any) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""The service YAML and the training configuration of jobs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.loading import ConfigError, load_config
+from configs.schema import FinetuneConfig
+from service.config import BaseModelSettings, load_service
+from service.job_config import resolve_hyperparameters, training_config
+from tests.support.service import write_service
+
+PATHS = {"train": "s3://b/train.jsonl", "valid": None, "storage": "s3://b/runs"}
+
+
+def base_config(**keys: Any) -> FinetuneConfig:
+    settings = {"model_id": "org/model", "train_path": "x.jsonl", "lora_config": {"r": 4}, **keys}
+    return FinetuneConfig.model_validate(settings)
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    hyperparameters = {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 0.5, "beta": 0.2}
+    record = {"id": "ftjob-1", "seed": 5, "method": "supervised", "hyperparameters": hyperparameters}
+    return record | {"parent_checkpoint": None, "integrations": None} | changes
+
+
+def test_service_yaml_has_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    service = load_service(write_service(tmp_path, "s3://bucket/service", "weights/x/y"), port=9)
+    assert service.config.port == 9
+    assert service.config.models["tiny"].config == str(tmp_path / "base.yaml")
+    assert service.bases["tiny"].config.model_id == str(tmp_path / "weights/x/y")
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "key"),
+    [
+        ({"storage_path": "/local"}, ":", "storage_path"),
+        ({"models": {}}, ":", "models"),
+        ({"models": {"a:b": {"config": "base.yaml"}}}, ":", "models"),
+        ({"models": {"a": {"config": "none.yaml"}}}, ":", "models.a.config"),
+        ({"models": {"a": {"config": "base.yaml", "engine": "x"}}}, ":", "models.a.engine"),
+        ({"unknown": 1}, ":", "unknown"),
+        ({"limits": {"jobs": 0}}, ":", "limits.jobs"),
+        ({"port": 70000}, ":", "port"),
+    ],
+)
+def test_wrong_service_yaml_names_file_line_and_key(
+    tmp_path: Path, changes: dict[str, Any], place: str, key: str
+):
+    path = write_service(tmp_path, "s3://bucket/service")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes, sort_keys=False))
+    with pytest.raises(ConfigError) as raised:
+        load_service(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}{place}")
+    assert key in message
+
+
+def test_base_model_must_train_chats(tmp_path: Path):
+    path = write_service(tmp_path, "s3://bucket/service", base={"task": "causal_lm"})
+    with pytest.raises(ConfigError, match="instruction_tuning"):
+        load_service(path)
+
+
+@pytest.mark.parametrize(
+    ("base", "batch_size", "devices", "per_device", "accumulation"),
+    [
+        ({"num_devices": 2, "train_batch_size_per_device": 4}, 8, 2, 4, 1),
+        ({"num_devices": 2, "train_batch_size_per_device": 4}, 1, 1, 1, 1),
+        ({"num_devices": 2, "train_batch_size_per_device": 4}, 24, 2, 4, 3),
+        ({"num_devices": 4, "train_batch_size_per_device": 4}, 6, 3, 2, 1),
+        ({"train_batch_size_per_device": 2, "gradient_accumulation_steps": 4}, 8, 1, 2, 4),
+    ],
+)
+def test_batch_size_is_shared_by_the_devices(
+    base: dict[str, Any], batch_size: int, devices: int, per_device: int, accumulation: int
+):
+    record = job(hyperparameters={"n_epochs": 1, "batch_size": batch_size, "learning_rate_multiplier": 1.0})
+    config = training_config(record, base_config(**base), PATHS)
+    assert (config.most_devices, config.batch_size, config.gradient_accumulation_steps) == (
+        devices,
+        per_device,
+        accumulation,
+    )
+
+
+def test_automatic_batch_size_of_the_base_stays_automatic():
+    base = base_config(train_batch_size_per_device="auto", train_batch_size=16, num_devices=4)
+    config = training_config(job(), base, PATHS)
+    assert (config.train_batch_size_per_device, config.train_batch_size, config.most_devices) == (
+        "auto",
+        8,
+        4,
+    )
+
+
+def test_job_replaces_the_data_length_and_learning_rate_of_the_base():
+    base = base_config(
+        learning_rate=1e-3, valid_path="v.jsonl", max_steps=7, bad_rows="skip", num_checkpoints_to_keep=1
+    )
+    config = training_config(job(), base, PATHS)
+    assert (config.train_path, config.valid_path, config.run_name) == ("s3://b/train.jsonl", None, "ftjob-1")
+    assert (config.num_epochs, config.max_steps, config.learning_rate, config.seed) == (2.0, None, 5e-4, 5)
+    assert (config.bad_rows, config.data_format, config.num_checkpoints_to_keep) == ("error", "messages", 3)
+
+
+def test_dpo_job_trains_preferences():
+    config = training_config(job(method="dpo"), base_config(), PATHS)
+    assert (config.task, config.data_format) == ("preference_tuning", "preference")
+    assert config.preference_tuning_config
+    assert config.preference_tuning_config.beta == 0.2
+
+
+def test_job_continues_a_fine_tuned_model():
+    config = training_config(
+        job(parent_checkpoint="s3://b/runs/a/checkpoints/step-000004"), base_config(), PATHS
+    )
+    assert config.initial_adapter_model_ckpt_path == "s3://b/runs/a/checkpoints/step-000004"
+    assert config.lora_config is None
+
+
+def test_auto_is_resolved_from_service_and_base(tmp_path: Path):
+    settings = BaseModelSettings.model_validate({"config": "x", "hyperparameters": {"dpo": {"n_epochs": 1}}})
+    base = base_config(num_epochs=2.5, train_batch_size_per_device=3, num_devices=2)
+    assert resolve_hyperparameters("supervised", {"n_epochs": "auto"}, settings, base) == {
+        "n_epochs": 3,
+        "batch_size": 6,
+        "learning_rate_multiplier": 1.0,
+    }
+    assert resolve_hyperparameters("dpo", {"batch_size": 2}, settings, base) == {
+        "n_epochs": 1,
+        "batch_size": 2,
+        "learning_rate_multiplier": 1.0,
+        "beta": 0.1,
+    }
+
+
+def test_quickstart_service_trains_the_quickstart_model():
+    service = load_service(Path("cookbooks/fine_tuning_service/service.yaml"))
+    quickstart = load_config(Path("cookbooks/quickstart/smollm2-135m.yaml")).config
+    assert service.bases["smollm2-135m"].config.model_id == quickstart.model_id
