@@ -31,6 +31,8 @@ from benchmarks.gpu_runs import ON_CPU, ON_GPU, SIMULATED, Bench, Measured, Sett
 from benchmarks.report import RESULTS, gpu_name
 
 _CORES_OF_A_CONTESTANT = 2
+# The last three come from reading what a run wrote: no fault of one contestant may cost the figures of the others.
+_FAILURES = (ContestantFailedError, KeyError, OSError, ValueError)
 
 
 def main() -> None:
@@ -134,9 +136,10 @@ def _add(name: str, run: Future[Measured], results: Results) -> list[str]:
     """Add the result of a contestant, or its error; return its name if it failed."""
     try:
         measured = run.result()
-    except ContestantFailedError as error:
-        results.add_failure(name, str(error))
-        print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+    except _FAILURES as error:
+        text = str(error) if isinstance(error, ContestantFailedError) else repr(error)
+        results.add_failure(name, text)
+        print(f"{name} failed: {text}", file=sys.stderr, flush=True)
         return [name]
     results.add(name, measured)
     print(f"{name}: {measured.seconds:.0f} s", flush=True)

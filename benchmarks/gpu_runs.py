@@ -197,7 +197,6 @@ class Bench:
             "TOKENIZERS_PARALLELISM": "false",
             "UNSLOTH_DISABLE_STATISTICS": "1",
             "UNSLOTH_COMPILE_LOCATION": str(self.directory / f"unsloth-{name}"),
-            "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(self.directory / "datasets"),
         }
         if simulated:
@@ -208,10 +207,22 @@ class Bench:
             }
         self._run([sys.executable, *launcher, script, contestant, str(file)], name, environment=variables)
 
-    def _run(self, command: Sequence[str], name: str, **options: Any) -> bool:
-        options = {"environment": {}} | options
-        log, deadline = self._logs / f"{name}.log", self._of_thread.deadline
-        return gpu_processes.run(command, log=log, deadline=deadline, stopped=self.stopped, **options)
+    def _run(
+        self,
+        command: Sequence[str],
+        name: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> bool:
+        return gpu_processes.run(
+            command,
+            environment={"HF_HUB_OFFLINE": "1", **(environment or {})},
+            log=self._logs / f"{name}.log",
+            deadline=self._of_thread.deadline,
+            stopped=self.stopped,
+            **options,
+        )
 
     def _measured(self, name: str, workload: Workload, estimated_bytes: int | None) -> Measured:
         """Return the measurements in metrics.jsonl of a finished run."""

@@ -113,6 +113,13 @@ def test_failed_contestant_stops_no_other_and_runs_last_in_the_next_call(
     assert runs.results.failed == {}
 
 
+def test_unreadable_metrics_fail_one_contestant_only(runs: FakeRuns):
+    runs.replace("packed", lambda: json.loads("{"))
+    assert runs.run("packing") == ["unpacked", "unpacked, 16 rows per batch"]
+    assert runs.failed == ["packed"]
+    assert "JSONDecodeError" in runs.results.failed["packed"]
+
+
 def test_another_kind_of_gpu_starts_its_own_round(runs: FakeRuns, monkeypatch: pytest.MonkeyPatch):
     runs.run("packing")
     monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H200")
@@ -235,6 +242,34 @@ def test_incomplete_model_is_created_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_runs.Bench, "_run_contestant", lambda self, name, *_: made.append(name))
     Bench(ON_CPU, tmp_path, tmp_path).model("tiny")
     assert made == ["make_model"]
+
+
+def test_measurements_of_a_run_exclude_the_warm_up(tmp_path: Path):
+    run = tmp_path / "runs" / "lora-1"
+    phases = ("data", "forward", "backward", "optimizer", "evaluation", "saving", "upload_stall", "other")
+    steps = [
+        {f"seconds/{phase}": step for phase in phases}
+        | {"loss": 5 - step, "grad_norm": 0.1 * step, "mfu": 0.1 * step, "tokens_per_second": 10 * step}
+        | {"peak_memory_bytes": 100 + step}
+        for step in (1, 2, 3, 4)
+    ]
+    for checkpoint, checksum in (("step-000002", "old"), ("step-000004", "new")):
+        manifest = {"files": [{"path": "adapter_model.safetensors", "checksum": checksum}]}
+        (run / "checkpoints" / checkpoint).mkdir(parents=True)
+        (run / "checkpoints" / checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    lines = [{"eval_loss": 1.0, "step": 0}, *steps]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bench = Bench(ON_CPU, tmp_path, tmp_path)
+    measured = bench._measured("lora-1", ON_CPU.workloads["lora"], 90)
+    assert measured.step_seconds == 3 * 5
+    assert measured.every_step_seconds == (5, 10, 15, 20)
+    assert (measured.tokens_per_second, measured.peak_memory_bytes, measured.mfu) == (
+        30,
+        104,
+        pytest.approx(0.3),
+    )
+    assert (measured.estimated_bytes, measured.weights) == (90, "new")
+    assert measured.losses == (4, 3, 2, 1)
 
 
 def _benchmark(directory: Path, *arguments: str, **variables: str) -> tuple[dict[str, dict], str]:

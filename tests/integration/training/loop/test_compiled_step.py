@@ -8,11 +8,11 @@ import pytest
 from configs.loading import load_config
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.kernel_processes import run_without_triton
-from tests.support.tiny_model import make_model_and_data
+from tests.support.tiny_model import make_model, write_data
 from training.planning.endpoints import ClusterTarget
 from training.planning.planner import make_plan
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a busy machine compiles for minutes
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_compiled_steps_have_the_losses_of_eager_steps(plan: Path):
     eager, compiled = steps("eager", plan), steps("compiled", plan)
     assert eager["graphs"] == 0
     assert compiled["graphs"] > 0
-    assert len(compiled["losses"]) == 4
+    assert len(compiled["losses"]) == 3
     assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-5)
     assert compiled["gradient_norms"] == pytest.approx(eager["gradient_norms"], rel=1e-4)
     for evaluated, expected in zip(compiled["evaluations"], eager["evaluations"], strict=True):
