@@ -135,7 +135,7 @@ bench-checkpoints: setup-dev  ## measure the time that checkpoints take from tra
 bench-bucket: setup $(STAMPS)/bench  ## measure bucket transfers against other clients
 	$(BIN)/python benchmarks/bucket.py
 
-bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (about 45 minutes a round)
+bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (a quarter of an hour, by estimate)
 	$(BIN)/python benchmarks/gpu.py
 
 lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock

@@ -1,17 +1,16 @@
 """Contestants of benchmarks/gpu.py, each in its own process: `python benchmarks/gpu_contestants.py NAME SETTINGS.json`.
 
 - make_model: write a Llama model of the given shape with random weights.
-- plan: write the plan of a YAML, for `alone`.
+- plan: write the plan of a YAML, for `alone`, and its estimate of the memory.
 - alone: train that plan with Anneal's trainer, without Ray, bucket and checkpoints.
 - trl: train with TRL and PEFT as in their documentation.
 - unsloth: train with Unsloth as in its documentation.
 
-Contestants that train write a report to the path `report` in the settings: seconds and loss of each step, its tokens, and
-the peak memory.
+Contestants that train write a report to the path `report` in the settings: seconds, loss and gradient norm of each step, its
+tokens, and the peak memory. With `simulated` in the settings, `plan` and `alone` run on a simulated GPU.
 """
 
 import json
-import os
 import resource
 import sys
 import time
@@ -33,7 +32,7 @@ def make_model(settings: dict[str, Any]) -> None:
     from tests.support.tiny_model import make_tokenizer
 
     tokenizer = make_tokenizer()
-    config = LlamaConfig(**settings["shape"], tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+    config = LlamaConfig(**settings["shape"], pad_token_id=tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -48,12 +47,13 @@ def plan(settings: dict[str, Any]) -> None:
     from training.planning.endpoints import ClusterTarget
     from training.planning.planner import make_plan
 
-    run_plan, _, _ = make_plan(
+    run_plan, report, _ = make_plan(
         load_config(Path(settings["yaml"])),
         target=ClusterTarget(None),
         progress=lambda *_: None,  # pyright: ignore[reportArgumentType]
     )
     Path(settings["plan"]).write_text(run_plan.model_dump_json())
+    Path(settings["estimate"]).write_text(json.dumps(report.memory and report.memory.total))
 
 
 def alone(settings: dict[str, Any]) -> None:
@@ -66,6 +66,10 @@ def alone(settings: dict[str, Any]) -> None:
 
     run_plan = RunPlan.model_validate_json(Path(settings["plan"]).read_text())
     prepare_process(run_plan, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
+    if settings["simulated"] and run_plan.resolved.kernels.provider == "unsloth":
+        from tests.support.pretended_gpu import patch_unsloth
+
+        patch_unsloth()
     from training.data.prepared import fetch_prepared
     from training.loop.throughput import HostTimeline, PhaseClock, Throughput
     from training.loop.trainer_factory import build_trainer
@@ -110,6 +114,7 @@ def alone(settings: dict[str, Any]) -> None:
             for line in steps
         ],
         [line["loss"] for line in steps],
+        [line["grad_norm"] for line in steps],
         tokens_of_a_step=tokens_of_step(batch_plan, rows.index.tokens, 1),
         mfu=[line.get("mfu") for line in steps],
     )
@@ -172,6 +177,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
         def __init__(self) -> None:
             self.ends: list[float] = []
             self.losses: list[float] = []
+            self.gradient_norms: list[float] = []
 
         def on_train_begin(self, args, state, control, **_):
             self.ends.append(time.perf_counter())
@@ -180,6 +186,7 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
             if logs and "loss" in logs:
                 self.ends.append(time.perf_counter())
                 self.losses.append(logs["loss"])
+                self.gradient_norms.append(logs["grad_norm"])
 
     class OnCpu(trainer_class):
         # TRL's own loss is a Triton kernel and does not run on CPU.
@@ -218,12 +225,17 @@ def train(settings: dict[str, Any], trainer_class: Any, model: Any, tokenizer: A
         settings,
         [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],
         clock.losses,
+        clock.gradient_norms,
         tokens_of_a_step=rows * settings["context_length"],  # rows are truncated to this length
     )
 
 
 def write_report(
-    settings: dict[str, Any], step_seconds: list[float], losses: list[float], **extra: Any
+    settings: dict[str, Any],
+    step_seconds: list[float],
+    losses: list[float],
+    gradient_norms: list[float],
+    **extra: Any,
 ) -> None:
     import torch
 
@@ -232,12 +244,26 @@ def write_report(
         if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    measured = {"step_seconds": step_seconds, "losses": losses, "peak_memory_bytes": peak} | extra
-    Path(settings["report"]).write_text(json.dumps(measured))
+    measured = {
+        "step_seconds": step_seconds,
+        "losses": losses,
+        "gradient_norms": gradient_norms,
+        "peak_memory_bytes": peak,
+    }
+    Path(settings["report"]).write_text(json.dumps(measured | extra))
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[2]).read_text())
+    if settings["simulated"]:
+        from tests.support import triton_interpreter, varlen_on_cpu  # noqa: F401
+        from tests.support.pretended_gpu import simulate_gpu
+
+        simulate_gpu()
+    {contestant.__name__: contestant for contestant in (make_model, plan, alone, trl, unsloth)}[sys.argv[1]](
+        settings
+    )
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    {contestant.__name__: contestant for contestant in (make_model, plan, alone, trl, unsloth)}[sys.argv[1]](
-        json.loads(Path(sys.argv[2]).read_text())
-    )
+    main()

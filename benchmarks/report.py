@@ -16,12 +16,31 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "ray")
 
 
-def _gpu() -> str | None:
+def gpu_name() -> str | None:
+    """Return the name of the first GPU, or None."""
     if shutil.which("nvidia-smi") is None:
         return None
-    return subprocess.check_output(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True
-    ).strip()
+    names = subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True)
+    return names.splitlines()[0].strip()
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine and its packages."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": gpu_name(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is never seen or left half-written."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -37,21 +56,9 @@ def write_report(
     directory: Path = RESULTS,
 ) -> None:
     """Write the raw rounds to a directory, and print their summary; `counts` are not measured per round."""
-    machine = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": _gpu(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in _PACKAGES},
-    }
+    report = {"machine": machine(), "summary": summary, "counts": counts or {}, "rounds": rounds}
     directory.mkdir(exist_ok=True)
-    (directory / f"{name}.json").write_text(
-        json.dumps(
-            {"machine": machine, "summary": summary, "counts": counts or {}, "rounds": rounds}, indent=2
-        )
-        + "\n"
-    )
+    write_whole(directory / f"{name}.json", json.dumps(report, indent=2) + "\n")
     for figure, values in summary.items():
         print(
             f"{figure}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {values.get('rounds', len(rounds))} rounds)"

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/gpu.py: rounds continue across calls, and every contestant trains with shapes for two CPU cores.
+"""Tests of benchmarks/gpu.py: calls continue, time limits hold, and every contestant trains with shapes for two CPU cores.
 
 `make test-kernels` runs every contestant (ALL_KERNELS=1).
 """
@@ -8,156 +8,308 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks import gpu
-from benchmarks.gpu import (
-    CONTESTANTS,
-    GSM8K_LENGTHS,
-    PARTS,
-    TINY,
-    Bench,
-    ContestantFailedError,
-    Measured,
-    measure,
-    table,
-)
+from benchmarks import gpu, gpu_processes, gpu_runs
+from benchmarks.gpu import measure
+from benchmarks.gpu_parts import BF16_EPSILON, CONTESTANTS, PARTS, Contestant, Target
+from benchmarks.gpu_processes import ContestantFailedError
+from benchmarks.gpu_results import PAGES, Results, generated
+from benchmarks.gpu_runs import GSM8K_LENGTHS, ON_CPU, ON_GPU, Bench, Measured
+from benchmarks.gpu_workloads import GPU, SHAPES
+from benchmarks.report import RESULTS
 from tests.support.jobs import PROJECT, environment
+from tests.support.kernel_processes import triton_directory
 from tests.support.tiny_model import make_tokenizer
 
 
-class FakeRounds:
-    """Rounds of fake contestants: `names` holds those of the latest call in order of execution, each with one second per step."""
+class FakeRuns:
+    """Fake contestants, each with one second per step: `names` holds those of the latest call in order of execution."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
         self.names: list[str] = []
         self.failed: list[str] = []
-        self.results = directory / "results"
-        (directory / "model-2-layers").mkdir(parents=True)
-        (directory / "model-2-layers" / "tokenizer.json").touch()
-        self.bench = Bench(TINY, directory)
+        self.directory = directory
+        self._patch = monkeypatch
         for name in CONTESTANTS:
-            monkeypatch.setitem(gpu.CONTESTANTS, name, lambda _, name=name: self._run(name))
+            self.replace(name, lambda name=name: self.measure(name))
 
-    def _run(self, name: str) -> Measured:
+    def measure(self, name: str) -> Measured:
         self.names.append(name)
-        return Measured(1.0, (1.0,) * 10, 100.0 * len(self.names), 10, (2.0,) * 10)
+        return Measured(1.0, (1.0,) * 10, 100.0 * len(self.names), 10, (2.0,) * 20, (1.0,) * 20)
 
-    def run_round(self, *parts: str, ends: float = math.inf) -> list[str]:
+    def replace(self, name: str, run: Callable[[], Measured]) -> None:
+        old = CONTESTANTS[name]
+        self._patch.setitem(
+            gpu.CONTESTANTS, name, Contestant(lambda _: run(), old.seconds, needs_gpu=old.needs_gpu)
+        )
+
+    def run(self, *parts: str, seconds: float = math.inf) -> list[str]:
         self.names.clear()
-        self.failed = measure(self.bench, parts or list(PARTS), ends, self.results)
+        bench = Bench(ON_GPU, self.directory, self.directory)
+        self.failed = measure(bench, parts or list(PARTS), time.monotonic() + seconds, self.results)
         return list(self.names)
+
+    @property
+    def results(self) -> Results:
+        return Results(self.directory / "results")
 
 
 @pytest.fixture
-def rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRounds:
-    return FakeRounds(tmp_path, monkeypatch)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    return FakeRuns(tmp_path, monkeypatch)
 
 
-def test_round_runs_each_contestant_once_in_rotated_order(rounds: FakeRounds):
-    on_cpu = [name for name in CONTESTANTS if name != "losses of liger"]
-    first, second = rounds.run_round(), rounds.run_round()
-    assert sorted(first) == sorted(second) == sorted(on_cpu)
-    assert second == first[1:] + first[:1]
-    assert "| qlora | tokens/s / our LoRA | " in table(rounds.results)
-    assert "not measured" not in "".join(
-        line for line in table(rounds.results).splitlines() if "MFU" not in line and "liger" not in line
-    )
+def test_each_contestant_runs_once_in_order_of_worth(runs: FakeRuns):
+    first = runs.run()
+    assert sorted(first) == sorted(CONTESTANTS)
+    assert first.index("lora") < first.index("deterministic") < first.index("packed") < first.index("full")
+    assert "| qlora | tokens/s / our LoRA | " in runs.results.table()
+    assert sorted(runs.run()) == sorted(CONTESTANTS), "a complete round is followed by another"
+    assert [round_.gpu for round_ in runs.results.rounds] == [None, None]
 
 
-def test_interrupted_round_continues_with_the_remaining_contestants(
-    rounds: FakeRounds, monkeypatch: pytest.MonkeyPatch
-):
-    def interrupt(_: Bench) -> Measured:
+def test_next_call_continues_where_the_machine_was_lost(runs: FakeRuns):
+    def lose() -> Measured:
         raise SystemExit("the machine was terminated")
 
-    monkeypatch.setitem(gpu.CONTESTANTS, "lora of TRL and PEFT", interrupt)
+    runs.replace("lora of TRL and PEFT", lose)
     with pytest.raises(SystemExit):
-        rounds.run_round("lora", "packing")
-    assert rounds.names == ["lora", "lora of Unsloth's own script"]
-    assert "| lora | tokens/s | not measured" in table(rounds.results)
-    monkeypatch.setitem(
-        gpu.CONTESTANTS, "lora of TRL and PEFT", lambda _: rounds._run("lora of TRL and PEFT")
-    )
-    assert rounds.run_round("lora", "packing") == ["lora of TRL and PEFT", "packed", "unpacked"]
-    assert "| lora | tokens/s | 100 (100 to 100) | 1 | at least 13,500 |" in table(rounds.results)
+        runs.run("lora", "packing")
+    assert runs.names == ["lora", "lora of Unsloth's own script"]
+    lines = runs.results.table().splitlines()
+    assert "| lora | tokens/s | 100 | 1 | at least 13,500 | miss |" in lines
+    assert any("TRL and PEFT" in line and line.endswith("| not measured |") for line in lines)
+    runs.replace("lora of TRL and PEFT", lambda: runs.measure("lora of TRL and PEFT"))
+    assert runs.run("lora", "packing")[0] == "lora of TRL and PEFT"
 
 
-def test_failed_contestant_does_not_stop_the_others(
-    rounds: FakeRounds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_failed_contestant_stops_no_other_and_runs_last_in_the_next_call(
+    runs: FakeRuns, capsys: pytest.CaptureFixture[str]
 ):
-    def fail(_: Bench) -> Measured:
-        raise ContestantFailedError("it ran out of memory")
+    def fail() -> Measured:
+        raise ContestantFailedError("out of memory\nmore")
 
-    monkeypatch.setitem(gpu.CONTESTANTS, "packed", fail)
-    assert rounds.run_round("packing", "ray") == ["unpacked", "lora", "lora under torchrun"]
-    assert rounds.failed == ["packed"]
+    runs.replace("packed", fail)
+    assert runs.run("packing", "ray", seconds=200) == [
+        "unpacked",
+        "unpacked, 16 rows per batch",
+        "lora",
+        "lora under torchrun",
+    ]
+    assert runs.failed == ["packed"]
     assert "out of memory" in capsys.readouterr().err
-    monkeypatch.setitem(gpu.CONTESTANTS, "packed", lambda _: rounds._run("packed"))
-    assert (rounds.run_round("packing", "ray"), rounds.failed) == (["packed"], [])
+    assert runs.results.failed == {"packed": "out of memory"}
+    assert "| failed: packed |" in runs.results.table()
+    runs.replace("packed", lambda: runs.measure("packed"))
+    assert runs.run("packing", "full") == ["full", "packed"]
+    assert runs.results.failed == {}
 
 
-def test_another_machine_starts_its_own_round(
-    rounds: FakeRounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unreadable_metrics_fail_one_contestant_only(runs: FakeRuns):
+    runs.replace("packed", lambda: json.loads("{"))
+    assert runs.run("packing") == ["unpacked", "unpacked, 16 rows per batch"]
+    assert runs.failed == ["packed"]
+    assert "JSONDecodeError" in runs.results.failed["packed"]
+
+
+def test_another_kind_of_gpu_starts_its_own_round(runs: FakeRuns, monkeypatch: pytest.MonkeyPatch):
+    runs.run("packing")
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H200")
+    assert sorted(runs.run("packing", "ray")) == sorted(
+        ["packed", "unpacked", "unpacked, 16 rows per batch", "lora", "lora under torchrun"]
+    )
+    assert [round_.gpu for round_ in runs.results.rounds] == [None, "NVIDIA H200"]
+
+
+def test_contestant_without_enough_time_is_left_to_the_next_call(
+    runs: FakeRuns, capsys: pytest.CaptureFixture[str]
 ):
-    rounds.run_round("packing")
-    other_machine = FakeRounds(tmp_path / "other-machine", monkeypatch)
-    other_machine.results = rounds.results
-    assert sorted(other_machine.run_round("packing", "ray")) == sorted([
-        "packed", "unpacked", "lora", "lora under torchrun",
-    ])  # fmt: skip
+    assert runs.run("packing", seconds=40) == []
+    assert "no time is left for packed (about 45 s)" in capsys.readouterr().out
+    assert runs.run("lora", "resume", seconds=55) == ["deterministic"], "a shorter one still runs"
 
 
-def test_contestant_without_enough_time_is_not_started(
-    rounds: FakeRounds, capsys: pytest.CaptureFixture[str]
-):
-    assert rounds.run_round("packing", ends=time.monotonic() + 60) == []
-    assert "no time" in capsys.readouterr().err
-    assert rounds.run_round("packing", ends=time.monotonic() + 600) == ["packed", "unpacked"]
-    # This contestant consists of two runs.
-    assert "deterministic, killed" not in rounds.run_round("resume", ends=time.monotonic() + 300)
+def _run(command: list[str], log: Path, seconds: float, **options: object) -> bool:
+    return gpu_processes.run(
+        command,
+        environment={},
+        log=log,
+        deadline=time.monotonic() + seconds,
+        stopped=threading.Event(),
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_contestant_is_stopped_at_its_time_limit_with_its_daemons(tmp_path: Path):
+    daemon = "import subprocess,sys; subprocess.Popen(['sleep','60'], start_new_session=True); print('started', flush=True)"
+    script = f"{daemon}; import time; time.sleep(60)"
+    with pytest.raises(ContestantFailedError, match=r"(?s)time limit.*\nstarted"):
+        _run([sys.executable, "-c", script], tmp_path / "log", 1.5)
+    assert _descendants() == []
+
+
+def test_process_is_killed_once_a_condition_holds(tmp_path: Path):
+    log = tmp_path / "log"
+    script = "import time; print('ready', flush=True); time.sleep(60)"
+    assert not _run(
+        [sys.executable, "-c", script], log, 60, until=lambda: log.exists() and "\nready" in log.read_text()
+    )
+    assert _run([sys.executable, "-c", "print(1)"], log, 60)
+    with pytest.raises(ContestantFailedError, match=r"(?s)exit code 3.*\nreason"):
+        _run([sys.executable, "-c", "print('reason'); raise SystemExit(3)"], log, 60)
+    assert _descendants() == []
+
+
+def _descendants() -> list[psutil.Process]:
+    return [
+        child for child in psutil.Process().children(recursive=True) if child.name() in ("sleep", "python")
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_have_the_figures_of_the_results_file(page: str):
+    """If this fails, call `benchmarks.gpu_results.write_pages()`."""
+    assert (PROJECT / page).read_text("utf-8") == generated(page, Results(RESULTS))
+
+
+def test_pages_are_generated_from_results(runs: FakeRuns, tmp_path: Path):
+    without = Results(tmp_path / "none")
+    assert generated("docs/performance.md", without).count("Not measured") == 1
+    assert "**Never run on a GPU**" in generated("README.md", without)
+    runs.run("lora", "qlora")
+    performance, readme = generated("docs/performance.md", runs.results), generated("README.md", runs.results)
+    assert "Not measured" not in performance
+    assert "| lora | tokens/s | 100 | 1 | at least 13,500 | miss |" in performance
+    assert "3 of 7 targets met" in readme
+    assert "Never run on a GPU" not in readme
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "inside", "outside"),
+    [
+        (Target(13_500), "at least 13,500", 13_500, 13_499),
+        (Target(most=1.05), "at most 1.05", 1.05, 1.06),
+        (Target(0.9, 1.1), "0.9 to 1.1", 1.0, 0.89),
+    ],
+)
+def test_targets_are_ranges(target: Target, text: str, inside: float, outside: float):
+    assert str(target) == text
+    assert target.includes(inside)
+    assert not target.includes(outside)
+
+
+def test_shapes_have_the_parameters_of_their_models():
+    """Billions of parameters, from the model cards of Llama 3.1 and 3.2."""
+    assert {name: round(_parameters(name) / 1e9, 2) for name in ("8b", "3b", "1b")} == {
+        "8b": 8.03,
+        "3b": 3.21,
+        "1b": 1.24,
+    }
+    assert {workload.shape for workload in GPU.values()} <= SHAPES.keys()
+
+
+def _parameters(name: str) -> int:
+    shape = SHAPES[name]
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * shape["intermediate_size"] + 2 * hidden
+    return layers * layer + hidden + shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
 
 
 def test_rows_have_the_lengths_of_gsm8k(tmp_path: Path):
-    model = tmp_path / "model-2-layers"
+    model = tmp_path / "model-tiny"
     make_tokenizer().save_pretrained(model)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    lines = Bench(TINY, tmp_path).gsm8k_rows().read_text().splitlines()
+    lines = Bench(ON_CPU, tmp_path, tmp_path).gsm8k_rows("rows").read_text().splitlines()
     lengths = [len(tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)) for line in lines]
-    assert len(lengths) > len(GSM8K_LENGTHS)
-    assert sorted(lengths[: len(GSM8K_LENGTHS)]) == sorted(GSM8K_LENGTHS)
+    longest = ON_CPU.workloads["rows"].context_length
+    assert len(lengths) > 10
+    assert set(lengths) <= {min(length, longest) for length in GSM8K_LENGTHS}
 
 
 def test_incomplete_model_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "model-2-layers").mkdir()
-    (tmp_path / "model-2-layers" / "config.json").touch()  # transformers writes it before the weights
+    (tmp_path / "model-tiny").mkdir()
+    (tmp_path / "model-tiny" / "config.json").touch()  # transformers writes it before the weights
     made: list[str] = []
-    monkeypatch.setattr(Bench, "_run_contestant", lambda self, name, settings: made.append(name))
-    Bench(TINY, tmp_path)
+    monkeypatch.setattr(gpu_runs.Bench, "_run_contestant", lambda self, name, *_: made.append(name))
+    Bench(ON_CPU, tmp_path, tmp_path).model("tiny")
     assert made == ["make_model"]
 
 
-@pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it")
-def test_every_contestant_runs_and_appears_in_the_table(tmp_path: Path):
+def test_measurements_of_a_run_exclude_the_warm_up(tmp_path: Path):
+    run = tmp_path / "runs" / "lora-1"
+    phases = ("data", "forward", "backward", "optimizer", "evaluation", "saving", "upload_stall", "other")
+    steps = [
+        {f"seconds/{phase}": step for phase in phases}
+        | {"loss": 5 - step, "grad_norm": 0.1 * step, "mfu": 0.1 * step, "tokens_per_second": 10 * step}
+        | {"peak_memory_bytes": 100 + step}
+        for step in (1, 2, 3, 4)
+    ]
+    for checkpoint, checksum in (("step-000002", "old"), ("step-000004", "new")):
+        manifest = {"files": [{"path": "adapter_model.safetensors", "checksum": checksum}]}
+        (run / "checkpoints" / checkpoint).mkdir(parents=True)
+        (run / "checkpoints" / checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    lines = [{"eval_loss": 1.0, "step": 0}, *steps]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bench = Bench(ON_CPU, tmp_path, tmp_path)
+    measured = bench._measured("lora-1", ON_CPU.workloads["lora"], 90)
+    assert measured.step_seconds == 3 * 5
+    assert measured.every_step_seconds == (5, 10, 15, 20)
+    assert (measured.tokens_per_second, measured.peak_memory_bytes, measured.mfu) == (
+        30,
+        104,
+        pytest.approx(0.3),
+    )
+    assert (measured.estimated_bytes, measured.weights) == (90, "new")
+    assert measured.losses == (4, 3, 2, 1)
+
+
+def _benchmark(directory: Path, *arguments: str, **variables: str) -> tuple[dict[str, dict], str]:
+    """Run the script; return the measurements of its round, and its output."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--tiny", "--results", str(tmp_path)],
+        [sys.executable, "benchmarks/gpu.py", "--results", str(directory), *arguments],
         cwd=PROJECT,
-        env=environment() | {"TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp"},  # Ray's sockets need short paths
+        # Ray's sockets need short paths.
+        env=environment() | {"TMPDIR": str(directory), "RAY_TMPDIR": "/tmp"} | variables,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    (round_,) = json.loads((tmp_path / "gpu.json").read_text())["rounds"]
-    assert round_.keys() == CONTESTANTS.keys() - {"losses of liger"}
-    for measured in round_.values():
-        assert measured["step_seconds"] > 0
-        assert measured["losses"]
-    table_lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    # MFU is not measured on CPU, and Liger's kernels need a GPU.
-    unmeasured = [line for line in table_lines if "not measured" in line]
-    assert all("| MFU" in line or "| liger" in line for line in unmeasured)
-    assert len(table_lines) > len(unmeasured)
+    (round_,) = json.loads((directory / "gpu.json").read_text())["rounds"]
+    return round_["measured"], done.stdout
+
+
+@pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it")
+@pytest.mark.timeout(3600)
+def test_every_contestant_runs_and_appears_in_the_table(tmp_path: Path):
+    measured, output = _benchmark(tmp_path, "--tiny")
+    on_cpu = {name for name, contestant in CONTESTANTS.items() if not contestant.needs_gpu}
+    assert measured.keys() == on_cpu
+    for result in measured.values():
+        assert result["step_seconds"] > 0
+        assert result["losses"]
+    unmeasured = [line for line in output.splitlines() if line.endswith("| not measured |")]
+    # MFU and the memory of a GPU are not measured on CPU, and Liger's kernels need a GPU.
+    assert all("MFU" in line or "estimated memory" in line or "liger" in line for line in unmeasured)
+    assert measured["lora"]["estimated_bytes"] > 0
+    assert measured["deterministic"]["weights"] == measured["deterministic, killed"]["weights"]
+
+
+@pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it")
+@pytest.mark.timeout(3600)
+def test_first_step_on_a_simulated_gpu_has_the_loss_of_the_cpu(tmp_path: Path):
+    measured, _ = _benchmark(tmp_path, "--simulate", PYTHONPATH=str(triton_directory()))
+    assert measured.keys() == set(PARTS["step"].contestants)
+    results = Results(tmp_path)
+    figures = {figure.name: values for part, figure, values in results.figures() if part == "step"}
+    for name, values in figures.items():
+        assert values
+        assert values["median"] <= (BF16_EPSILON if name.startswith("loss") else 0.1), name

@@ -180,6 +180,15 @@ def simulate_gpu() -> None:
     cast(Any, _SimulatedGpu()).__enter__()
 
 
+def patch_unsloth() -> None:
+    """Replace a function of Unsloth's kernels that Triton's interpreter cannot run; call it once Unsloth is imported."""
+    from unsloth.kernels import cross_entropy_loss
+
+    from tests.support.triton_interpreter import triton_cast
+
+    cross_entropy_loss.triton_cast = triton_cast
+
+
 def train(provider: str, plan_file: Path, directory: Path, restored: Path | None = None) -> dict[str, Any]:
     """Train as a worker does, with a rehearsal of the largest batch after the first step, and return what the tests compare."""
     from training.loop.worker import model_request, peak_flops, prepare_process
@@ -198,11 +207,7 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
         plan = plan.model_copy(update={"device": "cuda", "resolved": resolved})
     prepare_process(plan, World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=0))
     if provider == "unsloth":
-        from unsloth.kernels import cross_entropy_loss
-
-        from tests.support.triton_interpreter import triton_cast
-
-        cross_entropy_loss.triton_cast = triton_cast
+        patch_unsloth()
 
     from training.data.prepared import fetch_prepared
     from training.loop.callbacks import AfterFirstStep, Schedule

