@@ -94,10 +94,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     )
 
 
-def to_yaml(config: FinetuneConfig) -> str:
-    """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order."""
+def to_yaml(config: FinetuneConfig, *, only_given: bool = False) -> str:
+    """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order.
+
+    Args:
+        config: The configuration.
+        only_given: Leave out keys that have their value by default.
+    """
     return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
+        config.model_dump(mode="json", exclude_unset=only_given),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=1_000_000,
     )
 
 

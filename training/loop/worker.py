@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from training.planning.plan import RunPlan
 from training.world import World
 from utils.console import library_output_in
 from utils.errors import AnnealError
+from utils.files import is_disk_full, nearest_existing
 from utils.processes import importing
 from utils.storage.bucket import Store, open_store
 
@@ -122,8 +124,14 @@ def train_worker(settings: dict[str, Any]) -> None:
             driver.reject(str(error))
             raise
         except Exception as error:
-            traceback.print_exc()  # for the log file; Ray passes the exception to the driver
-            if driver.fails_again(error):
+            with suppress(OSError):  # the log file may be on a full disk, too
+                traceback.print_exc()  # for the log file; Ray passes the exception to the driver
+            if is_disk_full(error, nearest_existing(Path(plan.scratch))):
+                driver.reject(
+                    f"{plan.scratch}: the disk of a worker is full ({first_line(error)}). Free some space, or set output_dir to a larger "
+                    "disk, and rerun the same command."
+                )
+            elif driver.fails_again(error):
                 driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
             raise
 
