@@ -102,36 +102,42 @@ def run_job(
             waiting=lambda owner: on_event(Phase(f"checking whether {owner} is still running")),
             on_stop=lambda request: _stop_this_process(request, on_event),
         ) as lease,
-        cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
-        _data_report(store, plan.run_name, prepared, report),
     ):
-        _mark_parent(plan, on_event)
-        for rows in prepared:
-            keep_prepared(rows, plan.prepared)
-        signals, failure = _train(plan, lease, workers, state, savings)
-        if len(signals) < 2:
-            with suppress(BucketError):  # writing the result reports it
-                check_lease(store, lease)  # another driver's result must not be overwritten
-    attempt = Attempt(
-        failure=failure,
-        signals=signals,
-        model=state.model,
-        checkpoint=state.checkpoint,
-        restarts=state.restarts,
-        log_files=[driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))],
-        elapsed_seconds=time.monotonic() - began,
-        command=command,
-    )
-    try:
-        result = write_result(plan, report, attempt)
-    except BucketError as error:
-        raise UnrecordedError(
-            f"{failure or 'all steps done'}\ncannot write {RESULT_FILE}: {error}\n"
-            f"The same command resumes from {state.latest_checkpoint}."
-        ) from error
+        with (
+            cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
+            _data_report(store, plan.run_name, prepared, report),
+        ):
+            _mark_parent(plan, on_event)
+            for rows in prepared:
+                keep_prepared(rows, plan.prepared)
+            signals, failure = _train(plan, lease, workers, state, savings)
+            if len(signals) < 2:
+                with suppress(BucketError):  # writing the result reports it
+                    check_lease(store, lease)  # another driver's result must not be overwritten
+        attempt = Attempt(
+            failure=failure,
+            signals=signals,
+            model=state.model,
+            checkpoint=state.checkpoint,
+            restarts=state.restarts,
+            log_files=[driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))],
+            elapsed_seconds=time.monotonic() - began,
+            command=command,
+        )
+        result = _write_result(plan, report, attempt, state)
     if result.status == "completed":
         _release_parent(plan)
     return result
+
+
+def _write_result(plan: RunPlan, report: PlanReport, attempt: Attempt, state: "RunState") -> RunResult:
+    try:
+        return write_result(plan, report, attempt)
+    except BucketError as error:
+        raise UnrecordedError(
+            f"{attempt.failure or 'all steps done'}\ncannot write {RESULT_FILE}: {error}\n"
+            f"The same command resumes from {state.latest_checkpoint}."
+        ) from error
 
 
 def _train(
