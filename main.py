@@ -3,6 +3,7 @@
     python main.py CONFIG.yaml [key=value ...]      train
     python main.py convert OTHER.yaml               translate another tool's YAML (configs/convert.py)
     python main.py runs | show | compare ...        list, show and compare runs (runs/commands.py)
+    python main.py stop | remove RUN                stop a run on any machine, or delete it
     python main.py export | chat | evaluate ...     use a trained checkpoint (training/inference/commands.py)
     python main.py serve | keys ...                 run the fine-tuning service (service/commands.py)
 
@@ -10,24 +11,34 @@ Exit codes: 0 success; 1 failed after training started; 2 rejected before traini
 """
 
 import argparse
+import platform
 import re
 import shlex
 import sys
 import time
+import tomllib
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from configs import convert
-from configs.other_tools import find
-from configs.schema import Column, FinetuneConfig
-from runs import commands as run_commands
-from service import commands as service_commands
-from training import train
-from training.inference import commands as model_commands
-from utils.errors import AnnealError
+try:
+    from configs import convert
+    from configs.other_tools import find
+    from configs.schema import Column, FinetuneConfig
+    from runs import commands as run_commands
+    from service import commands as service_commands
+    from training import train
+    from training.inference import commands as model_commands
+    from utils.errors import AnnealError
+    from utils.processes import Stopped, raise_signals, record_signals
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {sys.executable} has no package {error.name}. Run main.py with the Python of the project's environment (.venv/bin/python, "
+        "made by `make setup`); on a cluster, `python` must be that Python on every node."
+    )
 
-REJECTED, INTERRUPTED = 2, 130
+REJECTED = 2
 
 _EXAMPLES = """\
 examples:
@@ -92,6 +103,9 @@ def main(arguments: list[str]) -> int:
         line = shlex.join(arguments[1:]) or "CONFIG.yaml"
         print(f"error: train: training needs no command: main.py {line}", file=sys.stderr)
         return REJECTED
+    if arguments[0] == "--version":
+        print(describe_version())
+        return 0
     if meant := nearest_command(arguments[0], commands):
         print(
             f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?", file=sys.stderr
@@ -110,6 +124,7 @@ def main(arguments: list[str]) -> int:
     options, unknown = command.parse_known_intermixed_args(arguments[name != "train" :])
     command.reject_unknown(unknown, arguments)
     values = vars(options)
+    raise_signals()
     try:
         if name == "train":
             check_train_options(command, values)
@@ -118,8 +133,19 @@ def main(arguments: list[str]) -> int:
     except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except Stopped as stopped:
+        record_signals()
+        print(f"error: stopped by {stopped.name}", file=sys.stderr)
+        return stopped.exit_code
+
+
+def describe_version() -> str:
+    """Return the version of the project and of the packages that decide most about a run."""
+    project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text("utf-8"))["project"]
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "ray", "transformers", "trl", "peft")
+    )
+    return f"{project['name']} {project['version']} (Python {platform.python_version()}, {packages})"
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -131,6 +157,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="store_true", help="print the versions of Anneal and its packages"
     )
     subparsers = parser.add_subparsers(
         title="commands", metavar="COMMAND", parser_class=Parser, prog="main.py"
@@ -247,7 +276,13 @@ def _add_run_arguments(commands: dict[str, Parser]) -> None:
         metavar="FILE.png",
         help="write the eval loss curves to this file; default: %(default)s in the working directory",
     )
-    for command in (listing, showing, comparing):
+    stopping, removing = commands["stop"], commands["remove"]
+    stopping.set_defaults(run_command=run_commands.stop_command)
+    stopping.add_argument("run", metavar="RUN", help=_A_RUN)
+    removing.set_defaults(run_command=run_commands.remove_command)
+    removing.add_argument("run", metavar="RUN", help=_A_RUN)
+    removing.add_argument("--yes", dest="is_confirmed", action="store_true", help="do not ask")
+    for command in (listing, showing, comparing, stopping):
         _add_json(command)
 
 
@@ -257,6 +292,11 @@ def _add_json(command: Parser) -> None:
 
 def _add_checkpoint(command: Parser) -> None:
     command.add_argument("run", metavar="RUN", help=f"{_A_RUN}, or the URI of one of its checkpoints")
+    command.add_argument(
+        "--base",
+        metavar="URI",
+        help="base model of the adapter, if it is no longer where the run was trained: hub id, directory or URI",
+    )
 
 
 def _add_max_new_tokens(command: Parser) -> None:

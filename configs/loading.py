@@ -109,9 +109,14 @@ def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedCon
     )
 
 
-def to_yaml(config: FinetuneConfig) -> str:
-    """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order."""
-    return dump(without_variables(config.model_dump(mode="json")))
+def to_yaml(config: FinetuneConfig, *, only_given: bool = False) -> str:
+    """Return the resolved configuration as YAML from which `load_config` restores it, with keys in declaration order.
+
+    Args:
+        config: The configuration.
+        only_given: Leave out keys that have their value by default.
+    """
+    return dump(without_variables(config.model_dump(mode="json", exclude_unset=only_given)))
 
 
 def default_keys(loaded: LoadedConfig) -> list[str]:

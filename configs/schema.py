@@ -136,7 +136,15 @@ class _UriMark:
 
 
 LocalPath = Annotated[Text, AfterValidator(_local)]
-ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("model")]
+
+
+def _without_slash(uri: str) -> str:
+    """Remove slashes at the end: one model has one spelling, so that a run has one name."""
+    scheme, separator, path = uri.rpartition("://")
+    return f"{scheme}{separator}{path.rstrip('/') or path}"
+
+
+ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), AfterValidator(_without_slash), _UriMark("model")]
 DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]

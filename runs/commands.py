@@ -1,5 +1,6 @@
-"""The `runs`, `show` and `compare` commands."""
+"""The `runs`, `show`, `compare`, `stop` and `remove` commands."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from runs import display
 from runs.comparison import compare_runs, draw
+from runs.ending import check_removable, find_run, remove_run, stop_run
 from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
 from utils.console import open_consoles
@@ -21,6 +23,8 @@ COMMANDS = {
     "runs": "list the runs in a storage path, the most recently active first",
     "show": "show one run",
     "compare": "compare runs and plot their eval losses in one chart",
+    "stop": "stop a run on any machine: its driver commits a checkpoint and exits",
+    "remove": "delete a run with all its checkpoints",
 }
 """Help text of each command. A YAML file with such a name must be given with a path, such as ./runs."""
 
@@ -68,6 +72,37 @@ def compare_command(runs: list[str], picture: Path, as_json: bool) -> None:
         _print_json(output, comparison.model_dump_json())
     else:
         display.show_comparison(output, comparison, picture if drawn else None)
+
+
+def stop_command(run: str, as_json: bool) -> None:
+    """Stop a run, and wait until its driver has exited."""
+    uri = run_uri(run)
+    output, errors = open_consoles()
+    with _reach([uri]):
+        stopped = stop_run(uri, lambda line: errors.print(f"… {line}"))
+    if as_json:
+        _print_json(output, stopped.model_dump_json())
+    else:
+        output.print(f"{uri}: {display.describe_status(stopped)} at step {stopped.steps:,}", soft_wrap=True)
+
+
+def remove_command(run: str, is_confirmed: bool) -> None:
+    """Delete a run after the user has confirmed it."""
+    uri = run_uri(run)
+    output, errors = open_consoles()
+    with _reach([uri]):
+        found = find_run(uri)
+        check_removable(found)
+        if not is_confirmed:
+            if not sys.stdin.isatty():
+                raise BucketError(f"{uri}: not removed. Add --yes to confirm")
+            errors.write(
+                f"Remove {uri} ({found.status}, {found.steps:,} steps) with all its checkpoints? [y/N] "
+            )
+            if input().strip().lower() not in ("y", "yes"):
+                raise BucketError(f"{uri}: not removed")
+        removed = remove_run(found)
+    output.print(f"removed {uri} ({removed:,} objects)", soft_wrap=True)
 
 
 def _output() -> Console:

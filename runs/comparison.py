@@ -10,7 +10,8 @@ from runs.curve import draw_eval_curves
 from runs.listing import RunDetails, read_run
 
 _NOT_COMPARED = {"run_name", "storage_path", "output_dir"}  # these only name and locate a run
-_WHAT_IS_EVALUATED = {"valid_path", "task", "preference_tuning_config", "classifier_config"}
+_VALIDATION_ROWS = {"valid_path", "valid_split"}
+_WHAT_IS_EVALUATED = {*_VALIDATION_ROWS, "task", "preference_tuning_config", "classifier_config"}
 
 
 class Comparison(BaseModel):
@@ -22,18 +23,27 @@ class Comparison(BaseModel):
     differences: dict[str, list[Any]]
     """Configuration keys whose values differ between runs -> values in the order of the runs."""
     incomparable_by: list[str]
-    """Differing keys that make eval losses incomparable."""
+    """Differing keys that make eval losses incomparable, or `tokens of the validation rows` if those differ under equal keys."""
 
 
 def compare_runs(uris: Sequence[str]) -> Comparison:
     """Read runs and compare them."""
     runs = [read_run(uri) for uri in uris]
-    evaluated = _differences([run for run in runs if run.eval_losses])
     return Comparison(
         runs=runs,
         differences=_differences(runs),
-        incomparable_by=[key for key in evaluated if key.partition(".")[0] in _WHAT_IS_EVALUATED],
+        incomparable_by=_incomparable_by([run for run in runs if run.eval_losses]),
     )
+
+
+def _incomparable_by(evaluated: Sequence[RunDetails]) -> list[str]:
+    differing = [key for key in _differences(evaluated) if key.partition(".")[0] in _WHAT_IS_EVALUATED]
+    fingerprints = {run.valid_rows for run in evaluated}
+    if None in fingerprints:
+        return differing
+    if len(fingerprints) == 1:  # the same rows, wherever they are stored
+        return [key for key in differing if key not in _VALIDATION_ROWS]
+    return differing if _VALIDATION_ROWS & set(differing) else [*differing, "tokens of the validation rows"]
 
 
 def _differences(runs: Sequence[RunDetails]) -> dict[str, list[Any]]:

@@ -52,7 +52,7 @@ def show_run(console: Console, run: RunDetails) -> None:
         console.print()
     facts = [
         ("run", run.run_uri),
-        ("status", f"{run.status}: {run.reason}" if run.reason else run.status),
+        ("status", describe_status(run)),
         *(
             [("training loss", f"{run.train_loss:.4f} at the latest known step")]
             if run.train_loss is not None
@@ -74,6 +74,11 @@ def show_run(console: Console, run: RunDetails) -> None:
             ("library output", " ".join(run.result.log_files)),
         ]
     print_facts(console, [*facts, *(("damaged", line) for line in run.damage), *_next(run)])
+
+
+def describe_status(run: RunSummary) -> str:
+    """Return the status of a run with its reason."""
+    return f"{run.status}: {run.reason}" if run.reason else run.status
 
 
 def _next(run: RunDetails) -> list[tuple[str, str]]:
@@ -126,6 +131,9 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
     console.print()
     drawn = str(picture.absolute()) if picture else "none: no run has an eval loss"
     print_facts(console, [("curves", drawn)])
+    for run in runs:
+        for line in run.damage:
+            show_warning(console, f"{run.run_name} is damaged: {line}")
     if comparison.incomparable_by:
         differing = ", ".join(comparison.incomparable_by)
         show_warning(

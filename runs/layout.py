@@ -25,8 +25,11 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
 LEASES = "claim"
+STOPS = "stop"
 USES = "used-by"
 EXPORTS = "exports"
+MODELS = "models"
+"""Directory in a storage path: base models that were uploaded with submitted LoRA runs."""
 EXPORT_FILE = "EXPORT.json"
 EVALUATIONS = "evaluations"
 
@@ -83,6 +86,11 @@ def evaluation_key(name: str) -> str:
 def lease_key(number: int) -> str:
     """Return the key of a lease on the run, relative to the run; the highest number is valid."""
     return f"{LEASES}/{number:06d}.json"
+
+
+def stop_key(token: str) -> str:
+    """Return the key of a request to stop the driver whose lease has this token, relative to the run."""
+    return f"{STOPS}/{token}.json"
 
 
 def use_key(checkpoint: str, run_uri: str) -> str:
@@ -191,6 +199,13 @@ class Lease(_Record):
         if self.machine != this_machine():
             return None
         return started_after_boot(self.process) == self.process_started
+
+
+class StopRequest(_Record):
+    """A request to the driver of a run to commit a checkpoint and exit."""
+
+    requested_by: str
+    """Human-readable user and host."""
 
 
 class CheckpointUse(_Record):

@@ -27,7 +27,15 @@ from runs.layout import (
     default_storage,
     run_of,
 )
-from runs.reading import eval_losses_of, read_config, read_lease, read_metrics, read_result, survey
+from runs.reading import (
+    eval_losses_of,
+    read_config,
+    read_lease,
+    read_metrics,
+    read_result,
+    survey,
+    survey_metrics,
+)
 from utils.storage.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
 _REQUESTS_AT_ONCE = 32
@@ -76,8 +84,10 @@ class RunDetails(RunSummary):
     """Training loss of the latest known step in nats per loss token."""
     eval_losses: list[EvalLoss]
     checkpoints: list[CheckpointSummary]
+    valid_rows: str | None
+    """Fingerprint of the tokenized validation rows; None without validation rows or without a checkpoint."""
     damage: list[str]
-    """Problems with committed checkpoints."""
+    """Problems with committed checkpoints and metrics.jsonl."""
     config: dict[str, Any]
     """Content of config.yaml."""
     result: RunResult | None
@@ -92,7 +102,7 @@ def list_runs(storage: str) -> list[RunSummary]:
         raise NotFoundError(_no_runs(storage)) from error
     store = open_store(storage)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
-        found = list(pool.map(lambda name: _summarize(store, name), store.directories()))
+        found = list(pool.map(lambda name: summarize(store, name), store.directories()))
     runs = [run for run in found if run is not None]
     if not runs:
         if store.read_if_exists(CONFIG_FILE) is not None:
@@ -111,7 +121,7 @@ def read_run(uri: str) -> RunDetails:
     """Return the details of one run."""
     check_run(uri)
     store = open_store(uri)
-    summary = _summarize(store, "")
+    summary = summarize(store, "")
     if summary is None:
         raise NotFoundError(
             f"{uri}: there is no run, neither a {RESULT_FILE} nor a {CONFIG_FILE}. Give the URI of a run, or run:NAME."
@@ -119,7 +129,7 @@ def read_run(uri: str) -> RunDetails:
     if summary.status == "damaged":
         raise DamagedError(RESULT_FILE, summary.reason)
     result = read_result(store)
-    metrics = read_metrics(store)
+    metrics, damaged_metrics = survey_metrics(store)
     manifests, damage = survey(store)
     stored = read_config(store)
     if stored and stored.damage:
@@ -131,7 +141,8 @@ def read_run(uri: str) -> RunDetails:
         if result and result.status == summary.status
         else eval_losses_of(metrics),
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
-        damage=damage,
+        valid_rows=manifests[-1].data.valid if manifests else None,
+        damage=[*damage, *filter(None, [damaged_metrics])],
         config=stored.keys if stored else {},
         result=result,
     )
@@ -179,7 +190,7 @@ def _checkpoint(uri: str, manifest: Manifest) -> CheckpointSummary:
     )
 
 
-def _summarize(store: Store, name: str) -> RunSummary | None:
+def summarize(store: Store, name: str) -> RunSummary | None:
     """Return the summary of the run `name` in a store (empty: the store itself); None if it is not a run."""
     uri = store.uri_of(name)
     try:
@@ -193,8 +204,8 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     if result is not None and result.status == "completed":
         return _of_result(uri, result)
     prefix = f"{name}/" if name else ""
-    lease, lease_age = _latest_lease(store, prefix)
-    is_running = lease is not None and _lives(lease, lease_age)
+    lease, lease_age = latest_lease(store, prefix)
+    is_running = lease is not None and lives(lease, lease_age)
     if result is not None and not is_running and not _was_left_after(result, lease):
         return _of_result(uri, result)
     metrics = read_metrics(store, f"{prefix}{METRICS_FILE}")
@@ -209,13 +220,13 @@ def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
     return _summary(uri, "running" if is_running else "interrupted", "", eval_losses_of(metrics), steps, age)
 
 
-def _latest_lease(store: Store, prefix: str) -> tuple[Lease | None, float | None]:
+def latest_lease(store: Store, prefix: str) -> tuple[Lease | None, float | None]:
     """Return (latest lease, seconds since its renewal), or (None, None) without a lease."""
     leases = store.list(f"{prefix}{LEASES}/")
     return (read_lease(store, leases[-1].key), store.age(leases[-1].key)) if leases else (None, None)
 
 
-def _lives(lease: Lease, age: float | None) -> bool:
+def lives(lease: Lease, age: float | None) -> bool:
     """Return whether the owner of a lease still trains, by the same rule as the next driver."""
     lives = lease.owner_lives()
     return lives if lives is not None else age is not None and age < LEASE_EXPIRES_SECONDS

@@ -90,14 +90,28 @@ def read_config(store: Store) -> StoredConfig | None:
 
 
 def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
-    """Return the lines of a run's metrics.jsonl; empty if it does not exist. Arguments and errors as in `read_result`."""
-    written = store.read_if_exists(key) or b""
-    try:
-        return [MetricsLine.model_validate_json(line) for line in written.splitlines()]
-    except ValidationError as error:
-        raise DamagedError(
-            key, f"{store.uri_of(key)} {_UNREADABLE}. Remove it: the next checkpoint writes it again"
-        ) from error
+    """Return the readable lines of a run's metrics.jsonl; empty if it does not exist. Arguments as in `read_result`."""
+    return survey_metrics(store, key)[0]
+
+
+def survey_metrics(store: Store, key: str = METRICS_FILE) -> tuple[list[MetricsLine], str | None]:
+    """Return (the lines of a run's metrics.jsonl before the first unreadable one, the problem with that line or None)."""
+    lines: list[MetricsLine] = []
+    written = (store.read_if_exists(key) or b"").splitlines()
+    for number, line in enumerate(written, start=1):
+        try:
+            lines.append(MetricsLine.model_validate_json(line))
+        except ValidationError:
+            rest = (
+                "it is"
+                if number == len(written)
+                else f"it and the {len(written) - number} lines after it are"
+            )
+            return lines, (
+                f"{store.uri_of(key)}: line {number} is truncated or was not written by Anneal; {rest} ignored. A run that resumes "
+                "writes the file again"
+            )
+    return lines, None
 
 
 def read_lease(store: Store, key: str) -> Lease | None:

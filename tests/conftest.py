@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,25 @@ settings.load_profile("untimed")
 
 KILLS = "kills"
 """Property in which a resume test records how often it killed its run."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_directory() -> Iterator[None]:
+    """Give libraries in tests and their child processes a temporary directory that is deleted at the end.
+
+    Killed processes leave files there, such as W&B's directories and torch's. Ray's own files stay in /tmp/ray.
+    """
+    # Short, because the paths of sockets are limited to 107 bytes.
+    with (
+        tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True) as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv(
+            "PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir()
+        )  # pytest keeps the last tests' files there
+        patch.setenv("TMPDIR", directory)
+        patch.setattr(tempfile, "tempdir", directory)
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

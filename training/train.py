@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,10 +15,10 @@ from rich.console import Console
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
 from configs.schema import ExportConfig
 from training.inference import commands as model_commands
-from training.planning.endpoints import ClusterTarget, set_ray_environment, target_cluster
+from training.planning.endpoints import COMMAND_VARIABLE, ClusterTarget, set_ray_environment, target_cluster
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
-from utils.processes import FORWARDED, importing, run_in_own_session
+from utils.processes import Stopped, importing, raise_signals, record_signals, run_in_own_session
 
 if TYPE_CHECKING:
     from runs.layout import RunResult
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from training.planning.plan import RunPlan
     from training.planning.report import PlanReport
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+DONE, FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class Options:
 
     @property
     def command(self) -> list[str]:
-        """Return the command that reruns the training, for messages and the report."""
+        """Return the command that reruns the training, for messages and the report; in a job, the one that submitted it."""
+        if submitted := os.environ.get(COMMAND_VARIABLE):
+            return json.loads(submitted)
         submit = ["--submit", self.job_server] if self.job_server else []
         return ["python", "main.py", str(self.config), *self.overrides, *submit]
 
@@ -92,7 +93,23 @@ def run(options: Options, began: float) -> int:
         return plan_and_train(loaded, options, target, screen, began)
     # A signal to the process group must not terminate the local cluster before the checkpoint is committed. It does not reach a
     # remote cluster, and a job server signals each process of a job separately.
-    return run_in_own_session(lambda: plan_and_train(loaded, options, target, screen, began))
+    return run_in_own_session(
+        lambda: plan_and_train(loaded, options, target, screen, began),
+        on_lost=lambda how: _report_lost_driver(loaded, options, screen, how),
+    )
+
+
+def _report_lost_driver(loaded: LoadedConfig, options: Options, screen: Screen, how: str) -> None:
+    """Report that the driver process was terminated and could not report anything itself."""
+    from training.launch.display import show_error
+    from training.planning.paths import scratch_directory
+
+    show_error(
+        screen.progress,
+        f"the driver process was terminated ({how}). SIGKILL usually comes from the kernel when memory runs out. Its library output is "
+        f"in {scratch_directory(loaded.config) / 'logs'}. Resume from the latest checkpoint with the same command: "
+        f"{shlex.join(options.command)}",
+    )
 
 
 def plan_and_train(
@@ -128,9 +145,13 @@ def plan_and_train(
     except AnnealError as error:
         show_error(screen.progress, str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        show_error(screen.progress, "interrupted before training started; nothing was trained")
-        return INTERRUPTED
+    except Stopped as stopped:
+        record_signals()  # another signal must not interrupt this report
+        show_error(
+            screen.progress,
+            f"stopped by {stopped.name} before training started. Nothing was trained; the same command starts again.",
+        )
+        return stopped.exit_code
     show_result(screen.main, result, options.command, trains_adapter=loaded.config.trains_adapter)
     if result.status == "failed":
         show_error(screen.progress, result.reason)
@@ -239,7 +260,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
                     screen.print_json(report.completed.model_dump_json())
                     return DONE
                 watch.phase("submitting")
-                job = submission.submit(submission.connect(job_server), job_server, packed)
+                job = submission.submit(submission.connect(job_server), job_server, packed, options.command)
             unchecked = f"not checked locally; the job will check it: {checked}"
             for warning in report.warnings if report else [unchecked]:
                 show_warning(progress, warning)
@@ -252,14 +273,15 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
     except AnnealError as error:
         show_error(progress, str(error))
         return FAILED if job else error.exit_code
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        record_signals()
         state = (
             f"the job keeps running; to stop it: {shlex.join(job.stop_command)}"
             if job
             else "nothing was submitted"
         )
-        show_error(progress, f"interrupted: {state}")
-        return INTERRUPTED
+        show_error(progress, f"interrupted by {stopped.name}: {state}")
+        return stopped.exit_code
     if end.reason:
         show_error(progress, end.reason)
     if end.result:
@@ -271,25 +293,19 @@ def export_completed(run_uri: str, settings: ExportConfig, screen: Screen) -> in
     """Export a completed run with the settings of the YAML's `export`; return the exit code."""
     from training.launch.display import show_error
 
-    received: list[int] = []
-
-    def interrupt(number: int, _: Any) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    for number in FORWARDED:  # until now, the driver only recorded signals
-        signal.signal(number, interrupt)
+    raise_signals()  # until now, the driver only recorded them
     try:
         model_commands.export_run(run_uri, settings, screen.main, screen.progress)
     except AnnealError as error:
         show_error(screen.progress, f"the run completed, but the export failed: {error}")
         return FAILED
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        record_signals()
         show_error(
             screen.progress,
-            "interrupted: the run completed but is not exported; rerun the same command to export it",
+            f"stopped by {stopped.name}: the run completed but is not exported; rerun the same command to export it",
         )
-        return 128 + received[0]
+        return stopped.exit_code
     return DONE
 
 

@@ -2,18 +2,59 @@
 
 import ctypes
 import gc
+import getpass
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1
+
+
+class Stopped(KeyboardInterrupt):
+    """A SIGINT or SIGTERM that this process received before there was something to save."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        """Return the signal's name, such as SIGTERM."""
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code of a process that a signal stopped: 128 + its number."""
+        return 128 + self.number
+
+
+def raise_signals() -> None:
+    """Raise `Stopped` in the main thread on each SIGINT and SIGTERM from now on."""
+    _handle(_raise_stopped)
+
+
+def record_signals() -> list[int]:
+    """Append each SIGINT and SIGTERM from now on to the returned list; nothing is interrupted."""
+    received: list[int] = []
+    _handle(lambda number, _: received.append(number))
+    return received
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in FORWARDED:
+        signal.signal(number, handler)
+
+
+def _raise_stopped(number: int, _: FrameType | None) -> None:
+    raise Stopped(number)
 
 
 @contextmanager
@@ -45,27 +86,58 @@ def die_with(parent: int) -> Callable[[], None]:
     return in_child
 
 
-def run_in_own_session(work: Callable[[], int]) -> int:
+def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None]) -> int:
     """Run `work` in a child process with its own session and return its exit code; 128 + number for a signal.
 
     A signal to the process group (Ctrl-C, `timeout`, a service manager) then reaches only this process, which
     forwards SIGINT and SIGTERM to the child. Processes started by the child keep running until the child stops them.
     Call this while the process has a single thread.
+
+    Args:
+        work: Called in the child.
+        on_lost: Called here with the kind of exit if the child exited before `work` returned or raised an exception.
     """
     tie_to_parent = die_with(os.getpid())
+    reader, writer = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = os.fork()
     if child == 0:
+        os.close(reader)
         os.setsid()
         tie_to_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-        return work()
+        try:
+            return work()
+        finally:
+            os.write(writer, b"!")
+    os.close(writer)
     for number in FORWARDED:
         signal.signal(number, lambda received, _: os.kill(child, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    os.set_blocking(reader, False)  # processes that outlive the child may hold the other end
+    if _is_empty(reader):
+        on_lost(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
     return code if code >= 0 else 128 - code
+
+
+def _is_empty(pipe: int) -> bool:
+    try:
+        return os.read(pipe, 1) == b""
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(pipe)
+
+
+def user_and_host() -> str:
+    """Return this user and machine for other users, such as ada@gpu-1."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry for this user id
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def this_machine() -> str:

@@ -153,7 +153,7 @@ class Job:
     def workers(self) -> list[psutil.Process]:
         """Return the Ray Train workers if main.py started the cluster itself."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+        return [child for child in children if "RayTrainWorker" in _command_line(child)]
 
     def end(self) -> CompletedCommand:
         """Wait until main.py exits and return its exit code and output."""
@@ -178,6 +178,13 @@ class Job:
             while alive := [process for process in processes if _is_alive(process)]:
                 assert time.monotonic() < deadline, f"still alive after SIGKILL: {alive}"
                 time.sleep(_POLL_SECONDS)
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has just exited
+        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -120,6 +120,17 @@ class RayCluster:
         """Kill a node's processes with SIGKILL, as if its machine lost power."""
         _kill(self._raylet_by_id[node])
 
+    def kill_head(self, name: str) -> None:
+        """Kill one process of the head node by its name, such as raylet or gcs_server; "head": all of them."""
+        head = self._raylets[0]
+        if name == "head":
+            _kill(head)
+            return
+        (process,) = [
+            child for child in psutil.Process(head.pid).children(recursive=True) if child.name() == name
+        ]
+        process.kill()
+
     def worker_node_ids(self) -> list[str]:
         """Return the IDs of all live nodes except the head."""
         return json.loads(self._run(sys.executable, "-c", _PRINT_WORKER_NODE_IDS).splitlines()[-1])

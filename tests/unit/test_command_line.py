@@ -1,9 +1,16 @@
 """Errors of the command line: one line, the fix, and exit code 2."""
 
+import platform
+import socket
+import subprocess
+import sys
+
 import pytest
 
 import main
+from tests.support.jobs import PROJECT
 from tests.support.messages import assert_names
+from training.planning import endpoints
 from training.planning.endpoints import ClusterError, ClusterTarget, check_cluster_answers, target_cluster
 
 
@@ -60,3 +67,30 @@ def test_ray_address_names_a_cluster_or_this_machine(
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     assert target_cluster().is_local == is_local
+
+
+def test_server_that_is_no_cluster_raises_an_error(monkeypatch: pytest.MonkeyPatch):
+    """It accepts connections and never answers, like a stopped process; Ray would wait for minutes."""
+    monkeypatch.setattr(endpoints, "_REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ClusterError) as caught:
+            check_cluster_answers(ClusterTarget(address))
+    assert_names(str(caught.value), "RAY_ADDRESS", address, "no Ray cluster")
+
+
+def test_python_without_the_packages_raises_an_error_with_the_fix():
+    done = subprocess.run(
+        [sys.executable, "-S", str(PROJECT / "main.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert_names(done.stderr, sys.executable, "make setup", "on every node")
+
+
+def test_version_names_the_project_and_its_packages(capsys: pytest.CaptureFixture[str]):
+    assert main.main(["--version"]) == 0
+    assert_names(capsys.readouterr().out, "anneal 0.1.0", platform.python_version(), "torch", "ray")

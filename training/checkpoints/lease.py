@@ -5,10 +5,8 @@ every few seconds and deletes it at the end. A lease that is not renewed expires
 the next number, and the former owner can no longer commit.
 """
 
-import getpass
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +14,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from runs.layout import LEASE_EXPIRES_SECONDS, LEASES, Lease, lease_key
+from runs.layout import LEASE_EXPIRES_SECONDS, LEASES, Lease, StopRequest, lease_key, stop_key
 from runs.reading import read_lease
 from utils.errors import AnnealError
-from utils.processes import started_after_boot, this_machine
+from utils.processes import started_after_boot, this_machine, user_and_host
 from utils.storage.bucket import AlreadyExistsError, BucketError, DamagedError, Store
 
 RENEW_SECONDS = 5.0
@@ -31,16 +29,22 @@ class LeaseError(AnnealError):
 
 
 @contextmanager
-def held_lease(store: Store, *, waiting: Callable[[str], None]) -> Iterator[Lease]:
+def held_lease(
+    store: Store,
+    *,
+    waiting: Callable[[str], None],
+    on_stop: Callable[[StopRequest], None] = lambda request: None,
+) -> Iterator[Lease]:
     """Hold the lease of a run within the block; raise LeaseError if another driver holds it.
 
     Args:
         store: The run.
         waiting: Called with the owner of an existing lease while it is unknown whether that process is alive.
+        on_stop: Called once, on the renewing thread, when another process requests this driver to stop.
     """
     lease = _take(store, waiting)
     stop = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(store, lease, stop), name="lease", daemon=True)
+    renewing = threading.Thread(target=_renew, args=(store, lease, stop, on_stop), name="lease", daemon=True)
     renewing.start()
     try:
         yield lease
@@ -48,7 +52,8 @@ def held_lease(store: Store, *, waiting: Callable[[str], None]) -> Iterator[Leas
         stop.set()
         renewing.join()
         with suppress(BucketError):  # a lease that is not deleted expires
-            store.delete([lease_key(number) for number in _numbers(store) if number <= lease.number])
+            stale = [lease_key(number) for number in _numbers(store) if number <= lease.number]
+            store.delete([*stale, stop_key(lease.token)])
 
 
 def check_lease(store: Store, lease: Lease) -> None:
@@ -77,7 +82,7 @@ def _take(store: Store, waiting: Callable[[str], None]) -> Lease:
     lease = Lease(
         number=number,
         token=secrets.token_hex(8),
-        owner=f"{_user()}@{socket.gethostname()}, process {process}",
+        owner=f"{user_and_host()}, process {process}",
         since=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=this_machine(),
         process=process,
@@ -106,12 +111,16 @@ def _is_alive(store: Store, lease: Lease, waiting: Callable[[str], None]) -> boo
     return False
 
 
-def _renew(store: Store, lease: Lease, stop: threading.Event) -> None:
+def _renew(store: Store, lease: Lease, stop: threading.Event, on_stop: Callable[[StopRequest], None]) -> None:
+    is_requested = False
     while not stop.wait(RENEW_SECONDS):
         try:
             if max(_numbers(store), default=0) != lease.number:
                 return  # taken over: renewing would restore the lease after its successor has ended
             store.write(lease_key(lease.number), _content(lease))
+            if not is_requested and (request := store.read_if_exists(stop_key(lease.token))) is not None:
+                is_requested = True
+                on_stop(StopRequest.model_validate_json(request))
         except BucketError:
             continue  # in a long outage the lease expires, and the next commit fails
 
@@ -138,10 +147,3 @@ def _numbers(store: Store) -> list[int]:
 
 def _content(lease: Lease) -> bytes:
     return lease.model_dump_json(indent=2).encode()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a passwd entry for this user id
-        return str(os.getuid())

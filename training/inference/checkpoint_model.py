@@ -13,10 +13,18 @@ from runs.listing import check_run, run_uri
 from runs.reading import best, read_config
 from training.checkpoints.store import describe_no_checkpoint, read_manifest, resolve_start
 from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
-from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
+from training.models.files import (
+    is_hub_id,
+    is_model_file,
+    is_tokenizer_file,
+    read_adapter_facts,
+    read_hub_facts,
+    read_model_facts,
+)
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer
-from training.planning.paths import make_scratch_directory, needs_embedded_bucket
+from training.planning.paths import absolute, make_scratch_directory, needs_embedded_bucket
+from training.planning.resume import misfits
 from utils.processes import importing
 from utils.storage.bucket import NotFoundError, check_readable, open_store, uses_embedded_bucket
 from utils.storage.embedded_bucket import embedded_bucket
@@ -92,16 +100,17 @@ class TrainedModel:
 
 
 @contextmanager
-def trained_model(run: str, *others: str) -> Iterator[TrainedModel]:
+def trained_model(run: str, *others: str, base: str | None = None) -> Iterator[TrainedModel]:
     """Yield a given checkpoint, or the best checkpoint of a run. Run the embedded bucket in the meantime if a URI uses it.
 
     Args:
         run: URI of a run, `run:NAME` in the default storage path, or URI of a checkpoint.
         others: Further URIs that the block reads or writes.
+        base: The adapter's base model, if it is no longer where the run was trained.
     """
     uri = run_uri(run)
     with ExitStack() as stack:
-        if any(uses_embedded_bucket(used) for used in (uri, *others)):
+        if any(uses_embedded_bucket(used) for used in (uri, base or "", *others)):
             stack.enter_context(embedded_bucket())
         check_run(uri)
         checkpoint = _checkpoint(run, uri)
@@ -112,7 +121,7 @@ def trained_model(run: str, *others: str) -> Iterator[TrainedModel]:
             checkpoint=checkpoint,
             manifest=read_manifest(checkpoint),
             config=config,
-            base=_base_of(checkpoint) if config.trains_adapter else None,
+            base=_base_of(checkpoint, config, base),
             cache=make_scratch_directory(config) / "cache",
         )
 
@@ -145,8 +154,24 @@ def _config_of(run: str) -> FinetuneConfig:
     return stored.config
 
 
-def _base_of(checkpoint: str) -> str:
-    base = read_adapter_facts(checkpoint).base_model
-    if not is_hub_id(base):
-        check_readable(base)
+def _base_of(checkpoint: str, config: FinetuneConfig, named: str | None) -> str | None:
+    """Return the base model of an adapter: the one named by --base, which must fit, or else the one it was trained on."""
+    if not config.trains_adapter:
+        if named:
+            raise ConfigError(f"--base: {checkpoint} is a full-parameter model and has no base model")
+        return None
+    adapter = read_adapter_facts(checkpoint)
+    if named is None:
+        if not is_hub_id(adapter.base_model):
+            try:
+                check_readable(adapter.base_model)
+            except NotFoundError as error:
+                raise NotFoundError(
+                    f"{checkpoint}: its base model is gone: {error}. Name the place where it is now: --base URI"
+                ) from error
+        return adapter.base_model
+    base = named if is_hub_id(named) else absolute(named)
+    facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
+    if wrong := misfits(adapter, facts):
+        raise ConfigError(f"--base: {base} does not fit the adapter {checkpoint}: {wrong[0]}")
     return base

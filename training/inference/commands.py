@@ -26,18 +26,26 @@ COMMANDS = {
 
 
 def export_command(
-    run: str, to: str | None, dtype: Literal["bf16", "fp16", "fp32"], merge: bool, gguf: bool, as_json: bool
+    run: str,
+    base: str | None,
+    to: str | None,
+    dtype: Literal["bf16", "fp16", "fp32"],
+    merge: bool,
+    gguf: bool,
+    as_json: bool,
 ) -> None:
     """Export the best checkpoint of a run."""
     output, errors = open_consoles()
     to = open_store(to).uri if to else None
     settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf)
-    exported = export_run(run, settings, errors if as_json else output, errors)
+    exported = export_run(run, settings, errors if as_json else output, errors, base=base)
     if as_json:
         output.print(exported.model_dump_json(), soft_wrap=True)
 
 
-def export_run(run: str, settings: ExportConfig, screen: Console, progress: Console) -> Export:
+def export_run(
+    run: str, settings: ExportConfig, screen: Console, progress: Console, *, base: str | None = None
+) -> Export:
     """Export the best checkpoint of a run and print the export's location."""
     from training.inference.checkpoint_model import trained_model
     from training.inference.display import show_export
@@ -45,7 +53,7 @@ def export_run(run: str, settings: ExportConfig, screen: Console, progress: Cons
     from training.launch.display import Watch
 
     with (
-        trained_model(run, settings.to or "") as trained,
+        trained_model(run, settings.to or "", base=base) as trained,
         _library_output_to_log(trained),
         Watch(progress) as watch,
     ):
@@ -54,7 +62,7 @@ def export_run(run: str, settings: ExportConfig, screen: Console, progress: Cons
     return exported
 
 
-def chat_command(run: str, prompt: str | None, max_new_tokens: int) -> None:
+def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens: int) -> None:
     """Chat with the best checkpoint of a run."""
     from training.inference.chat import Conversation
     from training.inference.checkpoint_model import trained_model
@@ -66,7 +74,7 @@ def chat_command(run: str, prompt: str | None, max_new_tokens: int) -> None:
     if prompt is not None and not prompt.strip():
         raise ConfigError("no prompt: set --prompt TEXT, or pipe a non-empty text to standard input")
 
-    with trained_model(run) as trained, _library_output_to_log(trained):
+    with trained_model(run, base=base) as trained, _library_output_to_log(trained):
         with Watch(errors) as watch:
             watch.phase(f"loading {trained.checkpoint}")
             conversation = Conversation(trained)
@@ -87,6 +95,7 @@ def _ask(errors: Console) -> str:
 
 def evaluate_command(
     run: str,
+    base: str | None,
     data: str,
     match: Literal["number", "text"] | None,
     columns: list[tuple[str, str]],
@@ -108,7 +117,7 @@ def evaluate_command(
     set_ray_environment(target)
     output, errors = open_consoles()
     check_cluster_answers(target)
-    with trained_model(run, data) as trained, _library_output_to_log(trained):
+    with trained_model(run, data, base=base) as trained, _library_output_to_log(trained):
         config = trained.config
         overrides = {
             "device": device or config.device,

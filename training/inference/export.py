@@ -4,6 +4,7 @@ The config file, which every program needs to load the export, is uploaded after
 An incomplete export therefore never looks complete. Until then, EXPORT.unfinished marks the export as unfinished.
 """
 
+import json
 import shutil
 import subprocess
 import tempfile
@@ -221,8 +222,10 @@ def _write_model(
 
 def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
     weights = trained.weights()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(weights / name, directory / name)
+    shutil.copyfile(weights / "adapter_model.safetensors", directory / "adapter_model.safetensors")
+    settings = json.loads((weights / "adapter_config.json").read_text("utf-8"))
+    settings["base_model_name_or_path"] = trained.base
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), "utf-8")
 
 
 def _write_gguf(planned: Export, directory: Path) -> None:

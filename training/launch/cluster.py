@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util import placement_group_table
 
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
 from training.loop.ray_internals import RAY_JOB_CONFIG_JSON_ENV_VAR, autoscaler_maximum, has_node_groups
@@ -18,6 +20,7 @@ from training.models.kernels import Device
 from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.planning.plan import RunPlan
 from utils.files import format_bytes
+from utils.processes import Stopped, raise_signals
 from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
@@ -87,7 +90,7 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
         _join(address, _runtime_environment(workers.device))
     else:
         os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
-        ray.init(
+        _connect(
             address="local",  # otherwise Ray connects to a cluster that another process started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
             num_gpus=_gpus_here(workers),
@@ -108,6 +111,16 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
         ray.shutdown()
 
 
+def _connect(**arguments: Any) -> None:
+    """Call ray.init, whose SIGTERM handler exits with code 15 and stays installed; raise `Stopped` instead."""
+    try:
+        ray.init(**arguments)
+    except SystemExit as exit_:
+        raise Stopped(signal.SIGTERM) from exit_
+    finally:
+        raise_signals()
+
+
 def _gpus_here(workers: Workers) -> int:
     if workers.device == "cpu":
         return 0
@@ -121,14 +134,17 @@ def ask_cluster(workers: Workers, address: str) -> str:
     _join(address, {})
     try:
         growth = _missing(workers, address)
+        busy = _busy(workers)
     finally:
         ray.shutdown()
-    return f"must scale up: {growth}" if growth else f"{address} has the resources for all workers"
+    if growth:
+        return f"must scale up: {growth}"
+    return f"{address} has the resources for all workers" + (f", but not free: {busy}" if busy else "")
 
 
 def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
     try:
-        ray.init(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
+        _connect(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         causes = f"{error} {error.__cause__}"
         token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
@@ -209,15 +225,15 @@ def _short(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, f
 
 def _listed(short: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
     """List the required amounts with what the cluster has and, if its autoscaler reports it, the maximum it can scale up to."""
-
-    def amount_of(name: str, amount: float) -> str:
-        return format_bytes(int(amount)) if name.endswith("memory") else f"{amount:g}"
-
     return ", ".join(
-        f"{name} {amount_of(name, amount)} (has {amount_of(name, has.get(name, 0))}"
-        f"{f', at most {amount_of(name, most.get(name, 0))}' if most else ''})"
+        f"{name} {_amount(name, amount)} (has {_amount(name, has.get(name, 0))}"
+        f"{f', at most {_amount(name, most.get(name, 0))}' if most else ''})"
         for name, amount in short.items()
     )
+
+
+def _amount(name: str, amount: float) -> str:
+    return format_bytes(int(amount)) if name.endswith("memory") else f"{amount:g}"
 
 
 def _describe_least(workers: Workers) -> str:
@@ -226,9 +242,27 @@ def _describe_least(workers: Workers) -> str:
 
 
 def lacking(workers: Workers) -> str | None:
-    """Describe the resources that a cluster lacks for the minimum number of workers after losing nodes; None if it lacks none."""
+    """Describe the resources that a cluster lacks for the minimum number of workers, or that are in use; None if there are enough."""
     has = ray.cluster_resources()
-    short = _short(workers.at_least, has)
-    if not short:
-        return None
-    return f"waiting for resources that {_describe_least(workers)}: {_listed(short, has, {})}"
+    if short := _short(workers.at_least, has):
+        return f"waiting for resources that {_describe_least(workers)}: {_listed(short, has, {})}"
+    busy = None if _have_placement() else _busy(workers)
+    return f"waiting until other work on the cluster frees resources: {busy}" if busy else None
+
+
+def _have_placement() -> bool:
+    """Return whether the cluster has reserved the resources of this job's workers, which then count as in use."""
+    job = ray.get_runtime_context().get_job_id()  # the id of a placement group ends with that of its job
+    groups = placement_group_table().items()
+    return any(group.endswith(job) and facts["state"] == "CREATED" for group, facts in groups)
+
+
+def _busy(workers: Workers) -> str | None:
+    """Describe the resources that the cluster has for the minimum number of workers, but that are in use; None if they are free."""
+    has, free = ray.cluster_resources(), ray.available_resources()
+    short = _short(workers.at_least, free)
+    in_use = ", ".join(
+        f"{name} {_amount(name, amount)} (has {_amount(name, has.get(name, 0))}, free {_amount(name, free.get(name, 0))})"
+        for name, amount in short.items()
+    )
+    return f"{_describe_least(workers)} {in_use}" if in_use else None

@@ -4,9 +4,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runs.layout import (
+    CONFIG_FILE,
     DATA_PAGE_FILE,
     DATA_REPORT_FILE,
     RESULT_FILE,
     SKIPPED_ROWS_FILE,
     Lease,
     RunResult,
+    StopRequest,
     run_of,
 )
 from training.checkpoints import store as checkpoints
@@ -50,15 +53,18 @@ from training.launch.cluster import Workers, cluster, lacking, workers_of
 from training.launch.elastic import GroupSizes, WorkerGroupReporter
 from training.launch.failures import causes_of, classify, describe_lost_cluster
 from training.launch.results import Attempt, write_result
+from training.launch.vitals import ClusterLostError, Vitals
 from training.loop.ray_internals import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, LeanTorchTrainer
 from training.loop.worker import train_worker, worker_log
 from training.planning.memory import Saving
 from training.planning.plan import RunPlan
 from training.planning.report import PlanReport
-from utils.storage.bucket import BucketError, open_store
+from utils.processes import record_signals
+from utils.storage.bucket import BucketError, Store, is_remote, local_path, open_store
 
 _SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
 _WAIT_FOR_LOST_NODES_SECONDS = 20
+_RESOURCE_POLL_SECONDS = 1.0
 _CONTROLLER_START_TIMEOUT_SECONDS = 30.0
 
 
@@ -90,64 +96,108 @@ def run_job(
     state = RunState(workers, savings, on_event)
     store = open_store(plan.run_uri)
     with (
+        _removed_if_empty(plan.run_uri),
         held_lease(
-            store, waiting=lambda owner: on_event(Phase(f"checking whether {owner} is still running"))
+            store,
+            waiting=lambda owner: on_event(Phase(f"checking whether {owner} is still running")),
+            on_stop=lambda request: _stop_this_process(request, on_event),
         ) as lease,
-        cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
     ):
-        _mark_parent(plan, on_event)
-        for rows in prepared:
-            keep_prepared(rows, plan.prepared)
-        _write_data_report(plan, prepared, report)
-        signals, failure = _train(plan, lease, workers, state, savings)
-        if len(signals) < 2:
-            with suppress(BucketError):  # writing the result reports it
-                check_lease(store, lease)  # another driver's result must not be overwritten
-    attempt = Attempt(
-        failure=failure,
-        signals=signals,
-        model=state.model,
-        checkpoint=state.checkpoint,
-        restarts=state.restarts,
-        log_files=[driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))],
-        elapsed_seconds=time.monotonic() - began,
-        command=command,
-    )
-    try:
-        result = write_result(plan, report, attempt)
-    except BucketError as error:
-        raise UnrecordedError(
-            f"{failure or 'all steps done'}\ncannot write {RESULT_FILE}: {error}\n"
-            f"The same command resumes from {state.latest_checkpoint}."
-        ) from error
+        with (
+            cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
+            _data_report(store, plan.run_name, prepared, report),
+        ):
+            _mark_parent(plan, on_event)
+            for rows in prepared:
+                keep_prepared(rows, plan.prepared)
+            signals, failure = _train(plan, lease, workers, state, savings)
+            if len(signals) < 2:
+                with suppress(BucketError):  # writing the result reports it
+                    check_lease(store, lease)  # another driver's result must not be overwritten
+        attempt = Attempt(
+            failure=failure,
+            signals=signals,
+            model=state.model,
+            checkpoint=state.checkpoint,
+            restarts=state.restarts,
+            log_files=[driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))],
+            elapsed_seconds=time.monotonic() - began,
+            command=command,
+        )
+        result = _write_result(plan, report, attempt, state)
     if result.status == "completed":
         _release_parent(plan)
     return result
+
+
+def _write_result(plan: RunPlan, report: PlanReport, attempt: Attempt, state: "RunState") -> RunResult:
+    try:
+        return write_result(plan, report, attempt)
+    except BucketError as error:
+        raise UnrecordedError(
+            f"{attempt.failure or 'all steps done'}\ncannot write {RESULT_FILE}: {error}\n"
+            f"The same command resumes from {state.latest_checkpoint}."
+        ) from error
 
 
 def _train(
     plan: RunPlan, lease: Lease, workers: Workers, state: "RunState", savings: Sequence[Saving]
 ) -> tuple[Sequence[int], str | None]:
     """Run the workers until they exit; return (received signals, reason of the failure or None)."""
-    signals = _record_signals()  # after connecting to Ray, which installs its own handlers
+    signals = record_signals()
+    vitals = Vitals.of(plan.resolved.target)
     mailbox = _mailbox_on_this_node()
     fit = _Fit(_trainer(plan, lease, mailbox), mailbox)
     lost: str | None = None
     try:
-        _follow(mailbox, signals, state, workers)
+        _follow(mailbox, signals, state, workers, vitals)
         fit.end()
-    except ray.exceptions.RayError as error:  # the mailbox is lost with its cluster
-        lost = f"{describe_lost_cluster(error, savings)} The same command resumes from {state.latest_checkpoint}."
+    except (ClusterLostError, ray.exceptions.RayError) as error:  # the mailbox is lost with its cluster
+        fit.abandon()
+        reason = vitals.diagnose() or describe_lost_cluster(error, savings)
+        lost = f"{reason} The same command resumes from {state.latest_checkpoint}."
     failed = classify(causes_of(fit.error), savings) if fit.error else None
     return signals, state.rejection or lost or failed
 
 
-def _write_data_report(plan: RunPlan, prepared: Sequence[PreparedData], report: DataReport) -> None:
-    store = open_store(plan.run_uri)
+def _stop_this_process(request: StopRequest, on_event: Callable[[Event], None]) -> None:
+    """Stop as on SIGTERM."""
+    on_event(Notice(f"{request.requested_by} requested this stop with main.py stop"))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _removed_if_empty(run_uri: str) -> Iterator[None]:
+    """Remove the local directory of a run in which the block left nothing."""
+    try:
+        yield
+    finally:
+        if not is_remote(run_uri):
+            with suppress(OSError):  # it is not empty
+                local_path(run_uri).rmdir()
+
+
+@contextmanager
+def _data_report(
+    store: Store, run_name: str, prepared: Sequence[PreparedData], report: DataReport
+) -> Iterator[None]:
+    """Write the data report, and remove it if the block ends before training started, so that no empty run remains."""
+    try:
+        _write_data_report(store, run_name, prepared, report)
+        yield
+    finally:
+        with suppress(BucketError):
+            if store.read_if_exists(CONFIG_FILE) is None:
+                store.delete([DATA_REPORT_FILE, DATA_PAGE_FILE, SKIPPED_ROWS_FILE])
+
+
+def _write_data_report(
+    store: Store, run_name: str, prepared: Sequence[PreparedData], report: DataReport
+) -> None:
     store.write(
         DATA_REPORT_FILE, report.model_dump_json(include=set(DataReport.model_fields), indent=2).encode()
     )
-    store.write(DATA_PAGE_FILE, to_html(report, plan.run_name).encode())
+    store.write(DATA_PAGE_FILE, to_html(report, run_name).encode())
     skipped = b"".join((rows.directory / SKIPPED_FILE).read_bytes() for rows in prepared)
     if skipped:
         store.write(SKIPPED_ROWS_FILE, skipped)
@@ -172,14 +222,6 @@ def _release_parent(plan: RunPlan) -> None:
     if plan.parent and run_of(plan.parent):
         with suppress(BucketError):  # the parent run deletes outdated marks
             checkpoints.unmark(plan.parent, plan.run_uri)
-
-
-def _record_signals() -> list[int]:
-    """Install handlers that append each SIGINT and SIGTERM to the returned list."""
-    received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signal_number, _: received.append(signal_number))
-    return received
 
 
 @dataclass
@@ -263,13 +305,14 @@ def _mailbox_on_this_node() -> Any:
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Workers) -> None:
+def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Workers, vitals: Vitals) -> None:
     """Handle events until all workers have exited. While workers wait for resources, report what the cluster lacks.
 
     After the first signal, ask the workers to stop. If no step would be lost, return at once, since workers may be stuck
-    waiting for a node. After a second signal, always return at once.
+    waiting for a node. After a second signal, always return at once. Raise ClusterLostError if the cluster is lost.
     """
     asked = False
+    since, next_look = "", 0.0
     news = mailbox.take.remote()
     while len(signals) < 2:
         if signals and state.is_waiting:
@@ -282,14 +325,21 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
             mailbox.request_stop.remote()
         answered, _ = ray.wait([news], timeout=_SIGNAL_POLL_SECONDS)
         if not answered:
-            if state.is_waiting and (waits_for := lacking(workers)):
-                state.on_event(Phase(waits_for))
+            if vitals.diagnose(seconds=0):
+                raise ClusterLostError
+            now = time.monotonic()
+            if state.is_waiting and now >= next_look:
+                next_look = now + _RESOURCE_POLL_SECONDS
+                if waits_for := lacking(workers):
+                    since = since or f"{datetime.now():%H:%M:%S}"
+                    state.on_event(Phase(f"{waits_for}, since {since}"))
             continue
         events: Any = ray.get(news)
         if events is None:
             return
         for event in events:
             state.on_event(event)
+        since = since if state.is_waiting else ""
         news = mailbox.take.remote()
 
 
@@ -315,13 +365,18 @@ class _Fit:
                 ray.kill(controller)
             self._thread.join(_CONTROLLER_START_TIMEOUT_SECONDS)
 
+    def abandon(self) -> None:
+        """Leave the thread to its end: its cluster is lost, and no call would be answered."""
+        self._is_stopped = True
+
     def _run(self) -> None:
         try:
             self._trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             if not self._is_stopped:
                 self.error = error
-        self._mailbox.close.remote()
+        if not self._is_stopped:
+            self._mailbox.close.remote()
 
 
 def _trainer(plan: RunPlan, lease: Lease, mailbox: Any) -> TorchTrainer:

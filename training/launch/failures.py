@@ -63,7 +63,7 @@ def classify(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
     return by_kind["error"]
 
 
-def describe_lost_cluster(error: ray.exceptions.RayError, savings: Sequence[Saving]) -> str:
+def describe_lost_cluster(error: Exception, savings: Sequence[Saving]) -> str:
     """Describe in one sentence why the driver lost its cluster; short of memory, Ray may kill a run's own actors."""
     causes = causes_of(error)
     if causes[0].kind == "out of memory":

@@ -8,12 +8,22 @@ from typing import Any
 
 from configs.loading import ConfigError, LoadedConfig, to_yaml
 from configs.schema import DataSource, DeepspeedFile, FinetuneConfig, uri_fields
+from runs.layout import MODELS
+from runs.reading import sizes
 from training.data.sources import is_hub_dataset, matching_files
-from training.models.files import is_hub_id
+from training.models.files import is_hub_id, is_model_file, is_tokenizer_file
 from training.models.tokenizer import is_template
 from training.planning.paths import about_key, storage_path
-from utils.files import format_bytes
-from utils.storage.bucket import check_readable, is_remote, local_path, uses_embedded_bucket
+from utils.files import checksum, checksum_bytes, format_bytes
+from utils.storage.bucket import (
+    BucketError,
+    check_readable,
+    is_remote,
+    join_uri,
+    local_path,
+    open_store,
+    uses_embedded_bucket,
+)
 
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("main.py", "configs", "utils", "runs", "training")
@@ -53,7 +63,7 @@ def pack(loaded: LoadedConfig, directory: Path) -> Package:
     """Copy everything that a job needs into an empty directory.
 
     Paths on this machine are packed. Paths on the cluster's machines, written as `file:///...`, stay unchanged, as does
-    an absolute `storage_path`.
+    an absolute `storage_path`. The local base model of an adapter goes into the storage path instead of the package.
     """
     config = loaded.config
     storage = storage_path(config)
@@ -65,6 +75,8 @@ def pack(loaded: LoadedConfig, directory: Path) -> Package:
         )
     local_files = _LocalFiles()
     changes: dict[str, Any] = {}
+    if config.trains_adapter:
+        config = config.model_copy(update=_store_base_model(config, storage))
     for key, kind in {field.key: field.kind for field in uri_fields(config)}.items():
         if kind == "model":
             changes[key] = local_files.take_model(key, getattr(config, key))
@@ -81,8 +93,42 @@ def pack(loaded: LoadedConfig, directory: Path) -> Package:
     local_files.put_into(directory)
     config = config.model_copy(update={**changes, "storage_path": storage})
     packed = replace(loaded, config=config, path=Path(loaded.path.name))
-    (directory / packed.path).write_text(to_yaml(config), encoding="utf-8")
+    (directory / packed.path).write_text(to_yaml(config, only_given=True), encoding="utf-8")
     return Package(directory, packed, tuple(_keys_on_the_cluster(config)))
+
+
+def _store_base_model(config: FinetuneConfig, storage: str) -> dict[str, Any]:
+    """Upload the local base model of an adapter to the storage path, and return its key with the new URI.
+
+    Chat, export and serving need the base model after the job and its directory are gone.
+    """
+    key = "initial_base_model_ckpt_path" if config.initial_base_model_ckpt_path else "model_id"
+    uri: str = getattr(config, key)
+    if uri.startswith("run:") or not _is_local(uri) or is_hub_id(uri):
+        return {}
+    with about_key(key):
+        check_readable(uri)
+    if not is_remote(storage):
+        raise ConfigError(
+            f"{key}: {uri} is on this machine, but the adapter needs its base model after the job. Copy the model to the cluster's "
+            "machines and write file:///absolute/path, or use a bucket."
+        )
+    root = local_path(uri)
+    files = [path for path in _files_below(root) if is_model_file(path.name) or is_tokenizer_file(path.name)]
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    digest = checksum_bytes("".join(f"{name} {checksum(path)}\n" for name, path in names.items()).encode())
+    store = open_store(join_uri(storage, MODELS, f"{root.resolve().name}-{digest[-8:]}"))
+    try:
+        stored = sizes(store, "")
+        store.upload_many(
+            {name: path for name, path in names.items() if stored.get(name) != path.stat().st_size}
+        )
+    except BucketError as error:
+        raise ConfigError(
+            f"{key}: the adapter needs its base model after the job, but {uri} cannot be uploaded to storage_path: {error}. Upload it "
+            "yourself and write its URI."
+        ) from error
+    return {key: store.uri}
 
 
 class _LocalFiles:

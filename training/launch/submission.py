@@ -4,7 +4,7 @@ import asyncio
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from runs.layout import RunResult
 from training.launch.packaging import Package
 from training.models.files import first_line
-from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
+from training.planning.endpoints import COMMAND_VARIABLE, TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.planning.planner import Progress, make_plan
 from training.planning.report import PlanReport
 from utils.storage.bucket import BucketError, NotFoundError
@@ -98,15 +98,20 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def submit(client: JobSubmissionClient, address: str, packed: Package) -> SubmittedJob:
-    """Submit the run as a job. The job uses the cluster's own credentials; this machine's environment variables are not sent."""
+def submit(
+    client: JobSubmissionClient, address: str, packed: Package, command: Sequence[str]
+) -> SubmittedJob:
+    """Submit the run as a job that names `command` as the one to rerun. The job uses the cluster's own credentials; this machine's environment variables are not sent."""
     try:
         submission_id = client.submit_job(
             # With --json the result is the last line of the output, after any other output.
             entrypoint=shlex.join(["python", "main.py", packed.yaml, "--json"]),
             runtime_env={
                 "working_dir": str(packed.directory),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)},
+                "env_vars": {
+                    "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),
+                    COMMAND_VARIABLE: json.dumps(command),
+                },
             },
         )
     except _UNREACHABLE as error:

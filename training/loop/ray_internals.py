@@ -4,6 +4,7 @@ Check this file when Ray is upgraded.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ import ray.exceptions
 # The variable through which Ray's job server passes its runtime environment to the driver: Ray rejects a key that is set twice.
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state as _state
+from ray._private.worker import global_worker as _global_worker
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.train import ScalingConfig
@@ -73,6 +75,7 @@ __all__ = [
     "autoscaler_maximum",
     "has_node_groups",
     "is_node_preempted",
+    "ray_logs",
 ]
 
 
@@ -127,6 +130,11 @@ class ElasticPolicy(ElasticScalingPolicy):
             return ray.get(answer, timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S)
         except ray.exceptions.RayError:
             return None  # unknown for now; Ray retries
+
+
+def ray_logs() -> Path:
+    """Return the directory of Ray's logs on this node. There is no public way to find it."""
+    return Path(_global_worker.node.get_logs_dir_path())
 
 
 def is_node_preempted() -> bool:

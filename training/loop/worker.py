@@ -5,8 +5,10 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from training.loop.memory_errors import out_of_memory_line
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
+from training.models.kernels import is_installed
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of
@@ -36,6 +39,7 @@ from training.planning.plan import RunPlan
 from training.world import World
 from utils.console import library_output_in
 from utils.errors import AnnealError
+from utils.files import is_disk_full, nearest_existing
 from utils.processes import importing
 from utils.storage.bucket import Store, open_store
 
@@ -123,8 +127,14 @@ def train_worker(settings: dict[str, Any]) -> None:
             driver.reject(str(error))
             raise
         except Exception as error:
-            traceback.print_exc()  # for the log file; Ray passes the exception to the driver
-            if driver.fails_again(error):
+            with suppress(OSError):  # the log file may be on a full disk, too
+                traceback.print_exc()  # for the log file; Ray passes the exception to the driver
+            if is_disk_full(error, nearest_existing(Path(plan.scratch))):
+                driver.reject(
+                    f"{plan.scratch}: the disk of a worker is full ({first_line(error)}). Free some space, or set output_dir to a larger "
+                    "disk, and rerun the same command."
+                )
+            elif driver.fails_again(error):
                 driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
             raise
 
@@ -146,6 +156,8 @@ def prepare_process(plan: RunPlan, world: World) -> None:
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the flash-attn package
         # torch.compile would select some kernels by timing them.
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if is_installed("wandb"):
+        _import_wandb(_run_scratch(plan, world) / f"wandb-{world.rank}")
     if plan.resolved.kernels.provider == "unsloth":
         import unsloth  # noqa: F401  # before transformers, trl and peft, on every rank
     import torch
@@ -172,6 +184,20 @@ def prepare_process(plan: RunPlan, world: World) -> None:
         deepspeed.init_distributed(
             dist_backend="gloo" if plan.device == "cpu" else "nccl", auto_mpi_discovery=False
         )
+
+
+def _import_wandb(directory: Path) -> None:
+    """Import wandb, as TRL does if it is installed, with the directories that it creates at import inside `directory`.
+
+    They would stay in the machine's temporary directory, since Ray kills its workers.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(directory)
+    try:
+        import wandb  # noqa: F401
+    finally:
+        tempfile.tempdir = before
 
 
 def _run_scratch(plan: RunPlan, world: World) -> Path:

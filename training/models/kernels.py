@@ -86,8 +86,13 @@ class KernelChoice:
     reason: str
 
 
-def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
-    """Resolve `kernels` for this run, device and ZeRO stage (0 without ZeRO); reject kernels that cannot train the run."""
+def choose_kernels(
+    config: FinetuneConfig, device: Device, stage: int, *, elsewhere: bool = False
+) -> KernelChoice:
+    """Resolve `kernels` for this run, device and ZeRO stage (0 without ZeRO); reject kernels that cannot train the run.
+
+    With `elsewhere`, the run trains in another environment, and a package that is missing here is no error.
+    """
     asked = config.kernels
     if asked == "auto":
         return _choose(config, device, stage)
@@ -99,7 +104,7 @@ def choose_kernels(config: FinetuneConfig, device: Device, stage: int) -> Kernel
             else "deepspeed: zero_2, or load_in_4bit: false"
         )
         raise ModelError(f"kernels: {asked}: {reason}. Write {advice}.")
-    if asked == "unsloth" and not is_installed("unsloth"):
+    if asked == "unsloth" and not elsewhere and not is_installed("unsloth"):
         raise ModelError(
             "kernels: unsloth: Unsloth is not installed. Install it with `make setup-unsloth` (parts of it are licensed under AGPL-3.0)."
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import FinetuneConfig, LoraConfig, MlflowLogger, WandbLogger
+from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
 from training.models.files import (
@@ -25,17 +26,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def reject_missing_requirements(loaded: LoadedConfig) -> None:
-    """Reject a configuration that cannot run in this environment; report all reasons in one error."""
+_MAX_ROWS_PER_STEP = 1_000_000
+"""More rows than the data has are accepted up to this number: small data sets are padded."""
+
+
+def reject_missing_requirements(loaded: LoadedConfig, target: ClusterTarget) -> None:
+    """Reject a configuration that cannot run in this environment; report all reasons in one error. A job checks its own packages."""
     reasons = list(loaded.rejections)
     config = loaded.config
-    if isinstance(config.logger, WandbLogger | MlflowLogger) and not is_installed(config.logger.provider):
+    tracker = config.logger.provider if isinstance(config.logger, WandbLogger | MlflowLogger) else None
+    if tracker and not target.is_job_server and not is_installed(tracker):
         reasons.append(
-            f"logger: the package {config.logger.provider} is not installed. Install it with `make setup-trackers` (in an image: --build-arg TRACKERS=1), or remove logger: metrics.jsonl is always written."
+            f"logger: the package {tracker} is not installed. Install it with `make setup-trackers` (in an image: --build-arg TRACKERS=1), or remove logger: metrics.jsonl is always written."
         )
-    if config.run_name == PREPARED:
+    if config.run_name in (PREPARED, MODELS):
+        content = "prepared rows" if config.run_name == PREPARED else "uploaded models"
         reasons.append(
-            f"run_name: {PREPARED} is the directory of prepared rows in storage_path. Choose another name."
+            f"run_name: {config.run_name} is the directory of {content} in storage_path. Choose another name."
         )
     if reasons:
         raise ConfigError("\n".join(reasons))
@@ -54,6 +61,42 @@ def check_disk(base_model: str, facts: ModelFacts, scratch: Path, target: Cluste
             f"model {facts.source}: needs {format_bytes(missing)} on this node, but {scratch} has {format_bytes(free)} free. "
             "Free some space, or set output_dir to a larger disk."
         )
+
+
+def check_batch(config: FinetuneConfig, rows: int) -> None:
+    """Check that a step has not many more rows than the data: the rest of it would be padding rows."""
+    step = config.batch_size * config.most_devices * config.gradient_accumulation_steps
+    if step <= max(rows, _MAX_ROWS_PER_STEP):
+        return
+    factors = {
+        "train_batch_size_per_device": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_devices": config.most_devices,
+    }
+    largest = max(factors, key=lambda key: factors[key])
+    raise ConfigError(
+        f"{largest}: with {factors[largest]:,}, a step takes {step:,} rows, but the training data has {rows:,}. Lower it."
+    )
+
+
+def check_checkpoint_fits(needed: int, storage: str, scratch: Path, target: ClusterTarget) -> None:
+    """Check that a checkpoint fits on the disks of this machine that it is written to.
+
+    Args:
+        needed: Estimated bytes of a checkpoint.
+        storage: URI that holds the runs; the free space of a bucket is unknown.
+        scratch: Directory in which a worker saves a checkpoint before it is uploaded.
+        target: Where the workers will be placed; other nodes have their own disks.
+    """
+    if not target.is_local:
+        return
+    places = {"output_dir": scratch} | ({} if is_remote(storage) else {"storage_path": Path(storage)})
+    for key, directory in places.items():
+        if (free := free_bytes(directory)) < needed:
+            raise ConfigError(
+                f"{key}: a checkpoint needs about {format_bytes(needed)}, but {directory} has {format_bytes(free)} free. "
+                f"Free some space, or set {key} to a larger disk."
+            )
 
 
 def check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", base_model: str) -> None:

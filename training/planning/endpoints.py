@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from utils.errors import AnnealError
 
 TOKEN_ADVICE = "It requires a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
+COMMAND_VARIABLE = "ANNEAL_COMMAND"
+"""In a submitted job: the command, as a JSON list, that submitted it and resumes its run."""
+
 _REACH_SECONDS = 10
 _HIGHEST_PORT = 65535
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""A frame: 3 bytes of length, the type (4: SETTINGS), flags and 4 bytes of stream."""
+_FRAME_TYPE = 3
 
 
 class ClusterError(AnnealError):
@@ -27,6 +34,11 @@ class ClusterTarget:
     def is_local(self) -> bool:
         """True if the workers run on this machine."""
         return self.address is None
+
+    @property
+    def is_job_server(self) -> bool:
+        """True if the run is submitted: its driver, too, runs in the cluster's environment and not in this one."""
+        return (self.address or "").startswith(("http://", "https://"))
 
 
 def target_cluster() -> ClusterTarget:
@@ -49,7 +61,7 @@ def set_ray_environment(target: ClusterTarget) -> None:
 def check_cluster_answers(target: ClusterTarget) -> None:
     """Check that a cluster answers at RAY_ADDRESS; Ray itself would retry for minutes. Reject the URL of a job server."""
     address = target.address or ""
-    if address.startswith(("http://", "https://")):
+    if target.is_job_server:
         raise ClusterError(
             f"RAY_ADDRESS: {address} is a job server. Submit the run with --submit {address}, or set RAY_ADDRESS=HEAD:6379 on a machine "
             "of the cluster."
@@ -64,13 +76,23 @@ def check_cluster_answers(target: ClusterTarget) -> None:
             f"RAY_ADDRESS: {address} is not the address of a cluster. Write HOST:6379, ray://HOST:10001, or auto for a cluster on this "
             "machine; unset it to run without one."
         )
-    check_answers(
-        "RAY_ADDRESS",
-        address,
-        host,
-        int(port),
-        "Start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine.",
-    )
+    advice = "Start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine."
+    check_answers("RAY_ADDRESS", address, host, int(port), advice)
+    if os.environ.get("RAY_USE_TLS", "0") in ("0", "") and not _speaks_grpc(host, int(port)):
+        raise ClusterError(
+            f"RAY_ADDRESS: {address} accepts connections, but no Ray cluster answered within {_REACH_SECONDS} s. {advice}"
+        )
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Return whether a server answers the start of an HTTP/2 connection with its settings, as every gRPC server does (RFC 9113, 3.4)."""
+    try:
+        with socket.create_connection((host.strip("[]"), port), _REACH_SECONDS) as connection:
+            connection.sendall(_HTTP2_PREFACE + _EMPTY_SETTINGS)
+            header = connection.recv(len(_EMPTY_SETTINGS))
+    except OSError:
+        return False
+    return len(header) > _FRAME_TYPE and header[_FRAME_TYPE] == _EMPTY_SETTINGS[_FRAME_TYPE]
 
 
 def check_job_server_answers(address: str) -> None:

@@ -89,6 +89,13 @@ class MemoryEstimate:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def estimate_checkpoint(job: Job) -> int:
+    """Estimate the bytes of a checkpoint: the trained weights and their optimizer states."""
+    held = _hold(job)
+    states = sum(_states(job, name, shape) for name, shape in held.trained_shapes.items())
+    return int(held.trained_entries * held.trained + states)
+
+
 @dataclass(frozen=True)
 class _Held:
     """The dtypes and partitioning of a job, derived from the YAML, DeepSpeed's settings and the kernels."""

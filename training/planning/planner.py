@@ -48,6 +48,8 @@ from training.planning import warnings as plan_warnings
 from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
 from training.planning.checks import (
     check_adapter,
+    check_batch,
+    check_checkpoint_fits,
     check_disk,
     check_quantization,
     check_targets,
@@ -59,7 +61,7 @@ from training.planning.devices import accelerator_of, choose_device, describe_de
 from training.planning.endpoints import ClusterTarget
 from training.planning.exportable import check_export
 from training.planning.flops import RowFlops, row_flops
-from training.planning.memory import Job, MemoryReport, report_memory
+from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import PlanReport
@@ -203,7 +205,7 @@ def make_plan(
     Returns:
         The plan, its report, and the prepared training and validation rows.
     """
-    reject_missing_requirements(loaded)
+    reject_missing_requirements(loaded, target)
     written_cache_limit()
     settings = _resolve_settings(loaded.config, target)
     storage = _check_storage(loaded.config, progress)
@@ -212,6 +214,8 @@ def make_plan(
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(batch, storage, data, progress)
+    if batch.job and not checkpoints.completed:
+        check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch, settings.target)
     memory = (
         report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
         if batch.job
@@ -253,7 +257,7 @@ def make_plan(
 
 def _resolve_settings(config: FinetuneConfig, target: ClusterTarget) -> Settings:
     device = choose_device(config, target)
-    return Settings(target, device, resolve_execution(config, device))
+    return Settings(target, device, resolve_execution(config, device, elsewhere=target.is_job_server))
 
 
 def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
@@ -427,6 +431,7 @@ def _plan_batches(
         rows, reason = choose_batch_size(config, data.run_uri, storage.uri, job, settings.target)
         config = config.with_batch_size(rows)
         job = job and replace(job, config=config)
+    check_batch(config, len(data.train.index.length))
     order = order_of(config, data.train.index.length, train.longest, config.most_devices)
     return Batch(config, reason, job, order, count_steps(config, order.shape))
 

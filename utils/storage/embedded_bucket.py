@@ -35,6 +35,7 @@ EMBEDDED_BUCKET = "anneal"
 STATE_VARIABLE = "ANNEAL_EMBEDDED_BUCKET"  # the state directory; workers of a job get it as an absolute path
 
 _PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_MAX_SOCKET_DIRECTORY = 70  # a socket's path has at most 107 characters
 _START_ATTEMPTS = 3  # another process may take a port after we choose it and before the server binds it
 _START_SECONDS = 40
 _STOP_SECONDS = 5
@@ -186,6 +187,7 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
         shutil.rmtree(leftover)
     command = [
         weed,
+        "-logtostderr=true",  # only weed.log, and no files in the machine's temporary directory
         "mini",
         f"-dir={data}",
         f"-bucket={EMBEDDED_BUCKET}",
@@ -206,6 +208,7 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
         "HOME": str(state_dir),
         "AWS_ACCESS_KEY_ID": keys["access_key"],
         "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
+        **_temporary_directory(state_dir),
     }
     log = os.open(state_dir / "weed.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
@@ -220,6 +223,14 @@ def _launch(weed: str, ports: dict[str, int], state_dir: Path) -> subprocess.Pop
         )
     finally:
         os.close(log)
+
+
+def _temporary_directory(state_dir: Path) -> dict[str, str]:
+    """Return the variable that makes the server put its sockets, which it leaves behind, into an empty directory of its own."""
+    directory = state_dir / "tmp"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    return {"TMPDIR": str(directory)} if len(str(directory)) <= _MAX_SOCKET_DIRECTORY else {}
 
 
 def _wait_until_serving(process: subprocess.Popen[bytes], ports: dict[str, int]) -> bool:

@@ -1,4 +1,4 @@
-"""Tests of main.py runs, show and compare: output for runs in every state, requests to the bucket, and errors."""
+"""Tests of main.py runs, show, compare, stop and remove: output for runs in every state, requests to the bucket, and errors."""
 
 import json
 import os
@@ -17,14 +17,20 @@ import psutil
 import pytest
 from rich.console import Console
 
+from runs.comparison import compare_runs
 from runs.display import show_run
+from runs.ending import InUseError, check_removable, find_run
 from runs.layout import (
     CONFIG_FILE,
     LEASE_EXPIRES_SECONDS,
+    MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    CheckpointUse,
+    DataFingerprints,
     checkpoint_key,
     lease_key,
+    use_key,
 )
 from runs.listing import list_runs, read_run
 from tests.support.bucket_proxy import bucket_proxy
@@ -32,7 +38,13 @@ from tests.support.front_door import run_command_quickly
 from tests.support.jobs import PROJECT, CompletedCommand, environment, error_of, write_yaml
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket, unreachable_endpoint
-from tests.support.stored_runs import eval_losses, make_result, write_lease, write_run
+from tests.support.stored_runs import (
+    eval_losses,
+    make_manifest_with_weights,
+    make_result,
+    write_lease,
+    write_run,
+)
 from utils.processes import started_after_boot, this_machine
 from utils.storage.bucket import Store, join_uri, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
@@ -411,8 +423,6 @@ def test_damaged_file_of_a_run_raises_an_error_with_its_uri(run_command: RunComm
     assert_names(message, f"{uri}/{CONFIG_FILE} ", "configuration")
     storage.write(f"a/{CONFIG_FILE}", b"a: [")
     assert_names(error_of(run_command("show", uri)), f"{uri}/{CONFIG_FILE} ", "YAML")
-    storage.write(f"a/{METRICS_FILE}", b'{"step": 1}\n{"st')
-    assert f"{uri}/{METRICS_FILE} " in error_of(run_command("show", uri))
 
 
 @pytest.mark.parametrize("command", ["runs", "show", "compare"])
@@ -448,3 +458,89 @@ def test_unwritable_picture_raises_an_error_with_its_path(run_command: RunComman
         message = error_of(run_command("compare", run, "--picture", f"{tmp_path}/{name}"))
         assert_names(message, f"{tmp_path}/{name}: ", fact)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("status", ["completed", None], ids=["completed", "interrupted"])
+def test_truncated_line_of_metrics_is_named_and_the_lines_before_it_are_read(
+    run_command: RunCommand, tmp_path: Path, status: Any
+):
+    storage, losses = open_store(str(tmp_path / "runs")), eval_losses(2.0, 1.5)
+    result = make_result(storage.uri_of("a"), losses) if status else None
+    uri = write_run(storage, "a", losses, result=result)
+    whole = storage.read(f"a/{METRICS_FILE}")
+    storage.write(f"a/{METRICS_FILE}", whole[:-9])
+    shown = run_command("show", uri, "--json").result
+    (listed,) = run_command("runs", str(tmp_path / "runs"), "--json").result
+    assert shown["status"] == listed["status"] == (status or "interrupted")
+    assert shown["steps"] == listed["steps"]
+    (damage,) = shown["damage"]
+    assert_names(damage, f"{uri}/{METRICS_FILE}", f"line {len(whole.splitlines())}", "truncated")
+    compared = run_command("compare", uri, "--picture", str(tmp_path / "a.png"))
+    assert compared.exit_code == 0, compared.errors
+    assert METRICS_FILE in compared.output
+    assert storage.read(f"a/{METRICS_FILE}") == whole[:-9]
+
+
+@pytest.mark.parametrize(("rows", "incomparable"), [("1", []), ("2", ["valid_path"]), (None, ["valid_path"])])
+def test_equal_validation_rows_are_comparable_under_two_paths(
+    tmp_path: Path, rows: str | None, incomparable: list[str]
+):
+    storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
+    uris = [
+        write_run(storage, name, losses, result=None, valid_path=f"{name}.jsonl") for name in ("one", "two")
+    ]
+    for name, fingerprint in (("one", "1"), ("two", rows)):
+        manifest = make_manifest_with_weights(losses[-1])
+        manifest = manifest.model_copy(update={"data": DataFingerprints(train="0", valid=fingerprint)})
+        key = f"{name}/{checkpoint_key(losses[-1].step, MANIFEST_FILE)}"
+        storage.write(key, manifest.model_dump_json().encode())
+    assert compare_runs(uris).incomparable_by == incomparable
+
+
+def test_remove_deletes_only_the_confirmed_run(run_command: RunCommand, storage: Store):
+    losses = eval_losses(2.0, 1.5)
+    uri = write_run(storage, "a", losses, result=make_result(storage.uri_of("a"), losses))
+    other = write_run(storage, "ab", losses, result=None)
+    assert_names(error_of(run_command("remove", uri)), uri, "--yes")
+    assert read_run(uri).checkpoints
+    removed = run_command("remove", uri, "--yes")
+    assert removed.exit_code == 0, removed.errors
+    assert storage.list("a/") == []
+    assert read_run(other).checkpoints
+    assert_names(error_of(run_command("remove", uri, "--yes")), uri, "no such run")
+
+
+def test_run_that_others_need_is_not_removed(tmp_path: Path):
+    storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
+    for name in ("running", "marked", "parent", "named", "free"):
+        write_run(storage, name, losses, result=None)
+    write_lease(storage, "running")
+    marked = f"{storage.uri_of('marked')}/{checkpoint_key(0)}"
+    use = CheckpointUse(run_uri="s3://elsewhere/child")
+    storage.write(f"marked/{use_key(marked, use.run_uri)}", use.model_dump_json().encode())
+    parent = f"{storage.uri_of('parent')}/checkpoints/step-000000"
+    child = make_result(storage.uri_of("child"), losses, parent=parent)
+    write_run(storage, "child", losses, result=child)
+    write_run(storage, "later", losses, result=None, initial_adapter_model_ckpt_path="run:named")
+    for name, user in (
+        ("running", "main.py stop"),
+        ("marked", use.run_uri),
+        ("parent", "/child"),
+        ("named", "/later"),
+    ):
+        with pytest.raises(InUseError, match=user):
+            check_removable(find_run(storage.uri_of(name)))
+    check_removable(find_run(storage.uri_of("free")))
+
+
+def test_directory_that_is_no_run_is_neither_removed_nor_stopped(run_command: RunCommand, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("{}")
+    for command in (["remove", "--yes"], ["stop"]):
+        assert "no run" in error_of(run_command(*command, str(tmp_path / "data")))
+    assert (tmp_path / "data" / "rows.jsonl").exists()
+
+
+def test_run_without_a_driver_cannot_be_stopped(run_command: RunCommand, tmp_path: Path):
+    uri = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
+    assert_names(error_of(run_command("stop", uri)), uri, "interrupted", "nothing to stop")

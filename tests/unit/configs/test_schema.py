@@ -476,3 +476,22 @@ def test_weighted_sources_are_uri_fields():
     sources = [{"path": "a.jsonl", "weight": 1.0}, {"path": "s3://b/c.jsonl", "weight": 2.0}]
     found = [field.uri for field in uri_fields(config(train_path=sources)) if field.key == "train_path"]
     assert found == ["a.jsonl", "s3://b/c.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        ("models/a/", "models/a"),
+        ("s3://bucket/a//", "s3://bucket/a"),
+        ("file:///a/", "file:///a"),
+        ("/", "/"),
+    ],
+)
+def test_slash_at_the_end_of_a_model_is_no_other_model(written: str, same: str):
+    """A run's name is derived from this value."""
+    one, other = (
+        FinetuneConfig.model_validate({"model_id": model, "train_path": "a.jsonl"})
+        for model in (written, same)
+    )
+    assert one.model_id == same
+    assert config_hash(one) == config_hash(other)

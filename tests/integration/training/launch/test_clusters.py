@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -115,6 +116,37 @@ def test_ray_address_runs_a_job_on_an_existing_cluster(files: Path, tmp_path: Pa
     for rejected in (too_many, too_many_dry_run):
         assert rejected.exit_code == 2
         assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
+
+
+@pytest.mark.parametrize("process", ["raylet", "gcs_server", "head"])
+def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path: Path):
+    yaml = config(files, tmp_path / "lost.yaml", run_name=f"lost-{process}", max_steps=4000, num_epochs=None)
+    with ray_cluster(cpus=2) as cluster, started(yaml, cluster.variables) as job:
+        job.wait_for_line("step 3/")
+        cluster.kill_head(process)
+        killed = time.monotonic()
+        finished = job.end()
+        assert time.monotonic() - killed < 20
+    assert finished.exit_code == 1, finished.errors
+    assert_names(finished.result["reason"], "cluster was lost", ".out", "same command")
+    assert finished.errors.count("error: ") == 1
+    assert "Traceback" not in finished.errors
+
+
+def test_busy_cluster_is_reported_while_a_job_waits(files: Path, tmp_path: Path):
+    first = config(files, tmp_path / "first.yaml", run_name="first", max_steps=9000, num_epochs=None)
+    second = config(files, tmp_path / "second.yaml", run_name="second", num_devices=1, max_steps=1)
+    with ray_cluster(cpus=2) as cluster, started(first, cluster.variables) as job:
+        job.wait_for_line("step 1/")
+        dry_run = run_main(second, "--dry-run", "--json", variables=cluster.variables)
+        with started(second, cluster.variables) as waiting:
+            waiting.wait_for_line("waiting until other work")
+            job.process.send_signal(signal.SIGTERM)
+            finished = waiting.end()
+    assert_names(dry_run.result["cluster"], "not free", "CPU 1 (has 2, free 0)")
+    assert finished.exit_code == 0, finished.errors
+    (line,) = [line for line in finished.errors.splitlines() if "waiting until" in line]
+    assert re.search(r"CPU 1 \(has 2, free 0\), since \d\d:\d\d:\d\d$", line), line
 
 
 @needs_ray_default

@@ -384,6 +384,41 @@ def test_signal_before_the_first_step_exits_without_a_result(files: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_stop_command_commits_a_checkpoint_and_remove_deletes_the_run(files: Path, tmp_path: Path):
+    """The command finds the driver through the run's storage only."""
+    config = write_yaml(
+        tmp_path / "asked.yaml", settings(files, **LONG | {"max_steps": 9000}, run_name="asked")
+    )
+    run = files / "runs" / "asked"
+    with started(config) as job:
+        job.wait_for_line("step 3/")
+        stopped = run_main(Path("stop"), str(run), "--json")
+        finished = job.end()
+    assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
+    assert stopped.exit_code == 0, stopped.errors
+    assert (stopped.result["status"], stopped.result["steps"]) == ("stopped", finished.result["train_steps"])
+    assert finished.result["last_checkpoint"].endswith(f"step-{stopped.result['steps']:06d}")
+    assert "main.py stop" in finished.errors
+    assert not (run / "stop").exists()
+    removed = run_main(Path("remove"), str(run), "--yes")
+    assert removed.exit_code == 0, removed.errors
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_killed_driver_is_reported_by_its_parent(files: Path, tmp_path: Path):
+    config = write_yaml(tmp_path / "killed.yaml", settings(files, **LONG, run_name="killed"))
+    with started(config) as job:
+        job.wait_for_line("starting the workers")
+        (driver,) = psutil.Process(job.process.pid).children()
+        driver.kill()
+        finished = job.end()
+    assert finished.exit_code == 128 + signal.SIGKILL
+    (line,) = [line for line in finished.errors.splitlines() if line.startswith("error: ")]
+    assert_names(line, "SIGKILL", str(files / "scratch" / "logs"), f"main.py {config}")
+
+
+@pytest.mark.slow
 def test_lost_worker_without_retries_fails_the_run_and_a_rerun_resumes(files: Path, tmp_path: Path):
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
     with started(config) as job:
@@ -424,31 +459,37 @@ def test_lost_worker_within_max_failures_restarts_from_the_latest_checkpoint(fil
 
 
 @pytest.mark.slow
-def test_rerun_resumes_after_the_cluster_was_lost(files: Path, tmp_path: Path):
-    """The raylet is killed; Ray may then terminate the driver too."""
-    config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name="cluster"))
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_lost_cluster_is_reported_and_a_rerun_resumes(process: str, files: Path, tmp_path: Path):
+    """Ray itself would terminate the driver without a message, after 15 s or a minute."""
+    name = f"cluster-{process}"
+    config = write_yaml(tmp_path / "cluster.yaml", settings(files, **LONG, **EVERY_50, run_name=name))
     with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as job:
         job.wait_for_line("step 75/")
         job.wait_until(
-            lambda: read_metrics(files / "runs" / "cluster")[-1]["step"] > 50, "losses after a checkpoint"
+            lambda: read_metrics(files / "runs" / name)[-1]["step"] > 50, "losses after a checkpoint"
         )
-        (listed,) = (run for run in list_runs(str(files / "runs")) if run.run_name == "cluster")
+        (listed,) = (run for run in list_runs(str(files / "runs")) if run.run_name == name)
         assert listed.status == "running"
         assert 50 < listed.steps <= 75
-        (raylet,) = [
-            process
-            for process in psutil.Process(job.process.pid).children(recursive=True)
-            if process.name() == "raylet"
+        (victim,) = [
+            child
+            for child in psutil.Process(job.process.pid).children(recursive=True)
+            if child.name() == process
         ]
-        raylet.kill()
+        victim.kill()
+        killed = time.monotonic()
         finished = job.end()
+        assert time.monotonic() - killed < 20
     assert finished.exit_code == 1, finished.errors
-    if finished.output:  # otherwise Ray terminated the driver
-        assert_names(finished.result["reason"], "cluster", "lost")
+    assert_names(
+        finished.result["reason"], "cluster was lost", f"{process}.out", "same command", "step-000050"
+    )
+    assert finished.errors.count("error: ") == 1
     assert "Traceback" not in finished.errors
     recovered = run_main(config, "--json")
     assert recovered.exit_code == 0, recovered.errors
-    assert list((files / "scratch" / "runs" / "cluster").rglob("restored")) == []
+    assert list((files / "scratch" / "runs" / name).rglob("restored")) == []
     assert recovered.result["train_steps"] == STEPS
 
 
@@ -486,6 +527,22 @@ def test_full_disk_raises_an_error_and_a_rerun_resumes(files: Path, tmp_path: Pa
     assert recovered.result["train_steps"] == 100
     steps = [line["step"] for line in read_metrics(files / "runs" / "full") if "loss" in line]
     assert steps == list(range(1, 101))
+
+
+@pytest.mark.slow
+def test_disk_without_room_for_a_checkpoint_is_rejected_in_the_plan(files: Path, tmp_path: Path):
+    require_small_disks(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = write_yaml(tmp_path / "small.yaml", settings(files, run_name="small"))
+    for key in ("output_dir", "storage_path"):
+        with started(
+            config, within=small_disk_prefix(disk, "800k"), arguments=[f"{key}={disk}", "--dry-run"]
+        ) as job:
+            finished = job.end()
+        assert finished.exit_code == 2, finished.errors
+        assert_names(finished.errors, f"error: {key}: ", str(disk), "free")
+        assert "Traceback" not in finished.errors
 
 
 @pytest.mark.slow

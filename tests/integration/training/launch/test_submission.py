@@ -160,7 +160,7 @@ def test_stopped_job_is_resumed_by_the_same_command(
         detached = job.end()
     assert detached.exit_code == 130
     assert "Traceback" not in detached.errors
-    stop = re.findall(r"interrupted: .*: (.*)$", detached.errors, re.M)[-1]
+    stop = re.findall(r"interrupted by SIGINT: .*: (.*)$", detached.errors, re.M)[-1]
     run_ray_command(shlex.split(stop), laptop)
     for name, value in aws_variables(bucket).items():
         monkeypatch.setenv(name, value)

@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from configs.loading import ConfigError, load_config
 from tests.support.jobs import PROJECT, write_yaml
+from tests.support.own_buckets import set_up_own_bucket
 from training.launch import packaging
 from training.launch.packaging import CODE, Package, pack
-from utils.storage.bucket import NotFoundError
+from utils.storage.bucket import NotFoundError, open_store
+from utils.storage.embedded_bucket import EmbeddedBucket
 
 
 @pytest.fixture
@@ -143,3 +146,26 @@ def test_uri_in_the_embedded_bucket_raises_an_error_with_its_key(pack_run, chang
 def test_relative_storage_path_raises_an_error(pack_run):
     with pytest.raises(ConfigError, match=r"^storage_path: runs .*cluster"):
         pack_run(storage_path="runs")
+
+
+def test_base_model_of_an_adapter_is_uploaded_to_the_storage_path(
+    pack_run, local_files: Path, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
+):
+    """The job's directory is deleted after the job, but chat and export need the base model."""
+    storage = f"{set_up_own_bucket(monkeypatch, bucket, 'packed')}/runs"
+    package = pack_run(
+        model_id=f"{local_files / 'model'}/", storage_path=storage, lora_config={"r": 4}, learning_rate=1e-3
+    )
+    uri = package.loaded.config.model_id
+    assert uri.startswith(f"{storage}/models/model-")
+    assert open_store(uri).read("config.json") == b"model/config.json"
+    assert contents(package) == {}
+    written = yaml.safe_load((package.directory / package.yaml).read_text())
+    assert set(written) == {"model_id", "train_path", "storage_path", "lora_config", "learning_rate"}, (
+        "a key that the user did not write would be warned about in the job"
+    )
+
+
+def test_base_model_of_an_adapter_needs_a_place_that_stays(pack_run, local_files: Path):
+    with pytest.raises(ConfigError, match=r"^model_id: .*after the job.*file:///"):
+        pack_run(model_id=str(local_files / "model"), storage_path="/mnt/shared", lora_config={"r": 4})

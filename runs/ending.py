@@ -1,0 +1,112 @@
+"""Stop a run wherever its driver is, and remove a run that no other run needs."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+
+from configs.loading import flat
+from runs.layout import (
+    MANIFEST_FILE,
+    RESULT_FILE,
+    USES,
+    CheckpointUse,
+    StopRequest,
+    lease_key,
+    run_of,
+    stop_key,
+)
+from runs.listing import RunSummary, check_run, latest_lease, lives, summarize
+from runs.reading import read_config, read_result
+from utils.errors import AnnealError
+from utils.processes import user_and_host
+from utils.storage.bucket import NotFoundError, Store, is_remote, local_path, open_store
+
+_POLL_SECONDS = 1.0
+_STARTS = ("initial_base_model_ckpt_path", "initial_adapter_model_ckpt_path", "resume_from_checkpoint")
+
+
+class NotStoppedError(AnnealError):
+    """A run without a driver that could stop; the message says what to do instead."""
+
+
+class InUseError(AnnealError):
+    """A run that must not be removed; the message names what uses it."""
+
+
+def stop_run(uri: str, progress: Callable[[str], None]) -> RunSummary:
+    """Ask the driver of a run to commit a checkpoint and exit; return the run's state once the driver has exited."""
+    run = find_run(uri)
+    store = open_store(uri)
+    lease, _ = latest_lease(store, "")
+    if run.status != "running" or lease is None:
+        raise NotStoppedError(
+            f"{uri}: no driver trains this run (status: {run.status}). There is nothing to stop."
+        )
+    request = StopRequest(requested_by=user_and_host())
+    store.write(stop_key(lease.token), request.model_dump_json().encode())
+    progress(f"waiting for {lease.owner} to commit a checkpoint and exit (Ctrl-C ends only this wait)")
+    while lives(lease, store.age(lease_key(lease.number))) and _is_latest(store, lease.token):
+        time.sleep(_POLL_SECONDS)
+    store.delete([stop_key(lease.token)])
+    return find_run(uri, before=run)
+
+
+def _is_latest(store: Store, token: str) -> bool:
+    lease, _ = latest_lease(store, "")
+    return lease is not None and lease.token == token
+
+
+def find_run(uri: str, *, before: RunSummary | None = None) -> RunSummary:
+    """Return the state of a run; `before`, if it left nothing; raise NotFoundError if there is no run."""
+    if run_of(uri):
+        raise NotFoundError(f"{uri} is a checkpoint. Give the URI of its run: {run_of(uri)}")
+    if before is None:
+        check_run(uri)
+    found = summarize(open_store(uri), "") or before
+    if found is None:
+        raise NotFoundError(f"{uri}: there is no run. Give the URI of a run, or run:NAME")
+    return found
+
+
+def check_removable(run: RunSummary) -> None:
+    """Raise InUseError for a run that is being trained, or that another run started from."""
+    if run.status == "running":
+        raise InUseError(f"{run.run_uri} is running. Stop it first: main.py stop {run.run_uri}")
+    users = sorted(set(_users(run.run_uri)))
+    if users:
+        raise InUseError(
+            f"{run.run_uri}: other runs started from it: {', '.join(users)}. Remove those first, or keep it."
+        )
+
+
+def remove_run(run: RunSummary) -> int:
+    """Delete all objects of a run, manifests first, so that no partial checkpoint is ever visible; return their number."""
+    store = open_store(run.run_uri)
+    keys = [item.key for item in store.list()]
+    store.abort_stale_uploads()
+    store.delete(sorted(keys, key=lambda key: PurePosixPath(key).name != MANIFEST_FILE))
+    if not is_remote(run.run_uri):
+        local_path(run.run_uri).rmdir()
+    return len(keys)
+
+
+def _users(uri: str) -> Iterator[str]:
+    """Return the runs that started from a run: those that still need a checkpoint, and the others in the same storage path."""
+    store = open_store(uri)
+    for item in store.list(f"{USES}/"):
+        if (content := store.read_if_exists(item.key)) is not None:
+            yield CheckpointUse.model_validate_json(content).run_uri
+    storage, _, name = uri.rstrip("/").rpartition("/")
+    runs = open_store(storage)
+    for other in runs.directories():
+        if other != name and _started_from(runs, other, uri, name):
+            yield runs.uri_of(other)
+
+
+def _started_from(runs: Store, other: str, uri: str, name: str) -> bool:
+    result = read_result(runs, f"{other}/{RESULT_FILE}")
+    if result is not None and result.parent is not None and run_of(result.parent) == uri:
+        return True
+    config = read_config(open_store(runs.uri_of(other)))
+    starts = [value for key, value in flat(config.keys).items() if key in _STARTS and value] if config else []
+    return any(start in (uri, f"run:{name}") or start.startswith(f"{uri}/") for start in starts)

@@ -1,0 +1,98 @@
+"""Signals in every phase of a run: the exit code, one line that names the signal, and nothing left behind."""
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.jobs import Job, started, tiny_settings, write_yaml
+from tests.support.tiny_model import make_model_and_data
+
+pytestmark = pytest.mark.timeout(400)
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_and_data(tmp_path_factory.mktemp("signals"))
+
+
+def _descendants(job: Job) -> list[psutil.Process]:
+    return psutil.Process(job.process.pid).children(recursive=True)
+
+
+def _runs(name: str) -> Callable[[Job], bool]:
+    def runs(job: Job) -> bool:
+        with suppress(psutil.NoSuchProcess):  # a descendant has just exited
+            return any(process.name() == name for process in _descendants(job))
+        return False
+
+    return runs
+
+
+PHASES: dict[str, tuple[Callable[[Job], bool], int]] = {
+    "planning": (lambda job: "checking the rows" in job.errors, 10_000),
+    "starting Ray": (_runs("gcs_server"), 10_000),
+    "starting the workers": (lambda job: bool(job.workers()), 10_000),
+    "training": (lambda job: "step 3/" in job.errors, 10_000),
+    "committing": (lambda job: "checkpoint " in job.errors, 10_000),
+    "after the last step": (lambda job: f"step {STEPS}/" in job.errors, STEPS),
+}
+"""When each phase has begun, and the steps of the run. While it trains, the run commits a checkpoint in every step."""
+
+SENT = {
+    "SIGTERM": [signal.SIGTERM],
+    "SIGINT": [signal.SIGINT],
+    "twice": [signal.SIGTERM, signal.SIGTERM],
+}
+FAST = {("planning", "SIGTERM"), ("starting Ray", "SIGINT")}
+
+
+@pytest.mark.parametrize(
+    ("phase", "sent"),
+    [
+        pytest.param(phase, sent, marks=() if (phase, sent) in FAST else pytest.mark.slow)
+        for phase in PHASES
+        for sent in SENT
+    ],
+)
+def test_signal_ends_the_run_with_its_code_and_one_line(phase: str, sent: str, files: Path, tmp_path: Path):
+    has_begun, steps = PHASES[phase]
+    name = f"{phase}-{sent}".replace(" ", "-").lower()
+    settings = {
+        "run_name": name,
+        "num_devices": 1,
+        "train_batch_size_per_device": 4,
+        "max_steps": steps,
+        "valid_path": None,
+        "lora_config": {"r": 4},
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
+    }
+    config = write_yaml(tmp_path / "run.yaml", tiny_settings(files) | settings)
+    first, *second = SENT[sent]
+    with started(config) as job:
+        job.wait_until(lambda: has_begun(job), phase)
+        processes = _descendants(job)
+        job.process.send_signal(first)
+        for number in second:
+            time.sleep(0.3)  # two pending signals of one kind are one signal
+            job.process.send_signal(number)
+        finished = job.end()
+    run = files / "runs" / name
+    lines = [line for line in finished.errors.splitlines() if first.name in line]
+    completed = bool(finished.output) and finished.result["status"] == "completed"
+    assert "Traceback" not in finished.errors
+    if completed:
+        assert phase == "after the last step", "only then is there nothing left to stop"
+        assert (finished.exit_code, lines) == (0, [])
+    else:
+        assert finished.exit_code == 128 + first, finished.errors
+        assert len(lines) == 1, finished.errors
+    assert run.exists() == (run / "config.yaml").exists(), "an empty run directory is left"
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
