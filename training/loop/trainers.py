@@ -358,7 +358,7 @@ def base_of(model: Any) -> Any:
 def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
     """Make PEFT's config file reproducible: replace the node's local base path and sort the lists that come from sets."""
     settings = json.loads(adapter_config.read_text("utf-8")) | {"base_model_name_or_path": base_model}
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(settings.get(name), list):
             settings[name].sort()
     adapter_config.write_text(json.dumps(settings, indent=2), "utf-8")

@@ -43,16 +43,25 @@ def build(request: ModelRequest) -> "PreTrainedModel":
 
 
 def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
-    """Link the adapter into a directory with a config that has the local base path and a task type.
+    """Link the adapter into a directory with a config that has the local base path, a task type and no initialization.
 
-    Unsloth loads the base from that path, and on a GPU it rejects an adapter without a task type.
+    Unsloth loads the base from that path, and on a GPU it rejects an adapter without a task type. See also `loaded_config`.
     """
     for file in adapter.iterdir():
         (directory / file.name).symlink_to(file.absolute())
     settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     (directory / "adapter_config.json").unlink()
     (directory / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}), "utf-8"
+        json.dumps(
+            settings
+            | {
+                "base_model_name_or_path": str(base),
+                "task_type": "CAUSAL_LM",
+                "init_lora_weights": True,
+                "eva_config": None,
+            }
+        ),
+        "utf-8",
     )
     return directory
 
