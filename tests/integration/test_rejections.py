@@ -421,6 +421,21 @@ def test_adapter_that_would_train_nothing_raises_an_error_with_the_key(
     assert fix in message
 
 
+def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error(
+    rejected: Rejected, damaged_model: Path, tmp_path: Path
+):
+    file = damaged_model / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"temperature": 0.6}))
+    config = config_file(tmp_path, damaged_model)
+    finished = run_main_quickly(config, "--dry-run", "--json")
+    (warning,) = [line for line in finished.result["warnings"] if "generation config" in line]
+    assert_names(warning, str(damaged_model), "temperature", "do_sample")
+    file.write_text(json.dumps(settings | {"num_return_sequences": 2}))
+    message = rejected(model_id=str(damaged_model))
+    assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
+
+
 def test_preference_tuning_with_trained_biases_raises_an_error(rejected: Rejected, tmp_path: Path):
     """PEFT disables an adapter without restoring the biases, so the reference would hold the trained ones."""
     model = make_model(tmp_path / "biased", kind=Qwen2Config)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, s
 from configs.schema import LoraConfig
 from training.models import varlen_attention
 from training.models.attention import Implementation, plain_attention
+from training.models.generation import remove_ignored
 from training.models.kernels import Device
 from training.models.request import REFERENCE_ADAPTER, ModelRequest
 
@@ -79,6 +80,8 @@ def load_weights(
         use_safetensors=True,
         **arguments,
     )
+    if model.generation_config is not None:
+        remove_ignored(model.generation_config)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, set_seed
 from training.models import torch_provider
 from training.models.architecture import count_experts
 from training.models.files import ModelError, first_line
+from training.models.generation import remove_ignored
 from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
 from training.models.request import ModelRequest
 
@@ -108,6 +109,8 @@ def _load(directory: Path, request: ModelRequest) -> Any:
                 f"kernels: unsloth: {first_line(error).rstrip('.')}. Set kernels: {'liger' if on_gpu else 'torch'}."
             ) from error
         raise
+    if model.generation_config is not None:
+        remove_ignored(model.generation_config)
     model.config.use_cache = False  # evaluation would fill the KV cache of every layer
     if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
         # Unsloth silently falls back to 16 bits.

@@ -46,6 +46,7 @@ from training.models.files import (
     read_model_facts,
     targeted_modules,
 )
+from training.models.generation import check_savable
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer, read_chat_template
 from training.planning import warnings as plan_warnings
@@ -132,6 +133,8 @@ class Model:
     """Dimensions; None for unsupported architectures."""
     traits: AttentionTraits
     attention: Attention
+    ignored_settings: list[str]
+    """Generation settings that have no effect and are not saved."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
@@ -288,6 +291,11 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         shapes = parameter_shapes(directory, base, trust_remote_code=trust)
         facts = replace(facts, parameter_shapes=shapes)
     check_quantization(config, facts)
+    ignored = (
+        check_savable(directory, base, trust_remote_code=trust)
+        if config.export or not config.trains_adapter
+        else []
+    )
     with about_key("export"):
         check_export(config, facts)
     template = read_chat_template(config)
@@ -301,6 +309,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         shape=shape,
         traits=traits,
         attention=attention,
+        ignored_settings=ignored,
         tokenizer_directory=directory,
         tokenizer=tokenizer,
         chat_template=template,
@@ -526,6 +535,7 @@ def _warnings(
 ) -> Iterator[str]:
     config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
+    yield from plan_warnings.generation_warnings(model.facts.source, model.ignored_settings)
     yield from plan_warnings.attention_warnings(config, model.facts, model.attention, device)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)
