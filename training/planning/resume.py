@@ -13,7 +13,7 @@ from training.planning.paths import about_key, absolute
 from utils.storage.bucket import Store, check_readable, is_remote, open_store
 
 # A restored trainer state retains its position in the rows, its optimizer and its schedule. Keys that determine none of
-# them may change; a longer run stretches the schedule over the remaining steps.
+# them may change; a longer run takes its schedule over the new length.
 MAY_CHANGE_WITH_COMPLETE_STATE = NOT_IN_HASH | {
     "num_epochs",
     "max_steps",

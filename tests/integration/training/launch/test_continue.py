@@ -408,6 +408,26 @@ def test_extended_run_has_the_losses_of_an_uninterrupted_run(files: Path):
     assert losses["extended"] == losses["uninterrupted"]
 
 
+def test_extended_run_takes_its_schedule_over_the_new_length(files: Path):
+    """The shorter run's cosine has ended at 0, but no further step is taken at rate 0."""
+    rates: dict[str, list[float]] = {}
+    for name, more in (
+        ("cosine-short", {"num_epochs": 1}),
+        ("cosine-extended", {"num_epochs": 2, "resume_from_checkpoint": "run:cosine-short"}),
+    ):
+        cosine = settings(files, run_name=name, lora_config=LORA, lr_scheduler_type="cosine", **more)
+        finished = run_main(write_yaml(files / f"{name}.yaml", cosine), "--json")
+        assert finished.exit_code == 0, finished.errors
+        lines = read_metrics(files / "runs" / name)
+        rates[name] = [line["learning_rate"] for line in lines if "loss" in line]
+
+    def cosine_rates(steps: int) -> list[float]:
+        return [2e-2 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+
+    assert rates["cosine-short"] == pytest.approx(cosine_rates(5))
+    assert rates["cosine-extended"] == pytest.approx(cosine_rates(5) + cosine_rates(10)[5:])
+
+
 def test_resume_from_checkpoint_reports_each_incompatible_setting(files: Path, adapter_run: dict[str, Any]):
     extension = {
         "run_name": "extension",
