@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config
+import torch
+from transformers import Gemma2Config, Qwen2Config
 
 from main import main
+from tests.support.adapters import change_tensors, write_adapter
 from tests.support.faults import require_small_disks, small_disk_prefix
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, CompletedCommand, command, environment, run_main, write_yaml
 from tests.support.messages import assert_names
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model, write_data, write_preference_pairs
 from utils.storage.bucket import open_store, upload_directory
 from utils.storage.embedded_bucket import EmbeddedBucket
 
@@ -386,6 +388,69 @@ def test_adapter_as_model_id_raises_an_error_with_the_adapter_key(rejected: Reje
     message = rejected(model_id=str(tmp_path / "adapter"))
     assert message.startswith(f"model {tmp_path}/adapter: ")
     assert_names(message, "config.json is missing", "adapter_config.json", "initial_adapter_model_ckpt_path")
+
+
+def test_adapter_whose_file_differs_from_its_config_raises_an_error_with_the_tensor(
+    rejected: Rejected, tiny_model: Path, tmp_path: Path
+):
+    adapter = write_adapter(tmp_path / "adapter", tiny_model)
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    change_tensors(adapter, lambda tensors: {name: value for name, value in tensors.items() if name != first})
+    message = rejected(initial_adapter_model_ckpt_path=str(adapter))
+    assert message.startswith(f"initial_adapter_model_ckpt_path: {adapter}/adapter_model.safetensors ")
+    assert_names(message, first, "missing", "model_id")
+    change_tensors(adapter, lambda tensors: {**tensors, first: torch.full((64, 4), float("nan"))})
+    message = rejected(initial_adapter_model_ckpt_path=str(adapter))
+    assert_names(message, f"{adapter}/adapter_model.safetensors", first, "NaN")
+
+
+@pytest.mark.parametrize(
+    ("lora", "place", "fix"),
+    [
+        ({"modules_to_save": ["lm_heda"]}, "lora_config.modules_to_save: lm_heda ", "Correct the name"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lora_config: target_modules ", "modules_to_save"),
+        ({"lora_bias": True}, "lora_config: lora_bias ", "Remove lora_bias"),
+    ],
+    ids=str,
+)
+def test_adapter_that_would_train_nothing_raises_an_error_with_the_key(
+    rejected: Rejected, lora: dict[str, Any], place: str, fix: str
+):
+    message = rejected(lora_config=lora)
+    assert message.startswith(place)
+    assert fix in message
+
+
+def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error(
+    rejected: Rejected, damaged_model: Path, tmp_path: Path
+):
+    file = damaged_model / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"temperature": 0.6}))
+    config = config_file(tmp_path, damaged_model)
+    finished = run_main_quickly(config, "--dry-run", "--json")
+    (warning,) = [line for line in finished.result["warnings"] if "generation config" in line]
+    assert_names(warning, str(damaged_model), "temperature", "do_sample")
+    file.write_text(json.dumps(settings | {"num_return_sequences": 2}))
+    message = rejected(model_id=str(damaged_model))
+    assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
+
+
+def test_preference_tuning_with_trained_biases_raises_an_error(rejected: Rejected, tmp_path: Path):
+    """PEFT disables an adapter without restoring the biases, so the reference would hold the trained ones."""
+    model = make_model(tmp_path / "biased", kind=Qwen2Config)
+    train, valid = write_preference_pairs(tmp_path)
+    settings = {
+        "model_id": str(model),
+        "task": "preference_tuning",
+        "train_path": str(train),
+        "valid_path": str(valid),
+    }
+    message = rejected(**settings, lora_config={"bias": "lora_only"})
+    assert_names(message, "lora_config: bias ", "dpo", "bias: none")
+    adapter = write_adapter(tmp_path / "adapter", model, bias="all")
+    message = rejected(**settings, initial_adapter_model_ckpt_path=str(adapter))
+    assert_names(message, f"adapter {adapter}: bias ", "orpo")
 
 
 def test_model_as_adapter_raises_an_error_with_the_model_key(rejected: Rejected, tiny_model: Path):

@@ -16,6 +16,7 @@ _fork_server.set_forkserver_preload(
         "training.launch.display",
         "training.planning.planner",
         "transformers.models.auto.tokenization_auto",
+        "peft",
         "boto3.session",
         "s3transfer.manager",
         "pandas",

@@ -78,10 +78,9 @@ class TrainedModel:
     def load(self, device: Device) -> "PreTrainedModel":
         """Load the model on a device, in evaluation mode and with the KV cache enabled."""
         with importing():
-            import peft
             import torch
 
-            from training.models.torch_provider import load_weights
+            from training.models.torch_provider import attach_adapter, load_weights
 
         weights, base = self.weights(), self.base_weights()
         model = load_weights(
@@ -92,11 +91,11 @@ class TrainedModel:
             trust_remote_code=self.config.trust_remote_code,
         )
         if base is not None:
-            model = peft.PeftModel.from_pretrained(model, weights)  # pyright: ignore[reportArgumentType]
+            model = attach_adapter(model, weights)
         model.config.use_cache = True
         if device == "cuda" and not self.config.load_in_4bit:
             model.to(torch.device(device))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return model.eval()  # pyright: ignore[reportReturnType]
+        return model.eval()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 from pydantic import ValidationError
@@ -199,9 +199,7 @@ def _write_model(
     trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
 ) -> None:
     """Write the model with one copy in memory: PEFT merges layer by layer in uri, transformers writes shard by shard."""
-    import peft
-
-    from training.models.torch_provider import load_weights
+    from training.models.torch_provider import attach_adapter, load_weights
 
     assert planned.dtype is not None
     weights, base = trained.weights(), trained.base_weights()
@@ -210,8 +208,8 @@ def _write_model(
     )
     if base is not None:
         progress("merging")
-        adapted = peft.PeftModel.from_pretrained(model, weights)  # pyright: ignore[reportArgumentType]
-        model = adapted.merge_and_unload(safe_merge=False)  # pyright: ignore[reportCallIssue]
+        adapted: Any = attach_adapter(model, weights)
+        model = adapted.merge_and_unload(safe_merge=False)
     model.config.use_cache = True  # disabled during training
     if model.generation_config is not None:
         stops = stop_tokens(model, trained.tokenizer())

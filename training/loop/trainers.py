@@ -267,7 +267,10 @@ class FineTuningTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and not self.is_deepspeed_enabled:
+        if checkpoint is None:
+            return
+        set_learning_rates(self.optimizer, self.lr_scheduler)
+        if not self.is_deepspeed_enabled:
             page_states(self.optimizer)
 
     def _evaluate(self, *arguments: Any, **keywords: Any) -> Any:
@@ -359,10 +362,26 @@ def base_of(model: Any) -> Any:
 def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
     """Make PEFT's config file reproducible: replace the node's local base path and sort the lists that come from sets."""
     settings = json.loads(adapter_config.read_text("utf-8")) | {"base_model_name_or_path": base_model}
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(settings.get(name), list):
             settings[name].sort()
     adapter_config.write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+def set_learning_rates(optimizer: Any, scheduler: Any) -> None:
+    """Set the learning rates of the next step from the schedule.
+
+    The restored rates are those of the checkpoint's schedule. Those of a run that is now longer differ: a cosine or linear
+    schedule has ended at 0 there.
+    """
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    rates = [
+        base * rate(schedule.last_epoch)
+        for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def page_states(optimizer: Any) -> None:

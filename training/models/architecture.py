@@ -6,7 +6,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from configs.schema import LoraConfig
 from training.models.files import ModelError, first_line
 from utils.processes import importing
 
@@ -136,31 +135,11 @@ def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> N
 
 def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every parameter before quantization."""
-    model = _model_on_meta_device(directory, source, trust_remote_code)
+    model = model_on_meta_device(directory, source, trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def adapter_shapes(
-    directory: Path, source: str, lora: LoraConfig, *, trust_remote_code: bool
-) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every trainable parameter after PEFT adds a new adapter."""
-    import peft
-    import torch
-
-    model = _model_on_meta_device(directory, source, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            # Initialization does not affect shapes, and some methods do not work on the meta device.
-            settings: dict[str, Any] = lora.model_dump() | {"init_lora_weights": True}
-            adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    except ValueError as error:
-        raise ModelError(
-            f"lora_config: PEFT cannot add this adapter to {source}: {first_line(error)}"
-        ) from error
-    return {name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad}
-
-
-def _model_on_meta_device(directory: Path, source: str, trust_remote_code: bool) -> Any:
+def model_on_meta_device(directory: Path, source: str, trust_remote_code: bool) -> Any:
     """Build the model on PyTorch's meta device, before quantization."""
     import torch
 

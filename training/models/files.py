@@ -20,6 +20,8 @@ _MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"
 _OUR_FILES = {"trainer_state.json", "MANIFEST.json", "EXPORT.json"}
 _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+"""PEFT's name of an adapter's weights."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
 _BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
@@ -196,34 +198,7 @@ class AdapterFacts:
     lora: dict[str, Any]
     """Content of adapter_config.json."""
     parameter_shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def modules(self) -> dict[str, tuple[int, int]]:
-        """Return adapted module, by its name in the base model -> (outputs, inputs) of its matrix."""
-        down = {
-            name.split(".lora_A.")[0]: shape
-            for name, shape in self.parameter_shapes.items()
-            if ".lora_A." in name
-        }
-        up = {
-            name.split(".lora_B.")[0]: shape
-            for name, shape in self.parameter_shapes.items()
-            if ".lora_B." in name
-        }
-        return {
-            name.removeprefix("base_model.model."): (up[name][0], down[name][1])
-            for name in down
-            if name in up
-        }
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Return the rank of each adapted module, by its name in the base model."""
-        return {
-            name.split(".lora_A.")[0].removeprefix("base_model.model."): shape[0]
-            for name, shape in self.parameter_shapes.items()
-            if ".lora_A." in name
-        }
+    """Name -> shape of each tensor in adapter_model.safetensors."""
 
 
 def read_adapter_facts(source: str) -> AdapterFacts:
@@ -237,9 +212,9 @@ def read_adapter_facts(source: str) -> AdapterFacts:
             else " Use the path of a checkpoint (…/checkpoints/step-000120) or of a completed run."
         )
         raise ModelError(f"adapter {source}: adapter_config.json is missing (found: {_some(names)}).{hint}")
-    if "adapter_model.safetensors" not in names:
+    if ADAPTER_FILE not in names:
         raise ModelError(
-            f"adapter {source}: adapter_model.safetensors is missing (found: {_some(names)}). Pickled adapters (.bin) are "
+            f"adapter {source}: {ADAPTER_FILE} is missing (found: {_some(names)}). Pickled adapters (.bin) are "
             "rejected because unpickling can execute code. If you trust the file, load it and save it again with save_pretrained()."
         )
     config = _read_json(store, "adapter_config.json")
@@ -247,7 +222,7 @@ def read_adapter_facts(source: str) -> AdapterFacts:
         raise ModelError(
             f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
-    shapes = _read_shapes(store, "adapter_model.safetensors", names["adapter_model.safetensors"])
+    shapes = _read_shapes(store, ADAPTER_FILE, names[ADAPTER_FILE])
     return AdapterFacts(source, config.get("base_model_name_or_path") or "", config, shapes)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, s
 from configs.schema import LoraConfig
 from training.models import varlen_attention
 from training.models.attention import Implementation, plain_attention
+from training.models.generation import remove_ignored
 from training.models.kernels import Device
 from training.models.request import REFERENCE_ADAPTER, ModelRequest
 
@@ -79,6 +80,8 @@ def load_weights(
         use_safetensors=True,
         **arguments,
     )
+    if model.generation_config is not None:
+        remove_ignored(model.generation_config)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
@@ -103,22 +106,52 @@ def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrained
     # PEFT's prepare_model_for_kbit_training is not used: it casts embeddings and norms, and so the activations, to fp32.
     autocast_adapter = _autocasts_adapter(request)
     if request.adapter_directory is not None:
-        return peft.PeftModel.from_pretrained(
+        return attach_adapter(
             model, request.adapter_directory, is_trainable=True, autocast_adapter_dtype=autocast_adapter
-        )  # pyright: ignore[reportReturnType]
+        )
     assert request.lora is not None
     set_seed(request.seed)
     return peft.get_peft_model(model, peft_config(request.lora), autocast_adapter_dtype=autocast_adapter)  # pyright: ignore
 
 
+def attach_adapter(model: "PreTrainedModel", directory: Path, **arguments: Any) -> "PreTrainedModel":
+    """Attach a stored adapter to its base model.
+
+    Args:
+        model: The base model.
+        directory: Local directory of the adapter.
+        arguments: Passed to PEFT's `from_pretrained`.
+    """
+    return peft.PeftModel.from_pretrained(model, directory, config=loaded_config(directory), **arguments)  # pyright: ignore
+
+
+def loaded_config(directory: Path) -> peft.LoraConfig:
+    """Read an adapter's config for loading its weights.
+
+    The initialization is skipped: some would only be overwritten, and EVA needs data. A task type of another architecture would
+    make PEFT pass other inputs to the model.
+    """
+    settings = peft.LoraConfig.from_pretrained(str(directory))
+    assert isinstance(settings, peft.LoraConfig)
+    settings.init_lora_weights = True
+    settings.eva_config = None
+    settings.task_type = "CAUSAL_LM"
+    return settings
+
+
 def add_frozen_copy(model: "PreTrainedModel", request: ModelRequest) -> None:
     """Load the continued adapter a second time, frozen, as REFERENCE_ADAPTER."""
     assert isinstance(model, peft.PeftModel)
+    assert request.adapter_directory is not None
+    autocast_adapter = _autocasts_adapter(request)
+    settings = loaded_config(request.adapter_directory)
+    settings.inference_mode = True
+    model.add_adapter(REFERENCE_ADAPTER, settings, autocast_adapter_dtype=autocast_adapter)
     model.load_adapter(
         str(request.adapter_directory),
         REFERENCE_ADAPTER,
         is_trainable=False,
-        autocast_adapter_dtype=_autocasts_adapter(request),
+        autocast_adapter_dtype=autocast_adapter,
     )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, set_seed
 from training.models import torch_provider
 from training.models.architecture import count_experts
 from training.models.files import ModelError, first_line
+from training.models.generation import remove_ignored
 from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
 from training.models.request import ModelRequest
 
@@ -43,16 +44,25 @@ def build(request: ModelRequest) -> "PreTrainedModel":
 
 
 def _adapter_on(base: Path, adapter: Path, directory: Path) -> Path:
-    """Link the adapter into a directory with a config that has the local base path and a task type.
+    """Link the adapter into a directory with a config that has the local base path, a task type and no initialization.
 
-    Unsloth loads the base from that path, and on a GPU it rejects an adapter without a task type.
+    Unsloth loads the base from that path, and on a GPU it rejects an adapter without a task type. See also `loaded_config`.
     """
     for file in adapter.iterdir():
         (directory / file.name).symlink_to(file.absolute())
     settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     (directory / "adapter_config.json").unlink()
     (directory / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}), "utf-8"
+        json.dumps(
+            settings
+            | {
+                "base_model_name_or_path": str(base),
+                "task_type": "CAUSAL_LM",
+                "init_lora_weights": True,
+                "eva_config": None,
+            }
+        ),
+        "utf-8",
     )
     return directory
 
@@ -99,6 +109,8 @@ def _load(directory: Path, request: ModelRequest) -> Any:
                 f"kernels: unsloth: {first_line(error).rstrip('.')}. Set kernels: {'liger' if on_gpu else 'torch'}."
             ) from error
         raise
+    if model.generation_config is not None:
+        remove_ignored(model.generation_config)
     model.config.use_cache = False  # evaluation would fill the KV cache of every layer
     if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
         # Unsloth silently falls back to 16 bits.

@@ -1,14 +1,23 @@
 """Checks that reject a run before a cluster is started: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import FinetuneConfig, LoraConfig, MlflowLogger, WandbLogger
+from configs.schema import (
+    FinetuneConfig,
+    LoraConfig,
+    MlflowLogger,
+    PreferenceTuningConfig,
+    WandbLogger,
+)
 from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
+from training.models.adapter import AdapterParameters, unmatched_keys
 from training.models.files import (
+    ADAPTER_FILE,
     AdapterFacts,
     ModelError,
     ModelFacts,
@@ -18,7 +27,7 @@ from training.models.files import (
 )
 from training.models.kernels import is_installed
 from training.planning.endpoints import ClusterTarget
-from training.planning.resume import adapter_differences, listed, misfits
+from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
 from utils.storage.bucket import is_remote, missing_bytes
 
@@ -136,19 +145,74 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
     )
 
 
-def check_adapter(config: FinetuneConfig, adapter: AdapterFacts, facts: ModelFacts) -> None:
-    """Check that a continued adapter fits the model and that lora_config matches the adapter."""
-    key = "initial_adapter_model_ckpt_path"
-    wrong = misfits(adapter, facts)
+def check_new_adapter(config: FinetuneConfig, parameters: AdapterParameters, facts: ModelFacts) -> None:
+    """Check that each name in lora_config matches the model, and that the adapter can be trained."""
+    assert config.lora_config is not None
+    if unmatched := list(unmatched_keys(config.lora_config, parameters)):
+        raise ConfigError(
+            f"{unmatched[0]} of {facts.source}"
+            + "".join(f"\n  {line}" for line in unmatched[1:])
+            + "\nCorrect the name, or remove it."
+        )
+    _check_trainable(config, parameters, "lora_config", facts)
+
+
+def check_adapter(
+    config: FinetuneConfig,
+    adapter: AdapterFacts,
+    parameters: AdapterParameters,
+    wrong: Sequence[str],
+    facts: ModelFacts,
+) -> None:
+    """Check that a continued adapter's file fits its configuration and the model, and that it can be trained.
+
+    Args:
+        config: The YAML.
+        adapter: The adapter.
+        parameters: What PEFT builds from its configuration.
+        wrong: The tensors of its file that differ from that.
+        facts: The base model.
+    """
+    file = f"{adapter.source}/{ADAPTER_FILE}"
     if wrong:
         more = [f"… and {len(wrong) - 3} more"] if len(wrong) > 3 else []
         raise ModelError(
-            f"{key}: the adapter {adapter.source} (trained on {adapter.base_model or 'an unnamed model'}) does not fit "
-            f"{facts.source}:\n{listed(wrong[:3] + more)}\nWrite the model that it was trained on as model_id."
+            f"initial_adapter_model_ckpt_path: {file} (trained on {adapter.base_model or 'an unnamed model'}) does not fit its "
+            f"adapter_config.json on the model {facts.source}:\n{listed([*wrong[:3], *more])}\nWrite the model that it was trained on "
+            "as model_id, or restore both files as PEFT's save_pretrained wrote them."
         )
-    changed = adapter_differences(adapter, config.lora_config, facts)
-    if changed:
+    _check_trainable(config, parameters, f"adapter {adapter.source}", facts)
+
+
+def check_same_adapter(
+    adapter: AdapterFacts, lora: LoraConfig, targets: Sequence[str], asked_targets: Sequence[str]
+) -> None:
+    """Check that the YAML's lora_config matches the continued adapter; see `adapter_differences`."""
+    if changed := adapter_differences(adapter, lora, targets, asked_targets):
         raise ConfigError(
-            f"{key}: lora_config differs from the adapter {adapter.source}, which keeps its shape:\n{listed(changed)}\n"
-            "Remove lora_config, or write the adapter's values."
+            f"initial_adapter_model_ckpt_path: lora_config differs from the adapter {adapter.source}, which keeps its shape:\n"
+            f"{listed(changed)}\nRemove lora_config, or write the adapter's values."
+        )
+
+
+def _check_trainable(
+    config: FinetuneConfig, parameters: AdapterParameters, where: str, facts: ModelFacts
+) -> None:
+    """Check that the trainer and the export support what the adapter contains."""
+    if parameters.head in parameters.ranks:
+        raise ConfigError(
+            f"{where}: target_modules contains {parameters.head}, the LM head, but the loss reads the head's weight directly, so its "
+            f"adapter would not be trained. Write modules_to_save: [{parameters.head}] instead."
+        )
+    has_lora_bias = any(name.endswith(".bias") and ".lora_B." in name for name in parameters.trainable)
+    if has_lora_bias and parameters.without_bias:
+        raise ConfigError(
+            f"{where}: lora_bias adds a bias to {parameters.without_bias[0]}, but this layer of {facts.source} has no bias, so the adapter "
+            "could never be merged. Remove lora_bias."
+        )
+    preference = config.preference_tuning_config or PreferenceTuningConfig()
+    if config.task == "preference_tuning" and preference.needs_reference and parameters.trains_biases:
+        raise ConfigError(
+            f"{where}: bias trains biases of the base model, but {preference.loss} compares the model with its state before training, "
+            "which PEFT cannot restore for biases. Write bias: none, or loss: orpo."
         )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import padded_length
+from training.models.adapter import AdapterParameters
 from training.models.architecture import (
     ATTENTION_OUTPUT,
     ModelShape,
@@ -20,7 +21,7 @@ from training.models.architecture import (
     share_of_experts,
 )
 from training.models.attention import Attention, AttentionTraits, choose_attention
-from training.models.files import AdapterFacts, ModelFacts, is_fully_trained, lora_ranks
+from training.models.files import ModelFacts, is_fully_trained, lora_ranks
 from training.models.kernels import Device, Provider, offloads_activations
 from training.planning.deepspeed import Execution, check_optimizer, is_offloaded, resolve_execution
 from utils.errors import AnnealError
@@ -46,8 +47,8 @@ class Job:
     config: FinetuneConfig
     shape: ModelShape
     facts: ModelFacts
-    adapter: AdapterFacts | None
-    """The adapter that the run continues, if any."""
+    continues_adapter: bool
+    """True if the run continues an adapter."""
     device: Device
     longest: int
     """Tokens of the longest sequence in a batch."""
@@ -55,16 +56,17 @@ class Job:
     """DeepSpeed's settings, ZeRO stage and kernels."""
     traits: AttentionTraits
     attention: Attention
-    new_adapter: Mapping[str, tuple[int, ...]] | None = None
-    """Name -> shape of a new adapter's trainable parameters, if PEFT counted them."""
+    parameters: AdapterParameters | None = None
+    """The adapter's parameters, if PEFT counted them."""
     unpaired: bool = False
     """True if rows of preference tuning have one response each."""
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """Module -> rank of its adapter."""
-        if self.adapter:
-            return self.adapter.ranks
+        """Module -> rank of its adapter, for modules whose weight is a matrix."""
+        if self.continues_adapter and self.parameters:
+            matrices = self.facts.matrix_shapes
+            return {module: rank for module, rank in self.parameters.ranks.items() if module in matrices}
         return lora_ranks(self.facts, self.config.lora_config) if self.config.lora_config else {}
 
 
@@ -155,8 +157,8 @@ def _hold(job: Job) -> _Held:
         shapes |= {f"{module}.lora_A": (rank, inputs), f"{module}.lora_B": (outputs, rank)}
         if config.lora_config and config.lora_config.use_dora:
             shapes[f"{module}.lora_magnitude_vector"] = (outputs,)
-    if job.new_adapter is not None:
-        shapes = dict(job.new_adapter)
+    if job.parameters is not None:
+        shapes = dict(job.parameters.trainable)
     # On CPU, Unsloth uses the code of transformers and PEFT.
     provider = job.execution.kernels.provider if job.device == "cuda" else "torch"
     return _Held(
@@ -190,7 +192,10 @@ def _weights(job: Job, held: _Held) -> float:
     copies = 2 * _cast_by_autocast(job, held) if held.autocast else 0
     if config.task == "preference_tuning" and _settings(config).needs_reference:
         # The reference: a second model, the initial adapter, or the base model itself.
-        base, adapter = base * (1 if config.trains_adapter else 2), adapter * (2 if job.adapter else 1)
+        base, adapter = (
+            base * (1 if config.trains_adapter else 2),
+            adapter * (2 if job.continues_adapter else 1),
+        )
     if held.stage < 3:
         return base + adapter + copies
     split = 0.0 if is_offloaded(held.zero, "offload_param") else (base + adapter) / held.devices
@@ -278,7 +283,7 @@ def _saved(job: Job, held: _Held) -> float:
         layers = shape.layers * tokens * _layer(job, held)
     elif held.provider == "unsloth" and offloads_activations(
         job.config.gradient_checkpointing,
-        None if job.adapter else job.config.lora_config,
+        None if job.continues_adapter else job.config.lora_config,
         padded_length(job.config.context_length or job.longest, 8),
     ):
         layers = 0

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,7 +13,7 @@ from configs.loading import LoadedConfig
 from configs.schema import FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
-from training.checkpoints.weights import fetch_model
+from training.checkpoints.weights import fetch_model, fetch_weights
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
@@ -21,27 +21,32 @@ from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import find_files
 from training.data.summary import DataSummary
+from training.models.adapter import AdapterParameters, check_finite, continued_adapter, new_adapter
 from training.models.architecture import (
     ModelShape,
-    adapter_shapes,
     check_is_causal,
     check_packing,
+    is_embedding,
+    is_head,
     model_shape,
     parameter_shapes,
 )
 from training.models.attention import Attention, AttentionTraits, choose_attention, read_traits
 from training.models.files import (
+    ADAPTER_FILE,
     AdapterFacts,
     ModelFacts,
     count_lora_parameters,
     is_fully_trained,
     is_hub_id,
+    is_model_file,
     is_tokenizer_file,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
     targeted_modules,
 )
+from training.models.generation import check_savable
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer, read_chat_template
 from training.planning import warnings as plan_warnings
@@ -51,7 +56,9 @@ from training.planning.checks import (
     check_batch,
     check_checkpoint_fits,
     check_disk,
+    check_new_adapter,
     check_quantization,
+    check_same_adapter,
     check_targets,
     check_template,
     reject_missing_requirements,
@@ -129,6 +136,8 @@ class Model:
     """Dimensions; None for unsupported architectures."""
     traits: AttentionTraits
     attention: Attention
+    ignored_settings: list[str]
+    """Generation settings that have no effect and are not saved."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
@@ -138,8 +147,8 @@ class Model:
 class Adapter:
     """The trainable parameters."""
 
-    new_shapes: Mapping[str, tuple[int, ...]] | None
-    """Name -> shape of a new adapter's parameters, if only PEFT can count them."""
+    parameters: AdapterParameters | None
+    """The adapter's parameters, if PEFT counted them."""
     trainable_parameters: int
 
 
@@ -210,7 +219,7 @@ def make_plan(
     settings = _resolve_settings(loaded.config, target)
     storage = _check_storage(loaded.config, progress)
     model = _read_model(loaded.config, settings, storage, progress)
-    adapter = _count_trainable(loaded.config, settings, model)
+    adapter = _count_trainable(loaded.config, settings, storage, model)
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(batch, storage, data, progress)
@@ -288,10 +297,13 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         shapes = parameter_shapes(directory, base, trust_remote_code=trust)
         facts = replace(facts, parameter_shapes=shapes)
     check_quantization(config, facts)
+    ignored = (
+        check_savable(directory, base, trust_remote_code=trust)
+        if config.export or not config.trains_adapter
+        else []
+    )
     with about_key("export"):
         check_export(config, facts)
-    if adapter_facts:
-        check_adapter(config, adapter_facts, facts)
     template = read_chat_template(config)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template)
     return Model(
@@ -303,6 +315,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         shape=shape,
         traits=traits,
         attention=attention,
+        ignored_settings=ignored,
         tokenizer_directory=directory,
         tokenizer=tokenizer,
         chat_template=template,
@@ -313,34 +326,72 @@ def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
     return config.lora_config is not None and not targeted_modules(facts, config.lora_config)
 
 
-def _count_trainable(config: FinetuneConfig, settings: Settings, model: Model) -> Adapter:
-    """Count trainable parameters; reject adapters without targets and optimizers that cannot index so many entries."""
-    new_shapes = None
-    if config.lora_config and not model.adapter_facts:
+def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storage, model: Model) -> Adapter:
+    """Count trainable parameters; reject adapters that do not fit, and optimizers that cannot index so many entries."""
+    parameters = None
+    if model.adapter_facts:
+        parameters = _continued_adapter(config, storage, model, model.adapter_facts)
+    elif config.lora_config:
         check_targets(config.lora_config, model.facts)
-        if _only_peft_can_count(config.lora_config, model.shape):
-            new_shapes = adapter_shapes(
-                model.tokenizer_directory,
-                model.base,
-                config.lora_config,
-                trust_remote_code=config.trust_remote_code,
-            )
-    if model.adapter_facts or new_shapes:
-        shapes = model.adapter_facts.parameter_shapes if model.adapter_facts else new_shapes or {}
-        trained = sum(math.prod(shape) for shape in shapes.values())
+        if _only_peft_can_count(config.lora_config, model):
+            parameters = _new_adapter(config, model)
+            check_new_adapter(config, parameters, model.facts)
+    if parameters:
+        trained = sum(map(math.prod, parameters.trainable.values()))
     elif config.lora_config:
         trained = count_lora_parameters(model.facts, config.lora_config)
     else:
         trained = model.facts.parameters
     if settings.device == "cuda":
         check_optimizer(config, settings.execution.zero_stage, trained)
-    return Adapter(new_shapes, trained)
+    return Adapter(parameters, trained)
 
 
-def _only_peft_can_count(lora: LoraConfig, shape: ModelShape | None) -> bool:
-    """Return whether an adapter has more parameters than matrices and DoRA magnitudes; PEFT builds it in 1 to 2 s."""
-    beside_matrices = lora.target_parameters or lora.trainable_token_indices or lora.bias != "none"
-    return bool(beside_matrices or lora.lora_bias or (shape and shape.experts))
+def _continued_adapter(
+    config: FinetuneConfig, storage: Storage, model: Model, facts: AdapterFacts
+) -> AdapterParameters:
+    """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
+    parameters, wrong = continued_adapter(
+        model.tokenizer_directory, model.base, facts, trust_remote_code=config.trust_remote_code
+    )
+    check_adapter(config, facts, parameters, wrong, model.facts)
+    if config.lora_config:
+        given = "target_modules" in config.lora_config.model_fields_set
+        asked = _new_adapter(config, model).targets if given else parameters.targets
+        check_same_adapter(facts, config.lora_config, parameters.targets, asked)
+    directory = fetch_weights(facts.source, storage.cache, is_model_file)
+    check_finite(directory / ADAPTER_FILE, f"adapter {facts.source}/{ADAPTER_FILE}")
+    return parameters
+
+
+def _new_adapter(config: FinetuneConfig, model: Model) -> AdapterParameters:
+    assert config.lora_config is not None
+    return new_adapter(
+        model.tokenizer_directory,
+        model.base,
+        config.lora_config,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:
+    """Return whether an adapter has more than matrices and DoRA magnitudes of linear layers; importing PEFT takes seconds."""
+    plain = LoraConfig(
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        layers_to_transform=lora.layers_to_transform,
+        layers_pattern=lora.layers_pattern,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        init_lora_weights=lora.init_lora_weights,
+    )
+    has_other_layers = model.shape is None or model.shape.experts > 0 or lora.target_modules is None
+    ends = [f"{name}." for name in targeted_modules(model.facts, lora)]
+    names_head = isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules
+    return lora != plain or has_other_layers or names_head or any(is_embedding(n) or is_head(n) for n in ends)
 
 
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
@@ -417,13 +468,13 @@ def _plan_batches(
         config=config,
         shape=model.shape,
         facts=model.facts,
-        adapter=model.adapter_facts,
+        continues_adapter=model.adapter is not None,
         device=settings.device,
         longest=_longest_sequence(config, train),
         execution=settings.execution,
         traits=model.traits,
         attention=model.attention,
-        new_adapter=adapter.new_shapes,
+        parameters=adapter.parameters,
         unpaired=all(source.format != "preference" for source in train.sources),
     )
     reason = ""
@@ -495,6 +546,7 @@ def _warnings(
 ) -> Iterator[str]:
     config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
+    yield from plan_warnings.generation_warnings(model.facts.source, model.ignored_settings)
     yield from plan_warnings.attention_warnings(config, model.facts, model.attention, device)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)

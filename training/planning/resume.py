@@ -1,6 +1,5 @@
 """Find the checkpoint or weights that a run starts from, and reject settings that differ but must match the checkpoint's."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,12 +8,12 @@ from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
 from runs.layout import DataFingerprints, Manifest, checkpoint_uri, run_of
 from runs.reading import best, latest, missing_of_completed, read_config, survey
 from training.checkpoints.store import read_manifest, resolve_start
-from training.models.files import AdapterFacts, ModelFacts, is_hub_id, targeted_modules
+from training.models.files import AdapterFacts, is_hub_id
 from training.planning.paths import about_key, absolute
 from utils.storage.bucket import Store, check_readable, is_remote, open_store
 
 # A restored trainer state retains its position in the rows, its optimizer and its schedule. Keys that determine none of
-# them may change; a longer run stretches the schedule over the remaining steps.
+# them may change; a longer run takes its schedule over the new length.
 MAY_CHANGE_WITH_COMPLETE_STATE = NOT_IN_HASH | {
     "num_epochs",
     "max_steps",
@@ -194,45 +193,25 @@ def _changed_keys(
             yield f"{key}: {_shown(then[key])} -> {_shown(now[key])}"
 
 
-def adapter_differences(adapter: AdapterFacts, lora: LoraConfig | None, model: ModelFacts) -> list[str]:
-    """Return the keys given in the YAML's `lora_config` that differ from the continued adapter."""
+def adapter_differences(
+    adapter: AdapterFacts, lora: LoraConfig, targets: Sequence[str], asked_targets: Sequence[str]
+) -> list[str]:
+    """Return the keys given in the YAML's `lora_config` that differ from the continued adapter.
+
+    Args:
+        adapter: The adapter.
+        lora: The YAML's lora_config.
+        targets: The modules and parameters that the adapter covers.
+        asked_targets: Those that the YAML's lora_config would cover.
+    """
     changed = []
-    for name in sorted(lora.model_fields_set if lora else ()):
+    for name in sorted(lora.model_fields_set):
         asked, has = getattr(lora, name), adapter.lora.get(name, LoraConfig.model_fields[name].default)
-        if name == "target_modules" and lora is not None:
-            asked = sorted(targeted_modules(model, lora))
-            has = sorted(adapter.modules)
+        if name == "target_modules":
+            asked, has = asked_targets, targets
         if asked != has:
             changed.append(f"lora_config.{name}: {_shown(has)} in the adapter, {_shown(asked)} in the YAML")
     return changed
-
-
-def misfits(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
-    """Return the modules whose matrices in the adapter do not fit the base model, each with the mismatch."""
-    wrong = [f"{module} is missing from the adapter" for module in _other_layers(adapter, model)]
-    for module, (outputs, inputs) in sorted(adapter.modules.items()):
-        shape = model.matrix_shapes.get(module)
-        if shape is None:
-            wrong.append(f"{module} is missing from the model")
-        elif shape != (outputs, inputs):
-            wrong.append(
-                f"{module} is {shape[0]} x {shape[1]} in the model, {outputs} x {inputs} in the adapter"
-            )
-    return wrong
-
-
-def _other_layers(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
-    """Return modules that the adapter covers only in other layers, because its base model had fewer layers."""
-    chosen = [adapter.lora.get(key) for key in ("layers_to_transform", "exclude_modules")]
-    targets = adapter.lora.get("target_modules")
-    if any(chosen) or not isinstance(targets, list) or any(re.search(r"\d", name) for name in targets):
-        return []  # its configuration may exclude layers
-    covered = {re.sub(r"\.\d+\.", ".*.", module) for module in adapter.modules}
-    return sorted(
-        module
-        for module in model.matrix_shapes
-        if module not in adapter.modules and re.sub(r"\.\d+\.", ".*.", module) in covered
-    )
 
 
 def listed(lines: Sequence[str]) -> str:

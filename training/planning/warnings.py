@@ -1,6 +1,6 @@
 """Warnings of a plan: valid settings that are probably not intended. Each function yields complete messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from configs.loading import LoadedConfig
@@ -45,6 +45,15 @@ def model_warnings(
         )
     if config.flash_attention_2 and not is_installed("flash_attn"):
         yield "flash_attention_2: the package flash-attn is not installed, so torch's scaled_dot_product_attention is used"
+
+
+def generation_warnings(source: str, ignored: Sequence[str]) -> Iterator[str]:
+    """Warn of generation settings that are not in the saved model, because they have no effect."""
+    if ignored:
+        yield (
+            f"{source}: its generation config sets {', '.join(ignored)}, which generate() ignores and transformers does not save (sampling "
+            "needs do_sample: true). Checkpoints and exports are saved without; answers stay the same"
+        )
 
 
 def attention_warnings(

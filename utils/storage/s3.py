@@ -631,15 +631,17 @@ def _service_descriptions() -> Any:
     return create_loader()
 
 
-def storage_options(uri: str) -> dict[str, str]:
+def storage_options(uri: str) -> dict[str, Any]:
     """Return the `storage_options` for s3fs (fsspec.open, datasets, pandas) to open an `s3://` URI as this module does.
 
-    Usually empty, because s3fs uses the same settings and credentials. The embedded bucket has its own.
+    s3fs uses the same settings and credentials, except for the embedded bucket, which has its own. Its cache of listings is off,
+    because it would give the old size of a file that a run has written again.
     """
-    if split_s3(uri)[0] != EMBEDDED_BUCKET:
-        return {}
-    server = embedded_endpoint()
-    return {"endpoint_url": server.endpoint, "key": server.access_key, "secret": server.secret_key}
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if split_s3(uri)[0] == EMBEDDED_BUCKET:
+        server = embedded_endpoint()
+        options |= {"endpoint_url": server.endpoint, "key": server.access_key, "secret": server.secret_key}
+    return options
 
 
 def split_s3(uri: str) -> tuple[str, str]:

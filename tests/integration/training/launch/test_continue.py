@@ -195,7 +195,7 @@ def test_adapter_for_another_hidden_size_raises_an_error_with_both_shapes(
     shutil.copytree(files / "model", wider)
     model.save_pretrained(wider)
     message = error_of(files, "wider", model_id=str(wider), initial_adapter_model_ckpt_path="run:first")
-    assert re.search(r"model\.layers\.0\.self_attn\.q_proj .*64 x 96.* model, 64 x 64.* adapter", message)
+    assert re.search(r"model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight is 4 x 64 .* 4 x 96", message)
 
 
 def test_adapter_for_fewer_layers_raises_an_error_with_the_first_missing_layer(
@@ -406,6 +406,26 @@ def test_extended_run_has_the_losses_of_an_uninterrupted_run(files: Path):
         ]
     assert len(losses["short"]) < len(losses["uninterrupted"])
     assert losses["extended"] == losses["uninterrupted"]
+
+
+def test_extended_run_takes_its_schedule_over_the_new_length(files: Path):
+    """The shorter run's cosine has ended at 0, but no further step is taken at rate 0."""
+    rates: dict[str, list[float]] = {}
+    for name, more in (
+        ("cosine-short", {"num_epochs": 1}),
+        ("cosine-extended", {"num_epochs": 2, "resume_from_checkpoint": "run:cosine-short"}),
+    ):
+        cosine = settings(files, run_name=name, lora_config=LORA, lr_scheduler_type="cosine", **more)
+        finished = run_main(write_yaml(files / f"{name}.yaml", cosine), "--json")
+        assert finished.exit_code == 0, finished.errors
+        lines = read_metrics(files / "runs" / name)
+        rates[name] = [line["learning_rate"] for line in lines if "loss" in line]
+
+    def cosine_rates(steps: int) -> list[float]:
+        return [2e-2 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+
+    assert rates["cosine-short"] == pytest.approx(cosine_rates(5))
+    assert rates["cosine-extended"] == pytest.approx(cosine_rates(5) + cosine_rates(10)[5:])
 
 
 def test_resume_from_checkpoint_reports_each_incompatible_setting(files: Path, adapter_run: dict[str, Any]):

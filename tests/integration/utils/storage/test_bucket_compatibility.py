@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
+import pandas
 import pytest
 
 from tests.support.bucket_proxy import Fault, bucket_proxy
@@ -101,6 +102,18 @@ def test_s3fs_opens_objects_with_our_storage_options(own: bool, own_bucket: str,
     open_store(uri).write("metrics.jsonl", b"{}\n")
     with fsspec.open(f"{uri}/metrics.jsonl", **storage_options(uri)) as file:
         assert file.read() == b"{}\n"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_file_that_has_grown_since_a_listing_is_read_completely(bucket_uri: str):
+    """As metrics.jsonl of a live run: s3fs would read as many bytes as its cached listing says."""
+    store = open_store(bucket_uri)
+    store.write("metrics.jsonl", b'{"step": 1}\n')
+    options = storage_options(bucket_uri)
+    files = fsspec.filesystem("s3", **options)
+    assert len(files.ls(bucket_uri)) == 1
+    store.write("metrics.jsonl", b'{"step": 1}\n{"step": 2}\n')
+    read = pandas.read_json(f"{bucket_uri}/metrics.jsonl", lines=True, storage_options=options)
+    assert list(read["step"]) == [1, 2]
 
 
 def test_custom_certificate_works_with_aws_ca_bundle(

@@ -9,8 +9,15 @@ import bitsandbytes.optim
 import numpy as np
 import pytest
 import torch
+from transformers import get_scheduler
 
-from training.loop.trainers import note_device, page_states, random_states, state_of_noted_device
+from training.loop.trainers import (
+    note_device,
+    page_states,
+    random_states,
+    set_learning_rates,
+    state_of_noted_device,
+)
 
 PAGED = [bitsandbytes.optim.PagedAdamW8bit, bitsandbytes.optim.PagedLion]
 
@@ -70,6 +77,39 @@ def test_page_states_puts_restored_states_into_pages(optimizer_class: Any):
         assert all(states[name].is_paged for name in states.keys() & {"state1", "state2"})
     restored.step()
     assert torch.equal(parameter, expected)
+
+
+def optimizer_and_schedule(name: str, steps: int) -> tuple[Any, Any]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=steps)
+
+
+def rates_of_steps(optimizer: Any, schedule: Any, steps: int) -> list[float]:
+    """Return the learning rate with which each of the next steps is taken."""
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert schedule.get_last_lr() == rates[-1:]
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"])
+@pytest.mark.parametrize("now", [8, 12])
+def test_restored_run_takes_each_step_at_the_rate_of_its_own_schedule(name: str, now: int):
+    """Also the first one after 8 steps of 8, where a cosine or linear schedule has ended at 0."""
+    optimizer, schedule = optimizer_and_schedule(name, 8)
+    rates_of_steps(optimizer, schedule, 8 if now > 8 else 5)
+    states = optimizer.state_dict(), schedule.state_dict()
+    done = schedule.last_epoch
+    uninterrupted = rates_of_steps(*optimizer_and_schedule(name, now), now)
+    optimizer, schedule = optimizer_and_schedule(name, now)
+    optimizer.load_state_dict(states[0])
+    schedule.load_state_dict(states[1])
+    set_learning_rates(optimizer, schedule)
+    assert rates_of_steps(optimizer, schedule, now - done) == uninterrupted[done:]
+    assert min(uninterrupted[1:]) > 0
 
 
 def test_rank_restores_the_random_state_of_the_gpu_that_it_had(tmp_path: Path):

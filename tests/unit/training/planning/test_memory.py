@@ -26,7 +26,8 @@ from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model
 from training.data.batches import with_ends_of_rows
 from training.models import torch_provider, varlen_attention
-from training.models.architecture import adapter_shapes, model_shape
+from training.models.adapter import new_adapter
+from training.models.architecture import model_shape
 from training.models.attention import Attention, choose_attention, read_traits
 from training.models.files import read_model_facts
 from training.models.kernels import Device
@@ -87,7 +88,7 @@ def make_job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **k
         config,
         shape,
         read_model_facts(str(model)),
-        adapter=None,
+        continues_adapter=False,
         device=device,
         longest=longest,
         execution=execution,
@@ -346,7 +347,7 @@ def test_estimated_peak_is_close_for_other_architectures(
     model = make_model(tmp_path / "model", layers=3, positions=longest, kind=config, **settings)
     job = make_job(model, longest=longest, gradient_checkpointing=gradient_checkpointing, **METHODS[method])
     if lora := job.config.lora_config:
-        job = replace(job, new_adapter=adapter_shapes(model, "tiny", lora, trust_remote_code=False))
+        job = replace(job, parameters=new_adapter(model, "tiny", lora, trust_remote_code=False))
     peak = peak_of_a_step(job)
     assert 0.99 * peak <= estimate_memory(job).total <= 1.25 * peak
 
@@ -376,7 +377,7 @@ def test_trainable_parameters_of_an_adapter_equal_pefts(lora: dict[str, Any], tm
     model = make_model(tmp_path / "model", kind=MixtralConfig, num_local_experts=4)
     job = make_job(model, lora_config={"r": 4, **lora})
     assert job.config.lora_config is not None
-    shapes = adapter_shapes(model, "tiny", job.config.lora_config, trust_remote_code=False)
+    shapes = new_adapter(model, "tiny", job.config.lora_config, trust_remote_code=False).trainable
     trained = {
         name: tuple(entry.shape) for name, entry in build(job).named_parameters() if entry.requires_grad
     }

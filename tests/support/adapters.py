@@ -1,0 +1,79 @@
+"""Adapters with large random weights for tiny models, and changes to their files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from tests.support.tiny_model import make_tokenizer
+
+Tensors = dict[str, torch.Tensor]
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def large_adapter(model: Path, **lora: Any) -> Any:
+    """Return a model with a PEFT adapter whose trainable weights all differ from their initial values by much."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    enlarge(adapted)
+    return adapted.eval()
+
+
+def enlarge(adapted: Any) -> None:
+    """Add large random values to all trainable parameters, with a fixed seed."""
+    generator = torch.Generator().manual_seed(2)
+    for _name, parameter in sorted(adapted.named_parameters(), key=lambda entry: entry[0]):
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def write_adapter(directory: Path, model: Path, **lora: Any) -> Path:
+    """Write an adapter for the model with large weights to a directory; return the directory."""
+    adapted = large_adapter(model, **lora)
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(directory)
+    return directory
+
+
+def change_tensors(directory: Path, change: Callable[[Tensors], Tensors]) -> None:
+    """Rewrite an adapter's tensors."""
+    save_file(change(load_file(directory / FILE)), directory / FILE)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    """Change keys of an adapter's config."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """Return the model's logits for fixed random tokens, (2, 24, vocabulary)."""
+    tokens = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits.float()
+
+
+def make_gpt2(directory: Path) -> Path:
+    """Save a tiny GPT-2, whose Conv1D layers store (inputs, outputs), and its tokenizer; return the directory."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

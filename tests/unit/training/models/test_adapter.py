@@ -1,0 +1,269 @@
+"""Adapters compared with what PEFT builds from their configuration: accepted with the right counts, or rejected by tensor."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+
+from configs.schema import LoraConfig
+from tests.support.adapters import (
+    FILE,
+    PREFIX,
+    Tensors,
+    change_config,
+    change_tensors,
+    large_adapter,
+    logits_of,
+    make_gpt2,
+    write_adapter,
+)
+from tests.support.tiny_model import make_model
+from training.models.adapter import check_finite, continued_adapter, new_adapter, unmatched_keys
+from training.models.files import ModelError, read_adapter_facts
+from training.models.torch_provider import attach_adapter
+
+LAYER = f"{PREFIX}model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("models")
+    return {
+        "llama": tiny_model,
+        "tied": make_model(directory / "tied", tie_word_embeddings=True),
+        "biased": make_model(directory / "biased", kind=Qwen2Config),
+        "mixtral": make_model(directory / "mixtral", kind=MixtralConfig, num_local_experts=4),
+        "gpt2": make_gpt2(directory / "gpt2"),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an adapter on all linear layers of the Llama."""
+    return write_adapter(tmp_path_factory.mktemp("plain"), models["llama"])
+
+
+@pytest.fixture
+def adapter(plain: Path, tmp_path: Path) -> Path:
+    """Return a copy of the plain adapter that a test may damage."""
+    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+
+
+def differences(model: Path, adapter: Path) -> list[str]:
+    facts = read_adapter_facts(str(adapter))
+    return continued_adapter(model, str(model), facts, trust_remote_code=False)[1]
+
+
+# --- Adapters of PEFT are accepted, and their parameters counted ----------------------------------------------------
+
+KINDS = [
+    ("llama", {}),
+    ("llama", {"use_dora": True, "use_rslora": True}),
+    (
+        "llama",
+        {"modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    ("llama", {"exclude_modules": ["q_proj"]}),
+    ("llama", {"trainable_token_indices": [1, 5]}),
+    ("llama", {"init_lora_weights": "eva"}),
+    ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ("biased", {"bias": "all"}),
+    ("biased", {"bias": "lora_only"}),
+    ("biased", {"target_modules": ["q_proj"], "lora_bias": True}),
+    ("mixtral", {}),
+    ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    ("gpt2", {"fan_in_fan_out": True}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "lora"), KINDS, ids=str)
+def test_adapter_of_peft_is_accepted_and_loads_as_the_same_model(
+    models: dict[str, Path], tmp_path: Path, name: str, lora: dict[str, Any]
+):
+    model = models[name]
+    adapted = large_adapter(model, **lora)
+    adapted.save_pretrained(tmp_path)
+    facts = read_adapter_facts(str(tmp_path))
+    parameters, wrong = continued_adapter(model, name, facts, trust_remote_code=False)
+    assert wrong == []
+    trainable = {
+        name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad
+    }
+    assert parameters.trainable == trainable
+    loaded = attach_adapter(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path)
+    torch.testing.assert_close(logits_of(loaded), logits_of(adapted), rtol=0, atol=1e-5)
+
+
+def per_expert(tensors: Tensors) -> Tensors:
+    """Return the tensors of a release that had a module per expert, for experts 0 to 3 of rank 4 each."""
+    others = {
+        name: value for name, value in tensors.items() if ".experts." not in name and ".gate." not in name
+    }
+    generator = torch.Generator().manual_seed(5)
+    for layer in range(2):
+        for expert in range(4):
+            for name, (outputs, inputs) in {"w1": (128, 64), "w3": (128, 64), "w2": (64, 128)}.items():
+                module = f"{PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                others[f"{module}.lora_A.weight"] = torch.randn(4, inputs, generator=generator)
+                others[f"{module}.lora_B.weight"] = torch.randn(outputs, 4, generator=generator)
+    return others
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_with_a_module_per_expert_is_accepted(models: dict[str, Path], tmp_path: Path):
+    """PEFT converts adapters that were trained before transformers fused the experts."""
+    write_adapter(tmp_path, models["mixtral"], target_modules=["q_proj"])
+    change_config(tmp_path, target_modules=["q_proj", "w1", "w2", "w3"])
+    change_tensors(tmp_path, per_expert)
+    assert differences(models["mixtral"], tmp_path) == []
+    change_tensors(tmp_path, lambda tensors: dict(list(tensors.items())[:-1]))
+    assert differences(models["mixtral"], tmp_path)
+
+
+# --- Tensors that do not fit are named ------------------------------------------------------------------------------
+
+
+def without(*suffixes: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: value for name, value in tensors.items() if not name.endswith(suffixes)}
+
+
+def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
+
+
+def with_tensor(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: torch.ones(shape)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "tensor", "problem"),
+    [
+        (renamed(PREFIX, ""), f"{LAYER}.lora_A.weight", "missing"),
+        (without(".lora_B.weight"), f"{LAYER}.lora_B.weight", "missing"),
+        (without("q_proj.lora_B.weight"), f"{LAYER}.lora_B.weight", "missing"),
+        (lambda _: {}, f"{LAYER}.lora_A.weight", "missing"),
+        (with_tensor(f"{PREFIX}lm_head.weight", 512, 64), f"{PREFIX}lm_head.weight", "not in its config"),
+        (
+            with_tensor(f"{PREFIX}model.embed_tokens.weight", 514, 64),
+            f"{PREFIX}model.embed_tokens.weight",
+            "not in its config",
+        ),
+        (
+            lambda tensors: tensors | {f"{LAYER}.lora_A.weight": torch.ones(8, 64)},
+            f"{LAYER}.lora_A.weight",
+            "8 x 64 in the file, but must be 4 x 64",
+        ),
+    ],
+    ids=["prefix", "all lora_B", "one lora_B", "empty", "head", "grown vocabulary", "rank"],
+)
+def test_tensor_that_differs_from_the_configuration_is_named(
+    models: dict[str, Path], adapter: Path, damage: Callable[[Tensors], Tensors], tensor: str, problem: str
+):
+    change_tensors(adapter, damage)
+    wrong = differences(models["llama"], adapter)
+    assert any(line.startswith(f"{tensor} ") and problem in line for line in wrong), wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        ({"target_modules": ["q_proj"]}, f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight"),
+        ({"r": 2}, f"{LAYER}.lora_A.weight"),
+        ({"rank_pattern": {"q_proj": 2}}, f"{LAYER}.lora_A.weight"),
+        ({"modules_to_save": ["lm_head"]}, f"{PREFIX}lm_head.weight"),
+        ({"use_dora": True}, f"{LAYER}.lora_magnitude_vector"),
+        ({"lora_bias": True}, f"{LAYER}.lora_B.bias"),
+    ],
+    ids=str,
+)
+def test_configuration_that_differs_from_the_tensors_is_rejected(
+    models: dict[str, Path], adapter: Path, changes: dict[str, Any], tensor: str
+):
+    change_config(adapter, **changes)
+    assert any(line.startswith(f"{tensor} ") for line in differences(models["llama"], adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"a_key_of_a_later_release": 1}, "a_key_of_a_later_release"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
+        ({"target_modules": ["nope"]}, "nope"),
+    ],
+    ids=str,
+)
+def test_setting_that_cannot_be_trained_further_is_rejected(
+    models: dict[str, Path], adapter: Path, changes: dict[str, Any], named: str
+):
+    change_config(adapter, **changes)
+    with pytest.raises(ModelError, match=rf"{adapter}: adapter_config\.json: .*{named}"):
+        differences(models["llama"], adapter)
+
+
+def test_adapter_marked_for_another_architecture_loads_as_causal(models: dict[str, Path], adapter: Path):
+    change_config(adapter, task_type="SEQ_2_SEQ_LM")
+    assert differences(models["llama"], adapter) == []
+    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    loaded: Any = attach_adapter(base, adapter)
+    assert loaded.peft_config["default"].task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinite_weights_are_rejected(adapter: Path, value: float):
+    check_finite(adapter / FILE, "the file")
+    name = f"{LAYER}.lora_B.weight"
+    change_tensors(
+        adapter, lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor(3), value)}
+    )
+    with pytest.raises(ModelError, match=rf"the file: .*{name} .*NaN"):
+        check_finite(adapter / FILE, "the file")
+
+
+# --- New adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "place"),
+    [
+        ("llama", {"modules_to_save": ["lm_heda"]}, "modules_to_save: lm_heda"),
+        ("llama", {"rank_pattern": {"q_porj": 2}}, "rank_pattern: q_porj"),
+        ("llama", {"alpha_pattern": {"up_proj": 2}, "target_modules": ["q_proj"]}, "alpha_pattern: up_proj"),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up"]},
+            "target_parameters: experts.gate_up",
+        ),
+    ],
+)
+def test_name_that_matches_nothing_is_reported(
+    models: dict[str, Path], name: str, lora: dict[str, Any], place: str
+):
+    settings = LoraConfig(**lora)
+    parameters = new_adapter(models[name], name, settings, trust_remote_code=False)
+    (error,) = unmatched_keys(settings, parameters)
+    assert error.startswith(f"lora_config.{place} matches no ")
+
+
+def test_names_that_match_are_not_reported(models: dict[str, Path]):
+    settings = LoraConfig(
+        modules_to_save=["lm_head"],
+        rank_pattern={r"layers\.0\..*q_proj": 2, "experts.gate_up_proj": 3},
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj"],
+    )
+    parameters = new_adapter(models["mixtral"], "mixtral", settings, trust_remote_code=False)
+    assert list(unmatched_keys(settings, parameters)) == []

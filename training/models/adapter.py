@@ -1,0 +1,267 @@
+"""LoRA adapters without weights: what PEFT builds from a configuration, compared with the tensors of an adapter file."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import LoraConfig
+from training.models.architecture import model_on_meta_device
+from training.models.files import AdapterFacts, ModelError, first_line
+from utils.processes import importing
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+_PREFIX = "base_model.model."
+# Keys of adapter_config.json that do not change what the loaded adapter computes.
+_RECORDED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}
+_TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Task types whose adapters have no head of their own. Some trainers write SEQ_2_SEQ_LM for every model."""
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that subtract the initial adapter from the base weights, or quantize them."""
+
+
+@dataclass(frozen=True)
+class AdapterParameters:
+    """The parameters that an adapter adds to a base model, or trains in it."""
+
+    trainable: Mapping[str, Shape]
+    """Name in the PEFT model -> shape of each trainable parameter."""
+    stored: Mapping[str, Shape]
+    """Name -> shape of each tensor that adapter_model.safetensors must contain."""
+    stored_embeddings: Mapping[str, Shape]
+    """Name -> shape of the base weights that PEFT also saves if an embedding has an adapter."""
+    ranks: Mapping[str, int]
+    """Module of the base model -> rank of its adapter."""
+    target_parameters: tuple[str, ...]
+    """Parameters of the base model that have an adapter themselves, such as fused experts."""
+    saved_modules: tuple[str, ...]
+    """Modules of the base model that are trained in full, or of which some tokens are trained."""
+    without_bias: tuple[str, ...]
+    """Modules with an adapter that have no bias."""
+    head: str | None
+    """Module of the LM head."""
+
+    @property
+    def targets(self) -> list[str]:
+        """Return the modules and parameters that have an adapter, sorted."""
+        return sorted({*self.ranks, *self.target_parameters})
+
+    @property
+    def trains_biases(self) -> bool:
+        """Return whether biases of the base model are trained."""
+        return any(name.endswith(".bias") and ".lora_" not in name for name in self.trainable)
+
+
+def new_adapter(
+    directory: Path, source: str, lora: LoraConfig, *, trust_remote_code: bool
+) -> AdapterParameters:
+    """Return the parameters of a new adapter; raise ModelError if PEFT cannot add it to the model.
+
+    Args:
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        lora: The YAML's lora_config.
+        trust_remote_code: True if code in the model directory may be executed.
+    """
+    where = "lora_config"
+    settings = lora.model_dump() | {"init_lora_weights": True}
+    return _parameters(_adapted(directory, source, settings, where, trust_remote_code))
+
+
+def continued_adapter(
+    directory: Path, source: str, adapter: AdapterFacts, *, trust_remote_code: bool
+) -> tuple[AdapterParameters, list[str]]:
+    """Return the parameters that PEFT builds from an adapter's own configuration, and the tensors of its file that differ.
+
+    Args:
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        adapter: The adapter's configuration and the shapes in its file.
+        trust_remote_code: True if code in the model directory may be executed.
+    """
+    where = f"adapter {adapter.source}: adapter_config.json"
+    _check_settings(adapter, where)
+    known = {name: value for name, value in adapter.lora.items() if name in LoraConfig.model_fields}
+    settings = known | {"init_lora_weights": True, "task_type": "CAUSAL_LM"}
+    adapted = _adapted(directory, source, settings, where, trust_remote_code)
+    parameters = _parameters(adapted)
+    found = _as_loaded(adapted, adapter)
+    return parameters, list(_differences(parameters, found))
+
+
+def check_finite(file: Path, where: str) -> None:
+    """Check that all weights in an adapter's file are finite numbers.
+
+    Args:
+        file: Local copy of adapter_model.safetensors.
+        where: Name of the file in messages.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            tensor = tensors.get_tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ModelError(
+                    f"{where}: the tensor {name} contains NaN or infinite values. Use an earlier checkpoint of the run that trained it."
+                )
+
+
+def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[str]:
+    """Yield an error for each name in a new adapter's settings that matches nothing, and would therefore train nothing."""
+    adapted = parameters.targets
+    for name in lora.modules_to_save or []:
+        if not any(_ends_with(module, name) for module in parameters.saved_modules):
+            yield f"lora_config.modules_to_save: {name} matches no module"
+    for name in lora.target_parameters or []:
+        if not any(_ends_with(parameter, name) for parameter in parameters.target_parameters):
+            yield f"lora_config.target_parameters: {name} matches no parameter"
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                yield f"lora_config.{key}: {pattern} matches no module that has an adapter"
+    if isinstance(lora.trainable_token_indices, dict):
+        for name in lora.trainable_token_indices:
+            if not any(_ends_with(module, name) for module in parameters.saved_modules):
+                yield f"lora_config.trainable_token_indices: {name} matches no module"
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _check_settings(adapter: AdapterFacts, where: str) -> None:
+    """Reject settings of an adapter that this project does not train, so that none is dropped silently."""
+    lora = adapter.lora
+    if lora.get("task_type") not in _TASK_TYPES:
+        raise ModelError(
+            f"{where}: task_type {lora['task_type']} adds another head than that of a causal language model. Use an adapter that was "
+            "trained with task_type CAUSAL_LM."
+        )
+    unknown = [
+        name
+        for name, value in lora.items()
+        if value and name not in _RECORDED and name not in LoraConfig.model_fields
+    ]
+    if unknown:
+        raise ModelError(
+            f"{where}: {', '.join(sorted(unknown))} cannot be trained further, because it changes what the adapter computes. Use an "
+            "adapter without it."
+        )
+    start = str(lora.get("init_lora_weights", True)).lower()
+    if start.startswith(_REWRITES_BASE):
+        raise ModelError(
+            f"{where}: init_lora_weights: {start} rewrites the base weights, so the adapter belongs to those weights and not to the "
+            "published base model. Convert it with PEFT: save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=...), "
+            "or merge it and write the merged model as model_id."
+        )
+
+
+def _adapted(
+    directory: Path, source: str, settings: dict[str, Any], where: str, trust_remote_code: bool
+) -> Any:
+    """Return the model with its adapter on the meta device. Initialization does not affect shapes."""
+    with importing():
+        import peft
+        import torch
+
+    model = model_on_meta_device(directory, source, trust_remote_code)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            # PEFT warns of pattern keys that match parameters, and of names that `unmatched_keys` reports.
+            warnings.simplefilter("ignore")
+            return peft.get_peft_model(model, peft.LoraConfig(**settings))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        raise ModelError(f"{where}: PEFT cannot add this adapter to {source}: {first_line(error)}") from error
+
+
+def _parameters(adapted: Any) -> AdapterParameters:
+    import peft
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    def shapes(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # PEFT takes biases for shards, and announces that it saves embeddings
+        stored = shapes(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        everything = shapes(peft.get_peft_model_state_dict(adapted))
+    ranks, without_bias, saved = {}, [], []
+    head, output = None, adapted.get_base_model().get_output_embeddings()
+    for name, module in adapted.named_modules():
+        base_name = name.removeprefix(_PREFIX).replace(".base_layer", "")
+        if isinstance(module, LoraLayer):
+            if "default" in module.r and not isinstance(module, AuxiliaryTrainingWrapper):
+                ranks[base_name] = max(module.r["default"], ranks.get(base_name, 0))
+            if getattr(module.get_base_layer(), "bias", None) is None:
+                without_bias.append(base_name)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            saved.append(base_name)
+        if module is output:
+            head = base_name
+    return AdapterParameters(
+        trainable={
+            name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad
+        },
+        stored=stored,
+        stored_embeddings={name: shape for name, shape in everything.items() if name not in stored},
+        ranks=ranks,
+        target_parameters=tuple(adapted.base_model.targeted_parameter_names),
+        saved_modules=tuple(saved),
+        without_bias=tuple(without_bias),
+        head=head,
+    )
+
+
+def _as_loaded(adapted: Any, adapter: AdapterFacts) -> dict[str, Shape]:
+    """Return the file's tensors as PEFT loads them: it converts the experts of older releases into fused parameters."""
+    import torch
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in adapter.parameter_shapes.items()}
+    try:
+        loaded = convert_peft_adapter_state_dict_for_transformers(
+            adapted, adapted.peft_config["default"], tensors
+        )
+    except (ValueError, RuntimeError, KeyError, IndexError):  # experts are missing, or have different shapes
+        return dict(adapter.parameter_shapes)
+    return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+
+
+def _differences(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Iterator[str]:
+    expected = {**parameters.stored_embeddings, **parameters.stored}
+    for name in sorted(parameters.stored.keys() - found.keys()):
+        yield f"{name} is missing from the file"
+    for name in sorted(found.keys() - expected.keys()):
+        yield f"{name} is in the file, but not in its configuration"
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name]:
+            yield f"{name} is {_shown(found[name])} in the file, but must be {_shown(expected[name])}"
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
