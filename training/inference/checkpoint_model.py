@@ -13,18 +13,11 @@ from runs.listing import check_run, run_uri
 from runs.reading import best, read_config
 from training.checkpoints.store import describe_no_checkpoint, read_manifest, resolve_start
 from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
-from training.models.files import (
-    is_hub_id,
-    is_model_file,
-    is_tokenizer_file,
-    read_adapter_facts,
-    read_hub_facts,
-    read_model_facts,
-)
+from training.models.adapter import continued_adapter
+from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer
 from training.planning.paths import absolute, make_scratch_directory, needs_embedded_bucket
-from training.planning.resume import misfits
 from utils.processes import importing
 from utils.storage.bucket import NotFoundError, check_readable, open_store, uses_embedded_bucket
 from utils.storage.embedded_bucket import embedded_bucket
@@ -116,12 +109,13 @@ def trained_model(run: str, *others: str, base: str | None = None) -> Iterator[T
         config = _config_of(run_of(checkpoint))
         if needs_embedded_bucket(config):
             stack.enter_context(embedded_bucket())
+        cache = make_scratch_directory(config) / "cache"
         yield TrainedModel(
             checkpoint=checkpoint,
             manifest=read_manifest(checkpoint),
             config=config,
-            base=_base_of(checkpoint, config, base),
-            cache=make_scratch_directory(config) / "cache",
+            base=_base_of(checkpoint, config, base, cache),
+            cache=cache,
         )
 
 
@@ -153,7 +147,7 @@ def _config_of(run: str) -> FinetuneConfig:
     return stored.config
 
 
-def _base_of(checkpoint: str, config: FinetuneConfig, named: str | None) -> str | None:
+def _base_of(checkpoint: str, config: FinetuneConfig, named: str | None, cache: Path) -> str | None:
     """Return the base model of an adapter: the one named by --base, which must fit, or else the one it was trained on."""
     if not config.trains_adapter:
         if named:
@@ -170,7 +164,9 @@ def _base_of(checkpoint: str, config: FinetuneConfig, named: str | None) -> str 
                 ) from error
         return adapter.base_model
     base = named if is_hub_id(named) else absolute(named)
-    facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
-    if wrong := misfits(adapter, facts):
+    _, wrong = continued_adapter(
+        fetch_model(base, cache, is_tokenizer_file), base, adapter, trust_remote_code=config.trust_remote_code
+    )
+    if wrong:
         raise ConfigError(f"--base: {base} does not fit the adapter {checkpoint}: {wrong[0]}")
     return base
