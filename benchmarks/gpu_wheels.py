@@ -11,7 +11,6 @@ packages always do. benchmarks/gpu_wheels.txt lists the versions of the latest c
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -25,6 +24,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.report import sha256
+
 VERSIONS = PROJECT / "benchmarks" / "gpu_wheels.txt"
 _INSTALLER = PROJECT / "benchmarks" / "gpu_wheels_install.py"
 _PLATFORM = "manylinux_2_28_x86_64"
@@ -167,11 +170,6 @@ def _chunks(files: list[Path]) -> Iterator[bytes]:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
