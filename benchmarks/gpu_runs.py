@@ -69,7 +69,7 @@ class Setting:
 
 ON_GPU = Setting("cuda", gpu_workloads.GPU, time_limit=2)
 ON_CPU = Setting("cpu", gpu_workloads.TINY, time_limit=10)
-SIMULATED = Setting("cuda", gpu_workloads.TINY, time_limit=10, simulated=True)
+SIMULATED = Setting("cuda", gpu_workloads.TINY, time_limit=30, simulated=True)
 
 
 class Bench:

