@@ -107,7 +107,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "packed step on CPU in fp32": Contestant(lambda bench: _reference(bench, packed=True), 45),
     "packed step of torch": Contestant(lambda bench: _step(bench, "torch", packed=True), 45),
     "packed step of liger": Contestant(lambda bench: _step(bench, "liger", packed=True), 45, needs_gpu=True),
-    "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 90),
+    "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 120),
     "lora of Unsloth's own script": Contestant(lambda bench: bench.peer("unsloth", "lora"), 75),
     "lora of TRL and PEFT": Contestant(lambda bench: bench.peer("trl", "lora"), 60),
     "deterministic": Contestant(lambda bench: bench.main("resume", deterministic=True), 50),

