@@ -59,9 +59,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(config: Path, port: int | None = None) -> Iterator[Served]:
-    """Run main.py serve within the block, and kill all its processes at the end."""
-    errors = config.with_suffix(f".{time.time_ns()}.stderr")
+def served(config: Path, port: int | None = None, errors: Path | None = None) -> Iterator[Served]:
+    """Run main.py serve within the block, and kill all its processes at the end.
+
+    Args:
+        config: The service YAML.
+        port: Port; None: a free one.
+        errors: File for its error output; None: beside the YAML.
+    """
+    errors = errors or config.with_suffix(f".{time.time_ns()}.stderr")
     with errors.open("w") as stderr:
         process = subprocess.Popen(
             [

@@ -15,6 +15,7 @@ from tests.support.shown_commands import (
     make_targets,
     quickstart_commands,
     run_commands,
+    service_commands,
     split_code,
     submit_commands,
 )
@@ -102,9 +103,9 @@ def test_readme_links_every_page_of_docs():
 
 
 def test_every_shown_command_is_run_by_a_test():
-    """test_quickstart and test_submission run the commands of these lists."""
+    """test_quickstart, test_submission and test_service run the commands of these lists."""
     names = (*run_records.COMMANDS, *inference.COMMANDS)
-    run = {*quickstart_commands(), *run_commands(names), *submit_commands()}
+    run = {*quickstart_commands(), *run_commands(names), *submit_commands(), *service_commands()}
     assert [shown for shown in main_commands(PAGES) if shown not in run] == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.config import LoadedService, load_service
-from service.keys import create_key, list_keys, revoke_keys
+from service.keys import KeysError, create_key, list_keys, revoke_keys
 from service.layout import active_key, files_of, jobs_of
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from utils.storage.s3 import S3Store
@@ -198,6 +198,8 @@ def test_only_valid_keys_are_answered(apis: list[Api], store: S3Store):
     again.get("/v1/models")
     assert [record.revoked_at for record in list_keys(store, "red")] == [None, None]
     revoke_keys(store, "red", None)
+    with pytest.raises(KeysError, match="keys list red"):
+        revoke_keys(store, "red", None)
     deadline = time.monotonic() + 5
     while again.request("GET", "/v1/models").status_code != 401:
         assert time.monotonic() < deadline
