@@ -52,7 +52,9 @@ class ListeningReplica:
         app = create_app(service, handles)
         config = uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=_MAX_CONNECTIONS)
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listening],), name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([listening],), name="http", daemon=True
+        )
         self._thread.start()
 
     def check_health(self) -> None:

@@ -65,7 +65,7 @@ def _plan(
     rows = directory / "rows.jsonl"
     count = hyperparameters["batch_size"]
     rows.write_text("".join(json.dumps(_CHAT | {"id": number}) + "\n" for number in range(count)), "utf-8")
-    paths = {"train": str(rows), "valid": None, "storage": str(directory / "runs")}
+    paths = {"train": str(rows), "valid": None, "storage": str(directory / "runs"), "publish": None}
     yaml = directory / "job.yaml"
     yaml.write_text(to_yaml(training_config(job, base.config, paths)), "utf-8")
     _, report, _ = make_plan(load_config(yaml), target=target, progress=_ignore_progress)

@@ -66,12 +66,17 @@ def check(received: dict[str, Any], model: str) -> None:
 
 def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 8, "learning_rate": 1e-3}
-    config = write_service(tmp_path, bucket_uri, str(tiny_model), base)
+    published = f"{bucket_uri}/loras"
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), base, publish_path=published)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(write_problems(TRAIN_KINDS, 16, 1))
     with served(config) as service:
         assert service.key
-        check(run_client(service.base_url, service.key, str(rows), "tiny"), "tiny")
+        received = run_client(service.base_url, service.key, str(rows), "tiny")
+        check(received, "tiny")
+        assert {
+            f"{received['job']['id']}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")
+        } <= {item.key for item in S3Store(published).list()}
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
 
