@@ -112,7 +112,7 @@ def test_published_job_exports_its_adapter(tmp_path: Path):
     assert config.export
     assert (config.export.merge, config.export.to) == (False, "s3://b/loras/ftjob-1")
     path = write_service(tmp_path, "s3://b/service", base={"lora_config": None}, publish_path="s3://b/loras")
-    with pytest.raises(ConfigError, match="publish_path.*lora_config"):
+    with pytest.raises(ConfigError, match=r"publish_path.*lora_config"):
         load_service(path)
 
 
