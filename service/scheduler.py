@@ -220,6 +220,11 @@ class Scheduler:
 
     def _check(self, project: str, job: Record) -> None:
         job_id, memory = job["id"], self._memory
+        if job["base"] not in self._service.bases:
+            self._fail(
+                project, job, "model_not_found", f"The service no longer offers {job['base']}.", "model"
+            )
+            return
         running = memory.checks.get(job_id)
         if running is None:
             if self._may_try(job_id):

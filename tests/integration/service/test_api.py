@@ -170,10 +170,11 @@ def test_status_changes_only_where_it_may(apis: list[Api], store: S3Store):
 
 
 def test_unfinished_jobs_and_requests_have_limits(tmp_path: Path, bucket_uri: str):
-    service = load_service(write_service(tmp_path, bucket_uri, limits={"jobs": 1, "requests_per_minute": 4}))
+    service = load_service(write_service(tmp_path, bucket_uri, limits={"jobs": 1, "requests_per_minute": 5}))
     with running_api(service, ["red", "blue"]) as (red, blue):
         file = red.upload(rows())["id"]
-        red.create_job(file)
+        job = red.create_job(file)
+        assert red.create_job(file)["id"] == job["id"]
         answer = red.request(
             "POST", "/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "seed": 1}
         )
