@@ -146,7 +146,10 @@ class Jobs:
             "needs": None,
             "total_steps": None,
             "model_deleted": False,
-            "messages": [[now, "info", "Created fine-tuning job"], [now, "info", "Validating training file"]],
+            "messages": [
+                [now, "info", "Created fine-tuning job", 0],
+                [now, "info", "Validating training file", 1],
+            ],
             "marks": [],
         }
 
@@ -252,7 +255,8 @@ class Jobs:
 
 def with_message(job: Record, message: str, level: str = "info") -> Record:
     """Return a job with another event."""
-    messages = [*job["messages"], [int(time.time()), level, message]]
+    number = job["messages"][-1][3] + 1
+    messages = [*job["messages"], [int(time.time()), level, message, number]]
     return job | {"messages": messages[:2] + messages[2:][-_MAX_MESSAGES:]}
 
 

@@ -19,7 +19,8 @@ from s3transfer.manager import TransferManager
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from service.config import load_service
 from service.keys import create_key
-from tests.support.jobs import PROJECT, run_main
+from tests.support.jobs import PROJECT, error_of, run_main
+from tests.support.ray_cluster import ray_cluster
 from tests.support.served import OPENAI, Served, run_client, served
 from tests.support.service import write_service
 from tests.support.shown_commands import service_commands
@@ -79,6 +80,34 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
         } <= {item.key for item in S3Store(published).list()}
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_openai_client_fine_tunes_on_an_existing_cluster(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 8, "learning_rate": 1e-3}
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(write_problems(TRAIN_KINDS, 16, 1))
+    with ray_cluster(3) as cluster, served(config, variables=cluster.variables) as service:
+        assert service.key
+        check(run_client(service.base_url, service.key, str(rows), "tiny"), "tiny")
+
+
+@pytest.mark.slow
+def test_dry_run_checks_bucket_models_and_memory(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    base = {"output_dir": str(tmp_path / "scratch")}
+    checked = run_main(
+        Path("serve"), str(write_service(tmp_path, bucket_uri, str(tiny_model), base)), "--dry-run"
+    )
+    assert checked.exit_code == 0, checked.errors
+    assert f"storage_path: {bucket_uri} is writable" in checked.output
+    assert "models.tiny" in checked.output
+    assert "per device" in checked.output
+    assert S3Store(bucket_uri).list() == []
+    missing = run_main(
+        Path("serve"), str(write_service(tmp_path, bucket_uri, "s3://anneal/no/model", base)), "--dry-run"
+    )
+    assert "models.tiny: model_id" in error_of(missing)
 
 
 def test_shown_commands_create_list_and_revoke_keys(bucket: EmbeddedBucket):

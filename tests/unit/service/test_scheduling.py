@@ -62,10 +62,13 @@ def test_job_starts_if_the_cluster_can_scale_up(
 
 
 def test_events_of_a_job_have_a_limit():
-    job = {"messages": [[0, "info", "Created"], [0, "info", "Validating"]]}
+    job = {"messages": [[0, "info", "Created", 0], [0, "info", "Validating", 1]]}
     for number in range(500):
         job = with_message(job, str(number))
-    assert [text for _, _, text in job["messages"][:3]] == ["Created", "Validating", "300"]
+    assert [(text, number) for _, _, text, number in job["messages"][1:3]] == [
+        ("Validating", 1),
+        ("302", 304),
+    ]
 
 
 @pytest.mark.parametrize(
