@@ -29,21 +29,18 @@ def check_service(service: LoadedService, target: ClusterTarget, console: Consol
     """
     set_ray_environment(target)
     check_writable(service.config.storage_path)
-    console.print(f"storage_path: {service.config.storage_path} is writable", soft_wrap=True, highlight=False)
+    lines = [f"storage_path: {service.config.storage_path} is writable"]
     with tempfile.TemporaryDirectory(prefix="anneal-") as directory:
         for name, base in service.bases.items():
             try:
                 report = _plan(name, service, base, target, Path(directory))
             except AnnealError as error:
                 raise DryRunError(f"models.{name}: {error}") from error
-            console.print(
-                f"models.{name}: {report.model} ({report.parameters:,} parameters, {report.trainable_parameters:,} trainable), "
-                f"{_memory(report)}",
-                soft_wrap=True,
-                highlight=False,
-            )
-            for warning in report.warnings:
-                console.print(f"warning: models.{name}: {warning}", soft_wrap=True, highlight=False)
+            size = f"{report.parameters:,} parameters, {report.trainable_parameters:,} trainable"
+            lines.append(f"models.{name}: {report.model} ({size}), {_memory(report)}")
+            lines += [f"warning: models.{name}: {warning}" for warning in report.warnings]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _plan(
