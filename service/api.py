@@ -93,7 +93,11 @@ def _add_error_handlers(app: FastAPI) -> None:
             )
         )
 
+    async def other_error(request: Request, error: Exception) -> Any:
+        return answer_error(ApiError(status=500, message="The server had an error.", type="server_error"))
+
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(Exception, other_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(BucketError, bucket_error)

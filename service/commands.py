@@ -3,6 +3,7 @@
 import importlib.util
 import ipaddress
 import json
+import math
 import os
 import signal
 import socket
@@ -170,7 +171,7 @@ class _Run:
 
             from service.app import APP_NAME, build
 
-            _connect(self._target)
+            _connect(self._target, self._service)
             received: list[int] = []
             for number in FORWARDED:
                 signal.signal(number, lambda got, _: (received.append(got), self._stop.set()))
@@ -208,14 +209,18 @@ class _Run:
         self._progress.print(text, soft_wrap=True, highlight=False)
 
 
-def _connect(target: ClusterTarget) -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start a local one on all cores and GPUs of this machine."""
+def _connect(target: ClusterTarget, service: LoadedService) -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start a local one, where jobs and engines share all cores."""
     import logging
 
     import ray
 
     if target.is_local:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=os.cpu_count())
+        engines = sum(base.engine_resources["CPU"] for base in service.config.models.values())
+        cores = os.cpu_count() or 1
+        ray.init(
+            address="local", include_dashboard=False, log_to_driver=False, num_cpus=cores + math.ceil(engines)
+        )
     else:
         excludes = [
             "/[!.]*",

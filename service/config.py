@@ -74,7 +74,12 @@ class BaseModelSettings(Section):
     """Replicas of the engine."""
 
     resources: Resources = {}
-    """Ray resources per replica of the engine, such as `{GPU: 1}`."""
+    """Ray resources per replica of the engine, such as `{GPU: 1}`; one CPU unless it sets CPU."""
+
+    @property
+    def engine_resources(self) -> dict[str, float]:
+        """Return the Ray resources of all replicas of the engine."""
+        return {name: amount * self.num_replicas for name, amount in ({"CPU": 1} | self.resources).items()}
 
 
 class Limits(Section):
@@ -101,6 +106,10 @@ class ServiceConfig(Section):
 
     models: Annotated[dict[ModelName, BaseModelSettings], Field(min_length=1)]
     """Name of the base model -> its settings. Requests name models by this name."""
+
+    publish_path: Annotated[StorageUri, AfterValidator(_in_s3)] | None = None
+    """Bucket prefix to which the adapter of each job is exported, in a folder with the job's id: what Ray Serve LLM expects at
+    its `dynamic_lora_loading_path`; null: do not export."""
 
     host: Text = "127.0.0.1"
     """Address to listen on."""
@@ -145,6 +154,11 @@ def load_service(path: Path, port: int | None = None) -> LoadedService:
         where = document.origin(("models", name, "config")).label
         yaml = (path.parent / base.config).resolve()
         bases[name] = _load_base(where, name, yaml)
+        if config.publish_path and not bases[name].config.trains_adapter:
+            raise ConfigError(
+                f"{document.origin(('publish_path',)).label}: `publish_path` is for adapters, but models.{name} trains all weights: add "
+                f"lora_config to {yaml}, or remove publish_path"
+            )
         models[name] = base.model_copy(update={"config": str(yaml)})
     return LoadedService(config.model_copy(update={"models": models}), bases)
 

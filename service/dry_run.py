@@ -16,8 +16,6 @@ from utils.errors import AnnealError
 from utils.files import format_bytes
 from utils.storage.bucket import check_writable
 
-_CHAT = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello!"}]}
-
 
 class DryRunError(AnnealError):
     """A base model that jobs cannot train."""
@@ -31,27 +29,24 @@ def check_service(service: LoadedService, target: ClusterTarget, console: Consol
     """
     set_ray_environment(target)
     check_writable(service.config.storage_path)
-    console.print(f"storage_path: {service.config.storage_path} is writable", soft_wrap=True, highlight=False)
+    lines = [f"storage_path: {service.config.storage_path} is writable"]
     with tempfile.TemporaryDirectory(prefix="anneal-") as directory:
         for name, base in service.bases.items():
             try:
                 report = _plan(name, service, base, target, Path(directory))
             except AnnealError as error:
                 raise DryRunError(f"models.{name}: {error}") from error
-            console.print(
-                f"models.{name}: {report.model} ({report.parameters:,} parameters, {report.trainable_parameters:,} trainable), "
-                f"{_memory(report)}",
-                soft_wrap=True,
-                highlight=False,
-            )
-            for warning in report.warnings:
-                console.print(f"warning: models.{name}: {warning}", soft_wrap=True, highlight=False)
+            size = f"{report.parameters:,} parameters, {report.trainable_parameters:,} trainable"
+            lines.append(f"models.{name}: {report.model} ({size}), {_memory(report)}")
+            lines += [f"warning: models.{name}: {warning}" for warning in report.warnings]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _plan(
     name: str, service: LoadedService, base: LoadedConfig, target: ClusterTarget, directory: Path
 ) -> PlanReport:
-    """Plan a job of one short row."""
+    """Plan a job of short rows: one step."""
     settings = service.config.models[name]
     hyperparameters = resolve_hyperparameters("supervised", {}, settings, base.config)
     job = {
@@ -62,10 +57,10 @@ def _plan(
         "parent_checkpoint": None,
         "integrations": None,
     }
-    rows = directory / "rows.jsonl"
-    count = hyperparameters["batch_size"]
-    rows.write_text("".join(json.dumps(_CHAT | {"id": number}) + "\n" for number in range(count)), "utf-8")
-    paths = {"train": str(rows), "valid": None, "storage": str(directory / "runs")}
+    rows, valid = directory / "rows.jsonl", directory / "valid.jsonl"
+    rows.write_text("".join(_chat(number) for number in range(hyperparameters["batch_size"])), "utf-8")
+    valid.write_text(_chat(hyperparameters["batch_size"]), "utf-8")
+    paths = {"train": str(rows), "valid": str(valid), "storage": str(directory / "runs"), "publish": None}
     yaml = directory / "job.yaml"
     yaml.write_text(to_yaml(training_config(job, base.config, paths)), "utf-8")
     _, report, _ = make_plan(load_config(yaml), target=target, progress=_ignore_progress)
@@ -74,6 +69,15 @@ def _plan(
 
 def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
     pass
+
+
+def _chat(number: int) -> str:
+    """Return a short row of training data."""
+    messages = [
+        {"role": "user", "content": f"What is {number}?"},
+        {"role": "assistant", "content": "A number."},
+    ]
+    return json.dumps({"messages": messages}) + "\n"
 
 
 def _memory(report: PlanReport) -> str:

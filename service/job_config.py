@@ -54,7 +54,7 @@ def training_config(
     Args:
         job: The job's record.
         base: The base model's training YAML.
-        paths: URIs: `train`, `valid` (or None) and `storage`.
+        paths: URIs: `train`, `valid` (or None), `storage`, and where to export the adapter, `publish` (or None).
     """
     keys = base.model_dump(mode="json") | _DATA_KEYS
     hyperparameters = job["hyperparameters"]
@@ -89,6 +89,8 @@ def training_config(
             "entity": wandb.get("entity"),
             "tags": wandb.get("tags") or [],
         }
+    if paths["publish"]:
+        keys["export"] = {"merge": False, "to": paths["publish"]}
     return FinetuneConfig.model_validate(keys)
 
 

@@ -146,22 +146,32 @@ class Jobs:
             "needs": None,
             "total_steps": None,
             "model_deleted": False,
-            "messages": [[now, "info", "Created fine-tuning job"], [now, "info", "Validating training file"]],
+            "messages": [
+                [now, "info", "Created fine-tuning job", 0],
+                [now, "info", "Validating training file", 1],
+            ],
             "marks": [],
         }
 
+        marked: set[str] = set()
+
         def make(identifier: str) -> Record:
+            if not marked:
+                self._check_unfinished(caller.project)
             # The scheduler finds jobs by their markers, so the marker exists before the job does.
             self._store.write(active_key(caller.project, identifier), b"")
+            marked.add(identifier)
             return {"id": identifier, **record}
 
         def is_the_same(other: Record) -> bool:
             window = _RETRY_SECONDS if is_retry else _REPEAT_SECONDS
             return other["request_digest"] == digest and now - other["created_at"] <= window
 
-        self._check_unfinished(caller.project)
         created = jobs_of(self._store, caller.project).append(make, is_the_same)
+        # Between the marker and the record, a scheduler may have taken this request for dead.
         self._store.write(active_key(caller.project, created["id"]), b"")
+        # Ids that another request has taken the place of.
+        self._store.delete([active_key(caller.project, each) for each in marked - {created["id"]}])
         return created
 
     def get(self, project: str, job_id: str) -> Record:
@@ -245,7 +255,8 @@ class Jobs:
 
 def with_message(job: Record, message: str, level: str = "info") -> Record:
     """Return a job with another event."""
-    messages = [*job["messages"], [int(time.time()), level, message]]
+    number = job["messages"][-1][3] + 1
+    messages = [*job["messages"], [int(time.time()), level, message, number]]
     return job | {"messages": messages[:2] + messages[2:][-_MAX_MESSAGES:]}
 
 

@@ -23,7 +23,7 @@ def events_of(store: S3Store, project: str, job: Record) -> list[dict[str, Any]]
     name = job["id"].removeprefix(JOB_PREFIX)
     messages = [
         _event(f"ftevent-{name}-m{number:05d}", created_at, message, level=level)
-        for number, (created_at, level, message) in enumerate(job["messages"])
+        for created_at, level, message, number in job["messages"]
     ]
     total = job["total_steps"]
     metrics = []

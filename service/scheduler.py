@@ -18,9 +18,10 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import yaml
 
 from configs.loading import to_yaml
-from runs.layout import Lease, RunResult
+from runs.layout import EXPORT_FILE, Lease, RunResult
 from runs.reading import read_result
 from service.config import LoadedService
 from service.drivers import (
@@ -61,7 +62,7 @@ from service.progress import latest_step, metrics_csv
 from service.records import Record
 from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from training.loop.ray_internals import autoscaler_maximum, has_node_groups
-from utils.storage.bucket import AlreadyExistsError, BucketError
+from utils.storage.bucket import AlreadyExistsError, BucketError, join_uri
 from utils.storage.s3 import S3Store
 
 TICK_SECONDS = 1.0
@@ -219,6 +220,11 @@ class Scheduler:
 
     def _check(self, project: str, job: Record) -> None:
         job_id, memory = job["id"], self._memory
+        if job["base"] not in self._service.bases:
+            self._fail(
+                project, job, "model_not_found", f"The service no longer offers {job['base']}.", "model"
+            )
+            return
         running = memory.checks.get(job_id)
         if running is None:
             if self._may_try(job_id):
@@ -254,9 +260,11 @@ class Scheduler:
         key = config_key(project, job["id"])
         written = self._store.read_if_exists(key)
         if written is None:
+            publish = self._service.config.publish_path
             paths: dict[str, str | None] = {
                 "train": self._content_uri(project, job["training_file"]),
                 "storage": runs_uri(self._store, project),
+                "publish": join_uri(publish, job["id"]) if publish else None,
             }
             paths["valid"] = (
                 self._content_uri(project, job["validation_file"]) if job["validation_file"] else None
@@ -318,7 +326,7 @@ class Scheduler:
     def _finish(self, project: str, job: Record, state: DriverState | None) -> bool:
         """End a job whose run has completed or failed; return whether it has."""
         result = read_result(S3Store(run_uri(self._store, project, job["id"])))
-        if result is not None and result.status == "completed":
+        if result is not None and result.status == "completed" and self._is_published(project, job):
             self._succeed(project, job, result)
             return True
         if state is None or state.is_stopping:
@@ -332,6 +340,11 @@ class Scheduler:
             self._failed_attempt(project, job, self._with_file_ids(project, job, reason))
             return True
         return False
+
+    def _is_published(self, project: str, job: Record) -> bool:
+        """Return whether the job's adapter is exported, or need not be."""
+        export = yaml.safe_load(self._config_of(project, job))["export"]
+        return export is None or S3Store(export["to"]).read_if_exists(EXPORT_FILE) is not None
 
     def _succeed(self, project: str, job: Record, result: RunResult) -> None:
         """Write the result file and the model's marker, then the status. Each step may be repeated."""
@@ -417,11 +430,7 @@ class _Room:
     """The resources that a round may still give to jobs."""
 
     def __init__(self, service: LoadedService, taken: Mapping[str, float]):
-        engines = _sum(
-            {name: amount * base.num_replicas for name, amount in base.resources.items()}
-            for base in service.config.models.values()
-        )
-        self._used = _sum([taken, engines])
+        self._used = _sum([taken, *(base.engine_resources for base in service.config.models.values())])
         self._reserved_for: str | None = None
 
     def lacking(self, job_id: str, needs: Needs) -> str:

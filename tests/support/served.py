@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +59,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(config: Path, port: int | None = None) -> Iterator[Served]:
-    """Run main.py serve within the block, and kill all its processes at the end."""
-    errors = config.with_suffix(f".{time.time_ns()}.stderr")
+def served(
+    config: Path,
+    port: int | None = None,
+    errors: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Served]:
+    """Run main.py serve within the block, and kill all its processes at the end.
+
+    Args:
+        config: The service YAML.
+        port: Port; None: a free one.
+        errors: File for its error output; None: beside the YAML.
+        variables: Environment variables to add.
+    """
+    errors = errors or config.with_suffix(f".{time.time_ns()}.stderr")
     with errors.open("w") as stderr:
         process = subprocess.Popen(
             [
@@ -74,7 +86,7 @@ def served(config: Path, port: int | None = None) -> Iterator[Served]:
                 "--json",
             ],
             cwd=PROJECT,
-            env=environment(),
+            env=environment() | dict(variables or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -53,6 +53,11 @@ def run_commands(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [shown for shown in main_commands(PAGES) if shown[0] in names]
 
 
+def service_commands() -> list[tuple[str, ...]]:
+    """Return the commands of the fine-tuning service, which test_service runs."""
+    return [shown for shown in main_commands(PAGES) if shown[0] in ("serve", "keys")]
+
+
 def submit_commands() -> list[tuple[str, ...]]:
     """Return the commands that test_submission runs on a cluster of this machine."""
     return [

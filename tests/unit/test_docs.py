@@ -16,6 +16,7 @@ from tests.support.shown_commands import (
     migrating_commands,
     quickstart_commands,
     run_commands,
+    service_commands,
     split_code,
     submit_commands,
 )
@@ -103,9 +104,15 @@ def test_readme_links_every_page_of_docs():
 
 
 def test_every_shown_command_is_run_by_a_test():
-    """test_quickstart, test_submission and test_migrating run the commands of these lists."""
+    """test_quickstart, test_submission, test_migrating and test_service run the commands of these lists."""
     names = (*run_records.COMMANDS, *inference.COMMANDS)
-    run = {*quickstart_commands(), *run_commands(names), *submit_commands(), *migrating_commands()}
+    run = {
+        *quickstart_commands(),
+        *run_commands(names),
+        *submit_commands(),
+        *migrating_commands(),
+        *service_commands(),
+    }
     assert [shown for shown in main_commands(PAGES) if shown not in run] == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.config import LoadedService, load_service
-from service.keys import create_key, list_keys, revoke_keys
+from service.keys import KeysError, create_key, list_keys, revoke_keys
 from service.layout import active_key, files_of, jobs_of
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from utils.storage.s3 import S3Store
@@ -170,10 +170,11 @@ def test_status_changes_only_where_it_may(apis: list[Api], store: S3Store):
 
 
 def test_unfinished_jobs_and_requests_have_limits(tmp_path: Path, bucket_uri: str):
-    service = load_service(write_service(tmp_path, bucket_uri, limits={"jobs": 1, "requests_per_minute": 4}))
+    service = load_service(write_service(tmp_path, bucket_uri, limits={"jobs": 1, "requests_per_minute": 5}))
     with running_api(service, ["red", "blue"]) as (red, blue):
         file = red.upload(rows())["id"]
-        red.create_job(file)
+        job = red.create_job(file)
+        assert red.create_job(file)["id"] == job["id"]
         answer = red.request(
             "POST", "/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "seed": 1}
         )
@@ -198,6 +199,8 @@ def test_only_valid_keys_are_answered(apis: list[Api], store: S3Store):
     again.get("/v1/models")
     assert [record.revoked_at for record in list_keys(store, "red")] == [None, None]
     revoke_keys(store, "red", None)
+    with pytest.raises(KeysError, match="keys list red"):
+        revoke_keys(store, "red", None)
     deadline = time.monotonic() + 5
     while again.request("GET", "/v1/models").status_code != 401:
         assert time.monotonic() < deadline

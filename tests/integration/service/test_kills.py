@@ -65,6 +65,7 @@ FULL = [
     [("controller", "validating")],
 ]
 JOBS = FULL if GRID else SAMPLE
+ROWS = write_problems(TRAIN_KINDS, 32, 1).encode()
 
 pytestmark = [
     pytest.mark.slow,
@@ -201,20 +202,25 @@ def weights_of(site: Site, job_id: str) -> str:
     ).hexdigest()
 
 
-def test_killed_jobs_end_once_with_the_same_weights(site: Site):
-    rows = write_problems(TRAIN_KINDS, 32, 1).encode()
-    undisturbed = create(site, [], rows)
-    expected = weights_of(site, undisturbed)
-    jobs = [undisturbed, *(create(site, kills, rows) for kills in JOBS)]
-    for job in jobs[1:]:
-        assert weights_of(site, job) == expected
-        events = site.ask("GET", f"/fine_tuning/jobs/{job}/events?limit=100")["data"]
-        assert [event["message"] for event in events].count("The job has successfully completed") == 1
-    assert [job["id"] for job in site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]] == jobs[::-1]
-    results = [site.job(job)["result_files"] for job in jobs]
+@pytest.fixture(scope="module")
+def expected(site: Site) -> str:
+    """Return the hash of the weights of an undisturbed job."""
+    return weights_of(site, create(site, [], ROWS))
+
+
+@pytest.mark.parametrize("kills", JOBS, ids=lambda kills: f"{len(kills)} kills, first {kills[0][0]}")
+def test_killed_job_ends_once_with_the_same_weights(site: Site, expected: str, kills: list[tuple[str, str]]):
+    before = site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]
+    job = create(site, kills, ROWS)
+    assert weights_of(site, job) == expected
+    events = site.ask("GET", f"/fine_tuning/jobs/{job}/events?limit=100")["data"]
+    assert [event["message"] for event in events].count("The job has successfully completed") == 1
+    jobs = site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]
+    assert [each["id"] for each in jobs] == [job, *(each["id"] for each in before)]
+    results = [file for each in jobs for file in each["result_files"]]
     stored = [
         file["id"] for file in site.ask("GET", "/files")["data"] if file["purpose"] == "fine-tune-results"
     ]
-    assert sorted(file for files in results for file in files) == sorted(stored)
+    assert sorted(results) == sorted(stored)
     assert len(stored) == len(jobs)
     assert len(site.ask("GET", "/models")["data"]) == 1 + len(jobs)

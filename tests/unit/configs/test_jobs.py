@@ -12,6 +12,7 @@ import yaml
 
 from configs.loading import load_config
 from configs.schema import FinetuneConfig
+from service.config import load_service
 
 ROOT = Path(__file__).resolve().parents[3]
 JOBS = ROOT / "configs" / "jobs"
@@ -55,6 +56,28 @@ POD = fields(
         ),
     )
 )
+RAY_CLUSTER = fields(
+    rayVersion=TEXT,
+    authOptions=fields(mode={"enum": ["disabled", "token"]}),
+    enableInTreeAutoscaling=FLAG,
+    headGroupSpec=fields(rayStartParams=TEXTS, template=POD),
+    workerGroupSpecs=list_of(
+        fields(
+            groupName=TEXT,
+            replicas=NUMBER,
+            minReplicas=NUMBER,
+            maxReplicas=NUMBER,
+            rayStartParams=TEXTS,
+            template=POD,
+        )
+    ),
+)
+RAY_SERVICE = fields(
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayService"},
+    metadata=fields(name=TEXT),
+    spec=fields(serveConfigV2=TEXT, rayClusterConfig=RAY_CLUSTER),
+)
 RAY_JOB = fields(
     apiVersion={"const": "ray.io/v1"},
     kind={"const": "RayJob"},
@@ -65,23 +88,17 @@ RAY_JOB = fields(
         shutdownAfterJobFinishes=FLAG,
         ttlSecondsAfterFinished=NUMBER,
         runtimeEnvYAML=TEXT,
-        rayClusterSpec=fields(
-            rayVersion=TEXT,
-            authOptions=fields(mode={"enum": ["disabled", "token"]}),
-            enableInTreeAutoscaling=FLAG,
-            headGroupSpec=fields(rayStartParams=TEXTS, template=POD),
-            workerGroupSpecs=list_of(
-                fields(
-                    groupName=TEXT,
-                    replicas=NUMBER,
-                    minReplicas=NUMBER,
-                    maxReplicas=NUMBER,
-                    rayStartParams=TEXTS,
-                    template=POD,
-                )
-            ),
-        ),
+        rayClusterSpec=RAY_CLUSTER,
     ),
+)
+ANYSCALE_SERVICE = fields(
+    name=TEXT,
+    image_uri=TEXT,
+    compute_config=TEXT,
+    working_dir=TEXT,
+    excludes=list_of(TEXT),
+    applications=list_of(fields(name=TEXT, route_prefix=TEXT, import_path=TEXT, args=TEXTS)),
+    query_auth_token_enabled=FLAG,
 )
 ANYSCALE_JOB = fields(
     name=TEXT,
@@ -210,3 +227,31 @@ def test_script_without_a_job_server_fails_and_names_ray_address():
     )
     assert completed.returncode == 1
     assert "RAY_ADDRESS=http://HEAD:8265" in completed.stderr
+
+
+def test_ray_service_uses_only_known_fields_and_serves_the_mounted_service(tmp_path: Path):
+    documents = yaml.safe_load_all((JOBS / "kuberay_ray_service.yaml").read_text("utf-8"))
+    kinds = {document["kind"]: document for document in documents}
+    jsonschema.validate(kinds["RayService"], RAY_SERVICE)
+    for name, text in kinds["ConfigMap"]["data"].items():
+        (tmp_path / name).write_text(text)
+    (application,) = yaml.safe_load(kinds["RayService"]["spec"]["serveConfigV2"])["applications"]
+    check_application(application)
+    service = load_service(tmp_path / Path(application["args"]["config"]).name)
+    (group,) = kinds["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert all(group["maxReplicas"] >= base.config.most_devices for base in service.bases.values())
+
+
+def test_anyscale_service_uses_only_known_fields_and_serves_a_cookbook():
+    manifest = yaml.safe_load((JOBS / "anyscale_service.yaml").read_text("utf-8"))
+    jsonschema.validate(manifest, ANYSCALE_SERVICE)
+    (application,) = manifest["applications"]
+    check_application(application)
+    assert load_service(ROOT / application["args"]["config"]).bases
+
+
+def check_application(application: dict[str, Any]) -> None:
+    module, _, name = application["import_path"].partition(":")
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")
+    assert f"def {name}(arguments: dict[str, str])" in source
+    assert list(application["args"]) == ["config"]

@@ -12,7 +12,7 @@ from service.config import BaseModelSettings, load_service
 from service.job_config import resolve_hyperparameters, training_config
 from tests.support.service import write_service
 
-PATHS = {"train": "s3://b/train.jsonl", "valid": None, "storage": "s3://b/runs"}
+PATHS = {"train": "s3://b/train.jsonl", "valid": None, "storage": "s3://b/runs", "publish": None}
 
 
 def base_config(**keys: Any) -> FinetuneConfig:
@@ -105,6 +105,15 @@ def test_job_replaces_the_data_length_and_learning_rate_of_the_base():
     assert (config.train_path, config.valid_path, config.run_name) == ("s3://b/train.jsonl", None, "ftjob-1")
     assert (config.num_epochs, config.max_steps, config.learning_rate, config.seed) == (2.0, None, 5e-4, 5)
     assert (config.bad_rows, config.data_format, config.num_checkpoints_to_keep) == ("error", "messages", 3)
+
+
+def test_published_job_exports_its_adapter(tmp_path: Path):
+    config = training_config(job(), base_config(), PATHS | {"publish": "s3://b/loras/ftjob-1"})
+    assert config.export
+    assert (config.export.merge, config.export.to) == (False, "s3://b/loras/ftjob-1")
+    path = write_service(tmp_path, "s3://b/service", base={"lora_config": None}, publish_path="s3://b/loras")
+    with pytest.raises(ConfigError, match=r"publish_path.*lora_config"):
+        load_service(path)
 
 
 def test_dpo_job_trains_preferences():
