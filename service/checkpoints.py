@@ -1,6 +1,8 @@
 """Checkpoints that an engine serves: their verified files on this node, their chat format, and what they share with the base."""
 
+import asyncio
 import logging
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from utils.storage.embedded_bucket import embedded_bucket
 
 _DEFAULT_CONTEXT = 4096
 """Context of models whose config states none."""
+_MAX_CHECKPOINTS = 64
+"""Checkpoints whose tokenizers stay in memory."""
 _UNMIXED = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
 """LoRA settings that PEFT does not support in a batch with rows of other adapters."""
 
@@ -86,6 +90,27 @@ def read_checkpoint(uri: str, settings: EngineSettings) -> Checkpoint:
         )
         adapter = read_adapter_facts(uri) if trained.base is not None else None
     return Checkpoint(uri, directory, form, trained, adapter)
+
+
+class CheckpointCache:
+    """The checkpoints that requests named last."""
+
+    def __init__(self, settings: EngineSettings):
+        """Start empty."""
+        self._settings = settings
+        self._known: OrderedDict[str, Checkpoint] = OrderedDict()
+        self._reading: dict[str, asyncio.Lock] = {}
+
+    async def get(self, uri: str) -> Checkpoint:
+        """Return a checkpoint whose files are on this node and match its manifest; see `read_checkpoint`."""
+        async with self._reading.setdefault(uri, asyncio.Lock()):
+            if uri not in self._known:
+                self._known[uri] = await asyncio.to_thread(read_checkpoint, uri, self._settings)
+            self._known.move_to_end(uri)
+            found = self._known[uri]
+        if len(self._known) > _MAX_CHECKPOINTS:
+            self._known.popitem(last=False)
+        return found
 
 
 def _context(directory: Path) -> int:

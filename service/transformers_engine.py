@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -25,10 +25,10 @@ from service.batching import (
 )
 from service.checkpoints import (
     Checkpoint,
+    CheckpointCache,
     base_checkpoint,
     failed_event,
     mixes_with_others,
-    read_checkpoint,
 )
 from service.engine import Accepted, ChatRequest, Delta, EngineSettings, Event, Failed
 from service.errors import ApiError
@@ -40,8 +40,6 @@ MAX_ROWS = 64
 """Most choices that one model generates at a time."""
 _OWN_MODELS = 1
 """Complete models in memory beside the base: full-parameter checkpoints, and adapters that cannot share a batch."""
-_MAX_CHECKPOINTS = 64
-"""Checkpoints whose tokenizers stay in memory."""
 _CACHE_SHARE = 0.4
 """Share of the free memory, after the base model was loaded, for its KV cache."""
 
@@ -110,8 +108,7 @@ class TransformersEngine:
             settings.max_adapters, self._load_adapter, self._unload_adapter
         )
         self._own_models = LeastRecentlyUsed[_Loaded](_OWN_MODELS, self._load_model, self._unload_model)
-        self._checkpoints: OrderedDict[str, Checkpoint] = OrderedDict()
-        self._reading: dict[str, asyncio.Lock] = {}
+        self._checkpoints = CheckpointCache(settings)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -123,7 +120,8 @@ class TransformersEngine:
     async def chat(self, request: ChatRequest) -> AsyncIterator[Event]:
         """Answer a request; see `Engine.chat`."""
         try:
-            checkpoint = await self._checkpoint(request.model.checkpoint)
+            uri = request.model.checkpoint
+            checkpoint = self._base if uri is None else await self._checkpoints.get(uri)
             prompt = checkpoint.format.encode(request)
             async with aclosing(self._generate(request, checkpoint, prompt)) as events:
                 async for event in events:
@@ -207,19 +205,6 @@ class TransformersEngine:
             for choice in range(sampling.n)
         ]
 
-    async def _checkpoint(self, uri: str | None) -> Checkpoint:
-        """Return a checkpoint whose files are on this node and match its manifest."""
-        if uri is None:
-            return self._base
-        async with self._reading.setdefault(uri, asyncio.Lock()):
-            if uri not in self._checkpoints:
-                self._checkpoints[uri] = await asyncio.to_thread(read_checkpoint, uri, self._settings)
-            self._checkpoints.move_to_end(uri)
-            found = self._checkpoints[uri]
-        if len(self._checkpoints) > _MAX_CHECKPOINTS:
-            self._checkpoints.popitem(last=False)
-        return found
-
     # --- Models ---
 
     def _model(self, model: Any, checkpoint: Checkpoint) -> _Model:
@@ -232,7 +217,7 @@ class TransformersEngine:
         """Add an adapter to the shared model, between two steps."""
         import peft
 
-        checkpoint = await self._checkpoint(uri)
+        checkpoint = await self._checkpoints.get(uri)
         name = f"adapter_{next(self._names)}"
 
         def attach() -> None:
@@ -256,7 +241,7 @@ class TransformersEngine:
 
     async def _load_model(self, uri: str) -> _Loaded:
         """Load a checkpoint with its own copy of the base model."""
-        checkpoint = await self._checkpoint(uri)
+        checkpoint = await self._checkpoints.get(uri)
         trained = checkpoint.trained
         assert trained is not None
         model = await asyncio.to_thread(lambda: self._model(trained.load(self._device), checkpoint))
