@@ -47,7 +47,9 @@ class _GrowingLayer(DynamicLayer):
 
     def replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a change of rows or padding to keys and values."""
-        self._buffers = [_padded(change(part), 0, _ROOM) for part in (self.keys, self.values)]
+        self._buffers = [
+            _padded(change(part), 0, _ROOM) for part in (self.keys, self.values) if part is not None
+        ]
         end = self._buffers[0].shape[-2] - _ROOM
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
@@ -177,7 +179,7 @@ class Batch:
             return
         longest = max(width, added)
         for layer, other in zip(self._cache.layers, new.layers, strict=True):
-            parts = iter((other.keys, other.values))
+            parts = iter((other.keys, other.values))  # pyright: ignore[reportAttributeAccessIssue]
 
             def joined(states: torch.Tensor, parts: Any = parts) -> torch.Tensor:
                 own = _padded(states, longest - width, 0)

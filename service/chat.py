@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -254,7 +254,7 @@ class _Completion:
         }
 
 
-async def _events(handle: Any, request: ChatRequest) -> AsyncIterator[Event]:
+async def _events(handle: Any, request: ChatRequest) -> AsyncGenerator[Event]:
     """Yield the events of an engine; cancel the request there if this iterator is closed early."""
     from ray.exceptions import RayError
 
@@ -272,16 +272,18 @@ async def _events(handle: Any, request: ChatRequest) -> AsyncIterator[Event]:
             response.cancel()
 
 
-async def _until_disconnected(events: AsyncIterator[Event], request: Request) -> AsyncIterator[Event]:
+async def _until_disconnected(events: AsyncGenerator[Event], request: Request) -> AsyncGenerator[Event]:
     """Yield events until the client disconnects."""
-    async with aclosing(events):  # pyright: ignore[reportArgumentType]
+    async with aclosing(events):
         async for event in events:
             if await request.is_disconnected():
                 return
             yield event
 
 
-async def _collect(events: AsyncIterator[Event], answer: _Completion, request: ChatRequest) -> dict[str, Any]:
+async def _collect(
+    events: AsyncGenerator[Event], answer: _Completion, request: ChatRequest
+) -> dict[str, Any]:
     """Return the complete answer."""
     texts: dict[int, list[str]] = defaultdict(list)
     logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
@@ -312,8 +314,8 @@ async def _collect(events: AsyncIterator[Event], answer: _Completion, request: C
 
 
 async def _stream(
-    events: AsyncIterator[Event], answer: _Completion, request: ChatRequest, include_usage: bool
-) -> AsyncIterator[str]:
+    events: AsyncGenerator[Event], answer: _Completion, request: ChatRequest, include_usage: bool
+) -> AsyncGenerator[str]:
     """Yield server-sent events."""
     others = {"usage": None} if include_usage else {}
 
@@ -322,7 +324,7 @@ async def _stream(
         return f"data: {json.dumps(written, ensure_ascii=False)}\n\n"
 
     tokens = 0
-    async with aclosing(events):  # pyright: ignore[reportArgumentType]
+    async with aclosing(events):
         for index in range(request.sampling.n):
             yield chunk([_chunk_choice(index, {"role": "assistant", "content": ""})])
         async for event in events:

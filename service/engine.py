@@ -1,6 +1,6 @@
 """Engines: what a chat request asks of a base model's engine, what the engine answers, and its Ray Serve deployment."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -123,7 +123,7 @@ Event = Accepted | Delta | Failed
 class Engine(Protocol):
     """An engine: one base model and the checkpoints that were trained from it."""
 
-    def chat(self, request: ChatRequest) -> AsyncIterator[Event]:
+    def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
         """Answer a request: `Accepted` and the deltas of its choices, or `Failed`. Closing the iterator cancels it."""
         ...
 
@@ -166,7 +166,7 @@ def engine_deployment(base: str, settings: BaseModelSettings, model_uri: str) ->
     options: dict[str, Any] = {"num_cpus": 1 if cpus is None else cpus, "num_gpus": gpus}
     if resources:
         options["resources"] = resources
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Chosen,
         name=f"engine-{base.replace('/', '-')}",
         num_replicas=settings.num_replicas,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from service.engine import Accepted, ChatRequest, Delta, EngineSettings, Event, 
 from service.errors import ApiError
 from service.least_recently_used import LeastRecentlyUsed
 from training.inference.prompting import stop_tokens
+from training.models.kernels import Device
 from training.models.torch_provider import load_weights
 
 MAX_ROWS = 64
@@ -88,7 +89,7 @@ class TransformersEngine:
         elif not torch.cuda.is_available():
             torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
         self._settings = settings
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device: Device = "cuda" if torch.cuda.is_available() else "cpu"
         self._base = base_checkpoint(settings)
         model = load_weights(
             self._base.directory,
@@ -117,7 +118,7 @@ class TransformersEngine:
 
     # --- Requests ---
 
-    async def chat(self, request: ChatRequest) -> AsyncIterator[Event]:
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
         """Answer a request; see `Engine.chat`."""
         try:
             uri = request.model.checkpoint
@@ -131,7 +132,7 @@ class TransformersEngine:
 
     async def _generate(
         self, request: ChatRequest, checkpoint: Checkpoint, prompt: list[int]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         if checkpoint.uri is None:
             async for event in self._stream(request, checkpoint, prompt, _Loaded(self._shared, BASE)):
                 yield event
@@ -143,7 +144,7 @@ class TransformersEngine:
 
     async def _stream(
         self, request: ChatRequest, checkpoint: Checkpoint, prompt: list[int], loaded: _Loaded
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def emit(event: Event) -> None:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
@@ -153,7 +153,7 @@ class VllmEngine:
 
     # --- Requests ---
 
-    async def chat(self, request: ChatRequest) -> AsyncIterator[Event]:
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
         """Answer a request; see `Engine.chat`."""
         try:
             uri = request.model.checkpoint
@@ -175,7 +175,7 @@ class VllmEngine:
 
     async def _answer(
         self, request: ChatRequest, checkpoint: Checkpoint, prompt: list[int]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         if checkpoint.uri is None:
             async for event in self._generate(request, checkpoint, prompt, self._settings.base):
                 yield event
@@ -187,7 +187,7 @@ class VllmEngine:
 
     async def _generate(
         self, request: ChatRequest, checkpoint: Checkpoint, prompt: list[int], name: str
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         sampling = request.sampling
         max_tokens = sampling.max_tokens or checkpoint.format.context - len(prompt)
         answers = [

@@ -1,7 +1,7 @@
 """The engine of a tiny model in this process, behind the interface of a Ray Serve handle, with plain transformers to compare with."""
 
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,10 @@ class LocalHandle:
 
 
 class _Response:
-    def __init__(self, handle: LocalHandle, events: AsyncIterator[Event]):
+    def __init__(self, handle: LocalHandle, events: AsyncGenerator[Event]):
         self._handle, self._events = handle, events
 
-    def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncGenerator[Event]:
         return self._events
 
     def cancel(self) -> None:
