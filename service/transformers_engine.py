@@ -39,6 +39,8 @@ from training.models.torch_provider import load_weights
 
 MAX_ROWS = 64
 """Most choices that one model generates at a time."""
+_DEFAULT_MAX_TOKENS = 4096
+"""Longest answer of a request without max_tokens, because its memory is reserved when it joins a batch."""
 _OWN_MODELS = 1
 """Complete models in memory beside the base: full-parameter checkpoints, and adapters that cannot share a batch."""
 _CACHE_SHARE = 0.4
@@ -179,8 +181,9 @@ class TransformersEngine:
         """Return one row per choice; raise ApiError if they do not fit into memory together."""
         sampling, batch = request.sampling, loaded.model.batch
         room = min(checkpoint.format.context, batch.max_tokens // sampling.n)
-        end = prompt_tokens + sampling.max_tokens if sampling.max_tokens else room
-        if end > room or sampling.n > batch.max_rows:
+        wanted = sampling.max_tokens or min(_DEFAULT_MAX_TOKENS, room - prompt_tokens)
+        end = prompt_tokens + wanted
+        if wanted < 1 or end > room or sampling.n > batch.max_rows:
             raise ApiError(
                 status=400,
                 message=f"n: this model generates at most {batch.max_rows} choices with {batch.max_tokens} tokens in all at a "
@@ -194,7 +197,7 @@ class TransformersEngine:
                     checkpoint.format,
                     sampling,
                     stop_tokens=loaded.model.stop_tokens,
-                    max_tokens=end - prompt_tokens,
+                    max_tokens=wanted,
                     may_call=bool(request.tools),
                 ),
                 sampling,
@@ -223,9 +226,8 @@ class TransformersEngine:
 
         def attach() -> None:
             batch = self._shared.batch
-            if (
-                self._adapted is None
-            ):  # PEFT adds its layers to the base model itself, which the batch goes on calling
+            # PEFT adds its layers to the base model itself, which the batch goes on calling.
+            if self._adapted is None:
                 self._adapted = peft.PeftModel.from_pretrained(batch.model, checkpoint.directory, name)
             else:
                 self._adapted.load_adapter(str(checkpoint.directory), name)
