@@ -35,7 +35,7 @@ from tests.support.trained_runs import STEP, store_adapter_run
 from utils.storage.bucket import open_store, sync_to_node
 from utils.storage.embedded_bucket import embedded_bucket
 
-TOKENS, STREAMS = 48, 8
+TOKENS, STREAMS = 32, 8
 QUESTIONS = [
     f"Write a long story about {hero}."
     for hero in ("a fox", "two sailors", "a clock", "a baker", "the moon", "a train", "an old map", "a river")

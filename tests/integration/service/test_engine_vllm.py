@@ -108,12 +108,13 @@ def test_adapter_that_takes_the_place_of_another_keeps_none_of_its_cache(
     assert len(names) >= 3, "every load has a name and a path of its own"
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize(
     ("lora", "word"),
     [
         ({"trainable_token_indices": [5, 6]}, "plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, "plain LoRA"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "plain LoRA"),
         ({"use_dora": True}, "plain LoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"r": 64}, "rank 64"),

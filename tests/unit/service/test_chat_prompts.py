@@ -73,11 +73,11 @@ def test_prompt_is_the_rendering_of_training(tokenizer: Any, template: str):
 
 
 def test_variables_of_the_request_override_those_of_the_model(tokenizer: Any):
-    template = CHAT_TEMPLATE.replace("assistant\n", "assistant{{ mood }}\n")
+    template = CHAT_TEMPLATE.replace("assistant\n'", "assistant' + mood + '\n'")
     form = make_format(tokenizer, template, mood=" calm")
     question = [{"role": "user", "content": "Hi"}]
     assert " calm" in tokenizer.decode(form.encode(asked(question)))
-    assert " gay" in tokenizer.decode(form.encode(asked(question, mood=" gay")))
+    assert " merry" in tokenizer.decode(form.encode(asked(question, mood=" merry")))
 
 
 @pytest.mark.parametrize(
