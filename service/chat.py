@@ -256,17 +256,17 @@ class _Completion:
 
 async def _events(handle: Any, request: ChatRequest) -> AsyncGenerator[Event]:
     """Yield the events of an engine; cancel the request there if this iterator is closed early."""
-    from ray.exceptions import RayError
-
     response = handle.options(stream=True).chat.remote(request)
     is_complete = False
     try:
         async for event in response:
             yield event
         is_complete = True
-    except RayError as error:
-        _log.error("the engine of %s failed: %s", request.model.base, error)
-        yield Failed(503, "The engine of this model is restarting. Retry the request.", "server_error")
+    except Exception:  # noqa: BLE001
+        # Ray Serve raises its own errors for a full queue or a replica that died, and the replica's errors as they are.
+        _log.exception("the engine of %s failed", request.model.base)
+        message = "The engine of this model is not available at the moment. Retry the request."
+        yield Failed(503, message, "server_error")
     finally:
         if not is_complete:
             response.cancel()

@@ -21,7 +21,7 @@ from training.models.files import (
     read_model_facts,
 )
 from training.models.tokenizer import load_tokenizer, read_chat_template
-from training.planning.paths import make_scratch_directory, needs_embedded_bucket
+from training.planning.paths import make_scratch_directory
 from utils.errors import AnnealError
 from utils.storage.bucket import is_remote, local_path, uses_embedded_bucket
 from utils.storage.embedded_bucket import embedded_bucket
@@ -54,8 +54,7 @@ class Checkpoint:
 def base_checkpoint(settings: EngineSettings) -> Checkpoint:
     """Download the base model once per node, and read its tokenizer with the chat template of the training YAML."""
     config, uri = settings.config, settings.model_uri
-    uses_bucket = uses_embedded_bucket(uri) or needs_embedded_bucket(config)
-    with embedded_bucket() if uses_bucket else nullcontext():
+    with embedded_bucket() if uses_embedded_bucket(uri) else nullcontext():
         directory = fetch_model(uri, make_scratch_directory(config) / "cache", is_model_file)
         if not is_hub_id(uri):
             verify_local_weights(uri, directory, is_model_file)
