@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -89,7 +90,7 @@ class Batch:
             max_tokens: Most cached tokens, padding included.
         """
         self.adapters: list[str] = []
-        """PEFT's adapter name of each row that the model steps, read by the hooks of `apply_adapters_by_row`."""
+        """PEFT's adapter name of each row that the model steps, for `apply_adapters_by_row`; empty if no row has an adapter."""
         self.rows: list[Row] = []
         self.model = model
         config = model.config.get_text_config()
@@ -111,7 +112,7 @@ class Batch:
     def join(self, prompt: Sequence[int], rows: Sequence[Row]) -> None:
         """Compute a prompt once, add its rows to the batch and emit their first tokens."""
         cache = self._new_cache()
-        self.adapters[:] = [rows[0].adapter]
+        self.adapters[:] = _names_of(rows[:1])
         tokens = torch.tensor([prompt], device=self.model.device)
         positions = torch.arange(len(prompt), device=self.model.device)[None]
         logits = self._forward(tokens, None, positions, cache)
@@ -127,7 +128,7 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one token for every row."""
-        self.adapters[:] = [row.adapter for row in self.rows]
+        self.adapters[:] = _names_of(self.rows)
         device = self.model.device
         tokens = torch.tensor([[row.token] for row in self.rows], device=device)
         lengths = torch.tensor([[row.length] for row in self.rows], device=device)
@@ -205,6 +206,11 @@ class Batch:
                 row.emit(delta)
 
 
+def _names_of(rows: Sequence[Row]) -> list[str]:
+    names = [row.adapter for row in rows]
+    return [] if set(names) == {BASE} else names
+
+
 def _is_over(row: Row) -> bool:
     return row.is_cancelled or row.answer.is_finished
 
@@ -250,18 +256,20 @@ def generator_of(sampling: Sampling, choice: int, device: torch.device) -> torch
 def apply_adapters_by_row(model: Any, names: list[str]) -> None:
     """Make the layers of a PEFT model read each row's adapter from a list, as its `adapter_names` argument does.
 
-    PEFT adds and removes a hook on every layer at every step for that argument; these hooks stay. Call this again after an
-    adapter was added.
+    PEFT adds a hook to every layer at every step for that argument. These layers read the list, and skip PEFT while it is empty:
+    then no row has an adapter. Call this again after an adapter was added.
     """
     from peft.tuners.lora import LoraLayer
 
-    def set_names(module: Any, arguments: Any, options: dict[str, Any]) -> Any:
-        return arguments, options | {"adapter_names": names}
-
     for module in model.modules():
-        if isinstance(module, LoraLayer) and not getattr(module, "_has_names_of_rows", False):
-            module.register_forward_pre_hook(set_names, with_kwargs=True)  # pyright: ignore
-            module._has_names_of_rows = True  # pyright: ignore
+        if isinstance(module, LoraLayer) and "forward" not in vars(module):
+            module.forward = partial(_forward_by_row, module.forward, module.base_layer, names)  # pyright: ignore
+
+
+def _forward_by_row(forward: Any, base_layer: Any, names: list[str], *arguments: Any, **options: Any) -> Any:
+    if not names:
+        return base_layer(*arguments, **options)
+    return forward(*arguments, adapter_names=names, **options)
 
 
 def _innermost(model: Any) -> Any:

@@ -126,6 +126,7 @@ def test_seed_determines_an_answer_whatever_else_is_in_the_batch(
     assert len(set(alone)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [
@@ -165,6 +166,7 @@ def _assert_beside_others(
     assert first != base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -288,6 +290,7 @@ def test_prompt_above_the_context_is_rejected(engine: TransformersEngine):
     run(ask())
 
 
+@pytest.mark.slow
 def test_answer_without_max_tokens_ends_at_the_context(engine: TransformersEngine):
     async def ask() -> Delta:
         events = [event async for event in engine.chat(chat_request(None, QUESTIONS[2], max_tokens=None))]
