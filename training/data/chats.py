@@ -73,9 +73,7 @@ def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system
                 message["content"], lambda position=position, role=message["role"]: _at(position, role)
             )
         return Chat(messages, tools)
-    reading = _Reading(tools)
-    for position, value in enumerate(messages, start=1):
-        _append(_read_message(value, position, reading), position, reading)
+    reading = _read_messages(messages, tools)
     _add_system(system, reading)
     _cut(reading)
     if reading.tools and _lists_tools(reading.messages[0], reading.tools):
@@ -87,6 +85,28 @@ def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system
         tuple(sorted(reading.untrained)),
         notes=tuple(reading.notes),
     )
+
+
+def read_question(values: Any, what: str, tools: list[Tool] | None = None) -> Chat:
+    """Validate messages that ask for an answer, by the rules of `read_chat`; none of them is removed.
+
+    Args:
+        values: The messages.
+        what: Name of the list in messages.
+        tools: The tools that the answer may call.
+
+    Raises:
+        RowError: The messages cannot be rendered.
+    """
+    reading = _read_messages(listed(values, what), tools)
+    return Chat(reading.messages, reading.tools, notes=tuple(reading.notes))
+
+
+def _read_messages(messages: list[Any], tools: list[Tool] | None) -> _Reading:
+    reading = _Reading(tools)
+    for position, value in enumerate(messages, start=1):
+        _append(_read_message(value, position, reading), position, reading)
+    return reading
 
 
 def listed(value: Any, what: str) -> list[Any]:

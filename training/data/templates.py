@@ -140,6 +140,29 @@ class Renderer:
             return (_up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
         return self._chat(example)
 
+    def prompt(self, chat: Chat) -> str:
+        """Render the messages of a chat with the generation prompt for the turn that follows them.
+
+        Raises:
+            RowError: The template rejects the messages, or a text of theirs does not reach the rendering.
+        """
+        self._row_variables = chat.variables
+        chat = replace(chat, messages=self._clean(chat.messages))
+        errors: list[RowError] = []
+        for form in possible_forms(chat, self._source):
+            messages = adapted(chat.messages, form)
+            try:
+                text = self._apply(messages, chat.tools, prompt=True)
+                check_context(text, chat.messages)
+                check_tools(text, chat.messages, chat.tools)
+                if form.parts:
+                    check_parts(text, messages)
+            except RowError as error:
+                errors.append(error)
+                continue
+            return text
+        raise clearest(errors)
+
     def _plain(self, text: str, begin: int, end: int) -> Rendered:
         """Return text that is tokenized without a chat template, without the BOS token that the tokenizer adds."""
         if self._adds_bos and text.startswith(self._bos):

@@ -1,0 +1,284 @@
+"""Continuous batching: rows join and leave a batch between two tokens, each with its own length, settings and adapter."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
+
+from service.answers import Answer, Sampled
+from service.engine import Delta, Sampling
+
+BASE = "__base__"
+"""PEFT's name for rows without an adapter."""
+
+_ROOM = 128
+"""Tokens by which the cache grows at a time."""
+_BATCHED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in buffers with spare room, because appending with `torch.cat` copies all of them for every token.
+
+    Rows end at the same position: shorter ones are padded with zeros on the left, which the attention mask excludes.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the states of new tokens; return all of them, (rows, heads, tokens, head size)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [key_states.new_empty(0), value_states.new_empty(0)]
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if begin == 0 or end > self._buffers[0].shape[-2]:
+            self._buffers = [
+                _padded(old if begin else new[:, :, :0], 0, _ROOM + new.shape[-2])
+                for old, new in ((self.keys, key_states), (self.values, value_states))
+            ]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a change of rows or padding to keys and values."""
+        self._buffers = [
+            _padded(change(part), 0, _ROOM) for part in (self.keys, self.values) if part is not None
+        ]
+        end = self._buffers[0].shape[-2] - _ROOM
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+
+
+def _padded(states: Any, left: int, right: int) -> torch.Tensor:
+    return torch.nn.functional.pad(states, (0, 0, left, right))
+
+
+@dataclass(eq=False)
+class Row:
+    """One choice of a request in a batch."""
+
+    answer: Answer
+    sampling: Sampling
+    adapter: str
+    """PEFT's name of its adapter, or BASE."""
+    end: int
+    """Longest possible length in tokens, prompt included."""
+    emit: Callable[[Delta], None]
+    length: int = 0
+    """Tokens in the cache."""
+    token: int = 0
+    """The next input token."""
+    generator: torch.Generator | None = field(default=None, repr=False)
+    is_cancelled: bool = False
+
+
+class Batch:
+    """The rows that one model steps together, with their KV cache."""
+
+    def __init__(self, model: Any, *, max_rows: int, max_tokens: int):
+        """Start an empty batch.
+
+        Args:
+            model: The model, in evaluation mode.
+            max_rows: Most rows at a time. Models with layers other than attention over a KV cache get one row.
+            max_tokens: Most cached tokens, padding included.
+        """
+        self.adapters: list[str] = []
+        """PEFT's adapter name of each row that the model steps, for `apply_adapters_by_row`; empty if no row has an adapter."""
+        self.rows: list[Row] = []
+        self.model = model
+        config = model.config.get_text_config()
+        self._is_batched = set(getattr(config, "layer_types", None) or _BATCHED_LAYERS) <= _BATCHED_LAYERS
+        self.max_rows = max_rows if self._is_batched else 1
+        self.max_tokens = max_tokens
+        self._cache = self._new_cache()
+        accepted = signature(_innermost(model).forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def has_room(self, rows: Sequence[Row]) -> bool:
+        """Return whether the rows of a request may join now."""
+        everyone = [*self.rows, *rows]
+        fits = len(everyone) * max(row.end for row in everyone) <= self.max_tokens
+        return not self.rows or (len(everyone) <= self.max_rows and fits)
+
+    @torch.inference_mode()
+    def join(self, prompt: Sequence[int], rows: Sequence[Row]) -> None:
+        """Compute a prompt once, add its rows to the batch and emit their first tokens."""
+        cache = self._new_cache()
+        self.adapters[:] = _names_of(rows[:1])
+        tokens = torch.tensor([prompt], device=self.model.device)
+        positions = torch.arange(len(prompt), device=self.model.device)[None]
+        logits = self._forward(tokens, None, positions, cache)
+        for row in rows:
+            row.length = len(prompt)
+        if not self._is_batched:
+            self._cache = cache
+        else:
+            self._merge(cache, len(rows))
+        self.rows += rows
+        self._push(list(rows), logits.expand(len(rows), -1))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Generate one token for every row."""
+        self.adapters[:] = _names_of(self.rows)
+        device = self.model.device
+        tokens = torch.tensor([[row.token] for row in self.rows], device=device)
+        lengths = torch.tensor([[row.length] for row in self.rows], device=device)
+        width = self._width() + 1
+        mask = None
+        if any(row.length + 1 != width for row in self.rows):
+            mask = (torch.arange(width, device=device)[None] >= width - 1 - lengths).long()
+        logits = self._forward(tokens, mask, lengths, self._cache)
+        for row in self.rows:
+            row.length += 1
+        self._push(self.rows, logits)
+
+    def remove_finished(self) -> None:
+        """Remove rows whose answer is finished or whose request was cancelled."""
+        kept = [index for index, row in enumerate(self.rows) if not _is_over(row)]
+        if len(kept) == len(self.rows):
+            return
+        if not kept:
+            self.clear()
+            return
+        before = self._width()
+        self.rows = [self.rows[index] for index in kept]
+        cut = before - self._width()
+        index = torch.tensor(kept, device=self.model.device)
+        for layer in self._cache.layers:
+            layer.replace(lambda states: states[:, :, cut:].index_select(0, index))  # type: ignore[attr-defined]
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self.rows = []
+        self._cache = self._new_cache()
+
+    def _width(self) -> int:
+        return max((row.length for row in self.rows), default=0)
+
+    def _new_cache(self) -> Cache:
+        if self._is_batched:
+            return Cache(layer_class_to_replicate=_GrowingLayer)
+        return DynamicCache(config=self.model.config)
+
+    def _merge(self, new: Cache, count: int) -> None:
+        """Append a cached prompt, once for each of its rows, and pad the shorter side on the left."""
+        width, added = self._width(), new.get_seq_length()
+        if not self.rows:
+            self._cache = new
+            if count > 1:
+                for layer in new.layers:
+                    layer.replace(lambda states: states.repeat_interleave(count, 0))  # type: ignore[attr-defined]
+            return
+        longest = max(width, added)
+        for layer, other in zip(self._cache.layers, new.layers, strict=True):
+            parts = iter((other.keys, other.values))  # pyright: ignore[reportAttributeAccessIssue]
+
+            def joined(states: torch.Tensor, parts: Any = parts) -> torch.Tensor:
+                own = _padded(states, longest - width, 0)
+                others = _padded(next(parts), longest - added, 0)
+                return torch.cat([own, others.expand(count, -1, -1, -1)])
+
+            layer.replace(joined)  # type: ignore[attr-defined]
+
+    def _forward(self, tokens: Any, mask: Any, positions: Any, cache: Cache) -> torch.Tensor:
+        """Return the logits after the last token of each row, (rows, vocabulary)."""
+        options = self._options | ({"position_ids": positions} if self._takes_positions else {})
+        output = self.model(
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+        )
+        return output.logits[:, -1]
+
+    def _push(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        likeliest = logits.argmax(-1).tolist()
+        for row, scores, best in zip(rows, logits, likeliest, strict=True):
+            sampled = _sample(row, scores, best)
+            row.token = sampled.token
+            if (delta := row.answer.push(sampled)) is not None:
+                row.emit(delta)
+
+
+def _names_of(rows: Sequence[Row]) -> list[str]:
+    names = [row.adapter for row in rows]
+    return [] if set(names) == {BASE} else names
+
+
+def _is_over(row: Row) -> bool:
+    return row.is_cancelled or row.answer.is_finished
+
+
+def _sample(row: Row, logits: torch.Tensor, likeliest: int) -> Sampled:
+    """Choose the next token of a row by its own settings and random numbers.
+
+    Args:
+        row: The row.
+        logits: Its logits, (vocabulary,).
+        likeliest: Index of the largest logit.
+    """
+    settings, token = row.sampling, likeliest
+    if settings.temperature > 0:
+        scores = TemperatureLogitsWarper(settings.temperature)(None, logits[None].float())  # pyright: ignore
+        if settings.top_p < 1:
+            scores = TopPLogitsWarper(settings.top_p)(None, scores)  # pyright: ignore
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=row.generator)
+        token = int(drawn)
+    if settings.top_logprobs is None:
+        return Sampled(token)
+    logprobs = logits.float().log_softmax(-1)
+    top = logprobs.topk(settings.top_logprobs)
+    return Sampled(
+        token,
+        float(logprobs[token]),
+        tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+    )
+
+
+def generator_of(sampling: Sampling, choice: int, device: torch.device) -> torch.Generator | None:
+    """Return the random numbers of one choice: determined by `seed` alone, whatever else is in the batch."""
+    if sampling.temperature == 0:
+        return None
+    generator = torch.Generator(device=device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed((sampling.seed + choice) % 2**63)
+    return generator
+
+
+def apply_adapters_by_row(model: Any, names: list[str]) -> None:
+    """Make the layers of a PEFT model read each row's adapter from a list, as its `adapter_names` argument does.
+
+    PEFT adds a hook to every layer at every step for that argument. These layers read the list, and skip PEFT while it is empty:
+    then no row has an adapter. Call this again after an adapter was added.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and "forward" not in vars(module):
+            module.forward = partial(_forward_by_row, module.forward, module.base_layer, names)  # pyright: ignore
+
+
+def _forward_by_row(forward: Any, base_layer: Any, names: list[str], *arguments: Any, **options: Any) -> Any:
+    if not names:
+        return base_layer(*arguments, **options)
+    return forward(*arguments, adapter_names=names, **options)
+
+
+def _innermost(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cache_bytes_per_token(model: Any) -> int:
+    """Return the bytes of keys and values of one token: `2 * layers * KV heads * head size * bytes per number`."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize

@@ -1,0 +1,188 @@
+"""Chat completions over HTTP: a real server, a real engine, OpenAI's format."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.engines import (
+    BASE,
+    LocalHandle,
+    Reference,
+    chat_app,
+    serving,
+    start_engine,
+    store_adapter,
+)
+
+QUESTION = "Ada has 3 apples and buys 4. How many?"
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> str:
+    return store_adapter(tmp_path_factory.mktemp("runs"), "tuned", tiny_model)
+
+
+@pytest.fixture(scope="module")
+def handle(tiny_model: Path) -> Iterator[LocalHandle]:
+    engine = start_engine(tiny_model)
+    yield LocalHandle(engine)
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(handle: LocalHandle, tuned: str) -> Iterator[httpx.Client]:
+    with serving(chat_app(handle, [tuned])) as client:
+        yield client
+
+
+def body(model: str = BASE, **parameters: Any) -> dict[str, Any]:
+    question = {"role": "user", "content": QUESTION}
+    return {"model": model, "messages": [question], "max_tokens": 12, "temperature": 0} | parameters
+
+
+def ask(client: httpx.Client, *arguments: Any, **parameters: Any) -> dict[str, Any]:
+    response = client.post(PATH, json=body(*arguments, **parameters))
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(client: httpx.Client, *arguments: Any, **parameters: Any) -> list[dict[str, Any]]:
+    with client.stream("POST", PATH, json=body(*arguments, stream=True, **parameters)) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [line for line in response.iter_lines() if line]
+    assert all(event.startswith("data: ") for event in events)
+    assert events.pop() == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
+    return "".join(
+        choice["delta"].get("content") or ""
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice["index"] == index
+    )
+
+
+def test_complete_answers_of_base_and_tuned_model(client: httpx.Client, tiny_model: Path, tuned: str):
+    for model, checkpoint in ((BASE, None), ("tuned-0", tuned)):
+        reference = Reference(tiny_model, checkpoint)
+        completion = ask(client, model)
+        (choice,) = completion["choices"]
+        assert completion["object"] == "chat.completion"
+        assert completion["model"] == model
+        assert choice["message"] == {
+            "role": "assistant",
+            "content": reference.answer(QUESTION),
+            "refusal": None,
+        }
+        prompt = reference.tokens(QUESTION).shape[1]
+        usage = completion["usage"]
+        assert usage["prompt_tokens"] == prompt
+        assert usage["total_tokens"] == prompt + usage["completion_tokens"]
+        assert (choice["finish_reason"], usage["completion_tokens"]) == ("length", 12)
+
+
+def test_streamed_answer_equals_the_complete_one(client: httpx.Client):
+    settings = {"n": 2, "temperature": 1.0, "seed": 4, "stop": "a", "max_tokens": 40}
+    complete = ask(client, **settings)
+    chunks = stream(client, **settings, stream_options={"include_usage": True})
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    for index, choice in enumerate(complete["choices"]):
+        assert text_of(chunks, index) == choice["message"]["content"]
+        assert "a" not in choice["message"]["content"]
+        reasons = [
+            entry["finish_reason"]
+            for chunk in chunks
+            for entry in chunk["choices"]
+            if entry["index"] == index and entry["finish_reason"]
+        ]
+        assert reasons == [choice["finish_reason"]]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == complete["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert not any("usage" in chunk for chunk in stream(client, max_tokens=2))
+
+
+def test_logprobs_cover_the_answer_and_name_the_likeliest_tokens(client: httpx.Client):
+    completion = ask(client, logprobs=True, top_logprobs=5, max_completion_tokens=6, max_tokens=None)
+    (choice,) = completion["choices"]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == 6
+    raw = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert raw.decode(errors="replace") == choice["message"]["content"]
+    for entry in entries:
+        assert len(entry["top_logprobs"]) == 5
+        assert entry["logprob"] == entry["top_logprobs"][0]["logprob"], "greedy: the likeliest"
+        assert entry["logprob"] < 0
+    streamed = [
+        entry
+        for chunk in stream(client, logprobs=True, top_logprobs=5, max_tokens=6)
+        for choice in chunk["choices"]
+        for entry in (choice["logprobs"] or {}).get("content", ())
+    ]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in entries]
+
+
+def test_errors_of_the_engine_have_their_status_and_parameter(client: httpx.Client):
+    response = client.post(PATH, json=body(max_tokens=600, stream=True))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    response = client.post(PATH, json=body(tools=[tool]))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+    assert ask(client, tools=[tool], tool_choice="none")["choices"][0]["finish_reason"] == "length"
+
+
+def test_parameters_without_effect_are_accepted(client: httpx.Client):
+    neutral = {
+        "user": "ann",
+        "store": True,
+        "metadata": {"a": "b"},
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": None,
+        "response_format": {"type": "text"},
+        "parallel_tool_calls": True,
+        "top_p": 1,
+        "seed": None,
+    }
+    assert ask(client, **neutral)["choices"] == ask(client)["choices"]
+
+
+def test_disconnected_client_frees_its_place(client: httpx.Client, handle: LocalHandle):
+    before = handle.cancelled
+    with client.stream("POST", PATH, json=body(max_tokens=450, stream=True)) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + 20
+    while handle.engine._shared.batch.rows and time.monotonic() < deadline:  # type: ignore[attr-defined]
+        time.sleep(0.02)
+    assert handle.engine._shared.batch.rows == []  # type: ignore[attr-defined]
+    while handle.cancelled == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert handle.cancelled == before + 1
+
+
+def test_eight_streams_at_once_keep_their_own_answers(client: httpx.Client):
+    models = [BASE, "tuned-0"] * 4
+    alone = [ask(client, model, max_tokens=5 + number) for number, model in enumerate(models)]
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as together:
+            return await asyncio.gather(
+                *(
+                    together.post(PATH, json=body(model, max_tokens=5 + number))
+                    for number, model in enumerate(models)
+                )
+            )
+
+    answers = [response.json() for response in asyncio.run(ask_all())]
+    assert [each["choices"] for each in answers] == [each["choices"] for each in alone]

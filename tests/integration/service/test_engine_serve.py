@@ -1,0 +1,98 @@
+"""The engine as a Ray Serve deployment: requests, answers, errors and cancellation cross processes."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from service.config import BaseModelSettings
+from service.engine import engine_deployment
+from tests.support.engines import BASE, Reference, chat_app, serving, store_adapter
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("grpc_reflection") is None, reason="needs ray[serve]: make setup-service"),
+]
+
+QUESTION = "Ada has 3 apples and buys 4. How many?"
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> str:
+    return store_adapter(tmp_path_factory.mktemp("runs"), "tuned", tiny_model)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tuned: str) -> Iterator[httpx.Client]:
+    import ray
+    from ray import serve
+
+    directory = tmp_path_factory.mktemp("serve")
+    config = directory / "base.yaml"
+    settings = {
+        "model_id": str(tiny_model),
+        "train_path": "rows.jsonl",
+        "dtype": "fp32",
+        "device": "cpu",
+        "storage_path": str(directory / "runs"),
+        "output_dir": str(directory / "scratch"),
+    }
+    config.write_text(yaml.safe_dump(settings))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(proxy_location="Disabled")
+        base = BaseModelSettings(config=str(config), resources={"CPU": 1})
+        handle = serve.run(engine_deployment(BASE, base, str(tiny_model)), name="engine", route_prefix=None)
+        with serving(chat_app(handle, [tuned, f"{tuned}-missing"])) as client:
+            yield client
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def body(model: str, **parameters: Any) -> dict[str, Any]:
+    question = {"role": "user", "content": QUESTION}
+    return {"model": model, "messages": [question], "max_tokens": 12, "temperature": 0} | parameters
+
+
+def test_answers_and_errors_cross_processes(client: httpx.Client, tiny_model: Path, tuned: str):
+    for model, checkpoint in ((BASE, None), ("tuned-0", tuned)):
+        answer = client.post(PATH, json=body(model)).json()
+        expected = Reference(tiny_model, checkpoint).answer(QUESTION)
+        assert answer["choices"][0]["message"]["content"] == expected
+    too_long = client.post(PATH, json=body(BASE, max_tokens=600))
+    assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    missing = client.post(PATH, json=body("tuned-1"))
+    assert (missing.status_code, missing.json()["error"]["code"]) == (500, "model_unavailable")
+
+
+def test_disconnected_clients_leave_no_rows_behind(client: httpx.Client):
+    """After 16 abandoned streams, a request takes no longer than one that is alone."""
+
+    async def abandon() -> None:
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as others:
+
+            async def one() -> None:
+                async with others.stream(
+                    "POST", PATH, json=body(BASE, max_tokens=450, stream=True)
+                ) as answer:
+                    async for _ in answer.aiter_lines():
+                        return
+
+            await asyncio.gather(*(one() for _ in range(16)))
+
+    asyncio.run(abandon())
+    time.sleep(1)
+    start = time.monotonic()
+    alone = client.post(PATH, json=body(BASE, max_tokens=450)).json()
+    first = time.monotonic() - start
+    start = time.monotonic()
+    assert client.post(PATH, json=body(BASE, max_tokens=450)).json()["choices"] == alone["choices"]
+    assert first < 4 * (time.monotonic() - start) + 2, "abandoned streams slow the next request down"
