@@ -221,7 +221,7 @@ def _header(conversion: Conversion, source: Path) -> Iterator[str]:
 
 def _body(conversion: Conversion) -> Iterator[str]:
     nested: dict[str, Any] = {}
-    for key in (key for key in _KEYS if key in conversion.ours):
+    for key in sorted(conversion.ours, key=_place):
         section, _, inner = key.partition(".")
         if inner:
             nested[section] = nested.get(section, {}) | {inner: conversion.ours[key]}
@@ -241,8 +241,13 @@ def _declared(section: type[Section], above: str = "") -> Iterator[str]:
             yield from _declared(below, f"{name}.")
 
 
-_KEYS = tuple(dict.fromkeys(_declared(FinetuneConfig)))
-"""Our dotted keys in the order of their declaration."""
+_PLACES = {key: place for place, key in enumerate(dict.fromkeys(_declared(FinetuneConfig)))}
+"""Our dotted keys, in the order of their declaration."""
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Return the sort key of one of our dotted keys; names of columns follow `columns`."""
+    return _PLACES.get(key, _PLACES[key.partition(".")[0]]), key
 
 
 def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -285,9 +290,8 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
         conversion.put("valid_path", valid_file, "validation_file")
     if conversion.take("use_peft") or "lora_r" in conversion.theirs:
         conversion.put("lora_config", {}, "use_peft")
-        if (
-            "lora_target_modules" not in conversion.theirs
-        ):  # PEFT's choice for the architecture, not all linear layers
+        if "lora_target_modules" not in conversion.theirs:
+            # PEFT's choice for the architecture, not all linear layers
             conversion.put("lora_config.target_modules", None, "lora_target_modules, the default there")
     _huggingface_loss(conversion)
     _settle_strategies(conversion)

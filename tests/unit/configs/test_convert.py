@@ -385,6 +385,22 @@ def test_other_files_are_rejected(
     assert_names(capsys.readouterr().err, *facts)
 
 
+def test_columns_and_template_variables_are_written(tmp_path: Path):
+    (tmp_path / "axolotl.yaml").write_text(
+        "base_model: org/m\ndatasets: [{path: rows.jsonl, type: chat_template, field_messages: chat}]\n"
+    )
+    (tmp_path / "lf.yaml").write_text(f"{LLAMAFACTORY}enable_thinking: false\n")
+    for name in ("axolotl", "lf"):
+        assert (
+            main.main(
+                ["convert", str(tmp_path / f"{name}.yaml"), "--to", str(tmp_path / f"{name}-ours.yaml")]
+            )
+            == 0
+        )
+    assert load_config(tmp_path / "axolotl-ours.yaml").config.columns == {"messages": "chat"}
+    assert load_config(tmp_path / "lf-ours.yaml").config.chat_template_kwargs == {"enable_thinking": False}
+
+
 def test_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "other.yaml").write_text(AXOLOTL)
     assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "other.yaml")]) == 2
