@@ -45,7 +45,7 @@ examples:
   main.py cookbooks/quickstart/smollm2-135m.yaml                    train
   main.py cookbooks/quickstart/smollm2-135m.yaml lora_config.r=16   override a key of the YAML
   main.py cookbooks/quickstart/smollm2-135m.yaml --dry-run          check everything without training
-  main.py convert OTHER.yaml --to run.yaml                          translate a YAML of Axolotl, LLaMA-Factory, TRL or torchtune
+  main.py convert OTHER.yaml --to run.yaml                          translate another tool's YAML
   main.py runs s3://my-bucket/runs                                  list runs
   main.py chat run:NAME                                             chat with a run's best checkpoint
 

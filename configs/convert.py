@@ -46,7 +46,7 @@ _DEFAULTS: dict[Tool, dict[str, Any]] = {
         "lr_scheduler_type": "linear",
         "cutoff_len": 2048,
     },
-    "torchtune": {"lr_scheduler_type": "constant", "clip_grad_norm": 0.0},
+    "torchtune": {"lr_scheduler_type": "constant", "clip_grad_norm": 0.0, "optimizer.weight_decay": 0.01},
 }
 """Defaults that another tool trains with where ours differ. For Hugging Face they are those of TRL's SFTConfig."""
 
@@ -221,7 +221,7 @@ def _header(conversion: Conversion, source: Path) -> Iterator[str]:
 
 def _body(conversion: Conversion) -> Iterator[str]:
     nested: dict[str, Any] = {}
-    for key in (key for key in _KEYS if key in conversion.ours):
+    for key in sorted(conversion.ours, key=_place):
         section, _, inner = key.partition(".")
         if inner:
             nested[section] = nested.get(section, {}) | {inner: conversion.ours[key]}
@@ -241,8 +241,13 @@ def _declared(section: type[Section], above: str = "") -> Iterator[str]:
             yield from _declared(below, f"{name}.")
 
 
-_KEYS = tuple(dict.fromkeys(_declared(FinetuneConfig)))
-"""Our dotted keys in the order of their declaration."""
+_PLACES = {key: place for place, key in enumerate(dict.fromkeys(_declared(FinetuneConfig)))}
+"""Our dotted keys, in the order of their declaration."""
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Return the sort key of one of our dotted keys; names of columns follow `columns`."""
+    return _PLACES.get(key, _PLACES[key.partition(".")[0]]), key
 
 
 def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -285,11 +290,30 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
         conversion.put("valid_path", valid_file, "validation_file")
     if conversion.take("use_peft") or "lora_r" in conversion.theirs:
         conversion.put("lora_config", {}, "use_peft")
-        if (
-            "lora_target_modules" not in conversion.theirs
-        ):  # PEFT's choice for the architecture, not all linear layers
+        if "lora_target_modules" not in conversion.theirs:
+            # PEFT's choice for the architecture, not all linear layers
             conversion.put("lora_config.target_modules", None, "lora_target_modules, the default there")
+    _huggingface_loss(conversion)
     _settle_strategies(conversion)
+
+
+def _huggingface_loss(conversion: Conversion) -> None:
+    """Choose the task: DPO's settings mean preferences; TRL's supervised loss is on every token of a conversation."""
+    theirs = conversion.theirs
+    loss = theirs.get("loss_type")
+    if loss in ("nll", "chunked_nll"):
+        conversion.take("loss_type")
+        conversion.skip("loss_type", "it is always so")
+    elif "beta" in theirs or loss in ("sigmoid", "ipo", "orpo", "kto"):
+        conversion.put("task", "preference_tuning", "beta" if "beta" in theirs else "loss_type")
+        if "learning_rate" not in theirs:
+            conversion.put("learning_rate", 1e-6, "learning_rate, DPOConfig's default there")
+        return
+    if not theirs.keys() & {"assistant_only_loss", "completion_only_loss"}:
+        conversion.changes.append(
+            "assistant_only_loss is not set: the loss is on the answers; TRL's is on every token of a conversation, as with "
+            "`task: causal_lm`"
+        )
 
 
 def _settle_strategies(conversion: Conversion) -> None:
@@ -608,6 +632,9 @@ def _torchtune(conversion: Conversion, path: Path) -> None:
         conversion.put("train_path", files, "dataset.data_files")
     elif source or name in _TORCHTUNE_DATASETS:
         conversion.put("train_path", _rows(source or _TORCHTUNE_DATASETS[name], path, None, split), "dataset")
+    if name.startswith("alpaca"):
+        on_input = conversion.take("dataset.train_on_input", True)
+        conversion.put("task", "causal_lm" if on_input else "instruction_tuning", "dataset.train_on_input")
     if name == "text_completion_dataset":
         conversion.put("task", "causal_lm", "dataset._component_")
         if column := conversion.take("dataset.column"):
@@ -679,8 +706,15 @@ def _settle(conversion: Conversion) -> None:
         drop("warmup_ratio", "`num_warmup_steps` sets the warm-up")
     if ours.get("num_warmup_steps") == 0:
         drop("num_warmup_steps", "it is the default")
-    if ours.get("lr_scheduler_type") == "constant" and ("warmup_ratio" in ours or "num_warmup_steps" in ours):
-        ours["lr_scheduler_type"] = "constant_with_warmup"
+    if ours.get("lr_scheduler_type") == "constant":
+        drop("warmup_ratio", "`constant` has no warm-up")
+        drop("num_warmup_steps", "`constant` has no warm-up")
+    if any(key.startswith("preference_tuning_config.") for key in ours) and "task" not in ours:
+        conversion.put("task", "preference_tuning", "the preference loss")
+    if "num_devices" not in ours:
+        conversion.changes.append(
+            "the number of GPUs: one here; add `num_devices: 8` for the eight that a launcher there would use"
+        )
     if "lr_scheduler_kwargs.min_lr_rate" in ours:
         ours["lr_scheduler_type"] = "cosine_with_min_lr"
     if "valid_path" in ours:

@@ -651,11 +651,11 @@ NOT_NEEDED = {  # reason -> keys
         "model_type tokenizer_type processor_type tokenizer_use_fast use_fast_tokenizer tokenizer_legacy is_llama_derived_model "
         "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model"
     ),
-    "the command says it": "do_train do_eval do_predict strict debug overwrite_output_dir is_preprocess",
+    "the command says it": "do_train do_eval do_predict overwrite_output_dir is_preprocess",
     "a NaN or infinite loss always ends the run": "loss_watchdog_threshold loss_watchdog_patience logging_nan_inf_filter",
     "the report shows it": "plot_loss log_every_n_steps log_level log_peak_memory_stats logging_first_step logging_dir disable_tqdm "
     "logging_strategy include_tokens_per_second include_num_input_tokens_seen profiler metric_logger",
-    "it is not used": "wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "
+    "it is not used": "strict debug wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "
     "hf_use_auth_token xformers_attention lora_on_cpu fsdp_version low_cpu_mem_usage loss save_adapter_weights_only "
     "enable_activation_offloading ray_scheduler eot_tokens greater_is_better dataloader_drop_last gc_steps",
 }

@@ -16,7 +16,7 @@ from utils.files import format_bytes
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
     """Print one line per run; on a terminal, truncate the reason to the available width."""
-    table = _table("run", "status", ">best eval loss", ">steps", ">age", "")
+    table = _table("run", "status", ">best eval loss", ">steps", ">last activity", "")
     table.expand = console.is_terminal
     table.columns[-1].ratio = 1  # the other columns keep their widths if possible
     for run in runs:
@@ -54,7 +54,7 @@ def show_run(console: Console, run: RunDetails) -> None:
         ("run", run.run_uri),
         ("status", describe_status(run)),
         *(
-            [("training loss", f"{run.train_loss:.4f} at the latest known step")]
+            [("training loss", f"{run.train_loss:.4f} at step {run.steps:,}, the latest that is recorded")]
             if run.train_loss is not None
             else []
         ),
@@ -68,10 +68,10 @@ def show_run(console: Console, run: RunDetails) -> None:
     if run.result:
         is_older = "" if run.status == run.result.status else ", at the end of the previous attempt"
         facts += [
-            ("started from", run.result.parent or "the model"),
+            ("started from", run.result.parent or f"{run.config.get('model_id', 'the model')}, unchanged"),
             ("trained", describe_training(run) + is_older),
             ("versions", " ".join(f"{name} {version}" for name, version in run.result.versions.items())),
-            ("library output", " ".join(run.result.log_files)),
+            *log_facts(run.result.log_files),
         ]
     print_facts(console, [*facts, *(("damaged", line) for line in run.damage), *_next(run)])
 
@@ -85,12 +85,11 @@ def _next(run: RunDetails) -> list[tuple[str, str]]:
     """Return the ways to continue a run that no driver trains."""
     lines = []
     if run.status in ("stopped", "failed", "interrupted"):
-        lines.append(f"the same command {'resumes it' if run.checkpoints else 'restarts it'}")
+        what = "resumes it from its latest checkpoint" if run.checkpoints else "starts it again at step 0"
+        lines.append(f"the same command as before {what}")
     if run.checkpoints and run.status != "running":
         latest = run.checkpoints[-1].uri
-        lines.append(
-            f"to train longer, start a new run from its complete training state: resume_from_checkpoint: {latest}"
-        )
+        lines.append(f"to train a new run on from here, add to its YAML: resume_from_checkpoint: {latest}")
     return [("next" if line is lines[0] else "", line) for line in lines]
 
 
@@ -163,6 +162,19 @@ def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     width = max([17, *(len(name) + 2 for name, _ in facts)])
     for name, value in facts:
         console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
+
+
+def log_facts(files: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the log files as facts to print: one line per file or, for more than two in a directory, per directory."""
+    directories: dict[Path, list[Path]] = {}
+    for file in map(Path, files):
+        directories.setdefault(file.parent, []).append(file)
+    lines = []
+    for directory, logs in directories.items():
+        elsewhere = "" if any(log.exists() for log in logs) else ", on the machine of the worker"
+        named = [f"{directory}/*.log ({len(logs)} files)"] if len(logs) > 2 else list(map(str, logs))
+        lines += [f"{name}{elsewhere}" for name in named]
+    return [("" if number else "library output", line) for number, line in enumerate(lines)]
 
 
 def short_name(figure: str) -> str:

@@ -135,7 +135,7 @@ def plan_and_train(
                 show_plan(screen.main, report)
                 if report.completed:
                     show_completed(screen.main)
-                _write_dry_run(loaded, report, screen)
+                _write_dry_run(loaded, report, options, screen)
                 return DONE
             if report.completed:
                 show_completed(screen.main)
@@ -217,7 +217,7 @@ def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "Pla
     return report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
 
 
-def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", screen: Screen) -> None:
+def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", options: Options, screen: Screen) -> None:
     from training.data.report_page import to_html
     from training.launch.display import show_page
     from training.planning.paths import make_scratch_directory
@@ -225,7 +225,7 @@ def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", screen: Screen) -
 
     page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
     write_atomically(page, to_html(report, report.run_name).encode())
-    show_page(screen.main, page)
+    show_page(screen.main, page, options.command)
     screen.print_json(json.dumps(report.model_dump(mode="json") | _resolved(loaded)))
 
 

@@ -211,6 +211,11 @@ def test_unwritable_output_dir_raises_an_error_with_its_path(rejected: Rejected,
     assert message.startswith(f"output_dir: {tmp_path}/file/scratch ")
 
 
+def test_invalid_cache_limit_is_rejected_before_anything_is_read(rejected: Rejected):
+    message = rejected(model_id="s3://nowhere/x", variables={"ANNEAL_CACHE_LIMIT": "lots"})
+    assert_names(message, "ANNEAL_CACHE_LIMIT=lots", "200GiB")
+
+
 def test_unknown_target_modules_raise_an_error_with_modules_of_the_model(rejected: Rejected):
     message = rejected(lora_config={"target_modules": ["nope"]})
     assert message.startswith("lora_config.target_modules: ['nope'] ")

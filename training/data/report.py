@@ -95,7 +95,7 @@ def key_figures(report: DataReport) -> list[tuple[str, str]]:
         ("training rows", describe_rows(report.train)),
         ("", describe_tokens(report.train)),
         ("lengths", describe_lengths(report.train)),
-        ("lost", describe_loss(report.train, report.limit)),
+        ("cut off", describe_loss(report.train, report.limit)),
         ("padding", describe_padding(report)),
         ("validation rows", describe_rows(report.valid) if report.valid else "none"),
         *([("", describe_tokens(report.valid))] if report.valid else []),
@@ -132,10 +132,10 @@ def describe_lengths(summary: DataSummary) -> str:
 def describe_loss(summary: DataSummary, limit: int | None) -> str:
     """Describe in one line which tokens truncation and `long_rows: drop` remove."""
     if limit is None:
-        return "nothing (no context_length, and the model has no limit)"
+        return "nothing: there is no context_length, and the model has no limit"
     lost = summary.lost_tokens
     if not lost:
-        return f"nothing at {limit:,} tokens per row"
+        return f"nothing: every row fits into {limit:,} tokens"
     return (
         f"{lost:,} tokens ({lost / (lost + summary.tokens):.1%}) at {limit:,} tokens per row: "
         f"{summary.truncated_rows:,} rows truncated, {summary.dropped_rows:,} dropped"

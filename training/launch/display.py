@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from runs.display import print_eval_losses, print_facts, short_name, show_warning
+from runs.display import log_facts, print_eval_losses, print_facts, short_name, show_warning
 from runs.layout import RunResult, Speed
 from training.data.report import bars, key_figures
 from training.events import (
@@ -74,12 +74,12 @@ def show_plan(console: Console, report: PlanReport) -> None:
         rows.append(("resumes from", report.resumes_from))
     if report.cluster:
         rows.append(("cluster", report.cluster))
-    rows.append(("results go to", report.run_uri))
-    rows.append(("", report.storage))
+    rows.append(("results go to", f"{report.run_uri} ({report.storage})"))
     print_facts(console, rows)
     console.print()
     _print_histogram(console, report)
-    console.print(Text("First, middle and last row, with loss tokens marked:", style="bold"))
+    marks = "in green" if console.is_terminal else "between « and »"
+    console.print(Text(f"First, middle and last row; the loss is on the tokens {marks}:", style="bold"))
     for example in report.train.examples:
         console.print(mark_example(example, colour=console.is_terminal), soft_wrap=True)
         console.print()
@@ -90,9 +90,9 @@ def show_plan(console: Console, report: PlanReport) -> None:
 def _describe_memory(memory: MemoryReport) -> str:
     estimate = asdict(memory.estimate)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in estimate.items())
-    text = f"about {format_bytes(memory.total)} per device ({parts})"
+    text = f"about {format_bytes(memory.total)} of tensors per device ({parts})"
     if memory.accelerator is None:
-        return text
+        return f"{text}, beside the memory of Python and its libraries"
     if memory.available is None:
         return f"{text}; the memory of {memory.accelerator} is unknown"
     return f"{text}; {memory.verdict} {memory.accelerator} ({format_bytes(memory.available)}), with {memory.kernels}'s kernels"
@@ -113,9 +113,9 @@ def _print_histogram(console: Console, report: PlanReport) -> None:
     console.print()
 
 
-def show_page(console: Console, page: Path) -> None:
-    """Print the path of the data report (HTML)."""
-    print_facts(console, [("data report", str(page))])
+def show_page(console: Console, page: Path, command: Sequence[str]) -> None:
+    """Print the end of a dry run: the path of the data report (HTML), and the command that trains."""
+    print_facts(console, [("data report", str(page)), ("next", f"train: {shlex.join(command)}")])
 
 
 def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
@@ -133,7 +133,9 @@ def mark_example(example: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
 
 def show_completed(console: Console) -> None:
     """Print that the run is already completed."""
-    console.print("This run is already completed. To train again, choose another run_name.")
+    console.print(
+        "This run is already completed, so nothing is trained. To train again, change a setting or add run_name=NAME."
+    )
 
 
 def show_submitted(
@@ -219,7 +221,7 @@ class Watch:
                 figures = f"loss {loss:.4f}{_listed(beside)}  {tokens_per_second:,.0f} tokens/s"
                 if mfu is not None:
                     figures += f"  MFU {mfu:.1%}"
-                figures += f"  {format_bytes(peak_memory)}"
+                figures += f"  peak {format_bytes(peak_memory)}"
                 self._progress.update(
                     self._task, description="training", completed=step, total=max_steps, figures=figures
                 )
@@ -251,13 +253,10 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         *(("restarted", failure) for failure in result.failures),
         *([("last checkpoint", result.last_checkpoint or "none")] if result.chosen == "best" else []),
         ("run", result.run_uri),
-        (
-            "trained",
-            f"{result.train_steps} steps, {result.tokens:,} tokens ({result.trained_tokens:,} loss tokens)",
-        ),
+        ("trained", _describe_trained(result)),
         *_describe_speed(result.speed),
         ("duration", f"{result.elapsed_seconds:.0f} s"),
-        ("library output", " ".join(result.log_files)),
+        *log_facts(result.log_files),
     ]
     if result.status == "completed" and result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if trains_adapter else "initial_base_model_ckpt_path"
@@ -275,6 +274,13 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     print_facts(console, facts)
 
 
+def _describe_trained(result: RunResult) -> str:
+    if not result.last_checkpoint:
+        return "no step that a checkpoint contains"
+    tokens = f"{result.tokens:,} tokens ({result.trained_tokens:,} loss tokens)"
+    return f"{result.train_steps:,} steps, {tokens}: what the latest checkpoint contains"
+
+
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
     """Return the throughput and the time per phase; empty if no step was trained."""
     total = sum(speed.seconds.values())
@@ -290,7 +296,7 @@ def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
         (
             "speed",
             f"{speed.tokens_per_second:,.0f} tokens/s ({speed.trained_tokens_per_second:,.0f} loss tokens/s){mfu}, "
-            f"{format_bytes(speed.peak_memory_bytes)} peak memory",
+            f"{format_bytes(speed.peak_memory_bytes)} peak memory per worker",
         ),
         ("time in training", f"{total:,.0f} s: {', '.join(phases)}"),
     ]

@@ -69,6 +69,13 @@ def nearest_name(name: str) -> str | None:
     return known[near[0]] if near else None
 
 
+def lacks_bf16(name: str) -> bool:
+    """Return whether a GPU has no bf16 units, by its Ray name or its CUDA device name: NVIDIA's GPUs have them since Ampere (2020)."""
+    return (
+        re.search(r"\b(T4|V100\w*|P100|P40|P4|M60|K80|GTX|RTX 20\d\d|Quadro RTX|TITAN)\b", name) is not None
+    )
+
+
 def peak_flops_of(device_name: str) -> float | None:
     """Return the peak dense bf16 FLOPS by CUDA device name, or None if unknown, for example for a MIG instance."""
     return next(

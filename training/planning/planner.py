@@ -553,7 +553,9 @@ def _warnings(
     if settings.target.is_local:
         has_bf16 = plan_warnings.cpu_has_bf16()
         yield from plan_warnings.dtype_warnings(config, model.facts, settings.device, has_bf16=has_bf16)
+    yield from plan_warnings.gpu_dtype_warnings(config, accelerator_of(config, device, settings.target)[0])
     yield from plan_warnings.learning_rate_warnings(loaded)
+    yield from plan_warnings.schedule_warnings(config, batch.shape.steps_per_epoch, batch.max_steps)
     yield from plan_warnings.template_warnings(config, model.tokenizer)
     yield from plan_warnings.tokenizer_warnings(model.tokenizer)
     yield from plan_warnings.column_warnings(config, data.train.summary)

@@ -14,7 +14,7 @@ from training.models.architecture import ModelShape
 from training.models.attention import Attention
 from training.models.files import AdapterFacts, ModelFacts, untargeted_names
 from training.models.kernels import Device, Provider, is_installed
-from training.planning.accelerators import memory_of, named_accelerator, nearest_name
+from training.planning.accelerators import lacks_bf16, memory_of, named_accelerator, nearest_name
 from training.planning.memory import MemoryReport, describe_savings
 from utils.files import format_bytes
 
@@ -114,6 +114,15 @@ def dtype_warnings(
         )
 
 
+def gpu_dtype_warnings(config: FinetuneConfig, accelerator: str | None) -> Iterator[str]:
+    """Warn of bf16 on a GPU without bf16 units, where torch emulates it."""
+    if accelerator and config.dtype == "bf16" and lacks_bf16(accelerator):
+        yield (
+            f"dtype: bf16 is emulated on {accelerator}, which has no bf16 units, and is several times slower than fp32 there; write dtype: "
+            "fp32, or train on an A10G, L4 or a newer GPU"
+        )
+
+
 def cpu_has_bf16() -> bool:
     """Return whether this CPU multiplies bf16 matrices in hardware, by the check that torch's own compiler uses."""
     import torch
@@ -203,6 +212,26 @@ def learning_rate_warnings(loaded: LoadedConfig) -> Iterator[str]:
         yield (
             f"learning_rate is not set: the default {config.learning_rate:g} suits LoRA, but full-parameter training usually needs about "
             "1e-5"
+        )
+
+
+def schedule_warnings(config: FinetuneConfig, steps_per_epoch: int, steps: int) -> Iterator[str]:
+    """Warn of a schedule that does not fit into the run, and of checkpoints that cannot count as the best."""
+    warmup = config.warmup_steps(steps)
+    if warmup >= steps:
+        yield (
+            f"num_warmup_steps: {warmup:,}, but the run has {steps:,} steps: the learning rate never reaches {config.learning_rate:g}; "
+            "write fewer, or warmup_ratio: 0.03"
+        )
+    decay = config.scheduler_arguments().get("num_decay_steps", 0)
+    if decay and decay + warmup > steps:
+        yield f"num_decay_steps: {decay:,} and the warm-up of {warmup:,} steps are longer than the run of {steps:,} steps; write fewer"
+    evaluation = config.evaluation_interval(steps_per_epoch, steps)
+    checkpoint = config.checkpoint_interval(steps_per_epoch, steps)
+    if config.valid_sources and checkpoint < steps and checkpoint % evaluation:
+        yield (
+            f"checkpoints every {float(checkpoint):g} steps and evaluations every {float(evaluation):g}: a checkpoint without an evaluation "
+            "at its step cannot be the best; make save_steps a multiple of eval_steps"
         )
 
 

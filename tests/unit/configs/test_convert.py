@@ -265,6 +265,11 @@ def test_written_file_loads_and_names_every_key(
         ("bf16: false\nfp16: true", {"dtype": None}),
         ("attn_implementation: flash_attention_2", {"flash_attention_2": True}),
         ("lora_r: 8", {"lora_config.r": None}),
+        ("lr_scheduler: constant", {"lr_scheduler_type": "constant", "warmup_ratio": None}),
+        (
+            "ray_num_workers: 4\nresources_per_worker: {GPU: 1, CPU: 8}",
+            {"num_devices": 4, "worker_resources": {"CPU": 8}},
+        ),
     ],
 )
 def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
@@ -272,6 +277,42 @@ def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
         f"base_model: org/m\ndatasets: [{{path: rows.jsonl, type: chat_template}}]\n{lines}\n"
     )
     assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "beta: 0.2",
+            {"task": "preference_tuning", "preference_tuning_config.beta": 0.2, "learning_rate": 1e-6},
+        ),
+        (
+            "loss_type: [ipo]\nlearning_rate: 1e-5",
+            {"preference_tuning_config.loss": "ipo", "learning_rate": 1e-5},
+        ),
+        ("loss_type: nll", {"task": None, "learning_rate": 2e-5}),
+        ("assistant_only_loss: true", {"task": "instruction_tuning"}),
+        ("dtype: bfloat16\nuse_cpu: true", {"dtype": "bf16", "device": "cpu"}),
+        ("lr_scheduler_type: reduce_lr_on_plateau", {"lr_scheduler_type": None}),
+    ],
+)
+def test_trl_values_are_translated(lines: str, expected: dict[str, Any]):
+    conversion = converted(f"model_name_or_path: org/m\ndataset_name: org/rows\n{lines}\n")
+    assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+def test_loss_and_devices_that_a_file_leaves_open_are_listed_as_changes():
+    changes = "\n".join(converted(TRL).changes)
+    assert_names(changes, "assistant_only_loss", "task: causal_lm", "num_devices: 8")
+    assert "num_devices" not in "\n".join(converted(LLAMAFACTORY).changes)
+
+
+def test_torchtune_alpaca_trains_on_the_prompt_as_well():
+    text = TORCHTUNE.replace("chat_dataset", "alpaca_cleaned_dataset").replace(
+        "  source: json\n  data_files: rows.json\n", ""
+    )
+    ours = converted(text).ours
+    assert (ours["train_path"], ours["task"]) == ("hf://datasets/yahma/alpaca-cleaned", "causal_lm")
 
 
 @pytest.mark.parametrize(
@@ -342,6 +383,22 @@ def test_other_files_are_rejected(
     (tmp_path / "other.yaml").write_text(text)
     assert main.main(["convert", str(tmp_path / "other.yaml")]) == 2
     assert_names(capsys.readouterr().err, *facts)
+
+
+def test_columns_and_template_variables_are_written(tmp_path: Path):
+    (tmp_path / "axolotl.yaml").write_text(
+        "base_model: org/m\ndatasets: [{path: rows.jsonl, type: chat_template, field_messages: chat}]\n"
+    )
+    (tmp_path / "lf.yaml").write_text(f"{LLAMAFACTORY}enable_thinking: false\n")
+    for name in ("axolotl", "lf"):
+        assert (
+            main.main(
+                ["convert", str(tmp_path / f"{name}.yaml"), "--to", str(tmp_path / f"{name}-ours.yaml")]
+            )
+            == 0
+        )
+    assert load_config(tmp_path / "axolotl-ours.yaml").config.columns == {"messages": "chat"}
+    assert load_config(tmp_path / "lf-ours.yaml").config.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,15 +1,18 @@
 """Lines that are printed during a run and at its end."""
 
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from runs.display import log_facts
 from runs.layout import RunResult, Speed
 from tests.support.messages import assert_names
 from tests.support.stored_runs import eval_losses, make_result
 from training.events import Evaluated, Event, Notice, StepDone
-from training.launch.display import Watch, _describe_speed, show_result
+from training.launch.display import Watch, _describe_memory, _describe_speed, show_result
+from training.planning.memory import MemoryEstimate, MemoryReport
 
 
 def printed(event: Event) -> str:
@@ -21,7 +24,9 @@ def printed(event: Event) -> str:
 @pytest.mark.parametrize(("mfu", "mfu_text"), [(0.4567, "  MFU 45.7%"), (None, "")])
 def test_step_line_shows_loss_metrics_throughput_mfu_and_memory(mfu: float | None, mfu_text: str):
     event = StepDone(3, 10, 0.5, 1.25, 12345.6, mfu, 5 * 2**29, {"rewards/margins": 0.5})
-    assert printed(event) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{mfu_text}  2.5 GiB\n"
+    assert (
+        printed(event) == f"step 3/10  loss 1.2500  margins 0.5000  12,346 tokens/s{mfu_text}  peak 2.5 GiB\n"
+    )
 
 
 def test_evaluation_prints_step_epoch_eval_loss_and_metrics():
@@ -74,3 +79,35 @@ def test_result_shows_throughput_and_the_share_of_each_phase():
     assert_names(time, "100 s", "forward 30%", "backward 60%", "upload stall 10%")
     assert "data" not in time, "phases below one percent are omitted"
     assert _describe_speed(Speed()) == [], "nothing was trained"
+
+
+def test_run_without_a_checkpoint_has_trained_no_step_that_counts():
+    """The steps after the latest checkpoint are lost, so they are no result."""
+    lost = make_result("/runs/a", eval_losses(2.0), last_checkpoint=None, train_steps=0)
+    (line,) = [line for line in result_lines(lost) if line.startswith("trained")]
+    assert_names(line, "no step", "checkpoint")
+    kept = make_result("/runs/a", eval_losses(2.0), train_steps=50)
+    (line,) = [line for line in result_lines(kept) if line.startswith("trained")]
+    assert_names(line, "50 steps", "latest checkpoint")
+
+
+def test_log_files_are_listed_one_per_line_and_many_by_their_directory(tmp_path: Path):
+    (tmp_path / "driver.log").touch()
+    workers = [f"/node/logs/run/worker-{rank}.log" for rank in range(8)]
+    assert log_facts([str(tmp_path / "driver.log"), *workers]) == [
+        ("library output", str(tmp_path / "driver.log")),
+        ("", "/node/logs/run/*.log (8 files), on the machine of the worker"),
+    ]
+    assert [text for _, text in log_facts([str(tmp_path / "driver.log"), "/node/a.log", "/node/b.log"])] == [
+        str(tmp_path / "driver.log"),
+        "/node/a.log, on the machine of the worker",
+        "/node/b.log, on the machine of the worker",
+    ]
+
+
+def test_memory_estimate_without_a_known_device_says_what_it_excludes():
+    estimate = MemoryEstimate(weights=1, gradients=1, optimizer=1, activations=1, logits=1)
+    report = MemoryReport(
+        estimate, estimate.total, "torch", accelerator=None, available=None, verdict=None, savings=[]
+    )
+    assert_names(_describe_memory(report), "of tensors", "beside", "libraries")

@@ -23,9 +23,11 @@ from training.planning.warnings import (
     accelerator_warnings,
     dtype_warnings,
     expert_warnings,
+    gpu_dtype_warnings,
     learning_rate_warnings,
     length_warnings,
     overlap_warnings,
+    schedule_warnings,
     template_warnings,
     tokenizer_warnings,
 )
@@ -55,6 +57,51 @@ def test_bf16_in_hardware_on_a_gpu_or_for_a_tiny_model_gives_no_warning(
     assert not list(dtype_warnings(config(dtype="fp32"), large_model, "cpu", has_bf16=False))
     tiny = read_model_facts(str(tiny_model))
     assert not list(dtype_warnings(config(dtype="bf16"), tiny, "cpu", has_bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [
+        ("T4", True),
+        ("V100", True),
+        ("Tesla V100-SXM2-16GB", True),
+        ("NVIDIA GeForce RTX 2080 Ti", True),
+        ("NVIDIA GeForce RTX 3090", False),
+        ("A10G", False),
+        ("NVIDIA L4", False),
+        ("NVIDIA H100 80GB HBM3", False),
+        (None, False),
+    ],
+)
+def test_bf16_on_a_gpu_without_its_units_gives_a_warning(name: str | None, warns: bool):
+    found = list(gpu_dtype_warnings(config(dtype="bf16"), name))
+    assert bool(found) == warns
+    for warning in found:
+        assert_names(warning, "bf16", str(name), "dtype: fp32")
+    assert not list(gpu_dtype_warnings(config(dtype="fp32"), name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"num_warmup_steps": 10}, ("num_warmup_steps: 10", "8 steps", "warmup_ratio")),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 9}},
+            ("num_decay_steps: 9", "8 steps"),
+        ),
+        ({"valid_path": "v", "eval_steps": 2, "save_steps": 3}, ("save_steps", "multiple of eval_steps")),
+        ({"valid_path": "v", "save_steps": 5}, ("every 5 steps", "every 4")),
+        ({"eval_steps": 2, "save_steps": 3}, None),
+        ({"valid_path": "v", "eval_steps": 2, "save_steps": 4}, None),
+        ({"valid_path": "v"}, None),
+        ({"num_warmup_steps": 7}, None),
+    ],
+)
+def test_schedule_that_does_not_fit_gives_a_warning(settings: dict[str, Any], facts: tuple[str, ...] | None):
+    warnings = list(schedule_warnings(config(**settings), 4, 8))
+    assert len(warnings) == (facts is not None)
+    if facts:
+        assert_names(warnings[0], *facts)
 
 
 OLD_EXPRESSION = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
