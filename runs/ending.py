@@ -48,7 +48,14 @@ def stop_run(uri: str, progress: Callable[[str], None]) -> RunSummary:
     while lives(lease, store.age(lease_key(lease.number))) and _is_latest(store, lease.token):
         time.sleep(_POLL_SECONDS)
     store.delete([stop_key(lease.token)])
-    return find_run(uri, before=run)
+    ended = summarize(store, "")
+    if ended is None:  # a run that has not trained leaves nothing
+        return run.model_copy(update={"status": "stopped", "reason": "before training started"})
+    if ended.status == "interrupted":
+        raise NotStoppedError(
+            f"{uri}: {lease.owner} exited before it could stop. The same command resumes the run."
+        )
+    return ended
 
 
 def _is_latest(store: Store, token: str) -> bool:
@@ -56,13 +63,12 @@ def _is_latest(store: Store, token: str) -> bool:
     return lease is not None and lease.token == token
 
 
-def find_run(uri: str, *, before: RunSummary | None = None) -> RunSummary:
-    """Return the state of a run; `before`, if it left nothing; raise NotFoundError if there is no run."""
+def find_run(uri: str) -> RunSummary:
+    """Return the state of a run; raise NotFoundError if there is none."""
     if run_of(uri):
         raise NotFoundError(f"{uri} is a checkpoint. Give the URI of its run: {run_of(uri)}")
-    if before is None:
-        check_run(uri)
-    found = summarize(open_store(uri), "") or before
+    check_run(uri)
+    found = summarize(open_store(uri), "")
     if found is None:
         raise NotFoundError(f"{uri}: there is no run. Give the URI of a run, or run:NAME")
     return found

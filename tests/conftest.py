@@ -1,5 +1,6 @@
 """Fixtures and hooks that all tests share."""
 
+import multiprocessing.util
 import os
 import secrets
 import tempfile
@@ -27,6 +28,7 @@ def temporary_directory() -> Iterator[None]:
 
     Killed processes leave files there, such as W&B's directories and torch's. Ray's own files stay in /tmp/ray.
     """
+    multiprocessing.util.get_temp_dir()  # made where it is, since Python deletes it itself at the end
     # Short, because the paths of sockets are limited to 107 bytes.
     with (
         tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True) as directory,

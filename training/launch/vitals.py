@@ -72,15 +72,16 @@ class Vitals:
         here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
         raylet = f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
         where = "" if target.is_local else " on the head node"
+        # The GCS first: a head node stops its raylet if its GCS dies.
         return cls(
             [
-                _Probed("raylet of this node", raylet, f"{ray_logs() / 'raylet.out'}", _REFUSED_SECONDS),
                 _Probed(
                     "GCS",
                     context.gcs_address,
                     f"{ray_logs() / 'gcs_server.out'}{where}",
                     float(os.environ.get(_RECONNECT_VARIABLE, _REFUSED_SECONDS)),
                 ),
+                _Probed("raylet of this node", raylet, f"{ray_logs() / 'raylet.out'}", _REFUSED_SECONDS),
             ]
         )
 

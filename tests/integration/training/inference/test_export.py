@@ -21,6 +21,7 @@ from tests.support.jobs import CompletedCommand, error_of
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
+from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.planning.exportable import GGUF_TOOL
 from utils.files import checksum
@@ -342,4 +343,19 @@ def test_damaged_checkpoint_or_missing_base_raises_an_error_with_its_path(
     deleted_model = Path(shutil.copytree(tiny_model, tmp_path / "deleted"))
     run = store_adapter_run(storage, "other", deleted_model, LORA, **scratch)
     shutil.rmtree(deleted_model)
-    assert str(deleted_model) in error_of(run_command("export", run))
+    assert_names(error_of(run_command("export", run)), str(deleted_model), "--base")
+
+
+def test_base_names_the_base_model_that_has_moved(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str], tmp_path: Path
+):
+    original = Path(shutil.copytree(tiny_model, tmp_path / "original"))
+    run = store_adapter_run(storage, "moved", original, LORA, **scratch)
+    shutil.rmtree(original)
+    exported = parse_export(run_command("export", run, "--no-merge", "--base", str(tiny_model), "--json"))
+    settings = json.loads((Path(exported.uri) / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tiny_model)
+    assert f"base_model: {tiny_model}" in (Path(exported.uri) / "README.md").read_text()
+    other = make_model(tmp_path / "other", layers=1)
+    message = error_of(run_command("export", run, "--base", str(other), "--to", str(tmp_path / "to")))
+    assert_names(message, "--base", str(other), "does not fit")

@@ -126,7 +126,9 @@ def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path:
         cluster.kill_head(process)
         killed = time.monotonic()
         finished = job.end()
-        assert time.monotonic() - killed < 20
+        assert time.monotonic() - killed < 45, (
+            "20 s on an idle machine; Ray itself takes a minute for the GCS"
+        )
     assert finished.exit_code == 1, finished.errors
     assert_names(finished.result["reason"], "cluster was lost", ".out", "same command")
     assert finished.errors.count("error: ") == 1

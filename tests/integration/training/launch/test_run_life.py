@@ -480,7 +480,9 @@ def test_lost_cluster_is_reported_and_a_rerun_resumes(process: str, files: Path,
         victim.kill()
         killed = time.monotonic()
         finished = job.end()
-        assert time.monotonic() - killed < 20
+        assert time.monotonic() - killed < 45, (
+            "20 s on an idle machine; Ray itself takes a minute for the GCS"
+        )
     assert finished.exit_code == 1, finished.errors
     assert_names(
         finished.result["reason"], "cluster was lost", f"{process}.out", "same command", "step-000050"

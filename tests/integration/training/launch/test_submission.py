@@ -16,7 +16,7 @@ import pytest
 from boto3.session import Session
 
 from cookbooks.launch_as_job.prepare import main as prepare
-from runs.layout import Manifest
+from runs.layout import Manifest, checkpoint_key
 from tests.support.jobs import PROJECT, CompletedCommand, command, environment, run_main, started, write_yaml
 from tests.support.messages import assert_names
 from tests.support.own_buckets import aws_variables
@@ -170,6 +170,10 @@ def test_stopped_job_is_resumed_by_the_same_command(
         if item.key.endswith("MANIFEST.json")
     ]
     assert 5 <= manifests[-1].step < 4000
+    adapter = open_store(f"{storage}/stopped").read(checkpoint_key(manifests[-1].step, "adapter_config.json"))
+    assert json.loads(adapter)["base_model_name_or_path"].startswith(f"{storage}/models/model-"), (
+        "the base model must outlive the job's directory"
+    )
     with started(yaml, laptop, arguments=submitted) as job:
         job.wait_for_line(f"step {manifests[-1].step + 1}/4000")
         stop = re.search(r"^stop +(.*?)  \(", job.errors, re.M)
@@ -179,6 +183,10 @@ def test_stopped_job_is_resumed_by_the_same_command(
     assert stopped.exit_code == 143
     assert stopped.result["status"] == "stopped"
     assert stopped.result["train_steps"] > manifests[-1].step
+    resume = f"with the same command: python main.py {yaml} --submit {cluster.job_server}"
+    assert resume in stopped.errors, "not the command that runs in the job"
+    warned = [line for line in stopped.errors.splitlines() if line.startswith("warning: ")]
+    assert not [line for line in warned if "stopped.yaml:" in line], "keys that the user did not write"
 
 
 def test_detach_prints_commands_that_follow_and_resume_the_job(
@@ -211,7 +219,15 @@ def test_job_checks_uris_that_only_the_cluster_can_access(
     files: Path, tmp_path: Path, storage: str, cluster: RayCluster, laptop: dict[str, str]
 ):
     """A user without access to the bucket can submit. The job itself checks a path on the cluster."""
-    yaml = config(files, tmp_path / "outside.yaml", storage, num_devices=1, max_steps=1, num_epochs=None)
+    yaml = config(
+        files,
+        tmp_path / "outside.yaml",
+        storage,
+        num_devices=1,
+        max_steps=1,
+        num_epochs=None,
+        lora_config=None,
+    )
     no_access = laptop | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     finished = run_main(yaml, "--submit", cluster.job_server, "--json", variables=no_access)
     assert finished.exit_code == 0, finished.errors
