@@ -7,6 +7,7 @@ follows the prompt in the rendering that ends with the turn, end marker included
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime, time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,6 +75,7 @@ class Renderer:
         whole_text: bool,
         turns: Turns = "auto",
         variables: dict[str, Any] | None = None,
+        today: date | None = None,
     ):
         """Detect the text that the chat template puts around an answer.
 
@@ -82,8 +84,10 @@ class Renderer:
             whole_text: True to train on every token instead of the answers only.
             turns: auto: every turn in its own context; last: only the last turn; all: every turn, in one sequence.
             variables: Variables of the template (`chat_template_kwargs`).
+            today: Date that the template prints, if it prints one; None: the date of this call.
         """
         self._tokenizer = tokenizer
+        self._now = datetime.combine(today, time()) if today else datetime.now()
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self._turns = turns
@@ -94,16 +98,19 @@ class Renderer:
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
         self._bos = _text_of(tokenizer.bos_token)
+        self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
         self._stops = tuple(
             {
                 stop
-                for stop in (_text_of(tokenizer.eos_token), self.end_marker.strip(), *self.end_marker.split())
+                for stop in (
+                    *(_text_of(tokenizer.eos_token), self.end_marker.strip(), self._end_of_earlier_turns()),
+                    *self.end_marker.split(),
+                )
                 if stop
             }
         )
         self._knows_developer = "developer" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-        self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
         self._switches = [
             name
             for name in ("enable_thinking", "thinking")
@@ -146,6 +153,11 @@ class Renderer:
             cut = len(self._bos)
             text, begin, end = text[cut:], max(0, begin - cut), end - cut
         return Rendered(text, ((begin, end),), ends_the_text=True)
+
+    @property
+    def date(self) -> str | None:
+        """Return the date that the template prints (ISO 8601), or None if it prints none."""
+        return self._now.date().isoformat() if "strftime_now" in self._source else None
 
     def notes(self, example: Example, sequences: Sequence[Rendered]) -> list[str]:
         """Return what the plan counts about a rendered row: special tokens that a user wrote, and texts of tools that are not used.
@@ -295,7 +307,7 @@ class Renderer:
         features = features_of(chat)
         errors: list[RowError] = []
         known = self._forms.get(features)
-        forms = [form for form in possible_forms(chat, self._source) if form != known]
+        forms = [form for form in possible_forms(chat, self._template_for(chat.tools)) if form != known]
         for form in [known, *forms] if known else forms:
             try:
                 turns = [self._turn(chat, index, form) for index in trained]
@@ -410,7 +422,7 @@ class Renderer:
     def _whole(self, chat: Chat) -> Rendered:
         """Render a chat that is trained on every token."""
         errors: list[RowError] = []
-        for form in possible_forms(chat, self._source):
+        for form in possible_forms(chat, self._template_for(chat.tools)):
             messages = adapted(chat.messages, form, chat.tools)
             try:
                 whole = self._apply(messages, chat.tools)
@@ -424,7 +436,11 @@ class Renderer:
                 errors.append(error)
                 continue
             return Rendered(whole, ((0, len(whole)),))
-        raise clearest(errors)
+        error = clearest(errors)
+        raise RowError(
+            error.kind,
+            f"{error}. task: causal_lm renders the conversation once; task: instruction_tuning trains each answer in its own context",
+        )
 
     def _pair(self, pair: Pair) -> tuple[Rendered, ...]:
         """Render the conversations of a pair after the same prompt: two, or one of an unpaired row."""
@@ -433,7 +449,7 @@ class Renderer:
         thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
         errors: list[RowError] = []
         for form in possible_forms(
-            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools), self._source
+            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools), self._template_for(pair.tools)
         ):
             try:
                 turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
@@ -458,6 +474,10 @@ class Renderer:
 
     # --- The template ---
 
+    def _template_for(self, tools: list[dict[str, Any]] | None) -> str:
+        """Return the template of rows with or without tools; models may have one for each."""
+        return str(self._tokenizer.get_chat_template(None, tools)) if self._tokenizer.chat_template else ""
+
     def _apply(
         self,
         messages: list[Message],
@@ -473,6 +493,7 @@ class Renderer:
                 messages=messages,
                 tools=tools,
                 documents=None,
+                strftime_now=self._now.strftime,
                 add_generation_prompt=prompt,
                 **self._special_tokens,
                 **{**self._variables, **self._row_variables, **(switch or {})},
@@ -495,6 +516,18 @@ class Renderer:
                 "template",
                 f"is rejected by the chat template ({error}). Use only roles and fields that the template supports",
             ) from error
+
+    def _end_of_earlier_turns(self) -> str:
+        """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
+        if not self._source:
+            return ""
+        question: Message = {"role": "user", "content": _QUESTION}
+        try:
+            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}, question], None)
+        except RowError:
+            return ""
+        found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
+        return found[0] if found else ""
 
     def _surroundings(self) -> tuple[str, str]:
         """Return the text before and after an answer, or two empty strings if the template does more than append."""
