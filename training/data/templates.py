@@ -5,7 +5,7 @@ follows the prompt in the rendering that ends with the turn, end marker included
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import lru_cache
@@ -92,8 +92,6 @@ class Renderer:
         self._whole_text = whole_text
         self._turns = turns
         self._variables = variables or {}
-        self._row_variables: Mapping[str, Any] = {}
-        """Variables of the row that is rendered at present."""
         self._source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
@@ -134,7 +132,6 @@ class Renderer:
         if isinstance(example, Filled):
             text = example.prompt + example.answer
             return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
-        self._row_variables = example.variables
         if isinstance(example, Pair):
             return self._pair(self._clean_pair(example))
         cleaned = self._clean(example.messages)
@@ -280,7 +277,7 @@ class Renderer:
         if not (self.header and self.end_marker):
             return None
         try:
-            whole = self._apply(chat.messages, chat.tools)
+            whole = self._apply(chat.messages, chat)
         except RowError:
             return None
         answers = answers_of(chat.messages)
@@ -336,11 +333,11 @@ class Renderer:
         keeps_empty_thought = bool(thinks) or _EMPTY_THOUGHT.match(answer["content"]) is not None
         if thinks is None:
             thinks = bool(reasoning) or keeps_empty_thought
-        turn = self._asked(messages, chat.tools, thinks=thinks)
+        turn = self._asked(messages, chat, thinks=thinks)
         if turn is None or (
             reasoning and reasoning.strip() not in turn.completion and form.reasoning is None
         ):
-            turn = self._continued(messages, chat.tools, reasoning)
+            turn = self._continued(messages, chat, reasoning)
         if not keeps_empty_thought:
             turn = _without_empty_thought(turn, answer["content"])
         check_answer(turn.completion, answer, index)
@@ -348,18 +345,16 @@ class Renderer:
             check_parts(turn.text, messages)
         return turn
 
-    def _asked(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, thinks: bool
-    ) -> _Turn | None:
+    def _asked(self, messages: list[Message], chat: Chat, *, thinks: bool) -> _Turn | None:
         """Return the turn after its generation prompt, or None if the rendering does not begin with that prompt.
 
         Without thinking, the generation prompt that turns thinking off is preferred if the rendering begins with it.
         """
-        usual = self._apply(messages, tools)
+        usual = self._apply(messages, chat)
         found: list[tuple[bool, int, _Turn]] = []
-        for switch in self._settings_of_switches(on=thinks):
-            prompt = self._apply(messages[:-1], tools, prompt=True, switch=switch)
-            text = self._apply(messages, tools, switch=switch) if switch else usual
+        for switch in self._settings_of_switches(chat, on=thinks):
+            prompt = self._apply(messages[:-1], chat, prompt=True, switch=switch)
+            text = self._apply(messages, chat, switch=switch) if switch else usual
             end = len(text.rstrip())
             if thinks and prompt.rstrip().endswith("</think>"):
                 continue  # this prompt asks for an answer without reasoning
@@ -371,25 +366,23 @@ class Renderer:
             return found[0][2]
         return max(found, key=lambda entry: entry[:2])[2]
 
-    def _settings_of_switches(self, *, on: bool) -> list[dict[str, bool]]:
+    def _settings_of_switches(self, chat: Chat, *, on: bool) -> list[dict[str, bool]]:
         """Return the template's default, and each switch of thinking that the row leaves open."""
-        return [{}, *({name: on} for name in self._switches if name not in self._row_variables)]
+        return [{}, *({name: on} for name in self._switches if name not in chat.variables)]
 
-    def _continued(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, reasoning: str
-    ) -> _Turn:
+    def _continued(self, messages: list[Message], chat: Chat, reasoning: str) -> _Turn:
         """Return a turn whose rendering does not begin with its generation prompt: what stands after its header, after the prompt.
 
         Such templates change earlier turns once another follows, cut reasoning out, or open a thought in the generation prompt.
         """
-        before = self._apply(messages[:-1], tools)
+        before = self._apply(messages[:-1], chat)
         prompts = [
-            self._apply(messages[:-1], tools, prompt=True, switch=switch)
-            for switch in self._settings_of_switches(on=bool(reasoning))
+            self._apply(messages[:-1], chat, prompt=True, switch=switch)
+            for switch in self._settings_of_switches(chat, on=bool(reasoning))
         ]
         opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
         prompt = opened[0] if reasoning and opened else prompts[0]
-        text = self._apply(messages, tools)
+        text = self._apply(messages, chat)
         is_open = prompt.rstrip().endswith("<think>")
         header = prompt[len(before) :] if prompt.startswith(before) else ""
         if is_open and "<think>" in header:
@@ -425,7 +418,7 @@ class Renderer:
         for form in possible_forms(chat, self._template_for(chat.tools)):
             messages = adapted(chat.messages, form, chat.tools)
             try:
-                whole = self._apply(messages, chat.tools)
+                whole = self._apply(messages, chat)
                 check_context(whole, self._said(chat.messages))
                 check_tools(whole, self._said(chat.messages), chat.tools)
                 if form.parts:
@@ -444,7 +437,11 @@ class Renderer:
 
     def _pair(self, pair: Pair) -> tuple[Rendered, ...]:
         """Render the conversations of a pair after the same prompt: two, or one of an unpaired row."""
-        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected) if side]
+        chats = [
+            Chat([*pair.prompt, *side], pair.tools, variables=pair.variables)
+            for side in (pair.chosen, pair.rejected)
+            if side
+        ]
         index = len(pair.prompt)
         thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
         errors: list[RowError] = []
@@ -481,22 +478,23 @@ class Renderer:
     def _apply(
         self,
         messages: list[Message],
-        tools: list[dict[str, Any]] | None,
+        chat: Chat,
         *,
         prompt: bool = False,
         switch: dict[str, bool] | None = None,
     ) -> str:
+        """Render messages with the tools and the variables of a chat."""
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
-            template = _compiled(self._tokenizer.get_chat_template(None, tools))
+            template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
             return template.render(
                 messages=messages,
-                tools=tools,
+                tools=chat.tools,
                 documents=None,
                 strftime_now=self._now.strftime,
                 add_generation_prompt=prompt,
                 **self._special_tokens,
-                **{**self._variables, **self._row_variables, **(switch or {})},
+                **{**self._variables, **chat.variables, **(switch or {})},
             )
         except TemplateSyntaxError as error:
             raise DataError(
@@ -523,7 +521,7 @@ class Renderer:
             return ""
         question: Message = {"role": "user", "content": _QUESTION}
         try:
-            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}, question], None)
+            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}, question], Chat([]))
         except RowError:
             return ""
         found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
@@ -535,9 +533,9 @@ class Renderer:
             return "", ""
         question: Message = {"role": "user", "content": _QUESTION}
         try:
-            asked = self._apply([question], None)
-            prompt = self._apply([question], None, prompt=True)
-            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}], None)
+            asked = self._apply([question], Chat([]))
+            prompt = self._apply([question], Chat([]), prompt=True)
+            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}], Chat([]))
         except RowError:
             return "", ""
         answer = whole.find(_ANSWER, len(prompt))
