@@ -134,7 +134,7 @@ Resources = Annotated[
     BeforeValidator(_memory_in_bytes),
     Field(json_schema_extra={"properties": {"memory": {"type": ["number", "string"]}}}),
 ]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Column = Literal[
     "messages",
     "conversations",
@@ -423,7 +423,6 @@ class ExportConfig(Section):
 
 
 DataPaths = DataUri | Annotated[list[DataUri | DataSource], Field(min_length=1)]
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=50)]
 
 
 def _sources(paths: DataPaths | None) -> tuple[DataSource, ...]:
@@ -464,7 +463,7 @@ class FinetuneConfig(Section):
     prefix, a glob; s3://, local, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]), a list of locations, or a list of
     `{path: ..., weight: ...}`. With weights, an epoch has as many rows as all sources together, sampled by weight."""
 
-    valid_path: DataPaths | Annotated[dict[SetName, DataPaths], Field(min_length=1)] | None = None
+    valid_path: DataPaths | Annotated[dict[Name, DataPaths], Field(min_length=1)] | None = None
     """Validation rows, as train_path but without weights; null: no evaluation, and the latest checkpoint counts as the best.
     Several sets by name, `{math: s3://..., chat: s3://...}`, each have metrics of their own (eval_math_loss); the first is the
     eval loss that decides which checkpoint is the best."""
@@ -662,7 +661,7 @@ class FinetuneConfig(Section):
     """Bucket prefix under which runs are stored; null: $ANYSCALE_ARTIFACT_STORAGE, else /mnt/cluster_storage if it
     exists, else the embedded bucket."""
 
-    run_name: RunName | None = None
+    run_name: Name | None = None
     """Name of the run under storage_path; null: derived from the YAML's name and contents, so that the same command
     resumes the same run."""
 
