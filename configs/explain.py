@@ -90,11 +90,10 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
     elif "extra_forbidden" in kinds:
         value = kinds["extra_forbidden"]["input"]
         yield Problem(path, origin, _unknown_key(document.data, path, value, origin))
-    elif errors[0]["loc"][-1] == "[key]":
-        expected = _choices(errors[0])
-        yield Problem(
-            path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use one of {expected}"
-        )
+    elif of_key := [error for error in errors if error["loc"][-1] == "[key]"]:
+        is_choice = of_key[0]["type"] == "literal_error"
+        expected = f"one of {_choices(of_key[0])}" if is_choice else _phrase(of_key[0])
+        yield Problem(path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use {expected}")
     else:
         value = errors[0]["input"]
         yield Problem(path, origin, f"`{dotted(path)}` is {shown(value)}: {_fix(path, value, errors)}")

@@ -80,6 +80,8 @@ def _values(field: Mapping[str, Any]) -> str:
     match field.get("type"):
         case "array":
             return f"list of {_values(field['items'])}"
+        case "object" if "patternProperties" in field:
+            return f"mapping to {' or '.join(map(_values, field['patternProperties'].values()))}"
         case "object" if isinstance(field["additionalProperties"], Mapping):
             return f"mapping to {_values(field['additionalProperties'])}"
         case "object":

@@ -42,6 +42,8 @@ NOT_IN_HASH = {
     "max_failures",
     "logger",
     "export",
+    "loss_watchdog_patience",
+    "loss_watchdog_threshold",
 }
 
 
@@ -54,8 +56,6 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "early_stopping_patience",
     "early_stopping_threshold",
     "ignore_columns",
-    "loss_watchdog_patience",
-    "loss_watchdog_threshold",
     "eval_steps",
     "lr_scheduler_kwargs",
     "max_train_rows",
@@ -159,7 +159,7 @@ Resources = Annotated[
     BeforeValidator(_memory_in_bytes),
     Field(json_schema_extra={"properties": {"memory": {"type": ["number", "string"]}}}),
 ]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Column = Literal[
     "messages",
     "conversations",
@@ -546,8 +546,10 @@ class FinetuneConfig(Section):
     prefix, a glob; s3://, local, or hf://datasets/ORG/NAME/CONFIG?split=train[50%:]), a list of locations, or a list of
     `{path: ..., weight: ...}`. With weights, an epoch has as many rows as all sources together, sampled by weight."""
 
-    valid_path: DataPaths | None = None
-    """Validation rows, as train_path but without weights; null: no evaluation, and the latest checkpoint counts as the best."""
+    valid_path: DataPaths | Annotated[dict[Name, DataPaths], Field(min_length=1)] | None = None
+    """Validation rows, as train_path but without weights; null: no evaluation, and the latest checkpoint counts as the best.
+    Several sets by name, `{math: s3://..., chat: s3://...}`, each have metrics of their own (eval_math_loss); the first is the
+    eval loss that decides which checkpoint is the best."""
 
     valid_split: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the rows of train_path that are validation rows instead, without valid_path. Complete conversations, chosen by
@@ -761,7 +763,7 @@ class FinetuneConfig(Section):
     """Bucket prefix under which runs are stored; null: $ANYSCALE_ARTIFACT_STORAGE, else /mnt/cluster_storage if it
     exists, else the embedded bucket."""
 
-    run_name: RunName | None = None
+    run_name: Name | None = None
     """Name of the run under storage_path; null: derived from the YAML's name and contents, so that the same command
     resumes the same run."""
 
@@ -879,11 +881,18 @@ class FinetuneConfig(Section):
         return _sources(self.train_path)
 
     @property
-    def valid_sources(self) -> tuple[DataSource, ...]:
-        """Return the sources of validation rows: those of valid_path, or of train_path with valid_split."""
+    def valid_sets(self) -> dict[str, tuple[DataSource, ...]]:
+        """Return name -> sources of each validation set; the name is empty if valid_path gives none, or with valid_split."""
         if self.valid_split is not None:
-            return tuple(DataSource(path=source.path) for source in self.train_sources)
-        return _sources(self.valid_path)
+            return {"": tuple(DataSource(path=source.path) for source in self.train_sources)}
+        if isinstance(self.valid_path, dict):
+            return {name: _sources(paths) for name, paths in self.valid_path.items()}
+        return {"": _sources(self.valid_path)} if self.valid_path else {}
+
+    @property
+    def valid_sources(self) -> tuple[DataSource, ...]:
+        """Return the sources of all validation sets."""
+        return tuple(source for sources in self.valid_sets.values() for source in sources)
 
     @property
     def trains_adapter(self) -> bool:
@@ -1261,13 +1270,24 @@ def _uris_below(section: Section, above: str) -> Iterator[UriField]:
     for name, field in type(section).model_fields.items():
         key, value = f"{above}{name}", getattr(section, name)
         kind = next(_uri_kinds(*field.metadata, field.annotation), None)
-        for item in value if isinstance(value, list) else [value]:
+        for item in _items(value):
             if isinstance(item, DataSource):
                 yield UriField(key, "data", item.path)
             elif isinstance(item, Section):
                 yield from _uris_below(item, f"{key}.")
             elif kind and item is not None:
                 yield UriField(key, kind, item)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """Yield the items of a list, of the values of a mapping, or the value itself."""
+    if isinstance(value, dict):
+        for entry in value.values():
+            yield from _items(entry)
+    elif isinstance(value, list):
+        yield from value
+    else:
+        yield value
 
 
 def _uri_kinds(*annotations: Any) -> Iterator[UriKind]:

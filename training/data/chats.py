@@ -323,6 +323,11 @@ def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
             continue
         if _MEDIA.fullmatch(key):
             raise RowError("unsupported content", f"{at} has `{key}`. Only text is supported")
+        if key == "train_detail":
+            raise RowError(
+                "wrong weight",
+                f"{at} has `train_detail`, which puts parts of a message in the loss. A message is in the loss or not: use weight: 0 or 1",
+            )
         if is_quality_tag(key, content):
             raise RowError(
                 "quality tag",

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from training.data.prepared import (
     fingerprint,
     open_prepared,
 )
-from training.data.records import Example, Pair
+from training.data.records import Chat, Example, Pair
 from training.data.rendered import Rendered
 from training.data.request import DataRequest
 from training.data.row_index import INDEX_FILE, INDEX_SCHEMA, RowIndex
@@ -43,6 +44,7 @@ from training.data.summary import (
     measure_lengths,
     show_examples,
 )
+from training.data.template_checks import DROPPED_TEXT
 from training.data.templates import Renderer
 from training.data.token_files import RenderedRow, TokenWriter, digest_of
 from utils.files import file_lock, write_atomically
@@ -65,6 +67,7 @@ def prepare_data(
     cache: Path,
     *,
     bucket: str | None = None,
+    template: str = "the model's",
     progress: Callable[[int, float], None] = lambda rows, fraction: None,
 ) -> PreparedData:
     """Tokenize the sources, or reuse prepared data from this node or the bucket (then without its tokens).
@@ -75,6 +78,7 @@ def prepare_data(
         tokenizer_dir: Directory of the tokenizer files.
         cache: Node cache for downloads and prepared data.
         bucket: URI where prepared data is stored, or None.
+        template: Where the chat template comes from, in errors.
         progress: Called with the number of rows read and the fraction of all sources, 0 to 1.
     """
     key = request.key(tokenizer_dir)
@@ -84,7 +88,7 @@ def prepare_data(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(directory.with_suffix(".lock")):
         if not (directory / SUMMARY_FILE).exists():
-            _prepare(request, tokenizer, cache, directory, progress)
+            _prepare(request, tokenizer, cache, directory, template, progress)
     return open_prepared(key, directory)
 
 
@@ -93,12 +97,13 @@ def _prepare(
     tokenizer: "PreTrainedTokenizerFast",
     cache: Path,
     directory: Path,
+    template: str,
     progress: Callable[[int, float], None],
 ) -> None:
     staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
     gc.freeze()  # garbage collection skips the objects of loaded libraries
     try:
-        with _Preparation(request, tokenizer, staging) as preparation:
+        with _Preparation(request, tokenizer, staging, template) as preparation:
             summary = preparation.run(cache, progress)
         write_atomically(staging / SUMMARY_FILE, json.dumps(asdict(summary)).encode())
         staging.replace(directory)
@@ -145,18 +150,23 @@ class _Faults:
 class _Preparation:
     """The state of one pass over the sources."""
 
-    def __init__(self, request: DataRequest, tokenizer: "PreTrainedTokenizerFast", directory: Path):
+    def __init__(
+        self, request: DataRequest, tokenizer: "PreTrainedTokenizerFast", directory: Path, template: str
+    ):
         self.request = request
+        self.template = template
         self.tokenizer = tokenizer
         self.renderer = Renderer(
             tokenizer,
             whole_text=request.task == "causal_lm",
             turns=request.turns,
             variables=dict(request.chat_template_kwargs),
+            today=date.fromisoformat(request.date) if request.date else None,
         )
         self.notes: Counter[str] = Counter()
         self._ignored = frozenset(request.ignore_columns)
         self.split_rows = 0
+        self.has_chats = False
         self.directory = directory
         self.rows_read = 0
         self.faults = _Faults()
@@ -231,6 +241,7 @@ class _Preparation:
                     self.notes.update(set(notes))
                 self.notes.update(f"column `{name}` is ignored (ignore_columns)" for name in ignored)
                 taken += 1
+                self.has_chats |= isinstance(example, Chat | Pair)
                 if isinstance(example, Pair):
                     only = int(bool(example.chosen)) if len(sequences) == 1 else None
                     yield RenderedRow(number, row, sequences, only)
@@ -296,6 +307,11 @@ class _Preparation:
                 + "\n".join(faults.first)
                 + more
                 + (
+                    f"\nThe chat template is {self.template}."
+                    if faults.counts.keys() & {"template", DROPPED_TEXT}
+                    else ""
+                )
+                + (
                     "\nFix or remove these rows, or skip them with bad_rows: skip."
                     if count < self.rows_read
                     else "\nNo row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
@@ -351,6 +367,7 @@ class _Preparation:
             files=[file.uri for file in request.files],
             fingerprint=fingerprint(self.directory),
             examples=[],
+            date=self.renderer.date if self.has_chats else None,
         )
         dataset = PreparedData("", self.directory, summary).dataset()
         return replace(summary, examples=show_examples(dataset, self.tokenizer))

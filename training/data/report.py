@@ -1,5 +1,6 @@
 """The data report: figures about the rows of a run and about how they are batched."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,8 @@ class DataReport(BaseModel):
 
     train: DataSummary
     valid: DataSummary | None
+    more_valid: dict[str, DataSummary] = {}
+    """The validation sets after the first, by name."""
     limit: int | None
     """Maximum tokens per row: context_length, or the number of positions of the model."""
     in_both: int
@@ -38,6 +41,7 @@ def make_report(
     valid: PreparedData | None,
     order: BatchPlan,
     *,
+    more_valid: Mapping[str, PreparedData],
     limit: int | None,
     padded_to: int | None,
     steps: int,
@@ -48,17 +52,20 @@ def make_report(
         train: Prepared training rows.
         valid: Prepared validation rows, or None.
         order: The order in which the training rows are batched.
+        more_valid: The validation sets after the first, by name.
         limit: Maximum tokens per row; None without a limit.
         padded_to: Length in tokens that every sequence is padded to; None for the longest of its batch.
         steps: Optimizer steps of the run.
     """
-    in_both, first_in_both = _in_both(train, valid) if valid else (0, [])
+    sets = [*([valid] if valid else []), *more_valid.values()]
+    overlaps = [_in_both(train, each) for each in sets]
     return DataReport(
         train=train.summary,
         valid=valid.summary if valid else None,
         limit=limit,
-        in_both=in_both,
-        first_in_both=first_in_both,
+        more_valid={name: rows.summary for name, rows in more_valid.items()},
+        in_both=sum(count for count, _ in overlaps),
+        first_in_both=[line for _, first in overlaps for line in first][:_MAX_SHOWN],
         padding_waste=_padding_waste(train, order, padded_to),
         steps=steps,
         steps_per_epoch=order.shape.steps_per_epoch,
@@ -99,6 +106,7 @@ def key_figures(report: DataReport) -> list[tuple[str, str]]:
         ("padding", describe_padding(report)),
         ("validation rows", describe_rows(report.valid) if report.valid else "none"),
         *([("", describe_tokens(report.valid))] if report.valid else []),
+        *((f"valid_path.{name}", describe_rows(summary)) for name, summary in report.more_valid.items()),
     ]
 
 

@@ -57,6 +57,8 @@ class DataRequest:
     """Seed for sampling rows if a weight takes part of a source, and for the shares of a split."""
     share: tuple[float, float] = (0.0, 1.0)
     """Part of the rows to take, as bounds of a hash of their text: (begin, end), from 0 to 1. Equal rows have equal hashes."""
+    date: str | None = None
+    """Date that the chat template prints (ISO 8601), if it prints one; None: that of the preparation."""
     max_rows: int | None = None
     """Rows to take from each source, from its start; None: all."""
 
@@ -71,8 +73,8 @@ class DataRequest:
         Args:
             tokenizer_dir: Directory of the tokenizer files.
         """
-        tokenizer_files = [
-            checksum(tokenizer_dir / name) for name in _TOKENIZER_FILES if (tokenizer_dir / name).exists()
-        ]
+        more = sorted((tokenizer_dir / "additional_chat_templates").glob("*.jinja"))
+        paths = [tokenizer_dir / name for name in _TOKENIZER_FILES]
+        tokenizer_files = [checksum(path) for path in (*paths, *more) if path.exists()]
         content = json.dumps([_FORMAT, asdict(self), tokenizer_files], sort_keys=True)
         return checksum_bytes(content.encode()).removeprefix("crc64nvme:")

@@ -506,7 +506,7 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
     try:
         file = pq.ParquetFile(path, memory_map=True)
     except read_errors as error:
-        raise _parquet_error(uri, error) from error
+        raise _file_error(uri, "a Parquet file", error) from error
     read = 0
 
     def rows() -> Iterator[tuple[int, Any]]:
@@ -518,7 +518,7 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
                         read += 1
                         yield read, value
         except read_errors as error:
-            raise _parquet_error(f"{uri}:{read + 1}", error) from error
+            raise _file_error(f"{uri}:{read + 1}", "a Parquet file", error) from error
 
     return OpenFile(rows(), lambda: read / max(file.metadata.num_rows, 1))
 
@@ -530,8 +530,8 @@ def _open_arrow(path: Path, uri: str) -> OpenFile:
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{uri}: not a stream of Arrow batches, or corrupt ({(str(error).splitlines() or [''])[0]}). Write it with Dataset.save_to_disk."
+        raise _file_error(
+            uri, "a stream of Arrow batches, as Dataset.save_to_disk writes it", error
         ) from error
     read = 0
 
@@ -545,9 +545,9 @@ def _open_arrow(path: Path, uri: str) -> OpenFile:
     return OpenFile(rows(), lambda: read / max(len(table), 1))
 
 
-def _parquet_error(place: str, error: Exception) -> DataError:
+def _file_error(place: str, kind: str, error: Exception) -> DataError:
     return DataError(
-        f"{place}: not a Parquet file, or corrupt ({(str(error).splitlines() or [''])[0]}). Write or upload the file again."
+        f"{place}: not {kind}, or corrupt ({(str(error).splitlines() or [''])[0]}). Write or upload the file again."
     )
 
 

@@ -76,6 +76,8 @@ class DataSummary:
     """Example rows as (text, contributes to the loss) pieces."""
     split_rows: int = 0
     """Rows that became several sequences, because the chat template renders earlier turns differently once others follow."""
+    date: str | None = None
+    """Date that the chat template prints in these rows (ISO 8601); None if it prints none."""
     notes: dict[str, int] = field(default_factory=dict)
     """Changed or unused parts of rows -> number of rows."""
 

@@ -8,7 +8,7 @@ from training.data.errors import RowError
 from training.data.records import Message
 from training.data.template_forms import thought_of
 
-_DROPPED = "dropped text"
+DROPPED_TEXT = "dropped text"
 # Templates print the types of JSON schemas in their own spelling.
 _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
 
@@ -84,7 +84,7 @@ def drops_tool_texts(text: str, tools: Sequence[dict[str, Any]]) -> bool:
 
 def clearest(errors: list[RowError]) -> RowError:
     """Return the error to report when no form of a row can be rendered: one that names a text, or else the first."""
-    return next((error for error in errors if error.kind == _DROPPED), errors[0])
+    return next((error for error in errors if error.kind == DROPPED_TEXT), errors[0])
 
 
 def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
@@ -112,7 +112,7 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
         spelling = next((spelling for spelling in _spellings(part) if spelling in text), None)
         if spelling is None:
             raise RowError(
-                _DROPPED,
+                DROPPED_TEXT,
                 f"{reason} ({_shown(part)}). Remove it, use a model whose template renders it, or set chat_template",
             )
         text = text.replace(spelling, "\0", 1)

@@ -5,8 +5,9 @@ follows the prompt in the rendering that ends with the turn, end marker included
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime, time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,6 +75,7 @@ class Renderer:
         whole_text: bool,
         turns: Turns = "auto",
         variables: dict[str, Any] | None = None,
+        today: date | None = None,
     ):
         """Detect the text that the chat template puts around an answer.
 
@@ -82,28 +84,31 @@ class Renderer:
             whole_text: True to train on every token instead of the answers only.
             turns: auto: every turn in its own context; last: only the last turn; all: every turn, in one sequence.
             variables: Variables of the template (`chat_template_kwargs`).
+            today: Date that the template prints, if it prints one; None: the date of this call.
         """
         self._tokenizer = tokenizer
+        self._now = datetime.combine(today, time()) if today else datetime.now()
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self._turns = turns
         self._variables = variables or {}
-        self._row_variables: Mapping[str, Any] = {}
-        """Variables of the row that is rendered at present."""
         self._source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
         self._bos = _text_of(tokenizer.bos_token)
+        self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
         self._stops = tuple(
             {
                 stop
-                for stop in (_text_of(tokenizer.eos_token), self.end_marker.strip(), *self.end_marker.split())
+                for stop in (
+                    *(_text_of(tokenizer.eos_token), self.end_marker.strip(), self._end_of_earlier_turns()),
+                    *self.end_marker.split(),
+                )
                 if stop
             }
         )
         self._knows_developer = "developer" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-        self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
         self._switches = [
             name
             for name in ("enable_thinking", "thinking")
@@ -127,7 +132,6 @@ class Renderer:
         if isinstance(example, Filled):
             text = example.prompt + example.answer
             return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
-        self._row_variables = example.variables
         if isinstance(example, Pair):
             return self._pair(self._clean_pair(example))
         cleaned = self._clean(example.messages)
@@ -169,6 +173,11 @@ class Renderer:
             cut = len(self._bos)
             text, begin, end = text[cut:], max(0, begin - cut), end - cut
         return Rendered(text, ((begin, end),), ends_the_text=True)
+
+    @property
+    def date(self) -> str | None:
+        """Return the date that the template prints (ISO 8601), or None if it prints none."""
+        return self._now.date().isoformat() if "strftime_now" in self._source else None
 
     def notes(self, example: Example, sequences: Sequence[Rendered]) -> list[str]:
         """Return what the plan counts about a rendered row: special tokens that a user wrote, and texts of tools that are not used.
@@ -291,7 +300,7 @@ class Renderer:
         if not (self.header and self.end_marker):
             return None
         try:
-            whole = self._apply(chat.messages, chat.tools)
+            whole = self._apply(chat.messages, chat)
         except RowError:
             return None
         answers = answers_of(chat.messages)
@@ -318,7 +327,7 @@ class Renderer:
         features = features_of(chat)
         errors: list[RowError] = []
         known = self._forms.get(features)
-        forms = [form for form in possible_forms(chat, self._source) if form != known]
+        forms = [form for form in possible_forms(chat, self._template_for(chat.tools)) if form != known]
         for form in [known, *forms] if known else forms:
             try:
                 turns = [self._turn(chat, index, form) for index in trained]
@@ -347,11 +356,11 @@ class Renderer:
         keeps_empty_thought = bool(thinks) or _EMPTY_THOUGHT.match(answer["content"]) is not None
         if thinks is None:
             thinks = bool(reasoning) or keeps_empty_thought
-        turn = self._asked(messages, chat.tools, thinks=thinks)
+        turn = self._asked(messages, chat, thinks=thinks)
         if turn is None or (
             reasoning and reasoning.strip() not in turn.completion and form.reasoning is None
         ):
-            turn = self._continued(messages, chat.tools, reasoning)
+            turn = self._continued(messages, chat, reasoning)
         if not keeps_empty_thought:
             turn = _without_empty_thought(turn, answer["content"])
         check_answer(turn.completion, answer, index)
@@ -359,18 +368,16 @@ class Renderer:
             check_parts(turn.text, messages)
         return turn
 
-    def _asked(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, thinks: bool
-    ) -> _Turn | None:
+    def _asked(self, messages: list[Message], chat: Chat, *, thinks: bool) -> _Turn | None:
         """Return the turn after its generation prompt, or None if the rendering does not begin with that prompt.
 
         Without thinking, the generation prompt that turns thinking off is preferred if the rendering begins with it.
         """
-        usual = self._apply(messages, tools)
+        usual = self._apply(messages, chat)
         found: list[tuple[bool, int, _Turn]] = []
-        for switch in self._settings_of_switches(on=thinks):
-            prompt = self._apply(messages[:-1], tools, prompt=True, switch=switch)
-            text = self._apply(messages, tools, switch=switch) if switch else usual
+        for switch in self._settings_of_switches(chat, on=thinks):
+            prompt = self._apply(messages[:-1], chat, prompt=True, switch=switch)
+            text = self._apply(messages, chat, switch=switch) if switch else usual
             end = len(text.rstrip())
             if thinks and prompt.rstrip().endswith("</think>"):
                 continue  # this prompt asks for an answer without reasoning
@@ -382,25 +389,23 @@ class Renderer:
             return found[0][2]
         return max(found, key=lambda entry: entry[:2])[2]
 
-    def _settings_of_switches(self, *, on: bool) -> list[dict[str, bool]]:
+    def _settings_of_switches(self, chat: Chat, *, on: bool) -> list[dict[str, bool]]:
         """Return the template's default, and each switch of thinking that the row leaves open."""
-        return [{}, *({name: on} for name in self._switches if name not in self._row_variables)]
+        return [{}, *({name: on} for name in self._switches if name not in chat.variables)]
 
-    def _continued(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, reasoning: str
-    ) -> _Turn:
+    def _continued(self, messages: list[Message], chat: Chat, reasoning: str) -> _Turn:
         """Return a turn whose rendering does not begin with its generation prompt: what stands after its header, after the prompt.
 
         Such templates change earlier turns once another follows, cut reasoning out, or open a thought in the generation prompt.
         """
-        before = self._apply(messages[:-1], tools)
+        before = self._apply(messages[:-1], chat)
         prompts = [
-            self._apply(messages[:-1], tools, prompt=True, switch=switch)
-            for switch in self._settings_of_switches(on=bool(reasoning))
+            self._apply(messages[:-1], chat, prompt=True, switch=switch)
+            for switch in self._settings_of_switches(chat, on=bool(reasoning))
         ]
         opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
         prompt = opened[0] if reasoning and opened else prompts[0]
-        text = self._apply(messages, tools)
+        text = self._apply(messages, chat)
         is_open = prompt.rstrip().endswith("<think>")
         header = prompt[len(before) :] if prompt.startswith(before) else ""
         if is_open and "<think>" in header:
@@ -433,10 +438,10 @@ class Renderer:
     def _whole(self, chat: Chat) -> Rendered:
         """Render a chat that is trained on every token."""
         errors: list[RowError] = []
-        for form in possible_forms(chat, self._source):
+        for form in possible_forms(chat, self._template_for(chat.tools)):
             messages = adapted(chat.messages, form, chat.tools)
             try:
-                whole = self._apply(messages, chat.tools)
+                whole = self._apply(messages, chat)
                 check_context(whole, self._said(chat.messages))
                 check_tools(whole, self._said(chat.messages), chat.tools)
                 if form.parts:
@@ -447,16 +452,24 @@ class Renderer:
                 errors.append(error)
                 continue
             return Rendered(whole, ((0, len(whole)),))
-        raise clearest(errors)
+        error = clearest(errors)
+        raise RowError(
+            error.kind,
+            f"{error}. task: causal_lm renders the conversation once; task: instruction_tuning trains each answer in its own context",
+        )
 
     def _pair(self, pair: Pair) -> tuple[Rendered, ...]:
         """Render the conversations of a pair after the same prompt: two, or one of an unpaired row."""
-        chats = [Chat([*pair.prompt, *side], pair.tools) for side in (pair.chosen, pair.rejected) if side]
+        chats = [
+            Chat([*pair.prompt, *side], pair.tools, variables=pair.variables)
+            for side in (pair.chosen, pair.rejected)
+            if side
+        ]
         index = len(pair.prompt)
         thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
         errors: list[RowError] = []
         for form in possible_forms(
-            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools), self._source
+            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools), self._template_for(pair.tools)
         ):
             try:
                 turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
@@ -481,24 +494,30 @@ class Renderer:
 
     # --- The template ---
 
+    def _template_for(self, tools: list[dict[str, Any]] | None) -> str:
+        """Return the template of rows with or without tools; models may have one for each."""
+        return str(self._tokenizer.get_chat_template(None, tools)) if self._tokenizer.chat_template else ""
+
     def _apply(
         self,
         messages: list[Message],
-        tools: list[dict[str, Any]] | None,
+        chat: Chat,
         *,
         prompt: bool = False,
         switch: dict[str, bool] | None = None,
     ) -> str:
+        """Render messages with the tools and the variables of a chat."""
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
-            template = _compiled(self._tokenizer.get_chat_template(None, tools))
+            template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
             return template.render(
                 messages=messages,
-                tools=tools,
+                tools=chat.tools,
                 documents=None,
+                strftime_now=self._now.strftime,
                 add_generation_prompt=prompt,
                 **self._special_tokens,
-                **{**self._variables, **self._row_variables, **(switch or {})},
+                **{**self._variables, **chat.variables, **(switch or {})},
             )
         except TemplateSyntaxError as error:
             raise DataError(
@@ -519,15 +538,27 @@ class Renderer:
                 f"is rejected by the chat template ({error}). Use only roles and fields that the template supports",
             ) from error
 
+    def _end_of_earlier_turns(self) -> str:
+        """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
+        if not self._source:
+            return ""
+        question: Message = {"role": "user", "content": _QUESTION}
+        try:
+            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}, question], Chat([]))
+        except RowError:
+            return ""
+        found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
+        return found[0] if found else ""
+
     def _surroundings(self) -> tuple[str, str]:
         """Return the text before and after an answer, or two empty strings if the template does more than append."""
         if not self._source:
             return "", ""
         question: Message = {"role": "user", "content": _QUESTION}
         try:
-            asked = self._apply([question], None)
-            prompt = self._apply([question], None, prompt=True)
-            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}], None)
+            asked = self._apply([question], Chat([]))
+            prompt = self._apply([question], Chat([]), prompt=True)
+            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}], Chat([]))
         except RowError:
             return "", ""
         answer = whole.find(_ANSWER, len(prompt))

@@ -196,7 +196,9 @@ class Diverging(TrainerCallback):
     ) -> None:
         """Check the metrics of a step or an evaluation, which are equal on all ranks."""
         figures = {
-            name: float(logs[name]) for name in ("loss", "grad_norm", "eval_loss") if logs and name in logs
+            name: float(value)
+            for name, value in (logs or {}).items()
+            if name in ("loss", "grad_norm") or (name.startswith("eval_") and name.endswith("loss"))
         }
         wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
         if not wrong:

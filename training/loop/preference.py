@@ -197,14 +197,14 @@ class PreferenceTrainer(FineTuningTrainer):
         super().rehearse()
         self._trained = trained
 
-    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """Evaluate as in FineTuningTrainer, with kto's divergence computed over all pairs."""
-        if self.settings.loss == "kto" and self.rows.valid is not None:
-            totals = self.added_up(self.rows.valid, self._divergence_sums, self.on_eval_progress)
+    def evaluated(self, sequences: Any) -> dict[str, float]:
+        """Return the metrics as in FineTuningTrainer, with kto's divergence computed over all rows of the set."""
+        if self.settings.loss == "kto":
+            totals = self.added_up(sequences, self._divergence_sums, self.on_eval_progress)
             self._divergence = _mean_divergence(totals)
-        metrics = super().evaluate(*arguments, **keywords)
+        figures = super().evaluated(sequences)
         self._divergence = None
-        return metrics
+        return figures
 
     def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the sum and number of log-ratios of mismatched responses."""

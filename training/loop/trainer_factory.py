@@ -1,5 +1,6 @@
 """Trainer factory: build the batches and the trainer for a plan's task."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
@@ -34,6 +35,7 @@ def build_trainer(
     train: PreparedData,
     valid: PreparedData | None,
     *,
+    more_valid: Mapping[str, PreparedData] | None = None,
     model: Any,
     request: ModelRequest,
     tokenizer: "PreTrainedTokenizerFast",
@@ -46,6 +48,7 @@ def build_trainer(
         order: Assigns sequences to steps.
         train: Prepared training rows.
         valid: Prepared validation rows, or None.
+        more_valid: Further validation sets by name.
         model: The model to train.
         request: The request from which the model was built.
         tokenizer: The model's tokenizer.
@@ -54,6 +57,7 @@ def build_trainer(
     config = plan.config
     pad_token_id = tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
+    more = more_valid or {}
     multiple = pad_to_multiple_of(config, plan.device, train.summary.longest)
     arguments |= {
         "config": config,
@@ -76,6 +80,7 @@ def build_trainer(
                 pairs(valid) if valid else None,
                 collate_pairs(pad_token_id, multiple, masked=plan.resolved.attention.mask),
                 longest_sequence(train.index.length, None),
+                {name: pairs(prepared) for name, prepared in more.items()},
             ),
             **arguments,
         )
@@ -90,10 +95,11 @@ def build_trainer(
             attention=plan.resolved.attention,
         ),
         longest_sequence(train.index.length, order.packs),
+        {name: _validation(config, prepared, pad_token_id) for name, prepared in more.items()},
     )
     if config.task == "classification":
         assert config.classifier_config is not None
-        sources = [prepared.dataset() for prepared in (train, valid) if prepared]
+        sources = [prepared.dataset() for prepared in (train, valid, *more.values()) if prepared]
         tokens = label_tokens(sources, config.classifier_config.label_tokens)
         return ClassificationTrainer(label_tokens=tokens, rows=rows, **arguments)
     return FineTuningTrainer(rows=rows, **arguments)

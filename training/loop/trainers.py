@@ -3,8 +3,8 @@
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ class TrainingRows:
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     longest: int = 0
     """Index of the training sequence with the most tokens."""
+    more_valid: Mapping[str, Dataset[dict[str, Any]]] = field(default_factory=dict)
+    """Further validation sequences by name."""
 
 
 def collate_rows(
@@ -279,17 +281,27 @@ class FineTuningTrainer(SFTTrainer):
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """Return eval loss per loss token and the other eval metrics, summed over all workers.
 
+        With several validation sets, the metrics of each have its name: eval_NAME_loss. Those of the first are without a name, too.
         The result does not depend on the number of workers, the batch size, padding or packing.
         """
         del arguments, keywords
         if self.rows.valid is None:
             return {}
-        totals = self.added_up(self.rows.valid, self.sums, self.on_eval_progress)
-        metrics = {f"eval_{name}": value for name, value in self.figures(totals.tolist()).items()}
+        figures = self.evaluated(self.rows.valid)
+        metrics = {f"eval_{figure}": value for figure, value in figures.items()}
+        names = list(self.config.valid_sets)
+        for name in names if names != [""] else []:
+            if name != names[0]:
+                figures = self.evaluated(self.rows.more_valid[name])
+            metrics |= {f"eval_{name}_{figure}": value for figure, value in figures.items()}
         self._metrics["eval"].clear()  # TRL's own averages are over batches, not tokens
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluated(self, sequences: Any) -> dict[str, float]:
+        """Return the metrics of a validation set."""
+        return self.figures(self.added_up(sequences, self.sums, self.on_eval_progress).tolist())
 
     def added_up(
         self,

@@ -218,6 +218,8 @@ class Inputs:
     tokenizer: "PreTrainedTokenizerFast"
     train: PreparedData
     valid: PreparedData | None
+    more_valid: dict[str, PreparedData]
+    """The validation sets after the first, by name."""
     resume: "Resume"
 
 
@@ -310,8 +312,11 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
     driver.emit(Phase("fetching the prepared rows"))
     train = fetch_prepared(plan.train, plan.cache, plan.prepared)
     valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
+    more_valid = {
+        name: fetch_prepared(key, plan.cache, plan.prepared) for name, key in plan.more_valid.items()
+    }
     if world.local_rank == 0:
-        for prepared in (train, valid):
+        for prepared in (train, valid, *more_valid.values()):
             if prepared:
                 verify_prepared(prepared)
 
@@ -320,7 +325,9 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
     restored = restoring.finish(driver.emit)
     step, log = _progress_of(restored) if restored else (0, [])
     resume = Resume(restoring.committed, restoring.uri, restored, step, log)
-    return Inputs(store, scratch, model_directory, adapter_directory, tokenizer, train, valid, resume)
+    return Inputs(
+        store, scratch, model_directory, adapter_directory, tokenizer, train, valid, more_valid, resume
+    )
 
 
 def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built:
@@ -340,7 +347,12 @@ def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built
     # For ZeRO-3, transformers needs these arguments while it loads a model; Unsloth's CPU mode must load before they exist.
     arguments_later = plan.resolved.kernels.provider == "unsloth" and plan.device == "cpu"
     arguments = None if arguments_later else make_arguments()
-    request = model_request(plan, inputs.model_directory, inputs.adapter_directory, train, valid)
+    longest_valid = max(
+        filter(None, (valid, *inputs.more_valid.values())),
+        key=lambda rows: rows.summary.longest,
+        default=None,
+    )
+    request = model_request(plan, inputs.model_directory, inputs.adapter_directory, train, longest_valid)
     model = build_model(plan.resolved.kernels.provider, request)
     arguments = arguments or make_arguments()
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
@@ -439,6 +451,7 @@ def _run(
         built.order,
         inputs.train,
         inputs.valid,
+        more_valid=inputs.more_valid,
         model=built.model,
         request=built.request,
         tokenizer=inputs.tokenizer,

@@ -22,6 +22,9 @@ _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
+_SINGLE = "model.safetensors"
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Directory of a tokenizer's chat templates beside the default one, such as tool_use.jinja."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
 _BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
@@ -63,12 +66,28 @@ class ModelFacts:
 def is_model_file(key: str) -> bool:
     """Return whether `from_pretrained` needs the file: safetensors weights, config or tokenizer."""
     path = PurePosixPath(key)
+    if path.parts[:-1] == (_MORE_TEMPLATES,):
+        return path.suffix == ".jinja"
     return len(path.parts) == 1 and path.suffix in _MODEL_FILES and path.name not in _OUR_FILES
 
 
 def is_tokenizer_file(key: str) -> bool:
     """Return whether the tokenizer or the model config needs the file; a dry run reads only these files."""
     return is_model_file(key) and not key.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def without_strays(source: str, wanted: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Return `wanted` without the weight files that the index of a model does not list, such as Mistral's consolidated ones.
+
+    Args:
+        source: Directory or URI of a model or an adapter.
+        wanted: Returns whether a file is needed.
+    """
+    index = open_store(source).read_if_exists(_INDEX)
+    if index is None:
+        return wanted
+    shards = set(json.loads(index)["weight_map"].values())
+    return lambda key: wanted(key) and (not key.endswith(".safetensors") or key in shards)
 
 
 def is_hub_id(model_id: str) -> bool:
@@ -113,11 +132,17 @@ def read_model_facts(source: str) -> ModelFacts:
             f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) next to config.json. Copy it there from the original model."
         )
     if _INDEX in names:
-        missing = set(_read_json(store, _INDEX).get("weight_map", {}).values()) - names.keys()
+        shards = set(_read_json(store, _INDEX).get("weight_map", {}).values())
+        missing = shards - names.keys()
         if missing:
             raise ModelError(
                 f"model {source}: {_INDEX} lists missing weight files ({_some(missing)}). Copy them there, or use another path."
             )
+        if _SINGLE in names.keys() - shards and not is_remote(source):
+            raise ModelError(
+                f"model {source}: has both {_SINGLE} and {_INDEX}, and transformers would load the former. Delete the stale one."
+            )
+        weights = sorted(shards)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weights:
         shapes.update(_read_shapes(store, name, names[name]))
@@ -167,6 +192,9 @@ def fetch_hub_model(model_id: str, wanted: Callable[[str], bool]) -> Path:
 
     with _hub_errors(model_id):
         names = [sibling.rfilename for sibling in huggingface_hub.model_info(model_id).siblings or []]
+        if _INDEX in names:
+            index = Path(huggingface_hub.hf_hub_download(model_id, _INDEX))
+            wanted = without_strays(str(index.parent), wanted)
         patterns = [name for name in names if wanted(name)]
         return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns))
 

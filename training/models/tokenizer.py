@@ -51,6 +51,13 @@ def is_template(value: str) -> bool:
     return "{%" in value or "{{" in value
 
 
+def describe_template(config: FinetuneConfig, base: str) -> str:
+    """Return where the chat template comes from, as errors name it."""
+    if config.chat_template is None:
+        return f"that of the model {base}"
+    return "inline (chat_template)" if is_template(config.chat_template) else config.chat_template
+
+
 def read_chat_template(config: FinetuneConfig) -> str | None:
     """Return the Jinja source of `chat_template`, which is inline or in a file."""
     from jinja2 import Environment, TemplateSyntaxError

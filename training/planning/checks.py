@@ -24,6 +24,7 @@ from training.models.files import (
     is_hub_id,
     is_model_file,
     targeted_modules,
+    without_strays,
 )
 from training.models.kernels import is_installed
 from training.planning.endpoints import ClusterTarget
@@ -62,7 +63,7 @@ def check_disk(base_model: str, facts: ModelFacts, scratch: Path, target: Cluste
     if is_hub_id(base_model) or not is_remote(base_model) or not target.is_local:
         return  # the Hub cache and other nodes check their own disks
     missing, free = (
-        missing_bytes(base_model, scratch / "cache" / "models", is_model_file),
+        missing_bytes(base_model, scratch / "cache" / "models", without_strays(base_model, is_model_file)),
         free_bytes(scratch),
     )
     if missing > free:

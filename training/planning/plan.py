@@ -58,6 +58,9 @@ class RunPlan(BaseModel):
     train: str
     """Key of the training rows."""
     valid: str | None
+    """Key of the validation rows whose loss decides which checkpoint is the best."""
+    more_valid: dict[str, str] = {}
+    """Name -> key of the other validation sets."""
     data: DataFingerprints
     max_steps: int
     steps_per_epoch: int

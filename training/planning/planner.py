@@ -4,13 +4,13 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from configs.loading import LoadedConfig
-from configs.schema import FinetuneConfig, LoraConfig, config_hash
+from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
 from training.checkpoints.weights import fetch_model, fetch_weights
@@ -48,7 +48,7 @@ from training.models.files import (
 )
 from training.models.generation import check_savable
 from training.models.kernels import Device
-from training.models.tokenizer import load_tokenizer, read_chat_template
+from training.models.tokenizer import describe_template, load_tokenizer, read_chat_template
 from training.planning import warnings as plan_warnings
 from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
 from training.planning.checks import (
@@ -158,6 +158,9 @@ class Data:
 
     train: PreparedData
     valid: PreparedData | None
+    """The validation set that decides which checkpoint is the best."""
+    more_valid: dict[str, PreparedData]
+    """The other validation sets by name."""
     fingerprints: DataFingerprints
     config_hash: str
     run_name: str
@@ -165,8 +168,8 @@ class Data:
 
     @property
     def prepared(self) -> list[PreparedData]:
-        """The training rows and, if there are any, the validation rows."""
-        return [self.train, self.valid] if self.valid else [self.train]
+        """The training rows and the validation rows of all sets."""
+        return [self.train, *([self.valid] if self.valid else []), *self.more_valid.values()]
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,7 @@ def make_plan(
         prepared=storage.prepared,
         train=data.train.key,
         valid=data.valid.key if data.valid else None,
+        more_valid={name: rows.key for name, rows in data.more_valid.items()},
         data=data.fingerprints,
         max_steps=batch.max_steps,
         steps_per_epoch=batch.shape.steps_per_epoch,
@@ -398,39 +402,73 @@ def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress
     """Tokenize the rows, and derive the run name from them unless the YAML has one."""
     config = loaded.config
     train = _prepare("train", config, storage, model, progress)
-    valid = _prepare("valid", config, storage, model, progress) if config.valid_sources else None
-    fingerprints = DataFingerprints(
-        train=train.summary.fingerprint, valid=valid.summary.fingerprint if valid else None
-    )
+    day = train.summary.date
+    sets = {
+        name: _prepare("valid", config, storage, model, progress, name, day) for name in config.valid_sets
+    }
+    fingerprints = DataFingerprints(train=train.summary.fingerprint, valid=_fingerprint_of(sets))
+    valid, *_ = (*sets.values(), None)
+    more = dict(list(sets.items())[1:])
     outcome_hash = config_hash(config)
     digest = checksum_bytes(f"{outcome_hash} {fingerprints.train} {fingerprints.valid or ''}".encode())
     run_name = config.run_name or f"{loaded.path.stem}-{digest[-8:]}"
-    return Data(train, valid, fingerprints, outcome_hash, run_name, join_uri(storage.uri, run_name))
+    return Data(train, valid, more, fingerprints, outcome_hash, run_name, join_uri(storage.uri, run_name))
+
+
+def _fingerprint_of(sets: Mapping[str, PreparedData]) -> str | None:
+    """Return the fingerprint of all validation sets, or None without validation rows."""
+    prints = [f"{name} {rows.summary.fingerprint}" for name, rows in sets.items()]
+    if not prints:
+        return None
+    return prints[0].strip() if "" in sets else checksum_bytes(" ".join(prints).encode())
 
 
 def _prepare(
-    part: Part, config: FinetuneConfig, storage: Storage, model: Model, progress: Progress
+    part: Part,
+    config: FinetuneConfig,
+    storage: Storage,
+    model: Model,
+    progress: Progress,
+    name: str = "",
+    day: str | None = None,
 ) -> PreparedData:
+    """Tokenize the rows of a key.
+
+    Args:
+        part: The training rows or validation rows.
+        config: The YAML.
+        storage: Where the run writes.
+        model: The model with its tokenizer.
+        progress: Called with each check.
+        name: Name of the validation set, if it has one.
+        day: Date that the chat template prints, as in the training rows.
+    """
     key = "valid_path" if part == "valid" and config.valid_split is None else "train_path"
+    key = f"{key}.{name}" if name else key
     progress(f"rows of {key}")
     with about_key(key):
-        request = data_request(config, part, model.facts, model.chat_template)
+        sources = config.train_sources if part == "train" else config.valid_sets[name]
+        request = data_request(config, part, sources, model.facts, model.chat_template)
     check_template(request, model.tokenizer, model.base)
     return prepare_data(
-        request,
+        replace(request, date=day),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,
         bucket=storage.prepared,
+        template=describe_template(config, model.base),
         progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
     )
 
 
 def data_request(
-    config: FinetuneConfig, part: Part, facts: ModelFacts, chat_template: str | None
+    config: FinetuneConfig,
+    part: Part,
+    sources: Sequence[DataSource],
+    facts: ModelFacts,
+    chat_template: str | None,
 ) -> DataRequest:
     """Return the sources with all settings that determine their tokens; files are listed but not downloaded."""
-    sources = config.train_sources if part == "train" else config.valid_sources
     split = config.valid_split or 0.0
     return DataRequest(
         paths=tuple(source.path for source in sources),
@@ -560,6 +598,8 @@ def _warnings(
     yield from plan_warnings.tokenizer_warnings(model.tokenizer)
     yield from plan_warnings.column_warnings(config, data.train.summary)
     yield from plan_warnings.data_warnings(data.train.summary, data.valid.summary if data.valid else None)
+    for name, prepared in data.more_valid.items():
+        yield from plan_warnings.row_warnings(f"valid_path.{name}", prepared.summary)
     yield from plan_warnings.length_warnings(config, batch.shape)
     for line in checkpoints.damage:
         yield f"skipped a damaged checkpoint of this run: {line}"
@@ -573,6 +613,7 @@ def _report_rows(model: Model, data: Data, batch: Batch) -> DataReport:
         data.train,
         data.valid,
         batch.order,
+        more_valid=data.more_valid,
         limit=config.context_length or model.facts.max_context,
         padded_to=_longest_sequence(config, data.train.summary) if config.padding == "max_length" else None,
         steps=batch.max_steps,

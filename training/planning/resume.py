@@ -20,7 +20,10 @@ MAY_CHANGE_WITH_COMPLETE_STATE = NOT_IN_HASH | {
     "min_update_steps",
     "train_path",  # the rows themselves are compared
     "columns",
+    "ignore_columns",
     "valid_path",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "eval_batch_size_per_device",
     "eval_first",
     "checkpoint_and_evaluation_frequency",

@@ -167,24 +167,33 @@ def column_warnings(config: FinetuneConfig, train: DataSummary) -> Iterator[str]
 
 def data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str]:
     """Warn of truncated, excluded or duplicate rows, and of missing validation rows."""
-    for name, summary in (("train_path", train), ("valid_path", valid)):
-        if summary is None:
-            continue
-        if summary.truncated_rows:
-            yield f"{name}: {summary.truncated_rows:,} rows exceed the context length and are truncated (long_rows: truncate)"
-        if summary.dropped_rows:
-            yield f"{name}: {summary.dropped_rows:,} rows are excluded: too long, or without loss tokens within the context length"
-        if summary.skipped_rows:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped_rows.items())
-            yield f"{name}: {sum(summary.skipped_rows.values()):,} rows are excluded (bad_rows: skip): {kinds}; first: {summary.first_skipped[0]}"
-        for note, count in summary.notes.items():
-            yield f"{name}: {note} ({count:,} {'row' if count == 1 else 'rows'})"
-        if summary.split_rows:
-            yield f"{name}: {describe_split(summary)}"
-        if summary.duplicates:
-            yield f"{name}: {summary.duplicates:,} rows are duplicates; first: {summary.first_duplicates[0]}"
+    yield from row_warnings("train_path", train)
     if valid is None:
         yield "no valid_path: there is no eval loss, and the latest checkpoint counts as the best"
+    else:
+        yield from row_warnings("valid_path", valid)
+
+
+def row_warnings(name: str, summary: DataSummary) -> Iterator[str]:
+    """Warn of truncated, excluded, changed or duplicate rows of one key."""
+    if summary.truncated_rows:
+        yield f"{name}: {summary.truncated_rows:,} rows exceed the context length and are truncated (long_rows: truncate)"
+    if summary.dropped_rows:
+        yield f"{name}: {summary.dropped_rows:,} rows are excluded: too long, or without loss tokens within the context length"
+    if summary.skipped_rows:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped_rows.items())
+        yield f"{name}: {sum(summary.skipped_rows.values()):,} rows are excluded (bad_rows: skip): {kinds}; first: {summary.first_skipped[0]}"
+    if summary.date:
+        yield (
+            f"{name}: the chat template prints the date, {summary.date} in these rows (the day of their first preparation); evaluation and "
+            "chat print the day on which they run"
+        )
+    for note, count in summary.notes.items():
+        yield f"{name}: {note} ({count:,} {'row' if count == 1 else 'rows'})"
+    if summary.split_rows:
+        yield f"{name}: {describe_split(summary)}"
+    if summary.duplicates:
+        yield f"{name}: {summary.duplicates:,} rows are duplicates; first: {summary.first_duplicates[0]}"
 
 
 def memory_warnings(memory: MemoryReport | None) -> Iterator[str]:

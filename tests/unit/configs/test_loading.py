@@ -211,6 +211,7 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
         ("env:\n  WANDB_API_KEY: 0123456789\n", "env", "0123456789"),
         (f"model_id: {TOKEN}\ntrain_path: 3\n", "model_id", TOKEN),
         ("valid_path: s3://KEYID:hush@bucket/x\n", "valid_path", "hush"),
+        ("valid_path: {math: 's3://KEYID:hush@bucket/x'}\n", "valid_path.math", "hush"),
         ("valid_path: s3://bucket/x?X-Amz-Signature=hush\n", "valid_path", "hush"),
         ("logger: {provider: wandb, api_key: hush}\n", "logger.api_key", "hush"),
         (f"optim: {TOKEN}\n", "optim", TOKEN),
@@ -531,3 +532,10 @@ def test_secrets_and_missing_keys_come_first(write):
     assert_names(first, "`output_dir`", "secret")
     assert_names(second, "`model_id`", "missing")
     assert_names(third, "`packing`")
+
+
+def test_invalid_name_of_a_validation_set_raises_an_error_that_names_it(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_id: m\ntrain_path: t.jsonl\nvalid_path:\n  'a b': v.jsonl\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:4: `valid_path\.a b`.*letters, digits"):
+        load_config(path)

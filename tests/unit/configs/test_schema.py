@@ -159,6 +159,28 @@ def test_config_is_immutable():
         ({"prompt_template": "{instruction} {output} {output}"}, ("`prompt_template`", "`output`", "twice")),
         ({"dtype": "fp32", "flash_attention_2": True}, ("`flash_attention_2`", "`dtype: bf16`")),
         ({"valid_path": "v.jsonl", "valid_split": 0.1}, ("`valid_path`", "`valid_split`")),
+        (
+            {"valid_path": {"math": [{"path": "v.jsonl", "weight": 2}], "chat": "w.jsonl"}},
+            ("`valid_path`", "weights"),
+        ),
+        ({"early_stopping_patience": 2}, ("`early_stopping_patience`", "`valid_path`", "`valid_split`")),
+        (
+            {"early_stopping_threshold": 0.1, "valid_split": 0.1},
+            ("`early_stopping_threshold`", "`early_stopping_patience`"),
+        ),
+        ({"loss_watchdog_patience": 5}, ("`loss_watchdog_patience`", "`loss_watchdog_threshold`")),
+        (
+            {"columns": {"prompt": "question"}, "ignore_columns": ["question"]},
+            ("`ignore_columns`", "`question`", "`columns`", "`prompt`"),
+        ),
+        (
+            {"task": "preference_tuning", "preference_tuning_config": {"desirable_weight": 2.0}},
+            ("`desirable_weight`", "`loss: kto`"),
+        ),
+        (
+            {"task": "preference_tuning", "data_format": "messages"},
+            ("`data_format: messages`", "`preference`", "loss: kto"),
+        ),
         ({"num_warmup_steps": 5, "warmup_ratio": 0.1}, ("`num_warmup_steps`", "`warmup_ratio`")),
         (
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
@@ -370,6 +392,8 @@ def test_hash_of_an_earlier_version_is_unchanged():
         {"turns": "last"},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"valid_split": 0.1},
+        {"ignore_columns": ["score"]},
+        {"early_stopping_patience": 3, "valid_path": "v.jsonl"},
         {"max_train_rows": 10},
         {"max_valid_rows": 10},
         {"warmup_ratio": 0.1},
@@ -470,6 +494,19 @@ def test_uri_fields_are_found_by_their_types():
         ("storage_path", "storage", "s3://b/runs"),
         ("export.to", "storage", "s3://b/exports"),
     ]
+
+
+def test_validation_sets_keep_their_order_and_are_uri_fields():
+    read = config(valid_path={"math": "s3://b/math.jsonl", "chat": ["a.jsonl", "b.jsonl"]})
+    assert {name: [source.path for source in sources] for name, sources in read.valid_sets.items()} == {
+        "math": ["s3://b/math.jsonl"],
+        "chat": ["a.jsonl", "b.jsonl"],
+    }
+    assert next(iter(read.valid_sets)) == "math"
+    found = [field.uri for field in uri_fields(read) if field.key == "valid_path"]
+    assert found == ["s3://b/math.jsonl", "a.jsonl", "b.jsonl"]
+    assert config(valid_path="v.jsonl").valid_sets.keys() == {""}
+    assert config().valid_sets == {}
 
 
 def test_weighted_sources_are_uri_fields():

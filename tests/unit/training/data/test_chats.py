@@ -322,6 +322,15 @@ def test_empty_columns_are_neither_used_nor_noted():
             ("message 1", "'image_url'", "text"),
         ),
         ({"messages": [{**USER, "audio": "a.wav"}, ANSWER]}, ("message 1", "`audio`")),
+        (
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]},
+                ]
+            },
+            ("message 2", "`train_detail`", "weight: 0"),
+        ),
         ({"messages": [USER, ANSWER], "weight": 0.5}, ("`weight`",)),
         ({"messages": [USER, ANSWER], "loss_mask": [1, 0, 1]}, ("`loss_mask`", "3 entries", "1 assistant")),
         ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, ("message 2", "weight and train")),

@@ -383,6 +383,25 @@ def test_unpaired_rows_store_their_response_on_one_side(
         prepare(replace(data, unpaired=False), chatml, tiny_model, tmp_path / "cache")
 
 
+def test_errors_of_a_chat_template_name_it(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+    message = {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}
+    path = write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "2 + 2?"}, message]})
+    with pytest.raises(DataError, match=r"reasoning[^$]*The chat template is my\.jinja"):
+        prepare_data(request(path), chatml, tiny_model, tmp_path / "cache", template="my.jinja")
+
+
+def test_the_date_that_a_template_prints_is_recorded(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(tmp_path / "a.jsonl", {"prompt": "2 + 2?", "completion": "4"})
+    dated = copy.deepcopy(chatml)
+    dated.chat_template = "{{ strftime_now('%Y') }}" + str(chatml.chat_template)
+    prepared = prepare(request(path, date="2020-05-06"), dated, tiny_model, tmp_path / "dated")
+    assert prepared.summary.date == "2020-05-06"
+    assert chatml.decode(prepared.dataset()[0]["input_ids"]).startswith("2020")
+    assert prepare(request(path), chatml, tiny_model, tmp_path / "cache").summary.date is None
+
+
 def test_ignored_columns_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     path = write(
         tmp_path / "a.jsonl",

@@ -22,7 +22,7 @@ def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
 
 def report_of(train: PreparedData, valid: PreparedData | None = None, **changes: Any) -> DataReport:
     plan = BatchPlan(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
-    settings: dict[str, Any] = {"limit": None, "padded_to": None, "steps": 7} | changes
+    settings: dict[str, Any] = {"limit": None, "padded_to": None, "steps": 7, "more_valid": {}} | changes
     return make_report(train, valid, plan, **settings)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,13 @@ def tokenizers(tiny_model: Path) -> Tokenizers:
         found[name] = copy.deepcopy(plain)
         found[name].chat_template = template
     return found
+
+
+def with_template(tokenizers: Tokenizers, template: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of Llama 3 with another template."""
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_each_template_trains_each_kind_of_row_or_names_what_it_drops(
@@ -317,8 +325,7 @@ MISTRAL_V3 = (
 
 
 def test_a_system_text_that_moves_with_the_last_question_gives_each_turn_its_context(tokenizers: Tokenizers):
-    tokenizer = copy.deepcopy(tokenizers["llama3"])
-    tokenizer.chat_template = MISTRAL_V3
+    tokenizer = with_template(tokenizers, MISTRAL_V3)
     first, second = Renderer(tokenizer, whole_text=False).render(read(ROWS["system and two turns"]))
     assert first.text.count("Answer in rhymes.") == second.text.count("Answer in rhymes.") == 1
     assert first.text.endswith("Answer in rhymes.\n\nQuestion number 1?[/INST] Answer with words 1.<|eos|>")
@@ -326,8 +333,7 @@ def test_a_system_text_that_moves_with_the_last_question_gives_each_turn_its_con
 
 
 def test_calls_and_results_get_the_same_ids_where_a_template_needs_nine_characters(tokenizers: Tokenizers):
-    tokenizer = copy.deepcopy(tokenizers["llama3"])
-    tokenizer.chat_template = MISTRAL_V3
+    tokenizer = with_template(tokenizers, MISTRAL_V3)
     result = {"role": "tool", "content": "minus 3 degrees"}
     called = call()
     del called["tool_calls"][0]["id"]
@@ -347,8 +353,7 @@ THINKING_SWITCH = (
 
 
 def test_reasoning_is_asked_for_by_the_prompt_that_opens_a_thought(tokenizers: Tokenizers):
-    tokenizer = copy.deepcopy(tokenizers["llama3"])
-    tokenizer.chat_template = THINKING_SWITCH
+    tokenizer = with_template(tokenizers, THINKING_SWITCH)
     renderer = Renderer(tokenizer, whole_text=False)
     (plain,) = renderer.render(read(ROWS["one answer"]))
     assert (plain.text, loss_texts([plain])) == (
@@ -465,3 +470,37 @@ def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
         for each in functions
     ]
     return {**message, "content": message["content"] or None, "tool_calls": calls}
+
+
+def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["gptoss"], whole_text=False, today=date(2026, 1, 2))
+    (sequence,) = renderer.render(read(ROWS["one answer"]))
+    assert "Current date: 2026-01-02" in sequence.text
+    assert renderer.date == "2026-01-02"
+    assert Renderer(tokenizers["qwen3"], whole_text=False).date is None
+
+
+def test_end_token_of_an_earlier_turn_is_not_part_of_an_answer(tokenizers: Tokenizers):
+    """gpt-oss ends earlier turns with <|end|> and the last one with <|return|>; rows may have either."""
+    tokenizer = copy.deepcopy(tokenizers["gptoss"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|return|>"]})
+    renderer = Renderer(tokenizer, whole_text=False)
+    expected = renderer.render(read(ROWS["one answer"]))
+    for end in ("<|end|>", "<|return|>"):
+        message = answer(1)
+        message["content"] += end
+        assert renderer.render(read({"messages": [user(1), message]})) == expected
+
+
+def test_reasoning_of_a_conversation_points_to_the_task_that_trains_it(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["qwen3"], whole_text=True)
+    with pytest.raises(RowError, match=r"message 2.*reasoning.*task: instruction_tuning"):
+        renderer.render(read(ROWS["reasoning in two turns"]))
+
+
+def test_arguments_are_spelled_as_the_template_spells_them_in_earlier_turns(tokenizers: Tokenizers):
+    """Qwen3.5 prints a boolean as Python does, in training as in the history of a request."""
+    row = copy.deepcopy({"messages": [user(1), call()], "tools": TOOLS})
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo", "now": true}'
+    (sequence,) = Renderer(tokenizers["qwen3_5_think"], whole_text=False).render(read(row))
+    assert "<parameter=now>\nTrue\n</parameter>" in loss_texts([sequence])[0]

@@ -20,6 +20,7 @@ from training.models.files import (
     is_tokenizer_file,
     read_adapter_facts,
     read_model_facts,
+    without_strays,
 )
 from training.models.torch_provider import peft_config
 
@@ -53,6 +54,15 @@ def test_sharded_model_has_the_same_shapes_and_needs_every_shard(tiny_model: Pat
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(model, max_shard_size="200KB")
     assert len(list(model.glob("*.safetensors"))) > 1
     assert read_model_facts(str(model)).parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
+    (model / "consolidated.safetensors").write_bytes(b"stray")
+    assert read_model_facts(str(model)).parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
+    wanted = without_strays(str(model), is_model_file)
+    assert not wanted("consolidated.safetensors")
+    assert all(map(wanted, ("config.json", *(path.name for path in model.glob("model-*.safetensors")))))
+    shutil.copy(tiny_model / "model.safetensors", model)
+    with pytest.raises(ModelError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):
+        read_model_facts(str(model))
+    (model / "model.safetensors").unlink()
     next(model.glob("model-00002-*")).unlink()
     with pytest.raises(ModelError, match=r"model-00002-of-\d+\.safetensors"):
         read_model_facts(str(model))
@@ -198,6 +208,8 @@ def test_an_adapter_that_cannot_be_trained_further_raises_an_error(adapter: Path
         ("tokenizer.json", True, True),
         ("chat_template.jinja", True, True),
         ("tokenizer.model", True, True),
+        ("additional_chat_templates/tool_use.jinja", True, True),
+        ("other/tool_use.jinja", False, False),
         ("model-00001-of-00002.safetensors", True, False),
         ("model.safetensors.index.json", True, False),
         ("pytorch_model.bin", False, False),
