@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Qwen2Config
+from transformers import Gemma2Config, MixtralConfig, Qwen2Config
 
 from main import main
 from tests.support.adapters import change_tensors, write_adapter
@@ -419,6 +419,20 @@ def test_adapter_that_would_train_nothing_raises_an_error_with_the_key(
     message = rejected(lora_config=lora)
     assert message.startswith(place)
     assert fix in message
+
+
+def test_adapter_that_vllm_does_not_load_raises_an_error_before_training(rejected: Rejected, tmp_path: Path):
+    """`all-linear` adapts a mixture's fused experts, which no key of the YAML names."""
+    model = make_model(tmp_path / "mixtral", kind=MixtralConfig, num_local_experts=4)
+    message = rejected(model_id=str(model), lora_config={"r": 4}, export={"merge": False})
+    assert_names(message, "merge: false ", "vLLM", "target_parameters", "merge: true")
+    adapter = write_adapter(
+        tmp_path / "adapter", model, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    message = rejected(
+        model_id=str(model), initial_adapter_model_ckpt_path=str(adapter), export={"merge": False}
+    )
+    assert_names(message, "merge: false ", "modules_to_save")
 
 
 def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error(

@@ -4,10 +4,10 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from configs.loading import LoadedConfig
 from configs.schema import FinetuneConfig, LoraConfig, config_hash
@@ -64,7 +64,7 @@ from training.planning.checks import (
 from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
 from training.planning.devices import accelerator_of, choose_device, describe_device
 from training.planning.endpoints import ClusterTarget
-from training.planning.exportable import check_export
+from training.planning.exportable import check_export, check_vllm_adapter
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
@@ -330,6 +330,8 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         if _only_peft_can_count(config.lora_config, model):
             parameters = _new_adapter(config, model)
             check_new_adapter(config, parameters, model.facts)
+    if config.export and not config.export.merge:
+        check_vllm_adapter(*_stored_adapter(config, model, parameters))
     if parameters:
         trained = sum(map(math.prod, parameters.trainable.values()))
     elif config.lora_config:
@@ -356,6 +358,18 @@ def _continued_adapter(
     directory = fetch_weights(facts.source, storage.cache, is_model_file)
     check_finite(directory / ADAPTER_FILE, f"adapter {facts.source}/{ADAPTER_FILE}")
     return parameters
+
+
+def _stored_adapter(
+    config: FinetuneConfig, model: Model, parameters: AdapterParameters | None
+) -> tuple[Mapping[str, Any], Iterable[str]]:
+    """Return the configuration and the names of the tensors that the run's checkpoints will contain."""
+    lora = model.adapter_facts.lora if model.adapter_facts else {}
+    if config.lora_config:
+        lora = {**lora, **config.lora_config.model_dump()}
+    if parameters is None:
+        return lora, ()
+    return {**lora, "target_parameters": parameters.target_parameters}, parameters.stored
 
 
 def _new_adapter(config: FinetuneConfig, model: Model) -> AdapterParameters:
