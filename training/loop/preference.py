@@ -5,7 +5,7 @@ kernel. The tests compare these losses with TRL's.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from configs.schema import PreferenceTuningConfig
 from training.data.batches import without_mask
 from training.data.row_index import IGNORED
 from training.loop.trainers import FineTuningTrainer
+from training.models.files import ModelError
 from training.models.request import REFERENCE_ADAPTER
 
+_LARGEST_FIRST_REWARD = 0.01  # rounding; a wrong reference gives rewards of the order of 1
 FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -180,6 +182,8 @@ class PreferenceTrainer(FineTuningTrainer):
             self._divergence = _mean_divergence(totals)
         metrics = super().evaluate(*arguments, **keywords)
         self._divergence = None
+        if self.state.global_step == 0 and self.settings.needs_reference:
+            check_first_rewards(metrics)
         return metrics
 
     def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -239,6 +243,21 @@ class PreferenceTrainer(FineTuningTrainer):
         reference = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_ADAPTER
         if self.args.should_save and reference.exists():
             shutil.rmtree(reference)  # it equals the run's starting adapter
+
+
+def check_first_rewards(metrics: Mapping[str, float]) -> None:
+    """Check that the reference is the model's initial state: before the first step, every reward is 0.
+
+    Args:
+        metrics: Metrics of the evaluation before the first step; rewards in nats, times beta.
+    """
+    for name in ("rewards/chosen", "rewards/rejected"):
+        reward = metrics.get(f"eval_{name}", 0.0)
+        if not abs(reward) <= _LARGEST_FIRST_REWARD:
+            raise ModelError(
+                f"before the first step, {name} is {reward:.4f} instead of 0: the reference of the preference loss is not the model that "
+                "the run starts from. Merge the adapter with main.py export, and write the merged model as model_id."
+            )
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

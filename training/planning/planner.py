@@ -59,6 +59,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_vocabulary,
     reject_missing_requirements,
 )
 from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
@@ -135,6 +136,10 @@ class Model:
     attention: Attention
     ignored_settings: list[str]
     """Generation settings that have no effect and are not saved."""
+    directory: Path
+    """Local directory with the base model's configs."""
+    tokenizer_source: str
+    """Hub id, directory or URI whose tokenizer is used: the adapter's if it has one, else the base model's."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
@@ -243,6 +248,7 @@ def make_plan(
         adapter=model.adapter,
         parent=checkpoints.parent_state or model.parent,
         restore_from=checkpoints.own_checkpoint or checkpoints.parent_state,
+        tokenizer=model.tokenizer_source,
         chat_template=model.chat_template,
         prepared=storage.prepared,
         train=data.train.key,
@@ -299,7 +305,15 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     with about_key("export"):
         check_export(config, facts)
     template = read_chat_template(config)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template)
+    source, tokenizer_directory = base, directory
+    if adapter_facts and adapter_facts.has_tokenizer:
+        source = adapter_facts.source
+        tokenizer_directory = fetch_weights(source, storage.cache, is_tokenizer_file)
+    tokenizer = load_tokenizer(
+        tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
+    )
+    if source != base:
+        check_vocabulary(len(tokenizer), source, facts)
     return Model(
         base=base,
         adapter=adapter,
@@ -310,7 +324,9 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         traits=traits,
         attention=attention,
         ignored_settings=ignored,
-        tokenizer_directory=directory,
+        directory=directory,
+        tokenizer_source=source,
+        tokenizer_directory=tokenizer_directory,
         tokenizer=tokenizer,
         chat_template=template,
     )
@@ -348,7 +364,7 @@ def _continued_adapter(
 ) -> AdapterParameters:
     """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
     parameters, wrong = continued_adapter(
-        model.tokenizer_directory, model.base, facts, trust_remote_code=config.trust_remote_code
+        model.directory, model.base, facts, trust_remote_code=config.trust_remote_code
     )
     check_adapter(config, facts, parameters, wrong, model.facts)
     if config.lora_config:
@@ -375,7 +391,7 @@ def _stored_adapter(
 def _new_adapter(config: FinetuneConfig, model: Model) -> AdapterParameters:
     assert config.lora_config is not None
     return new_adapter(
-        model.tokenizer_directory,
+        model.directory,
         model.base,
         config.lora_config,
         trust_remote_code=config.trust_remote_code,
@@ -423,7 +439,7 @@ def _prepare(
     progress(f"rows of {key}")
     with about_key(key):
         request = data_request(config, part, model.facts, model.chat_template)
-    check_template(request, model.tokenizer, model.base)
+    check_template(request, model.tokenizer, model.tokenizer_source)
     return prepare_data(
         request,
         model.tokenizer,
