@@ -335,6 +335,11 @@ def _add_export_arguments(command: Parser) -> None:
         action="store_true",
         help="also write a GGUF file; requires llama.cpp's convert_hf_to_gguf.py",
     )
+    command.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare the export with the model as trained before it is published; default: if memory suffices",
+    )
     _add_json(command)
 
 

@@ -496,6 +496,10 @@ class ExportConfig(Section):
     gguf: bool = False
     """Also write a GGUF file; requires llama.cpp's convert_hf_to_gguf.py on the PATH."""
 
+    verify: bool | None = None
+    """Compare the export with the model as trained on a few rows before it is published, in fp32 on the CPU. null: if memory
+    suffices."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.gguf and not self.merge:

@@ -157,6 +157,24 @@ class Manifest(_Record):
     files: list[FileRecord]
 
 
+class Verification(_Record):
+    """The comparison of an export with the model as trained, in nats, over the next tokens of a few rows."""
+
+    rows: int
+    tokens: int
+    source: str
+    """What the rows are."""
+    mean_difference: float
+    """Mean absolute difference of the log-probabilities."""
+    largest_difference: float
+    mean_rounding: float
+    """The same for the model as trained with each weight rounded to the export's dtype."""
+    largest_rounding: float
+    loss: float | None
+    """Mean loss of the export over the loss tokens of these rows; None without loss tokens."""
+    loss_as_trained: float | None
+
+
 class Export(_Record):
     """The record that commits an export. It is written last; the export is complete if every file matches it."""
 
@@ -175,6 +193,8 @@ class Export(_Record):
     created: str
     """UTC, ISO 8601."""
     versions: dict[str, str]
+    verification: Verification | None = None
+    """None if it was turned off, or the machine had too little memory for it."""
     files: list[FileRecord]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Qwen2Config
+from transformers import Gemma2Config, MixtralConfig, Qwen2Config
 
 from main import main
 from tests.support.adapters import change_tensors, write_adapter
@@ -19,7 +19,7 @@ from tests.support.faults import require_small_disks, small_disk_prefix
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, CompletedCommand, command, environment, run_main, write_yaml
 from tests.support.messages import assert_names
-from tests.support.tiny_model import make_model, write_data, write_preference_pairs
+from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
 from utils.storage.bucket import open_store, upload_directory
 from utils.storage.embedded_bucket import EmbeddedBucket
 
@@ -426,6 +426,39 @@ def test_adapter_that_would_train_nothing_raises_an_error_with_the_key(
     assert fix in message
 
 
+def test_adapter_that_vllm_does_not_load_raises_an_error_before_training(rejected: Rejected, tmp_path: Path):
+    """`all-linear` adapts a mixture's fused experts, which no key of the YAML names."""
+    model = make_model(tmp_path / "mixtral", kind=MixtralConfig, num_local_experts=4)
+    message = rejected(model_id=str(model), lora_config={"r": 4}, export={"merge": False})
+    assert_names(message, "merge: false ", "vLLM", "target_parameters", "merge: true")
+    adapter = write_adapter(
+        tmp_path / "adapter", model, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    message = rejected(
+        model_id=str(model), initial_adapter_model_ckpt_path=str(adapter), export={"merge": False}
+    )
+    assert_names(message, "merge: false ", "modules_to_save")
+
+
+def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, tmp_path: Path):
+    """Its chat template is that of the training before; the YAML's replaces it."""
+    adapter = write_adapter(tmp_path / "adapter", tiny_model, target_modules=["q_proj"])
+    tokenizer = make_tokenizer()
+    template = (
+        "{% for message in messages %}<|im_start|>THE PARENT'S {{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(adapter)
+    initial = {"initial_adapter_model_ckpt_path": str(adapter)}
+    trained = run_main_quickly(config_file(tmp_path, tiny_model, **initial), "--dry-run")
+    assert "THE PARENT'S" in trained.output
+    own = config_file(tmp_path, tiny_model, **initial, chat_template=template.replace("PARENT", "CHILD"))
+    assert "THE CHILD'S" in run_main_quickly(own, "--dry-run").output
+    tokenizer.add_tokens([f"<added-{number}>" for number in range(3)])
+    tokenizer.save_pretrained(adapter)
+    assert_names(rejected(**initial), f"adapter {adapter}: ", "515 tokens", "512 rows", "model_id")
+
+
 def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error(
     rejected: Rejected, damaged_model: Path, tmp_path: Path
 ):
@@ -441,7 +474,7 @@ def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error
     assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
 
 
-def test_preference_tuning_with_trained_biases_raises_an_error(rejected: Rejected, tmp_path: Path):
+def test_preference_tuning_without_a_right_reference_raises_an_error(rejected: Rejected, tmp_path: Path):
     """PEFT disables an adapter without restoring the biases, so the reference would hold the trained ones."""
     model = make_model(tmp_path / "biased", kind=Qwen2Config)
     train, valid = write_preference_pairs(tmp_path)
@@ -456,6 +489,12 @@ def test_preference_tuning_with_trained_biases_raises_an_error(rejected: Rejecte
     adapter = write_adapter(tmp_path / "adapter", model, bias="all")
     message = rejected(**settings, initial_adapter_model_ckpt_path=str(adapter))
     assert_names(message, f"adapter {adapter}: bias ", "orpo")
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = write_adapter(
+        tmp_path / "tied-adapter", tied, modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    message = rejected(**{**settings, "model_id": str(tied)}, initial_adapter_model_ckpt_path=str(adapter))
+    assert_names(message, f"adapter {adapter}: ensure_weight_tying ", "dpo", "main.py export")
 
 
 def test_model_as_adapter_raises_an_error_with_the_model_key(rejected: Rejected, tiny_model: Path):

@@ -49,7 +49,7 @@ class Conversation:
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stop_tokens(self._model, self._tokenizer),
+                eos_token_id=stop_tokens(self._model.generation_config, self._tokenizer),
                 pad_token_id=self._tokenizer.pad_token_id,
                 streamer=streamer,
             )

@@ -32,12 +32,13 @@ def export_command(
     dtype: Literal["bf16", "fp16", "fp32"],
     merge: bool,
     gguf: bool,
+    verify: bool | None,
     as_json: bool,
 ) -> None:
     """Export the best checkpoint of a run."""
     output, errors = open_consoles()
     to = open_store(to).uri if to else None
-    settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf)
+    settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf, verify=verify)
     exported = export_run(run, settings, errors if as_json else output, errors, base=base)
     if as_json:
         output.print(exported.model_dump_json(), soft_wrap=True)

@@ -6,6 +6,7 @@ from runs.display import print_facts, show_warning
 from runs.layout import Export
 from training.inference.evaluate import Evaluation
 from training.inference.export import describe
+from training.inference.model_card import describe_verification
 from utils.files import format_bytes
 from utils.storage.bucket import join_uri
 
@@ -21,6 +22,7 @@ def show_export(console: Console, exported: Export) -> None:
             ("location", exported.uri),
             ("created", exported.created),
             *([("GGUF", join_uri(exported.uri, exported.gguf))] if exported.gguf else []),
+            *([("verified", describe_verification(exported.verification))] if exported.verification else []),
             *(("note", note) for note in exported.notes),
         ],
     )

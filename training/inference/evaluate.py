@@ -303,7 +303,7 @@ class _Worker:
         self._model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=stop_tokens(self._model, self._tokenizer),
+            eos_token_id=stop_tokens(self._model.generation_config, self._tokenizer),
             pad_token_id=self._tokenizer.pad_token_id,
         )
 

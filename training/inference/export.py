@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 from pydantic import ValidationError
@@ -20,12 +20,15 @@ from configs.loading import ConfigError
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
+from training.checkpoints.weights import fetch_model
 from training.inference.model_card import Card
 from training.inference.prompting import stop_tokens
 from training.models.files import (
+    AdapterFacts,
     ModelError,
     ModelFacts,
     is_hub_id,
+    is_tokenizer_file,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
@@ -35,7 +38,7 @@ from utils.files import checksum, format_bytes, free_bytes
 from utils.storage.bucket import Store, check_writable, is_remote, local_path, open_store, upload_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
     from training.inference.checkpoint_model import TrainedModel
 
@@ -76,6 +79,7 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
         if planned.gguf:
             progress("writing the GGUF file")
             _write_gguf(planned, staged)
+        planned = _verified(trained, planned, settings, staged, progress)
         (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
         progress(f"writing to {planned.uri}")
         return _publish(store, planned, staged)
@@ -167,7 +171,8 @@ def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
     if trained.base is None:
         _check_memory_and_disk(read_model_facts(trained.checkpoint), planned, trained.cache)
     elif planned.kind == "adapter":
-        check_vllm_adapter(read_adapter_facts(trained.checkpoint).lora)
+        facts = read_adapter_facts(trained.checkpoint)
+        check_vllm_adapter(facts.lora, facts.parameter_shapes)
     else:
         facts = read_hub_facts(trained.base) if is_hub_id(trained.base) else read_model_facts(trained.base)
         check_mergeable(facts)
@@ -192,14 +197,41 @@ def _check_memory_and_disk(facts: ModelFacts, planned: Export, cache: Path) -> N
         )
 
 
+def _verified(
+    trained: "TrainedModel",
+    planned: Export,
+    settings: ExportConfig,
+    directory: Path,
+    progress: Callable[[str], None],
+) -> Export:
+    """Return the export with its verification; raise ModelError if it does not compute what was trained."""
+    from training.inference.verifying import fits_in_memory, memory_needed, verify_export
+
+    if settings.verify is False:
+        return planned
+    source = trained.base or trained.checkpoint
+    parameters = (read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)).parameters
+    if not fits_in_memory(parameters):
+        need = format_bytes(memory_needed(parameters))
+        if settings.verify:
+            raise ModelError(
+                f"verify: requires {need} of memory for the model in fp32. Run main.py export on a larger machine, or remove verify: true."
+            )
+        note = f"The export was not verified: that requires {need} of memory."
+        return planned.model_copy(update={"notes": [*planned.notes, note]})
+    verification = verify_export(trained, planned, directory, progress=progress)
+    return planned.model_copy(update={"verification": verification})
+
+
 # --- Conversion ---------------------------------------------------------------------------------------------------
 
 
 def _write_model(
     trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
 ) -> None:
-    """Write the model with one copy in memory: PEFT merges layer by layer in uri, transformers writes shard by shard."""
-    from training.models.torch_provider import attach_adapter, load_weights
+    """Write the model with one copy in memory: modules are merged one at a time, and files written shard by shard."""
+    from training.inference.merging import merge_adapter
+    from training.models.torch_provider import load_weights
 
     assert planned.dtype is not None
     weights, base = trained.weights(), trained.base_weights()
@@ -208,18 +240,30 @@ def _write_model(
     )
     if base is not None:
         progress("merging")
-        adapted: Any = attach_adapter(model, weights)
-        model = adapted.merge_and_unload(safe_merge=False)
+        model = merge_adapter(model, base, weights)
     model.config.use_cache = True  # disabled during training
     if model.generation_config is not None:
-        stops = stop_tokens(model, trained.tokenizer())
-        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+        _set_stop_tokens(model.generation_config, trained)
     progress("writing the weights")
     model.save_pretrained(directory, max_shard_size=_LARGEST_SHARD)
 
 
+def _set_stop_tokens(settings: "GenerationConfig", trained: "TrainedModel") -> None:
+    """Make generation end answers where the training data ended them."""
+    stops = stop_tokens(settings, trained.tokenizer())
+    settings.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+
+
 def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
+    """Copy the adapter, and write the base model's generation config beside it, which a server then reads."""
+    from training.models.generation import read_generation_config, remove_ignored
+
     weights = trained.weights()
+    assert trained.base is not None
+    generation = read_generation_config(fetch_model(trained.base, trained.cache, is_tokenizer_file))
+    remove_ignored(generation)
+    _set_stop_tokens(generation, trained)
+    generation.save_pretrained(directory)
     shutil.copyfile(weights / "adapter_model.safetensors", directory / "adapter_model.safetensors")
     settings = json.loads((weights / "adapter_config.json").read_text("utf-8"))
     settings["base_model_name_or_path"] = trained.base
@@ -251,9 +295,15 @@ def _card(trained: "TrainedModel", planned: Export) -> Card:
         base=trained.base or trained.config.initial_base_model_ckpt_path or trained.config.model_id,
         config=trained.config,
         manifest=trained.manifest,
-        rank=read_adapter_facts(trained.checkpoint).lora["r"] if trained.base else 0,
+        rank=_largest_rank(read_adapter_facts(trained.checkpoint)) if trained.base else 0,
         result=read_result(run),
         metrics=read_metrics(run),
+    )
+
+
+def _largest_rank(adapter: AdapterFacts) -> int:
+    return max(
+        (shape[0] for name, shape in adapter.parameter_shapes.items() if ".lora_A." in name), default=0
     )
 
 

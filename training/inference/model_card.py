@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.loading import flat
 from configs.schema import FinetuneConfig
-from runs.layout import Export, Manifest, MetricsLine, RunResult
+from runs.layout import Export, Manifest, MetricsLine, RunResult, Verification
 from runs.reading import eval_losses_of
 
 _TITLES = {
@@ -35,6 +35,7 @@ _SETTINGS = (
 )
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank accepts."""
+_VLLM_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Card:
     manifest: Manifest
     """Manifest of the checkpoint."""
     rank: int
-    """LoRA rank of an adapter; 0 for a full-parameter model."""
+    """Largest LoRA rank of an adapter; 0 for a full-parameter model."""
     result: RunResult | None
     metrics: Sequence[MetricsLine]
 
@@ -103,6 +104,8 @@ class Card:
         if manifest.parent:
             facts.append(("started from", manifest.parent))
         facts.append(("exported", self.export.created))
+        if self.export.verification:
+            facts.append(("verified in fp32", describe_verification(self.export.verification)))
         return facts
 
     def _evaluations(self) -> str:
@@ -135,7 +138,10 @@ class Card:
         if self.export.kind == "adapter":
             most = next((rank for rank in _VLLM_RANKS if rank >= self.rank), self.rank)
             return [
-                f"    vllm serve {self.base} --enable-lora --max-lora-rank {most} --lora-modules tuned=DIRECTORY\n",
+                f"    vllm serve {self.base} --enable-lora --max-lora-rank {most} --lora-modules tuned=DIRECTORY "
+                f"--tokenizer DIRECTORY --generation-config DIRECTORY --dtype {_VLLM_DTYPES[self.config.dtype]}\n",
+                "`--tokenizer` gives the chat template and added tokens of this adapter, and `--generation-config` its end tokens: "
+                "without them, vLLM takes those of the base model.\n",
                 "or, in Python:\n",
                 "    base = AutoModelForCausalLM.from_pretrained(BASE)",
                 "    model = PeftModel.from_pretrained(base, DIRECTORY)",
@@ -146,6 +152,20 @@ class Card:
             "    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)",
             "    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
         ]
+
+
+def describe_verification(verified: Verification) -> str:
+    """Return how far an export is from the model as trained."""
+    losses = (
+        f"loss {verified.loss:.4f}, as trained {verified.loss_as_trained:.4f}; "
+        if verified.loss is not None and verified.loss_as_trained is not None
+        else ""
+    )
+    return (
+        f"log-probabilities differ by {verified.mean_difference:.2g} nats on average and at most {verified.largest_difference:.2g} "
+        f"(rounding of the dtype: {verified.mean_rounding:.2g} and {verified.largest_rounding:.2g}); {losses}"
+        f"{verified.tokens:,} tokens of {verified.rows} {verified.source}"
+    )
 
 
 def _locations(sources: Sequence[Any]) -> str:

@@ -1,17 +1,22 @@
 """Prompt encoding and stop tokens for generation with a trained model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.data.templates import Renderer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 
-def stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the ids of the stop tokens: EOS of model and tokenizer, and the chat template's end-of-turn token."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+def stop_tokens(settings: "GenerationConfig | None", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Return the ids of the stop tokens: EOS of model and tokenizer, and the chat template's end-of-turn token.
+
+    Args:
+        settings: The model's generation config.
+        tokenizer: Its tokenizer, with the chat template used in training.
+    """
+    configured: Any = settings.eos_token_id if settings else None
     stops = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if isinstance(tokenizer.eos_token_id, int):
         stops.add(tokenizer.eos_token_id)

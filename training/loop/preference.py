@@ -5,7 +5,7 @@ kernel. The tests compare these losses with TRL's.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from configs.schema import PreferenceTuningConfig
 from training.data.batches import without_mask
 from training.data.row_index import IGNORED
 from training.loop.trainers import FineTuningTrainer
+from training.models.files import ModelError
 from training.models.request import REFERENCE_ADAPTER
 
 _SUMS = (
@@ -27,6 +28,7 @@ _SUMS = (
     *("chosen responses", "rejected responses", "pairs"),
 )
 """What an evaluation and a step sum up, in this order."""
+_LARGEST_FIRST_REWARD = 0.01  # rounding; a wrong reference gives rewards of the order of 1
 
 
 def collate_pairs(
@@ -204,6 +206,8 @@ class PreferenceTrainer(FineTuningTrainer):
             self._divergence = _mean_divergence(totals)
         figures = super().evaluated(sequences)
         self._divergence = None
+        if self.state.global_step == 0 and self.settings.needs_reference:
+            check_first_rewards(figures)
         return figures
 
     def _divergence_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -269,6 +273,21 @@ class PreferenceTrainer(FineTuningTrainer):
         reference = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_ADAPTER
         if self.args.should_save and reference.exists():
             shutil.rmtree(reference)  # it equals the run's starting adapter
+
+
+def check_first_rewards(figures: Mapping[str, float]) -> None:
+    """Check that the reference is the model's initial state: before the first step, every reward is 0.
+
+    Args:
+        figures: Figures of the evaluation before the first step; rewards in nats, times beta.
+    """
+    for name in ("rewards/chosen", "rewards/rejected"):
+        reward = figures.get(name, 0.0)
+        if not abs(reward) <= _LARGEST_FIRST_REWARD:
+            raise ModelError(
+                f"before the first step, {name} is {reward:.4f} instead of 0: the reference of the preference loss is not the model that "
+                "the run starts from. Merge the adapter with main.py export, and write the merged model as model_id."
+            )
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -302,9 +302,10 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
             if start and directory and not is_hub_id(start):
                 verify_local_weights(start, directory, is_model_file)
+    own_tokenizer = adapter_directory if plan.tokenizer == plan.adapter else None
     tokenizer = load_tokenizer(
-        model_directory,
-        source=plan.base_model,
+        own_tokenizer or model_directory,
+        source=plan.tokenizer,
         trust_remote_code=plan.config.trust_remote_code,
         chat_template=plan.chat_template,
     )

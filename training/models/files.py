@@ -227,6 +227,8 @@ class AdapterFacts:
     """Content of adapter_config.json."""
     parameter_shapes: dict[str, tuple[int, ...]]
     """Name -> shape of each tensor in adapter_model.safetensors."""
+    has_tokenizer: bool
+    """True if a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
 
 
 def read_adapter_facts(source: str) -> AdapterFacts:
@@ -251,7 +253,13 @@ def read_adapter_facts(source: str) -> AdapterFacts:
             f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
     shapes = _read_shapes(store, ADAPTER_FILE, names[ADAPTER_FILE])
-    return AdapterFacts(source, config.get("base_model_name_or_path") or "", config, shapes)
+    return AdapterFacts(
+        source=source,
+        base_model=config.get("base_model_name_or_path") or "",
+        lora=config,
+        parameter_shapes=shapes,
+        has_tokenizer={"tokenizer.json", "tokenizer_config.json"} <= names.keys(),
+    )
 
 
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:

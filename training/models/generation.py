@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 
 from training.models.architecture import load_config
 from training.models.files import ModelError, first_line
-from utils.processes import importing
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _FILE = "generation_config.json"
 _IGNORED = re.compile(r"^- `(\w+)`: ", re.MULTILINE)
+
+
+def read_generation_config(directory: Path) -> "GenerationConfig":
+    """Read a model's generation config as from_pretrained does; old models have these settings in config.json."""
+    from transformers import GenerationConfig
+
+    file = _FILE if (directory / _FILE).exists() else "config.json"
+    return GenerationConfig.from_pretrained(
+        directory, config_file_name=file, _from_model_config=file != _FILE
+    )
 
 
 def remove_ignored(settings: "GenerationConfig") -> list[str]:
@@ -49,16 +58,10 @@ def check_savable(directory: Path, source: str, *, trust_remote_code: bool) -> l
     Raises:
         ModelError: A config cannot be saved.
     """
-    with importing():
-        from transformers import GenerationConfig
-
     config = load_config(directory, source, trust_remote_code)
     file = _FILE if (directory / _FILE).exists() else "config.json"
     try:
-        # As from_pretrained does: old models have these settings in config.json.
-        settings = GenerationConfig.from_pretrained(
-            directory, config_file_name=file, _from_model_config=file != _FILE
-        )
+        settings = read_generation_config(directory)
         ignored = remove_ignored(settings)
         with tempfile.TemporaryDirectory() as scratch:
             settings.save_pretrained(scratch)

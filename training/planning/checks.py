@@ -16,6 +16,7 @@ from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
 from training.models.adapter import AdapterParameters, unmatched_keys
+from training.models.architecture import is_embedding
 from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
@@ -119,6 +120,18 @@ def check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", b
     )
 
 
+def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
+    """Check that the model has an embedding for each token of an adapter's own tokenizer."""
+    rows = min(
+        (shape[0] for name, shape in facts.parameter_shapes.items() if is_embedding(name)), default=tokens
+    )
+    if tokens > rows:
+        raise ModelError(
+            f"adapter {source}: its tokenizer has {tokens:,} tokens, but the embedding of {facts.source} has {rows:,} rows. Write the "
+            "model with the resized embedding that the adapter was trained on as model_id."
+        )
+
+
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
     """Check that a quantized base model can be trained with these settings."""
     if facts.quantization is None:
@@ -183,6 +196,7 @@ def check_adapter(
             "as model_id, or restore both files as PEFT's save_pretrained wrote them."
         )
     _check_trainable(config, parameters, f"adapter {adapter.source}", facts)
+    _check_reference(config, adapter, parameters)
 
 
 def check_same_adapter(
@@ -202,8 +216,8 @@ def _check_trainable(
     """Check that the trainer and the export support what the adapter contains."""
     if parameters.head in parameters.ranks:
         raise ConfigError(
-            f"{where}: target_modules contains {parameters.head}, the LM head, but the loss reads the head's weight directly, so its "
-            f"adapter would not be trained. Write modules_to_save: [{parameters.head}] instead."
+            f"{where}: target_modules or ensure_weight_tying adapts {parameters.head}, the LM head, but the loss reads the head's weight "
+            f"directly, so its adapter would not be trained. Write modules_to_save: [{parameters.head}] instead."
         )
     has_lora_bias = any(name.endswith(".bias") and ".lora_B." in name for name in parameters.trainable)
     if has_lora_bias and parameters.without_bias:
@@ -216,4 +230,17 @@ def _check_trainable(
         raise ConfigError(
             f"{where}: bias trains biases of the base model, but {preference.loss} compares the model with its state before training, "
             "which PEFT cannot restore for biases. Write bias: none, or loss: orpo."
+        )
+
+
+def _check_reference(config: FinetuneConfig, adapter: AdapterFacts, parameters: AdapterParameters) -> None:
+    """Check that PEFT can hold a frozen copy of a continued adapter beside the trained one, as the reference."""
+    preference = config.preference_tuning_config or PreferenceTuningConfig()
+    if config.task != "preference_tuning" or not preference.needs_reference:
+        return
+    if adapter.lora.get("ensure_weight_tying") and parameters.saved_modules:
+        raise ConfigError(
+            f"adapter {adapter.source}: ensure_weight_tying ties {' and '.join(parameters.saved_modules)}, and PEFT cannot hold a second, "
+            f"frozen copy of tied modules, which {preference.loss} needs as its reference. Merge the adapter with main.py export and write "
+            "the merged model as model_id, or write loss: orpo."
         )

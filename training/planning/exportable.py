@@ -1,6 +1,9 @@
 """Checks whether a run can be exported, before training and again before the export."""
 
+import re
 import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
@@ -12,12 +15,12 @@ _NOT_IN_VLLM = (
     "use_dora",
     "modules_to_save",
     "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
     "trainable_token_indices",
     "target_parameters",
 )
-"""LoRA settings that vLLM's adapter loader (lora/peft_helper.py) rejects or ignores."""
+"""LoRA settings that vLLM's adapter loader (lora/peft_helper.py) rejects or ignores. It computes ranks by pattern since 0.32."""
+_ENDS = re.compile(r"\.(lora_embedding_[AB]|embed_tokens|lm_head|wte|embed_in|embed_out)\b")
+"""Tensors of embeddings and heads, which vLLM skips without a warning."""
 
 
 def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
@@ -30,8 +33,6 @@ def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
         gguf_tool()
     if config.trains_adapter and config.export.merge:
         check_mergeable(base)
-    elif config.lora_config and not config.export.merge:
-        check_vllm_adapter(config.lora_config.model_dump())
 
 
 def gguf_tool() -> str:
@@ -55,11 +56,18 @@ def check_mergeable(base: ModelFacts) -> None:
         )
 
 
-def check_vllm_adapter(lora: dict) -> None:
-    """Reject an adapter that vLLM does not load, or computes differently."""
-    said = [key for key in _NOT_IN_VLLM if lora.get(key)] + (
-        ["bias"] if lora.get("bias", "none") != "none" else []
-    )
+def check_vllm_adapter(lora: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Reject an adapter that vLLM does not load, or computes differently.
+
+    Args:
+        lora: The adapter's configuration.
+        tensors: Names of the tensors in its file.
+    """
+    said = [key for key in _NOT_IN_VLLM if lora.get(key)]
+    if lora.get("bias", "none") != "none":
+        said.append("bias")
+    if not said and any(map(_ENDS.search, tensors)):
+        said.append("an adapter on embeddings or the LM head")
     if said:
         raise ConfigError(
             f"merge: false exports an adapter for vLLM, which does not support {', '.join(said)}. Write merge: true, or load the "

@@ -51,6 +51,8 @@ class RunPlan(BaseModel):
     """URI of the weights that the run continues, recorded in manifests and the result; None for a plain model."""
     restore_from: str | None
     """URI of the checkpoint whose complete trainer state is restored."""
+    tokenizer: str
+    """Hub id, directory or URI whose tokenizer is used: that of `adapter` or of `base_model`."""
     chat_template: str | None
     """Jinja text that replaces the tokenizer's own template."""
     prepared: str

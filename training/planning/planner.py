@@ -4,10 +4,10 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from configs.loading import LoadedConfig
 from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
@@ -61,12 +61,13 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_vocabulary,
     reject_missing_requirements,
 )
 from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
 from training.planning.devices import accelerator_of, choose_device, describe_device
 from training.planning.endpoints import ClusterTarget
-from training.planning.exportable import check_export
+from training.planning.exportable import check_export, check_vllm_adapter
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
@@ -138,6 +139,10 @@ class Model:
     attention: Attention
     ignored_settings: list[str]
     """Generation settings that have no effect and are not saved."""
+    directory: Path
+    """Local directory with the base model's configs."""
+    tokenizer_source: str
+    """Hub id, directory or URI whose tokenizer is used: the adapter's if it has one, else the base model's."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
     chat_template: str | None
@@ -252,6 +257,7 @@ def make_plan(
         adapter=model.adapter,
         parent=checkpoints.parent_state or model.parent,
         restore_from=checkpoints.own_checkpoint or checkpoints.parent_state,
+        tokenizer=model.tokenizer_source,
         chat_template=model.chat_template,
         prepared=storage.prepared,
         train=data.train.key,
@@ -309,7 +315,15 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     with about_key("export"):
         check_export(config, facts)
     template = read_chat_template(config)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template)
+    source, tokenizer_directory = base, directory
+    if adapter_facts and adapter_facts.has_tokenizer:
+        source = adapter_facts.source
+        tokenizer_directory = fetch_weights(source, storage.cache, is_tokenizer_file)
+    tokenizer = load_tokenizer(
+        tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
+    )
+    if source != base:
+        check_vocabulary(len(tokenizer), source, facts)
     return Model(
         base=base,
         adapter=adapter,
@@ -320,7 +334,9 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         traits=traits,
         attention=attention,
         ignored_settings=ignored,
-        tokenizer_directory=directory,
+        directory=directory,
+        tokenizer_source=source,
+        tokenizer_directory=tokenizer_directory,
         tokenizer=tokenizer,
         chat_template=template,
     )
@@ -340,6 +356,8 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         if _only_peft_can_count(config.lora_config, model):
             parameters = _new_adapter(config, model)
             check_new_adapter(config, parameters, model.facts)
+    if config.export and not config.export.merge:
+        check_vllm_adapter(*_stored_adapter(config, model, parameters))
     if parameters:
         trained = sum(map(math.prod, parameters.trainable.values()))
     elif config.lora_config:
@@ -356,7 +374,7 @@ def _continued_adapter(
 ) -> AdapterParameters:
     """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
     parameters, wrong = continued_adapter(
-        model.tokenizer_directory, model.base, facts, trust_remote_code=config.trust_remote_code
+        model.directory, model.base, facts, trust_remote_code=config.trust_remote_code
     )
     check_adapter(config, facts, parameters, wrong, model.facts)
     if config.lora_config:
@@ -368,10 +386,22 @@ def _continued_adapter(
     return parameters
 
 
+def _stored_adapter(
+    config: FinetuneConfig, model: Model, parameters: AdapterParameters | None
+) -> tuple[Mapping[str, Any], Iterable[str]]:
+    """Return the configuration and the names of the tensors that the run's checkpoints will contain."""
+    lora = model.adapter_facts.lora if model.adapter_facts else {}
+    if config.lora_config:
+        lora = {**lora, **config.lora_config.model_dump()}
+    if parameters is None:
+        return lora, ()
+    return {**lora, "target_parameters": parameters.target_parameters}, parameters.stored
+
+
 def _new_adapter(config: FinetuneConfig, model: Model) -> AdapterParameters:
     assert config.lora_config is not None
     return new_adapter(
-        model.tokenizer_directory,
+        model.directory,
         model.base,
         config.lora_config,
         trust_remote_code=config.trust_remote_code,
@@ -449,7 +479,7 @@ def _prepare(
     with about_key(key):
         sources = config.train_sources if part == "train" else config.valid_sets[name]
         request = data_request(config, part, sources, model.facts, model.chat_template)
-    check_template(request, model.tokenizer, model.base)
+    check_template(request, model.tokenizer, model.tokenizer_source)
     return prepare_data(
         replace(request, date=day),
         model.tokenizer,

@@ -187,6 +187,19 @@ def test_no_merge_exports_only_the_adapter(run_command: RunCommand, run: str, ti
     assert torch.equal(logits_of(adapted), logits_of(adapter_on_base(run, tiny_model)))
 
 
+def test_card_of_an_adapter_has_the_command_that_serves_what_was_trained(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
+    lora = {**LORA, "rank_pattern": {"q_proj": 20}, "alpha_pattern": {"v_proj": 3}}
+    run = store_adapter_run(storage, "run", tiny_model, lora, **scratch)
+    exported = parse_export(run_command("export", run, "--no-merge", "--json"))
+    text = (Path(exported.uri) / "README.md").read_text()
+    (command,) = [line for line in text.splitlines() if "vllm serve" in line]
+    assert_names(command, str(tiny_model), "--max-lora-rank 32", "--tokenizer DIRECTORY", "--dtype float32")
+    tokenizer = AutoTokenizer.from_pretrained(exported.uri)
+    assert GenerationConfig.from_pretrained(exported.uri).eos_token_id == tokenizer.eos_token_id
+
+
 def test_merge_needs_memory_for_one_copy_of_the_model(
     tiny_model: Path, storage: Store, scratch: dict[str, str]
 ):
@@ -310,6 +323,16 @@ def test_no_merge_of_an_adapter_that_vllm_cannot_load_is_an_error(
 ):
     run = store_adapter_run(storage, "run", tiny_model, {**LORA, "use_dora": True}, **scratch)
     assert_names(error_of(run_command("export", run, "--no-merge")), "vLLM", "use_dora")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_no_merge_of_an_adapter_on_the_embedding_is_an_error(
+    run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
+):
+    """vLLM skips such tensors without a warning."""
+    lora = {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}
+    run = store_adapter_run(storage, "run", tiny_model, lora, **scratch)
+    assert_names(error_of(run_command("export", run, "--no-merge")), "vLLM", "embeddings")
 
 
 def test_no_merge_of_a_full_parameter_run_is_an_error(

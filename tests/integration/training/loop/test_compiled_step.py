@@ -8,6 +8,7 @@ import pytest
 from configs.loading import load_config
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.kernel_processes import run_without_triton
+from tests.support.tiny_model import make_model, write_data
 from training.planning.endpoints import ClusterTarget
 from training.planning.planner import make_plan
 

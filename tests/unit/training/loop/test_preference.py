@@ -14,9 +14,10 @@ from trl.experimental.orpo import ORPOTrainer
 from configs.schema import FinetuneConfig, PreferenceTuningConfig
 from training.data.batches import PADDING_ROW, BatchPlan, BatchShape, PairSequences
 from training.data.row_index import IGNORED
-from training.loop.preference import PreferenceTrainer, collate_pairs, pair_losses
+from training.loop.preference import PreferenceTrainer, check_first_rewards, collate_pairs, pair_losses
 from training.loop.throughput import HostTimeline, PhaseClock, Throughput
 from training.loop.trainers import TrainingRows
+from training.models.files import ModelError
 
 PAIRS = 6
 BETA = 0.3
@@ -291,10 +292,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     assert metrics_by_size[1] == pytest.approx(metrics_by_size[4], abs=1e-5)
     assert set(metrics_by_size[1]) == {
         "eval_loss",
-        "eval_rewards/chosen",
-        "eval_rewards/rejected",
-        "eval_rewards/margins",
-        "eval_rewards/accuracies",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
     }
 
 
@@ -314,3 +315,10 @@ def test_mismatched_answer_is_that_of_the_next_pair(rows: Dataset):
     batch = collate_pairs(0, None, masked=False)([last])
     labels = batch["mismatched"]["labels"]
     assert labels[0][labels[0] != IGNORED].tolist() == rows[0]["chosen_ids"]
+
+
+def test_first_rewards_other_than_zero_raise_an_error():
+    check_first_rewards({"rewards/chosen": 1e-4, "rewards/rejected": -1e-4})
+    for rewards in ({"rewards/chosen": 3.84}, {"rewards/rejected": float("nan")}):
+        with pytest.raises(ModelError, match=r"rewards/(chosen|rejected) is .* instead of 0.*reference"):
+            check_first_rewards(rewards)

@@ -173,6 +173,7 @@ def test_adapter_facts_equal_those_of_peft(tiny_model: Path, adapter: Path):
     facts = read_adapter_facts(str(adapter))
     assert facts.base_model == str(tiny_model)
     assert facts.lora["r"] == 4
+    assert not facts.has_tokenizer
     loaded = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model), adapter, is_trainable=True
     )

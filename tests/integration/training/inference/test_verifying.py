@@ -1,0 +1,113 @@
+"""Exports are compared with the model as trained: the differences are recorded, and a wrong export is not published."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft.tuners.lora import Linear
+from safetensors.torch import load_file, save_file
+
+from configs.schema import ExportConfig
+from runs.layout import EXPORT_FILE, Export
+from tests.support.trained_runs import store_adapter_run, store_full_run
+from training.inference import export as exporting
+from training.inference import verifying
+from training.inference.checkpoint_model import trained_model
+from training.models.files import ModelError
+from utils.storage.bucket import open_store
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> str:
+    """Store a run whose adapter has large weights; return its URI."""
+    storage = open_store(str(tmp_path / "runs"))
+    return store_adapter_run(storage, "run", tiny_model, LORA, output_dir=str(tmp_path / "scratch"))
+
+
+def export(run: str, **settings: Any) -> Export:
+    with trained_model(run) as trained:
+        return exporting.export(trained, ExportConfig(**settings), progress=lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_correct_export_differs_by_rounding_only(run: str, dtype: str):
+    exported = export(run, dtype=dtype)
+    verified = exported.verification
+    assert verified is not None
+    assert verified.mean_difference <= max(2 * verified.mean_rounding, 2e-5)
+    assert verified.loss == pytest.approx(verified.loss_as_trained, abs=0.05)
+    assert (
+        json.loads((Path(exported.uri) / EXPORT_FILE).read_text())["verification"]["tokens"]
+        == verified.tokens
+    )
+    assert "verified in fp32" in (Path(exported.uri) / "README.md").read_text()
+
+
+def test_exported_adapter_and_full_model_are_verified(run: str, tiny_model: Path, tmp_path: Path):
+    adapter = export(run, merge=False).verification
+    assert adapter is not None
+    assert adapter.largest_difference < 1e-5
+    storage = open_store(str(tmp_path / "runs"))
+    full = store_full_run(storage, "full", tiny_model, output_dir=str(tmp_path / "scratch"))
+    assert export(full).verification is not None
+
+
+def skip_scale(patch: pytest.MonkeyPatch) -> None:
+    delta = Linear.get_delta_weight
+    patch.setattr(Linear, "get_delta_weight", lambda self, name: delta(self, name) / self.scaling[name])
+
+
+def double_delta(patch: pytest.MonkeyPatch) -> None:
+    delta = Linear.get_delta_weight
+    patch.setattr(Linear, "get_delta_weight", lambda self, name: 2 * delta(self, name))
+
+
+def drop_adapter_of_one_module(patch: pytest.MonkeyPatch) -> None:
+    delta = Linear.get_delta_weight
+
+    def without_down_projection(self: Any, name: str) -> Any:
+        is_in_layer_1 = self.in_features == 128 and self is not without_down_projection.first  # type: ignore[attr-defined]
+        without_down_projection.first = self  # type: ignore[attr-defined]
+        return delta(self, name) * (0 if is_in_layer_1 else 1)
+
+    without_down_projection.first = None  # type: ignore[attr-defined]
+    patch.setattr(Linear, "get_delta_weight", without_down_projection)
+
+
+@pytest.mark.parametrize("sabotage", [skip_scale, double_delta, drop_adapter_of_one_module])
+def test_wrong_merge_is_not_published(run: str, monkeypatch: pytest.MonkeyPatch, sabotage: Any):
+    sabotage(monkeypatch)
+    with pytest.raises(ModelError, match=r"does not compute what was trained.* layer [01]\."):
+        export(run, dtype="bf16")
+    assert not (Path(run) / "exports").exists()
+
+
+def test_dropped_tensor_of_an_exported_adapter_is_found(run: str, monkeypatch: pytest.MonkeyPatch):
+    copy = exporting._copy_adapter
+
+    def copy_without_a_tensor(trained: Any, directory: Path) -> None:
+        copy(trained, directory)
+        file = directory / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight")
+        save_file(tensors, file)
+
+    monkeypatch.setattr(exporting, "_copy_adapter", copy_without_a_tensor)
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(ModelError, match=r"layer 1\."),
+    ):
+        export(run, merge=False)
+
+
+def test_verification_is_skipped_with_a_note_if_memory_is_short(run: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verifying, "fits_in_memory", lambda parameters: False)
+    exported = export(run, dtype="fp16")
+    assert exported.verification is None
+    assert any("not verified" in note for note in exported.notes)
+    with pytest.raises(ModelError, match=r"verify: .* memory"):
+        export(run, dtype="fp32", verify=True)
+    assert export(run, dtype="bf16", verify=False).notes == []

@@ -1,0 +1,205 @@
+"""Verification of an export: the base model with its adapter as trained, against the export as plain libraries load it."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch.nn.functional import log_softmax
+
+from runs.layout import Export, Verification
+from training.data.prepared import PREPARED, SUMMARY_FILE, fetch_prepared
+from training.data.row_index import IGNORED
+from training.models.files import ModelError
+from training.models.torch_provider import attach_adapter, load_weights
+from utils.storage.bucket import join_uri, open_store
+
+if TYPE_CHECKING:
+    from training.inference.checkpoint_model import TrainedModel
+
+_ROWS, _TOKENS = 4, 64
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FEWEST_NATS = 1e-5  # rounding of fp32 itself, which depends on the order of a sum
+_MEAN_LIMIT, _LARGEST_LIMIT = 2, 8
+_NO_POWER_OF_TWO = 4 / 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece of a row that the models score."""
+
+    tokens: list[int]
+    labels: list[int]
+    """Token ids, or IGNORED where a token does not contribute to the loss."""
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """The outputs of a model for all rows."""
+
+    scores: torch.Tensor
+    """Log-probability of each next token in nats, (tokens)."""
+    states: list[torch.Tensor]
+    """Hidden states of the last row after the embedding and after each layer, (tokens, hidden size) each."""
+    loss: float | None
+    """Mean loss over the loss tokens in nats; None without loss tokens."""
+
+
+def memory_needed(parameters: int) -> int:
+    """Return the bytes that a verification needs: one copy of the model in fp32, and a layer's activations."""
+    return int(parameters * 4 * 1.2)
+
+
+def fits_in_memory(parameters: int) -> bool:
+    """Return whether this machine has the memory for a verification."""
+    return memory_needed(parameters) <= psutil.virtual_memory().available
+
+
+def verify_export(
+    trained: "TrainedModel", planned: Export, directory: Path, *, progress: Callable[[str], None]
+) -> Verification:
+    """Compare an export with what was trained, on a few rows.
+
+    Both are computed in fp32, so that they differ by the rounding of the weights only. The dtype's own rounding is measured on the
+    trained model, with each of its weights rounded.
+
+    Args:
+        trained: The checkpoint that was exported.
+        planned: The export.
+        directory: Local directory of its files.
+        progress: Called with a description of each phase.
+
+    Raises:
+        ModelError: The export differs by more than the dtype's rounding. The message names the first part that does.
+    """
+    rows, source = _rows(trained)
+    progress("verifying: the model as trained")
+    weights, base = trained.weights(), trained.base_weights()
+    trust = trained.config.trust_remote_code
+    model: Any = load_weights(base or weights, dtype="fp32", trust_remote_code=trust)
+    if base is not None:
+        model = attach_adapter(model, weights)
+    expected = _outputs(model, rows)
+    dtype = _DTYPES[planned.dtype or "fp32"]
+    _round_weights(model, dtype)
+    rounded = _outputs(model, rows)
+    del model
+    progress("verifying: the export")
+    if planned.kind == "adapter":
+        assert base is not None
+        found: Any = attach_adapter(load_weights(base, dtype="fp32", trust_remote_code=trust), directory)
+    else:
+        found = load_weights(directory, dtype="fp32", trust_remote_code=trust)
+    outputs = _outputs(found, rows)
+    difference = (outputs.scores - expected.scores).abs()
+    rounding = (rounded.scores - expected.scores).abs()
+    verification = Verification(
+        rows=len(rows),
+        tokens=difference.numel(),
+        source=source,
+        mean_difference=float(difference.mean()),
+        largest_difference=float(difference.max()),
+        mean_rounding=float(rounding.mean()),
+        largest_rounding=float(rounding.max()),
+        loss=outputs.loss,
+        loss_as_trained=expected.loss,
+    )
+    if not _is_rounding(difference, rounding):
+        raise ModelError(
+            f"the export of {trained.checkpoint} does not compute what was trained: log-probabilities differ by "
+            f"{verification.mean_difference:.2g} nats on average (at most {verification.largest_difference:.2g}), but rounding to "
+            f"{planned.dtype or 'fp32'} explains {verification.mean_rounding:.2g} (at most {verification.largest_rounding:.2g}). The first "
+            f"part that differs is {_first_part(expected, rounded, outputs)}. Nothing was exported. Use the checkpoint itself with PEFT, "
+            "and report this."
+        )
+    return verification
+
+
+def _is_rounding(difference: torch.Tensor, rounding: torch.Tensor) -> bool:
+    mean = max(float(rounding.mean()), _FEWEST_NATS)
+    largest = max(float(rounding.max()), mean)
+    return (
+        float(difference.mean()) <= _MEAN_LIMIT * mean and float(difference.max()) <= _LARGEST_LIMIT * largest
+    )
+
+
+def _first_part(expected: _Outputs, rounded: _Outputs, found: _Outputs) -> str:
+    for layer, states in enumerate(zip(expected.states, rounded.states, found.states, strict=True)):
+        as_trained, with_rounding, exported = states
+        allowed = _MEAN_LIMIT * (with_rounding - as_trained).norm() + 1e-5 * as_trained.norm()
+        if (exported - as_trained).norm() > allowed:
+            return "the embedding" if layer == 0 else f"layer {layer - 1}"
+    return "the LM head"
+
+
+def _outputs(model: Any, rows: Sequence[Row]) -> _Outputs:
+    scores, losses, states = [], [], []
+    model.eval()
+    for row in rows:
+        with torch.inference_mode():
+            output = model(
+                input_ids=torch.tensor([row.tokens]), output_hidden_states=row is rows[-1], use_cache=False
+            )
+        next_tokens = torch.tensor(row.tokens[1:])
+        score = log_softmax(output.logits[0, :-1].float(), -1).gather(1, next_tokens[:, None])[:, 0]
+        scores.append(score)
+        losses.append(-score[torch.tensor(row.labels[1:]) != IGNORED])
+        if output.hidden_states is not None:
+            states = [state[0].float() for state in output.hidden_states]
+    loss = torch.cat(losses)
+    return _Outputs(torch.cat(scores), states, float(loss.mean()) if loss.numel() else None)
+
+
+def _round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round every weight as the dtype would, also weights that the dtype holds exactly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = (parameter.data * _NO_POWER_OF_TWO).to(dtype).float() / _NO_POWER_OF_TWO
+
+
+# --- Rows ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(trained: "TrainedModel") -> tuple[list[Row], str]:
+    """Return the ends of a few prepared rows and their source; validation rows if the run has any."""
+    data = trained.manifest.data
+    for fingerprint, source in ((data.valid, "validation rows"), (data.train, "training rows")):
+        stored = _prepared_rows(trained, fingerprint) if fingerprint else None
+        if stored:
+            return [_end_of(row) for row in stored], source
+    return _made_up_rows(trained), "random tokens, because the prepared rows were deleted"
+
+
+def _prepared_rows(trained: "TrainedModel", fingerprint: str) -> list[dict[str, Any]] | None:
+    prepared = join_uri(trained.run_uri.rpartition("/")[0], PREPARED)
+    store = open_store(prepared)
+    for key in store.directories():
+        summary = store.read_if_exists(f"{key}/{SUMMARY_FILE}")
+        if summary and json.loads(summary)["fingerprint"] == fingerprint:
+            rows = fetch_prepared(key, trained.cache, prepared).dataset()
+            return [rows[index] for index in range(min(_ROWS, len(rows)))]
+    return None
+
+
+def _end_of(row: dict[str, Any]) -> Row:
+    if "input_ids" in row:
+        tokens, labels = list(row["input_ids"]), list(row["labels"])
+    else:
+        prompt, chosen = list(row["prompt_ids"]), list(row["chosen_ids"])
+        tokens, labels = prompt + chosen, [IGNORED] * len(prompt) + chosen
+    return Row(tokens[-_TOKENS:], labels[-_TOKENS:])
+
+
+def _made_up_rows(trained: "TrainedModel") -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    size = len(trained.tokenizer())
+
+    def made_up() -> Iterator[Row]:
+        for _ in range(_ROWS):
+            tokens = torch.randint(0, size, (_TOKENS,), generator=generator).tolist()
+            yield Row(tokens, tokens)
+
+    return list(made_up())
