@@ -49,6 +49,8 @@ class _Reading:
 
     tools: list[Tool] | None
     messages: list[Message] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Position of each message in the row; several may have been merged into it."""
     untrained: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     """What was changed or not used, as counted in the plan."""
@@ -84,6 +86,7 @@ def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system
         reading.tools,
         tuple(sorted(reading.untrained)),
         notes=tuple(reading.notes),
+        numbers=tuple(reading.numbers),
     )
 
 
@@ -350,6 +353,7 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
         )
     if previous is None or role != previous["role"] or role == "tool":
         messages.append(message)
+        reading.numbers.append(position)
         return
     if (
         set(message) == {"role", "content", "tool_calls"}
@@ -384,6 +388,7 @@ def _add_system(system: str | None, reading: _Reading) -> None:
     first = reading.messages[0]
     if first["role"] not in _SYSTEM:
         reading.messages.insert(0, {"role": "system", "content": system})
+        reading.numbers.insert(0, 0)
         reading.untrained = {index + 1 for index in reading.untrained}
     elif first["content"].strip() != system.strip():
         raise RowError(

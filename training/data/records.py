@@ -27,6 +27,13 @@ class Chat:
     """Variables of the chat template for this row (`chat_template_kwargs`)."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Parts of the row that are changed or not used, as the plan counts them."""
+    numbers: tuple[int, ...] = field(default=(), compare=False)
+    """Number of each message in the row as written, from 1; 0 for a system column. Empty: counted from 1."""
+
+    def name_of(self, index: int) -> str:
+        """Return how errors name a message: by its number in the row as written."""
+        number = self.numbers[index] if self.numbers else index + 1
+        return f"message {number} ({self.messages[index]['role']})" if number else "the system column"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,16 @@ DROPPED_TEXT = "dropped text"
 _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
 
 
-def check_answer(text: str, message: Message, index: int) -> None:
-    """Check that all texts of an assistant message stand in a text, each in a place of its own."""
+def check_answer(text: str, message: Message, name: str) -> None:
+    """Check that all texts of an assistant message stand in a text, each in a place of its own.
+
+    Args:
+        text: The text.
+        message: The message.
+        name: Name of the message in errors.
+    """
     reasoning, content = thought_of(message)
-    drops = f"message {index + 1} (assistant): the chat template drops"
+    drops = f"{name}: the chat template drops"
     if reasoning:
         _strike(text, [(f"{drops} reasoning", reasoning)])
         text = text.partition(reasoning.strip())[2]  # the answer follows
@@ -29,7 +35,7 @@ def check_answer(text: str, message: Message, index: int) -> None:
         if arguments and repr(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
             raise RowError(
                 "template",
-                f"message {index + 1}: the chat template prints the arguments of a tool call as Python, not as JSON. Set chat_template",
+                f"{name}: the chat template prints the arguments of a tool call as Python, not as JSON. Set chat_template",
             )
     _strike(text, parts)
 
@@ -51,7 +57,7 @@ def check_tools(text: str, messages: Sequence[Message], tools: list[dict[str, An
     if not tools:
         return
     parts = [("", name) for message in messages for name in _called_names(message)]
-    text = _strike(text, [*_contents_of(messages), *parts])
+    text = _strike(text, [*(("", content) for content in _contents_of(messages)), *parts])
     functions = [tool.get("function", tool) for tool in tools]
     names = [function.get("name") for function in functions if isinstance(function, dict)]
     _strike(
@@ -63,17 +69,23 @@ def _called_names(message: Message) -> list[str]:
     return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
-def check_context(text: str, messages: Sequence[Message]) -> None:
-    """Check that the contents of messages stand in a prompt. Templates may remove the reasoning of earlier turns."""
-    _strike(text, _contents_of(messages))
+def check_context(text: str, messages: Sequence[Message], names: Sequence[str]) -> None:
+    """Check that the contents of messages stand in a prompt. Templates may remove the reasoning of earlier turns.
+
+    Args:
+        text: The prompt.
+        messages: The messages.
+        names: Name of each message in errors.
+    """
+    reasons = [f"{name}: the chat template drops content" for name in names]
+    _strike(text, list(zip(reasons, _contents_of(messages), strict=True)))
 
 
-def _contents_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    parts = []
-    for index, message in enumerate(messages):
-        content = thought_of(message)[1] if message["role"] == "assistant" else message["content"]
-        parts.append((f"message {index + 1} ({message['role']}): the chat template drops content", content))
-    return parts
+def _contents_of(messages: Sequence[Message]) -> list[str]:
+    return [
+        thought_of(message)[1] if message["role"] == "assistant" else message["content"]
+        for message in messages
+    ]
 
 
 def drops_tool_texts(text: str, tools: Sequence[dict[str, Any]]) -> bool:

@@ -331,7 +331,8 @@ class Renderer:
         for form in [known, *forms] if known else forms:
             try:
                 turns = [self._turn(chat, index, form) for index in trained]
-                check_context(turns[-1].prompt, self._said(chat.messages[: trained[-1]]))
+                before = self._said(chat.messages[: trained[-1]])
+                check_context(turns[-1].prompt, before, _names(chat, len(before)))
                 check_tools(turns[0].prompt, self._said(chat.messages[: trained[0]]), chat.tools)
             except RowError as error:
                 errors.append(error)
@@ -363,7 +364,7 @@ class Renderer:
             turn = self._continued(messages, chat, reasoning)
         if not keeps_empty_thought:
             turn = _without_empty_thought(turn, answer["content"])
-        check_answer(turn.completion, answer, index)
+        check_answer(turn.completion, answer, chat.name_of(index))
         if form.parts:
             check_parts(turn.text, messages)
         return turn
@@ -442,12 +443,12 @@ class Renderer:
             messages = adapted(chat.messages, form, chat.tools)
             try:
                 whole = self._apply(messages, chat)
-                check_context(whole, self._said(chat.messages))
+                check_context(whole, self._said(chat.messages), _names(chat, len(chat.messages)))
                 check_tools(whole, self._said(chat.messages), chat.tools)
                 if form.parts:
                     check_parts(whole, messages)
                 for index in answers_of(chat.messages):
-                    check_answer(whole, chat.messages[index], index)
+                    check_answer(whole, chat.messages[index], chat.name_of(index))
             except RowError as error:
                 errors.append(error)
                 continue
@@ -473,7 +474,7 @@ class Renderer:
         ):
             try:
                 turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
-                check_context(turns[0].prompt, self._said(pair.prompt))
+                check_context(turns[0].prompt, self._said(pair.prompt), _names(chats[0], index))
                 check_tools(turns[0].prompt, self._said(pair.prompt), pair.tools)
             except RowError as error:
                 errors.append(error)
@@ -565,6 +566,11 @@ class Renderer:
         if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
             return "", ""
         return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
+
+
+def _names(chat: Chat, count: int) -> list[str]:
+    """Return the names of the first messages of a chat in errors."""
+    return [chat.name_of(index) for index in range(count)]
 
 
 def _text_of(token: Any) -> str:

@@ -472,6 +472,19 @@ def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": message["content"] or None, "tool_calls": calls}
 
 
+def test_errors_number_messages_as_the_row_does(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["llama3"], whole_text=False)
+    reasoned = answer(2, reasoning="A thought 2.")
+    merged = {"messages": [user(1), user(1), answer(1), user(2), reasoned]}
+    with pytest.raises(RowError, match=r"message 5 \(assistant\).*reasoning"):
+        renderer.render(read(merged))
+    with pytest.raises(RowError, match=r"message 4 \(assistant\).*reasoning"):
+        renderer.render(read({"system": "Be kind.", "messages": [user(1), answer(1), user(2), reasoned]}))
+    gemma = Renderer(tokenizers["gemma"], whole_text=False)
+    with pytest.raises(RowError, match="chat template"):
+        gemma.render(read({"system": "Be kind.", "messages": [user(1), answer(1)]}))
+
+
 def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
     renderer = Renderer(tokenizers["gptoss"], whole_text=False, today=date(2026, 1, 2))
     (sequence,) = renderer.render(read(ROWS["one answer"]))
