@@ -67,7 +67,7 @@ def test_events_of_a_job_have_a_limit():
         job = with_message(job, str(number))
     assert [(text, number) for _, _, text, number in job["messages"][1:3]] == [
         ("Validating", 1),
-        ("302", 304),
+        ("300", 302),
     ]
 
 
