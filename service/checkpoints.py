@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from training.models.files import (
     AdapterFacts,
     is_hub_id,
     is_model_file,
+    is_tokenizer_file,
     read_adapter_facts,
     read_model_facts,
 )
@@ -29,7 +31,7 @@ from utils.storage.embedded_bucket import embedded_bucket
 _DEFAULT_CONTEXT = 4096
 """Context of models whose config states none."""
 _MAX_CHECKPOINTS = 64
-"""Checkpoints whose tokenizers stay in memory."""
+"""Checkpoints that an engine remembers."""
 _UNMIXED = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
 """LoRA settings that PEFT does not support in a batch with rows of other adapters."""
 
@@ -73,22 +75,34 @@ def base_checkpoint(settings: EngineSettings) -> Checkpoint:
     return Checkpoint(None, directory, form, None, None)
 
 
-def read_checkpoint(uri: str, settings: EngineSettings) -> Checkpoint:
+def read_checkpoint(uri: str, settings: EngineSettings, formats: dict[Hashable, ChatFormat]) -> Checkpoint:
     """Download a committed checkpoint once per node, verify it against its manifest, and read its tokenizer.
+
+    Args:
+        uri: URI of the checkpoint.
+        settings: Settings of the engine.
+        formats: Known formats, to which this adds the checkpoint's. Checkpoints of one base usually have the same tokenizer
+            files, and reading those takes longer than attaching an adapter.
 
     Raises:
         CheckpointError: It is not committed, or a file does not match its checksum.
     """
     with trained_model(uri) as trained:
         directory = trained.weights()
-        form = ChatFormat(
-            trained.tokenizer(),
-            variables=trained.config.chat_template_kwargs or {},
-            context=_context(trained.base_weights() or directory),
-            model=settings.base,
-        )
+        context = _context(trained.base_weights() or directory)
+        variables = trained.config.chat_template_kwargs or {}
+        files = [
+            (file.path, file.checksum)
+            for file in trained.manifest.files
+            if is_tokenizer_file(file.path) and file.path != "adapter_config.json"
+        ]
+        key = (*sorted(files), context, repr(variables), trained.config.trust_remote_code)
+        if key not in formats:
+            formats[key] = ChatFormat(
+                trained.tokenizer(), variables=variables, context=context, model=settings.base
+            )
         adapter = read_adapter_facts(uri) if trained.base is not None else None
-    return Checkpoint(uri, directory, form, trained, adapter)
+    return Checkpoint(uri, directory, formats[key], trained, adapter)
 
 
 class CheckpointCache:
@@ -98,17 +112,21 @@ class CheckpointCache:
         """Start empty."""
         self._settings = settings
         self._known: OrderedDict[str, Checkpoint] = OrderedDict()
+        self._formats: dict[Hashable, ChatFormat] = {}
         self._reading: dict[str, asyncio.Lock] = {}
 
     async def get(self, uri: str) -> Checkpoint:
         """Return a checkpoint whose files are on this node and match its manifest; see `read_checkpoint`."""
         async with self._reading.setdefault(uri, asyncio.Lock()):
             if uri not in self._known:
-                self._known[uri] = await asyncio.to_thread(read_checkpoint, uri, self._settings)
+                self._known[uri] = await asyncio.to_thread(
+                    read_checkpoint, uri, self._settings, self._formats
+                )
             self._known.move_to_end(uri)
             found = self._known[uri]
         if len(self._known) > _MAX_CHECKPOINTS:
             self._known.popitem(last=False)
+            self._formats.clear()  # they are kept by the checkpoints that use them
         return found
 
 
