@@ -8,13 +8,66 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 
-from tests.support.tiny_model import make_tokenizer
+from tests.support.tiny_model import make_model, make_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all linear layers": ("llama", {}),
+    "init_lora_weights: eva": ("llama", {"init_lora_weights": "eva"}),
+    "use_dora": ("llama", {"use_dora": True}),
+    "use_rslora, rank_pattern, alpha_pattern": (
+        "llama",
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
+    "modules_to_save": ("llama", {"modules_to_save": ["lm_head"]}),
+    "layers_to_transform": (
+        "llama",
+        {"target_modules": ["v_proj", "o_proj", "up_proj"], "layers_to_transform": [1]},
+    ),
+    "exclude_modules": ("llama", {"exclude_modules": ["q_proj"]}),
+    "trainable_token_indices": ("llama", {"trainable_token_indices": [1, 5]}),
+    "an adapter on the embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied embeddings": ("tied", {}),
+    "tied, an adapter on the embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied, modules_to_save: [embed_tokens]": ("tied", {"modules_to_save": ["embed_tokens"]}),
+    "tied, modules_to_save: [lm_head]": ("tied", {"modules_to_save": ["lm_head"]}),
+    "tied, modules_to_save with ensure_weight_tying": (
+        "tied",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied, trainable_token_indices": ("tied", {"trainable_token_indices": [1, 5]}),
+    "tied, other trainable_token_indices for each end": (
+        "tied",
+        {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [7]}},
+    ),
+    "bias: all": ("biased", {"bias": "all"}),
+    "bias: lora_only": ("biased", {"bias": "lora_only"}),
+    "lora_bias": ("biased", {"target_modules": ["q_proj"], "lora_bias": True}),
+    "fused experts (all-linear)": ("mixtral", {}),
+    "target_parameters": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+    "fan_in_fan_out (GPT-2)": ("gpt2", {"fan_in_fan_out": True}),
+}
+"""Feature -> (model of `make_models`, settings of the adapter)."""
+
+
+def make_models(directory: Path, tiny_model: Path) -> dict[str, Path]:
+    """Write a tiny model of each architecture that KINDS names; return their directories."""
+    return {
+        "llama": tiny_model,
+        "tied": make_model(directory / "tied", tie_word_embeddings=True),
+        "biased": make_model(directory / "biased", kind=Qwen2Config),
+        "mixtral": make_model(directory / "mixtral", kind=MixtralConfig, num_local_experts=4),
+        "gpt2": make_gpt2(directory / "gpt2"),
+    }
 
 
 def large_adapter(model: Path, **lora: Any) -> Any:

@@ -76,10 +76,10 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
             progress("loading the weights")
             _write_model(trained, planned, staged, progress)
         trained.tokenizer().save_pretrained(staged)
+        planned = _verified(trained, planned, settings, staged, progress)
         if planned.gguf:
             progress("writing the GGUF file")
             _write_gguf(planned, staged)
-        planned = _verified(trained, planned, settings, staged, progress)
         (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
         progress(f"writing to {planned.uri}")
         return _publish(store, planned, staged)

@@ -6,27 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
-from tests.support.adapters import large_adapter, logits_of, make_gpt2
+from configs.loading import ConfigError
+from configs.schema import LoraConfig
+from tests.support.adapters import KINDS, large_adapter, logits_of, make_models
+from tests.support.jobs import PROJECT
 from tests.support.live_memory import LiveMemory
 from tests.support.tiny_model import make_model
 from training.inference.merging import merge_adapter
+from training.models.adapter import new_adapter
 from training.models.torch_provider import attach_adapter, load_weights
+from training.planning.exportable import check_vllm_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("models")
-    return {
-        "llama": tiny_model,
-        "tied": make_model(directory / "tied", tie_word_embeddings=True),
-        "biased": make_model(directory / "biased", kind=Qwen2Config),
-        "mixtral": make_model(directory / "mixtral", kind=MixtralConfig, num_local_experts=4),
-        "gpt2": make_gpt2(directory / "gpt2"),
-    }
+    return make_models(tmp_path_factory.mktemp("models"), tiny_model)
 
 
 def merged(model: Path, adapter: Path, dtype: Any, to: Path) -> Any:
@@ -35,38 +33,14 @@ def merged(model: Path, adapter: Path, dtype: Any, to: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(to)
 
 
-FAST = [
-    ("llama", {}),
-    ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
-    ("mixtral", {}),
-]
-SLOW = [
-    ("llama", {"use_dora": True}),
-    ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
-    ("llama", {"modules_to_save": ["lm_head"]}),
-    ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
-    ("llama", {"trainable_token_indices": [1, 5]}),
-    ("llama", {"target_modules": ["v_proj", "o_proj", "up_proj"], "layers_to_transform": [1]}),
-    ("tied", {}),
-    ("tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
-    ("tied", {"modules_to_save": ["embed_tokens"]}),
-    ("tied", {"modules_to_save": ["lm_head"]}),
-    ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    ("tied", {"trainable_token_indices": [1, 5]}),
-    ("tied", {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [7]}}),
-    ("biased", {"bias": "all"}),
-    ("biased", {"bias": "lora_only"}),
-    ("biased", {"target_modules": ["q_proj"], "lora_bias": True}),
-    ("gpt2", {"fan_in_fan_out": True}),
-]
+FAST = {"all linear layers", "tied, an adapter on the embedding", "fused experts (all-linear)"}
 
 
 @pytest.mark.parametrize(
-    ("name", "lora"), [*FAST, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW)], ids=str
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
-def test_merged_model_computes_what_the_adapter_computes(
-    models: dict[str, Path], tmp_path: Path, name: str, lora: dict[str, Any]
-):
+def test_merged_model_computes_what_the_adapter_computes(models: dict[str, Path], tmp_path: Path, kind: str):
+    name, lora = KINDS[kind]
     large_adapter(models[name], **lora).save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
     plain = logits_of(base)
@@ -112,3 +86,22 @@ def test_merge_holds_one_copy_of_the_model_and_one_module_in_fp32(tmp_path: Path
                 merge_adapter(loaded, model, tmp_path / "adapter")
         peaks[name] = memory.peak
     assert peaks["ours"] <= 1.15 * peaks["peft"], peaks
+
+
+# --- The table of docs/adapters.md --------------------------------------------------------------------------------------
+
+
+def test_documentation_lists_what_each_kind_of_adapter_supports(models: dict[str, Path]):
+    """Continuing and merging are tested for each kind; whether vLLM loads it is the answer of the plan's check."""
+    lines = ["| feature | continue | merge | without the base, for vLLM |", "|---|---|---|---|"]
+    for kind, (name, lora) in KINDS.items():
+        settings = LoraConfig(**{**lora, "init_lora_weights": True})
+        parameters = new_adapter(models[name], name, settings, trust_remote_code=False)
+        stored = {**settings.model_dump(), "target_parameters": parameters.target_parameters}
+        try:
+            check_vllm_adapter(stored, parameters.stored)
+            alone = "exported"
+        except ConfigError:
+            alone = "rejected"
+        lines.append(f"| {kind} | works | works | {alone} |")
+    assert "\n".join(lines) in (PROJECT / "docs" / "adapters.md").read_text("utf-8"), "\n".join(lines)

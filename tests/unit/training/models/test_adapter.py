@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from configs.schema import LoraConfig
 from tests.support.adapters import (
     FILE,
+    KINDS,
     PREFIX,
     Tensors,
     change_config,
     change_tensors,
     large_adapter,
     logits_of,
-    make_gpt2,
+    make_models,
     write_adapter,
 )
-from tests.support.tiny_model import make_model
 from training.models.adapter import check_finite, continued_adapter, new_adapter, unmatched_keys
 from training.models.files import ModelError, read_adapter_facts
 from training.models.torch_provider import attach_adapter
@@ -31,14 +31,7 @@ LAYER = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("models")
-    return {
-        "llama": tiny_model,
-        "tied": make_model(directory / "tied", tie_word_embeddings=True),
-        "biased": make_model(directory / "biased", kind=Qwen2Config),
-        "mixtral": make_model(directory / "mixtral", kind=MixtralConfig, num_local_experts=4),
-        "gpt2": make_gpt2(directory / "gpt2"),
-    }
+    return make_models(tmp_path_factory.mktemp("models"), tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -60,33 +53,13 @@ def differences(model: Path, adapter: Path) -> list[str]:
 
 # --- Adapters of PEFT are accepted, and their parameters counted ----------------------------------------------------
 
-KINDS = [
-    ("llama", {}),
-    ("llama", {"use_dora": True, "use_rslora": True}),
-    (
-        "llama",
-        {"modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
-    ),
-    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
-    ("llama", {"exclude_modules": ["q_proj"]}),
-    ("llama", {"trainable_token_indices": [1, 5]}),
-    ("llama", {"init_lora_weights": "eva"}),
-    ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
-    ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    ("biased", {"bias": "all"}),
-    ("biased", {"bias": "lora_only"}),
-    ("biased", {"target_modules": ["q_proj"], "lora_bias": True}),
-    ("mixtral", {}),
-    ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
-    ("gpt2", {"fan_in_fan_out": True}),
-]
-
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "lora"), KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapter_of_peft_is_accepted_and_loads_as_the_same_model(
-    models: dict[str, Path], tmp_path: Path, name: str, lora: dict[str, Any]
+    models: dict[str, Path], tmp_path: Path, kind: str
 ):
+    name, lora = KINDS[kind]
     model = models[name]
     adapted = large_adapter(model, **lora)
     adapted.save_pretrained(tmp_path)
