@@ -65,8 +65,14 @@ async def measure(directory: Path, model: Path, rounds: int) -> list[dict[str, A
     plain: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     adapters = store_adapters(directory, model, rounds + 1)
-    settings = {"model_id": str(model), "train_path": "rows.jsonl", "dtype": "fp32", "device": "cpu"}
-    config = FinetuneConfig(**settings, storage_path=str(directory), output_dir=str(directory / "scratch"))
+    config = FinetuneConfig(
+        model_id=str(model),
+        train_path="rows.jsonl",
+        dtype="fp32",
+        device="cpu",
+        storage_path=str(directory),
+        output_dir=str(directory / "scratch"),
+    )
     engine = TransformersEngine(
         EngineSettings("smollm2-135m", str(model), config, max_adapters=2, threads=None)
     )

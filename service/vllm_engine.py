@@ -256,13 +256,11 @@ class VllmEngine:
             reason = "it is a complete model"
         elif not mixes_with_others(checkpoint, self._settings):
             reason = "it has more than plain LoRA matrices for this base model"
-        elif rows := [name for name in adapter.modules if name.endswith(("embed_tokens", "lm_head"))]:
-            reason = f"it changes {rows[0]}"
         elif adapter.lora["r"] > _max_rank(self._settings.config):
             reason = f"its rank {adapter.lora['r']} is above {_max_rank(self._settings.config)}"
         else:
             try:
-                check_vllm_adapter(adapter.lora)
+                check_vllm_adapter(adapter.lora, adapter.parameter_shapes)
             except AnnealError as error:
                 reason = str(error).rstrip(".")
         if reason:

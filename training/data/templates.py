@@ -150,15 +150,15 @@ class Renderer:
         Raises:
             RowError: The template rejects the messages, or a text of theirs does not reach the rendering.
         """
-        self._row_variables = chat.variables
         chat = replace(chat, messages=self._clean(chat.messages))
+        said = self._said(chat.messages)
         errors: list[RowError] = []
-        for form in possible_forms(chat, self._source):
-            messages = adapted(chat.messages, form)
+        for form in possible_forms(chat, self._template_for(chat.tools)):
+            messages = adapted(chat.messages, form, chat.tools)
             try:
-                text = self._apply(messages, chat.tools, prompt=True)
-                check_context(text, chat.messages)
-                check_tools(text, chat.messages, chat.tools)
+                text = self._apply(messages, chat, prompt=True)
+                check_context(text, said, _names(chat, len(said)))
+                check_tools(text, said, chat.tools)
                 if form.parts:
                     check_parts(text, messages)
             except RowError as error:

@@ -134,7 +134,8 @@ class ElasticPolicy(ElasticScalingPolicy):
 
 def ray_logs() -> Path:
     """Return the directory of Ray's logs on this node. There is no public way to find it."""
-    return Path(_global_worker.node.get_logs_dir_path())
+    node: Any = _global_worker.node
+    return Path(node.get_logs_dir_path())
 
 
 def is_node_preempted() -> bool:
