@@ -12,13 +12,16 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import yaml
 from ray.util import list_named_actors
 
 from configs.loading import ConfigError, load_config
+from configs.schema import FinetuneConfig
 from training.data.errors import DataError
 from training.data.prepared import keep_prepared
 from training.launch.cluster import workers_of
 from training.planning.endpoints import ClusterTarget, set_ray_environment
+from training.planning.paths import make_scratch_directory
 from training.planning.planner import make_plan
 from utils.processes import die_with
 
@@ -98,10 +101,12 @@ class JobDriver:
     """An actor that runs main.py for one job; the process is killed with the actor."""
 
     def __init__(self, config: str, job_id: str, address: str):
-        self._directory = Path(tempfile.mkdtemp(prefix="anneal-"))
-        path = self._directory / f"{job_id}.yaml"
+        settings = FinetuneConfig.model_validate(yaml.safe_load(config))
+        directory = make_scratch_directory(settings) / "jobs"
+        directory.mkdir(exist_ok=True)
+        path = directory / f"{job_id}.yaml"
         path.write_text(config, "utf-8")
-        self._errors = self._directory / "stderr"
+        self._errors = path.with_suffix(".stderr")
         self._is_stopping = False
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
