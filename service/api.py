@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from service.chat import chat_router
 from service.config import LoadedService
 from service.errors import ApiError, invalid
 from service.files import Files
@@ -47,7 +48,7 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
     def resolve(model_id: str, request: Request) -> ServedModel:
         return models.resolve(model_id, caller_of(request).project)
 
-    _ = resolve, handles
+    app.include_router(chat_router(resolve, handles))
 
     @app.get("/healthz")
     async def healthz() -> Response:

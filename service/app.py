@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from service.api import create_app
 from service.config import LoadedService, load_service
+from service.engine import engine_deployment
 from service.scheduler import Scheduler
 from utils.storage.s3 import S3Store
 
@@ -105,7 +106,10 @@ def build(service: LoadedService, *, behind_proxies: bool) -> Application:
         logging_config={"enable_access_log": False},  # it has its own
         health_check_period_s=5,
     )
-    handles: dict[str, Any] = {}
+    handles = {
+        name: engine_deployment(name, base, service.bases[name].config.model_id)
+        for name, base in service.config.models.items()
+    }
     return ingress.bind(service, handles, scheduler.bind(service))
 
 
