@@ -210,14 +210,18 @@ def _verified(
     if settings.verify is False:
         return planned
     source = trained.base or trained.checkpoint
-    parameters = (read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)).parameters
-    if not fits_in_memory(parameters):
-        need = format_bytes(memory_needed(parameters))
+    facts = read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)
+    reason = None
+    if facts.quantization is not None:
+        reason = f"a base model in 16 bits or more, but {source} is stored in 4 bits"
+    elif not fits_in_memory(facts.parameters):
+        reason = f"{format_bytes(memory_needed(facts.parameters))} of memory for the model in fp32"
+    if reason:
         if settings.verify:
             raise ModelError(
-                f"verify: requires {need} of memory for the model in fp32. Run main.py export on a larger machine, or remove verify: true."
+                f"verify: requires {reason}. Remove verify: true, or run main.py export where this is available."
             )
-        note = f"The export was not verified: that requires {need} of memory."
+        note = f"The export was not verified, which requires {reason}."
         return planned.model_copy(update={"notes": [*planned.notes, note]})
     verification = verify_export(trained, planned, directory, progress=progress)
     return planned.model_copy(update={"verification": verification})

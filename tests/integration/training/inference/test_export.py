@@ -211,7 +211,7 @@ def test_merge_needs_memory_for_one_copy_of_the_model(
     run = store_adapter_run(storage, "run", tiny_model, small, **scratch)
     size = (tiny_model / "model.safetensors").stat().st_size
     with trained_model(run) as trained, LiveMemory([]) as memory:
-        export(trained, ExportConfig(dtype="fp32"), progress=lambda _: None)
+        export(trained, ExportConfig(dtype="fp32", verify=False), progress=lambda _: None)
     assert size * 0.9 < memory.peak < size * 1.5
 
 
