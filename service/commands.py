@@ -76,7 +76,16 @@ def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) 
             check_service(service, target, progress if as_json else output)
         return 0
     work = _Run(service, target, output, progress, as_json)
-    return run_in_own_session(work.run) if target.is_local else work.run()
+    if not target.is_local:
+        return work.run()
+    return run_in_own_session(
+        work.run,
+        on_lost=lambda how: progress.print(
+            f"error: the service's process was terminated ({how}). The bucket has its state: the same command continues all jobs.",
+            soft_wrap=True,
+            highlight=False,
+        ),
+    )
 
 
 def keys_command(action: str, project: str, key_id: str | None, service: Path, as_json: bool) -> None:
