@@ -256,8 +256,8 @@ class VllmEngine:
             reason = "it is a complete model"
         elif not mixes_with_others(checkpoint, self._settings):
             reason = "it has more than plain LoRA matrices for this base model"
-        elif adapter.lora["r"] > _max_rank(self._settings.config):
-            reason = f"its rank {adapter.lora['r']} is above {_max_rank(self._settings.config)}"
+        elif adapter.largest_rank > _max_rank(self._settings.config):
+            reason = f"its rank {adapter.largest_rank} is above {_max_rank(self._settings.config)}"
         else:
             try:
                 check_vllm_adapter(adapter.lora, adapter.parameter_shapes)

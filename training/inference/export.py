@@ -24,7 +24,6 @@ from training.checkpoints.weights import fetch_model
 from training.inference.model_card import Card
 from training.inference.prompting import stop_tokens
 from training.models.files import (
-    AdapterFacts,
     ModelError,
     ModelFacts,
     is_hub_id,
@@ -299,15 +298,9 @@ def _card(trained: "TrainedModel", planned: Export) -> Card:
         base=trained.base or trained.config.initial_base_model_ckpt_path or trained.config.model_id,
         config=trained.config,
         manifest=trained.manifest,
-        rank=_largest_rank(read_adapter_facts(trained.checkpoint)) if trained.base else 0,
+        rank=read_adapter_facts(trained.checkpoint).largest_rank if trained.base else 0,
         result=read_result(run),
         metrics=read_metrics(run),
-    )
-
-
-def _largest_rank(adapter: AdapterFacts) -> int:
-    return max(
-        (shape[0] for name, shape in adapter.parameter_shapes.items() if ".lora_A." in name), default=0
     )
 
 

@@ -230,6 +230,13 @@ class AdapterFacts:
     has_tokenizer: bool
     """True if a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
 
+    @property
+    def largest_rank(self) -> int:
+        """Return the largest rank of its matrices, which `rank_pattern` may set above `r`."""
+        return max(
+            (shape[0] for name, shape in self.parameter_shapes.items() if ".lora_A." in name), default=0
+        )
+
 
 def read_adapter_facts(source: str) -> AdapterFacts:
     """Read an adapter's config and shapes."""

@@ -108,6 +108,14 @@ def test_adapter_that_takes_the_place_of_another_keeps_none_of_its_cache(
     assert len(names) >= 3, "every load has a name and a path of its own"
 
 
+def test_adapter_with_patterns_answers_as_peft_does(engine: VllmEngine, model: Path):
+    """vLLM reads `rank_pattern` and `alpha_pattern` since 0.32."""
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 64}}
+    uri = store_adapter(model.parent / "runs", "patterns", model, **patterns)
+    asked = run(answer(engine, chat_request(uri, QUESTIONS[0])))
+    assert asked == [Reference(model, uri).answer(QUESTIONS[0])]
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize(
     ("lora", "word"),
@@ -116,8 +124,8 @@ def test_adapter_that_takes_the_place_of_another_keeps_none_of_its_cache(
         ({"modules_to_save": ["lm_head"]}, "plain LoRA"),
         ({"target_modules": ["q_proj", "lm_head"]}, "plain LoRA"),
         ({"use_dora": True}, "plain LoRA"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"r": 64}, "rank 64"),
+        ({"rank_pattern": {"q_proj": 32}}, "rank 32"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
