@@ -61,5 +61,5 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 1001:1001
 HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["python", "-c", "import ray, torch"]
 # A YAML, an option or a command of main.py is passed to main.py; any other command (ray start, bash) runs unchanged.
-ENTRYPOINT ["/bin/bash", "-c", "case \"$1\" in *.yaml|*.yml|-*|runs|show|compare|export|chat|evaluate) exec python main.py \"$@\";; *) exec \"$@\";; esac", "anneal"]
+ENTRYPOINT ["/bin/bash", "-c", "case \"$1\" in *.yaml|*.yml|-*|convert|runs|show|compare|stop|remove|export|chat|evaluate|serve|keys) exec python main.py \"$@\";; *) exec \"$@\";; esac", "anneal"]
 CMD ["--help"]

@@ -215,7 +215,7 @@ class TransformersEngine:
         free = torch.cuda.mem_get_info()[0] if self._device == "cuda" else psutil.virtual_memory().available
         tokens = int(free * _CACHE_SHARE) // cache_bytes_per_token(model)
         batch = Batch(model, max_rows=MAX_ROWS, max_tokens=tokens)
-        return _Model(batch, frozenset(stop_tokens(model, checkpoint.format.tokenizer)))
+        return _Model(batch, frozenset(stop_tokens(model.generation_config, checkpoint.format.tokenizer)))
 
     async def _load_adapter(self, uri: str) -> _Loaded:
         """Add an adapter to the shared model, between two steps."""

@@ -17,7 +17,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -337,8 +336,7 @@ def _stop_tokens(base: Checkpoint) -> list[int]:
         generation = GenerationConfig.from_pretrained(base.directory)
     else:
         generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base.directory))
-    model: Any = SimpleNamespace(generation_config=generation)
-    return stop_tokens(model, base.format.tokenizer)
+    return stop_tokens(generation, base.format.tokenizer)
 
 
 def _free_port() -> int:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runs import commands as run_commands
+from main import build_parser
 from tests.support.jobs import PROJECT
-from training.inference import commands as model_commands
 
 DOCKERFILE = (PROJECT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
 ENTRYPOINT = json.loads(re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.M)[-1])
@@ -28,7 +27,7 @@ def run_entrypoint(python: Path, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("command", [*run_commands.COMMANDS, *model_commands.COMMANDS])
+@pytest.mark.parametrize("command", [name for name in build_parser()[1] if name != "train"])
 def test_entrypoint_passes_commands_of_main_to_main(command: str):
     done = run_entrypoint(Path(sys.executable), command, "--help")
     assert done.returncode == 0, done.stderr

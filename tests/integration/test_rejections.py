@@ -562,7 +562,7 @@ def test_attention_without_a_torch_kernel_is_a_warning(tmp_path: Path):
 def test_unknown_key_raises_an_error_with_line_and_nearest_key(rejected: Rejected, tmp_path: Path):
     message = rejected(epochs=3)
     assert message.startswith(f"{tmp_path}/config.yaml:9: `epochs` ")
-    assert_names(message, "`num_epochs`?")
+    assert_names(message, "`num_epochs: 3`")
 
 
 def test_missing_deepspeed_file_raises_an_error_with_its_path(rejected: Rejected, tmp_path: Path):

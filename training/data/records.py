@@ -11,6 +11,8 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
+Turns = Literal["auto", "last", "all"]
+"""Which turns of a chat are trained, and in which contexts; see the key `turns`."""
 
 
 @dataclass(frozen=True, slots=True)

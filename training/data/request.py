@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import DataFormat
-from training.data.records import Task
+from training.data.records import Task, Turns
 from training.data.sources import DataFile
-from training.data.templates import Turns
 from utils.files import checksum, checksum_bytes
 
 _FORMAT = 4  # increment when the meaning of prepared files changes

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 
 from training.data.errors import DataError, RowError
-from training.data.records import Chat, Example, Filled, Message, Pair, Text
+from training.data.records import Chat, Example, Filled, Message, Pair, Text, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
     check_answer,
@@ -28,8 +28,6 @@ from training.data.template_forms import Form, adapted, answers_of, features_of,
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Turns = Literal["auto", "last", "all"]
 
 _QUESTION, _ANSWER = "What is it?", "That is it."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.

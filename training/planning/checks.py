@@ -59,10 +59,10 @@ def reject_missing_requirements(loaded: LoadedConfig, target: ClusterTarget) -> 
         raise ConfigError("\n".join(reasons))
 
 
-def check_disk(base_model: str, facts: ModelFacts, scratch: Path, target: ClusterTarget) -> None:
+def check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
     """Check that this node's disk has space for the model's files."""
-    if is_hub_id(base_model) or not is_remote(base_model) or not target.is_local:
-        return  # the Hub cache and other nodes check their own disks
+    if is_hub_id(base_model) or not is_remote(base_model):
+        return  # the Hub cache checks its own disk
     missing, free = (
         missing_bytes(base_model, scratch / "cache" / "models", without_strays(base_model, is_model_file)),
         free_bytes(scratch),
@@ -90,17 +90,14 @@ def check_batch(config: FinetuneConfig, rows: int) -> None:
     )
 
 
-def check_checkpoint_fits(needed: int, storage: str, scratch: Path, target: ClusterTarget) -> None:
+def check_checkpoint_fits(needed: int, storage: str, scratch: Path) -> None:
     """Check that a checkpoint fits on the disks of this machine that it is written to.
 
     Args:
         needed: Estimated bytes of a checkpoint.
         storage: URI that holds the runs; the free space of a bucket is unknown.
         scratch: Directory in which a worker saves a checkpoint before it is uploaded.
-        target: Where the workers will be placed; other nodes have their own disks.
     """
-    if not target.is_local:
-        return
     places = {"output_dir": scratch} | ({} if is_remote(storage) else {"storage_path": Path(storage)})
     for key, directory in places.items():
         if (free := free_bytes(directory)) < needed:

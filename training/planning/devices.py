@@ -32,13 +32,21 @@ def choose_device(config: FinetuneConfig, target: ClusterTarget) -> Device:
     return "cuda"
 
 
-def check_devices_are_here(config: FinetuneConfig, device: Device, target: ClusterTarget) -> None:
-    """Check that a run without a cluster finds its GPUs on this machine."""
+def runs_here(config: FinetuneConfig, device: Device, target: ClusterTarget) -> bool:
+    """Return whether this machine has the devices of a run; a plan without them is for another machine."""
     if device == "cpu" or not target.is_local:
-        return
+        return target.is_local
     import torch
 
-    if (found := torch.cuda.device_count()) < config.fewest_devices:
+    return torch.cuda.device_count() >= config.fewest_devices
+
+
+def check_devices_are_here(config: FinetuneConfig, device: Device, target: ClusterTarget) -> None:
+    """Check that a run without a cluster finds its GPUs on this machine."""
+    if target.is_local and not runs_here(config, device, target):
+        import torch
+
+        found = torch.cuda.device_count()
         named = named_accelerator(config.worker_resources)
         raise ClusterError(
             f"the run needs {config.fewest_devices} x {named or 'CUDA device'}, but this machine has {found} CUDA devices. Set "

@@ -65,7 +65,7 @@ from training.planning.checks import (
     reject_missing_requirements,
 )
 from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
-from training.planning.devices import accelerator_of, choose_device, describe_device
+from training.planning.devices import accelerator_of, choose_device, describe_device, runs_here
 from training.planning.endpoints import ClusterTarget
 from training.planning.exportable import check_export, check_vllm_adapter
 from training.planning.flops import RowFlops, row_flops
@@ -231,8 +231,8 @@ def make_plan(
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(batch, storage, data, progress)
-    if batch.job and not checkpoints.completed:
-        check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch, settings.target)
+    if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, target):
+        check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch)
     memory = (
         report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
         if batch.job
@@ -292,7 +292,8 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
     facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
-    check_disk(base, facts, storage.scratch, settings.target)
+    if runs_here(config, settings.device, settings.target):
+        check_disk(base, facts, storage.scratch)
     directory = fetch_model(base, storage.cache, is_tokenizer_file)
     trust = config.trust_remote_code
     check_is_causal(directory, base, trust_remote_code=trust)

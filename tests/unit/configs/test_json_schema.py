@@ -21,7 +21,8 @@ from configs.schema import FinetuneConfig
 from configs.yaml_source import Origin, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-COOKBOOKS = sorted((ROOT / "cookbooks").rglob("*.yaml"))
+SERVICES = {*(ROOT / "cookbooks" / "fine_tuning_service").glob("*.yaml")}
+COOKBOOKS = sorted({*(ROOT / "cookbooks").rglob("*.yaml")} - SERVICES)
 BASE = "model_id: a/b\ntrain_path: rows.jsonl\n"
 
 

@@ -273,6 +273,7 @@ def test_padding_rows_do_not_change_the_sums_of_unpaired_rows(
     filled = sums_of(trainer, [0, PADDING_ROW, 2, PADDING_ROW])
     torch.testing.assert_close(filled, full, atol=1e-5, rtol=1e-5)
     assert full[1].item() == 2
+    trainer.state.global_step = 1  # before the first step, rewards must be 0
     metrics_by_size = {}
     for size in (1, 4):
         trainer.args.per_device_eval_batch_size = size
@@ -285,6 +286,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     loss: str, tiny_model: Path, rows: Dataset, tmp_path: Path
 ):
     trainer = trainer_of(loss, tiny_model, rows, tmp_path)
+    trainer.state.global_step = 1  # before the first step, rewards must be 0
     metrics_by_size = {}
     for size in (1, 4):
         trainer.args.per_device_eval_batch_size = size
@@ -292,10 +294,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     assert metrics_by_size[1] == pytest.approx(metrics_by_size[4], abs=1e-5)
     assert set(metrics_by_size[1]) == {
         "eval_loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
+        "eval_rewards/chosen",
+        "eval_rewards/rejected",
+        "eval_rewards/margins",
+        "eval_rewards/accuracies",
     }
 
 

@@ -31,13 +31,12 @@ def test_checkpoint_that_fits_on_no_disk_is_rejected(tmp_path: Path, monkeypatch
     free = {runs: 20 * 1024**2, scratch: 10**12}
     monkeypatch.setattr(checks, "free_bytes", free.__getitem__)
     with pytest.raises(ConfigError, match=rf"^storage_path: .*26\.0 MiB.*{runs} has 20\.0 MiB.*larger disk"):
-        check_checkpoint_fits(26 * 1024**2, str(runs), scratch, LOCAL)
-    check_checkpoint_fits(19 * 1024**2, str(runs), scratch, LOCAL)
-    check_checkpoint_fits(26 * 1024**2, "s3://bucket/runs", scratch, LOCAL)
-    check_checkpoint_fits(26 * 1024**2, str(runs), scratch, ClusterTarget("head:6379"))
+        check_checkpoint_fits(26 * 1024**2, str(runs), scratch)
+    check_checkpoint_fits(19 * 1024**2, str(runs), scratch)
+    check_checkpoint_fits(26 * 1024**2, "s3://bucket/runs", scratch)
     free[scratch] = 0
     with pytest.raises(ConfigError, match=r"^output_dir: "):
-        check_checkpoint_fits(1, "s3://bucket/runs", scratch, LOCAL)
+        check_checkpoint_fits(1, "s3://bucket/runs", scratch)
 
 
 def test_tracker_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: pytest.MonkeyPatch):
