@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import log_softmax
 
 from runs.layout import Export, Verification
@@ -65,7 +65,7 @@ def verify_export(
     """Compare an export with what was trained, on a few rows.
 
     Both are computed in fp32, so that they differ by the rounding of the weights only. The dtype's own rounding is measured on the
-    trained model, merged by PEFT, with each of its weights rounded once.
+    trained model, with each of its weights rounded once, as a merge does.
 
     Args:
         trained: The checkpoint that was exported.
@@ -155,21 +155,23 @@ def _outputs(model: Any, rows: Sequence[Row]) -> _Outputs:
 
 
 def _round_weights(model: Any, dtype: torch.dtype) -> None:
-    """Round every weight as an export in the dtype does, with adapters merged by PEFT; also weights that the dtype holds exactly.
+    """Round every weight as an export in the dtype does, base weights together with what the adapter adds to them.
 
-    A base weight that the dtype holds exactly stays as it is if the adapter changes it by less than half a unit in the last place. So
-    rounding loses a part of a small adapter, which rounding the base alone would not show.
+    Half a unit in the last place of a base weight may be more than an adapter adds, and rounding then loses that. Rounding the base
+    alone would not show it. Weights that the dtype holds exactly are rounded too.
     """
     with torch.no_grad():
-        merged = set()
+        adapted = set()
         for module in model.modules():
-            # An embedding may share its weight with the head, to which its adapter does not apply.
-            if isinstance(module, LoraLayer) and not isinstance(module, Embedding):
-                module.merge()
-                merged |= {id(parameter) for parameter in module.get_base_layer().parameters()}
+            if isinstance(module, LoraLayer):
+                base: Any = module.get_base_layer()
+                weight = getattr(base, getattr(module, "parameter_name", "weight"))
+                merged = weight.data + module.get_delta_weight("default")  # pyright: ignore[reportAttributeAccessIssue]
+                weight.data += merged.to(dtype).float() - merged
+                adapted.add(id(weight))
         for parameter in model.parameters():
-            scale = 1.0 if id(parameter) in merged else _NO_POWER_OF_TWO
-            parameter.data = (parameter.data * scale).to(dtype).float() / scale
+            if id(parameter) not in adapted:
+                parameter.data = (parameter.data * _NO_POWER_OF_TWO).to(dtype).float() / _NO_POWER_OF_TWO
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------------

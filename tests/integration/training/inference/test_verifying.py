@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export
@@ -83,6 +86,25 @@ def test_wrong_merge_is_not_published(run: str, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(ModelError, match=r"does not compute what was trained.* layer [01]\."):
         export(run, dtype="bf16")
     assert not (Path(run) / "exports").exists()
+
+
+def test_rounding_includes_what_a_merge_loses_of_a_small_adapter(tiny_model: Path):
+    """PEFT 0.21.2, W in bf16: where the adapter adds less than half a unit in the last place of W, round(W + BA) is W."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).float()
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, lora_alpha=0.01)
+    adapted = get_peft_model(base, lora)
+    modules = [module for module in adapted.modules() if isinstance(module, Linear)]
+    deltas = [module.get_delta_weight("default") for module in modules]
+    originals = [module.weight.detach().clone() for module in modules]
+    lost = [
+        ((original + delta).bfloat16().float() - original - delta).norm() / delta.norm()
+        for original, delta in zip(originals, deltas, strict=True)
+    ]
+    assert max(lost) > 0.1
+    verifying._round_weights(adapted, torch.bfloat16)
+    for module, original, delta in zip(modules, originals, deltas, strict=True):
+        expected = (original + delta).bfloat16().float() - delta
+        torch.testing.assert_close(module.weight, expected, atol=1e-7, rtol=1e-6)
 
 
 def test_dropped_tensor_of_an_exported_adapter_is_found(run: str, monkeypatch: pytest.MonkeyPatch):
