@@ -107,7 +107,7 @@ def build(service: LoadedService, *, behind_proxies: bool) -> Application:
         health_check_period_s=5,
     )
     handles = {
-        name: engine_deployment(name, base, service.bases[name].config.model_id)
+        name: engine_deployment(name, base, service.bases[name].config)
         for name, base in service.config.models.items()
     }
     return ingress.bind(service, handles, scheduler.bind(service))

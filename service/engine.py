@@ -2,10 +2,8 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from configs.loading import load_config
 from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings
 from service.errors import ApiError
@@ -143,16 +141,16 @@ class EngineSettings:
     """CPU threads of an engine without a GPU; None: all cores."""
 
 
-def engine_deployment(base: str, settings: BaseModelSettings, model_uri: str) -> "Application":
+def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneConfig) -> "Application":
     """Return the Ray Serve application of a base model's engine, whose streaming method is `chat`.
 
     Args:
         base: Name of the base model in the service YAML.
-        settings: Its settings; `config` is a path that this process can read.
-        model_uri: Hub id, directory or URI of the base model.
+        settings: Its settings.
+        config: Its training YAML, with a path that the replicas can read.
 
     Raises:
-        ConfigError: The training YAML is invalid, or the engine does not support one of its settings.
+        ConfigError: The engine does not support one of the training YAML's settings.
     """
     from ray import serve
 
@@ -176,8 +174,8 @@ def engine_deployment(base: str, settings: BaseModelSettings, model_uri: str) ->
     return deployment.bind(
         EngineSettings(
             base=base,
-            model_uri=model_uri,
-            config=load_config(Path(settings.config)).config,
+            model_uri=config.model_id,
+            config=config,
             max_adapters=settings.max_adapters,
             threads=None if cpus is None else max(1, int(cpus)),
         )

@@ -15,6 +15,7 @@ from service.records import Record
 from utils.storage.bucket import open_store
 from utils.storage.s3 import S3Store
 
+# OpenAI's columns. Those of accuracies are empty, because training measures losses only.
 _CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -68,8 +69,8 @@ def metrics_csv(store: S3Store, project: str, job: Record) -> bytes:
     writer.writerow(_CSV_COLUMNS)
     for step, figures in _steps_of(store, project, job).items():
         if step > 0:
-            row = {"step": step, "train_accuracy": figures.get("train_mean_token_accuracy"), **figures}
-            writer.writerow(["" if row.get(name) is None else row[name] for name in _CSV_COLUMNS])
+            row = {"step": step, **figures}
+            writer.writerow([row.get(name, "") for name in _CSV_COLUMNS])
     return text.getvalue().encode()
 
 
@@ -88,14 +89,10 @@ def _steps_of(store: S3Store, project: str, job: Record) -> dict[int, dict[str, 
 
 
 def _figures(line: MetricsLine) -> dict[str, float]:
-    more = line.model_extra or {}
     named = {
         "train_loss": line.loss,
-        "train_mean_token_accuracy": more.get("mean_token_accuracy"),
         "valid_loss": line.eval_loss,
         "full_valid_loss": line.eval_loss,
-        "valid_mean_token_accuracy": more.get("eval_mean_token_accuracy"),
-        "full_valid_mean_token_accuracy": more.get("eval_mean_token_accuracy"),
     }
     # JSON has no NaN and no infinity.
     return {name: value for name, value in named.items() if value is not None and math.isfinite(value)}

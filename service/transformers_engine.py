@@ -150,7 +150,7 @@ class TransformersEngine:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def emit(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits for the event
+            with suppress(RuntimeError):  # the loop is closed, so no caller waits for the event
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         rows = self._rows(request, checkpoint, len(prompt), loaded, emit)
@@ -226,7 +226,7 @@ class TransformersEngine:
 
         def attach() -> None:
             batch = self._shared.batch
-            # PEFT adds its layers to the base model itself, which the batch goes on calling.
+            # PEFT adds its layers to the base model itself, which the batch keeps calling.
             if self._adapted is None:
                 self._adapted = peft.PeftModel.from_pretrained(batch.model, checkpoint.directory, name)
             else:

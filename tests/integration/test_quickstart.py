@@ -25,7 +25,7 @@ YAML = Path(QUICKSTART)
 COOKBOOK = QUICKSTART_README.read_text("utf-8")
 COMMANDS = (*run_records.COMMANDS, *model_commands.COMMANDS)
 REJECTED = {"stop": "nothing to stop", "remove": "--yes"}
-"""What the commands that change a run say of this one: it has ended, and nobody confirms its removal."""
+"""What the commands that change a run say of this one: it is completed, and its removal is not confirmed."""
 COPY_SNIPPET = textwrap.dedent(
     COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
 )

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from configs.loading import load_config
 from service.config import BaseModelSettings
 from service.engine import engine_deployment
 from tests.support.engines import BASE, Reference, chat_app, serving, store_adapter
@@ -49,7 +50,8 @@ def client(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tuned: st
     try:
         serve.start(proxy_location="Disabled")
         base = BaseModelSettings(config=str(config), resources={"CPU": 1})
-        handle = serve.run(engine_deployment(BASE, base, str(tiny_model)), name="engine", route_prefix=None)
+        engine = engine_deployment(BASE, base, load_config(config).config)
+        handle = serve.run(engine, name="engine", route_prefix=None)
         with serving(chat_app(handle, [tuned, f"{tuned}-missing"])) as client:
             yield client
         serve.shutdown()
