@@ -6,14 +6,16 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
-from tests.support.ray_cluster import needs_ray_default, ray_cluster
+from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model_and_data
 from training.loop.ray_internals import DatasetsCallback, LeanTorchTrainer, PlacementGroupCleanerCallback
 
@@ -23,6 +25,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_and_data(tmp_path_factory.mktemp("clusters"))
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[RayCluster]:
+    """An existing cluster with 2 CPUs, for tests that leave it as it is."""
+    with ray_cluster(cpus=2) as cluster:
+        yield cluster
 
 
 def config(files: Path, path: Path, **more: object) -> Path:
@@ -94,15 +103,17 @@ def test_excess_worker_memory_raises_an_error_and_excess_cpus_do_not(files: Path
     assert accepted.exit_code == 0, accepted.errors
 
 
-def test_ray_address_runs_a_job_on_an_existing_cluster(files: Path, tmp_path: Path):
+def test_ray_address_runs_a_job_on_an_existing_cluster(
+    files: Path, tmp_path: Path, shared_cluster: RayCluster
+):
     """The code is uploaded to the cluster, which keeps running after the job."""
     yaml = config(files, tmp_path / "joined.yaml", num_epochs=1)
-    with ray_cluster(cpus=2) as cluster:
-        unauthorized = run_main(yaml, "--json", variables={"RAY_ADDRESS": cluster.address})
-        dry_run = run_main(yaml, "--dry-run", "--json", variables=cluster.variables)
-        finished = run_main(yaml, "--json", variables=cluster.variables)
-        too_many = run_main(yaml, "num_devices=3", "--json", variables=cluster.variables)
-        too_many_dry_run = run_main(yaml, "num_devices=3", "--dry-run", variables=cluster.variables)
+    cluster = shared_cluster
+    unauthorized = run_main(yaml, "--json", variables={"RAY_ADDRESS": cluster.address})
+    dry_run = run_main_quickly(yaml, "--dry-run", "--json", variables=cluster.variables)
+    finished = run_main(yaml, "--json", variables=cluster.variables)
+    too_many = run_main(yaml, "num_devices=3", "--json", variables=cluster.variables)
+    too_many_dry_run = run_main_quickly(yaml, "num_devices=3", "--dry-run", variables=cluster.variables)
     assert unauthorized.exit_code == 2
     assert "RAY_AUTH_MODE=token" in unauthorized.errors
     assert "Traceback" not in unauthorized.errors
@@ -135,13 +146,13 @@ def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path:
     assert "Traceback" not in finished.errors
 
 
-def test_busy_cluster_is_reported_while_a_job_waits(files: Path, tmp_path: Path):
+def test_busy_cluster_is_reported_while_a_job_waits(files: Path, tmp_path: Path, shared_cluster: RayCluster):
     first = config(files, tmp_path / "first.yaml", run_name="first", max_steps=9000, num_epochs=None)
     second = config(files, tmp_path / "second.yaml", run_name="second", num_devices=1, max_steps=1)
-    with ray_cluster(cpus=2) as cluster, started(first, cluster.variables) as job:
+    with started(first, shared_cluster.variables) as job:
         job.wait_for_line("step 1/")
-        dry_run = run_main(second, "--dry-run", "--json", variables=cluster.variables)
-        with started(second, cluster.variables) as waiting:
+        dry_run = run_main_quickly(second, "--dry-run", "--json", variables=shared_cluster.variables)
+        with started(second, shared_cluster.variables) as waiting:
             waiting.wait_for_line("waiting until other work")
             job.process.send_signal(signal.SIGTERM)
             finished = waiting.end()
@@ -167,7 +178,9 @@ def test_job_waits_for_the_cluster_to_scale_up(files: Path, tmp_path: Path):
     assert finished.result["train_steps"] == 5
 
 
-def test_commits_and_preemption_checks_do_not_deadlock(files: Path, tmp_path: Path):
+def test_commits_and_preemption_checks_do_not_deadlock(
+    files: Path, tmp_path: Path, shared_cluster: RayCluster
+):
     """Each step checks for a preemption notice while the committing thread calls ray.train.report, which waits for all workers."""
     yaml = config(
         files,
@@ -178,8 +191,7 @@ def test_commits_and_preemption_checks_do_not_deadlock(files: Path, tmp_path: Pa
         valid_path=None,
         checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 1},
     )
-    with ray_cluster(cpus=2) as cluster:
-        finished = run_main(yaml, "--json", timeout=200, variables=cluster.variables)
+    finished = run_main(yaml, "--json", timeout=200, variables=shared_cluster.variables)
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 40
 
