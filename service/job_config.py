@@ -9,11 +9,13 @@ from service.config import BaseModelSettings
 CHECKPOINTS_OF_JOB = 3
 """Checkpoints that a job retains besides the latest one."""
 
+# Keys about the rows or the life of the base's own run; a job has other rows.
 _DATA_KEYS: dict[str, Any] = {
     "valid_split": None,
     "max_train_rows": None,
     "max_valid_rows": None,
     "columns": {},
+    "ignore_columns": [],
     "bad_rows": "error",
     "prompt_template": None,
     "max_steps": None,
@@ -23,6 +25,7 @@ _DATA_KEYS: dict[str, Any] = {
     "export": None,
     "logger": None,
 }
+_WITHOUT_VALIDATION: dict[str, Any] = {"early_stopping_patience": None, "early_stopping_threshold": 0.0}
 
 
 def resolve_hyperparameters(
@@ -39,8 +42,7 @@ def resolve_hyperparameters(
     defaults = getattr(settings.hyperparameters, method).model_dump()
     resolved = {"n_epochs": _epochs(base), "batch_size": _batch_size(base), "learning_rate_multiplier": 1.0}
     if method == "dpo":
-        preference = base.preference_tuning_config
-        resolved["beta"] = preference.beta if preference else 0.1
+        resolved["beta"] = 0.1
     for values in (defaults, given):
         resolved |= {name: value for name, value in values.items() if value not in ("auto", None)}
     return resolved
@@ -70,9 +72,12 @@ def training_config(
         "data_format": "messages",
         "num_checkpoints_to_keep": max(base.num_checkpoints_to_keep, CHECKPOINTS_OF_JOB),
     }
+    if not paths["valid"]:
+        keys |= _WITHOUT_VALIDATION
     if job["method"] == "dpo":
         keys |= {
             "task": "preference_tuning",
+            "packing": False,
             "data_format": "preference",
             "preference_tuning_config": {"beta": float(hyperparameters["beta"]), "loss": "dpo"},
         }

@@ -100,8 +100,6 @@ class TransformersEngine:
             load_in_4bit=settings.config.load_in_4bit,
             trust_remote_code=settings.config.trust_remote_code,
         )
-        if self._device == "cuda" and not settings.config.load_in_4bit:
-            model.to(torch.device("cuda"))  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._shared = self._model(model.eval(), self._base)
         self._models = [self._shared]
         self._adapted: Any = None

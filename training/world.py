@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
+
+if TYPE_CHECKING:
+    import torch
 
 # Other ranks may wait for hours while a node transfers a large checkpoint; a lost node is still detected at once.
 _LONGEST_TRANSFER = timedelta(hours=12)
@@ -63,3 +66,16 @@ class World:
         shared = torch.tensor([flag], dtype=torch.uint8, device=device)
         torch.distributed.broadcast(shared, src=0, group=self.group)
         return bool(shared.item())
+
+
+def exclude_frozen_weights_from_sync(model: "torch.nn.Module") -> None:
+    """Exclude frozen weights from the broadcast with which DDP starts.
+
+    Each node has verified the files that its ranks read them from. The broadcast would send the base model over the network, and
+    copy the pages that the workers of a node share into the memory of each.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    # The only interface for it: torch 2.13 marks it as a workaround, and DDP(init_sync=False) would exclude the adapter, too.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -124,6 +124,8 @@ def simulate_gpu() -> None:
         setattr(functional.lib, f"cdequantize_blockwise_{number}", _CudaFunction())
     for number in ("fp16", "bf16"):
         setattr(functional.lib, f"cgemm_4bit_inference_naive_{number}", _CudaFunction())
+    # The simulation is a mode of this thread, and transformers would load weights in others.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     # As root, Unsloth would search for CUDA's libraries with ldconfig.
     os.geteuid = lambda: 1000
     torch.version.cuda = "13.0"

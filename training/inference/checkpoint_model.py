@@ -71,8 +71,6 @@ class TrainedModel:
     def load(self, device: Device) -> "PreTrainedModel":
         """Load the model on a device, in evaluation mode and with the KV cache enabled."""
         with importing():
-            import torch
-
             from training.models.torch_provider import attach_adapter, load_weights
 
         weights, base = self.weights(), self.base_weights()
@@ -86,8 +84,6 @@ class TrainedModel:
         if base is not None:
             model = attach_adapter(model, weights)
         model.config.use_cache = True
-        if device == "cuda" and not self.config.load_in_4bit:
-            model.to(torch.device(device))  # pyright: ignore[reportArgumentType, reportCallIssue]
         return model.eval()
 
 

@@ -36,7 +36,7 @@ from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of
 from training.planning.plan import RunPlan
-from training.world import World
+from training.world import World, exclude_frozen_weights_from_sync
 from utils.console import library_output_in
 from utils.errors import AnnealError
 from utils.files import is_disk_full, nearest_existing
@@ -461,6 +461,8 @@ def _run(
         throughput=built.throughput,
         on_eval_progress=lambda fraction: driver.emit(Phase("evaluating", fraction)),
     )
+    if built.request.is_lora:
+        exclude_frozen_weights_from_sync(built.model)
     if plan.device == "cuda" and plan.deepspeed is None:
         # The optimizer states exist after the first step, so a GPU too small for the largest batch fails within a minute.
         trainer.add_callback(AfterFirstStep(trainer.rehearse))

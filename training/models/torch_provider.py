@@ -32,7 +32,8 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
     model = load_weights(
         request.directory,
         dtype=request.weights_dtype,
-        device=request.device,
+        # ZeRO-3 partitions the weights while rank 0 loads them.
+        device="cpu" if request.zero_stage == 3 else request.device,
         load_in_4bit=request.load_in_4bit,
         attention=request.attention.implementation,
         trust_remote_code=request.trust_remote_code,
@@ -53,7 +54,10 @@ def load_weights(
     attention: Implementation | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """Load a model in this dtype on CPU; 4-bit weights are loaded directly on the device.
+    """Load a model in this dtype on a device.
+
+    Weights are mapped from their files. On CPU, those that are stored in this dtype stay mapped, so the processes of a node share
+    them; a GPU copies them tensor by tensor, so the host never holds the model.
 
     Without `attention`, the model gets `plain_attention`.
     """
@@ -69,8 +73,7 @@ def load_weights(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=_DTYPES[dtype],
         )
-    # A quantized model cannot be moved after loading; ZeRO-3 shards the weights during loading.
-    if load_in_4bit and device == "cuda":
+    if device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForCausalLM.from_pretrained(
         directory,

@@ -10,6 +10,7 @@ from configs.loading import ConfigError, load_config
 from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings, load_service
 from service.job_config import resolve_hyperparameters, training_config
+from tests.support.jobs import PROJECT
 from tests.support.service import write_service
 
 PATHS = {"train": "s3://b/train.jsonl", "valid": None, "storage": "s3://b/runs", "publish": None}
@@ -151,3 +152,40 @@ def test_quickstart_service_trains_the_quickstart_model():
     service = load_service(Path("cookbooks/fine_tuning_service/service.yaml"))
     quickstart = load_config(Path("cookbooks/quickstart/smollm2-135m.yaml")).config
     assert service.bases["smollm2-135m"].config.model_id == quickstart.model_id
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+@pytest.mark.parametrize("valid", [None, "s3://b/valid.jsonl"])
+def test_keys_of_the_base_that_a_job_cannot_have_do_not_reach_it(method: str, valid: str | None):
+    """Early stopping requires validation rows, packing is not for preferences, and columns and named sets are those of other rows."""
+    base = base_config(
+        valid_path={"a": "a.jsonl", "b": "b.jsonl"},
+        early_stopping_patience=2,
+        early_stopping_threshold=0.1,
+        packing=True,
+        context_length=64,
+        ignore_columns=["source"],
+    )
+    config = training_config(job(method=method), base, PATHS | {"valid": valid})
+    assert config.valid_path == valid
+    assert config.early_stopping_patience == (2 if valid else None)
+    assert config.early_stopping_threshold == (0.1 if valid else 0)
+    assert config.packing == (method == "supervised")
+    assert config.ignore_columns == []
+
+
+@pytest.mark.parametrize("valid", [None, "s3://b/valid.jsonl"])
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_cookbooks_are_bases_of_every_kind_of_job(method: str, valid: str | None):
+    """A combination of keys that is rejected would end the scheduler."""
+    bases = [
+        load_config(path).config for path in sorted((PROJECT / "cookbooks").rglob("*.yaml")) if _trains(path)
+    ]
+    assert len(bases) > 10
+    for base in bases:
+        training_config(job(method=method), base, PATHS | {"valid": valid})
+
+
+def _trains(path: Path) -> bool:
+    keys = yaml.safe_load(path.read_text())
+    return "train_path" in keys and keys.get("task", "instruction_tuning") == "instruction_tuning"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from training.world import World
+from training.world import World, exclude_frozen_weights_from_sync
 
 WORLD_SIZE = 2
 
@@ -30,6 +30,13 @@ def _exchange(rank: int, directory: Path) -> None:
         "patient true": patient.broadcast(rank == 0),
         "patient gathered": patient.gather(rank),
     }
+    layers = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)).requires_grad_(False)
+    layers[1].requires_grad_(True)
+    for parameter in layers.parameters():
+        parameter.data.fill_(rank)
+    exclude_frozen_weights_from_sync(layers)
+    torch.nn.parallel.DistributedDataParallel(layers)
+    received |= {"frozen": layers[0].weight.item(), "trained": layers[1].weight.item()}
     torch.save(received, directory / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -55,3 +62,8 @@ def test_patient_group_is_separate_and_supports_all_collectives(received: list[d
         (True, True)
     ] * WORLD_SIZE
     assert [values["patient gathered"] for values in received] == [[0, 1]] * WORLD_SIZE
+
+
+def test_ddp_broadcasts_trained_weights_only(received: list[dict[str, Any]]):
+    assert [values["trained"] for values in received] == [0, 0]
+    assert [values["frozen"] for values in received] == [0, 1]

@@ -1,10 +1,12 @@
 """The torch provider: attention, experts and dtypes of the models that it builds."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
@@ -78,6 +80,58 @@ def test_unquantized_parameters_and_hidden_states_are_bf16(tmp_path: Path):
     with torch.autocast("cpu", torch.bfloat16):
         states = model(torch.arange(16)[None], output_hidden_states=True).hidden_states
     assert {state.dtype for state in states} == {torch.bfloat16}
+
+
+class _DeviceInAFile(TorchFunctionMode):
+    """A GPU whose memory is a file, so its tensors do not count as memory of this process; it notes that of each transfer."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self._file = file
+        self.transfers = 0
+        self.most_bytes_of_host = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
+        if (
+            func is torch.device and type(args[0]) is int
+        ):  # an index alone means the accelerator, and torch has none here
+            return torch.device("cuda", args[0])
+        if str(named.get("device", "cpu")) in ("cpu", "meta"):
+            return func(*args, **named)
+        named["device"] = "cpu"
+        moved = func(*args, **named)
+        self.most_bytes_of_host = max(self.most_bytes_of_host, anonymous_memory())
+        self.transfers += 1
+        storage = torch.UntypedStorage.from_file(str(self._file), shared=True, nbytes=moved.nbytes)
+        self._file.unlink()
+        return torch.empty(0, dtype=moved.dtype).set_(storage).view(moved.shape).copy_(moved)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def anonymous_memory() -> int:
+    """Return the bytes of this process that no file backs, without freed ones."""
+    ctypes.CDLL(None).malloc_trim(0)
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
+    return int(line.split()[1]) * 1024
+
+
+def test_weights_reach_a_gpu_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The host never holds the model, although its weights are stored in another dtype."""
+    directory = save_model(tmp_path / "model", "llama", vocab_size=256, hidden_size=512, num_hidden_layers=24)
+    for name, value in {
+        "current_device": 0,
+        "mem_get_info": (2**34, 2**34),
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the mode is one of this thread
+    before = anonymous_memory()
+    with _DeviceInAFile(tmp_path / "gpu") as gpu:
+        model = load_weights(directory, dtype="bf16", device="cuda")
+    assert gpu.transfers >= len(list(model.parameters()))
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    assert gpu.most_bytes_of_host - before < total / 4
 
 
 def test_deterministic_does_not_change_models_without_experts(tmp_path: Path):
