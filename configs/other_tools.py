@@ -482,10 +482,7 @@ TABLE: tuple[Counterpart, ...] = (
         note="use LoRA with `modules_to_save`, or full-parameter training",
         differs=True,
     ),
-    Counterpart("l", "early_stopping_steps", None, note="the best checkpoint is kept instead", differs=True),
-    Counterpart(
-        "ha", "early_stopping_patience", None, note="the best checkpoint is kept instead", differs=True
-    ),
+    Counterpart("l", "early_stopping_steps", "early_stopping_patience"),
     # Precision and memory
     Counterpart("hal", "bf16", "dtype", _bf16),
     Counterpart("l", "pure_bf16", "dtype", _bf16, "trainable weights stay in fp32"),
@@ -668,7 +665,7 @@ NOT_NEEDED = {  # reason -> keys
         "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model"
     ),
     "the command says it": "do_train do_eval do_predict overwrite_output_dir is_preprocess",
-    "a NaN or infinite loss always ends the run": "loss_watchdog_threshold loss_watchdog_patience logging_nan_inf_filter",
+    "a NaN or infinite loss always ends the run": "logging_nan_inf_filter",
     "the report shows it": "plot_loss log_every_n_steps log_level log_peak_memory_stats logging_first_step logging_dir disable_tqdm "
     "logging_strategy include_tokens_per_second include_num_input_tokens_seen profiler metric_logger",
     "it is not used": "strict debug wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "

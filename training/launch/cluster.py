@@ -213,7 +213,11 @@ def _missing(workers: Workers, address: str | None) -> str | None:
     if short and not may_grow:
         raise ClusterError(
             f"{f'the cluster at {address}' if address else 'this machine'} lacks resources that {_describe_least(workers)}: {listed}. "
-            "Lower num_devices or worker_resources, set device: cpu, or use a larger cluster."
+            + (
+                "It has no GPU at all: set device: cpu, or add nodes with GPUs."
+                if "GPU" in short and not has.get("GPU")
+                else "Lower num_devices or worker_resources, or use a larger cluster."
+            )
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     may_get_nodes = short or (address and _short(workers.together, has))
