@@ -37,10 +37,12 @@ try:
     from training.inference import commands as model_commands
     from utils.errors import AnnealError
 except ModuleNotFoundError as error:
-    sys.exit(
+    print(
         f"error: {sys.executable} has no package {error.name}. Run main.py with the Python of the project's environment (.venv/bin/python, "
-        "made by `make setup`); on a cluster, `python` must be that Python on every node."
+        "made by `make setup`); on a cluster, `python` must be that Python on every node.",
+        file=sys.stderr,
     )
+    sys.exit(2)
 except KeyboardInterrupt as stopped:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)

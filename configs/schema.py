@@ -628,7 +628,7 @@ class FinetuneConfig(Section):
     cannot share the batches equally are skipped."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: one GPU per worker if the cluster has GPUs, else CPU."""
+    """auto: one GPU per worker on a cluster (RAY_ADDRESS, --submit) and on a machine with GPUs, else CPU."""
 
     worker_resources: Resources = {}
     """Ray resources per worker, such as `accelerator_type:A10G: 0.001`; memory in bytes or as 50GiB."""

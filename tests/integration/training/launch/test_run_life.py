@@ -537,18 +537,18 @@ def test_storage_that_fills_up_raises_an_error_and_a_rerun_resumes(files: Path, 
     require_small_disks(tmp_path)
     storage = tmp_path / "storage"
     storage.mkdir()
-    every_20 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 20}}
+    every_10 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10}}
     config = write_yaml(
         tmp_path / "full.yaml",
         settings(
             files,
-            max_steps=100,
+            max_steps=40,
             num_epochs=None,
             run_name="full",
             storage_path=str(storage),
             max_failures=3,
             num_devices=1,
-            **every_20,
+            **every_10,
         ),
     )
     with small_disk(storage, "32m") as disk:
@@ -572,10 +572,10 @@ def test_storage_that_fills_up_raises_an_error_and_a_rerun_resumes(files: Path, 
     assert finished.errors.rstrip().endswith(line), "one line"
     assert "Traceback" not in finished.errors
     assert (damage, left) == ([], [])
-    assert manifests[-1].step < 100
+    assert manifests[-1].step < 40
     assert recovered.exit_code == 0, recovered.errors
-    assert recovered.result["train_steps"] == 100
-    assert steps == list(range(1, 101))
+    assert recovered.result["train_steps"] == 40
+    assert steps == list(range(1, 41))
 
 
 @pytest.mark.slow
