@@ -14,6 +14,7 @@ import argparse
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 import tomllib
@@ -23,6 +24,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 try:
+    from utils.processes import Stopped, hold_signals, raise_signals, record_signals
+
+    if __name__ == "__main__":
+        raise_signals()  # the other imports take seconds on a busy machine
     from configs import convert
     from configs.other_tools import find
     from configs.schema import Column, FinetuneConfig
@@ -31,12 +36,18 @@ try:
     from training import train
     from training.inference import commands as model_commands
     from utils.errors import AnnealError
-    from utils.processes import Stopped, raise_signals, record_signals
 except ModuleNotFoundError as error:
-    sys.exit(
+    print(
         f"error: {sys.executable} has no package {error.name}. Run main.py with the Python of the project's environment (.venv/bin/python, "
-        "made by `make setup`); on a cluster, `python` must be that Python on every node."
+        "made by `make setup`); on a cluster, `python` must be that Python on every node.",
+        file=sys.stderr,
     )
+    sys.exit(2)
+except KeyboardInterrupt as stopped:
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)
+    print(f"error: stopped by {number.name}", file=sys.stderr)
+    sys.exit(128 + number)
 
 REJECTED = 2
 
@@ -90,7 +101,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code; print an error in one line."""
+    raise_signals()
+    try:
+        return run_command(arguments)
+    except AnnealError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stopped:
+        record_signals()
+        print(f"error: stopped by {stopped.name}", file=sys.stderr)
+        return stopped.exit_code
+
+
+def run_command(arguments: list[str]) -> int:
+    """Parse the arguments, run the command and return its exit code."""
     began = time.monotonic()
     if "" in arguments:  # an empty path would mean the working directory
         print("error: an argument is empty. Check for an unset shell variable.", file=sys.stderr)
@@ -124,19 +149,10 @@ def main(arguments: list[str]) -> int:
     options, unknown = command.parse_known_intermixed_args(arguments[name != "train" :])
     command.reject_unknown(unknown, arguments)
     values = vars(options)
-    raise_signals()
-    try:
-        if name == "train":
-            check_train_options(command, values)
-            return train.run(train.Options(**values), began)
-        return values.pop("run_command")(**values) or 0
-    except AnnealError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stopped:
-        record_signals()
-        print(f"error: stopped by {stopped.name}", file=sys.stderr)
-        return stopped.exit_code
+    if name == "train":
+        check_train_options(command, values)
+        return train.run(train.Options(**values), began)
+    return values.pop("run_command")(**values) or 0
 
 
 def describe_version() -> str:
@@ -456,4 +472,6 @@ def _name(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    hold_signals()
+    sys.exit(code)

@@ -267,6 +267,7 @@ _OTHER_VALUES = {
         "resume_from_checkpoint",
         True,
     ): "remove the key and run the same command again: a run resumes from its latest checkpoint",
+    ("logger", "none"): "remove the key: without it, metrics are only in the run's own files",
     ("resume", True): "write `resume: auto`, the default",
     ("resume", False): "write `resume: never`",
 } | {
@@ -325,6 +326,22 @@ def _choices_list(error: ErrorDetails) -> list[str]:
     return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
 
 
+_OTHER_NAMES: dict[KeyPath, str] = {
+    (name,): ours
+    for ours, names in {
+        "learning_rate": "lr",
+        "num_devices": "num_gpus n_gpus n_gpu gpus gpus_per_node nproc_per_node num_processes num_workers",
+        "device: cuda": "use_gpu",
+        "model_id": "model model_name model_path base_model_name_or_path pretrained_model_name_or_path",
+        "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path",
+        "valid_path": "validation_file valid_file val_path eval_path eval_file eval_data validation_path",
+        "context_length": "max_len block_size seq_length",
+    }.items()
+    for name in names.split()
+}
+"""Names that scripts and launchers often use for a key, and that resemble another key or none."""
+
+
 def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin) -> str:
     """Return the message for an unknown key; it contains only values that another tool's key has, and no secret."""
     key = str(path[-1])
@@ -338,6 +355,8 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
         advice = _other_tools_key_in_section(path)
     if advice:
         return advice
+    if path in _OTHER_NAMES:
+        return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[path]}`?"
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"

@@ -139,6 +139,10 @@ def deepspeed_setting(value: Any) -> Any:
     Raises:
         NoCounterpartError: the value is an inline configuration.
     """
+    if isinstance(value, bool):
+        if value:
+            raise NoCounterpartError("write its stage, such as `deepspeed: zero_2` or `deepspeed: zero_3`")
+        return None
     if isinstance(value, dict):
         raise NoCounterpartError(
             "an inline DeepSpeed configuration goes into a JSON file: write `deepspeed: {config_path: FILE}`"
@@ -280,6 +284,17 @@ def _eval_strategy(value: Any) -> Any:
     return Ours({"checkpoint_and_evaluation_frequency.unit": "epochs"}) if value == "epoch" else None
 
 
+def _per_epoch(value: Any) -> Any:
+    return {"unit": "epochs", "frequency": round(1 / value, 4)} if value else None
+
+
+def _paths(value: Any) -> Any:
+    """Return the paths of Axolotl's list of data sets."""
+    items = value if isinstance(value, list) else [value]
+    paths = [item["path"] if isinstance(item, dict) else item for item in items]
+    return paths if len(paths) > 1 else paths[0]
+
+
 def _max_devices(value: Any) -> Any:
     return value if value and value > 1 else None
 
@@ -288,6 +303,9 @@ _NO_8BIT = (
     "8-bit base weights are not supported: write `load_in_4bit: true`, or leave it out for 16-bit weights"
 )
 _ALWAYS = "it is always so"
+_SHARE_OF_STEPS = (
+    "or shares of the steps, 1 / (times per epoch x num_epochs), in `eval_steps` and `save_steps`"
+)
 _AUTOMATIC = "it is chosen automatically"
 _SAME_COMMAND = "run the same command again; a run resumes from its latest checkpoint"
 _ENVIRONMENT = "the environment decides: the launcher is Ray"
@@ -333,8 +351,10 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "rope_scaling", None, note="the context is the model's own", differs=True),
     # Rows
     Counterpart("h", "dataset_name", "train_path", lambda value: hub_dataset(value)),
-    Counterpart("a", "datasets", "train_path"),
-    Counterpart("a", "test_datasets", "valid_path"),
+    Counterpart("a", "datasets", "train_path", _paths),
+    Counterpart("a", "test_datasets", "valid_path", _paths),
+    Counterpart("a", "roles_to_train", None, note="`turns` selects the assistant messages in the loss"),
+    Counterpart("a", "train_on_eos", None, note="the end marker of each assistant message is in the loss"),
     Counterpart("l", "dataset", "train_path"),
     Counterpart("l", "eval_dataset", "valid_path"),
     Counterpart("t", "dataset", "train_path"),
@@ -462,10 +482,7 @@ TABLE: tuple[Counterpart, ...] = (
         note="use LoRA with `modules_to_save`, or full-parameter training",
         differs=True,
     ),
-    Counterpart("l", "early_stopping_steps", None, note="the best checkpoint is kept instead", differs=True),
-    Counterpart(
-        "ha", "early_stopping_patience", None, note="the best checkpoint is kept instead", differs=True
-    ),
+    Counterpart("l", "early_stopping_steps", "early_stopping_patience"),
     # Precision and memory
     Counterpart("hal", "bf16", "dtype", _bf16),
     Counterpart("l", "pure_bf16", "dtype", _bf16, "trainable weights stay in fp32"),
@@ -560,12 +577,8 @@ TABLE: tuple[Counterpart, ...] = (
         "without `valid_path` or `valid_split` nothing is evaluated",
     ),
     Counterpart("hl", "save_strategy", "save_steps", _eval_strategy, "the last step always has a checkpoint"),
-    Counterpart(
-        "a", "evals_per_epoch", "eval_steps", note="a share of the steps: 1 / (evals_per_epoch x num_epochs)"
-    ),
-    Counterpart(
-        "a", "saves_per_epoch", "save_steps", note="a share of the steps: 1 / (saves_per_epoch x num_epochs)"
-    ),
+    Counterpart("a", "evals_per_epoch", "checkpoint_and_evaluation_frequency", _per_epoch, _SHARE_OF_STEPS),
+    Counterpart("a", "saves_per_epoch", "checkpoint_and_evaluation_frequency", _per_epoch, _SHARE_OF_STEPS),
     Counterpart(
         "hal",
         "save_total_limit",
@@ -652,7 +665,7 @@ NOT_NEEDED = {  # reason -> keys
         "is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model"
     ),
     "the command says it": "do_train do_eval do_predict overwrite_output_dir is_preprocess",
-    "a NaN or infinite loss always ends the run": "loss_watchdog_threshold loss_watchdog_patience logging_nan_inf_filter",
+    "a NaN or infinite loss always ends the run": "logging_nan_inf_filter",
     "the report shows it": "plot_loss log_every_n_steps log_level log_peak_memory_stats logging_first_step logging_dir disable_tqdm "
     "logging_strategy include_tokens_per_second include_num_input_tokens_seen profiler metric_logger",
     "it is not used": "strict debug wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "

@@ -84,11 +84,18 @@ def _uri(*schemes: str) -> AfterValidator:
 
     def check(value: str) -> str:
         scheme, separator, rest = value.partition("://")
+        if hub := re.match(r"https?://huggingface\.co/(datasets/)?([\w.-]+/[\w.-]+)", value):
+            raise ValueError(
+                f"a page of the Hub: write {f'hf://datasets/{hub[2]}' if hub[1] else hub[2]}, or download it"
+            )
         if separator and scheme not in schemes:
             known = ", ".join(f"{known}://" for known in schemes)
             raise ValueError(f"{scheme}:// is not supported: use one of {known}, or a local path")
         if separator and not rest:
             raise ValueError(f"nothing follows {scheme}://: write the complete URI")
+        start, colon, rest_of_path = value.partition(":")
+        if not separator and colon and start in schemes:
+            raise ValueError(f"two slashes follow the scheme: write {start}://{rest_of_path.lstrip('/')}")
         if scheme == "hf" and separator and not re.match(r"datasets/[^/?]+/[^/?]+", rest):
             raise ValueError("a Hub dataset must be written as hf://datasets/ORG/NAME/CONFIG?split=train")
         return value
@@ -269,6 +276,13 @@ class LoraConfig(Section):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             conflicts.append(
                 ("layers_pattern", "`layers_pattern` requires `layers_to_transform`: add it, or remove it")
+            )
+        if self.target_modules in ("all", "all_linear", "linear", "all_linear_layers"):
+            conflicts.append(
+                (
+                    "target_modules",
+                    f"`target_modules: {self.target_modules}` matches no module: write `target_modules: all-linear`",
+                )
             )
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
@@ -614,7 +628,7 @@ class FinetuneConfig(Section):
     cannot share the batches equally are skipped."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: one GPU per worker if the cluster has GPUs, else CPU."""
+    """auto: one GPU per worker on a cluster (RAY_ADDRESS, --submit) and on a machine with GPUs, else CPU."""
 
     worker_resources: Resources = {}
     """Ray resources per worker, such as `accelerator_type:A10G: 0.001`; memory in bytes or as 50GiB."""
@@ -1131,6 +1145,12 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             "valid_path",
             "`valid_path` has weights, but each validation row is evaluated once: remove the weights",
+        )
+    if config.chat_template and re.fullmatch(r"[\w-]+", config.chat_template):
+        yield (
+            "chat_template",
+            f"`chat_template: {config.chat_template}` is neither a file nor Jinja text: remove the key to use the model's own template, or "
+            "write the path of a .jinja file",
         )
     if config.chat_template and re.match(r"\w+://\S+$", config.chat_template):
         yield (

@@ -1,6 +1,8 @@
 """Print runs to a console as tables and facts."""
 
+import textwrap
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from runs.comparison import Comparison
 from runs.layout import EvalLoss
 from runs.listing import RunDetails, RunSummary
 from utils.files import format_bytes
+
+_NARROWEST = 20
+"""Columns of a value below which wrapping would not help."""
 
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
@@ -38,15 +43,15 @@ def show_run(console: Console, run: RunDetails) -> None:
         print_eval_losses(console, run.eval_losses)
         console.print()
     if run.checkpoints:
-        table = _table(">step", ">epoch", ">eval loss", ">size", "committed", "checkpoint")
+        table = _table(">step", ">epoch", ">eval loss", ">size", "committed (UTC)", "checkpoint of this run")
         for checkpoint in run.checkpoints:
             table.add_row(
                 f"{checkpoint.step:,}",
                 f"{checkpoint.epoch:.2f}",
                 _loss(checkpoint.eval_loss),
                 format_bytes(checkpoint.size),
-                checkpoint.created,
-                checkpoint.uri,
+                datetime.fromisoformat(checkpoint.created).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+                checkpoint.uri.removeprefix(f"{run.run_uri}/"),
             )
         _print_table(console, table)
         console.print()
@@ -89,7 +94,8 @@ def _next(run: RunDetails) -> list[tuple[str, str]]:
         lines.append(f"the same command as before {what}")
     if run.checkpoints and run.status != "running":
         latest = run.checkpoints[-1].uri
-        lines.append(f"to train a new run on from here, add to its YAML: resume_from_checkpoint: {latest}")
+        lines.append("to train a new run on from here, add to its YAML:")
+        lines.append(f"resume_from_checkpoint: {latest}")
     return [("next" if line is lines[0] else "", line) for line in lines]
 
 
@@ -158,10 +164,20 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Print one name and value per line, without wrapping, so that URIs can be copied."""
-    width = max([17, *(len(name) + 2 for name, _ in facts)])
+    """Print one name and value per line. A terminal's lines are wrapped between words, so that URIs and paths can be copied."""
+    indent = max([17, *(len(name) + 2 for name, _ in facts)])
     for name, value in facts:
-        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
+        lines = _wrapped(value, console.width - indent) if console.is_terminal else [value]
+        for number, line in enumerate(lines):
+            label = "" if number else name
+            console.print(Text.assemble((f"{label:<{indent}}", "bold"), line), soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Wrap text between words; return it as it is if a command follows a colon, since it is copied as one line."""
+    if "main.py " in text or width < _NARROWEST:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [text]
 
 
 def log_facts(files: Sequence[str]) -> list[tuple[str, str]]:

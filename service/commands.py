@@ -5,7 +5,6 @@ import ipaddress
 import json
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -28,7 +27,7 @@ from training.planning.endpoints import (
 from training.planning.paths import needs_embedded_bucket
 from utils.console import open_consoles
 from utils.errors import AnnealError
-from utils.processes import FORWARDED, run_in_own_session
+from utils.processes import handle_signals, restore_handlers, run_in_own_session
 from utils.storage.bucket import check_writable
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, state_directory
 from utils.storage.s3 import S3Store
@@ -182,8 +181,7 @@ class _Run:
 
             _connect(self._target, self._service)
             received: list[int] = []
-            for number in FORWARDED:
-                signal.signal(number, lambda got, _: (received.append(got), self._stop.set()))
+            handle_signals(lambda number: (received.append(number), self._stop.set()))
             try:
                 is_local = self._target.is_local
                 location: Any = "Disabled" if is_local else "EveryNode"
@@ -196,6 +194,7 @@ class _Run:
                 _stop_drivers(received)
             finally:
                 ray.shutdown()
+                restore_handlers()
         return 128 + received[0] if received else 0
 
     def _announce(self, key: str | None) -> None:

@@ -132,13 +132,15 @@ def plan_and_train(
             plan, report, prepared = make_plan(loaded, target=target, progress=watch.checking)
             if options.dry_run:
                 report = _with_cluster(plan, report, watch)
-                show_plan(screen.main, report)
-                if report.completed:
-                    show_completed(screen.main)
-                _write_dry_run(loaded, report, options, screen)
+                with watch.paused():
+                    show_plan(screen.main, report)
+                    if report.completed:
+                        show_completed(screen.main)
+                    _write_dry_run(loaded, report, options, screen)
                 return DONE
             if report.completed:
-                show_completed(screen.main)
+                with watch.paused():
+                    show_completed(screen.main)
                 result = report.completed
             else:
                 result = _train(plan, report, prepared, options, screen, watch, began, driver_log)
@@ -190,7 +192,8 @@ def _train(
     from training.planning.devices import check_devices_are_here
 
     check_devices_are_here(plan.config, plan.device, plan.resolved.target)
-    show_plan(screen.main, report)
+    with watch.paused():
+        show_plan(screen.main, report)
     watch.phase("starting the workers")
     with importing():
         from training.launch.driver import run_job

@@ -6,14 +6,23 @@ import getpass
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+SENT_AS_SIGTERM = signal.SIGRTMIN + 1
+"""The signal that a process of this project sends to itself or to its child instead of SIGTERM.
+
+Ray replaces the handler of SIGTERM when it connects, and the kernel's default action follows when it disconnects (2.60.0). No
+library uses this signal.
+"""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -37,23 +46,47 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_signals() -> None:
-    """Raise `Stopped` in the main thread on each SIGINT and SIGTERM from now on."""
-    _handle(_raise_stopped)
+    """Raise `Stopped` in the main thread on each SIGINT and SIGTERM from now on, except while code cleans up after a `Stopped`."""
+    handle_signals(_raise_stopped)
 
 
 def record_signals() -> list[int]:
     """Append each SIGINT and SIGTERM from now on to the returned list; nothing is interrupted."""
     received: list[int] = []
-    _handle(lambda number, _: received.append(number))
+    handle_signals(received.append)
     return received
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in FORWARDED:
-        signal.signal(number, handler)
+def restore_handlers() -> None:
+    """Install this process's handlers again after code that is not Python has replaced them."""
+    for number in (*FORWARDED, SENT_AS_SIGTERM):
+        signal.signal(number, signal.getsignal(number))
 
 
-def _raise_stopped(number: int, _: FrameType | None) -> None:
+def handle_signals(handler: Callable[[int], object]) -> None:
+    """Call `handler` in the main thread with the number of each SIGINT and SIGTERM from now on."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        handler(signal.SIGTERM if number == SENT_AS_SIGTERM else number)
+
+    for number in (*FORWARDED, SENT_AS_SIGTERM):
+        signal.signal(number, on_signal)
+
+
+def hold_signals() -> None:
+    """Block SIGINT and SIGTERM until this process has exited, since its exit code is decided.
+
+    While the interpreter shuts down, Python restores the default handlers, which would terminate the process with another code.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, SENT_AS_SIGTERM))
+
+
+def _raise_stopped(number: int) -> None:
+    handled = sys.exc_info()[1]  # inside `finally` and `with` blocks: the exception that ends them
+    while handled is not None:
+        if isinstance(handled, Stopped):
+            return
+        handled = handled.__context__
     raise Stopped(number)
 
 
@@ -91,7 +124,7 @@ def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None
 
     A signal to the process group (Ctrl-C, `timeout`, a service manager) then reaches only this process, which
     forwards SIGINT and SIGTERM to the child. Processes started by the child keep running until the child stops them.
-    Call this while the process has a single thread.
+    Call this after `raise_signals`, while the process has a single thread.
 
     Args:
         work: Called in the child.
@@ -112,14 +145,21 @@ def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None
             os.write(writer, b"!")
     os.close(writer)
     for number in FORWARDED:
-        signal.signal(number, lambda received, _: os.kill(child, received))
+        sent = SENT_AS_SIGTERM if number == signal.SIGTERM else number
+        signal.signal(number, partial(_send, child, sent))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # until it is reaped, the handlers can signal it
+    hold_signals()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     os.set_blocking(reader, False)  # processes that outlive the child may hold the other end
     if _is_empty(reader):
         on_lost(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
     return code if code >= 0 else 128 - code
+
+
+def _send(process: int, number: int, *_: object) -> None:
+    os.kill(process, number)
 
 
 def _is_empty(pipe: int) -> bool:

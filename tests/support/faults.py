@@ -3,7 +3,9 @@
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,38 @@ def small_disk_prefix(directory: Path, size: str) -> list[str]:
     mount = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]
     return [*unshare, "sh", "-c", mount, "sh", size, str(directory)]
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A tmpfs that several commands see; it is deleted at the end of its block."""
+
+    command: list[str]
+    """Beginning of a command line that sees the disk at its mount point."""
+    path: Path
+    """The disk as this process sees it."""
+
+
+@contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[SmallDisk]:
+    """Mount a tmpfs at `directory` for the duration of the block, for the commands that start with `SmallDisk.command`."""
+    with subprocess.Popen(
+        [*small_disk_prefix(directory, size), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdin and holder.stdout
+        holder.stdin.write(b"mounted\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == b"mounted\n"
+        enter = [
+            "nsenter",
+            "--user",
+            "--mount",
+            "--preserve-credentials",
+            f"--target={holder.pid}",
+            f"--wd={PROJECT}",
+        ]
+        yield SmallDisk(enter, Path(f"/proc/{holder.pid}/root{directory}"))
+        holder.stdin.close()
 
 
 def require_small_disks(directory: Path) -> None:

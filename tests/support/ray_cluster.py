@@ -26,7 +26,7 @@ needs_ray_default = pytest.mark.skipif(
 """Marks tests of the job server or of an autoscaler's node list: both need the dashboard's packages."""
 
 _RAY = Path(sys.executable).with_name("ray")
-_TIMEOUT_SECONDS = 60
+_TIMEOUT_SECONDS = 180  # a head starts in 4 s on an idle machine, and in 80 s on a very busy one
 _PRINT_WORKER_NODE_IDS = """
 import json, ray
 ray.init(log_to_driver=False)
@@ -120,16 +120,17 @@ class RayCluster:
         """Kill a node's processes with SIGKILL, as if its machine lost power."""
         _kill(self._raylet_by_id[node])
 
+    def kill_raylet(self, node: str) -> None:
+        """Kill only the raylet of a node with SIGKILL; the node's other processes exit on their own."""
+        _process_of(self._raylet_by_id[node], "raylet").kill()
+
     def kill_head(self, name: str) -> None:
         """Kill one process of the head node by its name, such as raylet or gcs_server; "head": all of them."""
         head = self._raylets[0]
         if name == "head":
             _kill(head)
             return
-        (process,) = [
-            child for child in psutil.Process(head.pid).children(recursive=True) if child.name() == name
-        ]
-        process.kill()
+        _process_of(head, name).kill()
 
     def worker_node_ids(self) -> list[str]:
         """Return the IDs of all live nodes except the head."""
@@ -207,6 +208,14 @@ def _kill(raylet: subprocess.Popen[bytes]) -> None:
         with suppress(psutil.NoSuchProcess):  # it may have exited with a process killed before it
             process.kill()
     raylet.wait()
+
+
+def _process_of(node: subprocess.Popen[bytes], name: str) -> psutil.Process:
+    """Return the process of a node that has this name."""
+    (process,) = [
+        child for child in psutil.Process(node.pid).children(recursive=True) if child.name() == name
+    ]
+    return process
 
 
 def _is_listening(host: str, port: int) -> bool:

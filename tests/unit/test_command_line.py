@@ -86,7 +86,7 @@ def test_python_without_the_packages_raises_an_error_with_the_fix():
         text=True,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert_names(done.stderr, sys.executable, "make setup", "on every node")
 

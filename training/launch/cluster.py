@@ -20,7 +20,7 @@ from training.models.kernels import Device
 from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
 from training.planning.plan import RunPlan
 from utils.files import format_bytes
-from utils.processes import Stopped, raise_signals
+from utils.processes import Stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
@@ -108,7 +108,15 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
             progress(f"waiting for the cluster to scale up: {growth}")
         yield
     finally:
+        _disconnect()
+
+
+def _disconnect() -> None:
+    """Call ray.shutdown, which restores the kernel's default action for SIGTERM, and install the handlers again."""
+    try:
         ray.shutdown()
+    finally:
+        restore_handlers()
 
 
 def _connect(**arguments: Any) -> None:
@@ -136,7 +144,7 @@ def ask_cluster(workers: Workers, address: str) -> str:
         growth = _missing(workers, address)
         busy = _busy(workers)
     finally:
-        ray.shutdown()
+        _disconnect()
     if growth:
         return f"must scale up: {growth}"
     return f"{address} has the resources for all workers" + (f", but not free: {busy}" if busy else "")
@@ -205,7 +213,11 @@ def _missing(workers: Workers, address: str | None) -> str | None:
     if short and not may_grow:
         raise ClusterError(
             f"{f'the cluster at {address}' if address else 'this machine'} lacks resources that {_describe_least(workers)}: {listed}. "
-            "Lower num_devices or worker_resources, set device: cpu, or use a larger cluster."
+            + (
+                "It has no GPU at all: set device: cpu, or add nodes with GPUs."
+                if "GPU" in short and not has.get("GPU")
+                else "Lower num_devices or worker_resources, or use a larger cluster."
+            )
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     may_get_nodes = short or (address and _short(workers.together, has))

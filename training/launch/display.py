@@ -2,7 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -81,7 +83,9 @@ def show_plan(console: Console, report: PlanReport) -> None:
     marks = "in green" if console.is_terminal else "between « and »"
     console.print(Text(f"First, middle and last row; the loss is on the tokens {marks}:", style="bold"))
     for example in report.train.examples:
-        console.print(mark_example(example, colour=console.is_terminal), soft_wrap=True)
+        text = mark_example(example, colour=console.is_terminal)
+        text.rstrip()
+        console.print(text, soft_wrap=True)
         console.print()
     for warning in report.warnings:
         show_warning(console, warning)
@@ -159,6 +163,13 @@ def show_error(console: Console, message: str) -> None:
     console.print(Text.assemble(("error: ", "bold red"), message))
 
 
+class _Steps(MofNCompleteColumn):
+    """The number of steps, such as 3/10; empty for a phase without steps."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
 class Watch:
     """The progress display of a run: a progress bar in a terminal, plain lines in a log."""
 
@@ -168,7 +179,7 @@ class Watch:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
-            MofNCompleteColumn(),
+            _Steps(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -188,6 +199,13 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the progress bar off the terminal, so that another console can print there."""
+        self._progress.stop()
+        yield
+        self._progress.start()
 
     def phase(self, text: str) -> None:
         """Show a phase before training starts."""
@@ -251,7 +269,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         ("status", result.status if result.status == "failed" else f"{result.status}: {result.reason}"),
         (f"{result.chosen} checkpoint", result.best_checkpoint or "none"),
         *(("restarted", failure) for failure in result.failures),
-        *([("last checkpoint", result.last_checkpoint or "none")] if result.chosen == "best" else []),
+        *([("last checkpoint", _describe_last(result))] if result.chosen == "best" else []),
         ("run", result.run_uri),
         ("trained", _describe_trained(result)),
         *_describe_speed(result.speed),
@@ -272,6 +290,12 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     elif result.status == "stopped":
         facts.append(("next", f"restart with the same command: {shlex.join(command)}"))
     print_facts(console, facts)
+
+
+def _describe_last(result: RunResult) -> str:
+    return (
+        "the same" if result.last_checkpoint == result.best_checkpoint else result.last_checkpoint or "none"
+    )
 
 
 def _describe_trained(result: RunResult) -> str:

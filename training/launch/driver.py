@@ -1,7 +1,6 @@
 """The driver: runs a RunPlan as a Ray TorchTrainer job and returns its RunResult."""
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +58,7 @@ from training.loop.worker import train_worker, worker_log
 from training.planning.memory import Saving
 from training.planning.plan import RunPlan
 from training.planning.report import PlanReport
-from utils.processes import record_signals
+from utils.processes import SENT_AS_SIGTERM, record_signals
 from utils.storage.bucket import BucketError, Store, is_remote, local_path, open_store
 
 _SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
@@ -104,8 +103,8 @@ def run_job(
         ) as lease,
     ):
         with (
-            cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
             _data_report(store, plan.run_name, prepared, report),
+            cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
         ):
             _mark_parent(plan, on_event)
             for rows in prepared:
@@ -163,17 +162,20 @@ def _train(
 def _stop_this_process(request: StopRequest, on_event: Callable[[Event], None]) -> None:
     """Stop as on SIGTERM."""
     on_event(Notice(f"{request.requested_by} requested this stop with main.py stop"))
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), SENT_AS_SIGTERM)
 
 
 @contextmanager
 def _removed_if_empty(run_uri: str) -> Iterator[None]:
-    """Remove the local directory of a run in which the block left nothing."""
+    """Remove the local directory of a run in which the block left nothing, or only a file that a killed worker had not finished."""
     try:
         yield
     finally:
         if not is_remote(run_uri):
-            with suppress(OSError):  # it is not empty
+            with suppress(BucketError, OSError):  # it is not empty
+                store = open_store(run_uri)
+                if not store.list():
+                    store.abort_stale_uploads()
                 local_path(run_uri).rmdir()
 
 
@@ -181,7 +183,10 @@ def _removed_if_empty(run_uri: str) -> Iterator[None]:
 def _data_report(
     store: Store, run_name: str, prepared: Sequence[PreparedData], report: DataReport
 ) -> Iterator[None]:
-    """Write the data report, and remove it if the block ends before training started, so that no empty run remains."""
+    """Write the data report, and remove it if the block ends before training started, so that no empty run remains.
+
+    No worker may run after the block: it could start the training meanwhile.
+    """
     try:
         _write_data_report(store, run_name, prepared, report)
         yield

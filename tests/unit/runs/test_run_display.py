@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from runs.display import show_runs
+from runs.display import print_facts, show_runs
 from runs.listing import RunSummary
 
 LONG_REASON = "out of memory: the node has none\nleft for what " + "it was asked for " * 20
@@ -42,3 +42,22 @@ def test_piped_lines_are_complete_without_trailing_spaces():
     _, completed, failed = printed_lines(width=100_000, is_terminal=False)
     assert completed.endswith("2 h")
     assert failed.endswith("2 h   " + " ".join(LONG_REASON.split()))
+
+
+def test_facts_are_wrapped_between_words_on_a_terminal_only():
+    path = "/runs/" + "long-name" * 9
+    command = "resume with the same command: python main.py " + "run.yaml " * 9
+    facts = [("memory", "weights and gradients " * 6), ("run", path), ("next", command)]
+
+    def printed(*, is_terminal: bool) -> list[str]:
+        console = Console(file=StringIO(), width=80, force_terminal=is_terminal, color_system=None)
+        print_facts(console, facts)
+        return console.file.getvalue().splitlines()
+
+    *memory, run, following = printed(is_terminal=True)
+    assert len(memory) == 3
+    assert all(len(line) <= 80 for line in memory)
+    assert all(line.startswith(" " * 17) for line in memory[1:])
+    assert run.endswith(path), "a path is copied as one line"
+    assert following.endswith(command), "and a command"
+    assert len(printed(is_terminal=False)) == len(facts)

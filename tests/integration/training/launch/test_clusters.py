@@ -93,6 +93,34 @@ def test_cpu_workers_see_no_gpus():
         assert "seen: ''" in output_of_worker(cluster.variables)
 
 
+STOP_AFTER_DISCONNECTING = """
+import os, signal
+from training.launch.cluster import Workers, cluster
+from training.planning.endpoints import target_cluster
+from utils.processes import Stopped, raise_signals
+raise_signals()
+try:
+    with cluster(Workers(count=1, least=1, device="cpu", each={"CPU": 1.0}, storage="/tmp/runs"), target_cluster(), progress=print):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+except Stopped as stopped:
+    print(stopped.name)
+"""
+
+
+def test_signals_are_handled_after_disconnecting():
+    """ray.shutdown() restores the kernel's default action for SIGTERM, but signal.getsignal still returns the handler."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOP_AFTER_DISCONNECTING],
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
+
+
 def test_excess_worker_memory_raises_an_error_and_excess_cpus_do_not(files: Path, tmp_path: Path):
     """Ray would wait forever for the memory. The CPU count of a local cluster is only an argument of ray.init."""
     yaml = config(files, tmp_path / "large.yaml", max_steps=1, num_epochs=None)

@@ -26,7 +26,7 @@ from runs import reading
 from runs.layout import Manifest, checkpoint_key
 from runs.listing import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
-from tests.support.faults import fill_disk, injection, require_small_disks, small_disk_prefix
+from tests.support.faults import fill_disk, injection, require_small_disks, small_disk, small_disk_prefix
 from tests.support.front_door import run_main_quickly
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
@@ -531,6 +531,53 @@ def test_full_disk_raises_an_error_and_a_rerun_would_resume(files: Path, tmp_pat
     assert {item.key.rpartition("/")[0] + "/" for item in run.list("checkpoints/")} == committed
 
     assert checkpoint_of_a_rerun(config) == finished.result["last_checkpoint"]
+
+
+@pytest.mark.slow
+def test_storage_that_fills_up_raises_an_error_and_a_rerun_resumes(files: Path, tmp_path: Path):
+    """The error names the file that does not fit, and nothing half-written remains."""
+    require_small_disks(tmp_path)
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    every_10 = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10}}
+    config = write_yaml(
+        tmp_path / "full.yaml",
+        settings(
+            files,
+            max_steps=40,
+            num_epochs=None,
+            run_name="full",
+            storage_path=str(storage),
+            max_failures=3,
+            num_devices=1,
+            **every_10,
+        ),
+    )
+    with small_disk(storage, "32m") as disk:
+        with started(config, within=disk.command) as job:
+            job.wait_for_line("checkpoint ")
+            while job.process.poll() is None:
+                fill_disk(disk.path, leaving=0)
+                time.sleep(0.01)
+            finished = job.end()
+        run = open_store(str(disk.path / "full"))
+        manifests, damage = reading.survey(run)
+        left = [path.name for path in disk.path.rglob("*") if path.name.endswith(".partial")]
+        (disk.path / "filler").unlink()
+        with started(config, within=disk.command) as job:
+            recovered = job.end()
+        steps = [line["step"] for line in read_metrics(disk.path / "full") if "loss" in line]
+    assert finished.exit_code == 1, finished.errors
+    (line,) = [line for line in finished.errors.splitlines() if line.startswith("error: ")]
+    assert_names(line, str(storage / "full"), "disk is full", "free some space")
+    assert_names(finished.errors, "resume from the last checkpoint with the same command")
+    assert finished.errors.rstrip().endswith(line), "one line"
+    assert "Traceback" not in finished.errors
+    assert (damage, left) == ([], [])
+    assert manifests[-1].step < 40
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == 40
+    assert steps == list(range(1, 41))
 
 
 @pytest.mark.slow

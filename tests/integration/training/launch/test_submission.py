@@ -27,7 +27,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     needs_ray_default,
 ]
 

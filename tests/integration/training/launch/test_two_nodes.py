@@ -18,6 +18,7 @@ from runs import reading
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import CompletedCommand, read_metrics, run_main, started, tiny_settings, write_yaml
+from tests.support.messages import assert_names
 from tests.support.namespaces import network_namespace
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.ray_cluster import RayCluster, ray_cluster
@@ -156,20 +157,26 @@ def steps_of(files: Path, name: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
-def test_elastic_run_completes_when_a_node_is_lost(files: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayCluster]:
+    """Start the head of a cluster whose other nodes come and go in each test."""
+    with ray_cluster(cpus=1) as cluster:
+        yield cluster
+
+
+def test_elastic_run_completes_when_a_node_is_lost(head: RayCluster, files: Path, tmp_path: Path):
     """With fewer workers, each step still has the same rows, so the losses equal those of an uninterrupted run."""
     own_cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     yaml = write_long_config(files, tmp_path / "uninterrupted.yaml", "uninterrupted", num_devices=2)
     uninterrupted = run_main(yaml, "--json", variables=own_cache)
     assert uninterrupted.exit_code == 0, uninterrupted.errors
     config = write_long_config(files, tmp_path / "elastic.yaml", "elastic", num_devices=RANGE, max_failures=1)
-    with ray_cluster(cpus=1) as cluster:
-        lost = cluster.start_node(cpus=1)
-        with started(config, cluster.variables | own_cache) as job:
-            job.wait_for_line("step 50/")
-            cluster.kill(lost)
-            finished = job.end()
-        assert all((cache / "anneal" / "runs" / "elastic").exists() for cache in cluster.caches())
+    lost = head.start_node(cpus=1)
+    with started(config, head.variables | own_cache) as job:
+        job.wait_for_line("step 50/")
+        head.kill(lost)
+        finished = job.end()
+    assert all((cache / "anneal" / "runs" / "elastic").exists() for cache in head.caches())
     assert finished.exit_code == 0, finished.errors
     assert "1 of 2 workers" in finished.errors
     assert finished.result["train_steps"] == LONG
@@ -184,6 +191,28 @@ def test_elastic_run_completes_when_a_node_is_lost(files: Path, tmp_path: Path):
     changed = run_main_quickly(config, "num_devices=1", "--dry-run", variables=own_cache)
     assert changed.exit_code == 2
     assert "num_devices: {'min': 1, 'max': 2} -> 1" in changed.errors
+
+
+def test_lost_node_fails_a_run_without_retries_and_the_same_command_resumes(
+    head: RayCluster, files: Path, tmp_path: Path
+):
+    config = write_long_config(files, tmp_path / "lost.yaml", "lost", num_devices=2, max_failures=0)
+    variables = head.variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    lost = head.start_node(cpus=1)
+    with started(config, variables) as job:
+        job.wait_for_line("step 50/")
+        head.kill_raylet(lost)
+        finished = job.end()
+    assert finished.exit_code == 1, finished.errors
+    (line,) = [line for line in finished.errors.splitlines() if line.startswith("error: ")]
+    assert_names(line, "worker lost", "node")
+    assert_names(finished.errors, "resume from the last checkpoint with the same command")
+    assert "Traceback" not in finished.errors
+    head.start_node(cpus=1)
+    recovered = run_main(config, "--json", variables=variables)
+    assert recovered.exit_code == 0, recovered.errors
+    assert recovered.result["train_steps"] == LONG
+    assert list(steps_of(files, "lost")) == list(range(1, LONG + 1))
 
 
 @only_in_full_grid

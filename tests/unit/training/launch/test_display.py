@@ -38,6 +38,21 @@ def test_notice_is_printed_as_a_warning():
     assert printed(Notice("running with 2 of 3 workers")) == "warning: running with 2 of 3 workers\n"
 
 
+def test_progress_bar_is_off_the_terminal_while_another_console_prints():
+    """The plan goes to standard output and the progress to standard error, which are one terminal."""
+    terminal = StringIO()
+    progress, output = (Console(file=terminal, width=80, force_terminal=True) for _ in range(2))
+    with Watch(progress) as watch:
+        watch.phase("checking the rows")
+        with watch.paused():
+            output.print("the plan")
+        watch.phase("starting the workers")
+    before, _, after = terminal.getvalue().partition("the plan")
+    assert before.endswith("\x1b[2K"), "the line of the progress bar is erased"
+    assert "starting the workers" in after
+    assert "0/?" not in terminal.getvalue(), "a phase without steps has no number of steps"
+
+
 def result_lines(result: RunResult) -> list[str]:
     console = Console(file=StringIO(), width=1000)
     show_result(console, result, ["python", "main.py", "a.yaml"], trains_adapter=True)
@@ -47,7 +62,10 @@ def result_lines(result: RunResult) -> list[str]:
 def test_result_names_best_and_last_checkpoint_or_only_the_latest():
     evaluated = result_lines(make_result("/runs/a", eval_losses(2.0, 1.5)))
     checkpoint = "/runs/a/checkpoints/step-000010"
-    assert [line.split()[0] for line in evaluated if line.endswith(checkpoint)] == ["best", "last"]
+    assert [line.split()[0] for line in evaluated if line.endswith((checkpoint, "the same"))] == [
+        "best",
+        "last",
+    ]
     latest = "/runs/a/checkpoints/step-000015"
     lines = result_lines(make_result("/runs/a", [], best_checkpoint=latest, last_checkpoint=latest))
     (line,) = [line for line in lines if line.endswith(f"  {latest}")]

@@ -76,6 +76,15 @@ def test_auto_selects_the_fastest_kernels_that_work_and_gives_the_reason(
     assert reason in choice.reason
 
 
+def test_unsloth_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    """The job checks its own environment."""
+    monkeypatch.setattr(kernels, "is_installed", lambda package: False)
+    requested = config(kernels="unsloth")
+    with pytest.raises(ModelError, match=r"^kernels: unsloth: .*setup-unsloth"):
+        choose_kernels(requested, "cuda", 0)
+    assert choose_kernels(requested, "cuda", 0, elsewhere=True).provider == "unsloth"
+
+
 def test_auto_does_not_select_unsloth_for_packed_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     choice = choose_kernels(config(packing=True), "cuda", 0)
