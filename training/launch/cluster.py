@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
@@ -25,12 +25,14 @@ from training.loop.ray_internals import (
 from training.models.files import first_line
 from training.models.kernels import Device
 from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
-from training.planning.plan import RunPlan
 from utils.files import format_bytes
 from utils.processes import Stopped, raise_signals
 from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
+
+if TYPE_CHECKING:
+    from training.planning.plan import RunPlan  # imports torch
 
 # On CPU, glibc returns a step's large blocks to the kernel and allocates them again in the next step, which costs 10% of the
 # step time. Ray's own processes preload jemalloc. With these settings workers do too, and it retains freed memory for 10 s.
@@ -71,7 +73,7 @@ class Workers:
         return {name: amount * self.least for name, amount in self.each.items()}
 
 
-def workers_of(plan: RunPlan) -> Workers:
+def workers_of(plan: "RunPlan") -> Workers:
     """Return the workers that a plan requests."""
     return workers_on(plan.device, plan.config, plan.run_uri)
 
