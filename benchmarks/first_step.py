@@ -30,7 +30,8 @@ from benchmarks.report import spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from tests.support.tiny_model import make_model
-from utils.storage.bucket import sync_to_node
+from tests.support.trained_runs import store_adapter_run
+from utils.storage.bucket import open_store, sync_to_node
 from utils.storage.embedded_bucket import embedded_bucket
 
 _RATIOS = {
@@ -57,7 +58,6 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="directory of the earlier version")
     parser.add_argument("--part", choices=list(_RATIOS), action="append", help="default: all")
     options = parser.parse_args()
-    parts = options.part or list(_RATIOS)
     prepare.main()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -66,7 +66,8 @@ def main() -> None:
         tiny = make_model(directory / "tiny")
         rows = directory / "train.jsonl"
         rows.write_text(write_problems(TRAIN_KINDS, BATCH_SIZE * WORKERS, 1))
-        trained = train(PROJECT, directory, model, rows, WORKERS)["run"]
+        lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+        trained = store_adapter_run(open_store(str(directory / "runs")), "trained", model, lora, dtype="bf16")
         contestants: dict[str, Callable[[], dict[str, Any]]] = {
             "anneal": lambda: train(PROJECT, directory, model, rows, WORKERS),
             "before": lambda: train(options.base, directory, model, rows, WORKERS),
@@ -77,7 +78,7 @@ def main() -> None:
             "chat": lambda: chat(PROJECT, trained),
             "chat_before": lambda: chat(options.base, trained),
         }
-        for part in parts:
+        for part in options.part or _RATIOS:
             compare(part, contestants, options.rounds)
 
 
@@ -130,7 +131,6 @@ def train(tree: Path, directory: Path, model: Path, rows: Path, workers: int) ->
         "first_step_seconds": first_step,
         "cpu_seconds": cpu_seconds,
         "loss": json.loads((directory / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"],
-        "run": str(directory / "runs" / name),
     }
 
 
