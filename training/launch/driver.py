@@ -68,6 +68,8 @@ _SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
 _WAIT_FOR_LOST_NODES_SECONDS = 20
 _RESOURCE_POLL_SECONDS = 1.0
 _CONTROLLER_START_TIMEOUT_SECONDS = 30.0
+_LAST_POLL_SECONDS = 3.0
+"""Maximum time that a controller in this process takes to notice that it has been stopped, while no worker answers."""
 
 
 def run_job(
@@ -368,7 +370,7 @@ class _Fit:
         if self._thread.is_alive():
             self._is_stopped = True
             if self._trainer.runs_in_driver:
-                self._trainer.stop()
+                self._trainer.stop(terminate_workers=True)
             else:
                 self._kill_controller()
             self._thread.join(_CONTROLLER_START_TIMEOUT_SECONDS)
@@ -376,6 +378,9 @@ class _Fit:
     def abandon(self) -> None:
         """Leave the thread to its end: its cluster is lost, and no call would be answered."""
         self._is_stopped = True
+        if self._trainer.runs_in_driver:
+            self._trainer.stop(terminate_workers=False)
+            self._thread.join(_LAST_POLL_SECONDS)
 
     def _kill_controller(self) -> None:
         controller: Any = ray.get(

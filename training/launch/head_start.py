@@ -1,6 +1,6 @@
 """The head start of a run on this machine: its cluster and its workers' imports begin while the run is planned.
 
-A cluster of others is asked for nothing before the plan is made.
+An existing cluster is asked for nothing before the plan is made.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def head_start(config: FinetuneConfig, target: ClusterTarget) -> Iterator[HeadSt
 
     Args:
         config: The run.
-        target: Where the run trains; nothing is started in a cluster of others.
+        target: Where the run trains; an existing cluster is asked for nothing.
     """
     if not target.is_local:
         yield HeadStart(None)

@@ -38,16 +38,24 @@ class LeanTorchTrainer(TorchTrainer):
         self._scaling_policy = scaling_policy
         self._local_workers = local_workers
         self._controller: LocalController | None = None
+        self._is_stopped = False
 
     @property
     def runs_in_driver(self) -> bool:
         """Return whether the controller runs in this process."""
         return self._is_local and self._scaling_policy is None
 
-    def stop(self) -> None:
-        """Stop a controller that runs in this process: `fit` raises CancelledError."""
+    def stop(self, *, terminate_workers: bool) -> None:
+        """Let `fit` raise CancelledError if its controller runs in this process; otherwise do nothing.
+
+        Args:
+            terminate_workers: True to terminate the workers that the controller may wait for; False if their cluster is lost.
+        """
+        self._is_stopped = True
         if self._controller is not None:
             self._controller.stop()
+            if terminate_workers:
+                self._controller.terminate_workers()
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self._scaling_policy is not None:
@@ -56,6 +64,8 @@ class LeanTorchTrainer(TorchTrainer):
             return super()._initialize_and_run_controller(**arguments)
         arguments["scaling_policy"] = FixedSize(self.scaling_config)
         self._controller = LocalController(local_workers=self._local_workers, **arguments)
+        if self._is_stopped:
+            self._controller.stop()
         asyncio.run(self._controller.run())
         return self._controller.get_result()
 

@@ -169,10 +169,8 @@ class _LocalWorkerGroup(WorkerGroup):
     """The resources of the actors; without them, the actors end."""
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
-        if self.started is None:
+        if self.placement is None:
             self.placement = super()._create_placement_group(scaling_config, worker_group_context)
-        else:
-            self.placement = DefaultPlacementGroupHandle(self.started.placement)
         return self.placement
 
     def _create_workers(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -224,8 +222,11 @@ class LocalController(TrainController):
 
     def create(self, **arguments: Any) -> WorkerGroup:
         """Create and start a worker group; Ray calls this method of `worker_group_cls`."""
-        self._group = group = _LocalWorkerGroup(**arguments)
-        group.started, self._local_workers = self._local_workers, None
+        group = _LocalWorkerGroup(**arguments)
+        if self._local_workers is not None:
+            group.started, self._local_workers = self._local_workers, None
+            group.placement = DefaultPlacementGroupHandle(group.started.placement)
+        self._group = group
         group._start()
         return group
 
@@ -235,8 +236,11 @@ class LocalController(TrainController):
         return await super()._step()
 
     def stop(self) -> None:
-        """Terminate the workers, and let `run` raise CancelledError at its next step; called from another thread."""
+        """Let `run` raise CancelledError at its next step; called from another thread."""
         self._is_stopped = True
+
+    def terminate_workers(self) -> None:
+        """Terminate the workers, so that no call waits for them; called from another thread."""
         if self._group and self._group.placement:
             self._group.placement.shutdown()
 
