@@ -27,13 +27,12 @@ from training.checkpoints.weights import fetch_model, fetch_weights, verify_loca
 from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
-from training.loop.libraries import set_environment
 from training.loop.memory_errors import out_of_memory_line
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
 from training.models.kernels import is_installed
-from training.models.libraries import unused_packages, withhold
+from training.models.libraries import set_environment, unused_packages, withhold
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of

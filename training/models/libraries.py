@@ -1,5 +1,6 @@
-"""Packages that TRL, transformers and PEFT import whenever they are installed, although a run does not use them."""
+"""The libraries of a process: the environment variables that they read at import, and packages that they need not import."""
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -33,3 +34,16 @@ def withhold(packages: Iterable[str]) -> None:
     """
     for package in packages:
         sys.modules.setdefault(package, None)  # pyright: ignore[reportArgumentType]
+
+
+def set_environment(*, deterministic: bool) -> None:
+    """Set the environment variables that libraries read when they are imported."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # DeepSpeed unpickles its shards, which can execute code; this prevents it for the complete process.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by torch.use_deterministic_algorithms
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the flash-attn package
+        # torch.compile would select some kernels by timing them.
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
