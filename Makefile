@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -119,6 +119,9 @@ format: setup-dev  ## fix lint errors and format the Python files
 
 bench-overhead: setup  ## measure the overhead of Anneal over the bare trainer
 	$(BIN)/python benchmarks/overhead.py
+
+bench-first-step: setup-dev  ## measure the time to the first step against an earlier version: BASE=DIRECTORY
+	$(BIN)/python benchmarks/first_step.py --base $(BASE)
 
 bench-data: setup  ## measure the speed of data preparation against datasets.map
 	$(BIN)/python benchmarks/data.py

@@ -107,17 +107,18 @@ def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
 def run_torchrun(directory: Path, model: Path, rows: Path) -> dict[str, float]:
     """Run plain TRL on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    return _run_peer(launcher, [], directory, model, rows, STEPS)
+    return run_peer(launcher, [], directory, model, rows, STEPS)
 
 
 def run_bare(directory: Path, model: Path, rows: Path) -> dict[str, float]:
     """Run a bare TorchTrainer with the same script, for one step."""
-    return _run_peer([sys.executable], ["--ray"], directory, model, rows, 1)
+    return run_peer([sys.executable], ["--ray"], directory, model, rows, 1)
 
 
-def _run_peer(
+def run_peer(
     launcher: list[str], options: list[str], directory: Path, model: Path, rows: Path, steps: int
 ) -> dict[str, float]:
+    """Run benchmarks/plain_trl.py with a launcher and options."""
     name = f"peer-{time.time_ns()}"
     report, settings_file = directory / f"{name}.report.json", directory / f"{name}.json"
     settings = {

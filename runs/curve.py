@@ -73,9 +73,7 @@ def eval_line(name: str, losses: Sequence[EvalLoss], *, begin: float = 0.0, is_p
 def _chart(x_label: str, y_label: str, kind: Literal["png", "svg"]) -> Iterator[tuple[Any, io.BytesIO]]:
     """Yield (axes to draw on, buffer that holds the picture after the context exits)."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, which takes longer to import than to draw
 
     settings: dict[Any, Any] = {
         "text.parse_math": False,  # names may contain $
@@ -84,16 +82,14 @@ def _chart(x_label: str, y_label: str, kind: Literal["png", "svg"]) -> Iterator[
     }
     picture = io.BytesIO()
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
-        try:
-            yield axes, picture
-            axes.set_xlabel(x_label)
-            axes.set_ylabel(y_label)
-            axes.grid(alpha=0.3)
-            axes.legend()
-            figure.savefig(picture, format=kind)
-        finally:
-            pyplot.close(figure)
+        figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        yield axes, picture
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(picture, format=kind)
 
 
 def _plot(axes: Any, line: Line) -> None:

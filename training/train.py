@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
 from configs.schema import ExportConfig
 from training.inference import commands as model_commands
+from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import COMMAND_VARIABLE, ClusterTarget, set_ray_environment, target_cluster
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from runs.layout import RunResult
     from training.data.prepared import PreparedData
     from training.launch.display import Watch
+    from training.launch.head_start import HeadStart
     from training.planning.plan import RunPlan
     from training.planning.report import PlanReport
 
@@ -117,10 +119,10 @@ def plan_and_train(
 ) -> int:
     """Plan the run, train it unless this is a dry run, and print the result; return the exit code."""
     set_ray_environment(target)
+    withhold(unused_packages(loaded.config))
     with importing():
         from training.launch.display import Watch, show_completed, show_error, show_plan, show_result
         from training.planning.paths import make_scratch_directory
-        from training.planning.planner import make_plan
 
     try:
         logs = make_scratch_directory(loaded.config) / "logs"
@@ -129,6 +131,10 @@ def plan_and_train(
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(screen.progress))
             _reach_cluster_and_bucket(loaded, target, stack, watch)
+            start = None if options.dry_run else stack.enter_context(_head_start(loaded, target))
+            with importing():
+                from training.planning.planner import make_plan
+
             plan, report, prepared = make_plan(loaded, target=target, progress=watch.checking)
             if options.dry_run:
                 report = _with_cluster(plan, report, watch)
@@ -143,7 +149,8 @@ def plan_and_train(
                     show_completed(screen.main)
                 result = report.completed
             else:
-                result = _train(plan, report, prepared, options, screen, watch, began, driver_log)
+                assert start is not None
+                result = _train(plan, report, prepared, options, screen, watch, began, driver_log, start)
     except AnnealError as error:
         show_error(screen.progress, str(error))
         return error.exit_code
@@ -178,6 +185,13 @@ def _reach_cluster_and_bucket(
         stack.enter_context(embedded_bucket())
 
 
+def _head_start(loaded: LoadedConfig, target: ClusterTarget) -> "AbstractContextManager[HeadStart]":
+    with importing():
+        from training.launch.head_start import head_start
+
+    return head_start(loaded.config, target)
+
+
 def _train(
     plan: "RunPlan",
     report: "PlanReport",
@@ -187,6 +201,7 @@ def _train(
     watch: "Watch",
     began: float,
     driver_log: Path,
+    start: "HeadStart",
 ) -> "RunResult":
     from training.launch.display import show_plan
     from training.planning.devices import check_devices_are_here
@@ -205,6 +220,7 @@ def _train(
         command=options.command,
         began=began,
         driver_log=driver_log,
+        local_workers=start.wait(),
         on_event=watch.on_event,
     )
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from training.data.batches import BatchPlan
 from training.data.prepared import PreparedData
 from training.data.rows import FORMAT_NAMES
 from training.data.summary import DataSummary
+
+if TYPE_CHECKING:
+    from training.data.batches import BatchPlan  # imports torch
 
 _MAX_SHOWN = 5
 
@@ -39,7 +42,7 @@ class DataReport(BaseModel):
 def make_report(
     train: PreparedData,
     valid: PreparedData | None,
-    order: BatchPlan,
+    order: "BatchPlan",
     *,
     more_valid: Mapping[str, PreparedData],
     limit: int | None,
@@ -82,7 +85,7 @@ def _in_both(train: PreparedData, valid: PreparedData) -> tuple[int, list[str]]:
     return len(same), first
 
 
-def _padding_waste(train: PreparedData, order: BatchPlan, padded_to: int | None) -> float:
+def _padding_waste(train: PreparedData, order: "BatchPlan", padded_to: int | None) -> float:
     """Return the share of padding in an epoch; it does not depend on the number of workers."""
     lengths, tokens = train.index.length.astype(np.int64), train.index.tokens.astype(np.int64)
     if order.packs is not None:

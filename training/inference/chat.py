@@ -9,6 +9,14 @@ from training.data.records import Filled, Message
 from training.data.rows import RowSchema, places_of, read_row
 from training.inference.checkpoint_model import TrainedModel
 from training.inference.prompting import encode_prompt, stop_tokens
+from utils.processes import importing
+
+
+def import_libraries() -> None:
+    """Import torch and what a conversation needs of transformers, which no setting of the run changes."""
+    with importing():
+        import torch  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer  # noqa: F401
 
 
 class Conversation:

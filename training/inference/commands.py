@@ -2,6 +2,7 @@
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
@@ -65,9 +66,10 @@ def export_run(
 
 def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens: int) -> None:
     """Chat with the best checkpoint of a run."""
-    from training.inference.chat import Conversation
+    from training.inference.chat import Conversation, import_libraries
     from training.inference.checkpoint_model import trained_model
     from training.launch.display import Watch
+    from training.models.libraries import unused_packages, withhold
 
     output, errors = open_consoles()
     if prompt is None and not sys.stdin.isatty():
@@ -75,18 +77,23 @@ def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens:
     if prompt is not None and not prompt.strip():
         raise ConfigError("no prompt: set --prompt TEXT, or pipe a non-empty text to standard input")
 
-    with trained_model(run, base=base) as trained, _library_output_to_log(trained):
-        with Watch(errors) as watch:
-            watch.phase(f"loading {trained.checkpoint}")
-            conversation = Conversation(trained)
-        if prompt is not None:
-            conversation.answer(prompt.strip(), output.write, max_new_tokens=max_new_tokens)
-            output.write("\n")
-            return
-        errors.print("To quit, press Ctrl-D, Ctrl-C, or Enter on an empty line.")
-        while prompt := _ask(errors):
-            conversation.answer(prompt, output.write, max_new_tokens=max_new_tokens)
-            output.write("\n")
+    # The bucket starts, and the run is found, while the libraries are imported.
+    with ThreadPoolExecutor(1) as thread:
+        imported = thread.submit(import_libraries)
+        with trained_model(run, base=base) as trained, _library_output_to_log(trained):
+            with Watch(errors) as watch:
+                watch.phase(f"loading {trained.checkpoint}")
+                withhold(unused_packages(trained.config))
+                imported.result()
+                conversation = Conversation(trained)
+            if prompt is not None:
+                conversation.answer(prompt.strip(), output.write, max_new_tokens=max_new_tokens)
+                output.write("\n")
+                return
+            errors.print("To quit, press Ctrl-D, Ctrl-C, or Enter on an empty line.")
+            while prompt := _ask(errors):
+                conversation.answer(prompt, output.write, max_new_tokens=max_new_tokens)
+                output.write("\n")
 
 
 def _ask(errors: Console) -> str:

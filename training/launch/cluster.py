@@ -4,26 +4,35 @@ import json
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
 from ray.util import placement_group_table
 
+from configs.schema import FinetuneConfig
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
-from training.loop.ray_internals import RAY_JOB_CONFIG_JSON_ENV_VAR, autoscaler_maximum, has_node_groups
+from training.loop.ray_internals import (
+    RAY_JOB_CONFIG_JSON_ENV_VAR,
+    autoscaler_maximum,
+    has_node_groups,
+    lean_head_node,
+)
 from training.models.files import first_line
 from training.models.kernels import Device
 from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
-from training.planning.plan import RunPlan
 from utils.files import format_bytes
 from utils.processes import Stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
+
+if TYPE_CHECKING:
+    from training.planning.plan import RunPlan  # imports torch
 
 # On CPU, glibc returns a step's large blocks to the kernel and allocates them again in the next step, which costs 10% of the
 # step time. Ray's own processes preload jemalloc. With these settings workers do too, and it retains freed memory for 10 s.
@@ -64,11 +73,15 @@ class Workers:
         return {name: amount * self.least for name, amount in self.each.items()}
 
 
-def workers_of(plan: RunPlan) -> Workers:
+def workers_of(plan: "RunPlan") -> Workers:
     """Return the workers that a plan requests."""
-    config = plan.config
-    each = resources_of_device(plan.device) | config.worker_resources
-    return Workers(config.most_devices, config.fewest_devices, plan.device, each, plan.run_uri)
+    return workers_on(plan.device, plan.config, plan.run_uri)
+
+
+def workers_on(device: Device, config: FinetuneConfig, storage: str) -> Workers:
+    """Return the workers that a configuration requests on a device, and that access a storage URI."""
+    each = resources_of_device(device) | config.worker_resources
+    return Workers(config.most_devices, config.fewest_devices, device, each, storage)
 
 
 def resources_of_device(device: Device) -> dict[str, float]:
@@ -82,14 +95,27 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
 
     Args:
         workers: The workers that the cluster must have resources for.
-        target: The cluster to connect to.
+        target: The cluster to connect to. A local one may already have been started for these workers.
         progress: Called with a line if the cluster has to scale up.
     """
     address = target.address
     if address:
         _join(address, _runtime_environment(workers.device))
-    else:
-        os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
+    elif not ray.is_initialized():
+        start_local_cluster(workers)
+    try:
+        growth = _missing(workers, address)
+        if growth:
+            progress(f"waiting for the cluster to scale up: {growth}")
+        yield
+    finally:
+        disconnect()
+
+
+def start_local_cluster(workers: Workers) -> None:
+    """Start a cluster on this machine that is sized to the workers, and connect to it."""
+    os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
+    with lean_head_node():
         _connect(
             address="local",  # otherwise Ray connects to a cluster that another process started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
@@ -102,16 +128,9 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
             include_dashboard=False,
             log_to_driver=False,
         )
-    try:
-        growth = _missing(workers, address)
-        if growth:
-            progress(f"waiting for the cluster to scale up: {growth}")
-        yield
-    finally:
-        _disconnect()
 
 
-def _disconnect() -> None:
+def disconnect() -> None:
     """Call ray.shutdown, which restores the kernel's default action for SIGTERM, and install the handlers again."""
     try:
         ray.shutdown()
@@ -120,13 +139,17 @@ def _disconnect() -> None:
 
 
 def _connect(**arguments: Any) -> None:
-    """Call ray.init, whose SIGTERM handler exits with code 15 and stays installed; raise `Stopped` instead."""
+    """Call ray.init, whose SIGTERM handler exits with code 15 and stays installed; raise `Stopped` instead.
+
+    In another thread than the main thread, neither Ray nor this function changes how signals are handled.
+    """
     try:
         ray.init(**arguments)
     except SystemExit as exit_:
         raise Stopped(signal.SIGTERM) from exit_
     finally:
-        raise_signals()
+        if threading.current_thread() is threading.main_thread():
+            raise_signals()
 
 
 def _gpus_here(workers: Workers) -> int:
@@ -144,7 +167,7 @@ def ask_cluster(workers: Workers, address: str) -> str:
         growth = _missing(workers, address)
         busy = _busy(workers)
     finally:
-        _disconnect()
+        disconnect()
     if growth:
         return f"must scale up: {growth}"
     return f"{address} has the resources for all workers" + (f", but not free: {busy}" if busy else "")

@@ -38,9 +38,11 @@ from training.events import (
     WorkersStarted,
     WorkersWaiting,
 )
-from training.planning.memory import MemoryReport
-from training.planning.report import PlanReport
 from utils.files import format_bytes
+
+if TYPE_CHECKING:
+    from training.planning.memory import MemoryReport
+    from training.planning.report import PlanReport
 
 if TYPE_CHECKING:
     from training.launch.submission import SubmittedJob
@@ -49,7 +51,7 @@ _SECONDS_BETWEEN_LINES = 10
 _BAR_WIDTH = 40
 
 
-def show_plan(console: Console, report: PlanReport) -> None:
+def show_plan(console: Console, report: "PlanReport") -> None:
     """Print the resolved plan and example rows with their loss tokens marked."""
     trained = report.trainable_parameters / max(report.parameters, 1)
     rows = [
@@ -91,7 +93,7 @@ def show_plan(console: Console, report: PlanReport) -> None:
         show_warning(console, warning)
 
 
-def _describe_memory(memory: MemoryReport) -> str:
+def _describe_memory(memory: "MemoryReport") -> str:
     estimate = asdict(memory.estimate)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in estimate.items())
     text = f"about {format_bytes(memory.total)} of tensors per device ({parts})"
@@ -102,7 +104,7 @@ def _describe_memory(memory: MemoryReport) -> str:
     return f"{text}; {memory.verdict} {memory.accelerator} ({format_bytes(memory.available)}), with {memory.kernels}'s kernels"
 
 
-def _print_histogram(console: Console, report: PlanReport) -> None:
+def _print_histogram(console: Console, report: "PlanReport") -> None:
     console.print(Text("Tokens per training row, before truncation:", style="bold"))
     most = max(report.train.lengths.counts)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)

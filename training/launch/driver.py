@@ -1,5 +1,6 @@
 """The driver: runs a RunPlan as a Ray TorchTrainer job and returns its RunResult."""
 
+import asyncio
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runs.layout import (
@@ -52,8 +53,9 @@ from training.launch.cluster import Workers, cluster, lacking, workers_of
 from training.launch.elastic import GroupSizes, WorkerGroupReporter
 from training.launch.failures import causes_of, classify, describe_lost_cluster
 from training.launch.results import Attempt, write_result
+from training.launch.trainer import LeanTorchTrainer
 from training.launch.vitals import ClusterLostError, Vitals
-from training.loop.ray_internals import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, LeanTorchTrainer
+from training.loop.ray_internals import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, LocalWorkers
 from training.loop.worker import train_worker, worker_log
 from training.planning.memory import Saving
 from training.planning.plan import RunPlan
@@ -65,6 +67,8 @@ _SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
 _WAIT_FOR_LOST_NODES_SECONDS = 20
 _RESOURCE_POLL_SECONDS = 1.0
 _CONTROLLER_START_TIMEOUT_SECONDS = 30.0
+_LAST_POLL_SECONDS = 3.0
+"""Maximum time that a controller in this process takes to notice that it has been stopped, while no worker answers."""
 
 
 def run_job(
@@ -75,6 +79,7 @@ def run_job(
     command: Sequence[str],
     began: float,
     driver_log: Path,
+    local_workers: LocalWorkers | None,
     on_event: Callable[[Event], None],
 ) -> RunResult:
     """Train the run and write result.json.
@@ -88,6 +93,7 @@ def run_job(
         command: The command line, for the report page.
         began: time.monotonic() when the driver started, for the result's elapsed seconds.
         driver_log: The log file of this process's library output.
+        local_workers: Workers that have been started on a local cluster.
         on_event: Called on this thread with each event that the workers emit.
     """
     workers = workers_of(plan)
@@ -109,7 +115,7 @@ def run_job(
             _mark_parent(plan, on_event)
             for rows in prepared:
                 keep_prepared(rows, plan.prepared)
-            signals, failure = _train(plan, lease, workers, state, savings)
+            signals, failure = _train(plan, lease, workers, state, savings, local_workers)
             if len(signals) < 2:
                 with suppress(BucketError):  # writing the result reports it
                     check_lease(store, lease)  # another driver's result must not be overwritten
@@ -140,13 +146,18 @@ def _write_result(plan: RunPlan, report: PlanReport, attempt: Attempt, state: "R
 
 
 def _train(
-    plan: RunPlan, lease: Lease, workers: Workers, state: "RunState", savings: Sequence[Saving]
+    plan: RunPlan,
+    lease: Lease,
+    workers: Workers,
+    state: "RunState",
+    savings: Sequence[Saving],
+    local_workers: LocalWorkers | None,
 ) -> tuple[Sequence[int], str | None]:
     """Run the workers until they exit; return (received signals, reason of the failure or None)."""
     signals = record_signals()
     vitals = Vitals.of(plan.resolved.target)
     mailbox = _mailbox_on_this_node()
-    fit = _Fit(_trainer(plan, lease, mailbox), mailbox)
+    fit = _Fit(_trainer(plan, lease, mailbox, local_workers), mailbox)
     lost: str | None = None
     try:
         _follow(mailbox, signals, state, workers, vitals)
@@ -351,7 +362,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
 class _Fit:
     """A thread that runs TorchTrainer.fit() and then closes the mailbox, so that the main thread can receive signals."""
 
-    def __init__(self, trainer: TorchTrainer, mailbox: Any):
+    def __init__(self, trainer: LeanTorchTrainer, mailbox: Any):
         self.error: BaseException | None = None
         self._trainer = trainer
         self._mailbox = mailbox
@@ -363,20 +374,31 @@ class _Fit:
         """Stop the thread before Ray shuts down: a thread that calls Ray after that terminates the process."""
         if self._thread.is_alive():
             self._is_stopped = True
-            controller: Any = ray.get(
-                self._mailbox.controller.remote(), timeout=_CONTROLLER_START_TIMEOUT_SECONDS
-            )
-            if controller is not None:
-                ray.kill(controller)
+            if self._trainer.runs_in_driver:
+                self._trainer.stop(terminate_workers=True)
+            else:
+                self._kill_controller()
             self._thread.join(_CONTROLLER_START_TIMEOUT_SECONDS)
 
     def abandon(self) -> None:
         """Leave the thread to its end: its cluster is lost, and no call would be answered."""
         self._is_stopped = True
+        if self._trainer.runs_in_driver:
+            self._trainer.stop(terminate_workers=False)
+            self._thread.join(_LAST_POLL_SECONDS)
+
+    def _kill_controller(self) -> None:
+        controller: Any = ray.get(
+            self._mailbox.controller.remote(), timeout=_CONTROLLER_START_TIMEOUT_SECONDS
+        )
+        if controller is not None:
+            ray.kill(controller)
 
     def _run(self) -> None:
         try:
             self._trainer.fit()
+        except asyncio.CancelledError:  # `end` stopped it
+            return
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             if not self._is_stopped:
                 self.error = error
@@ -384,7 +406,9 @@ class _Fit:
             self._mailbox.close.remote()
 
 
-def _trainer(plan: RunPlan, lease: Lease, mailbox: Any) -> TorchTrainer:
+def _trainer(
+    plan: RunPlan, lease: Lease, mailbox: Any, local_workers: LocalWorkers | None
+) -> LeanTorchTrainer:
     config = plan.config
     is_range = len(config.device_counts) > 1
     if is_range:
@@ -397,6 +421,7 @@ def _trainer(plan: RunPlan, lease: Lease, mailbox: Any) -> TorchTrainer:
     return LeanTorchTrainer(
         train_worker,
         is_local=plan.resolved.target.is_local,
+        local_workers=local_workers,
         train_loop_config={
             "plan": plan.model_dump(mode="json"),
             "lease": lease.model_dump(mode="json"),

@@ -87,8 +87,9 @@ class WorkerGroupReporter(ControllerCallback):
         self._workers = 0
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Register the controller; Ray calls this once, in the controller."""
-        self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
+        """Register a controller that is an actor; Ray calls this once, in the controller."""
+        if ray.get_runtime_context().get_actor_id():
+            self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState

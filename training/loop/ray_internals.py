@@ -1,14 +1,19 @@
 """Ray's private names that Anneal uses (Ray 2.60.0), each with the reason; other modules import them from here.
 
-Check this file when Ray is upgraded.
+Check this file when Ray is upgraded. It imports no torch, so that a local cluster can start before the driver imports it.
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+
+# ray.init starts a head node with this class, and has no option for what it starts beside the GCS and the raylet.
+from ray._private import node as _node
 
 # The variable through which Ray's job server passes its runtime environment to the driver: Ray rejects a key that is set twice.
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -17,7 +22,6 @@ from ray._private.worker import global_worker as _global_worker
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
@@ -30,6 +34,9 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 # The only callback that sees the controller's states: workers waiting, started, failed. UserCallback sees exceptions only.
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import get_train_context
+
+# A local cluster has a controller and worker groups of its own: `LocalController` and `LocalWorkers` say what differs.
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     ReschedulingState,
@@ -44,11 +51,25 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.scaling_policy import (
     AUTOSCALING_REQUESTS_GET_TIMEOUT_S,
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
 )
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2._internal.execution.worker_group import (
+    RayTrainWorker,
+    Worker,
+    WorkerGroup,
+    WorkerGroupPollStatus,
+    WorkerGroupState,
+)
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+    PlacementGroupHandle,
+)
+from ray.train.v2._internal.util import bundle_to_remote_args
+from ray.util import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 __all__ = [
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
@@ -56,8 +77,10 @@ __all__ = [
     "ControllerCallback",
     "DatasetsCallback",
     "ElasticPolicy",
+    "FixedSize",
     "InitializingState",
-    "LeanTorchTrainer",
+    "LocalController",
+    "LocalWorkers",
     "NoopDecision",
     "PlacementGroupCleanerCallback",
     "ReschedulingState",
@@ -75,38 +98,161 @@ __all__ = [
     "autoscaler_maximum",
     "has_node_groups",
     "is_node_preempted",
+    "lean_head_node",
     "ray_logs",
 ]
 
 
-class LeanTorchTrainer(TorchTrainer):
-    """A TorchTrainer with an optional scaling policy, and without two of Ray's callbacks that would delay each start.
+class _LeanNode(_node.Node):
+    """A head node without the processes of Ray that a local cluster does not need.
 
-    `DatasetsCallback` serves Ray Data, which is not used. `PlacementGroupCleanerCallback` removes placement groups after the
-    driver is lost. A local cluster ends with its driver, which would wait up to 12 s for the cleaner.
+    These are the dashboard's API server (ray.init waits for it even with include_dashboard=False), the autoscaler's monitor and
+    the log monitor, whose output log_to_driver=False discards. Worker processes import Ray once instead of twice.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        is_local: bool,
-        scaling_policy: ElasticScalingPolicy | None = None,
-        **keywords: Any,
-    ):
-        super().__init__(*arguments, **keywords)
-        self._is_local = is_local
-        self._scaling_policy = scaling_policy
+    def __init__(self, ray_params: Any, **arguments: Any):
+        ray_params.setup_worker_path = str(Path(__file__).with_name("start_ray_worker.py"))
+        super().__init__(ray_params, **arguments)
 
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        if self._scaling_policy is not None:
-            arguments["scaling_policy"] = self._scaling_policy
-        return super()._initialize_and_run_controller(**arguments)
+    def start_api_server(self, **_: Any) -> None:
+        self._webui_url = ""
 
-    def _create_default_callbacks(self) -> list[Any]:
-        needless: list[type] = [DatasetsCallback]
-        if self._is_local:
-            needless.append(PlacementGroupCleanerCallback)
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(needless))]
+    def start_monitor(self) -> None:
+        pass
+
+    def start_log_monitor(self) -> None:
+        pass
+
+
+@contextmanager
+def lean_head_node() -> Iterator[None]:
+    """Let ray.init start a local cluster of only the GCS, the raylet and the raylet's agents within the block."""
+    original = _node.Node
+    _node.Node = _LeanNode
+    try:
+        yield
+    finally:
+        _node.Node = original
+
+
+class LocalWorkers:
+    """The first worker actors of a local cluster, started before Ray Train asks for them, so that they can import libraries."""
+
+    def __init__(self, count: int, resources: Mapping[str, float]):
+        """Start the actors; nothing waits for them.
+
+        Args:
+            count: Number of workers.
+            resources: Ray resources per worker.
+        """
+        self.placement = placement_group([dict(resources)] * count, strategy="PACK")
+        actor: Any = ray.remote(**bundle_to_remote_args(dict(resources)))(RayTrainWorker)
+        self.actors: list[Any] = [
+            actor.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, index)
+            ).remote()
+            for index in range(count)
+        ]
+
+    def execute(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function in all workers before anything else, without waiting for it."""
+        for actor in self.actors:
+            actor.execute.remote(function, *arguments)
+
+
+class _LocalWorkerGroup(WorkerGroup):
+    """A worker group of a local cluster, whose controller runs in the driver."""
+
+    started: LocalWorkers | None = None
+    """Actors to use instead of new ones."""
+    placement: PlacementGroupHandle | None = None
+    """The resources of the actors; without them, the actors end."""
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
+        if self.placement is None:
+            self.placement = super()._create_placement_group(scaling_config, worker_group_context)
+        return self.placement
+
+    def _create_workers(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, num_workers: int, placement_group: Any, resources_per_worker: Any, **rest: Any
+    ) -> Any:
+        if self.started is None:
+            return super()._create_workers(num_workers, placement_group, resources_per_worker, **rest)
+        try:
+            facts = ray.get([actor.get_metadata.remote() for actor in self.started.actors])
+        except ray.exceptions.RayActorError as error:
+            raise WorkerGroupStartupFailedError(f"A worker exited while it started: {error}") from error
+        workers = [
+            Worker(actor, fact, resources_per_worker, placement_group_bundle_index=index)
+            for index, (actor, fact) in enumerate(zip(self.started.actors, facts, strict=True))
+        ]
+        return self._assign_worker_ranks(workers, 0, None, None)
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        # Ray's method passes the controller's actor handle, which only validation functions use. The driver is no actor.
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[index] for name, values in train_context_args.items()},
+                )
+                for index, worker in enumerate(workers)
+            ]
+        )
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        return dict(custom_runtime_env)  # local workers inherit the driver's environment
+
+
+class LocalController(TrainController):
+    """Ray's controller in a thread of the driver, so that no process starts and imports torch for it."""
+
+    def __init__(self, *, local_workers: LocalWorkers | None, **arguments: Any):
+        super().__init__(**arguments)
+        self._local_workers = local_workers
+        self._is_stopped = False
+        self._group: _LocalWorkerGroup | None = None
+        self.worker_group_cls = self  # pyright: ignore[reportAttributeAccessIssue]  # see create
+
+    def create(self, **arguments: Any) -> WorkerGroup:
+        """Create and start a worker group; Ray calls this method of `worker_group_cls`."""
+        group = _LocalWorkerGroup(**arguments)
+        if self._local_workers is not None:
+            group.started, self._local_workers = self._local_workers, None
+            group.placement = DefaultPlacementGroupHandle(group.started.placement)
+        self._group = group
+        group._start()
+        return group
+
+    async def _step(self) -> Any:
+        if self._is_stopped:
+            raise asyncio.CancelledError
+        return await super()._step()
+
+    def stop(self) -> None:
+        """Let `run` raise CancelledError at its next step; called from another thread."""
+        self._is_stopped = True
+
+    def terminate_workers(self) -> None:
+        """Terminate the workers, so that no call waits for them; called from another thread."""
+        if self._group and self._group.placement:
+            self._group.placement.shutdown()
+
+
+class FixedSize(FixedScalingPolicy):
+    """Ray's policy for a fixed number of workers, without the actor that asks an autoscaler for them."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ask for nothing; Ray calls this when the controller starts."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class ElasticPolicy(ElasticScalingPolicy):

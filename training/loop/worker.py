@@ -32,6 +32,7 @@ from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
 from training.models.kernels import is_installed
+from training.models.libraries import set_environment, unused_packages, withhold
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of
@@ -146,16 +147,10 @@ def worker_log(plan: RunPlan, rank: int) -> Path:
 
 def prepare_process(plan: RunPlan, world: World) -> None:
     """Set environment variables and initialize libraries on every rank, before training code is imported."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # DeepSpeed unpickles its shards, which can execute code; this prevents it for the complete process.
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    set_environment(deterministic=plan.config.deterministic)
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, world) / f"unsloth-{world.rank}")
-    if plan.config.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by torch.use_deterministic_algorithms
-        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the flash-attn package
-        # torch.compile would select some kernels by timing them.
-        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if plan.resolved.kernels.provider != "unsloth":  # it imports them itself
+        withhold(unused_packages(plan.config))
     if is_installed("wandb"):
         _import_wandb(_run_scratch(plan, world) / f"wandb-{world.rank}")
     if plan.resolved.kernels.provider == "unsloth":

@@ -88,7 +88,8 @@ def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) ->
         source: Name of the model in messages.
         trust_remote_code: True if code in the model directory may be executed.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    with importing():
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(directory, source, trust_remote_code)
     architecture = (config.architectures or [None])[0]
@@ -206,7 +207,8 @@ def causal_model_class(config: Any, *, trust_remote_code: bool) -> Any:
 
     if trust_remote_code and _has_custom_code(config):
         return None
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    with importing():  # this imports the model's module
+        return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def _has_custom_code(config: Any) -> bool:
@@ -219,7 +221,8 @@ def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
         from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        with importing():  # this imports the model's configuration, and with it much of torch
+            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # each architecture checks its fields in its own way
         raise ModelError(
             f"model {source}: transformers cannot read its config.json ({first_line(error)}). Use a model that the installed "

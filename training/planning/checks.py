@@ -1,4 +1,4 @@
-"""Checks that reject a run before a cluster is started: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
+"""Checks that reject a run before training starts: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
 from collections.abc import Sequence
 from pathlib import Path

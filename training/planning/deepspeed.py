@@ -8,12 +8,12 @@ from typing import Any, Literal, cast
 
 from configs.schema import FinetuneConfig, deepspeed_preset_path
 from training.models.kernels import Device, KernelChoice, WeightsDtype, choose_kernels
+from training.models.libraries import BITSANDBYTES_OPTIMIZERS
 from utils.errors import AnnealError
 
 ZeroStage = Literal[0, 1, 2, 3]
 """0 without DeepSpeed."""
 
-_BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
 # Accelerate replaces the optimizer with DeepSpeed's CPU optimizer, and unknown ones with plain Adam.
 _OFFLOADABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit")
 # bitsandbytes passes the number of entries to CUDA as a 32-bit integer (`ct.c_int32(g.numel())` in bitsandbytes/backends/cuda/ops.py).
@@ -124,7 +124,7 @@ def check_optimizer(config: FinetuneConfig, stage: int, trained: int) -> None:
     least_devices = -(-trained // _MAX_ENTRIES)
     if (
         stage in (1, 2)
-        and config.optim.startswith(_BITSANDBYTES_OPTIMIZERS)
+        and config.optim.startswith(BITSANDBYTES_OPTIMIZERS)
         and config.fewest_devices < least_devices
     ):
         raise StrategyError(

@@ -17,7 +17,8 @@ from tests.support.jobs import PROJECT, environment, run_main, started, tiny_set
 from tests.support.messages import assert_names
 from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model_and_data
-from training.loop.ray_internals import DatasetsCallback, LeanTorchTrainer, PlacementGroupCleanerCallback
+from training.launch.trainer import LeanTorchTrainer
+from training.loop.ray_internals import DatasetsCallback, PlacementGroupCleanerCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -644,6 +644,8 @@ class Controller:
         threading.Event().wait()
 
 class Trainer:
+    runs_in_driver = False
+
     def fit(self):
         controller = ray.remote(Controller).options(num_cpus=0).remote()
         mailbox.controlled_by.remote(controller)

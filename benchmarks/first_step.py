@@ -1,0 +1,172 @@
+"""Measure the time to the first step and to chat's first token: `make bench-first-step BASE=DIRECTORY`.
+
+- SmolLM2-135M with LoRA on 2 workers: from the command to the end of the first step, against a bare Ray TorchTrainer, plain TRL
+  under torchrun, and an earlier version of this project in another directory (`git worktree add DIRECTORY COMMIT`).
+- A tiny model on one worker: CPU seconds of all processes, against the earlier version.
+- `main.py chat`: from the command to the first characters of the answer, against the earlier version.
+
+Each round runs all of them one after the other, in rotating order; ratios are taken within a round.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.cpu_time import cpu_time
+from benchmarks.overhead import BATCH_SIZE, LEARNING_RATE, WORKERS, run_peer
+from benchmarks.report import spread, write_report
+from cookbooks.quickstart import prepare
+from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
+from tests.support.tiny_model import make_model
+from tests.support.trained_runs import store_adapter_run
+from utils.storage.bucket import open_store, sync_to_node
+from utils.storage.embedded_bucket import embedded_bucket
+
+_RATIOS = {
+    "start": {
+        "first_step_to_bare_torch_trainer": ("first_step_seconds", "anneal", "bare_torch_trainer"),
+        "first_step_to_torchrun_trl": ("first_step_seconds", "anneal", "torchrun_trl"),
+        "first_step_to_before": ("first_step_seconds", "anneal", "before"),
+        "cpu_seconds_to_before": ("cpu_seconds", "anneal", "before"),
+    },
+    "tiny": {
+        "tiny_first_step_to_before": ("first_step_seconds", "tiny", "tiny_before"),
+        "tiny_cpu_seconds_to_before": ("cpu_seconds", "tiny", "tiny_before"),
+    },
+    "chat": {
+        "chat_first_token_to_before": ("first_token_seconds", "chat", "chat_before"),
+        "chat_cpu_seconds_to_before": ("cpu_seconds", "chat", "chat_before"),
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--base", type=Path, required=True, help="directory of the earlier version")
+    parser.add_argument("--part", choices=list(_RATIOS), action="append", help="default: all")
+    options = parser.parse_args()
+    prepare.main()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        with embedded_bucket():
+            model = sync_to_node(f"{prepare.HOME}/smollm2-135m", directory / "model")
+        tiny = make_model(directory / "tiny")
+        rows = directory / "train.jsonl"
+        rows.write_text(write_problems(TRAIN_KINDS, BATCH_SIZE * WORKERS, 1))
+        lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+        trained = store_adapter_run(open_store(str(directory / "runs")), "trained", model, lora, dtype="bf16")
+        contestants: dict[str, Callable[[], dict[str, Any]]] = {
+            "anneal": lambda: train(PROJECT, directory, model, rows, WORKERS),
+            "before": lambda: train(options.base, directory, model, rows, WORKERS),
+            "torchrun_trl": lambda: torchrun(directory, model, rows),
+            "bare_torch_trainer": lambda: run_peer([sys.executable], ["--ray"], directory, model, rows, 1),
+            "tiny": lambda: train(PROJECT, directory, tiny, rows, 1),
+            "tiny_before": lambda: train(options.base, directory, tiny, rows, 1),
+            "chat": lambda: chat(PROJECT, trained),
+            "chat_before": lambda: chat(options.base, trained),
+        }
+        for part in options.part or _RATIOS:
+            compare(part, contestants, options.rounds)
+
+
+def compare(part: str, contestants: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> None:
+    """Run the contestants of a part in interleaved rounds, and write the report after each round."""
+    ratios = _RATIOS[part]
+    names = list(dict.fromkeys(name for _, *both in ratios.values() for name in both))
+    measured: list[dict[str, Any]] = []
+    for number in range(rounds):
+        turn = number % len(names)
+        order = names[turn:] + names[:turn]
+        measured.append({"order": order} | {name: contestants[name]() for name in order})
+        print(json.dumps(measured[-1]), flush=True)
+        summary = {
+            name: spread([r[ours][figure] / r[theirs][figure] for r in measured])
+            for name, (figure, ours, theirs) in ratios.items()
+        }
+        write_report(f"first_step_{part}", summary, measured)
+
+
+def torchrun(directory: Path, model: Path, rows: Path) -> dict[str, Any]:
+    """Run plain TRL for one step."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
+    return run_peer(launcher, [], directory, model, rows, 1)
+
+
+def train(tree: Path, directory: Path, model: Path, rows: Path, workers: int) -> dict[str, Any]:
+    """Run main.py of a directory for one step, as a user would, including all checks."""
+    name = f"run-{time.time_ns()}"
+    config = directory / f"{name}.yaml"
+    settings = {
+        "model_id": str(model),
+        "train_path": str(rows),
+        "storage_path": str(directory / "runs"),
+        "output_dir": str(directory / name),
+        "run_name": name,
+        "device": "cpu",
+        "num_devices": workers,
+        "train_batch_size_per_device": BATCH_SIZE,
+        "max_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "gradient_checkpointing": False,
+        "lora_config": {"r": 8, "lora_alpha": 16},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    first_step, cpu_seconds, output = timed(tree, [str(config), "--json"], "step 1/")
+    result = json.loads(output.splitlines()[-1])
+    assert result["status"] == "completed", result
+    return {
+        "first_step_seconds": first_step,
+        "cpu_seconds": cpu_seconds,
+        "loss": json.loads((directory / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"],
+    }
+
+
+def chat(tree: Path, run: str) -> dict[str, Any]:
+    """Ask a trained model one question with main.py of a directory."""
+    question = ["--prompt", "Ada has 3 apples and buys 4 more. How many?", "--max-new-tokens", "4"]
+    first_token, cpu_seconds, _ = timed(tree, ["chat", run, *question], None)
+    return {"first_token_seconds": first_token, "cpu_seconds": cpu_seconds}
+
+
+def timed(tree: Path, arguments: list[str], line: str | None) -> tuple[float, float, str]:
+    """Run main.py; return (seconds until a line of stderr begins with `line`, or until stdout has text; CPU seconds; stdout)."""
+    with cpu_time() as cpu, tempfile.TemporaryFile("w+") as errors:
+        began = time.time()
+        process = subprocess.Popen(
+            [sys.executable, "main.py", *arguments],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if line else errors,
+            preexec_fn=cpu.join,
+        )
+        assert process.stdout is not None
+        seen, output = 0.0, b""
+        if line:
+            assert process.stderr is not None
+            for each in process.stderr:
+                if not seen and each.startswith(line.encode()):
+                    seen = time.time() - began
+        else:
+            output = process.stdout.read(1)
+            seen = time.time() - began
+        output += process.stdout.read()
+        assert process.wait() == 0 and seen, output
+    return seen, cpu.seconds_at_end, output.decode()
+
+
+if __name__ == "__main__":
+    main()
