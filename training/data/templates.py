@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, overload
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 
 from training.data.errors import DataError, RowError
-from training.data.records import Chat, Example, Filled, Message, Pair, Text, Turns
+from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
     check_answer,
@@ -119,12 +119,22 @@ class Renderer:
         self._appends: dict[tuple[Any, ...], bool] = {}
         """Roles and keys of a chat -> True if one rendering holds all of its turns."""
 
-    def render(self, example: Example) -> tuple[Rendered, ...]:
+    @overload
+    def render(self, example: Tokens) -> tuple[Tokens]: ...
+
+    @overload
+    def render(self, example: Chat | Text | Filled | Pair) -> tuple[Rendered, ...]: ...
+
+    def render(self, example: Example) -> tuple[Rendered, ...] | tuple[Tokens]:
         """Render an example: a pair as two sequences (chosen, then rejected), a chat as one or, if need be, several.
 
+        Pretokenised rows are checked and returned as they are.
+
         Raises:
-            RowError: The template rejects the row, or a text of the row does not reach the rendering.
+            RowError: The template rejects the row, a text of the row does not reach the rendering, or a token is unknown.
         """
+        if isinstance(example, Tokens):
+            return (self._checked(example),)
         if isinstance(example, Text):
             return (self._plain(example.text, 0, len(example.text)),)
         if isinstance(example, Filled):
@@ -141,6 +151,23 @@ class Renderer:
             last_only = replace(example, untrained=tuple(answers_of(example.messages)[:-1]))
             return (_up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
         return self._chat(example)
+
+    def _checked(self, tokens: Tokens) -> Tokens:
+        """Check that the tokenizer has all tokens of a row."""
+        unknown = tokens.ids >= self._vocabulary
+        if unknown.any():
+            place = int(unknown.argmax())
+            raise RowError(
+                "unknown token",
+                f"`input_ids`: entry {place + 1} is {tokens.ids[place]}, but the model's tokenizer has {self._vocabulary:,} tokens. Tokenize the "
+                "rows with this model's tokenizer",
+            )
+        return tokens
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """Return the number of token ids."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.
@@ -177,12 +204,13 @@ class Renderer:
         """Return the date that the template prints (ISO 8601), or None if it prints none."""
         return self._now.date().isoformat() if "strftime_now" in self._source else None
 
-    def notes(self, example: Example, sequences: Sequence[Rendered]) -> list[str]:
+    def notes(self, example: Example, sequences: Sequence[Rendered | Tokens]) -> list[str]:
         """Return what the plan counts about a rendered row: special tokens that a user wrote, and texts of tools that are not used.
 
         Special tokens in the words of a user are tokenized as such.
         """
-        if not isinstance(example, Chat | Pair):
+        last = sequences[-1]
+        if not isinstance(example, Chat | Pair) or not isinstance(last, Rendered):
             return []
         notes = []
         messages = example.messages if isinstance(example, Chat) else example.prompt
@@ -191,9 +219,9 @@ class Renderer:
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
-        if any("name" in m and m["name"] not in sequences[-1].text for m in messages):
+        if any("name" in m and m["name"] not in last.text for m in messages):
             notes.append("`name` of messages is not in the rendering of the chat template")
-        if example.tools and drops_tool_texts(sequences[-1].text, example.tools):
+        if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
 
