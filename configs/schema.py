@@ -189,6 +189,7 @@ DataFormat = Literal[
     "text",
     "preference",
     "classification",
+    "tokens",
 ]
 """Formats of training rows; the docstring of `data_format` describes each."""
 
@@ -582,7 +583,8 @@ class FinetuneConfig(Section):
     data_format: Literal["auto"] | DataFormat = "auto"
     """Format of the rows. messages: chats of role and content (`tools`, `tool_calls`, `weight: 0`); conversations:
     ShareGPT's from and value; prompt_completion; instruction: with input and output; text: raw text, for causal_lm;
-    preference: chosen and rejected, with or without prompt; classification: text and label. auto: detected from the columns."""
+    preference: chosen and rejected, with or without prompt; classification: text and label; tokens: pretokenised input_ids with
+    labels or masks. auto: detected from the columns."""
 
     columns: dict[Column, Text] = {}
     """Column names in the files: `{prompt: question, completion: answer}`."""
@@ -1174,12 +1176,23 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         )
     if config.task == "preference_tuning" and config.data_format not in ("auto", "preference"):
         settings = config.preference_tuning_config
-        if settings is None or settings.loss != "kto" or config.data_format in ("text", "classification"):
+        if (
+            settings is None
+            or settings.loss != "kto"
+            or config.data_format in ("text", "classification", "tokens")
+        ):
             yield (
                 "data_format",
                 f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`, or "
                 "`preference_tuning_config: {loss: kto}` for chats with a `label`",
             )
+    if config.data_format == "tokens" and config.prompt_template is not None:
+        yield "prompt_template", "`prompt_template` does not work with `data_format: tokens`: remove it"
+    if config.data_format == "tokens" and config.task == "classification":
+        yield (
+            "data_format",
+            "`data_format: tokens` has no labels for `task: classification`: use `classification`, or another task",
+        )
     if config.data_format == "text" and config.task != "causal_lm":
         yield "data_format", "`data_format: text` has no answers to train on: write `task: causal_lm`"
     if config.data_format == "classification" and config.task != "classification":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from training.data.records import Tokens
 from training.data.rendered import Rendered, Span
 
 if TYPE_CHECKING:
@@ -81,17 +82,30 @@ class Encoder:
         self._bytes_of = _bytes_of_tokens(tokenizer)
         self._normalizes = "NFC" in _steps(self._backend.normalizer)
 
-    def encode(self, sequences: Sequence[Rendered]) -> "list[Encoding]":
-        """Tokenize sequences of one kind in the library's threads, without the GIL."""
-        texts = [sequence.text for sequence in sequences]
-        if sequences[0].ends_the_text:
+    def encode(self, sequences: Sequence[Rendered | Tokens]) -> "list[Encoding]":
+        """Tokenize sequences of one kind in the library's threads, without the GIL; none of pretokenised rows."""
+        rendered = _rendered(sequences)
+        if not rendered:
+            return []
+        texts = [sequence.text for sequence in rendered]
+        if rendered[0].ends_the_text:
             return self._backend.encode_batch(texts, add_special_tokens=True)
         if self._bytes_of is None:
             return self._backend.encode_batch(texts, add_special_tokens=False)
         return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
-    def locate(self, sequences: Sequence[Rendered], encodings: "Sequence[Encoding]") -> Encoded:
+    def locate(self, sequences: Sequence[Rendered | Tokens], encodings: "Sequence[Encoding]") -> Encoded:
         """Mark the loss tokens of sequences of one kind; a token that crosses a span's boundary belongs to the span."""
+        rendered = _rendered(sequences)
+        if rendered:
+            return self._located(rendered, encodings)
+        rows = [sequence for sequence in sequences if isinstance(sequence, Tokens)]
+        lengths = np.array([row.size for row in rows], np.int64)
+        return Encoded(
+            np.concatenate([row.ids for row in rows]), np.concatenate([row.trained for row in rows]), lengths
+        )
+
+    def _located(self, sequences: Sequence[Rendered], encodings: "Sequence[Encoding]") -> Encoded:
         ids = [encoding.ids for encoding in encodings]
         if sequences[0].ends_the_text:
             ids = [self._with_end(each) for each in ids]
@@ -153,6 +167,11 @@ class Encoder:
             asked = self._backend.encode(texts[number], add_special_tokens=False)
             found[owners == number] = _pairs(_by_offsets(sequences[number], asked))
         return found
+
+
+def _rendered(sequences: Sequence[Rendered | Tokens]) -> list[Rendered]:
+    """Return the sequences that are texts: all of a batch, or none."""
+    return [sequence for sequence in sequences if isinstance(sequence, Rendered)]
 
 
 def _sums(counts: np.ndarray | list[int]) -> np.ndarray:

@@ -31,7 +31,7 @@ from training.data.prepared import (
     fingerprint,
     open_prepared,
 )
-from training.data.records import Chat, Example, Pair
+from training.data.records import Chat, Example, Pair, Tokens
 from training.data.rendered import Rendered
 from training.data.request import DataRequest
 from training.data.row_index import INDEX_FILE, INDEX_SCHEMA, RowIndex
@@ -255,7 +255,7 @@ class _Preparation:
             )
         self.formats.append(reading.data_format if reading else "messages")
 
-    def _is_in_share(self, sequences: Sequence[Rendered]) -> bool:
+    def _is_in_share(self, sequences: Sequence[Rendered | Tokens]) -> bool:
         begin, end = self.request.share
         return begin <= digest_of(sequences, self.request.seed) / 2**64 < end
 
@@ -378,7 +378,7 @@ def _batched(rows: Iterator[RenderedRow]) -> Iterator[list[RenderedRow]]:
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += sum(len(sequence.text) for sequence in row.sequences)
+        characters += sum(sequence.size for sequence in row.sequences)
         if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 Message = dict[str, Any]
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -70,4 +72,27 @@ class Pair:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
-Example = Chat | Text | Filled | Pair
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """A sequence that is tokenized already, and trained as it stands."""
+
+    ids: np.ndarray
+    """int32 [tokens]"""
+    trained: np.ndarray
+    """bool [tokens]: True for loss tokens."""
+    is_marked: bool
+    """True if the row says which tokens are in the loss."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def size(self) -> int:
+        """Return the number of tokens."""
+        return len(self.ids)
+
+    @property
+    def content(self) -> bytes:
+        """Return what rows are compared by."""
+        return self.ids.tobytes()
+
+
+Example = Chat | Text | Filled | Pair | Tokens

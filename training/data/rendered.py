@@ -1,11 +1,6 @@
 """A row rendered as text, with the spans that the loss is on."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 Span = tuple[int, int]
 
@@ -19,3 +14,13 @@ class Rendered:
     """Character ranges [begin, end) that contribute to the loss, in order."""
     ends_the_text: bool = False
     """True if the tokenizer adds its own BOS and EOS tokens, as for text without a chat template."""
+
+    @property
+    def size(self) -> int:
+        """Return the number of characters."""
+        return len(self.text)
+
+    @property
+    def content(self) -> bytes:
+        """Return what rows are compared by."""
+        return self.text.encode()

@@ -22,7 +22,14 @@ from training.data.chats import (
     written_turns,
 )
 from training.data.errors import RowError, check_text, json_type
-from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text
+from training.data.pretokenized import (
+    LOSS_COLUMNS,
+    OTHER_COLUMNS,
+    check_loss,
+    has_loss_column,
+    read_tokens,
+)
+from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text, Tokens
 from training.data.tools import Tool, check_json, parse_json, read_tools
 
 FORMAT_NAMES: dict[DataFormat, str] = {
@@ -33,6 +40,7 @@ FORMAT_NAMES: dict[DataFormat, str] = {
     "text": "plain text",
     "preference": "preference pairs (chosen, rejected)",
     "classification": "text and label",
+    "tokens": "pretokenised rows (input_ids)",
 }
 _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
@@ -42,8 +50,9 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "classification": ("text", "label"),
     "text": ("text",),
+    "tokens": ("input_ids",),
 }
-"""Required columns per format; the first format that matches a row is used."""
+"""Required columns per format; the first format that matches a row is used. Tokens come first if a row says which are in the loss."""
 _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "preference": ("prompt", "system", "tools", "chat_template_kwargs"),
     "messages": ("system", "tools", "loss_mask", "chat_template_kwargs"),
@@ -52,6 +61,7 @@ _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "prompt_completion": ("system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "classification": (),
     "text": (),
+    "tokens": (*LOSS_COLUMNS, *OTHER_COLUMNS),
 }
 ALL_COLUMNS = {name: frozenset({*needed, *_OPTIONAL_COLUMNS[name]}) for name, needed in _COLUMNS.items()}
 """Format -> standard columns that it reads."""
@@ -68,8 +78,8 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Standard column -> names in other tools' files, which are understood unless `columns` maps the standard column."""
 _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
-    "instruction_tuning": ("messages", "conversations", "prompt_completion", "instruction"),
-    "causal_lm": ("messages", "conversations", "prompt_completion", "instruction", "text"),
+    "instruction_tuning": ("messages", "conversations", "prompt_completion", "instruction", "tokens"),
+    "causal_lm": ("messages", "conversations", "prompt_completion", "instruction", "text", "tokens"),
     "preference_tuning": ("preference",),
     "classification": (
         "classification",
@@ -134,6 +144,8 @@ def recognise(
         if all(row.get(_name_of(row, columns, column)) is not None for column in needed)
     ]
     allowed = (*_FORMATS_OF_TASK[task], *(_UNPAIRED if unpaired else ()))
+    if "tokens" in found and "tokens" in allowed and has_loss_column(row):
+        return "tokens"
     for name in found:
         if name in allowed:
             return name
@@ -182,6 +194,8 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
     example = _read_columns(row, reading)
     if isinstance(example, Chat | Pair) and row.get("chat_template_kwargs"):
         example = replace(example, variables=_variables_of(row["chat_template_kwargs"]))
+    if isinstance(example, Tokens):
+        check_loss(example, whole_text=reading.task == "causal_lm")
     if not isinstance(example, Chat):
         return example
     if reading.task == "preference_tuning":
@@ -546,5 +560,6 @@ _READERS: dict[DataFormat, Callable[[dict[str, Any], Mapping[str, str]], Example
     "text": _read_text,
     "preference": _read_preference,
     "classification": _read_classification,
+    "tokens": read_tokens,
 }
 assert set(_READERS) == set(_COLUMNS) == set(get_args(DataFormat))

@@ -5,16 +5,18 @@ follows the prompt in the rendering that ends with the turn, end marker included
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from itertools import pairwise, takewhile
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, overload
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
 
 from training.data.errors import DataError, RowError
-from training.data.records import Chat, Example, Filled, Message, Pair, Text, Turns
+from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
     check_answer,
@@ -63,6 +65,34 @@ class _Turn:
         return self.text[self.begin : self.end]
 
 
+class _Renderings:
+    """The renderings of a turn and of the messages before it, each made once."""
+
+    def __init__(self, apply: Callable[..., str], messages: list[Message], chat: Chat):
+        self.messages = messages
+        self._apply = apply
+        self._chat = chat
+        self._made: dict[tuple[Any, ...], str] = {}
+
+    def whole(self, switch: Mapping[str, bool] = MappingProxyType({})) -> str:
+        """Return the rendering that ends with the turn."""
+        return self._once(self.messages, switch, prompt=False)
+
+    def before(self) -> str:
+        """Return the rendering of the messages before the turn."""
+        return self._once(self.messages[:-1], {}, prompt=False)
+
+    def prompt(self, switch: Mapping[str, bool]) -> str:
+        """Return the rendering of the messages before the turn, with the generation prompt."""
+        return self._once(self.messages[:-1], switch, prompt=True)
+
+    def _once(self, messages: list[Message], switch: Mapping[str, bool], *, prompt: bool) -> str:
+        key = (len(messages), prompt, *switch.items())
+        if key not in self._made:
+            self._made[key] = self._apply(messages, self._chat, prompt=prompt, switch=switch)
+        return self._made[key]
+
+
 class Renderer:
     """A renderer that applies the model's chat template to the examples of a source."""
 
@@ -107,10 +137,9 @@ class Renderer:
         )
         self._knows_developer = "developer" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+        names = _names_in(self._source)
         self._switches = [
-            name
-            for name in ("enable_thinking", "thinking")
-            if name not in self._variables and re.search(rf"(?<![\w.'\"]){name}\b(?!['\"])", self._source)
+            name for name in ("enable_thinking", "thinking") if name in names and name not in self._variables
         ]
         """Variables that turn thinking on and off, which the template reads and the YAML does not set."""
         self._directives = [word for word in _DIRECTIVES if re.search(rf"['\"]{word}['\"]", self._source)]
@@ -119,12 +148,22 @@ class Renderer:
         self._appends: dict[tuple[Any, ...], bool] = {}
         """Roles and keys of a chat -> True if one rendering holds all of its turns."""
 
-    def render(self, example: Example) -> tuple[Rendered, ...]:
+    @overload
+    def render(self, example: Tokens) -> tuple[Tokens]: ...
+
+    @overload
+    def render(self, example: Chat | Text | Filled | Pair) -> tuple[Rendered, ...]: ...
+
+    def render(self, example: Example) -> tuple[Rendered, ...] | tuple[Tokens]:
         """Render an example: a pair as two sequences (chosen, then rejected), a chat as one or, if need be, several.
 
+        Pretokenised rows are checked and returned as they are.
+
         Raises:
-            RowError: The template rejects the row, or a text of the row does not reach the rendering.
+            RowError: The template rejects the row, a text of the row does not reach the rendering, or a token is unknown.
         """
+        if isinstance(example, Tokens):
+            return (self._checked(example),)
         if isinstance(example, Text):
             return (self._plain(example.text, 0, len(example.text)),)
         if isinstance(example, Filled):
@@ -141,6 +180,23 @@ class Renderer:
             last_only = replace(example, untrained=tuple(answers_of(example.messages)[:-1]))
             return (_up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
         return self._chat(example)
+
+    def _checked(self, tokens: Tokens) -> Tokens:
+        """Check that the tokenizer has all tokens of a row."""
+        unknown = tokens.ids >= self._vocabulary
+        if unknown.any():
+            place = int(unknown.argmax())
+            raise RowError(
+                "unknown token",
+                f"`input_ids`: entry {place + 1} is {tokens.ids[place]}, but the model's tokenizer has {self._vocabulary:,} tokens. Tokenize the "
+                "rows with this model's tokenizer",
+            )
+        return tokens
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """Return the number of token ids."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.
@@ -177,12 +233,13 @@ class Renderer:
         """Return the date that the template prints (ISO 8601), or None if it prints none."""
         return self._now.date().isoformat() if "strftime_now" in self._source else None
 
-    def notes(self, example: Example, sequences: Sequence[Rendered]) -> list[str]:
+    def notes(self, example: Example, sequences: Sequence[Rendered | Tokens]) -> list[str]:
         """Return what the plan counts about a rendered row: special tokens that a user wrote, and texts of tools that are not used.
 
         Special tokens in the words of a user are tokenized as such.
         """
-        if not isinstance(example, Chat | Pair):
+        last = sequences[-1]
+        if not isinstance(example, Chat | Pair) or not isinstance(last, Rendered):
             return []
         notes = []
         messages = example.messages if isinstance(example, Chat) else example.prompt
@@ -191,9 +248,9 @@ class Renderer:
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
-        if any("name" in m and m["name"] not in sequences[-1].text for m in messages):
+        if any("name" in m and m["name"] not in last.text for m in messages):
             notes.append("`name` of messages is not in the rendering of the chat template")
-        if example.tools and drops_tool_texts(sequences[-1].text, example.tools):
+        if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
 
@@ -355,11 +412,12 @@ class Renderer:
         keeps_empty_thought = bool(thinks) or _EMPTY_THOUGHT.match(answer["content"]) is not None
         if thinks is None:
             thinks = bool(reasoning) or keeps_empty_thought
-        turn = self._asked(messages, chat, thinks=thinks)
+        renderings = _Renderings(self._apply, messages, chat)
+        turn = self._asked(renderings, chat, thinks=thinks)
         if turn is None or (
             reasoning and reasoning.strip() not in turn.completion and form.reasoning is None
         ):
-            turn = self._continued(messages, chat, reasoning)
+            turn = self._continued(renderings, chat, reasoning)
         if not keeps_empty_thought:
             turn = _without_empty_thought(turn, answer["content"])
         check_answer(turn.completion, answer, chat.name_of(index))
@@ -367,16 +425,16 @@ class Renderer:
             check_parts(turn.text, messages)
         return turn
 
-    def _asked(self, messages: list[Message], chat: Chat, *, thinks: bool) -> _Turn | None:
+    def _asked(self, renderings: "_Renderings", chat: Chat, *, thinks: bool) -> _Turn | None:
         """Return the turn after its generation prompt, or None if the rendering does not begin with that prompt.
 
         Without thinking, the generation prompt that turns thinking off is preferred if the rendering begins with it.
         """
-        usual = self._apply(messages, chat)
+        usual = renderings.whole()
         found: list[tuple[bool, int, _Turn]] = []
         for switch in self._settings_of_switches(chat, on=thinks):
-            prompt = self._apply(messages[:-1], chat, prompt=True, switch=switch)
-            text = self._apply(messages, chat, switch=switch) if switch else usual
+            prompt = renderings.prompt(switch)
+            text = renderings.whole(switch)
             end = len(text.rstrip())
             if thinks and prompt.rstrip().endswith("</think>"):
                 continue  # this prompt asks for an answer without reasoning
@@ -392,19 +450,16 @@ class Renderer:
         """Return the template's default, and each switch of thinking that the row leaves open."""
         return [{}, *({name: on} for name in self._switches if name not in chat.variables)]
 
-    def _continued(self, messages: list[Message], chat: Chat, reasoning: str) -> _Turn:
+    def _continued(self, renderings: "_Renderings", chat: Chat, reasoning: str) -> _Turn:
         """Return a turn whose rendering does not begin with its generation prompt: what stands after its header, after the prompt.
 
         Such templates change earlier turns once another follows, cut reasoning out, or open a thought in the generation prompt.
         """
-        before = self._apply(messages[:-1], chat)
-        prompts = [
-            self._apply(messages[:-1], chat, prompt=True, switch=switch)
-            for switch in self._settings_of_switches(chat, on=bool(reasoning))
-        ]
+        messages, before = renderings.messages, renderings.before()
+        prompts = list(map(renderings.prompt, self._settings_of_switches(chat, on=bool(reasoning))))
         opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
         prompt = opened[0] if reasoning and opened else prompts[0]
-        text = self._apply(messages, chat)
+        text = renderings.whole()
         is_open = prompt.rstrip().endswith("<think>")
         header = prompt[len(before) :] if prompt.startswith(before) else ""
         if is_open and "<think>" in header:
@@ -412,11 +467,12 @@ class Renderer:
         question = messages[-2]["content"] if len(messages) > 1 else ""
         if not header and isinstance(question, str) and question.strip():
             header = prompt.rpartition(question.strip())[2].strip()
-        place = text.rfind(header) if header else -1
+        place = _place_after(prompt.rpartition(header)[0], header, text) if header else -1
         if place < 0:
             raise RowError("template", _not_a_prefix(len(messages) - 1))
         completion = text[place + len(header) :]
-        if is_open or (reasoning and reasoning.strip() not in completion):
+        writes_thoughts = is_open or "</think>" in self._template_for(chat.tools)
+        if is_open or (writes_thoughts and reasoning and reasoning.strip() not in completion):
             opening = "" if is_open else "<think>\n"
             answer = completion.lstrip().removeprefix("</think>").lstrip()
             completion = f"{opening}{reasoning.strip()}\n</think>\n\n{answer}"
@@ -503,7 +559,7 @@ class Renderer:
         chat: Chat,
         *,
         prompt: bool = False,
-        switch: dict[str, bool] | None = None,
+        switch: Mapping[str, bool] | None = None,
     ) -> str:
         """Render messages with the tools and the variables of a chat."""
         try:
@@ -581,6 +637,14 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     return sorted(special, key=len, reverse=True)
 
 
+def _names_in(source: str) -> set[str]:
+    """Return the names that a template reads as variables, which are not those of attributes, strings and comments."""
+    tokens = [
+        (kind, text) for _, kind, text in Environment(autoescape=True).lex(source) if kind != "whitespace"
+    ]
+    return {text for (_, before), (kind, text) in pairwise(tokens) if kind == "name" and before != "."}
+
+
 @lru_cache
 def _compiled(chat_template: str) -> Template:
     """Compile a template with transformers' sandbox and globals, merged once; Jinja would merge them for every row."""
@@ -588,6 +652,21 @@ def _compiled(chat_template: str) -> Template:
 
     environment = _compile_jinja_template(chat_template).environment
     return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
+
+
+def _place_after(before: str, header: str, text: str) -> int:
+    """Return where a header stands in a text after the end of what precedes it in another, or -1.
+
+    A turn may repeat its header (gpt-oss: once for each channel), so the place after which most of `before` stands is taken.
+    """
+    best, place, found = -1, text.find(header), -1
+    while place >= 0:
+        ends = zip(reversed(before), reversed(text[:place]), strict=False)
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+        if alike >= best:
+            best, found = alike, place
+        place = text.find(header, place + 1)
+    return found
 
 
 def _without_empty_thought(turn: _Turn, content: str) -> _Turn:

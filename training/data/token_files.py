@@ -14,7 +14,7 @@ import xxhash
 
 from training.data.encoding import Encoded, Encoder
 from training.data.errors import DataError
-from training.data.records import Task
+from training.data.records import Task, Tokens
 from training.data.rendered import Rendered
 from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE, IGNORED, INDEX_FILE, INDEX_SCHEMA
@@ -38,14 +38,14 @@ class RenderedRow:
 
     file: int
     row: int
-    sequences: tuple[Rendered, ...]
+    sequences: tuple[Rendered | Tokens, ...]
     label: int | None
     """Of classification: index of the label. Of an unpaired row: 1 if its response is the chosen one, 0 if the rejected one."""
 
 
-def digest_of(sequences: Sequence[Rendered], seed: int = 0) -> int:
-    """Return a 64-bit hash of a row's text, to find duplicates and to split rows."""
-    return xxhash.xxh3_64_intdigest("\x00".join(sequence.text for sequence in sequences).encode(), seed=seed)
+def digest_of(sequences: Sequence[Rendered | Tokens], seed: int = 0) -> int:
+    """Return a 64-bit hash of a row's text or tokens, to find duplicates and to split rows."""
+    return xxhash.xxh3_64_intdigest(b"\x00".join(sequence.content for sequence in sequences), seed=seed)
 
 
 class TokenWriter:

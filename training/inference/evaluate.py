@@ -18,7 +18,7 @@ from runs.layout import evaluation_key, run_of
 from training.checkpoints.store import CheckpointError, read_manifest
 from training.data.errors import DataError, RowError
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
-from training.data.records import Chat, Example, Filled
+from training.data.records import Chat, Example, Filled, Tokens
 from training.data.rows import RowSchema, read_row, recognise
 from training.data.sources import find_files, open_file
 from training.data.templates import Renderer
@@ -217,6 +217,11 @@ def _question(
     example = read_row(row, RowSchema(task, data_format, settings.columns, config.prompt_template, labels))
     if isinstance(example, Chat) and not tokenizer.chat_template:
         raise RowError("template", "conversations need a chat template, but the model has none")
+    if isinstance(example, Tokens):
+        raise RowError(
+            "wrong format",
+            "has `input_ids`, but an answer is compared as text. Use rows with a question and an answer",
+        )
     expected = _expected(example)
     if _comparable(expected, settings.match) is None:
         raise RowError(
@@ -272,7 +277,7 @@ def _trained_digests(trained: TrainedModel) -> set[int] | None:
 
 
 def _digests_of(run_uri: str, fingerprint: str, cache: Path) -> set[int] | None:
-    """Return the digests of a run's prepared rows; None if the rows were deleted or are preference pairs."""
+    """Return the digests of a run's prepared rows; None if the rows were deleted, are preference pairs or were pretokenised."""
     prepared = join_uri(run_uri.rpartition("/")[0], PREPARED)
     store = open_store(prepared)
     for key in store.directories():
@@ -280,8 +285,8 @@ def _digests_of(run_uri: str, fingerprint: str, cache: Path) -> set[int] | None:
         if summary and json.loads(summary)["fingerprint"] == fingerprint:
             rows = find_prepared(key, cache, prepared)
             assert rows is not None, "the summary was just read"
-            is_of_pairs = any(source.format == "preference" for source in rows.summary.sources)
-            return None if is_of_pairs else set(rows.index.digest.tolist())
+            has_no_texts = any(source.format in ("preference", "tokens") for source in rows.summary.sources)
+            return None if has_no_texts else set(rows.index.digest.tolist())
     return None
 
 

@@ -111,9 +111,12 @@ def check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", b
     """Check that there is a template to render conversations."""
     if tokenizer.chat_template or request.prompt_template or request.task == "causal_lm":
         return  # causal_lm rows may be plain text; the first chat row reports a missing template
+    if request.data_format == "tokens":
+        return
     raise ModelError(
         f"model {base_model}: its tokenizer has no chat template, so conversations cannot be rendered. Write chat_template (Jinja text or "
-        "a Jinja file) or prompt_template, use the model's instruct version, or train on plain text with task: causal_lm."
+        "a Jinja file) or prompt_template, use the model's instruct version, train on plain text with task: causal_lm, or set data_format: tokens "
+        "for pretokenised rows."
     )
 
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -16,7 +16,7 @@ from runs.reading import read_result
 from training.checkpoints.weights import fetch_model, fetch_weights
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepare import prepare_data
-from training.data.prepared import PREPARED, PreparedData
+from training.data.prepared import PREPARED, PreparedData, find_prepared
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import find_files
@@ -66,6 +66,7 @@ from training.planning.checks import (
 )
 from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
 from training.planning.devices import accelerator_of, choose_device, describe_device, runs_here
+from training.planning.earlier_rows import find_earlier_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.exportable import check_export, check_vllm_adapter
 from training.planning.flops import RowFlops, row_flops
@@ -432,26 +433,86 @@ def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
     """Tokenize the rows, and derive the run name from them unless the YAML has one."""
     config = loaded.config
-    train = _prepare("train", config, storage, model, progress)
-    day = train.summary.date
+    outcome_hash = config_hash(config)
+
+    def name_of(prints: DataFingerprints) -> str:
+        digest = checksum_bytes(f"{outcome_hash} {prints.train} {prints.valid or ''}".encode())
+        return config.run_name or f"{loaded.path.stem}-{digest[-8:]}"
+
+    train = _prepare_train_rows(config, storage, model, progress, loaded.path.stem, name_of)
     sets = {
-        name: _prepare("valid", config, storage, model, progress, name, day) for name in config.valid_sets
+        name: _prepare("valid", config, storage, model, progress, name=name, day=train.summary.date)
+        for name in config.valid_sets
     }
-    fingerprints = DataFingerprints(train=train.summary.fingerprint, valid=_fingerprint_of(sets))
+    valid_prints = {name: rows.summary.fingerprint for name, rows in sets.items()}
+    fingerprints = DataFingerprints(train=train.summary.fingerprint, valid=_fingerprint_of(valid_prints))
     valid, *_ = (*sets.values(), None)
     more = dict(list(sets.items())[1:])
-    outcome_hash = config_hash(config)
-    digest = checksum_bytes(f"{outcome_hash} {fingerprints.train} {fingerprints.valid or ''}".encode())
-    run_name = config.run_name or f"{loaded.path.stem}-{digest[-8:]}"
+    run_name = name_of(fingerprints)
     return Data(train, valid, more, fingerprints, outcome_hash, run_name, join_uri(storage.uri, run_name))
 
 
-def _fingerprint_of(sets: Mapping[str, PreparedData]) -> str | None:
-    """Return the fingerprint of all validation sets, or None without validation rows."""
-    prints = [f"{name} {rows.summary.fingerprint}" for name, rows in sets.items()]
+def _fingerprint_of(sets: Mapping[str, str]) -> str | None:
+    """Return the fingerprint of all validation sets from their own by name, or None without validation rows."""
+    prints = [f"{name} {fingerprint}" for name, fingerprint in sets.items()]
     if not prints:
         return None
     return prints[0].strip() if "" in sets else checksum_bytes(" ".join(prints).encode())
+
+
+def _prepare_train_rows(
+    config: FinetuneConfig,
+    storage: Storage,
+    model: Model,
+    progress: Progress,
+    stem: str,
+    name_of: Callable[[DataFingerprints], str],
+) -> PreparedData:
+    """Tokenize the training rows. A chat template that prints the date prints that of the run to resume, if there is one.
+
+    Args:
+        config: The YAML.
+        storage: Where the run writes.
+        model: The model with its tokenizer.
+        progress: Called with each check.
+        stem: Beginning of the run name that is derived from the rows.
+        name_of: Returns the name of a run with these rows.
+    """
+    if "strftime_now" in str(model.tokenizer.chat_template):
+        request = _request("train", config, model)
+        cached = find_prepared(request.key(model.tokenizer_directory), storage.cache, storage.prepared)
+        earlier = find_earlier_rows(
+            config,
+            storage.uri,
+            stem,
+            lambda rows: name_of(
+                DataFingerprints(
+                    train=rows.train,
+                    valid=_fingerprint_of(dict(zip(config.valid_sets, rows.valid, strict=False))),
+                )
+            ),
+            are_prepared=cached is not None,
+        )
+        if earlier and not (cached and cached.summary.fingerprint == earlier.train):
+            train = _prepare("train", config, storage, model, progress, day=earlier.day)
+            if train.summary.fingerprint == earlier.train:
+                return train  # otherwise the rows have changed since, and a new run prints today's date
+    return _prepare("train", config, storage, model, progress)
+
+
+def _request(part: Part, config: FinetuneConfig, model: Model, name: str = "") -> DataRequest:
+    """Return the request for the rows of a part or of one validation set, after checking that they can be rendered."""
+    with about_key(_key_of(part, config, name)):
+        sources = config.train_sources if part == "train" else config.valid_sets[name]
+        request = data_request(config, part, sources, model.facts, model.chat_template)
+    check_template(request, model.tokenizer, model.tokenizer_source)
+    return request
+
+
+def _key_of(part: Part, config: FinetuneConfig, name: str) -> str:
+    """Return the YAML key that names the rows of a part."""
+    key = "valid_path" if part == "valid" and config.valid_split is None else "train_path"
+    return f"{key}.{name}" if name else key
 
 
 def _prepare(
@@ -460,6 +521,7 @@ def _prepare(
     storage: Storage,
     model: Model,
     progress: Progress,
+    *,
     name: str = "",
     day: str | None = None,
 ) -> PreparedData:
@@ -472,15 +534,11 @@ def _prepare(
         model: The model with its tokenizer.
         progress: Called with each check.
         name: Name of the validation set, if it has one.
-        day: Date that the chat template prints, as in the training rows.
+        day: Date that the chat template prints; None: that of the first preparation.
     """
-    key = "valid_path" if part == "valid" and config.valid_split is None else "train_path"
-    key = f"{key}.{name}" if name else key
+    key = _key_of(part, config, name)
     progress(f"rows of {key}")
-    with about_key(key):
-        sources = config.train_sources if part == "train" else config.valid_sets[name]
-        request = data_request(config, part, sources, model.facts, model.chat_template)
-    check_template(request, model.tokenizer, model.tokenizer_source)
+    request = _request(part, config, model, name)
     return prepare_data(
         replace(request, date=day),
         model.tokenizer,

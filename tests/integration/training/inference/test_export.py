@@ -23,6 +23,11 @@ from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run, store_full_run
+from training.checkpoints.weights import fetch_weights
+from training.data.records import Chat
+from training.data.templates import Renderer
+from training.models.files import is_tokenizer_file
+from training.models.tokenizer import load_tokenizer
 from training.planning.exportable import GGUF_TOOL
 from utils.files import checksum
 from utils.storage.bucket import Store, open_store
@@ -107,6 +112,38 @@ def test_merged_model_equals_the_adapter_on_its_base(
     base = logits_of(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
     assert (base - expected).abs().max() > 0.1, "the adapter changes the logits"
     assert (exported.kind, exported.dtype, exported.uri) == ("merged", "fp32", str(to))
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
+def test_further_chat_templates_reach_checkpoint_and_export(
+    run_command: RunCommand,
+    storage: Store,
+    tiny_model: Path,
+    tmp_path: Path,
+    scratch: dict[str, str],
+    merge: bool,
+):
+    """A model may have a template of its own for rows with tools; from a bucket it comes along as well."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    templates = {
+        "default": tokenizer.chat_template,
+        "tool_use": "{{ tools[0].name }}" + tokenizer.chat_template,
+    }
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(model)
+    assert (model / "additional_chat_templates" / "tool_use.jinja").exists()
+    run = store_adapter_run(storage, "run", model, LORA, **scratch)
+    checkpoint = f"{run}/checkpoints/step-000010"
+    merged = [] if merge else ["--no-merge"]
+    exported = parse_export(run_command("export", run, *merged, "--no-verify", "--json"))
+    for source in (checkpoint, exported.uri):
+        node = fetch_weights(source, tmp_path / "node", is_tokenizer_file)
+        loaded = load_tokenizer(node, trust_remote_code=False, chat_template=None)
+        assert loaded.chat_template == templates
+        chat = Chat([{"role": "user", "content": "2 + 2?"}], [{"name": "add"}])
+        assert Renderer(loaded, whole_text=False).prompt(chat).startswith("add<|im_start|>")
 
 
 def test_export_contains_everything_that_a_server_needs(run_command: RunCommand, run: str, tiny_model: Path):

@@ -12,13 +12,14 @@ import pytest
 import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from training.data.errors import RowError
 from training.data.records import Chat, Pair
 from training.data.rendered import Rendered
 from training.data.rows import RowSchema, read_row, recognise
 from training.data.templates import Renderer
+from training.inference.prompting import stop_tokens
 
 TEMPLATES = {
     path.stem: path.read_text()
@@ -491,6 +492,28 @@ def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
     assert "Current date: 2026-01-02" in sequence.text
     assert renderer.date == "2026-01-02"
     assert Renderer(tokenizers["qwen3"], whole_text=False).date is None
+
+
+def test_gpt_oss_trains_its_channels_and_stops_only_where_an_answer_ends(tokenizers: Tokenizers):
+    """An answer has several channels, of which all but the last end with a token that must not end generation."""
+    tokenizer = copy.deepcopy(tokenizers["gptoss"])
+    tokenizer.add_special_tokens(
+        {
+            "eos_token": "<|return|>",
+            "additional_special_tokens": ["<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|call|>"],
+        }
+    )
+    called = {**call(), "thinking": "Look it up."}
+    chat = read({"messages": [user(1), called, RESULT, answer(1, thinking="It is cold.")], "tools": TOOLS})
+    assert loss_texts(Renderer(tokenizer, whole_text=False).render(chat)) == [
+        "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant to=functions.find_weather"
+        '<|channel|>commentary json<|message|>{"city": "Tromsø"}<|call|>',
+        "<|channel|>analysis<|message|>It is cold.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Answer with words 1.<|return|>",
+    ]
+    settings = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"]))
+    assert set(stop_tokens(settings, tokenizer)) == set(settings.eos_token_id)
+    assert stop_tokens(None, tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_end_token_of_an_earlier_turn_is_not_part_of_an_answer(tokenizers: Tokenizers):

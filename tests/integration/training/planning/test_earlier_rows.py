@@ -1,0 +1,98 @@
+"""A chat template that prints the date prints the day of the run that is resumed, also if its rows are prepared again."""
+
+import shutil
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import training.data.templates
+from configs.loading import load_config
+from runs.layout import DATA_REPORT_FILE
+from tests.support.jobs import tiny_settings, write_yaml
+from tests.support.tiny_model import CHAT_TEMPLATE, make_model_and_data
+from training.data.report import DataReport
+from training.planning.endpoints import ClusterTarget
+from training.planning.plan import RunPlan
+from training.planning.planner import make_plan
+from utils.storage.bucket import open_store
+
+FIRST, LATER = date(2026, 11, 29), date(2026, 12, 3)
+TEMPLATE = "Today is {{ strftime_now('%Y-%m-%d') }}.\n" + CHAT_TEMPLATE
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    return make_model_and_data(tmp_path)
+
+
+@pytest.fixture
+def on_day(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that sets the date of this process."""
+
+    def set_day(day: date) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> "Clock":
+                return cls(day.year, day.month, day.day, tzinfo=tz)
+
+        monkeypatch.setattr(training.data.templates, "datetime", Clock)
+
+    return set_day
+
+
+def plan_of(files: Path, **changes: Any) -> tuple[RunPlan, str | None]:
+    """Plan a run and return it with the date in its rows, after writing what a started run writes about its rows."""
+    settings = tiny_settings(files) | {"chat_template": TEMPLATE} | changes
+    config = write_yaml(files / "dated.yaml", settings)
+    plan, report, (train, valid) = make_plan(
+        load_config(config), target=ClusterTarget(None), progress=lambda *_: None
+    )
+    assert train.summary.date == valid.summary.date
+    figures = report.model_dump_json(include=set(DataReport.model_fields)).encode()
+    open_store(plan.run_uri).write(DATA_REPORT_FILE, figures)
+    return plan, train.summary.date
+
+
+def delete_prepared(files: Path) -> None:
+    for directory in ("runs/prepared", "scratch"):
+        shutil.rmtree(files / directory, ignore_errors=True)
+
+
+@pytest.mark.parametrize("named", [{"run_name": "dated"}, {}], ids=["run_name", "derived name"])
+def test_rows_that_are_prepared_again_have_the_day_of_their_run(
+    named: dict[str, str], files: Path, on_day: Any
+):
+    on_day(FIRST)
+    first, day = plan_of(files, **named)
+    assert day == FIRST.isoformat()
+    delete_prepared(files)
+    on_day(LATER)
+    again, day = plan_of(files, **named)
+    assert day == FIRST.isoformat()
+    assert (again.run_name, again.data) == (first.run_name, first.data)
+
+
+def test_rows_of_another_day_are_not_taken_for_those_of_a_named_run(files: Path, on_day: Any):
+    on_day(FIRST)
+    first, _ = plan_of(files, run_name="first")
+    delete_prepared(files)
+    on_day(LATER)
+    other, day = plan_of(files, run_name="other")
+    assert day == LATER.isoformat()
+    again, day = plan_of(files, run_name="first")
+    assert (again.data, day) == (first.data, FIRST.isoformat())
+    assert again.data != other.data
+
+
+def test_changed_rows_of_a_new_run_have_the_day_of_their_preparation(files: Path, on_day: Any):
+    on_day(FIRST)
+    first, _ = plan_of(files)
+    delete_prepared(files)
+    rows = files / "train.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:20]))
+    on_day(LATER)
+    changed, day = plan_of(files)
+    assert day == LATER.isoformat()
+    assert changed.run_name != first.run_name
