@@ -345,6 +345,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "max_samples", "max_train_rows", lambda value: value or None),
     Counterpart("h", "max_train_samples", "max_train_rows", lambda value: value or None),
     Counterpart("h", "max_eval_samples", "max_valid_rows", lambda value: value or None),
+    Counterpart("a", "eval_table_size", "eval_samples", lambda value: value or None),
     Counterpart("a", "sequence_len", "context_length"),
     Counterpart("l", "cutoff_len", "context_length"),
     Counterpart("h", "max_length", "context_length"),

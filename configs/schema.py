@@ -41,6 +41,8 @@ NOT_IN_HASH = {
     "output_dir",
     "max_failures",
     "logger",
+    "eval_max_new_tokens",
+    "eval_samples",
     "export",
     "loss_watchdog_patience",
     "loss_watchdog_threshold",
@@ -760,6 +762,13 @@ class FinetuneConfig(Section):
     eval_first: bool = True
     """Evaluate before the first training step (if valid_path is set)."""
 
+    eval_samples: Annotated[int, Field(gt=0, le=100)] | None = None
+    """Number of validation prompts that the model answers at each evaluation, for the report: the same ones each time, chosen by
+    seed, answered greedily. Training is unchanged. null: none."""
+
+    eval_max_new_tokens: Annotated[int, Field(gt=0, le=4096)] = 128
+    """Maximum length of these answers in tokens."""
+
     num_checkpoints_to_keep: PositiveInt = 1
     """Number of checkpoints to keep, best by evaluation loss. The latest checkpoint is always kept as well."""
 
@@ -944,6 +953,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
     yield from _stop_conflicts(config)
+    yield from _sample_conflicts(config)
     yield from _scheduler_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
@@ -1041,6 +1051,27 @@ def _stop_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             "loss_watchdog_patience",
             "`loss_watchdog_patience` has no effect without `loss_watchdog_threshold`: add it, or remove the patience",
+        )
+
+
+def _sample_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if config.eval_samples is None:
+        if config.eval_max_new_tokens != FinetuneConfig.model_fields["eval_max_new_tokens"].default:
+            yield (
+                "eval_max_new_tokens",
+                "`eval_max_new_tokens` has no effect without `eval_samples`: add it, or remove `eval_max_new_tokens`",
+            )
+        return
+    if not config.valid_sources:
+        yield (
+            "eval_samples",
+            "`eval_samples` answers prompts of validation rows, but there are none: add `valid_path` or `valid_split`",
+        )
+    if config.task == "causal_lm":
+        yield (
+            "eval_samples",
+            "`eval_samples` needs prompts, but with `task: causal_lm` every token of a row is trained: remove it, or write "
+            "`task: instruction_tuning` for rows with a prompt",
         )
 
 

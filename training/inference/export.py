@@ -21,8 +21,8 @@ from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
 from training.checkpoints.weights import fetch_model
+from training.data.prompting import stop_tokens
 from training.inference.model_card import Card
-from training.inference.prompting import stop_tokens
 from training.models.files import (
     ModelError,
     ModelFacts,

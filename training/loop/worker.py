@@ -19,7 +19,7 @@ import ray.train
 
 from configs.loading import flat, to_yaml
 from runs.early_stopping import stopping_step
-from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest
+from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest, samples_key
 from training.checkpoints.committer import CheckpointCommitter, CommitContext
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
@@ -464,6 +464,8 @@ def _run(
     if plan.device == "cuda" and plan.deepspeed is None:
         # The optimizer states exist after the first step, so a GPU too small for the largest batch fails within a minute.
         trainer.add_callback(AfterFirstStep(trainer.rehearse))
+    if plan.config.eval_samples is not None:
+        trainer.add_callback(_sampling(plan, inputs, built, world, driver, committer, trainer.accelerator))
     if world.rank == 0:
         inputs.store.write(CONFIG_FILE, to_yaml(plan.config).encode())
         # Remove steps that an earlier attempt recorded after the checkpoint that this attempt resumes from.
@@ -484,6 +486,35 @@ def _run(
         driver.emit(Phase("making room for more workers"))
         driver.pause()
         threading.Event().wait()  # Ray's controller terminates this process and restarts all workers from the checkpoint
+
+
+def _sampling(
+    plan: RunPlan,
+    inputs: Inputs,
+    built: Built,
+    world: World,
+    driver: Driver,
+    committer: CheckpointCommitter,
+    accelerator: Any,
+) -> "TrainerCallback":
+    from training.loop.samples import Sampling, choose_prompts, most_positions
+
+    config = plan.config
+    assert config.eval_samples is not None
+    assert inputs.valid is not None
+    prompts = choose_prompts(
+        inputs.valid, config.eval_samples, config.seed, most_positions(built.model.config)
+    )
+    return Sampling(
+        prompts,
+        inputs.tokenizer,
+        max_new_tokens=config.eval_max_new_tokens,
+        world=world,
+        autocast=accelerator.autocast,
+        is_sharded=plan.resolved.zero_stage == 3,
+        write=lambda step, text: committer.write(samples_key(step), text),
+        on_progress=lambda fraction: driver.emit(Phase("generating samples", fraction)),
+    )
 
 
 def _tracking(plan: RunPlan, inputs: Inputs, driver: Driver) -> "list[TrainerCallback]":

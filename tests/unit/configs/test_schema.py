@@ -242,6 +242,12 @@ def test_config_is_immutable():
             {"task": "classification", "classifier_config": {"label_tokens": ["a", "a"]}},
             ("`label_tokens`", "twice"),
         ),
+        ({"eval_samples": 4}, ("`eval_samples`", "`valid_path`")),
+        (
+            {"eval_samples": 4, "valid_path": "v.jsonl", "task": "causal_lm"},
+            ("`eval_samples`", "`task: causal_lm`", "prompt"),
+        ),
+        ({"eval_max_new_tokens": 64}, ("`eval_max_new_tokens`", "`eval_samples`")),
         ({"lora_config": {"layers_to_transform": [1]}}, ("`layers_to_transform`", "`target_modules`")),
         ({"lora_config": {"layers_pattern": "h"}}, ("`layers_pattern`", "`layers_to_transform`")),
         ({"lora_config": {"lora_bias": True, "use_dora": True}}, ("`lora_bias`", "`use_dora`")),
@@ -357,12 +363,14 @@ def test_number_of_epochs_follows_from_the_length_settings(
         {"num_checkpoints_to_keep": 5},
         {"logger": {"provider": "tensorboard"}},
         {"resume": "never"},
+        {"eval_samples": 4, "eval_max_new_tokens": 64, "valid_split": 0.1},
         {"worker_resources": {"CPU": 2}},
         {"trainer_resources": {"CPU": 2}},
     ],
 )
 def test_the_hash_excludes_settings_that_do_not_affect_training(settings: dict[str, Any]):
-    assert config_hash(config(**settings)) == config_hash(config())
+    kept = {key: settings[key] for key in ("valid_split",) if key in settings}
+    assert config_hash(config(**settings)) == config_hash(config(**kept))
 
 
 @pytest.mark.parametrize(
