@@ -313,9 +313,10 @@ TABLE: tuple[Counterpart, ...] = (
         differs=True,
     ),
     Counterpart("a", "tokenizer_config", None, note="the tokenizer is the model's own", differs=True),
-    Counterpart("a", "tokens", None, note="the vocabulary is not extended", differs=True),
-    Counterpart("l", "add_tokens", None, note="the vocabulary is not extended", differs=True),
-    Counterpart("l", "resize_vocab", None, note="the vocabulary is not extended", differs=True),
+    Counterpart("a", "tokens", "new_tokens"),
+    Counterpart("l", "add_tokens", "new_tokens", _names),
+    Counterpart("l", "add_special_tokens", "new_special_tokens", _names),
+    Counterpart("l", "resize_vocab", None, note=_ALWAYS),
     Counterpart(
         "a", "special_tokens", None, note="the tokens are the model's own; padding is never in the loss"
     ),

@@ -62,6 +62,8 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "lr_scheduler_kwargs",
     "max_train_rows",
     "max_valid_rows",
+    "new_special_tokens",
+    "new_tokens",
     "save_steps",
     "turns",
     "valid_split",
@@ -150,6 +152,15 @@ ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), AfterValidator(_without_slas
 DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def _token(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty or only whitespace: write the text of the token, or remove it")
+    return text
+
+
+NewToken = Annotated[str, AfterValidator(_token)]
 Interval = PositiveInt | Annotated[float, Field(gt=0, lt=1)]
 """Number of steps, or a share of the steps of the run."""
 
@@ -588,6 +599,13 @@ class FinetuneConfig(Section):
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, in training and evaluation, such as `{enable_thinking: false}`."""
 
+    new_tokens: list[NewToken] = []
+    """Tokens to add to the vocabulary, such as `["<tool>"]`. Their rows of the embedding and the LM head start as the mean of the
+    rows that their text had before, and are trained, also with lora_config."""
+
+    new_special_tokens: list[NewToken] = []
+    """As new_tokens; answers are shown without these."""
+
     turns: Literal["auto", "last", "all"] = "auto"
     """Assistant messages in the loss. auto: all, each in the context in which the model will be asked for it, in several
     sequences where the template renders earlier turns differently; last: the last one; all: all in one sequence, or an error."""
@@ -805,6 +823,11 @@ class FinetuneConfig(Section):
         return self
 
     @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Return new_tokens and new_special_tokens."""
+        return (*self.new_tokens, *self.new_special_tokens)
+
+    @property
     def batch_size(self) -> int:
         """Return train_batch_size_per_device. It must be a number, as in every plan."""
         assert self.train_batch_size_per_device != "auto"
@@ -954,6 +977,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _length_conflicts(config)
     yield from _stop_conflicts(config)
     yield from _sample_conflicts(config)
+    yield from _token_conflicts(config)
     yield from _scheduler_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
@@ -1072,6 +1096,28 @@ def _sample_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "eval_samples",
             "`eval_samples` needs prompts, but with `task: causal_lm` every token of a row is trained: remove it, or write "
             "`task: instruction_tuning` for rows with a prompt",
+        )
+
+
+def _token_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if not config.added_tokens:
+        return
+    key = "new_tokens" if config.new_tokens else "new_special_tokens"
+    if twice := [token for token in config.added_tokens if config.added_tokens.count(token) > 1]:
+        yield (
+            key,
+            f"`{key}` lists {twice[0]!r} twice (with new_tokens and new_special_tokens together): keep it once",
+        )
+    if config.initial_adapter_model_ckpt_path is not None:
+        yield (
+            key,
+            f"`{key}` does not work with `initial_adapter_model_ckpt_path`, since an adapter keeps its rows: remove `{key}` if the adapter "
+            "has these tokens, or merge it with `main.py export` and write the merged model as `model_id`",
+        )
+    if config.lora_config and isinstance(config.lora_config.trainable_token_indices, dict):
+        yield (
+            "lora_config.trainable_token_indices",
+            f"`lora_config.trainable_token_indices` as a mapping does not work with `{key}`: write a list of token ids",
         )
 
 

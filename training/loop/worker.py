@@ -32,6 +32,7 @@ from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
 from training.models.kernels import is_installed
+from training.models.new_tokens import add_tokens
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of
@@ -309,6 +310,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         trust_remote_code=plan.config.trust_remote_code,
         chat_template=plan.chat_template,
     )
+    add_tokens(plan.config, tokenizer, plan.tokenizer)
 
     driver.emit(Phase("fetching the prepared rows"))
     train = fetch_prepared(plan.train, plan.cache, plan.prepared)
@@ -560,6 +562,7 @@ def model_request(
         directory=directory,
         adapter_directory=adapter_directory,
         lora=config.lora_config,
+        new_tokens=plan.new_tokens,
         device=plan.device,
         weights_dtype=plan.resolved.weights_dtype,
         zero_stage=plan.resolved.zero_stage,

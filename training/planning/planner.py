@@ -48,6 +48,14 @@ from training.models.files import (
 )
 from training.models.generation import check_savable
 from training.models.kernels import Device
+from training.models.new_tokens import (
+    NewTokens,
+    add_tokens,
+    rows_needed,
+    trained_ends,
+    with_grown_vocabulary,
+    with_token_rows,
+)
 from training.models.tokenizer import describe_template, load_tokenizer, read_chat_template
 from training.planning import warnings as plan_warnings
 from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
@@ -61,6 +69,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_token_rows,
     check_vocabulary,
     reject_missing_requirements,
 )
@@ -145,6 +154,8 @@ class Model:
     """Hub id, directory or URI whose tokenizer is used: the adapter's if it has one, else the base model's."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
+    """With the new tokens of the YAML."""
+    new_tokens: NewTokens | None
     chat_template: str | None
 
 
@@ -258,6 +269,7 @@ def make_plan(
         parent=checkpoints.parent_state or model.parent,
         restore_from=checkpoints.own_checkpoint or checkpoints.parent_state,
         tokenizer=model.tokenizer_source,
+        new_tokens=model.new_tokens,
         chat_template=model.chat_template,
         prepared=storage.prepared,
         train=data.train.key,
@@ -324,7 +336,17 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
     )
     if source != base:
+        assert adapter_facts is not None
+        rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))
+        facts = with_grown_vocabulary(facts, rows)
         check_vocabulary(len(tokenizer), source, facts)
+    new = add_tokens(config, tokenizer, source)
+    if new is not None:
+        facts = with_grown_vocabulary(facts, new.rows)
+        shape = shape and replace(shape, vocabulary=max(shape.vocabulary, new.rows))
+        if config.trains_adapter:
+            check_token_rows(config, settings.execution.zero_stage)
+            new = trained_ends(new, directory, base, trust_remote_code=trust)
     return Model(
         base=base,
         adapter=adapter,
@@ -339,6 +361,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         tokenizer_source=source,
         tokenizer_directory=tokenizer_directory,
         tokenizer=tokenizer,
+        new_tokens=new,
         chat_template=template,
     )
 
@@ -350,6 +373,9 @@ def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
 def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storage, model: Model) -> Adapter:
     """Count trainable parameters; reject adapters that do not fit, and optimizers that cannot index so many entries."""
     parameters = None
+    if config.lora_config:
+        lora = with_token_rows(config.lora_config, model.new_tokens)
+        config = config.model_copy(update={"lora_config": lora})
     if model.adapter_facts:
         parameters = _continued_adapter(config, storage, model, model.adapter_facts)
     elif config.lora_config:
@@ -523,6 +549,7 @@ def data_request(
         long_rows=config.long_rows,
         bad_rows=config.bad_rows,
         seed=config.seed,
+        new_tokens=config.added_tokens,
         share=(split, 1.0) if part == "train" else (0.0, split or 1.0),
         max_rows=config.max_train_rows if part == "train" else config.max_valid_rows,
     )

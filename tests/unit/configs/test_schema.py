@@ -242,6 +242,16 @@ def test_config_is_immutable():
             {"task": "classification", "classifier_config": {"label_tokens": ["a", "a"]}},
             ("`label_tokens`", "twice"),
         ),
+        ({"new_tokens": ["<a>", "<b>", "<a>"]}, ("`new_tokens`", "'<a>'", "twice")),
+        ({"new_tokens": ["<a>"], "new_special_tokens": ["<a>"]}, ("`new_tokens`", "'<a>'", "twice")),
+        (
+            {"new_special_tokens": ["<a>"], "initial_adapter_model_ckpt_path": "run:first"},
+            ("`new_special_tokens`", "`initial_adapter_model_ckpt_path`", "merge"),
+        ),
+        (
+            {"new_tokens": ["<a>"], "lora_config": {"trainable_token_indices": {"lm_head": [1]}}},
+            ("`lora_config.trainable_token_indices`", "list"),
+        ),
         ({"eval_samples": 4}, ("`eval_samples`", "`valid_path`")),
         (
             {"eval_samples": 4, "valid_path": "v.jsonl", "task": "causal_lm"},
@@ -318,6 +328,9 @@ def test_compatible_settings_are_stored_as_given(settings: dict[str, Any]):
         {"lora_config": {"init_lora_weights": "pissa"}},
         {"lora_config": {"task_type": "SEQ_CLS"}},
         {"logger": {"provider": "wandb", "experiment_name": "e"}},
+        {"new_tokens": [""]},
+        {"new_tokens": ["<a>", " \n"]},
+        {"new_special_tokens": "<a>"},
         {"colour": "blue"},
     ],
 )
@@ -404,6 +417,8 @@ def test_hash_of_an_earlier_version_is_unchanged():
         {"early_stopping_patience": 3, "valid_path": "v.jsonl"},
         {"max_train_rows": 10},
         {"max_valid_rows": 10},
+        {"new_tokens": ["<a>"]},
+        {"new_special_tokens": ["<a>"]},
         {"warmup_ratio": 0.1},
         {"adam_beta1": 0.8},
         {"adam_beta2": 0.95},
