@@ -291,7 +291,6 @@ _ALWAYS = "it is always so"
 _AUTOMATIC = "it is chosen automatically"
 _SAME_COMMAND = "run the same command again; a run resumes from its latest checkpoint"
 _ENVIRONMENT = "the environment decides: the launcher is Ray"
-_UPLOAD = "a run uploads to `storage_path`; `main.py export` writes the model for the Hub"
 
 TABLE: tuple[Counterpart, ...] = (
     # Model
@@ -617,8 +616,11 @@ TABLE: tuple[Counterpart, ...] = (
         lambda value: Ours({"logger.provider": "mlflow", "logger.experiment_name": value}),
     ),
     Counterpart("a", "use_tensorboard", "logger.provider", _if("tensorboard")),
-    Counterpart("hl", "push_to_hub", None, note=_UPLOAD),
-    Counterpart("hal", "hub_model_id", None, note=_UPLOAD),
+    Counterpart(
+        "a", "hub_model_id", "hub_model_id", lambda value: Ours({"push_to_hub": True, "hub_model_id": value})
+    ),
+    Counterpart("hal", "hub_token", None, note="the token comes from HF_TOKEN in the environment"),
+    Counterpart("h", "hub_strategy", None, note="the result is pushed once, after the run has completed"),
     Counterpart("hal", "save_safetensors", None, note=_ALWAYS),
     Counterpart("hal", "save_only_model", None, note="checkpoints are complete, so that a run can resume"),
     # Workers

@@ -44,6 +44,9 @@ NOT_IN_HASH = {
     "eval_max_new_tokens",
     "eval_samples",
     "export",
+    "hub_model_id",
+    "hub_private_repo",
+    "push_to_hub",
     "loss_watchdog_patience",
     "loss_watchdog_threshold",
 }
@@ -160,6 +163,7 @@ def _token(text: str) -> str:
     return text
 
 
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=96)]
 NewToken = Annotated[str, AfterValidator(_token)]
 Interval = PositiveInt | Annotated[float, Field(gt=0, lt=1)]
 """Number of steps, or a share of the steps of the run."""
@@ -815,12 +819,29 @@ class FinetuneConfig(Section):
     export: ExportConfig | None = None
     """Export the best checkpoint after the run has completed: `{merge: true, dtype: bf16, to: s3://...}`; null: do not export."""
 
+    push_to_hub: bool = False
+    """Push the result to the Hugging Face Hub after the run has completed: the export, or without `export` the adapter alone (the
+    model, in full-parameter training). The token comes from the environment variable HF_TOKEN."""
+
+    hub_model_id: HubId | None = None
+    """Model repository to push to, ORG/NAME; it is created if it does not exist. Required by push_to_hub."""
+
+    hub_private_repo: bool | None = None
+    """Whether a new repository is private; null: the default of the account."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         conflicts = list(_conflicts(self))
         if conflicts:
             raise ConflictError(conflicts)
         return self
+
+    @property
+    def final_export(self) -> ExportConfig | None:
+        """Return the export of the completed run: `export`, or the one that push_to_hub needs."""
+        if self.export is None and self.push_to_hub:
+            return ExportConfig(merge=not self.trains_adapter)
+        return self.export
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
@@ -985,6 +1006,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _device_conflicts(config)
     yield from _range_conflicts(config)
     yield from _precision_conflicts(config)
+    yield from _hub_conflicts(config)
     if config.export and not config.export.merge and not config.trains_adapter:
         yield (
             "export.merge",
@@ -1097,6 +1119,17 @@ def _sample_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "`eval_samples` needs prompts, but with `task: causal_lm` every token of a row is trained: remove it, or write "
             "`task: instruction_tuning` for rows with a prompt",
         )
+
+
+def _hub_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if config.push_to_hub and config.hub_model_id is None:
+        yield (
+            "push_to_hub",
+            "`push_to_hub` needs a repository: add `hub_model_id: ORG/NAME`, or remove `push_to_hub`",
+        )
+    for key in ("hub_model_id", "hub_private_repo"):
+        if getattr(config, key) is not None and not config.push_to_hub:
+            yield key, f"`{key}` has no effect without `push_to_hub: true`: add it, or remove `{key}`"
 
 
 def _token_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_line
 from training.checkpoints.committer import CheckpointCommitter, CommitContext
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
-from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
+from training.checkpoints.weights import fetch_model, verify_local_weights
 from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
@@ -298,7 +298,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
 
     driver.emit(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
-    adapter_directory = fetch_weights(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
+    adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     if world.local_rank == 0:
         for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
             if start and directory and not is_hub_id(start):

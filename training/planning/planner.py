@@ -13,7 +13,7 @@ from configs.loading import LoadedConfig
 from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
-from training.checkpoints.weights import fetch_model, fetch_weights
+from training.checkpoints.weights import fetch_model
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData
@@ -47,6 +47,7 @@ from training.models.files import (
     targeted_modules,
 )
 from training.models.generation import check_savable
+from training.models.hub import check_hub_access
 from training.models.kernels import Device
 from training.models.new_tokens import (
     NewTokens,
@@ -236,6 +237,9 @@ def make_plan(
     reject_missing_requirements(loaded, target)
     written_cache_limit()
     settings = _resolve_settings(loaded.config, target)
+    if loaded.config.push_to_hub and not target.is_job_server:
+        progress("access to the Hub")
+        check_hub_access("push_to_hub")
     storage = _check_storage(loaded.config, progress)
     model = _read_model(loaded.config, settings, storage, progress)
     adapter = _count_trainable(loaded.config, settings, storage, model)
@@ -322,7 +326,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_quantization(config, facts)
     ignored = (
         check_savable(directory, base, trust_remote_code=trust)
-        if config.export or not config.trains_adapter
+        if config.final_export or not config.trains_adapter
         else []
     )
     with about_key("export"):
@@ -331,7 +335,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     source, tokenizer_directory = base, directory
     if adapter_facts and adapter_facts.has_tokenizer:
         source = adapter_facts.source
-        tokenizer_directory = fetch_weights(source, storage.cache, is_tokenizer_file)
+        tokenizer_directory = fetch_model(source, storage.cache, is_tokenizer_file)
     tokenizer = load_tokenizer(
         tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
     )
@@ -383,7 +387,7 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         if _only_peft_can_count(config.lora_config, model):
             parameters = _new_adapter(config, model)
             check_new_adapter(config, parameters, model.facts)
-    if config.export and not config.export.merge:
+    if config.final_export and not config.final_export.merge:
         check_vllm_adapter(*_stored_adapter(config, model, parameters))
     if parameters:
         trained = sum(map(math.prod, parameters.trainable.values()))
@@ -408,7 +412,7 @@ def _continued_adapter(
         given = "target_modules" in config.lora_config.model_fields_set
         asked = _new_adapter(config, model).targets if given else parameters.targets
         check_same_adapter(facts, config.lora_config, parameters.targets, asked)
-    directory = fetch_weights(facts.source, storage.cache, is_model_file)
+    directory = fetch_model(facts.source, storage.cache, is_model_file)
     check_finite(directory / ADAPTER_FILE, f"adapter {facts.source}/{ADAPTER_FILE}")
     return parameters
 
