@@ -356,6 +356,15 @@ def _add_export_arguments(command: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         help="compare the export with the model as trained before it is published; default: if memory suffices",
     )
+    command.add_argument(
+        "--push",
+        type=_hub_id,
+        metavar="ORG/NAME",
+        help="push the export to this model repository of the Hugging Face Hub; HF_TOKEN needs write access",
+    )
+    command.add_argument(
+        "--private", action="store_true", help="make a repository that --push creates private"
+    )
     _add_json(command)
 
 
@@ -461,6 +470,14 @@ def _column(text: str) -> tuple[str, str]:
             f"{text}: write OURS=THEIRS, with OURS one of {', '.join(get_args(Column))}"
         )
     return ours, theirs
+
+
+def _hub_id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: write ORG/NAME, a model repository of the Hugging Face Hub"
+        )
+    return text
 
 
 def _name(text: str) -> str:

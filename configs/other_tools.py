@@ -309,7 +309,6 @@ _SHARE_OF_STEPS = (
 _AUTOMATIC = "it is chosen automatically"
 _SAME_COMMAND = "run the same command again; a run resumes from its latest checkpoint"
 _ENVIRONMENT = "the environment decides: the launcher is Ray"
-_UPLOAD = "a run uploads to `storage_path`; `main.py export` writes the model for the Hub"
 
 TABLE: tuple[Counterpart, ...] = (
     # Model
@@ -331,9 +330,10 @@ TABLE: tuple[Counterpart, ...] = (
         differs=True,
     ),
     Counterpart("a", "tokenizer_config", None, note="the tokenizer is the model's own", differs=True),
-    Counterpart("a", "tokens", None, note="the vocabulary is not extended", differs=True),
-    Counterpart("l", "add_tokens", None, note="the vocabulary is not extended", differs=True),
-    Counterpart("l", "resize_vocab", None, note="the vocabulary is not extended", differs=True),
+    Counterpart("a", "tokens", "new_tokens"),
+    Counterpart("l", "add_tokens", "new_tokens", _names),
+    Counterpart("l", "add_special_tokens", "new_special_tokens", _names),
+    Counterpart("l", "resize_vocab", None, note=_ALWAYS),
     Counterpart(
         "a", "special_tokens", None, note="the tokens are the model's own; padding is never in the loss"
     ),
@@ -365,6 +365,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "max_samples", "max_train_rows", lambda value: value or None),
     Counterpart("h", "max_train_samples", "max_train_rows", lambda value: value or None),
     Counterpart("h", "max_eval_samples", "max_valid_rows", lambda value: value or None),
+    Counterpart("a", "eval_table_size", "eval_samples", lambda value: value or None),
     Counterpart("a", "sequence_len", "context_length"),
     Counterpart("l", "cutoff_len", "context_length"),
     Counterpart("h", "max_length", "context_length"),
@@ -628,8 +629,11 @@ TABLE: tuple[Counterpart, ...] = (
         lambda value: Ours({"logger.provider": "mlflow", "logger.experiment_name": value}),
     ),
     Counterpart("a", "use_tensorboard", "logger.provider", _if("tensorboard")),
-    Counterpart("hl", "push_to_hub", None, note=_UPLOAD),
-    Counterpart("hal", "hub_model_id", None, note=_UPLOAD),
+    Counterpart(
+        "a", "hub_model_id", "hub_model_id", lambda value: Ours({"push_to_hub": True, "hub_model_id": value})
+    ),
+    Counterpart("hal", "hub_token", None, note="the token comes from HF_TOKEN in the environment"),
+    Counterpart("h", "hub_strategy", None, note="the result is pushed once, after the run has completed"),
     Counterpart("hal", "save_safetensors", None, note=_ALWAYS),
     Counterpart("hal", "save_only_model", None, note="checkpoints are complete, so that a run can resume"),
     # Workers

@@ -41,7 +41,12 @@ NOT_IN_HASH = {
     "output_dir",
     "max_failures",
     "logger",
+    "eval_max_new_tokens",
+    "eval_samples",
     "export",
+    "hub_model_id",
+    "hub_private_repo",
+    "push_to_hub",
     "loss_watchdog_patience",
     "loss_watchdog_threshold",
 }
@@ -60,6 +65,8 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "lr_scheduler_kwargs",
     "max_train_rows",
     "max_valid_rows",
+    "new_special_tokens",
+    "new_tokens",
     "save_steps",
     "turns",
     "valid_split",
@@ -155,6 +162,16 @@ ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), AfterValidator(_without_slas
 DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def _token(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty or only whitespace: write the text of the token, or remove it")
+    return text
+
+
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=96)]
+NewToken = Annotated[str, AfterValidator(_token)]
 Interval = PositiveInt | Annotated[float, Field(gt=0, lt=1)]
 """Number of steps, or a share of the steps of the run."""
 
@@ -602,6 +619,13 @@ class FinetuneConfig(Section):
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, in training and evaluation, such as `{enable_thinking: false}`."""
 
+    new_tokens: list[NewToken] = []
+    """Tokens to add to the vocabulary, such as `["<tool>"]`. Their rows of the embedding and the LM head start as the mean of the
+    rows that their text had before, and are trained, also with lora_config."""
+
+    new_special_tokens: list[NewToken] = []
+    """As new_tokens; answers are shown without these."""
+
     turns: Literal["auto", "last", "all"] = "auto"
     """Assistant messages in the loss. auto: all, each in the context in which the model will be asked for it, in several
     sequences where the template renders earlier turns differently; last: the last one; all: all in one sequence, or an error."""
@@ -776,6 +800,13 @@ class FinetuneConfig(Section):
     eval_first: bool = True
     """Evaluate before the first training step (if valid_path is set)."""
 
+    eval_samples: Annotated[int, Field(gt=0, le=100)] | None = None
+    """Number of validation prompts that the model answers at each evaluation, for the report: the same ones each time, chosen by
+    seed, answered greedily. Training is unchanged. null: none."""
+
+    eval_max_new_tokens: Annotated[int, Field(gt=0, le=4096)] = 128
+    """Maximum length of these answers in tokens."""
+
     num_checkpoints_to_keep: PositiveInt = 1
     """Number of checkpoints to keep, best by evaluation loss. The latest checkpoint is always kept as well."""
 
@@ -804,12 +835,34 @@ class FinetuneConfig(Section):
     export: ExportConfig | None = None
     """Export the best checkpoint after the run has completed: `{merge: true, dtype: bf16, to: s3://...}`; null: do not export."""
 
+    push_to_hub: bool = False
+    """Push the result to the Hugging Face Hub after the run has completed: the export, or without `export` the adapter alone (the
+    model, in full-parameter training). The token comes from the environment variable HF_TOKEN."""
+
+    hub_model_id: HubId | None = None
+    """Model repository to push to, ORG/NAME; it is created if it does not exist. Required by push_to_hub."""
+
+    hub_private_repo: bool | None = None
+    """Whether a new repository is private; null: the default of the account."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         conflicts = list(_conflicts(self))
         if conflicts:
             raise ConflictError(conflicts)
         return self
+
+    @property
+    def final_export(self) -> ExportConfig | None:
+        """Return the export of the completed run: `export`, or the one that push_to_hub needs."""
+        if self.export is None and self.push_to_hub:
+            return ExportConfig(merge=not self.trains_adapter)
+        return self.export
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Return new_tokens and new_special_tokens."""
+        return (*self.new_tokens, *self.new_special_tokens)
 
     @property
     def batch_size(self) -> int:
@@ -960,6 +1013,8 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _start_conflicts(config)
     yield from _length_conflicts(config)
     yield from _stop_conflicts(config)
+    yield from _sample_conflicts(config)
+    yield from _token_conflicts(config)
     yield from _scheduler_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
@@ -967,6 +1022,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _device_conflicts(config)
     yield from _range_conflicts(config)
     yield from _precision_conflicts(config)
+    yield from _hub_conflicts(config)
     if config.export and not config.export.merge and not config.trains_adapter:
         yield (
             "export.merge",
@@ -1057,6 +1113,60 @@ def _stop_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             "loss_watchdog_patience",
             "`loss_watchdog_patience` has no effect without `loss_watchdog_threshold`: add it, or remove the patience",
+        )
+
+
+def _sample_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if config.eval_samples is None:
+        if config.eval_max_new_tokens != FinetuneConfig.model_fields["eval_max_new_tokens"].default:
+            yield (
+                "eval_max_new_tokens",
+                "`eval_max_new_tokens` has no effect without `eval_samples`: add it, or remove `eval_max_new_tokens`",
+            )
+        return
+    if not config.valid_sources:
+        yield (
+            "eval_samples",
+            "`eval_samples` answers prompts of validation rows, but there are none: add `valid_path` or `valid_split`",
+        )
+    if config.task == "causal_lm":
+        yield (
+            "eval_samples",
+            "`eval_samples` needs prompts, but with `task: causal_lm` every token of a row is trained: remove it, or write "
+            "`task: instruction_tuning` for rows with a prompt",
+        )
+
+
+def _hub_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if config.push_to_hub and config.hub_model_id is None:
+        yield (
+            "push_to_hub",
+            "`push_to_hub` needs a repository: add `hub_model_id: ORG/NAME`, or remove `push_to_hub`",
+        )
+    for key in ("hub_model_id", "hub_private_repo"):
+        if getattr(config, key) is not None and not config.push_to_hub:
+            yield key, f"`{key}` has no effect without `push_to_hub: true`: add it, or remove `{key}`"
+
+
+def _token_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    if not config.added_tokens:
+        return
+    key = "new_tokens" if config.new_tokens else "new_special_tokens"
+    if twice := [token for token in config.added_tokens if config.added_tokens.count(token) > 1]:
+        yield (
+            key,
+            f"`{key}` lists {twice[0]!r} twice (with new_tokens and new_special_tokens together): keep it once",
+        )
+    if config.initial_adapter_model_ckpt_path is not None:
+        yield (
+            key,
+            f"`{key}` does not work with `initial_adapter_model_ckpt_path`, since an adapter keeps its rows: remove `{key}` if the adapter "
+            "has these tokens, or merge it with `main.py export` and write the merged model as `model_id`",
+        )
+    if config.lora_config and isinstance(config.lora_config.trainable_token_indices, dict):
+        yield (
+            "lora_config.trainable_token_indices",
+            f"`lora_config.trainable_token_indices` as a mapping does not work with `{key}`: write a list of token ids",
         )
 
 

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from runs.comparison import Comparison
-from runs.layout import EvalLoss
+from runs.layout import REPORT_FILE, EvalLoss, EvalSample
 from runs.listing import RunDetails, RunSummary
 from utils.files import format_bytes
 
 _NARROWEST = 20
 """Columns of a value below which wrapping would not help."""
+_SAMPLE_CHARACTERS = 300
 
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
@@ -41,6 +42,9 @@ def show_run(console: Console, run: RunDetails) -> None:
     """Print the details of one run and the possible next steps."""
     if run.eval_losses:
         print_eval_losses(console, run.eval_losses)
+        console.print()
+    if run.samples:
+        _print_samples(console, run.samples)
         console.print()
     if run.checkpoints:
         table = _table(">step", ">epoch", ">eval loss", ">size", "committed (UTC)", "checkpoint of this run")
@@ -161,6 +165,26 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
         figures = [f"{loss.figures[name]:.4f}" for name in beside]
         table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
     _print_table(console, table)
+
+
+def _print_samples(console: Console, samples: Sequence[EvalSample]) -> None:
+    """Print the answers of one evaluation; there must be at least one."""
+    count = f"{len(samples)} validation prompt{'s' if len(samples) > 1 else ''}"
+    console.print(Text(f"answers to {count} at step {samples[0].step:,}, complete in {REPORT_FILE}:"))
+    for sample in samples:
+        end = "" if sample.ended else f" … (cut after {sample.tokens:,} tokens)"
+        facts = [("prompt", _line(sample.prompt, is_end=True)), ("answer", _line(sample.completion) + end)]
+        if sample.reference:
+            facts.append(("reference", _line(sample.reference)))
+        print_facts(console, facts)
+
+
+def _line(text: str, *, is_end: bool = False) -> str:
+    """Return the beginning or the end of a model's text as one line without control characters."""
+    line = "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
+    if len(line) <= _SAMPLE_CHARACTERS:
+        return line
+    return f"…{line[-_SAMPLE_CHARACTERS:]}" if is_end else f"{line[:_SAMPLE_CHARACTERS]}…"
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:

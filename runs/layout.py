@@ -32,6 +32,7 @@ MODELS = "models"
 """Directory in a storage path: base models that were uploaded with submitted LoRA runs."""
 EXPORT_FILE = "EXPORT.json"
 EVALUATIONS = "evaluations"
+SAMPLES = "samples"
 
 LEASE_EXPIRES_SECONDS = 30.0
 """A lease that was not renewed for this long has expired."""
@@ -81,6 +82,11 @@ def export_uri(run_uri: str, step: int, kind: str) -> str:
 def evaluation_key(name: str) -> str:
     """Return the key of an evaluation's rows, relative to the run."""
     return f"{EVALUATIONS}/{name}.jsonl"
+
+
+def samples_key(step: int) -> str:
+    """Return the key of the samples of an evaluation, relative to the run, zero-padded so that keys sort by step."""
+    return f"{SAMPLES}/step-{step:06d}.jsonl"
 
 
 def lease_key(number: int) -> str:
@@ -242,6 +248,24 @@ class EvalLoss(_Record):
     eval_loss: float
     figures: dict[str, float] = {}
     """Other metrics of the task: accuracy and f1 for classification, rewards for preference tuning."""
+
+
+class EvalSample(_Record):
+    """The answer to one validation prompt at an evaluation. Long texts are cut and then have an ellipsis."""
+
+    step: int
+    row: str
+    """Source location of the row, `FILE:ROW`."""
+    prompt: str
+    """End of the prompt as it was rendered, with the generation prompt."""
+    completion: str
+    """What the model wrote, without the stop token."""
+    reference: str
+    """The row's own answer; empty if it has none."""
+    tokens: int
+    """Generated tokens, including the stop token."""
+    ended: bool
+    """Whether the model wrote a stop token within eval_max_new_tokens."""
 
 
 class MetricsLine(BaseModel):

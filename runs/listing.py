@@ -19,6 +19,7 @@ from runs.layout import (
     METRICS_FILE,
     RESULT_FILE,
     EvalLoss,
+    EvalSample,
     Lease,
     Manifest,
     RunResult,
@@ -35,6 +36,7 @@ from runs.reading import (
     read_result,
     survey,
     survey_metrics,
+    survey_samples,
 )
 from utils.storage.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
@@ -83,6 +85,8 @@ class RunDetails(RunSummary):
     train_loss: float | None
     """Training loss of the latest known step in nats per loss token."""
     eval_losses: list[EvalLoss]
+    samples: list[EvalSample]
+    """Answers to validation prompts at the latest evaluation; empty without eval_samples."""
     checkpoints: list[CheckpointSummary]
     valid_rows: str | None
     """Fingerprint of the tokenized validation rows; None without validation rows or without a checkpoint."""
@@ -131,6 +135,7 @@ def read_run(uri: str) -> RunDetails:
     result = read_result(store)
     metrics, damaged_metrics = survey_metrics(store)
     manifests, damage = survey(store)
+    samples, damaged_samples = survey_samples(store, 1, summary.steps)
     stored = read_config(store)
     if stored and stored.damage:
         raise DamagedError(CONFIG_FILE, stored.damage)
@@ -140,9 +145,10 @@ def read_run(uri: str) -> RunDetails:
         eval_losses=result.eval_losses
         if result and result.status == summary.status
         else eval_losses_of(metrics),
+        samples=samples,
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
         valid_rows=manifests[-1].data.valid if manifests else None,
-        damage=[*damage, *filter(None, [damaged_metrics])],
+        damage=[*damage, *filter(None, [damaged_metrics, damaged_samples])],
         config=stored.keys if stored else {},
         result=result,
     )

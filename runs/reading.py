@@ -16,7 +16,9 @@ from runs.layout import (
     MANIFEST_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    SAMPLES,
     EvalLoss,
+    EvalSample,
     Lease,
     Manifest,
     MetricsLine,
@@ -112,6 +114,36 @@ def survey_metrics(store: Store, key: str = METRICS_FILE) -> tuple[list[MetricsL
                 "writes the file again"
             )
     return lines, None
+
+
+def survey_samples(store: Store, most: int, until: int) -> tuple[list[EvalSample], str | None]:
+    """Return (the samples of a run's evaluations, the problem with the first unreadable record or None).
+
+    Args:
+        store: the run.
+        most: number of evaluations to read, the first and the last of them among these.
+        until: step of the last evaluation that counts; later ones belong to an attempt whose steps are lost.
+    """
+    keys = [key for key in sorted(sizes(store, f"{SAMPLES}/")) if _step_of_samples(key) <= until]
+    chosen = (
+        [keys[round(place * (len(keys) - 1) / max(most - 1, 1))] for place in range(most)] if keys else []
+    )
+    if most == 1:
+        chosen = keys[-1:]
+    samples: list[EvalSample] = []
+    for key in dict.fromkeys(chosen):
+        try:
+            samples += [
+                EvalSample.model_validate_json(line)
+                for line in (store.read_if_exists(key) or b"").splitlines()
+            ]
+        except ValidationError:
+            return samples, f"{store.uri_of(key)} {_UNREADABLE}; it and later samples are ignored. Delete it"
+    return samples, None
+
+
+def _step_of_samples(key: str) -> int:
+    return int(key.rpartition("step-")[2].removesuffix(".jsonl"))
 
 
 def read_lease(store: Store, key: str) -> Lease | None:

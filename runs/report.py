@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runs.curve import Line, draw_svg, eval_line
-from runs.layout import DATA_PAGE_FILE, Manifest, MetricsLine, RunResult, checkpoint_uri
+from runs.layout import DATA_PAGE_FILE, EvalSample, Manifest, MetricsLine, RunResult, checkpoint_uri
 from runs.reading import eval_losses_of
 from utils.files import format_bytes
 from utils.page import render_page
@@ -23,6 +23,8 @@ class RunReport:
     metrics: Sequence[MetricsLine]
     parent_metrics: Sequence[MetricsLine]
     """Metrics of the parent run, up to the checkpoint that this run started from."""
+    samples: Sequence[EvalSample]
+    """Answers to validation prompts, in the order of their evaluations."""
     checkpoints: Sequence[Manifest]
     data: Sequence[tuple[str, str]]
     """Names and values of the data's key figures, as text."""
@@ -45,6 +47,7 @@ def to_html(report: RunReport) -> str:
         report=report,
         summary=_summary(report),
         charts=_charts(report),
+        samples=_by_prompt(report.samples),
         data_page=DATA_PAGE_FILE,
         locations={manifest.step: _location(result, manifest.step) for manifest in report.checkpoints},
         commands=_commands(report),
@@ -75,6 +78,14 @@ def _summary(report: RunReport) -> list[tuple[str, str]]:
         ("trainable parameters", f"{result.trainable_parameters:,}"),
         ("run", result.run_uri),
     ]
+
+
+def _by_prompt(samples: Sequence[EvalSample]) -> list[list[EvalSample]]:
+    """Return the answers to each prompt."""
+    prompts: dict[tuple[str, str], list[EvalSample]] = {}
+    for sample in samples:
+        prompts.setdefault((sample.row, sample.prompt), []).append(sample)
+    return list(prompts.values())
 
 
 def _charts(report: RunReport) -> list[tuple[str, str]]:

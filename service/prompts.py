@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from service.engine import ChatRequest, ToolCall
 from service.errors import ApiError
 from training.data.errors import DataError, RowError
+from training.data.prompting import encode_prompt
 from training.data.records import Chat
 from training.data.templates import Renderer
-from training.inference.prompting import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -33,7 +33,7 @@ from service.checkpoints import (
 from service.engine import Accepted, ChatRequest, Delta, EngineSettings, Event, Failed
 from service.errors import ApiError
 from service.least_recently_used import LeastRecentlyUsed
-from training.inference.prompting import stop_tokens
+from training.data.prompting import stop_tokens
 from training.models.kernels import Device
 from training.models.torch_provider import load_weights
 

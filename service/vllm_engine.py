@@ -35,7 +35,7 @@ from service.engine import Accepted, ChatRequest, EngineSettings, Event
 from service.errors import ApiError
 from service.least_recently_used import LeastRecentlyUsed
 from training.checkpoints.store import read_manifest
-from training.inference.prompting import stop_tokens
+from training.data.prompting import stop_tokens
 from training.planning.exportable import check_vllm_adapter
 from training.planning.paths import make_scratch_directory
 from utils.errors import AnnealError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
-from configs.schema import ExportConfig
+from configs.schema import FinetuneConfig
 from training.inference import commands as model_commands
 from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import COMMAND_VARIABLE, ClusterTarget, set_ray_environment, target_cluster
@@ -165,8 +165,8 @@ def plan_and_train(
     if result.status == "failed":
         show_error(screen.progress, result.reason)
     exported = DONE
-    if result.status == "completed" and loaded.config.export:
-        exported = export_completed(result.run_uri, loaded.config.export, screen)
+    if result.status == "completed" and loaded.config.final_export:
+        exported = export_completed(result.run_uri, loaded.config, screen)
     screen.print_json(result.model_dump_json())
     return exported or result.exit_code
 
@@ -274,7 +274,9 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
                 packed = pack(loaded, Path(directory))
                 checked = submission.check_from_here(packed, target, watch.checking)
                 report = None if isinstance(checked, str) else checked
-                if report and report.completed and not loaded.config.export:  # an export may still be pending
+                if (
+                    report and report.completed and not loaded.config.final_export
+                ):  # an export may still be pending
                     show_completed(progress)
                     screen.print_json(report.completed.model_dump_json())
                     return DONE
@@ -308,24 +310,49 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
     return end.exit_code
 
 
-def export_completed(run_uri: str, settings: ExportConfig, screen: Screen) -> int:
-    """Export a completed run with the settings of the YAML's `export`; return the exit code."""
+def export_completed(run_uri: str, config: FinetuneConfig, screen: Screen) -> int:
+    """Export a completed run with the settings of the YAML, and push it to the Hub if it says so; return the exit code."""
     from training.launch.display import show_error
 
+    settings = config.final_export
+    assert settings is not None
     raise_signals()  # until now, the driver only recorded them
+    what, again = "exported", "rerun the same command to export it"
     try:
-        model_commands.export_run(run_uri, settings, screen.main, screen.progress)
+        exported = model_commands.export_run(run_uri, settings, screen.main, screen.progress)
+        if config.hub_model_id:
+            what = "pushed"
+            again = f"push it again with {shlex.join(_push_command(run_uri, config))}"
+            model_commands.push_export(
+                exported, config.hub_model_id, config.hub_private_repo, screen.main, screen.progress
+            )
     except AnnealError as error:
-        show_error(screen.progress, f"the run completed, but the export failed: {error}")
+        failed = "export" if what == "exported" else "push"
+        advice = "" if what == "exported" else f" To {again}"
+        show_error(screen.progress, f"the run completed, but the {failed} failed: {error}{advice}")
         return FAILED
     except Stopped as stopped:
         record_signals()
         show_error(
             screen.progress,
-            f"stopped by {stopped.name}: the run completed but is not exported; rerun the same command to export it",
+            f"stopped by {stopped.name}: the run completed but is not {what}; {again}",
         )
         return stopped.exit_code
     return DONE
+
+
+def _push_command(run_uri: str, config: FinetuneConfig) -> list[str]:
+    """Return the command that exports and pushes a completed run as its YAML says."""
+    settings = config.final_export
+    assert settings is not None
+    assert config.hub_model_id is not None
+    command = ["python", "main.py", "export", run_uri, "--push", config.hub_model_id]
+    command += ["--private"] if config.hub_private_repo else []
+    command += ["--to", settings.to] if settings.to else []
+    if not settings.merge:
+        return [*command, "--no-merge"]
+    command += ["--gguf"] if settings.gguf else []
+    return [*command, *(["--dtype", settings.dtype] if config.export else [])]
 
 
 def _resolved(loaded: LoadedConfig) -> dict[str, Any]:

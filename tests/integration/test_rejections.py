@@ -410,6 +410,33 @@ def test_adapter_whose_file_differs_from_its_config_raises_an_error_with_the_ten
 
 
 @pytest.mark.parametrize(
+    ("changes", "place", "fix"),
+    [
+        ({"new_tokens": ["<|im_end|>"]}, "new_tokens: '<|im_end|>' ", "Remove"),
+        ({"new_tokens": ["<a>"], "lora_config": {}, "deepspeed": "zero_3"}, "new_tokens: ", "zero_2"),
+        (
+            {"new_tokens": ["<a>"], "lora_config": {"modules_to_save": ["lm_head"]}},
+            "lora_config.modules_to_save: lm_head ",
+            "new_tokens",
+        ),
+        (
+            {"new_tokens": ["<a>"], "lora_config": {}, "export": {"merge": False}},
+            "merge: false ",
+            "trainable_token_indices",
+        ),
+        ({"new_tokens": ["<a>"], "kernels": "unsloth"}, "kernels: unsloth: ", "new_tokens"),
+    ],
+    ids=str,
+)
+def test_new_tokens_that_cannot_be_trained_or_exported_are_rejected(
+    rejected: Rejected, changes: dict[str, Any], place: str, fix: str
+):
+    message = rejected(**changes)
+    assert message.startswith(place)
+    assert fix in message
+
+
+@pytest.mark.parametrize(
     ("lora", "place", "fix"),
     [
         ({"modules_to_save": ["lm_heda"]}, "lora_config.modules_to_save: lm_heda ", "Correct the name"),

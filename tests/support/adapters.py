@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 
 from tests.support.tiny_model import make_model, make_tokenizer
+from training.models.new_tokens import grow_vocabulary, rows_needed
+from training.models.torch_provider import prepare_token_rows
 
 Tensors = dict[str, torch.Tensor]
 FILE = "adapter_model.safetensors"
@@ -46,6 +48,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "tied",
         {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [7]}},
     ),
+    "new tokens": (
+        "llama",
+        {"trainable_token_indices": {"embed_tokens": [512, 513], "lm_head": [512, 513]}},
+    ),
+    "tied, new tokens": ("tied", {"trainable_token_indices": [512, 513]}),
     "bias: all": ("biased", {"bias": "all"}),
     "bias: lora_only": ("biased", {"bias": "lora_only"}),
     "lora_bias": ("biased", {"target_modules": ["q_proj"], "lora_bias": True}),
@@ -74,8 +81,11 @@ def large_adapter(model: Path, **lora: Any) -> Any:
     """Return a model with a PEFT adapter whose trainable weights all differ from their initial values by much."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    grow_vocabulary(base, rows_needed(lora.get("trainable_token_indices")))
     settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
     adapted = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    if "trainable_token_indices" in lora:
+        prepare_token_rows(adapted)
     enlarge(adapted)
     return adapted.eval()
 
@@ -108,8 +118,9 @@ def change_config(directory: Path, **changes: Any) -> None:
 
 
 def logits_of(model: Any) -> torch.Tensor:
-    """Return the model's logits for fixed random tokens, (2, 24, vocabulary)."""
+    """Return the model's logits for fixed random tokens and the last token of its vocabulary, (2, 24, vocabulary)."""
     tokens = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(3))
+    tokens[:, -1] = model.config.get_text_config().vocab_size - 1
     with torch.no_grad():
         return model.eval()(input_ids=tokens).logits.float()
 

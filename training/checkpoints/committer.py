@@ -89,6 +89,7 @@ class CheckpointCommitter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None
         self._recording: Future[None] | None = None
+        self._written: list[Future[None]] = []
 
     def __enter__(self) -> "CheckpointCommitter":
         return self
@@ -119,6 +120,17 @@ class CheckpointCommitter:
         running, self._running = self._running, None
         if running is not None:
             running.result()
+        written, self._written = self._written, []
+        for record in written:
+            record.result()
+
+    def write(self, key: str, text: str) -> None:
+        """Start to write a small record of the run; rank 0 calls it. Errors are raised as those of a commit."""
+        self._written.append(self._thread.submit(self._write, key, text))
+
+    def _write(self, key: str, text: str) -> None:
+        check_lease(self._store, self._context.lease)
+        self._store.write(key, text.encode())
 
     def latest_checkpoint(self) -> str | None:
         """Wait for the running commit, and return the URI of the latest committed checkpoint."""

@@ -56,6 +56,8 @@ class DataRequest:
     """Seed for sampling rows if a weight takes part of a source, and for the shares of a split."""
     share: tuple[float, float] = (0.0, 1.0)
     """Part of the rows to take, as bounds of a hash of their text: (begin, end), from 0 to 1. Equal rows have equal hashes."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens that were added to the tokenizer."""
     date: str | None = None
     """Date that the chat template prints (ISO 8601), if it prints one; None: that of the preparation."""
     max_rows: int | None = None

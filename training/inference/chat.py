@@ -5,10 +5,10 @@ from typing import Any
 
 from configs.loading import ConfigError
 from training.data.errors import RowError
+from training.data.prompting import encode_prompt, stop_tokens
 from training.data.records import Filled, Message
 from training.data.rows import RowSchema, places_of, read_row
 from training.inference.checkpoint_model import TrainedModel
-from training.inference.prompting import encode_prompt, stop_tokens
 from utils.processes import importing
 
 

@@ -34,13 +34,26 @@ def export_command(
     merge: bool,
     gguf: bool,
     verify: bool | None,
+    push: str | None,
+    private: bool,
     as_json: bool,
 ) -> None:
-    """Export the best checkpoint of a run."""
+    """Export the best checkpoint of a run, and push the export to the Hub if `push` names a repository."""
     output, errors = open_consoles()
+    if private and not push:
+        raise ConfigError(
+            "--private: only --push creates a repository. Add --push ORG/NAME, or remove --private."
+        )
+    if push:
+        from training.models.hub import check_hub_access
+
+        check_hub_access("--push")
     to = open_store(to).uri if to else None
     settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf, verify=verify)
-    exported = export_run(run, settings, errors if as_json else output, errors, base=base)
+    screen = errors if as_json else output
+    exported = export_run(run, settings, screen, errors, base=base)
+    if push:
+        push_export(exported, push, private or None, screen, errors)
     if as_json:
         output.print(exported.model_dump_json(), soft_wrap=True)
 
@@ -62,6 +75,33 @@ def export_run(
         exported = export(trained, settings, progress=watch.phase)
     show_export(screen, exported)
     return exported
+
+
+def push_export(
+    exported: Export, repository: str, private: bool | None, screen: Console, progress: Console
+) -> None:
+    """Push an export to a model repository on the Hugging Face Hub and print its URL.
+
+    Args:
+        exported: The export.
+        repository: Id of the repository.
+        private: Whether a new repository is private; None: the default of the account.
+        screen: Console for the URL.
+        progress: Console for progress.
+    """
+    from runs.display import print_facts
+    from training.inference.checkpoint_model import trained_model
+    from training.inference.export import push
+    from training.launch.display import Watch
+
+    with (
+        trained_model(exported.checkpoint, exported.uri) as trained,
+        _library_output_to_log(trained),
+        Watch(progress) as watch,
+    ):
+        watch.phase(f"pushing to {repository}")
+        url = push(exported, trained.cache, repository, private=private)
+    print_facts(screen, [("pushed", url)])
 
 
 def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens: int) -> None:

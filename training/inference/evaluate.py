@@ -18,6 +18,7 @@ from runs.layout import evaluation_key, run_of
 from training.checkpoints.store import CheckpointError, read_manifest
 from training.data.errors import DataError, RowError
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
+from training.data.prompting import encode_prompt, stop_tokens
 from training.data.records import Chat, Example, Filled, Tokens
 from training.data.rows import RowSchema, read_row, recognise
 from training.data.sources import find_files, open_file
@@ -25,7 +26,6 @@ from training.data.templates import Renderer
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
-from training.inference.prompting import encode_prompt, stop_tokens
 from training.launch.cluster import Workers, cluster, resources_of_device
 from training.launch.failures import causes_of, classify
 from training.models.kernels import Device

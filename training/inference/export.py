@@ -21,8 +21,8 @@ from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
 from training.checkpoints.weights import fetch_model
+from training.data.prompting import stop_tokens
 from training.inference.model_card import Card
-from training.inference.prompting import stop_tokens
 from training.models.files import (
     ModelError,
     ModelFacts,
@@ -32,9 +32,18 @@ from training.models.files import (
     read_hub_facts,
     read_model_facts,
 )
+from training.models.hub import push_directory
 from training.planning.exportable import GGUF_TOOL, check_mergeable, check_vllm_adapter, gguf_tool
 from utils.files import checksum, format_bytes, free_bytes
-from utils.storage.bucket import Store, check_writable, is_remote, local_path, open_store, upload_directory
+from utils.storage.bucket import (
+    Store,
+    check_writable,
+    is_remote,
+    local_path,
+    open_store,
+    sync_to_node,
+    upload_directory,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -82,6 +91,22 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
         (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
         progress(f"writing to {planned.uri}")
         return _publish(store, planned, staged)
+
+
+def push(exported: Export, cache: Path, repository: str, *, private: bool | None) -> str:
+    """Push the files of an export to a model repository on the Hub, and return its URL.
+
+    Args:
+        exported: The export.
+        cache: Node cache, to which an export in a bucket is downloaded.
+        repository: Id of the repository.
+        private: Whether a new repository is private; None: the default of the account.
+    """
+    files = [file.path for file in exported.files]
+    checksums = {file.path: file.checksum for file in exported.files}
+    directory = sync_to_node(exported.uri, cache / "exports", lambda key: key in checksums, checksums)
+    message = f"Upload {describe(exported)} of {exported.checkpoint.split('/')[-3]}"
+    return push_directory(directory, files, repository, private=private, message=message)
 
 
 def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:

@@ -8,6 +8,7 @@ from configs.loading import flat
 from configs.schema import FinetuneConfig
 from runs.layout import Export, Manifest, MetricsLine, RunResult, Verification
 from runs.reading import eval_losses_of
+from training.models.files import is_hub_id
 
 _TITLES = {
     "merged": "LoRA adapter merged into {base}",
@@ -59,12 +60,15 @@ class Card:
 
         kind = self.export.kind
         metadata = ModelCardData(
-            base_model=self.base,
+            # The Hub rejects a card that names another location.
+            base_model=self.base if is_hub_id(self.base) else None,
             library_name="peft" if kind == "adapter" else "transformers",
             pipeline_tag="text-generation",
             tags=["anneal", *(["lora"] if self.config.trains_adapter else [])],
             # The Hub's terms for how a model relates to its base model.
-            base_model_relation={"adapter": "adapter"}.get(kind, "finetune"),
+            base_model_relation={"adapter": "adapter"}.get(kind, "finetune")
+            if is_hub_id(self.base)
+            else None,
         )
         run_name = self.export.checkpoint.split("/")[-3]
         return "\n".join(

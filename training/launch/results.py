@@ -22,7 +22,15 @@ from runs.layout import (
     Speed,
     checkpoint_uri,
 )
-from runs.reading import best, committed, eval_losses_of, parent_metrics, read_metrics, read_result
+from runs.reading import (
+    best,
+    committed,
+    eval_losses_of,
+    parent_metrics,
+    read_metrics,
+    read_result,
+    survey_samples,
+)
 from runs.report import RunReport
 from runs.report import to_html as report_to_html
 from training.checkpoints.committer import package_versions
@@ -31,6 +39,9 @@ from training.events import CheckpointCommitted, ModelReady
 from training.planning.plan import RunPlan
 from training.planning.report import PlanReport
 from utils.storage.bucket import Store, open_store
+
+_SAMPLED_EVALUATIONS = 5
+"""Evaluations whose samples the report page shows: the first, the last and some between."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ def write_result(plan: RunPlan, report: PlanReport, attempt: Attempt) -> RunResu
         result=result,
         metrics=metrics,
         parent_metrics=before,
+        samples=survey_samples(store, _SAMPLED_EVALUATIONS, result.train_steps)[0],
         checkpoints=manifests,
         data=key_figures(report),
         config=to_yaml(plan.config),

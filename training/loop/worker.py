@@ -19,11 +19,11 @@ import ray.train
 
 from configs.loading import flat, to_yaml
 from runs.early_stopping import stopping_step
-from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest
+from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest, samples_key
 from training.checkpoints.committer import CheckpointCommitter, CommitContext
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
-from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
+from training.checkpoints.weights import fetch_model, verify_local_weights
 from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
@@ -33,6 +33,7 @@ from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
 from training.models.kernels import is_installed
 from training.models.libraries import set_environment, unused_packages, withhold
+from training.models.new_tokens import add_tokens
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of
@@ -292,7 +293,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
 
     driver.emit(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
-    adapter_directory = fetch_weights(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
+    adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     if world.local_rank == 0:
         for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
             if start and directory and not is_hub_id(start):
@@ -304,6 +305,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         trust_remote_code=plan.config.trust_remote_code,
         chat_template=plan.chat_template,
     )
+    add_tokens(plan.config, tokenizer, plan.tokenizer)
 
     driver.emit(Phase("fetching the prepared rows"))
     train = fetch_prepared(plan.train, plan.cache, plan.prepared)
@@ -461,6 +463,8 @@ def _run(
     if plan.device == "cuda" and plan.deepspeed is None:
         # The optimizer states exist after the first step, so a GPU too small for the largest batch fails within a minute.
         trainer.add_callback(AfterFirstStep(trainer.rehearse))
+    if plan.config.eval_samples is not None:
+        trainer.add_callback(_sampling(plan, inputs, built, world, driver, committer, trainer.accelerator))
     if world.rank == 0:
         inputs.store.write(CONFIG_FILE, to_yaml(plan.config).encode())
         # Remove steps that an earlier attempt recorded after the checkpoint that this attempt resumes from.
@@ -481,6 +485,35 @@ def _run(
         driver.emit(Phase("making room for more workers"))
         driver.pause()
         threading.Event().wait()  # Ray's controller terminates this process and restarts all workers from the checkpoint
+
+
+def _sampling(
+    plan: RunPlan,
+    inputs: Inputs,
+    built: Built,
+    world: World,
+    driver: Driver,
+    committer: CheckpointCommitter,
+    accelerator: Any,
+) -> "TrainerCallback":
+    from training.loop.samples import Sampling, choose_prompts, most_positions
+
+    config = plan.config
+    assert config.eval_samples is not None
+    assert inputs.valid is not None
+    prompts = choose_prompts(
+        inputs.valid, config.eval_samples, config.seed, most_positions(built.model.config)
+    )
+    return Sampling(
+        prompts,
+        inputs.tokenizer,
+        max_new_tokens=config.eval_max_new_tokens,
+        world=world,
+        autocast=accelerator.autocast,
+        is_sharded=plan.resolved.zero_stage == 3,
+        write=lambda step, text: committer.write(samples_key(step), text),
+        on_progress=lambda fraction: driver.emit(Phase("generating samples", fraction)),
+    )
 
 
 def _tracking(plan: RunPlan, inputs: Inputs, driver: Driver) -> "list[TrainerCallback]":
@@ -526,6 +559,7 @@ def model_request(
         directory=directory,
         adapter_directory=adapter_directory,
         lora=config.lora_config,
+        new_tokens=plan.new_tokens,
         device=plan.device,
         weights_dtype=plan.resolved.weights_dtype,
         zero_stage=plan.resolved.zero_stage,

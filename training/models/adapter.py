@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import LoraConfig
 from training.models.architecture import model_on_meta_device
 from training.models.files import AdapterFacts, ModelError, first_line
+from training.models.new_tokens import rows_needed
 from utils.processes import importing
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ def _adapted(
         import peft
         import torch
 
-    model = model_on_meta_device(directory, source, trust_remote_code)
+    rows = rows_needed(settings.get("trainable_token_indices"))
+    model = model_on_meta_device(directory, source, trust_remote_code, vocabulary=rows)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             # PEFT warns of pattern keys that match parameters, and of names that `unmatched_keys` reports.

@@ -140,8 +140,10 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def model_on_meta_device(directory: Path, source: str, trust_remote_code: bool) -> Any:
-    """Build the model on PyTorch's meta device, before quantization."""
+def model_on_meta_device(
+    directory: Path, source: str, trust_remote_code: bool, *, vocabulary: int = 0
+) -> Any:
+    """Build the model on PyTorch's meta device, before quantization, with at least `vocabulary` rows in its embedding."""
     import torch
 
     with importing():
@@ -150,6 +152,8 @@ def model_on_meta_device(directory: Path, source: str, trust_remote_code: bool) 
     config = load_config(directory, source, trust_remote_code)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, vocabulary)
     with importing(), torch.device("meta"):  # this imports the model's module
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 

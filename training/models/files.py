@@ -239,8 +239,8 @@ class AdapterFacts:
 
 
 def read_adapter_facts(source: str) -> AdapterFacts:
-    """Read an adapter's config and shapes."""
-    store = open_store(source)
+    """Read an adapter's config and shapes. An adapter on the Hub is downloaded, since it is small."""
+    store = open_store(str(fetch_hub_model(source, is_model_file)) if is_hub_id(source) else source)
     names = {stored.key: stored.size for stored in store.list() if "/" not in stored.key}
     if "adapter_config.json" not in names:
         hint = (

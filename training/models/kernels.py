@@ -144,6 +144,10 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
         return f"Unsloth's attention would use {packages[0]}, whose gradients are not deterministic"
     if provider == "unsloth" and config.packing:
         return "Unsloth's attention does not separate packed rows"
+    if provider == "unsloth" and config.eval_samples is not None:
+        return "Unsloth's generation switches the model to other kernels, and Anneal does not support it for eval_samples"
+    if provider == "unsloth" and config.added_tokens:
+        return "Anneal does not support new_tokens with Unsloth, whose loaders add no rows to an embedding"
     if provider == "unsloth" and config.task == "preference_tuning":
         return "preference tuning needs log-probabilities, but Unsloth's forward pass returns only a loss"
     return None

@@ -7,6 +7,7 @@ from typing import Literal
 from configs.schema import LoraConfig
 from training.models.attention import Attention
 from training.models.kernels import Device, WeightsDtype
+from training.models.new_tokens import NewTokens
 
 REFERENCE_ADAPTER = "reference"
 """PEFT name of the frozen initial copy of a continued adapter, the reference in preference tuning."""
@@ -36,6 +37,8 @@ class ModelRequest:
     trust_remote_code: bool
     deterministic: bool
     """True to use deterministic operations only."""
+    new_tokens: NewTokens | None = None
+    """Tokens that the run adds to the vocabulary."""
 
     @property
     def is_lora(self) -> bool:

@@ -1,10 +1,12 @@
 """The torch provider: plain transformers and PEFT, the reference for the other providers."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import peft
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from configs.schema import LoraConfig
@@ -12,6 +14,7 @@ from training.models import varlen_attention
 from training.models.attention import Implementation, plain_attention
 from training.models.generation import remove_ignored
 from training.models.kernels import Device
+from training.models.new_tokens import grow_vocabulary, rows_needed, start_rows, with_token_rows
 from training.models.request import REFERENCE_ADAPTER, ModelRequest
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
         trust_remote_code=request.trust_remote_code,
     )
     model.config.use_cache = False
+    if request.new_tokens is not None:
+        start_rows(model, request.new_tokens)
     if request.deterministic and model._can_set_experts_implementation():
         # The other implementations count tokens with torch.histc, which is not deterministic on a GPU.
         model.set_experts_implementation("eager")
@@ -109,23 +114,39 @@ def with_adapter(model: "PreTrainedModel", request: ModelRequest) -> "PreTrained
     # PEFT's prepare_model_for_kbit_training is not used: it casts embeddings and norms, and so the activations, to fp32.
     autocast_adapter = _autocasts_adapter(request)
     if request.adapter_directory is not None:
-        return attach_adapter(
+        adapted: Any = attach_adapter(
             model, request.adapter_directory, is_trainable=True, autocast_adapter_dtype=autocast_adapter
         )
-    assert request.lora is not None
-    set_seed(request.seed)
-    return peft.get_peft_model(model, peft_config(request.lora), autocast_adapter_dtype=autocast_adapter)  # pyright: ignore
+    else:
+        assert request.lora is not None
+        set_seed(request.seed)
+        settings = peft_config(with_token_rows(request.lora, request.new_tokens))
+        adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=autocast_adapter)  # pyright: ignore
+    if adapted.peft_config["default"].trainable_token_indices is not None:
+        prepare_token_rows(adapted)
+    return adapted
+
+
+def prepare_token_rows(adapted: Any) -> None:
+    """Let the trainer save the trained rows of an embedding alone, and read the weight of a head that has trained rows."""
+    # Otherwise PEFT saves a complete embedding that has more rows than that of the base model.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    head = adapted.get_base_model().get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        vars(head)["bias"] = None  # TRL's fused head reads it, and PEFT's wrapper passes only the weight on
 
 
 def attach_adapter(model: "PreTrainedModel", directory: Path, **arguments: Any) -> "PreTrainedModel":
-    """Attach a stored adapter to its base model.
+    """Attach a stored adapter to its base model, whose embedding grows if the adapter has rows of tokens that were added.
 
     Args:
         model: The base model.
         directory: Local directory of the adapter.
         arguments: Passed to PEFT's `from_pretrained`.
     """
-    return peft.PeftModel.from_pretrained(model, directory, config=loaded_config(directory), **arguments)  # pyright: ignore
+    settings = loaded_config(directory)
+    grow_vocabulary(model, rows_needed(settings.trainable_token_indices))
+    return peft.PeftModel.from_pretrained(model, directory, config=settings, **arguments)  # pyright: ignore
 
 
 def loaded_config(directory: Path) -> peft.LoraConfig:

@@ -16,7 +16,7 @@ from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
 from training.models.adapter import AdapterParameters, unmatched_keys
-from training.models.architecture import is_embedding
+from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
@@ -130,6 +130,26 @@ def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
             f"adapter {source}: its tokenizer has {tokens:,} tokens, but the embedding of {facts.source} has {rows:,} rows. Write the "
             "model with the resized embedding that the adapter was trained on as model_id."
         )
+
+
+def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
+    """Check that an adapter can train the rows of new tokens."""
+    if zero_stage == 3:
+        raise ConfigError(
+            "new_tokens: PEFT trains the rows of tokens from the complete embedding, but ZeRO-3 shards it and PEFT does not gather it. Write "
+            "deepspeed: zero_2, or remove lora_config to train all parameters."
+        )
+    lora = config.lora_config
+    listed_modules = lora.target_modules if lora and isinstance(lora.target_modules, list) else []
+    for key, names in (
+        ("modules_to_save", (lora.modules_to_save if lora else None) or []),
+        ("target_modules", listed_modules),
+    ):
+        if ends := [name for name in names if is_embedding(f"{name}.") or is_head(f"{name}.")]:
+            raise ConfigError(
+                f"lora_config.{key}: {ends[0]} cannot be combined with new_tokens, whose rows of this module are trained with the adapter. "
+                f"Remove {ends[0]}, or remove lora_config to train all parameters."
+            )
 
 
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:

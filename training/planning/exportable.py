@@ -25,13 +25,14 @@ _ENDS = re.compile(r"\.(lora_embedding_[AB]|embed_tokens|lm_head|wte|embed_in|em
 
 def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
     """Reject an export before training if its settings, tools or model do not allow it."""
-    if config.export is None:
+    export = config.final_export
+    if export is None:
         return
-    if config.export.to:
-        check_writable(config.export.to)
-    if config.export.gguf:
+    if export.to:
+        check_writable(export.to)
+    if export.gguf:
         gguf_tool()
-    if config.trains_adapter and config.export.merge:
+    if config.trains_adapter and export.merge:
         check_mergeable(base)
 
 
@@ -70,6 +71,6 @@ def check_vllm_adapter(lora: Mapping[str, Any], tensors: Iterable[str]) -> None:
         said.append("an adapter on embeddings or the LM head")
     if said:
         raise ConfigError(
-            f"merge: false exports an adapter for vLLM, which does not support {', '.join(said)}. Write merge: true, or load the "
-            "checkpoint itself with PEFT."
+            f"merge: false (the default of push_to_hub) exports an adapter for vLLM, which does not support {', '.join(said)}. Write "
+            "export: {merge: true}, or load the checkpoint itself with PEFT."
         )

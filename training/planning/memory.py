@@ -197,9 +197,17 @@ def _weights(job: Job, held: _Held) -> float:
             adapter * (2 if job.continues_adapter else 1),
         )
     if held.stage < 3:
-        return base + adapter + copies
+        return base + adapter + copies + _copies_of_rows(job, held)
     split = 0.0 if is_offloaded(held.zero, "offload_param") else (base + adapter) / held.devices
     return split + held.base * max(2 * matrices / job.shape.layers, job.shape.vocabulary * job.shape.hidden)
+
+
+def _copies_of_rows(job: Job, held: _Held) -> float:
+    """Return the bytes of the copy of a head in which PEFT replaces trained rows, and of its gradient, beyond the freed logits."""
+    if not any("trainable_tokens_delta" in name for name in held.trained_shapes):
+        return 0
+    head = held.base * job.shape.vocabulary * job.shape.hidden
+    return head + max(0, head - _logits(job, held))
 
 
 def _in_experts(job: Job) -> int:

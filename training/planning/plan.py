@@ -11,6 +11,7 @@ from runs.layout import DataFingerprints
 from training.data.batches import BatchPlan, BatchShape, pack
 from training.models.attention import Attention
 from training.models.kernels import Device, KernelChoice, WeightsDtype
+from training.models.new_tokens import NewTokens
 from training.planning.deepspeed import ZeroStage
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops
@@ -53,6 +54,8 @@ class RunPlan(BaseModel):
     """URI of the checkpoint whose complete trainer state is restored."""
     tokenizer: str
     """Hub id, directory or URI whose tokenizer is used: that of `adapter` or of `base_model`."""
+    new_tokens: NewTokens | None = None
+    """Tokens that the run adds to the vocabulary."""
     chat_template: str | None
     """Jinja text that replaces the tokenizer's own template."""
     prepared: str

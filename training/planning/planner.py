@@ -13,7 +13,7 @@ from configs.loading import LoadedConfig
 from configs.schema import DataSource, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
-from training.checkpoints.weights import fetch_model, fetch_weights
+from training.checkpoints.weights import fetch_model
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData, find_prepared
@@ -47,7 +47,16 @@ from training.models.files import (
     targeted_modules,
 )
 from training.models.generation import check_savable
+from training.models.hub import check_hub_access
 from training.models.kernels import Device
+from training.models.new_tokens import (
+    NewTokens,
+    add_tokens,
+    rows_needed,
+    trained_ends,
+    with_grown_vocabulary,
+    with_token_rows,
+)
 from training.models.tokenizer import describe_template, load_tokenizer, read_chat_template
 from training.planning import warnings as plan_warnings
 from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
@@ -61,6 +70,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_token_rows,
     check_vocabulary,
     reject_missing_requirements,
 )
@@ -146,6 +156,8 @@ class Model:
     """Hub id, directory or URI whose tokenizer is used: the adapter's if it has one, else the base model's."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
+    """With the new tokens of the YAML."""
+    new_tokens: NewTokens | None
     chat_template: str | None
 
 
@@ -226,6 +238,9 @@ def make_plan(
     reject_missing_requirements(loaded, target)
     written_cache_limit()
     settings = _resolve_settings(loaded.config, target)
+    if loaded.config.push_to_hub and not target.is_job_server:
+        progress("access to the Hub")
+        check_hub_access("push_to_hub")
     storage = _check_storage(loaded.config, progress)
     model = _read_model(loaded.config, settings, storage, progress)
     adapter = _count_trainable(loaded.config, settings, storage, model)
@@ -259,6 +274,7 @@ def make_plan(
         parent=checkpoints.parent_state or model.parent,
         restore_from=checkpoints.own_checkpoint or checkpoints.parent_state,
         tokenizer=model.tokenizer_source,
+        new_tokens=model.new_tokens,
         chat_template=model.chat_template,
         prepared=storage.prepared,
         train=data.train.key,
@@ -311,7 +327,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_quantization(config, facts)
     ignored = (
         check_savable(directory, base, trust_remote_code=trust)
-        if config.export or not config.trains_adapter
+        if config.final_export or not config.trains_adapter
         else []
     )
     with about_key("export"):
@@ -320,12 +336,22 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     source, tokenizer_directory = base, directory
     if adapter_facts and adapter_facts.has_tokenizer:
         source = adapter_facts.source
-        tokenizer_directory = fetch_weights(source, storage.cache, is_tokenizer_file)
+        tokenizer_directory = fetch_model(source, storage.cache, is_tokenizer_file)
     tokenizer = load_tokenizer(
         tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
     )
     if source != base:
+        assert adapter_facts is not None
+        rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))
+        facts = with_grown_vocabulary(facts, rows)
         check_vocabulary(len(tokenizer), source, facts)
+    new = add_tokens(config, tokenizer, source)
+    if new is not None:
+        facts = with_grown_vocabulary(facts, new.rows)
+        shape = shape and replace(shape, vocabulary=max(shape.vocabulary, new.rows))
+        if config.trains_adapter:
+            check_token_rows(config, settings.execution.zero_stage)
+            new = trained_ends(new, directory, base, trust_remote_code=trust)
     return Model(
         base=base,
         adapter=adapter,
@@ -340,6 +366,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         tokenizer_source=source,
         tokenizer_directory=tokenizer_directory,
         tokenizer=tokenizer,
+        new_tokens=new,
         chat_template=template,
     )
 
@@ -351,6 +378,9 @@ def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
 def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storage, model: Model) -> Adapter:
     """Count trainable parameters; reject adapters that do not fit, and optimizers that cannot index so many entries."""
     parameters = None
+    if config.lora_config:
+        lora = with_token_rows(config.lora_config, model.new_tokens)
+        config = config.model_copy(update={"lora_config": lora})
     if model.adapter_facts:
         parameters = _continued_adapter(config, storage, model, model.adapter_facts)
     elif config.lora_config:
@@ -358,7 +388,7 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         if _only_peft_can_count(config.lora_config, model):
             parameters = _new_adapter(config, model)
             check_new_adapter(config, parameters, model.facts)
-    if config.export and not config.export.merge:
+    if config.final_export and not config.final_export.merge:
         check_vllm_adapter(*_stored_adapter(config, model, parameters))
     if parameters:
         trained = sum(map(math.prod, parameters.trainable.values()))
@@ -383,7 +413,7 @@ def _continued_adapter(
         given = "target_modules" in config.lora_config.model_fields_set
         asked = _new_adapter(config, model).targets if given else parameters.targets
         check_same_adapter(facts, config.lora_config, parameters.targets, asked)
-    directory = fetch_weights(facts.source, storage.cache, is_model_file)
+    directory = fetch_model(facts.source, storage.cache, is_model_file)
     check_finite(directory / ADAPTER_FILE, f"adapter {facts.source}/{ADAPTER_FILE}")
     return parameters
 
@@ -581,6 +611,7 @@ def data_request(
         long_rows=config.long_rows,
         bad_rows=config.bad_rows,
         seed=config.seed,
+        new_tokens=config.added_tokens,
         share=(split, 1.0) if part == "train" else (0.0, split or 1.0),
         max_rows=config.max_train_rows if part == "train" else config.max_valid_rows,
     )

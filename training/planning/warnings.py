@@ -12,7 +12,7 @@ from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.models.architecture import ModelShape
 from training.models.attention import Attention
-from training.models.files import AdapterFacts, ModelFacts, untargeted_names
+from training.models.files import AdapterFacts, ModelFacts, is_hub_id, untargeted_names
 from training.models.kernels import Device, Provider, is_installed
 from training.planning.accelerators import lacks_bf16, memory_of, named_accelerator, nearest_name
 from training.planning.memory import MemoryReport, describe_savings
@@ -42,6 +42,12 @@ def model_warnings(
         yield (
             "this run trains a LoRA adapter on a full-parameter checkpoint, and serving the adapter needs that checkpoint too. This pays "
             "off only if several adapters share the checkpoint"
+        )
+    pushed = config.final_export if config.push_to_hub else None
+    if pushed and not pushed.merge and not is_hub_id(facts.source):
+        yield (
+            f"push_to_hub: the adapter needs its base model {facts.source}, which is not on the Hub, so it loads only where that can be "
+            "read; write export: {merge: true} to push a complete model"
         )
     if config.flash_attention_2 and not is_installed("flash_attn"):
         yield "flash_attention_2: the package flash-attn is not installed, so torch's scaled_dot_product_attention is used"

@@ -242,6 +242,25 @@ def test_config_is_immutable():
             {"task": "classification", "classifier_config": {"label_tokens": ["a", "a"]}},
             ("`label_tokens`", "twice"),
         ),
+        ({"new_tokens": ["<a>", "<b>", "<a>"]}, ("`new_tokens`", "'<a>'", "twice")),
+        ({"new_tokens": ["<a>"], "new_special_tokens": ["<a>"]}, ("`new_tokens`", "'<a>'", "twice")),
+        (
+            {"new_special_tokens": ["<a>"], "initial_adapter_model_ckpt_path": "run:first"},
+            ("`new_special_tokens`", "`initial_adapter_model_ckpt_path`", "merge"),
+        ),
+        (
+            {"new_tokens": ["<a>"], "lora_config": {"trainable_token_indices": {"lm_head": [1]}}},
+            ("`lora_config.trainable_token_indices`", "list"),
+        ),
+        ({"push_to_hub": True}, ("`push_to_hub`", "`hub_model_id: ORG/NAME`")),
+        ({"hub_model_id": "org/model"}, ("`hub_model_id`", "`push_to_hub: true`")),
+        ({"hub_private_repo": True}, ("`hub_private_repo`", "`push_to_hub: true`")),
+        ({"eval_samples": 4}, ("`eval_samples`", "`valid_path`")),
+        (
+            {"eval_samples": 4, "valid_path": "v.jsonl", "task": "causal_lm"},
+            ("`eval_samples`", "`task: causal_lm`", "prompt"),
+        ),
+        ({"eval_max_new_tokens": 64}, ("`eval_max_new_tokens`", "`eval_samples`")),
         ({"lora_config": {"layers_to_transform": [1]}}, ("`layers_to_transform`", "`target_modules`")),
         ({"lora_config": {"layers_pattern": "h"}}, ("`layers_pattern`", "`layers_to_transform`")),
         ({"lora_config": {"lora_bias": True, "use_dora": True}}, ("`lora_bias`", "`use_dora`")),
@@ -312,6 +331,11 @@ def test_compatible_settings_are_stored_as_given(settings: dict[str, Any]):
         {"lora_config": {"init_lora_weights": "pissa"}},
         {"lora_config": {"task_type": "SEQ_CLS"}},
         {"logger": {"provider": "wandb", "experiment_name": "e"}},
+        {"hub_model_id": "https://huggingface.co/org/model"},
+        {"hub_model_id": "org/model/file"},
+        {"new_tokens": [""]},
+        {"new_tokens": ["<a>", " \n"]},
+        {"new_special_tokens": "<a>"},
         {"colour": "blue"},
     ],
 )
@@ -357,12 +381,15 @@ def test_number_of_epochs_follows_from_the_length_settings(
         {"num_checkpoints_to_keep": 5},
         {"logger": {"provider": "tensorboard"}},
         {"resume": "never"},
+        {"push_to_hub": True, "hub_model_id": "org/model", "hub_private_repo": True},
+        {"eval_samples": 4, "eval_max_new_tokens": 64, "valid_split": 0.1},
         {"worker_resources": {"CPU": 2}},
         {"trainer_resources": {"CPU": 2}},
     ],
 )
 def test_the_hash_excludes_settings_that_do_not_affect_training(settings: dict[str, Any]):
-    assert config_hash(config(**settings)) == config_hash(config())
+    kept = {key: settings[key] for key in ("valid_split",) if key in settings}
+    assert config_hash(config(**settings)) == config_hash(config(**kept))
 
 
 @pytest.mark.parametrize(
@@ -396,6 +423,8 @@ def test_hash_of_an_earlier_version_is_unchanged():
         {"early_stopping_patience": 3, "valid_path": "v.jsonl"},
         {"max_train_rows": 10},
         {"max_valid_rows": 10},
+        {"new_tokens": ["<a>"]},
+        {"new_special_tokens": ["<a>"]},
         {"warmup_ratio": 0.1},
         {"adam_beta1": 0.8},
         {"adam_beta2": 0.95},

@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.loading import to_yaml
 from configs.schema import FinetuneConfig
-from runs.layout import MetricsLine
+from runs.layout import EvalSample, MetricsLine
 from runs.report import RunReport, to_html
 from tests.support.stored_runs import eval_losses, make_manifest_with_weights, make_result
 
@@ -53,6 +53,7 @@ def report(**changes: Any) -> RunReport:
         "result": make_result(RUN, eval_losses(2.0, 1.25)),
         "metrics": metrics(2.0, 1.25),
         "parent_metrics": [],
+        "samples": [],
         "checkpoints": [make_manifest_with_weights(eval_losses(2.0, 1.25)[-1])],
         "data": [("training rows", "1,234 rows of 1 file"), ("", "56,789 tokens")],
         "config": to_yaml(config),
@@ -162,3 +163,23 @@ def test_user_text_is_escaped():
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 10
     assert "script" not in _Elements(page).names
+
+
+def sample(step: int, **changes: Any) -> EvalSample:
+    texts = {"prompt": "2 + 2?", "completion": f"answer {step}", "reference": "4"}
+    return EvalSample(
+        **{"step": step, "row": "valid.jsonl:7", "tokens": 3, "ended": True, **texts, **changes}
+    )
+
+
+def test_samples_of_a_prompt_share_a_table_and_are_escaped():
+    samples = [sample(step, row=row) for step in (0, 10) for row in ("valid.jsonl:7", "valid.jsonl:9")]
+    samples.append(sample(20, completion=ATTACK, prompt=ATTACK, reference=ATTACK, ended=False))
+    page = to_html(report(samples=samples))
+    assert "script" not in _Elements(page).names
+    assert "Samples" in _Elements(page).headings
+    assert page.count('class="samples"') == 3
+    first, *_ = re.findall(r'<table class="samples">.*?</table>', page, re.DOTALL)
+    for part in ("valid.jsonl:7", "2 + 2?", "step 0", "answer 0", "step 10", "answer 10", "reference"):
+        assert part in first
+    assert "cut after 3 tokens" in page

@@ -168,8 +168,9 @@ def test_export_contains_everything_that_a_server_needs(run_command: RunCommand,
     )
     assert GenerationConfig.from_pretrained(directory).eos_token_id == tokenizer.eos_token_id
     card = ModelCard.load(directory / "README.md")
-    assert (card.data.base_model, card.data.library_name) == (str(tiny_model), "transformers")
+    assert (card.data.base_model, card.data.library_name) == (None, "transformers"), "the Hub takes ids only"
     for text in (
+        f"| base model | {tiny_model} |",
         "| before the first step | 2.0000 |",
         "after step 10 | 1.5000 |",
         "rows.jsonl",
@@ -415,7 +416,7 @@ def test_base_names_the_base_model_that_has_moved(
     exported = parse_export(run_command("export", run, "--no-merge", "--base", str(tiny_model), "--json"))
     settings = json.loads((Path(exported.uri) / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny_model)
-    assert f"base_model: {tiny_model}" in (Path(exported.uri) / "README.md").read_text()
+    assert f"| base model | {tiny_model} |" in (Path(exported.uri) / "README.md").read_text()
     other = make_model(tmp_path / "other", layers=1)
     message = error_of(run_command("export", run, "--base", str(other), "--to", str(tmp_path / "to")))
     assert_names(message, "--base", str(other), "does not fit")

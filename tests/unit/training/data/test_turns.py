@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from training.data.errors import RowError
+from training.data.prompting import stop_tokens
 from training.data.records import Chat, Pair
 from training.data.rendered import Rendered
 from training.data.rows import RowSchema, read_row, recognise
 from training.data.templates import Renderer
-from training.inference.prompting import stop_tokens
 
 TEMPLATES = {
     path.stem: path.read_text()

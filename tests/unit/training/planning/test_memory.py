@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import tests.support.varlen_on_cpu  # noqa: F401  # registers torch's varlen kernels for CPU
-from configs.schema import FinetuneConfig
+from configs.schema import FinetuneConfig, LoraConfig
 from tests.support.architectures import write_model_files
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
@@ -31,6 +31,7 @@ from training.models.architecture import model_shape
 from training.models.attention import Attention, choose_attention, read_traits
 from training.models.files import read_model_facts
 from training.models.kernels import Device
+from training.models.new_tokens import NewTokens, with_grown_vocabulary, with_token_rows
 from training.models.request import ModelRequest
 from training.planning.deepspeed import resolve_execution
 from training.planning.memory import (
@@ -97,7 +98,7 @@ def make_job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **k
     )
 
 
-def build(job: Job) -> Any:
+def build(job: Job, new_tokens: NewTokens | None = None) -> Any:
     """Build the model as a worker does and cast it as DeepSpeed does."""
     config, stage = job.config, 2 if job.config.deepspeed else 0
     request = ModelRequest(
@@ -114,6 +115,7 @@ def build(job: Job) -> Any:
         seed=0,
         trust_remote_code=False,
         deterministic=False,
+        new_tokens=new_tokens,
     )
     model: Any = torch_provider.build(request)
     return (model.to(torch.bfloat16) if stage else model).train()
@@ -286,9 +288,9 @@ def test_unsloth_checkpointing_offloads_only_long_sequences(models: dict[int, Pa
     assert unsloth == standard
 
 
-def peak_of_a_step(job: Job) -> int:
+def peak_of_a_step(job: Job, new_tokens: NewTokens | None = None) -> int:
     """Return the peak bytes of live tensors during two batches and an optimizer step."""
-    model = build(job)
+    model = build(job, new_tokens)
     if job.config.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
@@ -356,6 +358,24 @@ def test_estimated_peak_includes_the_tensors_that_dora_scales(models: dict[int, 
     job = make_job(models[2], longest=256, lora_config={"r": 4, "use_dora": True})
     peak = peak_of_a_step(job)
     assert 0.99 * peak <= estimate_memory(job).total <= 1.15 * peak
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_estimated_peak_includes_the_copies_of_trained_rows(is_tied: bool, tmp_path: Path):
+    """PEFT copies the embedding to replace rows, here the largest matrix of the model by far."""
+    model = make_model(tmp_path / "model", tie_word_embeddings=is_tied)
+    tokens = NewTokens((20_000,), ((1, 2),), ("embed_tokens",) if is_tied else ("embed_tokens", "lm_head"))
+    lora = with_token_rows(LoraConfig(r=4), tokens)
+    job = make_job(model, longest=16, dtype="fp32", **LORA)
+    facts = with_grown_vocabulary(job.facts, tokens.rows)
+    job = replace(
+        job,
+        facts=facts,
+        shape=replace(job.shape, vocabulary=tokens.rows),
+        parameters=new_adapter(model, "tiny", lora, trust_remote_code=False),
+    )
+    peak = peak_of_a_step(job, tokens)
+    assert 0.95 * peak <= estimate_memory(job).total <= 1.15 * peak
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys", "ignore:`lora_bias=True`")
