@@ -50,19 +50,23 @@ class Job:
     saved_by: int | None = None
     fault: str = ""
     """What is wrong with the checkpoint: `missing`, `truncated` or `pickled` shard; or a state that the conversion skips."""
+    bf16: bool = False
+    """Whether the weights are bf16 and the optimizer holds fp32 copies."""
 
     @property
     def directory(self) -> str:
-        return f"zero_{self.stage}-{self.saved_by or self.workers}-workers"
+        return f"zero_{self.stage}-{self.saved_by or self.workers}-workers{'-bf16' * self.bf16}"
 
     @property
     def outcome_file(self) -> str:
-        return f"zero_{self.stage}-{self.saved_by}-to-{self.workers}{self.fault}.pt"
+        return f"zero_{self.stage}-{self.saved_by}-to-{self.workers}{self.fault}{'-bf16' * self.bf16}.pt"
 
 
 def run_jobs(directory: Path, jobs: list[Job]) -> dict[Job, Outcome]:
     """Run jobs in one process tree; those that load a checkpoint must follow the job that saves it."""
-    arguments = [f"{job.stage}:{job.workers}:{job.saved_by or ''}:{job.fault}" for job in jobs]
+    arguments = [
+        f"{job.stage}:{job.workers}:{job.saved_by or ''}:{job.fault}:{'bf16' * job.bf16}" for job in jobs
+    ]
     finished = subprocess.run(
         [sys.executable, "-m", "tests.support.zero_engines", str(directory), *arguments],
         cwd=PROJECT,
@@ -91,20 +95,21 @@ class _Layers(torch.nn.Module):
         return self.outer(self.norm(torch.tanh(self.frozen(self.inner(rows)))))
 
 
-def _settings(stage: int) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     return {
+        "bf16": {"enabled": job.bf16},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "zero_optimization": {
-            "stage": stage,
+            "stage": job.stage,
             "stage3_param_persistence_threshold": 20,  # some parameters are partitioned, others are not
             "sub_group_size": 60,  # their number depends on the number of workers
         },
     }
 
 
-def _engine(stage: int) -> Any:
+def _engine(job: Job) -> Any:
     import deepspeed
 
     torch.manual_seed(0)
@@ -115,7 +120,7 @@ def _engine(stage: int) -> Any:
         {"params": [weight for weight in named.values() if weight.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(stage))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(job))
     return engine
 
 
@@ -123,11 +128,12 @@ def _train(engine: Any, first: int, rank: int, workers: int) -> list[float]:
     losses = []
     for step in range(first, first + STEPS):
         rows = torch.randn(ROWS, 10, generator=torch.Generator().manual_seed(step))
+        rows = rows.to(next(engine.module.parameters()).dtype)
         own = rows.chunk(workers)[rank]
-        loss = (engine(own[:, :7]) - own[:, 7:]).square().mean()
+        loss = (engine(own[:, :7]).float() - own[:, 7:].float()).square().mean()
         engine.backward(loss)
         engine.step()
-        whole = loss.detach().clone()
+        whole = loss.detach().float()
         if workers > 1:
             torch.distributed.all_reduce(whole)
         losses.append(whole.item() / workers)
@@ -169,14 +175,14 @@ def _work(rank: int, directory: Path, job: Job, store: Path) -> None:
     )
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     world = World(rank, rank, job.workers, job.workers, 0)
-    engine = _engine(job.stage)
+    engine = _engine(job)
     checkpoint, problem = directory / job.directory, ""
     outcome: dict[str, Any] = {"losses": [], "restored": {}, "final": {}}
     if job.saved_by is None:
         _train(engine, 0, rank, job.workers)
         outcome["restored"] = _states(engine, world)
         engine.save_checkpoint(str(checkpoint), exclude_frozen_parameters=True)
-        engine = _engine(job.stage)  # a ZeRO-3 engine cannot train on after a save
+        engine = _engine(job)  # a ZeRO-3 engine cannot train on after a save
         engine.load_checkpoint(str(checkpoint), load_module_strict=False)
     else:
         copy = checkpoint.with_name(job.outcome_file.removesuffix(".pt"))
@@ -263,9 +269,9 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it with g++ takes two minutes
     directory = Path(sys.argv[1])
     for argument in sys.argv[2:]:
-        stage, workers, saved_by, fault = argument.split(":")
+        stage, workers, saved_by, fault, bf16 = argument.split(":")
         begin = time.monotonic()
-        _run(directory, Job(int(stage), int(workers), int(saved_by) if saved_by else None, fault))
+        _run(directory, Job(int(stage), int(workers), int(saved_by) if saved_by else None, fault, bool(bf16)))
         print(argument, f"{time.monotonic() - begin:.1f} s", flush=True)
 
 

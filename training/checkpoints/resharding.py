@@ -166,12 +166,12 @@ class Shards:
                 if length <= 0:
                     continue
                 flat = (
-                    self._states(rank, number)[state]
+                    self._states(rank, number).get(state)
                     if state
                     else self._shards[rank][self._weights_key][number]
                 )
                 first = source.offset + begin - source.begin
-                if flat.numel() < first + length:
+                if flat is None or flat.numel() < first + length:
                     raise ValueError(
                         f"{self._files[rank].name}: {state or 'the weights'} of {piece.parameter} are incomplete"
                     )
@@ -223,7 +223,7 @@ def reshard(checkpoint: Path, uri: str, manifest: Manifest, engine: Any, world: 
         _convert(_saved_directory(checkpoint), converted, manifest, layout, own, world)
     except ValueError as error:
         problem = (
-            f"{uri} cannot be converted from {manifest.world_size} to {world.world_size} workers: {error}. Write num_devices: "
+            f"{uri}, which {manifest.world_size} workers saved, cannot be converted for {world.world_size}: {error}. Write num_devices: "
             f"{manifest.world_size}, or name another checkpoint."
         )
     if found := next((each for each in world.gather(problem) if each), None):

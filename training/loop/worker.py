@@ -507,9 +507,8 @@ def _resharding(
     directory, uri = resume.directory, str(resume.uri)
 
     def convert(engine: "DeepSpeedEngine") -> None:
-        driver.emit(
-            Phase(f"converting the checkpoint from {manifest.world_size} to {world.world_size} workers")
-        )
+        saved_by, workers = manifest.world_size, world.world_size
+        driver.emit(Phase(f"converting the checkpoint, which {saved_by} workers saved, for {workers}"))
         reshard(directory, uri, manifest, engine, world)
         driver.emit(Phase("training"))
 

@@ -144,6 +144,14 @@ def check_resharding(config: FinetuneConfig, execution: Execution) -> None:
             f"{key}: with `round_robin_gradients`, DeepSpeed does not record the order of its flat tensors, so checkpoints cannot be "
             f"converted to another number of devices. Remove it in a new run, {fix}."
         )
+    if (
+        execution.zero_stage == 1
+        and execution.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    ):
+        raise StrategyError(
+            f"{key}: with ZeRO-1 and `grad_accum_dtype: fp32`, DeepSpeed divides its flat tensors in another way, and checkpoints cannot "
+            f"be converted to another number of devices. Write deepspeed: zero_2 for a new run, {fix}."
+        )
     accumulated = execution.deepspeed.get("gradient_accumulation_steps", "auto")
     if accumulated != "auto" and config.fewest_devices < config.most_devices:
         raise StrategyError(

@@ -31,8 +31,11 @@ IS_GRID = bool(os.environ.get("RESUME_GRID"))
 CHANGES = ((2, 1), (1, 2), (2, 4), (4, 2))
 FAST = Job(stage=3, workers=1, saved_by=2)
 """The only job that is not marked slow. Under ZeRO-3, this number of workers also changes the sub-groups."""
-SAMPLE = [FAST, Job(1, 2, 1), Job(2, 1, 2), Job(3, 4, 2)]
-GRID = [Job(stage, workers, saved_by) for stage, (saved_by, workers) in product((1, 2, 3), CHANGES)]
+SAMPLE = [FAST, Job(1, 2, 1), Job(2, 1, 2), Job(3, 4, 2), Job(2, 1, 2, bf16=True)]
+GRID = [
+    Job(stage, workers, saved_by, bf16=bf16)
+    for bf16, stage, (saved_by, workers) in product((False, True), (1, 2, 3), CHANGES)
+]
 SABOTAGED = [Job(2, 1, 2, state) for state in STATES]
 FAULTS = {
     "missing": "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing",
@@ -42,19 +45,25 @@ FAULTS = {
 DAMAGED = [Job(2, 1, 2, fault) for fault in FAULTS]
 
 
+def saving(job: Job) -> Job:
+    """Return the job that saves the checkpoint of another."""
+    assert job.saved_by is not None
+    return Job(job.stage, job.saved_by, bf16=job.bf16)
+
+
 class Engines:
     """The outcomes of jobs, which one process trains together."""
 
     def __init__(self, directory: Path):
-        self._directory = directory
+        self.directory = directory
         self._outcomes: dict[Job, Outcome] = {}
 
     def train(self, jobs: list[Job]) -> None:
         """Train jobs after those that save their checkpoints."""
-        first = dict.fromkeys(Job(job.stage, job.saved_by) for job in jobs if job.saved_by)
+        first = dict.fromkeys(saving(job) for job in jobs)
         missing = [job for job in (*first, *jobs) if job not in self._outcomes]
         if missing:
-            self._outcomes |= run_jobs(self._directory, missing)
+            self._outcomes |= run_jobs(self.directory, missing)
 
     def __getitem__(self, job: Job) -> Outcome:
         return self._outcomes[job]
@@ -72,50 +81,46 @@ def all_engines(engines: Engines) -> Engines:
     return engines
 
 
-def check_same(outcome: Outcome, undisturbed: Outcome) -> None:
-    """Check that a resumed engine has the states of the checkpoint bit for bit, and then takes the same steps."""
+def check_same(outcome: Outcome, undisturbed: Outcome, *, bf16: bool = False) -> None:
+    """Check that a resumed engine has the states of the checkpoint bit for bit, and then takes the same steps up to rounding."""
     assert outcome.problem == ""
     assert outcome.restored.keys() == undisturbed.restored.keys()
     for name, state in undisturbed.restored.items():
         assert torch.equal(outcome.restored[name], state), name
-    assert outcome.losses == pytest.approx(undisturbed.losses, abs=1e-6)
+    assert outcome.losses == pytest.approx(undisturbed.losses, abs=1e-2 if bf16 else 1e-6)
     for name, state in undisturbed.final.items():
-        torch.testing.assert_close(outcome.final[name], state, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(outcome.final[name], state, rtol=0, atol=1e-3 if bf16 else 1e-6, msg=name)
 
 
 def test_engine_resumes_on_one_worker_from_the_checkpoint_of_two(engines: Engines):
     engines.train([FAST])
-    check_same(engines[FAST], engines[Job(FAST.stage, 2)])
+    check_same(engines[FAST], engines[saving(FAST)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [job for job in (GRID if IS_GRID else SAMPLE) if job != FAST], ids=str)
 def test_engine_resumes_on_another_number_of_workers(job: Job, all_engines: Engines):
-    assert job.saved_by is not None
-    check_same(all_engines[job], all_engines[Job(job.stage, job.saved_by)])
+    check_same(all_engines[job], all_engines[saving(job)], bf16=job.bf16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", SABOTAGED, ids=lambda job: job.fault)
 def test_comparison_detects_a_state_that_is_not_converted(job: Job, all_engines: Engines):
     with pytest.raises(AssertionError, match=job.fault):
-        check_same(all_engines[job], all_engines[Job(2, 2)])
+        check_same(all_engines[job], all_engines[saving(job)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", DAMAGED, ids=lambda job: job.fault)
-def test_damaged_shard_is_named_and_nothing_is_converted(
-    job: Job, all_engines: Engines, tmp_path_factory: Any
-):
-    del tmp_path_factory
+def test_damaged_shard_is_named_and_nothing_is_converted(job: Job, all_engines: Engines):
     problem = all_engines[job].problem
     assert FAULTS[job.fault] in problem
-    directory = all_engines._directory / job.outcome_file.removesuffix(".pt")
+    directory = all_engines.directory / job.outcome_file.removesuffix(".pt")
     assert "resharded" not in {path.name for path in directory.iterdir()}
     assert not list(directory.rglob("canary"))
     if job.fault != "pickled":  # the worker names the checkpoint in the error for pickles
         assert problem.startswith(
-            "s3://bucket/run/checkpoints/step-000004 cannot be converted from 2 to 1 workers"
+            "s3://bucket/run/checkpoints/step-000004, which 2 workers saved, cannot be converted for 1"
         )
         assert "num_devices: 2" in problem
 
@@ -261,7 +266,7 @@ def test_deepspeed_run_resumes_on_another_number_of_workers(
     name = f"{undisturbed}-then-{workers}"
     start = join_uri(runs.storage, undisturbed, "checkpoints", f"step-{RESUMED_AT:06d}")
     finished = runs.train(name, method, stage, workers, resume_from_checkpoint=start)
-    assert f"converting the checkpoint from {saved_by} to {workers} workers" in finished.errors
+    assert f"converting the checkpoint, which {saved_by} workers saved, for {workers}" in finished.errors
     assert runs.rows(name) == runs.rows(undisturbed)
     assert list(runs.rows(name)) == list(range(RESUMED_AT + 1, STEPS + 1))
     assert len(runs.losses(name)) == STEPS

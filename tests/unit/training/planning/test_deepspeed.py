@@ -81,6 +81,11 @@ def test_base_model_is_loaded_in_bf16_unless_fp32_is_required(keys: dict[str, ob
         ({"zero_optimization": {"stage": 0}}, {}, "deepspeed: zero_1"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, {}, "round_robin_gradients"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, {}, "cpu"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
+            {},
+            "deepspeed: zero_2",
+        ),
         ({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}, {}, '"auto"'),
     ],
 )
