@@ -82,8 +82,8 @@ test-all: test  ## run the tests of `make test`, then those marked slow (45 minu
 fuzz: setup-dev  ## prepare 10,000 generated bad files and 10,000 odd rows: each is accepted in full or rejected with its location (minutes)
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/data/test_bad_files.py tests/unit/training/data/test_row_texts.py
 
-test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and compare the weights bit for bit (1 h 45 min on two cores)
-	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py
+test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and on another number of workers, and compare (2 hours on two cores)
+	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py tests/integration/training/checkpoints/test_resharding.py
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, and every part of bench-gpu; `make test-all` runs a sample
 	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/integration/test_gpu_benchmark.py

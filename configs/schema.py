@@ -9,7 +9,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -51,6 +51,14 @@ NOT_IN_HASH = {
     "loss_watchdog_threshold",
 }
 
+
+# Keys that divide the rows of a step among the devices.
+DEVICE_KEYS = {
+    "num_devices",
+    "train_batch_size_per_device",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+}
 
 # The hash holds these keys only if a YAML changes them, so runs that are older than the keys have the hash that they had.
 _NOT_IN_HASH_BY_DEFAULT = (
@@ -985,18 +993,22 @@ class FinetuneConfig(Section):
         return float(math.ceil((self.min_update_steps or DEFAULT_MIN_UPDATE_STEPS) / steps_per_epoch))
 
 
-def config_hash(config: FinetuneConfig) -> str:
+def config_hash(config: FinetuneConfig, *, without: Collection[str] = ()) -> str:
     """Return 64 hex digits that are equal for configurations with the same training result.
 
     The hash excludes storage location, name, logging, retries and resources. It includes files by name only, not
     by the contents of the data or of a custom DeepSpeed file.
+
+    Args:
+        config: The configuration.
+        without: More keys to exclude.
     """
     unchanged = {
         name
         for name in _NOT_IN_HASH_BY_DEFAULT
         if getattr(config, name) == FinetuneConfig.model_fields[name].default
     }
-    said = config.model_dump(mode="json", exclude=NOT_IN_HASH | unchanged)
+    said = config.model_dump(mode="json", exclude=NOT_IN_HASH | unchanged | set(without))
     for key in ("desirable_weight", "undesirable_weight"):  # these are newer, too
         if said["preference_tuning_config"] and said["preference_tuning_config"][key] == 1.0:
             del said["preference_tuning_config"][key]
@@ -1384,12 +1396,6 @@ def _precision_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if not isinstance(config.num_devices, DeviceRange):
         return
-    if config.deepspeed is not None:
-        yield (
-            "num_devices",
-            "`num_devices` as a range does not work with `deepspeed`, whose checkpoints shard the optimizer over a fixed number of "
-            f"devices: write `num_devices: {config.num_devices.max}`, or remove `deepspeed`",
-        )
     if config.preference_tuning_config and config.preference_tuning_config.loss == "kto":
         yield (
             "num_devices",

@@ -152,7 +152,11 @@ class Manifest(_Record):
     eval_loss: float | None
     world_size: int
     zero_stage: int
+    offload: list[str] | None = None
+    """What DeepSpeed offloads, and where to: `optimizer: cpu`, `param: cpu`; None in older manifests."""
     config_hash: str
+    hash_without_devices: str | None = None
+    """The hash of all settings but DEVICE_KEYS; None in older manifests."""
     data: DataFingerprints
     data_position: DataPosition
     parent: str | None

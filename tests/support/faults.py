@@ -27,6 +27,21 @@ def injection(ledger: Path, *, hold: str = "", skip_restore: str = "") -> dict[s
     }
 
 
+@dataclass(frozen=True, order=True)
+class ConsumedRow:
+    """A row or pack that a worker consumed in an optimizer step."""
+
+    step: int
+    rank: int
+    row: int
+
+
+def read_ledger(directory: Path) -> list[ConsumedRow]:
+    """Return the rows that the workers of one attempt consumed, from the directory that `injection` names."""
+    lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
+    return [ConsumedRow(*map(int, line.split())) for line in lines]
+
+
 def gpu_kernel_variables(provider: str) -> dict[str, str]:
     """Return the environment variables that give a CPU run the GPU kernels of `torch` or `liger`; see tests/support/injected."""
     return {

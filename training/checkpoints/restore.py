@@ -40,6 +40,8 @@ class Restoring:
         self.committed: list[Manifest] = world.gather(reading.committed(store) if world.rank == 0 else None)[
             0
         ]
+        self.manifest: Manifest | None = None
+        """The manifest of the restored checkpoint, once `finish` has returned."""
         self._running = self._begin()
 
     def finish(self, emit: Callable[[Event], None]) -> Path | None:
@@ -56,6 +58,7 @@ class Restoring:
             self._running = self._begin()
             emit(Notice(f"{damage} Skipped; the run resumes from {self.uri}."))
         self._thread.shutdown()
+        self.manifest = self._world.gather(self._running.result() if self._running else None)[0]
         if self._world.rank == 0:
             check_lease(self._store, self._lease)
             checkpoints.remove_leftovers(self._store, self.committed)

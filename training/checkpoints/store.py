@@ -37,8 +37,8 @@ from utils.storage.bucket import (
     upload_directory,
 )
 
-# transformers' pickled arguments, DeepSpeed's conversion script and the model card are not needed.
-_EXCLUDED = {"training_args.bin", "zero_to_fp32.py", "README.md"}
+# transformers' pickled arguments, DeepSpeed's conversion scripts and the model card are not needed.
+_EXCLUDED = {"training_args.bin", "zero_to_fp32.py", "zero_to_torch.py", "README.md"}
 
 _log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.schema import DEVICE_KEYS, config_hash
 from runs.layout import (
     DataPosition,
     Manifest,
@@ -13,6 +14,7 @@ from runs.layout import (
 )
 from training.checkpoints.committer import SavedCheckpoint, package_versions
 from training.events import CheckpointCommitted
+from training.planning.deepspeed import offloads
 from training.planning.plan import RunPlan
 from training.world import World
 
@@ -45,7 +47,9 @@ def describe_saved(
         eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
         world_size=world.world_size,
         zero_stage=plan.resolved.zero_stage,
+        offload=offloads(plan.deepspeed),
         config_hash=plan.config_hash,
+        hash_without_devices=config_hash(plan.config, without=DEVICE_KEYS),
         data=plan.data,
         data_position=DataPosition(
             epoch=step // plan.steps_per_epoch,

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # Unsloth replaces them here
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -178,9 +179,21 @@ class FineTuningTrainer(SFTTrainer):
         self.clock = throughput.clock
         self.on_eval_progress = on_eval_progress
         self.loss_of_transformers = loss_of_transformers
+        self.before_loading: Callable[[Any], None] | None = None
+        """Called with DeepSpeed's engine before it loads a checkpoint, to convert the checkpoint's files."""
 
-    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
-        prepared = super()._prepare_for_training(*arguments, **keywords)
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if self.before_loading is None:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self.before_loading(self.model_wrapped)
+            deepspeed_load_checkpoint(
+                self.model_wrapped, resume_from_checkpoint, load_module_strict=not self.config.trains_adapter
+            )
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self.accelerator.backward = self.clock.timed("backward", self.accelerator.backward)
         if self.is_deepspeed_enabled:  # DeepSpeed runs the optimizer step inside the backward pass
             engine: Any = self.model_wrapped

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from configs.loading import flat, to_yaml
 from runs.early_stopping import stopping_step
 from runs.layout import CONFIG_FILE, METRICS_FILE, Lease, Manifest, metrics_lines, run_digest, samples_key
 from training.checkpoints.committer import CheckpointCommitter, CommitContext
+from training.checkpoints.resharding import reshard
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
 from training.checkpoints.weights import fetch_model, verify_local_weights
@@ -46,6 +48,7 @@ from utils.processes import importing
 from utils.storage.bucket import Store, open_store
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
@@ -229,6 +232,8 @@ class Resume:
     """URI of the checkpoint to resume from, if any."""
     directory: Path | None
     """Local directory of that checkpoint."""
+    manifest: Manifest | None
+    """Manifest of that checkpoint."""
     step: int
     """Number of steps already trained."""
     log: list[dict[str, Any]]
@@ -322,7 +327,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         driver.emit(Phase("restoring the trainer state"))
     restored = restoring.finish(driver.emit)
     step, log = _progress_of(restored) if restored else (0, [])
-    resume = Resume(restoring.committed, restoring.uri, restored, step, log)
+    resume = Resume(restoring.committed, restoring.uri, restored, restoring.manifest, step, log)
     return Inputs(
         store, scratch, model_directory, adapter_directory, tokenizer, train, valid, more_valid, resume
     )
@@ -469,6 +474,7 @@ def _run(
         inputs.store.write(CONFIG_FILE, to_yaml(plan.config).encode())
         # Remove steps that an earlier attempt recorded after the checkpoint that this attempt resumes from.
         inputs.store.write(METRICS_FILE, metrics_lines(inputs.resume.log).encode())
+    trainer.before_loading = _resharding(plan, inputs.resume, world, driver)
     driver.emit(Phase("training"))
     restored = inputs.resume.directory
     with committer:
@@ -514,6 +520,29 @@ def _sampling(
         write=lambda step, text: committer.write(samples_key(step), text),
         on_progress=lambda fraction: driver.emit(Phase("generating samples", fraction)),
     )
+
+
+def _resharding(
+    plan: RunPlan, resume: Resume, world: World, driver: Driver
+) -> "Callable[[DeepSpeedEngine], None] | None":
+    """Return the conversion of the restored checkpoint to this number of workers, or None if it needs none."""
+    manifest = resume.manifest
+    if (
+        manifest is None
+        or resume.directory is None
+        or plan.resolved.zero_stage == 0
+        or manifest.world_size == world.world_size
+    ):
+        return None
+    directory, uri = resume.directory, str(resume.uri)
+
+    def convert(engine: "DeepSpeedEngine") -> None:
+        saved_by, workers = manifest.world_size, world.world_size
+        driver.emit(Phase(f"converting the checkpoint, which {saved_by} workers saved, for {workers}"))
+        reshard(directory, uri, manifest, engine, world)
+        driver.emit(Phase("training"))
+
+    return convert
 
 
 def _tracking(plan: RunPlan, inputs: Inputs, driver: Driver) -> "list[TrainerCallback]":

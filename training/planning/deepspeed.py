@@ -20,6 +20,11 @@ _OFFLOADABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bi
 _MAX_ENTRIES = 2**31 - 1
 
 
+# Their states have one value per weight, so they can be split differently. 8-bit optimizers quantize blocks of a device's flat
+# tensor, and Adafactor clips by the root mean square of a device's part.
+_SPLITTABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "sgd")
+
+
 class StrategyError(AnnealError):
     """A DeepSpeed configuration that cannot be used; the message names the file, the cause and the fix."""
 
@@ -94,6 +99,65 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
 def is_offloaded(zero: Mapping[str, Any], block: Literal["offload_optimizer", "offload_param"]) -> bool:
     """Return whether DeepSpeed's `zero_optimization` offloads these states to CPU memory or to a disk."""
     return zero.get(block, {}).get("device", "none") != "none"
+
+
+def offloads(settings: Mapping[str, Any] | None) -> list[str]:
+    """Return what a DeepSpeed configuration offloads, and where to, as `optimizer: cpu`."""
+    zero = (settings or {}).get("zero_optimization", {})
+    return [
+        f"{block.removeprefix('offload_')}: {zero[block]['device']}"
+        for block in ("offload_optimizer", "offload_param")
+        if is_offloaded(zero, block)
+    ]
+
+
+def check_resharding(config: FinetuneConfig, execution: Execution) -> None:
+    """Check that checkpoints of a run can be converted to another number of devices.
+
+    Raises:
+        StrategyError: The optimizer or the DeepSpeed configuration ties them to the number of devices that saved them.
+    """
+    if execution.deepspeed is None:
+        return
+    zero = execution.deepspeed.get("zero_optimization", {})
+    key, fix = (
+        "num_devices",
+        "or resume with the number of devices that saved the checkpoint, without a range",
+    )
+    if execution.zero_stage == 0:
+        raise StrategyError(
+            f"{key}: checkpoints of a DeepSpeed configuration without ZeRO cannot be converted to another number of devices. Remove "
+            f"`deepspeed` to train with DDP, write deepspeed: zero_1, {fix}."
+        )
+    if config.optim not in _SPLITTABLE_OPTIMIZERS:
+        raise StrategyError(
+            f"{key}: under ZeRO, the states of `optim: {config.optim}` depend on the number of devices, so its checkpoints cannot be "
+            f"converted to another. Write optim: adamw_torch for a new run, {fix}."
+        )
+    if "nvme" in str(offloads(execution.deepspeed)):
+        raise StrategyError(
+            f"{key}: DeepSpeed stores what it offloads to nvme in files per device, which cannot be converted to another number of "
+            f"devices. Offload to cpu in a new run, {fix}."
+        )
+    if zero.get("round_robin_gradients"):
+        raise StrategyError(
+            f"{key}: with `round_robin_gradients`, DeepSpeed does not record the order of its flat tensors, so checkpoints cannot be "
+            f"converted to another number of devices. Remove it in a new run, {fix}."
+        )
+    if (
+        execution.zero_stage == 1
+        and execution.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    ):
+        raise StrategyError(
+            f"{key}: with ZeRO-1 and `grad_accum_dtype: fp32`, DeepSpeed divides its flat tensors in another way, and checkpoints cannot "
+            f"be converted to another number of devices. Write deepspeed: zero_2 for a new run, {fix}."
+        )
+    accumulated = execution.deepspeed.get("gradient_accumulation_steps", "auto")
+    if accumulated != "auto" and config.fewest_devices < config.most_devices:
+        raise StrategyError(
+            f"{key}: the DeepSpeed file sets `gradient_accumulation_steps: {accumulated}`, which depends on the number of devices. Write "
+            '"auto" there.'
+        )
 
 
 def _check_offloading(config: FinetuneConfig, path: Path, zero: Mapping[str, Any]) -> None:

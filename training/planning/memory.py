@@ -165,7 +165,8 @@ def _hold(job: Job) -> _Held:
         provider=provider,
         stage=stage,
         zero=(job.execution.deepspeed or {}).get("zero_optimization", {}),
-        devices=config.most_devices,
+        # On fewer devices of a range, ZeRO gives each a larger part.
+        devices=config.fewest_devices if stage else config.most_devices,
         base=2 if job.execution.weights_dtype == "bf16" else _FP32,
         # DeepSpeed casts trainable weights to bf16 and keeps fp32 master weights; without it, PEFT keeps adapters in fp32.
         trained=half if stage else _FP32,

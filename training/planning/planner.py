@@ -74,7 +74,7 @@ from training.planning.checks import (
     check_vocabulary,
     reject_missing_requirements,
 )
-from training.planning.deepspeed import Execution, check_optimizer, resolve_execution
+from training.planning.deepspeed import Execution, check_optimizer, check_resharding, resolve_execution
 from training.planning.devices import accelerator_of, choose_device, describe_device, runs_here
 from training.planning.earlier_rows import find_earlier_rows
 from training.planning.endpoints import ClusterTarget
@@ -246,7 +246,7 @@ def make_plan(
     adapter = _count_trainable(loaded.config, settings, storage, model)
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
-    checkpoints = _find_checkpoints(batch, storage, data, progress)
+    checkpoints = _find_checkpoints(settings, batch, storage, data, progress)
     if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, target):
         check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch)
     memory = (
@@ -398,6 +398,8 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         trained = model.facts.parameters
     if settings.device == "cuda":
         check_optimizer(config, settings.execution.zero_stage, trained)
+    if config.fewest_devices < config.most_devices:
+        check_resharding(config, settings.execution)
     return Adapter(parameters, trained)
 
 
@@ -660,13 +662,19 @@ def count_steps(config: FinetuneConfig, shape: BatchShape) -> int:
     return math.ceil(epochs * shape.steps_per_epoch)
 
 
-def _find_checkpoints(batch: Batch, storage: Storage, data: Data, progress: Progress) -> FoundCheckpoints:
+def _find_checkpoints(
+    settings: Settings, batch: Batch, storage: Storage, data: Data, progress: Progress
+) -> FoundCheckpoints:
     """Find the checkpoint to resume from; reject a configuration that differs from that of the checkpoint."""
     progress("earlier runs")
-    own, damage = latest_of_the_same_run(batch.config, data.run_uri, data.config_hash, data.fingerprints)
+    own, damage = latest_of_the_same_run(
+        batch.config, settings.execution, data.run_uri, data.config_hash, data.fingerprints
+    )
     completed = _completed(data.run_uri) if own else None
     parent_state = (
-        None if completed else complete_state(batch.config, storage.uri, data.fingerprints, batch.max_steps)
+        None
+        if completed
+        else complete_state(batch.config, settings.execution, storage.uri, data.fingerprints, batch.max_steps)
     )
     return FoundCheckpoints(own, parent_state, completed, damage)
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from configs.loading import ConfigError
-from configs.schema import NOT_IN_HASH, FinetuneConfig, LoraConfig
+from configs.schema import DEVICE_KEYS, NOT_IN_HASH, FinetuneConfig, LoraConfig, config_hash
 from runs.layout import DataFingerprints, Manifest, checkpoint_uri, run_of
 from runs.reading import best, latest, missing_of_completed, read_config, survey
 from training.checkpoints.store import read_manifest, resolve_start
 from training.models.files import AdapterFacts, is_hub_id
+from training.planning.deepspeed import Execution, check_resharding, offloads
 from training.planning.paths import about_key, absolute
 from utils.storage.bucket import Store, check_readable, is_remote, open_store
 
@@ -56,7 +57,7 @@ def starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | N
 
 
 def latest_of_the_same_run(
-    config: FinetuneConfig, run_uri: str, outcome_hash: str, data: DataFingerprints
+    config: FinetuneConfig, execution: Execution, run_uri: str, outcome_hash: str, data: DataFingerprints
 ) -> tuple[str | None, list[str]]:
     """Return (URI of the run's latest checkpoint, or None for a new run; damage of its other checkpoints)."""
     store = open_store(run_uri)
@@ -78,12 +79,12 @@ def latest_of_the_same_run(
         raise ConfigError(
             f"resume: never, but the run {run_uri} has checkpoints. Choose another run_name, or remove resume to continue the run."
         )
-    changed = differences(store, last, config, may_change=NOT_IN_HASH)
+    changed = differences(store, last, config, execution, may_change=NOT_IN_HASH)
     if last.data.train != data.train:
         changed.append("train_path: the rows have changed")
     if last.data.valid != data.valid:
         changed.append("valid_path: the rows have changed")
-    if not changed and last.config_hash != outcome_hash:
+    if not changed and last.config_hash != outcome_hash and not _has_other_devices(store, last, config):
         changed.append("a key that affects the result")
     if changed:
         longer = any(line.startswith(("num_epochs", "max_steps", "min_update_steps")) for line in changed)
@@ -97,10 +98,13 @@ def latest_of_the_same_run(
             "Choose another run_name for a new run, or restore the original settings (its config.yaml) to continue it."
             + advice
         )
+    _check_resharding(last, config, execution)
     return checkpoint_uri(run_uri, last.step), damage
 
 
-def complete_state(config: FinetuneConfig, storage: str, data: DataFingerprints, steps: int) -> str | None:
+def complete_state(
+    config: FinetuneConfig, execution: Execution, storage: str, data: DataFingerprints, steps: int
+) -> str | None:
     """Return the URI of the checkpoint whose complete trainer state a new run restores, or None."""
     if config.resume_from_checkpoint is None:
         return None
@@ -108,7 +112,11 @@ def complete_state(config: FinetuneConfig, storage: str, data: DataFingerprints,
     checkpoint = resolve(key, config.resume_from_checkpoint, storage, latest)
     manifest = read_manifest(checkpoint)
     changed = differences(
-        open_store(run_of(checkpoint)), manifest, config, may_change=MAY_CHANGE_WITH_COMPLETE_STATE
+        open_store(run_of(checkpoint)),
+        manifest,
+        config,
+        execution,
+        may_change=MAY_CHANGE_WITH_COMPLETE_STATE,
     )
     if manifest.data.train != data.train:
         changed.append("train_path: the rows have changed")
@@ -124,7 +132,13 @@ def complete_state(config: FinetuneConfig, storage: str, data: DataFingerprints,
             f"{key}: {checkpoint} is already at step {manifest.step} of {steps}. Raise num_epochs or max_steps: both count from the "
             "start of the first run."
         )
+    _check_resharding(manifest, config, execution)
     return checkpoint
+
+
+def _check_resharding(manifest: Manifest, config: FinetuneConfig, execution: Execution) -> None:
+    if config.device_counts != (manifest.world_size,):
+        check_resharding(config, execution)
 
 
 def resolve(
@@ -159,23 +173,68 @@ def batch_size_of(store: Store, config: FinetuneConfig) -> int | None:
 
 
 def differences(
-    store: Store, manifest: Manifest, config: FinetuneConfig, *, may_change: frozenset[str] | set[str]
+    store: Store,
+    manifest: Manifest,
+    config: FinetuneConfig,
+    execution: Execution,
+    *,
+    may_change: frozenset[str] | set[str],
 ) -> list[str]:
     """Return the settings that differ from an earlier run's, as `key: then -> now`.
+
+    num_devices and the keys that go with it may change as long as each step trains on the same rows.
 
     Args:
         store: The earlier run.
         manifest: Its checkpoint to resume from.
         config: The current configuration.
+        execution: Its DeepSpeed settings.
         may_change: Keys that are not compared.
     """
     stored = read_config(store)
     # Without a readable configuration, the manifest's hash still shows that something changed.
     earlier = stored.config if stored else None
-    changed = list(_changed_keys(earlier, config, may_change)) if earlier is not None else []
-    if manifest.world_size not in config.device_counts and not any("num_devices" in line for line in changed):
-        changed.append(f"num_devices: {manifest.world_size} -> {_shown(config.num_devices)}")
+    if earlier is not None:
+        if _takes_the_same_steps(earlier, config):
+            may_change = may_change | DEVICE_KEYS
+        changed = list(_changed_keys(earlier, config, may_change))
+        then, now = _rows_per_step(earlier), _rows_per_step(config)
+        if then != now and any(line.startswith("num_devices") for line in changed):
+            changed.append(f"rows per step: {then} -> {now} (num_devices may change if they stay the same)")
+    else:
+        changed = []
+        if manifest.world_size not in config.device_counts:
+            changed.append(f"num_devices: {manifest.world_size} -> {_shown(config.num_devices)}")
+    if not any(line.startswith("deepspeed") for line in changed):
+        # A custom file may have changed under the same name.
+        if manifest.zero_stage != execution.zero_stage:
+            changed.append(f"deepspeed: ZeRO stage {manifest.zero_stage} -> {execution.zero_stage}")
+        elif manifest.offload not in (None, offloaded := offloads(execution.deepspeed)):
+            changed.append(f"deepspeed: offloads {_shown(manifest.offload)} -> {_shown(offloaded)}")
     return changed
+
+
+def _takes_the_same_steps(earlier: FinetuneConfig, config: FinetuneConfig) -> bool:
+    """Return whether another number of devices trains on the same rows in each step, with the same loss."""
+    tuning = config.preference_tuning_config
+    return (
+        earlier.num_devices != config.num_devices
+        and _rows_per_step(earlier) == _rows_per_step(config)
+        and not (tuning and tuning.loss == "kto")  # depends on the pairs that all devices process at once
+    )
+
+
+def _has_other_devices(store: Store, manifest: Manifest, config: FinetuneConfig) -> bool:
+    """Return whether the hashes of a checkpoint and the configuration differ by DEVICE_KEYS only."""
+    if manifest.hash_without_devices is not None:
+        return manifest.hash_without_devices == config_hash(config, without=DEVICE_KEYS)
+    stored = read_config(store)
+    earlier = stored.config if stored else None
+    return earlier is not None and _takes_the_same_steps(earlier, config)
+
+
+def _rows_per_step(config: FinetuneConfig) -> int:
+    return config.most_devices * config.batch_size * config.gradient_accumulation_steps
 
 
 def _changed_keys(

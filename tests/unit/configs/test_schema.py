@@ -209,10 +209,6 @@ def test_config_is_immutable():
             ("`num_devices.min`", "3", "1 or 2", "`gradient_accumulation_steps`"),
         ),
         (
-            {"num_devices": {"min": 1, "max": 2}, "deepspeed": "zero_2"},
-            ("`num_devices`", "`deepspeed`", "`num_devices: 2`"),
-        ),
-        (
             {
                 "num_devices": {"min": 1, "max": 2},
                 "task": "preference_tuning",
@@ -286,6 +282,7 @@ def test_conflicting_settings_raise_an_error_that_names_them(
         {"worker_resources": {"anyscale/accelerator_shape:4xA10G": 0.001}},
         {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
         {"num_devices": {"min": 1, "max": 3}, "task": "preference_tuning"},
+        {"num_devices": {"min": 1, "max": 2}, "deepspeed": "zero_3"},
         {"num_devices": {"min": 3, "max": 4}, "gradient_accumulation_steps": 3},
         {"initial_adapter_model_ckpt_path": "run:first", **LORA},
         {"lora_config": {"layers_to_transform": [1], "target_modules": ["q_proj"]}},

@@ -27,7 +27,7 @@ from runs.layout import MANIFEST_FILE, checkpoint_key
 from runs.reading import committed
 from tests.conftest import KILLS
 from tests.support.bucket_proxy import Trap, bucket_proxy
-from tests.support.faults import injection
+from tests.support.faults import ConsumedRow, injection, read_ledger
 from tests.support.jobs import Job, started, write_yaml
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model, write_data, write_preference_pairs, write_unpaired_rows
@@ -134,15 +134,6 @@ SAMPLE = [
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Setup("lora", 1, 1, "ddp")
-
-
-@dataclass(frozen=True, order=True)
-class ConsumedRow:
-    """A row or pack that a worker consumed in an optimizer step."""
-
-    step: int
-    rank: int
-    row: int
 
 
 @dataclass(frozen=True)
@@ -349,12 +340,6 @@ def digests(state: Any, name: str = "") -> dict[str, str]:
     if isinstance(state, int | float):
         return {name: hashlib.sha256(repr(state).encode()).hexdigest()}
     return {}
-
-
-def read_ledger(directory: Path) -> list[ConsumedRow]:
-    """Return the rows that the workers of one attempt consumed."""
-    lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
-    return [ConsumedRow(*map(int, line.split())) for line in lines]
 
 
 def first_step(ledger: Sequence[ConsumedRow]) -> int:

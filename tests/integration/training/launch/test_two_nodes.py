@@ -164,26 +164,36 @@ def head() -> Iterator[RayCluster]:
         yield cluster
 
 
-def test_elastic_run_completes_when_a_node_is_lost(head: RayCluster, files: Path, tmp_path: Path):
+@pytest.mark.parametrize("parallelism", ["ddp", pytest.param("zero_3", marks=only_in_full_grid)])
+def test_elastic_run_completes_when_a_node_is_lost(
+    parallelism: str, head: RayCluster, files: Path, tmp_path: Path
+):
     """With fewer workers, each step still has the same rows, so the losses equal those of an uninterrupted run."""
     own_cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    yaml = write_long_config(files, tmp_path / "uninterrupted.yaml", "uninterrupted", num_devices=2)
+    more = {"deepspeed": parallelism} if parallelism != "ddp" else {}
+    before, name = f"uninterrupted-{parallelism}", f"elastic-{parallelism}"
+    yaml = write_long_config(files, tmp_path / "uninterrupted.yaml", before, num_devices=2, **more)
     uninterrupted = run_main(yaml, "--json", variables=own_cache)
     assert uninterrupted.exit_code == 0, uninterrupted.errors
-    config = write_long_config(files, tmp_path / "elastic.yaml", "elastic", num_devices=RANGE, max_failures=1)
+    config = write_long_config(
+        files, tmp_path / "elastic.yaml", name, num_devices=RANGE, max_failures=1, **more
+    )
     lost = head.start_node(cpus=1)
     with started(config, head.variables | own_cache) as job:
         job.wait_for_line("step 50/")
         head.kill(lost)
         finished = job.end()
-    assert all((cache / "anneal" / "runs" / "elastic").exists() for cache in head.caches())
+    assert all((cache / "anneal" / "runs" / name).exists() for cache in head.caches()[-1:])
     assert finished.exit_code == 0, finished.errors
     assert "1 of 2 workers" in finished.errors
+    assert ("converting the checkpoint, which 2 workers saved, for 1" in finished.errors) == (
+        parallelism != "ddp"
+    )
     assert finished.result["train_steps"] == LONG
     assert finished.result["tokens"] == uninterrupted.result["tokens"]
-    losses, expected = steps_of(files, "elastic"), steps_of(files, "uninterrupted")
+    losses, expected = steps_of(files, name), steps_of(files, before)
     assert list(losses.values()) == pytest.approx(list(expected.values()), abs=1e-3)
-    run = open_store(str(files / "runs" / "elastic"))
+    run = open_store(str(files / "runs" / name))
     assert [manifest.world_size for manifest in reading.committed(run)][-1] == 1
     assert run_main_quickly(config, "--dry-run", variables=own_cache).exit_code == 0, (
         "the unchanged config must still pass a dry run"

@@ -8,7 +8,7 @@ import pytest
 from configs.schema import FinetuneConfig
 from tests.support.messages import assert_names
 from training.models.files import ModelError
-from training.planning.deepspeed import StrategyError, check_optimizer, resolve_execution
+from training.planning.deepspeed import StrategyError, check_optimizer, check_resharding, resolve_execution
 from utils.errors import AnnealError
 
 LLAMA_3_8B = 8_030_261_248
@@ -68,6 +68,46 @@ def test_base_model_is_loaded_in_bf16_unless_fp32_is_required(keys: dict[str, ob
     defaults = {"model_id": "a/b", "train_path": "t.jsonl"}
     execution = resolve_execution(FinetuneConfig.model_validate(defaults | keys), "cpu")
     assert execution.weights_dtype == weights_dtype
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "fix"),
+    [
+        ({"zero_optimization": {"stage": 2}}, {}, None),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, {}, None),
+        ({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}, {"num_devices": 2}, None),
+        ({"zero_optimization": {"stage": 1}}, {"optim": "adamw_8bit"}, "optim: adamw_torch"),
+        ({"zero_optimization": {"stage": 3}}, {"optim": "adafactor"}, "optim: adamw_torch"),
+        ({"zero_optimization": {"stage": 0}}, {}, "deepspeed: zero_1"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, {}, "round_robin_gradients"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, {}, "cpu"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
+            {},
+            "deepspeed: zero_2",
+        ),
+        ({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}, {}, '"auto"'),
+    ],
+)
+def test_settings_that_tie_checkpoints_to_a_number_of_devices_raise_an_error(
+    file: dict[str, object], keys: dict[str, object], fix: str | None, tmp_path: Path
+):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(file))
+    defaults = {
+        "model_id": "a/b",
+        "train_path": "t.jsonl",
+        "deepspeed": {"config_path": str(path)},
+        "num_devices": {"min": 1, "max": 2},
+    }
+    config = FinetuneConfig.model_validate(defaults | keys)
+    execution = resolve_execution(config, "cuda")
+    if fix is None:
+        check_resharding(config, execution)
+        return
+    with pytest.raises(StrategyError) as caught:
+        check_resharding(config, execution)
+    assert_names(str(caught.value), "num_devices", fix)
 
 
 @pytest.mark.parametrize("name", ["zero_3.json", "offload.json"])
