@@ -26,7 +26,7 @@ from benchmarks.report import spread, write_report
 from tests.support.tiny_model import make_tokenizer, write_data
 
 WORKERS, STEPS = 4, 2
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 20,
