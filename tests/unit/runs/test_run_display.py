@@ -4,7 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from runs.display import show_runs
+from runs.display import print_samples, show_runs
+from runs.layout import EvalSample
 from runs.listing import RunSummary
 
 LONG_REASON = "out of memory: the node has none\nleft for what " + "it was asked for " * 20
@@ -42,3 +43,17 @@ def test_piped_lines_are_complete_without_trailing_spaces():
     _, completed, failed = printed_lines(width=100_000, is_terminal=False)
     assert completed.endswith("2 h")
     assert failed.endswith("2 h   " + " ".join(LONG_REASON.split()))
+
+
+def test_samples_are_printed_as_single_lines_without_control_characters():
+    texts = {"prompt": "a " * 400 + "2 + 2?", "completion": "first\nsecond \x1b[31mred", "reference": ""}
+    sample = EvalSample(step=40, row="f:1", tokens=7, ended=False, **texts)
+    console = Console(file=StringIO(), width=80, color_system=None, highlight=False)
+    print_samples(console, [sample])
+    printed = console.file.getvalue()
+    title, prompt, answer = printed.splitlines()
+    assert "1 validation prompt at step 40" in title
+    assert prompt.endswith("2 + 2?")
+    assert len(prompt) < 400
+    assert answer.split(maxsplit=1)[1] == "first second �[31mred … (cut after 7 tokens)"
+    assert "\x1b" not in printed
