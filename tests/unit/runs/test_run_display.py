@@ -48,9 +48,9 @@ def test_piped_lines_are_complete_without_trailing_spaces():
 def test_samples_are_printed_as_single_lines_without_control_characters():
     texts = {"prompt": "a " * 400 + "2 + 2?", "completion": "first\nsecond \x1b[31mred", "reference": ""}
     sample = EvalSample(step=40, row="f:1", tokens=7, ended=False, **texts)
-    console = Console(file=StringIO(), width=80, color_system=None, highlight=False)
-    print_samples(console, [sample])
-    printed = console.file.getvalue()
+    output = StringIO()
+    print_samples(Console(file=output, width=80, color_system=None, highlight=False), [sample])
+    printed = output.getvalue()
     title, prompt, answer = printed.splitlines()
     assert "1 validation prompt at step 40" in title
     assert prompt.endswith("2 + 2?")
