@@ -44,7 +44,7 @@ def show_run(console: Console, run: RunDetails) -> None:
         print_eval_losses(console, run.eval_losses)
         console.print()
     if run.samples:
-        _print_samples(console, run.samples)
+        print_samples(console, run.samples)
         console.print()
     if run.checkpoints:
         table = _table(">step", ">epoch", ">eval loss", ">size", "committed (UTC)", "checkpoint of this run")
@@ -167,7 +167,7 @@ def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
     _print_table(console, table)
 
 
-def _print_samples(console: Console, samples: Sequence[EvalSample]) -> None:
+def print_samples(console: Console, samples: Sequence[EvalSample]) -> None:
     """Print the answers of one evaluation; there must be at least one."""
     count = f"{len(samples)} validation prompt{'s' if len(samples) > 1 else ''}"
     console.print(Text(f"answers to {count} at step {samples[0].step:,}, complete in {REPORT_FILE}:"))

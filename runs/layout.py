@@ -89,6 +89,12 @@ def samples_key(step: int) -> str:
     return f"{SAMPLES}/step-{step:06d}.jsonl"
 
 
+def step_of_samples(key: str) -> int | None:
+    """Return the step of the evaluation whose samples an object holds; None for other objects."""
+    found = re.fullmatch(rf"{SAMPLES}/step-(\d+)\.jsonl", key)
+    return int(found[1]) if found else None
+
+
 def lease_key(number: int) -> str:
     """Return the key of a lease on the run, relative to the run; the highest number is valid."""
     return f"{LEASES}/{number:06d}.json"

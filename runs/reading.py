@@ -27,6 +27,8 @@ from runs.layout import (
     checkpoint_uri,
     eval_figures,
     run_of,
+    samples_key,
+    step_of_samples,
 )
 from utils.storage.bucket import DamagedError, Store, open_store
 
@@ -124,14 +126,13 @@ def survey_samples(store: Store, most: int, until: int) -> tuple[list[EvalSample
         most: number of evaluations to read, the first and the last of them among these.
         until: step of the last evaluation that counts; later ones belong to an attempt whose steps are lost.
     """
-    keys = [key for key in sorted(sizes(store, f"{SAMPLES}/")) if _step_of_samples(key) <= until]
-    chosen = (
-        [keys[round(place * (len(keys) - 1) / max(most - 1, 1))] for place in range(most)] if keys else []
-    )
-    if most == 1:
-        chosen = keys[-1:]
+    steps = [step for key in sizes(store, f"{SAMPLES}/") if (step := step_of_samples(key)) is not None]
+    steps = sorted(step for step in steps if step <= until)
+    last = len(steps) - 1
+    places = {last} if most == 1 else {round(part * last / (most - 1)) for part in range(most)}
+    keys = [samples_key(steps[place]) for place in sorted(places) if steps]
     samples: list[EvalSample] = []
-    for key in dict.fromkeys(chosen):
+    for key in keys:
         try:
             samples += [
                 EvalSample.model_validate_json(line)
@@ -140,10 +141,6 @@ def survey_samples(store: Store, most: int, until: int) -> tuple[list[EvalSample
         except ValidationError:
             return samples, f"{store.uri_of(key)} {_UNREADABLE}; it and later samples are ignored. Delete it"
     return samples, None
-
-
-def _step_of_samples(key: str) -> int:
-    return int(key.rpartition("step-")[2].removesuffix(".jsonl"))
 
 
 def read_lease(store: Store, key: str) -> Lease | None:

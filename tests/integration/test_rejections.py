@@ -425,10 +425,16 @@ def test_adapter_whose_file_differs_from_its_config_raises_an_error_with_the_ten
             "trainable_token_indices",
         ),
         ({"new_tokens": ["<a>"], "kernels": "unsloth"}, "kernels: unsloth: ", "new_tokens"),
+        ({"eval_samples": 2, "kernels": "unsloth"}, "kernels: unsloth: ", "eval_samples"),
+        (
+            {"push_to_hub": True, "hub_model_id": "org/model"},
+            "push_to_hub: HF_HUB_OFFLINE ",
+            "remove push_to_hub",
+        ),
     ],
     ids=str,
 )
-def test_new_tokens_that_cannot_be_trained_or_exported_are_rejected(
+def test_new_tokens_samples_and_pushes_that_cannot_work_are_rejected(
     rejected: Rejected, changes: dict[str, Any], place: str, fix: str
 ):
     message = rejected(**changes)

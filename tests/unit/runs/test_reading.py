@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from runs.layout import CONFIG_FILE, RunResult, run_of
-from runs.reading import eval_losses_of, read_config, read_metrics
+from runs.layout import CONFIG_FILE, EvalSample, RunResult, run_of, samples_key
+from runs.reading import eval_losses_of, read_config, read_metrics, survey_samples
 from tests.support.stored_runs import make_result
-from utils.storage.bucket import open_store
+from utils.storage.bucket import Store, open_store
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,28 @@ def test_missing_damaged_and_incompatible_configs_are_distinguished(tmp_path):
     assert valid
     assert valid.config
     assert valid.config.model_id == "a/b"
+
+
+def steps_of_samples(store: Store, most: int, until: int) -> list[int]:
+    samples, damage = survey_samples(store, most, until)
+    assert damage is None
+    return [sample.step for sample in samples]
+
+
+def test_samples_of_a_few_evaluations_are_read(tmp_path):
+    """The first and the last one are always among them; evaluations after the last committed step are not."""
+    store = open_store(str(tmp_path))
+    assert steps_of_samples(store, 5, 100) == []
+    for step in range(0, 110, 10):
+        sample = EvalSample(
+            step=step, row="f:1", prompt="p", completion="c", reference="r", tokens=1, ended=True
+        )
+        store.write(samples_key(step), sample.model_dump_json().encode() + b"\n")
+    assert steps_of_samples(store, 1, 90) == [90]
+    assert steps_of_samples(store, 5, 1000) == [0, 20, 50, 80, 100]
+    assert steps_of_samples(store, 5, 10) == [0, 10]
+    store.write(samples_key(90), b"{")
+    samples, damage = survey_samples(store, 1, 90)
+    assert samples == []
+    assert damage is not None
+    assert samples_key(90) in damage

@@ -4,7 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from runs.display import print_facts, show_runs
+from runs.display import print_facts, print_samples, show_runs
+from runs.layout import EvalSample
 from runs.listing import RunSummary
 
 LONG_REASON = "out of memory: the node has none\nleft for what " + "it was asked for " * 20
@@ -61,3 +62,17 @@ def test_facts_are_wrapped_between_words_on_a_terminal_only():
     assert run.endswith(path), "a path is copied as one line"
     assert following.endswith(command), "and a command"
     assert len(printed(is_terminal=False)) == len(facts)
+
+
+def test_samples_are_printed_as_single_lines_without_control_characters():
+    texts = {"prompt": "a " * 400 + "2 + 2?", "completion": "first\nsecond \x1b[31mred", "reference": ""}
+    sample = EvalSample(step=40, row="f:1", tokens=7, ended=False, **texts)
+    output = StringIO()
+    print_samples(Console(file=output, width=80, color_system=None, highlight=False), [sample])
+    printed = output.getvalue()
+    title, prompt, answer = printed.splitlines()
+    assert "1 validation prompt at step 40" in title
+    assert prompt.endswith("2 + 2?")
+    assert len(prompt) < 400
+    assert answer.split(maxsplit=1)[1] == "first second �[31mred … (cut after 7 tokens)"
+    assert "\x1b" not in printed

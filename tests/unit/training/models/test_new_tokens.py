@@ -155,6 +155,9 @@ def test_an_adapter_stores_the_rows_alone_and_loads_on_the_original_model(
     start_rows(base, new)
     tokens = torch.tensor([[1, 512, 7, 513, 9]])
     assert torch.equal(model(tokens).logits, base(tokens).logits), "the adapter starts as the base model"
+    head = model.get_base_model().get_output_embeddings()
+    assert head.bias is None, "TRL's fused head reads weight and bias"
+    assert head.weight.requires_grad
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], 1e-2)
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
