@@ -1,7 +1,7 @@
 """Parallelism of a run: DDP, or DeepSpeed's ZeRO with a checked configuration."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -117,46 +117,49 @@ def check_resharding(config: FinetuneConfig, execution: Execution) -> None:
     Raises:
         StrategyError: The optimizer or the DeepSpeed configuration ties them to the number of devices that saved them.
     """
-    if execution.deepspeed is None:
-        return
-    zero = execution.deepspeed.get("zero_optimization", {})
-    key, fix = (
-        "num_devices",
-        "or resume with the number of devices that saved the checkpoint, without a range",
-    )
-    if execution.zero_stage == 0:
+    for reason, fix in _ties_to_devices(config, execution.deepspeed or {}, execution.zero_stage):
         raise StrategyError(
-            f"{key}: checkpoints of a DeepSpeed configuration without ZeRO cannot be converted to another number of devices. Remove "
-            f"`deepspeed` to train with DDP, write deepspeed: zero_1, {fix}."
+            f"num_devices: {reason}, so its checkpoints cannot be converted to another number of devices. {fix}, or resume with the number "
+            "of devices that saved the checkpoint, without a range."
+        )
+
+
+def _ties_to_devices(
+    config: FinetuneConfig, settings: Mapping[str, Any], stage: int
+) -> Iterator[tuple[str, str]]:
+    """Yield what ties the checkpoints of a DeepSpeed run to a number of devices, and the fix."""
+    if not settings:
+        return
+    if stage == 0:
+        yield (
+            "the DeepSpeed configuration has no ZeRO stage",
+            "Remove `deepspeed` to train with DDP, or write deepspeed: zero_1",
         )
     if config.optim not in _SPLITTABLE_OPTIMIZERS:
-        raise StrategyError(
-            f"{key}: under ZeRO, the states of `optim: {config.optim}` depend on the number of devices, so its checkpoints cannot be "
-            f"converted to another. Write optim: adamw_torch for a new run, {fix}."
+        yield (
+            f"under ZeRO, the states of `optim: {config.optim}` depend on the number of devices",
+            "Write optim: adamw_torch in a new run",
         )
-    if "nvme" in str(offloads(execution.deepspeed)):
-        raise StrategyError(
-            f"{key}: DeepSpeed stores what it offloads to nvme in files per device, which cannot be converted to another number of "
-            f"devices. Offload to cpu in a new run, {fix}."
+    if any(place.endswith("nvme") for place in offloads(settings)):
+        yield (
+            "DeepSpeed stores what it offloads to nvme in files per device",
+            "Offload to cpu in a new run",
         )
-    if zero.get("round_robin_gradients"):
-        raise StrategyError(
-            f"{key}: with `round_robin_gradients`, DeepSpeed does not record the order of its flat tensors, so checkpoints cannot be "
-            f"converted to another number of devices. Remove it in a new run, {fix}."
+    if settings.get("zero_optimization", {}).get("round_robin_gradients"):
+        yield (
+            "with `round_robin_gradients`, DeepSpeed does not record the order of its flat tensors",
+            "Remove it in a new run",
         )
-    if (
-        execution.zero_stage == 1
-        and execution.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    ):
-        raise StrategyError(
-            f"{key}: with ZeRO-1 and `grad_accum_dtype: fp32`, DeepSpeed divides its flat tensors in another way, and checkpoints cannot "
-            f"be converted to another number of devices. Write deepspeed: zero_2 for a new run, {fix}."
+    if stage == 1 and settings.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        yield (
+            "with ZeRO-1 and `grad_accum_dtype: fp32`, DeepSpeed divides its flat tensors in another way",
+            "Write deepspeed: zero_2 in a new run",
         )
-    accumulated = execution.deepspeed.get("gradient_accumulation_steps", "auto")
+    accumulated = settings.get("gradient_accumulation_steps", "auto")
     if accumulated != "auto" and config.fewest_devices < config.most_devices:
-        raise StrategyError(
-            f"{key}: the DeepSpeed file sets `gradient_accumulation_steps: {accumulated}`, which depends on the number of devices. Write "
-            '"auto" there.'
+        yield (
+            f"the DeepSpeed file sets `gradient_accumulation_steps: {accumulated}` for one number of devices",
+            'Write "auto" there',
         )
 
 
