@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 try:
-    from utils.processes import Stopped, hold_signals, raise_signals, record_signals
+    from utils.processes import Stopped, ignore_signals, raise_signals, record_signals
 
     if __name__ == "__main__":
         raise_signals()  # the other imports take seconds on a busy machine
@@ -44,7 +44,8 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 except KeyboardInterrupt as stopped:
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)
     print(f"error: stopped by {number.name}", file=sys.stderr)
     sys.exit(128 + number)
@@ -490,5 +491,5 @@ def _name(text: str) -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    hold_signals()
+    ignore_signals()
     sys.exit(code)

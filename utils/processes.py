@@ -73,12 +73,14 @@ def handle_signals(handler: Callable[[int], object]) -> None:
         signal.signal(number, on_signal)
 
 
-def hold_signals() -> None:
-    """Block SIGINT and SIGTERM until this process has exited, since its exit code is decided.
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM until this process has exited, since its exit code is decided.
 
-    While the interpreter shuts down, Python restores the default handlers, which would terminate the process with another code.
+    While the interpreter shuts down, Python replaces all other handlers by the default, which would terminate the process with
+    another code. Blocking the signals would not help: threads of libraries receive them as well.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, SENT_AS_SIGTERM))
+    for number in (*FORWARDED, SENT_AS_SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _raise_stopped(number: int) -> None:
@@ -149,7 +151,7 @@ def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None
         signal.signal(number, partial(_send, child, sent))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # until it is reaped, the handlers can signal it
-    hold_signals()
+    ignore_signals()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     os.set_blocking(reader, False)  # processes that outlive the child may hold the other end

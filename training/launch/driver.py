@@ -140,7 +140,7 @@ def _write_result(plan: RunPlan, report: PlanReport, attempt: Attempt, state: "R
         return write_result(plan, report, attempt)
     except BucketError as error:
         raise UnrecordedError(
-            f"{attempt.failure or 'all steps done'}\ncannot write {RESULT_FILE}: {error}\n"
+            f"{(attempt.failure or 'all steps done').rstrip('.')}. Nor can {RESULT_FILE} be written: {str(error).rstrip('.')}. "
             f"The same command resumes from {state.latest_checkpoint}."
         ) from error
 

@@ -79,7 +79,10 @@ def _cause_of(failure: BaseException) -> FailureCause:
         text = str(error).strip()
         if killed := _KILLED_FOR_MEMORY.search(text):
             return FailureCause("out of memory", killed[0].strip())
-        return FailureCause("worker lost", text.splitlines()[-1])  # after the actor's ids
+        line = text.splitlines()[-1]  # after the actor's ids
+        if isinstance(error, ray.exceptions.ActorUnavailableError):  # names neither
+            line = f"a worker or its node no longer answers ({line.rstrip('.')})"
+        return FailureCause("worker lost", line)
     if isinstance(
         failure, ray.exceptions.RayTaskError
     ):  # from an evaluation, which has no worker log that shows the type

@@ -87,8 +87,8 @@ def test_signal_that_a_library_swallowed_is_raised_again():
 def test_signal_after_the_work_changes_no_exit_code(number: signal.Signals):
     """Both the child and its parent receive signals while they shut down."""
     code, output = _run(f"""
-        import atexit, os, signal, sys, threading
-        from utils.processes import hold_signals, raise_signals, run_in_own_session
+        import os, signal, sys
+        from utils.processes import ignore_signals, raise_signals, run_in_own_session
 
         class AtShutdown:
             def __del__(self):
@@ -103,7 +103,7 @@ def test_signal_after_the_work_changes_no_exit_code(number: signal.Signals):
         raise_signals()
         parent = os.getpid()
         code = run_in_own_session(work, on_lost=print)
-        hold_signals()
+        ignore_signals()
         if os.getpid() == parent:
             os.kill(parent, {number})
         sys.exit(code)
