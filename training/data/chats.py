@@ -124,7 +124,12 @@ def listed(value: Any, what: str) -> list[Any]:
 
 
 def turns_of(values: list[Any]) -> list[Any]:
-    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara)."""
+    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara).
+
+    Entries may also be messages as JSON texts, which tables have for messages of different types.
+    """
+    if values and all(isinstance(value, str) and value.lstrip().startswith("{") for value in values):
+        values = [_message_of(value) for value in values]
     if len(values) > 1 and all(isinstance(value, str) for value in values):
         roles = ("user", "assistant")
         return [{"role": roles[number % 2], "content": text} for number, text in enumerate(values)]
@@ -136,6 +141,15 @@ def turns_of(values: list[Any]) -> list[Any]:
         messages.append({"role": "user", "content": value["input"]})
         messages.append({"role": "assistant", "content": value["output"], **others})
     return messages
+
+
+def _message_of(text: str) -> Any:
+    """Return the message that a text holds as JSON, or the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if is_message(value) else text
 
 
 def written_turns(text: str) -> list[Message]:

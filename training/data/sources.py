@@ -5,13 +5,15 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type
+from training.data.hub import hub_errors, hub_version, is_hub_dataset, parse_hub_uri, parts_of, text_files
+from training.data.json_columns import rows_of_batch
 from utils.files import checksum
 from utils.storage.bucket import (
     NotFoundError,
@@ -37,8 +39,6 @@ _NOT_READ = (".tsv", ".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|training|valid|validation|val|dev|eval|test)(?=[/_.-]|$)")
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
-_HUB_PREFIX = "hf://datasets/"
-_HUB_SECONDS = 10
 _PARQUET_ROWS = 1000
 _HEAD_BYTES = 64
 _JSON_BLOCK = 1 << 20  # characters
@@ -64,7 +64,7 @@ def find_files(path: str, source: int) -> list[DataFile]:
         source: Index of the source in the YAML.
     """
     if is_hub_dataset(path):
-        return [DataFile(path, _hub_version(path), source)]
+        return [DataFile(path, hub_version(path), source)]
     return [
         DataFile(uri, version if is_remote(uri) else checksum(Path(uri)), source)
         for uri, version in matching_files(path)
@@ -158,58 +158,6 @@ def _kind_of(uri: str) -> tuple[str, str | None]:
     return _KINDS.get(ending, ending), compression
 
 
-# --- Hugging Face Hub datasets ----------------------------------------------------------------------------------------
-
-
-def is_hub_dataset(uri: str) -> bool:
-    """Return whether the URI names a dataset on the Hugging Face Hub."""
-    return uri.startswith(_HUB_PREFIX)
-
-
-def parse_hub_uri(uri: str) -> tuple[str, str | None, str]:
-    """Parse `hf://datasets/ORG/NAME[/CONFIG][?split=SPLIT]` into (ORG/NAME, CONFIG, SPLIT or "train")."""
-    path, _, query = uri.removeprefix(_HUB_PREFIX).partition("?")
-    parts = path.strip("/").split("/")
-    split = "train"
-    if query:
-        key, _, split = query.partition("=")
-        if key != "split" or not split:
-            raise DataError(
-                f"{uri}: only `split=...` is supported after `?`, for example ?split=train[50%:]."
-            )
-    if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"{uri}: write hf://datasets/ORG/NAME/CONFIG?split=train (CONFIG is optional).")
-    return f"{parts[0]}/{parts[1]}", parts[2] if len(parts) == 3 else None, split
-
-
-def _hub_version(uri: str) -> str:
-    from huggingface_hub import HfApi, constants
-
-    name, config, _ = parse_hub_uri(uri)
-    with _hub_errors(uri):
-        if constants.HF_HUB_OFFLINE:
-            from datasets import load_dataset_builder
-
-            return (
-                load_dataset_builder(name, config).hash or ""
-            )  # the commit that the cached copy was loaded from
-        return HfApi().dataset_info(name, timeout=_HUB_SECONDS).sha or ""
-
-
-@contextmanager
-def _hub_errors(uri: str) -> Iterator[None]:
-    import httpx
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except (OSError, ValueError, httpx.HTTPError, DatasetsError) as error:
-        raise DataError(
-            f"{uri}: cannot be read from the Hugging Face Hub ({(str(error).splitlines() or [''])[0]}). Check its name, config and split. "
-            "A gated dataset needs HF_TOKEN. Without network access, set HF_HUB_OFFLINE=1 to use the local cache, or use a JSONL file."
-        ) from error
-
-
 # --- Rows -------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +177,7 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
     Memory is bounded by one row, or by one batch for Parquet. A corrupt file may raise DataError during iteration.
     """
     if is_hub_dataset(file.uri):
-        return _open_hub(file)
+        return _open_hub(file, cache)
     path = fetch_file(file.uri, cache)
     kind, compression = _kind_of(file.uri)
     if kind in _NOT_READ:
@@ -244,15 +192,20 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
                 f"{file.uri}: {compression} around Parquet is not supported, since Parquet has its own compression. Decompress the file."
             )
         return _open_parquet(path, file.uri)
+    return _open_text(path, file.uri, kind, compression)
+
+
+def _open_text(path: Path, uri: str, kind: str, compression: str | None) -> OpenFile:
+    """Open a JSONL, JSON or CSV file."""
     raw = path.open("rb")
     size = max(path.stat().st_size, 1)
     if fault := None if compression else _other_kind(raw.peek(4)):
         raw.close()
-        raise DataError(f"{file.uri}: {fault}.")
+        raise DataError(f"{uri}: {fault}.")
     stream = _decompressed(raw, compression) if compression else raw
     reader = {"json": _read_json, "csv": _read_csv}.get(kind, _read_jsonl)
     return OpenFile(
-        _closing(raw, _naming_damage(reader(stream, file.uri), file.uri)),
+        _closing(raw, _naming_damage(reader(stream, uri), uri)),
         lambda: 1.0 if raw.closed else raw.tell() / size,
     )
 
@@ -514,7 +467,7 @@ def _open_parquet(path: Path, uri: str) -> OpenFile:
         try:
             with file:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                    for value in batch.to_pylist():
+                    for value in rows_of_batch(batch):
                         read += 1
                         yield read, value
         except read_errors as error:
@@ -538,7 +491,7 @@ def _open_arrow(path: Path, uri: str) -> OpenFile:
     def rows() -> Iterator[tuple[int, Any]]:
         nonlocal read
         for batch in table.to_batches(max_chunksize=_PARQUET_ROWS):
-            for value in batch.to_pylist():
+            for value in rows_of_batch(batch):
                 read += 1
                 yield read, value
 
@@ -551,13 +504,15 @@ def _file_error(place: str, kind: str, error: Exception) -> DataError:
     )
 
 
-def _open_hub(file: DataFile) -> OpenFile:
+def _open_hub(file: DataFile, cache: Path) -> OpenFile:
     import datasets
     from huggingface_hub import constants
 
+    if (files := text_files(file.uri, file.version, cache)) is not None:
+        return _open_hub_texts(file.uri, files)
     name, config, split = parse_hub_uri(file.uri)
     revision = None if constants.HF_HUB_OFFLINE else file.version
-    with _hub_errors(file.uri):
+    with hub_errors(file.uri):
         dataset = datasets.load_dataset(name, config, split=split, revision=revision)
     read = 0
 
@@ -568,3 +523,31 @@ def _open_hub(file: DataFile) -> OpenFile:
             yield read, row
 
     return OpenFile(rows(), lambda: read / max(len(dataset), 1))  # pyright: ignore[reportArgumentType]
+
+
+def _open_hub_texts(uri: str, files: Mapping[str, list[Path]]) -> OpenFile:
+    """Open the JSON or CSV files of a dataset on the Hub; rows are numbered from the start of the URI's split."""
+    fraction = 0.0
+
+    def rows_of(split: str) -> Iterator[Any]:
+        nonlocal fraction
+        for number, path in enumerate(files[split]):
+            opened = _open_text(path, f"{uri} ({path.name})", *_kind_of(path.name))
+            for _, value in opened.rows:
+                fraction = (number + opened.fraction()) / len(files[split])
+                yield value
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        read = 0
+        split = parse_hub_uri(uri)[2]
+        parts: list[tuple[str, int, int | None]] = [(split, 0, None)]
+        if split not in files:
+            counts = {each: sum(1 for _ in rows_of(each)) for each in files}
+            with hub_errors(uri):
+                parts = [*parts_of(split, counts)]
+        for each, begin, end in parts:
+            for value in islice(rows_of(each), begin, end):
+                read += 1
+                yield read, value
+
+    return OpenFile(rows(), lambda: fraction)

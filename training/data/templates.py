@@ -248,6 +248,10 @@ class Renderer:
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
+        thoughts = (thought_of(m)[0].strip() for m in messages if m["role"] == "assistant")
+        texts = [sequence.text for sequence in sequences if isinstance(sequence, Rendered)]
+        if any(thought and not any(thought in text for text in texts) for thought in thoughts):
+            notes.append("reasoning of earlier turns that are not in the loss is not in the rendering")
         if any("name" in m and m["name"] not in last.text for m in messages):
             notes.append("`name` of messages is not in the rendering of the chat template")
         if example.tools and drops_tool_texts(last.text, example.tools):

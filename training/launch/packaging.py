@@ -10,7 +10,8 @@ from configs.loading import ConfigError, LoadedConfig, to_yaml
 from configs.schema import DataSource, DeepspeedFile, FinetuneConfig, uri_fields
 from runs.layout import MODELS
 from runs.reading import sizes
-from training.data.sources import is_hub_dataset, matching_files
+from training.data.hub import is_hub_dataset
+from training.data.sources import matching_files
 from training.models.files import is_hub_id, is_model_file, is_tokenizer_file
 from training.models.tokenizer import is_template
 from training.planning.paths import about_key, storage_path

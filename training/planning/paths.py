@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig, uri_fields
 from runs.layout import default_storage
-from training.data.sources import is_hub_dataset
+from training.data.hub import is_hub_dataset
 from utils.storage.bucket import BucketError, NotFoundError, is_remote, uses_embedded_bucket
 
 LOCAL_STORAGE = Path("/mnt/local_storage")

@@ -181,6 +181,14 @@ def test_config_is_immutable():
             {"task": "preference_tuning", "data_format": "messages"},
             ("`data_format: messages`", "`preference`", "loss: kto"),
         ),
+        (
+            {"task": "classification", "data_format": "tokens"},
+            ("`data_format: tokens`", "`classification`"),
+        ),
+        (
+            {"data_format": "tokens", "prompt_template": "{prompt} {completion}"},
+            ("`prompt_template`", "`data_format: tokens`"),
+        ),
         ({"num_warmup_steps": 5, "warmup_ratio": 0.1}, ("`num_warmup_steps`", "`warmup_ratio`")),
         (
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},

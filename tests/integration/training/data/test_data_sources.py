@@ -177,6 +177,61 @@ def test_plan_reports_the_rows_of_each_source(data_uri: str, tiny_model: Path, t
     assert_names(no_match.errors, f"error: train_path: {data_uri}/rows/*.parket: ", "no file")
 
 
+CALLS = [
+    {"day": "2026-11-29", "id": 2**53 + 1, "seats": 3},
+    {"day": "2026-11-30", "id": 0.5, "seats": 3.5},
+    {"day": "2026-12-01", "id": 5, "seats": 4},
+]
+"""Arguments of calls, of which a column of one type would change dates, whole and large numbers."""
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name + call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def calls() -> bytes:
+    """Return answers with calls as JSONL."""
+    lines = []
+    for arguments in CALLS:
+        call = {"type": "function", "function": {"name": "book", "arguments": arguments}}
+        answer = {"role": "assistant", "content": "Yes.", "tool_calls": [call]}
+        lines.append(json.dumps({"prompt": "Book it.", "completion": [answer]}) + "\n")
+    return "".join(lines).encode()
+
+
+def test_json_files_on_the_hub_keep_dates_and_numbers(
+    tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    """Online and then from the cache, the tokens equal those of the same file on disk; other splits are not fetched."""
+    (tmp_path / "rows.jsonl").write_bytes(calls())
+    tokenizer.chat_template = TEMPLATE
+    local = prepare(request(tmp_path / "rows.jsonl"), tokenizer, tiny_model, tmp_path / "cache").summary
+    settings = {
+        "model_id": str(tiny_model),
+        "train_path": "hf://datasets/org/rows?split=train[1:]",
+        "device": "cpu",
+        "storage_path": str(tmp_path / "runs"),
+        "output_dir": str(tmp_path / "scratch"),
+        "chat_template": TEMPLATE,
+    }
+    cache = {"HF_HOME": str(tmp_path / "hub")}
+    files = {"train.jsonl.gz": gzip.compress(calls(), mtime=0), "test.jsonl": jsonl("one")}
+    config = write_yaml(tmp_path / "config.yaml", settings)
+    with serve_hub("org/rows", files) as endpoint:
+        online = cache | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+        first = run_main(config, "--dry-run", "--json", variables=online)
+    assert first.exit_code == 0, first.errors
+    write_yaml(config, {**settings, "context_length": 128})  # so that the rows are read again
+    cached = run_main(config, "--dry-run", "--json", variables=cache | {"HF_HUB_OFFLINE": "1"})
+    assert cached.exit_code == 0, cached.errors
+    expected = [[list(piece) for piece in example] for example in local.examples]
+    assert first.result["train"]["examples"] == cached.result["train"]["examples"] == expected[1:]
+    text = "".join(piece for example in local.examples for piece, _ in example)
+    assert_names(text, *(json.dumps(arguments) for arguments in CALLS))
+    assert not any(path.name == "test.jsonl" for path in (tmp_path / "hub").rglob("*"))
+
+
 def test_hub_dataset_is_read_online_and_then_from_the_cache(tiny_model: Path, tmp_path: Path):
     """If the hub is unreachable, the error advises HF_HUB_OFFLINE=1, which reads the cache."""
     settings = {

@@ -76,6 +76,15 @@ def test_texts_are_turns_of_user_and_assistant():
         read({"conversations": ["2 + 2?"]})
 
 
+def test_messages_as_json_texts_are_messages():
+    """Tables have messages of different types as JSON texts, which are no turns of user and assistant by themselves."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    answer = {"role": "assistant", "content": "{}"}
+    chat = read({"messages": [json.dumps(message) for message in [*messages, answer]]})
+    assert chat.messages == [*messages, answer]
+    assert [m["content"] for m in read({"messages": ["{a}", "{b}"]}).messages] == ["{a}", "{b}"]
+
+
 def test_texts_of_human_and_assistant_are_pairs():
     """HH-RLHF."""
     shared = "\n\nHuman: 2 + 2?\n\nAssistant: 4\n\nHuman: And 3 + 3?\n\nAssistant:"

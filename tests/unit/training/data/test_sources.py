@@ -13,7 +13,8 @@ from datasets import Dataset
 
 from tests.support.messages import assert_names
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError
-from training.data.sources import DataFile, find_files, is_hub_dataset, open_file, parse_hub_uri
+from training.data.hub import is_hub_dataset, parse_hub_uri, parts_of
+from training.data.sources import DataFile, find_files, open_file
 from utils.storage.bucket import BucketError
 
 ROWS = [{"prompt": f"{number} + {number}?", "completion": f"{2 * number} é"} for number in range(5)]
@@ -309,3 +310,59 @@ def test_directory_with_files_of_several_splits_raises_an_error(
         find_files(str(tmp_path), 0)
     assert_names(str(caught.value), *names, "*train*")
     assert len(find_files(f"{tmp_path}/**/*", 0)) == len(names), "a pattern says what is meant"
+
+
+EXACT = [
+    {
+        "messages": [
+            {"role": "user", "content": "When?"},
+            {"role": "tool", "content": {"id": 2**53 + 1, "day": "2026-11-29", "seats": 3, "none": None}},
+            {"role": "assistant", "content": "2026-11-29"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]},
+]
+"""Rows whose values have different types, which `datasets` stores as JSON texts."""
+
+
+@pytest.mark.parametrize("name", ["saved", "a.parquet"])
+def test_values_of_mixed_types_are_read_from_tables_as_they_are(tmp_path: Path, name: str):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(EXACT))
+    dataset = Dataset.from_json(str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
+    if name == "saved":
+        dataset.save_to_disk(tmp_path / name)
+    else:
+        dataset.to_parquet(tmp_path / name)
+    (file,) = find_files(str(tmp_path / name), 0)
+    assert [row for _, row in open_file(file, tmp_path / "node").rows] == EXACT
+
+
+def test_json_columns_are_decoded_wherever_they_stand(tmp_path: Path):
+    objects = pa.StructArray.from_arrays([pa.array(["9007199254740993"], pa.json_())], ["b"])
+    table = pa.table(
+        {
+            "whole": pa.array(['{"a": 3}', None], pa.json_()),
+            "inside": pa.ListArray.from_arrays(pa.array([0, None, 1], pa.int32()), objects),
+            "text": ["3", '{"a": 3}'],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [row for _, row in read(tmp_path / "a.parquet")] == [
+        {"whole": {"a": 3}, "inside": [{"b": 2**53 + 1}], "text": "3"},
+        {"whole": None, "inside": None, "text": '{"a": 3}'},
+    ]
+    pq.write_table(pa.table({"whole": pa.array(["{3", "4"], pa.json_())}), tmp_path / "b.parquet")
+    assert [number for number, row in read(tmp_path / "b.parquet") if not isinstance(row, RowError)] == [2]
+    assert_names(reasons(tmp_path / "b.parquet")[1], "`whole`", "JSON")
+
+
+@pytest.mark.parametrize(
+    ("split", "parts"),
+    [
+        ("train[1:]", [("train", 1, 10)]),
+        ("train[50%:]+test[:1]", [("train", 5, 10), ("test", 0, 1)]),
+        ("test[-2:]", [("test", 2, 4)]),
+    ],
+)
+def test_parts_of_a_split_are_those_of_datasets(split: str, parts: list[tuple[str, int, int]]):
+    assert parts_of(split, {"train": 10, "test": 4}) == parts

@@ -494,6 +494,16 @@ def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
     assert Renderer(tokenizers["qwen3"], whole_text=False).date is None
 
 
+@pytest.mark.parametrize(("weight", "noted"), [(0, True), (1, False)])
+def test_reasoning_that_no_context_holds_is_noted(weight: int, noted: bool, tokenizers: Tokenizers):
+    """Qwen3 removes the reasoning of earlier turns, so that of a turn that is not in the loss reaches no token."""
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    first = answer(1, reasoning="A thought 1.", weight=weight)
+    chat = read({"messages": [user(1), first, user(2), answer(2, reasoning="A thought 2.")]})
+    notes = renderer.notes(chat, renderer.render(chat))
+    assert any("reasoning of earlier turns" in note for note in notes) == noted
+
+
 def test_gpt_oss_trains_its_channels_and_stops_only_where_an_answer_ends(tokenizers: Tokenizers):
     """An answer has several channels, of which all but the last end with a token that must not end generation."""
     tokenizer = copy.deepcopy(tokenizers["gptoss"])
