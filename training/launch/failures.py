@@ -27,6 +27,11 @@ _LOST_WORKER = (
 # Ray 2.60.0: after the memory monitor kills an actor, only the message of the ActorDiedError names the cause.
 _KILLED_FOR_MEMORY = re.compile(r"^.*running low on memory.*$", re.MULTILINE)
 
+# The errors of collectives in the workers that remain, which may arrive before Ray has noticed the lost one.
+_LOST_PEER = re.compile(
+    r"(gloo).*Connection (?:closed|reset) by peer|(NCCL).*remote process exited|(nccl)RemoteError"
+)
+
 
 def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
     """Classify the exceptions of a failed attempt.
@@ -75,6 +80,11 @@ def _cause_of(failure: BaseException) -> FailureCause:
     error = _unwrapped(failure)
     if line := out_of_memory_line(error):
         return FailureCause("out of memory", line)
+    if peer := _LOST_PEER.search(str(error)):
+        return FailureCause(
+            "worker lost",
+            f"another worker or its node exited, which closed a connection of {peer[peer.lastindex or 0]}",
+        )
     if isinstance(error, _LOST_WORKER):
         text = str(error).strip()
         if killed := _KILLED_FOR_MEMORY.search(text):

@@ -27,8 +27,8 @@ from utils.storage.bucket import (
 )
 
 PROJECT = Path(__file__).resolve().parents[2]
-CODE = ("main.py", "configs", "utils", "runs", "training")
-"""The code that nodes run."""
+CODE = ("main.py", "configs", "utils", "runs", "training", "service")
+"""The code that nodes run: all that main.py imports."""
 
 EVERYTHING_BUT_CODE = [
     "/[!.]*",

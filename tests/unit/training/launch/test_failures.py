@@ -147,3 +147,12 @@ def test_error_of_an_evaluation_is_classified_by_its_cause(cause: Exception, rea
     """Ray raises an actor method's error as a subclass of RayTaskError and of the cause's type."""
     error = ray.exceptions.RayTaskError("answer", f"Traceback\n{cause!r}", cause, "title", 1, "127.0.0.1")
     assert classify(causes_of(error.as_instanceof_cause()), []) == reason
+
+
+def test_collective_whose_peer_is_lost_is_a_lost_worker():
+    error = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5855. Check the logs."
+    )
+    (cause,) = causes_of(error)
+    assert cause.kind == "worker lost"
+    assert "node" in cause.line

@@ -1,5 +1,7 @@
 """Packages for a cluster: the code, the YAML and local files up to a size limit, and nothing else."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,20 @@ def test_package_contains_only_the_code_and_the_yaml(pack_run):
     templates = {path.relative_to(PROJECT) for name in CODE for path in (PROJECT / name).rglob("*.html.j2")}
     assert len(templates) >= 3
     assert templates <= code, "the cluster renders pages"
+
+
+def test_packed_code_starts_without_the_project(pack_run):
+    """A job's entrypoint is main.py in the package's directory, which imports every room."""
+    directory = pack_run().directory
+    done = subprocess.run(
+        [sys.executable, "main.py", "config.yaml", "--print-config"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model_id" in done.stdout
 
 
 def test_packed_yaml_loads_as_the_checked_config(pack_run):
