@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from runs.layout import RunResult
     from training.data.prepared import PreparedData
     from training.launch.display import Watch
-    from training.launch.head_start import HeadStart
+    from training.loop.ray_internals import LocalWorkers
     from training.planning.plan import RunPlan
     from training.planning.report import PlanReport
 
@@ -131,7 +131,7 @@ def plan_and_train(
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(screen.progress))
             _reach_cluster_and_bucket(loaded, target, stack, watch)
-            start = None if options.dry_run else stack.enter_context(_head_start(loaded, target))
+            workers = None if options.dry_run else stack.enter_context(_head_start(loaded, target))
             with importing():
                 from training.planning.planner import make_plan
 
@@ -149,8 +149,7 @@ def plan_and_train(
                     show_completed(screen.main)
                 result = report.completed
             else:
-                assert start is not None
-                result = _train(plan, report, prepared, options, screen, watch, began, driver_log, start)
+                result = _train(plan, report, prepared, options, screen, watch, began, driver_log, workers)
     except AnnealError as error:
         show_error(screen.progress, str(error))
         return error.exit_code
@@ -185,7 +184,7 @@ def _reach_cluster_and_bucket(
         stack.enter_context(embedded_bucket())
 
 
-def _head_start(loaded: LoadedConfig, target: ClusterTarget) -> "AbstractContextManager[HeadStart]":
+def _head_start(loaded: LoadedConfig, target: ClusterTarget) -> "AbstractContextManager[LocalWorkers | None]":
     with importing():
         from training.launch.head_start import head_start
 
@@ -201,7 +200,7 @@ def _train(
     watch: "Watch",
     began: float,
     driver_log: Path,
-    start: "HeadStart",
+    local_workers: "LocalWorkers | None",
 ) -> "RunResult":
     from training.launch.display import show_plan
     from training.planning.devices import check_devices_are_here
@@ -220,7 +219,7 @@ def _train(
         command=options.command,
         began=began,
         driver_log=driver_log,
-        local_workers=start.wait(),
+        local_workers=local_workers,
         on_event=watch.on_event,
     )
 

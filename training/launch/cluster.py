@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,17 +138,13 @@ def disconnect() -> None:
 
 
 def _connect(**arguments: Any) -> None:
-    """Call ray.init, whose SIGTERM handler exits with code 15 and stays installed; raise `Stopped` instead.
-
-    In another thread than the main thread, neither Ray nor this function changes how signals are handled.
-    """
+    """Call ray.init, whose SIGTERM handler exits with code 15 and stays installed; raise `Stopped` instead."""
     try:
         ray.init(**arguments)
     except SystemExit as exit_:
         raise Stopped(signal.SIGTERM) from exit_
     finally:
-        if threading.current_thread() is threading.main_thread():
-            raise_signals()
+        raise_signals()
 
 
 def _gpus_here(workers: Workers) -> int:

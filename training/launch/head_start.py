@@ -1,10 +1,9 @@
-"""The head start of a run on this machine: its cluster and its workers' imports begin while the run is planned.
+"""The head start of a run on this machine: its cluster starts first, and its workers import libraries while the run is planned.
 
 An existing cluster is asked for nothing before the plan is made.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from configs.schema import FinetuneConfig
@@ -16,37 +15,25 @@ from training.planning.devices import choose_device
 from training.planning.endpoints import ClusterTarget
 from training.planning.paths import storage_path
 from utils.errors import AnnealError
-
-
-class HeadStart:
-    """What has been started for a run before its plan is made."""
-
-    def __init__(self, started: "Future[LocalWorkers | None] | None"):
-        self._started = started
-
-    def wait(self) -> LocalWorkers | None:
-        """Wait until the local cluster has started; return its first workers, if they were started."""
-        return self._started.result() if self._started else None
+from utils.processes import record_signals
 
 
 @contextmanager
-def head_start(config: FinetuneConfig, target: ClusterTarget) -> Iterator[HeadStart]:
-    """Start the local cluster of a run in a thread, and end it when the block exits.
+def head_start(config: FinetuneConfig, target: ClusterTarget) -> Iterator[LocalWorkers | None]:
+    """Start the local cluster of a run, and end it when the block exits. Yield its first workers, if they were started.
 
     Args:
         config: The run.
         target: Where the run trains; an existing cluster is asked for nothing.
     """
     if not target.is_local:
-        yield HeadStart(None)
+        yield None
         return
-    with ThreadPoolExecutor(1, "head-start") as thread:
-        started = thread.submit(_start, config, target)
-        try:
-            yield HeadStart(started)
-        finally:
-            started.exception()  # Ray cannot be shut down while it starts
-            disconnect()
+    try:
+        yield _start(config, target)
+    finally:
+        record_signals()  # another signal must not leave processes of Ray behind
+        disconnect()
 
 
 def _start(config: FinetuneConfig, target: ClusterTarget) -> LocalWorkers | None:
