@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -128,6 +128,9 @@ bench-data: setup  ## measure the speed of data preparation against datasets.map
 
 bench-data-memory: setup  ## measure the peak memory of preparing a 5 GB file (half an hour, 20 GB of disk)
 	$(BIN)/python benchmarks/data.py --gigabytes 5
+
+bench-memory: setup-dev  ## measure the memory of a node's workers against an earlier version: BASE=DIRECTORY
+	$(BIN)/python benchmarks/node_memory.py --base $(BASE)
 
 bench-resume: setup  ## measure the cost of resuming a killed run
 	$(BIN)/python benchmarks/resume.py

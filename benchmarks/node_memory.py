@@ -1,4 +1,4 @@
-"""Measure the memory of a node's LoRA workers: `make bench-memory` prints the ratio to another checkout, such as one of last month.
+"""Measure the memory of a node's LoRA workers: `make bench-memory BASE=DIRECTORY` prints the ratio to an earlier version.
 
 Four workers on CPU train a model of 1.3 GB with DDP. The figure is the peak of the sum of their PSS, which counts a page that n
 processes share as 1/n in each. Each round runs both checkouts, in alternating order; the ratio is taken within a round.
@@ -38,10 +38,10 @@ _SECONDS_BETWEEN_SAMPLES = 0.2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--against", type=Path, required=True, help="directory of the other checkout")
+    parser.add_argument("--base", type=Path, required=True, help="directory of the other checkout")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    checkouts = {"now": PROJECT, "before": arguments.against.resolve()}
+    checkouts = {"now": PROJECT, "before": arguments.base.resolve()}
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         directory = Path(temporary)

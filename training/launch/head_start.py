@@ -11,7 +11,7 @@ from training.launch.cluster import disconnect, start_local_cluster, workers_on
 from training.loop.libraries import import_libraries
 from training.loop.ray_internals import LocalWorkers
 from training.models.libraries import unused_packages
-from training.planning.devices import choose_device
+from training.planning.devices import choose_device, runs_here
 from training.planning.endpoints import ClusterTarget
 from training.planning.paths import storage_path
 from utils.errors import AnnealError
@@ -42,6 +42,8 @@ def _start(config: FinetuneConfig, target: ClusterTarget) -> LocalWorkers | None
         device = choose_device(config, target)
     except AnnealError:
         return None  # the planner reports it
+    if not runs_here(config, device, target):
+        return None  # the plan is shown before that is an error
     workers = workers_on(device, config, storage_path(config))
     start_local_cluster(workers)
     if workers.least < workers.count:
