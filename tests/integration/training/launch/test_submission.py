@@ -127,7 +127,7 @@ def test_submitted_run_is_followed_and_exposes_no_secret(
     assert finished.result["run_uri"].startswith(f"{storage}/followed-")
     assert len(finished.output.splitlines()) == 1
     uri = re.escape(finished.result["run_uri"])
-    printed = re.findall(rf"^(results \D*?) +{uri}$", finished.errors, re.M)
+    printed = re.findall(rf"^(results \D*?) +{uri}(?: \(.*\))?$", finished.errors, re.M)
     assert len(printed) == 2 and len(set(printed)) == 1, "the local check and the job must print the same run"
     assert "step 5/5  loss" in finished.errors
     jobs = job_list(cluster)
