@@ -95,7 +95,7 @@ class RayCluster:
             cpus: CPUs of the node.
             within: The network namespace to start it in; None: this machine's network.
         """
-        before = self.worker_node_ids()
+        before = set(self.worker_node_ids())  # a node that was just killed may still be listed
         # Each node needs its own directory: nodes that share one overwrite each other's unpacked code.
         directory = self._directory / str(len(self._raylets))
         # Ray treats nodes with one address as one node: one of its workers would wait for files that the other never fetches.
@@ -107,8 +107,12 @@ class RayCluster:
             f"--temp-dir={directory}",
             within=within.command if within else (),
         )
-        _wait_until(lambda: len(self.worker_node_ids()) > len(before), "node")
-        node = next(node for node in self.worker_node_ids() if node not in before)
+
+        def joined() -> set[str]:
+            return set(self.worker_node_ids()) - before
+
+        _wait_until(lambda: bool(joined()), "node")
+        (node,) = joined()
         self._raylet_by_id[node] = self._raylets[-1]
         return node
 
