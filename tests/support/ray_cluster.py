@@ -30,7 +30,7 @@ _TIMEOUT_SECONDS = 180  # a head starts in 4 s on an idle machine, and in 80 s o
 _PRINT_WORKER_NODE_IDS = """
 import json, ray
 ray.init(log_to_driver=False)
-print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "node:__internal_head__" not in node["Resources"]]))
+print("nodes:", json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"] and "node:__internal_head__" not in node["Resources"]]))
 """
 
 
@@ -138,7 +138,11 @@ class RayCluster:
 
     def worker_node_ids(self) -> list[str]:
         """Return the IDs of all live nodes except the head."""
-        return json.loads(self._run(sys.executable, "-c", _PRINT_WORKER_NODE_IDS).splitlines()[-1])
+        printed = self._run(sys.executable, "-c", _PRINT_WORKER_NODE_IDS).splitlines()
+        (listed,) = [
+            line for line in printed if line.startswith("nodes: ")
+        ]  # Ray may print that a node was lost
+        return json.loads(listed.removeprefix("nodes: "))
 
     def preempt(self, node: str, *, seconds: int) -> None:
         """Announce the preemption of a node, as a cloud does for spot instances."""
