@@ -23,11 +23,10 @@ def read_manifest(here: Path) -> dict:
         python = manifest["python"]
         pieces = [(here / piece["name"], piece["sha256"]) for piece in manifest["pieces"]]
         total = sum(wheel["bytes"] for wheel in manifest["wheels"] if wheel["name"] and wheel["sha256"])
-        whole = total == sum(piece["bytes"] for piece in manifest["pieces"])
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise SystemExit(f"{file} is damaged: copy it again")
+        if total != sum(piece["bytes"] for piece in manifest["pieces"]):
+            raise ValueError("the pieces have another size than the wheels")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{file} is damaged ({error!r}): copy it again") from error
     running = ".".join(map(str, sys.version_info[:2]))
     if running != python:
         raise SystemExit(
