@@ -78,7 +78,7 @@ class Workload:
         return self.batch_size * self.accumulation * self.steps
 
 
-# The five runs of `resume` and `losses` share one GPU at the same time: each must stay below 25 GB.
+# The five runs of `resume` and `losses` share one GPU at the same time: each must stay below 25 GB (by estimate).
 GPU: Mapping[str, Workload] = {
     "step": Workload("step", 512, 2, 1, steps=1, warm_up=0),
     "lora": Workload("8b", 4096, 2, 2, steps=6, warm_up=2),
