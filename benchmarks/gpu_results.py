@@ -1,144 +1,216 @@
-"""Results of the GPU benchmark: benchmarks/results/gpu.json, and the table and README line that are generated from it."""
+"""Results of the GPU benchmark in benchmarks/results/gpu.json: rounds, each with the GPU, the packages and the commit it ran with."""
 
+import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.gpu_parts import PARTS, Figure
 from benchmarks.gpu_processes import PROJECT
-from benchmarks.gpu_runs import Measured
-from benchmarks.report import RESULTS, machine, spread, write_whole
+from benchmarks.gpu_runs import Measured, Shapes
+from benchmarks.report import spread, write_whole
 
-_NOT_MEASURED = "Not measured yet: no GPU was available."
-_NEVER_RUN = (
-    "> - **Never run on a GPU**: the CUDA paths, NCCL, the CUDA image, the GPU benchmark, and the memory estimate for GPUs. The Triton\n"
-    ">   kernels were compared with torch in Triton's interpreter only ([how](docs/kernels.md))."
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "ray",
+    "unsloth",
+    "liger-kernel",
+    "bitsandbytes",
+    "triton",
 )
+# A commit of results or of documentation does not start a round.
+_MEASURED_CODE = (
+    "main.py",
+    "benchmarks/*.py",
+    "configs",
+    "pyproject.toml",
+    "requirements",
+    "runs",
+    "training",
+    "utils",
+)
+
+
+class ResultsError(Exception):
+    """An error of a directory or file of results, with its fix, in one line."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The conditions of a round: only rounds with the same ones may be shown together."""
+
+    shapes: Shapes
+    gpu: str | None
+    commit: str | None
+    """The last commit of the measured code, with "-dirty" after a change of it; None without git."""
+    versions: Mapping[str, str]
 
 
 @dataclass
 class Round:
-    """The measurements of contestants on one kind of GPU."""
+    """The measurements of contestants under the same conditions."""
 
-    gpu: str | None
-    measured: dict[str, Measured]
+    origin: Origin
+    updated: str
+    """UTC time of the last measurement."""
+    measured: dict[str, Measured] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Contestant -> the first line of its last error."""
+
+
+@dataclass
+class _File:
+    rounds: list[Round]
 
 
 class Results:
-    """The rounds of all calls, in a directory; each change is written at once."""
+    """The rounds of all calls, in a directory; each change is written at once.
+
+    Raises:
+        ResultsError: The file has other content.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._file = directory / "gpu.json"
-        known: Mapping[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
-        self.machine: Mapping[str, Any] = known.get("machine", {})
-        self.failed: dict[str, str] = known.get("failed", {})
-        """Contestant -> the first line of its last error."""
-        self.rounds = [
-            Round(round_["gpu"], {name: Measured(**values) for name, values in round_["measured"].items()})
-            for round_ in known.get("rounds", [])
-        ]
+        self.rounds = _read(self._file)
 
-    def current_round(self, gpu: str | None, contestants: list[str]) -> Round:
-        """Return the unfinished round of this kind of GPU, or a new one: ratios must come from one kind."""
-        last = self.rounds[-1] if self.rounds else None
-        if last is None or last.gpu != gpu or set(contestants) <= last.measured.keys():
-            self.rounds.append(Round(gpu, {}))
+    def current_round(self, origin: Origin, contestants: Sequence[str]) -> Round:
+        """Return the oldest round of this origin that lacks one of these contestants, or a new one."""
+        for round_ in self.rounds:
+            if round_.origin == origin and not set(contestants) <= round_.measured.keys():
+                return round_
+        self.rounds.append(Round(origin, _now()))
         return self.rounds[-1]
 
-    def add(self, name: str, measured: Measured) -> None:
-        """Add the measurements of a contestant to the current round."""
-        self.rounds[-1].measured[name] = measured
-        self.failed.pop(name, None)
-        self._write()
+    def add(self, round_: Round, name: str, measured: Measured) -> None:
+        """Add the measurements of a contestant to a round."""
+        round_.measured[name] = measured
+        round_.failed.pop(name, None)
+        self._write(round_)
 
-    def add_failure(self, name: str, error: str) -> None:
+    def add_failure(self, round_: Round, name: str, error: str) -> None:
         """Add a contestant's error, which the table names."""
-        self.failed[name] = error.splitlines()[0]
-        self._write()
+        round_.failed[name] = error.splitlines()[0]
+        self._write(round_)
 
-    def _write(self) -> None:
-        self.machine = machine()
+    def _write(self, round_: Round) -> None:
+        round_.updated = _now()
+        shown = figures(self.latest("real"))
         report = {
-            "machine": self.machine,
-            "summary": {
-                f"{part}: {figure.name}": values for part, figure, values in self.figures() if values
-            },
-            "failed": self.failed,
+            "summary": {f"{part}: {figure.name}": values for part, figure, values in shown if values},
             "rounds": [asdict(round_) for round_ in self.rounds],
         }
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps(report, indent=2) + "\n")
 
-    def figures(self) -> Iterator[tuple[str, Figure, dict[str, float] | None]]:
-        """Yield (part, figure, its median and range over the rounds, or None if it was not measured)."""
-        for name, part in PARTS.items():
-            for figure in part.figures:
-                values = [
-                    value
-                    for round_ in self.rounds
-                    if set(figure.needs) <= round_.measured.keys()
-                    and (value := figure.value(*map(round_.measured.get, figure.needs))) is not None
-                ]
-                yield name, figure, spread(values) | {"rounds": len(values)} if values else None
-
-    def met(self) -> tuple[int, int]:
-        """Return the number of targets that the medians meet, and the number of measured figures."""
-        measured = [(figure.target, values["median"]) for _, figure, values in self.figures() if values]
-        return sum(target.includes(median) for target, median in measured), len(measured)
-
-    def table(self) -> str:
-        """Return a Markdown table with the measurements and targets of every part, or a line if there are none."""
-        if not self.rounds:
-            return _NOT_MEASURED
-        lines = ["| part | figure | median (range) | rounds | target | |", "|---|---|---|---|---|---|"]
-        for part, figure, values in self.figures():
-            cells = ["–", "0", str(figure.target), self._why_missing(figure)]  # noqa: RUF001
-            if values:
-                median, lowest, highest = (values[name] for name in ("median", "lowest", "highest"))
-                verdict = "hit" if figure.target.includes(median) else "miss"
-                several = f" ({lowest:,.4g} to {highest:,.4g})" if values["rounds"] > 1 else ""
-                cells = [f"{median:,.4g}{several}", f"{values['rounds']:g}", str(figure.target), verdict]
-            lines.append(f"| {part} | {figure.name} | {' | '.join(cells)} |")
-        return "\n".join([f"{self._where()}:\n", *lines])
-
-    def _why_missing(self, figure: Figure) -> str:
-        failed = [name for name in figure.needs if name in self.failed]
-        return f"failed: {', '.join(failed)}" if failed else "not measured"
-
-    def _where(self) -> str:
-        versions = ", ".join(f"{name} {number}" for name, number in self.machine["versions"].items())
-        return f"Measured on {self.machine['gpu'] or 'CPU'}, {self.machine['date']}, with {versions}"
-
-    def status(self) -> str:
-        """Return the line for the README's status."""
-        if not self.rounds:
-            return _NEVER_RUN
-        met, measured = self.met()
-        return (
-            f"> - **Measured on one GPU** ({self.machine['gpu']}, {self.machine['date']}): {met} of {measured} targets met; see\n"
-            ">   [the table](docs/performance.md#gpu-benchmark). Several GPUs, NCCL and the CUDA image have not been run."
-        )
+    def latest(self, shapes: Shapes) -> list[Round]:
+        """Return the rounds with measurements that share the origin of the latest; real shapes count on a real GPU only."""
+        rounds = [
+            round_
+            for round_ in self.rounds
+            if round_.measured and round_.origin.shapes == shapes and (shapes != "real" or round_.origin.gpu)
+        ]
+        latest = max(rounds, key=lambda round_: round_.updated, default=None)
+        return [round_ for round_ in rounds if latest and round_.origin == latest.origin]
 
 
-PAGES = {"README.md": Results.status, "docs/performance.md": Results.table}
-"""Page -> what is generated between its two markers."""
+def figures(rounds: Sequence[Round]) -> Iterator[tuple[str, Figure, dict[str, float] | None]]:
+    """Yield (part, figure, its median and range over the rounds, or None if it was not measured)."""
+    for name, part in PARTS.items():
+        for figure in part.figures:
+            values = [
+                value
+                for round_ in rounds
+                if set(figure.needs) <= round_.measured.keys()
+                and (value := figure.value(*map(round_.measured.get, figure.needs))) is not None
+            ]
+            yield name, figure, spread(values) | {"rounds": len(values)} if values else None
 
 
-def generated(page: str, results: Results) -> str:
-    """Return the text of a page with the part between its markers generated from the results."""
-    text = (PROJECT / page).read_text("utf-8")
-    prefix = "> " if page == "README.md" else ""
-    begin, end = f"{prefix}<!-- gpu.json -->\n", f"\n{prefix}<!-- end of gpu.json -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    assert rest and after, f"{page} has no markers"
-    return f"{before}{begin}{PAGES[page](results)}{end}{after}"
+def _read(file: Path) -> list[Round]:
+    if not file.exists():
+        return []
+    try:
+        return TypeAdapter(_File).validate_json(file.read_bytes()).rounds
+    except OSError as error:
+        cause = str(error.strerror)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
+    raise ResultsError(
+        f"{file} has no results of this benchmark ({cause}): restore it from git, or move it away"
+    )
 
 
-def write_pages(results: Results | None = None) -> None:
-    """Write the pages that contain results."""
-    for page in PAGES:
-        write_whole(PROJECT / page, generated(page, results or Results(RESULTS)))
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def origin_of(shapes: Shapes, gpu: str | None) -> Origin:
+    """Return the conditions of a round that runs now."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Origin(shapes, gpu, _commit(), versions)
+
+
+def _commit() -> str | None:
+    try:
+        commit = _git("log", "-1", "--format=%h", "--", *_MEASURED_CODE)
+        changes = _git("status", "--porcelain", "--", *_MEASURED_CODE)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if changes else commit or None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.check_output(command, cwd=PROJECT, text=True, stderr=subprocess.DEVNULL).strip()
+
+
+@contextmanager
+def locked(directory: Path, option: str) -> Iterator[None]:
+    """Hold the lock of a directory, which is created if it is missing.
+
+    Args:
+        directory: The directory.
+        option: How the user chooses another one, for the errors.
+
+    Raises:
+        ResultsError: It cannot be written, or another call uses it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise ResultsError(
+            f"{directory} cannot be written ({error.strerror}): choose another directory with {option}"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResultsError(
+                f"{directory} is in use by another call: wait for its end, or choose another directory with {option}"
+            ) from error
+        yield
+    finally:
+        os.close(handle)

@@ -21,6 +21,9 @@ from benchmarks.report import sha256
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from training.launch.cluster import GPU_ALLOCATOR
 
+Shapes = Literal["real", "tiny", "simulated"]
+"""`real` shapes run on a GPU; `tiny` ones on CPU, or on a GPU that is simulated."""
+
 RANK, LEARNING_RATE, OPTIMIZER, SEED = 16, 1e-4, "adamw_torch_fused", 42
 _CHARACTERS_PER_TOKEN = 8  # above the length of any token: rows are truncated by tokens
 # Tokens of 512 rows of GSM8K as chats (the first 256 of each half, SmolLM2's tokenizer): every 16th, from the shortest to the longest.
@@ -59,17 +62,21 @@ class Measured:
 class Setting:
     """Where the contestants run."""
 
+    shapes: Shapes
     device: Literal["cuda", "cpu"]
     workloads: Mapping[str, Workload]
     time_limit: float
     """Time limit of a contestant, relative to its estimated seconds, which are those of a GPU."""
-    simulated: bool = False
-    """True to simulate the GPU, which only runs without Ray and without the peers' scripts can use."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the GPU is simulated, which only runs without Ray and without the peers' scripts can use."""
+        return self.shapes == "simulated"
 
 
-ON_GPU = Setting("cuda", gpu_workloads.GPU, time_limit=2)
-ON_CPU = Setting("cpu", gpu_workloads.TINY, time_limit=10)
-SIMULATED = Setting("cuda", gpu_workloads.TINY, time_limit=30, simulated=True)
+ON_GPU = Setting("real", "cuda", gpu_workloads.GPU, time_limit=2)
+ON_CPU = Setting("tiny", "cpu", gpu_workloads.TINY, time_limit=10)
+SIMULATED = Setting("simulated", "cuda", gpu_workloads.TINY, time_limit=30)
 
 
 class Bench:
@@ -219,6 +226,7 @@ class Bench:
         return gpu_processes.run(
             command,
             environment={"HF_HUB_OFFLINE": "1", **(environment or {})},
+            directory=self.directory,
             log=self._logs / f"{name}.log",
             deadline=self._of_thread.deadline,
             stopped=self.stopped,

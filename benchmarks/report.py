@@ -15,14 +15,28 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "ray")
+_NVIDIA_SMI_SECONDS = 60
+
+
+def find_gpu() -> tuple[str | None, str]:
+    """Return (name of the first GPU or None, the reason why there is none)."""
+    if shutil.which("nvidia-smi") is None:
+        return None, "nvidia-smi is not on PATH"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"nvidia-smi failed: {error}"
+    lines = f"{done.stdout}\n{done.stderr}".strip().splitlines() or ["it printed nothing"]
+    # It also exits with 0 if it finds none.
+    if done.returncode != 0 or not done.stdout.strip() or "No devices were found" in done.stdout:
+        return None, f"nvidia-smi reports no GPU: {lines[0].strip()}"
+    return lines[0].strip(), ""
 
 
 def gpu_name() -> str | None:
     """Return the name of the first GPU, or None."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    names = subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True)
-    return names.splitlines()[0].strip()
+    return find_gpu()[0]
 
 
 def machine() -> dict[str, Any]:

@@ -7,11 +7,13 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,12 +22,13 @@ from tokenizers import Tokenizer
 
 from benchmarks import gpu, gpu_processes, gpu_runs
 from benchmarks.gpu import measure
-from benchmarks.gpu_parts import BF16_EPSILON, CONTESTANTS, PARTS, Contestant, Target
-from benchmarks.gpu_processes import ContestantFailedError
-from benchmarks.gpu_results import PAGES, Results, generated
+from benchmarks.gpu_pages import PAGES, generated, table
+from benchmarks.gpu_parts import BF16_EPSILON, CONTESTANTS, PARTS, Contestant, Target, number
+from benchmarks.gpu_processes import ContestantFailedError, DeadlineError
+from benchmarks.gpu_results import Origin, Results, ResultsError, figures, locked
 from benchmarks.gpu_runs import GSM8K_LENGTHS, ON_CPU, ON_GPU, Bench, Measured
 from benchmarks.gpu_workloads import GPU, SHAPES
-from benchmarks.report import RESULTS
+from benchmarks.report import RESULTS, find_gpu
 from tests.support.jobs import PROJECT, environment
 from tests.support.kernel_processes import triton_directory
 from tests.support.tiny_model import make_tokenizer
@@ -36,7 +39,8 @@ class FakeRuns:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
         self.names: list[str] = []
-        self.failed: list[str] = []
+        self.outcome = gpu.Outcome()
+        self.origin = Origin("real", "NVIDIA H200", "abc", {"torch": "2.11.0"})
         self.directory = directory
         self._patch = monkeypatch
         for name in CONTESTANTS:
@@ -44,18 +48,20 @@ class FakeRuns:
 
     def measure(self, name: str) -> Measured:
         self.names.append(name)
-        return Measured(1.0, (1.0,) * 10, 100.0 * len(self.names), 10, (2.0,) * 20, (1.0,) * 20)
+        return Measured(1.0, (1.0,) * 10, 13_512.0 + 100 * len(self.names), 10, (2.0,) * 20, (1.0,) * 20)
 
-    def replace(self, name: str, run: Callable[[], Measured]) -> None:
+    def replace(self, name: str, run: Callable[[], Measured], seconds: float | None = None) -> None:
         old = CONTESTANTS[name]
-        self._patch.setitem(
-            gpu.CONTESTANTS, name, Contestant(lambda _: run(), old.seconds, needs_gpu=old.needs_gpu)
+        fake = Contestant(
+            lambda _: run(), old.seconds if seconds is None else seconds, needs_gpu=old.needs_gpu
         )
+        self._patch.setitem(gpu.CONTESTANTS, name, fake)
 
     def run(self, *parts: str, seconds: float = math.inf) -> list[str]:
         self.names.clear()
         bench = Bench(ON_GPU, self.directory, self.directory)
-        self.failed = measure(bench, parts or list(PARTS), time.monotonic() + seconds, self.results)
+        deadline = time.monotonic() + seconds
+        self.outcome = measure(bench, parts or list(PARTS), deadline, self.results, self.origin)
         return list(self.names)
 
     @property
@@ -72,9 +78,9 @@ def test_each_contestant_runs_once_in_order_of_worth(runs: FakeRuns):
     first = runs.run()
     assert sorted(first) == sorted(CONTESTANTS)
     assert first.index("lora") < first.index("deterministic") < first.index("packed") < first.index("full")
-    assert "| qlora | tokens/s / our LoRA | " in runs.results.table()
+    assert "| qlora | tokens/s / our LoRA | " in table(runs.results)
     assert sorted(runs.run()) == sorted(CONTESTANTS), "a complete round is followed by another"
-    assert [round_.gpu for round_ in runs.results.rounds] == [None, None]
+    assert len(runs.results.rounds) == 2
 
 
 def test_next_call_continues_where_the_machine_was_lost(runs: FakeRuns):
@@ -85,8 +91,8 @@ def test_next_call_continues_where_the_machine_was_lost(runs: FakeRuns):
     with pytest.raises(SystemExit):
         runs.run("lora", "packing")
     assert runs.names == ["lora", "lora of Unsloth's own script"]
-    lines = runs.results.table().splitlines()
-    assert "| lora | tokens/s | 100 | 1 | at least 13,500 | miss |" in lines
+    lines = table(runs.results).splitlines()
+    assert "| lora | tokens/s | 13,612 | 1 | at least 13,500 | hit |" in lines
     assert any("TRL and PEFT" in line and line.endswith("| not measured |") for line in lines)
     runs.replace("lora of TRL and PEFT", lambda: runs.measure("lora of TRL and PEFT"))
     assert runs.run("lora", "packing")[0] == "lora of TRL and PEFT"
@@ -99,49 +105,95 @@ def test_failed_contestant_stops_no_other_and_runs_last_in_the_next_call(
         raise ContestantFailedError("out of memory\nmore")
 
     runs.replace("packed", fail)
-    assert runs.run("packing", "ray", seconds=200) == [
-        "unpacked",
-        "unpacked, 16 rows per batch",
-        "lora",
-        "lora under torchrun",
-    ]
-    assert runs.failed == ["packed"]
+    assert runs.run("packing", "full", seconds=200) == ["unpacked", "unpacked, 16 rows per batch", "full"]
+    assert runs.outcome.failed == ["packed"]
     assert "out of memory" in capsys.readouterr().err
-    assert runs.results.failed == {"packed": "out of memory"}
-    assert "| failed: packed |" in runs.results.table()
+    assert runs.results.rounds[0].failed == {"packed": "out of memory"}
+    assert "| failed: packed |" in table(runs.results)
     runs.replace("packed", lambda: runs.measure("packed"))
-    assert runs.run("packing", "full") == ["full", "packed"]
-    assert runs.results.failed == {}
+    assert runs.run("packing", "lora")[-1] == "packed"
+    assert runs.results.rounds[0].failed == {}
 
 
 def test_unreadable_metrics_fail_one_contestant_only(runs: FakeRuns):
     runs.replace("packed", lambda: json.loads("{"))
     assert runs.run("packing") == ["unpacked", "unpacked, 16 rows per batch"]
-    assert runs.failed == ["packed"]
-    assert "JSONDecodeError" in runs.results.failed["packed"]
+    assert runs.outcome.failed == ["packed"]
+    assert "JSONDecodeError" in runs.results.rounds[0].failed["packed"]
 
 
-def test_another_kind_of_gpu_starts_its_own_round(runs: FakeRuns, monkeypatch: pytest.MonkeyPatch):
-    runs.run("packing")
-    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H200")
-    assert sorted(runs.run("packing", "ray")) == sorted(
-        ["packed", "unpacked", "unpacked, 16 rows per batch", "lora", "lora under torchrun"]
-    )
-    assert [round_.gpu for round_ in runs.results.rounds] == [None, "NVIDIA H200"]
+@pytest.mark.parametrize(
+    "change", [{"gpu": "NVIDIA H100"}, {"commit": "def"}, {"versions": {"torch": "2.13.0"}}]
+)
+def test_another_gpu_commit_or_version_starts_its_own_rounds(runs: FakeRuns, change: dict):
+    runs.run("packing", "full")
+    first = runs.origin
+    runs.origin = replace(first, **change)
+    assert len(runs.run("packing")) == 3
+    assert [round_.origin for round_ in runs.results.latest("real")] == [runs.origin]
+    runs.origin = first
+    assert runs.run("ray") == ["packed under torchrun"]
+    assert [round_.origin for round_ in runs.results.latest("real")] == [first]
+
+
+def test_oldest_incomplete_round_is_filled_first(runs: FakeRuns):
+    runs.run("packing", "full")
+    runs.run("full")
+    runs.run("full", "ray")
+    first, second = runs.results.rounds
+    assert {"packed", "full", "packed under torchrun"} <= first.measured.keys()
+    assert list(second.measured) == ["full"]
 
 
 def test_contestant_without_enough_time_is_left_to_the_next_call(
     runs: FakeRuns, capsys: pytest.CaptureFixture[str]
 ):
-    assert runs.run("packing", seconds=40) == []
-    assert "no time is left for packed (about 45 s)" in capsys.readouterr().out
-    assert runs.run("lora", "resume", seconds=55) == ["deterministic"], "a shorter one still runs"
+    assert runs.run("packing", seconds=30) == []
+    assert runs.outcome.left == {"packed": 45, "unpacked": 40, "unpacked, 16 rows per batch": 40}
+    assert "packed (about 45 s): rerun the same command" in capsys.readouterr().out
+    assert runs.run("lora", "full", seconds=62) == ["lora of TRL and PEFT", "full"], (
+        "a shorter one still runs"
+    )
+
+
+def test_contestant_that_the_end_of_the_budget_stops_has_not_failed(runs: FakeRuns):
+    def exceed() -> Measured:
+        time.sleep(0.4)
+        raise DeadlineError("stopped at its time limit")
+
+    runs.replace("full", exceed, seconds=0)
+    runs.run("full", seconds=0.2)
+    assert (runs.outcome.failed, list(runs.outcome.left)) == ([], ["full"])
+    runs.run("full")
+    assert runs.outcome.failed == ["full"], "its own time limit"
+
+
+def test_parts_without_times_run_at_once():
+    assert len(next(gpu._groups(["resume", "losses"]))) == 5
+    assert list(gpu._groups(["resume", "full"])) == [["deterministic, killed", "deterministic"], ["full"]]
+
+
+def test_documented_seconds_are_the_estimates():
+    page, seen = (PROJECT / "docs" / "performance.md").read_text("utf-8"), set()
+    for part in PARTS:
+        groups = [[name for name in group if name not in seen] for group in gpu._groups([part])]
+        seen |= {name for group in groups for name in group}
+        seconds = sum(gpu.estimated_seconds(group, 16) for group in groups if group)
+        assert f"| `{part}` | {seconds:g} |" in page
+    total, bought, done = 0, 0, set()
+    for group in gpu._groups(list(PARTS)):
+        if not set(group) <= done:
+            seconds = gpu.estimated_seconds(group, 16)
+            total, done = total + seconds, done | set(group)
+            bought += seconds if bought + seconds <= 9 * 60 else 0
+    assert [f"{seconds:g} s" in page for seconds in (total, bought, total - bought)] == [True] * 3
 
 
 def _run(command: list[str], log: Path, seconds: float, **options: object) -> bool:
     return gpu_processes.run(
         command,
         environment={},
+        directory=log.parent,
         log=log,
         deadline=time.monotonic() + seconds,
         stopped=threading.Event(),
@@ -169,13 +221,140 @@ def test_process_is_killed_once_a_condition_holds(tmp_path: Path):
         _run([sys.executable, "-c", "print('reason'); raise SystemExit(3)"], log, 60)
 
 
+def test_processes_of_a_killed_call_are_killed_by_the_next(tmp_path: Path):
+    script = f"""
+import sys, threading
+from pathlib import Path
+from benchmarks.gpu_processes import run
+run(["sleep", "60"], environment={{}}, directory=Path({str(tmp_path)!r}), log=Path({str(tmp_path)!r}) / "log",
+    deadline=float("inf"), stopped=threading.Event())
+"""
+    call = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT)
+    while not (children := psutil.Process(call.pid).children()):
+        time.sleep(0.02)
+    call.kill()
+    call.wait()
+    assert gpu_processes.kill_left(tmp_path / "other") == 0
+    assert _is_alive(children[0].pid)
+    assert gpu_processes.kill_left(tmp_path) == 1
+    assert not _is_alive(children[0].pid)
+
+
+def test_directory_of_another_call_is_rejected(tmp_path: Path):
+    with (
+        locked(tmp_path / "results", "--results"),
+        pytest.raises(ResultsError, match=r"in use.*--results"),
+        locked(tmp_path / "results", "--results"),
+    ):
+        pass
+    with locked(tmp_path / "results", "--results"):
+        pass
+
+
+def test_directory_that_cannot_be_written_is_rejected(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ResultsError, match=r"file.*cannot be written.*--results"),
+        locked(tmp_path / "file", "--results"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"machine": {}, "rounds": [{"gpu": null}]}', "\udce9"])
+def test_damaged_or_foreign_results_are_rejected(content: str, tmp_path: Path):
+    (tmp_path / "gpu.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ResultsError, match=r"gpu\.json.*restore it") as raised:
+        Results(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'No devices were found'", "No devices were found"),
+        ("echo 'No devices were found'; exit 6", "No devices were found"),
+        ("echo 'driver mismatch' >&2; exit 18", "driver mismatch"),
+        ("exit 0", "printed nothing"),
+        ("echo 'NVIDIA H200'; echo 'NVIDIA H200'", None),
+    ],
+)
+def test_only_a_listed_gpu_counts(
+    script: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    name, cause = find_gpu()
+    assert name == (None if reason else "NVIDIA H200")
+    assert (reason or "") in cause
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "nan"], "--budget"),
+        (["--budget", "0"], "--budget"),
+        (["--budget", "-3"], "--budget"),
+        (["--budget", "inf"], "--budget"),
+        (["--simulate", "--part", "lora"], "part step"),
+        (["--simulate"], "Triton"),
+        (["--tiny", "--simulate"], "not allowed"),
+        (["--tiny", "--results", "benchmarks/results"], "figures of a GPU"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_rejected(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        gpu.main()
+    assert raised.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def _script(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "benchmarks/gpu.py", "--tiny", "--results", str(directory / "results"), *arguments],
+        cwd=PROJECT,
+        env=environment() | {"TMPDIR": str(directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_budget_that_is_too_small_is_named(tmp_path: Path):
+    call = _script(tmp_path, "--part", "losses", "--budget", "0.0001")
+    _, errors = call.communicate()
+    assert call.returncode == 1
+    assert errors.startswith("nothing was measured: ")
+    assert "raise --budget" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_stopped_call_leaves_no_process(number: int, tmp_path: Path):
+    call = _script(tmp_path, "--part", "full")
+    assert call.stdout
+    assert "started" in call.stdout.readline()
+    while not (children := psutil.Process(call.pid).children()):
+        time.sleep(0.02)
+    call.send_signal(number)
+    _, errors = call.communicate()
+    assert call.returncode == 128 + number
+    assert errors == "stopped: rerun the same command to continue\n"
+    assert not _is_alive(children[0].pid)
+
+
 def _is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_have_the_figures_of_the_results_file(page: str):
-    """If this fails, call `benchmarks.gpu_results.write_pages()`."""
+    """If this fails, call `benchmarks/gpu.py --pages`."""
     assert (PROJECT / page).read_text("utf-8") == generated(page, Results(RESULTS))
 
 
@@ -186,9 +365,41 @@ def test_pages_are_generated_from_results(runs: FakeRuns, tmp_path: Path):
     runs.run("lora", "qlora")
     performance, readme = generated("docs/performance.md", runs.results), generated("README.md", runs.results)
     assert "Not measured" not in performance
-    assert "| lora | tokens/s | 100 | 1 | at least 13,500 | miss |" in performance
-    assert "3 of 7 targets met" in readme
+    assert "| lora | tokens/s | 13,612 | 1 | at least 13,500 | hit |" in performance
+    assert "7 of 29 figures measured" in readme
+    assert "4 targets met, 0 failed" in readme
+    assert all(len(line) <= 160 for line in (performance + readme).splitlines() if line[:1] != "|")
     assert "Never run on a GPU" not in readme
+
+
+@pytest.mark.parametrize("change", [{"shapes": "tiny", "gpu": None}, {"shapes": "simulated"}, {"gpu": None}])
+def test_only_figures_of_a_gpu_reach_the_pages(change: dict, runs: FakeRuns):
+    runs.origin = replace(runs.origin, **change)
+    runs.run("full")
+    assert "**Never run on a GPU**" in generated("README.md", runs.results)
+    assert generated("docs/performance.md", runs.results).count("Not measured") == 1
+
+
+def test_failures_alone_are_no_run_on_a_gpu(runs: FakeRuns):
+    def fail() -> Measured:
+        raise ContestantFailedError("out of memory")
+
+    for name in CONTESTANTS:
+        runs.replace(name, fail)
+    runs.run()
+    assert "**Never run on a GPU**" in generated("README.md", runs.results)
+    runs.replace("lora", lambda: runs.measure("lora"))
+    runs.run("lora")
+    assert "1 of 29 figures measured" in generated("README.md", runs.results)
+    assert "27 failed" in generated("README.md", runs.results)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(13612.4, "13,612"), (1234.5, "1,234"), (0.98765, "0.9877"), (3.2e-6, "3.2e-06"), (2**-8, "2^-8")],
+)
+def test_figures_have_all_digits_before_the_point(value: float, text: str):
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -308,8 +519,8 @@ def test_every_contestant_runs_and_appears_in_the_table(tmp_path: Path):
 def test_first_step_on_a_simulated_gpu_has_the_loss_of_the_cpu(tmp_path: Path):
     measured, _ = _benchmark(tmp_path, "--simulate", PYTHONPATH=str(triton_directory()))
     assert measured.keys() == set(PARTS["step"].contestants)
-    results = Results(tmp_path)
-    figures = {figure.name: values for part, figure, values in results.figures() if part == "step"}
-    for name, values in figures.items():
+    rounds = Results(tmp_path).latest("simulated")
+    values_of = {figure.name: values for part, figure, values in figures(rounds) if part == "step"}
+    for name, values in values_of.items():
         assert values
         assert values["median"] <= (BF16_EPSILON if name.startswith("loss") else 0.1), name

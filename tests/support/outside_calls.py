@@ -20,10 +20,14 @@ from typing import Any, Protocol
 from tests.support.jobs import PROJECT
 
 LIST = PROJECT / "tests" / "data" / "cuda_calls.json"
-SOURCES = ("main.py", "benchmarks", "configs", "runs", "training", "utils")
+SOURCES = ("main.py", "benchmarks", "configs", "cookbooks", "runs", "service", "training", "utils")
 WATCHED = (
     "torch._C",
+    "torch.Tensor.cuda",
     "torch.accelerator",
+    "torch.backends.cuda",
+    "torch.backends.cudnn",
+    "torch.compile",
     "torch.cuda",
     "torch.distributed",
     "torch.nn.attention",
@@ -36,12 +40,15 @@ WATCHED = (
     "deepspeed",
     "flash_attn",
     "liger_kernel",
+    "transformers.integrations.deepspeed",
     "unsloth.",
 )
 """Beginnings of the names that are listed."""
 
 # Variables whose class no annotation states: (our file, variable) -> class.
 _CLASSES = {
+    ("training/checkpoints/resharding.py", "engine"): "deepspeed.DeepSpeedEngine",
+    ("training/loop/trainers.py", "engine"): "deepspeed.DeepSpeedEngine",
     ("training/planning/devices.py", "found"): "torch._C._CudaDeviceProperties",
     ("training/loop/trainers.py", "unwrapped"): "bitsandbytes.optim.optimizer.Optimizer8bit",
 }
@@ -59,6 +66,8 @@ class OutsideCall:
     positional: int | None
     """Number of positional arguments; None if it is not called or unpacks a sequence."""
     keywords: tuple[str, ...]
+    unpacks_keywords: bool = False
+    """True if it unpacks a mapping, which may have any further argument."""
 
     @property
     def text(self) -> str:
@@ -66,6 +75,7 @@ class OutsideCall:
         if self.positional is None:
             return self.name
         arguments = ["_"] * self.positional + [f"{keyword}=" for keyword in self.keywords]
+        arguments += ["**"] * self.unpacks_keywords
         return f"{self.name}({', '.join(arguments)})"
 
 
@@ -273,9 +283,20 @@ class _Finder(ast.NodeVisitor):
             self._add(_ALIASES.get(name, name), None)
 
     def visit_arg(self, node: ast.arg) -> None:
-        if node.annotation and (name := self._dotted(node.annotation)):
+        if name := self._class_of(node.annotation):
             self._classes[node.arg] = name
         self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.generic_visit(node)
+        if isinstance(node.target, ast.Name) and (name := self._class_of(node.annotation)):
+            self._classes[node.target.id] = name
+
+    def _class_of(self, annotation: ast.expr | None) -> str | None:
+        """Return the dotted name of an annotation, which may be quoted."""
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            annotation = ast.parse(annotation.value, mode="eval").body
+        return self._dotted(annotation) if annotation else None
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)
@@ -289,6 +310,8 @@ class _Finder(ast.NodeVisitor):
             for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
                 self.visit(argument)
         else:
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":  # of a tensor or module
+                self._add("torch.Tensor.cuda", node)
             self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -319,9 +342,16 @@ class _Finder(ast.NodeVisitor):
             return
         unpacks = call is None or any(isinstance(argument, ast.Starred) for argument in call.args)
         keywords = () if call is None else tuple(k.arg for k in call.keywords if k.arg)
-        self.calls.add(
-            OutsideCall(name, self.file, None if unpacks or call is None else len(call.args), keywords)
-        )
+        positional = None if unpacks or call is None else len(call.args)
+        unpacks_keywords = call is not None and any(keyword.arg is None for keyword in call.keywords)
+        self.calls.add(OutsideCall(name, self.file, positional, keywords, unpacks_keywords))
+
+
+def calls_of(file: str, text: str) -> set[OutsideCall]:
+    """Return the watched calls of one of our files."""
+    finder = _Finder(file)
+    finder.visit(ast.parse(text))
+    return finder.calls
 
 
 def find_calls() -> list[OutsideCall]:
@@ -335,9 +365,7 @@ def find_calls() -> list[OutsideCall]:
     ]
     found: set[OutsideCall] = set()
     for path in files:
-        finder = _Finder(str(path.relative_to(PROJECT)))
-        finder.visit(ast.parse(path.read_text("utf-8")))
-        found |= finder.calls
+        found |= calls_of(str(path.relative_to(PROJECT)), path.read_text("utf-8"))
     return sorted(found, key=lambda call: (call.text, call.file))
 
 
@@ -348,11 +376,13 @@ def installed() -> Package:
 
 
 def accepts(definition: Definition, call: OutsideCall) -> bool:
-    """Return whether the parameters accept the arguments of a call, as far as the call shows them."""
+    """Return whether the parameters accept the arguments of a call and lack none, as far as the call shows them."""
     if definition.parameters is None or call.positional is None:
         return True
+    parameters = definition.parameters
+    bind = parameters.bind_partial if call.unpacks_keywords else parameters.bind
     try:
-        definition.parameters.bind_partial(*[...] * call.positional, **dict.fromkeys(call.keywords, ...))
+        bind(*[...] * call.positional, **dict.fromkeys(call.keywords, ...))
     except TypeError:
         return False
     return True
