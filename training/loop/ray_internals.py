@@ -241,7 +241,9 @@ class LocalController(TrainController):
 
     def terminate_workers(self) -> None:
         """Terminate the workers, so that no call waits for them; called from another thread."""
-        if self._group and self._group.placement:
+        if (
+            self._group is not None and self._group.placement is not None
+        ):  # the length of a group needs its workers
             self._group.placement.shutdown()
 
 
