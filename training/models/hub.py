@@ -52,7 +52,7 @@ def check_hub_access(key: str) -> None:
 def push_directory(
     directory: Path, files: Sequence[str], repository: str, *, private: bool | None, message: str
 ) -> str:
-    """Upload files to a model repository in one commit, and return the repository's URL. Unchanged files are not sent again.
+    """Upload files to a model repository in one commit, and return the repository's URL. Unchanged files are not uploaded.
 
     Args:
         directory: Local directory of the files.

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig, LoraConfig
 from tests.support.messages import assert_names
+from tests.support.model_requests import model_request
 from tests.support.prepared import prepare, request, rows_of
 from tests.support.tiny_model import make_model, write_data
-from training.models.attention import Attention
 from training.models.files import read_model_facts
 from training.models.new_tokens import (
     NewTokens,
@@ -25,7 +25,6 @@ from training.models.new_tokens import (
     with_grown_vocabulary,
     with_token_rows,
 )
-from training.models.request import ModelRequest
 from training.models.torch_provider import attach_adapter, build
 
 ADDED = {"new_tokens": ["<work>"], "new_special_tokens": ["<result>"]}
@@ -49,25 +48,6 @@ def new_of(model: Path) -> NewTokens:
 
 def load(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-
-def request_of(model: Path, **changes: Any) -> ModelRequest:
-    settings: dict[str, Any] = {
-        "directory": model,
-        "adapter_directory": None,
-        "lora": None,
-        "device": "cpu",
-        "weights_dtype": "fp32",
-        "zero_stage": 0,
-        "load_in_4bit": False,
-        "attention": Attention("sdpa", mask=False),
-        "gradient_checkpointing": False,
-        "context_length": 64,
-        "seed": 0,
-        "trust_remote_code": False,
-        "deterministic": False,
-    }
-    return ModelRequest(**settings | changes)
 
 
 def test_added_tokens_have_one_id_each_and_special_ones_are_left_out_of_answers(tiny_model: Path):
@@ -150,7 +130,7 @@ def test_an_adapter_stores_the_rows_alone_and_loads_on_the_original_model(
 ):
     directory = request.getfixturevalue(name)
     new = new_of(directory)
-    model: Any = build(request_of(directory, lora=LoraConfig(r=4), new_tokens=new))
+    model: Any = build(model_request(directory, lora=LoraConfig(r=4), new_tokens=new))
     base = load(directory)
     start_rows(base, new)
     tokens = torch.tensor([[1, 512, 7, 513, 9]])

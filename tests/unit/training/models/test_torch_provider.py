@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
+from tests.support.model_requests import model_request
 from training.models import varlen_attention
 from training.models.attention import Attention
 from training.models.files import ModelError
-from training.models.request import ModelRequest
 from training.models.torch_provider import build, load_base, load_weights
 
 SHAPE = {
@@ -24,25 +24,6 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-def request(directory: Path, **changes: object) -> ModelRequest:
-    settings = {
-        "directory": directory,
-        "adapter_directory": None,
-        "lora": None,
-        "device": "cpu",
-        "weights_dtype": "fp32",
-        "zero_stage": 0,
-        "load_in_4bit": False,
-        "attention": Attention("sdpa", mask=False),
-        "gradient_checkpointing": False,
-        "context_length": 64,
-        "seed": 0,
-        "trust_remote_code": False,
-        "deterministic": False,
-    }
-    return ModelRequest(**settings | changes)  # pyright: ignore[reportArgumentType]
 
 
 def save_model(directory: Path, kind: str, **changes: object) -> Path:
@@ -65,15 +46,15 @@ def test_loaded_models_apply_softcapping(tmp_path: Path):
 
 def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):
     mixture = save_model(tmp_path, "mixtral", num_local_experts=2)
-    assert load_base(request(mixture)).get_experts_implementation() != {"": "eager"}
-    assert load_base(request(mixture, deterministic=True)).get_experts_implementation() == {"": "eager"}
+    assert load_base(model_request(mixture)).get_experts_implementation() != {"": "eager"}
+    assert load_base(model_request(mixture, deterministic=True)).get_experts_implementation() == {"": "eager"}
 
 
 def test_unquantized_parameters_and_hidden_states_are_bf16(tmp_path: Path):
     """In fp32, they and the hidden states would need twice the memory."""
     directory = save_model(tmp_path, "llama", hidden_size=64, intermediate_size=64)
     lora = LoraConfig(target_modules=["q_proj"])
-    model = build(request(directory, weights_dtype="bf16", load_in_4bit=True, lora=lora))
+    model = build(model_request(directory, weights_dtype="bf16", load_in_4bit=True, lora=lora))
     types = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     assert types == {torch.uint8, torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
@@ -137,7 +118,7 @@ def test_weights_reach_a_gpu_one_tensor_at_a_time(tmp_path: Path, monkeypatch: p
 def test_deterministic_does_not_change_models_without_experts(tmp_path: Path):
     directory = save_model(tmp_path, "llama")
     tokens = torch.arange(16)[None]
-    plain, deterministic = (load_base(request(directory, deterministic=flag)) for flag in (False, True))
+    plain, deterministic = (load_base(model_request(directory, deterministic=flag)) for flag in (False, True))
     assert torch.equal(plain(tokens).logits, deterministic(tokens).logits)
 
 
@@ -147,7 +128,9 @@ def test_packing_with_varlen_attention_needs_ampere(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    packed = request(save_model(tmp_path, "llama"), attention=Attention(varlen_attention.NAME, mask=False))
+    packed = model_request(
+        save_model(tmp_path, "llama"), attention=Attention(varlen_attention.NAME, mask=False)
+    )
     if capability >= (8, 0):
         assert load_base(packed).config._attn_implementation == varlen_attention.NAME
         return
