@@ -10,6 +10,7 @@ Both only test the script and the installation, and their figures never reach a 
 """
 
 import argparse
+import heapq
 import math
 import os
 import signal
@@ -167,10 +168,11 @@ def measure(bench: Bench, parts: Sequence[str], deadline: float, results: Result
     Returns:
         The contestants; errors of the failed ones are printed. The next call retries them.
     """
-    needed = dict.fromkeys(name for part in parts for name in PARTS[part].contestants)
-    selected = [name for name in needed if _can_run(name, bench.setting)]
+    selected = [name for name in _contestants(parts) if _can_run(name, bench.setting)]
     round_, outcome = results.current_round(origin, selected), Outcome()
     measured, before = set(round_.measured), set(round_.failed)
+    timed = [part for part in parts if PARTS[part].timed]
+    shapes = dict.fromkeys(bench.workloads[PARTS[part].workload].shape for part in timed)
     for retries in (False, True):
         for group in _groups(parts):
             names = [name for name in group if name in selected and name not in measured]
@@ -179,8 +181,13 @@ def measure(bench: Bench, parts: Sequence[str], deadline: float, results: Result
                 name for name in names if name not in (*outcome.measured, *outcome.failed, *outcome.left)
             ]
             if names:
-                _run_group(bench, names, deadline, (results, round_), outcome)
+                meanwhile = [] if group[0] in _contestants(timed) else list(shapes)
+                _run_group(bench, names, deadline, (results, round_), outcome, meanwhile)
     return outcome
+
+
+def _contestants(parts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name for part in parts for name in PARTS[part].contestants))
 
 
 def _can_run(name: str, setting: Setting) -> bool:
@@ -188,25 +195,22 @@ def _can_run(name: str, setting: Setting) -> bool:
 
 
 def _groups(parts: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the contestants that run at the same time."""
-    done = set()
+    """Yield the contestants that run at the same time, the longest first."""
+    untimed = _contestants([part for part in parts if not PARTS[part].timed])
     for part in parts:
-        together = PARTS[part].at_once
-        if together is None:
+        if PARTS[part].timed:
             yield from ([name] for name in PARTS[part].contestants)
-        elif together not in done:
-            done.add(together)
-            yield [
-                name
-                for other in parts
-                if PARTS[other].at_once == together
-                for name in PARTS[other].contestants
-            ]
+        elif untimed:
+            yield sorted(untimed, key=lambda name: -CONTESTANTS[name].seconds)
+            untimed = []
 
 
 def estimated_seconds(names: Sequence[str], cores: int) -> float:
-    """Return the estimated seconds of contestants that run at the same time, on a machine with a GPU and these cores."""
-    return max(CONTESTANTS[name].seconds for name in names) * math.ceil(len(names) / _slots(cores))
+    """Return the estimated seconds of contestants that start in this order on a machine with a GPU and these cores."""
+    ends = [0.0] * _slots(cores)
+    for name in names:
+        heapq.heapreplace(ends, ends[0] + CONTESTANTS[name].seconds)
+    return max(ends)
 
 
 def _slots(cores: int) -> int:
@@ -214,9 +218,14 @@ def _slots(cores: int) -> int:
 
 
 def _run_group(
-    bench: Bench, names: Sequence[str], deadline: float, target: tuple[Results, Round], outcome: Outcome
+    bench: Bench,
+    names: Sequence[str],
+    deadline: float,
+    target: tuple[Results, Round],
+    outcome: Outcome,
+    meanwhile: Sequence[str],
 ) -> None:
-    """Run these contestants at the same time, and add them to the outcome."""
+    """Run these contestants at the same time, and add them to the outcome; make the models of these shapes meanwhile."""
     cores = os.cpu_count() or 1
     seconds = estimated_seconds(names, cores)
     if time.monotonic() + seconds > deadline:
@@ -226,7 +235,10 @@ def _run_group(
         )
         outcome.left |= dict.fromkeys(names, seconds)
         return
-    with ThreadPoolExecutor(_slots(cores)) as pool:
+    with ThreadPoolExecutor(_slots(cores) + bool(meanwhile)) as pool:
+        if meanwhile:
+            # An error is not lost: the first contestant that needs the model makes it again.
+            pool.submit(_make_models, bench, meanwhile, deadline)
         runs = {pool.submit(_timed, bench, name, deadline): name for name in names}
         try:
             for run in as_completed(runs):
@@ -235,6 +247,12 @@ def _run_group(
             bench.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _make_models(bench: Bench, shapes: Sequence[str], deadline: float) -> None:
+    bench.set_deadline(deadline)
+    for shape in shapes:
+        bench.model(shape)
 
 
 def _add(

@@ -12,8 +12,8 @@ from benchmarks.report import RESULTS, write_whole
 _WIDTH = 130
 _NOT_MEASURED = "Not measured yet: no GPU was available."
 _NEVER_RUN = (
-    "> - **Never run on a GPU**: the CUDA paths, NCCL, the CUDA image, the GPU benchmark, and the memory estimate for GPUs. The Triton\n"
-    ">   kernels were compared with torch in Triton's interpreter only ([how](docs/kernels.md))."
+    "> - **Never run on a GPU**: the CUDA paths, NCCL, the CUDA image, the cookbooks' YAMLs for GPUs, the GPU benchmark, and the memory\n"
+    ">   estimate for GPUs. The Triton kernels were compared with torch in Triton's interpreter only ([how](docs/kernels.md))."
 )
 
 
@@ -71,7 +71,7 @@ def status(results: Results) -> str:
     text = (
         f"- **Measured on one GPU** ({rounds[0].origin.gpu}, {_date(rounds)}): {len(measured)} of {len(every)} figures measured, "
         f"{met} targets met, {failed} failed; see [the table](docs/performance.md#gpu-benchmark). "
-        "Several GPUs, NCCL and the CUDA image have not been run."
+        "Several GPUs, NCCL, the cookbooks' YAMLs for GPUs and the CUDA image have not been run."
     )
     return textwrap.fill(
         text,

@@ -65,8 +65,10 @@ class Part:
     """Several rows of the table."""
 
     figures: tuple[Figure, ...]
-    at_once: str | None = None
-    """Parts with the same name run all their contestants at the same time, because no time of theirs is measured."""
+    workload: str
+    """Name of the workload that its contestants share."""
+    timed: bool = True
+    """False if no time of its contestants is measured: all contestants of such parts run at the same time."""
 
     @property
     def contestants(self) -> list[str]:
@@ -120,20 +122,20 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "packed step on CPU in fp32": Contestant(lambda bench: _reference(bench, packed=True), 45),
     "packed step of torch": Contestant(lambda bench: _step(bench, "torch", packed=True), 45),
     "packed step of liger": Contestant(lambda bench: _step(bench, "liger", packed=True), 45, needs_gpu=True),
-    "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 105),
-    "lora of Unsloth's own script": Contestant(lambda bench: bench.peer("unsloth", "lora"), 65),
+    "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 60),
+    "lora of Unsloth's own script": Contestant(lambda bench: bench.peer("unsloth", "lora"), 55),
     "lora of TRL and PEFT": Contestant(lambda bench: bench.peer("trl", "lora"), 45),
     "deterministic": Contestant(lambda bench: bench.main("resume", deterministic=True), 50),
     "deterministic, killed": Contestant(_killed, 90),
-    "packed": Contestant(lambda bench: bench.main("rows", **_packed(bench)), 45),
-    "unpacked": Contestant(lambda bench: _unpacked(bench, bench.workloads["rows"].batch_size), 40),
-    "unpacked, 16 rows per batch": Contestant(lambda bench: _unpacked(bench, 16), 40),
-    "full": Contestant(_full, 60),
-    "qlora": Contestant(lambda bench: bench.main("lora", estimates=True, load_in_4bit=True), 80),
+    "packed": Contestant(lambda bench: bench.main("rows", **_packed(bench)), 35),
+    "unpacked": Contestant(lambda bench: _unpacked(bench, bench.workloads["rows"].batch_size), 30),
+    "unpacked, 16 rows per batch": Contestant(lambda bench: _unpacked(bench, 16), 30),
+    "full": Contestant(_full, 45),
+    "qlora": Contestant(lambda bench: bench.main("qlora", estimates=True, load_in_4bit=True), 50),
     "qlora of Unsloth's own script": Contestant(
-        lambda bench: bench.peer("unsloth", "lora", load_in_4bit=True), 65
+        lambda bench: bench.peer("unsloth", "qlora", load_in_4bit=True), 50
     ),
-    "packed under torchrun": Contestant(lambda bench: bench.alone("rows", **_packed(bench)), 40),
+    "packed under torchrun": Contestant(lambda bench: bench.alone("rows", **_packed(bench)), 30),
     "losses of torch": Contestant(lambda bench: _losses(bench, "torch"), 60),
     "losses of unsloth": Contestant(lambda bench: _losses(bench, "unsloth"), 75),
     "losses of liger": Contestant(lambda bench: _losses(bench, "liger"), 60, needs_gpu=True),
@@ -219,7 +221,8 @@ PARTS: Mapping[str, Part] = {
             *_step_figures("packed step of torch", "packed step on CPU in fp32"),
             *_step_figures("packed step of liger", "packed step on CPU in fp32"),
         ),
-        at_once="one step",
+        workload="step",
+        timed=False,
     ),
     "lora": Part(
         (
@@ -228,7 +231,8 @@ PARTS: Mapping[str, Part] = {
             Figure("tokens/s / TRL and PEFT", ("lora", _TRL), _speed_ratio, Target(1.3)),
             Figure("peak memory / Unsloth's", ("lora", _UNSLOTH), _memory_ratio, Target(most=1.05)),
             Figure(_ESTIMATE[0], ("lora",), *_ESTIMATE[1:]),
-        )
+        ),
+        workload="lora",
     ),
     "resume": Part(
         (
@@ -239,7 +243,8 @@ PARTS: Mapping[str, Part] = {
                 Target(1),
             ),
         ),
-        at_once="many steps",
+        workload="resume",
+        timed=False,
     ),
     "packing": Part(
         (
@@ -250,13 +255,15 @@ PARTS: Mapping[str, Part] = {
                 _speed_ratio,
                 Target(1.0),
             ),
-        )
+        ),
+        workload="rows",
     ),
     "full": Part(
         (
             Figure("MFU", ("full",), lambda full: full.mfu, Target(0.57)),
             Figure(_ESTIMATE[0], ("full",), *_ESTIMATE[1:]),
-        )
+        ),
+        workload="full",
     ),
     "qlora": Part(
         (
@@ -264,9 +271,9 @@ PARTS: Mapping[str, Part] = {
             Figure(
                 "tokens/s / Unsloth's own script", ("qlora", _QLORA_OF_UNSLOTH), _speed_ratio, Target(1.0)
             ),
-            Figure("tokens/s / our LoRA", ("qlora", "lora"), _speed_ratio, Target(0.95)),
             Figure(_ESTIMATE[0], ("qlora",), *_ESTIMATE[1:]),
-        )
+        ),
+        workload="qlora",
     ),
     "ray": Part(
         (
@@ -276,7 +283,8 @@ PARTS: Mapping[str, Part] = {
                 _time_ratio,
                 Target(most=1.02),
             ),
-        )
+        ),
+        workload="rows",
     ),
-    "losses": Part((*_losses_figures("unsloth"), *_losses_figures("liger")), at_once="many steps"),
+    "losses": Part((*_losses_figures("unsloth"), *_losses_figures("liger")), workload="losses", timed=False),
 }

@@ -89,7 +89,9 @@ class Bench:
         self.stopped = threading.Event()
         """Set by the caller to stop all processes."""
         self._logs = logs
-        self._lock = threading.RLock()  # of models and rows, which contestants that run at once share
+        # Contestants that run at once share models and rows.
+        self._rows_lock = threading.Lock()
+        self._model_locks = {shape: threading.Lock() for shape in SHAPES}
         self._of_thread = threading.local()
 
     def set_deadline(self, deadline: float) -> None:
@@ -158,7 +160,7 @@ class Bench:
         directory = self.directory / f"model-{shape}"
         settings = {"shape": dict(SHAPES[shape]), "directory": str(directory)}
         device = "cpu" if self.setting.simulated else self.setting.device
-        with self._lock:
+        with self._model_locks[shape]:
             if not (directory / "tokenizer.json").exists():  # written last: a call may have been interrupted
                 self._run_contestant("make_model", f"model-{shape}", settings, device)
         return directory
@@ -309,7 +311,7 @@ class Bench:
     def _file(self, name: str, texts: Callable[[], Iterable[str]]) -> Path:
         """Return a file of rows with these texts, which the first call writes."""
         file = self.directory / name
-        with self._lock:
+        with self._rows_lock:
             if not file.exists():
                 partial = file.with_suffix(".partial")
                 partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))

@@ -43,6 +43,8 @@ class FakeRuns:
         self.origin = Origin("real", "NVIDIA H200", "abc", {"torch": "2.11.0"})
         self.directory = directory
         self._patch = monkeypatch
+        self.models: list[str] = []
+        monkeypatch.setattr(Bench, "model", lambda _, shape: self.models.append(shape))
         for name in CONTESTANTS:
             self.replace(name, lambda name=name: self.measure(name))
 
@@ -59,6 +61,7 @@ class FakeRuns:
 
     def run(self, *parts: str, seconds: float = math.inf) -> list[str]:
         self.names.clear()
+        self.models.clear()
         bench = Bench(ON_GPU, self.directory, self.directory)
         deadline = time.monotonic() + seconds
         self.outcome = measure(bench, parts or list(PARTS), deadline, self.results, self.origin)
@@ -77,8 +80,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
 def test_each_contestant_runs_once_in_order_of_worth(runs: FakeRuns):
     first = runs.run()
     assert sorted(first) == sorted(CONTESTANTS)
-    assert first.index("lora") < first.index("deterministic") < first.index("packed") < first.index("full")
-    assert "| qlora | tokens/s / our LoRA | " in table(runs.results)
+    assert first.index("step of torch") < first.index("lora") < first.index("packed") < first.index("full")
+    assert "| qlora | peak memory / Unsloth's | " in table(runs.results)
     assert sorted(runs.run()) == sorted(CONTESTANTS), "a complete round is followed by another"
     assert len(runs.results.rounds) == 2
 
@@ -148,10 +151,10 @@ def test_oldest_incomplete_round_is_filled_first(runs: FakeRuns):
 def test_contestant_without_enough_time_is_left_to_the_next_call(
     runs: FakeRuns, capsys: pytest.CaptureFixture[str]
 ):
-    assert runs.run("packing", seconds=30) == []
-    assert runs.outcome.left == {"packed": 45, "unpacked": 40, "unpacked, 16 rows per batch": 40}
-    assert "packed (about 45 s): rerun the same command" in capsys.readouterr().out
-    assert runs.run("lora", "full", seconds=62) == ["lora of TRL and PEFT", "full"], (
+    assert runs.run("packing", seconds=25) == []
+    assert runs.outcome.left == {"packed": 35, "unpacked": 30, "unpacked, 16 rows per batch": 30}
+    assert "packed (about 35 s): rerun the same command" in capsys.readouterr().out
+    assert runs.run("lora", "full", seconds=55) == ["lora of TRL and PEFT", "full"], (
         "a shorter one still runs"
     )
 
@@ -169,24 +172,33 @@ def test_contestant_that_the_end_of_the_budget_stops_has_not_failed(runs: FakeRu
 
 
 def test_parts_without_times_run_at_once():
-    assert len(next(gpu._groups(["resume", "losses"]))) == 5
+    (group,) = gpu._groups(["resume", "losses"])
+    assert sorted(group) == sorted([*PARTS["resume"].contestants, *PARTS["losses"].contestants])
     assert list(gpu._groups(["resume", "full"])) == [["deterministic, killed", "deterministic"], ["full"]]
+    assert gpu.estimated_seconds(["deterministic, killed", "deterministic"], 16) == 90
+    assert gpu.estimated_seconds(["deterministic, killed", "deterministic"], 2) == 140
+
+
+def test_models_of_timed_parts_are_made_while_nothing_is_timed(runs: FakeRuns):
+    runs.run("step", "lora", "full")
+    assert runs.models == ["8b", "3b"]
+    runs.run("lora", "full")
+    assert runs.models == []
 
 
 def test_documented_seconds_are_the_estimates():
-    page, seen = (PROJECT / "docs" / "performance.md").read_text("utf-8"), set()
-    for part in PARTS:
-        groups = [[name for name in group if name not in seen] for group in gpu._groups([part])]
-        seen |= {name for group in groups for name in group}
-        seconds = sum(gpu.estimated_seconds(group, 16) for group in groups if group)
-        assert f"| `{part}` | {seconds:g} |" in page
-    total, bought, done = 0, 0, set()
-    for group in gpu._groups(list(PARTS)):
-        if not set(group) <= done:
-            seconds = gpu.estimated_seconds(group, 16)
-            total, done = total + seconds, done | set(group)
-            bought += seconds if bought + seconds <= 9 * 60 else 0
-    assert [f"{seconds:g} s" in page for seconds in (total, bought, total - bought)] == [True] * 3
+    page = (PROJECT / "docs" / "performance.md").read_text("utf-8")
+    total = gpu.estimated_seconds(next(gpu._groups(list(PARTS))), 16)
+    assert f"| `step`, `resume`, `losses` | {total:g} |" in page
+    seen: set[str] = set()
+    for name, part in PARTS.items():
+        if part.timed:
+            seconds = sum(CONTESTANTS[name].seconds for name in part.contestants if name not in seen)
+            seen |= set(part.contestants)
+            assert f"| `{name}` | {seconds:g} |" in page
+            total += seconds
+    assert f"All parts take {total:g} s" in page
+    assert total <= 9 * 60
 
 
 def _run(command: list[str], log: Path, seconds: float, **options: object) -> bool:
@@ -366,8 +378,8 @@ def test_pages_are_generated_from_results(runs: FakeRuns, tmp_path: Path):
     performance, readme = generated("docs/performance.md", runs.results), generated("README.md", runs.results)
     assert "Not measured" not in performance
     assert "| lora | tokens/s | 13,612 | 1 | at least 13,500 | hit |" in performance
-    assert "7 of 29 figures measured" in readme
-    assert "4 targets met, 0 failed" in readme
+    assert "6 of 28 figures measured" in readme
+    assert "3 targets met, 0 failed" in readme
     assert all(len(line) <= 160 for line in (performance + readme).splitlines() if line[:1] != "|")
     assert "Never run on a GPU" not in readme
 
@@ -390,8 +402,8 @@ def test_failures_alone_are_no_run_on_a_gpu(runs: FakeRuns):
     assert "**Never run on a GPU**" in generated("README.md", runs.results)
     runs.replace("lora", lambda: runs.measure("lora"))
     runs.run("lora")
-    assert "1 of 29 figures measured" in generated("README.md", runs.results)
-    assert "27 failed" in generated("README.md", runs.results)
+    assert "1 of 28 figures measured" in generated("README.md", runs.results)
+    assert "26 failed" in generated("README.md", runs.results)
 
 
 @pytest.mark.parametrize(
