@@ -19,13 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks.cpu_time import cpu_time
-from benchmarks.overhead import BATCH_SIZE, LEARNING_RATE, WORKERS, run_peer
+from benchmarks.overhead import BATCH_SIZE, WORKERS, run_peer, write_config
 from benchmarks.report import spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
@@ -107,23 +105,7 @@ def torchrun(directory: Path, model: Path, rows: Path) -> dict[str, Any]:
 
 def train(tree: Path, directory: Path, model: Path, rows: Path, workers: int) -> dict[str, Any]:
     """Run main.py of a directory for one step, as a user would, including all checks."""
-    name = f"run-{time.time_ns()}"
-    config = directory / f"{name}.yaml"
-    settings = {
-        "model_id": str(model),
-        "train_path": str(rows),
-        "storage_path": str(directory / "runs"),
-        "output_dir": str(directory / name),
-        "run_name": name,
-        "device": "cpu",
-        "num_devices": workers,
-        "train_batch_size_per_device": BATCH_SIZE,
-        "max_steps": 1,
-        "learning_rate": LEARNING_RATE,
-        "gradient_checkpointing": False,
-        "lora_config": {"r": 8, "lora_alpha": 16},
-    }
-    config.write_text(yaml.safe_dump(settings))
+    config, name = write_config(directory, model, rows, workers, 1)
     first_step, cpu_seconds, output = timed(tree, [str(config), "--json"], "step 1/")
     result = json.loads(output.splitlines()[-1])
     assert result["status"] == "completed", result
