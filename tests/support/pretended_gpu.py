@@ -314,6 +314,9 @@ def main(provider: str, directory: Path, runs: list[str]) -> dict[str, Any]:
         directory: Holds the plan of each run in a directory with the run's name.
         runs: Names of runs. `resumed` resumes `lora` from step 1; `rejected` collects errors instead.
     """
+    if "qlora" in runs:
+        import bitsandbytes  # noqa: F401  # the runs before it withhold it from their process
+
     results = {}
     for run in runs:
         if run == "rejected":
