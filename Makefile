@@ -86,13 +86,14 @@ test-resume: setup-dev  ## kill and resume runs at each stage, for each method a
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py tests/integration/training/checkpoints/test_resharding.py
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, and every part of bench-gpu; `make test-all` runs a sample
-	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/integration/test_gpu_benchmark.py
+	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/unit/training/models/test_pretended_gpu.py \
+		tests/integration/test_gpu_benchmark.py
 
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model; `make test-all` runs a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/launch/test_cookbooks.py
 
-test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a run; `make test-all` runs a sample (15 minutes)
-	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/launch/test_two_nodes.py
+test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a run, and kill the daemons of a head; `make test-all` runs a sample (20 minutes)
+	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/launch/test_two_nodes.py tests/integration/training/launch/test_clusters.py
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (installs packages that slow the start of every Ray cluster)
 	$(BIN)/python -m pytest tests/integration/training/launch/test_submission.py tests/integration/training/launch/test_clusters.py

@@ -1,5 +1,6 @@
 """Jobs run on their own local Ray cluster and on an existing one."""
 
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from training.launch.trainer import LeanTorchTrainer
 from training.loop.ray_internals import DatasetsCallback, PlacementGroupCleanerCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+only_in_full_grid = pytest.mark.skipif(not os.environ.get("ALL_NODES"), reason="`make test-nodes` runs it")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,10 @@ def test_ray_address_runs_a_job_on_an_existing_cluster(
         assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
 
 
-@pytest.mark.parametrize("process", ["raylet", "gcs_server", "head"])
+@pytest.mark.parametrize(
+    "process",
+    ["head", *(pytest.param(name, marks=only_in_full_grid) for name in ("raylet", "gcs_server"))],
+)
 def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path: Path):
     yaml = config(files, tmp_path / "lost.yaml", run_name=f"lost-{process}", max_steps=4000, num_epochs=None)
     with ray_cluster(cpus=2) as cluster, started(yaml, cluster.variables) as job:

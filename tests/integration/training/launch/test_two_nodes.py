@@ -164,7 +164,8 @@ def head() -> Iterator[RayCluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("parallelism", ["ddp", pytest.param("zero_3", marks=only_in_full_grid)])
+@only_in_full_grid
+@pytest.mark.parametrize("parallelism", ["ddp", "zero_3"])
 def test_elastic_run_completes_when_a_node_is_lost(
     parallelism: str, head: RayCluster, files: Path, tmp_path: Path
 ):

@@ -93,7 +93,7 @@ ALL_GPU_KERNEL_CELLS = [
     ("packed", "ddp", "torch"),
     ("dpo_full", "zero_3", "torch"),
 ]
-GPU_KERNEL_CELLS = ALL_GPU_KERNEL_CELLS[: None if os.environ.get("ALL_KERNELS") else 1]
+GPU_KERNEL_CELLS = ALL_GPU_KERNEL_CELLS if os.environ.get("ALL_KERNELS") else []
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 tests/support/pretended_gpu.py simulates the GPU. Without a real GPU, no other test runs Unsloth's own forward pass, its fused LoRA
 matrices and loss, its 4-bit weights or the trainer that it generates from TRL's. One process per provider trains the runs in ON_GPU.
+`make test-all` runs Unsloth's, `make test-kernels` Liger's too (ALL_KERNELS=1).
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,9 @@ RUNS: dict[str, dict[str, Any]] = {
 ON_GPU = {
     # Unsloth needs this order: its process creates no adapters after `full`, and no 4-bit weights after `rejected`.
     "unsloth": ("lora", "resumed", "qlora", "continued", "rejected", "full"),
-    "liger": ("packed", "preferences"),
 }
+if os.environ.get("ALL_KERNELS"):
+    ON_GPU["liger"] = ("packed", "preferences")
 KERNELS = {
     ("any", "unsloth"): "apply_lora_qkv",
     # Unsloth leaves full-parameter training to transformers' layers and torch.compile.
@@ -217,6 +220,7 @@ def test_model_that_unsloth_cannot_load_raises_an_error_with_the_reason(
     assert_names(runs["unsloth"]["rejected"][model], *facts)
 
 
+@pytest.mark.skipif("liger" not in ON_GPU, reason="`make test-kernels` runs it")
 def test_packed_rows_use_torchs_varlen_attention(runs: Runs):
     assert runs["liger"]["packed"]["attention"] == "torch_varlen"
 
