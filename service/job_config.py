@@ -108,7 +108,7 @@ def _batch_size(base: FinetuneConfig) -> int:
         return base.train_batch_size
     rows = base.train_batch_size_per_device
     assert rows != "auto"  # the schema requires train_batch_size with auto
-    return rows * base.most_devices * base.gradient_accumulation_steps
+    return base.rows_per_step
 
 
 def _batches(base: FinetuneConfig, batch_size: int) -> dict[str, Any]:
