@@ -58,7 +58,6 @@ DEVICE_KEYS = {
     "train_batch_size_per_device",
     "gradient_accumulation_steps",
     "train_batch_size",
-    "sequence_parallel_size",
 }
 
 # The hash holds these keys only if a YAML changes them, so runs that are older than the keys have the hash that they had.

@@ -3,8 +3,9 @@
 #
 # transformers separates packed rows by position ids that restart at 0: with SDPA it turns them into a mask. DeepSpeed's wrapper
 # (UlyssesSPAttentionHF, which transformers' Trainer uses for `ParallelismConfig(sp_size=..., sp_backend="deepspeed")`) discards
-# this mask, since it covers a part of the sequence only. It gathers the position ids of the complete sequence instead and passes them to
-# SDPA, which ignores them. So each row attends to the rows before it in the pack, without an error. Flash attention reads them.
+# this mask, since it covers a part of the sequence only. It gathers the position ids of the complete sequence instead and passes
+# them to SDPA, which ignores them. So each row attends to the rows before it in the pack, without an error. Flash attention reads
+# them.
 #
 # Here, the loss is 362.69 on one process and 371.89 on two, as if the pack were one row.
 #

@@ -128,7 +128,7 @@ def _collate(lengths: list[list[int]], size: int) -> dict[str, Any]:
 
 
 def _line(lengths: list[int], *multiples: int) -> dict[str, torch.Tensor]:
-    """Return rows in one line, padded to multiples; two thirds of a row are loss tokens, and padding tokens are rows of their own."""
+    """Return rows in one line, padded to multiples. Two thirds of a row are loss tokens; padding tokens are rows of their own."""
     tokens = [torch.randint(3, 500, (length,), generator=_seeded(length)) for length in lengths]
     labels = [row.where(torch.arange(len(row)) >= len(row) // 3, IGNORED) for row in tokens]
     positions = [torch.arange(length) for length in lengths]

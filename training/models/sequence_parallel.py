@@ -1,10 +1,10 @@
 """Sequence parallelism: attention of sequences whose tokens are divided among a group of workers (DeepSpeed-Ulysses).
 
-Only attention mixes tokens. Before it, an all-to-all exchanges tokens for heads, so that each worker computes complete sequences for
-its part of the heads; afterwards, another one exchanges them back. Jacobs et al. 2023, arXiv 2309.14509, section 3.
+Only attention mixes tokens. Before it, an all-to-all exchanges tokens for heads, so that each worker computes complete sequences
+for its part of the heads; afterwards, another one exchanges them back. Jacobs et al. 2023, arXiv 2309.14509, section 3.
 
-DeepSpeed 0.19 and transformers 5.17 implement the same together, but for DeepSpeed only. With SDPA, theirs attends across packed rows;
-the loss is averaged over micro-batches instead of tokens; and each worker evaluates complete sequences.
+transformers 5.17 offers DeepSpeed's implementation, which is not used: it needs DeepSpeed, attends across packed rows with SDPA,
+averages the loss over micro-batches instead of tokens, and evaluates complete sequences on each worker.
 """
 
 from functools import partial

@@ -230,7 +230,9 @@ def runs(files: Path) -> Runs:
         ("full", "two_by_two"),
     ],
 )
-def test_run_has_the_losses_and_gradients_of_a_run_on_one_worker(method: str, spread: str, runs: Runs):
+def test_run_on_workers_that_share_sequences_has_the_losses_and_gradients_of_one_worker(
+    method: str, spread: str, runs: Runs
+):
     (expected, reference), (metrics, gradients) = runs[method, "one"], runs[method, spread]
     for name in ("loss", "eval_loss"):
         assert [line[name] for line in metrics if name in line] == pytest.approx(
