@@ -107,9 +107,9 @@ def causal_attention(
     is_grouped = key.shape[_HEADS] < query.shape[_HEADS]
     outputs = [
         scaled_dot_product_attention(
-            *row, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=is_grouped
+            queries, keys, values, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=is_grouped
         )
-        for row in rows
+        for queries, keys, values in rows
     ]
     return torch.cat(outputs, _TOKENS).transpose(_HEADS, _TOKENS), None
 
