@@ -37,6 +37,7 @@ def run_workers(
     *,
     workers: int,
     size: int = 1,
+    attention: str = "sdpa",
     backward: bool = True,
     change: Callable[[], None] | None = None,
 ) -> Outcome:
@@ -48,11 +49,12 @@ def run_workers(
         lengths: Tokens of the rows of each sequence. Sequences with several rows are packed, and then form one line.
         workers: Number of processes.
         size: Workers that share a sequence. Other groups of workers get other sequences.
+        attention: Attention that workers compute who share a sequence.
         backward: False to compute only the forward pass.
         change: Called in each worker first, to break the product on purpose.
     """
     name = secrets.token_hex(4)
-    arguments = (directory / name, model, lengths, workers, size, backward, change)
+    arguments = (directory / name, model, lengths, workers, size, attention, backward, change)
     processes = [fork_server.Process(target=_work, args=(rank, *arguments)) for rank in range(workers)]
     for process in processes:
         process.start()
@@ -69,6 +71,7 @@ def _work(
     lengths: list[list[int]],
     workers: int,
     size: int,
+    attention: str,
     backward: bool,
     change: Callable[[], None] | None,
 ) -> None:
@@ -79,7 +82,9 @@ def _work(
     if change is not None:
         change()
     if size > 1:
-        sequence_parallel.join_group(size, "sdpa")
+        import tests.support.varlen_on_cpu  # noqa: F401  # registers the flash kernels for CPU
+
+        sequence_parallel.join_group(size, attention)
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,

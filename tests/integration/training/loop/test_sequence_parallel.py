@@ -70,6 +70,14 @@ def test_workers_that_share_sequences_have_the_loss_and_gradients_of_one_worker(
     assert_equal(outcome, references[lengths])
 
 
+@pytest.mark.slow
+def test_workers_that_share_packed_sequences_can_use_the_kernels_for_gpus(
+    tiny_model: Path, tmp_path: Path, references: dict[str, Outcome]
+):
+    outcome = run_workers(tmp_path, tiny_model, PACKS, workers=2, size=2, attention="torch_varlen")
+    assert_equal(outcome, references["packs"])
+
+
 def _shift_within_parts() -> None:
     """Shift the labels of each part alone, so that the last token of a part has no label."""
 
