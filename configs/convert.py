@@ -711,6 +711,10 @@ def _settle(conversion: Conversion) -> None:
         drop("num_warmup_steps", "`constant` has no warm-up")
     if any(key.startswith("preference_tuning_config.") for key in ours) and "task" not in ours:
         conversion.put("task", "preference_tuning", "the preference loss")
+    if size := ours.get("sequence_parallel_size"):
+        drop("flash_attention_2", "workers that share sequences use PyTorch's flash kernels")
+        if "num_devices" not in ours:
+            conversion.put("num_devices", size, "context_parallel_size")
     if "num_devices" not in ours:
         conversion.changes.append(
             "the number of GPUs: one here; add `num_devices: 8` for the eight that a launcher there would use"

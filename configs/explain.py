@@ -336,6 +336,7 @@ _OTHER_NAMES: dict[KeyPath, str] = {
         "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path",
         "valid_path": "validation_file valid_file val_path eval_path eval_file eval_data validation_path",
         "context_length": "max_len block_size seq_length",
+        "sequence_parallel_size": "sp_size cp_size ulysses_size sequence_parallel_degree",
     }.items()
     for name in names.split()
 }

@@ -649,7 +649,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("t", "device", "device", lambda value: "cpu" if value == "cpu" else None),
     Counterpart("hl", "use_cpu", "device", _if("cpu")),
     Counterpart("a", "use_ray", None, note=_ALWAYS),
-    Counterpart("a", "context_parallel_size", None, note="a row must fit on one device"),
+    Counterpart("a", "context_parallel_size", "sequence_parallel_size", _max_devices),
     Counterpart(
         "a",
         "tensor_parallel_size",

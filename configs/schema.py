@@ -76,6 +76,7 @@ _NOT_IN_HASH_BY_DEFAULT = (
     "new_special_tokens",
     "new_tokens",
     "save_steps",
+    "sequence_parallel_size",
     "turns",
     "valid_split",
     "warmup_ratio",
@@ -661,6 +662,11 @@ class FinetuneConfig(Section):
     uses the same rows for every number of workers: with fewer than max, each worker accumulates more batches. Numbers that
     cannot share the batches equally are skipped."""
 
+    sequence_parallel_size: PositiveInt = 1
+    """Number of workers that share each sequence, for rows that are too long for one device. Each holds an equal part of its
+    tokens, and a part of the heads during attention (DeepSpeed-Ulysses). It must divide num_devices and the model's heads. Batch
+    sizes per device then count the rows of such a group of workers."""
+
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: one GPU per worker on a cluster (RAY_ADDRESS, --submit) and on a machine with GPUs, else CPU."""
 
@@ -917,12 +923,19 @@ class FinetuneConfig(Section):
         """Return num_devices, or the lower end of its range."""
         return self.num_devices.min if isinstance(self.num_devices, DeviceRange) else self.num_devices
 
+    def replicas_on(self, devices: int) -> int:
+        """Return how many batches this number of devices processes at once: the workers that share sequences have one together."""
+        return devices // self.sequence_parallel_size
+
     @property
     def device_counts(self) -> tuple[int, ...]:
         """Return the allowed numbers of workers, ascending: those that share the batches of a step equally."""
-        batches = self.most_devices * self.gradient_accumulation_steps
+        batches = self.replicas_on(self.most_devices) * self.gradient_accumulation_steps
+        size = self.sequence_parallel_size
         return tuple(
-            devices for devices in range(self.fewest_devices, self.most_devices + 1) if batches % devices == 0
+            devices
+            for devices in range(self.fewest_devices, self.most_devices + 1)
+            if devices % size == 0 and batches % self.replicas_on(devices) == 0
         )
 
     def accumulation_on(self, devices: int) -> int:
@@ -931,14 +944,21 @@ class FinetuneConfig(Section):
         Args:
             devices: one of device_counts.
         """
-        return self.most_devices * self.gradient_accumulation_steps // devices
+        batches = self.replicas_on(self.most_devices) * self.gradient_accumulation_steps
+        return batches // self.replicas_on(devices)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Return the rows (or packs) of an optimizer step over all devices. The batch size must be a number."""
+        return self.batch_size * self.replicas_on(self.most_devices) * self.gradient_accumulation_steps
 
     def possible_batch_sizes(self) -> Iterator[int]:
         """Yield the candidates for `train_batch_size_per_device: auto`, descending. All share a step's batches equally."""
         assert self.train_batch_size is not None
-        share = self.train_batch_size // self.most_devices
+        share = self.train_batch_size // self.replicas_on(self.most_devices)
+        fewest = self.replicas_on(self.fewest_devices)
         for rows in range(share, 0, -1):
-            if share % rows == 0 and (self.train_batch_size // rows) % self.fewest_devices == 0:
+            if share % rows == 0 and (self.train_batch_size // rows) % fewest == 0:
                 yield rows
 
     def with_batch_size(self, rows: int) -> Self:
@@ -948,7 +968,7 @@ class FinetuneConfig(Section):
             rows: rows per device and forward pass, one of possible_batch_sizes.
         """
         assert self.train_batch_size is not None
-        accumulated = self.train_batch_size // (self.most_devices * rows)
+        accumulated = self.train_batch_size // (self.replicas_on(self.most_devices) * rows)
         said = self.model_dump(exclude_unset=True) | {
             "train_batch_size_per_device": rows,
             "gradient_accumulation_steps": accumulated,
@@ -1023,6 +1043,9 @@ def deepspeed_preset_path(preset: DeepspeedPreset) -> Path:
 def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     """Yield conflicts between keys: (key, what is wrong and how to fix it)."""
     yield from _start_conflicts(config)
+    if conflicts := list(_sequence_conflicts(config)):
+        yield from conflicts
+        return  # the other checks divide devices into groups of this size
     yield from _length_conflicts(config)
     yield from _stop_conflicts(config)
     yield from _sample_conflicts(config)
@@ -1182,12 +1205,45 @@ def _token_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _sequence_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    key, size = "sequence_parallel_size", config.sequence_parallel_size
+    if size == 1:
+        return
+    for devices in dict.fromkeys((config.fewest_devices, config.most_devices)):
+        if devices % size:
+            usable = [str(number) for number in range(1, devices + 1) if devices % number == 0]
+            yield (
+                key,
+                f"`{key}` is {size}, which does not divide `num_devices` ({devices}): use {' or '.join(usable)}, or a multiple of "
+                f"{size} as `num_devices`",
+            )
+    if config.task in ("preference_tuning", "classification"):
+        yield (
+            key,
+            f"`{key}` does not work with `task: {config.task}`, which scores complete answers: remove `{key}`",
+        )
+    if config.eval_samples is not None:
+        yield (
+            key,
+            f"`{key}` does not work with `eval_samples`, since each worker generates answers of its own: remove one of them",
+        )
+    if config.flash_attention_2:
+        yield (
+            key,
+            f"`{key}` does not work with `flash_attention_2`: remove it, and PyTorch's own flash kernels are used",
+        )
+
+
 def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
-    rows = config.train_batch_size
+    rows, size = config.train_batch_size, config.sequence_parallel_size
     if config.train_batch_size_per_device != "auto":
         if config.fewest_devices not in config.device_counts:
-            batches = config.most_devices * config.gradient_accumulation_steps
-            usable = [str(count) for count in range(1, config.most_devices) if batches % count == 0]
+            batches = config.replicas_on(config.most_devices) * config.gradient_accumulation_steps
+            usable = [
+                str(count)
+                for count in range(size, config.most_devices, size)
+                if batches % config.replicas_on(count) == 0
+            ]
             yield (
                 "num_devices.min",
                 f"`num_devices.min` is {config.fewest_devices}, but that many devices cannot share the {batches} batches of a step "
@@ -1207,10 +1263,12 @@ def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "would depend on a device's memory",
         )
     for devices in dict.fromkeys((config.fewest_devices, config.most_devices)):
-        if rows is not None and rows % devices:
+        replicas = config.replicas_on(devices)
+        if rows is not None and rows % replicas:
+            sharers = f"{replicas} devices" if size == 1 else f"{replicas} groups of {size} devices"
             yield (
                 "train_batch_size",
-                f"`train_batch_size` is {rows}, which {devices} devices cannot share equally: use a multiple of {devices}",
+                f"`train_batch_size` is {rows}, which {sharers} cannot share equally: use a multiple of {replicas}",
             )
     if config.gradient_accumulation_steps > 1:
         yield (

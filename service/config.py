@@ -173,6 +173,11 @@ def _load_base(where: str, name: str, path: Path) -> LoadedConfig:
         raise ConfigError(
             f"{where}: `models.{name}.config`: {path} must train chats: set task: instruction_tuning and remove prompt_template"
         )
+    if config.sequence_parallel_size > 1:
+        raise ConfigError(
+            f"{where}: `models.{name}.config`: {path} sets sequence_parallel_size, but jobs also do preference tuning, which does not support "
+            "it: remove sequence_parallel_size"
+        )
     if is_hub_id(config.model_id):
         return loaded
     # Jobs run in another directory.

@@ -106,9 +106,7 @@ def _epochs(base: FinetuneConfig) -> int:
 def _batch_size(base: FinetuneConfig) -> int:
     if base.train_batch_size is not None:
         return base.train_batch_size
-    rows = base.train_batch_size_per_device
-    assert rows != "auto"  # the schema requires train_batch_size with auto
-    return rows * base.most_devices * base.gradient_accumulation_steps
+    return base.rows_per_step  # the schema requires train_batch_size with auto
 
 
 def _batches(base: FinetuneConfig, batch_size: int) -> dict[str, Any]:

@@ -108,6 +108,19 @@ def test_valid_config_passes_without_creating_a_run(tiny_model: Path, tmp_path: 
     assert not (tmp_path / "runs").exists()
 
 
+# --- Workers ----------------------------------------------------------------------------------------------------
+
+
+def test_workers_that_cannot_share_the_heads_raise_an_error(rejected: Rejected, tiny_model: Path):
+    message = rejected(sequence_parallel_size=3, num_devices=3)
+    assert_names(message, "sequence_parallel_size: 3 workers", "4 heads", str(tiny_model), "1 or 2 or 4")
+
+
+def test_workers_that_cannot_be_divided_into_groups_raise_an_error(rejected: Rejected):
+    message = rejected(sequence_parallel_size=2, num_devices=3)
+    assert_names(message, "config.yaml:", "`sequence_parallel_size` is 2", "`num_devices` (3)", "1 or 3")
+
+
 # --- Buckets ----------------------------------------------------------------------------------------------------
 
 

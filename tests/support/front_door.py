@@ -8,14 +8,16 @@ from pathlib import Path
 
 from tests.support.jobs import CompletedCommand, environment
 
-# One server process imports the modules of a dry run, and each call forks it. It has run nothing of main.py.
-_fork_server = multiprocessing.get_context("forkserver")
-_fork_server.set_forkserver_preload(
+# One server process imports the modules of a dry run and of a small model, and each call forks it. It has run nothing of them.
+fork_server = multiprocessing.get_context("forkserver")
+fork_server.set_forkserver_preload(
     [
         "main",
         "training.launch.display",
         "training.planning.planner",
         "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+        "training.models.sequence_parallel",
         "peft",
         "boto3.session",
         "s3transfer.manager",
@@ -47,7 +49,7 @@ def run_command_quickly(
 ) -> CompletedCommand:
     """Run main.py with any arguments until it exits; its output is written to files beside a path."""
     stdout, stderr = beside.with_suffix(".stdout"), beside.with_suffix(".stderr")
-    process = _fork_server.Process(
+    process = fork_server.Process(
         target=_main, args=(list(arguments), {**environment(), **(variables or {})}, stdout, stderr)
     )
     process.start()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.schema import FinetuneConfig
@@ -26,8 +27,9 @@ class BatchShape:
 
     sequences: int
     batch_size: int
-    """Sequences per device and micro-batch."""
+    """Sequences per device (or group of devices that share sequences) and micro-batch."""
     world_size: int
+    """Number of such devices or groups."""
     gradient_accumulation_steps: int
 
     @property
@@ -176,7 +178,7 @@ def longest_sequence(lengths: Sequence[int] | np.ndarray, packs: Sequence[Sequen
 
 
 class TrainBatches(Sampler[list[int]]):
-    """A sampler of one worker's micro-batches, as lists of sequence indices or PADDING_ROW.
+    """A sampler of the micro-batches of one worker (or group), as lists of sequence indices or PADDING_ROW.
 
     Micro-batch i of all workers together is a contiguous slice of the epoch's order. Thus 1 worker with batch size 4
     and 2 workers with batch size 2 take the same steps.
@@ -283,10 +285,14 @@ def pad_to_multiple_of(config: FinetuneConfig, device: Device, longest: int) -> 
         config: The run's YAML config.
         device: On CUDA the multiple is 8, since matrix multiplications run in tiles.
         longest: Tokens of the longest training row.
+
+    With sequence_parallel_size, each worker's part of a sequence is padded to such a multiple.
     """
+    size = config.sequence_parallel_size
     if config.padding == "max_length":
-        return config.context_length or longest
-    return 8 if device == "cuda" else None
+        return padded_length(config.context_length or longest, size)
+    multiple = size * (8 if device == "cuda" else 1)
+    return multiple if multiple > 1 else None
 
 
 def padded_length(tokens: int, multiple: int | None) -> int:
@@ -330,6 +336,32 @@ def with_ends_of_rows(
         }
 
     return collate_with_ends
+
+
+def part_of_sequences(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]], size: int, rank: int
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Wrap a collator to return one worker's part of each sequence, among the workers that share it.
+
+    The labels are shifted first, as `shift_labels`, since the label of a part's last token is in the next part. Row boundaries
+    remain those of the complete sequences.
+
+    Args:
+        collate: Returns complete sequences without a mask, with position ids, and padded to a multiple of `size` tokens.
+        size: Number of workers that share a sequence.
+        rank: The worker's rank among them.
+    """
+
+    def collate_part(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(examples)
+        tokens = batch["input_ids"].shape[1] // size
+        part = slice(rank * tokens, (rank + 1) * tokens)
+        # transformers' loss views them as one line.
+        shifted = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)[:, part].contiguous()
+        ours = {name: batch[name][:, part] for name in ("input_ids", "position_ids")}
+        return batch | ours | {"labels": shifted, "shift_labels": shifted}
+
+    return collate_part
 
 
 class EpochDataLoader(DataLoader[Any]):

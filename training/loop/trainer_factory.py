@@ -93,6 +93,7 @@ def build_trainer(
             multiple,
             packed=config.packing,
             attention=plan.resolved.attention,
+            rank=arguments["args"].process_index,
         ),
         longest_sequence(train.index.length, order.packs),
         {name: _validation(config, prepared, pad_token_id) for name, prepared in more.items()},

@@ -27,6 +27,7 @@ from training.data.batches import (
     EpochDataLoader,
     TrainBatches,
     eval_batches,
+    part_of_sequences,
     with_ends_of_rows,
     without_mask,
 )
@@ -106,7 +107,7 @@ class TrainingRows:
 
 
 def collate_rows(
-    pad_token_id: int, multiple: int | None, *, packed: bool, attention: Attention
+    pad_token_id: int, multiple: int | None, *, packed: bool, attention: Attention, rank: int = 0
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return the collator for padded rows or packed sequences.
 
@@ -115,6 +116,7 @@ def collate_rows(
         multiple: Passed as `pad_to_multiple_of`.
         packed: True if sequences contain several rows.
         attention: The attention of the model that gets the batches.
+        rank: The worker's rank.
     """
     in_one_line = packed and attention.takes_row_boundaries
     collator = DataCollatorForLanguageModeling(
@@ -123,9 +125,13 @@ def collate_rows(
         padding_free=in_one_line,
         return_position_ids=packed,
     )
+    if attention.mask:
+        return collator
+    collate = without_mask(collator)
     if in_one_line:
-        return with_ends_of_rows(without_mask(collator))
-    return collator if attention.mask else without_mask(collator)
+        collate = with_ends_of_rows(collate)
+    size = attention.sequence_parallel_size
+    return part_of_sequences(collate, size, rank % size) if size > 1 else collate
 
 
 class FineTuningTrainer(SFTTrainer):
@@ -181,6 +187,11 @@ class FineTuningTrainer(SFTTrainer):
         self.loss_of_transformers = loss_of_transformers
         self.before_loading: Callable[[Any], None] | None = None
         """Called with DeepSpeed's engine before it loads a checkpoint, to convert the checkpoint's files."""
+
+    @property
+    def replica(self) -> int:
+        """The index of the batches that this worker gets: workers that share sequences get the same."""
+        return self.args.process_index // self.config.sequence_parallel_size
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -261,7 +272,7 @@ class FineTuningTrainer(SFTTrainer):
         # With a separate generator, the number of iterations does not change the dropout masks.
         return EpochDataLoader(
             self.rows.train,
-            batch_sampler=TrainBatches(self.rows.order, rank=self.args.process_index),
+            batch_sampler=TrainBatches(self.rows.order, rank=self.replica),
             collate_fn=self.rows.collate,
             pin_memory=not self.args.use_cpu,
             generator=torch.Generator(),
@@ -269,7 +280,8 @@ class FineTuningTrainer(SFTTrainer):
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the values that an evaluation sums over all batches: loss and number of loss tokens, as float64."""
-        count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+        count = (targets != IGNORED).sum()
         # Padding batches run too, because the forward pass contains collectives.
         mean = self.compute_loss(model, dict(inputs))
         if count == 0:
@@ -326,8 +338,8 @@ class FineTuningTrainer(SFTTrainer):
         mine = eval_batches(
             len(sequences),
             self.args.per_device_eval_batch_size,
-            self.args.world_size,
-            self.args.process_index,
+            self.config.replicas_on(self.args.world_size),
+            self.replica,
         )
         model = self.model_wrapped
         assert model is not None

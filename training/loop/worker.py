@@ -356,6 +356,11 @@ def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built
         default=None,
     )
     request = model_request(plan, inputs.model_directory, inputs.adapter_directory, train, longest_valid)
+    attention = plan.resolved.attention
+    if attention.sequence_parallel_size > 1:
+        from training.models.sequence_parallel import join_group
+
+        join_group(attention.sequence_parallel_size, attention.implementation)
     model = build_model(plan.resolved.kernels.provider, request)
     arguments = arguments or make_arguments()
     parameters = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]

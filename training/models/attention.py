@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import FinetuneConfig
-from training.models.architecture import causal_model_class, load_config
+from training.models.architecture import ModelShape, causal_model_class, load_config
+from training.models.files import ModelError
 from training.models.kernels import Device, Provider, is_installed
 
 if TYPE_CHECKING:
@@ -37,7 +38,14 @@ PACKED_WITHOUT_MASK = frozenset(
 )
 """Tested `model_type`s that pass row boundaries to attention. Packed rows of other models are separated by a mask."""
 
+SEQUENCE_PARALLEL = PACKED_WITHOUT_MASK - {"mixtral", "qwen3_moe"}
+"""Tested `model_type`s whose sequences workers can share. The load-balancing loss of a mixture would count a worker's tokens alone."""
+
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # limits of PyTorch's flash kernels
+_ROPE_BY_LENGTH = {
+    "dynamic",
+    "longrope",
+}  # their frequencies depend on the largest position, which differs between workers
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class AttentionTraits:
     """True if the loss of padded rows depends on the attention mask."""
     fits_varlen: bool
     """True if PyTorch's flash kernels for packed rows support the model."""
+    divides_sequences: bool = False
+    """True if workers can share sequences: tokens meet in attention only, and each takes its position from its position id."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,13 @@ class Attention:
     implementation: Implementation
     mask: bool
     """True if batches get an attention mask. Packed rows never do: position ids separate them."""
+    sequence_parallel_size: int = 1
+    """Number of workers that share each sequence; see training/models/sequence_parallel.py."""
 
     @property
     def takes_row_boundaries(self) -> bool:
         """Return whether packed rows are separated by their boundaries, in batches without padding."""
-        return self.implementation in ("flash_attention_2", "torch_varlen")
+        return self.implementation in ("flash_attention_2", "torch_varlen") or self.sequence_parallel_size > 1
 
 
 def read_traits(directory: Path, source: str, *, trust_remote_code: bool) -> AttentionTraits:
@@ -79,6 +91,7 @@ def read_traits(directory: Path, source: str, *, trust_remote_code: bool) -> Att
         has_softcapping=_has_softcapping(config),
         needs_mask=_needs_mask(config, trust_remote_code),
         fits_varlen=_fits_varlen(config),
+        divides_sequences=_divides_sequences(config, trust_remote_code),
     )
 
 
@@ -88,7 +101,58 @@ def choose_attention(
     """Choose the attention of a run."""
     # Unsloth drops the mask itself and treats position ids as a sign of packed rows.
     mask = not config.packing and (kernels == "unsloth" or traits.needs_mask)
-    return Attention(_implementation(config, traits, device, kernels), mask)
+    return Attention(_implementation(config, traits, device, kernels), mask, config.sequence_parallel_size)
+
+
+def check_sequence_parallel(
+    config: FinetuneConfig, traits: AttentionTraits, shape: ModelShape | None, source: str
+) -> None:
+    """Check that as many workers as `sequence_parallel_size` can share the sequences of a model, and its heads.
+
+    Args:
+        config: The YAML.
+        traits: The model's properties.
+        shape: The model's dimensions, or None if they are unknown.
+        source: Name of the model in messages.
+    """
+    key, size = "sequence_parallel_size", config.sequence_parallel_size
+    if size == 1:
+        return
+    if shape is None or not traits.divides_sequences:
+        raise ModelError(
+            f"{key}: not supported by the model {source}, since workers that have a part of a sequence would compute something else. Remove "
+            f"{key}, or use one of these architectures: {', '.join(sorted(SEQUENCE_PARALLEL))}."
+        )
+    if not _shares_heads(shape, size):
+        usable = [str(number) for number in range(1, shape.heads + 1) if _shares_heads(shape, number)]
+        raise ModelError(
+            f"{key}: {size} workers cannot share the {shape.heads} heads and {shape.key_value_heads} key-value heads of {source} equally. "
+            f"Write {' or '.join(usable)}."
+        )
+
+
+def _shares_heads(shape: ModelShape, workers: int) -> bool:
+    """Return whether each worker gets as many heads, with key-value heads that several workers need copied to each of them."""
+    key_value = shape.key_value_heads
+    return shape.heads % workers == 0 and (key_value % workers == 0 or workers % key_value == 0)
+
+
+def check_windows(attention: Attention, shape: ModelShape, longest: int, source: str) -> None:
+    """Check that workers that share sequences without a mask need none for a sliding window.
+
+    Args:
+        attention: The attention of the run.
+        shape: The model's dimensions.
+        longest: Tokens of the longest row.
+        source: Name of the model in messages.
+    """
+    windows = [window for window in shape.windows if window is not None and window < longest]
+    if attention.sequence_parallel_size > 1 and attention.implementation == "sdpa" and windows:
+        raise ModelError(
+            f"sequence_parallel_size: {source} has a sliding window of {min(windows):,} tokens, but rows have up to {longest:,}. With this "
+            "attention, workers that share sequences would need a mask of all pairs of tokens. Remove sequence_parallel_size, or write "
+            f"context_length: {min(windows)}. On a GPU, packing: true with dtype: bf16 needs no mask."
+        )
 
 
 def plain_attention(config: "PreTrainedConfig") -> Literal["sdpa", "eager"]:
@@ -129,6 +193,17 @@ def _needs_mask(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:
         or hasattr(text, "output_router_logits")
         or "position_ids" not in signature(model_class.forward).parameters
         or getattr(text, "is_decoder", False)
+    )
+
+
+def _divides_sequences(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    return (
+        config.model_type in SEQUENCE_PARALLEL
+        and not kinds & _ROPE_BY_LENGTH
+        and not _has_softcapping(config)
+        and not _needs_mask(config, trust_remote_code)
     )
 
 

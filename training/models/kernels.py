@@ -13,46 +13,47 @@ Provider = Literal["unsloth", "liger", "torch"]
 WeightsDtype = Literal["bf16", "fp32"]
 Method = Literal["LoRA", "QLoRA", "full"]
 
-SPREADS = ("one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
-"""Kinds of parallelism, the columns of the table."""
+SPREADS = ("one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "sequence parallel")
+"""Kinds of parallelism, the columns of the table. Sequence parallel goes with DDP and each ZeRO stage that has no error."""
 
 TESTED, UNTESTED = "T", "·"
 
 _NO_GPU = "its Triton kernels need a GPU, but the run is on CPU"
 _UNSHARDED = "Unsloth does not shard weights (ZeRO-3)"
 _4BIT = "ZeRO-3 cannot shard 4-bit weights"
+_ATTENTION = "Unsloth's attention does not divide sequences (sequence_parallel_size)"
 
 # For each method and spread: tested (on CPU), untested (no GPU was available), or the reason for the error.
-COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, str, str]]] = {
+COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, str, str, str]]] = {
     ("torch", "cpu"): {
-        "LoRA": (TESTED, TESTED, TESTED, TESTED, TESTED),
-        "full": (TESTED, TESTED, TESTED, TESTED, TESTED),
-        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _4BIT),
+        "LoRA": (TESTED, TESTED, TESTED, TESTED, TESTED, TESTED),
+        "full": (TESTED, TESTED, TESTED, TESTED, TESTED, TESTED),
+        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _4BIT, TESTED),
     },
     ("torch", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
-        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
-        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT, UNTESTED),
     },
     ("unsloth", "cpu"): {
-        "LoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED),
-        "full": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED),
-        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED),
+        "LoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED, _ATTENTION),
+        "full": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED, _ATTENTION),
+        "QLoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED, _ATTENTION),
     },
     ("unsloth", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED),
-        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED),
-        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED),
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
     },
     ("liger", "cpu"): {
-        "LoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
-        "full": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
-        "QLoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
+        "LoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
+        "full": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
+        "QLoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
     },
     ("liger", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
-        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
-        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT),
+        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT, UNTESTED),
     },
 }
 
@@ -127,9 +128,11 @@ def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
 def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: int) -> str | None:
     method: Method = "QLoRA" if config.load_in_4bit else "LoRA" if config.trains_adapter else "full"
     spread = f"ZeRO-{stage}" if stage else "DDP" if config.most_devices > 1 else "one worker"
-    cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
-    if cell not in (TESTED, UNTESTED):
-        return cell
+    spreads = [spread, *(["sequence parallel"] if config.sequence_parallel_size > 1 else [])]
+    for spread in spreads:
+        cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
+        if cell not in (TESTED, UNTESTED):
+            return cell
     if provider == "unsloth" and (unknown := _keys_without_unsloth(config)):
         return (
             f"Anneal does not support {' and '.join(f'lora_config.{name}' for name in unknown)} with Unsloth"

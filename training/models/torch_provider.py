@@ -10,7 +10,7 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from configs.schema import LoraConfig
-from training.models import varlen_attention
+from training.models import sequence_parallel, varlen_attention
 from training.models.attention import Implementation, plain_attention
 from training.models.generation import remove_ignored
 from training.models.kernels import Device
@@ -38,7 +38,9 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
         # ZeRO-3 partitions the weights while rank 0 loads them.
         device="cpu" if request.zero_stage == 3 else request.device,
         load_in_4bit=request.load_in_4bit,
-        attention=request.attention.implementation,
+        attention=request.attention.implementation
+        if request.attention.sequence_parallel_size == 1
+        else sequence_parallel.NAME,
         trust_remote_code=request.trust_remote_code,
     )
     model.config.use_cache = False
@@ -56,7 +58,7 @@ def load_weights(
     dtype: Literal["bf16", "fp16", "fp32"],
     device: Device = "cpu",
     load_in_4bit: bool = False,
-    attention: Implementation | None = None,
+    attention: Implementation | Literal["sequence_parallel"] | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a model in this dtype on a device.

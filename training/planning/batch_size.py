@@ -60,7 +60,9 @@ def describe_batch(config: FinetuneConfig, reason: str) -> str:
     """Describe the batch per device and the gradient accumulation for the plan report."""
     sequences = "pack" if config.packing else "row"
     rows, accumulated = config.batch_size, config.gradient_accumulation_steps
-    text = f"{rows:,} {sequences}{'s' if rows > 1 else ''} per device, {accumulated:,} accumulated"
+    size = config.sequence_parallel_size
+    holder = "device" if size == 1 else f"{size} devices"
+    text = f"{rows:,} {sequences}{'s' if rows > 1 else ''} per {holder}, {accumulated:,} accumulated"
     for devices in config.device_counts[-2::-1]:
         text += f", {config.accumulation_on(devices):,} on {devices} device{'s' if devices > 1 else ''}"
     return f"{text} ({reason})" if reason else text

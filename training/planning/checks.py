@@ -76,7 +76,7 @@ def check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
 
 def check_batch(config: FinetuneConfig, rows: int) -> None:
     """Check that a step has not many more rows than the data: the rest of it would be padding rows."""
-    step = config.batch_size * config.most_devices * config.gradient_accumulation_steps
+    step = config.rows_per_step
     if step <= max(rows, _MAX_ROWS_PER_STEP):
         return
     factors = {

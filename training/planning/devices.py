@@ -65,6 +65,15 @@ def describe_device(config: FinetuneConfig, device: Device, target: ClusterTarge
     return f"{device}, {workers}"
 
 
+def describe_parallelism(config: FinetuneConfig, zero_stage: int) -> str:
+    """Describe how the workers share the work for the plan report."""
+    data = "DDP" if config.most_devices > 1 else "one worker"
+    if config.deepspeed:
+        data = f"DeepSpeed ZeRO-{zero_stage}"
+    size = config.sequence_parallel_size
+    return f"{data}, each sequence on {size} workers" if size > 1 else data
+
+
 def accelerator_of(
     config: FinetuneConfig, device: Device, target: ClusterTarget
 ) -> tuple[str | None, int | None]:

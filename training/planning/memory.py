@@ -321,7 +321,9 @@ def _layer(job: Job, held: _Held) -> float:
     liger_kernel/ops/swiglu.py and unsloth/kernels/fast_lora.py).
     """
     shape, config, computed = job.shape, job.config, held.computed
-    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    # Workers that share sequences copy key-value heads if there are fewer than workers.
+    key_value_heads = max(shape.key_value_heads, config.sequence_parallel_size)
+    queries, keys = shape.heads * shape.head_dim, key_value_heads * shape.head_dim
     hidden, width = shape.hidden, shape.intermediate * max(1, shape.experts_per_token)
     if held.provider == "unsloth" and config.trains_adapter and not _dropout(config):
         matrices = computed * (2 * hidden + 2 * width)  # MLP and adapters are fused
@@ -380,19 +382,21 @@ def _logits(job: Job, held: _Held) -> float:
 
 
 def _tokens(job: Job) -> int:
-    """Return the tokens of a batch, padding included."""
+    """Return the tokens of a batch on a device, padding included."""
     rows = job.config.batch_size
     has_pairs = job.config.task == "preference_tuning" and not job.unpaired
-    return rows * job.longest * (_ROWS_OF_A_PAIR if has_pairs else 1)
+    tokens = -(-job.longest // job.config.sequence_parallel_size)
+    return rows * tokens * (_ROWS_OF_A_PAIR if has_pairs else 1)
 
 
 def _masks_pairs(job: Job) -> bool:
     """Return whether transformers builds a mask of all query-key pairs: for packed rows, sliding windows and masked padding.
 
-    Unsloth, the flash-attn package and PyTorch's kernels for packed rows (training/models/varlen_attention.py) need none.
+    Unsloth, the flash-attn package, PyTorch's kernels for packed rows (training/models/varlen_attention.py) and workers that share
+    sequences (training/models/sequence_parallel.py) need none.
     """
     config = job.config
-    if job.attention.implementation not in ("sdpa", "eager"):
+    if job.attention.implementation not in ("sdpa", "eager") or config.sequence_parallel_size > 1:
         return False
     narrow = any(window is not None and window < job.longest for window in job.shape.windows)
     padded = job.device == "cuda" or config.batch_size > 1 or config.padding == "max_length"
@@ -406,9 +410,11 @@ def _dropout(config: FinetuneConfig) -> float:
 def _saved_inputs(job: Job, held: _Held) -> float:
     """Return the bytes per token and layer of the saved inputs of trainable weights and of the adapters' intermediate results.
 
-    Matrices with the same input share it, except with autocast or dropout. The attention output is already saved elsewhere.
+    Matrices with the same input share it, except with autocast or dropout. The attention output is already saved elsewhere, unless
+    workers that share sequences exchange it.
     """
     shape, ranks = job.shape, job.ranks
+    is_exchanged = job.config.sequence_parallel_size > 1
     if job.config.trains_adapter:
         inputs = {f"{module}.weight": job.facts.matrix_shapes[module][1] for module in ranks}
     else:
@@ -419,9 +425,9 @@ def _saved_inputs(job: Job, held: _Held) -> float:
     for name, size in inputs.items():
         place = position(shape, name)
         share = share_of_experts(shape, name)
-        if place[1] != ATTENTION_OUTPUT:
+        if place[1] != ATTENTION_OUTPUT or is_exchanged:
             shared[place] = max(shared.get(place, 0.0), size * (1 if share == 1 else shape.experts_per_token))
-        if place[1] != ATTENTION_OUTPUT or job.config.trains_adapter:
+        if place[1] != ATTENTION_OUTPUT or job.config.trains_adapter or is_exchanged:
             own += size * share
         # torch's dropout saves a mask: one byte per entry on a GPU, in the input's dtype on CPU.
         masks += size * (held.trained if job.device == "cpu" else 1) if _dropout(job.config) else 0

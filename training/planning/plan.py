@@ -103,7 +103,7 @@ def order_of(config: FinetuneConfig, lengths: np.ndarray, longest: int, devices:
     shape = BatchShape(
         len(lengths) if packs is None else len(packs),
         config.batch_size,
-        devices,
+        config.replicas_on(devices),
         config.accumulation_on(devices),
     )
     is_padded_to_longest = config.padding == "longest" and packs is None

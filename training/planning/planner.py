@@ -31,7 +31,14 @@ from training.models.architecture import (
     model_shape,
     parameter_shapes,
 )
-from training.models.attention import Attention, AttentionTraits, choose_attention, read_traits
+from training.models.attention import (
+    Attention,
+    AttentionTraits,
+    check_sequence_parallel,
+    check_windows,
+    choose_attention,
+    read_traits,
+)
 from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
@@ -75,7 +82,13 @@ from training.planning.checks import (
     reject_missing_requirements,
 )
 from training.planning.deepspeed import Execution, check_optimizer, check_resharding, resolve_execution
-from training.planning.devices import accelerator_of, choose_device, describe_device, runs_here
+from training.planning.devices import (
+    accelerator_of,
+    choose_device,
+    describe_device,
+    describe_parallelism,
+    runs_here,
+)
 from training.planning.earlier_rows import find_earlier_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.exportable import check_export, check_vllm_adapter
@@ -317,6 +330,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     shape = model_shape(directory, base, trust_remote_code=trust)
     traits = read_traits(directory, base, trust_remote_code=trust)
     attention = choose_attention(config, traits, settings.device, settings.execution.kernels.provider)
+    check_sequence_parallel(config, traits, shape, base)
     if config.packing:
         check_packing(directory, base, trust_remote_code=trust)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
@@ -624,6 +638,9 @@ def _plan_batches(
 ) -> Batch:
     """Resolve the batch size, then assign rows to steps."""
     train = data.train.summary
+    if model.shape:
+        longest = max(rows.summary.longest for rows in data.prepared)
+        check_windows(model.attention, model.shape, longest, model.base)
     job = model.shape and Job(
         config=config,
         shape=model.shape,
@@ -771,9 +788,7 @@ def _report(
         trainable_parameters=adapter.trainable_parameters,
         device=describe_device(config, plan.device, plan.resolved.target),
         kernels=f"{plan.resolved.kernels.provider} ({plan.resolved.kernels.reason})",
-        parallelism=f"DeepSpeed ZeRO-{plan.resolved.zero_stage}"
-        if plan.deepspeed
-        else ("DDP" if config.most_devices > 1 else "one worker"),
+        parallelism=describe_parallelism(config, plan.resolved.zero_stage),
         batch=describe_batch(config, batch.reason),
         packing=describe_packing(config, rows.train, batch.shape) if config.packing else None,
         resumes_from=checkpoints.own_checkpoint,

@@ -166,10 +166,10 @@ def batch_size_of(store: Store, config: FinetuneConfig) -> int | None:
     """
     stored = read_config(store)
     earlier = stored.config if stored else None
-    if earlier is None or earlier.num_devices != config.num_devices:
+    devices = (config.num_devices, config.sequence_parallel_size)
+    if earlier is None or (earlier.num_devices, earlier.sequence_parallel_size) != devices:
         return None
-    rows = earlier.most_devices * earlier.batch_size * earlier.gradient_accumulation_steps
-    return earlier.batch_size if rows == config.train_batch_size else None
+    return earlier.batch_size if earlier.rows_per_step == config.train_batch_size else None
 
 
 def differences(
@@ -198,7 +198,7 @@ def differences(
         if _takes_the_same_steps(earlier, config):
             may_change = may_change | DEVICE_KEYS
         changed = list(_changed_keys(earlier, config, may_change))
-        then, now = _rows_per_step(earlier), _rows_per_step(config)
+        then, now = earlier.rows_per_step, config.rows_per_step
         if then != now and any(line.startswith("num_devices") for line in changed):
             changed.append(f"rows per step: {then} -> {now} (num_devices may change if they stay the same)")
     else:
@@ -219,7 +219,7 @@ def _takes_the_same_steps(earlier: FinetuneConfig, config: FinetuneConfig) -> bo
     tuning = config.preference_tuning_config
     return (
         earlier.num_devices != config.num_devices
-        and _rows_per_step(earlier) == _rows_per_step(config)
+        and earlier.rows_per_step == config.rows_per_step
         and not (tuning and tuning.loss == "kto")  # depends on the pairs that all devices process at once
     )
 
@@ -231,10 +231,6 @@ def _has_other_devices(store: Store, manifest: Manifest, config: FinetuneConfig)
     stored = read_config(store)
     earlier = stored.config if stored else None
     return earlier is not None and _takes_the_same_steps(earlier, config)
-
-
-def _rows_per_step(config: FinetuneConfig) -> int:
-    return config.most_devices * config.batch_size * config.gradient_accumulation_steps
 
 
 def _changed_keys(

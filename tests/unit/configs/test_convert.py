@@ -264,6 +264,15 @@ def test_written_file_loads_and_names_every_key(
         ),
         ("bf16: false\nfp16: true", {"dtype": None}),
         ("attn_implementation: flash_attention_2", {"flash_attention_2": True}),
+        (
+            "context_parallel_size: 4\nattn_implementation: flash_attention_2",
+            {"sequence_parallel_size": 4, "num_devices": 4, "flash_attention_2": None},
+        ),
+        (
+            "context_parallel_size: 2\nray_num_workers: 8",
+            {"sequence_parallel_size": 2, "num_devices": 8},
+        ),
+        ("context_parallel_size: 1", {"sequence_parallel_size": None, "num_devices": None}),
         ("lora_r: 8", {"lora_config.r": None}),
         ("lr_scheduler: constant", {"lr_scheduler_type": "constant", "warmup_ratio": None}),
         (

@@ -59,6 +59,21 @@ def test_every_device_count_has_the_same_rows_per_step():
     assert config(num_devices=5, gradient_accumulation_steps=3).accumulation_on(5) == 3
 
 
+def test_workers_that_share_sequences_share_the_rows_of_a_step():
+    parsed = config(
+        num_devices={"min": 2, "max": 8},
+        sequence_parallel_size=2,
+        train_batch_size_per_device=3,
+        gradient_accumulation_steps=3,
+    )
+    assert parsed.device_counts == (2, 4, 6, 8)
+    assert [parsed.accumulation_on(devices) for devices in parsed.device_counts] == [12, 6, 4, 3]
+    assert parsed.rows_per_step == 3 * 4 * 3
+    automatic = config(num_devices=4, sequence_parallel_size=2, train_batch_size=12, **AUTO)
+    assert list(automatic.possible_batch_sizes()) == [6, 3, 2, 1]
+    assert {automatic.with_batch_size(rows).rows_per_step for rows in (6, 3, 2, 1)} == {12}
+
+
 def test_possible_batch_sizes_work_on_every_device_count():
     automatic = config(num_devices={"min": 3, "max": 4}, train_batch_size=24, **AUTO)
     # Batches of 6 or 3 rows are excluded: 3 devices cannot share 4 or 8 batches evenly.
@@ -227,6 +242,44 @@ def test_config_is_immutable():
         (
             {"num_devices": {"min": 3, "max": 4}, "train_batch_size": 8, **AUTO},
             ("`train_batch_size`", "8", "3 devices", "multiple of 3"),
+        ),
+        (
+            {"sequence_parallel_size": 3, "num_devices": 4},
+            ("`sequence_parallel_size`", "3", "`num_devices` (4)", "1 or 2 or 4", "multiple of 3"),
+        ),
+        ({"sequence_parallel_size": 2}, ("`sequence_parallel_size`", "`num_devices` (1)", "multiple of 2")),
+        (
+            {"sequence_parallel_size": 2, "num_devices": {"min": 1, "max": 4}},
+            ("`sequence_parallel_size`", "`num_devices` (1)", "multiple of 2"),
+        ),
+        (
+            {"sequence_parallel_size": 2, "num_devices": 4, "train_batch_size": 9, **AUTO},
+            ("`train_batch_size`", "9", "2 groups of 2 devices", "multiple of 2"),
+        ),
+        (
+            {"sequence_parallel_size": 2, "num_devices": {"min": 4, "max": 6}},
+            ("`num_devices.min`", "4", "use 2", "`gradient_accumulation_steps`"),
+        ),
+        (
+            {"sequence_parallel_size": 2, "num_devices": 2, "task": "preference_tuning"},
+            ("`sequence_parallel_size`", "`task: preference_tuning`", "remove"),
+        ),
+        (
+            {
+                "sequence_parallel_size": 2,
+                "num_devices": 2,
+                "task": "classification",
+                "classifier_config": {"label_tokens": ["a", "b"]},
+            },
+            ("`sequence_parallel_size`", "`task: classification`", "remove"),
+        ),
+        (
+            {"sequence_parallel_size": 2, "num_devices": 2, "eval_samples": 2, "valid_path": "v.jsonl"},
+            ("`sequence_parallel_size`", "`eval_samples`", "remove"),
+        ),
+        (
+            {"sequence_parallel_size": 2, "num_devices": 2, "flash_attention_2": True},
+            ("`sequence_parallel_size`", "`flash_attention_2`", "remove"),
         ),
         (
             {"lr_scheduler_kwargs": {"power": 2.0}},

@@ -60,9 +60,16 @@ def test_wrong_service_yaml_names_file_line_and_key(
     assert key in message
 
 
-def test_base_model_must_train_chats(tmp_path: Path):
-    path = write_service(tmp_path, "s3://bucket/service", base={"task": "causal_lm"})
-    with pytest.raises(ConfigError, match="instruction_tuning"):
+@pytest.mark.parametrize(
+    ("base", "fix"),
+    [
+        ({"task": "causal_lm"}, "instruction_tuning"),
+        ({"num_devices": 2, "sequence_parallel_size": 2}, "remove sequence_parallel_size"),
+    ],
+)
+def test_base_model_must_train_every_kind_of_job(base: dict[str, Any], fix: str, tmp_path: Path):
+    path = write_service(tmp_path, "s3://bucket/service", base=base)
+    with pytest.raises(ConfigError, match=fix):
         load_service(path)
 
 
@@ -188,4 +195,5 @@ def test_cookbooks_are_bases_of_every_kind_of_job(method: str, valid: str | None
 
 def _trains(path: Path) -> bool:
     keys = yaml.safe_load(path.read_text())
-    return "train_path" in keys and keys.get("task", "instruction_tuning") == "instruction_tuning"
+    trains_chats = keys.get("task", "instruction_tuning") == "instruction_tuning"
+    return "train_path" in keys and trains_chats and "sequence_parallel_size" not in keys

@@ -89,9 +89,12 @@ class Setup:
     parallelism: str
     rows: str = "train"
     """Name of the training file; see KEYS."""
+    sharers: int = 1
+    """Workers that share each sequence."""
 
     def __str__(self) -> str:
-        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}-{self.rows}"
+        shared = f"-shared_by_{self.sharers}" if self.sharers > 1 else ""
+        return f"{self.method}-accumulation_{self.accumulation}-workers_{self.workers}-{self.parallelism}-{self.rows}{shared}"
 
     @property
     def model_file(self) -> str:
@@ -124,6 +127,8 @@ GRID = [
     Chain(Setup("lora", 1, 2, "ddp", "pairs"), 2, tuple(Kill)),
     Chain(Setup("lora", 1, 2, "ddp", "unpaired"), 2, tuple(Kill)),
     Chain(Setup("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
+    Chain(Setup("lora", 1, 2, "ddp", "packed", sharers=2), 2, tuple(Kill)),
+    Chain(Setup("full", 4, 2, "zero_3", sharers=2), 1, tuple(Kill)),
 ]
 FAST = Chain(Setup("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
 """The only chain that is not marked slow."""
@@ -131,6 +136,8 @@ SAMPLE = [
     FAST,
     Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
     Chain(Setup("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP, Kill.MID_SAVE, Kill.MID_UPLOAD)),
+    Chain(Setup("lora", 1, 2, "ddp", "packed", sharers=2), 2, (Kill.AFTER_STEP, Kill.MID_SAVE)),
+    Chain(Setup("full", 4, 2, "zero_3", sharers=2), 1, (Kill.BEFORE_MANIFEST,)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Setup("lora", 1, 1, "ddp")
@@ -210,7 +217,10 @@ class Run:
                 "device": "cpu",
                 "dtype": "fp32",
                 "num_devices": setup.workers,
-                "train_batch_size_per_device": ROWS_PER_STEP // setup.accumulation // setup.workers,
+                "sequence_parallel_size": setup.sharers,
+                "train_batch_size_per_device": ROWS_PER_STEP
+                // setup.accumulation
+                // (setup.workers // setup.sharers),
                 "gradient_accumulation_steps": setup.accumulation,
                 "num_epochs": EPOCHS,
                 "learning_rate": 1e-2,
@@ -356,8 +366,8 @@ def rows_in_weights(ledgers: Sequence[Sequence[ConsumedRow]]) -> list[ConsumedRo
     return sorted(rows)
 
 
-def wrong_rows(ledger: Sequence[ConsumedRow]) -> list[str]:
-    """Return the rows that the workers did not consume exactly once per epoch."""
+def wrong_rows(ledger: Sequence[ConsumedRow], sharers: int = 1) -> list[str]:
+    """Return the rows that the workers did not consume exactly once per epoch, or that not all workers consumed that share them."""
     wrong = []
     for epoch in range(EPOCHS):
         counts = Counter(
@@ -368,7 +378,7 @@ def wrong_rows(ledger: Sequence[ConsumedRow]) -> list[str]:
         wrong += [
             f"epoch {epoch + 1}: row {row} {counts[row]} times"
             for row in sorted(counts.keys() | set(range(ROWS)))
-            if counts[row] != (1 if row in range(ROWS) else 0)
+            if counts[row] != (sharers if row in range(ROWS) else 0)
         ]
     return wrong
 
@@ -399,7 +409,7 @@ class References:
             losses = [line["loss"] for line in outcome.figures if "loss" in line]
             assert len(losses) == STEPS
             assert {consumed.rank for consumed in outcome.ledger} == set(range(setup.workers))
-            assert wrong_rows(outcome.ledger) == []
+            assert wrong_rows(outcome.ledger, setup.sharers) == []
             self._outcomes[setup] = outcome
         return self._outcomes[setup]
 
@@ -437,7 +447,7 @@ def test_killed_run_ends_bit_for_bit_like_an_uninterrupted_run(
     outcome = run.finish()
     assert first_step(run.ledgers[-1]) == restored + 1
     assert differences(outcome, references[chain.setup]) == []
-    assert wrong_rows(outcome.ledger) == []
+    assert wrong_rows(outcome.ledger, chain.setup.sharers) == []
     record_property(KILLS, len(chain.kills))
 
 

@@ -1,4 +1,4 @@
-"""Tests that ten steps have the same losses on one worker, with DDP, ZeRO-1, 2 and 3, and with Unsloth's CPU mode.
+"""Tests that ten steps have the same losses on one worker, with DDP, ZeRO-1, 2 and 3, shared sequences, and Unsloth's CPU mode.
 
 Packed runs take as many packs per step, and their eval loss equals that of unpacked runs. `make test` runs a sample,
 `make test-kernels` all of it (ALL_KERNELS=1).
@@ -39,6 +39,13 @@ SPREADS: dict[str, dict[str, Any]] = {
         "train_batch_size_per_device": 4,
         "eval_batch_size_per_device": 1,  # of 11 rows: the last batch of one worker contains only padding
         "deepspeed": "zero_3",
+    },
+    "sequence_parallel": {
+        "num_devices": 2,
+        "sequence_parallel_size": 2,
+        "train_batch_size_per_device": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_batch_size_per_device": 3,
     },
     "unsloth_one": {"num_devices": 1, "train_batch_size_per_device": 8, "kernels": "unsloth"},
     "unsloth_ddp": {"num_devices": 2, "train_batch_size_per_device": 4, "kernels": "unsloth"},
@@ -160,9 +167,8 @@ def on_one_worker(files: Path) -> References:
 def test_compatibility_table_marks_exactly_the_tested_cells():
     """These are the cells of `make test-kernels` and the runs on one worker that they are compared with."""
     methods: dict[str, Method] = {"lora": "LoRA", "full": "full", "qlora": "QLoRA"}
-    spreads: dict[str, str] = dict(
-        zip(("one", "ddp", "zero_1", "zero_2", "zero_3"), kernels.SPREADS, strict=True)
-    )
+    names = ("one", "ddp", "zero_1", "zero_2", "zero_3", "sequence_parallel")
+    spreads: dict[str, str] = dict(zip(names, kernels.SPREADS, strict=True))
     cells = [(methods[method], spread) for method, spread in ALL if method in methods]
     cells += [(method, "one") for method in methods.values()]
     marked = {

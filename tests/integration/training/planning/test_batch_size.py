@@ -75,6 +75,18 @@ def test_resumed_run_keeps_its_batch_size(files: Path):
     assert batch_of(dry_run(files, "new", **more_memory)) == (16, 1)
 
 
+def test_workers_that_share_sequences_count_as_one(files: Path):
+    """40 rows are 5 steps of 2 x 4 rows, and 10 steps of 4 rows that two workers share; each has half the activations of a row."""
+    keys = {"num_devices": 2, "train_batch_size_per_device": 4, "num_epochs": 1, "context_length": 128}
+    alone = dry_run(files, "alone", **keys)
+    shared = dry_run(files, "shared", **keys, sequence_parallel_size=2)
+    assert (alone["steps"], shared["steps"]) == (5, 10)
+    assert shared["parallelism"] == "DDP, each sequence on 2 workers"
+    assert shared["batch"] == "4 rows per 2 devices, 1 accumulated"
+    logits = [plan["memory"]["estimate"]["logits"] for plan in (alone, shared)]
+    assert logits[1] == pytest.approx(logits[0] / 2, rel=0.01)
+
+
 def batch_of(plan: dict[str, Any]) -> tuple[int, ...]:
     """Return (rows per device, accumulated batches) as the plan prints them."""
     return tuple(int(figure) for figure in re.findall(r"\d+", plan["batch"])[:2])

@@ -45,6 +45,7 @@ def change(home: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> No
         (["num_devices={min: 1, max: 2}", "gradient_accumulation_steps=1"], None),
         (["num_devices=4", "train_batch_size_per_device=1", "gradient_accumulation_steps=1"], None),
         (["num_devices=2"], ("num_devices: 1 -> 2", "rows per step: 4 -> 8")),
+        (["num_devices=2", "sequence_parallel_size=2"], ("sequence_parallel_size: 1 -> 2",)),
         (["gradient_accumulation_steps=1", "train_batch_size_per_device=4"], ("accumulation_steps: 2 -> 1",)),
         (["num_devices=2", "gradient_accumulation_steps=1", "seed=8"], ("seed: 7 -> 8",)),
         (["deepspeed=zero_2"], ("deepspeed: None -> zero_2",)),

@@ -164,6 +164,29 @@ def test_the_comparison_detects_rows_merged_by_an_attention_mask(
     assert (leaking - separate).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_of_sequences_join_to_complete_sequences(packed: bool, rows: list[dict[str, Any]]):
+    """The label of a part's last token is the first token of the next part. Other workers get the same parts."""
+    packs = pack([len(row["input_ids"]) for row in rows], CAPACITY) if packed else None
+    examples = [TokenSequences(rows, PAD, packs)[index] for index in range(3)]
+    whole = Attention(varlen_attention.NAME if packed else "sdpa", mask=False)
+    shared = Attention("sdpa", mask=False, sequence_parallel_size=2)
+    complete = collate_rows(PAD, 2, packed=packed, attention=whole)(examples)
+    parts = [collate_rows(PAD, 2, packed=packed, attention=shared, rank=rank)(examples) for rank in range(4)]
+    joined = {
+        name: torch.cat([part[name] for part in parts[:2]], 1) for name in ("input_ids", "position_ids")
+    }
+    for name, tokens in joined.items():
+        assert torch.equal(tokens, complete[name])
+    labels = torch.cat([part["shift_labels"] for part in parts[:2]], 1)
+    assert torch.equal(labels[:, :-1], complete["labels"][:, 1:])
+    assert (labels[:, -1] == IGNORED).all()
+    if packed:
+        assert all(torch.equal(part["cu_seq_lens_q"], complete["cu_seq_lens_q"]) for part in parts)
+    for part, same in zip(parts[:2], parts[2:], strict=True):
+        assert all(torch.equal(part[name], same[name]) for name in ("input_ids", "labels", "position_ids"))
+
+
 def test_batch_without_loss_tokens_has_zero_loss(tiny_model: Path):
     """The padding row fills the last batch of an epoch."""
     sequences = TokenSequences([], PAD)

@@ -7,8 +7,19 @@ import pytest
 from transformers import AutoConfig
 
 from configs.schema import FinetuneConfig
+from tests.support.messages import assert_names
 from training.models import attention
-from training.models.attention import Attention, AttentionTraits, choose_attention, read_traits
+from training.models.architecture import model_shape
+from training.models.attention import (
+    SEQUENCE_PARALLEL,
+    Attention,
+    AttentionTraits,
+    check_sequence_parallel,
+    check_windows,
+    choose_attention,
+    read_traits,
+)
+from training.models.files import ModelError
 from training.models.kernels import Device, Provider
 
 PLAIN = AttentionTraits(has_softcapping=False, needs_mask=False, fits_varlen=True)
@@ -96,6 +107,76 @@ def test_config_decides_whether_varlen_kernels_fit(
 def test_softcapping_is_read_from_the_config(kind: str, has_softcapping: bool, tmp_path: Path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     assert read_traits(tmp_path, "tiny", trust_remote_code=False).has_softcapping == has_softcapping
+
+
+def check(directory: Path, size: int, kind: str, **settings: Any) -> None:
+    """Check whether workers can share the sequences of a model with these settings."""
+    AutoConfig.for_model(kind, **settings).save_pretrained(directory)
+    traits = read_traits(directory, "tiny", trust_remote_code=False)
+    shape = model_shape(directory, "tiny", trust_remote_code=False)
+    shared = config(num_devices=size, sequence_parallel_size=size)
+    check_sequence_parallel(shared, traits, shape, "a/tiny")
+
+
+HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 96, "head_dim": 8}
+
+
+@pytest.mark.parametrize("kind", sorted(SEQUENCE_PARALLEL))
+def test_workers_can_share_the_sequences_of_tested_architectures(kind: str, tmp_path: Path):
+    check(tmp_path, 2, kind, **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}),  # positions are learned, and its attention takes no kernel arguments
+        ("gemma2", {}),  # softcapping
+        ("mixtral", {}),  # the load-balancing loss counts tokens
+        ("mamba", {}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_models_whose_parts_of_a_sequence_compute_something_else_are_rejected(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+):
+    with pytest.raises(ModelError) as error:
+        check(tmp_path, 2, kind, **settings)
+    assert_names(str(error.value), "sequence_parallel_size", "a/tiny", "llama", "Remove")
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [(1, True), (2, True), (3, True), (5, False), (6, True), (12, True), (4, False)]
+)
+def test_workers_share_heads_equally(size: int, fits: bool, tmp_path: Path):
+    """Of 12 heads and 6 key-value heads, four workers would get one and a half key-value heads."""
+    if fits:
+        check(tmp_path, size, "llama", **HEADS)
+        return
+    with pytest.raises(ModelError) as error:
+        check(tmp_path, size, "llama", **HEADS)
+    assert_names(
+        str(error.value),
+        "sequence_parallel_size",
+        f"{size} workers",
+        "12 heads",
+        "6 key-value",
+        "1 or 2 or 3 or 6 or 12",
+    )
+
+
+def test_sliding_windows_need_kernels_that_support_them(tmp_path: Path):
+    AutoConfig.for_model("mistral", sliding_window=64).save_pretrained(tmp_path)
+    shape = model_shape(tmp_path, "tiny", trust_remote_code=False)
+    assert shape is not None
+    shared = Attention("sdpa", mask=False, sequence_parallel_size=2)
+    with pytest.raises(ModelError) as error:
+        check_windows(shared, shape, 65, "a/tiny")
+    assert_names(
+        str(error.value), "sequence_parallel_size", "a/tiny", "64", "65", "context_length", "packing"
+    )
+    check_windows(shared, shape, 64, "a/tiny")
+    check_windows(Attention("sdpa", mask=False), shape, 65, "a/tiny")
+    check_windows(Attention("torch_varlen", mask=False, sequence_parallel_size=2), shape, 65, "a/tiny")
 
 
 def config(**keys: Any) -> FinetuneConfig:

@@ -85,6 +85,18 @@ def test_unsloth_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: py
     assert choose_kernels(requested, "cuda", 0, elsewhere=True).provider == "unsloth"
 
 
+def test_auto_does_not_select_unsloth_for_workers_that_share_sequences(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
+    shared = {"num_devices": 2, "sequence_parallel_size": 2}
+    choice = choose_kernels(config(**shared), "cuda", 2)
+    assert choice.provider == "liger"
+    assert_names(choice.reason, "Unsloth", "sequence_parallel_size")
+    with pytest.raises(
+        ModelError, match=r"kernels: unsloth: .*sequence_parallel_size.*auto or liger or torch"
+    ):
+        choose_kernels(config(**shared, kernels="unsloth"), "cuda", 0)
+
+
 def test_auto_does_not_select_unsloth_for_packed_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     choice = choose_kernels(config(packing=True), "cuda", 0)

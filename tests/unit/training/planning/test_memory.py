@@ -23,6 +23,7 @@ from configs.schema import FinetuneConfig, LoraConfig
 from tests.support.architectures import write_model_files
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
+from tests.support.sequence_workers import run_workers
 from tests.support.tiny_model import make_model
 from training.data.batches import with_ends_of_rows
 from training.models import torch_provider, varlen_attention
@@ -217,6 +218,22 @@ def bytes_added_by_a_layer(models: dict[int, Path], **keys: Any) -> tuple[int, i
 def test_estimated_activations_of_a_layer_equal_its_saved_tensors(method: str, models: dict[int, Path]):
     saved, estimated = bytes_added_by_a_layer(models, **METHODS[method])
     assert saved == estimated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_estimated_activations_of_a_layer_equal_those_of_a_worker_that_shares_sequences(
+    size: int, models: dict[int, Path], tmp_path: Path
+):
+    """With four workers, the two key-value heads are copied."""
+    saved, estimated = [], []
+    for layers in (2, 3):
+        sequences = [[LONGEST]] * ROWS
+        outcome = run_workers(tmp_path, models[layers], sequences, workers=size, size=size, backward=False)
+        job = make_job(models[layers], num_devices=size, sequence_parallel_size=size, dtype="fp32")
+        saved.append(outcome.saved)
+        estimated.append(estimate_memory(job).activations)
+    assert saved[1] - saved[0] == estimated[1] - estimated[0]
 
 
 def test_estimate_of_long_packed_rows_includes_their_mask(models: dict[int, Path]):
