@@ -152,6 +152,10 @@ def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
             )
 
 
+def check_zero_3_adapter(parameters: AdapterParameters) -> None:
+    """Check that ZeRO-3 can train an adapter: PEFT reads some base weights in full, but they are sharded."""
+
+
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
     """Check that a quantized base model can be trained with these settings."""
     if facts.quantization is None:
