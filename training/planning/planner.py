@@ -79,6 +79,7 @@ from training.planning.checks import (
     check_template,
     check_token_rows,
     check_vocabulary,
+    check_zero_3_adapter,
     reject_missing_requirements,
 )
 from training.planning.deepspeed import Execution, check_optimizer, check_resharding, resolve_execution
@@ -398,6 +399,8 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         if _only_peft_can_count(config.lora_config, model):
             parameters = _new_adapter(config, model)
             check_new_adapter(config, parameters, model.facts)
+    if parameters and settings.execution.zero_stage == 3:
+        check_zero_3_adapter(parameters)
     if config.final_export and not config.final_export.merge:
         check_vllm_base(model.facts)
         check_vllm_adapter(*_stored_adapter(config, model, parameters))
