@@ -109,9 +109,13 @@ class _StoredWeights:
             )
             if name not in parameters and stored in parameters:
                 name, pattern = stored, None
-            self._sources.setdefault(name, []).append((stored, pattern))
+            names = [name]
             if pattern is not None:
-                self._converters[name] = by_pattern[pattern]
+                first, *others = by_pattern[pattern].target_patterns
+                names += [name.replace(first, other) for other in others]
+                self._converters |= dict.fromkeys(names, by_pattern[pattern])
+            for each in names:
+                self._sources.setdefault(each, []).append((stored, pattern))
 
     def read(self, parameter: str) -> torch.Tensor | None:
         """Return a parameter as stored, or None if it is not in the files, or quantized."""
@@ -121,11 +125,10 @@ class _StoredWeights:
             return None
         if parameter not in self._converters:
             return tensors[0]
-        converter = deepcopy(self._converters[parameter])
+        converter: Any = deepcopy(self._converters[parameter])  # its signatures name futures only
         for (stored, pattern), tensor in zip(sources, tensors, strict=True):
             converter.add_tensor(parameter, stored, pattern, tensor)
-        converted: dict[str, Any] = converter.convert(parameter, model=self._model, config=self._model.config)
-        found = converted.get(parameter)
+        found = converter.convert(parameter, model=self._model, config=self._model.config).get(parameter)
         return found[0] if isinstance(found, list) else found
 
     def _tensor(self, stored: str) -> torch.Tensor:
