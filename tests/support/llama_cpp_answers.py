@@ -23,13 +23,14 @@ def main() -> None:
     for prompt in asked["prompts"]:
         request = {
             "prompt": prompt,
-            "n_predict": asked["tokens"],
+            "max_tokens": asked["tokens"],
             "temperature": 0,
             "ignore_eos": True,
-            "return_tokens": True,
+            "logprobs": 1,  # with them, the answer has the ids of its tokens
             "cache_prompt": False,
         }
-        answers.append(server.handle_completions(request)["tokens"])
+        (choice,) = server.handle_completions(request)["choices"]
+        answers.append([token["id"] for token in choice["logprobs"]["content"]])
     Path(sys.argv[3]).write_text(json.dumps(answers))
 
 

@@ -21,11 +21,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from configs.schema import ExportConfig
 from cookbooks.quickstart.prepare import GGUF_FILE
-from tests.support.jobs import CompletedCommand, error_of, run_main
 from tests.support.messages import assert_names
 from tests.support.tiny_model import CHAT_TEMPLATE, make_model
 from tests.support.trained_runs import store_adapter_run
+from training.inference.checkpoint_model import trained_model
+from training.inference.export import export
+from training.models.files import ModelError
 from utils.storage.bucket import open_store
 
 pytestmark = [
@@ -80,21 +83,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def run(
-    request: pytest.FixtureRequest,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
+@pytest.fixture(scope="module")
+def runs(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return a run that trained an adapter of a model of each architecture."""
     directory = tmp_path_factory.mktemp("gguf")
-    model = make_model(directory / "model", tokenizer=tokenizer, **MODELS[request.param])
     storage = open_store(str(directory / "runs"))
-    return store_adapter_run(storage, "run", model, LORA, output_dir=str(directory / "scratch"))
+    runs = {}
+    for name, settings in MODELS.items():
+        # Weights so large that no two tokens are nearly as likely.
+        model = make_model(directory / name, tokenizer=tokenizer, initializer_range=0.3, **settings)
+        runs[name] = store_adapter_run(storage, name, model, LORA, output_dir=str(directory / "scratch"))
+    return runs
 
 
-def export(run: str, to: Path, *arguments: str) -> CompletedCommand:
-    return run_main(Path("export"), run, "--gguf", "--no-verify", "--to", str(to), "--json", *arguments)
+def exported(run: str, to: Path, **settings: Any) -> Path:
+    """Export a run with a GGUF file; return the GGUF file."""
+    config = ExportConfig.model_validate({"gguf": True, "verify": False, "to": str(to), **settings})
+    with trained_model(run) as trained:
+        written = export(trained, config, progress=lambda _: None)
+        assert written.gguf is not None
+    return to / written.gguf
 
 
 def answers_of_llama_cpp(file: Path, directory: Path) -> list[list[int]]:
@@ -128,29 +136,24 @@ def answers_of_transformers(directory: Path) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_llama_cpp_answers_as_transformers(run: str, dtype: str, tmp_path: Path):
-    finished = export(run, tmp_path / "exported", "--dtype", dtype)
-    assert finished.exit_code == 0, finished.errors
-    file = tmp_path / "exported" / finished.result["gguf"]
-    expected = answers_of_transformers(tmp_path / "exported")
-    assert expected != answers_of_transformers(Path(run).parents[1] / "model"), (
-        "the adapter changes the answers"
-    )
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "fp32") for name in MODELS), ("Llama 3.1", "fp16")])
+def test_llama_cpp_answers_as_transformers(name: str, dtype: str, runs: dict[str, str], tmp_path: Path):
+    to = tmp_path / "exported"
+    file = exported(runs[name], to, dtype=dtype)
+    expected = answers_of_transformers(to)
+    base = Path(runs[name]).parents[1] / name
+    assert expected != answers_of_transformers(base), "the adapter changes the answers"
     assert answers_of_llama_cpp(file, tmp_path) == expected
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 2**-9), ("q8_0", 1 / 254)], ids=["bf16", "q8_0"])
-def test_weights_are_rounded_to_the_type(run: str, kind: str, bound: float, tmp_path: Path):
+def test_weights_are_rounded_to_the_type(kind: str, bound: float, runs: dict[str, str], tmp_path: Path):
     """Half a step of bf16 is 2^-9 of a weight; of q8_0, 1/254 of the largest of 32."""
-    finished = export(run, tmp_path / "exported", "--dtype", "fp32", "--gguf-type", kind)
-    assert finished.exit_code == 0, finished.errors
-    assert finished.result["gguf"] == f"run-{kind}.gguf"
-    weights = load_file(tmp_path / "exported" / "model.safetensors")
-    tensors = {
-        tensor.name: tensor
-        for tensor in gguf.GGUFReader(tmp_path / "exported" / finished.result["gguf"]).tensors
-    }
+    to = tmp_path / "exported"
+    file = exported(runs["SmolLM2"], to, dtype="fp32", gguf_type=kind)
+    assert file.name == f"SmolLM2-{kind}.gguf"
+    weights = load_file(to / "model.safetensors")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for name, stored in (
         ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"),
         ("token_embd.weight", "model.embed_tokens.weight"),
@@ -167,6 +170,7 @@ def test_weights_are_rounded_to_the_type(run: str, kind: str, bound: float, tmp_
 def test_unknown_tokenizer_is_an_error(tiny_model: Path, tmp_path: Path):
     storage = open_store(str(tmp_path / "runs"))
     run = store_adapter_run(storage, "run", tiny_model, LORA, output_dir=str(tmp_path / "scratch"))
-    message = error_of(export(run, tmp_path / "exported"))
-    assert_names(message, "gguf", "BPE pre-tokenizer", "Remove gguf")
+    with pytest.raises(ModelError) as caught:
+        exported(run, tmp_path / "exported")
+    assert_names(str(caught.value), "gguf", "BPE pre-tokenizer", "Remove gguf")
     assert not (tmp_path / "exported").exists()
