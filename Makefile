@@ -9,7 +9,7 @@ PYTHON = $(shell for python in python3.11 python3.12 python3.13 python3 python; 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-EXTRAS := quickstart unsloth trackers cluster service dev bench
+EXTRAS := quickstart unsloth trackers cluster service gguf dev bench
 
 # The locks exclude torch: its build (CPU or CUDA) depends on the machine.
 TORCH = $(shell sed -nE 's/^    "(torch==[^"]+)",$$/\1/p' pyproject.toml)
@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-gguf setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-vllm test-gguf test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,7 @@ setup-unsloth: setup $(STAMPS)/unsloth  ## add Unsloth (AGPL-3.0 parts, see docs
 setup-trackers: setup $(STAMPS)/trackers  ## add Weights & Biases, MLflow and TensorBoard
 setup-cluster: setup $(STAMPS)/cluster  ## add Ray's dashboard and job server, for the head of a cluster
 setup-service: setup $(STAMPS)/service  ## add the packages of the fine-tuning service
+setup-gguf: setup $(STAMPS)/gguf  ## add llama.cpp with its converter, for `export --gguf`
 setup-dev: setup-unsloth setup-trackers setup-service $(STAMPS)/dev $(STAMPS)/interpreter $(STAMPS)/openai  ## add the packages for tests and linters
 
 quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU or an account
@@ -100,6 +101,12 @@ test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow
 
 test-service: setup-dev  ## run OpenAI's client through every call, fuzz the API and kill the service's processes, with a real model
 	SERVICE_GRID=1 $(BIN)/python -m pytest tests/unit/service tests/integration/service
+
+test-vllm: setup-dev setup-vllm  ## compare exports and the service's engine in real vLLM on CPU with transformers (minutes)
+	$(BIN)/python -m pytest tests/integration/training/inference/test_vllm_exports.py tests/integration/service/test_engine_vllm.py
+
+test-gguf: setup-dev setup-gguf  ## export models as GGUF files, and compare llama.cpp's answers with those of transformers
+	TEST_GGUF=1 $(BIN)/python -m pytest tests/integration/training/inference/test_gguf.py
 
 test-image: setup-dev  ## run the image's install steps without Docker, then its health check and entry point (3 GB, two minutes)
 	TEST_IMAGE=1 $(BIN)/python -m pytest tests/integration/test_image.py

@@ -350,7 +350,12 @@ def _add_export_arguments(command: Parser) -> None:
     form.add_argument(
         "--gguf",
         action="store_true",
-        help="also write a GGUF file; requires llama.cpp's convert_hf_to_gguf.py",
+        help="also write a GGUF file with llama.cpp's converter (make setup-gguf)",
+    )
+    command.add_argument(
+        "--gguf-type",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="type of the weights in the GGUF file; default: that of --dtype",
     )
     command.add_argument(
         "--verify",

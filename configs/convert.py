@@ -68,7 +68,7 @@ _TORCHTUNE_DATASETS = {
 }
 _TORCHTUNE_MODULES = {"output_proj": "o_proj"}
 _MLP_MODULES = ["gate_proj", "up_proj", "down_proj"]
-_FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
+_FILE_TYPES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 
 
 @dataclass

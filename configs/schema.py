@@ -535,7 +535,10 @@ class ExportConfig(Section):
     """Bucket prefix or directory to export to; null: exports/ in the run."""
 
     gguf: bool = False
-    """Also write a GGUF file; requires llama.cpp's convert_hf_to_gguf.py on the PATH."""
+    """Also write a GGUF file with llama.cpp's converter (`make setup-gguf`)."""
+
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Type of the weights in the GGUF file; null: that of dtype."""
 
     verify: bool | None = None
     """Compare the export with the model as trained on a few rows before it is published, in fp32 on the CPU. null: if memory
@@ -547,7 +550,20 @@ class ExportConfig(Section):
             raise ConflictError(
                 [("gguf", "`gguf` requires a complete model: write `merge: true`, or remove `gguf`")]
             )
+        if self.gguf_type and not self.gguf:
+            raise ConflictError(
+                [("gguf_type", "`gguf_type` is the type of a GGUF file: write `gguf: true` too")]
+            )
         return self
+
+    @property
+    def gguf_name(self) -> str | None:
+        """Return the type of the weights in the GGUF file; None without one."""
+        return (
+            (self.gguf_type or {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[self.dtype])
+            if self.gguf
+            else None
+        )
 
 
 DataPaths = DataUri | Annotated[list[DataUri | DataSource], Field(min_length=1)]

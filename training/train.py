@@ -351,6 +351,7 @@ def _push_command(run_uri: str, config: FinetuneConfig) -> list[str]:
     if not settings.merge:
         return [*command, "--no-merge"]
     command += ["--gguf"] if settings.gguf else []
+    command += ["--gguf-type", settings.gguf_type] if settings.gguf_type else []
     return [*command, *(["--dtype", settings.dtype] if config.export else [])]
 
 

@@ -428,6 +428,11 @@ def test_adapter_whose_file_differs_from_its_config_raises_an_error_with_the_ten
         ({"new_tokens": ["<|im_end|>"]}, "new_tokens: '<|im_end|>' ", "Remove"),
         ({"new_tokens": ["<a>"], "lora_config": {}, "deepspeed": "zero_3"}, "new_tokens: ", "zero_2"),
         (
+            {"lora_config": {"trainable_token_indices": [1]}, "deepspeed": "zero_3"},
+            "trainable_token_indices: ",
+            "zero_2",
+        ),
+        (
             {"new_tokens": ["<a>"], "lora_config": {"modules_to_save": ["lm_head"]}},
             "lora_config.modules_to_save: lm_head ",
             "new_tokens",

@@ -28,11 +28,23 @@ class Repository:
     is_private: bool = False
     commits: list[str] = field(default_factory=list)
     """Messages of the commits."""
+    history: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Id of each earlier commit -> its files."""
 
     @property
     def sha(self) -> str:
         """The id of the latest commit."""
         return hashlib.sha1(str(len(self.commits)).encode()).hexdigest() if self.commits else COMMIT
+
+    def commit(self, files: Mapping[str, bytes], message: str) -> None:
+        """Add a commit that writes these files."""
+        self.history[self.sha] = dict(self.files)
+        self.files |= files
+        self.commits.append(message)
+
+    def at(self, revision: str | None) -> tuple[str, dict[str, bytes]]:
+        """Return the id and the files of a commit; of the latest one for a branch."""
+        return (revision, self.history[revision]) if revision in self.history else (self.sha, self.files)
 
 
 @dataclass
@@ -118,38 +130,40 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     # --- Reading ---
 
-    def info(self, _body: bytes, key: str, _revision: str | None) -> None:
+    def info(self, _body: bytes, key: str, revision: str | None) -> None:
         if found := self.repository(key):
-            siblings = [{"rfilename": file} for file in found.files]
+            sha, files = found.at(revision)
+            siblings = [{"rfilename": file} for file in files]
             name = key.partition("/")[2]
             self.reply_json(
                 {
                     "id": name,
                     "modelId": name,
-                    "sha": found.sha,
+                    "sha": sha,
                     "siblings": siblings,
                     "private": found.is_private,
                 }
             )
 
-    def tree(self, _body: bytes, key: str, _revision: str) -> None:
+    def tree(self, _body: bytes, key: str, revision: str) -> None:
         if found := self.repository(key):
             self.reply_json(
                 [
                     {"type": "file", "path": file, "size": len(content), "oid": etag(content)}
-                    for file, content in found.files.items()
+                    for file, content in found.at(revision)[1].items()
                 ]
             )
 
-    def resolve(self, _body: bytes, kind: str | None, name: str, _revision: str, file: str) -> None:
+    def resolve(self, _body: bytes, kind: str | None, name: str, revision: str, file: str) -> None:
         found = self.repository(f"{kind or 'models/'}{name}")
         if found is None:
             return
-        if file not in found.files:
+        sha, files = found.at(revision)
+        if file not in files:
             self.missing("EntryNotFound")
             return
-        content = found.files[file]
-        headers = {"ETag": f'"{etag(content)}"', "X_Repo_Commit": found.sha}
+        content = files[file]
+        headers = {"ETag": f'"{etag(content)}"', "X_Repo_Commit": sha}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if asked:
             content = content[int(asked[1]) : int(asked[2]) + 1]
@@ -222,13 +236,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if found is None:
             return
         header, *operations = map(json.loads, body.splitlines())
+        files = {}
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
-                found.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
-                found.files[value["path"]] = self.hub.blobs[value["oid"]]
-        found.commits.append(header["value"]["summary"])
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+        found.commit(files, header["value"]["summary"])
         self.reply_json(
             {
                 "success": True,
@@ -238,7 +253,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
 
     routes = {
-        r"GET /api/((?:models|datasets)/[^/]+/[^/]+)(/revision/[^/]+)?": info,
+        r"GET /api/((?:models|datasets)/[^/]+/[^/]+)(?:/revision/([^/]+))?": info,
         r"GET /api/((?:models|datasets)/[^/]+/[^/]+)/tree/([^/]+).*": tree,
         r"(?:GET|HEAD) /(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)": resolve,
         r"GET /api/whoami-v2": whoami,

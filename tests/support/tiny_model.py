@@ -49,6 +49,7 @@ def make_model(
     layers: int = 2,
     positions: int = 512,
     kind: Callable[..., PreTrainedConfig] = LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     **settings: Any,
 ) -> Path:
     """Save the model and its tokenizer to a directory; return the directory.
@@ -59,10 +60,11 @@ def make_model(
         layers: The number of layers.
         positions: The maximum number of positions.
         kind: The configuration class.
+        tokenizer: The tokenizer; None: that of `make_tokenizer`.
         settings: Settings that only this class has.
     """
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     config = kind(
         vocab_size=len(tokenizer),
         hidden_size=64,

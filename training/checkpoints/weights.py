@@ -10,9 +10,18 @@ from utils.files import checksum, safe_join
 from utils.storage.bucket import DamagedError, is_remote, open_store, sync_to_node
 
 
-def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """Download the wanted files of a model, once per node, and return their local directory."""
-    return fetch_hub_model(source, wanted) if is_hub_id(source) else fetch_weights(source, cache, wanted)
+def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool], revision: str | None = None) -> Path:
+    """Download the wanted files of a model, once per node, and return their local directory.
+
+    Args:
+        source: Hub id, directory or URI of the model.
+        cache: The node cache.
+        wanted: Returns whether a file is needed.
+        revision: Commit of a model on the Hub; None: the latest.
+    """
+    if is_hub_id(source):
+        return fetch_hub_model(source, wanted, revision)
+    return fetch_weights(source, cache, wanted)
 
 
 def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:

@@ -445,7 +445,7 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
     """
     if isinstance(mask, str):
         mask = parse_json(mask, what)
-    answers = [index for index, message in enumerate(messages) if _is_answer(message)]
+    answers = [index for index, message in enumerate(messages) if is_answer(message)]
     if not isinstance(mask, list | tuple) or any(flag not in (0, 1) for flag in mask):
         raise RowError("wrong weight", f"{what} is not a list of 0 and 1")
     if len(mask) == len(messages):
@@ -461,7 +461,8 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
     ]
 
 
-def _is_answer(message: Any) -> bool:
+def is_answer(message: Any) -> bool:
+    """Return whether a value is a message of the assistant, in any of its spellings."""
     return isinstance(message, dict) and _ROLES.get(_written_role(message)) == "assistant"
 
 

@@ -1,4 +1,4 @@
-"""Datasets on the Hugging Face Hub: their version, and their JSON and CSV files.
+"""Datasets on the Hugging Face Hub: their version, and their JSON, CSV and TSV files.
 
 `datasets` turns ISO dates of such files into datetimes, 3 into 3.0 beside a null, and large integers into floats. The files are
 therefore downloaded and read as those of other sources. Parquet files declare the types of their columns, so `datasets` reads them.
@@ -6,7 +6,7 @@ therefore downloaded and read as those of other sources. Parquet files declare t
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _PREFIX = "hf://datasets/"
 _SECONDS = 10
-_TEXT_FILE = re.compile(r"\.(jsonl|ndjson|json|csv)(\.gz|\.zst)?$")
+_TEXT_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?$")
+_TAB_FILE = re.compile(r"\.tsv(\.gz|\.zst)?$")
 _OF_EVERY_CONFIG = {"name", "version", "data_dir", "data_files", "description", "features"}
 
 
@@ -62,7 +63,7 @@ def hub_version(uri: str) -> str:
 
 
 def text_files(uri: str, version: str, cache: Path) -> dict[str, list[Path]] | None:
-    """Download the JSON or CSV files of a dataset, or return None if `datasets` has to read it.
+    """Download the JSON, CSV or TSV files of a dataset, or return None if `datasets` has to read it.
 
     Args:
         uri: The dataset.
@@ -111,7 +112,7 @@ def _download(name: str, config: str | None, split: str, version: str) -> dict[s
 
     builder = load_dataset_builder(name, config, revision=version)
     files: Mapping[Any, Any] | None = builder.config.data_files
-    if not files or not _is_plain_text(builder):
+    if not files or not _is_plain_text(builder, [str(url) for each in files.values() for url in each]):
         return None
     named = {each: files[each] for each in files if split == "all" or _names(split, str(each))}
     if not named:
@@ -131,19 +132,22 @@ def _names(expression: str, split: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(split)}(?![\w.-])", expression) is not None
 
 
-def _is_plain_text(builder: "DatasetBuilder") -> bool:
-    """Return whether a builder reads JSON or CSV files without settings of its own."""
+def _is_plain_text(builder: "DatasetBuilder", urls: Iterable[str]) -> bool:
+    """Return whether a builder reads JSON, CSV or TSV files without settings of its own."""
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
     if not isinstance(builder, Csv | Json):
         return False
     default = type(builder.config)()
-    return all(
-        getattr(builder.config, field.name) == getattr(default, field.name)
+    changed = {
+        field.name: getattr(builder.config, field.name)
         for field in fields(default)
-        if field.name not in _OF_EVERY_CONFIG
-    )
+        if getattr(builder.config, field.name) != getattr(default, field.name)
+    }
+    settings = {name: value for name, value in changed.items() if name not in _OF_EVERY_CONFIG}
+    # `datasets` sets the separator itself for a dataset of TSV files.
+    return settings == ({"sep": "\t"} if all(map(_TAB_FILE.search, urls)) else {})
 
 
 @contextmanager

@@ -20,9 +20,15 @@ def stop_tokens(settings: "GenerationConfig | None", tokenizer: "PreTrainedToken
     stops = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if isinstance(tokenizer.eos_token_id, int):
         stops.add(tokenizer.eos_token_id)
+    return sorted(stops | set(end_of_turn(tokenizer)))
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Return the id of the special token with which the chat template ends a turn; empty if it ends turns with other text."""
     end = Renderer(tokenizer, whole_text=False).end_marker
-    first = tokenizer.encode(end, add_special_tokens=False)[:1] if end else []
-    return sorted(stops | (set(first) & set(tokenizer.added_tokens_decoder)))
+    tokens = tokenizer.encode(end, add_special_tokens=False) if end else []
+    special = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+    return [token for token in tokens if token in special][:1]
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_rendered: bool) -> Sequence[int]:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from configs.schema import DataFormat
 from training.data.chats import (
+    is_answer,
     is_media,
     is_message,
     is_quality_tag,
@@ -490,7 +491,14 @@ def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any
         case ["instruction", *_]:
             return [*_history_of(row, columns), {"role": "user", "content": _question_of(row, columns)}]
         case [name]:
-            return listed(mapped(row, columns, name), _called(name, columns))
+            messages = listed(mapped(row, columns, name), _called(name, columns))
+            if messages and is_answer(messages[-1]):
+                raise RowError(
+                    "several answers",
+                    f"{_called(name, columns)} ends with an answer, but `chosen` and `rejected` answer its last question. Remove the answer "
+                    "from it",
+                )
+            return messages
     return []
 
 
@@ -500,9 +508,18 @@ def _prompt_columns(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[st
         return ("prompt",)
     if mapped(row, columns, "instruction") is not None:
         return ("instruction", "input", "history")
-    if is_message(mapped(row, columns, "chosen")):
+    if _has_no_question(mapped(row, columns, "chosen")):
         return tuple(name for name in _CHATS if mapped(row, columns, name) is not None)[:1]
     return ()
+
+
+def _has_no_question(value: Any) -> bool:
+    """Return whether a side of a pair is an answer alone: a text, a message, or a list of the assistant's messages."""
+    if isinstance(value, str):
+        return not (written_turns(value) or _written_messages(value))
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(is_answer, value))
+    return is_message(value)
 
 
 def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:

@@ -31,12 +31,15 @@ _KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".csv": "csv",
+    ".tsv": "tsv",
 }
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_NOT_READ = (".tsv", ".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
+_NOT_READ = (".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
 # Files that `datasets` writes beside the rows.
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+_TABLES = {",": "CSV", "\t": "TSV"}
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|training|valid|validation|val|dev|eval|test)(?=[/_.-]|$)")
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _PARQUET_ROWS = 1000
@@ -151,7 +154,7 @@ def _is_hidden(uri: str, directory: str) -> bool:
 
 
 def _kind_of(uri: str) -> tuple[str, str | None]:
-    """Return (format, compression); the format is jsonl, json, parquet, csv or the unknown extension."""
+    """Return (format, compression); the format is one of _KINDS or the unknown extension."""
     name = PurePosixPath(uri).name.lower()
     compression = _COMPRESSIONS.get(PurePosixPath(name).suffix)
     ending = PurePosixPath(PurePosixPath(name).stem if compression else name).suffix
@@ -182,7 +185,7 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
     kind, compression = _kind_of(file.uri)
     if kind in _NOT_READ:
         raise DataError(
-            f"{file.uri}: {kind} files are not supported. Convert it to JSONL (one JSON object per line), JSON, CSV or Parquet, with that extension."
+            f"{file.uri}: {kind} files are not supported. Convert it to JSONL (one JSON object per line), JSON, CSV, TSV or Parquet, with that extension."
         )
     if kind == "arrow":
         return _open_arrow(path, file.uri)
@@ -196,16 +199,19 @@ def open_file(file: DataFile, cache: Path) -> OpenFile:
 
 
 def _open_text(path: Path, uri: str, kind: str, compression: str | None) -> OpenFile:
-    """Open a JSONL, JSON or CSV file."""
+    """Open a JSONL, JSON, CSV or TSV file."""
     raw = path.open("rb")
     size = max(path.stat().st_size, 1)
     if fault := None if compression else _other_kind(raw.peek(4)):
         raw.close()
         raise DataError(f"{uri}: {fault}.")
     stream = _decompressed(raw, compression) if compression else raw
-    reader = {"json": _read_json, "csv": _read_csv}.get(kind, _read_jsonl)
+    if kind in _SEPARATORS:
+        rows = _read_table(stream, uri, _SEPARATORS[kind])
+    else:
+        rows = _read_json(stream, uri) if kind == "json" else _read_jsonl(stream, uri)
     return OpenFile(
-        _closing(raw, _naming_damage(reader(stream, uri), uri)),
+        _closing(raw, _naming_damage(rows, uri)),
         lambda: 1.0 if raw.closed else raw.tell() / size,
     )
 
@@ -391,10 +397,11 @@ class _Characters:
             return _too_large(size) if size > MAX_ROW_BYTES else value
 
 
-def _read_csv(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
+def _read_table(stream: io.BufferedReader, uri: str, separator: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as lines:
-        yield from _csv_records(csv.reader(_bounded(lines, uri), strict=True), uri)
+        reader = csv.reader(_bounded(lines, uri), delimiter=separator, strict=True)
+        yield from _table_records(reader, uri, separator)
 
 
 def _bounded(lines: io.TextIOWrapper, uri: str) -> Iterator[str]:
@@ -409,7 +416,7 @@ def _bounded(lines: io.TextIOWrapper, uri: str) -> Iterator[str]:
         yield line
 
 
-def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
+def _table_records(reader: Any, uri: str, separator: str) -> Iterator[tuple[int, Any]]:
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -420,7 +427,7 @@ def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
         except csv.Error as error:
             # After an unclosed quote, later rows cannot be separated from the quoted text.
             raise DataError(
-                f"{uri}:{line}: is not valid CSV ({error}). Fix the file or write it again."
+                f"{uri}:{line}: is not valid {_TABLES[separator]} ({error}). Fix the file or write it again."
             ) from error
         if header is None:
             header = cells
@@ -429,13 +436,15 @@ def _csv_records(reader: Any, uri: str) -> Iterator[tuple[int, Any]]:
                 raise DataError(
                     f"{uri}:{line}: the header repeats {', '.join(map(repr, repeated))}. Give each column a unique name."
                 )
-            separators = [
-                separator for separator in (";", "\t", "|") if len(cells) == 1 and separator in cells[0]
+            others = [
+                other
+                for other in (",", ";", "\t", "|")
+                if len(cells) == 1 and other != separator and other in cells[0]
             ]
-            if separators:
+            if others:
                 raise DataError(
-                    f"{uri}:{line}: the header is a single column that contains {separators[0]!r}, but cells must be separated by commas. "
-                    "Convert the file to comma-separated CSV, Parquet or JSONL."
+                    f"{uri}:{line}: the header is a single column that contains {others[0]!r}, but cells of {_TABLES[separator]} are "
+                    f"separated by {separator!r}. Give a tab-separated file the extension .tsv, or convert the file to CSV, Parquet or JSONL."
                 )
         elif not cells:
             continue
@@ -526,7 +535,7 @@ def _open_hub(file: DataFile, cache: Path) -> OpenFile:
 
 
 def _open_hub_texts(uri: str, files: Mapping[str, list[Path]]) -> OpenFile:
-    """Open the JSON or CSV files of a dataset on the Hub; rows are numbered from the start of the URI's split."""
+    """Open the JSON, CSV or TSV files of a dataset on the Hub; rows are numbered from the start of the URI's split."""
     fraction = 0.0
 
     def rows_of(split: str) -> Iterator[Any]:

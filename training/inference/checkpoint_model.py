@@ -1,6 +1,6 @@
 """Loading of a trained checkpoint and, for an adapter, its base model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ class TrainedModel:
     config: FinetuneConfig
     base: str | None
     """Hub id, directory or URI of the adapter's base model; None if the checkpoint is a full-parameter model."""
+    base_revision: str | None
+    """The commit of a base model on the Hub that the adapter was trained on, if it is recorded."""
     cache: Path
     """The node cache for downloads."""
 
@@ -54,10 +56,15 @@ class TrainedModel:
         """Return a local directory with the base model's files; None for a full-parameter model."""
         if self.base is None:
             return None
-        directory = fetch_model(self.base, self.cache, is_model_file)
+        directory = self.fetch_base(is_model_file)
         if not is_hub_id(self.base):
             verify_local_weights(self.base, directory, is_model_file)
         return directory
+
+    def fetch_base(self, wanted: Callable[[str], bool]) -> Path:
+        """Download the wanted files of the adapter's base model and return their local directory."""
+        assert self.base is not None
+        return fetch_model(self.base, self.cache, wanted, self.base_revision)
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the checkpoint's tokenizer, with the chat template used in training."""
@@ -106,11 +113,13 @@ def trained_model(run: str, *others: str, base: str | None = None) -> Iterator[T
         if needs_embedded_bucket(config):
             stack.enter_context(embedded_bucket())
         cache = make_scratch_directory(config) / "cache"
+        found, revision = _base_of(checkpoint, config, base, cache)
         yield TrainedModel(
             checkpoint=checkpoint,
             manifest=read_manifest(checkpoint),
             config=config,
-            base=_base_of(checkpoint, config, base, cache),
+            base=found,
+            base_revision=revision,
             cache=cache,
         )
 
@@ -143,12 +152,14 @@ def _config_of(run: str) -> FinetuneConfig:
     return stored.config
 
 
-def _base_of(checkpoint: str, config: FinetuneConfig, named: str | None, cache: Path) -> str | None:
-    """Return the base model of an adapter: the one named by --base, which must fit, or else the one it was trained on."""
+def _base_of(
+    checkpoint: str, config: FinetuneConfig, named: str | None, cache: Path
+) -> tuple[str | None, str | None]:
+    """Return the base model of an adapter and its commit: the one named by --base, which must fit, or the one it was trained on."""
     if not config.trains_adapter:
         if named:
             raise ConfigError(f"--base: {checkpoint} is a full-parameter model and has no base model")
-        return None
+        return None, None
     adapter = read_adapter_facts(checkpoint)
     if named is None:
         if not is_hub_id(adapter.base_model):
@@ -158,11 +169,11 @@ def _base_of(checkpoint: str, config: FinetuneConfig, named: str | None, cache: 
                 raise NotFoundError(
                     f"{checkpoint}: its base model is gone: {error}. Name the place where it is now: --base URI"
                 ) from error
-        return adapter.base_model
+        return adapter.base_model, adapter.base_revision
     base = named if is_hub_id(named) else absolute(named)
     _, wrong = continued_adapter(
         fetch_model(base, cache, is_tokenizer_file), base, adapter, trust_remote_code=config.trust_remote_code
     )
     if wrong:
         raise ConfigError(f"--base: {base} does not fit the adapter {checkpoint}: {wrong[0]}")
-    return base
+    return base, None

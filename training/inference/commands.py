@@ -33,6 +33,7 @@ def export_command(
     dtype: Literal["bf16", "fp16", "fp32"],
     merge: bool,
     gguf: bool,
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None,
     verify: bool | None,
     push: str | None,
     private: bool,
@@ -48,8 +49,10 @@ def export_command(
         from training.models.hub import check_hub_access
 
         check_hub_access("--push")
+    if gguf_type and not gguf:
+        raise ConfigError("--gguf-type: is the type of a GGUF file. Add --gguf, or remove --gguf-type.")
     to = open_store(to).uri if to else None
-    settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf, verify=verify)
+    settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf, gguf_type=gguf_type, verify=verify)
     screen = errors if as_json else output
     exported = export_run(run, settings, screen, errors, base=base)
     if push:

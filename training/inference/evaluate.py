@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -253,7 +253,11 @@ def _max_tokens(trained: TrainedModel) -> int | None:
     from training.checkpoints.weights import fetch_model
     from training.models.files import is_tokenizer_file
 
-    directory = fetch_model(trained.base or trained.checkpoint, trained.cache, is_tokenizer_file)
+    directory = (
+        trained.fetch_base(is_tokenizer_file)
+        if trained.base
+        else fetch_model(trained.checkpoint, trained.cache, is_tokenizer_file)
+    )
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trained.config.trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -304,11 +308,13 @@ class _Worker:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.num_devices))
         self._tokenizer = trained.tokenizer()
         self._model: Any = trained.load(settings.device)
+        stops = stop_tokens(self._model.generation_config, self._tokenizer)
+        self._left_out = tokens_left_out(self._tokenizer, stops, trained.config.new_special_tokens)
         # Greedy decoding, independent of the model's own settings for sampling and repetition.
         self._model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=stop_tokens(self._model.generation_config, self._tokenizer),
+            eos_token_id=stops,
             pad_token_id=self._tokenizer.pad_token_id,
         )
 
@@ -327,7 +333,30 @@ class _Worker:
         device = self._model.device
         with torch.inference_mode():
             generated = self._model.generate(input_ids=tokens.to(device), attention_mask=mask.to(device))
-        return rows, self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+        answers = [
+            [token for token in answer if token not in self._left_out]
+            for answer in generated[:, width:].tolist()
+        ]
+        return rows, self._tokenizer.batch_decode(answers)
+
+
+def tokens_left_out(
+    tokenizer: "PreTrainedTokenizerFast", stops: Iterable[int], trained: Iterable[str]
+) -> frozenset[int]:
+    """Return the special tokens that are no part of an answer: all but those that a run has added, if they do not end answers.
+
+    Args:
+        tokenizer: The tokenizer.
+        stops: The tokens that end an answer.
+        trained: The run's `new_special_tokens`, which its answers contain.
+    """
+    own = set(trained)
+    others = {
+        token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special and added.content not in own
+    }
+    return frozenset(others | set(stops))
 
 
 def _answer(

@@ -20,7 +20,6 @@ from configs.loading import ConfigError
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
-from training.checkpoints.weights import fetch_model
 from training.data.prompting import stop_tokens
 from training.inference.model_card import Card
 from training.models.files import (
@@ -33,7 +32,13 @@ from training.models.files import (
     read_model_facts,
 )
 from training.models.hub import push_directory
-from training.planning.exportable import GGUF_TOOL, check_mergeable, check_vllm_adapter, gguf_tool
+from training.planning.exportable import (
+    GGUF_TOOL,
+    check_mergeable,
+    check_vllm_adapter,
+    check_vllm_base,
+    gguf_converter,
+)
 from utils.files import checksum, format_bytes, free_bytes
 from utils.storage.bucket import (
     Store,
@@ -51,7 +56,6 @@ if TYPE_CHECKING:
     from training.inference.checkpoint_model import TrainedModel
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
 # The config file that every program needs to load an export.
@@ -87,7 +91,7 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
         planned = _verified(trained, planned, settings, staged, progress)
         if planned.gguf:
             progress("writing the GGUF file")
-            _write_gguf(planned, staged)
+            _write_gguf(planned, settings, staged)
         (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
         progress(f"writing to {planned.uri}")
         return _publish(store, planned, staged)
@@ -127,7 +131,7 @@ def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
         uri=uri if is_remote(uri) else str(local_path(uri)),
         kind=kind,
         dtype=dtype,
-        gguf=f"{run_name}-{dtype}.gguf" if settings.gguf else None,
+        gguf=f"{run_name}-{settings.gguf_type or dtype}.gguf" if settings.gguf else None,
         notes=list(_notes(trained, kind)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=trained.manifest.versions,
@@ -191,16 +195,21 @@ def describe(exported: Export) -> str:
 
 def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
     if planned.gguf:
-        gguf_tool()
+        gguf_converter()
     if trained.base is None:
         _check_memory_and_disk(read_model_facts(trained.checkpoint), planned, trained.cache)
     elif planned.kind == "adapter":
-        facts = read_adapter_facts(trained.checkpoint)
-        check_vllm_adapter(facts.lora, facts.parameter_shapes)
+        adapter = read_adapter_facts(trained.checkpoint)
+        check_vllm_base(_base_facts(trained.base))
+        check_vllm_adapter(adapter.lora, adapter.parameter_shapes)
     else:
-        facts = read_hub_facts(trained.base) if is_hub_id(trained.base) else read_model_facts(trained.base)
+        facts = _base_facts(trained.base)
         check_mergeable(facts)
         _check_memory_and_disk(facts, planned, trained.cache)
+
+
+def _base_facts(source: str) -> ModelFacts:
+    return read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)
 
 
 def _check_memory_and_disk(facts: ModelFacts, planned: Export, cache: Path) -> None:
@@ -234,7 +243,7 @@ def _verified(
     if settings.verify is False:
         return planned
     source = trained.base or trained.checkpoint
-    facts = read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)
+    facts = _base_facts(source)
     reason = None
     if facts.quantization is not None:
         reason = f"a base model in 16 bits or more, but {source} is stored in 4 bits"
@@ -287,22 +296,21 @@ def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
     from training.models.generation import read_generation_config, remove_ignored
 
     weights = trained.weights()
-    assert trained.base is not None
-    generation = read_generation_config(fetch_model(trained.base, trained.cache, is_tokenizer_file))
+    generation = read_generation_config(trained.fetch_base(is_tokenizer_file))
     remove_ignored(generation)
     _set_stop_tokens(generation, trained)
     generation.save_pretrained(directory)
     shutil.copyfile(weights / "adapter_model.safetensors", directory / "adapter_model.safetensors")
     settings = json.loads((weights / "adapter_config.json").read_text("utf-8"))
-    settings["base_model_name_or_path"] = trained.base
+    settings |= {"base_model_name_or_path": trained.base, "revision": trained.base_revision}
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), "utf-8")
 
 
-def _write_gguf(planned: Export, directory: Path) -> None:
-    assert planned.gguf is not None and planned.dtype is not None
+def _write_gguf(planned: Export, settings: ExportConfig, directory: Path) -> None:
+    assert planned.gguf is not None and settings.gguf_name is not None
     file = directory / planned.gguf
     done = subprocess.run(
-        [gguf_tool(), str(directory), "--outfile", str(file), "--outtype", _GGUF_TYPES[planned.dtype]],
+        [*gguf_converter(), str(directory), "--outfile", str(file), "--outtype", settings.gguf_name],
         capture_output=True,
         text=True,
         check=False,
@@ -321,6 +329,7 @@ def _card(trained: "TrainedModel", planned: Export) -> Card:
     return Card(
         export=planned,
         base=trained.base or trained.config.initial_base_model_ckpt_path or trained.config.model_id,
+        revision=trained.base_revision,
         config=trained.config,
         manifest=trained.manifest,
         rank=read_adapter_facts(trained.checkpoint).largest_rank if trained.base else 0,

@@ -2,8 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from training.models.torch_provider import attach_adapter
 
@@ -19,9 +26,6 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _PREFIX = "base_model.model."
-
-StoredTensor = Callable[[str], torch.Tensor | None]
-"""Returns a tensor of the base model's files by its name, or None."""
 
 
 def merge_adapter(model: "PreTrainedModel", base: Path, adapter: Path) -> "PreTrainedModel":
@@ -36,9 +40,9 @@ def merge_adapter(model: "PreTrainedModel", base: Path, adapter: Path) -> "PreTr
         adapter: Local directory of the adapter.
     """
     dtype = model.dtype
+    stored = _StoredWeights(model, base)
     adapted: Any = attach_adapter(model, adapter)
     was_tied = _untie(adapted)
-    stored = _stored_tensors(base)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -57,7 +61,7 @@ def merge_adapter(model: "PreTrainedModel", base: Path, adapter: Path) -> "PreTr
 
 
 @contextmanager
-def _in_fp32(module: Any, name: str, stored: StoredTensor) -> Iterator[None]:
+def _in_fp32(module: Any, name: str, stored: "_StoredWeights") -> Iterator[None]:
     """Give the base weights of an adapted module in fp32, and round them to their dtype afterwards."""
     base = module.get_base_layer()
     names = [module.parameter_name] if hasattr(module, "parameter_name") else ["weight", "bias"]
@@ -66,33 +70,83 @@ def _in_fp32(module: Any, name: str, stored: StoredTensor) -> Iterator[None]:
     for each, value in weights.items():
         if value.dtype == torch.float32:
             continue
-        original = stored(f"{name.replace('.base_layer', '')}.{each}")
-        is_same = original is not None and original.shape == value.shape and each == "weight"
+        # An adapter may train the bias itself, but the weight is that of the base.
+        original = stored.read(f"{name.replace('.base_layer', '')}.{each}") if each != "bias" else None
+        is_same = original is not None and original.shape == value.shape
         value.data = (original if original is not None and is_same else value.data).to(torch.float32)
     yield
     for each, value in weights.items():
         value.data = value.data.to(dtypes[each])
 
 
-def _stored_tensors(directory: Path) -> StoredTensor:
-    index = directory / _INDEX
-    files: dict[str, Path] = {}
-    if index.exists():
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = {name: directory / file for name, file in weight_map.items()}
-    else:
-        for file in directory.glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                files |= dict.fromkeys(tensors.keys(), file)
+class _StoredWeights:
+    """The weights of a base model as its files store them, without rounding to the dtype in which it is loaded.
 
-    def read(name: str) -> torch.Tensor | None:
-        if name not in files:
+    transformers loads some weights under other names, and fuses some: the experts of a layer, which most files store one by one,
+    become one parameter. Its own conversions of this model are used here.
+    """
+
+    def __init__(self, model: "PreTrainedModel", directory: Path):
+        """Find the tensors of each parameter.
+
+        Args:
+            model: The model that transformers has loaded from the files.
+            directory: Local directory of its files.
+        """
+        conversions = getattr(model, "_weight_conversions", None) or []
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        parameters = model.state_dict()
+        self._model = model
+        self._files = dict(_files_of_tensors(directory))
+        self._sources: dict[str, list[tuple[str, str | None]]] = {}
+        """Parameter -> its tensors in the files, each with the pattern of the conversion that matches it."""
+        self._converters: dict[str, WeightConverter] = {}
+        for stored in sorted(self._files, key=dot_natural_key):
+            name, pattern = rename_source_key(
+                stored, renamings, converters, model.base_model_prefix, parameters
+            )
+            if name not in parameters and stored in parameters:
+                name, pattern = stored, None
+            names = [name]
+            if pattern is not None:
+                first, *others = by_pattern[pattern].target_patterns
+                names += [name.replace(first, other) for other in others]
+                self._converters |= dict.fromkeys(names, by_pattern[pattern])
+            for each in names:
+                self._sources.setdefault(each, []).append((stored, pattern))
+
+    def read(self, parameter: str) -> torch.Tensor | None:
+        """Return a parameter as stored, or None if it is not in the files, or quantized."""
+        sources = self._sources.get(parameter, [])
+        tensors = [self._tensor(stored) for stored, _ in sources]
+        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
             return None
-        with safe_open(files[name], "pt") as tensors:
-            tensor = tensors.get_tensor(name)
-        return tensor if tensor.is_floating_point() else None
+        if parameter not in self._converters:
+            return tensors[0]
+        converter: Any = deepcopy(self._converters[parameter])  # its signatures name futures only
+        for (stored, pattern), tensor in zip(sources, tensors, strict=True):
+            converter.add_tensor(parameter, stored, pattern, tensor)
+        found = converter.convert(parameter, model=self._model, config=self._model.config).get(parameter)
+        return found[0] if isinstance(found, list) else found
 
-    return read
+    def _tensor(self, stored: str) -> torch.Tensor:
+        with safe_open(self._files[stored], "pt") as tensors:
+            return tensors.get_tensor(stored)
+
+
+def _files_of_tensors(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the name of each tensor of a model with its file."""
+    index = directory / _INDEX
+    if index.exists():
+        for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items():
+            yield name, directory / file
+        return
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, file
 
 
 def _untie(adapted: Any) -> bool:

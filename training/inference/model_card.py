@@ -46,6 +46,8 @@ class Card:
     export: Export
     base: str
     """Base model: Hub id, directory or URI."""
+    revision: str | None
+    """Commit of a base model on the Hub that the adapter was trained on, if it is recorded."""
     config: FinetuneConfig
     manifest: Manifest
     """Manifest of the checkpoint."""
@@ -93,7 +95,7 @@ class Card:
     def _facts(self) -> list[tuple[str, Any]]:
         config, manifest = self.config, self.manifest
         facts = [
-            ("base model", self.base),
+            ("base model", f"{self.base} (commit {self.revision})" if self.revision else self.base),
             ("checkpoint", self.export.checkpoint),
             ("weights", self.export.dtype or "adapter, in its training dtype"),
             ("trained on", _locations(config.train_sources)),
@@ -141,13 +143,15 @@ class Card:
     def _usage(self) -> list[str]:
         if self.export.kind == "adapter":
             most = next((rank for rank in _VLLM_RANKS if rank >= self.rank), self.rank)
+            commit = f" --revision {self.revision}" if self.revision else ""
+            python_commit = f', revision="{self.revision}"' if self.revision else ""
             return [
-                f"    vllm serve {self.base} --enable-lora --max-lora-rank {most} --lora-modules tuned=DIRECTORY "
+                f"    vllm serve {self.base}{commit} --enable-lora --max-lora-rank {most} --lora-modules tuned=DIRECTORY "
                 f"--tokenizer DIRECTORY --generation-config DIRECTORY --dtype {_VLLM_DTYPES[self.config.dtype]}\n",
                 "`--tokenizer` gives the chat template and added tokens of this adapter, and `--generation-config` its end tokens: "
                 "without them, vLLM takes those of the base model.\n",
                 "or, in Python:\n",
-                "    base = AutoModelForCausalLM.from_pretrained(BASE)",
+                f"    base = AutoModelForCausalLM.from_pretrained(BASE{python_commit})",
                 "    model = PeftModel.from_pretrained(base, DIRECTORY)",
             ]
         return [

@@ -58,6 +58,7 @@ def show_plan(console: Console, report: "PlanReport") -> None:
         ("run", report.run_name),
         ("model", f"{report.model} ({report.architecture}, {report.parameters:,} parameters)"),
         ("trainable", f"{report.trainable_parameters:,} parameters ({trained:.2%})"),
+        *([("adapter", report.mixture)] if report.mixture else []),
         *key_figures(report),
         (
             "steps",

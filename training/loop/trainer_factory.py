@@ -62,6 +62,7 @@ def build_trainer(
     arguments |= {
         "config": config,
         "base_model": plan.base_model,
+        "base_revision": plan.base_revision,
         "model": model,
         "tokenizer": tokenizer,
         "loss_of_transformers": plan.device == "cpu" and plan.resolved.kernels.provider != "unsloth",

@@ -142,6 +142,7 @@ class FineTuningTrainer(SFTTrainer):
         *,
         config: FinetuneConfig,
         base_model: str,
+        base_revision: str | None = None,
         rows: TrainingRows,
         model: Any,
         args: SFTConfig,
@@ -156,6 +157,7 @@ class FineTuningTrainer(SFTTrainer):
         Args:
             config: The run's YAML config.
             base_model: Base model recorded in saved adapters: Hub id, directory or URI.
+            base_revision: Its commit, if it is on the Hub.
             rows: Training and validation sequences.
             model: The model with its adapter attached.
             args: Result of `trainer_arguments`.
@@ -180,6 +182,7 @@ class FineTuningTrainer(SFTTrainer):
                 parameter.data = data
         self.config = config
         self.base_model = base_model
+        self.base_revision = base_revision
         self.rows = rows
         self.throughput = throughput
         self.clock = throughput.clock
@@ -388,7 +391,7 @@ class FineTuningTrainer(SFTTrainer):
             self.clock.timed("saving", Trainer._save_checkpoint)(self, model, trial)
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
-                write_same_everywhere(adapter, self.base_model)
+                write_same_everywhere(adapter, self.base_model, self.base_revision)
 
 
 def base_of(model: Any) -> Any:
@@ -396,9 +399,10 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def write_same_everywhere(adapter_config: Path, base_model: str) -> None:
+def write_same_everywhere(adapter_config: Path, base_model: str, base_revision: str | None) -> None:
     """Make PEFT's config file reproducible: replace the node's local base path and sort the lists that come from sets."""
-    settings = json.loads(adapter_config.read_text("utf-8")) | {"base_model_name_or_path": base_model}
+    base = {"base_model_name_or_path": base_model, "revision": base_revision}
+    settings = json.loads(adapter_config.read_text("utf-8")) | base
     for name in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(settings.get(name), list):
             settings[name].sort()

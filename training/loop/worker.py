@@ -297,7 +297,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         import training.loop.trainers  # noqa: F401
 
     driver.emit(Phase("syncing the model to the node"))
-    model_directory = fetch_model(plan.base_model, plan.cache, is_model_file)
+    model_directory = fetch_model(plan.base_model, plan.cache, is_model_file, plan.base_revision)
     adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     if world.local_rank == 0:
         for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):

@@ -2,13 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
-from training.models.architecture import model_on_meta_device
+from training.models.architecture import is_expert, is_router, model_on_meta_device
 from training.models.files import AdapterFacts, ModelError, first_line
 from training.models.new_tokens import rows_needed
 from utils.processes import importing
@@ -127,6 +127,25 @@ def check_finite(file: Path, where: str) -> None:
                 raise ModelError(
                     f"{where}: the tensor {name} contains NaN or infinite values. Use an earlier checkpoint of the run that trained it."
                 )
+
+
+def describe_mixture(parameters: AdapterParameters, names: Iterable[str]) -> str | None:
+    """Return which parts of a mixture of experts an adapter changes; None for a dense model.
+
+    Args:
+        parameters: The adapter's parameters.
+        names: Names of the model's parameters.
+    """
+    if not any(map(is_expert, names)):
+        return None
+    changed = [f".{name}." for name in (*parameters.targets, *parameters.saved_modules)]
+    experts, router = any(map(is_expert, changed)), any(map(is_router, changed))
+    if experts and router:
+        return "changes the experts and the router"
+    if experts or router:
+        part, other = ("experts", "router") if experts else ("router", "experts")
+        return f"changes the {part}, but not the {other}"
+    return "changes neither the experts nor the router"
 
 
 def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[str]:

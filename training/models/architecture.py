@@ -14,6 +14,7 @@ _MASKS_OF_THEIR_OWN = {"afmoe", "doge", "moshi", "opt"}  # they ignore position 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _EXPERT = re.compile(r"\.experts\.")
+_ROUTER = re.compile(r"\.(gate|router)\.")
 _LAYER = re.compile(r"\.(\d+)\.")
 # Stages of a layer in order of execution. A name that matches no stage counts as MLP_INPUT.
 _STAGES = (
@@ -62,6 +63,11 @@ def is_head(parameter: str) -> bool:
 def is_expert(parameter: str) -> bool:
     """Return whether the name is that of a mixture-of-experts parameter."""
     return _EXPERT.search(parameter) is not None
+
+
+def is_router(parameter: str) -> bool:
+    """Return whether the name is that of a parameter which chooses the experts of a token."""
+    return _ROUTER.search(parameter) is not None
 
 
 def share_of_experts(shape: ModelShape, parameter: str) -> float:

@@ -186,17 +186,35 @@ def read_hub_facts(model_id: str) -> ModelFacts:
     return _facts(model_id, config, shapes, weight_bytes)
 
 
-def fetch_hub_model(model_id: str, wanted: Callable[[str], bool]) -> Path:
-    """Download the wanted files of a Hub model into the Hub cache of this node and return their directory."""
+def fetch_hub_model(model_id: str, wanted: Callable[[str], bool], revision: str | None = None) -> Path:
+    """Download the wanted files of a Hub model into the Hub cache of this node and return their directory.
+
+    Args:
+        model_id: Id of the repository.
+        wanted: Returns whether a file is needed.
+        revision: Commit or branch; None: the latest commit.
+    """
     import huggingface_hub
 
     with _hub_errors(model_id):
-        names = [sibling.rfilename for sibling in huggingface_hub.model_info(model_id).siblings or []]
+        info = huggingface_hub.model_info(model_id, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
         if _INDEX in names:
-            index = Path(huggingface_hub.hf_hub_download(model_id, _INDEX))
+            index = Path(huggingface_hub.hf_hub_download(model_id, _INDEX, revision=revision))
             wanted = without_strays(str(index.parent), wanted)
         patterns = [name for name in names if wanted(name)]
-        return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns))
+        directory = huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=patterns)
+    return Path(directory)
+
+
+def hub_revision(model: str, directory: Path) -> str | None:
+    """Return the commit of a Hub model whose files `fetch_hub_model` has downloaded; None for other models.
+
+    Args:
+        model: Hub id, directory or URI of the model.
+        directory: Local directory of its files.
+    """
+    return directory.name if is_hub_id(model) and directory.parent.name == "snapshots" else None
 
 
 @contextmanager
@@ -229,6 +247,11 @@ class AdapterFacts:
     """Name -> shape of each tensor in adapter_model.safetensors."""
     has_tokenizer: bool
     """True if a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
+
+    @property
+    def base_revision(self) -> str | None:
+        """Return the commit of a base model on the Hub that it was trained on, if it is recorded."""
+        return self.lora.get("revision")
 
     @property
     def largest_rank(self) -> int:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_NEEDS_COMPLETE_EMBEDDING = "PEFT trains the rows of tokens from the complete embedding, but ZeRO-3 shards it and PEFT does not gather it"
 _MAX_ROWS_PER_STEP = 1_000_000
 """More rows than the data has are accepted up to this number: small data sets are padded."""
 
@@ -136,8 +137,7 @@ def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
     """Check that an adapter can train the rows of new tokens."""
     if zero_stage == 3:
         raise ConfigError(
-            "new_tokens: PEFT trains the rows of tokens from the complete embedding, but ZeRO-3 shards it and PEFT does not gather it. Write "
-            "deepspeed: zero_2, or remove lora_config to train all parameters."
+            f"new_tokens: {_NEEDS_COMPLETE_EMBEDDING}. Write deepspeed: zero_2, or remove lora_config to train all parameters."
         )
     lora = config.lora_config
     listed_modules = lora.target_modules if lora and isinstance(lora.target_modules, list) else []
@@ -150,6 +150,14 @@ def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
                 f"lora_config.{key}: {ends[0]} cannot be combined with new_tokens, whose rows of this module are trained with the adapter. "
                 f"Remove {ends[0]}, or remove lora_config to train all parameters."
             )
+
+
+def check_zero_3_adapter(parameters: AdapterParameters) -> None:
+    """Check that an adapter can be trained under ZeRO-3."""
+    if any(".trainable_tokens_delta." in name for name in parameters.trainable):
+        raise ConfigError(
+            f"trainable_token_indices: {_NEEDS_COMPLETE_EMBEDDING}. Write deepspeed: zero_2, or modules_to_save with the embedding instead."
+        )
 
 
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:

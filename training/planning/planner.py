@@ -21,7 +21,13 @@ from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.sources import find_files
 from training.data.summary import DataSummary
-from training.models.adapter import AdapterParameters, check_finite, continued_adapter, new_adapter
+from training.models.adapter import (
+    AdapterParameters,
+    check_finite,
+    continued_adapter,
+    describe_mixture,
+    new_adapter,
+)
 from training.models.architecture import (
     ModelShape,
     check_is_causal,
@@ -44,6 +50,7 @@ from training.models.files import (
     AdapterFacts,
     ModelFacts,
     count_lora_parameters,
+    hub_revision,
     is_fully_trained,
     is_hub_id,
     is_model_file,
@@ -79,6 +86,7 @@ from training.planning.checks import (
     check_template,
     check_token_rows,
     check_vocabulary,
+    check_zero_3_adapter,
     reject_missing_requirements,
 )
 from training.planning.deepspeed import Execution, check_optimizer, check_resharding, resolve_execution
@@ -91,7 +99,7 @@ from training.planning.devices import (
 )
 from training.planning.earlier_rows import find_earlier_rows
 from training.planning.endpoints import ClusterTarget
-from training.planning.exportable import check_export, check_vllm_adapter
+from training.planning.exportable import check_export, check_vllm_adapter, check_vllm_base
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
@@ -283,6 +291,7 @@ def make_plan(
         ),
         deepspeed=settings.execution.deepspeed,
         base_model=model.base,
+        base_revision=_base_revision(model, batch.config, checkpoints),
         adapter=model.adapter,
         parent=checkpoints.parent_state or model.parent,
         restore_from=checkpoints.own_checkpoint or checkpoints.parent_state,
@@ -324,7 +333,10 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
     if runs_here(config, settings.device, settings.target):
         check_disk(base, facts, storage.scratch)
-    directory = fetch_model(base, storage.cache, is_tokenizer_file)
+    adapter_facts = read_adapter_facts(adapter) if adapter else None
+    # A continued adapter is trained on the commit of its base model, not on a later one.
+    trained_on = adapter_facts.base_revision if adapter_facts and adapter_facts.base_model == base else None
+    directory = fetch_model(base, storage.cache, is_tokenizer_file, trained_on)
     trust = config.trust_remote_code
     check_is_causal(directory, base, trust_remote_code=trust)
     shape = model_shape(directory, base, trust_remote_code=trust)
@@ -333,7 +345,6 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_sequence_parallel(config, traits, shape, base)
     if config.packing:
         check_packing(directory, base, trust_remote_code=trust)
-    adapter_facts = read_adapter_facts(adapter) if adapter else None
     if adapter_facts or facts.quantization or _matches_no_module(config, facts):
         # The architecture names every module; weight files may be packed or use older names.
         shapes = parameter_shapes(directory, base, trust_remote_code=trust)
@@ -402,7 +413,10 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         if _only_peft_can_count(config.lora_config, model):
             parameters = _new_adapter(config, model)
             check_new_adapter(config, parameters, model.facts)
+    if parameters and settings.execution.zero_stage == 3:
+        check_zero_3_adapter(parameters)
     if config.final_export and not config.final_export.merge:
+        check_vllm_base(model.facts)
         check_vllm_adapter(*_stored_adapter(config, model, parameters))
     if parameters:
         trained = sum(map(math.prod, parameters.trainable.values()))
@@ -696,6 +710,15 @@ def _find_checkpoints(
     return FoundCheckpoints(own, parent_state, completed, damage)
 
 
+def _base_revision(model: Model, config: FinetuneConfig, checkpoints: FoundCheckpoints) -> str | None:
+    """Return the commit of a base model on the Hub; for an adapter that is resumed, the one that it was trained on until then."""
+    revision = hub_revision(model.base, model.directory)
+    resumed = checkpoints.own_checkpoint or checkpoints.parent_state
+    if revision and resumed and config.trains_adapter and not checkpoints.completed:
+        return read_adapter_facts(resumed).base_revision or revision
+    return revision
+
+
 def _completed(run_uri: str) -> RunResult | None:
     """Return the result of a completed run, else None."""
     result = read_result(open_store(run_uri))
@@ -786,6 +809,9 @@ def _report(
         architecture=model.facts.architecture,
         parameters=model.facts.parameters,
         trainable_parameters=adapter.trainable_parameters,
+        mixture=describe_mixture(adapter.parameters, model.facts.parameter_shapes)
+        if adapter.parameters
+        else None,
         device=describe_device(config, plan.device, plan.resolved.target),
         kernels=f"{plan.resolved.kernels.provider} ({plan.resolved.kernels.reason})",
         parallelism=describe_parallelism(config, plan.resolved.zero_stage),

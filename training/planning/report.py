@@ -18,6 +18,8 @@ class PlanReport(DataReport):
     architecture: str
     parameters: int
     trainable_parameters: int
+    mixture: str | None
+    """Whether the adapter of a mixture of experts changes the experts and the router; None without an adapter or experts."""
     device: str
     kernels: str
     parallelism: str

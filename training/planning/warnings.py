@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from configs.loading import LoadedConfig
 from configs.schema import DEFAULT_MIN_UPDATE_STEPS, FinetuneConfig
 from training.data.batches import BatchShape
+from training.data.prompting import end_of_turn
 from training.data.report import DataReport, describe_split
 from training.data.rows import ALL_COLUMNS, places_of
 from training.data.summary import DataSummary
@@ -137,12 +138,20 @@ def cpu_has_bf16() -> bool:
 
 
 def template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:
-    """Warn of chat templates that do not mark the end of a response."""
+    """Warn of chat templates that do not mark the end of a response, or mark it by text that does not stop generation."""
     if config.prompt_template is not None or config.task not in ("instruction_tuning", "preference_tuning"):
         return
     renderer = Renderer(tokenizer, whole_text=False)
     if renderer.header and not renderer.end_marker:
         yield "the chat template puts no end token after a response, so the model does not learn to stop; set chat_template to one that does"
+    marker = renderer.end_marker.strip()
+    if marker and not end_of_turn(tokenizer):
+        count = len(tokenizer.encode(marker, add_special_tokens=False))
+        yield (
+            f"the chat template ends a response with {marker!r}, which is no token of its own ({count} tokens): chat, evaluation and "
+            f"servers stop at the EOS token only, and not at this text. Write new_special_tokens: [{marker!r}], or set chat_template to "
+            "one that ends a response with the EOS token"
+        )
 
 
 def tokenizer_warnings(tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:

@@ -150,6 +150,7 @@ def test_config_is_immutable():
         ({"packing": True, "padding": "max_length"}, ("`padding: longest`", "`packing: false`")),
         ({"export": {"merge": False}}, ("`export.merge: false`", "adapter")),
         ({"export": {"merge": False, "gguf": True}, **LORA}, ("`gguf`", "`merge: true`")),
+        ({"export": {"gguf_type": "q8_0"}, **LORA}, ("`gguf_type`", "`gguf: true`")),
         ({"packing": True, "task": "preference_tuning"}, ("`task: preference_tuning`", "`packing: false`")),
         ({"prompt_template": "{instruction}"}, ("`prompt_template`", "two")),
         (

@@ -46,7 +46,10 @@ KEYS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "context_length": PACKED_TOKENS},
     "pairs": {"task": "preference_tuning"},
     "unpaired": {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
+    "sampled": {"eval_samples": 2, "eval_max_new_tokens": 6},
+    "extended": {"new_tokens": ["####"], "new_special_tokens": [" apples"]},
 }
+TRAIN_FILES = {"sampled": "train.jsonl", "extended": "train.jsonl"}
 VALID_FILES = {"pairs": "valid-pairs.jsonl", "unpaired": "valid-unpaired.jsonl"}
 DROPOUT = 0.1
 LORA = {"r": 4, "lora_dropout": DROPOUT}
@@ -88,7 +91,7 @@ class Setup:
     workers: int
     parallelism: str
     rows: str = "train"
-    """Name of the training file; see KEYS."""
+    """Name of the keys that are added; see KEYS."""
     sharers: int = 1
     """Workers that share each sequence."""
 
@@ -129,6 +132,9 @@ GRID = [
     Chain(Setup("full", 4, 2, "zero_2", "pairs"), 1, tuple(Kill)),
     Chain(Setup("lora", 1, 2, "ddp", "packed", sharers=2), 2, tuple(Kill)),
     Chain(Setup("full", 4, 2, "zero_3", sharers=2), 1, tuple(Kill)),
+    Chain(Setup("lora", 1, 2, "ddp", "sampled"), 2, tuple(Kill)),
+    Chain(Setup("lora", 4, 2, "ddp", "extended"), 2, tuple(Kill)),
+    Chain(Setup("full", 1, 2, "ddp", "extended"), 1, tuple(Kill)),
 ]
 FAST = Chain(Setup("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
 """The only chain that is not marked slow."""
@@ -136,8 +142,8 @@ SAMPLE = [
     FAST,
     Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
     Chain(Setup("lora", 4, 2, "ddp", "packed"), 2, (Kill.AFTER_STEP, Kill.MID_SAVE, Kill.MID_UPLOAD)),
-    Chain(Setup("lora", 1, 2, "ddp", "packed", sharers=2), 2, (Kill.AFTER_STEP, Kill.MID_SAVE)),
-    Chain(Setup("full", 4, 2, "zero_3", sharers=2), 1, (Kill.BEFORE_MANIFEST,)),
+    Chain(Setup("lora", 1, 2, "ddp", "packed", sharers=2), 2, (Kill.AFTER_STEP,)),
+    Chain(Setup("lora", 1, 1, "ddp", "extended"), 2, (Kill.AFTER_STEP,)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Setup("lora", 1, 1, "ddp")
@@ -152,6 +158,8 @@ class Outcome:
     optimizer: dict[str, str]
     settings: dict[str, str]
     ledger: list[ConsumedRow]
+    samples: dict[str, str]
+    """Key of each file of samples -> its text."""
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +217,7 @@ class Run:
             self.directory / "run.yaml",
             {
                 "model_id": str(files / ("model-with-dropout" if setup.method == "full" else "model")),
-                "train_path": str(files / f"{setup.rows}.jsonl"),
+                "train_path": str(files / TRAIN_FILES.get(setup.rows, f"{setup.rows}.jsonl")),
                 "valid_path": str(files / VALID_FILES.get(setup.rows, "valid.jsonl")),
                 "storage_path": storage,
                 "run_name": name,
@@ -306,13 +314,17 @@ class Run:
 
     def _outcome(self, checkpoint: str) -> Outcome:
         copy = sync_to_node(checkpoint, self.directory / "last")
-        lines = open_store(self.uri).read("metrics.jsonl").decode().splitlines()
+        store = open_store(self.uri)
+        lines = store.read("metrics.jsonl").decode().splitlines()
+        samples = [stored.key for stored in store.list() if stored.key.startswith("samples/")]
+        assert bool(samples) == ("eval_samples" in KEYS[self.setup.rows])
         return Outcome(
             [{name: line[name] for name in FIGURES if name in line} for line in map(json.loads, lines)],
             digests(load_file(copy / self.setup.model_file)),
             digests(optimizer_state(copy)),
             read_settings(copy),
             rows_in_weights(self.ledgers),
+            {key: store.read(key).decode() for key in samples},
         )
 
 
@@ -391,6 +403,7 @@ def differences(outcome: Outcome, reference: Outcome) -> list[str]:
         "optimizer": (outcome.optimizer, reference.optimizer),
         "settings": (outcome.settings, reference.settings),
         "rows": (outcome.ledger, reference.ledger),
+        "samples": (outcome.samples, reference.samples),
     }
     return [name for name, (left, right) in pairs.items() if left != right]
 

@@ -1,6 +1,8 @@
 """Tests of data sources on a real S3 server and on a local server that speaks the protocol of the Hugging Face hub."""
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,44 @@ def test_json_files_on_the_hub_keep_dates_and_numbers(
     text = "".join(piece for example in local.examples for piece, _ in example)
     assert_names(text, *(json.dumps(arguments) for arguments in CALLS))
     assert not any(path.name == "test.jsonl" for path in (tmp_path / "hub").rglob("*"))
+
+
+TABLE = [
+    {"prompt": "Which day?", "completion": "2026-11-29"},
+    {"prompt": "Which id?", "completion": "9007199254740993"},
+    {"prompt": "How many?", "completion": "3.0"},
+    {"prompt": 'Say "NA".', "completion": "NA"},
+]
+"""Cells that pandas turns into datetimes, numbers and missing values."""
+
+
+@pytest.mark.parametrize(("name", "separator"), [("train.tsv", "\t"), ("train.csv", ",")])
+def test_tables_on_the_hub_keep_the_texts_of_their_cells(
+    name: str, separator: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["prompt", "completion"], delimiter=separator)
+    writer.writeheader()
+    writer.writerows(TABLE)
+    (tmp_path / name).write_text(text.getvalue())
+    settings = {
+        "model_id": str(tiny_model),
+        "train_path": "hf://datasets/org/rows",
+        "device": "cpu",
+        "storage_path": str(tmp_path / "runs"),
+        "output_dir": str(tmp_path / "scratch"),
+    }
+    config = write_yaml(tmp_path / "config.yaml", settings)
+    with serve_hub("org/rows", {name: text.getvalue().encode()}) as endpoint:
+        variables = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+        finished = run_main(config, "--dry-run", "--json", variables=variables)
+    assert finished.exit_code == 0, finished.errors
+    local = prepare(request(tmp_path / name), tokenizer, tiny_model, tmp_path / "cache").summary
+    assert finished.result["train"]["rows"] == len(TABLE)
+    assert finished.result["train"]["trained_tokens"] == local.trained_tokens
+    assert finished.result["train"]["examples"] == [
+        [list(piece) for piece in example] for example in local.examples
+    ]
 
 
 def test_hub_dataset_is_read_online_and_then_from_the_cache(tiny_model: Path, tmp_path: Path):

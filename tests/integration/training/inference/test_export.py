@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from configs.loading import ConfigError
 from runs.layout import EXPORT_FILE, Export
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_command_quickly
@@ -28,6 +29,7 @@ from training.data.records import Chat
 from training.data.templates import Renderer
 from training.models.files import is_tokenizer_file
 from training.models.tokenizer import load_tokenizer
+from training.planning import exportable
 from training.planning.exportable import GGUF_TOOL
 from utils.files import checksum
 from utils.storage.bucket import Store, open_store
@@ -332,8 +334,14 @@ def test_gguf_file_is_written_by_llama_cpp(run_command: RunCommand, run: str, tm
     assert (Path(exported.uri) / exported.gguf).read_text() == "--outfile --outtype f16\n"
 
 
-def test_missing_or_failing_gguf_converter_is_an_error(run_command: RunCommand, run: str, tmp_path: Path):
-    assert_names(error_of(run_command("export", run, "--gguf")), GGUF_TOOL, "PATH")
+def test_missing_gguf_converter_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exportable, "_GGUF_PACKAGE", "no_such_package")
+    with pytest.raises(ConfigError) as caught:
+        exportable.gguf_converter()
+    assert_names(str(caught.value), "make setup-gguf", GGUF_TOOL, "PATH")
+
+
+def test_failing_gguf_converter_is_an_error(run_command: RunCommand, run: str, tmp_path: Path):
     variables = install_converter(tmp_path, "echo 'Model TinyForCausalLM is not supported' >&2; exit 1")
     message = error_of(run_command("export", run, "--gguf", **variables))
     assert_names(message, GGUF_TOOL, "(Model TinyForCausalLM is not supported)")

@@ -32,6 +32,7 @@ def run_command(tmp_path: Path) -> RunCommand:
         (["export"], "RUN"),
         (["export", "a", "--dtype", "int8"], "int8"),
         (["export", "a", "--gguf", "--no-merge"], "--no-merge"),
+        (["export", "a", "--gguf-type", "q8_0"], "--gguf-type"),
         (["chat", "a", "surplus"], "surplus"),
         (["chat", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["evaluate", "a"], "--data"),

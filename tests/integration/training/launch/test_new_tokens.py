@@ -1,4 +1,4 @@
-"""Runs that add tokens to the vocabulary: an adapter that is exported and continued, and a sharded model."""
+"""Runs that add tokens to the vocabulary: an adapter that is exported and continued, one trained by DPO, and a sharded model."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.front_door import run_command_quickly
 from tests.support.jobs import PROJECT, run_main, tiny_settings, write_yaml
-from tests.support.tiny_model import make_model, write_data
+from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
+from training.inference.evaluate import tokens_left_out
 
 pytestmark = pytest.mark.slow
 
@@ -70,3 +71,55 @@ def test_sharded_model_grows_by_new_tokens(settings: dict[str, Any], tmp_path: P
     model: Any = AutoModelForCausalLM.from_pretrained(finished.result["best_checkpoint"])
     assert model.config.vocab_size == model.lm_head.weight.shape[0] == 514
     assert model.lm_head.weight[WORK].abs().sum() > 0
+
+
+def test_tokens_trained_by_dpo_are_evaluated(settings: dict[str, Any], tmp_path: Path):
+    """The reference is the model with the rows that the tokens start with, and evaluation answers as the merged model does."""
+    files = Path(settings["model_id"]).parent
+    pairs = write_preference_pairs(tmp_path, train_rows=24, valid_rows=5)
+    for path in pairs:
+        path.write_text(path.read_text().replace("#### ", "<result>"))
+    dpo = settings | {
+        "run_name": "dpo",
+        "task": "preference_tuning",
+        "train_path": str(pairs[0]),
+        "valid_path": str(pairs[1]),
+        "lora_config": {"r": 4},
+        "learning_rate": 1e-3,
+        "eval_first": True,
+    }
+    finished = run_main(write_yaml(tmp_path / "dpo.yaml", dpo), "--json")
+    assert finished.exit_code == 0, finished.errors
+    first, *_, last = finished.result["eval_losses"]
+    assert first["figures"]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert last["figures"]["rewards/margins"] > 0
+
+    run, valid = str(finished.result["run_uri"]), str(files / "valid.jsonl")
+    asked = ("--data", valid, "--match", "text", "--max-new-tokens", "8", "--json")
+    evaluated = run_main(Path("evaluate"), run, *asked)
+    assert evaluated.exit_code == 0, evaluated.errors
+    answers = [json.loads(line) for line in Path(evaluated.result["answers"]).read_text().splitlines()]
+    assert len(answers) == 5
+    assert all("<result>" in answer["expected"] for answer in answers)
+
+    to = str(tmp_path / "merged-dpo")
+    merged = run_main(Path("export"), finished.result["best_checkpoint"], "--to", to, "--dtype", "fp32")
+    assert merged.exit_code == 0, merged.errors
+    tokenizer: Any = AutoTokenizer.from_pretrained(to)
+    model: Any = AutoModelForCausalLM.from_pretrained(to)
+    left_out = tokens_left_out(tokenizer, [tokenizer.eos_token_id], settings["new_special_tokens"])
+    assert RESULT not in left_out
+    for answer in answers:
+        tokens = tokenizer(answer["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
+        generated = model.generate(input_ids=tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :]
+        kept = [token for token in generated.tolist() if token not in left_out]
+        assert answer["answer"] == tokenizer.decode(kept)
+
+
+def test_special_tokens_of_a_run_are_part_of_its_answers_unless_they_end_them():
+    tokenizer = make_tokenizer()
+    known = set(tokenizer.all_special_ids)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<result>", "<end>"]})
+    result, end = tokenizer.convert_tokens_to_ids(["<result>", "<end>"])
+    assert tokens_left_out(tokenizer, [end], ["<result>", "<end>"]) == known | {end}
+    assert tokens_left_out(tokenizer, [end], []) == known | {result, end}

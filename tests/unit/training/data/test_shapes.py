@@ -108,14 +108,23 @@ def test_texts_of_human_and_assistant_are_pairs():
             "rejected": {"from": "gpt", "value": "5"},
         },
         {"messages": [USER], "chosen": ANSWER, "rejected": WRONG},
+        {"messages": [USER], "chosen": [ANSWER], "rejected": [WRONG]},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": "4", "rejected": "5"},
         {"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5"},
     ],
-    ids=["conversations", "messages", "instruction"],
+    ids=["conversations", "messages", "lists", "texts", "instruction"],
 )
 def test_pairs_of_llama_factory_are_read(row: dict[str, Any]):
     pair = read(row, "preference_tuning")
     assert pair == Pair([USER], [ANSWER], [WRONG])
     assert pair.notes == ()
+
+
+@pytest.mark.parametrize("chosen", ["4", ANSWER, [ANSWER]], ids=["text", "message", "list"])
+def test_messages_of_a_pair_that_end_with_an_answer_raise_an_error(chosen: Any):
+    """The answer would be merged with both answers of the pair."""
+    with pytest.raises(RowError, match="`messages` ends with an answer"):
+        read({"messages": [USER, ANSWER], "chosen": chosen, "rejected": WRONG}, "preference_tuning")
 
 
 def test_messages_that_repeat_the_chosen_answer_are_noted():

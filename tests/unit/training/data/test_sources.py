@@ -35,9 +35,9 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def as_csv(rows: list[dict[str, Any]]) -> bytes:
+def as_csv(rows: list[dict[str, Any]], separator: str = ",") -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=separator)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
@@ -67,6 +67,8 @@ def short_id(value: object) -> str:
         ("a.json", jsonl(ROWS)),
         ("a.json", "".join(json.dumps(row, indent=1) for row in ROWS).encode()),
         ("a.csv", b"\xef\xbb\xbf" + as_csv(ROWS)),
+        ("a.tsv", as_csv(ROWS, "\t")),
+        ("a.tsv.gz", gzip.compress(as_csv(ROWS, "\t"), mtime=0)),
         ("a.parquet", as_parquet(ROWS)),
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)),
         ("a.jsonl.zst", zstd(jsonl(ROWS))),
@@ -131,6 +133,9 @@ def test_bad_line_is_reported_and_the_other_lines_are_read(
         ("a.csv", b'prompt,completion\na,"b', ("a.csv:2: ", "CSV")),
         ("a.csv", b"prompt,prompt\na,b", ("a.csv:1: ", "header", "'prompt'")),
         ("a.csv", b"prompt;completion\na;b", ("a.csv:1: ", "header", "';'")),
+        ("a.csv", b"prompt\tcompletion\na\tb", ("a.csv:1: ", "header", ".tsv")),
+        ("a.tsv", b"prompt,completion\na,b", ("a.tsv:1: ", "header", "','", "TSV")),
+        ("a.tsv", b'prompt\tcompletion\na\t"b', ("a.tsv:2: ", "TSV")),
         ("a.csv", jsonl(ROWS).decode().encode("utf-16"), ("a.csv: ", "UTF-16", "UTF-8")),
         ("a.jsonl", jsonl(ROWS).decode().encode("utf-16"), ("a.jsonl: ", "UTF-16", "UTF-8")),
         ("a.jsonl", gzip.compress(jsonl(ROWS), mtime=0), ("a.jsonl: ", ".gz")),

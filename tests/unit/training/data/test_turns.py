@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from tests.support.tiny_model import make_tokenizer
 from training.data.errors import RowError
 from training.data.prompting import stop_tokens
 from training.data.records import Chat, Pair
@@ -524,6 +525,14 @@ def test_gpt_oss_trains_its_channels_and_stops_only_where_an_answer_ends(tokeniz
     settings = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"]))
     assert set(stop_tokens(settings, tokenizer)) == set(settings.eos_token_id)
     assert stop_tokens(None, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_stop_tokens_contain_an_end_token_that_follows_other_text():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("'<|im_end|>", "'\n<|im_end|>")
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert stop_tokens(None, tokenizer) == ends
 
 
 def test_end_token_of_an_earlier_turn_is_not_part_of_an_answer(tokenizers: Tokenizers):

@@ -22,7 +22,14 @@ from tests.support.adapters import (
     make_models,
     write_adapter,
 )
-from training.models.adapter import check_finite, continued_adapter, new_adapter, unmatched_keys
+from training.models.adapter import (
+    check_finite,
+    continued_adapter,
+    describe_mixture,
+    new_adapter,
+    unmatched_keys,
+)
+from training.models.architecture import parameter_shapes
 from training.models.files import ModelError, read_adapter_facts
 from training.models.torch_provider import attach_adapter
 
@@ -229,6 +236,34 @@ def test_name_that_matches_nothing_is_reported(
     parameters = new_adapter(models[name], name, settings, trust_remote_code=False)
     (error,) = unmatched_keys(settings, parameters)
     assert error.startswith(f"lora_config.{place} matches no ")
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "described"),
+    [
+        ("llama", {}, None),
+        ("mixtral", {"target_modules": ["q_proj"]}, "neither the experts nor the router"),
+        ("mixtral", {"target_modules": "all-linear"}, "the experts and the router"),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+            "the experts, but not the router",
+        ),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+            "the router, but not the experts",
+        ),
+    ],
+    ids=str,
+)
+def test_adapter_of_a_mixture_is_described(
+    models: dict[str, Path], name: str, lora: dict[str, Any], described: str | None
+):
+    parameters = new_adapter(models[name], name, LoraConfig(**lora), trust_remote_code=False)
+    names = parameter_shapes(models[name], name, trust_remote_code=False)
+    found = describe_mixture(parameters, names)
+    assert found == (described and f"changes {described}")
 
 
 def test_names_that_match_are_not_reported(models: dict[str, Path]):

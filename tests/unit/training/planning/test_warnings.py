@@ -208,6 +208,22 @@ def test_chat_template_without_an_end_token_gives_a_warning(task: str):
 
 
 @pytest.mark.parametrize(
+    ("end", "warns"), [("\n### End\n", True), ("\n<|im_end|>\n", False), ("<|endoftext|>", False)]
+)
+def test_chat_template_whose_end_marker_is_plain_text_gives_a_warning(end: str, warns: bool):
+    """Generation stops at a token, so it does not stop at a text of several tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = WITHOUT_END_TOKEN.replace("'\n' }}{% endfor", f"{end!r} }}}}{{% endfor")
+    found = list(template_warnings(config(), tokenizer))
+    assert len(found) == warns
+    for warning in found:
+        assert_names(warning, "'### End'", "tokens)", "EOS", "new_special_tokens: ['### End']")
+    if warns:
+        tokenizer.add_tokens(["### End"], special_tokens=True)
+        assert not list(template_warnings(config(), tokenizer))
+
+
+@pytest.mark.parametrize(
     "keys",
     [
         {"task": "causal_lm"},

