@@ -100,8 +100,13 @@ def read_metrics(store: Store, key: str = METRICS_FILE) -> list[MetricsLine]:
 
 def survey_metrics(store: Store, key: str = METRICS_FILE) -> tuple[list[MetricsLine], str | None]:
     """Return (the lines of a run's metrics.jsonl before the first unreadable one, the problem with that line or None)."""
+    return parse_metrics(store.read_if_exists(key) or b"", store.uri_of(key))
+
+
+def parse_metrics(content: bytes, uri: str) -> tuple[list[MetricsLine], str | None]:
+    """Return the same as `survey_metrics` for the content of a metrics.jsonl at a URI."""
     lines: list[MetricsLine] = []
-    written = (store.read_if_exists(key) or b"").splitlines()
+    written = content.splitlines()
     for number, line in enumerate(written, start=1):
         try:
             lines.append(MetricsLine.model_validate_json(line))
@@ -112,7 +117,7 @@ def survey_metrics(store: Store, key: str = METRICS_FILE) -> tuple[list[MetricsL
                 else f"it and the {len(written) - number} lines after it are"
             )
             return lines, (
-                f"{store.uri_of(key)}: line {number} is truncated or was not written by Anneal; {rest} ignored. A run that resumes "
+                f"{uri}: line {number} is truncated or was not written by Anneal; {rest} ignored. A run that resumes "
                 "writes the file again"
             )
     return lines, None

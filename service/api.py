@@ -21,6 +21,7 @@ from service.keys import Keyring
 from service.metrics import CONTENT_TYPE, Metrics
 from service.middleware import Gate, RequestRates, answer_error
 from service.models import Models, ServedModel
+from service.progress import Progress
 from service.routes import caller_of, file_router, job_router, model_router
 from utils.storage.bucket import BucketError
 from utils.storage.s3 import CHECK, S3Store
@@ -42,7 +43,7 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
     app = FastAPI(title="Anneal", openapi_url=None, redirect_slashes=False)
     _add_error_handlers(app)
     app.include_router(file_router(Files(store, limits)))
-    app.include_router(job_router(Jobs(store, service, models), store))
+    app.include_router(job_router(Jobs(store, service, models), Progress(store)))
     app.include_router(model_router(models))
 
     def resolve(model_id: str, request: Request) -> ServedModel:

@@ -1,5 +1,6 @@
 """Continuous batching: rows join and leave a batch between two tokens, each with its own length, settings and adapter."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from transformers import Cache, DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
@@ -14,10 +16,12 @@ from service.answers import Answer, Sampled
 from service.engine import Delta, Sampling
 
 BASE = "__base__"
-"""PEFT's name for rows without an adapter."""
+"""The adapter of rows without one."""
 
 _ROOM = 128
 """Tokens by which the cache grows at a time."""
+_JOINING_TOKENS = 512
+"""Most tokens of prompts, padding included, that are computed between two steps; a longer prompt joins alone."""
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -59,6 +63,26 @@ def _padded(states: Any, left: int, right: int) -> torch.Tensor:
     return torch.nn.functional.pad(states, (0, 0, left, right))
 
 
+@dataclass
+class Adapters:
+    """The adapters of the rows that a model computes, for `apply_adapters_by_row`."""
+
+    groups: list[tuple[str, torch.Tensor | None]] = field(default_factory=list)
+    """PEFT's names of adapters, and the indices of the rows that use each; None: all rows."""
+    shape: tuple[int, int] = (0, 0)
+    """(rows, tokens of each)."""
+
+    def assign(self, names: Sequence[str], tokens: int, device: torch.device) -> None:
+        """Set the adapter of each row."""
+        self.shape = (len(names), tokens)
+        self.groups = []
+        for name in dict.fromkeys(names):
+            rows = [row for row, other in enumerate(names) if other == name]
+            if name != BASE:
+                is_shared = len(rows) < len(names)
+                self.groups.append((name, torch.tensor(rows, device=device) if is_shared else None))
+
+
 @dataclass(eq=False)
 class Row:
     """One choice of a request in a batch."""
@@ -78,6 +102,16 @@ class Row:
     is_cancelled: bool = False
 
 
+@dataclass(eq=False)
+class Request:
+    """A prompt and its choices."""
+
+    prompt: list[int]
+    rows: list[Row]
+    on_error: Callable[[BaseException], None]
+    is_cancelled: bool = False
+
+
 class Batch:
     """The rows that one model steps together, with their KV cache."""
 
@@ -89,8 +123,7 @@ class Batch:
             max_rows: Most rows at a time. Models with layers other than attention over a KV cache get one row.
             max_tokens: Most cached tokens, padding included.
         """
-        self.adapters: list[str] = []
-        """PEFT's adapter name of each row that the model steps, for `apply_adapters_by_row`; empty if no row has an adapter."""
+        self.adapters = Adapters()
         self.rows: list[Row] = []
         self.model = model
         config = model.config.get_text_config()
@@ -102,34 +135,55 @@ class Batch:
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def has_room(self, rows: Sequence[Row]) -> bool:
-        """Return whether the rows of a request may join now."""
-        everyone = [*self.rows, *rows]
+    def has_room(self, rows: Sequence[Row], joining: Sequence[Row] = ()) -> bool:
+        """Return whether the rows of a request may join now, after others that join."""
+        before = [*self.rows, *joining]
+        everyone = [*before, *rows]
         fits = len(everyone) * max(row.end for row in everyone) <= self.max_tokens
-        return not self.rows or (len(everyone) <= self.max_rows and fits)
+        return not before or (len(everyone) <= self.max_rows and fits)
+
+    def take(self, waiting: deque[Request]) -> list[Request]:
+        """Remove and return the requests that may join now, in their order."""
+        taken: list[Request] = []
+        while waiting:
+            longest = max(len(request.prompt) for request in (*taken, waiting[0]))
+            joining = [row for request in taken for row in request.rows]
+            if taken and (len(taken) + 1) * longest > _JOINING_TOKENS:
+                break
+            if not self.has_room(waiting[0].rows, joining):
+                break
+            taken.append(waiting.popleft())
+        return taken
 
     @torch.inference_mode()
-    def join(self, prompt: Sequence[int], rows: Sequence[Row]) -> None:
-        """Compute a prompt once, add its rows to the batch and emit their first tokens."""
-        cache = self._new_cache()
-        self.adapters[:] = _names_of(rows[:1])
-        tokens = torch.tensor([prompt], device=self.model.device)
-        positions = torch.arange(len(prompt), device=self.model.device)[None]
-        logits = self._forward(tokens, None, positions, cache)
-        for row in rows:
-            row.length = len(prompt)
+    def join(self, requests: Sequence[Request]) -> None:
+        """Compute the prompts of requests, add their rows to the batch and emit their first tokens."""
+        cache, device = self._new_cache(), self.model.device
+        longest = max(len(request.prompt) for request in requests)
+        padded = [[0] * (longest - len(request.prompt)) + list(request.prompt) for request in requests]
+        lengths = torch.tensor([[len(request.prompt)] for request in requests], device=device)
+        positions = torch.arange(longest, device=device)[None] - (longest - lengths)
+        is_padded = any(len(request.prompt) < longest for request in requests)
+        mask = (positions >= 0).long() if is_padded else None
+        self.adapters.assign([request.rows[0].adapter for request in requests], longest, device)
+        logits = self._forward(torch.tensor(padded, device=device), mask, positions.clamp(min=0), cache)
+        for request in requests:
+            for row in request.rows:
+                row.length = len(request.prompt)
+        counts = torch.tensor([len(request.rows) for request in requests], device=device)
         if not self._is_batched:
             self._cache = cache
         else:
-            self._merge(cache, len(rows))
+            self._merge(cache, counts)
+        rows = [row for request in requests for row in request.rows]
         self.rows += rows
-        self._push(list(rows), logits.expand(len(rows), -1))
+        self._push(rows, logits.repeat_interleave(counts, 0))
 
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one token for every row."""
-        self.adapters[:] = _names_of(self.rows)
         device = self.model.device
+        self.adapters.assign([row.adapter for row in self.rows], 1, device)
         tokens = torch.tensor([[row.token] for row in self.rows], device=device)
         lengths = torch.tensor([[row.length] for row in self.rows], device=device)
         width = self._width() + 1
@@ -169,14 +223,13 @@ class Batch:
             return Cache(layer_class_to_replicate=_GrowingLayer)
         return DynamicCache(config=self.model.config)
 
-    def _merge(self, new: Cache, count: int) -> None:
-        """Append a cached prompt, once for each of its rows, and pad the shorter side on the left."""
+    def _merge(self, new: Cache, counts: torch.Tensor) -> None:
+        """Append cached prompts, each as often as its count says, and pad the shorter side on the left."""
         width, added = self._width(), new.get_seq_length()
         if not self.rows:
             self._cache = new
-            if count > 1:
-                for layer in new.layers:
-                    layer.replace(lambda states: states.repeat_interleave(count, 0))  # type: ignore[attr-defined]
+            for layer in new.layers:
+                layer.replace(lambda states: states.repeat_interleave(counts, 0))  # type: ignore[attr-defined]
             return
         longest = max(width, added)
         for layer, other in zip(self._cache.layers, new.layers, strict=True):
@@ -185,7 +238,7 @@ class Batch:
             def joined(states: torch.Tensor, parts: Any = parts) -> torch.Tensor:
                 own = _padded(states, longest - width, 0)
                 others = _padded(next(parts), longest - added, 0)
-                return torch.cat([own, others.expand(count, -1, -1, -1)])
+                return torch.cat([own, others.repeat_interleave(counts, 0)])
 
             layer.replace(joined)  # type: ignore[attr-defined]
 
@@ -204,11 +257,6 @@ class Batch:
             row.token = sampled.token
             if (delta := row.answer.push(sampled)) is not None:
                 row.emit(delta)
-
-
-def _names_of(rows: Sequence[Row]) -> list[str]:
-    names = [row.adapter for row in rows]
-    return [] if set(names) == {BASE} else names
 
 
 def _is_over(row: Row) -> bool:
@@ -253,23 +301,41 @@ def generator_of(sampling: Sampling, choice: int, device: torch.device) -> torch
     return generator
 
 
-def apply_adapters_by_row(model: Any, names: list[str]) -> None:
-    """Make the layers of a PEFT model read each row's adapter from a list, as its `adapter_names` argument does.
+def apply_adapters_by_row(model: Any, adapters: Adapters) -> None:
+    """Make the LoRA layers of a PEFT model compute the adapter of each row. Call this again after an adapter was added.
 
-    PEFT adds a hook to every layer at every step for that argument. These layers read the list, and skip PEFT while it is empty:
-    then no row has an adapter. Call this again after an adapter was added.
+    PEFT's argument `adapter_names` does the same, with a hook for every layer in every step.
+
+    Args:
+        model: The model that PEFT has changed; its adapters have plain LoRA matrices.
+        adapters: Which rows use which adapter; changed before each step.
     """
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and "forward" not in vars(module):
-            module.forward = partial(_forward_by_row, module.forward, module.base_layer, names)  # pyright: ignore
+            module.forward = partial(_forward_by_row, module, adapters)  # pyright: ignore
 
 
-def _forward_by_row(forward: Any, base_layer: Any, names: list[str], *arguments: Any, **options: Any) -> Any:
-    if not names:
-        return base_layer(*arguments, **options)
-    return forward(*arguments, adapter_names=names, **options)
+def _forward_by_row(layer: Any, adapters: Adapters, inputs: torch.Tensor) -> torch.Tensor:
+    """Return `base(x) + scaling * B(A(x))`, with the matrices of each row's adapter (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
+    result = layer.base_layer(inputs)
+    for name, rows in adapters.groups:
+        if name not in layer.lora_A:
+            continue
+        first, second = layer.lora_A[name].weight, layer.lora_B[name].weight
+        part = inputs if rows is None else _by_row(inputs, adapters)[rows]
+        change = linear(linear(part.to(first.dtype), first), second) * layer.scaling[name]
+        if rows is None:
+            result = result + change.to(result.dtype)
+        else:
+            _by_row(result, adapters).index_add_(0, rows, change.to(result.dtype))
+    return result
+
+
+def _by_row(states: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+    """Return a view of shape (rows, tokens, size): the experts that all tokens share get the tokens of all rows in one dimension."""
+    return states if states.dim() > 2 else states.unflatten(0, adapters.shape)
 
 
 def _innermost(model: Any) -> Any:

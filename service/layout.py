@@ -3,6 +3,7 @@
 import re
 from urllib.parse import quote, unquote
 
+from runs.layout import METRICS_FILE
 from service.records import Records
 from utils.storage.s3 import S3Store
 
@@ -60,3 +61,8 @@ def runs_uri(store: S3Store, project: str) -> str:
 def run_uri(store: S3Store, project: str, job_id: str) -> str:
     """Return the URI of a job's run."""
     return store.uri_of(f"runs/{project}/{job_id}")
+
+
+def metrics_key(project: str, job_id: str) -> str:
+    """Return the key of the step metrics of a job's run."""
+    return f"runs/{project}/{job_id}/{METRICS_FILE}"

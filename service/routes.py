@@ -10,7 +10,7 @@ from service.files import Files, file_body
 from service.jobs import CreateJobBody, Jobs, job_body
 from service.keys import Caller
 from service.models import Models
-from service.progress import checkpoints_of, events_of
+from service.progress import Progress
 from service.requests import (
     list_body,
     list_of,
@@ -20,7 +20,6 @@ from service.requests import (
     read_body,
     slice_by_id,
 )
-from utils.storage.s3 import S3Store
 
 _MAX_FILES = 10_000
 
@@ -66,7 +65,7 @@ def file_router(files: Files) -> APIRouter:
     return router
 
 
-def job_router(jobs: Jobs, store: S3Store) -> APIRouter:
+def job_router(jobs: Jobs, progress: Progress) -> APIRouter:
     """Return the routes of /v1/fine_tuning/jobs."""
     router = APIRouter(prefix="/v1/fine_tuning/jobs")
 
@@ -107,12 +106,12 @@ def job_router(jobs: Jobs, store: S3Store) -> APIRouter:
     @router.get("/{job_id}/events")
     def events(request: Request, job_id: str) -> dict[str, Any]:
         project, query = caller_of(request).project, page_query(request)
-        return slice_by_id(events_of(store, project, jobs.get(project, job_id)), query, "event")
+        return slice_by_id(progress.events(project, jobs.get(project, job_id)), query, "event")
 
     @router.get("/{job_id}/checkpoints")
     def checkpoints(request: Request, job_id: str) -> dict[str, Any]:
         project, query = caller_of(request).project, page_query(request, default=10)
-        return slice_by_id(checkpoints_of(store, project, jobs.get(project, job_id)), query, "checkpoint")
+        return slice_by_id(progress.checkpoints(project, jobs.get(project, job_id)), query, "checkpoint")
 
     return router
 

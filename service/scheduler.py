@@ -58,7 +58,7 @@ from service.layout import (
     runs_uri,
 )
 from service.models import fine_tuned_id
-from service.progress import latest_step, metrics_csv
+from service.progress import Progress
 from service.records import Record
 from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from training.loop.ray_internals import autoscaler_maximum, has_node_groups
@@ -112,6 +112,7 @@ class Scheduler:
         """
         self._store, self._service, self._address = store, service, address
         self._memory = _Memory()
+        self._progress = Progress(store)
         self._stop = threading.Event()
 
     def run(self) -> None:
@@ -205,7 +206,7 @@ class Scheduler:
 
     def _mark_progress(self, project: str, job: Record) -> None:
         """Record when metrics up to a step became visible, so that events keep their times."""
-        step = latest_step(self._store, project, job["id"])
+        step = max(self._progress.steps(project, job["id"]), default=0)
         if step > (job["marks"][-1][0] if job["marks"] else 0):
             mark = [step, int(time.time())]
             update_if(
@@ -358,7 +359,7 @@ class Scheduler:
             if updated is None:
                 return
             result_file = updated["result_file"]
-        content, name = metrics_csv(self._store, project, job), f"{job['id']}.csv"
+        content, name = self._progress.metrics_csv(project, job), f"{job['id']}.csv"
         self._store.write(content_key(project, name), content)
         now = int(time.time())
         record = {

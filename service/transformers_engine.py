@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import peft
 import psutil
 import torch
 
@@ -18,6 +19,7 @@ from service.answers import Answer
 from service.batching import (
     BASE,
     Batch,
+    Request,
     Row,
     apply_adapters_by_row,
     cache_bytes_per_token,
@@ -50,23 +52,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Job:
-    """A request in the queue of a batch."""
-
-    prompt: list[int]
-    rows: list[Row]
-    on_error: Callable[[BaseException], None]
-    is_cancelled: bool = False
-
-
-@dataclass(eq=False)
 class _Model:
     """A model that the engine steps."""
 
     batch: Batch
     stop_tokens: frozenset[int]
-    waiting: deque[_Job] = field(default_factory=deque)
-    running: list[_Job] = field(default_factory=list)
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -152,8 +144,8 @@ class TransformersEngine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         rows = self._rows(request, checkpoint, len(prompt), loaded, emit)
-        job = _Job(prompt, rows, on_error=lambda error: emit(failed_event(error)))
-        self._submit(loaded.model, job)
+        asked = Request(prompt, rows, on_error=lambda error: emit(failed_event(error)))
+        self._submit(loaded.model, asked)
         try:
             yield Accepted(len(prompt))
             unfinished = len(rows)
@@ -164,7 +156,7 @@ class TransformersEngine:
                     return
                 unfinished -= isinstance(event, Delta) and event.finish_reason is not None
         finally:
-            job.is_cancelled = True
+            asked.is_cancelled = True
             for row in rows:
                 row.is_cancelled = True
 
@@ -217,8 +209,6 @@ class TransformersEngine:
 
     async def _load_adapter(self, uri: str) -> _Loaded:
         """Add an adapter to the shared model, between two steps."""
-        import peft
-
         checkpoint = await self._checkpoints.get(uri)
         name = f"adapter_{next(self._names)}"
 
@@ -226,9 +216,11 @@ class TransformersEngine:
             batch = self._shared.batch
             # PEFT adds its layers to the base model itself, which the batch keeps calling.
             if self._adapted is None:
-                self._adapted = peft.PeftModel.from_pretrained(batch.model, checkpoint.directory, name)
+                self._adapted = peft.PeftModel.from_pretrained(
+                    batch.model, checkpoint.directory, name, low_cpu_mem_usage=True
+                )
             else:
-                self._adapted.load_adapter(str(checkpoint.directory), name)
+                self._adapted.load_adapter(str(checkpoint.directory), name, low_cpu_mem_usage=True)
             batch.model.eval()
             apply_adapters_by_row(batch.model, batch.adapters)
 
@@ -273,9 +265,9 @@ class TransformersEngine:
             self._changed.notify()
         return await asyncio.wrap_future(done)
 
-    def _submit(self, model: _Model, job: _Job) -> None:
+    def _submit(self, model: _Model, request: Request) -> None:
         with self._changed:
-            model.waiting.append(job)
+            model.waiting.append(request)
             self._changed.notify()
 
     def _run(self) -> None:
@@ -290,9 +282,9 @@ class TransformersEngine:
             for model in self._models:
                 model.batch.remove_finished()
                 model.running = [
-                    job for job in model.running if any(row in model.batch.rows for row in job.rows)
+                    each for each in model.running if any(row in model.batch.rows for row in each.rows)
                 ]
-                model.waiting = deque(job for job in model.waiting if not job.is_cancelled)
+                model.waiting = deque(each for each in model.waiting if not each.is_cancelled)
 
     def _wait_for_work(self) -> bool:
         """Wait for a request or a call; return False once the engine is closed."""
@@ -315,19 +307,18 @@ class TransformersEngine:
 
 
 def _advance(model: _Model) -> None:
-    """Let one waiting request join, and generate one token for every row of a model."""
+    """Let waiting requests join, and generate one token for every row of a model."""
     batch = model.batch
     try:
-        if model.waiting and batch.has_room(model.waiting[0].rows):
-            job = model.waiting.popleft()
-            model.running.append(job)
-            batch.join(job.prompt, job.rows)
+        if joining := batch.take(model.waiting):
+            model.running += joining
+            batch.join(joining)
             batch.remove_finished()
         if batch.rows:
             batch.step()
     except Exception as error:  # noqa: BLE001
         _log.exception("a batch of %d requests failed", len(model.running))
-        for job in model.running:
-            job.on_error(error)
+        for request in model.running:
+            request.on_error(error)
         model.running.clear()
         batch.clear()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -12,7 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -188,6 +189,9 @@ class FineTuningTrainer(SFTTrainer):
         self.clock = throughput.clock
         self.on_eval_progress = on_eval_progress
         self.loss_of_transformers = loss_of_transformers
+        self._predicted: torch.Tensor | None = None
+        """(correct predictions, loss tokens) of the last batch whose logits are known, as float64."""
+        self._predicted_in_step: torch.Tensor | None = None
         self.before_loading: Callable[[Any], None] | None = None
         """Called with DeepSpeed's engine before it loads a checkpoint, to convert the checkpoint's files."""
 
@@ -230,6 +234,9 @@ class FineTuningTrainer(SFTTrainer):
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         """Run forward and backward of a micro-batch; the optimizer runs after the last one of a step."""
         loss = self.clock.timed("forward", super().training_step)(*arguments, **keywords)
+        if self._predicted is not None:
+            before = self._predicted_in_step
+            self._predicted_in_step = self._predicted if before is None else before + self._predicted
         if self.accelerator.sync_gradients:
             self.clock.enter("optimizer")
         return loss
@@ -258,6 +265,10 @@ class FineTuningTrainer(SFTTrainer):
         self._metrics["train"].pop("num_tokens", None)
         if "loss" in logs:
             logs |= self.throughput.figures_of_step()
+            if self._predicted_in_step is not None:
+                correct, tokens = self.of_all_workers(self._predicted_in_step).tolist()
+                self._predicted_in_step = None
+                logs |= {"mean_token_accuracy": correct / tokens} if tokens else {}
         super().log(logs, start_time)
 
     def compute_loss(
@@ -267,7 +278,9 @@ class FineTuningTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # loss 0 instead of NaN without loss tokens
         if self.loss_of_transformers:
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+            self._predicted = count_correct(outputs.logits, targets_of(inputs))
+            return (loss, outputs) if return_outputs else loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_train_dataloader(self) -> EpochDataLoader:
@@ -282,18 +295,30 @@ class FineTuningTrainer(SFTTrainer):
         )
 
     def sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return the values that an evaluation sums over all batches: loss and number of loss tokens, as float64."""
-        targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
-        count = (targets != IGNORED).sum()
+        """Return what an evaluation sums over all batches: loss, number of loss tokens and correct predictions, as float64.
+
+        The number of correct predictions is NaN if the kernels compute neither logits nor it.
+        """
+        count = (targets_of(inputs) != IGNORED).sum()
         # Padding batches run too, because the forward pass contains collectives.
         mean = self.compute_loss(model, dict(inputs))
         if count == 0:
-            return torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        return torch.stack([mean.double() * count, count.double()])
+            return torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        return torch.stack([mean.double() * count, count.double(), self._correct_in_batch(count)])
+
+    def _correct_in_batch(self, count: torch.Tensor) -> torch.Tensor:
+        if self.loss_of_transformers:
+            assert self._predicted is not None
+            return self._predicted[0]
+        # TRL's accuracy is that of all workers' batches, so the products add up to the correct predictions of all workers.
+        accuracies = self._metrics["eval"].get("mean_token_accuracy") or [math.nan]
+        return accuracies[-1] * count.double()
 
     def figures(self, totals: list[float]) -> dict[str, float]:
         """Convert the sums over all batches and workers into the reported metrics, `loss` among them."""
-        return {"loss": totals[0] / totals[1]}
+        loss, tokens, correct = totals
+        accuracy = {} if math.isnan(correct) else {"mean_token_accuracy": correct / tokens}
+        return {"loss": loss / tokens} | accuracy
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -392,6 +417,25 @@ class FineTuningTrainer(SFTTrainer):
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
                 write_same_everywhere(adapter, self.base_model, self.base_revision)
+
+
+def targets_of(inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the token that each position should predict, or IGNORED if it does not contribute to the loss, (rows, tokens)."""
+    if "shift_labels" in inputs:  # the target of a part's last token is in the part of another worker
+        return inputs["shift_labels"]
+    return pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def count_correct(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return (loss tokens whose most likely prediction is right, loss tokens) as float64.
+
+    Args:
+        logits: Logits of all positions, (rows, tokens, vocabulary).
+        targets: See `targets_of`.
+    """
+    counted = targets != IGNORED
+    correct = logits.detach()[counted].argmax(-1) == targets[counted]
+    return torch.stack([correct.sum(), counted.sum()]).double()
 
 
 def base_of(model: Any) -> Any:

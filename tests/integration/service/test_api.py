@@ -11,7 +11,7 @@ import pytest
 
 from service.config import LoadedService, load_service
 from service.keys import KeysError, create_key, list_keys, revoke_keys
-from service.layout import active_key, files_of, jobs_of
+from service.layout import active_key, files_of, jobs_of, metrics_key
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from utils.storage.s3 import S3Store
 
@@ -253,29 +253,38 @@ def test_wrong_json_is_rejected(apis: list[Api], body: str):
     assert "JSON" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["fine_tuning/jobs", "files"])
 def test_records_of_10_000_are_listed_with_few_requests(
-    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
+    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
-    red = apis[0]
-    job = red.create_job(red.upload(rows())["id"])["id"]
-    template = jobs_of(store, "red").get(job)
+    red, blue = apis
+    file = red.upload(rows())["id"]
+    records, newest = (files_of, file) if kind == "files" else (jobs_of, red.create_job(file)["id"])
+    template = records(store, "red").get(newest)
     assert template
+    prefix, directory = newest.partition("-")[0], kind.rpartition("/")[2]
     for number in range(250):
         page = [
-            template | {"id": f"ftjob-{number:07x}{place:04x}{0:013x}", "suffix": f"{number}-{place}"}
+            template
+            | {"id": f"{prefix}-{number:07x}{place:04x}{0:013x}", "created_at": 1000 * number + place}
             for place in range(1, 41)
         ]
-        store.write(f"projects/blue/jobs/{999_999_999 - number:09d}.json", json.dumps(page).encode())
+        key = f"projects/blue/{directory}/{999_999_999 - number:09d}.json"
+        store.write(key, json.dumps(page).encode())
+    red.get(f"/v1/{kind}")  # both keys are known now
+    blue.get(f"/v1/{kind}?limit=1")
     sent = count_requests(monkeypatch)
-    first = apis[1].get("/v1/fine_tuning/jobs?limit=20")
-    assert len(first["data"]) == 20
-    assert first["has_more"]
-    second = apis[1].get(f"/v1/fine_tuning/jobs?limit=20&after={first['last_id']}")
-    third = apis[1].get(f"/v1/fine_tuning/jobs?limit=20&after={second['last_id']}")
-    assert len({*ids(first), *ids(second), *ids(third)}) == 60
-    assert len(sent) <= 12  # of three pages, with the key
-    assert [job["user_provided_suffix"] for job in third["data"]][:2] == ["248-40", "248-39"]
-    last = apis[1].get(f"/v1/fine_tuning/jobs?limit=20&after=ftjob-{0:07x}{20:04x}{0:013x}")
+    pages, after = [], ""
+    for _ in range(3):
+        sent.clear()
+        pages.append(blue.get(f"/v1/{kind}?limit=20{after}"))
+        assert len(sent) <= 5
+        after = f"&after={pages[-1]['last_id']}"
+    assert pages[0]["has_more"]
+    listed = [record["created_at"] for page in pages for record in page["data"]]
+    newest_first = [1000 * number + place for number in (249, 248) for place in range(40, 0, -1)]
+    assert listed == newest_first[:60]
+    last = blue.get(f"/v1/{kind}?limit=20&after={prefix}-{0:07x}{20:04x}{0:013x}")
     assert (len(last["data"]), last["has_more"]) == (19, False)
 
 
@@ -290,6 +299,45 @@ def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(S3Store, "_request", request)
     return sent
+
+
+def test_events_of_a_running_job_are_read_only_after_a_change(
+    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    red = apis[0]
+    job = red.create_job(red.upload(rows())["id"])["id"]
+    path = f"/v1/fine_tuning/jobs/{job}/events?limit=100"
+
+    def write(*steps: int) -> None:
+        lines = [{"step": step, "epoch": 1, "loss": 2.0, "mean_token_accuracy": 0.25} for step in steps]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        store.write(metrics_key("red", job), content)
+
+    def steps() -> list[int]:
+        return [event["data"]["step"] for event in red.get(path)["data"] if event["type"] == "metrics"]
+
+    read: list[str] = []
+    original = S3Store.read_version
+    monkeypatch.setattr(S3Store, "read_version", lambda self, key: read.append(key) or original(self, key))
+
+    def reads_of_metrics() -> int:
+        return sum(key == metrics_key("red", job) for key in read)
+
+    assert steps() == []
+    write(1, 2)
+    assert [steps(), steps(), steps()] == [[2, 1]] * 3
+    assert reads_of_metrics() == 1
+    write(1, 2, 3)
+    assert [steps(), steps()] == [[3, 2, 1]] * 2
+    assert reads_of_metrics() == 2
+    write(1)  # another attempt continues from an earlier checkpoint
+    event = red.get(path)["data"][0]
+    assert event["data"] == {
+        "step": 1,
+        "total_steps": None,
+        "train_loss": 2.0,
+        "train_mean_token_accuracy": 0.25,
+    }
 
 
 def test_after_a_deleted_record_the_list_continues(apis: list[Api], store: S3Store):

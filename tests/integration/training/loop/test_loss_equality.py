@@ -210,6 +210,14 @@ def test_losses_equal_those_of_one_worker(method: str, spread: str, files: Path,
     losses, eval_losses = train(files, f"{method}-{spread}", METHODS[method] | SPREADS[spread])
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
+    if not method.startswith("dpo") and not spread.startswith("unsloth"):
+        assert accuracies(files, f"{method}-{spread}") == accuracies(files, f"{method}-one")
+
+
+def accuracies(files: Path, name: str) -> list[float]:
+    """Return the token accuracies of a run with its starting weights: of the first evaluation and of the first step."""
+    evaluation, step, *_ = read_metrics(files / "runs" / name)
+    return [evaluation["eval_mean_token_accuracy"], step["mean_token_accuracy"]]
 
 
 @pytest.mark.slow
@@ -224,7 +232,8 @@ def test_losses_with_gpu_kernels_equal_those_of_one_worker(
     )
     figures = {figure for entry in read_metrics(files / "runs" / name) for figure in entry}
     # TRL's fused head reports the entropy for rows, not for pairs.
-    assert ("entropy" in figures) == (not method.startswith("dpo"))
+    of_predictions = {"entropy", "mean_token_accuracy", "eval_mean_token_accuracy"}
+    assert of_predictions & figures == (set() if method.startswith("dpo") else of_predictions)
     assert "num_tokens" not in figures
     assert losses == pytest.approx(on_one_worker[method][0], abs=1e-4)
     assert eval_losses == pytest.approx(on_one_worker[method][1], abs=1e-5)
