@@ -283,6 +283,24 @@ def _write_model(
         _set_stop_tokens(model.generation_config, trained)
     progress("writing the weights")
     model.save_pretrained(directory, max_shard_size=_LARGEST_SHARD)
+    write_earlier_rope_keys(directory / "config.json")
+
+
+def write_earlier_rope_keys(file: Path) -> None:
+    """Repeat `rope_parameters` of a config.json under the keys from before transformers 5, which reads both.
+
+    Readers that do not know `rope_parameters` (transformers 4, most models of mlx-lm) use their default frequencies otherwise,
+    without a warning. Models with parameters per kind of layer had no common keys.
+    """
+    settings = json.loads(file.read_text("utf-8"))
+    scaling = dict(settings.get("rope_parameters") or {})
+    if "rope_theta" not in scaling:
+        return
+    settings["rope_theta"] = scaling.pop("rope_theta")
+    if "partial_rotary_factor" in scaling:
+        settings["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    settings["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _set_stop_tokens(settings: "GenerationConfig", trained: "TrainedModel") -> None:

@@ -12,11 +12,19 @@ from utils.processes import importing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Spaces, line ends, numbers, contractions, code and accents, on which pre-tokenizers differ. It begins with a letter, because
+# transformers' Llama tokenizer treats a leading space as sentencepiece does, and older tokenizer.json files do not.
+_PROBE = "Order 1234567 costs $12.50.\r\n\n  It's WE'LL  caf\u00e9 cafe\u0301\n\tdef f_1(x): return x != 3  # \u4f60\u597d\u3002"
+
 
 def load_tokenizer(
     directory: Path, *, trust_remote_code: bool, chat_template: str | None, source: str | None = None
 ) -> "PreTrainedTokenizerFast":
     """Load the model's tokenizer.
+
+    For some values of `tokenizer_class`, transformers 5 builds a tokenizer from the vocabulary, with the class's own treatment of
+    spaces and numbers (LlamaTokenizerFast drops all spaces of a byte-level vocabulary). tokenizer.json decides here, as in other
+    engines.
 
     Args:
         directory: Local directory with the tokenizer files.
@@ -25,10 +33,12 @@ def load_tokenizer(
         source: Name of the model in messages; defaults to the directory.
     """
     with importing():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if type(tokenizer).__module__.startswith("transformers.") and not _follows_file(tokenizer, directory):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises plain Exception for a corrupt file
         raise ModelError(
             f"model {source or directory}: the tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer files again from "
@@ -44,6 +54,21 @@ def load_tokenizer(
         # Any token works, because padding is always masked.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _follows_file(tokenizer: "PreTrainedTokenizerFast", directory: Path) -> bool:
+    """Return whether the tokenizer encodes text as the directory's tokenizer.json does."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = directory / "tokenizer.json"
+    if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.exists():
+        return True
+    stored = Tokenizer.from_file(str(file))
+    stored.no_truncation()
+    stored.no_padding()
+    expected = stored.encode(_PROBE, add_special_tokens=False).ids
+    return tokenizer(_PROBE, add_special_tokens=False)["input_ids"] == expected
 
 
 def is_template(value: str) -> bool:

@@ -162,6 +162,7 @@ def test_export_contains_everything_that_a_server_needs(run_command: RunCommand,
     settings = json.loads((directory / "config.json").read_text())
     assert settings["dtype"] == "bfloat16"
     assert settings["use_cache"] is True
+    assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"], "as earlier readers need it"
     tokenizer = AutoTokenizer.from_pretrained(directory)
     original = AutoTokenizer.from_pretrained(tiny_model)
     chat = [{"role": "user", "content": "2 + 2?"}]

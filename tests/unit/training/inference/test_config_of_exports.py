@@ -1,0 +1,46 @@
+"""The config.json of an exported model, as transformers 5 and earlier readers take it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, PhiConfig, PreTrainedConfig
+
+from training.inference.export import write_earlier_rope_keys
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def written(config: PreTrainedConfig, directory: Path) -> dict[str, Any]:
+    """Return the content of config.json, after checking that transformers reads the same from it."""
+    config.save_pretrained(directory)
+    before = AutoConfig.from_pretrained(directory).to_dict()
+    write_earlier_rope_keys(directory / "config.json")
+    assert AutoConfig.from_pretrained(directory).to_dict() == before
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA_3])
+def test_base_and_scaling_are_also_stored_under_the_keys_of_transformers_4(
+    scaling: dict[str, Any] | None, tmp_path: Path
+):
+    parameters = {"rope_theta": 500_000.0} | (scaling or {"rope_type": "default"})
+    settings = written(LlamaConfig(rope_parameters=parameters), tmp_path)
+    assert settings["rope_parameters"] == parameters
+    assert settings["rope_theta"] == 500_000.0
+    assert settings["rope_scaling"] == scaling
+
+
+def test_partial_rotary_factor_is_also_stored_at_the_top(tmp_path: Path):
+    assert written(PhiConfig(partial_rotary_factor=0.25), tmp_path)["partial_rotary_factor"] == 0.25
+
+
+def test_parameters_per_kind_of_layer_are_left_alone(tmp_path: Path):
+    assert "rope_scaling" not in written(Gemma3TextConfig(), tmp_path)

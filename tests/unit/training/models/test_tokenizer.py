@@ -1,0 +1,51 @@
+"""Tokenizers whose files name a class that treats text differently than their tokenizer.json."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from tests.support.tiny_model import make_model
+from training.models.tokenizer import load_tokenizer
+
+TEXT = "Order 1234567 costs $12.\n\nIt's 3 items"
+
+
+def name_class(model: Path, name: str, model_type: str) -> None:
+    """Write a tokenizer class and a model type into the files of a model."""
+    for file, key, value in (
+        ("tokenizer_config.json", "tokenizer_class", name),
+        ("config.json", "model_type", model_type),
+    ):
+        content = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(content | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [("LlamaTokenizerFast", "llama"), ("LlamaTokenizerFast", "qwen3"), ("PreTrainedTokenizerFast", "qwen2")],
+)
+def test_text_is_tokenized_as_tokenizer_json_says(name: str, model_type: str, tmp_path: Path):
+    make_model(tmp_path)
+    name_class(tmp_path, name, model_type)
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(TEXT).ids
+    # The reason for the check: transformers 5 builds another tokenizer.
+    assert AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] != expected
+
+    tokenizer = load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None)
+    assert tokenizer(TEXT)["input_ids"] == expected
+    assert tokenizer.decode(expected) == TEXT
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.chat_template is not None
+
+
+def test_truncation_stored_in_tokenizer_json_does_not_matter(tmp_path: Path):
+    make_model(tmp_path)
+    stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    stored.enable_truncation(4)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    name_class(tmp_path, "LlamaTokenizerFast", "llama")
+    tokenizer = load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None)
+    assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
