@@ -2,8 +2,9 @@
 
 `make bench-data` prepares 40 MB of chats and compares with datasets.map with two processes. Both read the same JSONL,
 render it with the same chat template and encode it with the same tokenizer. Anneal also validates every row, finds the
-loss tokens and detects duplicate rows. It then prepares a million short rows. Rounds are interleaved, each in its own
-processes, and the token ids of all rows are compared. `make bench-data-memory` prepares one file of 5 GB.
+loss tokens and detects duplicate rows. Both do the same with chats of 200,000 different words, since Anneal tokenizes a word
+once. It then prepares a million short rows. Rounds are interleaved, each in its own processes, and the token ids of all rows
+are compared. `make bench-data-memory` prepares one file of 5 GB.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,15 @@ _SAMPLE = (
     "How many apples does she have left after giving seven of them to her brother? Größe über naïve café — 数据训练 "
     "The model reads a row, answers the question, and is trained on what it should have said. 🍎 x = 3 * (4 + 5)\n"
 )
+
+
+_VOCABULARY = 200_000
+_SYLLABLES = [
+    f"{first}{vowel}{last}"
+    for first in "bcdfghlmnprstvw"
+    for vowel in "aeiou"
+    for last in ("", "n", "r", "s", "t")
+]
 
 
 def main() -> None:
@@ -59,41 +71,53 @@ def main() -> None:
 
 
 def measure_speed(directory: Path, model: Path, options: argparse.Namespace) -> None:
-    """Measure rounds of chats with both methods, and of short rows with Anneal."""
-    chat_file = write_chats(directory / "chats.jsonl", int(options.megabytes * 1e6))
-    short_file = write_short_rows(directory / "short.jsonl", options.short_rows)
+    """Measure rounds of both sets of chats with both methods, and of short rows with Anneal."""
+    size = int(options.megabytes * 1e6)
+    files = {
+        "few_words": write_chats(directory / "few_words.jsonl", size),
+        "many_words": write_chats(directory / "many_words.jsonl", size, *many_words()),
+        "short": write_short_rows(directory / "short.jsonl", options.short_rows),
+    }
+    contestants = [("ours", "few_words"), ("map", "few_words"), ("ours", "many_words"), ("map", "many_words")]
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(options.rounds):
-        methods = [("ours", chat_file), ("map", chat_file), ("short", short_file)][:: 1 if number % 2 else -1]
+        contests = [*contestants, ("short", "short")][:: 1 if number % 2 else -1]
         rounds.append(
             {
-                method: measure(method, rows, model, directory / f"{method}-{number}")
-                for method, rows in methods
+                f"{method}_{rows}": measure(
+                    method, files[rows], model, directory / f"{method}-{rows}-{number}"
+                )
+                for method, rows in contests
             }
         )
         print(rounds[-1], flush=True)
     last = options.rounds - 1
+
+    def ratio(rows: str, seconds: str) -> dict[str, float]:
+        return spread(
+            [round_[f"map_{rows}"][seconds] / round_[f"ours_{rows}"]["seconds"] for round_ in rounds]
+        )
+
     write_report(
         "data",
         {
-            "map_to_ours": spread(
-                [round_["map"]["seconds"] / round_["ours"]["seconds"] for round_ in rounds]
-            ),
-            "map_alone_to_ours": spread(
-                [round_["map"]["map_alone_seconds"] / round_["ours"]["seconds"] for round_ in rounds]
-            ),
-            "ours_seconds": spread([round_["ours"]["seconds"] for round_ in rounds]),
-            "short_rows_seconds": spread([round_["short"]["seconds"] for round_ in rounds]),
+            "map_to_ours": ratio("few_words", "seconds"),
+            "map_alone_to_ours": ratio("few_words", "map_alone_seconds"),
+            "map_to_ours_many_words": ratio("many_words", "seconds"),
+            "ours_seconds": spread([round_["ours_few_words"]["seconds"] for round_ in rounds]),
+            "short_rows_seconds": spread([round_["short_short"]["seconds"] for round_ in rounds]),
         },
         rounds,
         {
             "megabytes": options.megabytes,
             "short_rows": options.short_rows,
-            "rows_with_other_ids": count_different_rows(
-                directory / f"ours-{last}", directory / f"map-{last}"
+            "rows_with_other_ids": sum(
+                count_different_rows(directory / f"ours-{rows}-{last}", directory / f"map-{rows}-{last}")
+                for rows in ("few_words", "many_words")
             ),
             **{
-                f"{method}_peak_mb": max(round_[method]["peak_mb"] for round_ in rounds) for method in METHODS
+                f"{name}_peak_mb": max(round_[name]["peak_mb"] for round_ in rounds)
+                for name in sorted(rounds[0])
             },
         },
     )
@@ -113,15 +137,32 @@ def measure_memory(directory: Path, model: Path, gigabytes: float) -> None:
     write_report("data_memory", {}, [measured], {"gigabytes": rows.stat().st_size / 1e9, **measured})
 
 
-def write_chats(path: Path, size: int) -> Path:
-    """Write chats of one to three turns with words from a sample, until the file has `size` bytes."""
-    rng, words = random.Random(0), _SAMPLE.split(" ")
+def many_words() -> tuple[list[str], list[float]]:
+    """Return words and how often each occurs, cumulated: as in natural text, in inverse proportion to its rank."""
+    rng = random.Random(2)
+    words = ["".join(rng.choices(_SYLLABLES, k=rng.choice((1, 1, 2, 2, 3, 4)))) for _ in range(_VOCABULARY)]
+    written = [rng.choices((word, f"{word},", f"{word}.", word.title()), (16, 2, 1, 1))[0] for word in words]
+    return written, list(accumulate(1 / (rank + 3) for rank in range(_VOCABULARY)))
+
+
+def write_chats(
+    path: Path, size: int, words: Sequence[str] = _SAMPLE.split(" "), weights: Sequence[float] | None = None
+) -> Path:
+    """Write chats of one to three turns with words from a sample, until the file has `size` bytes.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+        words: The words.
+        weights: How often each word occurs, cumulated; None: equally often.
+    """
+    rng = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
             messages = []
             for _ in range(rng.randint(1, 3)):
                 for role, longest in (("user", 60), ("assistant", 120)):
-                    text = " ".join(rng.choices(words, k=rng.randint(5, longest)))
+                    text = " ".join(rng.choices(words, cum_weights=weights, k=rng.randint(5, longest)))
                     messages.append({"role": role, "content": text})
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path

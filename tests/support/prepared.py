@@ -1,11 +1,9 @@
 """Helpers that prepare examples and files as training rows."""
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from training.data.encoding import Encoder
@@ -13,10 +11,9 @@ from training.data.prepare import prepare_data
 from training.data.prepared import PreparedData
 from training.data.records import Example, Pair, Task
 from training.data.request import DataRequest
-from training.data.row_index import DATA_FILE
 from training.data.sources import find_files
 from training.data.templates import Renderer
-from training.data.token_files import RenderedRow, TokenWriter
+from training.data.token_files import RenderedRow, RowTokenizer
 
 
 def request(*paths: Path | str, **changes: Any) -> DataRequest:
@@ -58,13 +55,11 @@ def encode_all(
     """Return the token columns of all rows of data.arrow that an example becomes."""
     rendered = Renderer(tokenizer, whole_text=task == "causal_lm").render(example)
     rows = [rendered] if isinstance(example, Pair) else [(sequence,) for sequence in rendered]
-    with tempfile.TemporaryDirectory() as directory:
-        encoder = Encoder(tokenizer, whole_text=task == "causal_lm")
-        writer = TokenWriter(request(task=task), encoder, Path(directory), lambda row, reason: None)
-        writer.add([RenderedRow(0, 1, row, 0) for row in rows], encoder.encode(rendered))
-        writer.close()
-        with pa.OSFile(f"{directory}/{DATA_FILE}") as source:
-            written = pa.ipc.open_stream(source).read_all().to_pylist()
+    encoder = Encoder(tokenizer, whole_text=task == "causal_lm")
+    tokenized = RowTokenizer(request(task=task), encoder).tokenize(
+        [RenderedRow(0, 1, row, 0) for row in rows]
+    )
+    written = tokenized.data.to_pylist()
     return [tuple(ids for name, ids in row.items() if name != "label") for row in written]
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from training.data.pieces import PieceEncoder, splits_at_spaces
 from training.data.records import Tokens
 from training.data.rendered import Rendered, Span
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from tokenizers.normalizers import Normalizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +37,7 @@ class Encoded:
 
     def begins(self) -> np.ndarray:
         """Return the start of each sequence and the end of the last, int64 [sequences + 1]."""
-        return _sums(self.lengths)
+        return sums(self.lengths)
 
     def places(self) -> np.ndarray:
         """Return each token's position in its sequence, int64 [tokens]."""
@@ -47,7 +48,7 @@ class Encoded:
         begins = self.begins()
         trained = self.trained.copy()
         trained[begins[:-1][self.lengths > 0]] = False
-        return np.diff(_sums(trained)[begins])
+        return np.diff(sums(trained)[begins])
 
     def cut(self, limit: int) -> "Encoded":
         """Truncate each sequence to its first `limit` tokens."""
@@ -63,8 +64,8 @@ class Encoded:
 class Encoder:
     """A tokenizer that maps character spans to token spans.
 
-    Computing token offsets in the tokenizers library takes 50% longer than ids alone. In byte-level BPE, the byte lengths of
-    tokens give the same result. Offsets are computed only for rows whose lengths do not add up.
+    In byte-level BPE, the byte lengths of tokens locate a span. Offsets, which cost the tokenizers library 50% more time than ids
+    alone, are computed only for rows whose lengths do not add up, and for other tokenizers.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, whole_text: bool):
@@ -81,56 +82,69 @@ class Encoder:
         self._end_of_text: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._bytes_of = _bytes_of_tokens(tokenizer)
         self._normalizes = "NFC" in _steps(self._backend.normalizer)
-
-    def encode(self, sequences: Sequence[Rendered | Tokens]) -> "list[Encoding]":
-        """Tokenize sequences of one kind in the library's threads, without the GIL; none of pretokenised rows."""
-        rendered = _rendered(sequences)
-        if not rendered:
-            return []
-        texts = [sequence.text for sequence in rendered]
-        if rendered[0].ends_the_text:
-            return self._backend.encode_batch(texts, add_special_tokens=True)
-        if self._bytes_of is None:
-            return self._backend.encode_batch(texts, add_special_tokens=False)
-        return self._backend.encode_batch_fast(texts, add_special_tokens=False)
-
-    def locate(self, sequences: Sequence[Rendered | Tokens], encodings: "Sequence[Encoding]") -> Encoded:
-        """Mark the loss tokens of sequences of one kind; a token that crosses a span's boundary belongs to the span."""
-        rendered = _rendered(sequences)
-        if rendered:
-            return self._located(rendered, encodings)
-        rows = [sequence for sequence in sequences if isinstance(sequence, Tokens)]
-        lengths = np.array([row.size for row in rows], np.int64)
-        return Encoded(
-            np.concatenate([row.ids for row in rows]), np.concatenate([row.trained for row in rows]), lengths
+        self._pieces = (
+            PieceEncoder(self._backend)
+            if self._bytes_of is not None and splits_at_spaces(self._backend)
+            else None
         )
+        self._around = _tokens_around(self._backend) if self._bytes_of is not None else None
 
-    def _located(self, sequences: Sequence[Rendered], encodings: "Sequence[Encoding]") -> Encoded:
-        ids = [encoding.ids for encoding in encodings]
-        if sequences[0].ends_the_text:
-            ids = [self._with_end(each) for each in ids]
-        lengths = np.array([len(each) for each in ids], np.int64)
-        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
-        begins = _sums(lengths)
-        owners = np.repeat(np.arange(len(sequences)), [len(sequence.spans) for sequence in sequences])
-        if sequences[0].ends_the_text:
-            first = [self._first_of_the_text(*each) for each in zip(sequences, encodings, strict=True)]
-            spans = np.stack([first, lengths], 1)
-        elif self._bytes_of is None:
-            spans = _pairs(chain.from_iterable(map(_by_offsets, sequences, encodings)))
+    def encode(self, sequences: Sequence[Rendered | Tokens]) -> Encoded:
+        """Tokenize sequences of one kind and mark their loss tokens; a token that crosses a span's boundary belongs to the span."""
+        rendered = [sequence for sequence in sequences if isinstance(sequence, Rendered)]
+        if not rendered:
+            rows = [sequence for sequence in sequences if isinstance(sequence, Tokens)]
+            lengths = np.array([row.size for row in rows], np.int64)
+            return Encoded(
+                np.concatenate([row.ids for row in rows]),
+                np.concatenate([row.trained for row in rows]),
+                lengths,
+            )
+        if rendered[0].ends_the_text:
+            return self._encode_texts(rendered)
+        owners = np.repeat(np.arange(len(rendered)), [len(sequence.spans) for sequence in rendered])
+        texts = [sequence.text for sequence in rendered]
+        if self._bytes_of is None:
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            ids, lengths = _concatenated([encoding.ids for encoding in encodings])
+            spans = _pairs(chain.from_iterable(map(_by_offsets, rendered, encodings)))
         else:
-            spans = self._by_lengths(sequences, flat, begins, owners)
-        first, end = (spans + begins[owners, None]).T
-        steps = np.bincount(first, minlength=len(flat) + 1) - np.bincount(end, minlength=len(flat) + 1)
-        return Encoded(flat, np.cumsum(steps[:-1]) > 0, lengths)
+            ids, lengths = self._ids_of(texts)
+            spans = self._by_lengths(rendered, ids, sums(lengths), owners)
+        return _marked(ids, lengths, spans, owners)
 
-    def _with_end(self, ids: list[int]) -> list[int]:
-        if self._end_of_text is None or ids[-1:] == [self._end_of_text]:
+    def _ids_of(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token ids of all texts, int32 [tokens], and the number of each, int64 [texts]."""
+        if self._pieces is not None:
+            return self._pieces.encode(texts)
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return _concatenated([encoding.ids for encoding in encodings])
+
+    def _encode_texts(self, rendered: list[Rendered]) -> Encoded:
+        """Tokenize texts with the tokenizer's own BOS and EOS tokens; their one span reaches to the end."""
+        texts = [sequence.text for sequence in rendered]
+        owners = np.arange(len(texts))
+        first = np.zeros(len(texts), np.int64)
+        if self._around is None:
+            encodings = self._backend.encode_batch(texts, add_special_tokens=True)
+            rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
+            if not self._whole_text:
+                first = np.array([_by_offsets(*each)[0][0] for each in zip(rendered, encodings, strict=True)])
+        else:
+            begin, end = self._around
+            ids, lengths = self._ids_of(texts)
+            begins = sums(lengths)
+            rows = [np.concatenate([begin, row, end]) for row in np.split(ids, begins[1:-1])]
+            if not self._whole_text:
+                first = self._by_lengths(rendered, ids, begins, owners)[:, 0] + len(begin)
+        rows = [self._with_end(row) for row in rows]
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return _marked(np.concatenate(rows), lengths, np.stack([first, lengths], 1), owners)
+
+    def _with_end(self, ids: np.ndarray) -> np.ndarray:
+        if self._end_of_text is None or ids[-1:].tolist() == [self._end_of_text]:
             return ids
-        return [*ids, self._end_of_text]
-
-    def _first_of_the_text(self, rendered: Rendered, encoding: "Encoding") -> int:
-        return 0 if self._whole_text else _by_offsets(rendered, encoding)[0][0]
+        return np.append(ids, np.int32(self._end_of_text))
 
     def _by_lengths(
         self, sequences: Sequence[Rendered], ids: np.ndarray, begins: np.ndarray, owners: np.ndarray
@@ -146,13 +160,13 @@ class Encoder:
         assert self._bytes_of is not None
         texts = [sequence.text for sequence in sequences]
         whole = "".join(texts)
-        text_begins = _sums([len(text) for text in texts])
+        text_begins = sums([len(text) for text in texts])
         spans = _pairs(chain.from_iterable(sequence.spans for sequence in sequences))
         spans += text_begins[owners, None]
         if not whole.isascii():
             offsets = _byte_offsets(whole)
             spans, text_begins = offsets[spans], offsets[text_begins]
-        token_begins = _sums(self._bytes_of[ids])
+        token_begins = sums(self._bytes_of[ids])
         # If a sequence's tokens do not cover its bytes exactly, the sequences after it are shifted against their text.
         moved = token_begins[begins] - text_begins
         first, end = (spans + moved[owners, None]).T
@@ -169,14 +183,29 @@ class Encoder:
         return found
 
 
-def _rendered(sequences: Sequence[Rendered | Tokens]) -> list[Rendered]:
-    """Return the sequences that are texts: all of a batch, or none."""
-    return [sequence for sequence in sequences if isinstance(sequence, Rendered)]
-
-
-def _sums(counts: np.ndarray | list[int]) -> np.ndarray:
+def sums(counts: np.ndarray | list[int]) -> np.ndarray:
     """Return the cumulative sums with a leading 0, int64 [counts + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _concatenated(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of all sequences, int32 [tokens], and the number of each, int64 [sequences]."""
+    lengths = np.array([len(each) for each in ids], np.int64)
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+
+def _marked(ids: np.ndarray, lengths: np.ndarray, spans: np.ndarray, owners: np.ndarray) -> Encoded:
+    """Mark the tokens in spans as loss tokens.
+
+    Args:
+        ids: Token ids of all sequences, [tokens].
+        lengths: Tokens per sequence, [sequences].
+        spans: First token of each span in its sequence, and the token after its last, [spans, 2].
+        owners: Sequence index of each span, [spans].
+    """
+    first, end = (spans + sums(lengths)[owners, None]).T
+    steps = np.bincount(first, minlength=len(ids) + 1) - np.bincount(end, minlength=len(ids) + 1)
+    return Encoded(ids, np.cumsum(steps[:-1]) > 0, lengths)
 
 
 def _pairs(spans: Iterable[Span]) -> np.ndarray:
@@ -214,6 +243,18 @@ def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
     probe = "a b"  # some tokenizers add a leading space
     ids = backend.encode(probe, add_special_tokens=False).ids
     return lengths if lengths[ids].sum() == len(probe) else None
+
+
+def _tokens_around(backend: "Tokenizer") -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the ids of the special tokens that a tokenizer adds before and after a text, or None if it changes the text's ids."""
+    probe = "a"
+    text = backend.encode(probe, add_special_tokens=False).ids
+    ids = backend.encode(probe).ids
+    places = [place for place in range(len(ids)) if ids[place : place + len(text)] == text]
+    if len(places) != 1:
+        return None
+    begin, end = ids[: places[0]], ids[places[0] + len(text) :]
+    return np.array(begin, np.int32), np.array(end, np.int32)
 
 
 def _steps(part: "Normalizer | PreTokenizer | None") -> list[str]:

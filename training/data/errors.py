@@ -20,6 +20,9 @@ class RowError(ValueError):
         self.kind = kind
         """Short fault name by which rejected rows are counted."""
 
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:
+        return RowError, (self.kind, str(self))  # pickle would call RowError(reason)
+
 
 def json_type(value: Any) -> str:
     """Return the JSON type of a value, as error messages name it."""

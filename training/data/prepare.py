@@ -1,6 +1,6 @@
 """Data preparation on the driver: convert the sources into tokens and labels, once per data set.
 
-This thread renders the chat template while a second thread tokenizes the previous batch.
+This process reads chunks of rows and writes their tokens. Between the two, processes check, render and tokenize them.
 """
 
 import gc
@@ -8,11 +8,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from configs.schema import DataFormat
-from training.data.encoding import Encoder
-from training.data.errors import DataError, RowError
+from training.data.chunk_processes import ChunkProcesses
+from training.data.chunks import Chunk, ChunkResult, ChunkTokenizer
+from training.data.errors import DataError
 from training.data.prepared import (
     PREPARED,
     SKIPPED_FILE,
@@ -31,12 +30,10 @@ from training.data.prepared import (
     fingerprint,
     open_prepared,
 )
-from training.data.records import Chat, Example, Pair, Tokens
-from training.data.rendered import Rendered
 from training.data.request import DataRequest
-from training.data.row_index import INDEX_FILE, INDEX_SCHEMA, RowIndex
-from training.data.rows import FORMAT_NAMES, RowSchema, read_row, recognise
-from training.data.sources import open_file
+from training.data.row_index import DATA_FILE, INDEX_FILE, INDEX_SCHEMA, RowIndex
+from training.data.rows import RowSchema
+from training.data.sources import StoredBatch, open_file
 from training.data.summary import (
     DataSummary,
     SourceSummary,
@@ -45,18 +42,14 @@ from training.data.summary import (
     show_examples,
 )
 from training.data.template_checks import DROPPED_TEXT
-from training.data.templates import Renderer
-from training.data.token_files import RenderedRow, TokenWriter, digest_of
+from training.data.token_files import TokenWriter
 from utils.files import file_lock, write_atomically
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2_000_000
-_AHEAD = 2  # batches in the tokenizer queue while the next batch is rendered
+_CHUNK_ROWS, _CHUNK_BYTES = 1000, 2_000_000
 _MAX_SHOWN = 5
-_SHOWN_CHARACTERS = 2000
 _VARIES = re.compile(r"'[^']*'|\d+")
 
 
@@ -126,12 +119,12 @@ class _Faults:
     """Message without its quoted texts and numbers -> its first occurrence."""
     alike: Counter[str] = field(default_factory=Counter)
 
-    def add(self, place: str, error: RowError) -> None:
-        self.counts[error.kind] += 1
-        same = _VARIES.sub("", str(error))
+    def add(self, place: str, kind: str, message: str) -> None:
+        self.counts[kind] += 1
+        same = _VARIES.sub("", message)
         self.alike[same] += 1
         if len(self.shown) < _MAX_SHOWN:
-            self.shown.setdefault(same, f"{place}: {error}")
+            self.shown.setdefault(same, f"{place}: {message}")
 
     @property
     def first(self) -> list[str]:
@@ -156,23 +149,17 @@ class _Preparation:
         self.request = request
         self.template = template
         self.tokenizer = tokenizer
-        self.renderer = Renderer(
-            tokenizer,
-            whole_text=request.task == "causal_lm",
-            turns=request.turns,
-            variables=dict(request.chat_template_kwargs),
-            today=date.fromisoformat(request.date) if request.date else None,
-        )
+        self.chunks = ChunkTokenizer(request, tokenizer)
         self.notes: Counter[str] = Counter()
-        self._ignored = frozenset(request.ignore_columns)
         self.split_rows = 0
         self.has_chats = False
         self.directory = directory
         self.rows_read = 0
+        self.taken = 0
+        """Rows taken from the current source."""
         self.faults = _Faults()
         self.skipped = (directory / SKIPPED_FILE).open("w", encoding="utf-8")
-        self.encoder = Encoder(tokenizer, whole_text=request.task == "causal_lm")
-        self.tokens = TokenWriter(request, self.encoder, directory, self._leave_out)
+        self.tokens = TokenWriter(request, directory)
         self.formats: list[DataFormat] = []
         self.rows_of_sources: list[int] = []
 
@@ -184,117 +171,56 @@ class _Preparation:
         self.tokens.close()
 
     def run(self, cache: Path, progress: Callable[[int, float], None]) -> DataSummary:
-        pending: deque[tuple[list[RenderedRow], Future[list[Encoding]]]] = deque()
-        with ThreadPoolExecutor(1, "encode") as pool:
-            for source in range(len(self.request.paths)):
-                before = self.tokens.rows
-                for batch in _batched(self._rows_of(source, cache, progress)):
-                    sequences = [sequence for row in batch for sequence in row.sequences]
-                    pending.append((batch, pool.submit(self.encoder.encode, sequences)))
-                    if len(pending) > _AHEAD:
-                        self._write_first(pending)
-                while pending:
-                    self._write_first(pending)
-                self.rows_of_sources.append(self.tokens.rows - before)
+        with ChunkProcesses(self.chunks) as processes:
+            for source, path in enumerate(self.request.paths):
+                rows, read = self.tokens.rows, self.rows_read
+                chunks = self._chunks_of(source, cache, progress)
+                if self.request.max_rows is None:
+                    results = processes.tokenize(chunks, path)
+                else:  # the rows taken from a chunk decide whether another one is read
+                    results = map(self.chunks.tokenize, chunks)
+                for result in results:
+                    self._add(result)
+                self.tokens.end_batch()
+                if self.rows_read == read:
+                    raise DataError(f"{path}: contains no rows. Use files with at least one row to train on.")
+                self.rows_of_sources.append(self.tokens.rows - rows)
         self._reject_faults()
         return self._summary()
 
-    def _write_first(self, pending: "deque[tuple[list[RenderedRow], Future[list[Encoding]]]]") -> None:
-        batch, future = pending.popleft()
-        self.tokens.add(batch, future.result())
-
-    def _rows_of(
-        self, source: int, cache: Path, progress: Callable[[int, float], None]
-    ) -> Iterator[RenderedRow]:
-        request = self.request
-        files = request.files
-        reading: RowSchema | None = None
-        began, taken = self.rows_read, 0
+    def _chunks_of(self, source: int, cache: Path, progress: Callable[[int, float], None]) -> Iterator[Chunk]:
+        """Yield the rows of a source in chunks, until enough rows are taken."""
+        request, files = self.request, self.request.files
+        schema: RowSchema | None = None
+        self.taken, read = 0, self.rows_read
         for number, file in enumerate(files):
-            if file.source != source or taken == request.max_rows:
+            if file.source != source or self.taken == request.max_rows:
                 continue
             opened = open_file(file, cache / "data")
-            for row, value in opened.rows:
-                if taken == request.max_rows:
+            for stored, rows in _chunked(opened.stored):
+                schema = schema or self.chunks.find_schema(stored)
+                read += rows
+                progress(read, (number + opened.fraction()) / len(files))
+                left = None if request.max_rows is None else request.max_rows - self.taken
+                only_faults = request.bad_rows == "error" and self.faults.counts.total() > 0
+                yield Chunk(number, stored, schema, only_faults, left)
+                if self.taken == request.max_rows:
                     break
-                self.rows_read += 1
-                if self.rows_read % _BATCH_ROWS == 0:
-                    progress(self.rows_read, (number + opened.fraction()) / len(files))
-                try:
-                    if isinstance(value, RowError):
-                        raise value
-                    ignored = self._ignored & value.keys()
-                    if ignored:
-                        value = {name: entry for name, entry in value.items() if name not in ignored}
-                    reading = reading or self._reading(value)
-                    example = self._read(value, reading)
-                    sequences = self.renderer.render(example)
-                except RowError as error:
-                    self.faults.add(f"{file.uri}:{row}", error)
-                    self._write_skipped(file.uri, row, str(error), value)
-                    continue
-                if request.bad_rows == "error" and self.faults.counts:
-                    continue  # the run will fail: only collect further faults
-                if request.share != (0.0, 1.0) and not self._is_in_share(sequences):
-                    continue
-                if notes := (*example.notes, *self.renderer.notes(example, sequences)):
-                    self.notes.update(set(notes))
-                self.notes.update(f"column `{name}` is ignored (ignore_columns)" for name in ignored)
-                taken += 1
-                self.has_chats |= isinstance(example, Chat | Pair)
-                if isinstance(example, Pair):
-                    only = int(bool(example.chosen)) if len(sequences) == 1 else None
-                    yield RenderedRow(number, row, sequences, only)
-                    continue
-                self.split_rows += len(sequences) > 1
-                for sequence in sequences:
-                    yield RenderedRow(number, row, (sequence,), getattr(example, "label", None))
-        if self.rows_read == began:
-            raise DataError(
-                f"{request.paths[source]}: contains no rows. Use files with at least one row to train on."
-            )
-        self.formats.append(reading.data_format if reading else "messages")
+        self.formats.append(schema.data_format if schema else "messages")
 
-    def _is_in_share(self, sequences: Sequence[Rendered | Tokens]) -> bool:
-        begin, end = self.request.share
-        return begin <= digest_of(sequences, self.request.seed) / 2**64 < end
-
-    def _reading(self, row: dict[str, Any]) -> RowSchema:
-        request = self.request
-        columns = dict(request.columns)
-        data_format = request.data_format
-        if data_format == "auto":
-            data_format = recognise(
-                row, columns, request.task, request.prompt_template, unpaired=request.unpaired
-            )
-        return RowSchema(
-            request.task, data_format, columns, request.prompt_template, request.labels, request.unpaired
-        )
-
-    def _read(self, row: dict[str, Any], reading: RowSchema) -> Example:
-        try:
-            return read_row(row, reading)
-        except RowError as error:
-            if self.request.data_format == "auto":
-                other = recognise(
-                    row, reading.columns, reading.task, reading.prompt_template, unpaired=reading.unpaired
-                )
-                if other != reading.data_format:
-                    raise RowError(
-                        "mixed formats",
-                        f"has the format {FORMAT_NAMES[other]}, but earlier rows have {FORMAT_NAMES[reading.data_format]}. Use a separate "
-                        "source for each format",
-                    ) from error
-            raise
-
-    def _leave_out(self, row: RenderedRow, reason: str) -> None:
-        """Record a row that is too long, or that has no loss tokens after truncation."""
-        self._write_skipped(self.request.files[row.file].uri, row.row, reason, None)
-
-    def _write_skipped(self, uri: str, row: int, reason: str, value: Any) -> None:
-        line = {"file": uri, "row": row, "reason": reason, "content": _shown(value)}
-        text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-        self.skipped.write(text + "\n")
+    def _add(self, result: ChunkResult) -> None:
+        """Add the tokens and the faults of the next chunk."""
+        self.rows_read += result.read
+        self.taken += result.taken
+        uri = self.request.files[result.file].uri
+        for row, kind, message in result.faults:
+            self.faults.add(f"{uri}:{row}", kind, message)
+        self.skipped.writelines(f"{line}\n" for _, line in result.skipped)
+        self.notes.update(result.notes)
+        self.split_rows += result.split_rows
+        self.has_chats |= result.has_chats
+        if result.tokenized:
+            self.tokens.add(result.tokenized)
 
     def _reject_faults(self) -> None:
         faults, request = self.faults, self.request
@@ -367,32 +293,26 @@ class _Preparation:
             files=[file.uri for file in request.files],
             fingerprint=fingerprint(self.directory),
             examples=[],
-            date=self.renderer.date if self.has_chats else None,
+            date=self.chunks.renderer.date if self.has_chats else None,
         )
-        dataset = PreparedData("", self.directory, summary).dataset()
-        return replace(summary, examples=show_examples(dataset, self.tokenizer))
+        with pa.memory_map(str(self.directory / DATA_FILE)) as source:
+            data = pa.ipc.open_stream(source).read_all()
+            return replace(summary, examples=show_examples(data, index.position, self.tokenizer))
 
 
-def _batched(rows: Iterator[RenderedRow]) -> Iterator[list[RenderedRow]]:
-    batch: list[RenderedRow] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += sum(sequence.size for sequence in row.sequences)
-        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, RowError):
-        return ""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:_SHOWN_CHARACTERS]
-    except RecursionError:
-        return "(nested too deeply to display)"
+def _chunked(stored: Iterator[tuple[int, Any]]) -> Iterator[tuple[list[tuple[int, Any]], int]]:
+    """Yield chunks of what a file stores, and the number of rows in each; lines of JSON are limited by their size, too."""
+    chunk: list[tuple[int, Any]] = []
+    rows = size = 0
+    for number, value in stored:
+        chunk.append((number, value))
+        rows += len(value.batch) if isinstance(value, StoredBatch) else 1
+        size += len(value) if isinstance(value, bytes) else 0
+        if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+            yield chunk, rows
+            chunk, rows, size = [], 0, 0
+    if chunk:
+        yield chunk, rows
 
 
 def _shares(rows: Sequence[int], weights: Sequence[float]) -> list[int]:

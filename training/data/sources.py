@@ -5,11 +5,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type
 from training.data.hub import hub_errors, hub_version, is_hub_dataset, parse_hub_uri, parts_of, text_files
@@ -23,6 +23,9 @@ from utils.storage.bucket import (
     is_remote,
     local_path,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _KINDS = {
     ".jsonl": "jsonl",
@@ -168,10 +171,63 @@ def _kind_of(uri: str) -> tuple[str, str | None]:
 class OpenFile:
     """A data file that is being read."""
 
-    rows: Iterator[tuple[int, Any]]
-    """(line or record number from 1, row); the row is a dictionary, or a RowError if it could not be parsed."""
+    stored: Iterator[tuple[int, Any]]
+    """(line or record number from 1, what is stored there): a line of JSON as bytes, a StoredBatch of rows, or a row."""
     fraction: Callable[[], float]
     """Returns the fraction read so far, 0 to 1."""
+
+    @property
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield (number, row); the row is a dictionary, or a RowError if it could not be parsed."""
+        return parse_rows(self.stored)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBatch:
+    """Consecutive rows of a Parquet or Arrow file."""
+
+    uri: str
+    batch: "pa.RecordBatch"
+
+    def __reduce__(self) -> tuple[Callable[[str, bytes], "StoredBatch"], tuple[str, bytes]]:
+        import pyarrow as pa
+
+        sink = (
+            pa.BufferOutputStream()
+        )  # pickle would copy all rows of which this batch is a slice (pyarrow 26)
+        with pa.ipc.new_stream(sink, self.batch.schema) as writer:
+            writer.write_batch(self.batch)
+        return _received, (self.uri, sink.getvalue().to_pybytes())
+
+
+def _received(uri: str, stream: bytes) -> StoredBatch:
+    import pyarrow as pa
+
+    return StoredBatch(uri, pa.ipc.open_stream(stream).read_next_batch())
+
+
+def parse_rows(stored: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield (line or record number, row) of what files store; a row is a dictionary, or a RowError if it cannot be parsed.
+
+    Raises:
+        DataError: Values of a Parquet or Arrow file are corrupt.
+    """
+    for number, value in stored:
+        if isinstance(value, bytes):
+            yield number, _parse_line(value)
+        elif isinstance(value, StoredBatch):
+            yield from _rows_in(value, number)
+        else:
+            yield number, value
+
+
+def _rows_in(stored: StoredBatch, number: int) -> Iterator[tuple[int, Any]]:
+    try:
+        for row in rows_of_batch(stored.batch):
+            yield number, row
+            number += 1
+    except _read_errors() as error:
+        raise _file_error(f"{stored.uri}:{number}", "a Parquet file", error) from error
 
 
 def open_file(file: DataFile, cache: Path) -> OpenFile:
@@ -268,7 +324,7 @@ def _read_jsonl(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]
                 size += len(line)
             yield number, _too_large(size)
         elif not line.isspace():
-            yield number, _parse_line(line)
+            yield number, line
 
 
 def _too_large(size: int) -> RowError:
@@ -460,29 +516,32 @@ def _table_records(reader: Any, uri: str, separator: str) -> Iterator[tuple[int,
 
 
 def _open_parquet(path: Path, uri: str) -> OpenFile:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Corrupt names, dates and sizes raise built-in Python errors.
-    read_errors = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
         file = pq.ParquetFile(path, memory_map=True)
-    except read_errors as error:
+    except _read_errors() as error:
         raise _file_error(uri, "a Parquet file", error) from error
     read = 0
 
-    def rows() -> Iterator[tuple[int, Any]]:
+    def batches() -> Iterator[tuple[int, StoredBatch]]:
         nonlocal read
         try:
             with file:
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                    for value in rows_of_batch(batch):
-                        read += 1
-                        yield read, value
-        except read_errors as error:
+                    read += len(batch)
+                    yield read - len(batch) + 1, StoredBatch(uri, batch)
+        except _read_errors() as error:
             raise _file_error(f"{uri}:{read + 1}", "a Parquet file", error) from error
 
-    return OpenFile(rows(), lambda: read / max(file.metadata.num_rows, 1))
+    return OpenFile(batches(), lambda: read / max(file.metadata.num_rows, 1))
+
+
+def _read_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of reading a corrupt file; names, dates and sizes raise built-in errors."""
+    import pyarrow as pa
+
+    return pa.ArrowException, OSError, ValueError, OverflowError, MemoryError
 
 
 def _open_arrow(path: Path, uri: str) -> OpenFile:
@@ -497,14 +556,13 @@ def _open_arrow(path: Path, uri: str) -> OpenFile:
         ) from error
     read = 0
 
-    def rows() -> Iterator[tuple[int, Any]]:
+    def batches() -> Iterator[tuple[int, StoredBatch]]:
         nonlocal read
         for batch in table.to_batches(max_chunksize=_PARQUET_ROWS):
-            for value in rows_of_batch(batch):
-                read += 1
-                yield read, value
+            read += len(batch)
+            yield read - len(batch) + 1, StoredBatch(uri, batch)
 
-    return OpenFile(rows(), lambda: read / max(len(table), 1))
+    return OpenFile(batches(), lambda: read / max(len(table), 1))
 
 
 def _file_error(place: str, kind: str, error: Exception) -> DataError:
@@ -542,7 +600,7 @@ def _open_hub_texts(uri: str, files: Mapping[str, list[Path]]) -> OpenFile:
         nonlocal fraction
         for number, path in enumerate(files[split]):
             opened = _open_text(path, f"{uri} ({path.name})", *_kind_of(path.name))
-            for _, value in opened.rows:
+            for _, value in opened.stored:
                 fraction = (number + opened.fraction()) / len(files[split])
                 yield value
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from configs.schema import DataFormat
 from training.data.row_index import IGNORED, RowIndex
 from training.data.sources import DataFile
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 _EXAMPLES, _EXAMPLE_PIECES = 3, 8
@@ -107,10 +107,19 @@ def find_duplicates(index: RowIndex, files: Sequence[DataFile]) -> tuple[int, li
     return len(repeated), shown
 
 
-def show_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerFast") -> list[list[tuple[str, bool]]]:
-    """Return the first, middle and last row with their loss tokens marked."""
-    rows = sorted({round(part * (len(dataset) - 1) / (_EXAMPLES - 1)) for part in range(_EXAMPLES)})
-    return [_mark(tokenizer, *_ids_and_trained(dataset[row])) for row in rows]
+def show_examples(
+    data: pa.Table, position: np.ndarray, tokenizer: "PreTrainedTokenizerFast"
+) -> list[list[tuple[str, bool]]]:
+    """Return the first, middle and last row with their loss tokens marked.
+
+    Args:
+        data: The tokens of all rows.
+        position: Row number in `data` of each row of an epoch, [rows].
+        tokenizer: The model's tokenizer.
+    """
+    shown = sorted({round(part * (len(position) - 1) / (_EXAMPLES - 1)) for part in range(_EXAMPLES)})
+    rows = [data.slice(position[number], 1).to_pylist()[0] for number in shown]
+    return [_mark(tokenizer, *_ids_and_trained(row)) for row in rows]
 
 
 def _ids_and_trained(row: dict[str, Any]) -> tuple[list[int], list[bool]]:

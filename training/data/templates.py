@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
+from jinja2.runtime import LoopContext
 
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
@@ -39,6 +40,7 @@ _DIRECTIVES = (
     "/think",
     "/system_override",
 )  # in the order in which SmolLM3's template removes them
+_LOOP = frozenset(("first", "last", "index", "index0"))
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
@@ -655,6 +657,13 @@ def _compiled(chat_template: str) -> Template:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template(chat_template).environment
+    checked = environment.getattr
+
+    def get(value: Any, name: str) -> Any:
+        # The sandbox takes a tenth of a row's time to find that the numbers of a loop are safe.
+        return getattr(value, name) if type(value) is LoopContext and name in _LOOP else checked(value, name)
+
+    environment.getattr = get
     return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
 
 

@@ -1,29 +1,26 @@
 """Token files: the tokens of all rows (data.arrow) and one index entry per row (index.arrow)."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from training.data.encoding import Encoded, Encoder
+from training.data.encoding import Encoded, Encoder, sums
 from training.data.errors import DataError
 from training.data.records import Task, Tokens
 from training.data.rendered import Rendered
 from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE, IGNORED, INDEX_FILE, INDEX_SCHEMA
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
-
 _MAX_SHOWN = 5
+_BATCH_ROWS, _BATCH_SIZE = 1000, 2_000_000  # rendered rows and their characters per record batch
+_UNPLACED = INDEX_SCHEMA.remove(INDEX_SCHEMA.get_field_index("position"))
 _TOKEN_COLUMNS: dict[Task, tuple[str, ...]] = {
     "instruction_tuning": ("input_ids", "labels"),
     "causal_lm": ("input_ids", "labels"),
@@ -48,33 +45,141 @@ def digest_of(sequences: Sequence[Rendered | Tokens], seed: int = 0) -> int:
     return xxhash.xxh3_64_intdigest(b"\x00".join(sequence.content for sequence in sequences), seed=seed)
 
 
-class TokenWriter:
-    """A writer that applies the token limit and writes rows to data.arrow and index.arrow."""
+@dataclass(frozen=True)
+class TokenizedRows:
+    """Rows of one source within the token limit, and what the limit did to the others."""
 
-    def __init__(
-        self,
-        request: DataRequest,
-        encoder: Encoder,
-        directory: Path,
-        leave_out: Callable[[RenderedRow, str], None],
-    ):
-        self.request = request
-        self.leave_out = leave_out
-        self.encoder = encoder
-        self.files = request.files
-        self.rows = self.truncated = self.lost = self.dropped = 0
-        self.lengths = array("i")
-        self.too_long: list[str] = []
-        self.too_long_rows = 0
-        columns: list[tuple[str, pa.DataType]] = [
-            (name, pa.list_(pa.int32())) for name in _TOKEN_COLUMNS[request.task]
+    data: pa.RecordBatch
+    """Token columns of the retained rows."""
+    index: pa.RecordBatch
+    """Index of the retained rows without `position`, which depends on the rows before them."""
+    kept: np.ndarray
+    """bool [rows]: True for retained rows."""
+    sizes: np.ndarray
+    """int64 [rows]: characters, or tokens of pretokenised rows."""
+    lengths: np.ndarray
+    """int64 [rows]: tokens of the longest sequence, before the limit."""
+    truncated: int
+    lost: int
+    """Tokens removed by truncation or in dropped rows."""
+    too_long: list[tuple[int, int, int]]
+    """(file, row, tokens) of each row that exceeds the limit with `long_rows: error`."""
+    left_out: list[tuple[int, int, str]]
+    """(file, row, reason) of each row that is dropped."""
+
+
+class RowTokenizer:
+    """A tokenizer of rendered rows that applies the token limit."""
+
+    def __init__(self, request: DataRequest, encoder: Encoder):
+        self._limit, self._long_rows, self._task = request.limit, request.long_rows, request.task
+        self._encoder = encoder
+        self._schema = data_schema(request.task)
+
+    def tokenize(self, rows: Sequence[RenderedRow]) -> TokenizedRows:
+        """Tokenize rows of one source, each with the same number of sequences.
+
+        Args:
+            rows: At least one row.
+        """
+        per_row = len(rows[0].sequences)
+        encoded = self._encoder.encode([sequence for row in rows for sequence in row.sequences])
+        lengths = _by_row(encoded.lengths, per_row).max(axis=1)
+        limit, long_rows = self._limit, self._long_rows
+        too_long = lengths > limit if limit else np.zeros(len(rows), bool)
+        lost = 0
+        if limit and long_rows == "truncate" and too_long.any():
+            lost = int(np.maximum(encoded.lengths - limit, 0).sum())
+            encoded = encoded.cut(limit)
+        kept = _by_row(encoded.predicted(), per_row).min(axis=1) > 0
+        if long_rows != "truncate":
+            kept &= ~too_long
+        is_error = too_long if long_rows == "error" else np.zeros(len(rows), bool)
+        dropped = ~kept & ~is_error
+        tokens = _by_row(encoded.lengths, per_row).sum(axis=1)
+        if not kept.all():
+            encoded = encoded.take(np.repeat(kept, per_row))
+        data, index = self._batches([rows[number] for number in np.flatnonzero(kept)], encoded, per_row)
+        return TokenizedRows(
+            data=data,
+            index=index,
+            kept=kept,
+            sizes=np.array([sum(sequence.size for sequence in row.sequences) for row in rows], np.int64),
+            lengths=lengths,
+            truncated=int((too_long & kept).sum()),
+            lost=lost + int(tokens[dropped].sum()),
+            too_long=[
+                (rows[number].file, rows[number].row, int(lengths[number]))
+                for number in np.flatnonzero(is_error)
+            ],
+            left_out=[
+                (
+                    rows[number].file,
+                    rows[number].row,
+                    self._reason(int(lengths[number]), dropped=bool(too_long[number])),
+                )
+                for number in np.flatnonzero(dropped)
+            ],
+        )
+
+    def _reason(self, length: int, *, dropped: bool) -> str:
+        limit = self._limit
+        if self._long_rows == "drop" and dropped:
+            return f"has {length:,} tokens, above the limit of {limit:,} (long_rows: drop)"
+        if limit:
+            return f"has no loss token within the limit of {limit:,} tokens"
+        return "has no loss token"
+
+    def _batches(
+        self, rows: Sequence[RenderedRow], encoded: Encoded, per_row: int
+    ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+        """Return the token columns of rows and their index."""
+        if not rows:
+            return tuple(pa.RecordBatch.from_pylist([], schema) for schema in (self._schema, _UNPLACED))
+        if self._task != "preference_tuning":
+            columns, trained = _columns(encoded)
+        elif per_row == 2:
+            columns, trained = _pair_columns(encoded)
+        else:
+            columns, trained = _unpaired_columns(encoded, np.array([row.label == 1 for row in rows]))
+        if "label" in self._schema.names:
+            columns.append(pa.array([row.label for row in rows], pa.int32()))
+        index = [
+            [row.file for row in rows],
+            [row.row for row in rows],
+            _by_row(encoded.lengths, per_row).sum(axis=1),
+            trained,
+            _by_row(encoded.lengths, per_row).max(axis=1),
+            [digest_of(row.sequences) for row in rows],
         ]
-        if request.task == "classification":
-            columns.append(("label", pa.int32()))
-        self._schema = pa.schema(columns)
-        self._per_row = 1  # sequences of each row of the batch that is added
+        return pa.record_batch(columns, schema=self._schema), pa.record_batch(index, schema=_UNPLACED)
+
+
+def data_schema(task: Task) -> pa.Schema:
+    """Return the columns of data.arrow."""
+    columns: list[tuple[str, pa.DataType]] = [(name, pa.list_(pa.int32())) for name in _TOKEN_COLUMNS[task]]
+    return pa.schema([*columns, ("label", pa.int32())] if task == "classification" else columns)
+
+
+def _by_row(of_sequences: np.ndarray, per_row: int) -> np.ndarray:
+    """Reshape [sequences] to [rows, sequences per row]."""
+    return of_sequences.reshape(-1, per_row)
+
+
+class TokenWriter:
+    """A writer of data.arrow and index.arrow. The files do not depend on how their rows were grouped for `add`."""
+
+    def __init__(self, request: DataRequest, directory: Path):
+        self.request = request
+        self.rows = self.truncated = self.lost = self.dropped = 0
+        self._written = 0
+        self.lengths = array("i")
+        self._too_long: list[str] = []
+        self._too_long_rows = 0
+        self._waiting: list[tuple[pa.RecordBatch, pa.RecordBatch]] = []
+        self._rows_of_batch = self._size_of_batch = 0
         self._files = ExitStack()
-        self._data = self._open(directory / DATA_FILE, self._schema)
+        self._data = self._open(directory / DATA_FILE, data_schema(request.task))
         self._index = self._open(directory / INDEX_FILE, INDEX_SCHEMA)
 
     def _open(self, path: Path, schema: pa.Schema) -> pa.RecordBatchStreamWriter:
@@ -85,80 +190,50 @@ class TokenWriter:
         """Finish both files."""
         self._files.close()
 
-    def add(self, batch: "list[RenderedRow]", encodings: "list[Encoding]") -> None:
-        """Write a batch of rows; `encodings` holds one entry per sequence, in order."""
-        self._per_row = len(batch[0].sequences)
-        encoded = self.encoder.locate([sequence for row in batch for sequence in row.sequences], encodings)
-        encoded, kept = self._within_limit(batch, encoded)
-        rows = [batch[number] for number in np.flatnonzero(kept)]
-        if not rows:
+    def add(self, rows: TokenizedRows) -> None:
+        """Add the next rows of a source."""
+        self.rows += rows.data.num_rows
+        self.truncated += rows.truncated
+        self.lost += rows.lost
+        self.dropped += len(rows.left_out)
+        self.lengths.extend(rows.lengths.tolist())
+        self._too_long_rows += len(rows.too_long)
+        for file, row, tokens in rows.too_long[: _MAX_SHOWN - len(self._too_long)]:
+            self._too_long.append(f"{self.request.files[file].uri}:{row}: {tokens} tokens")
+        sizes, kept = sums(rows.sizes), sums(rows.kept)
+        begin = 0
+        while begin < len(rows.kept):
+            full = np.searchsorted(sizes, sizes[begin] + _BATCH_SIZE - self._size_of_batch)
+            end = min(int(full), begin + _BATCH_ROWS - self._rows_of_batch, len(rows.kept))
+            piece = kept[begin], kept[end] - kept[begin]
+            self._waiting.append((rows.data.slice(*piece), rows.index.slice(*piece)))
+            self._rows_of_batch += end - begin
+            self._size_of_batch += int(sizes[end] - sizes[begin])
+            if self._rows_of_batch == _BATCH_ROWS or self._size_of_batch >= _BATCH_SIZE:
+                self.end_batch()
+            begin = end
+
+    def end_batch(self) -> None:
+        """Write the rows that wait for more rows of their source."""
+        waiting = [piece for piece in self._waiting if piece[0].num_rows]
+        self._waiting, self._rows_of_batch, self._size_of_batch = [], 0, 0
+        if not waiting:
             return
-        if self.request.task != "preference_tuning":
-            columns, trained = _columns(encoded)
-        elif self._per_row == 2:
-            columns, trained = _pair_columns(encoded)
-        else:
-            columns, trained = _unpaired_columns(encoded, np.array([row.label == 1 for row in rows]))
-        if "label" in self._schema.names:
-            columns.append(pa.array([row.label for row in rows], pa.int32()))
-        index = [
-            np.arange(self.rows, self.rows + len(rows)),
-            [row.file for row in rows],
-            [row.row for row in rows],
-            self._by_row(encoded.lengths).sum(axis=1),
-            trained,
-            self._by_row(encoded.lengths).max(axis=1),
-            [digest_of(row.sequences) for row in rows],
-        ]
-        self._data.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._index.write_batch(pa.record_batch(index, schema=INDEX_SCHEMA))
-        self.rows += len(rows)
-
-    def _by_row(self, of_sequences: np.ndarray) -> np.ndarray:
-        """Reshape [sequences] to [rows, sequences per row]."""
-        return of_sequences.reshape(-1, self._per_row)
-
-    def _within_limit(self, batch: "list[RenderedRow]", encoded: Encoded) -> tuple[Encoded, np.ndarray]:
-        """Apply the token limit and return the retained sequences and a mask of the retained rows, bool [rows]."""
-        limit, long_rows = self.request.limit, self.request.long_rows
-        longest = self._by_row(encoded.lengths).max(axis=1)
-        self.lengths.extend(longest.tolist())
-        too_long = longest > limit if limit else np.zeros(len(batch), bool)
-        if limit and long_rows == "truncate" and too_long.any():
-            self.lost += int(np.maximum(encoded.lengths - limit, 0).sum())
-            encoded = encoded.cut(limit)
-        kept = self._by_row(encoded.predicted()).min(axis=1) > 0
-        if long_rows != "truncate":
-            kept &= ~too_long
-        self.truncated += int((too_long & kept).sum())
-        tokens = self._by_row(encoded.lengths).sum(axis=1)
-        for number in np.flatnonzero(~kept):
-            row = batch[number]
-            if long_rows == "error" and too_long[number]:
-                self.too_long_rows += 1
-                if len(self.too_long) < _MAX_SHOWN:
-                    self.too_long.append(f"{self.files[row.file].uri}:{row.row}: {longest[number]} tokens")
-                continue
-            self.dropped += 1
-            self.lost += int(tokens[number])
-            if long_rows == "drop" and too_long[number]:
-                reason = f"has {longest[number]:,} tokens, above the limit of {limit:,} (long_rows: drop)"
-            elif limit:
-                reason = f"has no loss token within the limit of {limit:,} tokens"
-            else:
-                reason = "has no loss token"
-            self.leave_out(row, reason)
-        return (encoded if kept.all() else encoded.take(np.repeat(kept, self._per_row))), kept
+        data, index = (pa.concat_batches(pieces) for pieces in zip(*waiting, strict=True))
+        self._data.write_batch(data)
+        positions = np.arange(self._written, self._written + len(index))
+        self._index.write_batch(pa.record_batch([positions, *index.columns], schema=INDEX_SCHEMA))
+        self._written += len(index)
 
     def reject_long_rows(self) -> None:
         """Raise an error for rows that exceed the limit with `long_rows: error`, or if no rows are left."""
         request = self.request
         sources = ", ".join(request.paths)
-        if self.too_long:
-            more = self.too_long_rows - len(self.too_long)
-            shown = "\n".join(self.too_long) + (f"\n… and {more:,} more rows" if more else "")
+        if self._too_long:
+            more = self._too_long_rows - len(self._too_long)
+            shown = "\n".join(self._too_long) + (f"\n… and {more:,} more rows" if more else "")
             raise DataError(
-                f"{sources}: {self.too_long_rows:,} rows exceed the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
+                f"{sources}: {self._too_long_rows:,} rows exceed the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
                 "Increase context_length, shorten these rows, or set long_rows to truncate or drop."
             )
         if self.rows == 0:

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.tiny_model import make_tokenizer
@@ -90,6 +99,9 @@ def tokenizers_by_kind() -> dict[str, PreTrainedTokenizerFast]:
     for kind, change in BYTE_LEVEL.items():
         by_kind[kind] = copy.deepcopy(make_tokenizer())
         change(by_kind[kind].backend_tokenizer)
+        by_kind[kind].backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", by_kind[kind].bos_token_id)]
+        )
     return by_kind
 
 
@@ -135,7 +147,28 @@ def test_byte_lengths_and_offsets_mark_the_same_loss_tokens(
     by_lengths, by_offsets = Encoder(tokenizer, whole_text=False), Encoder(tokenizer, whole_text=False)
     assert by_lengths._bytes_of is not None
     by_offsets._bytes_of = None
-    fast, slow = (encoder.locate(rendered, encoder.encode(rendered)) for encoder in (by_lengths, by_offsets))
+    fast, slow = by_lengths.encode(rendered), by_offsets.encode(rendered)
+    assert fast.ids.tolist() == slow.ids.tolist()
+    assert fast.lengths.tolist() == slow.lengths.tolist()
+    assert fast.trained.tolist() == slow.trained.tolist()
+
+
+@pytest.mark.parametrize("whole_text", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in BYTE_LEVEL if kind != "dropped"])  # it may have no token
+@given(text=_text, begin=st.integers(0, 40))
+def test_texts_get_the_special_tokens_of_the_tokenizer(
+    tokenizers_by_kind: dict[str, PreTrainedTokenizerFast], kind: str, whole_text: bool, text: str, begin: int
+):
+    tokenizer = tokenizers_by_kind[kind]
+    texts = [
+        Rendered(each, ((min(begin, len(each) - 1), len(each)),), ends_the_text=True)
+        for each in (text, "It is 4")
+    ]
+    by_lengths, by_offsets = (Encoder(tokenizer, whole_text=whole_text) for _ in range(2))
+    by_offsets._around = None
+    fast, slow = by_lengths.encode(texts), by_offsets.encode(texts)
+    assert fast.ids[0] == tokenizer.bos_token_id
+    assert fast.ids[-1] == tokenizer.eos_token_id
     assert fast.ids.tolist() == slow.ids.tolist()
     assert fast.lengths.tolist() == slow.lengths.tolist()
     assert fast.trained.tolist() == slow.trained.tolist()

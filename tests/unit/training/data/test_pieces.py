@@ -1,0 +1,160 @@
+"""Texts that are tokenized by their pieces have the tokens that the tokenizers library gives the complete text."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+
+from tests.support.tiny_model import make_tokenizer
+from training.data import pieces
+from training.data.pieces import PieceEncoder, splits_at_spaces
+
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT_OSS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+def splitting(*patterns: str) -> Callable[[Tokenizer], None]:
+    """Return a change to the pre-tokenizer of a model family: its patterns, then bytes."""
+
+    def change(backend: Tokenizer) -> None:
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_alone])
+
+    return change
+
+
+def split_as_qwen(backend: Tokenizer) -> None:
+    splitting(LLAMA_3.replace("{1,3}", ""))(backend)
+    backend.normalizer = normalizers.NFC()
+
+
+def split_as_smollm2(backend: Tokenizer) -> None:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def add_tokens(backend: Tokenizer) -> None:
+    """Add tokens that overlap, hold whitespace, or match normalized text."""
+    backend.add_tokens([AddedToken("<|im_end|>\n"), AddedToken("    "), AddedToken(" é", normalized=True)])
+
+
+FAMILIES: dict[str, Callable[[Tokenizer], None]] = {
+    "gpt2": lambda backend: None,
+    "smollm2": split_as_smollm2,
+    "llama_3": splitting(LLAMA_3),
+    "qwen": split_as_qwen,
+    "gpt_oss": splitting(GPT_OSS),
+    "deepseek_v3": splitting(*DEEPSEEK_V3),
+    "added": add_tokens,
+}
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, Tokenizer]:
+    """Return a tokenizer for each family."""
+    backends = {}
+    for name, change in FAMILIES.items():
+        backends[name] = copy.deepcopy(make_tokenizer().backend_tokenizer)
+        change(backends[name])
+    return backends
+
+
+_parts = [
+    "<|im_start|>",
+    "<|im_end|>\n",
+    "<|im",
+    "|>",
+    "It",
+    "is",
+    "naïve,",
+    "it's",
+    "2",
+    "12345",
+    "?",
+    "e\u0301",
+    "\u0301",
+]
+_spaces = [" ", " ", "  ", "    ", "\n", " \n", "\n  ", "\t", "\u00a0", "\u2028", "\x1c", "\x85"]
+_texts = st.lists(st.sampled_from([*_parts, *_spaces, *_spaces]) | st.text(max_size=3), max_size=24).map(
+    "".join
+)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@given(texts=st.lists(_texts, min_size=1, max_size=4))
+@example(texts=["It is  2 \n  x<|im_end|>\n  It", " ", "", "你好" * 40])
+def test_pieces_have_the_tokens_of_the_complete_text(
+    families: dict[str, Tokenizer], family: str, texts: list[str]
+):
+    backend = families[family]
+    assert splits_at_spaces(backend)
+    encoder = PieceEncoder(backend)
+    expected = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    for _ in range(2):  # the second time, from the pieces that were kept
+        ids, lengths = encoder.encode(texts)
+        assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+
+
+def join_words(backend: Tokenizer) -> None:
+    """Let tokens reach over spaces, as those of SuperBPE do."""
+    splitting(r"\d+")(backend)
+
+
+def split_after_spaces(backend: Tokenizer) -> None:
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "merged_with_previous"), bytes_alone]
+    )
+
+
+def add_stripping_token(backend: Tokenizer) -> None:
+    backend.add_tokens([AddedToken("<eats>", lstrip=True)])
+
+
+def add_word_token(backend: Tokenizer) -> None:
+    backend.add_tokens([AddedToken("It", single_word=True)])
+
+
+def add_token_with_space(backend: Tokenizer) -> None:
+    backend.add_tokens([AddedToken("It is")])
+
+
+def drop_merges(backend: Tokenizer) -> None:
+    backend.model.dropout = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [join_words, split_after_spaces, add_stripping_token, add_word_token, add_token_with_space, drop_merges],
+)
+def test_tokenizers_whose_tokens_reach_over_spaces_are_not_split(change: Callable[[Tokenizer], None]):
+    backend = make_tokenizer().backend_tokenizer
+    change(backend)
+    assert not splits_at_spaces(backend)
+
+
+def test_memory_of_pieces_is_bounded(families: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pieces, "_KEPT_BYTES", 10_000)
+    encoder = PieceEncoder(families["gpt2"])
+    for first in range(0, 1000, 20):
+        text = " ".join(f"word{number}" for number in range(first, first + 20))
+        (expected,) = families["gpt2"].encode_batch_fast([text], add_special_tokens=False)
+        assert encoder.encode([text])[0].tolist() == expected.ids
+        kept = encoder._inner | encoder._whole
+        assert sum(len(piece) + len(ids) for piece, ids in kept.items()) < 10_000
