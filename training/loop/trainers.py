@@ -278,7 +278,8 @@ class FineTuningTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # loss 0 instead of NaN without loss tokens
         if self.loss_of_transformers:
-            loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+            both: Any = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+            loss, outputs = both
             self._predicted = count_correct(outputs.logits, targets_of(inputs))
             return (loss, outputs) if return_outputs else loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
