@@ -42,10 +42,8 @@ SEQUENCE_PARALLEL = PACKED_WITHOUT_MASK - {"mixtral", "qwen3_moe"}
 """Tested `model_type`s whose sequences workers can share. The load-balancing loss of a mixture would count a worker's tokens alone."""
 
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # limits of PyTorch's flash kernels
-_ROPE_BY_LENGTH = {
-    "dynamic",
-    "longrope",
-}  # their frequencies depend on the largest position, which differs between workers
+# Their frequencies depend on the largest position, which differs between workers that share a sequence.
+_ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def check_sequence_parallel(
         usable = [str(number) for number in range(1, shape.heads + 1) if _shares_heads(shape, number)]
         raise ModelError(
             f"{key}: {size} workers cannot share the {shape.heads} heads and {shape.key_value_heads} key-value heads of {source} equally. "
-            f"Write {' or '.join(usable)}."
+            f"Write {' or '.join(usable)}, a number that also divides num_devices."
         )
 
 
