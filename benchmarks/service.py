@@ -1,7 +1,9 @@
-"""Measure chat with the transformers engine on CPU: `make bench-service` prints three figures.
+"""Measure chat with the transformers engine on CPU: `make bench-service` prints four figures.
 
 - Tokens/s of one stream against plain `generate`: same model, prompt and greedy tokens, in one process.
 - Tokens/s of eight streams at once against one stream.
+- Its limit: eight times the time of a forward pass of one token, divided by that of eight rows of one token, in plain
+  transformers.
 - Time to the first token of an adapter that is not loaded, minus that of a loaded one.
 
 Each round measures all of them one after the other, in rotating order; ratios are taken within a round. HTTP and Ray Serve are
@@ -11,6 +13,7 @@ not part of the figures.
 import argparse
 import asyncio
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +25,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from benchmarks.report import spread, write_report
 from configs.schema import FinetuneConfig
@@ -55,6 +58,7 @@ def main() -> None:
     summary = {
         "one_stream_ratio": spread([r["one_stream"] / r["generate"] for r in measured]),
         "eight_streams_ratio": spread([r["eight_streams"] / r["one_stream"] for r in measured]),
+        "eight_rows_ratio": spread([STREAMS * r["forward_of_one"] / r["forward_of_eight"] for r in measured]),
         "cold_adapter_seconds": spread([r["cold_adapter"] - r["warm_adapter"] for r in measured]),
     }
     write_report("service", summary, measured)
@@ -87,6 +91,12 @@ async def measure(directory: Path, model: Path, rounds: int) -> list[dict[str, A
     async def generate() -> float:
         return await asyncio.to_thread(generate_speed, plain, tokenizer)
 
+    async def forward_of_one() -> float:
+        return await asyncio.to_thread(forward_seconds, plain, 1)
+
+    async def forward_of_eight() -> float:
+        return await asyncio.to_thread(forward_seconds, plain, STREAMS)
+
     async def one_stream() -> float:
         return await speed(engine, 1)
 
@@ -96,6 +106,8 @@ async def measure(directory: Path, model: Path, rounds: int) -> list[dict[str, A
     figures: list[Callable[[], Coroutine[Any, Any, float]]] = [
         generate,
         one_stream,
+        forward_of_one,
+        forward_of_eight,
         eight_streams,
         warm_adapter,
         cold_adapter,
@@ -139,6 +151,19 @@ def generate_speed(model: Any, tokenizer: Any) -> float:
             pad_token_id=tokenizer.pad_token_id,
         )
     return (generated.shape[1] - tokens.shape[1]) / (time.perf_counter() - start)
+
+
+def forward_seconds(model: Any, rows: int) -> float:
+    """Return the median seconds of a forward pass of one token for each row, after 50 tokens."""
+    cache = DynamicCache(config=model.config)
+    seconds = []
+    with torch.inference_mode():
+        model(input_ids=torch.ones(rows, 50, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
+        for _ in range(9):
+            start = time.perf_counter()
+            model(input_ids=torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 async def speed(engine: TransformersEngine, streams: int) -> float:

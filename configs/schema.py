@@ -491,6 +491,9 @@ class WandbLogger(Section):
     entity: Text | None = None
     """User or team; null: the default entity of the API key."""
 
+    name: Text | None = None
+    """Display name of the run; null: the run's name."""
+
     group: Text | None = None
     """Group in which W&B lists the run."""
 

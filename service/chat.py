@@ -256,7 +256,9 @@ class _Completion:
 
 async def _events(handle: Any, request: ChatRequest) -> AsyncGenerator[Event]:
     """Yield the events of an engine; cancel the request there if this iterator is closed early."""
-    response = handle.options(stream=True).chat.remote(request)
+    # Serve's router prefers a replica that has this checkpoint; "" stands for none.
+    options = handle.options(stream=True, multiplexed_model_id=request.model.checkpoint or "")
+    response = options.chat.remote(request)
     is_complete = False
     try:
         async for event in response:

@@ -227,7 +227,11 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
         engines = sum(base.engine_resources["CPU"] for base in service.config.models.values())
         cores = os.cpu_count() or 1
         ray.init(
-            address="local", include_dashboard=False, log_to_driver=False, num_cpus=cores + math.ceil(engines)
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            num_cpus=cores + math.ceil(engines),
         )
     else:
         excludes = [
@@ -238,7 +242,12 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
         ]
         environment = {"working_dir": str(_PROJECT_ROOT), "excludes": excludes}
         environment |= {"env_vars": {STATE_VARIABLE: str(state_directory())}}
-        ray.init(address=target.address, log_to_driver=False, runtime_env=environment)
+        ray.init(
+            address=target.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=environment,
+        )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 

@@ -1,6 +1,7 @@
 """Engines: what a chat request asks of a base model's engine, what the engine answers, and its Ray Serve deployment."""
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -165,7 +166,7 @@ def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneCo
     if resources:
         options["resources"] = resources
     deployment: Any = serve.deployment(
-        Chosen,
+        Chosen if settings.num_replicas == 1 else reporting(Chosen, settings.max_adapters),
         name=f"engine-{base.replace('/', '-')}",
         num_replicas=settings.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
@@ -180,3 +181,23 @@ def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneCo
             threads=None if cpus is None else max(1, int(cpus)),
         )
     )
+
+
+def reporting(engine: Any, most: int) -> type:
+    """Return an engine that reports its last `most` checkpoints to Serve, whose router sends requests for these to the replica."""
+    from ray import serve
+
+    class ReportingEngine(engine):
+        @serve.multiplexed(max_num_models_per_replica=most)
+        async def _report(self, checkpoint: str) -> str:
+            return checkpoint
+
+        async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+            """Answer a request; see `Engine.chat`."""
+            if request.model.checkpoint is not None:
+                await self._report(request.model.checkpoint)
+            async with aclosing(super().chat(request)) as events:
+                async for event in events:
+                    yield event
+
+    return ReportingEngine

@@ -92,6 +92,7 @@ def training_config(
             "provider": "wandb",
             "project": wandb["project"],
             "entity": wandb.get("entity"),
+            "name": wandb.get("name"),
             "tags": wandb.get("tags") or [],
         }
     if paths["publish"]:

@@ -117,7 +117,7 @@ class LocalHandle:
     def chat(self) -> "LocalHandle":
         return self
 
-    def options(self, *, stream: bool) -> "LocalHandle":
+    def options(self, *, stream: bool, multiplexed_model_id: str) -> "LocalHandle":
         assert stream
         return self
 

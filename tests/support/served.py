@@ -18,6 +18,7 @@ from tests.support.jobs import PROJECT, environment
 
 OPENAI = PROJECT / ".venv" / "openai"
 CLIENT = PROJECT / "tests" / "support" / "openai_client.py"
+PREFERENCE_CLIENT = CLIENT.with_name("openai_preference_client.py")
 
 
 @dataclass
@@ -106,11 +107,13 @@ def served(
         process.stdout.close()
 
 
-def run_client(base_url: str, key: str, *arguments: str, timeout: float = 300) -> dict[str, Any]:
-    """Run OpenAI's client against the service and return what it received."""
+def run_client(
+    base_url: str, key: str, *arguments: str, program: Path = CLIENT, timeout: float = 300
+) -> dict[str, Any]:
+    """Run a program with OpenAI's client against the service and return what it received."""
     variables = {"PATH": os.environ["PATH"], "OPENAI_API_KEY": key, "PYTHONPATH": str(OPENAI)}
     done = subprocess.run(
-        [sys.executable, "-S", str(CLIENT), base_url, *arguments],
+        [sys.executable, "-S", str(program), base_url, *arguments],
         env=variables,
         capture_output=True,
         text=True,

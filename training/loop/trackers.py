@@ -101,7 +101,7 @@ class Wandb:
             group=settings.group,
             tags=settings.tags,
             id=run.id,
-            name=run.name,
+            name=settings.name or run.name,
             resume="allow",
             config=dict(run.parameters),
             dir=run.scratch,

@@ -1,8 +1,9 @@
 """The engine as a Ray Serve deployment: requests, answers, errors and cancellation cross processes."""
 
 import asyncio
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from configs.loading import load_config
 from service.config import BaseModelSettings
-from service.engine import engine_deployment
+from service.engine import Accepted, ChatRequest, Delta, Event, engine_deployment, reporting
 from tests.support.engines import BASE, Reference, chat_app, serving, store_adapter
 
 pytestmark = [
@@ -73,6 +74,38 @@ def test_answers_and_errors_cross_processes(client: httpx.Client, tiny_model: Pa
     assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
     missing = client.post(PATH, json=body("tuned-1"))
     assert (missing.status_code, missing.json()["error"]["code"]) == (500, "model_unavailable")
+
+
+class ProcessIdEngine:
+    """An engine whose answers have its process id as the number of prompt tokens."""
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        yield Accepted(os.getpid())
+        yield Delta(0, "x", finish_reason="stop", completion_tokens=1)
+
+
+def test_requests_for_a_checkpoint_go_to_the_replica_that_has_it(client: httpx.Client):
+    from ray import serve
+
+    engine: Any = serve.deployment(
+        reporting(ProcessIdEngine, most=2), name="two", num_replicas=2, ray_actor_options={"num_cpus": 0}
+    )
+    handle = serve.run(engine.bind(), name="two", route_prefix=None)
+    with serving(chat_app(handle, ["a", "b", "c", "d"])) as own:
+
+        def process(model: str) -> int:
+            return own.post(PATH, json=body(model)).json()["usage"]["prompt_tokens"]
+
+        models = [f"tuned-{number}" for number in range(4)]
+        first = {}
+        for model in models:
+            first[model] = process(model)
+            time.sleep(0.5)  # the replica reports its checkpoints every 0.1 s
+        assert sorted(map(list(first.values()).count, first.values())) == [2, 2, 2, 2]
+        for _ in range(5):
+            assert {model: process(model) for model in models} == first
+        assert len({process(BASE) for _ in range(20)}) == 2
+    serve.delete("two")
 
 
 def test_disconnected_clients_leave_no_rows_behind(client: httpx.Client):

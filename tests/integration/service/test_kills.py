@@ -1,9 +1,13 @@
 """Kill any process of the service with SIGKILL at any stage: each job ends once, with the weights of an undisturbed one.
 
-`make test-all` kills twice, `make test-service` 40 times (SERVICE_GRID=1).
+`make test-all` kills twice, `make test-service` 40 times (SERVICE_GRID=1). One cell of the grid:
+
+    SERVICE_GRID=1 python -m pytest tests/integration/service/test_kills.py -k "worker and uploading"
 """
 
 import hashlib
+import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,47 +33,33 @@ GRID = bool(os.environ.get("SERVICE_GRID"))
 PROCESSES = {
     "replica": "ServeReplica:fine-tuning:api",
     "scheduler": "ServeReplica:fine-tuning:scheduler",
+    "engine": "ServeReplica:fine-tuning:engine",
     "check": "ray::check_job",
     "driver": "ray::JobDriver",
     "worker": "RayTrainWorker",
     "controller": "ray::ServeController",
 }
-STAGES = ("uploading", "validating", "queued", "starting", "first checkpoint", "last checkpoint")
+STAGES = ("uploading", "validating", "queued", "first steps", "checkpoint", "result file", "chat")
+ANSWERING = ("replica", "all", "engine")
+"""Processes whose end may break off an answer."""
+Kill = tuple[str, str]
+
 # Each list is one job, with its kills in the order of the stages.
-SAMPLE = [[("driver", "first checkpoint"), ("all", "first checkpoint")]]
-FULL = [
-    [("replica", stage) for stage in STAGES],
-    [("scheduler", stage) for stage in STAGES],
-    [("all", stage) for stage in STAGES],
-    [("driver", stage) for stage in STAGES[3:]],
-    [("worker", stage) for stage in STAGES[3:5]],
-    [
-        ("check", "validating"),
-        ("replica", "queued"),
-        ("controller", "starting"),
-        ("worker", "first checkpoint"),
-    ],
-    [
-        ("scheduler", "validating"),
-        ("replica", "queued"),
-        ("driver", "starting"),
-        ("worker", "first checkpoint"),
-    ],
-    [
-        ("replica", "uploading"),
-        ("scheduler", "starting"),
-        ("all", "first checkpoint"),
-        ("driver", "last checkpoint"),
-    ],
-    [("all", "validating"), ("all", "starting"), ("all", "first checkpoint"), ("all", "last checkpoint")],
-    [("controller", "validating")],
+SAMPLE: list[list[Kill]] = [[("driver", "checkpoint"), ("all", "checkpoint")]]
+FULL: list[list[Kill]] = [
+    *([kill] for kill in itertools.product(("replica", "scheduler", "driver", "worker", "all"), STAGES)),
+    [("check", "validating")],
+    [("controller", "first steps")],
+    [("engine", "chat")],
+    [("all", "first steps"), ("all", "checkpoint")],
 ]
 JOBS = FULL if GRID else SAMPLE
 ROWS = write_problems(TRAIN_KINDS, 32, 1).encode()
+QUESTION = {"role": "user", "content": "Ada has 3 apples and buys 4. How many?"}
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(7200 if GRID else 1200),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not OPENAI.is_dir(), reason="the packages of the service are not installed: make setup-dev"
     ),
@@ -90,6 +80,8 @@ class Site:
     key: str | None = None
     service: Served | None = None
     stack: ExitStack = field(default_factory=ExitStack)
+    files: list[str] = field(default_factory=list)
+    """Ids of all uploads that were answered."""
 
     def start(self) -> None:
         self.service = self.stack.enter_context(served(self.config, self.port))
@@ -109,18 +101,18 @@ class Site:
             process.kill()
         psutil.wait_procs(found, timeout=30)
 
+    def send(self, method: str, path: str, **options: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self.key}", "x-stainless-retry-count": "1"}
+        headers |= options.pop("headers", {})
+        url = f"http://127.0.0.1:{self.port}/v1{path}"
+        return requests.request(method, url, headers=headers, timeout=60, **options)
+
     def ask(self, method: str, path: str, **options: Any) -> Any:
         """Return the JSON of an answer; repeat the request while the service is being replaced, as clients do."""
         deadline = time.monotonic() + 240
         while True:
             try:
-                answer = requests.request(
-                    method,
-                    f"http://127.0.0.1:{self.port}/v1{path}",
-                    headers={"Authorization": f"Bearer {self.key}", "x-stainless-retry-count": "1"},
-                    timeout=30,
-                    **options,
-                )
+                answer = self.send(method, path, **options)
                 if answer.status_code < 500:
                     assert answer.status_code == 200, answer.text
                     return answer.json()
@@ -129,11 +121,87 @@ class Site:
             assert time.monotonic() < deadline, f"{method} {path} is not answered"
             time.sleep(0.2)
 
+    def upload(self, in_the_middle: Callable[[], None] = lambda: None) -> str | None:
+        """Upload the rows and call a function after the first half; return the file's id, or None without an answer."""
+        head = b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        head += b'--B\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'
+
+        def content() -> Iterator[bytes]:
+            yield head + ROWS[: len(ROWS) // 2]
+            in_the_middle()
+            yield ROWS[len(ROWS) // 2 :] + b"\r\n--B--\r\n"
+
+        kind = {"Content-Type": "multipart/form-data; boundary=B"}
+        try:
+            answer = self.send("POST", "/files", data=content(), headers=kind)
+        except requests.RequestException:
+            return None
+        if answer.status_code >= 500:
+            return None
+        assert answer.status_code == 200, answer.text
+        self.files.append(answer.json()["id"])
+        return self.files[-1]
+
+    def create(self, file: str) -> str:
+        """Create a job with the same seed as the others; return its id."""
+        body = {"model": "tiny", "training_file": file, "seed": 3, "hyperparameters": {"n_epochs": 8}}
+        body["metadata"] = {"n": str(time.time_ns())}
+        return self.ask("POST", "/fine_tuning/jobs", json=body)["id"]
+
+    def chat(self, model: str, at_first: Callable[[], None] = lambda: None) -> tuple[str, int]:
+        """Return the greedy answer of a model and how often it was asked; call a function at the first chunk."""
+        body = {"model": model, "messages": [QUESTION], "max_tokens": 300, "temperature": 0, "stream": True}
+        deadline = time.monotonic() + 240
+        for attempt in itertools.count(1):
+            text = ""
+            try:
+                with self.send("POST", "/chat/completions", json=body, stream=True) as answer:
+                    assert answer.status_code in (200, 500, 502, 503), answer.text
+                    for line in filter(None, answer.iter_lines()):
+                        if line == b"data: [DONE]":
+                            return text, attempt
+                        if not line.startswith(b"data: "):
+                            break
+                        chunk = json.loads(line.removeprefix(b"data: "))
+                        for choice in chunk.get("choices", ()):
+                            text += choice["delta"].get("content") or ""
+                        at_first()
+                        at_first = lambda: None  # noqa: E731
+            except requests.RequestException:
+                pass
+            assert time.monotonic() < deadline, f"{model} does not answer"
+            time.sleep(0.2)
+        raise AssertionError
+
     def job(self, job_id: str) -> Any:
         return self.ask("GET", f"/fine_tuning/jobs/{job_id}")
 
     def run(self, job_id: str) -> Any:
         return open_store(run_uri(S3Store(self.storage), "default", job_id))
+
+    def wait_for(self, job_id: str, stage: str) -> None:
+        """Wait until a job has reached a stage."""
+        reached: dict[str, Callable[[], bool]] = {
+            "validating": lambda: True,
+            "queued": lambda: self.job(job_id)["status"] != "validating_files",
+            "first steps": lambda: self.job(job_id)["status"] in ("running", "succeeded"),
+            "checkpoint": lambda: bool(committed(self.run(job_id))),
+            "result file": lambda: self.run(job_id).read_if_exists(RESULT_FILE) is not None,
+            "end": lambda: self.job(job_id)["status"] not in ("validating_files", "queued", "running"),
+        }
+        deadline = time.monotonic() + 900
+        while not reached[stage]():
+            assert time.monotonic() < deadline, (stage, self.job(job_id))
+            time.sleep(0.05)
+
+    def weights_of(self, job_id: str) -> str:
+        """Return the hash of the weights of a job's model."""
+        run = self.run(job_id)
+        chosen = best(committed(run))
+        assert chosen
+        return hashlib.sha256(
+            run.read(f"checkpoints/step-{chosen.step:06d}/adapter_model.safetensors")
+        ).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -153,74 +221,81 @@ def site(tmp_path_factory: pytest.TempPathFactory, bucket: Any, tiny_model: Path
         yield found
 
 
-def wait_for(site: Site, job_id: str, stage: str) -> None:
-    """Wait until a job has reached a stage."""
-    reached: dict[str, Callable[[], bool]] = {
-        "validating": lambda: True,
-        "queued": lambda: site.job(job_id)["status"] != "validating_files",
-        "starting": lambda: site.job(job_id)["status"] in ("running", "succeeded"),
-        "first checkpoint": lambda: bool(committed(site.run(job_id))),
-        "last checkpoint": lambda: site.run(job_id).read_if_exists(RESULT_FILE) is not None,
-    }
-    deadline = time.monotonic() + 600
-    while not reached[stage]():
-        assert time.monotonic() < deadline, (stage, site.job(job_id))
-        time.sleep(0.05)
+@dataclass(frozen=True)
+class Undisturbed:
+    """A job without kills: the hash of its weights, and its model's answer."""
 
-
-def create(site: Site, kills: list[tuple[str, str]], rows: bytes) -> str:
-    """Create a job with the same seed as the others, and kill processes at its stages; return its id when it has ended."""
-    upload = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", rows)}}
-    file = site.ask("POST", "/files", **upload)["id"]
-    for victim, stage in kills:
-        if stage == "uploading":
-            site.kill(victim)
-            file = site.ask("POST", "/files", **upload)["id"]
-    hyperparameters = {"n_epochs": 8}
-    body = {"model": "tiny", "training_file": file, "seed": 3, "hyperparameters": hyperparameters}
-    job = site.ask("POST", "/fine_tuning/jobs", json=body | {"metadata": {"n": str(time.time_ns())}})["id"]
-    for victim, stage in kills:
-        if stage != "uploading":
-            wait_for(site, job, stage)
-            if site.job(job)["status"] != "succeeded" or victim in ("replica", "scheduler", "all"):
-                site.kill(victim)
-    deadline = time.monotonic() + 900
-    while (record := site.job(job))["status"] != "succeeded":
-        assert record["status"] in ("validating_files", "queued", "running"), record
-        assert time.monotonic() < deadline, record
-        time.sleep(0.2)
-    assert site.ask("GET", f"/files/{file}")["bytes"] == len(rows)
-    return job
-
-
-def weights_of(site: Site, job_id: str) -> str:
-    run = site.run(job_id)
-    chosen = best(committed(run))
-    assert chosen
-    return hashlib.sha256(
-        run.read(f"checkpoints/step-{chosen.step:06d}/adapter_model.safetensors")
-    ).hexdigest()
+    weights: str
+    answer: str
 
 
 @pytest.fixture(scope="module")
-def expected(site: Site) -> str:
-    """Return the hash of the weights of an undisturbed job."""
-    return weights_of(site, create(site, [], ROWS))
+def undisturbed(site: Site) -> Undisturbed:
+    file = site.upload()
+    assert file
+    job = site.create(file)
+    site.wait_for(job, "end")
+    answer, _ = site.chat(site.job(job)["fine_tuned_model"])
+    assert len(answer) > 20
+    return Undisturbed(site.weights_of(job), answer)
 
 
-@pytest.mark.parametrize("kills", JOBS, ids=lambda kills: f"{len(kills)} kills, first {kills[0][0]}")
-def test_killed_job_ends_once_with_the_same_weights(site: Site, expected: str, kills: list[tuple[str, str]]):
-    before = site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]
-    job = create(site, kills, ROWS)
-    assert weights_of(site, job) == expected
-    events = site.ask("GET", f"/fine_tuning/jobs/{job}/events?limit=100")["data"]
-    assert [event["message"] for event in events].count("The job has successfully completed") == 1
+def disturb(site: Site, kills: list[Kill], expected: Undisturbed) -> list[str]:
+    """Run a job and kill processes at its stages; return the ids of all jobs that were created, newest first."""
+    at = {stage: victim for victim, stage in kills}
+    jobs: list[str] = []
+
+    def start_another() -> str:
+        """Start a job whose driver or worker is killed while the other job has none."""
+        jobs.insert(0, site.create(site.files[0]))
+        return jobs[0]
+
+    if any(at.get(stage) in ("driver", "worker") for stage in ("uploading", "validating", "queued")):
+        site.wait_for(start_another(), "first steps")
+    if "uploading" in at:
+        file = site.upload(lambda: site.kill(at["uploading"]))
+        assert file or at["uploading"] in ANSWERING
+        file = file or site.upload()
+    else:
+        file = site.upload()
+    assert file
+    job = site.create(file)
+    jobs.insert(0, job)
+    for victim, stage in kills:
+        if stage in ("uploading", "chat"):
+            continue
+        site.wait_for(job, stage)
+        if stage == "result file" and victim in ("driver", "worker"):
+            start_another()
+        site.kill(victim)
+    site.wait_for(job, "end")
+    if at.get("chat") in ("driver", "worker"):
+        start_another()
+    answer, attempts = site.chat(
+        site.job(job)["fine_tuned_model"], lambda: site.kill(at["chat"]) if "chat" in at else None
+    )
+    assert answer == expected.answer
+    assert attempts == 1 or at.get("chat") in ANSWERING
+    for each in jobs:
+        site.wait_for(each, "end")
+    return jobs
+
+
+@pytest.mark.parametrize(
+    "kills", JOBS, ids=lambda kills: ", ".join(f"{victim} at {stage}" for victim, stage in kills)
+)
+def test_killed_job_ends_once_with_the_same_weights(site: Site, undisturbed: Undisturbed, kills: list[Kill]):
+    before = [each["id"] for each in site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]]
+    created = disturb(site, kills, undisturbed)
+    for job in created:
+        assert site.job(job)["status"] == "succeeded", site.job(job)
+        assert site.weights_of(job) == undisturbed.weights
+        events = site.ask("GET", f"/fine_tuning/jobs/{job}/events?limit=100")["data"]
+        assert [event["message"] for event in events].count("The job has successfully completed") == 1
     jobs = site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]
-    assert [each["id"] for each in jobs] == [job, *(each["id"] for each in before)]
+    assert [each["id"] for each in jobs] == [*created, *before]
     results = [file for each in jobs for file in each["result_files"]]
-    stored = [
-        file["id"] for file in site.ask("GET", "/files")["data"] if file["purpose"] == "fine-tune-results"
-    ]
-    assert sorted(results) == sorted(stored)
-    assert len(stored) == len(jobs)
+    assert len(results) == len(jobs)
+    stored = [file["id"] for file in site.ask("GET", "/files")["data"]]
+    assert sorted(stored) == sorted([*results, *site.files])
     assert len(site.ask("GET", "/models")["data"]) == 1 + len(jobs)

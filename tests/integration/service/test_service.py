@@ -1,5 +1,8 @@
 """The service on Ray Serve, used by OpenAI's own client."""
 
+import asyncio
+import json
+import math
 import os
 import signal
 import socket
@@ -13,17 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from s3transfer.manager import TransferManager
 
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
+from runs.reading import read_result
 from service.config import load_service
 from service.keys import create_key
+from service.layout import run_uri
 from tests.support.jobs import PROJECT, error_of, run_main
 from tests.support.ray_cluster import ray_cluster
-from tests.support.served import OPENAI, Served, run_client, served
-from tests.support.service import write_service
+from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
+from tests.support.service import Api, write_service
 from tests.support.shown_commands import service_commands
+from tests.support.wandb_files import history_of, wandb_records
 from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.s3 import S3Store
 
@@ -56,6 +63,8 @@ def check(received: dict[str, Any], model: str) -> None:
     lines = received["csv"].splitlines()
     assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert len(lines) == steps[0] + 1
+    assert all(0 <= float(line.split(",")[2]) <= 1 for line in lines[1:])
+    assert 0 <= float(lines[-1].split(",")[4]) <= 1
     assert received["unknown"]["code"] == "not_found"
     assert job["fine_tuned_model"].startswith(f"ft:{model}:default:first:")
     assert received["models"] == [model, job["fine_tuned_model"]]
@@ -80,6 +89,56 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
         } <= {item.key for item in S3Store(published).list()}
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_openai_client_trains_on_preferences(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 2, "learning_rate": 1e-2}
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), base)
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(preference(number)) + "\n" for number in range(8)))
+    variables = {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}
+    with served(config, variables=variables) as service:
+        assert service.key
+        received = run_client(service.base_url, service.key, str(rows), "tiny", program=PREFERENCE_CLIENT)
+        (path,) = (tmp_path / "scratch").rglob("*.wandb")
+        logged = wandb_records(path)
+    job, failed = received["job"], received["failed"]
+    assert job["status"] == "succeeded", job["error"]
+    hyperparameters = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0, "beta": 0.3}
+    assert job["method"]["dpo"]["hyperparameters"] == hyperparameters
+    assert job["fine_tuned_model"] == received["answered_by"]
+    assert failed["error"]["param"] == "training_file"
+    assert f"{received['chats']}:1" in failed["error"]["message"]
+    metrics = [event["data"] for event in reversed(received["events"]) if event["type"] == "metrics"]
+    assert [figures["step"] for figures in metrics] == [0, 1, 2, 3, 4]
+    # Before training, policy and reference are the same, and the loss of a pair is -log(sigmoid(0)).
+    assert metrics[0]["valid_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics[1]["train_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics[-1]["valid_loss"] < 0.9 * metrics[0]["valid_loss"]
+    newest = received["checkpoints"][0]
+    assert newest["step_number"] == 4
+    assert newest["metrics"]["valid_loss"] == metrics[-1]["valid_loss"]
+    header, *lines = received["csv"].splitlines()
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert [line.split(",")[0] for line in lines] == ["1", "2", "3", "4"]
+    assert [float(line.split(",")[1]) for line in lines] == [each["train_loss"] for each in metrics[1:]]
+    (integration,) = job["integrations"]
+    assert integration["wandb"]["project"] == "tuning"
+    (run,) = [record.run for record in logged if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name, list(run.tags)) == ("tuning", "first", ["a"])
+    losses = [float(point["train/loss"]) for point in history_of(logged) if "train/loss" in point]
+    assert losses == pytest.approx([each["train_loss"] for each in metrics[1:]])
+
+
+def preference(number: int) -> dict[str, Any]:
+    """Return a row in OpenAI's format for preferences."""
+    question = {"role": "user", "content": f"{number} + 1?"}
+    return {
+        "input": {"messages": [question], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [{"role": "assistant", "content": f"{number + 1}."}],
+        "non_preferred_output": [{"role": "assistant", "content": "I do not know."}],
+    }
 
 
 @pytest.mark.slow
@@ -131,6 +190,58 @@ def test_openai_client_fine_tunes_the_quickstart_model(tmp_path: Path, bucket: E
     with served(PROJECT / name, errors=tmp_path / "stderr") as service:
         key = service.key or create_key(S3Store(load_service(PROJECT / name).config.storage_path), "default")
         check(run_client(service.base_url, key, str(rows), "smollm2-135m", timeout=600), "smollm2-135m")
+
+
+@GRID
+def test_100_clients_that_poll_a_job_get_no_server_error(
+    tmp_path: Path, bucket_uri: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Each client asks for the job and its newest events once a second, from the start of training to its end."""
+    base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 4}
+    limits = {"requests_per_minute": 10**6}
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), base, limits=limits)
+    content = write_problems(TRAIN_KINDS, 512, 1).encode()
+    speeds = []
+    with served(config) as service:
+        assert service.key
+        api = Api(service.base_url.removesuffix("/v1"), service.key)
+        file = api.upload(content)["id"]
+        for clients in (0, 100):
+            job = api.create_job(file, seed=clients, hyperparameters={"n_epochs": 50})["id"]
+            answered = asyncio.run(poll(service, job, clients))
+            assert not any(status >= 500 for status in answered), answered
+            record = api.get(f"/v1/fine_tuning/jobs/{job}")
+            assert record["status"] == "succeeded", record
+            run = S3Store(run_uri(S3Store(bucket_uri), "default", job))
+            result = read_result(run)
+            assert result
+            speeds.append((result.tokens_per_second, result.elapsed_seconds, len(answered)))
+    with capsys.disabled():
+        print(f"(tokens/s, seconds of the job, answers) without and with 100 clients: {speeds}")
+
+
+async def poll(service: Served, job: str, clients: int) -> list[int]:
+    """Poll a job with this many clients until it has ended; return the statuses of all answers."""
+    statuses: list[int] = []
+    is_running = True
+    headers = {"Authorization": f"Bearer {service.key}"}
+    path = f"{service.base_url}/fine_tuning/jobs/{job}"
+
+    async def client(number: int) -> None:
+        async with httpx.AsyncClient(headers=headers, timeout=60) as session:
+            await asyncio.sleep(number / 100)
+            while is_running:
+                for asked in (path, f"{path}/events?limit=20"):
+                    statuses.append((await session.get(asked)).status_code)
+                await asyncio.sleep(1)
+
+    async with asyncio.TaskGroup() as tasks, httpx.AsyncClient(headers=headers, timeout=60) as session:
+        for number in range(clients):
+            tasks.create_task(client(number))
+        while (await session.get(path)).json()["status"] in ("validating_files", "queued", "running"):
+            await asyncio.sleep(1)
+        is_running = False
+    return statuses
 
 
 @GRID

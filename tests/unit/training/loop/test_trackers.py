@@ -1,6 +1,5 @@
 """Local files that the trackers' own packages write, and reports of trackers that fail or hang."""
 
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import MlflowLogger, TensorboardLogger, WandbLogger
 from tests.support.messages import assert_names
+from tests.support.wandb_files import history_of, wandb_records
 from training.events import Event, Notice
 from training.loop import trackers
 from training.loop.trackers import Logger, TrackedRun, Tracking
@@ -51,30 +51,6 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         return [event.text for event in events if isinstance(event, Notice)]
 
     return report
-
-
-def wandb_records(path: Path) -> list[Any]:
-    """Return the records of an offline W&B run. W&B's service may still be writing the file after the run has finished."""
-    deadline = time.monotonic() + 30
-    records = read_wandb_file(path)
-    while not any(record.WhichOneof("record_type") == "exit" for record in records):
-        assert time.monotonic() < deadline, f"no exit record in {path}: {records}"
-        time.sleep(0.1)
-        records = read_wandb_file(path)
-    return records
-
-
-def read_wandb_file(path: Path) -> list[Any]:
-    """Return the records of a W&B file: LevelDB's log format after a W&B header of seven bytes; small files have one block."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, offset, records = path.read_bytes(), 7, []
-    while offset < len(content):
-        _, length, kind = struct.unpack_from("<IHB", content, offset)
-        assert kind == 1, "each record is unfragmented"
-        records.append(Record.FromString(content[offset + 7 : offset + 7 + length]))
-        offset += 7 + length
-    return records
 
 
 def test_tensorboard_events_are_stored_in_the_run(train: Train, tmp_path: Path):
@@ -127,24 +103,22 @@ def test_mlflow_stores_metrics_parameters_and_tags(
     assert same.data.metrics["train/loss"] == 1.5
 
 
+@pytest.mark.parametrize("name", [None, "first try"])
 def test_wandb_stores_metrics_parameters_and_tags(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings = WandbLogger(provider="wandb", project="tuning", group="g", tags=["a"])
+    settings = WandbLogger(provider="wandb", project="tuning", name=name, group="g", tags=["a"])
     assert train(settings) == []
     (path,) = (tmp_path / "node").rglob("*.wandb")
     records = wandb_records(path)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.project, run.run_group, list(run.tags), run.display_name) == ("tuning", "g", ["a"], "a-run")
+    assert (run.project, run.run_group, list(run.tags)) == ("tuning", "g", ["a"])
+    assert run.display_name == (name or "a-run")
     config = {item.key: item.value_json for item in run.config.update}
     assert config["model_id"] == '"org/base"'
     assert config["lora_config.r"] == "8"
-    history = [
-        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
+    history = history_of(records)
     assert [(point["step"], point["train/loss"]) for point in history if "train/loss" in point] == [
         ("1", "2.25"),
         ("2", "2"),
