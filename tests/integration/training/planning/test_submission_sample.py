@@ -57,6 +57,7 @@ def test_a_sample_of_many_rows_is_checked(files: Path, run: Callable[..., Loaded
     assert_names(str(caught.value), f"{files}/train.jsonl:10: ", "robot", "1 of 10 rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "few", [{"max_train_rows": 9, "max_valid_rows": 3}, {"max_train_rows": 10, "max_valid_rows": 10}]
 )
@@ -66,6 +67,7 @@ def test_few_rows_are_planned_completely(run: Callable[..., LoadedConfig], few: 
     assert report.train.rows == few["max_train_rows"]
 
 
+@pytest.mark.slow
 def test_prepared_rows_are_planned_completely(run: Callable[..., LoadedConfig]):
     plan, expected, prepared = make_plan(run(), target=JOB_SERVER, progress=lambda *_: None)
     for rows in prepared:
