@@ -258,6 +258,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
     from training.launch.packaging import pack
     from training.planning.endpoints import check_job_server_answers
     from training.planning.paths import make_scratch_directory
+    from training.planning.report import CheckedSample, PlanReport
 
     progress = screen.progress
     job = None
@@ -272,7 +273,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
                 watch.phase("packaging the job")
                 packed = pack(loaded, Path(directory))
                 checked = submission.check_from_here(packed, target, watch.checking)
-                report = None if isinstance(checked, str) else checked
+                report = checked if isinstance(checked, PlanReport) else None
                 if (
                     report and report.completed and not loaded.config.final_export
                 ):  # an export may still be pending
@@ -281,11 +282,14 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
                     return DONE
                 watch.phase("submitting")
                 job = submission.submit(submission.connect(job_server), job_server, packed, options.command)
-            unchecked = f"not checked locally; the job will check it: {checked}"
-            for warning in report.warnings if report else [unchecked]:
+            if isinstance(checked, str):
+                show_warning(progress, f"not checked locally; the job will check it: {checked}")
+            for warning in report.warnings if report else []:
                 show_warning(progress, warning)
             shown_on = screen.output if options.detach and not options.as_json else progress
-            show_submitted(shown_on, job, report.run_uri if report else None, options.command)
+            run_uri = None if isinstance(checked, str) else checked.run_uri
+            sample = checked.rows if isinstance(checked, CheckedSample) else None
+            show_submitted(shown_on, job, run_uri, options.command, sample=sample)
             if options.detach:
                 screen.print_json(job.to_json())
                 return DONE

@@ -35,7 +35,7 @@ class Chunk:
     only_faults: bool = False
     """True if an earlier row stops the run, so that only further faults are collected."""
     max_rows: int | None = None
-    """Rows to take; None: all."""
+    """Rows to take or, after a row that stops the run, to read; None: all."""
 
 
 @dataclass(slots=True)
@@ -95,8 +95,9 @@ class ChunkTokenizer:
 
     def _rendered(self, chunk: Chunk, result: ChunkResult) -> Iterator[RenderedRow]:
         request, renderer = self._request, self.renderer
+        fails = chunk.only_faults
         for row, value in parse_rows(chunk.stored):
-            if result.taken == chunk.max_rows:
+            if chunk.max_rows is not None and (result.read if fails else result.taken) >= chunk.max_rows:
                 return
             result.read += 1
             ignored: frozenset[str] = frozenset()
@@ -109,8 +110,9 @@ class ChunkTokenizer:
             except RowError as error:
                 result.faults.append((row, error.kind, str(error)))
                 result.skipped.append((row, self._skipped_line(chunk, row, str(error), value)))
+                fails |= request.bad_rows == "error"
                 continue
-            if chunk.only_faults or (request.bad_rows == "error" and result.faults):
+            if fails:
                 continue
             if request.share != (0.0, 1.0):
                 begin, end = request.share

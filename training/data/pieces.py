@@ -40,13 +40,18 @@ def splits_at_spaces(backend: "Tokenizer") -> bool:
     Args:
         backend: A byte-level BPE, whose normalizer is NFC or nothing.
     """
+    from tokenizers import models
+
     added = backend.get_added_tokens_decoder().values()
     if any(
         token.lstrip or token.rstrip or token.single_word or re.search(r"\S ", token.content)
         for token in added
     ):
         return False
-    if backend.pre_tokenizer is None or backend.encode_special_tokens or backend.model.dropout:
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.dropout or backend.encode_special_tokens:
+        return False
+    if backend.pre_tokenizer is None:
         return False
     return _keeps_words_apart(backend.pre_tokenizer.__getstate__().decode())
 

@@ -192,21 +192,31 @@ class _Preparation:
         """Yield the rows of a source in chunks, until enough rows are taken."""
         request, files = self.request, self.request.files
         schema: RowSchema | None = None
-        self.taken, read = 0, self.rows_read
+        self.taken, read = 0, 0
+        before = self.rows_read
         for number, file in enumerate(files):
-            if file.source != source or self.taken == request.max_rows:
+            if file.source != source or self._has_enough(read):
                 continue
             opened = open_file(file, cache / "data")
             for stored, rows in _chunked(opened.stored):
                 schema = schema or self.chunks.find_schema(stored)
                 read += rows
-                progress(read, (number + opened.fraction()) / len(files))
+                progress(before + read, (number + opened.fraction()) / len(files))
                 left = None if request.max_rows is None else request.max_rows - self.taken
-                only_faults = request.bad_rows == "error" and self.faults.counts.total() > 0
-                yield Chunk(number, stored, schema, only_faults, left)
-                if self.taken == request.max_rows:
+                yield Chunk(number, stored, schema, self._fails, left)
+                if self._has_enough(read):
                     break
         self.formats.append(schema.data_format if schema else "messages")
+
+    @property
+    def _fails(self) -> bool:
+        """True if a row stops the run, so that only further faults are collected."""
+        return self.request.bad_rows == "error" and self.faults.counts.total() > 0
+
+    def _has_enough(self, read: int) -> bool:
+        """Return whether `max_rows` of a source are taken or, if a row stops the run, read."""
+        limit = self.request.max_rows
+        return limit is not None and (read if self._fails else self.taken) >= limit
 
     def _add(self, result: ChunkResult) -> None:
         """Add the tokens and the faults of the next chunk."""

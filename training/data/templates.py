@@ -659,9 +659,10 @@ def _compiled(chat_template: str) -> Template:
     environment = _compile_jinja_template(chat_template).environment
     checked = environment.getattr
 
-    def get(value: Any, name: str) -> Any:
+    def get(obj: Any, attribute: str) -> Any:
         # The sandbox takes a tenth of a row's time to find that the numbers of a loop are safe.
-        return getattr(value, name) if type(value) is LoopContext and name in _LOOP else checked(value, name)
+        is_safe = type(obj) is LoopContext and attribute in _LOOP
+        return getattr(obj, attribute) if is_safe else checked(obj, attribute)
 
     environment.getattr = get
     return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))

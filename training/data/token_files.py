@@ -135,7 +135,7 @@ class RowTokenizer:
     ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         """Return the token columns of rows and their index."""
         if not rows:
-            return tuple(pa.RecordBatch.from_pylist([], schema) for schema in (self._schema, _UNPLACED))
+            return pa.RecordBatch.from_pylist([], self._schema), pa.RecordBatch.from_pylist([], _UNPLACED)
         if self._task != "preference_tuning":
             columns, trained = _columns(encoded)
         elif per_row == 2:

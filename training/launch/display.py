@@ -146,13 +146,27 @@ def show_completed(console: Console) -> None:
 
 
 def show_submitted(
-    console: Console, job: "SubmittedJob", run_uri: str | None, command: Sequence[str]
+    console: Console,
+    job: "SubmittedJob",
+    run_uri: str | None,
+    command: Sequence[str],
+    *,
+    sample: int | None,
 ) -> None:
-    """Print the job's id and address and the commands to follow, stop and resume it."""
+    """Print the job's id and address, and the commands to follow, stop and resume it.
+
+    Args:
+        console: Where to print.
+        job: The job.
+        run_uri: Where the results go, if it is known.
+        command: The command that submitted the job.
+        sample: Number of rows that were checked, if the job checks more; otherwise None.
+    """
     print_facts(
         console,
         [
             ("job", f"{job.submission_id} at {job.address}"),
+            *([("rows", f"{sample:,} checked here, the job checks all")] if sample else []),
             ("results go to", run_uri or "see the plan in the job's output"),
             ("follow", shlex.join(job.follow_command)),
             ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint first)"),

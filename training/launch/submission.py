@@ -18,8 +18,8 @@ from runs.layout import RunResult
 from training.launch.packaging import Package
 from training.models.files import first_line
 from training.planning.endpoints import COMMAND_VARIABLE, TOKEN_ADVICE, ClusterError, ClusterTarget
-from training.planning.planner import Progress, make_plan
-from training.planning.report import PlanReport
+from training.planning.planner import Progress, plan_submission
+from training.planning.report import CheckedSample, PlanReport
 from utils.storage.bucket import BucketError, NotFoundError
 
 # `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.
@@ -66,8 +66,10 @@ class SubmittedJob:
         return ["ray", "job", "stop", "--address", self.address, self.submission_id]
 
 
-def check_from_here(packed: Package, target: ClusterTarget, progress: Progress) -> PlanReport | str:
-    """Return the plan of the job, or the reason why the run cannot be checked on this machine.
+def check_from_here(
+    packed: Package, target: ClusterTarget, progress: Progress
+) -> PlanReport | CheckedSample | str:
+    """Return the plan of the job, the sample of its rows that was checked, or the reason why it cannot be checked on this machine.
 
     Raise an error if the run is invalid. The job itself checks URIs that only the cluster can access, before it requests
     workers.
@@ -78,7 +80,7 @@ def check_from_here(packed: Package, target: ClusterTarget, progress: Progress) 
     loaded = replace(packed.loaded, config=packed.loaded.config.model_copy(update={"output_dir": None}))
     with chdir(packed.directory):
         try:
-            return make_plan(loaded, target=target, progress=progress)[1]
+            return plan_submission(loaded, target=target, progress=progress)
         except NotFoundError:
             raise
         except BucketError as error:

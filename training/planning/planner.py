@@ -104,7 +104,7 @@ from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
 from training.planning.paths import about_key, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
-from training.planning.report import PlanReport
+from training.planning.report import CheckedSample, PlanReport
 from training.planning.resume import complete_state, latest_of_the_same_run, starting_weights
 from utils.files import checksum_bytes
 from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
@@ -113,6 +113,9 @@ from utils.storage.node_cache import written_cache_limit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+
+_SAMPLE_ROWS = 1000
+"""Rows of each source that are checked before a run is submitted."""
 
 Part = Literal["train", "valid"]
 """The training rows or the validation rows."""
@@ -256,15 +259,19 @@ def make_plan(
     Returns:
         The plan, its report, and the prepared training and validation rows.
     """
-    reject_missing_requirements(loaded, target)
-    written_cache_limit()
-    settings = _resolve_settings(loaded.config, target)
-    if loaded.config.push_to_hub and not target.is_job_server:
-        progress("access to the Hub")
-        check_hub_access("push_to_hub")
-    storage = _check_storage(loaded.config, progress)
-    model = _read_model(loaded.config, settings, storage, progress)
-    adapter = _count_trainable(loaded.config, settings, storage, model)
+    return _plan(loaded, target, progress, *_check_run(loaded, target, progress))
+
+
+def _plan(
+    loaded: LoadedConfig,
+    target: ClusterTarget,
+    progress: Progress,
+    settings: Settings,
+    storage: Storage,
+    model: Model,
+    adapter: Adapter,
+) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
+    """Prepare the rows and decide what depends on them."""
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(settings, batch, storage, data, progress)
@@ -311,6 +318,39 @@ def make_plan(
     warnings = list(_warnings(loaded, settings, model, data, batch, checkpoints, memory, rows))
     report = _report(plan, storage, model, adapter, batch, checkpoints, memory, rows, warnings)
     return plan, report, data.prepared
+
+
+def plan_submission(
+    loaded: LoadedConfig, *, target: ClusterTarget, progress: Progress
+) -> PlanReport | CheckedSample:
+    """Check a run that is submitted. If its rows are many and not prepared yet, check a sample: the job prepares all of them.
+
+    Args:
+        loaded: The checked YAML.
+        target: The job server.
+        progress: Called with each check.
+    """
+    settings, storage, model, adapter = _check_run(loaded, target, progress)
+    if rows := _sample_rows(loaded.config, storage, model, progress):
+        run_name = loaded.config.run_name
+        return CheckedSample(rows, join_uri(storage.uri, run_name) if run_name else None)
+    return _plan(loaded, target, progress, settings, storage, model, adapter)[1]
+
+
+def _check_run(
+    loaded: LoadedConfig, target: ClusterTarget, progress: Progress
+) -> tuple[Settings, Storage, Model, Adapter]:
+    """Check everything except the rows."""
+    reject_missing_requirements(loaded, target)
+    written_cache_limit()
+    settings = _resolve_settings(loaded.config, target)
+    if loaded.config.push_to_hub and not target.is_job_server:
+        progress("access to the Hub")
+        check_hub_access("push_to_hub")
+    storage = _check_storage(loaded.config, progress)
+    model = _read_model(loaded.config, settings, storage, progress)
+    adapter = _count_trainable(loaded.config, settings, storage, model)
+    return settings, storage, model, adapter
 
 
 def _resolve_settings(config: FinetuneConfig, target: ClusterTarget) -> Settings:
@@ -512,6 +552,24 @@ def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress
     return Data(train, valid, more, fingerprints, outcome_hash, run_name, join_uri(storage.uri, run_name))
 
 
+def _sample_rows(config: FinetuneConfig, storage: Storage, model: Model, progress: Progress) -> int:
+    """Check the first rows of each source that is not prepared yet; return their number, or 0 if no source has more."""
+    sets: list[tuple[Part, str]] = [("train", "")]
+    if config.valid_split is None:
+        sets += [("valid", name) for name in config.valid_sets]
+    rows, has_more = 0, False
+    for part, name in sets:
+        request = _request(part, config, model, name)
+        if find_prepared(request.key(model.tokenizer_directory), storage.cache, storage.prepared):
+            continue
+        limit = min(request.max_rows or _SAMPLE_ROWS, _SAMPLE_ROWS)
+        summary = _prepare(part, config, storage, model, progress, name=name, max_rows=limit).summary
+        rows += sum(source.rows for source in summary.sources)
+        if limit == _SAMPLE_ROWS != request.max_rows:
+            has_more |= any(source.rows + summary.dropped_rows >= limit for source in summary.sources)
+    return rows if has_more else 0
+
+
 def _fingerprint_of(sets: Mapping[str, str]) -> str | None:
     """Return the fingerprint of all validation sets from their own by name, or None without validation rows."""
     prints = [f"{name} {fingerprint}" for name, fingerprint in sets.items()]
@@ -584,6 +642,7 @@ def _prepare(
     *,
     name: str = "",
     day: str | None = None,
+    max_rows: int | None = None,
 ) -> PreparedData:
     """Tokenize the rows of a key.
 
@@ -595,12 +654,13 @@ def _prepare(
         progress: Called with each check.
         name: Name of the validation set, if it has one.
         day: Date that the chat template prints; None: that of the first preparation.
+        max_rows: Rows to take from each source; None: as the YAML says.
     """
     key = _key_of(part, config, name)
     progress(f"rows of {key}")
     request = _request(part, config, model, name)
     return prepare_data(
-        replace(request, date=day),
+        replace(request, date=day, max_rows=max_rows or request.max_rows),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,

@@ -1,5 +1,7 @@
 """The plan report, printed before training; `--dry-run --json` prints it as JSON."""
 
+from dataclasses import dataclass
+
 from runs.layout import RunResult
 from training.data.report import DataReport
 from training.planning.memory import MemoryReport
@@ -34,3 +36,13 @@ class PlanReport(DataReport):
     completed: RunResult | None
     """The result of this run if it is already completed."""
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class CheckedSample:
+    """A run of which a sample of the rows is checked."""
+
+    rows: int
+    """Rows that are checked: the first ones of each source that is not prepared yet."""
+    run_uri: str | None
+    """None if the run name depends on all rows."""

@@ -56,7 +56,7 @@ def write(path: Path, faulty: Sequence[int] = ()) -> Path:
     "changes",
     [
         {},
-        {"bad_rows": "skip", "long_rows": "drop", "context_length": 30, "share": (0.1, 1.0)},
+        {"bad_rows": "skip", "long_rows": "drop", "context_length": 36, "share": (0.1, 1.0)},
         {"max_rows": 50},
         {"weights": (1.0, 2.0), "ignore_columns": ("topic",)},
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from tests.support.tiny_model import make_tokenizer
 from training.data import pieces
@@ -136,7 +136,9 @@ def add_token_with_space(backend: Tokenizer) -> None:
 
 
 def drop_merges(backend: Tokenizer) -> None:
-    backend.model.dropout = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+    model = backend.model
+    assert isinstance(model, models.BPE)
+    model.dropout = 0.5
 
 
 @pytest.mark.parametrize(
