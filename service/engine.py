@@ -195,7 +195,8 @@ def reporting(engine: Any, most: int) -> type:
         async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
             """Answer a request; see `Engine.chat`."""
             if request.model.checkpoint is not None:
-                await self._report(request.model.checkpoint)
+                report: Any = self._report  # decorated
+                await report(request.model.checkpoint)
             async with aclosing(super().chat(request)) as events:
                 async for event in events:
                     yield event

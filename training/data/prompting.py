@@ -27,7 +27,7 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Return the id of the special token with which the chat template ends a turn; empty if it ends turns with other text."""
     end = Renderer(tokenizer, whole_text=False).end_marker
     tokens = tokenizer.encode(end, add_special_tokens=False) if end else []
-    special = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+    special = [*tokenizer.added_tokens_decoder, tokenizer.eos_token_id]
     return [token for token in tokens if token in special][:1]
 
 

@@ -664,7 +664,7 @@ def _compiled(chat_template: str) -> Template:
         is_safe = type(obj) is LoopContext and attribute in _LOOP
         return getattr(obj, attribute) if is_safe else checked(obj, attribute)
 
-    environment.getattr = get
+    environment.getattr = get  # pyright: ignore[reportAttributeAccessIssue]
     return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
 
 

@@ -99,7 +99,9 @@ class RowTokenizer:
         tokens = _by_row(encoded.lengths, per_row).sum(axis=1)
         if not kept.all():
             encoded = encoded.take(np.repeat(kept, per_row))
-        data, index = self._batches([rows[number] for number in np.flatnonzero(kept)], encoded, per_row)
+        data, index = self._batches(
+            [rows[number] for number in np.flatnonzero(kept).tolist()], encoded, per_row
+        )
         return TokenizedRows(
             data=data,
             index=index,
@@ -110,7 +112,7 @@ class RowTokenizer:
             lost=lost + int(tokens[dropped].sum()),
             too_long=[
                 (rows[number].file, rows[number].row, int(lengths[number]))
-                for number in np.flatnonzero(is_error)
+                for number in np.flatnonzero(is_error).tolist()
             ],
             left_out=[
                 (
@@ -118,7 +120,7 @@ class RowTokenizer:
                     rows[number].row,
                     self._reason(int(lengths[number]), dropped=bool(too_long[number])),
                 )
-                for number in np.flatnonzero(dropped)
+                for number in np.flatnonzero(dropped).tolist()
             ],
         )
 
