@@ -171,7 +171,7 @@ class _Preparation:
         self.tokens.close()
 
     def run(self, cache: Path, progress: Callable[[int, float], None]) -> DataSummary:
-        with ChunkProcesses(self.chunks) as processes:
+        with ChunkProcesses(self.chunks.tokenize) as processes:
             for source, path in enumerate(self.request.paths):
                 rows, read = self.tokens.rows, self.rows_read
                 chunks = self._chunks_of(source, cache, progress)

@@ -556,7 +556,7 @@ def _sample_rows(config: FinetuneConfig, storage: Storage, model: Model, progres
     """Check the first rows of each source that is not prepared yet; return their number, or 0 if no source has more."""
     sets: list[tuple[Part, str]] = [("train", "")]
     if config.valid_split is None:
-        sets += [("valid", name) for name in config.valid_sets]
+        sets.extend(("valid", name) for name in config.valid_sets)
     rows, has_more = 0, False
     for part, name in sets:
         request = _request(part, config, model, name)
