@@ -203,9 +203,10 @@ def _apply_override(document: Document, override: str, order: int) -> None:
     origin = Origin(f"override '{shown(key)[1:-1]}{separator}{value_shown}'", order, from_override=True)
     path = tuple(key.split("."))
     if not separator or not all(path) or len(path) > MAX_DEPTH:
-        document.problems.append(
-            Problem((override,), origin, "invalid override: write key=value, or section.key=value")
-        )
+        advice = "write key=value, or section.key=value"
+        if not separator and key.endswith((".yaml", ".yml")):
+            advice = "one command runs one YAML"
+        document.problems.append(Problem((override,), origin, f"invalid override: {advice}"))
         return
     if not value_text.strip():
         text = f"no value after `=`: was a variable not set? {key}=null unsets the key"

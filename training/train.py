@@ -109,8 +109,8 @@ def _report_lost_driver(loaded: LoadedConfig, options: Options, screen: Screen, 
     show_error(
         screen.progress,
         f"the driver process was terminated ({how}). SIGKILL usually comes from the kernel when memory runs out. Its library output is "
-        f"in {scratch_directory(loaded.config) / 'logs'}. Resume from the latest checkpoint with the same command: "
-        f"{shlex.join(options.command)}",
+        f"in {scratch_directory(loaded.config) / 'logs'}. The same command resumes from the latest checkpoint, or starts again if there "
+        f"is none: {shlex.join(options.command)}",
     )
 
 

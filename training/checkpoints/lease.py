@@ -72,8 +72,9 @@ def _take(store: Store, waiting: Callable[[str], None]) -> Lease:
     latest = _latest_of(store, numbers)
     if latest is not None and _is_alive(store, latest, waiting):
         raise LeaseError(
-            f"{store.uri} is being trained by {latest.owner} since {latest.since}. Wait until it ends, stop it (its lease expires after "
-            f"{LEASE_EXPIRES_SECONDS:.0f} s), or choose another run_name."
+            f"{store.uri} is being trained by {latest.owner} since {latest.since}. Wait until it ends, stop it with "
+            f"`main.py stop {store.uri}`, or choose another run_name. If its machine is gone, its lease expires {LEASE_EXPIRES_SECONDS:.0f} s "
+            "after the last sign of life."
         )
     number = max(numbers, default=0) + 1  # from the same listing, so that a newer lease conflicts
     process = os.getpid()

@@ -179,7 +179,7 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
             + (
                 TOKEN_ADVICE
                 if token
-                else "Check that it runs the same versions of Ray and Python as this machine."
+                else "Check that the port is that of a Ray head (6379 by default), with the same versions of Ray and Python as this machine."
             )
         ) from error
 

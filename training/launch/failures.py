@@ -14,6 +14,7 @@ from training.planning.memory import Saving, describe_savings
 
 _MAX_REASON_CHARACTERS = 400
 
+_GUESSES = " There are some potential root causes."  # Ray 2.60 appends a paragraph
 _LOST_WORKER = (
     ray.exceptions.RayActorError,  # ActorDiedError and ActorUnavailableError are subclasses
     ray.exceptions.WorkerCrashedError,
@@ -89,7 +90,7 @@ def _cause_of(failure: BaseException) -> FailureCause:
         text = str(error).strip()
         if killed := _KILLED_FOR_MEMORY.search(text):
             return FailureCause("out of memory", killed[0].strip())
-        line = text.splitlines()[-1]  # after the actor's ids
+        line = text.splitlines()[-1].split(_GUESSES)[0]  # after the actor's ids
         if isinstance(error, ray.exceptions.ActorUnavailableError):  # names neither
             line = f"a worker or its node no longer answers ({line.rstrip('.')})"
         return FailureCause("worker lost", line)

@@ -112,7 +112,7 @@ def _store_base_model(config: FinetuneConfig, storage: str) -> dict[str, Any]:
     if not is_remote(storage):
         raise ConfigError(
             f"{key}: {uri} is on this machine, but the adapter needs its base model after the job. Copy the model to the cluster's "
-            "machines and write file:///absolute/path, or use a bucket."
+            "machines and write file:///absolute/path, or set storage_path to a bucket: the model is then uploaded there."
         )
     root = local_path(uri)
     files = [path for path in _files_below(root) if is_model_file(path.name) or is_tokenizer_file(path.name)]

@@ -50,6 +50,13 @@ def test_dead_actor_is_a_lost_worker():
     assert reason.startswith("worker lost: ")
 
 
+def test_reason_of_a_lost_worker_has_no_guesses_of_ray():
+    detail = "Worker unexpectedly exits with a connection error code 2. End of file."
+    guesses = "There are some potential root causes. (1) The process is killed by SIGKILL. (2) ray stop --force is called."
+    reason = reason_of(ray.exceptions.ActorDiedError(f"The actor died.\n\tactor_id: 1\n{detail} {guesses}"))
+    assert reason == f"worker lost: {detail}"
+
+
 def test_cluster_lost_to_rays_memory_monitor_is_out_of_memory():
     message = "6 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB / 24.0GB"
     savings = [Saving("gradient_checkpointing: true", 5 * 2**30)]
