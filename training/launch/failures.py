@@ -14,7 +14,7 @@ from training.planning.memory import Saving, describe_savings
 
 _MAX_REASON_CHARACTERS = 400
 
-_GUESSES = " There are some potential root causes."  # Ray 2.60 appends a paragraph
+_GUESSES = " Some common causes include:"  # Ray 2.60 appends three
 _LOST_WORKER = (
     ray.exceptions.RayActorError,  # ActorDiedError and ActorUnavailableError are subclasses
     ray.exceptions.WorkerCrashedError,

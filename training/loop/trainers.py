@@ -169,6 +169,8 @@ class FineTuningTrainer(SFTTrainer):
             loss_of_transformers: True to use the model's own loss; TRL's loss is a Triton kernel and needs a GPU.
         """
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        text_config = base_of(model).config.get_text_config()
+        returns_router_logits = getattr(text_config, "output_router_logits", None)
         super().__init__(
             model=model,
             args=args,
@@ -177,6 +179,11 @@ class FineTuningTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self._has_router = returns_router_logits is not None
+        if self._has_router:
+            # TRL turns the load-balancing loss on, also where the model's config turns it off. gpt-oss has a coefficient of 0.9.
+            text_config.output_router_logits = returns_router_logits
+            self.aux_loss_enabled = self.aux_loss_enabled and returns_router_logits
         # TRL casts a new adapter on a 4-bit base to bf16, but not a restored one. Keep both in their original dtype.
         for parameter, data in trained.items():
             if parameter.dtype != data.dtype:
@@ -274,15 +281,30 @@ class FineTuningTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss per loss token: over all workers in training, over this batch in evaluation."""
+        """Return the mean loss per loss token: over all workers in training, over this batch in evaluation.
+
+        In training, a mixture of experts whose config has `output_router_logits: true` adds its load-balancing loss, averaged
+        over the micro-batches of the step.
+        """
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # loss 0 instead of NaN without loss tokens
         if self.loss_of_transformers:
-            both: Any = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-            loss, outputs = both
-            self._predicted = count_correct(outputs.logits, targets_of(inputs))
-            return (loss, outputs) if return_outputs else loss
+            return self._loss_of_transformers(model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_of_transformers(
+        self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any
+    ) -> Any:
+        if self._has_router:
+            inputs = {**inputs, "output_router_logits": self.aux_loss_enabled}
+        both: Any = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        loss, outputs = both
+        self._predicted = count_correct(outputs.logits, targets_of(inputs))
+        if self.aux_loss_enabled and num_items_in_batch is not None:
+            # transformers multiplies the load-balancing loss by the workers and adds it up over the micro-batches.
+            weight = 1 / self.current_gradient_accumulation_steps - self.args.world_size
+            loss = loss + weight * self.router_aux_loss_coef * outputs.aux_loss
+        return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """Return this worker's micro-batches, without accelerate, which would duplicate rows in an uneven epoch."""
@@ -372,8 +394,9 @@ class FineTuningTrainer(SFTTrainer):
         )
         model = self.model_wrapped
         assert model is not None
-        was_training = model.training
+        was_training, balances = model.training, self.aux_loss_enabled
         model.eval()
+        self.aux_loss_enabled = False  # the load-balancing loss depends on the batches
         parts = []
         with torch.no_grad():
             for position, batch in enumerate(mine, start=1):
@@ -382,6 +405,7 @@ class FineTuningTrainer(SFTTrainer):
                     parts.append(sums(model, inputs))
                 on_progress(position / len(mine))
         model.train(was_training)
+        self.aux_loss_enabled = balances
         return self.of_all_workers(torch.stack(parts).sum(0))
 
     def of_all_workers(self, sums: torch.Tensor) -> torch.Tensor:
