@@ -18,7 +18,8 @@ _MOST = 16  # beyond, this process reads and writes more slowly than the others 
 _COLLECTED = 50_000  # objects between garbage collections, which would take 4% of the time with Python's 700
 _AHEAD = 2  # chunks per process that are read before their turn
 
-Chunk, Result = TypeVar("Chunk"), TypeVar("Result")
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
 _tokenize: Callable[[Any], Any]  # of a process that `_begin` has prepared
 
 
