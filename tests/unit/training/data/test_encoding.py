@@ -166,6 +166,8 @@ def test_texts_get_the_special_tokens_of_the_tokenizer(
     by_lengths, by_offsets = (Encoder(tokenizer, whole_text=whole_text) for _ in range(2))
     by_offsets._around = None
     fast, slow = by_lengths.encode(texts), by_offsets.encode(texts)
+    for encoded in (fast, slow):
+        encoded.trained[encoded.begins()[:-1]] = False  # the first token is never predicted
     assert fast.ids[0] == tokenizer.bos_token_id
     assert fast.ids[-1] == tokenizer.eos_token_id
     assert fast.ids.tolist() == slow.ids.tolist()
