@@ -723,6 +723,11 @@ def _settle(conversion: Conversion) -> None:
         ours["lr_scheduler_type"] = "cosine_with_min_lr"
     if "valid_path" in ours:
         drop("valid_split", "`valid_path` names the validation rows")
+    if "valid_split" in ours:
+        conversion.changes.append(
+            f"{conversion.sources['valid_split'][0]}: a hash of each row decides whether it is a validation row, so equal rows stay on "
+            "one side, and few rows may miss the share by much"
+        )
     if "valid_path" not in ours and "valid_split" not in ours:
         drop("eval_steps", "there are no validation rows")
     if ours.get("task") in ("preference_tuning", "classification"):

@@ -60,7 +60,9 @@ def show_command(run: str, as_json: bool) -> None:
 def compare_command(runs: list[str], picture: Path, as_json: bool) -> None:
     """Compare runs, and plot their eval losses to a PNG file."""
     _check_picture(picture)
-    uris = [run_uri(run) for run in runs]
+    uris = list(dict.fromkeys(run_uri(run) for run in runs))
+    if len(uris) < 2:
+        raise BucketError(f"compare needs at least two different runs; it got only {uris[0]}")
     with _reach(uris):
         comparison = compare_runs(uris)
     drawn = draw(comparison)

@@ -21,7 +21,7 @@ class Comparison(BaseModel):
 
     runs: list[RunDetails]
     differences: dict[str, list[Any]]
-    """Configuration keys whose values differ between runs -> values in the order of the runs."""
+    """Configuration keys whose values differ between runs with recorded settings -> values in the order of all runs."""
     incomparable_by: list[str]
     """Differing keys that make eval losses incomparable, or `tokens of the validation rows` if those differ under equal keys."""
 
@@ -48,9 +48,13 @@ def _incomparable_by(evaluated: Sequence[RunDetails]) -> list[str]:
 
 def _differences(runs: Sequence[RunDetails]) -> dict[str, list[Any]]:
     configs = [flat(run.config) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in _NOT_COMPARED)
-    values = {key: [config.get(key) for config in configs] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    recorded = [config for config in configs if config]
+    keys = dict.fromkeys(key for config in recorded for key in config if key not in _NOT_COMPARED)
+    return {
+        key: [config.get(key) for config in configs]
+        for key in keys
+        if any(config.get(key) != recorded[0].get(key) for config in recorded)
+    }
 
 
 def draw(comparison: Comparison) -> bytes | None:

@@ -106,9 +106,10 @@ def _next(run: RunDetails) -> list[tuple[str, str]]:
 def describe_training(run: RunDetails) -> str:
     """Return steps, tokens and speed of a run with a result, as one line."""
     assert run.result is not None
+    speed = f"{run.tokens_per_second:,.0f} tokens/s, " if run.tokens_per_second else ""
     return (
         f"{run.result.train_steps:,} steps, {run.result.tokens:,} tokens ({run.result.trained_tokens:,} loss tokens), "
-        f"{run.result.tokens_per_second:,.0f} tokens/s, {run.result.trainable_parameters:,} trainable parameters"
+        f"{speed}{run.result.trainable_parameters:,} trainable parameters"
     )
 
 
@@ -122,21 +123,16 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
         "last eval loss": [_loss(run.eval_losses[-1].eval_loss if run.eval_losses else None) for run in runs],
         "steps": [f"{run.steps:,}" for run in runs],
         "tokens trained on": [f"{result.tokens:,}" if result else "" for result in results],
-        "tokens/s": [f"{result.tokens_per_second:,.0f}" if result else "" for result in results],
+        "tokens/s": [f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "" for run in runs],
         "trainable parameters": [f"{result.trainable_parameters:,}" if result else "" for result in results],
     }
     table = _table("", *(run.run_name for run in runs))
     for name, values in facts.items():
-        table.add_row(name, *values)
+        if any(values):
+            table.add_row(name, *values)
     _print_table(console, table)
     console.print()
-    if comparison.differences:
-        table = _table("setting", *(run.run_name for run in runs))
-        for key, values in comparison.differences.items():
-            table.add_row(key, *(_setting(run, key, value) for run, value in zip(runs, values, strict=True)))
-        _print_table(console, table)
-    else:
-        console.print("The settings are identical.")
+    _print_differences(console, comparison)
     console.print()
     drawn = str(picture.absolute()) if picture else "none: no run has an eval loss"
     print_facts(console, [("curves", drawn)])
@@ -148,6 +144,22 @@ def show_comparison(console: Console, comparison: Comparison, picture: Path | No
         show_warning(
             console, f"the eval losses are not comparable, because these settings differ: {differing}"
         )
+
+
+def _print_differences(console: Console, comparison: Comparison) -> None:
+    """Print the settings that differ between the runs whose settings are recorded, and name the other runs."""
+    recorded = [run for run in comparison.runs if run.config]
+    if comparison.differences:
+        table = _table("setting", *(run.run_name for run in recorded))
+        for key, values in comparison.differences.items():
+            settings = zip(comparison.runs, values, strict=True)
+            table.add_row(key, *(_setting(run, key, value) for run, value in settings if run.config))
+        _print_table(console, table)
+    elif len(recorded) > 1:
+        console.print("The settings are identical.")
+    for run in comparison.runs:
+        if not run.config:
+            console.print(Text(f"{run.run_name}: its settings are not recorded yet"), soft_wrap=True)
 
 
 def show_warning(console: Console, warning: str) -> None:

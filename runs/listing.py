@@ -30,6 +30,7 @@ from runs.layout import (
 )
 from runs.reading import (
     eval_losses_of,
+    overall_speed,
     read_config,
     read_lease,
     read_metrics,
@@ -90,6 +91,8 @@ class RunDetails(RunSummary):
     checkpoints: list[CheckpointSummary]
     valid_rows: str | None
     """Fingerprint of the tokenized validation rows; None without validation rows or without a checkpoint."""
+    tokens_per_second: float | None
+    """Training speed over all attempts until the result; None without a result or a trained step."""
     damage: list[str]
     """Problems with committed checkpoints and metrics.jsonl."""
     config: dict[str, Any]
@@ -148,6 +151,7 @@ def read_run(uri: str) -> RunDetails:
         samples=samples,
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
         valid_rows=manifests[-1].data.valid if manifests else None,
+        tokens_per_second=overall_speed(result, metrics) if result else None,
         damage=[*damage, *filter(None, [damaged_metrics, damaged_samples])],
         config=stored.keys if stored else {},
         result=result,

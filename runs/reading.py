@@ -22,6 +22,7 @@ from runs.layout import (
     Lease,
     Manifest,
     MetricsLine,
+    Phase,
     RunResult,
     checkpoint_key,
     checkpoint_uri,
@@ -32,6 +33,8 @@ from runs.layout import (
 )
 from utils.storage.bucket import DamagedError, Store, open_store
 
+_STEP_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", "other")
+"""The phases of a step, excluding evaluation and saving."""
 _UNREADABLE = "is truncated, from another version of Anneal, or not written by Anneal"
 
 
@@ -177,6 +180,25 @@ def eval_losses_of(metrics: Sequence[MetricsLine]) -> list[EvalLoss]:
         for line in metrics
         if line.eval_loss is not None and math.isfinite(line.eval_loss)
     ]
+
+
+def overall_speed(result: RunResult, metrics: Sequence[MetricsLine]) -> float | None:
+    """Return a run's training speed in tokens per second over all attempts, excluding evaluation and saving as in `Speed`.
+
+    Args:
+        result: the run's result. Its own speed is that of the last attempt only.
+        metrics: the lines of the run's metrics.jsonl.
+
+    Returns:
+        None if no step was trained, or if the metrics lack a step or its seconds per phase.
+    """
+    lines = [line for line in metrics if line.loss is not None and line.step <= result.train_steps]
+    steps = [line.model_extra or {} for line in lines]
+    names = [f"seconds/{phase}" for phase in _STEP_PHASES]
+    if len(steps) != result.train_steps or any(name not in step for step in steps for name in names):
+        return None
+    seconds = sum(step[name] for step in steps for name in names)
+    return round(result.tokens / seconds, 3) if seconds else None
 
 
 def parent_metrics(parent: str | None) -> list[MetricsLine]:

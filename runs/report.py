@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runs.curve import Line, draw_svg, eval_line
 from runs.layout import DATA_PAGE_FILE, EvalSample, Manifest, MetricsLine, RunResult, checkpoint_uri
-from runs.reading import eval_losses_of
+from runs.reading import eval_losses_of, overall_speed
 from utils.files import format_bytes
 from utils.page import render_page
 from utils.storage.bucket import is_remote, local_path, uses_embedded_bucket
@@ -62,6 +62,7 @@ def to_html(report: RunReport) -> str:
 def _summary(report: RunReport) -> list[tuple[str, str]]:
     result = report.result
     losses = [loss.eval_loss for loss in result.eval_losses]
+    speed, peak = overall_speed(result, report.metrics), result.speed.peak_memory_bytes
     return [
         ("status", f"{result.status}: {result.reason}"),
         *((f"restart {number}", failure) for number, failure in enumerate(result.failures, 1)),
@@ -71,8 +72,8 @@ def _summary(report: RunReport) -> list[tuple[str, str]]:
             "trained",
             f"{result.train_steps:,} steps, {result.tokens:,} tokens ({result.trained_tokens:,} loss tokens)",
         ),
-        ("throughput", f"{result.tokens_per_second:,.0f} tokens/s, all workers"),
-        ("peak memory", f"{format_bytes(result.speed.peak_memory_bytes)}, first worker"),
+        *([("throughput", f"{speed:,.0f} tokens/s, all workers")] if speed else []),
+        *([("peak memory", f"{format_bytes(peak)}, first worker")] if peak else []),
         ("duration", f"{result.elapsed_seconds:,.0f} s"),
         ("ended", result.ended or ""),
         ("trainable parameters", f"{result.trainable_parameters:,}"),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from training.data.batches import BatchPlan  # imports torch
 
 _MAX_SHOWN = 5
+_TOLERATED = 0.25
+"""Difference between the share of validation rows and valid_split that is not reported, relative to valid_split."""
 
 
 class DataReport(BaseModel):
@@ -37,6 +39,8 @@ class DataReport(BaseModel):
     steps_per_epoch: int
     sequences_per_step: int
     """Number of rows, or of packs, per step."""
+    valid_split: float | None = None
+    """Share of the rows that valid_split asks for; None without it, or if only one side of the split is limited."""
 
 
 def make_report(
@@ -48,6 +52,7 @@ def make_report(
     limit: int | None,
     padded_to: int | None,
     steps: int,
+    valid_split: float | None = None,
 ) -> DataReport:
     """Combine the summaries of the prepared rows with the figures of their batches.
 
@@ -59,6 +64,7 @@ def make_report(
         limit: Maximum tokens per row; None without a limit.
         padded_to: Length in tokens that every sequence is padded to; None for the longest of its batch.
         steps: Optimizer steps of the run.
+        valid_split: Share of the rows that should be validation rows; None if nothing asks for one.
     """
     sets = [*([valid] if valid else []), *more_valid.values()]
     overlaps = [_in_both(train, each) for each in sets]
@@ -73,6 +79,7 @@ def make_report(
         steps=steps,
         steps_per_epoch=order.shape.steps_per_epoch,
         sequences_per_step=order.shape.sequences_per_step,
+        valid_split=valid_split,
     )
 
 
@@ -107,7 +114,7 @@ def key_figures(report: DataReport) -> list[tuple[str, str]]:
         ("lengths", describe_lengths(report.train)),
         ("cut off", describe_loss(report.train, report.limit)),
         ("padding", describe_padding(report)),
-        ("validation rows", describe_rows(report.valid) if report.valid else "none"),
+        ("validation rows", _describe_valid_rows(report, report.valid) if report.valid else "none"),
         *([("", describe_tokens(report.valid))] if report.valid else []),
         *((f"valid_path.{name}", describe_rows(summary)) for name, summary in report.more_valid.items()),
     ]
@@ -124,6 +131,14 @@ def describe_rows(summary: DataSummary) -> str:
     files = f"{len(summary.files):,} files" if len(summary.files) > 1 else "1 file"
     rows = "1 row" if summary.rows == 1 else f"{summary.rows:,} rows"
     return f"{rows} in {files}: {' and '.join(formats)}"
+
+
+def _describe_valid_rows(report: DataReport, valid: DataSummary) -> str:
+    """Describe the validation rows in one line, with their share if a hash chose many more or fewer than valid_split asks for."""
+    share, asked = valid.rows / (report.train.rows + valid.rows), report.valid_split
+    if asked is None or abs(share - asked) <= _TOLERATED * asked:
+        return describe_rows(valid)
+    return f"{describe_rows(valid)} ({share:.1%} of all rows; valid_split asks for {asked:.1%}, and rows are chosen by a hash)"
 
 
 def describe_tokens(summary: DataSummary) -> str:

@@ -323,10 +323,10 @@ def _describe_trained(result: RunResult) -> str:
 
 
 def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
-    """Return the throughput and the time per phase; empty if no step was trained."""
-    total = sum(speed.seconds.values())
-    if not total:
+    """Return the throughput and the time per phase; empty if this attempt committed no step that it trained."""
+    if not speed.tokens_per_second:
         return []
+    total = sum(speed.seconds.values())
     mfu = "" if speed.mfu is None else f", MFU {speed.mfu:.1%}"
     phases = [
         f"{phase.replace('_', ' ')} {seconds / total:.0%}"

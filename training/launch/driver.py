@@ -125,7 +125,7 @@ def run_job(
             model=state.model,
             checkpoint=state.checkpoint,
             restarts=state.restarts,
-            log_files=[driver_log, *(worker_log(plan, rank) for rank in range(plan.config.most_devices))],
+            log_files=[driver_log, *_worker_logs(plan, state.most_workers)],
             elapsed_seconds=time.monotonic() - began,
             command=command,
         )
@@ -133,6 +133,19 @@ def run_job(
     if result.status == "completed":
         _release_parent(plan)
     return result
+
+
+def _worker_logs(plan: RunPlan, started: int) -> list[Path]:
+    """Return the log files of the workers: on this machine those that exist, on other machines those of started workers.
+
+    Args:
+        plan: The run.
+        started: The most workers that have run at once.
+    """
+    if plan.resolved.target.is_local:
+        logs = (worker_log(plan, rank) for rank in range(plan.config.most_devices))
+        return [log for log in logs if log.exists()]
+    return [worker_log(plan, rank) for rank in range(started)]
 
 
 def _write_result(plan: RunPlan, report: PlanReport, attempt: Attempt, state: "RunState") -> RunResult:
@@ -254,6 +267,8 @@ class RunState:
     restarts: list[str] = field(default_factory=list)
     """The reason of each worker restart."""
     last_step: int = 0
+    most_workers: int = 0
+    """The most workers that have run at once."""
     is_waiting: bool = False
     """True while no worker group runs because the cluster lacks resources or has lost a node."""
 
@@ -295,7 +310,8 @@ class RunState:
             case WorkersWaiting():
                 self.is_waiting = True
                 self.last_step = 0  # uncommitted steps are lost
-            case WorkersStarted():
+            case WorkersStarted(workers):
+                self.most_workers = max(self.most_workers, workers)
                 self.is_waiting = False
             case CheckpointCommitted():
                 self.checkpoint = event

@@ -845,6 +845,7 @@ def _report_rows(model: Model, data: Data, batch: Batch) -> DataReport:
         limit=config.context_length or model.facts.max_context,
         padded_to=_longest_sequence(config, data.train.summary) if config.padding == "max_length" else None,
         steps=batch.max_steps,
+        valid_split=config.valid_split if config.max_train_rows == config.max_valid_rows else None,
     )
 
 

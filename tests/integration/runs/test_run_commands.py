@@ -17,8 +17,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from runs.comparison import compare_runs
-from runs.display import show_run
+from runs.comparison import Comparison, compare_runs
+from runs.display import show_comparison, show_run
 from runs.ending import InUseError, check_removable, find_run
 from runs.layout import (
     CONFIG_FILE,
@@ -50,6 +50,11 @@ from utils.storage.bucket import Store, join_uri, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 PNG = b"\x89PNG\r\n"
+REMOTE_COMMANDS = [
+    ["runs", "s3://some-bucket/runs"],
+    ["show", "s3://some-bucket/runs/a"],
+    ["compare", "s3://some-bucket/runs/a", "s3://some-bucket/runs/b"],
+]
 RunCommand = Callable[..., CompletedCommand]
 
 
@@ -296,7 +301,6 @@ def test_compare_reports_differing_keys_and_best_losses(
 ):
     adapter = {"lora_config": {"r": 8, "lora_alpha": 16}}
     one = write_run(storage, "one", eval_losses(2.0, 1.5), result=None, run_name="one", **adapter)
-    assert "warning" not in run_command("compare", one, "--picture", str(tmp_path / "one.png")).output
     other = eval_losses(2.0, 1.25, 1.0)
     two = write_run(
         storage,
@@ -319,8 +323,9 @@ def test_compare_reports_differing_keys_and_best_losses(
     assert rows["best eval loss"] == ["1.5000", "1.0000"]
     assert rows["lora_config.r"] == ["8", "16"]
     assert rows["curves"][-1] == str(picture)
-    run_command("compare", one, "--picture", str(picture))
-    assert picture.read_bytes() not in (b"", both), "the picture has a curve per run"
+    unevaluated = write_run(storage, "three", [], result=None)
+    run_command("compare", one, unevaluated, "--picture", str(picture))
+    assert picture.read_bytes() not in (b"", both), "the picture has a curve per evaluated run"
 
 
 def test_compare_warns_about_runs_evaluated_on_different_rows(run_command: RunCommand, tmp_path: Path):
@@ -343,12 +348,51 @@ def test_compare_warns_about_runs_evaluated_on_different_rows(run_command: RunCo
 
 
 def test_compare_without_eval_losses_writes_no_picture(run_command: RunCommand, tmp_path: Path):
-    run = write_run(open_store(str(tmp_path)), "a", [], result=None)
+    storage = open_store(str(tmp_path))
+    a, b = (write_run(storage, name, [], result=None) for name in ("a", "b"))
     picture = tmp_path / "none.png"
-    finished = run_command("compare", run, run, "--picture", str(picture))
+    finished = run_command("compare", a, b, "--picture", str(picture))
     assert finished.exit_code == 0, finished.errors
     assert "no run has an eval loss" in finished.output
     assert not picture.exists()
+
+
+def test_compare_names_a_run_whose_settings_are_not_recorded(tmp_path: Path):
+    """A run that has just started has only a lease."""
+    storage = open_store(str(tmp_path))
+    uris = [
+        write_run(storage, name, eval_losses(2.0), result=None, learning_rate=rate)
+        for name, rate in (("a", 1e-4), ("b", 2e-4))
+    ]
+    write_lease(storage, "new")
+    new = storage.uri_of("new")
+    two, three = compare_runs([uris[0], new]), compare_runs([uris[0], new, uris[1]])
+    assert two.differences == {}
+    assert three.differences == {"learning_rate": [1e-4, None, 2e-4]}
+    line = "new: its settings are not recorded yet"
+    printed = comparison_lines(two)
+    assert line in printed
+    assert not [text for text in printed if text.startswith(("setting", "The settings", "model_id"))]
+    printed = comparison_lines(three)
+    assert line in printed
+    assert [text.split() for text in printed if text.startswith(("setting", "learning"))] == [
+        ["setting", "a", "b"],
+        ["learning_rate", "0.0001", "0.0002"],
+    ]
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    console = Console(file=StringIO(), width=200)
+    show_comparison(console, comparison, None)
+    return console.file.getvalue().splitlines()
+
+
+def test_comparison_has_no_lines_without_figures(tmp_path: Path):
+    storage = open_store(str(tmp_path))
+    comparison = compare_runs([write_run(storage, name, [], result=None) for name in ("a", "b")])
+    names = {line.split("  ")[0] for line in comparison_lines(comparison)}
+    assert "steps" in names
+    assert not names & {"best eval loss", "tokens trained on", "tokens/s"}
 
 
 # --- Errors: one message, exit code 2, nothing on standard output -------------------------------------------
@@ -370,7 +414,16 @@ def test_invalid_command_line_raises_an_error_with_the_argument(
     assert_names(error_of(run_command(*arguments)), fact)
 
 
-@pytest.mark.parametrize("command", ["runs", "show", "compare"])
+def test_comparing_a_run_with_itself_raises_an_error(run_command: RunCommand, tmp_path: Path):
+    run = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
+    picture = tmp_path / "a.png"
+    for runs in ([run], [run, f"{run}/"]):
+        message = error_of(run_command("compare", *runs, "--picture", str(picture)))
+        assert_names(message, "two different runs", run)
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize("command", ["runs", "show"])
 def test_uri_without_runs_is_an_error(run_command: RunCommand, storage: Store, command: str):
     nowhere = storage.uri_of("nowhere")
     message = error_of(run_command(command, nowhere))
@@ -398,8 +451,8 @@ def test_unknown_run_or_checkpoint_raises_an_error_with_a_listing_command(
     assert_names(error_of(run_command("show", "first")), "first: ", "run:first?")
     assert_names(error_of(run_command("show", "run:")), "run:NAME")
     nope = storage.uri_of("nope")
-    for command in ("show", "compare", "export"):
-        message = error_of(run_command(command, nope))
+    for command in (["show"], ["compare", storage.uri_of("first")], ["export"]):
+        message = error_of(run_command(*command, nope))
         assert message.startswith(f"{nope}: ")
         assert_names(message, "run", f"`main.py runs {storage.uri}`")
     checkpoint = storage.uri_of("first/checkpoints/step-000077")
@@ -425,23 +478,23 @@ def test_damaged_file_of_a_run_raises_an_error_with_its_uri(run_command: RunComm
     assert_names(error_of(run_command("show", uri)), f"{uri}/{CONFIG_FILE} ", "YAML")
 
 
-@pytest.mark.parametrize("command", ["runs", "show", "compare"])
+@pytest.mark.parametrize("arguments", REMOTE_COMMANDS, ids=lambda arguments: arguments[0])
 def test_missing_credentials_raise_an_error_with_the_variable(
-    run_command: RunCommand, bucket: EmbeddedBucket, tmp_path: Path, command: str
+    run_command: RunCommand, bucket: EmbeddedBucket, tmp_path: Path, arguments: list[str]
 ):
     variables = {
         "AWS_ENDPOINT_URL_S3": bucket.endpoint,
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
         "HOME": str(tmp_path),
     }
-    message = error_of(run_command(command, "s3://some-bucket/runs", **variables))
+    message = error_of(run_command(*arguments, **variables))
     assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID")
 
 
-@pytest.mark.parametrize("command", ["runs", "show", "compare"])
-def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, command: str):
+@pytest.mark.parametrize("arguments", REMOTE_COMMANDS, ids=lambda arguments: arguments[0])
+def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, arguments: list[str]):
     port, variables = unreachable_endpoint()
-    message = error_of(run_command(command, "s3://some-bucket/runs", **variables))
+    message = error_of(run_command(*arguments, **variables))
     assert_names(message, f"127.0.0.1:{port}", "AWS_ENDPOINT")
 
 
@@ -475,7 +528,8 @@ def test_truncated_line_of_metrics_is_named_and_the_lines_before_it_are_read(
     assert shown["steps"] == listed["steps"]
     (damage,) = shown["damage"]
     assert_names(damage, f"{uri}/{METRICS_FILE}", f"line {len(whole.splitlines())}", "truncated")
-    compared = run_command("compare", uri, "--picture", str(tmp_path / "a.png"))
+    other = write_run(storage, "other", losses, result=None)
+    compared = run_command("compare", uri, other, "--picture", str(tmp_path / "a.png"))
     assert compared.exit_code == 0, compared.errors
     assert METRICS_FILE in compared.output
     assert storage.read(f"a/{METRICS_FILE}") == whole[:-9]

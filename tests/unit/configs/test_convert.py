@@ -310,6 +310,13 @@ def test_trl_values_are_translated(lines: str, expected: dict[str, Any]):
     assert {key: conversion.ours.get(key) for key in expected} == expected
 
 
+def test_share_of_validation_rows_is_listed_as_a_change():
+    """Other tools draw the exact number of rows."""
+    assert_names("\n".join(converted(AXOLOTL).changes), "val_set_size", "hash", "share")
+    replaced = AXOLOTL + "test_datasets: [{path: valid.jsonl}]\n"
+    assert "val_set_size" not in "\n".join(converted(replaced).changes)
+
+
 def test_loss_and_devices_that_a_file_leaves_open_are_listed_as_changes():
     changes = "\n".join(converted(TRL).changes)
     assert_names(changes, "assistant_only_loss", "task: causal_lm", "num_devices: 8")

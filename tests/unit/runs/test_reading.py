@@ -1,11 +1,12 @@
 """Config and metrics read from the stored files of a run."""
 
 import json
+from typing import get_args
 
 import pytest
 
-from runs.layout import CONFIG_FILE, EvalSample, RunResult, run_of, samples_key
-from runs.reading import eval_losses_of, read_config, read_metrics, survey_samples
+from runs.layout import CONFIG_FILE, EvalSample, MetricsLine, Phase, RunResult, run_of, samples_key
+from runs.reading import eval_losses_of, overall_speed, read_config, read_metrics, survey_samples
 from tests.support.stored_runs import make_result
 from utils.storage.bucket import Store, open_store
 
@@ -35,6 +36,28 @@ def test_nan_and_infinite_evaluation_losses_are_excluded(tmp_path):
     assert [(loss.step, loss.figures) for loss in losses] == [(1, {"accuracy": 0.5})]
     result = make_result("s3://bucket/runs/a", losses)
     assert RunResult.model_validate_json(result.model_dump_json()) == result
+
+
+def step_line(step: int, seconds: float) -> MetricsLine:
+    """Return the metrics of a step that took this time in each phase."""
+    phases = {f"seconds/{phase}": seconds for phase in get_args(Phase)}
+    return MetricsLine(step=step, epoch=0.0, loss=1.0, **phases)
+
+
+def test_overall_speed_counts_the_steps_of_all_attempts_until_the_result():
+    result = make_result("/runs/a", [], train_steps=3, tokens=600, tokens_per_second=4.0)
+    evaluation = MetricsLine(step=2, epoch=0.0, eval_loss=1.0)
+    lines = [step_line(1, 1.0), step_line(2, 2.0), evaluation, step_line(3, 3.0), step_line(4, 100.0)]
+    trained_phases = 5  # excluding evaluation, saving and upload_stall
+    assert overall_speed(result, lines) == pytest.approx(600 / (trained_phases * 6.0), abs=1e-3)
+
+
+def test_overall_speed_is_unknown_without_the_seconds_of_every_step():
+    result = make_result("/runs/a", [], train_steps=2, tokens=600)
+    without_seconds = MetricsLine(step=2, epoch=0.0, loss=1.0)
+    assert overall_speed(result, [step_line(1, 1.0)]) is None
+    assert overall_speed(result, [step_line(1, 1.0), without_seconds]) is None
+    assert overall_speed(make_result("/runs/a", [], train_steps=0), []) is None
 
 
 def test_missing_damaged_and_incompatible_configs_are_distinguished(tmp_path):

@@ -118,6 +118,8 @@ def test_run_that_failed_before_the_first_step_has_a_page():
     page = to_html(report(result=make_result(RUN, [], status="failed"), metrics=[], checkpoints=[]))
     assert "failed: out of memory" in page
     assert "<svg" not in page
+    assert "tokens/s, all workers" not in page
+    assert "peak memory" not in page
     assert _Elements(page).headings == ["Data", "Checkpoints", "Next steps", "Configuration", "Environment"]
 
 

@@ -11,7 +11,7 @@ from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepared import PreparedData
-from training.data.report import DataReport, describe_loss, describe_rows, make_report
+from training.data.report import DataReport, describe_loss, describe_rows, key_figures, make_report
 from training.data.report_page import to_html
 
 
@@ -78,6 +78,23 @@ def test_page_shows_the_figures_and_examples_of_the_report(
     untruncated = prepare(request(path, bad_rows="skip"), chatml, tiny_model, tmp_path / "cache")
     lost = int(np.maximum(untruncated.index.length - 60, 0).sum())
     assert describe_loss(train.summary, 60).startswith(f"{lost:,} tokens")
+
+
+@pytest.mark.parametrize(("asked", "is_shown"), [(0.125, True), (0.2, False), (0.3, True), (None, False)])
+def test_share_of_validation_rows_is_shown_if_it_misses_valid_split(
+    chatml: PreTrainedTokenizerFast,
+    tiny_model: Path,
+    tmp_path: Path,
+    asked: float | None,
+    is_shown: bool,
+):
+    paths = write_data(tmp_path, train_rows=40, valid_rows=10)
+    train, valid = (prepare(request(path), chatml, tiny_model, tmp_path / "cache") for path in paths)
+    figures = dict(key_figures(report_of(train, valid, valid_split=asked)))
+    described = figures["validation rows"]
+    assert described.startswith(describe_rows(valid.summary))
+    assert ("20.0% of all rows" in described) == is_shown
+    assert (asked is not None and f"valid_split asks for {asked:.1%}" in described) == is_shown
 
 
 def test_one_row_is_described_in_the_singular(

@@ -97,6 +97,7 @@ def test_result_shows_throughput_and_the_share_of_each_phase():
     assert_names(time, "100 s", "forward 30%", "backward 60%", "upload stall 10%")
     assert "data" not in time, "phases below one percent are omitted"
     assert _describe_speed(Speed()) == [], "nothing was trained"
+    assert _describe_speed(Speed(seconds={"other": 0.01})) == [], "a restored checkpoint has no trained step"
 
 
 def test_run_without_a_checkpoint_has_trained_no_step_that_counts():
