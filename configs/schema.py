@@ -616,8 +616,8 @@ class FinetuneConfig(Section):
     eval loss that decides which checkpoint is the best."""
 
     valid_split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the rows of train_path that are validation rows instead, without valid_path. Complete conversations, chosen by
-    seed and content: equal rows are on the same side."""
+    """Approximate share of the rows of train_path that are validation rows instead, without valid_path. Complete
+    conversations, chosen by seed and content: equal rows are on the same side."""
 
     max_train_rows: PositiveInt | None = None
     """Number of training rows read from each source, from its start; null: all."""
