@@ -145,15 +145,13 @@ def show_completed(console: Console) -> None:
     )
 
 
-def show_submitted(
-    console: Console, job: "SubmittedJob", run_uri: str | None, command: Sequence[str]
-) -> None:
+def show_submitted(console: Console, job: "SubmittedJob", results: str, command: Sequence[str]) -> None:
     """Print the job's id and address and the commands to follow, stop and resume it."""
     print_facts(
         console,
         [
             ("job", f"{job.submission_id} at {job.address}"),
-            ("results go to", run_uri or "see the plan in the job's output"),
+            ("results go to", results),
             ("follow", shlex.join(job.follow_command)),
             ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint first)"),
             ("resume", f"{shlex.join(command)}  (the same command, after the job has exited)"),
