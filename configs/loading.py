@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from configs.yaml_source import (
 )
 from configs.yaml_writer import commented_yaml, dump
 
-__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "to_yaml"]
+__all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "to_yaml", "with_written"]
 
 MAX_PROBLEMS = 50
 """Maximum number of lines in a report; a file with more errors is probably not a configuration."""
@@ -65,6 +65,13 @@ class LoadedConfig:
     given_keys: frozenset[str]
     """Keys set by the file or an override (dotted for sections), under their current names; the others have their
     defaults."""
+
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """In a submitted job: the values that the user wrote, of the keys whose files were packed. They identify the run."""
+
+    def as_written(self, config: FinetuneConfig) -> FinetuneConfig:
+        """Return a configuration of this run with the values that the user wrote."""
+        return config.model_copy(update=dict(self.written))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -107,6 +114,14 @@ def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedCon
         rejections=_lines(migration.rejections),
         given_keys=frozenset(_keys(document.data)),
     )
+
+
+def with_written(packed: LoadedConfig, original: LoadedConfig) -> LoadedConfig:
+    """Return the configuration of a job with the values of the one that it was packed from, except its storage_path."""
+    keys = [key for key in FinetuneConfig.model_fields if key != "storage_path"]
+    values = {key: getattr(original.config, key) for key in keys}
+    changed = {key: value for key, value in values.items() if getattr(packed.config, key) != value}
+    return replace(packed, written=changed)
 
 
 def to_yaml(config: FinetuneConfig, *, only_given: bool = False) -> str:

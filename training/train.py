@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml
+from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml, with_written
 from configs.schema import FinetuneConfig
 from training.inference import commands as model_commands
 from training.models.libraries import unused_packages, withhold
-from training.planning.endpoints import COMMAND_VARIABLE, ClusterTarget, set_ray_environment, target_cluster
+from training.planning.endpoints import (
+    COMMAND_VARIABLE,
+    WRITTEN_VARIABLE,
+    ClusterTarget,
+    set_ray_environment,
+    target_cluster,
+)
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
 from utils.processes import Stopped, importing, raise_signals, record_signals, run_in_own_session
@@ -81,6 +87,8 @@ def run(options: Options, began: float) -> int:
         began: time.monotonic() when the process started.
     """
     loaded = load_config(options.config, options.overrides)
+    if written := os.environ.get(WRITTEN_VARIABLE):
+        loaded = with_written(loaded, load_config(Path(written)))
     screen = Screen(*open_consoles(), options.as_json)
     for warning in loaded.warnings:
         screen.progress.write(f"warning: {warning}\n")
@@ -289,7 +297,7 @@ def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Scre
             shown_on = screen.output if options.detach and not options.as_json else progress
             run_uri = None if isinstance(checked, str) else checked.run_uri
             sample = checked.rows if isinstance(checked, CheckedSample) else None
-            show_submitted(shown_on, job, run_uri, options.command, sample=sample)
+            show_submitted(shown_on, job, run_uri or packed.results, options.command, sample=sample)
             if options.detach:
                 screen.print_json(job.to_json())
                 return DONE

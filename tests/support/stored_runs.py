@@ -4,10 +4,11 @@ import json
 import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from configs.loading import to_yaml
 from runs.layout import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -26,7 +27,10 @@ from runs.layout import (
     lease_key,
 )
 from utils.files import checksum_bytes
-from utils.storage.bucket import Store
+from utils.storage.bucket import Store, open_store
+
+if TYPE_CHECKING:
+    from training.planning.plan import RunPlan
 
 VERSIONS = {"torch": "2.13.0", "ray": "2.60.0"}
 _WEIGHTS = b"weights"
@@ -130,6 +134,18 @@ def make_manifest_with_weights(loss: EvalLoss) -> Manifest:
     """Return the manifest of a checkpoint with one file of weights."""
     weights = FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))
     return make_manifest(loss.step, loss.epoch, loss.eval_loss, [weights])
+
+
+def commit_plan(plan: "RunPlan") -> None:
+    """Write the files that the planner reads from a run with one committed checkpoint."""
+    store = open_store(plan.run_uri)
+    record = FileRecord(path="model.safetensors", size=len(_WEIGHTS), checksum=checksum_bytes(_WEIGHTS))
+    manifest = make_manifest(1, files=[record]).model_copy(
+        update={"config_hash": plan.config_hash, "data": plan.data}
+    )
+    store.write(CONFIG_FILE, to_yaml(plan.config).encode())
+    store.write(checkpoint_key(1, record.path), _WEIGHTS)
+    store.write(checkpoint_key(1, MANIFEST_FILE), manifest.model_dump_json().encode())
 
 
 def _write_checkpoint(store: Store, name: str, loss: EvalLoss) -> None:

@@ -67,15 +67,26 @@ def check_lease(store: Store, lease: Lease) -> None:
         )
 
 
+def check_not_held(store: Store) -> None:
+    """Check that no driver on this machine trains the run; raise LeaseError if one does."""
+    latest = _latest(store)
+    if latest is not None and latest.owner_lives():
+        raise _held(store, latest)
+
+
+def _held(store: Store, lease: Lease) -> LeaseError:
+    return LeaseError(
+        f"{store.uri} is being trained by {lease.owner} since {lease.since}. Wait until it ends, stop it with "
+        f"`main.py stop {store.uri}`, or choose another run_name. If its machine is gone, its lease expires {LEASE_EXPIRES_SECONDS:.0f} s "
+        "after the last sign of life."
+    )
+
+
 def _take(store: Store, waiting: Callable[[str], None]) -> Lease:
     numbers = _numbers(store)
     latest = _latest_of(store, numbers)
     if latest is not None and _is_alive(store, latest, waiting):
-        raise LeaseError(
-            f"{store.uri} is being trained by {latest.owner} since {latest.since}. Wait until it ends, stop it with "
-            f"`main.py stop {store.uri}`, or choose another run_name. If its machine is gone, its lease expires {LEASE_EXPIRES_SECONDS:.0f} s "
-            "after the last sign of life."
-        )
+        raise _held(store, latest)
     number = max(numbers, default=0) + 1  # from the same listing, so that a newer lease conflicts
     process = os.getpid()
     started = started_after_boot(process)

@@ -146,19 +146,14 @@ def show_completed(console: Console) -> None:
 
 
 def show_submitted(
-    console: Console,
-    job: "SubmittedJob",
-    run_uri: str | None,
-    command: Sequence[str],
-    *,
-    sample: int | None,
+    console: Console, job: "SubmittedJob", results: str, command: Sequence[str], *, sample: int | None
 ) -> None:
     """Print the job's id and address, and the commands to follow, stop and resume it.
 
     Args:
         console: Where to print.
         job: The job.
-        run_uri: Where the results go, if it is known.
+        results: Where the results go, as far as it is known.
         command: The command that submitted the job.
         sample: Number of rows that were checked, if the job checks more; otherwise None.
     """
@@ -167,7 +162,7 @@ def show_submitted(
         [
             ("job", f"{job.submission_id} at {job.address}"),
             *([("rows", f"{sample:,} checked here, the job checks all")] if sample else []),
-            ("results go to", run_uri or "see the plan in the job's output"),
+            ("results go to", results),
             ("follow", shlex.join(job.follow_command)),
             ("stop", f"{shlex.join(job.stop_command)}  (commits a checkpoint first)"),
             ("resume", f"{shlex.join(command)}  (the same command, after the job has exited)"),

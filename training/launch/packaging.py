@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.loading import ConfigError, LoadedConfig, to_yaml
+from configs.loading import ConfigError, LoadedConfig, to_yaml, with_written
 from configs.schema import DataSource, DeepspeedFile, FinetuneConfig, uri_fields
 from runs.layout import MODELS
 from runs.reading import sizes
@@ -42,6 +42,7 @@ MAX_PACKED_BYTES = 100 * 1024**2
 """Maximum size of the local files in a job: Ray holds them in the memory of its head node and copies them to every node."""
 
 _FILES = "files"
+_AS_WRITTEN = "as_written"
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,24 @@ class Package:
     loaded: LoadedConfig
     """The configuration for the job: local files have their paths in the directory."""
     on_the_cluster: tuple[str, ...]
-    """Keys whose URIs only the cluster's machines can access."""
+    """Keys that have paths of the cluster's machines."""
 
     @property
     def yaml(self) -> str:
         """Return the file name of the YAML in the directory."""
         return self.loaded.path.name
+
+    @property
+    def written(self) -> str:
+        """Return the path of the YAML as the user wrote it, relative to the directory."""
+        return f"{_AS_WRITTEN}/{self.yaml}"
+
+    @property
+    def results(self) -> str:
+        """Return where the results go, as far as it is known without a plan."""
+        storage = self.loaded.config.storage_path or ""
+        name = self.loaded.config.run_name
+        return join_uri(storage, name) if name else f"{storage} (the job's output has the name of the run)"
 
 
 def pack(loaded: LoadedConfig, directory: Path) -> Package:
@@ -93,9 +106,12 @@ def pack(loaded: LoadedConfig, directory: Path) -> Package:
         _copy_code(PROJECT / name, directory / name)
     local_files.put_into(directory)
     config = config.model_copy(update={**changes, "storage_path": storage})
-    packed = replace(loaded, config=config, path=Path(loaded.path.name))
-    (directory / packed.path).write_text(to_yaml(config, only_given=True), encoding="utf-8")
-    return Package(directory, packed, tuple(_keys_on_the_cluster(config)))
+    packed = with_written(replace(loaded, config=config, path=Path(loaded.path.name)), loaded)
+    package = Package(directory, packed, tuple(_keys_on_the_cluster(config)))
+    (directory / _AS_WRITTEN).mkdir()
+    for path, settings in ((package.yaml, config), (package.written, loaded.config)):
+        (directory / path).write_text(to_yaml(settings, only_given=True), encoding="utf-8")
+    return package
 
 
 def _store_base_model(config: FinetuneConfig, storage: str) -> dict[str, Any]:
@@ -148,7 +164,9 @@ class _LocalFiles:
         return self._take(key, root, [root] if root.is_file() else _files_below(root))
 
     def take_data(self, key: str, uri: Any) -> Any:
-        """Add the local files of a data key, which has one URI or a list; return the value with packed paths."""
+        """Add the local files of a data key: one URI, a list, or sets by name; return the value with packed paths."""
+        if isinstance(uri, dict):
+            return {name: self.take_data(f"{key}/{name}", below) for name, below in uri.items()}
         if isinstance(uri, list):
             return [self.take_data(f"{key}/{number}", item) for number, item in enumerate(uri)]
         if isinstance(uri, DataSource):
@@ -211,7 +229,7 @@ def _reject_embedded_bucket(config: FinetuneConfig, storage: str) -> None:
 
 
 def _keys_on_the_cluster(config: FinetuneConfig) -> list[str]:
-    """Return the keys that cannot be checked from this machine."""
+    """Return the keys that have paths of the cluster's machines, which may differ from this machine's."""
     keys = [field.key for field in uri_fields(config) if field.uri.startswith("file:")]
     if not is_remote(config.storage_path or ""):
         keys.append("storage_path")

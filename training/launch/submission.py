@@ -14,13 +14,20 @@ from pydantic import ValidationError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from runs.layout import RunResult
+from runs.layout import CONFIG_FILE, RunResult
+from training.checkpoints.lease import check_not_held
 from training.launch.packaging import Package
 from training.models.files import first_line
-from training.planning.endpoints import COMMAND_VARIABLE, TOKEN_ADVICE, ClusterError, ClusterTarget
+from training.planning.endpoints import (
+    COMMAND_VARIABLE,
+    TOKEN_ADVICE,
+    WRITTEN_VARIABLE,
+    ClusterError,
+    ClusterTarget,
+)
 from training.planning.planner import Progress, plan_submission
 from training.planning.report import CheckedSample, PlanReport
-from utils.storage.bucket import BucketError, NotFoundError
+from utils.storage.bucket import BucketError, NotFoundError, is_remote, open_store
 
 # `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.
 _STOP_SECONDS = 600
@@ -71,20 +78,43 @@ def check_from_here(
 ) -> PlanReport | CheckedSample | str:
     """Return the plan of the job, the sample of its rows that was checked, or the reason why it cannot be checked on this machine.
 
-    Raise an error if the run is invalid. The job itself checks URIs that only the cluster can access, before it requests
-    workers.
+    Raise an error if the run is invalid, or if a driver on this machine trains it. The job itself checks URIs that only the
+    cluster can access, before it requests workers. A path of the cluster's machines counts as a path of this machine if
+    records of the run are there.
     """
-    if packed.on_the_cluster:
-        return f"{', '.join(packed.on_the_cluster)}: accessible only from the cluster"
+    what = "a path" if len(packed.on_the_cluster) == 1 else "paths"
+    elsewhere = f"{', '.join(packed.on_the_cluster)}: {what} of the cluster's machines"
     # The scratch directory is valid only on the nodes.
     loaded = replace(packed.loaded, config=packed.loaded.config.model_copy(update={"output_dir": None}))
     with chdir(packed.directory):
         try:
-            return plan_submission(loaded, target=target, progress=progress)
+            if packed.on_the_cluster and not _has_records_here(packed):
+                return elsewhere
+            checked = plan_submission(loaded, target=target, progress=progress)
+            if isinstance(checked, PlanReport) and not checked.completed:
+                check_not_held(open_store(checked.run_uri))
+            return checked
         except NotFoundError:
+            if packed.on_the_cluster:
+                return elsewhere
             raise
         except BucketError as error:
             return str(error)
+
+
+def _has_records_here(packed: Package) -> bool:
+    """Return whether the storage path is a directory of this machine with the run, or with one that may be it."""
+    config = packed.loaded.config
+    storage = config.storage_path or ""
+    if is_remote(storage):
+        return False
+    store, stem = open_store(storage), packed.loaded.path.stem
+    names = [config.run_name] if config.run_name else store.directories()
+    return any(
+        store.read_if_exists(f"{name}/{CONFIG_FILE}") is not None
+        for name in names
+        if config.run_name or name.startswith(f"{stem}-")
+    )
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -113,6 +143,7 @@ def submit(
                 "env_vars": {
                     "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),
                     COMMAND_VARIABLE: json.dumps(command),
+                    WRITTEN_VARIABLE: packed.written,
                 },
             },
         )

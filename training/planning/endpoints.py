@@ -10,6 +10,8 @@ from utils.errors import AnnealError
 TOKEN_ADVICE = "It requires a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
 COMMAND_VARIABLE = "ANNEAL_COMMAND"
 """In a submitted job: the command, as a JSON list, that submitted it and resumes its run."""
+WRITTEN_VARIABLE = "ANNEAL_YAML_AS_WRITTEN"
+"""In a submitted job: the path of the YAML with the paths that the user wrote."""
 
 _REACH_SECONDS = 10
 _HIGHEST_PORT = 65535

@@ -105,7 +105,12 @@ from training.planning.memory import Job, MemoryReport, estimate_checkpoint, rep
 from training.planning.paths import about_key, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import CheckedSample, PlanReport
-from training.planning.resume import complete_state, latest_of_the_same_run, starting_weights
+from training.planning.resume import (
+    complete_state,
+    latest_of_the_same_run,
+    recorded_paths,
+    starting_weights,
+)
 from utils.files import checksum_bytes
 from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
 from utils.storage.node_cache import written_cache_limit
@@ -204,6 +209,8 @@ class Data:
     more_valid: dict[str, PreparedData]
     """The other validation sets by name."""
     fingerprints: DataFingerprints
+    recorded: dict[str, Any]
+    """Values that the run records in place of the YAML's: the paths that the user wrote, or those of its earlier attempts."""
     config_hash: str
     run_name: str
     run_uri: str
@@ -284,7 +291,7 @@ def _plan(
     )
     rows = _report_rows(model, data, batch)
     plan = RunPlan(
-        config=batch.config,
+        config=batch.config.model_copy(update=data.recorded),
         config_hash=data.config_hash,
         run_name=data.run_name,
         run_uri=data.run_uri,
@@ -331,7 +338,7 @@ def plan_submission(
         progress: Called with each check.
     """
     settings, storage, model, adapter = _check_run(loaded, target, progress)
-    if rows := _sample_rows(loaded.config, storage, model, progress):
+    if rows := _sample_rows(loaded, storage, model, progress):
         run_name = loaded.config.run_name
         return CheckedSample(rows, join_uri(storage.uri, run_name) if run_name else None)
     return _plan(loaded, target, progress, settings, storage, model, adapter)[1]
@@ -533,15 +540,16 @@ def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
     """Tokenize the rows, and derive the run name from them unless the YAML has one."""
     config = loaded.config
-    outcome_hash = config_hash(config)
+    written = loaded.as_written(config)
+    outcome_hash = config_hash(written)
 
     def name_of(prints: DataFingerprints) -> str:
         digest = checksum_bytes(f"{outcome_hash} {prints.train} {prints.valid or ''}".encode())
         return config.run_name or f"{loaded.path.stem}-{digest[-8:]}"
 
-    train = _prepare_train_rows(config, storage, model, progress, loaded.path.stem, name_of)
+    train = _prepare_train_rows(loaded, storage, model, progress, name_of)
     sets = {
-        name: _prepare("valid", config, storage, model, progress, name=name, day=train.summary.date)
+        name: _prepare("valid", loaded, storage, model, progress, name=name, day=train.summary.date)
         for name in config.valid_sets
     }
     valid_prints = {name: rows.summary.fingerprint for name, rows in sets.items()}
@@ -549,21 +557,33 @@ def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress
     valid, *_ = (*sets.values(), None)
     more = dict(list(sets.items())[1:])
     run_name = name_of(fingerprints)
-    return Data(train, valid, more, fingerprints, outcome_hash, run_name, join_uri(storage.uri, run_name))
+    run_uri = join_uri(storage.uri, run_name)
+    recorded = {**loaded.written, **recorded_paths(written, run_uri, fingerprints)}
+    return Data(
+        train=train,
+        valid=valid,
+        more_valid=more,
+        fingerprints=fingerprints,
+        recorded=recorded,
+        config_hash=config_hash(config.model_copy(update=recorded)),
+        run_name=run_name,
+        run_uri=run_uri,
+    )
 
 
-def _sample_rows(config: FinetuneConfig, storage: Storage, model: Model, progress: Progress) -> int:
+def _sample_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> int:
     """Check the first rows of each source that is not prepared yet; return their number, or 0 if no source has more."""
+    config = loaded.config
     sets: list[tuple[Part, str]] = [("train", "")]
     if config.valid_split is None:
         sets.extend(("valid", name) for name in config.valid_sets)
     rows, has_more = 0, False
     for part, name in sets:
-        request = _request(part, config, model, name)
+        request = _request(part, loaded, model, name)
         if find_prepared(request.key(model.tokenizer_directory), storage.cache, storage.prepared):
             continue
         limit = min(request.max_rows or _SAMPLE_ROWS, _SAMPLE_ROWS)
-        summary = _prepare(part, config, storage, model, progress, name=name, max_rows=limit).summary
+        summary = _prepare(part, loaded, storage, model, progress, name=name, max_rows=limit).summary
         rows += sum(source.rows for source in summary.sources)
         if limit == _SAMPLE_ROWS != request.max_rows:
             has_more |= any(source.rows + summary.dropped_rows >= limit for source in summary.sources)
@@ -579,30 +599,29 @@ def _fingerprint_of(sets: Mapping[str, str]) -> str | None:
 
 
 def _prepare_train_rows(
-    config: FinetuneConfig,
+    loaded: LoadedConfig,
     storage: Storage,
     model: Model,
     progress: Progress,
-    stem: str,
     name_of: Callable[[DataFingerprints], str],
 ) -> PreparedData:
     """Tokenize the training rows. A chat template that prints the date prints that of the run to resume, if there is one.
 
     Args:
-        config: The YAML.
+        loaded: The YAML.
         storage: Where the run writes.
         model: The model with its tokenizer.
         progress: Called with each check.
-        stem: Beginning of the run name that is derived from the rows.
         name_of: Returns the name of a run with these rows.
     """
     if "strftime_now" in str(model.tokenizer.chat_template):
-        request = _request("train", config, model)
+        config = loaded.config
+        request = _request("train", loaded, model)
         cached = find_prepared(request.key(model.tokenizer_directory), storage.cache, storage.prepared)
         earlier = find_earlier_rows(
             config,
             storage.uri,
-            stem,
+            loaded.path.stem,
             lambda rows: name_of(
                 DataFingerprints(
                     train=rows.train,
@@ -612,19 +631,25 @@ def _prepare_train_rows(
             are_prepared=cached is not None,
         )
         if earlier and not (cached and cached.summary.fingerprint == earlier.train):
-            train = _prepare("train", config, storage, model, progress, day=earlier.day)
+            train = _prepare("train", loaded, storage, model, progress, day=earlier.day)
             if train.summary.fingerprint == earlier.train:
                 return train  # otherwise the rows have changed since, and a new run prints today's date
-    return _prepare("train", config, storage, model, progress)
+    return _prepare("train", loaded, storage, model, progress)
 
 
-def _request(part: Part, config: FinetuneConfig, model: Model, name: str = "") -> DataRequest:
+def _request(part: Part, loaded: LoadedConfig, model: Model, name: str = "") -> DataRequest:
     """Return the request for the rows of a part or of one validation set, after checking that they can be rendered."""
+    config = loaded.config
     with about_key(_key_of(part, config, name)):
-        sources = config.train_sources if part == "train" else config.valid_sets[name]
+        sources = _sources(part, config, name)
         request = data_request(config, part, sources, model.facts, model.chat_template)
     check_template(request, model.tokenizer, model.tokenizer_source)
-    return request
+    written = _sources(part, loaded.as_written(config), name)
+    return replace(request, paths=tuple(source.path for source in written))
+
+
+def _sources(part: Part, config: FinetuneConfig, name: str) -> Sequence[DataSource]:
+    return config.train_sources if part == "train" else config.valid_sets[name]
 
 
 def _key_of(part: Part, config: FinetuneConfig, name: str) -> str:
@@ -635,7 +660,7 @@ def _key_of(part: Part, config: FinetuneConfig, name: str) -> str:
 
 def _prepare(
     part: Part,
-    config: FinetuneConfig,
+    loaded: LoadedConfig,
     storage: Storage,
     model: Model,
     progress: Progress,
@@ -648,7 +673,7 @@ def _prepare(
 
     Args:
         part: The training rows or validation rows.
-        config: The YAML.
+        loaded: The YAML.
         storage: Where the run writes.
         model: The model with its tokenizer.
         progress: Called with each check.
@@ -656,16 +681,16 @@ def _prepare(
         day: Date that the chat template prints; None: that of the first preparation.
         max_rows: Rows to take from each source; None: as the YAML says.
     """
-    key = _key_of(part, config, name)
+    key = _key_of(part, loaded.config, name)
     progress(f"rows of {key}")
-    request = _request(part, config, model, name)
+    request = _request(part, loaded, model, name)
     return prepare_data(
         replace(request, date=day, max_rows=max_rows or request.max_rows),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,
         bucket=storage.prepared,
-        template=describe_template(config, model.base),
+        template=describe_template(loaded.as_written(loaded.config), model.base),
         progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
     )
 
@@ -758,14 +783,17 @@ def _find_checkpoints(
 ) -> FoundCheckpoints:
     """Find the checkpoint to resume from; reject a configuration that differs from that of the checkpoint."""
     progress("earlier runs")
+    recorded = batch.config.model_copy(update=data.recorded)
     own, damage = latest_of_the_same_run(
-        batch.config, settings.execution, data.run_uri, data.config_hash, data.fingerprints
+        recorded, settings.execution, data.run_uri, data.config_hash, data.fingerprints
     )
     completed = _completed(data.run_uri) if own else None
     parent_state = (
         None
         if completed
-        else complete_state(batch.config, settings.execution, storage.uri, data.fingerprints, batch.max_steps)
+        else complete_state(
+            batch.config, recorded, settings.execution, storage.uri, data.fingerprints, batch.max_steps
+        )
     )
     return FoundCheckpoints(own, parent_state, completed, damage)
 

@@ -102,10 +102,48 @@ def latest_of_the_same_run(
     return checkpoint_uri(run_uri, last.step), damage
 
 
+def recorded_paths(config: FinetuneConfig, run_uri: str, data: DataFingerprints) -> dict[str, Any]:
+    """Return the data keys of a run with checkpoints whose paths differ from the configuration's, but whose rows are equal.
+
+    Args:
+        config: The configuration as the user wrote it.
+        run_uri: The run with its name.
+        data: Its rows.
+    """
+    store = open_store(run_uri)
+    stored = read_config(store)
+    earlier = stored.config if stored else None
+    if earlier is None or (earlier.train_path, earlier.valid_path) == (config.train_path, config.valid_path):
+        return {}
+    last = latest(survey(store)[0])
+    if last is None:
+        return {}
+    paths = {}
+    if last.data.train == data.train:
+        paths["train_path"] = earlier.train_path
+    if last.data.valid == data.valid:
+        paths["valid_path"] = earlier.valid_path
+    return paths
+
+
 def complete_state(
-    config: FinetuneConfig, execution: Execution, storage: str, data: DataFingerprints, steps: int
+    config: FinetuneConfig,
+    recorded: FinetuneConfig,
+    execution: Execution,
+    storage: str,
+    data: DataFingerprints,
+    steps: int,
 ) -> str | None:
-    """Return the URI of the checkpoint whose complete trainer state a new run restores, or None."""
+    """Return the URI of the checkpoint whose complete trainer state a new run restores, or None.
+
+    Args:
+        config: The configuration with the paths to read.
+        recorded: The configuration that the run records.
+        execution: Its DeepSpeed settings.
+        storage: URI that holds the runs.
+        data: The rows.
+        steps: Optimizer steps of the run.
+    """
     if config.resume_from_checkpoint is None:
         return None
     key = "resume_from_checkpoint"
@@ -114,7 +152,7 @@ def complete_state(
     changed = differences(
         open_store(run_of(checkpoint)),
         manifest,
-        config,
+        recorded,
         execution,
         may_change=MAY_CHANGE_WITH_COMPLETE_STATE,
     )
@@ -125,7 +163,7 @@ def complete_state(
         raise ConfigError(
             f"{key}: the trainer state of {checkpoint} (weights, optimizer, schedule, data position) cannot be restored, because "
             f"these settings changed:\n{listed(changed)}\nRestore the original settings, or start from the weights only: "
-            f"{'initial_adapter_model_ckpt_path' if holds_adapter else 'initial_base_model_ckpt_path'}: {config.resume_from_checkpoint}"
+            f"{'initial_adapter_model_ckpt_path' if holds_adapter else 'initial_base_model_ckpt_path'}: {recorded.resume_from_checkpoint}"
         )
     if manifest.step >= steps:
         raise ConfigError(

@@ -58,7 +58,7 @@ def contents(package: Package) -> dict[str, str]:
 
 def test_package_contains_only_the_code_and_the_yaml(pack_run):
     directory = pack_run().directory
-    assert {path.name for path in directory.iterdir()} == {*CODE, "config.yaml"}
+    assert {path.name for path in directory.iterdir()} == {*CODE, "config.yaml", "as_written"}
     code = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
     assert not [path for path in code if "__pycache__" in path.parts or path.name.startswith(".")]
     assert {path.relative_to(PROJECT) for path in (PROJECT / "training").rglob("*.py")} <= code
@@ -84,6 +84,7 @@ def test_packed_code_starts_without_the_project(pack_run):
 def test_packed_yaml_loads_as_the_checked_config(pack_run):
     package = pack_run(learning_rate="5e-4", lora_config={"r": 16})
     assert load_config(package.directory / package.yaml).config == package.loaded.config
+    assert package.loaded.written == {}
 
 
 def test_local_files_are_packed_and_the_yaml_has_their_packed_paths(pack_run, local_files: Path):
@@ -104,6 +105,11 @@ def test_local_files_are_packed_and_the_yaml_has_their_packed_paths(pack_run, lo
         "s3://bucket/x",
     ]
     assert config.valid_path == "files/valid_path/valid.jsonl"
+    assert package.loaded.written["model_id"] == str(local_files / "model")
+    assert package.loaded.written.keys() == {"model_id", "train_path", "valid_path"}
+    assert load_config(package.directory / package.written).config.valid_path == str(
+        local_files / "valid.jsonl"
+    )
     assert contents(package) == {
         "model_id/config.json": "model/config.json",
         "model_id/sub/x.json": "model/sub/x.json",
@@ -157,6 +163,20 @@ def test_missing_file_raises_an_error_with_its_key_and_path(pack_run, local_file
 def test_uri_in_the_embedded_bucket_raises_an_error_with_its_key(pack_run, changes: dict[str, Any], key: str):
     with pytest.raises(ConfigError, match=rf"^{key}: .*embedded bucket.*this machine"):
         pack_run(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "results"),
+    [
+        ({"run_name": "a", "storage_path": "file:///mnt/runs/"}, "/mnt/runs/a"),
+        ({"run_name": "a"}, "s3://bucket/runs/a"),
+        ({}, "s3://bucket/runs (the job's output has the name of the run)"),
+    ],
+)
+def test_results_go_to_the_storage_path_under_the_name_if_it_is_known(
+    pack_run, settings: dict[str, Any], results: str
+):
+    assert pack_run(**settings).results == results
 
 
 def test_relative_storage_path_raises_an_error(pack_run):
