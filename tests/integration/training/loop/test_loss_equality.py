@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig
 
 from tests.support.faults import gpu_kernel_variables
 from tests.support.jobs import PROJECT, read_metrics, run_main, tiny_settings, write_yaml
@@ -218,6 +219,25 @@ def accuracies(files: Path, name: str) -> list[float]:
     """Return the token accuracies of a run with its starting weights: of the first evaluation and of the first step."""
     evaluation, step, *_ = read_metrics(files / "runs" / name)
     return [evaluation["eval_mean_token_accuracy"], step["mean_token_accuracy"]]
+
+
+@pytest.mark.slow
+def test_losses_of_a_mixture_with_its_router_loss_equal_those_of_one_worker(files: Path):
+    """The load-balancing loss is a mean over micro-batches, which have one row here on both sides."""
+    mixture = make_model(
+        files / "mixture",
+        kind=MixtralConfig,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=1.0,
+    )
+    settings = {"model_id": str(mixture), "train_batch_size_per_device": 1}
+    one = train(files, "mixture-one", settings | {"num_devices": 1, "gradient_accumulation_steps": 8})
+    ddp = train(files, "mixture-ddp", settings | {"num_devices": 2, "gradient_accumulation_steps": 4})
+    assert one[0][0] > one[1][0] + 1, "the load-balancing loss of two experts per token is about 2"
+    assert ddp[0][0] == pytest.approx(one[0][0], abs=1e-5)
+    assert ddp[0] == pytest.approx(one[0], abs=1e-4)
+    assert ddp[1] == pytest.approx(one[1], abs=1e-5)
 
 
 @pytest.mark.slow
