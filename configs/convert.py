@@ -711,6 +711,11 @@ def _settle(conversion: Conversion) -> None:
         drop("num_warmup_steps", "`constant` has no warm-up")
     if any(key.startswith("preference_tuning_config.") for key in ours) and "task" not in ours:
         conversion.put("task", "preference_tuning", "the preference loss")
+    place = ours.get("storage_path")
+    if isinstance(place, str) and "://" not in place and not place.startswith("/"):
+        conversion.changes.append(
+            "storage_path: a directory of this machine; for a run on a cluster, write a bucket or a directory that all machines share"
+        )
     if size := ours.get("sequence_parallel_size"):
         drop("flash_attention_2", "workers that share sequences use PyTorch's flash kernels")
         if "num_devices" not in ours:
