@@ -53,7 +53,9 @@ def test_dead_actor_is_a_lost_worker():
 def test_reason_of_a_lost_worker_has_no_guesses_of_ray():
     detail = "Worker unexpectedly exits with a connection error code 2. End of file."
     guesses = "Some common causes include: (1) the process was killed by the OOM killer, (2) ray stop --force was called."
-    reason = reason_of(ray.exceptions.RayActorError(error_msg=f"The actor died.\n\tactor_id: 1\n{detail} {guesses}"))
+    reason = reason_of(
+        ray.exceptions.RayActorError(error_msg=f"The actor died.\n\tactor_id: 1\n{detail} {guesses}")
+    )
     assert reason == f"worker lost: {detail}"
 
 
