@@ -2,8 +2,8 @@
 # llama.cpp with an F32 cache of keys and values computes attention in F16 all the same, and its answers do not change by a bit.
 #
 # `--cache-type-k f32 --cache-type-v f32` is expected to remove the rounding of keys and values, for example to compare a GGUF file
-# with the model in transformers. The cache does take twice the memory. But flash attention, which `auto` turns on, converts an F32
-# cache to F16 before each product, without a warning. Only with flash attention disabled is the cache used as it is stored.
+# with the model in transformers. But flash attention, which `auto` turns on, converts an F32 cache to F16 before each product,
+# without a warning. Only with flash attention disabled is the cache used as it is stored.
 #
 # Seen with xllamacpp==2026.10.11549 (llama.cpp of October 2026) on CPU.
 set -euo pipefail
