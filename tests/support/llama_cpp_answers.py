@@ -19,6 +19,9 @@ def main() -> None:
     parameters.n_parallel = 1
     parameters.cpuparams.n_threads = 1
     parameters.warmup = False
+    # By default llama.cpp rounds keys and values to F16, and in its flash attention also those of an F32 cache.
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     for prompt in asked["prompts"]:
         request = {
