@@ -108,6 +108,7 @@ def running_api(service: LoadedService, projects: Sequence[str] = ("red",)) -> I
     store = S3Store(service.config.storage_path)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # a request before the server runs waits
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(
             create_app(service, {}), log_config=None, access_log=False, timeout_graceful_shutdown=1
