@@ -8,12 +8,14 @@ from typing import Any
 
 import httpx
 import peft
+import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import checkpoint_uri
 from service.chat import chat_router
@@ -21,8 +23,20 @@ from service.engine import ChatRequest, Delta, Engine, EngineSettings, Event, Fa
 from service.errors import ApiError, error_body
 from service.models import ServedModel
 from service.transformers_engine import TransformersEngine
+from service.vllm_engine import vllm_python
 from tests.support.trained_runs import STEP, store_adapter_run, store_full_run
 from utils.storage.bucket import open_store
+
+
+def _has_vllm() -> bool:
+    try:
+        vllm_python()
+    except ConfigError:
+        return False
+    return True
+
+
+needs_vllm = pytest.mark.skipif(not _has_vllm(), reason="vLLM is not installed: make setup-vllm")
 
 BASE = "tiny"
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from service.engine import Accepted, Delta, EngineSettings
-from service.vllm_engine import VllmEngine, vllm_python
+from service.vllm_engine import VllmEngine
 from tests.support.engines import (
     BASE,
     Reference,
     answer,
     chat_request,
     failure,
+    needs_vllm,
     store_adapter,
     store_full,
 )
@@ -29,18 +29,10 @@ _RUNNER = asyncio.Runner()
 run = _RUNNER.run
 
 
-def is_installed() -> bool:
-    try:
-        vllm_python()
-    except ConfigError:
-        return False
-    return True
-
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: make setup-vllm"),
+    needs_vllm,
 ]
 
 

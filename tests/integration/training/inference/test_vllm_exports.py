@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from configs.loading import ConfigError
 from configs.schema import ExportConfig
 from service.vllm_engine import vllm_python
 from tests.support.adapter_uses import rejection
 from tests.support.adapters import KINDS, make_models, write_adapter
+from tests.support.engines import needs_vllm
 from tests.support.jobs import PROJECT
 from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run
@@ -23,20 +23,11 @@ from training.inference.export import export
 from training.models.torch_provider import attach_adapter
 from utils.storage.bucket import open_store
 
-
-def is_installed() -> bool:
-    try:
-        vllm_python()
-    except ConfigError:
-        return False
-    return True
-
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: make test-vllm"),
+    needs_vllm,
 ]
 PROMPTS = [[1, 7, 300, 42, 11], [1, 5, 5, 90], [2, 100, 200, 300, 400, 17, 33]]
 TOKENS = 16
