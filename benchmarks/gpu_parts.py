@@ -126,7 +126,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "lora of Unsloth's own script": Contestant(lambda bench: bench.peer("unsloth", "lora"), 55),
     "lora of TRL and PEFT": Contestant(lambda bench: bench.peer("trl", "lora"), 45),
     "deterministic": Contestant(lambda bench: bench.main("resume", deterministic=True), 50),
-    "deterministic, killed": Contestant(_killed, 90),
+    "deterministic, killed": Contestant(_killed, 120),
     "packed": Contestant(lambda bench: bench.main("rows", **_packed(bench)), 35),
     "unpacked": Contestant(lambda bench: _unpacked(bench, bench.workloads["rows"].batch_size), 30),
     "unpacked, 16 rows per batch": Contestant(lambda bench: _unpacked(bench, 16), 30),

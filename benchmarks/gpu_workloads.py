@@ -82,7 +82,7 @@ class Workload:
 # runs of the 1B model takes 8 to 12 GB.
 GPU: Mapping[str, Workload] = {
     "step": Workload("step", 512, 2, 1, steps=1, warm_up=0),
-    "lora": Workload("8b", 4096, 2, 2, steps=6, warm_up=2),
+    "lora": Workload("8b", 4096, 2, 2, steps=8, warm_up=2),
     "resume": Workload("1b", 1024, 4, 1, steps=6, warm_up=2),
     "rows": Workload("1b", 4096, 4, 4, steps=6, warm_up=2),
     "full": Workload("3b", 4096, 2, 4, steps=6, warm_up=2),

@@ -175,8 +175,8 @@ def test_parts_without_times_run_at_once():
     (group,) = gpu._groups(["resume", "losses"])
     assert sorted(group) == sorted([*PARTS["resume"].contestants, *PARTS["losses"].contestants])
     assert list(gpu._groups(["resume", "full"])) == [["deterministic, killed", "deterministic"], ["full"]]
-    assert gpu.estimated_seconds(["deterministic, killed", "deterministic"], 16) == 90
-    assert gpu.estimated_seconds(["deterministic, killed", "deterministic"], 2) == 140
+    assert gpu.estimated_seconds(["deterministic, killed", "deterministic"], 16) == 120
+    assert gpu.estimated_seconds(["deterministic, killed", "deterministic"], 2) == 170
 
 
 def test_models_of_timed_parts_are_made_while_nothing_is_timed(runs: FakeRuns):
