@@ -71,7 +71,7 @@ def status(results: Results) -> str:
     text = (
         f"- **Measured on one GPU** ({rounds[0].origin.gpu}, {_date(rounds)}): {len(measured)} of {len(every)} figures measured, "
         f"{met} targets met, {failed} failed; see [the table](docs/performance.md#gpu-benchmark). "
-        "Several GPUs, NCCL, the cookbooks' YAMLs for GPUs and the CUDA image have not been run."
+        "Never run on a GPU: DeepSpeed, preference tuning, several GPUs, the cookbooks' YAMLs for GPUs and the CUDA image."
     )
     return textwrap.fill(
         text,

@@ -124,7 +124,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "packed step of liger": Contestant(lambda bench: _step(bench, "liger", packed=True), 45, needs_gpu=True),
     "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 60),
     "lora of Unsloth's own script": Contestant(lambda bench: bench.peer("unsloth", "lora"), 55),
-    "lora of TRL and PEFT": Contestant(lambda bench: bench.peer("trl", "lora"), 45),
+    "lora of TRL and PEFT": Contestant(lambda bench: bench.peer("trl", "lora"), 40),
     "deterministic": Contestant(lambda bench: bench.main("resume", deterministic=True), 50),
     "deterministic, killed": Contestant(_killed, 120),
     "packed": Contestant(lambda bench: bench.main("rows", **_packed(bench)), 35),
@@ -133,7 +133,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "full": Contestant(_full, 45),
     "qlora": Contestant(lambda bench: bench.main("qlora", estimates=True, load_in_4bit=True), 50),
     "qlora of Unsloth's own script": Contestant(
-        lambda bench: bench.peer("unsloth", "qlora", load_in_4bit=True), 50
+        lambda bench: bench.peer("unsloth", "qlora", load_in_4bit=True), 45
     ),
     "packed under torchrun": Contestant(lambda bench: bench.alone("rows", **_packed(bench)), 30),
     "losses of torch": Contestant(lambda bench: _losses(bench, "torch"), 60),

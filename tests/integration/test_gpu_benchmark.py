@@ -381,7 +381,7 @@ def test_pages_are_generated_from_results(runs: FakeRuns, tmp_path: Path):
     assert "6 of 28 figures measured" in readme
     assert "3 targets met, 0 failed" in readme
     assert all(len(line) <= 160 for line in (performance + readme).splitlines() if line[:1] != "|")
-    assert "Never run on a GPU" not in readme
+    assert "**Never run on a GPU**" not in readme
 
 
 @pytest.mark.parametrize("change", [{"shapes": "tiny", "gpu": None}, {"shapes": "simulated"}, {"gpu": None}])

@@ -16,14 +16,15 @@ Method = Literal["LoRA", "QLoRA", "full"]
 SPREADS = ("one worker", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "sequence parallel")
 """Kinds of parallelism, the columns of the table. Sequence parallel goes with DDP and each ZeRO stage that has no error."""
 
-TESTED, UNTESTED = "T", "·"
+TESTED, ON_GPU, UNTESTED = _WORKS = "T", "G", "·"
 
 _NO_GPU = "its Triton kernels need a GPU, but the run is on CPU"
 _UNSHARDED = "Unsloth does not shard weights (ZeRO-3)"
 _4BIT = "ZeRO-3 cannot shard 4-bit weights"
 _ATTENTION = "Unsloth's attention does not divide sequences (sequence_parallel_size)"
 
-# For each method and spread: tested (on CPU), untested (no GPU was available), or the reason for the error.
+# For each method and spread: tested (on CPU), compared with CPU on a GPU (part `step` of the GPU benchmark), untested on a GPU, or the
+# reason for the error.
 COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, str, str, str]]] = {
     ("torch", "cpu"): {
         "LoRA": (TESTED, TESTED, TESTED, TESTED, TESTED, TESTED),
@@ -31,7 +32,7 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (TESTED, TESTED, TESTED, TESTED, _4BIT, TESTED),
     },
     ("torch", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "LoRA": (ON_GPU, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
         "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT, UNTESTED),
     },
@@ -41,7 +42,7 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (TESTED, TESTED, TESTED, TESTED, _UNSHARDED, _ATTENTION),
     },
     ("unsloth", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
+        "LoRA": (ON_GPU, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
         "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _UNSHARDED, _ATTENTION),
     },
@@ -51,7 +52,7 @@ COMPATIBILITY: dict[tuple[Provider, Device], dict[Method, tuple[str, str, str, s
         "QLoRA": (_NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU, _NO_GPU),
     },
     ("liger", "cuda"): {
-        "LoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
+        "LoRA": (ON_GPU, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
         "full": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED, UNTESTED),
         "QLoRA": (UNTESTED, UNTESTED, UNTESTED, UNTESTED, _4BIT, UNTESTED),
     },
@@ -131,7 +132,7 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
     spreads = [spread, *(["sequence parallel"] if config.sequence_parallel_size > 1 else [])]
     for spread in spreads:
         cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
-        if cell not in (TESTED, UNTESTED):
+        if cell not in _WORKS:
             return cell
     if provider == "unsloth" and (unknown := _keys_without_unsloth(config)):
         return (
@@ -201,7 +202,7 @@ def compatibility_as_markdown() -> str:
     lines = [f"| kernels | device | method | {' | '.join(SPREADS)} |", "|---" * (3 + len(SPREADS)) + "|"]
     for (provider, device), methods in COMPATIBILITY.items():
         for cells, alike in groupby(methods, key=lambda method: methods[method]):
-            shown = " | ".join(cell if cell in (TESTED, UNTESTED) else rejected for cell in cells)
+            shown = " | ".join(cell if cell in _WORKS else rejected for cell in cells)
             lines.append(f"| {provider} | {device} | {', '.join(alike)} | {shown} |")
     return "\n".join(lines)
 
