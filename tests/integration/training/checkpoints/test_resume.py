@@ -47,7 +47,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "pairs": {"task": "preference_tuning"},
     "unpaired": {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
     "sampled": {"eval_samples": 2, "eval_max_new_tokens": 6},
-    "extended": {"new_tokens": ["####"], "new_special_tokens": [" apples"]},
+    "extended": {"new_tokens": ["shelves"], "new_special_tokens": [" apples"]},
 }
 TRAIN_FILES = {"sampled": "train.jsonl", "extended": "train.jsonl"}
 VALID_FILES = {"pairs": "valid-pairs.jsonl", "unpaired": "valid-unpaired.jsonl"}
