@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
-from trl import SFTConfig
 
 from configs.schema import FinetuneConfig, LoraConfig
 from tests.support.adapters import KINDS, write_adapter
 from tests.support.jobs import PROJECT, environment
 from tests.support.model_requests import model_request
+from tests.support.trainers import cpu_arguments, make_trainer
 from training.data.batches import BatchPlan, BatchShape, PairSequences, TokenSequences
-from training.loop.preference import PreferenceTrainer, collate_pairs
-from training.loop.throughput import HostTimeline, PhaseClock, Throughput
-from training.loop.trainers import FineTuningTrainer, TrainingRows, collate_rows
+from training.loop.preference import collate_pairs
+from training.loop.trainers import TrainingRows, collate_rows
 from training.models import add_reference
 from training.models.attention import Attention
 from training.models.new_tokens import NewTokens
@@ -86,52 +85,35 @@ class Run:
             optim: The optimizer; the steps of `sgd` are proportional to the gradients, also to small ones.
         """
         self.directory = directory
-        arguments = SFTConfig(  # before the model, which ZeRO-3 partitions while it is loaded
-            str(directory),
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
+        arguments = cpu_arguments(  # before the model, which ZeRO-3 partitions while it is loaded
+            directory,
             max_steps=STEPS,
             per_device_train_batch_size=2,
             per_device_eval_batch_size=4,
             learning_rate=0.1 if optim == "sgd" else 1e-2,
             optim=optim,
-            logging_steps=1,
             save_strategy="no" if deepspeed else "steps",
             save_steps=SAVED,
             eval_on_start=task == "preference_tuning" and resume_from is None,
-            disable_tqdm=True,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
             deepspeed=deepspeed,
             ddp_backend="gloo" if deepspeed else None,
         )
         set_seed(1)
         self.model: Any = build(request)
-        is_preference = task == "preference_tuning"
-        extra = {"reference_model": add_reference(self.model, request)} if is_preference else {}
+        reference = add_reference(self.model, request) if task == "preference_tuning" else None
         self.before = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self.trainable = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
         tokenizer = AutoTokenizer.from_pretrained(request.directory)
         vocabulary = self.model.config.get_text_config().vocab_size
         rows = _rows(task, vocabulary, tokenizer.pad_token_id)
-        throughput = Throughput(
-            rows.order, [1] * ROWS, [1] * ROWS, clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None
-        )
-        self.trainer = (PreferenceTrainer if is_preference else FineTuningTrainer)(
-            **extra,
-            config=FinetuneConfig.model_validate(
-                {"model_id": "m", "train_path": "t", "task": task, "lora_config": {}}
-            ),
+        self.trainer = make_trainer(
+            self.model,
+            rows,
+            tokenizer,
+            arguments,
+            config={"task": task, "lora_config": {}},
             base_model=str(request.directory),
-            rows=rows,
-            model=self.model,
-            args=arguments,
-            tokenizer=tokenizer,
-            callbacks=[throughput],
-            throughput=throughput,
-            on_eval_progress=lambda _: None,
-            loss_of_transformers=True,
+            reference_model=reference,
         )
         self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         self.trainer.save_model(str(self.last))

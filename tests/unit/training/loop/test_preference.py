@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from configs.schema import PreferenceTuningConfig
+from tests.support.trainers import cpu_arguments, make_trainer
 from training.data.batches import PADDING_ROW, BatchPlan, BatchShape, PairSequences
 from training.data.row_index import IGNORED
 from training.loop.preference import PreferenceTrainer, check_first_rewards, collate_pairs, pair_losses
-from training.loop.throughput import HostTimeline, PhaseClock, Throughput
 from training.loop.trainers import TrainingRows
 from training.models.files import ModelError
 
@@ -57,40 +57,18 @@ def unpaired(rows: Dataset) -> Dataset:
 def trainer_of(
     loss: str, tiny_model: Path, rows: Dataset, directory: Path, **settings: float
 ) -> PreferenceTrainer:
-    from trl import SFTConfig
-
-    config = FinetuneConfig(
-        model_id="m",
-        train_path="t",
-        task="preference_tuning",
-        preference_tuning_config=PreferenceTuningConfig.model_validate(
-            {"loss": loss, "beta": BETA, **settings}
-        ),
-    )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = PairSequences(rows, tokenizer.pad_token_id, with_mismatched=loss == "kto")
     plan = BatchPlan(BatchShape(PAIRS, 2, 1, 1), 0)
-    trainer = PreferenceTrainer(
-        reference_model=None,
-        config=config,
-        base_model="m",
-        rows=TrainingRows(plan, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None, masked=False)),
-        model=tuned_model(tiny_model),
-        args=SFTConfig(
-            str(directory),
-            use_cpu=True,
-            report_to=[],
-            max_steps=1,
-            per_device_eval_batch_size=4,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-            bf16=False,
-        ),
-        tokenizer=tokenizer,
-        callbacks=[],
-        throughput=Throughput(plan, [], [], clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None),
-        on_eval_progress=lambda _: None,
-        loss_of_transformers=True,
+    trainer = make_trainer(
+        tuned_model(tiny_model),
+        TrainingRows(plan, pairs, pairs, collate_pairs(tokenizer.pad_token_id, None, masked=False)),
+        tokenizer,
+        cpu_arguments(directory, max_steps=1, per_device_eval_batch_size=4),
+        config={
+            "task": "preference_tuning",
+            "preference_tuning_config": {"loss": loss, "beta": BETA, **settings},
+        },
     )
     trainer.model_wrapped = trainer.model
     return trainer

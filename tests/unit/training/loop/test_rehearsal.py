@@ -8,14 +8,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig
 
-from configs.schema import FinetuneConfig
+from tests.support.trainers import cpu_arguments, make_trainer
 from training.data.batches import BatchPlan, BatchShape, PairSequences, TokenSequences
 from training.loop.callbacks import AfterFirstStep
-from training.loop.preference import PreferenceTrainer, collate_pairs
-from training.loop.throughput import HostTimeline, PhaseClock, Throughput
-from training.loop.trainers import FineTuningTrainer, TrainingRows, collate_rows
+from training.loop.preference import collate_pairs
+from training.loop.trainers import TrainingRows, collate_rows
 from training.models.attention import Attention
 
 ROWS, STEPS, LONGEST = 8, 3, 5
@@ -44,43 +42,24 @@ class TrainedRun:
     """A completed training run: its weights, optimizer states, log and batch widths."""
 
     def __init__(self, task: str, with_adapter: bool, model: Path, directory: Path, with_rehearsal: bool):
-        config = FinetuneConfig.model_validate({"model_id": "m", "train_path": "t", "task": task})
         tokenizer = AutoTokenizer.from_pretrained(model)
         rows = rows_of(task, tokenizer.pad_token_id)
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attention_dropout=0.1)
         set_seed(1)
         if with_adapter:
             base = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2))
-        throughput = Throughput(
-            rows.order, [1] * ROWS, [1] * ROWS, clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None
-        )
-        extra = {"reference_model": None} if task == "preference_tuning" else {}
-        trainer = (PreferenceTrainer if extra else FineTuningTrainer)(
-            **extra,
-            config=config,
-            base_model="m",
-            rows=rows,
-            model=base,
-            args=SFTConfig(
-                str(directory),
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
+        trainer = make_trainer(
+            base,
+            rows,
+            tokenizer,
+            cpu_arguments(
+                directory,
                 max_steps=STEPS,
                 per_device_train_batch_size=2,
                 gradient_accumulation_steps=2,
                 learning_rate=1e-2,
-                logging_steps=1,
-                save_strategy="no",
-                disable_tqdm=True,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                remove_unused_columns=False,
             ),
-            tokenizer=tokenizer,
-            callbacks=[throughput],
-            throughput=throughput,
-            on_eval_progress=lambda _: None,
-            loss_of_transformers=True,
+            config={"task": task},
         )
         self.widths: list[int] = []
         """Padded length of every batch that the model receives."""

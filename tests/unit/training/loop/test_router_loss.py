@@ -7,12 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
-from trl import SFTConfig
 
-from configs.schema import FinetuneConfig
 from tests.support.tiny_model import make_model
+from tests.support.trainers import cpu_arguments, make_trainer
 from training.data.batches import BatchPlan, BatchShape, TokenSequences
-from training.loop.throughput import HostTimeline, PhaseClock, Throughput
 from training.loop.trainers import FineTuningTrainer, TrainingRows, collate_rows
 from training.models.attention import Attention
 
@@ -34,9 +32,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def make_trainer(
-    mixture: Path, directory: Path, batch: int, *, router_loss: bool = True
-) -> FineTuningTrainer:
+def trainer_of(mixture: Path, directory: Path, batch: int, *, router_loss: bool = True) -> FineTuningTrainer:
     """Return a trainer of one step on equal rows, in micro-batches of this size; the config has the router loss on or off."""
     tokenizer = AutoTokenizer.from_pretrained(mixture)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -46,40 +42,15 @@ def make_trainer(
     rows = TokenSequences(
         Dataset.from_list([{"input_ids": IDS, "labels": IDS}] * ROWS), tokenizer.pad_token_id
     )
-    throughput = Throughput(
-        order, [1] * ROWS, [1] * ROWS, clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None
+    collate = collate_rows(tokenizer.pad_token_id, None, packed=False, attention=Attention("sdpa", mask=True))
+    arguments = cpu_arguments(
+        directory,
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        gradient_accumulation_steps=ROWS // batch,
     )
-    return FineTuningTrainer(
-        config=FinetuneConfig.model_validate({"model_id": "m", "train_path": "t"}),
-        base_model="m",
-        rows=TrainingRows(
-            order,
-            rows,
-            rows,
-            collate_rows(tokenizer.pad_token_id, None, packed=False, attention=Attention("sdpa", mask=True)),
-        ),
-        model=model,
-        args=SFTConfig(
-            str(directory),
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            max_steps=1,
-            per_device_train_batch_size=batch,
-            per_device_eval_batch_size=batch,
-            gradient_accumulation_steps=ROWS // batch,
-            logging_steps=1,
-            save_strategy="no",
-            disable_tqdm=True,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-        ),
-        tokenizer=tokenizer,
-        callbacks=[throughput],
-        throughput=throughput,
-        on_eval_progress=lambda _: None,
-        loss_of_transformers=True,
-    )
+    return make_trainer(model, TrainingRows(order, rows, rows, collate), tokenizer, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +67,7 @@ def expected(mixture: Path) -> tuple[float, float]:
 def test_training_weighs_the_router_loss_once_whatever_the_accumulation(
     batch: int, mixture: Path, expected: tuple[float, float], tmp_path: Path
 ):
-    trainer = make_trainer(mixture, tmp_path, batch)
+    trainer = trainer_of(mixture, tmp_path, batch)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(expected), rel=1e-4)
 
@@ -105,20 +76,20 @@ def test_training_weighs_the_router_loss_once_whatever_the_accumulation(
 def test_eval_loss_is_the_cross_entropy(
     batch: int, mixture: Path, expected: tuple[float, float], tmp_path: Path
 ):
-    trainer = make_trainer(mixture, tmp_path, batch)
+    trainer = trainer_of(mixture, tmp_path, batch)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_router_loss_is_off_where_the_models_config_turns_it_off(
     mixture: Path, expected: tuple[float, float], tmp_path: Path
 ):
-    trainer = make_trainer(mixture, tmp_path, 1, router_loss=False)
+    trainer = trainer_of(mixture, tmp_path, 1, router_loss=False)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("router_loss", [False, True])
 def test_the_models_config_is_not_changed(router_loss: bool, mixture: Path, tmp_path: Path):
-    model: Any = make_trainer(mixture, tmp_path, 1, router_loss=router_loss).model
+    model: Any = trainer_of(mixture, tmp_path, 1, router_loss=router_loss).model
     assert model.config.output_router_logits is router_loss
     assert model.config.router_aux_loss_coef == 1.0

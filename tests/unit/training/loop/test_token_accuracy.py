@@ -7,13 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig
 
-from configs.schema import FinetuneConfig
+from tests.support.trainers import cpu_arguments, make_trainer
 from training.data.batches import BatchPlan, BatchShape, TokenSequences
 from training.data.row_index import IGNORED
-from training.loop.throughput import HostTimeline, PhaseClock, Throughput
-from training.loop.trainers import FineTuningTrainer, TrainingRows, collate_rows
+from training.loop.trainers import TrainingRows, collate_rows
 from training.models.attention import Attention
 
 LENGTHS = [9, 4, 17, 6, 12, 30, 5, 8]
@@ -61,37 +59,18 @@ def test_accuracy_equals_that_of_plain_transformers(
         tokenizer.pad_token_id, None, packed=False, attention=Attention("sdpa", mask=False)
     )
     order = BatchPlan(BatchShape(len(rows), 2, 1, 2), 0)
-    throughput = Throughput(
-        order, LENGTHS, LENGTHS, clock=PhaseClock(HostTimeline()), flops=None, peak_flops=None
+    arguments = cpu_arguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=2,
+        eval_on_start=True,
+        eval_strategy="no",
     )
-    trainer = FineTuningTrainer(
-        config=FinetuneConfig.model_validate({"model_id": "m", "train_path": "t", "valid_path": "v"}),
-        base_model="m",
-        rows=TrainingRows(order, sequences, sequences, collate),
-        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
-        args=SFTConfig(
-            str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            max_steps=1,
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=3,
-            gradient_accumulation_steps=2,
-            logging_steps=1,
-            save_strategy="no",
-            disable_tqdm=True,
-            eval_on_start=True,
-            eval_strategy="no",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-        ),
-        tokenizer=tokenizer,
-        callbacks=[throughput],
-        throughput=throughput,
-        on_eval_progress=lambda _: None,
-        loss_of_transformers=True,
-    )
+    trained = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    training_rows = TrainingRows(order, sequences, sequences, collate)
+    trainer = make_trainer(trained, training_rows, tokenizer, arguments, config={"valid_path": "v"})
     trainer.train()
     evaluated, step, *_ = trainer.state.log_history
     expected = plain_accuracy(model, rows)
