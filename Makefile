@@ -84,11 +84,13 @@ fuzz: setup-dev  ## prepare 10,000 generated bad files and 10,000 odd rows: each
 	FUZZ_FILES=10000 $(BIN)/python -m pytest tests/unit/training/data/test_bad_files.py tests/unit/training/data/test_row_texts.py
 
 test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and on another number of workers, and compare (2 hours on two cores)
-	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py tests/integration/training/checkpoints/test_resharding.py
+	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py tests/integration/training/checkpoints/test_resharding.py \
+		tests/integration/training/launch/test_signals.py
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, every kind of adapter in each use, and every part of bench-gpu; `make test-all` runs a sample
 	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/integration/training/loop/test_adapter_kinds.py \
-		tests/unit/training/models/test_pretended_gpu.py tests/integration/test_gpu_benchmark.py
+		tests/integration/training/loop/test_sequence_parallel.py tests/unit/training/models/test_pretended_gpu.py \
+		tests/integration/test_gpu_benchmark.py
 
 test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny model; `make test-all` runs a sample
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/launch/test_cookbooks.py

@@ -4,6 +4,7 @@ import multiprocessing.util
 import os
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,18 +43,18 @@ def temporary_directory() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(trylast=True)  # after -m has deselected tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the longest files first so that parallel workers finish at about the same time.
 
-    The highest timeout in a file ranks it; of files with equal timeouts, those with slow tests come first.
+    The timeouts of a file's tests rank it: their own, and the default of the slow ones. Other tests take no time in comparison.
     """
-    durations: dict[Path, tuple[float, bool]] = {}
+    seconds: Counter[Path] = Counter()
     for item in items:
+        default = float(config.getini("timeout")) if item.get_closest_marker("slow") else 0
         timeout = item.get_closest_marker("timeout")
-        seconds = float(timeout.args[0] if timeout else config.getini("timeout"))
-        duration = seconds, item.get_closest_marker("slow") is not None
-        durations[item.path] = max(duration, durations.get(item.path, duration))
-    items.sort(key=lambda item: durations[item.path], reverse=True)
+        seconds[item.path] += timeout.args[0] if timeout else default
+    items.sort(key=lambda item: seconds[item.path], reverse=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

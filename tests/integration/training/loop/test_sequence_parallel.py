@@ -1,6 +1,7 @@
 """Workers that share sequences compute what one worker computes, with a part of its memory."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,10 @@ SPREADS: dict[str, dict[str, Any]] = {
     "two_by_two": SHARED | {"num_devices": 4, "train_batch_size_per_device": 4, "deepspeed": "zero_2"},
 }
 
+SAMPLE = [("packed_lora", "ddp"), ("full", "two_by_two")]
+ALL_RUNS = [*SAMPLE, ("lora", "ddp"), ("lora", "zero_3"), ("full", "accumulated"), ("packed_full", "zero_3")]
+"""`make test-kernels` runs all of them (ALL_KERNELS=1), `make test-all` the sample."""
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -234,17 +239,7 @@ def runs(files: Path) -> Runs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "spread"),
-    [
-        ("lora", "ddp"),
-        ("lora", "zero_3"),
-        ("full", "accumulated"),
-        ("packed_lora", "ddp"),
-        ("packed_full", "zero_3"),
-        ("full", "two_by_two"),
-    ],
-)
+@pytest.mark.parametrize(("method", "spread"), ALL_RUNS if os.environ.get("ALL_KERNELS") else SAMPLE)
 def test_run_on_workers_that_share_sequences_has_the_losses_and_gradients_of_one_worker(
     method: str, spread: str, runs: Runs
 ):

@@ -1,8 +1,8 @@
 """Unsloth's and Liger's GPU code in our trainer on a simulated GPU, compared with torch on CPU.
 
 tests/support/pretended_gpu.py simulates the GPU. Without a real GPU, no other test runs Unsloth's own forward pass, its fused LoRA
-matrices and loss, its 4-bit weights or the trainer that it generates from TRL's. One process per provider trains the runs in ON_GPU.
-`make test-all` runs Unsloth's, `make test-kernels` Liger's too (ALL_KERNELS=1).
+matrices and loss, its 4-bit weights or the trainer that it generates from TRL's. One process per provider trains the runs in ON_GPU,
+which takes minutes in Triton's interpreter: `make test-kernels` runs them (ALL_KERNELS=1).
 """
 
 import json
@@ -23,7 +23,10 @@ from tests.support.tiny_model import make_model
 from training.planning.endpoints import ClusterTarget
 from training.planning.planner import make_plan
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it"),
+]
 
 ANSWERS = {
     "2+2?": "4",
@@ -55,9 +58,8 @@ RUNS: dict[str, dict[str, Any]] = {
 ON_GPU = {
     # Unsloth needs this order: its process creates no adapters after `full`, and no 4-bit weights after `rejected`.
     "unsloth": ("lora", "resumed", "qlora", "continued", "rejected", "full"),
+    "liger": ("packed", "preferences"),
 }
-if os.environ.get("ALL_KERNELS"):
-    ON_GPU["liger"] = ("packed", "preferences")
 KERNELS = {
     ("any", "unsloth"): "apply_lora_qkv",
     # Unsloth leaves full-parameter training to transformers' layers and torch.compile.
@@ -220,7 +222,6 @@ def test_model_that_unsloth_cannot_load_raises_an_error_with_the_reason(
     assert_names(runs["unsloth"]["rejected"][model], *facts)
 
 
-@pytest.mark.skipif("liger" not in ON_GPU, reason="`make test-kernels` runs it")
 def test_packed_rows_use_torchs_varlen_attention(runs: Runs):
     assert runs["liger"]["packed"]["attention"] == "torch_varlen"
 
