@@ -151,7 +151,7 @@ bench-checkpoints: setup-dev  ## measure the time that checkpoints take from tra
 bench-bucket: setup $(STAMPS)/bench  ## measure bucket transfers against other clients
 	$(BIN)/python benchmarks/bucket.py
 
-bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (9 minutes, by estimate)
+bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (16 minutes, by estimate)
 	$(BIN)/python benchmarks/gpu.py
 
 bench-service: setup  ## measure chat with the transformers engine against plain generate

@@ -172,7 +172,8 @@ def measure(bench: Bench, parts: Sequence[str], deadline: float, results: Result
     round_, outcome = results.current_round(origin, selected), Outcome()
     measured, before = set(round_.measured), set(round_.failed)
     timed = [part for part in parts if PARTS[part].timed]
-    shapes = dict.fromkeys(bench.workloads[PARTS[part].workload].shape for part in timed)
+    ahead = [part for part in timed if not measured.issuperset(PARTS[part].contestants)]
+    shapes = dict.fromkeys(bench.workloads[PARTS[part].workload].shape for part in ahead)
     for retries in (False, True):
         for group in _groups(parts):
             names = [name for name in group if name in selected and name not in measured]
@@ -196,13 +197,15 @@ def _can_run(name: str, setting: Setting) -> bool:
 
 def _groups(parts: Sequence[str]) -> Iterator[list[str]]:
     """Yield the contestants that run at the same time, the longest first."""
-    untimed = _contestants([part for part in parts if not PARTS[part].timed])
+    started = set()
     for part in parts:
-        if PARTS[part].timed:
+        together = PARTS[part].together
+        if together is None:
             yield from ([name] for name in PARTS[part].contestants)
-        elif untimed:
-            yield sorted(untimed, key=lambda name: -CONTESTANTS[name].seconds)
-            untimed = []
+        elif together not in started:
+            started.add(together)
+            names = _contestants([other for other in parts if PARTS[other].together == together])
+            yield sorted(names, key=lambda name: -CONTESTANTS[name].seconds)
 
 
 def estimated_seconds(names: Sequence[str], cores: int) -> float:

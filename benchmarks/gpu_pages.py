@@ -67,11 +67,12 @@ def status(results: Results) -> str:
     every = list(figures(rounds))
     measured = [(figure.target, values["median"]) for _, figure, values in every if values]
     met = sum(target.includes(median) for target, median in measured)
+    methods = any(values for part, _, values in every if part == "methods")
     failed = sum(values is None and bool(_failed(figure, rounds)) for _, figure, values in every)
     text = (
         f"- **Measured on one GPU** ({rounds[0].origin.gpu}, {_date(rounds)}): {len(measured)} of {len(every)} figures measured, "
         f"{met} targets met, {failed} failed; see [the table](docs/performance.md#gpu-benchmark). "
-        "Never run on a GPU: DeepSpeed, preference tuning, several GPUs, the cookbooks' YAMLs for GPUs and the CUDA image."
+        f"Never run on a GPU: {'' if methods else 'DeepSpeed, preference tuning, '}several GPUs, the cookbooks' YAMLs for GPUs and the CUDA image."
     )
     return textwrap.fill(
         text,

@@ -67,8 +67,13 @@ class Part:
     figures: tuple[Figure, ...]
     workload: str
     """Name of the workload that its contestants share."""
-    timed: bool = True
-    """False if no time of its contestants is measured: all contestants of such parts run at the same time."""
+    together: str | None = None
+    """Contestants of all parts with the same value run at the same time, since no time of theirs is measured; None: each alone."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether times of its contestants are measured."""
+        return self.together is None
 
     @property
     def contestants(self) -> list[str]:
@@ -114,31 +119,112 @@ def _losses(bench: Bench, kernels: str) -> Measured:
     return bench.alone("losses", kernels=kernels)
 
 
+@dataclass(frozen=True)
+class Method:
+    """A way to train, whose losses are compared with those of the same rows on CPU in fp32."""
+
+    reference: str
+    """Key of _REFERENCES."""
+    changes: Mapping[str, Any]
+    """Keys of the YAML, besides those of the reference."""
+    seconds: float = 65
+    """Estimated seconds."""
+    run: Callable[..., Measured] = Bench.main
+
+
+# The learning rates are so high that each loss depends on the gradients and updates before it.
+_FULL = {"lora_config": None, "learning_rate": 1e-4}
+_PREFERENCES = {"task": "preference_tuning"}
+_REFERENCES: Mapping[str, Mapping[str, Any]] = {
+    "LoRA": {},
+    "full-parameter": _FULL,
+    "packed full-parameter": {**_FULL, "packing": True},
+    "QLoRA": {"load_in_4bit": True},
+    "DPO": _PREFERENCES,
+    "KTO": {**_PREFERENCES, "preference_tuning_config": {"loss": "kto"}},
+}
+_METHODS: Mapping[str, Method] = {
+    "full-parameter with torch": Method("full-parameter", {"kernels": "torch"}),
+    "full-parameter with Liger": Method("full-parameter", {"kernels": "liger"}),
+    "full-parameter in fp32": Method("full-parameter", {"kernels": "torch", "dtype": "fp32"}),
+    "full-parameter with ZeRO-3, killed": Method(
+        "full-parameter", {"deepspeed": "zero_3"}, seconds=130, run=Bench.killed
+    ),
+    "packed full-parameter with ZeRO-2": Method("packed full-parameter", {"deepspeed": "zero_2"}),
+    "LoRA with ZeRO-2": Method("LoRA", {"deepspeed": "zero_2"}, seconds=95),
+    "LoRA with ZeRO-3": Method("LoRA", {"deepspeed": "zero_3"}),
+    "LoRA with gradient checkpointing": Method("LoRA", {"kernels": "torch", "gradient_checkpointing": True}),
+    "LoRA with Unsloth's gradient checkpointing": Method(
+        "LoRA", {"kernels": "unsloth", "gradient_checkpointing": "unsloth"}, seconds=95
+    ),
+    "LoRA with paged 8-bit AdamW": Method("LoRA", {"kernels": "torch", "optim": "paged_adamw_8bit"}),
+    "QLoRA with torch": Method("QLoRA", {"kernels": "torch"}),
+    "QLoRA with Liger": Method("QLoRA", {"kernels": "liger"}),
+    "QLoRA with Unsloth": Method("QLoRA", {"kernels": "unsloth"}, seconds=95),
+    "DPO with torch": Method("DPO", {"kernels": "torch"}),
+    "DPO with ZeRO-3": Method("DPO", {"deepspeed": "zero_3"}),
+    "KTO with torch": Method("KTO", {"kernels": "torch"}),
+}
+_USED = "LoRA on chats"
+
+
+def _method(
+    bench: Bench, run: Callable[..., Measured], reference: str, changes: Mapping[str, Any]
+) -> Measured:
+    """Train with the keys of a reference and these, on the rows of their task."""
+    keys = {"learning_rate": 1e-3, **_REFERENCES[reference], **changes}
+    rows = bench.pairs if keys.get("task") == "preference_tuning" else bench.gsm8k_rows
+    return run(bench, "methods", train_path=str(rows("methods")), **keys)
+
+
+def _on_cpu(reference: str) -> str:
+    return f"{reference} on CPU in fp32"
+
+
+def _methods() -> dict[str, Contestant]:
+    """Return the contestants of part `methods`."""
+    cpu = {"device": "cpu", "dtype": "fp32", "kernels": "torch"}
+    references = {
+        _on_cpu(name): Contestant(lambda bench, name=name: _method(bench, Bench.alone, name, cpu), 65)
+        for name in _REFERENCES
+    }
+    methods = {
+        name: Contestant(
+            lambda bench, method=method: _method(bench, method.run, method.reference, method.changes),
+            method.seconds,
+            needs_gpu=method.changes.get("kernels") == "liger",
+        )
+        for name, method in _METHODS.items()
+    }
+    return references | methods | {_USED: Contestant(lambda bench: bench.used("methods"), 180)}
+
+
 CONTESTANTS: Mapping[str, Contestant] = {
-    "step on CPU in fp32": Contestant(_reference, 45),
-    "step of torch": Contestant(lambda bench: _step(bench, "torch"), 45),
-    "step of liger": Contestant(lambda bench: _step(bench, "liger"), 45, needs_gpu=True),
-    "step of unsloth": Contestant(lambda bench: _step(bench, "unsloth"), 60),
-    "packed step on CPU in fp32": Contestant(lambda bench: _reference(bench, packed=True), 45),
-    "packed step of torch": Contestant(lambda bench: _step(bench, "torch", packed=True), 45),
-    "packed step of liger": Contestant(lambda bench: _step(bench, "liger", packed=True), 45, needs_gpu=True),
-    "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 60),
+    "step on CPU in fp32": Contestant(_reference, 65),
+    "step of torch": Contestant(lambda bench: _step(bench, "torch"), 60),
+    "step of liger": Contestant(lambda bench: _step(bench, "liger"), 60, needs_gpu=True),
+    "step of unsloth": Contestant(lambda bench: _step(bench, "unsloth"), 95),
+    "packed step on CPU in fp32": Contestant(lambda bench: _reference(bench, packed=True), 65),
+    "packed step of torch": Contestant(lambda bench: _step(bench, "torch", packed=True), 60),
+    "packed step of liger": Contestant(lambda bench: _step(bench, "liger", packed=True), 60, needs_gpu=True),
+    "lora": Contestant(lambda bench: bench.main("lora", estimates=True), 75),
     "lora of Unsloth's own script": Contestant(lambda bench: bench.peer("unsloth", "lora"), 55),
     "lora of TRL and PEFT": Contestant(lambda bench: bench.peer("trl", "lora"), 40),
-    "deterministic": Contestant(lambda bench: bench.main("resume", deterministic=True), 50),
-    "deterministic, killed": Contestant(_killed, 120),
-    "packed": Contestant(lambda bench: bench.main("rows", **_packed(bench)), 35),
-    "unpacked": Contestant(lambda bench: _unpacked(bench, bench.workloads["rows"].batch_size), 30),
-    "unpacked, 16 rows per batch": Contestant(lambda bench: _unpacked(bench, 16), 30),
-    "full": Contestant(_full, 45),
-    "qlora": Contestant(lambda bench: bench.main("qlora", estimates=True, load_in_4bit=True), 50),
+    "deterministic": Contestant(lambda bench: bench.main("resume", deterministic=True), 110),
+    "deterministic, killed": Contestant(_killed, 190),
+    "packed": Contestant(lambda bench: bench.main("rows", **_packed(bench)), 45),
+    "unpacked": Contestant(lambda bench: _unpacked(bench, bench.workloads["rows"].batch_size), 55),
+    "unpacked, 16 rows per batch": Contestant(lambda bench: _unpacked(bench, 16), 55),
+    "full": Contestant(_full, 55),
+    "qlora": Contestant(lambda bench: bench.main("qlora", estimates=True, load_in_4bit=True), 65),
     "qlora of Unsloth's own script": Contestant(
         lambda bench: bench.peer("unsloth", "qlora", load_in_4bit=True), 45
     ),
-    "packed under torchrun": Contestant(lambda bench: bench.alone("rows", **_packed(bench)), 30),
-    "losses of torch": Contestant(lambda bench: _losses(bench, "torch"), 60),
-    "losses of unsloth": Contestant(lambda bench: _losses(bench, "unsloth"), 75),
-    "losses of liger": Contestant(lambda bench: _losses(bench, "liger"), 60, needs_gpu=True),
+    "packed under torchrun": Contestant(lambda bench: bench.alone("rows", **_packed(bench)), 35),
+    "losses of torch": Contestant(lambda bench: _losses(bench, "torch"), 80),
+    "losses of unsloth": Contestant(lambda bench: _losses(bench, "unsloth"), 115),
+    "losses of liger": Contestant(lambda bench: _losses(bench, "liger"), 80, needs_gpu=True),
+    **_methods(),
 }
 
 
@@ -205,6 +291,23 @@ def _losses_figures(kernels: str) -> tuple[Figure, ...]:
     )
 
 
+def _succeeded(_: Measured) -> float:
+    """Return 1, since a contestant that fails has no measurements."""
+    return 1.0
+
+
+_METHOD_FIGURES = (
+    *(
+        Figure(
+            f"{name}: largest difference of a loss",
+            (name, _on_cpu(method.reference)),
+            _largest_difference,
+            Target(most=BF16_EPSILON),
+        )
+        for name, method in _METHODS.items()
+    ),
+    Figure(f"{_USED}, then chat, evaluate and export: success", (_USED,), _succeeded, Target(1)),
+)
 _UNSLOTH, _TRL, _QLORA_OF_UNSLOTH = (
     "lora of Unsloth's own script",
     "lora of TRL and PEFT",
@@ -222,7 +325,7 @@ PARTS: Mapping[str, Part] = {
             *_step_figures("packed step of liger", "packed step on CPU in fp32"),
         ),
         workload="step",
-        timed=False,
+        together="first",
     ),
     "lora": Part(
         (
@@ -244,7 +347,7 @@ PARTS: Mapping[str, Part] = {
             ),
         ),
         workload="resume",
-        timed=False,
+        together="first",
     ),
     "packing": Part(
         (
@@ -286,5 +389,8 @@ PARTS: Mapping[str, Part] = {
         ),
         workload="rows",
     ),
-    "losses": Part((*_losses_figures("unsloth"), *_losses_figures("liger")), workload="losses", timed=False),
+    "losses": Part(
+        (*_losses_figures("unsloth"), *_losses_figures("liger")), workload="losses", together="first"
+    ),
+    "methods": Part(_METHOD_FIGURES, workload="methods", together="methods"),
 }

@@ -53,7 +53,7 @@ class Measured:
     estimated_bytes: int | None = None
     """The plan's estimate of the peak memory."""
     weights: str | None = None
-    """sha256 of the adapter in the last checkpoint."""
+    """sha256 of the adapter in the last checkpoint; None in full-parameter training."""
     seconds: float = 0.0
     """Seconds of all its processes."""
 
@@ -117,10 +117,26 @@ class Bench:
         changes |= {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": every}}
         config, name = self._config(workload, **changes)
         command = [sys.executable, "main.py", str(config), "--json"]
-        first = self.directory / "runs" / name / "checkpoints" / f"step-{every:06d}" / "MANIFEST.json"
-        if self._run(command, name, until=first.exists):
+        checkpoints = self.directory / "runs" / name / "checkpoints"
+        first = checkpoints / f"step-{every:06d}" / "MANIFEST.json"
+        finished = self._run(command, name, until=first.exists)
+        if finished or len([*checkpoints.glob("*/MANIFEST.json")]) > 1:
             raise gpu_processes.ContestantFailedError("the run finished before it could be killed")
         self._run(command, name)
+        return self._measured(name, self.workloads[workload], None)
+
+    def used(self, workload: str, **changes: Any) -> Measured:
+        """Run main.py on chats, and chat with its checkpoint, evaluate it and export it as a user would."""
+        rows = str(self.chats(workload))
+        config, name = self._config(workload, task="instruction_tuning", train_path=rows, **changes)
+        run = str(self.directory / "runs" / name)
+        for arguments in (
+            [str(config), "--json"],
+            ["chat", run, "--prompt", "Add 1 and 2.", "--max-new-tokens", "8"],
+            ["evaluate", run, "--data", rows, "--max-new-tokens", "8"],
+            ["export", run, "--verify"],
+        ):
+            self._run([sys.executable, "main.py", *arguments], name)
         return self._measured(name, self.workloads[workload], None)
 
     def alone(self, workload: str, **changes: Any) -> Measured:
@@ -253,7 +269,7 @@ class Bench:
             tuple(line["grad_norm"] for line in steps),
             statistics.median(mfu) if mfu else None,
             estimated_bytes,
-            sha256(adapter),
+            sha256(adapter) if adapter.exists() else None,
         )
 
     def _config(self, workload: str, **changes: Any) -> tuple[Path, str]:
@@ -289,32 +305,48 @@ class Bench:
         characters = size.context_length * _CHARACTERS_PER_TOKEN
         return self._file(
             f"rows-{size.context_length}-{size.rows}.jsonl",
-            lambda: (_text(characters, seed) for seed in range(size.rows)),
+            lambda: ({"text": _text(characters, seed)} for seed in range(size.rows)),
         )
+
+    def chats(self, workload: str) -> Path:
+        """Return a file of word problems with their answers, as chats."""
+        size = self.workloads[workload]
+        return self._file(f"chats-{size.rows}.jsonl", lambda: _chats(size.rows))
+
+    def pairs(self, workload: str) -> Path:
+        """Return a file of word problems, each with its answer and a wrong one."""
+        size = self.workloads[workload]
+
+        def pairs() -> Iterator[Mapping[str, Any]]:
+            chats = [chat["messages"] for chat in _chats(size.rows)]
+            for (*prompt, answer), (*_, other) in zip(chats, chats[1:] + chats[:1], strict=True):
+                yield {"prompt": prompt, "chosen": [answer], "rejected": [other]}
+
+        return self._file(f"pairs-{size.rows}.jsonl", pairs)
 
     def gsm8k_rows(self, workload: str) -> Path:
         """Return a file of rows with the lengths of GSM8K, enough for all steps of packed sequences."""
         size = self.workloads[workload]
 
-        def texts() -> Iterator[str]:
+        def rows() -> Iterator[Mapping[str, Any]]:
             tokenizer = Tokenizer.from_file(str(self.model(size.shape) / "tokenizer.json"))
             total, seed = 0, 0
             while total < 2 * size.rows * size.context_length:
                 tokens = min(size.context_length, GSM8K_LENGTHS[seed * 7 % len(GSM8K_LENGTHS)])
                 text = _text(tokens * _CHARACTERS_PER_TOKEN, seed)
                 offsets = tokenizer.encode(text, add_special_tokens=False).offsets
-                yield text[: offsets[tokens - 1][1]]
+                yield {"text": text[: offsets[tokens - 1][1]]}
                 total, seed = total + tokens, seed + 1
 
-        return self._file(f"gsm8k-lengths-{workload}.jsonl", texts)
+        return self._file(f"gsm8k-lengths-{workload}.jsonl", rows)
 
-    def _file(self, name: str, texts: Callable[[], Iterable[str]]) -> Path:
-        """Return a file of rows with these texts, which the first call writes."""
+    def _file(self, name: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:
+        """Return a file of these rows, which the first call writes."""
         file = self.directory / name
         with self._rows_lock:
             if not file.exists():
                 partial = file.with_suffix(".partial")
-                partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows()))
                 partial.rename(file)
         return file
 
@@ -335,9 +367,13 @@ def _measured_of(report: dict[str, Any], workload: Workload, estimated_bytes: in
     )
 
 
+def _chats(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in write_problems(TRAIN_KINDS, count, seed).splitlines()]
+
+
 def _text(characters: int, seed: int) -> str:
-    lines = write_problems(TRAIN_KINDS, characters // 100 + 1, seed).splitlines()
-    messages = (message["content"] for line in lines for message in json.loads(line)["messages"])
+    chats = _chats(characters // 100 + 1, seed)
+    messages = (message["content"] for chat in chats for message in chat["messages"])
     return "\n".join(messages)[:characters]
 
 

@@ -88,6 +88,7 @@ GPU: Mapping[str, Workload] = {
     "full": Workload("3b", 4096, 2, 4, steps=6, warm_up=2),
     "qlora": Workload("3b", 4096, 2, 2, steps=6, warm_up=2),
     "losses": Workload("1b", 1024, 4, 1, steps=50, warm_up=2),
+    "methods": Workload("step", 512, 2, 1, steps=4, warm_up=1),
 }
 TINY: Mapping[str, Workload] = {
     "step": Workload("tiny", 128, 2, 1, steps=1, warm_up=0),
@@ -97,4 +98,5 @@ TINY: Mapping[str, Workload] = {
     "full": Workload("tiny", 64, 2, 2, steps=4, warm_up=1),
     "qlora": Workload("tiny", 256, 2, 2, steps=4, warm_up=1),
     "losses": Workload("tiny", 64, 2, 1, steps=20, warm_up=1),
+    "methods": Workload("tiny", 128, 2, 1, steps=4, warm_up=1),
 }

