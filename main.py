@@ -13,7 +13,6 @@ Exit codes: 0 success; 1 failed after training started; 2 rejected before traini
 import argparse
 import platform
 import re
-import shlex
 import signal
 import sys
 import time
@@ -29,12 +28,14 @@ try:
     if __name__ == "__main__":
         raise_signals()  # the other imports take seconds on a busy machine
     from configs import convert
+    from configs.loading import ConfigError, load_config
     from configs.other_tools import find
     from configs.schema import Column, FinetuneConfig
     from runs import commands as run_commands
     from service import commands as service_commands
     from training import train
     from training.inference import commands as model_commands
+    from utils.command_line import main_line
     from utils.errors import AnnealError
 except ModuleNotFoundError as error:
     print(
@@ -126,15 +127,15 @@ def run_command(arguments: list[str]) -> int:
         parser.print_help(None if arguments else sys.stderr)
         return 0 if arguments else REJECTED
     if arguments[0] == "train" and not Path("train").exists():
-        line = shlex.join(arguments[1:]) or "CONFIG.yaml"
-        print(f"error: train: training needs no command: main.py {line}", file=sys.stderr)
+        print(f"error: train: {describe_training(arguments[1:])}", file=sys.stderr)
         return REJECTED
     if arguments[0] == "--version":
         print(describe_version())
         return 0
     if meant := nearest_command(arguments[0], commands):
         print(
-            f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?", file=sys.stderr
+            f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?",
+            file=sys.stderr,
         )
         return REJECTED
     if is_neither_file_nor_command(arguments[0], commands):
@@ -154,6 +155,17 @@ def run_command(arguments: list[str]) -> int:
         check_train_options(command, values)
         return train.run(train.Options(**values), began)
     return values.pop("run_command")(**values) or 0
+
+
+def describe_training(arguments: list[str]) -> str:
+    """Return the command that trains, for arguments that follow `train`; if it would be rejected, the error of their YAML."""
+    yaml = Path(next(iter(arguments), ""))
+    if yaml.suffix in (".yaml", ".yml"):
+        try:
+            load_config(yaml, [argument for argument in arguments[1:] if not argument.startswith("-")])
+        except ConfigError as error:
+            return f"training needs no command. {error}"
+    return f"training needs no command: {main_line(*arguments or ['CONFIG.yaml'])}"
 
 
 def describe_version() -> str:

@@ -5,7 +5,6 @@ The result names the key from which each line was translated. Comments at its st
 
 import json
 import re
-import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from configs.other_tools import (
 from configs.schema import FinetuneConfig, Section, sections_of
 from configs.yaml_source import Origin, parse_yaml, shown, without_variables
 from configs.yaml_writer import commented_yaml
+from utils.command_line import main_line
 
 COMMANDS = {"convert": "translate a YAML of Axolotl, LLaMA-Factory, TRL or torchtune"}
 """Help text of the command."""
@@ -161,7 +161,7 @@ def convert(text: str, path: Path) -> Conversion:
     if tool is None:
         known = ", ".join(TOOL_NAMES.values())
         raise ConfigError(
-            f"{path}: is not a YAML of {known}. Check Anneal's own with: python main.py {path} --print-config"
+            f"{path}: is not a YAML of {known}. Check Anneal's own with: {main_line(str(path), '--print-config')}"
         )
     given = _resolved(_flat(data)) if tool == "torchtune" else data
     conversion = Conversion(tool, {key: value for key, value in given.items() if value not in (None, "")})
@@ -192,7 +192,7 @@ def convert_command(source: Path, target: Path | None) -> None:
     loaded = _still_wrong(text, shown_as)
     lines += [f"to do: {line}" for line in ([] if isinstance(loaded, LoadedConfig) else loaded)]
     if target is not None:
-        lines.append(f"next: python main.py {shlex.quote(str(target))} --dry-run")
+        lines.append(f"next: {main_line(str(target), '--dry-run')}")
     sys.stderr.write("\n".join(lines) + "\n")
 
 

@@ -6,7 +6,6 @@ Every error is reported on its own line: file and line (or the override), the ke
 import copy
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -37,6 +36,7 @@ from configs.yaml_source import (
     without_variables,
 )
 from configs.yaml_writer import commented_yaml, dump
+from utils.command_line import main_line
 
 __all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "to_yaml", "with_written"]
 
@@ -91,7 +91,7 @@ def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedCon
     document = _parse(text, path)
     if tool := _other_tool(document.data):
         raise ConfigError(
-            f"{path}: is a YAML of {other_tools.TOOL_NAMES[tool]}. Translate it: python main.py convert {shlex.quote(str(path))} --to NEW.yaml"
+            f"{path}: is a YAML of {other_tools.TOOL_NAMES[tool]}. Translate it: {main_line('convert', str(path), '--to', 'NEW.yaml')}"
         )
     for number, override in enumerate(overrides):
         _apply_override(document, override, _AFTER_ALL_LINES + number)

@@ -13,6 +13,7 @@ from runs.comparison import compare_runs, draw
 from runs.ending import check_removable, find_run, remove_run, stop_run
 from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
+from utils.command_line import main_line
 from utils.console import open_consoles
 from utils.files import write_atomically
 from utils.storage.bucket import BucketError, uses_embedded_bucket
@@ -35,7 +36,9 @@ def list_command(storage_path: str | None, as_json: bool) -> None:
     """List the runs in a storage path."""
     storage = storage_path or default_storage()
     if storage.startswith("run:"):
-        raise BucketError(f"{storage} is a run, not a storage path; show it with main.py show {storage}")
+        raise BucketError(
+            f"{storage} is a run, not a storage path; show it with: {main_line('show', storage)}"
+        )
     with _reach([storage]):
         runs = list_runs(storage)
     output = _output()

@@ -211,7 +211,7 @@ def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 
 def _wrapped(text: str, width: int) -> list[str]:
     """Wrap text between words; return it as it is if a command follows a colon, since it is copied as one line."""
-    if "main.py " in text or width < _NARROWEST:
+    if "main.py" in text or width < _NARROWEST:
         return [text]
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [text]
 

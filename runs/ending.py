@@ -17,6 +17,7 @@ from runs.layout import (
 )
 from runs.listing import RunSummary, check_run, latest_lease, lives, summarize
 from runs.reading import read_config, read_result
+from utils.command_line import main_line
 from utils.errors import AnnealError
 from utils.processes import user_and_host
 from utils.storage.bucket import NotFoundError, Store, is_remote, local_path, open_store
@@ -77,7 +78,7 @@ def find_run(uri: str) -> RunSummary:
 def check_removable(run: RunSummary) -> None:
     """Raise InUseError for a run that is being trained, or that another run started from."""
     if run.status == "running":
-        raise InUseError(f"{run.run_uri} is running. Stop it first: main.py stop {run.run_uri}")
+        raise InUseError(f"{run.run_uri} is running. Stop it first: {main_line('stop', run.run_uri)}")
     users = sorted(set(_users(run.run_uri)))
     if users:
         raise InUseError(

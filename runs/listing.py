@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from configs.loading import ConfigError, load_config
 from runs.layout import (
     CONFIG_FILE,
     LEASE_EXPIRES_SECONDS,
@@ -39,6 +40,7 @@ from runs.reading import (
     survey_metrics,
     survey_samples,
 )
+from utils.command_line import main_line
 from utils.storage.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
 _REQUESTS_AT_ONCE = 32
@@ -113,7 +115,7 @@ def list_runs(storage: str) -> list[RunSummary]:
     runs = [run for run in found if run is not None]
     if not runs:
         if store.read_if_exists(CONFIG_FILE) is not None:
-            raise NotFoundError(f"{storage}: it is a run itself; show it with main.py show {storage}")
+            raise NotFoundError(f"{storage}: it is a run itself; show it with: {main_line('show', storage)}")
         raise NotFoundError(_no_runs(storage))
     return sorted(runs, key=lambda run: (run.age_seconds is None, run.age_seconds or 0.0, run.run_name))
 
@@ -164,9 +166,25 @@ def run_uri(name_or_uri: str) -> str:
         raise NotFoundError("run: has no name; write run:NAME")
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
-    if "/" not in name_or_uri and not Path(name_or_uri).exists():
+    path = Path(name_or_uri)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        raise NotFoundError(_describe_yaml(path))
+    if "/" not in name_or_uri and not path.exists():
         raise NotFoundError(f"{name_or_uri}: there is no such directory. Did you mean run:{name_or_uri}?")
     return open_store(name_or_uri).uri
+
+
+def _describe_yaml(path: Path) -> str:
+    """Return the error for a YAML that is given instead of a run that it trained."""
+    try:
+        config = load_config(path).config
+    except ConfigError:  # such as a YAML of another tool, or one that needs overrides
+        return f"{path}: is a YAML, not a run. Give the URI of a run, or run:NAME; `{main_line('runs')}` lists those in the default storage path"
+    storage = open_store(config.storage_path or default_storage()).uri
+    run = join_uri(storage, config.run_name or "NAME")
+    return (
+        f"{path}: is a YAML, not a run. Give its run as {run}; `{main_line('runs', storage)}` lists the runs"
+    )
 
 
 def check_run(uri: str) -> None:
@@ -180,11 +198,11 @@ def check_run(uri: str) -> None:
         place = uri.rstrip("/").rpartition("/")[0]
         if run := run_of(uri):
             raise NotFoundError(
-                f"{uri}: there is no such checkpoint; `main.py show {run}` lists the existing ones"
+                f"{uri}: there is no such checkpoint; `{main_line('show', run)}` lists the existing ones"
             ) from error
         if place.strip("/") and not place.endswith("/"):
             raise NotFoundError(
-                f"{uri}: there is no such run; `main.py runs {place}` lists the existing ones"
+                f"{uri}: there is no such run; `{main_line('runs', place)}` lists the existing ones"
             ) from error
         raise
 

@@ -148,16 +148,16 @@ def _commands(report: RunReport) -> list[tuple[str, str]]:
         purpose = "Train longer from the complete training state. Copy the YAML, change run_name, raise num_epochs and set:"
         commands.append((purpose, f"resume_from_checkpoint: {result.last_checkpoint}"))
     if result.best_checkpoint:
-        commands += _commands_on_the_model(result, result.best_checkpoint, is_adapter=report.trains_adapter)
+        commands += _commands_on_the_model(report, result.best_checkpoint)
     return commands
 
 
-def _commands_on_the_model(result: RunResult, checkpoint: str, *, is_adapter: bool) -> list[tuple[str, str]]:
-    main = [".venv/bin/python", "main.py"]
+def _commands_on_the_model(report: RunReport, checkpoint: str) -> list[tuple[str, str]]:
+    result, main = report.result, report.command[:2]  # the Python and main.py that trained the run
     export = shlex.join([*main, "export", result.run_uri, "--to", "exported"])
     purpose = (
         f"Merge the {result.chosen} adapter into its base model"
-        if is_adapter
+        if report.trains_adapter
         else f"Export the {result.chosen} model"
     )
     commands = [

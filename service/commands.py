@@ -20,7 +20,6 @@ from service.config import LoadedService, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
 from training.planning.endpoints import (
     ClusterTarget,
-    check_cluster_answers,
     set_ray_environment,
     target_cluster,
 )
@@ -63,7 +62,11 @@ def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) 
             f"the packages of the service are not installed ({', '.join(missing)}): run make setup-service"
         )
     target = target_cluster()
-    check_cluster_answers(target)
+    if not target.is_local:
+        set_ray_environment(target)
+        from training.launch.cluster import check_cluster_answers
+
+        check_cluster_answers(target)
     output, progress = open_consoles()
     warn_about_address(service.config.host, progress)
     if target.is_local:

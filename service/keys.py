@@ -9,6 +9,7 @@ from threading import Lock
 
 from service.errors import ApiError
 from service.layout import PROJECT_NAME
+from utils.command_line import main_line
 from utils.errors import AnnealError
 from utils.storage.bucket import AlreadyExistsError
 from utils.storage.s3 import S3Store
@@ -86,7 +87,7 @@ def revoke_keys(store: S3Store, project: str, key_id: str | None) -> list[KeyRec
     ]
     if not found:
         named = f"no valid key {key_id}" if key_id else "no valid key"
-        raise KeysError(f"{project}: has {named}: main.py keys list {project} shows its keys")
+        raise KeysError(f"{project}: has {named}: `{main_line('keys', 'list', project)}` lists its keys")
     revoked = []
     for key, record in found:
         record = KeyRecord(record.id, record.project, record.created_at, int(time.time()))

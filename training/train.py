@@ -17,12 +17,12 @@ from configs.schema import FinetuneConfig
 from training.inference import commands as model_commands
 from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import (
-    COMMAND_VARIABLE,
     WRITTEN_VARIABLE,
     ClusterTarget,
     set_ray_environment,
     target_cluster,
 )
+from utils.command_line import COMMAND_VARIABLE, main_command
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
 from utils.processes import Stopped, importing, raise_signals, record_signals, run_in_own_session
@@ -57,7 +57,7 @@ class Options:
         if submitted := os.environ.get(COMMAND_VARIABLE):
             return json.loads(submitted)
         submit = ["--submit", self.job_server] if self.job_server else []
-        return ["python", "main.py", str(self.config), *self.overrides, *submit]
+        return main_command(str(self.config), *self.overrides, *submit)
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,13 @@ def _reach_cluster_and_bucket(
     loaded: LoadedConfig, target: ClusterTarget, stack: ExitStack, watch: "Watch"
 ) -> None:
     """Check that the cluster answers, and start the embedded bucket if the YAML uses it."""
-    from training.planning.endpoints import check_cluster_answers
     from training.planning.paths import needs_embedded_bucket
     from utils.storage.embedded_bucket import embedded_bucket
 
-    check_cluster_answers(target)
+    if not target.is_local:
+        from training.launch.cluster import check_cluster_answers
+
+        check_cluster_answers(target)
     if needs_embedded_bucket(loaded.config):
         watch.phase("starting the embedded bucket")
         stack.enter_context(embedded_bucket())
@@ -357,7 +359,7 @@ def _push_command(run_uri: str, config: FinetuneConfig) -> list[str]:
     settings = config.final_export
     assert settings is not None
     assert config.hub_model_id is not None
-    command = ["python", "main.py", "export", run_uri, "--push", config.hub_model_id]
+    command = main_command("export", run_uri, "--push", config.hub_model_id)
     command += ["--private"] if config.hub_private_repo else []
     command += ["--to", settings.to] if settings.to else []
     if not settings.merge:

@@ -71,7 +71,7 @@ def test_axolotl_yaml_is_converted_trained_and_exported(tmp_path: Path):
         finished = main_in(tmp_path, *shown)
         assert finished.returncode == 0, f"{shown}: {finished.stderr}"
         printed.append(finished.stdout + finished.stderr)
-    assert_names(printed[0], "python main.py run.yaml --dry-run")
+    assert_names(printed[0], "main.py run.yaml --dry-run")
     (result,) = (tmp_path / "outputs" / "lora").glob("*/result.json")
     run = result.parent
     exported = main_in(tmp_path, "export", str(run))

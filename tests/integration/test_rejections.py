@@ -700,21 +700,22 @@ def test_data_error_is_reported_before_a_cluster_starts(tiny_model: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("port", "facts"),
+    ("port", "facts", "options"),
     [
-        (1, ("127.0.0.1:1",)),
-        (99999, ("127.0.0.1:99999", "65535")),
+        (1, ("127.0.0.1:1",), []),
+        (1, ("127.0.0.1:1",), ["--dry-run"]),
+        (99999, ("127.0.0.1:99999", "65535"), []),
     ],
 )
-def test_unreachable_cluster_raises_an_error_with_its_address(
-    tiny_model: Path, tmp_path: Path, port: int, facts: tuple[str, ...]
+def test_unreachable_cluster_raises_an_error_before_anything_is_read(
+    tiny_model: Path, tmp_path: Path, port: int, facts: tuple[str, ...], options: list[str]
 ):
     config = config_file(tmp_path, tiny_model)
     cluster = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-    finished = run_main(config, "--json", "device=cpu", variables=cluster, timeout=60)
+    finished = run_main(config, "--json", "device=cpu", *options, variables=cluster, timeout=60)
     assert finished.exit_code == 2
-    assert_names(finished.errors.splitlines()[-1], "error: RAY_ADDRESS: ", *facts)
-    assert "Traceback" not in finished.errors
+    (line,) = finished.errors.splitlines()
+    assert_names(line, "error: RAY_ADDRESS: ", *facts)
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,14 +4,21 @@ import platform
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import grpc
 import pytest
 
 import main
 from tests.support.jobs import PROJECT
 from tests.support.messages import assert_names
+from training.launch import cluster
+from training.launch.cluster import check_cluster_answers
 from training.planning import endpoints
-from training.planning.endpoints import ClusterError, ClusterTarget, check_cluster_answers, target_cluster
+from training.planning.endpoints import ClusterError, ClusterTarget, check_address_answers, target_cluster
+from utils.command_line import main_line
 
 
 @pytest.mark.parametrize(
@@ -25,7 +32,8 @@ from training.planning.endpoints import ClusterError, ClusterTarget, check_clust
         (["run.yaml", "--max_steps", "--json"], ("--max_steps", " max_steps=VALUE ")),
         (["run.yaml", "--num_train_epochs", "3"], ("--num_train_epochs", "num_epochs=VALUE")),
         (["run.yaml", "--tf32", "true"], ("--tf32", "no counterpart")),
-        (["train", "my run.yaml", "seed=3"], ("train", "main.py 'my run.yaml' seed=3")),
+        (["train"], ("train: training needs no command: ", "main.py CONFIG.yaml")),
+        (["train", "no.yaml"], ("training needs no command", "no.yaml", "no such file")),
         (["run.yaml", "--dry-rum"], ("--dry-rum", "--dry-run", "main.py CONFIG.yaml --help")),
         (["run.yaml", "--detach"], ("--detach", "--submit")),
         (["run.yaml", "--print-config", "--dry-run"], ("--dry-run", "--print-config")),
@@ -45,15 +53,54 @@ def test_wrong_arguments_raise_an_error_in_one_line(
     assert_names(printed, *facts)
 
 
+def error_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main.main(arguments) == main.REJECTED
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+AXOLOTL = "base_model: a/b\nmicro_batch_size: 2\nsequence_len: 512\nlora_r: 8\ndatasets: [{path: x, type: alpaca}]\n"
+
+
+def test_train_as_a_command_names_the_line_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Not one line that raises the next error: the YAML may be another tool's."""
+    ours, theirs = tmp_path / "my run.yaml", tmp_path / "axolotl.yaml"
+    ours.write_text("model_id: a/b\n")
+    theirs.write_text(AXOLOTL)
+    line = error_in(["train", str(ours), "train_path=c.jsonl", "--dry-run"], capsys)
+    assert line.endswith(main_line(str(ours), "train_path=c.jsonl", "--dry-run"))
+    line = error_in(["train", str(theirs)], capsys)
+    assert "training needs no command" in line
+    assert line.endswith(main_line("convert", str(theirs), "--to", "NEW.yaml"))
+
+
+@pytest.mark.parametrize("command", ["chat", "export", "show", "stop"])
+def test_yaml_in_place_of_a_run_raises_an_error_with_the_runs_storage(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """No prompt is read before: reading standard input would fail here."""
+    settings = f"model_id: a/b\ntrain_path: c.jsonl\nstorage_path: {tmp_path}/runs\n"
+    ours, theirs = tmp_path / "run.yaml", tmp_path / "axolotl.yaml"
+    ours.write_text(settings)
+    theirs.write_text(AXOLOTL)
+    line = error_in([command, str(ours)], capsys)
+    assert_names(
+        line, "is a YAML, not a run", f"{tmp_path}/runs/NAME", f"`{main_line('runs', f'{tmp_path}/runs')}`"
+    )
+    ours.write_text(f"{settings}run_name: mine\n")
+    assert f" {tmp_path}/runs/mine; " in error_in([command, str(ours)], capsys)
+    assert_names(error_in([command, str(theirs)], capsys), "is a YAML, not a run", f"`{main_line('runs')}`")
+
+
 @pytest.mark.parametrize("address", ["garbage", "head", "head:port", ":6379", "ray://head"])
 def test_address_that_names_no_port_raises_an_error(address: str):
     with pytest.raises(ClusterError) as caught:
-        check_cluster_answers(ClusterTarget(address))
+        check_address_answers(ClusterTarget(address))
     assert_names(str(caught.value), "RAY_ADDRESS", address, "HOST:6379")
 
 
 def test_address_of_another_client_is_left_to_ray():
-    check_cluster_answers(ClusterTarget("anyscale://cluster"))
+    check_address_answers(ClusterTarget("anyscale://cluster"))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +122,32 @@ def test_server_that_is_no_cluster_raises_an_error(monkeypatch: pytest.MonkeyPat
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ClusterError) as caught:
-            check_cluster_answers(ClusterTarget(address))
+            check_address_answers(ClusterTarget(address))
     assert_names(str(caught.value), "RAY_ADDRESS", address, "no Ray cluster")
+
+
+def test_server_that_is_no_ray_head_raises_an_error_at_once():
+    """It speaks gRPC, like the port of a raylet; ray.init would try for 20 s."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(ClusterError) as caught:
+            check_cluster_answers(ClusterTarget(address))
+    finally:
+        server.stop(None)
+    assert_names(str(caught.value), "RAY_ADDRESS", address, "6379")
+    assert time.monotonic() - began < 10
+
+
+def test_auto_without_a_cluster_raises_an_error(monkeypatch: pytest.MonkeyPatch):
+    def find_none() -> str:
+        raise ConnectionError
+
+    monkeypatch.setattr(cluster, "cluster_on_this_machine", find_none)  # other tests run clusters here
+    with pytest.raises(ClusterError, match="RAY_ADDRESS: auto, but no Ray cluster"):
+        check_cluster_answers(ClusterTarget("auto"))
 
 
 def test_python_without_the_packages_raises_an_error_with_the_fix():

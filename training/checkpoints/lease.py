@@ -16,6 +16,7 @@ from pathlib import Path
 
 from runs.layout import LEASE_EXPIRES_SECONDS, LEASES, Lease, StopRequest, lease_key, stop_key
 from runs.reading import read_lease
+from utils.command_line import main_line
 from utils.errors import AnnealError
 from utils.processes import started_after_boot, this_machine, user_and_host
 from utils.storage.bucket import AlreadyExistsError, BucketError, DamagedError, Store
@@ -77,7 +78,7 @@ def check_not_held(store: Store) -> None:
 def _held(store: Store, lease: Lease) -> LeaseError:
     return LeaseError(
         f"{store.uri} is being trained by {lease.owner} since {lease.since}. Wait until it ends, stop it with "
-        f"`main.py stop {store.uri}`, or choose another run_name. If its machine is gone, its lease expires {LEASE_EXPIRES_SECONDS:.0f} s "
+        f"`{main_line('stop', store.uri)}`, or choose another run_name. If its machine is gone, its lease expires {LEASE_EXPIRES_SECONDS:.0f} s "
         "after the last sign of life."
     )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from configs.loading import ConfigError
 from configs.schema import ExportConfig
 from runs.layout import Export
+from runs.listing import run_uri
 from utils.console import library_output_in, open_consoles
 from utils.storage.bucket import open_store
 
@@ -40,6 +41,7 @@ def export_command(
     as_json: bool,
 ) -> None:
     """Export the best checkpoint of a run, and push the export to the Hub if `push` names a repository."""
+    run_uri(run)  # reject a YAML or a misspelled name before libraries are imported
     output, errors = open_consoles()
     if private and not push:
         raise ConfigError(
@@ -114,6 +116,7 @@ def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens:
     from training.launch.display import Watch
     from training.models.libraries import unused_packages, withhold
 
+    run_uri(run)  # as for export, and before a prompt is read
     output, errors = open_consoles()
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
@@ -158,16 +161,20 @@ def evaluate_command(
     as_json: bool,
 ) -> None:
     """Evaluate the best checkpoint of a run on held-out rows."""
+    run_uri(run)  # as for export
     from training.events import Phase
     from training.inference.checkpoint_model import trained_model
     from training.launch.display import Watch
     from training.planning.devices import choose_device
-    from training.planning.endpoints import check_cluster_answers, set_ray_environment, target_cluster
+    from training.planning.endpoints import set_ray_environment, target_cluster
 
     target = target_cluster()
     set_ray_environment(target)
     output, errors = open_consoles()
-    check_cluster_answers(target)
+    if not target.is_local:
+        from training.launch.cluster import check_cluster_answers
+
+        check_cluster_answers(target)
     with trained_model(run, data, base=base) as trained, _library_output_to_log(trained):
         config = trained.config
         overrides = {

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,13 +19,17 @@ from configs.schema import FinetuneConfig
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
 from training.loop.ray_internals import (
     RAY_JOB_CONFIG_JSON_ENV_VAR,
+    ask_gcs,
     autoscaler_maximum,
+    cluster_on_this_machine,
     has_node_groups,
     lean_head_node,
+    session_directory,
 )
 from training.models.files import first_line
 from training.models.kernels import Device
-from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget
+from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget, check_address_answers
+from utils.console import library_output_in
 from utils.files import format_bytes
 from utils.processes import Stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
@@ -88,9 +94,39 @@ def resources_of_device(device: Device) -> dict[str, float]:
     return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
 
 
+def check_cluster_answers(target: ClusterTarget) -> None:
+    """Check that a Ray cluster answers at RAY_ADDRESS and accepts this machine's token, without joining it."""
+    address = target.address
+    if address == "auto":
+        try:
+            address = cluster_on_this_machine()
+        except ConnectionError as error:
+            raise ClusterError(
+                "RAY_ADDRESS: auto, but no Ray cluster runs on this machine. Start one with `ray start --head`, write HOST:6379, or unset "
+                "RAY_ADDRESS to run without one."
+            ) from error
+    check_address_answers(ClusterTarget(address))
+    if address and "://" not in address:
+        try:
+            with library_output_in(Path(os.devnull)):  # the error contains what Ray prints
+                ask_gcs(address)
+        except ray.exceptions.RayError as error:
+            raise _cannot_connect(address, error) from error
+
+
+@dataclass
+class Connection:
+    """A connection to a cluster."""
+
+    keeps_logs: bool = False
+    """True to keep the session directory of a local cluster, with Ray's logs, when it ends."""
+
+
 @contextmanager
-def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], None]) -> Iterator[None]:
+def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], None]) -> Iterator[Connection]:
     """Connect to the target cluster, or start a local one sized to the workers; disconnect when the block exits.
+
+    The session directory of a local cluster is removed, unless the block raises an error or asks to keep it.
 
     Args:
         workers: The workers that the cluster must have resources for.
@@ -102,13 +138,17 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
         _join(address, _runtime_environment(workers.device))
     elif not ray.is_initialized():
         start_local_cluster(workers)
+    connection = Connection()
     try:
         growth = _missing(workers, address)
         if growth:
             progress(f"waiting for the cluster to scale up: {growth}")
-        yield
+        yield connection
+    except BaseException:
+        connection.keeps_logs = True
+        raise
     finally:
-        disconnect()
+        disconnect(keep_logs=connection.keeps_logs)
 
 
 def start_local_cluster(workers: Workers) -> None:
@@ -129,12 +169,26 @@ def start_local_cluster(workers: Workers) -> None:
         )
 
 
-def disconnect() -> None:
-    """Call ray.shutdown, which restores the kernel's default action for SIGTERM, and install the handlers again."""
+def disconnect(*, keep_logs: bool = False) -> None:
+    """Disconnect from the cluster; end a local one and, unless its logs are kept, remove its session directory.
+
+    ray.shutdown restores the kernel's default action for SIGTERM, so the handlers are installed again.
+    """
+    session = None if keep_logs else session_directory()
     try:
         ray.shutdown()
     finally:
         restore_handlers()
+    if session:
+        _remove_session(session)
+
+
+def _remove_session(session: Path) -> None:
+    """Remove the session directory, and Ray's link to the latest session if it names this one: Ray replaces no broken link."""
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.with_name("session_latest")
+    if latest.is_symlink() and latest.readlink() == session:
+        latest.unlink(missing_ok=True)
 
 
 def _connect(**arguments: Any) -> None:
@@ -172,16 +226,20 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
     try:
         _connect(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        causes = f"{error} {error.__cause__}"
-        token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
-        raise ClusterError(
-            f"RAY_ADDRESS: cannot connect to the cluster at {address} ({first_line(error)}). "
-            + (
-                TOKEN_ADVICE
-                if token
-                else "Check that the port is that of a Ray head (6379 by default), with the same versions of Ray and Python as this machine."
-            )
-        ) from error
+        raise _cannot_connect(address, error) from error
+
+
+def _cannot_connect(address: str, error: Exception) -> ClusterError:
+    causes = f"{error} {error.__cause__}"
+    token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
+    return ClusterError(
+        f"RAY_ADDRESS: cannot connect to the cluster at {address} ({first_line(error)}). "
+        + (
+            TOKEN_ADVICE
+            if token
+            else "Check that the port is that of a Ray head (6379 by default), with the same versions of Ray and Python as this machine."
+        )
+    )
 
 
 def _runtime_environment(device: Device) -> dict[str, Any]:

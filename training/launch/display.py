@@ -38,6 +38,7 @@ from training.events import (
     WorkersStarted,
     WorkersWaiting,
 )
+from utils.command_line import main_line
 from utils.files import format_bytes
 
 if TYPE_CHECKING:
@@ -291,8 +292,8 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
     if result.status == "completed" and result.best_checkpoint:
         key = "initial_adapter_model_ckpt_path" if trains_adapter else "initial_base_model_ckpt_path"
         facts += [
-            ("next", f"chat with it: python main.py chat {result.run_uri}"),
-            ("", f"export it for serving: python main.py export {result.run_uri}"),
+            ("next", f"chat with it: {main_line('chat', result.run_uri)}"),
+            ("", f"export it for serving: {main_line('export', result.run_uri)}"),
             ("", f"start a new run from it: {key}: run:{result.run_name}"),
         ]
     elif result.last_checkpoint:

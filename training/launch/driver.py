@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,12 +111,13 @@ def run_job(
     ):
         with (
             _data_report(store, plan.run_name, prepared, report),
-            cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))),
+            cluster(workers, plan.resolved.target, progress=lambda text: on_event(Phase(text))) as connection,
         ):
             _mark_parent(plan, on_event)
             for rows in prepared:
                 keep_prepared(rows, plan.prepared)
             signals, failure = _train(plan, lease, workers, state, savings, local_workers)
+            connection.keeps_logs = bool(failure or state.restarts)
             if len(signals) < 2:
                 with suppress(BucketError):  # writing the result reports it
                     check_lease(store, lease)  # another driver's result must not be overwritten
@@ -170,7 +172,8 @@ def _train(
     signals = record_signals()
     vitals = Vitals.of(plan.resolved.target)
     mailbox = _mailbox_on_this_node()
-    fit = _Fit(_trainer(plan, lease, mailbox, local_workers), mailbox)
+    trainer = _trainer(plan, lease, mailbox, local_workers)
+    fit = _Fit(trainer, mailbox)
     lost: str | None = None
     try:
         _follow(mailbox, signals, state, workers, vitals)
@@ -180,7 +183,10 @@ def _train(
         reason = vitals.diagnose() or describe_lost_cluster(error, savings)
         lost = f"{reason} The same command resumes from {state.latest_checkpoint}."
     failed = classify(causes_of(fit.error), savings) if fit.error else None
-    return signals, state.rejection or lost or failed
+    failure = state.rejection or lost or failed
+    if plan.resolved.target.is_local and not failure:
+        shutil.rmtree(trainer.state_directory, ignore_errors=True)
+    return signals, failure
 
 
 def _stop_this_process(request: StopRequest, on_event: Callable[[Event], None]) -> None:

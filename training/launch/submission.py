@@ -19,7 +19,6 @@ from training.checkpoints.lease import check_not_held
 from training.launch.packaging import Package
 from training.models.files import first_line
 from training.planning.endpoints import (
-    COMMAND_VARIABLE,
     TOKEN_ADVICE,
     WRITTEN_VARIABLE,
     ClusterError,
@@ -27,6 +26,7 @@ from training.planning.endpoints import (
 )
 from training.planning.planner import Progress, plan_submission
 from training.planning.report import CheckedSample, PlanReport
+from utils.command_line import COMMAND_VARIABLE, ray_command
 from utils.storage.bucket import BucketError, NotFoundError, is_remote, open_store
 
 # `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.
@@ -65,12 +65,12 @@ class SubmittedJob:
     @property
     def follow_command(self) -> list[str]:
         """Return the command that prints the job's output from the start."""
-        return ["ray", "job", "logs", "--follow", "--address", self.address, self.submission_id]
+        return ray_command("job", "logs", "--follow", "--address", self.address, self.submission_id)
 
     @property
     def stop_command(self) -> list[str]:
         """Return the command that stops the job after it has committed a checkpoint."""
-        return ["ray", "job", "stop", "--address", self.address, self.submission_id]
+        return ray_command("job", "stop", "--address", self.address, self.submission_id)
 
 
 def check_from_here(

@@ -1,6 +1,7 @@
 """The TorchTrainer of a run: where its controller runs, and which of Ray's callbacks it has."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from ray.train.torch import TorchTrainer
@@ -44,6 +45,12 @@ class LeanTorchTrainer(TorchTrainer):
     def runs_in_driver(self) -> bool:
         """Return whether the controller runs in this process."""
         return self._is_local and self._scaling_policy is None
+
+    @property
+    def state_directory(self) -> Path:
+        """Return the directory in which Ray keeps its own state of this attempt."""
+        assert self.run_config.storage_path and self.run_config.name
+        return Path(self.run_config.storage_path) / self.run_config.name
 
     def stop(self, *, terminate_workers: bool) -> None:
         """Let `fit` raise CancelledError if its controller runs in this process; otherwise do nothing.

@@ -17,6 +17,9 @@ from ray._private import node as _node
 
 # The variable through which Ray's job server passes its runtime environment to the driver: Ray rejects a key that is set twice.
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+# ray.init finds the cluster of RAY_ADDRESS=auto with this function.
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._private.state import state as _state
 from ray._private.worker import global_worker as _global_worker
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
@@ -95,11 +98,14 @@ __all__ = [
     "WorkerGroupStartupFailedError",
     "WorkerGroupState",
     "WorkerHealthCheckFailedError",
+    "ask_gcs",
     "autoscaler_maximum",
+    "cluster_on_this_machine",
     "has_node_groups",
     "is_node_preempted",
     "lean_head_node",
     "ray_logs",
+    "session_directory",
 ]
 
 
@@ -284,6 +290,22 @@ def ray_logs() -> Path:
     """Return the directory of Ray's logs on this node. There is no public way to find it."""
     node: Any = _global_worker.node
     return Path(node.get_logs_dir_path())
+
+
+def session_directory() -> Path | None:
+    """Return Ray's directory of the local cluster that this process has started; None if it has not started one."""
+    node: Any = _global_worker.node
+    return Path(node.get_session_dir_path()) if node is not None and node.is_head() else None
+
+
+def cluster_on_this_machine() -> str:
+    """Return the address of the cluster that `RAY_ADDRESS=auto` names; raise ConnectionError if there is none."""
+    return canonicalize_bootstrap_address_or_die("auto")
+
+
+def ask_gcs(address: str) -> None:
+    """Ask a GCS for the ID of its cluster; raise a RayError if it is no GCS or denies access. ray.init would retry for 20 s."""
+    GcsClient(address=address)
 
 
 def is_node_preempted() -> bool:

@@ -127,6 +127,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             prepare_process(plan, world)
         try:
             _train(plan, lease, world, driver)
+            if world.local_rank == 0:
+                _remove_empty_scratch(plan, world)
             driver.finish()
         except AnnealError as error:  # only the user can fix it
             driver.reject(str(error))
@@ -202,6 +204,14 @@ def _import_wandb(directory: Path) -> None:
 def _run_scratch(plan: RunPlan, world: World) -> Path:
     # Nodes may share the directory (home directories), and a node may train runs of the same name from two buckets.
     return Path(plan.scratch) / "runs" / plan.run_name / run_digest(plan.run_uri) / f"node-{world.node_rank}"
+
+
+def _remove_empty_scratch(plan: RunPlan, world: World) -> None:
+    """Remove the directories of this run on this node, up to the first that is not empty."""
+    node = _run_scratch(plan, world)
+    with suppress(OSError):
+        for directory in (node / "trainer", node, *node.parents[:2]):
+            directory.rmdir()
 
 
 @dataclass(frozen=True)

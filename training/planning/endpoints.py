@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from utils.errors import AnnealError
 
 TOKEN_ADVICE = "It requires a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
-COMMAND_VARIABLE = "ANNEAL_COMMAND"
-"""In a submitted job: the command, as a JSON list, that submitted it and resumes its run."""
 WRITTEN_VARIABLE = "ANNEAL_YAML_AS_WRITTEN"
 """In a submitted job: the path of the YAML with the paths that the user wrote."""
 
@@ -60,16 +58,16 @@ def set_ray_environment(target: ClusterTarget) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 
-def check_cluster_answers(target: ClusterTarget) -> None:
-    """Check that a cluster answers at RAY_ADDRESS; Ray itself would retry for minutes. Reject the URL of a job server."""
+def check_address_answers(target: ClusterTarget) -> None:
+    """Check that a gRPC server answers at RAY_ADDRESS; Ray itself would retry for minutes. Reject the URL of a job server."""
     address = target.address or ""
     if target.is_job_server:
         raise ClusterError(
             f"RAY_ADDRESS: {address} is a job server. Submit the run with --submit {address}, or set RAY_ADDRESS=HEAD:6379 on a machine "
             "of the cluster."
         )
-    if address in ("", "auto"):
-        return  # "auto": Ray looks for a cluster on this machine
+    if not address:
+        return
     if "://" in address and not address.startswith("ray://"):
         return  # the address of another client that Ray loads by its scheme, such as anyscale://
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -454,11 +454,11 @@ def test_unknown_run_or_checkpoint_raises_an_error_with_a_listing_command(
     for command in (["show"], ["compare", storage.uri_of("first")], ["export"]):
         message = error_of(run_command(*command, nope))
         assert message.startswith(f"{nope}: ")
-        assert_names(message, "run", f"`main.py runs {storage.uri}`")
+        assert_names(message, "run", f"main.py runs {storage.uri}`")
     checkpoint = storage.uri_of("first/checkpoints/step-000077")
     message = error_of(run_command("export", checkpoint))
     assert message.startswith(f"{checkpoint}: ")
-    assert_names(message, "checkpoint", f"`main.py show {storage.uri_of('first')}`")
+    assert_names(message, "checkpoint", f"main.py show {storage.uri_of('first')}`")
 
 
 @pytest.mark.parametrize(("word", "command"), [("shwo", "show"), ("run", "runs"), ("exprot", "export")])

@@ -228,7 +228,7 @@ def test_written_file_loads_and_names_every_key(
     assert main.main(["convert", "other.yaml", "--to", "ours.yaml"]) == 0
     written = (tmp_path / "ours.yaml").read_text()
     errors = capsys.readouterr().err
-    assert_names(errors, "python main.py ours.yaml --dry-run")
+    assert_names(errors, "main.py ours.yaml --dry-run")
     assert "to do:" not in errors
     loaded = load_config(tmp_path / "ours.yaml")
     assert loaded.rejections == ()

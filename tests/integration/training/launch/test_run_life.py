@@ -42,6 +42,7 @@ from tests.support.jobs import (
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model, write_data
+from utils.command_line import main_line
 from utils.files import checksum
 from utils.storage.bucket import open_store, sync_to_node
 from utils.storage.embedded_bucket import EmbeddedBucket
@@ -69,9 +70,7 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
 
 def run_export_command(page: str, directory: Path) -> None:
     """Run the command in a report page that exports the best checkpoint, in fp32."""
-    (command_line,) = re.findall(
-        r"<pre>\.venv/bin/python (main\.py export .*) --to exported$", unescape(page), re.M
-    )
+    (command_line,) = re.findall(r"<pre>\S+ (main\.py export .*) --to exported$", unescape(page), re.M)
     done = subprocess.run(
         [sys.executable, *shlex.split(command_line), "--to", str(directory), "--dtype", "fp32"],
         cwd=PROJECT,
@@ -304,6 +303,8 @@ def test_rerun_writes_a_missing_result_without_training(files: Path, tmp_path: P
     )
     first = run_main(config, "--json")
     assert first.exit_code == 0, first.errors
+    left = [path for path in (files / "scratch").rglob("ended*") if path.parent.name in ("ray", "runs")]
+    assert left == [], "a completed run leaves only its logs and the node cache"
     run = open_store(first.result["run_uri"])
     metrics = read_metrics(files / "runs" / "ended")
     run.delete(["result.json", "report.html", "eval_loss.png"])
@@ -365,7 +366,7 @@ def test_signal_commits_a_checkpoint_and_the_same_command_resumes(files: Path, t
     assert "Traceback" not in finished.errors
     page = (files / "runs" / "stopped" / "report.html").read_text()
     assert "stopped: SIGTERM" in page
-    assert f"python main.py {config}" in page
+    assert main_line(str(config)) in page
 
     resumed = run_main(config, "--json")
     assert resumed.exit_code == 0, resumed.errors

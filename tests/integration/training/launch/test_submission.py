@@ -22,6 +22,7 @@ from tests.support.messages import assert_names
 from tests.support.own_buckets import aws_variables
 from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model_and_data
+from utils.command_line import main_command, main_line
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
@@ -104,7 +105,7 @@ def printed_command(finished: CompletedCommand, name: str) -> list[str]:
 
 def run_ray_command(arguments: list[str], variables: Mapping[str, str]) -> str:
     """Run a command of Ray's CLI and return its output."""
-    program = Path(command(Path())[0]).with_name(arguments[0])
+    program = Path(command(Path())[0]).with_name(Path(arguments[0]).name)
     done = subprocess.run(
         [str(program), *arguments[1:]],
         env=environment() | dict(variables),
@@ -183,7 +184,7 @@ def test_stopped_job_is_resumed_by_the_same_command(
     assert stopped.exit_code == 143
     assert stopped.result["status"] == "stopped"
     assert stopped.result["train_steps"] > manifests[-1].step
-    resume = f"with the same command: python main.py {yaml} --submit {cluster.job_server}"
+    resume = f"with the same command: {main_line(str(yaml), '--submit', cluster.job_server)}"
     assert resume in stopped.errors, "not the command that runs in the job"
     warned = [line for line in stopped.errors.splitlines() if line.startswith("warning: ")]
     assert not [line for line in warned if "stopped.yaml:" in line], "keys that the user did not write"
@@ -201,7 +202,7 @@ def test_detach_prints_commands_that_follow_and_resume_the_job(
     again = run_main(yaml, "--submit", cluster.job_server, "--json", variables=laptop)
     assert again.exit_code == 1
     assert again.result["status"] == "failed"
-    resume = ["python", "main.py", str(yaml), "--submit", cluster.job_server]
+    resume = main_command(str(yaml), "--submit", cluster.job_server)
     assert printed_command(detached, "resume") == resume
 
 
