@@ -4,6 +4,7 @@ The prompt of a turn is the template's rendering of the messages before it, with
 follows the prompt in the rendering that ends with the turn, end marker included.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -431,6 +432,16 @@ class Renderer:
             check_parts(turn.text, messages)
         return turn
 
+    def _closes_the_thought(self, chat: Chat, index: int) -> str:
+        """Return the error for reasoning after a prompt that asks for none, with the variables that make the prompt do so."""
+        given = {**self._variables, **chat.variables}
+        shown = ", ".join(f"{key}: {json.dumps(value, default=str)}" for key, value in given.items())
+        cause = f"chat_template_kwargs {{{shown}}}" if shown else "the chat template"
+        return (
+            f"{chat.name_of(index)} has reasoning, but the prompt that {cause} gives asks for an answer without reasoning. Remove the "
+            f"reasoning, or {'change chat_template_kwargs' if shown else 'set chat_template'}"
+        )
+
     def _asked(self, renderings: "_Renderings", chat: Chat, *, thinks: bool) -> _Turn | None:
         """Return the turn after its generation prompt, or None if the rendering does not begin with that prompt.
 
@@ -465,6 +476,8 @@ class Renderer:
         prompts = list(map(renderings.prompt, self._settings_of_switches(chat, on=bool(reasoning))))
         opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
         prompt = opened[0] if reasoning and opened else prompts[0]
+        if reasoning and prompt.rstrip().endswith("</think>"):
+            raise RowError("reasoning", self._closes_the_thought(chat, len(messages) - 1))
         text = renderings.whole()
         is_open = prompt.rstrip().endswith("<think>")
         header = prompt[len(before) :] if prompt.startswith(before) else ""

@@ -269,6 +269,17 @@ def test_an_empty_thought_is_trained_only_if_the_row_writes_it(
     assert loss_texts(own) == ["<think>\n\n</think>\n\nAnswer with words 1.<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "nemotron_3_nano", "glm4moe"])
+def test_reasoning_after_a_prompt_that_asks_for_none_raises_an_error(name: str, tokenizers: Tokenizers):
+    off = {"enable_thinking": False}
+    row = read({**ROWS["reasoning"], "chat_template_kwargs": off})
+    pair = Pair(row.messages[:1], row.messages[1:], [answer(2)])
+    for variables, example in ((off, read(ROWS["reasoning"])), (off, pair), ({}, row)):
+        renderer = Renderer(tokenizers[name], whole_text=False, variables=variables)
+        with pytest.raises(RowError, match=r"message 2.*reasoning.*chat_template_kwargs.*enable_thinking"):
+            renderer.render(example)
+
+
 def test_chat_template_variables_reach_the_template(tokenizers: Tokenizers):
     chat = read(ROWS["one answer"])
     texts = [
