@@ -8,6 +8,7 @@ from typing import Any
 
 from training.data.errors import RowError, check_text, json_type
 from training.data.records import REASONING_KEYS, Chat, Message
+from training.data.template_forms import split_thought
 from training.data.tools import Tool, check_json, parse_json, read_calls, read_tools
 
 _ROLES = {
@@ -206,6 +207,7 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     message["content"], thought = _content_of(content, role, at)
     reasoning = _reasoning_of(value, thought, role, at, reading)
     if reasoning:
+        message["content"] = _without_thought(message["content"], reasoning, at)
         message["reasoning_content"] = reasoning
     for key in ("name", "tool_call_id"):
         if value.get(key):
@@ -293,11 +295,24 @@ def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, readi
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
         raise RowError(
-            "two reasonings", f"{at} has different texts in {' and '.join(f'`{key}`' for key in given)}"
+            "two reasonings",
+            f"{at} has different texts in {' and '.join([f'`{key}`' for key in given] + ['a thinking part'] * bool(thought))}. Keep one of them",
         )
     if texts and role != "assistant":
         raise RowError("role order", f"{at} has reasoning, which only assistant messages may have")
     return next(iter(texts), "")
+
+
+def _without_thought(content: str, reasoning: str, at: str) -> str:
+    """Return the content of a message with reasoning, without the same reasoning in tags."""
+    own, rest = split_thought(content)
+    if rest == content:
+        return content
+    if own not in ("", reasoning.strip()):
+        raise RowError(
+            "two reasonings", f"{at} has another text in <think> than under its key. Keep one of them"
+        )
+    return rest.lstrip()
 
 
 def _read_functions(value: dict[str, Any], at: str, reading: _Reading) -> None:

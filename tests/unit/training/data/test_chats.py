@@ -189,6 +189,23 @@ def test_reasoning_is_read_under_each_of_its_names(key: str):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "<think>\nThe sun shines.\n</think>\n\n21 degrees",
+        "The sun shines.\n</think>\n\n21 degrees",
+        "<think>\n\n</think>\n\n21 degrees",
+        [{"type": "text", "text": "<think>The sun shines.</think>21 degrees"}],
+    ],
+)
+def test_reasoning_under_a_key_and_in_the_content_is_read_once(content: Any):
+    answer = {**ANSWER, "content": content, "reasoning_content": "The sun shines."}
+    assert read({"messages": [USER, answer]}).messages == [
+        USER,
+        {**ANSWER, "reasoning_content": "The sun shines."},
+    ]
+
+
+@pytest.mark.parametrize(
     "excluded",
     [
         {"weight": 0},
@@ -337,7 +354,11 @@ def test_empty_columns_are_neither_used_nor_noted():
         ({"messages": [SYSTEM, USER, ANSWER], "system": "Be kind."}, ("system",)),
         (
             {"messages": [USER, {**ANSWER, "reasoning": "a", "thinking": "b"}]},
-            ("message 2", "`reasoning` and `thinking`"),
+            ("message 2", "`reasoning` and `thinking`", "Keep one"),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "reasoning": "a", "content": "<think>b</think>21 degrees"}]},
+            ("message 2", "<think>", "Keep one"),
         ),
         ({"messages": [{**USER, "reasoning": "a"}, ANSWER]}, ("message 1", "reasoning", "assistant")),
         (
