@@ -215,7 +215,9 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if calls:
         if role != "assistant":
             raise RowError("role order", f"{at} has tool_calls, which only assistant messages may have")
-        message["tool_calls"] = read_calls(calls, f"message {position}: tool call", reading.tools)
+        message["tool_calls"] = read_calls(
+            calls, f"message {position}: tool call", reading.tools, reading.notes
+        )
     _read_functions(value, at, reading)
     if role == "assistant" and not _is_in_loss(value, at):
         reading.untrained.add(len(reading.messages))

@@ -65,13 +65,14 @@ def _allows_null(schema: Any) -> bool:
     )
 
 
-def read_calls(value: Any, what: str, tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+def read_calls(value: Any, what: str, tools: Sequence[Tool] | None, notes: list[str]) -> list[dict[str, Any]]:
     """Return the tool calls of a message, with their arguments as objects.
 
     Args:
         value: A list of calls, one call, or the JSON text of either.
         what: Name of the message and key in messages.
         tools: The row's tools, whose schemas tell which nulls are meant.
+        notes: List to which changes are added, as the plan counts them.
 
     Raises:
         RowError: A call has no name, or its arguments are not an object.
@@ -81,10 +82,10 @@ def read_calls(value: Any, what: str, tools: Sequence[Tool] | None) -> list[dict
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list")
-    return [_read_call(call, f"{what} {number}", tools) for number, call in enumerate(calls, 1)]
+    return [_read_call(call, f"{what} {number}", tools, notes) for number, call in enumerate(calls, 1)]
 
 
-def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, Any]:
+def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[str]) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
@@ -106,11 +107,13 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, 
         and key not in ("id", "type", "index", "function", "name", "arguments", "parameters")
     )
     if unknown:
-        raise RowError(
-            "unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. Remove it"
-        )
+        fix = "Remove it" if given else "Rename it to `arguments` or remove it"
+        raise RowError("unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. {fix}")
     if not is_text:  # Arrow fills in no nulls inside a text
-        arguments = _without_foreign_nulls(arguments, name, tools)
+        kept = _without_foreign_nulls(arguments, _parameters_of(name, tools))
+        if kept != arguments:
+            notes.append("null arguments of calls that the schema of the tool does not allow are removed")
+        arguments = kept
     check_json([name, arguments], what)
     clean: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if isinstance(call.get("id"), str) and call["id"]:
@@ -118,22 +121,38 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, 
     return clean
 
 
-def _without_foreign_nulls(
-    arguments: dict[str, Any], name: str, tools: Sequence[Tool] | None
-) -> dict[str, Any]:
-    """Remove null arguments unless the tool's schema allows null there: Arrow adds the arguments of other calls."""
-    if None not in arguments.values():
-        return arguments
-    properties: dict[str, Any] = {}
-    for tool in tools or ():
-        function = tool.get("function", tool)
-        if function.get("name") == name:
-            properties = (function.get("parameters") or {}).get("properties") or {}
-    return {
-        key: value
-        for key, value in arguments.items()
-        if value is not None or _allows_null(properties.get(key))
-    }
+def _parameters_of(name: str, tools: Sequence[Tool] | None) -> Any:
+    """Return the schema of a tool's arguments, or None."""
+    functions = (tool.get("function", tool) for tool in tools or ())
+    return next((function.get("parameters") for function in functions if function.get("name") == name), None)
+
+
+def _without_foreign_nulls(value: Any, schema: Any) -> Any:
+    """Remove null entries of objects unless the schema allows null there: Arrow adds the keys of other calls, at every depth."""
+    if isinstance(value, dict):
+        known = {
+            key: entry
+            for part in _variants(schema)
+            for key, entry in (part.get("properties") or {}).items()
+            if entry is not None
+        }
+        return {
+            key: _without_foreign_nulls(entry, known.get(key))
+            for key, entry in value.items()
+            if entry is not None or _allows_null(known.get(key))
+        }
+    if isinstance(value, list | tuple):
+        items = next((part["items"] for part in _variants(schema) if part.get("items")), None)
+        return [_without_foreign_nulls(entry, items) for entry in value]
+    return value
+
+
+def _variants(schema: Any) -> list[dict[str, Any]]:
+    """Return a schema and the alternatives that it lists."""
+    if not isinstance(schema, dict):
+        return []
+    listed = [part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key) or ()]
+    return [schema, *(part for part in listed if isinstance(part, dict))]
 
 
 def parse_json(value: str, what: str) -> Any:

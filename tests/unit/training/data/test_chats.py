@@ -271,6 +271,22 @@ def test_nulls_that_arrow_adds_are_removed_and_others_stay():
     assert chat.tools[0]["function"]["parameters"]["properties"] == {"x": {"type": "string"}, "z": nullable}
     assert chat.tools[1]["function"]["parameters"]["properties"] == {"y": {"enum": ["u", None]}}
     assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": "1", "z": None}
+    assert any("null arguments" in note for note in chat.notes)
+
+
+def test_nulls_inside_arguments_are_removed_at_every_depth():
+    """Parquet stores nested arguments with the keys of all rows, JSONL with their own."""
+    schema = {
+        "properties": {
+            "filter": {"anyOf": [{"properties": {"n": {"type": ["string", "null"]}}}, {"type": "null"}]}
+        }
+    }
+    tools = [{"type": "function", "function": {"name": "find", "parameters": schema}}]
+    stored = {"filter": {"a": 1, "b": None, "n": None}, "by": [{"c": 2, "d": None}, None]}
+    called = {"function": {"name": "find", "arguments": stored}}
+    chat = read({"tools": tools, "messages": [USER, {"role": "assistant", "tool_calls": [called]}]})
+    read_arguments = chat.messages[1]["tool_calls"][0]["function"]["arguments"]
+    assert read_arguments == {"filter": {"a": 1, "n": None}, "by": [{"c": 2}, None]}
 
 
 @pytest.mark.parametrize(
@@ -368,7 +384,7 @@ def test_empty_columns_are_neither_used_nor_noted():
                     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "args": {"a": 1}}}]},
                 ]
             },
-            ("tool call 1", "`args`"),
+            ("tool call 1", "`args`", "Rename it to `arguments`"),
         ),
         (
             {
