@@ -42,6 +42,7 @@ _DIRECTIVES = (
     "/system_override",
 )  # in the order in which SmolLM3's template removes them
 _LOOP = frozenset(("first", "last", "index", "index0"))
+_MARK = re.compile(r"[<\[|]")  # what the markers of turns are written with, other than headings of plain text
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
@@ -127,7 +128,11 @@ class Renderer:
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
         self._bos = _text_of(tokenizer.bos_token)
+        self._answer_header = self._find_answer_header()
+        """Text that the template puts before each answer and no words hold; empty if it has no mark of its own."""
         self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
+        self._turn_opening = self._find_turn_opening()
+        """Mark with which the template begins each user turn; empty if it has none."""
         self._stops = tuple(
             {
                 stop
@@ -174,6 +179,7 @@ class Renderer:
             return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
         if isinstance(example, Pair):
             return self._pair(self._clean_pair(example))
+        self._reject_rendered(example)
         cleaned = self._clean(example.messages)
         if cleaned is not example.messages:
             example = replace(example, messages=cleaned)
@@ -207,6 +213,7 @@ class Renderer:
         Raises:
             RowError: The template rejects the messages, or a text of theirs does not reach the rendering.
         """
+        self._reject_rendered(chat)
         chat = replace(chat, messages=self._clean(chat.messages))
         said = self._said(chat.messages)
         errors: list[RowError] = []
@@ -261,19 +268,29 @@ class Renderer:
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
 
-    def _clean(self, messages: list[Message]) -> list[Message]:
-        """Give developer messages the role that the template knows, and remove end tokens that answers bring themselves.
+    def _reject_rendered(self, chat: Chat) -> None:
+        """Raise RowError for words that the chat template, or another one, has rendered already."""
+        first = True
+        for index, message in enumerate(chat.messages):
+            begin = message["content"].lstrip()
+            is_answer = message["role"] == "assistant"
+            found = None
+            if not is_answer and first and self._bos and begin.startswith(self._bos):
+                found = f"begins with {self._bos}"
+            elif not is_answer and self._turn_opening and begin.startswith(self._turn_opening):
+                found = f"begins with {self._turn_opening}"
+            elif message["role"] != "tool" and self._answer_header and self._answer_header in begin:
+                found = f"contains {' '.join(self._answer_header.split())}"
+            if found:
+                raise RowError(
+                    "rendered already",
+                    f"{chat.name_of(index)} {found}, so it is rendered already and the chat template would wrap it again. Use the "
+                    "format `text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
+                )
+            first &= is_answer
 
-        Raises:
-            RowError: The prompt is rendered already.
-        """
-        first = next((message["content"] for message in messages if message["role"] != "assistant"), "")
-        if self._bos and first.lstrip().startswith(self._bos):
-            raise RowError(
-                "rendered already",
-                f"message 1 begins with {self._bos}, so it is rendered already and the chat template would wrap it again. Use the format "
-                "`text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
-            )
+    def _clean(self, messages: list[Message]) -> list[Message]:
+        """Give developer messages the role that the template knows, and remove end tokens that answers bring themselves."""
         if not self._knows_developer and any(message["role"] == "developer" for message in messages):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
@@ -295,6 +312,8 @@ class Renderer:
         return {**message, "content": content[: -len(stop)]}
 
     def _clean_pair(self, pair: Pair) -> Pair:
+        for side in (pair.chosen, pair.rejected):
+            self._reject_rendered(Chat([*pair.prompt, *side]))
         return replace(
             pair,
             prompt=self._clean(pair.prompt),
@@ -623,6 +642,39 @@ class Renderer:
             return ""
         found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
         return found[0] if found else ""
+
+    def _find_answer_header(self) -> str:
+        """Return what a generation prompt adds to a question, without a thought that it opens."""
+        asked, prompt = self._probe("user"), self._probe("user", prompt=True)
+        added = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        headers = (text.partition("<think>")[0].strip() for text in (added, prompt.rpartition(_QUESTION)[2]))
+        return next((header for header in headers if _MARK.search(header)), "")
+
+    def _find_turn_opening(self) -> str:
+        """Return the text before a later question, after the end marker and up to its first special token."""
+        between = self._probe("user", "assistant", "user").rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
+        between = between.strip()
+        if self.end_marker and between.startswith(self.end_marker.strip()):
+            opening = between.removeprefix(self.end_marker.strip()).lstrip()
+        else:
+            end = self._special.match(between)
+            opening = between[end.end() if end else 0 :].lstrip()
+        token = self._special.match(opening)
+        opening = token[0] if token else opening
+        return opening if _MARK.search(opening) else ""
+
+    def _probe(self, *roles: str, prompt: bool = False) -> str:
+        """Render a question and an answer by their roles, with content as text or as parts; empty if the template rejects both."""
+        texts = {"user": _QUESTION, "assistant": _ANSWER}
+        messages: list[Message] = [{"role": role, "content": texts[role]} for role in roles]
+        for form in (Form(), Form(parts=True)) if self._source else ():
+            try:
+                text = self._apply(adapted(messages, form, None), Chat([]), prompt=prompt)
+            except RowError:
+                continue
+            if _QUESTION in text:
+                return text
+        return ""
 
     def _surroundings(self) -> tuple[str, str]:
         """Return the text before and after an answer, or two empty strings if the template does more than append."""

@@ -269,6 +269,26 @@ def test_an_empty_thought_is_trained_only_if_the_row_writes_it(
     assert loss_texts(own) == ["<think>\n\n</think>\n\nAnswer with words 1.<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendered_prompt_is_not_wrapped_again(name: str, tokenizers: Tokenizers):
+    """Also without a BOS token, in any message, and if the answer brings its own header."""
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    rendered = renderer.prompt(Chat([user(1)])).replace("<|bos|>", "")
+    question = {"role": "user", "content": rendered}
+    later = [user(1), answer(1), question, answer(2)]
+    for example in (Chat([question, answer(1)]), Chat(later), Pair([question], [answer(1)], [answer(2)])):
+        with pytest.raises(RowError, match=r"message [13] \(user\).*rendered already"):
+            renderer.render(example)
+
+
+def test_an_answer_that_brings_the_headers_of_turns_raises_an_error(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    said = {"role": "assistant", "content": "<|im_start|>assistant\nYes.<|im_end|>"}
+    for example in (Chat([user(1), said]), Pair([user(1)], [said], [answer(1)])):
+        with pytest.raises(RowError, match=r"message 2 \(assistant\).*<\|im_start\|>assistant.*rendered"):
+            renderer.render(example)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "nemotron_3_nano", "glm4moe"])
 def test_reasoning_after_a_prompt_that_asks_for_none_raises_an_error(name: str, tokenizers: Tokenizers):
     off = {"enable_thinking": False}
