@@ -42,6 +42,7 @@ _DIRECTIVES = (
     "/system_override",
 )  # in the order in which SmolLM3's template removes them
 _LOOP = frozenset(("first", "last", "index", "index0"))
+_WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _MARK = re.compile(r"[<\[|]")  # what the markers of turns are written with, other than headings of plain text
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
@@ -144,6 +145,7 @@ class Renderer:
             }
         )
         self._knows_developer = "developer" in self._source
+        self._wraps_results = "<tool_response>" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
         names = _names_in(self._source)
         self._switches = [
@@ -290,7 +292,9 @@ class Renderer:
             first &= is_answer
 
     def _clean(self, messages: list[Message]) -> list[Message]:
-        """Give developer messages the role that the template knows, and remove end tokens that answers bring themselves."""
+        """Give developer messages the role that the template knows, and remove tags of results and end tokens that the row brings."""
+        if self._wraps_results and any(_is_wrapped(message) for message in messages):
+            messages = [_unwrapped(message) if _is_wrapped(message) else message for message in messages]
         if not self._knows_developer and any(message["role"] == "developer" for message in messages):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
@@ -691,6 +695,17 @@ class Renderer:
         if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
             return "", ""
         return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
+
+
+def _is_wrapped(message: Message) -> bool:
+    """Return whether the result of a tool brings its own tags (Hermes)."""
+    return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
+
+
+def _unwrapped(message: Message) -> Message:
+    """Return a result without its outermost tags, which the template adds; several results in one message keep those between them."""
+    found = _WRAPPED_RESULT.fullmatch(message["content"])
+    return {**message, "content": found[1]} if found else message
 
 
 def _names(chat: Chat, count: int) -> list[str]:

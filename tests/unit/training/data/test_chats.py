@@ -274,6 +274,52 @@ def test_nulls_that_arrow_adds_are_removed_and_others_stay():
     assert any("null arguments" in note for note in chat.notes)
 
 
+def test_an_analysis_of_gpt_oss_is_the_reasoning_of_the_next_message():
+    thought = {"role": "assistant", "channel": "analysis", "content": "The sun shines."}
+    called = {**CALLING, "channel": "commentary"}
+    said = {**ANSWER, "channel": "final"}
+    chat = read({"messages": [USER, thought, called, RESULT, thought, said]})
+    assert chat.messages == [
+        USER,
+        {**CALLING, "reasoning_content": "The sun shines."},
+        RESULT,
+        {**ANSWER, "reasoning_content": "The sun shines."},
+    ]
+    assert chat.notes == ()
+    left_out = read({"messages": [USER, {**thought, "weight": 0}, {**ANSWER, "weight": 0}, USER, ANSWER]})
+    assert left_out.untrained == (1,)
+
+
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        ([{"channel": "analysis"}], ("message 2", "channel: analysis", "Add its answer")),
+        ([{"channel": "analysis"}, USER, ANSWER], ("message 2", "channel: analysis", "Add its answer")),
+        ([{"channel": "analysis"}, {"reasoning": "b"}], ("messages 2 and 3", "reasoning")),
+        ([{"channel": "analysis"}, {"weight": 0}], ("messages 2 and 3", "same weight")),
+        ([{"channel": "commentary", "recipient": "functions.look"}], ("message 2", "`tool_calls`")),
+        ([{"channel": "commentary"}, {"channel": "final"}], ("message 2", "commentary")),
+    ],
+)
+def test_channels_without_their_answer_raise_an_error(messages: list[dict[str, Any]], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, *({**ANSWER, **message} for message in messages)]})
+    assert_names(str(caught.value), *facts)
+
+
+def test_calls_that_are_written_as_python_are_converted_to_json():
+    """Rows of Hermes print some calls as Python prints a dictionary. Other notations stay as they are."""
+    for written, expected in (
+        ("{'arguments': {'city': None}, 'name': 'look'}", '{"arguments": {"city": null}, "name": "look"}'),
+        ('{"name":"look"}', '{"name":"look"}'),
+        ("<function=look>\n</function>", "<function=look>\n</function>"),
+    ):
+        content = f"Wait.\n<tool_call>\n{written}\n</tool_call>"
+        chat = read({"messages": [USER, {**ANSWER, "content": content}]})
+        assert chat.messages[1]["content"] == f"Wait.\n<tool_call>\n{expected}\n</tool_call>"
+        assert any("Python" in note for note in chat.notes) == (written != expected)
+
+
 def test_nulls_inside_arguments_are_removed_at_every_depth():
     """Parquet stores nested arguments with the keys of all rows, JSONL with their own."""
     schema = {

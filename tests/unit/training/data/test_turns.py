@@ -269,6 +269,16 @@ def test_an_empty_thought_is_trained_only_if_the_row_writes_it(
     assert loss_texts(own) == ["<think>\n\n</think>\n\nAnswer with words 1.<|im_end|>"]
 
 
+def test_a_result_that_brings_its_tags_is_wrapped_once(tokenizers: Tokenizers):
+    """As in Hermes, whose results may hold several responses."""
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    two = "<tool_response>\nminus 3 degrees\n</tool_response>\n<tool_response>\nB\n</tool_response>"
+    for content in ("<tool_response>\nminus 3 degrees\n</tool_response>", two):
+        messages = [user(1), call(), {**RESULT, "content": content}, answer(1)]
+        text = renderer.render(read({"messages": messages, "tools": TOOLS}))[-1].text
+        assert f"<|im_start|>user\n{content}<|im_end|>" in text
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_rendered_prompt_is_not_wrapped_again(name: str, tokenizers: Tokenizers):
     """Also without a BOS token, in any message, and if the answer brings its own header."""
