@@ -69,6 +69,7 @@ class ChunkTokenizer:
             variables=dict(request.chat_template_kwargs),
             today=date.fromisoformat(request.date) if request.date else None,
         )
+        self.renderer.reject_unknown_variables()
         encoder = Encoder(tokenizer, whole_text=request.task == "causal_lm")
         self._tokenizer = RowTokenizer(request, encoder)
 

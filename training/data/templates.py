@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from itertools import pairwise, takewhile
 from types import MappingProxyType
@@ -209,6 +210,23 @@ class Renderer:
         """Return the number of token ids."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
+    def reject_unknown_variables(self) -> None:
+        """Raise DataError for a variable of the YAML that the template does not read: a misspelled one would change nothing."""
+        for name in self._variables if self._source else ():
+            if name not in self._known_variables:
+                raise DataError(f"chat_template_kwargs.{name}: {self._unknown(name)}")
+
+    @cached_property
+    def _known_variables(self) -> set[str]:
+        """Return the names in the template, or in the templates with and without tools."""
+        given = self._tokenizer.chat_template
+        return set().union(*map(_names_in, given.values() if isinstance(given, dict) else [self._source]))
+
+    def _unknown(self, name: str) -> str:
+        """Return what is said about a variable that the template does not read."""
+        near = get_close_matches(name, sorted(self._known_variables), n=1, cutoff=0.7)
+        return f"the chat template reads no such variable. {f'Did you mean {near[0]}?' if near else 'Remove it.'}"
+
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.
 
@@ -266,6 +284,11 @@ class Renderer:
             notes.append("reasoning of earlier turns that are not in the loss is not in the rendering")
         if any("name" in m and m["name"] not in last.text for m in messages):
             notes.append("`name` of messages is not in the rendering of the chat template")
+        notes += [
+            f"`{name}` of chat_template_kwargs: {self._unknown(name)}"
+            for name in example.variables
+            if name not in self._known_variables
+        ]
         if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes

@@ -460,6 +460,15 @@ def test_max_rows_takes_the_first_rows_of_each_source(
     assert [(row["file"], row["row"]) for row in rows_of(prepared)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
+def test_a_misspelled_variable_of_the_template_raises_an_error(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(tmp_path / "rows.jsonl", GOOD[0])
+    data = request(path, chat_template_kwargs=(("add_generation_promt", True),))
+    with pytest.raises(DataError, match=r"chat_template_kwargs\.add_generation_promt.*add_generation_prompt"):
+        prepare(data, chatml, tiny_model, tmp_path / "cache")
+
+
 def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     """The template gives every turn but the last another end, so a chat of two turns becomes two sequences."""
     turns = [*chat("2 + 2?", "4")["messages"], *chat("3 + 3?", "6")["messages"]]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tests.support.tiny_model import make_tokenizer
-from training.data.errors import RowError
+from training.data.errors import DataError, RowError
 from training.data.prompting import stop_tokens
 from training.data.records import Chat, Pair
 from training.data.rendered import Rendered
@@ -335,6 +335,20 @@ def test_variables_of_a_row_reach_the_template(tokenizers: Tokenizers):
     ]
     with pytest.raises(RowError, match=r"chat_template_kwargs.*list"):
         read({**ROWS["one answer"], "chat_template_kwargs": ["low"]})
+
+
+def test_variables_that_the_template_does_not_read_are_named(tokenizers: Tokenizers):
+    """A misspelled one changes nothing: in the YAML it is an error, in a row a note."""
+    for name, fix in (("enable_thinkin", "Did you mean enable_thinking?"), ("persona", "Remove it.")):
+        variables = {name: False}
+        with pytest.raises(DataError, match=rf"chat_template_kwargs\.{name}: .*{re.escape(fix)}"):
+            Renderer(tokenizers["qwen3"], whole_text=False, variables=variables).reject_unknown_variables()
+        renderer = Renderer(tokenizers["qwen3"], whole_text=False, variables={"enable_thinking": True})
+        renderer.reject_unknown_variables()
+        chat = read({**ROWS["one answer"], "chat_template_kwargs": variables})
+        (note,) = renderer.notes(chat, renderer.render(chat))
+        assert note.startswith(f"`{name}` of chat_template_kwargs")
+        assert note.endswith(fix)
 
 
 def test_a_row_that_trains_the_last_turn_alone_does_not_decide_for_others(tiny_model: Path):
