@@ -126,28 +126,22 @@ class _Preparation:
     def run_here(self, shards: Sequence[Shard], cache: Path, directory: Path) -> None:
         """Prepare all rows on this machine; the directory exists only if it is complete."""
         paths = ", ".join(self._request.paths)
-        with _staging(directory.parent) as staging:
-            try:
-                if shards:
-                    worker = ShardWorker(self._dated, self._tokenizer, str(staging), cache)
-                    rows = self._in_shards(shards, worker, partial(_map_here, paths), staging)
-                else:
-                    rows = self._in_one_pass(staging, cache)
-                self._finish(rows, staging)
-                shutil.rmtree(staging / PARTS, ignore_errors=True)
-                staging.replace(directory)
-            except OSError as error:
-                raise DataError(
-                    f"{paths}: tokens cannot be written to {directory.parent} ({error}). Free disk space, or set "
-                    "output_dir to another disk."
-                ) from error
+        with _staging(directory.parent, paths) as staging:
+            if shards:
+                worker = ShardWorker(self._dated, self._tokenizer, str(staging), cache)
+                rows = self._in_shards(shards, worker, partial(_map_here, paths), staging)
+            else:
+                rows = self._in_one_pass(staging, cache)
+            self._finish(rows, staging)
+            shutil.rmtree(staging / PARTS, ignore_errors=True)
+            staging.replace(directory)
 
     def run_on_cluster(self, shards: Sequence[Shard], run: ShardMap, cache: Path, output: str) -> None:
         """Prepare all rows on other nodes, which write them to a URI; this machine reads their index, and writes the summary last."""
         store = open_store(output)
         worker = ShardWorker(self._dated, self._tokenizer, output, cache=None)
         (cache / PREPARED).mkdir(parents=True, exist_ok=True)
-        with _staging(cache / PREPARED) as staging:
+        with _staging(cache / PREPARED, ", ".join(self._request.paths)) as staging:
             try:
                 self._finish(self._in_shards(shards, worker, run, staging), staging)
             except DataError:
@@ -267,12 +261,16 @@ class _Preparation:
 
 
 @contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """Yield a new directory, which is removed unless the block moves it."""
+def _staging(directory: Path, paths: str) -> Iterator[Path]:
+    """Yield a new directory, which is removed unless the block moves it. Errors of writing there name the paths of the sources."""
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".partial-"))
     gc.freeze()  # garbage collection skips the objects of loaded libraries
     try:
         yield staging
+    except OSError as error:
+        raise DataError(
+            f"{paths}: tokens cannot be written to {directory} ({error}). Free disk space, or set output_dir to another disk."
+        ) from error
     finally:
         gc.unfreeze()
         shutil.rmtree(staging, ignore_errors=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MIN_BYTES = 1024**3
-"""Bytes of sources from which rows are prepared in shards. Fewer take a minute on 16 cores; processes on a cluster start in some seconds."""
+"""Bytes of sources from which rows are prepared in shards. Fewer take half a minute on 16 cores, and the processes of a cluster must start."""
 SHARD_BYTES = 64 * 1024**2
 """Bytes of a shard: some 20 s of work for one core, which a lost node costs again. The fingerprint of the tokens depends on it."""
 
@@ -52,6 +52,10 @@ class Shard:
     bytes: int
     schema: RowSchema | None = None
     """How its rows are read; None if no row before them has a known format."""
+
+    def takes_another_file(self, source: int) -> bool:
+        """Return whether a file of a source belongs to this shard, too."""
+        return self.source == source and self.pieces[0].end is None and self.bytes < SHARD_BYTES
 
     @property
     def data(self) -> str:
@@ -86,27 +90,16 @@ def cut(request: DataRequest) -> list[Shard]:
     if sum(sizes) < MIN_BYTES or largest >= MIN_BYTES:
         return []
     shards: list[Shard] = []
-
-    def add(source: int, pieces: Sequence[Piece], size: int) -> None:
-        if pieces:
-            shards.append(Shard(len(shards), source, tuple(pieces), size))
-
-    for source, numbers in groupby(range(len(files)), lambda number: files[number].source):
-        together: list[Piece] = []
-        for number in numbers:
-            size = sizes[number]
-            if files[number].is_divisible and size > SHARD_BYTES:
-                add(source, together, sum(sizes[piece.file] for piece in together))
-                together = []
-                for begin in range(0, size, SHARD_BYTES):
-                    end = min(begin + SHARD_BYTES, size)
-                    add(source, [Piece(number, begin, end)], end - begin)
-                continue
-            together.append(Piece(number))
-            if sum(sizes[piece.file] for piece in together) >= SHARD_BYTES:
-                add(source, together, sum(sizes[piece.file] for piece in together))
-                together = []
-        add(source, together, sum(sizes[piece.file] for piece in together))
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        if file.is_divisible and size > SHARD_BYTES:
+            for begin in range(0, size, SHARD_BYTES):
+                end = min(begin + SHARD_BYTES, size)
+                shards.append(Shard(len(shards), file.source, (Piece(number, begin, end),), end - begin))
+        elif shards and shards[-1].takes_another_file(file.source):
+            last = shards.pop()
+            shards.append(replace(last, pieces=(*last.pieces, Piece(number)), bytes=last.bytes + size))
+        else:
+            shards.append(Shard(len(shards), file.source, (Piece(number),), size))
     return shards
 
 
