@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 from training.data.errors import RowError, check_text, json_type
@@ -28,10 +29,19 @@ _ROLES = {
     "function_call": "assistant",
 }
 _SYSTEM = ("system", "developer")
-_IN_LOSS = ("weight", "train", "trainable", "loss", "loss_mask")
+_IN_LOSS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
 """Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
-_OUT_OF_LOSS = ("mask", "masked")
+_OUT_OF_LOSS = ("mask", "masked", "ignore")
 """Keys that say the opposite."""
+_LOSS_COLUMNS = (
+    *(*_IN_LOSS, "weights", "loss_weights", "sample_weight", "train_on_turn"),
+    *("assistant_mask", "assistant_masks", "completion_mask"),
+)
+"""Names of columns that say what is in the loss."""
+_FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+"""Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
+_RATINGS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
+"""Texts of a label that say how good an answer is; others may be a topic."""
 _TEXT_AND_CALLS = (
     *("role", "from", "content", "value", "text", "name"),
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
@@ -40,6 +50,7 @@ _KNOWN = {*_TEXT_AND_CALLS, *REASONING_KEYS, *_IN_LOSS, *_OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
 
@@ -348,8 +359,8 @@ def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
         if is_quality_tag(key, content):
             raise RowError(
                 "quality tag",
-                f"{at} has `{key}` ({short(content)}), which says how good the message is, but every answer is trained. Remove the bad "
-                "messages and the key, or exclude them with weight: 0",
+                f"{at} has `{key}` ({short(content)}), which says how good the message is, but only a column rates an answer, with "
+                "preference_tuning_config: {loss: kto}. Remove the bad messages and the key, exclude them with weight: 0, or write the column",
             )
         reading.notes.append(f"`{key}` of messages is not used")
 
@@ -461,9 +472,20 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
     ]
 
 
+def as_context(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message that is not in the loss, unless it says itself whether it is."""
+    is_judged = any(message.get(key) is not None for key in (*_IN_LOSS, *_OUT_OF_LOSS))
+    return message if is_judged else {**message, "weight": 0}
+
+
 def is_answer(message: Any) -> bool:
     """Return whether a value is a message of the assistant, in any of its spellings."""
     return isinstance(message, dict) and _ROLES.get(_written_role(message)) == "assistant"
+
+
+def is_reply(message: Any) -> bool:
+    """Return whether a value is a message of the assistant or the result of a tool."""
+    return isinstance(message, dict) and _ROLES.get(_written_role(message)) in ("assistant", "tool")
 
 
 def is_message(value: Any) -> bool:
@@ -496,9 +518,30 @@ def read_history(value: Any, what: str) -> list[Message]:
     return messages
 
 
+def flag_of(value: Any) -> bool | None:
+    """Return the meaning of true, false, 1 or 0, also as text, or None for another value."""
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower())
+    return _FLAGS.get(value) if isinstance(value, Number) else None
+
+
 def is_quality_tag(key: str, value: Any) -> bool:
     """Return whether a column or a key of a message says how good an answer is."""
-    return key == "kto_tag" or (key in ("label", "score") and isinstance(value, bool | int | float))
+    if key == "kto_tag":
+        return True
+    if isinstance(value, str):
+        text = value.strip().lower()
+        value = value if flag_of(text) is None and text not in _RATINGS and not _NUMBER.fullmatch(text) else 0
+    return key in ("label", "score") and isinstance(value, Number)
+
+
+def excludes_something(key: str, value: Any) -> bool:
+    """Return whether a column says that something is excluded from the loss, or has a weight other than 1."""
+    if key not in (*_LOSS_COLUMNS, *_OUT_OF_LOSS, "masks"):
+        return False
+    included = key in _LOSS_COLUMNS
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(flag_of(each) is not included for each in values)
 
 
 def is_media(key: str) -> bool:

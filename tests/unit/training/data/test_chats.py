@@ -199,6 +199,9 @@ def test_reasoning_is_read_under_each_of_its_names(key: str):
         {"loss_mask": 0},
         {"mask": True},
         {"masked": True},
+        {"training": False},
+        {"loss_weight": 0},
+        {"ignore": True},
     ],
 )
 def test_each_key_that_excludes_a_turn_takes_it_out_of_the_loss(excluded: dict[str, Any]):
