@@ -26,9 +26,14 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
 _SYSTEM = ("system", "developer")
+_CONTENTS = ("content", "value", "text")
+"""Names of a message's content."""
 _IN_LOSS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
 """Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
 _OUT_OF_LOSS = ("mask", "masked", "ignore")
@@ -135,7 +140,7 @@ def listed(value: Any, what: str) -> list[Any]:
 
 
 def turns_of(values: list[Any]) -> list[Any]:
-    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara).
+    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara, XTuner).
 
     Entries may also be messages as JSON texts, which tables have for messages of different types.
     """
@@ -148,7 +153,9 @@ def turns_of(values: list[Any]) -> list[Any]:
         return values
     messages: list[Any] = []
     for value in values:
-        others = {key: entry for key, entry in value.items() if key not in ("input", "output")}
+        others = {key: entry for key, entry in value.items() if key not in ("system", "input", "output")}
+        if value.get("system"):
+            messages.append({"role": "system", "content": value["system"]})
         messages.append({"role": "user", "content": value["input"]})
         messages.append({"role": "assistant", "content": value["output"], **others})
     return messages
@@ -206,13 +213,14 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
             f"message {position} has the role {short(said)} (keys found: {keys}). Known roles: {', '.join(_ROLES)}",
         )
     at = _at(position, role)
+    _check_written_once(value, at)
     message: Message = {"role": role}
     content = _written_content(value)
     given = [key for key in ("tool_calls", "function_call") if _calls_something(value.get(key))]
     if len(given) == 2:
         raise RowError("two calls", f"{at} has both `tool_calls` and `function_call`. Remove one of them")
     calls = value[given[0]] if given else None
-    if name == "function_call" and not calls:
+    if name in ("function_call", "tool_call") and not calls:
         calls, content = content, ""
     message["content"], thought = _content_of(content, role, at)
     reasoning = _reasoning_of(value, thought, role, at, reading)
@@ -224,7 +232,9 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if calls:
         if role != "assistant":
             raise RowError("role order", f"{at} has tool_calls, which only assistant messages may have")
-        message["tool_calls"] = read_calls(calls, f"message {position}: tool call", reading.tools)
+        message["tool_calls"] = read_calls(
+            calls, f"message {position}: tool call", reading.tools, reading.notes
+        )
     _read_functions(value, at, reading)
     if role == "assistant" and not _is_in_loss(value, at):
         reading.untrained.add(len(reading.messages))
@@ -237,13 +247,33 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
 
 def _written_role(message: dict[str, Any]) -> str:
     """Return the role as a row writes it, in the spelling of the table of roles; empty if it is no text."""
-    said = message.get("role") or message.get("from")
-    return said.lower().replace("-", "_") if isinstance(said, str) else ""
+    return _role_name(message.get("role") or message.get("from"))
+
+
+def _role_name(said: Any) -> str:
+    return said.strip().lower().replace("-", "_") if isinstance(said, str) else ""
 
 
 def _written_content(message: dict[str, Any]) -> Any:
-    """Return a message's content under one of its names, or None."""
-    return next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
+    """Return a message's content under one of its names, or None; a refusal of OpenAI's API is an answer's content."""
+    given = [message[key] for key in (*_CONTENTS, "refusal") if message.get(key) is not None]
+    return next((content for content in given if content not in ("", [])), given[0] if given else None)
+
+
+def _check_written_once(message: dict[str, Any], at: str) -> None:
+    """Reject a message that says its role or its content twice, differently."""
+    contents = [key for key in _CONTENTS if message.get(key) not in (None, "", [])]
+    if any(message[key] != message[contents[0]] for key in contents[1:]):
+        raise RowError(
+            "two contents",
+            f"{at} has different values in {' and '.join(f'`{key}`' for key in contents)}. Remove one of them",
+        )
+    roles = [_ROLES.get(_role_name(message[key])) for key in ("role", "from") if message.get(key)]
+    if len(roles) == 2 and roles[0] != roles[1]:
+        raise RowError(
+            "two roles",
+            f"{at} has the role {short(message['role'])}, but is from {short(message['from'])}. Remove one of them",
+        )
 
 
 def _calls_something(calls: Any) -> bool:
@@ -261,6 +291,8 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
         if content.strip():
             check_text(content, lambda: at)
         return content, ""
+    if role != "tool" and isinstance(content, list | tuple):
+        content = [_part_of(part) for part in content]
     is_parts = (
         isinstance(content, list | tuple)
         and bool(content)
@@ -276,12 +308,21 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
     )
 
 
+def _part_of(part: Any) -> Any:
+    """Return a text, or a text without a type, as a text part."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "text", **part} if isinstance(part, dict) and part.keys() == {"text"} else part
+
+
 def _join_parts(parts: Any, at: str) -> tuple[str, str]:
     texts, thoughts = [], []
     for part in parts:
         kind = part["type"]
         unread = [
-            key for key, entry in part.items() if key not in ("type", "text", "annotations", kind) and entry
+            key
+            for key, entry in part.items()
+            if key not in ("type", "text", "annotations", "cache_control", kind) and entry
         ]
         if unread and kind in ("text", "input_text", "output_text"):
             raise RowError(
@@ -347,6 +388,8 @@ def _is_in_loss(value: dict[str, Any], at: str) -> bool:
 
 def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
     for key, content in value.items():
+        if key == "refusal" and not any(value.get(name) for name in _CONTENTS):
+            continue
         if key in _KNOWN or content is None or content in ("", [], {}):
             continue
         if _MEDIA.fullmatch(key):
@@ -388,6 +431,12 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
         messages[-1] = {**previous, "tool_calls": message["tool_calls"]}
         return
     is_untrained = {index in reading.untrained for index in (len(messages) - 1, len(messages))}
+    are_calls = previous.keys() == message.keys() == {"role", "content", "tool_calls"}
+    if are_calls and not message["content"] and len(is_untrained) == 1:
+        reading.untrained.discard(len(messages))
+        messages[-1] = {**previous, "tool_calls": [*previous["tool_calls"], *message["tool_calls"]]}
+        reading.notes.append("consecutive calls are merged into one message")
+        return
     if set(message) | set(previous) != {"role", "content"} or len(is_untrained) > 1:
         raise RowError(
             "role order",

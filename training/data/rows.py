@@ -59,10 +59,10 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 }
 """Required columns per format; the first format that matches a row is used. Tokens come first if a row says which are in the loss."""
 _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "preference": ("prompt", "system", "tools", "chat_template_kwargs"),
+    "preference": ("prompt", "history", "system", "tools", "chat_template_kwargs"),
     "messages": ("system", "tools", "loss_mask", "chat_template_kwargs"),
     "conversations": ("system", "tools", "loss_mask", "chat_template_kwargs"),
-    "instruction": ("input", "system", "history", "chat_template_kwargs", *REASONING_KEYS),
+    "instruction": ("input", "system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "prompt_completion": ("system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "classification": (),
     "text": (),
@@ -193,6 +193,14 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
     if reading.prompt_template is not None:
         filled = _fill(row, reading.prompt_template, reading.columns)
         names = {reading.columns.get(name, name) for name in places_of(reading.prompt_template)}
+        for name in _OPTIONAL_COLUMNS["instruction"]:
+            theirs = reading.columns.get(name, name)
+            if theirs not in names and row.get(theirs) not in (None, "", [], {}):
+                raise RowError(
+                    "unused column",
+                    f"has a column `{theirs}`, which prompt_template does not name. Add {{{theirs}}} to prompt_template, or ignore the column "
+                    f"with ignore_columns: [{theirs}]",
+                )
         return replace(filled, notes=_judge_unread(row, names, reading))
     example = _read_columns(row, reading)
     if isinstance(example, Chat | Pair) and row.get("chat_template_kwargs"):
@@ -271,6 +279,15 @@ def _columns_of(
 ) -> Mapping[str, str]:
     """Return the mapping of columns, extended by the names of other tools that this row has."""
     found = {name: _name_of(row, columns, name) for name in ALL_COLUMNS[data_format]}
+    for name, theirs in found.items():
+        others = [
+            each for each in _OTHER_NAMES.get(name, ()) if row.get(each) not in (None, "", row.get(theirs))
+        ]
+        if name not in columns and theirs != name and others:
+            raise RowError(
+                "two columns",
+                f"has `{theirs}` and `{others[0]}`, which may both be the {name}. Choose one with columns: {{{name}: {others[0]}}}",
+            )
     return {**columns, **{name: theirs for name, theirs in found.items() if theirs != name}}
 
 
@@ -333,6 +350,12 @@ def _rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
 def _rated(chat: Chat, row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     """Return the last answer of a chat as the chosen or the rejected response, by the row's label."""
     rating = _rating_of(row, columns)
+    given = {name: value for name in _RATINGS if (value := mapped(row, columns, name)) is not None}
+    if len({flag_of(value) for value in given.values()}) > 1:
+        raise RowError(
+            "two labels",
+            f"has {' and '.join(f'{_called(name, columns)} ({short(value)})' for name, value in given.items())}. Remove one of them",
+        )
     if rating is None:
         raise RowError(
             "no label",
@@ -440,7 +463,7 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
     completion = _answer_side(row, "completion", [], columns)
     _check_no_prefix(prompt, completion, "completion", columns)
     messages = [*_history_of(row, columns), *prompt, *completion]
-    messages[-1] = _with_reasoning(messages[-1], row)
+    messages[-1] = _with_reasoning(messages[-1], row, columns)
     return read_chat(messages, "the row", _tools_of(row, columns), system=_system_of(row, columns))
 
 
@@ -449,22 +472,24 @@ def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
         *_history_of(row, columns),
         *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
     ]
-    messages[-1] = _with_reasoning(messages[-1], row)
-    return read_chat(messages, "the row", system=_system_of(row, columns))
+    messages[-1] = _with_reasoning(messages[-1], row, columns)
+    return read_chat(messages, "the row", _tools_of(row, columns, wrap=True), system=_system_of(row, columns))
 
 
 def _question_of(row: dict[str, Any], columns: Mapping[str, str]) -> str:
     """Return the instruction of a row, with its input if it has one."""
-    question = _text_of(row, "instruction", columns)
-    more = mapped(row, columns, "input")
+    question, more = mapped(row, columns, "instruction"), mapped(row, columns, "input")
     if more is None or (isinstance(more, str) and not more.strip()):
-        return question
-    return f"{question}\n\n{_text_of(row, 'input', columns)}"
+        return _text_of(row, "instruction", columns)
+    text = _text_of(row, "input", columns)
+    if isinstance(question, str) and not question.strip():
+        return text
+    return f"{_text_of(row, 'instruction', columns)}\n\n{text}"
 
 
-def _with_reasoning(answer: Any, row: dict[str, Any]) -> Any:
+def _with_reasoning(answer: Any, row: dict[str, Any], columns: Mapping[str, str]) -> Any:
     """Add the reasoning of columns beside the answer to it."""
-    reasoning = {key: row[key] for key in REASONING_KEYS if row.get(key)}
+    reasoning = {key: value for key in REASONING_KEYS if (value := mapped(row, columns, key))}
     return {**answer, **reasoning} if reasoning and isinstance(answer, dict) else answer
 
 
@@ -564,8 +589,8 @@ def _joined(prompt: list[Any], side: list[Any], name: str, columns: Mapping[str,
 def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:
     """Return the messages before both answers of a pair."""
     match _prompt_columns(row, columns):
-        case ["prompt"]:
-            return _side(row, "prompt", "user", columns)
+        case ["prompt", *_]:
+            return [*_history_of(row, columns), *_side(row, "prompt", "user", columns)]
         case ["instruction", *_]:
             return [*_history_of(row, columns), {"role": "user", "content": _question_of(row, columns)}]
         case [name]:
@@ -583,7 +608,7 @@ def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any
 def _prompt_columns(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns that hold the prompt of a pair: `prompt`, or those that LLaMA-Factory has in its place."""
     if mapped(row, columns, "prompt") is not None:
-        return ("prompt",)
+        return ("prompt", "history")
     if mapped(row, columns, "instruction") is not None:
         return ("instruction", "input", "history")
     if _has_no_question(mapped(row, columns, "chosen")):

@@ -313,6 +313,45 @@ def test_a_prompt_that_begins_the_answer_is_rejected(answer: dict[str, Any], tas
         read({"prompt": prompt, **answer}, task, unpaired=True)
 
 
+def test_two_labels_that_differ_are_rejected():
+    row = {"prompt": "2 + 2?", "completion": "4", "label": True}
+    with pytest.raises(RowError, match=r"`label` \(True\) and `kto_tag` \(False\)"):
+        read({**row, "kto_tag": False}, "preference_tuning", unpaired=True)
+    read({**row, "kto_tag": "true"}, "preference_tuning", unpaired=True)
+
+
+def test_a_pair_may_have_a_history():
+    five = {"role": "assistant", "content": "5"}
+    row = {"prompt": "2 + 2?", "history": [["2 + 2?", "4"]], "chosen": "4", "rejected": "5"}
+    assert read(row, "preference_tuning") == Pair([USER, ASSISTANT, USER], [ASSISTANT], [five])
+
+
+def test_an_empty_instruction_with_an_input_is_a_question():
+    assert read({"instruction": "", "input": "2 + 2?", "output": "4"}) == Chat([USER, ASSISTANT])
+
+
+def test_columns_may_map_system_history_and_reasoning():
+    row = {
+        "prompt": "2 + 2?",
+        "completion": "4",
+        "who": "Be brief.",
+        "past": [["2 + 2?", "4"]],
+        "why": "Sum.",
+    }
+    chat = read(row, columns={"system": "who", "history": "past", "reasoning": "why"})
+    reasoned = ASSISTANT | {"reasoning_content": "Sum."}
+    assert chat == Chat([SYSTEM, USER, ASSISTANT, USER, reasoned])
+
+
+@pytest.mark.parametrize("name", ["input", "system", "reasoning"])
+def test_a_column_that_the_prompt_template_does_not_name_is_rejected(name: str):
+    template = "{instruction} ### {output}"
+    row = {"instruction": "Add.", "output": "4", name: "2 + 2"}
+    with pytest.raises(RowError, match=rf"`{name}`.*prompt_template.*ignore_columns: \[{name}\]"):
+        read(row, prompt_template=template)
+    assert read({**row, name: ""}, prompt_template=template) == Filled("Add. ### ", "4")
+
+
 def test_labels_must_be_listed_in_the_yaml():
     labels = ("bad", "good")
     row = read({"text": "I like it", "label": "good"}, "classification", labels=labels)
