@@ -358,9 +358,7 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     if advice:
         return advice
     if path in (("system_prompt",), ("system_message",), ("system",)):
-        return (
-            f"`{key}` is not a key: write the system message into the rows, as a message or a column `system`"
-        )
+        return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
     if path in _OTHER_NAMES:
         return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[path]}`?"
     siblings = _keys_of(path[:-1], data)

@@ -110,7 +110,7 @@ def _reject_several_splits(uris: list[str], directory: str) -> None:
     if len(by_split) > 1:
         raise DataError(
             f"{directory}: contains files of several splits ({', '.join(sorted(by_split.values()))}). Name the file, or a pattern such as "
-            f"{directory.rstrip('/')}/*train*; the pattern {directory.rstrip('/')}/* takes all of them."
+            f"{directory.rstrip('/')}/*train*; {directory.rstrip('/')}/**/* takes all of them."
         )
 
 
