@@ -4,9 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from training.data.errors import RowError, check_text, json_type
+from training.data.errors import RowError, check_text, json_type, unique_keys
 
 Tool = dict[str, Any]
+_NAMES_OF_ARGUMENTS = ("args", "argument", "input", "params", "parameter", "kwargs")
+"""Names that other tools have for the arguments of a call."""
 
 
 def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
@@ -25,13 +27,18 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
         value = parse_json(value, what) if value.strip() else None
     if not value:
         return None
+    if isinstance(value, dict) and ("function" in value or isinstance(value.get("name"), str)):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of JSON schemas")
     tools: list[Tool] = []
     for number, tool in enumerate(value, start=1):
+        is_written = is_text or isinstance(tool, str)
+        if isinstance(tool, str) and tool.lstrip().startswith("{"):
+            tool = parse_json(tool, f"tool {number} of {what}")
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
-        clean = tool if is_text else _without_filler(tool)  # Arrow fills in no nulls inside a text
+        clean = tool if is_written else _without_filler(tool)  # Arrow fills in no nulls inside a text
         is_bare = "function" not in clean and isinstance(clean.get("name"), str)
         tools.append({"type": "function", "function": clean} if wrap and is_bare else clean)
     check_json(tools, what)
@@ -72,7 +79,7 @@ def read_calls(value: Any, what: str, tools: Sequence[Tool] | None, notes: list[
         value: A list of calls, one call, or the JSON text of either.
         what: Name of the message and key in messages.
         tools: The row's tools, whose schemas tell which nulls are meant.
-        notes: List to which changes are added, as the plan counts them.
+        notes: Gets a note if null arguments are removed.
 
     Raises:
         RowError: A call has no name, or its arguments are not an object.
@@ -107,13 +114,13 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[s
         and key not in ("id", "type", "index", "function", "name", "arguments", "parameters")
     )
     if unknown:
-        fix = "Remove it" if given else "Rename it to `arguments` or remove it"
-        raise RowError("unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. {fix}")
+        is_arguments = not given and unknown[0] in _NAMES_OF_ARGUMENTS
+        advice = "Rename it to `arguments`" if is_arguments else "Remove it"
+        raise RowError("unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. {advice}")
     if not is_text:  # Arrow fills in no nulls inside a text
-        kept = _without_foreign_nulls(arguments, _parameters_of(name, tools))
-        if kept != arguments:
-            notes.append("null arguments of calls that the schema of the tool does not allow are removed")
-        arguments = kept
+        given_arguments, arguments = arguments, _without_foreign_nulls(arguments, _parameters_of(name, tools))
+        if arguments != given_arguments:
+            notes.append("null arguments of calls are removed, unless the schema of the tool allows null")
     check_json([name, arguments], what)
     clean: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if isinstance(call.get("id"), str) and call["id"]:
@@ -133,7 +140,8 @@ def _without_foreign_nulls(value: Any, schema: Any) -> Any:
         known = {
             key: entry
             for part in _variants(schema)
-            for key, entry in (part.get("properties") or {}).items()
+            if isinstance(part.get("properties"), dict)
+            for key, entry in part["properties"].items()
             if entry is not None
         }
         return {
@@ -158,7 +166,9 @@ def _variants(schema: Any) -> list[dict[str, Any]]:
 def parse_json(value: str, what: str) -> Any:
     """Parse JSON text inside a row; raise RowError if it is invalid."""
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unique_keys)
+    except RowError as error:
+        raise RowError(error.kind, f"{what} {error}") from None
     except ValueError as error:
         raise RowError("not JSON", f"{what} is a string that is not valid JSON ({error})") from None
     except RecursionError:
