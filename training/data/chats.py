@@ -254,7 +254,7 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if is_empty and "reasoning_content" in message and value.get("channel") == "analysis":
         return message  # the answer follows as another message
     if is_empty and "tool_calls" not in message and role not in (*_SYSTEM, "tool"):
-        raise RowError("empty content", f"{at} is empty")
+        raise RowError("empty content", f"{at} is empty. Write its content, or remove the message")
     return message
 
 
@@ -508,10 +508,14 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
         messages[-1] = {**previous, "tool_calls": [*previous["tool_calls"], *message["tool_calls"]]}
         reading.notes.append("consecutive calls are merged into one message")
         return
-    if set(message) | set(previous) != {"role", "content"} or len(is_untrained) > 1:
+    others = sorted((set(message) | set(previous)) - {"role", "content"})
+    if others or len(is_untrained) > 1:
+        cause = f"of `{others[0]}`" if others else "only one of them is in the loss"
+        fix = "Write them as one message" if others else "Give both the same weight"
         raise RowError(
             "role order",
-            f"messages {position - 1} and {position} are both from the {role} and cannot be merged; roles must alternate",
+            f"messages {position - 1} and {position} are both from the {role} and cannot be merged, because {cause}. {fix}, or put a "
+            "message of another role between them",
         )
     reading.untrained.discard(len(messages))
     messages[-1] = {**previous, "content": f"{previous['content']}\n\n{message['content']}"}

@@ -11,6 +11,7 @@ from training.data.request import DataRequest
 from training.data.template_checks import DROPPED_TEXT
 
 _MAX_SHOWN = 5
+_TEMPLATE_KINDS = {"template", DROPPED_TEXT}
 _VARIES = re.compile(r"'[^']*'|\d+")
 
 Place = tuple[int, int]
@@ -116,13 +117,16 @@ class Tally:
         ]
         if unseen:
             lines.append(f"… and {unseen:,} more rows")
-        if self.kinds.keys() & {"template", DROPPED_TEXT}:
+        if self.kinds.keys() & _TEMPLATE_KINDS:
             lines.append(f"The chat template is {template}.")
-        lines.append(
-            "Fix or remove these rows, or skip them with bad_rows: skip."
-            if count < self.read
-            else "No row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
-        )
+        if self.kinds.keys() <= _TEMPLATE_KINDS:
+            every = "The chat template cannot render any row: fix the rows, or set chat_template."
+        else:
+            every = (
+                "No row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
+            )
+        some = "Fix or remove these rows, or skip them with bad_rows: skip."
+        lines.append(some if count < self.read else every)
         raise DataError("\n".join(lines))
 
     def reject_long_rows(self, request: DataRequest) -> None:

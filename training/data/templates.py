@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from difflib import get_close_matches
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -47,6 +47,13 @@ _WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*"
 _MARK = re.compile(r"[<\[|]")  # what the markers of turns are written with, other than headings of plain text
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
+
+
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, AttributeError),
+    *(LookupError, ArithmeticError, RecursionError),
+)
+"""What the code of a template raises for a row."""
 
 
 @dataclass(frozen=True)
@@ -630,33 +637,25 @@ class Renderer:
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
             template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
-            return template.render(
-                messages=messages,
-                tools=chat.tools,
-                documents=None,
-                strftime_now=self._now.strftime,
-                add_generation_prompt=prompt,
-                **self._special_tokens,
-                **{**self._variables, **chat.variables, **(switch or {})},
-            )
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template has a syntax error ({error}, template line {error.lineno}). Copy the tokenizer files again from the "
                 "original model, or fix chat_template."
             ) from error
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise RowError(
-                "template",
-                f"is rejected by the chat template ({error}). Use only roles and fields that the template supports",
-            ) from error
+        render = partial(
+            template.render,
+            tools=chat.tools,
+            documents=None,
+            strftime_now=self._now.strftime,
+            add_generation_prompt=prompt,
+            **self._special_tokens,
+            **{**self._variables, **chat.variables, **(switch or {})},
+        )
+        try:
+            return render(messages=messages)
+        except _TEMPLATE_ERRORS as error:
+            index = _rejected_message(render, messages, error)
+            raise RowError("template", _rejection(chat, index, error)) from error
 
     def _end_of_earlier_turns(self) -> str:
         """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
@@ -718,6 +717,33 @@ class Renderer:
         if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
             return "", ""
         return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
+
+
+def _rejected_message(render: Callable[..., str], messages: list[Message], error: Exception) -> int | None:
+    """Return the index of the first message with which a template raises an error, or None if it does so without the messages."""
+    for count in range(len(messages) + 1):
+        try:
+            render(messages=messages[:count] or [{"role": "user", "content": _QUESTION}])
+        except _TEMPLATE_ERRORS as earlier:
+            if str(earlier) == str(error):
+                return count - 1 if count else None
+    return len(messages) - 1
+
+
+def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
+    """Return the error for a row that a template rejects, with the message and what to do about it."""
+    if index is None:
+        return f"cannot be rendered by the chat template, whatever the messages are ({error}). Set chat_template, or change `tools` or chat_template_kwargs"
+    if index >= len(chat.messages):
+        return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
+    message = chat.messages[index]
+    if message["role"] in ("system", "developer"):
+        fix = "Move its text into the first user message, or use a model whose template has system messages"
+    elif message["role"] == "tool" or "tool_calls" in message:
+        fix = "Use a model whose template renders tool calls, or set chat_template"
+    else:
+        fix = "Fix or remove the message, or set chat_template"
+    return f"{chat.name_of(index)} is rejected by the chat template ({error}). {fix}"
 
 
 def _is_wrapped(message: Message) -> bool:

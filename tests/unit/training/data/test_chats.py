@@ -279,6 +279,23 @@ def test_nulls_that_arrow_adds_are_removed_and_others_stay():
     assert any("null arguments" in note for note in chat.notes)
 
 
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        (
+            [{**ANSWER, "reasoning": "a"}, ANSWER],
+            ("messages 2 and 3", "because of `reasoning_content`", "one"),
+        ),
+        ([{**ANSWER, "weight": 0}, ANSWER], ("messages 2 and 3", "in the loss", "same weight")),
+        ([{**ANSWER, "content": " "}], ("message 2", "empty", "Write its content")),
+    ],
+)
+def test_errors_of_messages_name_their_cause_and_fix(messages: list[dict[str, Any]], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, *messages]})
+    assert_names(str(caught.value), *facts)
+
+
 def test_an_analysis_of_gpt_oss_is_the_reasoning_of_the_next_message():
     thought = {"role": "assistant", "channel": "analysis", "content": "The sun shines."}
     called = {**CALLING, "channel": "commentary"}

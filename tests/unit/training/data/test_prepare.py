@@ -475,6 +475,17 @@ def test_a_misspelled_variable_of_the_template_raises_an_error(
         prepare(data, chatml, tiny_model, tmp_path / "cache")
 
 
+def test_rows_that_the_template_rejects_do_not_blame_the_format(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+    with pytest.raises(DataError) as caught:
+        prepare(request(write(tmp_path / "rows.jsonl", GOOD[0])), tokenizer, tiny_model, tmp_path / "cache")
+    assert "No row fits the YAML" not in str(caught.value)
+    assert_names(str(caught.value).splitlines()[-1], "chat template", "set chat_template")
+
+
 def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     """The template gives every turn but the last another end, so a chat of two turns becomes two sequences."""
     turns = [*chat("2 + 2?", "4")["messages"], *chat("3 + 3?", "6")["messages"]]

@@ -269,6 +269,38 @@ def test_an_empty_thought_is_trained_only_if_the_row_writes_it(
     assert loss_texts(own) == ["<think>\n\n</think>\n\nAnswer with words 1.<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "facts"),
+    [
+        ("gemma", "system", (r"message 1 \(system\) is rejected", "first user message")),
+        ("mistral", "later system", (r"message 3 \(system\) is rejected", "first user message")),
+        ("mistral", "call", (r"message 2 \(assistant\) is rejected", "renders tool calls")),
+        ("undefined", "one answer", ("whatever the messages are", "nothing' is undefined", "chat_template")),
+        ("smolvlm", "reasoning in a later turn", (r"message 4 \(assistant\).*drops reasoning", "Remove it")),
+    ],
+)
+def test_errors_of_a_template_name_the_message_and_the_fix(
+    name: str, row: str, facts: tuple[str, ...], tokenizers: Tokenizers
+):
+    strict = (
+        "{% for message in messages %}{% if message.role not in ['user', 'assistant'] %}{{ raise_exception('only two roles') }}"
+        "{% endif %}{{ message.role }}{{ message.content + '' }}{% if message.tool_calls %}{{ message.tool_calls.x.y }}"
+        "{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    own = {"mistral": strict, "undefined": "{{ nothing.at_all }}"}
+    rows = {
+        **ROWS,
+        "later system": {"messages": [user(1), answer(1), SYSTEM, user(2), answer(2)]},
+        "reasoning in a later turn": {
+            "messages": [user(1), answer(1), user(2), answer(2, reasoning="A thought 2.")]
+        },
+    }
+    tokenizer = with_template(tokenizers, own[name]) if name in own else tokenizers[name]
+    with pytest.raises(RowError) as caught:
+        Renderer(tokenizer, whole_text=False).render(read(rows[row]))
+    assert all(re.search(fact, str(caught.value)) for fact in facts), caught.value
+
+
 def test_a_result_that_brings_its_tags_is_wrapped_once(tokenizers: Tokenizers):
     """As in Hermes, whose results may hold several responses."""
     renderer = Renderer(tokenizers["qwen3"], whole_text=False)
