@@ -32,6 +32,7 @@ class Tally:
     """Tokens removed by truncation or in dropped rows."""
     dropped: int = 0
     split_rows: int = 0
+    split_sequences: int = 0
     too_long_rows: int = 0
     lines: int = 0
     """Lines of a range of a JSONL file, whose rows are numbered from its start; 0 for other rows."""
@@ -53,6 +54,7 @@ class Tally:
         self.read += result.read
         self.taken += result.taken
         self.split_rows += result.split_rows
+        self.split_sequences += result.split_sequences
         self.has_chats |= result.has_chats
         self.notes.update(result.notes)
         for row, kind, message in result.faults:
@@ -77,7 +79,10 @@ class Tally:
             following: The other tally.
             lines_before: Number to add to its row numbers.
         """
-        for name in ("read", "taken", "rows", "truncated", "lost", "dropped", "split_rows", "too_long_rows"):
+        for name in (
+            *("read", "taken", "rows", "truncated", "lost", "dropped", "too_long_rows"),
+            *("split_rows", "split_sequences"),
+        ):
             setattr(self, name, getattr(self, name) + getattr(following, name))
         self.has_chats |= following.has_chats
         for name in ("lengths", "notes", "kinds", "alike"):
