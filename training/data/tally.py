@@ -12,6 +12,8 @@ from training.data.template_checks import DROPPED_TEXT
 
 _MAX_SHOWN = 5
 _TEMPLATE_KINDS = {"template", DROPPED_TEXT}
+_RENDERING_KINDS = {*_TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
+"""Faults of rows whose format was read."""
 _VARIES = re.compile(r"'[^']*'|\d+")
 
 Place = tuple[int, int]
@@ -124,8 +126,8 @@ class Tally:
             lines.append(f"… and {unseen:,} more rows")
         if self.kinds.keys() & _TEMPLATE_KINDS:
             lines.append(f"The chat template is {template}.")
-        if self.kinds.keys() <= _TEMPLATE_KINDS:
-            every = "The chat template cannot render any row: fix the rows, or set chat_template."
+        if self.kinds.keys() <= _RENDERING_KINDS:
+            every = "No row can be rendered as it is: do what these errors say, or set chat_template."
         else:
             every = (
                 "No row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."

@@ -499,7 +499,7 @@ def test_rows_that_the_template_rejects_do_not_blame_the_format(
     with pytest.raises(DataError) as caught:
         prepare(request(write(tmp_path / "rows.jsonl", GOOD[0])), tokenizer, tiny_model, tmp_path / "cache")
     assert "No row fits the YAML" not in str(caught.value)
-    assert_names(str(caught.value).splitlines()[-1], "chat template", "set chat_template")
+    assert_names(str(caught.value).splitlines()[-1], "No row can be rendered", "set chat_template")
 
 
 def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
