@@ -170,7 +170,9 @@ def run_uri(name_or_uri: str) -> str:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         raise NotFoundError(_describe_yaml(path))
     if "/" not in name_or_uri and not path.exists():
-        raise NotFoundError(f"{name_or_uri}: there is no such directory. Did you mean run:{name_or_uri}?")
+        raise NotFoundError(
+            f"{name_or_uri}: there is no such directory. Give the URI of a run; run:{name_or_uri} would be one in {default_storage()}."
+        )
     return open_store(name_or_uri).uri
 
 

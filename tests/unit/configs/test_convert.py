@@ -262,7 +262,9 @@ def test_written_file_loads_and_names_every_key(
             "test_datasets: [{path: valid.jsonl}]\nval_set_size: 0.1",
             {"valid_path": "valid.jsonl", "valid_split": None},
         ),
-        ("bf16: false\nfp16: true", {"dtype": None}),
+        ("bf16: false\nfp16: true", {"dtype": "fp32"}),
+        ("bf16: false\nfp16: false", {"dtype": "fp32"}),
+        ("bf16: true\nfp16: false", {"dtype": "bf16"}),
         ("attn_implementation: flash_attention_2", {"flash_attention_2": True}),
         (
             "context_parallel_size: 4\nattn_implementation: flash_attention_2",
