@@ -74,7 +74,7 @@ def test_train_as_a_command_names_the_line_that_works(tmp_path: Path, capsys: py
     assert line.endswith(main_line("convert", str(theirs), "--to", "NEW.yaml"))
 
 
-@pytest.mark.parametrize("command", ["chat", "export", "show", "stop"])
+@pytest.mark.parametrize("command", ["chat", "export", "runs", "show", "stop"])
 def test_yaml_in_place_of_a_run_raises_an_error_with_the_runs_storage(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
