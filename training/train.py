@@ -30,6 +30,7 @@ from utils.processes import Stopped, importing, raise_signals, record_signals, r
 if TYPE_CHECKING:
     from runs.layout import RunResult
     from training.data.prepared import PreparedData
+    from training.data.shards import ShardMap
     from training.launch.display import Watch
     from training.loop.ray_internals import LocalWorkers
     from training.planning.plan import RunPlan
@@ -139,11 +140,16 @@ def plan_and_train(
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(screen.progress))
             _reach_cluster_and_bucket(loaded, target, stack, watch)
-            workers = None if options.dry_run else stack.enter_context(_head_start(loaded, target))
+            workers = on_cluster = None
+            if not options.dry_run:
+                workers = stack.enter_context(_head_start(loaded, target))
+                on_cluster = stack.enter_context(_rows_on_cluster(loaded, target))
             with importing():
                 from training.planning.planner import make_plan
 
-            plan, report, prepared = make_plan(loaded, target=target, progress=watch.checking)
+            plan, report, prepared = make_plan(
+                loaded, target=target, progress=watch.checking, on_cluster=on_cluster
+            )
             if options.dry_run:
                 report = _with_cluster(plan, report, watch)
                 with watch.paused():
@@ -199,6 +205,15 @@ def _head_start(loaded: LoadedConfig, target: ClusterTarget) -> "AbstractContext
         from training.launch.head_start import head_start
 
     return head_start(loaded.config, target)
+
+
+def _rows_on_cluster(
+    loaded: LoadedConfig, target: ClusterTarget
+) -> "AbstractContextManager[ShardMap | None]":
+    with importing():
+        from training.launch.row_tasks import rows_on_cluster
+
+    return rows_on_cluster(loaded.config, target)
 
 
 def _train(

@@ -51,6 +51,11 @@ def gpu_kernel_variables(provider: str) -> dict[str, str]:
     }
 
 
+def small_shard_variables(size: int) -> dict[str, str]:
+    """Return the environment variables with which a run prepares shards of `size` bytes; see tests/support/injected."""
+    return {"PYTHONPATH": _python_path(_INJECTED), "ROWS_SHARD_BYTES": str(size)}
+
+
 def _python_path(*directories: Path) -> str:
     return os.pathsep.join([*map(str, directories), *filter(None, [os.environ.get("PYTHONPATH")])])
 

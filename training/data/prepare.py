@@ -1,25 +1,25 @@
-"""Data preparation on the driver: convert the sources into tokens and labels, once per data set.
+"""Data preparation: convert the sources into tokens and labels, once per data set.
 
-This process reads chunks of rows and writes their tokens. Between the two, processes check, render and tokenize them.
+The driver reads chunks of rows and writes their tokens. Between the two, processes check, render and tokenize them. Large sources are
+prepared in shards (training.data.shards), each by one process of this machine or of a cluster.
 """
 
 import gc
 import json
-import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from configs.schema import DataFormat
 from training.data.chunk_processes import ChunkProcesses
-from training.data.chunks import Chunk, ChunkResult, ChunkTokenizer
+from training.data.chunks import ChunkTokenizer
 from training.data.errors import DataError
 from training.data.prepared import (
     PREPARED,
@@ -27,30 +27,32 @@ from training.data.prepared import (
     SUMMARY_FILE,
     PreparedData,
     find_prepared,
-    fingerprint,
+    fingerprint_of,
     open_prepared,
 )
 from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE, INDEX_FILE, INDEX_SCHEMA, RowIndex
+from training.data.row_pass import RowPass
 from training.data.rows import RowSchema
-from training.data.sources import StoredBatch, open_file
+from training.data.shards import PARTS, Shard, ShardMap, ShardWorker, cut, prepare_shards
+from training.data.sources import Piece
 from training.data.summary import (
     DataSummary,
     SourceSummary,
+    example_rows,
     find_duplicates,
     measure_lengths,
-    show_examples,
+    show_example,
 )
-from training.data.template_checks import DROPPED_TEXT
-from training.data.token_files import TokenWriter
-from utils.files import file_lock, write_atomically
+from training.data.tally import Tally, reject_empty_shares
+from training.data.token_files import read_row
+from utils.files import checksum, file_lock, write_atomically
+from utils.storage.bucket import is_remote, join_uri, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CHUNK_ROWS, _CHUNK_BYTES = 1000, 2_000_000
-_MAX_SHOWN = 5
-_VARIES = re.compile(r"'[^']*'|\d+")
+Progress = Callable[[int, float], None]
 
 
 def prepare_data(
@@ -61,7 +63,8 @@ def prepare_data(
     *,
     bucket: str | None = None,
     template: str = "the model's",
-    progress: Callable[[int, float], None] = lambda rows, fraction: None,
+    on_cluster: ShardMap | None = None,
+    progress: Progress = lambda rows, fraction: None,
 ) -> PreparedData:
     """Tokenize the sources, or reuse prepared data from this node or the bucket (then without its tokens).
 
@@ -72,257 +75,216 @@ def prepare_data(
         cache: Node cache for downloads and prepared data.
         bucket: URI where prepared data is stored, or None.
         template: Where the chat template comes from, in errors.
+        on_cluster: Prepares shards of large sources on other nodes, which access only buckets; None: this machine prepares them.
         progress: Called with the number of rows read and the fraction of all sources, 0 to 1.
     """
     key = request.key(tokenizer_dir)
     if found := find_prepared(key, cache, bucket):
         return found
+    shards = cut(request)
+    preparation = _Preparation(request, tokenizer, template, progress)
+    if on_cluster and bucket and shards and all(is_remote(file.uri) for file in request.files):
+        preparation.run_on_cluster(shards, on_cluster, cache, join_uri(bucket, key))
+        found = find_prepared(key, cache, bucket)
+        assert found is not None, "the summary was just written"
+        return found
     directory = cache / PREPARED / key
     directory.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(directory.with_suffix(".lock")):
         if not (directory / SUMMARY_FILE).exists():
-            _prepare(request, tokenizer, cache, directory, template, progress)
+            preparation.run_here(shards, cache, directory)
     return open_prepared(key, directory)
 
 
-def _prepare(
-    request: DataRequest,
-    tokenizer: "PreTrainedTokenizerFast",
-    cache: Path,
-    directory: Path,
-    template: str,
-    progress: Callable[[int, float], None],
-) -> None:
-    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of all sources, whose index and rejected rows are in a directory of this machine."""
+
+    tally: Tally
+    rows: list[int]
+    """Rows of each source within the token limit."""
+    schemas: list[RowSchema | None]
+    """How the rows of each source were read."""
+    checksums: list[str]
+    """Checksums of the files of tokens."""
+    read: Callable[[Sequence[int]], list[dict[str, Any]]]
+    """Returns the tokens of rows by their positions."""
+
+
+class _Preparation:
+    """The preparation of a request, in one pass or in shards."""
+
+    def __init__(
+        self, request: DataRequest, tokenizer: "PreTrainedTokenizerFast", template: str, progress: Progress
+    ):
+        self._request = request
+        self._tokenizer = tokenizer
+        self._template = template
+        self._progress = progress
+        self._chunks = ChunkTokenizer(request, tokenizer)
+
+    def run_here(self, shards: Sequence[Shard], cache: Path, directory: Path) -> None:
+        """Prepare all rows on this machine; the directory exists only if it is complete."""
+        paths = ", ".join(self._request.paths)
+        with _staging(directory.parent, paths) as staging:
+            if shards:
+                worker = ShardWorker(self._dated, self._tokenizer, str(staging), cache)
+                rows = self._in_shards(shards, worker, partial(_map_here, paths), staging)
+            else:
+                rows = self._in_one_pass(staging, cache)
+            self._finish(rows, staging)
+            shutil.rmtree(staging / PARTS, ignore_errors=True)
+            staging.replace(directory)
+
+    def run_on_cluster(self, shards: Sequence[Shard], run: ShardMap, cache: Path, output: str) -> None:
+        """Prepare all rows on other nodes, which write them to a URI; this machine reads their index, and writes the summary last."""
+        store = open_store(output)
+        worker = ShardWorker(self._dated, self._tokenizer, output, cache=None)
+        (cache / PREPARED).mkdir(parents=True, exist_ok=True)
+        with _staging(cache / PREPARED, ", ".join(self._request.paths)) as staging:
+            try:
+                self._finish(self._in_shards(shards, worker, run, staging), staging)
+            except DataError:
+                store.delete([item.key for item in store.list()])  # no summary names them
+                raise
+            ours = (INDEX_FILE, SKIPPED_FILE)
+            store.upload_many({name: staging / name for name in ours})
+            needed = {*ours, *(shard.data for shard in shards)}
+            store.delete([item.key for item in store.list() if item.key not in needed])
+            store.upload(staging / SUMMARY_FILE, SUMMARY_FILE)
+
+    @property
+    def _dated(self) -> DataRequest:
+        """The request with the date that the chat template prints, which is the same on all nodes."""
+        return replace(self._request, date=self._chunks.renderer.date)
+
+    def _in_one_pass(self, staging: Path, cache: Path) -> _Rows:
+        request = self._request
+        files = [staging / name for name in (DATA_FILE, INDEX_FILE, SKIPPED_FILE)]
+        rows = RowPass(request, self._chunks)
+        found: list[int] = []
+        schemas: list[RowSchema | None] = []
+        with ChunkProcesses(self._chunks.tokenize) as processes, rows.writing(*files) as write:
+            for source, path in enumerate(request.paths):
+                before, read = rows.tally.rows, rows.tally.read
+                pieces = [Piece(number) for number, file in enumerate(request.files) if file.source == source]
+                chunks = rows.chunks(
+                    pieces, cache, progress=lambda count, part, read=read: self._progress(read + count, part)
+                )
+                if request.max_rows is None:
+                    write(processes.tokenize(chunks, path))
+                else:  # the rows taken from a chunk decide whether another one is read
+                    write(map(self._chunks.tokenize, chunks))
+                _reject_empty_source(path, rows.tally.read - read)
+                found.append(rows.tally.rows - before)
+                schemas.append(rows.schema)
+        return _Rows(
+            rows.tally,
+            found,
+            schemas,
+            [checksum(files[0])],
+            lambda positions: [read_row(files[0], position) for position in positions],
+        )
+
+    def _in_shards(self, shards: Sequence[Shard], worker: ShardWorker, run: ShardMap, staging: Path) -> _Rows:
+        prepared = prepare_shards(worker, shards, run, self._progress)
+        sources = [prepared.of_source(number) for number in range(len(self._request.paths))]
+        for path, of_source in zip(self._request.paths, sources, strict=True):
+            _reject_empty_source(path, sum(done.read for done in of_source))
+        if worker.cache is None:
+            store = open_store(worker.output)
+            store.download_many({item: staging / item.key for item in store.list(f"{PARTS}/")})
+        prepared.join(staging, staging / INDEX_FILE, staging / SKIPPED_FILE)
+        return _Rows(
+            prepared.tally,
+            [sum(done.rows for done in of_source) for of_source in sources],
+            [of_source[-1].schema for of_source in sources],
+            [done.checksum for done in prepared.done],
+            lambda positions: list(
+                run(worker.read_row, [prepared.place(position) for position in positions])
+            ),
+        )
+
+    def _finish(self, rows: _Rows, staging: Path) -> None:
+        """Reject rows that stop the run; otherwise write the index of an epoch and the summary."""
+        request, tally = self._request, rows.tally
+        tally.reject_faults(request, self._template)
+        tally.reject_long_rows(request)
+        reject_empty_shares(request, rows.rows)
+        index_file = staging / INDEX_FILE
+        with pa.memory_map(str(index_file)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+        duplicates, first_duplicates = find_duplicates(RowIndex(table), request.files)
+        taken = rows.rows
+        if request.weights:
+            taken = _shares(rows.rows, request.weights)
+            table = table.take(_mix(rows.rows, taken, request.seed))
+            mixed = staging / f"{INDEX_FILE}.mixed"
+            with pa.OSFile(str(mixed), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
+                writer.write_table(table)
+            mixed.replace(index_file)
+        index = RowIndex(table)
+        examples = rows.read([int(index.position[number]) for number in example_rows(len(index))])
+        summary = DataSummary(
+            rows=len(index),
+            tokens=int(index.tokens.sum()),
+            trained_tokens=int(index.trained_tokens.sum()),
+            longest=int(index.length.max()),
+            truncated_rows=tally.truncated,
+            lost_tokens=tally.lost,
+            dropped_rows=tally.dropped,
+            split_rows=tally.split_rows,
+            notes=dict(tally.notes.most_common()),
+            skipped_rows=dict(tally.kinds.most_common()),
+            first_skipped=tally.first_faults(request),
+            duplicates=duplicates,
+            first_duplicates=first_duplicates,
+            lengths=measure_lengths(tally.lengths),
+            sources=[
+                SourceSummary(
+                    path,
+                    schema.data_format if schema else "messages",
+                    sum(file.source == number for file in request.files),
+                    count,
+                    in_epoch,
+                )
+                for number, (path, schema, count, in_epoch) in enumerate(
+                    zip(request.paths, rows.schemas, rows.rows, taken, strict=True)
+                )
+            ],
+            files=[file.uri for file in request.files],
+            fingerprint=fingerprint_of(rows.checksums, index_file),
+            examples=[show_example(row, self._tokenizer) for row in examples],
+            date=self._chunks.renderer.date if tally.has_chats else None,
+        )
+        write_atomically(staging / SUMMARY_FILE, json.dumps(asdict(summary)).encode())
+
+
+@contextmanager
+def _staging(directory: Path, paths: str) -> Iterator[Path]:
+    """Yield a new directory, which is removed unless the block moves it. Errors of writing there name the paths of the sources."""
+    staging = Path(tempfile.mkdtemp(dir=directory, prefix=".partial-"))
     gc.freeze()  # garbage collection skips the objects of loaded libraries
     try:
-        with _Preparation(request, tokenizer, staging, template) as preparation:
-            summary = preparation.run(cache, progress)
-        write_atomically(staging / SUMMARY_FILE, json.dumps(asdict(summary)).encode())
-        staging.replace(directory)
+        yield staging
     except OSError as error:
         raise DataError(
-            f"{', '.join(request.paths)}: tokens cannot be written to {directory.parent} ({error}). Free disk space, or set output_dir "
-            "to another disk."
+            f"{paths}: tokens cannot be written to {directory} ({error}). Free disk space, or set output_dir to another disk."
         ) from error
     finally:
         gc.unfreeze()
         shutil.rmtree(staging, ignore_errors=True)
 
 
-@dataclass
-class _Faults:
-    """Counts and first messages of rejected rows; messages that differ in quoted texts and numbers only count as one."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    shown: dict[str, str] = field(default_factory=dict)
-    """Message without its quoted texts and numbers -> its first occurrence."""
-    alike: Counter[str] = field(default_factory=Counter)
-
-    def add(self, place: str, kind: str, message: str) -> None:
-        self.counts[kind] += 1
-        same = _VARIES.sub("", message)
-        self.alike[same] += 1
-        if len(self.shown) < _MAX_SHOWN:
-            self.shown.setdefault(same, f"{place}: {message}")
-
-    @property
-    def first(self) -> list[str]:
-        """The first messages, each with the number of rows that have the same."""
-        return [
-            f"{line} (and {self.alike[same] - 1:,} more rows)" if self.alike[same] > 1 else line
-            for same, line in self.shown.items()
-        ]
-
-    @property
-    def unseen(self) -> int:
-        """The number of rows whose message is not among the first."""
-        return self.counts.total() - sum(self.alike[same] for same in self.shown)
+def _map_here(paths: str, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Call a function for each item, in one process per CPU core; errors name the paths."""
+    with ChunkProcesses(function) as processes:
+        yield from processes.tokenize(iter(items), paths)
 
 
-class _Preparation:
-    """The state of one pass over the sources."""
-
-    def __init__(
-        self, request: DataRequest, tokenizer: "PreTrainedTokenizerFast", directory: Path, template: str
-    ):
-        self.request = request
-        self.template = template
-        self.tokenizer = tokenizer
-        self.chunks = ChunkTokenizer(request, tokenizer)
-        self.notes: Counter[str] = Counter()
-        self.split_rows = 0
-        self.has_chats = False
-        self.directory = directory
-        self.rows_read = 0
-        self.taken = 0
-        """Rows taken from the current source."""
-        self.faults = _Faults()
-        self.skipped = (directory / SKIPPED_FILE).open("w", encoding="utf-8")
-        self.tokens = TokenWriter(request, directory)
-        self.formats: list[DataFormat] = []
-        self.rows_of_sources: list[int] = []
-
-    def __enter__(self) -> "_Preparation":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.skipped.close()
-        self.tokens.close()
-
-    def run(self, cache: Path, progress: Callable[[int, float], None]) -> DataSummary:
-        with ChunkProcesses(self.chunks.tokenize) as processes:
-            for source, path in enumerate(self.request.paths):
-                rows, read = self.tokens.rows, self.rows_read
-                chunks = self._chunks_of(source, cache, progress)
-                if self.request.max_rows is None:
-                    results = processes.tokenize(chunks, path)
-                else:  # the rows taken from a chunk decide whether another one is read
-                    results = map(self.chunks.tokenize, chunks)
-                for result in results:
-                    self._add(result)
-                self.tokens.end_batch()
-                if self.rows_read == read:
-                    raise DataError(f"{path}: contains no rows. Use files with at least one row to train on.")
-                self.rows_of_sources.append(self.tokens.rows - rows)
-        self._reject_faults()
-        return self._summary()
-
-    def _chunks_of(self, source: int, cache: Path, progress: Callable[[int, float], None]) -> Iterator[Chunk]:
-        """Yield the rows of a source in chunks, until enough rows are taken."""
-        request, files = self.request, self.request.files
-        schema: RowSchema | None = None
-        self.taken, read = 0, 0
-        before = self.rows_read
-        for number, file in enumerate(files):
-            if file.source != source or self._has_enough(read):
-                continue
-            opened = open_file(file, cache / "data")
-            for stored, rows in _chunked(opened.stored):
-                schema = schema or self.chunks.find_schema(stored)
-                read += rows
-                progress(before + read, (number + opened.fraction()) / len(files))
-                left = None if request.max_rows is None else request.max_rows - self.taken
-                yield Chunk(number, stored, schema, self._fails, left)
-                if self._has_enough(read):
-                    break
-        self.formats.append(schema.data_format if schema else "messages")
-
-    @property
-    def _fails(self) -> bool:
-        """True if a row stops the run, so that only further faults are collected."""
-        return self.request.bad_rows == "error" and self.faults.counts.total() > 0
-
-    def _has_enough(self, read: int) -> bool:
-        """Return whether `max_rows` of a source are taken or, if a row stops the run, read."""
-        limit = self.request.max_rows
-        return limit is not None and (read if self._fails else self.taken) >= limit
-
-    def _add(self, result: ChunkResult) -> None:
-        """Add the tokens and the faults of the next chunk."""
-        self.rows_read += result.read
-        self.taken += result.taken
-        uri = self.request.files[result.file].uri
-        for row, kind, message in result.faults:
-            self.faults.add(f"{uri}:{row}", kind, message)
-        self.skipped.writelines(f"{line}\n" for _, line in result.skipped)
-        self.notes.update(result.notes)
-        self.split_rows += result.split_rows
-        self.has_chats |= result.has_chats
-        if result.tokenized:
-            self.tokens.add(result.tokenized)
-
-    def _reject_faults(self) -> None:
-        faults, request = self.faults, self.request
-        count = faults.counts.total()
-        if count and (request.bad_rows == "error" or self.tokens.rows == 0):
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in faults.counts.most_common())
-            more = f"\n… and {faults.unseen:,} more rows" if faults.unseen else ""
-            raise DataError(
-                f"{count:,} of {self.rows_read:,} rows cannot be trained on ({kinds}):\n"
-                + "\n".join(faults.first)
-                + more
-                + (
-                    f"\nThe chat template is {self.template}."
-                    if faults.counts.keys() & {"template", DROPPED_TEXT}
-                    else ""
-                )
-                + (
-                    "\nFix or remove these rows, or skip them with bad_rows: skip."
-                    if count < self.rows_read
-                    else "\nNo row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
-                )
-            )
-        self.tokens.reject_long_rows()
-        for path, rows in zip(request.paths, self.rows_of_sources, strict=True):
-            if request.weights and not rows:
-                raise DataError(
-                    f"{path}: no rows are left after filtering, so the source cannot fill its weight's share of an epoch. Fix it, or "
-                    "remove it from train_path."
-                )
-
-    def _summary(self) -> DataSummary:
-        request, tokens = self.request, self.tokens
-        tokens.close()
-        index_file = self.directory / INDEX_FILE
-        with pa.memory_map(str(index_file)) as source:
-            table = pa.ipc.open_stream(source).read_all()
-        duplicates, first_duplicates = find_duplicates(RowIndex(table), request.files)
-        taken = self.rows_of_sources
-        if request.weights:
-            taken = _shares(self.rows_of_sources, request.weights)
-            table = table.take(_mix(self.rows_of_sources, taken, request.seed))
-            mixed = self.directory / f"{INDEX_FILE}.mixed"
-            with pa.OSFile(str(mixed), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
-                writer.write_table(table)
-            mixed.replace(index_file)
-        index = RowIndex(table)
-        summary = DataSummary(
-            rows=len(index),
-            tokens=int(index.tokens.sum()),
-            trained_tokens=int(index.trained_tokens.sum()),
-            longest=int(index.length.max()),
-            truncated_rows=tokens.truncated,
-            lost_tokens=tokens.lost,
-            dropped_rows=tokens.dropped,
-            split_rows=self.split_rows,
-            notes=dict(self.notes.most_common()),
-            skipped_rows=dict(self.faults.counts.most_common()),
-            first_skipped=self.faults.first,
-            duplicates=duplicates,
-            first_duplicates=first_duplicates,
-            lengths=measure_lengths(np.array(tokens.lengths, dtype=np.int64)),
-            sources=[
-                SourceSummary(
-                    path, data_format, sum(file.source == number for file in request.files), rows, in_epoch
-                )
-                for number, (path, data_format, rows, in_epoch) in enumerate(
-                    zip(request.paths, self.formats, self.rows_of_sources, taken, strict=True)
-                )
-            ],
-            files=[file.uri for file in request.files],
-            fingerprint=fingerprint(self.directory),
-            examples=[],
-            date=self.chunks.renderer.date if self.has_chats else None,
-        )
-        with pa.memory_map(str(self.directory / DATA_FILE)) as source:
-            data = pa.ipc.open_stream(source).read_all()
-            return replace(summary, examples=show_examples(data, index.position, self.tokenizer))
-
-
-def _chunked(stored: Iterator[tuple[int, Any]]) -> Iterator[tuple[list[tuple[int, Any]], int]]:
-    """Yield chunks of what a file stores, and the number of rows in each; lines of JSON are limited by their size, too."""
-    chunk: list[tuple[int, Any]] = []
-    rows = size = 0
-    for number, value in stored:
-        chunk.append((number, value))
-        rows += len(value.batch) if isinstance(value, StoredBatch) else 1
-        size += len(value) if isinstance(value, bytes) else 0
-        if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
-            yield chunk, rows
-            chunk, rows, size = [], 0, 0
-    if chunk:
-        yield chunk, rows
+def _reject_empty_source(path: str, read: int) -> None:
+    if not read:
+        raise DataError(f"{path}: contains no rows. Use files with at least one row to train on.")
 
 
 def _shares(rows: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from training.data.errors import DataError
-from training.data.row_index import DATA_FILE, INDEX_FILE, RowIndex
+from training.data.row_index import INDEX_FILE, RowIndex, is_data_file
 from training.data.summary import DataSummary, Lengths, SourceSummary
 from utils.files import checksum, checksum_bytes
 from utils.storage.bucket import join_uri, open_store, sync_to_node
@@ -40,9 +40,9 @@ class PreparedData:
 
     def dataset(self) -> "Dataset":
         """Return the tokens of an epoch's rows, memory-mapped."""
-        from datasets import Dataset
+        from datasets import Dataset, concatenate_datasets
 
-        stored = Dataset.from_file(str(self.directory / DATA_FILE))
+        stored = concatenate_datasets([Dataset.from_file(str(path)) for path in data_files(self.directory)])
         position = self.index.position
         if len(position) == len(stored) and np.array_equal(position, np.arange(len(stored))):
             return stored
@@ -69,7 +69,7 @@ def find_prepared(key: str, cache: Path, bucket: str | None) -> PreparedData | N
         return open_prepared(key, directory)
     if bucket is None or open_store(join_uri(bucket, key)).read_if_exists(SUMMARY_FILE) is None:
         return None
-    directory = sync_to_node(join_uri(bucket, key), cache / PREPARED, lambda name: name != DATA_FILE)
+    directory = sync_to_node(join_uri(bucket, key), cache / PREPARED, lambda name: not is_data_file(name))
     return open_prepared(key, directory)
 
 
@@ -77,8 +77,11 @@ def keep_prepared(prepared: PreparedData, bucket: str) -> None:
     """Upload prepared data to the bucket, its summary last, unless it is already there."""
     store = open_store(join_uri(bucket, prepared.key))
     if store.read_if_exists(SUMMARY_FILE) is None:
-        files = (DATA_FILE, INDEX_FILE, SKIPPED_FILE)
-        store.upload_many({name: prepared.directory / name for name in files})
+        files = [
+            *data_files(prepared.directory),
+            *(prepared.directory / n for n in (INDEX_FILE, SKIPPED_FILE)),
+        ]
+        store.upload_many({path.name: path for path in files})
         store.upload(prepared.directory / SUMMARY_FILE, SUMMARY_FILE)
 
 
@@ -108,7 +111,16 @@ def open_prepared(key: str, directory: Path) -> PreparedData:
     return PreparedData(key, directory, DataSummary(**summary))
 
 
+def data_files(directory: Path) -> list[Path]:
+    """Return the files of tokens in a directory, in the order of their rows."""
+    return sorted(path for path in directory.iterdir() if is_data_file(path.name))
+
+
 def fingerprint(directory: Path) -> str:
     """Return the checksum of the token files in a directory."""
-    parts = " ".join(checksum(directory / name) for name in (DATA_FILE, INDEX_FILE))
-    return checksum_bytes(parts.encode())
+    return fingerprint_of([checksum(path) for path in data_files(directory)], directory / INDEX_FILE)
+
+
+def fingerprint_of(data: Sequence[str], index: Path) -> str:
+    """Return the checksum of token files from their own checksums and their index."""
+    return checksum_bytes(" ".join([*data, checksum(index)]).encode())

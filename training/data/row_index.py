@@ -1,17 +1,16 @@
 """The index of prepared rows: one line per row of an epoch."""
 
-from typing import TYPE_CHECKING
-
 import pyarrow as pa
-
-if TYPE_CHECKING:
-    pass
-
 
 IGNORED = -100  # ignore_index of PyTorch's cross-entropy
 
 
 DATA_FILE, INDEX_FILE = "data.arrow", "index.arrow"
+
+
+def is_data_file(name: str) -> bool:
+    """Return whether a file has tokens: data.arrow, or data-00000.arrow and so on of data that was prepared in shards."""
+    return name.startswith("data")
 
 
 INDEX_SCHEMA = pa.schema(
@@ -32,7 +31,7 @@ class RowIndex:
 
     def __init__(self, table: pa.Table):
         self.position = table["position"].to_numpy()
-        """Row number in data.arrow."""
+        """Row number in data.arrow, or in the shards' files as if they were one."""
         self.file = table["file"].to_numpy()
         self.row = table["row"].to_numpy()
         """Line or record number in the source file, from 1."""

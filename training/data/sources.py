@@ -22,10 +22,12 @@ from utils.storage.bucket import (
     find_objects,
     is_remote,
     local_path,
+    open_ranges,
 )
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _KINDS = {
     ".jsonl": "jsonl",
@@ -62,6 +64,32 @@ class DataFile:
     """Changes with the content: an object's size and ETag, a local file's checksum, or a Hub dataset's commit."""
     source: int
     """Index of the source in the YAML."""
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of an object or of a local file. Not for Hub datasets."""
+        return int(self.version.split()[0]) if is_remote(self.uri) else local_path(self.uri).stat().st_size
+
+    @property
+    def is_divisible(self) -> bool:
+        """Return whether a reader can start anywhere in the file: at the next line, or at the next row group."""
+        return _kind_of(self.uri) in (("jsonl", None), ("parquet", None))
+
+    @property
+    def is_stream(self) -> bool:
+        """Return whether the file is read from start to end; Arrow files are memory-mapped, and `datasets` reads those of the Hub."""
+        return not is_hub_dataset(self.uri) and _kind_of(self.uri)[0] != "arrow"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or the rows of it that start in a range of its bytes: lines, or the rows of row groups."""
+
+    file: int
+    """Index in `DataRequest.files`."""
+    begin: int = 0
+    end: int | None = None
+    """None: the complete file."""
 
 
 def find_files(path: str, source: int) -> list[DataFile]:
@@ -177,6 +205,8 @@ class OpenFile:
     """(line or record number from 1, what is stored there): a line of JSON as bytes, a StoredBatch of rows, or a row."""
     fraction: Callable[[], float]
     """Returns the fraction read so far, 0 to 1."""
+    lines: Callable[[], int] = lambda: 0
+    """Returns the lines read so far of a range of lines, whose numbers count from its start; otherwise 0."""
 
     @property
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -232,37 +262,55 @@ def _rows_in(stored: StoredBatch, number: int) -> Iterator[tuple[int, Any]]:
         raise _file_error(f"{stored.uri}:{number}", "a Parquet file", error) from error
 
 
-def open_file(file: DataFile, cache: Path) -> OpenFile:
-    """Download a file to this node and open it for streaming.
+def open_file(file: DataFile, cache: Path | None, piece: Piece | None = None) -> OpenFile:
+    """Open a file, or a piece of it, for streaming.
 
     Memory is bounded by one row, or by one batch for Parquet. A corrupt file may raise DataError during iteration.
+
+    Args:
+        file: The file.
+        cache: Where to keep a copy of a file in a bucket; None: read it from the bucket, without a copy. Not for Hub and Arrow files.
+        piece: The piece of the file; None: the complete file.
     """
     if is_hub_dataset(file.uri):
+        assert cache
         return _open_hub(file, cache)
-    path = fetch_file(file.uri, cache)
     kind, compression = _kind_of(file.uri)
     if kind in _NOT_READ:
         raise DataError(
             f"{file.uri}: {kind} files are not supported. Convert it to JSONL (one JSON object per line), JSON, CSV, TSV or Parquet, with that extension."
         )
+    if kind == "parquet" and compression:
+        raise DataError(
+            f"{file.uri}: {compression} around Parquet is not supported, since Parquet has its own compression. Decompress the file."
+        )
+    if cache is None and is_remote(file.uri):
+        raw, size = open_ranges(file.uri, file.version)
+        if kind == "parquet":
+            return _open_parquet(raw, file.uri, piece)
+        return _open_text(raw, size, file.uri, kind, compression, piece)
+    path = fetch_file(file.uri, cache) if cache else local_path(file.uri)
     if kind == "arrow":
         return _open_arrow(path, file.uri)
     if kind == "parquet":
-        if compression:
-            raise DataError(
-                f"{file.uri}: {compression} around Parquet is not supported, since Parquet has its own compression. Decompress the file."
-            )
-        return _open_parquet(path, file.uri)
-    return _open_text(path, file.uri, kind, compression)
+        return _open_parquet(path, file.uri, piece)
+    return _open_text(path.open("rb"), path.stat().st_size, file.uri, kind, compression, piece)
 
 
-def _open_text(path: Path, uri: str, kind: str, compression: str | None) -> OpenFile:
-    """Open a JSONL, JSON, CSV or TSV file."""
-    raw = path.open("rb")
-    size = max(path.stat().st_size, 1)
+def _open_text(
+    raw: io.BufferedReader,
+    size: int,
+    uri: str,
+    kind: str,
+    compression: str | None,
+    piece: Piece | None = None,
+) -> OpenFile:
+    """Open a JSONL, JSON, CSV or TSV file, or a piece of a JSONL file."""
     if fault := None if compression else _other_kind(raw.peek(4)):
         raw.close()
         raise DataError(f"{uri}: {fault}.")
+    if piece and piece.end is not None:
+        return _open_lines(raw, uri, piece.begin, piece.end)
     stream = _decompressed(raw, compression) if compression else raw
     if kind in _SEPARATORS:
         rows = _read_table(stream, uri, _SEPARATORS[kind])
@@ -270,8 +318,27 @@ def _open_text(path: Path, uri: str, kind: str, compression: str | None) -> Open
         rows = _read_json(stream, uri) if kind == "json" else _read_jsonl(stream, uri)
     return OpenFile(
         _closing(raw, _naming_damage(rows, uri)),
-        lambda: 1.0 if raw.closed else raw.tell() / size,
+        lambda: 1.0 if raw.closed else raw.tell() / max(size, 1),
     )
+
+
+def _open_lines(raw: io.BufferedReader, uri: str, begin: int, end: int) -> OpenFile:
+    """Open the lines of a JSONL file that start in a range of bytes."""
+    read = 0
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        nonlocal read
+        if _is_array(raw):  # rows cannot be found from its middle
+            yield from _read_json(raw, uri) if begin == 0 else ()
+            return
+        raw.seek(max(begin - 1, 0))
+        while begin and (rest := raw.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+            pass  # a line that starts before the range
+        for read, line in _lines(raw, end):
+            if isinstance(line, RowError) or not line.isspace():
+                yield read, line
+
+    return OpenFile(_closing(raw, _naming_damage(rows(), uri)), lambda: 1.0, lambda: read)
 
 
 def _other_kind(head: bytes) -> str | None:
@@ -314,18 +381,30 @@ def _naming_damage(rows: Iterator[tuple[int, Any]], uri: str) -> Iterator[tuple[
 
 
 def _read_jsonl(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
-    if stream.peek(_HEAD_BYTES).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
-        yield from _read_json(stream, uri)  # an array under the name of JSON Lines
+    if _is_array(stream):
+        yield from _read_json(stream, uri)
         return
+    for number, line in _lines(stream):
+        if isinstance(line, RowError) or not line.isspace():
+            yield number, line
+
+
+def _is_array(stream: io.BufferedReader) -> bool:
+    """Return whether a stream has an array under the name of JSON Lines."""
+    return stream.peek(_HEAD_BYTES).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"[")
+
+
+def _lines(stream: io.BufferedReader, end: int | None = None) -> Iterator[tuple[int, bytes | RowError]]:
+    """Yield (number from 1, line) of the lines that start before `end`; a RowError for a line that is too long."""
     number = 0
-    while line := stream.readline(MAX_ROW_BYTES + 1):
+    while (end is None or stream.tell() < end) and (line := stream.readline(MAX_ROW_BYTES + 1)):
         number += 1
         if len(line) > MAX_ROW_BYTES:
             size = len(line)
             while not line.endswith(b"\n") and (line := stream.readline(MAX_ROW_BYTES)):
                 size += len(line)
             yield number, _too_large(size)
-        elif not line.isspace():
+        else:
             yield number, line
 
 
@@ -526,26 +605,37 @@ def _table_records(reader: Any, uri: str, separator: str) -> Iterator[tuple[int,
             yield line, dict(zip(header, cells, strict=True))
 
 
-def _open_parquet(path: Path, uri: str) -> OpenFile:
+def _open_parquet(source: Path | io.BufferedReader, uri: str, piece: Piece | None) -> OpenFile:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(source, memory_map=True)
     except _read_errors() as error:
         raise _file_error(uri, "a Parquet file", error) from error
-    read = 0
+    groups, read = _row_groups(file, piece)
 
     def batches() -> Iterator[tuple[int, StoredBatch]]:
         nonlocal read
         try:
             with file:
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups):
                     read += len(batch)
                     yield read - len(batch) + 1, StoredBatch(uri, batch)
         except _read_errors() as error:
             raise _file_error(f"{uri}:{read + 1}", "a Parquet file", error) from error
 
     return OpenFile(batches(), lambda: read / max(file.metadata.num_rows, 1))
+
+
+def _row_groups(file: "pq.ParquetFile", piece: Piece | None) -> tuple[list[int], int]:
+    """Return the row groups that start in a piece, and the number of rows before them."""
+    every = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    if piece is None or piece.end is None:
+        return [*range(len(every))], 0
+    # The first page may be a dictionary; files of one writer have no other offset.
+    starts = [group.column(0).dictionary_page_offset or group.column(0).data_page_offset for group in every]
+    groups = [number for number, start in enumerate(starts) if piece.begin <= start < piece.end]
+    return groups, sum(group.num_rows for group in every[: groups[0]]) if groups else 0
 
 
 def _read_errors() -> tuple[type[Exception], ...]:
@@ -610,7 +700,8 @@ def _open_hub_texts(uri: str, files: Mapping[str, list[Path]]) -> OpenFile:
     def rows_of(split: str) -> Iterator[Any]:
         nonlocal fraction
         for number, path in enumerate(files[split]):
-            opened = _open_text(path, f"{uri} ({path.name})", *_kind_of(path.name))
+            name = f"{uri} ({path.name})"
+            opened = _open_text(path.open("rb"), path.stat().st_size, name, *_kind_of(path.name))
             for _, value in opened.stored:
                 fraction = (number + opened.fraction()) / len(files[split])
                 yield value

@@ -1,11 +1,10 @@
 """Summary of prepared rows: counts, lengths, duplicates and examples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from configs.schema import DataFormat
 from training.data.row_index import IGNORED, RowIndex
@@ -82,17 +81,25 @@ class DataSummary:
     """Changed or unused parts of rows -> number of rows."""
 
 
-def measure_lengths(lengths: np.ndarray) -> Lengths:
-    """Compute nearest-rank percentiles, and a histogram up to p99 with a round bar width."""
+def measure_lengths(rows_of_length: Mapping[int, int]) -> Lengths:
+    """Compute nearest-rank percentiles, and a histogram up to p99 with a round bar width.
+
+    Args:
+        rows_of_length: Tokens of a row -> number of such rows.
+    """
+    lengths = np.array(sorted(rows_of_length), np.int64)
+    rows = np.array([rows_of_length[length] for length in lengths.tolist()], np.int64)
     p50, p95, p99, longest = (
-        int(length) for length in np.percentile(lengths, [50, 95, 99, 100], method="inverted_cdf")
+        int(length)
+        for length in np.percentile(lengths, [50, 95, 99, 100], method="inverted_cdf", weights=rows)
     )
     smallest_width = max(p99 / _BARS, 1)
     magnitude = 10 ** int(np.log10(smallest_width))
     width = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= smallest_width)
     first = int(lengths.min()) // width
     edges = list(range(first * width, p99 + 1, width))
-    counts = np.bincount(np.minimum(lengths // width - first, len(edges) - 1), minlength=len(edges))
+    bars = np.minimum(lengths // width - first, len(edges) - 1)
+    counts = np.bincount(bars, weights=rows, minlength=len(edges)).astype(np.int64)
     return Lengths(p50, p95, p99, longest, edges, counts.tolist())
 
 
@@ -107,19 +114,14 @@ def find_duplicates(index: RowIndex, files: Sequence[DataFile]) -> tuple[int, li
     return len(repeated), shown
 
 
-def show_examples(
-    data: pa.Table, position: np.ndarray, tokenizer: "PreTrainedTokenizerFast"
-) -> list[list[tuple[str, bool]]]:
-    """Return the first, middle and last row with their loss tokens marked.
+def example_rows(count: int) -> list[int]:
+    """Return the numbers of the first, middle and last of `count` rows."""
+    return sorted({round(part * (count - 1) / (_EXAMPLES - 1)) for part in range(_EXAMPLES)})
 
-    Args:
-        data: The tokens of all rows.
-        position: Row number in `data` of each row of an epoch, [rows].
-        tokenizer: The model's tokenizer.
-    """
-    shown = sorted({round(part * (len(position) - 1) / (_EXAMPLES - 1)) for part in range(_EXAMPLES)})
-    rows = [data.slice(position[number], 1).to_pylist()[0] for number in shown]
-    return [_mark(tokenizer, *_ids_and_trained(row)) for row in rows]
+
+def show_example(row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+    """Return a row of data.arrow as text with its loss tokens marked."""
+    return _mark(tokenizer, *_ids_and_trained(row))
 
 
 def _ids_and_trained(row: dict[str, Any]) -> tuple[list[int], list[bool]]:

@@ -1,24 +1,22 @@
 """Token files: the tokens of all rows (data.arrow) and one index entry per row (index.arrow)."""
 
-from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from training.data.encoding import Encoded, Encoder, sums
-from training.data.errors import DataError
 from training.data.records import Task, Tokens
 from training.data.rendered import Rendered
 from training.data.request import DataRequest
-from training.data.row_index import DATA_FILE, IGNORED, INDEX_FILE, INDEX_SCHEMA
+from training.data.row_index import IGNORED, INDEX_SCHEMA
 
-_MAX_SHOWN = 5
 _BATCH_ROWS, _BATCH_SIZE = 1000, 2_000_000  # rendered rows and their characters per record batch
 _UNPLACED = INDEX_SCHEMA.remove(INDEX_SCHEMA.get_field_index("position"))
 _TOKEN_COLUMNS: dict[Task, tuple[str, ...]] = {
@@ -169,20 +167,15 @@ def _by_row(of_sequences: np.ndarray, per_row: int) -> np.ndarray:
 
 
 class TokenWriter:
-    """A writer of data.arrow and index.arrow. The files do not depend on how their rows were grouped for `add`."""
+    """A writer of token files and their index. The files do not depend on how their rows were grouped for `add`."""
 
-    def __init__(self, request: DataRequest, directory: Path):
-        self.request = request
-        self.rows = self.truncated = self.lost = self.dropped = 0
+    def __init__(self, task: Task, data: Path, index: Path):
         self._written = 0
-        self.lengths = array("i")
-        self._too_long: list[str] = []
-        self._too_long_rows = 0
         self._waiting: list[tuple[pa.RecordBatch, pa.RecordBatch]] = []
         self._rows_of_batch = self._size_of_batch = 0
         self._files = ExitStack()
-        self._data = self._open(directory / DATA_FILE, data_schema(request.task))
-        self._index = self._open(directory / INDEX_FILE, INDEX_SCHEMA)
+        self._data = self._open(data, data_schema(task))
+        self._index = self._open(index, INDEX_SCHEMA)
 
     def _open(self, path: Path, schema: pa.Schema) -> pa.RecordBatchStreamWriter:
         sink = self._files.enter_context(pa.OSFile(str(path), "wb"))
@@ -194,14 +187,6 @@ class TokenWriter:
 
     def add(self, rows: TokenizedRows) -> None:
         """Add the next rows of a source."""
-        self.rows += rows.data.num_rows
-        self.truncated += rows.truncated
-        self.lost += rows.lost
-        self.dropped += len(rows.left_out)
-        self.lengths.extend(rows.lengths.tolist())
-        self._too_long_rows += len(rows.too_long)
-        for file, row, tokens in rows.too_long[: _MAX_SHOWN - len(self._too_long)]:
-            self._too_long.append(f"{self.request.files[file].uri}:{row}: {tokens} tokens")
         sizes, kept = sums(rows.sizes), sums(rows.kept)
         begin = 0
         while begin < len(rows.kept):
@@ -227,30 +212,11 @@ class TokenWriter:
         self._index.write_batch(pa.record_batch([positions, *index.columns], schema=INDEX_SCHEMA))
         self._written += len(index)
 
-    def reject_long_rows(self) -> None:
-        """Raise an error for rows that exceed the limit with `long_rows: error`, or if no rows are left."""
-        request = self.request
-        sources = ", ".join(request.paths)
-        if self._too_long:
-            more = self._too_long_rows - len(self._too_long)
-            shown = "\n".join(self._too_long) + (f"\n… and {more:,} more rows" if more else "")
-            raise DataError(
-                f"{sources}: {self._too_long_rows:,} rows exceed the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
-                "Increase context_length, shorten these rows, or set long_rows to truncate or drop."
-            )
-        if self.rows == 0 and not self.dropped:
-            raise DataError(
-                f"{sources}: no row is in this part of the split: with few rows, a share can be empty. Increase valid_split, or set valid_path."
-            )
-        if self.rows == 0:
-            advice = (
-                "Increase context_length."
-                if request.context_length
-                else "This is the model's maximum context, so shorten the rows."
-            )
-            raise DataError(
-                f"{sources}: no row has a loss token within {request.limit} tokens ({self.dropped:,} rows dropped). {advice}"
-            )
+
+def read_row(data: Path, position: int) -> dict[str, Any]:
+    """Return one row of a file of tokens."""
+    with pa.memory_map(str(data)) as source:
+        return pa.ipc.open_stream(source).read_all().slice(position, 1).to_pylist()[0]
 
 
 def _columns(encoded: Encoded) -> tuple[list[pa.Array], np.ndarray]:

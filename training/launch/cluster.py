@@ -135,7 +135,7 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
     """
     address = target.address
     if address:
-        _join(address, _runtime_environment(workers.device))
+        join_cluster(workers.device, target)
     elif not ray.is_initialized():
         start_local_cluster(workers)
     connection = Connection()
@@ -149,6 +149,13 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
         raise
     finally:
         disconnect(keep_logs=connection.keeps_logs)
+
+
+def join_cluster(device: Device, target: ClusterTarget) -> None:
+    """Connect to an existing cluster, unless this process is connected already."""
+    assert target.address
+    if not ray.is_initialized():
+        _join(target.address, _runtime_environment(device))
 
 
 def start_local_cluster(workers: Workers) -> None:

@@ -1,6 +1,6 @@
 """The head start of a run on this machine: its cluster starts first, and its workers import libraries while the run is planned.
 
-An existing cluster is asked for nothing before the plan is made.
+An existing cluster is asked for nothing here.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The planner: a checked YAML becomes a RunPlan, or an error that says what to fix. It needs no cluster.
+"""The planner: a checked YAML becomes a RunPlan, or an error that says what to fix. It needs no cluster, except to prepare large data.
 
 `make_plan` reads top to bottom. Each step checks one subject, cheapest first, and returns a frozen record.
 """
@@ -19,6 +19,7 @@ from training.data.prepare import prepare_data
 from training.data.prepared import PREPARED, PreparedData, find_prepared
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
+from training.data.shards import ShardMap
 from training.data.sources import find_files
 from training.data.summary import DataSummary
 from training.models.adapter import (
@@ -102,7 +103,7 @@ from training.planning.endpoints import ClusterTarget
 from training.planning.exportable import check_export, check_vllm_adapter, check_vllm_base
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
-from training.planning.paths import about_key, scratch_directory, storage_path
+from training.planning.paths import about_key, needs_embedded_bucket, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import CheckedSample, PlanReport
 from training.planning.resume import (
@@ -149,6 +150,8 @@ class Storage:
     """The directory or prefix that holds the runs."""
     scratch: Path
     """Absolute directory for the node cache and unfinished files."""
+    on_cluster: ShardMap | None = None
+    """Prepares the rows of large sources on the cluster's nodes; None: this machine prepares them."""
 
     @property
     def prepared(self) -> str:
@@ -254,19 +257,33 @@ class FoundCheckpoints:
 
 
 def make_plan(
-    loaded: LoadedConfig, *, target: ClusterTarget, progress: Progress
+    loaded: LoadedConfig,
+    *,
+    target: ClusterTarget,
+    progress: Progress,
+    on_cluster: ShardMap | None = None,
 ) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
-    """Check everything that needs no cluster, cheapest first: settings, storage, model, adapter, data, batch, resume.
+    """Check everything, cheapest first: settings, storage, model, adapter, data, batch, resume. Only large data may need the cluster.
 
     Args:
         loaded: The checked YAML.
         target: Where the workers will be placed.
         progress: Called with each check.
+        on_cluster: Prepares the rows of large sources on the target cluster, which is asked for nothing before; None: this machine
+            prepares them.
 
     Returns:
         The plan, its report, and the prepared training and validation rows.
     """
-    return _plan(loaded, target, progress, *_check_run(loaded, target, progress))
+    settings, storage, model, adapter = _check_run(loaded, target, progress)
+    if _nodes_read_and_write(loaded.config, storage):
+        storage = replace(storage, on_cluster=on_cluster)
+    return _plan(loaded, target, progress, settings, storage, model, adapter)
+
+
+def _nodes_read_and_write(config: FinetuneConfig, storage: Storage) -> bool:
+    """Return whether any node can load the tokenizer and access the storage. Code of a model's own tokenizer is on this machine only."""
+    return is_remote(storage.uri) and not needs_embedded_bucket(config) and not config.trust_remote_code
 
 
 def _plan(
@@ -690,6 +707,7 @@ def _prepare(
         model.tokenizer_directory,
         storage.cache,
         bucket=storage.prepared,
+        on_cluster=storage.on_cluster,
         template=describe_template(loaded.as_written(loaded.config), model.base),
         progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
     )

@@ -4,6 +4,7 @@ Object keys are relative to the store that lists them. Modules: utils.storage.st
 utils.storage.local_store and utils.storage.fsspec_store (the stores), utils.storage.transfer (downloads), utils.storage.node_cache (node cache).
 """
 
+import io
 import re
 import secrets
 import tempfile
@@ -29,6 +30,7 @@ from utils.storage.store import (
     explained,
     join_uri,
 )
+from utils.storage.transfer import RangeReader
 
 __all__ = [
     "EMBEDDED_BUCKET",
@@ -47,6 +49,7 @@ __all__ = [
     "is_remote",
     "join_uri",
     "missing_bytes",
+    "open_ranges",
     "open_store",
     "storage_options",
     "sync_to_node",
@@ -54,6 +57,7 @@ __all__ = [
     "uses_embedded_bucket",
 ]
 
+_RANGE_BYTES = 4 * 1024 * 1024  # per request
 _ABOUT_EMBEDDED = "`make quickstart` fills this embedded bucket, whose data is stored in"
 
 
@@ -162,6 +166,28 @@ def fetch_file(uri: str, cache_dir: Path) -> Path:
     return node_cache.bring(_single_object(uri, cache_dir))
 
 
+def open_ranges(uri: str, version: str) -> tuple[io.BufferedReader, int]:
+    """Open one object for reading from any position, without a copy on this node; return it and its size in bytes.
+
+    S3 sends no checksum with a range.
+
+    Args:
+        uri: the object.
+        version: its version as `find_objects` returns it.
+
+    Raises:
+        BucketError: the object has another version, also while it is read.
+    """
+    parent_uri, name = _parent(uri)
+    store = _remote_store(parent_uri)
+    item = store.first(name)
+    if item is None or (item.key, f"{item.size} {item.etag}") != (name, version):
+        raise BucketError(
+            f"{uri}: was deleted or replaced after its rows were listed. Run the same command again."
+        )
+    return io.BufferedReader(RangeReader(store, item), _RANGE_BYTES), item.size
+
+
 def _everything(key: str) -> bool:
     return True
 
@@ -245,7 +271,7 @@ def _single_object(uri: str, cache_dir: Path) -> NodeCopy:
     return node_cache.node_copy(store, uri, [found], cache_dir)
 
 
-def _remote_store(uri: str, retry_policy: RetryPolicy = WORK) -> Store:
+def _remote_store(uri: str, retry_policy: RetryPolicy = WORK) -> S3Store | FsspecStore:
     return S3Store(uri, retry_policy) if _scheme(uri) == "s3" else FsspecStore(uri)
 
 

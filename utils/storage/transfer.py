@@ -1,5 +1,6 @@
 """Parallel downloads: large objects in ranges into preallocated files, with checksums, each visible only when complete."""
 
+import io
 import logging
 import os
 import threading
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from utils.files import checksum, checksum_text, partial_name
 from utils.storage.store import DamagedError, StoredObject
@@ -43,6 +44,44 @@ class Source(Protocol):
     def uri_of(self, key: str) -> str:
         """Return the full URI of an object."""
         ...
+
+
+class RangeReader(io.RawIOBase):
+    """An object that is read in ranges, as a seekable binary file."""
+
+    def __init__(self, source: Source, item: StoredObject):
+        self._source, self._item, self._position = source, item, 0
+
+    def readable(self) -> bool:
+        """See io.IOBase."""
+        return True
+
+    def seekable(self) -> bool:
+        """See io.IOBase."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """See io.IOBase."""
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._item.size}[whence]
+        )
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """See io.RawIOBase."""
+        target = memoryview(buffer).cast("B")
+        length = max(min(len(target), self._item.size - self._position), 0)
+        begin = 0
+
+        def take(block: bytes) -> None:
+            nonlocal begin
+            target[begin : begin + len(block)] = block
+            begin += len(block)
+
+        if length:
+            self._source.read_into(self._item, self._position, length, take)
+        self._position += length
+        return length
 
 
 def download_all(source: Source, targets: Mapping[StoredObject, Path]) -> dict[str, str]:

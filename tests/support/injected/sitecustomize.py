@@ -9,6 +9,7 @@ Environment variables select what it does:
 - RESUME_SKIP_RESTORE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
 - GPU_KERNELS is `torch` or `liger`. CPU workers then compute the loss with TRL's fused head, as GPU workers do, in Triton's
   interpreter. With `liger` they use Liger's layers too.
+- ROWS_SHARD_BYTES is the size of the shards in which rows are prepared, also of small sources.
 """
 
 import os
@@ -123,6 +124,10 @@ def _use_fused_head(module: Any) -> None:
     )
 
 
+def _prepare_small_shards(module: Any) -> None:
+    module.MIN_BYTES = module.SHARD_BYTES = int(os.environ["ROWS_SHARD_BYTES"])
+
+
 def _skip_rng(trainer: Any) -> None:
     trainer._load_rng_state = lambda self, checkpoint: None
 
@@ -157,6 +162,8 @@ if "GPU_KERNELS" in os.environ:
     _PATCHES |= {"training.loop.trainers": _use_fused_head}
 if os.environ.get("GPU_KERNELS") == "liger":
     _PATCHES |= {"training.models": _use_liger}
+if "ROWS_SHARD_BYTES" in os.environ:
+    _PATCHES |= {"training.data.shards": _prepare_small_shards}
 
 
 class _PatchingFinder:

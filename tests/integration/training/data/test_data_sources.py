@@ -4,9 +4,12 @@ import csv
 import gzip
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -14,12 +17,14 @@ from tests.support.front_door import run_main_quickly
 from tests.support.hub import COMMIT, serve_hub
 from tests.support.jobs import CompletedCommand, run_main, write_yaml
 from tests.support.messages import assert_names
+from tests.support.own_buckets import set_up_fsspec_bucket, set_up_own_bucket
 from tests.support.prepared import prepare, request, rows_of
 from training.data.errors import DataError
 from training.data.prepare import prepare_data
 from training.data.prepared import fetch_prepared, keep_prepared
-from training.data.sources import find_files
-from utils.storage.bucket import NotFoundError, open_store
+from training.data.sources import DataFile, Piece, find_files, open_file
+from utils.storage.bucket import BucketError, NotFoundError, open_store
+from utils.storage.embedded_bucket import EmbeddedBucket
 
 
 def jsonl(*answers: str) -> bytes:
@@ -94,6 +99,44 @@ def test_overwritten_object_has_another_version(data_uri: str, tmp_path: Path):
     upload_objects(data_uri, {"rows/a.jsonl": jsonl("one", "two", "seven")}, tmp_path)
     (after,) = find_files(f"{data_uri}/rows/a.jsonl", 0)
     assert after.version != before.version
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a"])
+def test_rows_are_read_from_the_bucket_in_ranges(
+    bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scheme: str
+):
+    """Without a copy on this node, pieces of a file and complete compressed files have the rows of a copy."""
+    set_up = set_up_own_bucket if scheme == "s3" else set_up_fsspec_bucket
+    uri = set_up(monkeypatch, bucket, "ranges")
+    rows = [{"prompt": f"What is {number}?", "completion": f"{number} " * 30} for number in range(300)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=50, compression="none")
+    parquet = (tmp_path / "c.parquet").read_bytes()
+    upload_objects(
+        uri, {"a.jsonl": lines, "b.jsonl.gz": gzip.compress(lines), "c.parquet": parquet}, tmp_path
+    )
+
+    def read(file: DataFile, cache: Path | None, piece: Piece | None = None) -> list[Any]:
+        return [row for _, row in open_file(file, cache, piece).rows]
+
+    monkeypatch.setattr("utils.storage.bucket._RANGE_BYTES", 1000)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        (file,) = find_files(f"{uri}/{name}", 0)
+        assert read(file, None) == read(file, tmp_path / "cache") == rows
+        if file.is_divisible:
+            bounds = [*range(0, file.size, file.size // 5), file.size]
+            pieces = [read(file, None, Piece(0, begin, end)) for begin, end in pairwise(bounds)]
+            assert [row for piece in pieces for row in piece] == rows
+            assert sum(map(bool, pieces)) > 3
+    opened = open_file(find_files(f"{uri}/a.jsonl", 0)[0], None)
+    (replaced,) = find_files(f"{uri}/a.jsonl", 0)
+    next(opened.rows)
+    upload_objects(uri, {"a.jsonl": lines.upper()}, tmp_path)
+    with pytest.raises(BucketError, match=r"a\.jsonl.*(changed|replaced)"):
+        list(opened.rows)
+    with pytest.raises(BucketError, match=rf"{uri}/a\.jsonl: .*replaced.*Run the same command"):
+        open_file(replaced, None)
 
 
 def test_invalid_row_raises_an_error_with_object_and_line(

@@ -12,8 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request
-from training.data import prepare as preparation
-from training.data import token_files
+from training.data import row_pass, token_files
 from training.data.chunks import Chunk, ChunkResult, ChunkTokenizer
 from training.data.errors import DataError
 from training.data.prepared import SKIPPED_FILE, SUMMARY_FILE
@@ -32,7 +31,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the CPU cores that the preparation sees; chunks have 7 rows and stored batches 10."""
     cores = [0, 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
-    monkeypatch.setattr(preparation, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(row_pass, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(token_files, "_BATCH_ROWS", 10)
     return cores
 
@@ -83,7 +82,7 @@ def test_files_do_not_depend_on_the_number_of_processes(
     cores[:] = [0]
     assert files("one") == several
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "_CHUNK_ROWS", 1000)
+        patch.setattr(row_pass, "_CHUNK_ROWS", 1000)
         assert files("at once") == several
 
 
