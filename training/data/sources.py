@@ -513,13 +513,11 @@ class _Characters:
         return True
 
     def value(self, decoder: json.JSONDecoder, number: int) -> Any:
-        fault: RowError | None = (
-            None  # a key that an object has twice; only the end of the value is needed then
-        )
+        fault: RowError | None = None
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._position)
-            except RowError as error:
+            except RowError as error:  # a key that stands twice: only the end of the value is needed now
                 decoder, fault = json.JSONDecoder(), error
                 continue
             except ValueError as error:
