@@ -466,7 +466,8 @@ def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, A
             text.skip(" \t\r\n")
             if not text.at_end():
                 raise DataError(
-                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL."
+                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL "
+                    '(a line with a list of messages is {"messages": [...]}).'
                 )
             return
         if in_array and number and not text.take(","):
