@@ -335,6 +335,7 @@ _OTHER_NAMES: dict[KeyPath, str] = {
         "model_id": "model model_name model_path base_model_name_or_path pretrained_model_name_or_path",
         "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path",
         "valid_path": "validation_file valid_file val_path eval_path eval_file eval_data validation_path",
+        "max_train_rows": "max_rows num_rows",
         "context_length": "max_len block_size seq_length",
         "sequence_parallel_size": "sp_size cp_size ulysses_size sequence_parallel_degree",
     }.items()
@@ -356,6 +357,8 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
         advice = _other_tools_key_in_section(path)
     if advice:
         return advice
+    if path in (("system_prompt",), ("system_message",), ("system",)):
+        return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
     if path in _OTHER_NAMES:
         return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[path]}`?"
     siblings = _keys_of(path[:-1], data)

@@ -355,6 +355,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("a", "datasets", "train_path", _paths),
     Counterpart("a", "test_datasets", "valid_path", _paths),
     Counterpart("a", "roles_to_train", None, note="`turns` selects the assistant messages in the loss"),
+    Counterpart("h", "eos_token", None, note="the chat template's end marker ends each answer", differs=True),
     Counterpart("a", "train_on_eos", None, note="the end marker of each assistant message is in the loss"),
     Counterpart("l", "dataset", "train_path"),
     Counterpart("l", "eval_dataset", "valid_path"),
@@ -393,6 +394,7 @@ TABLE: tuple[Counterpart, ...] = (
         lambda value: {"raise": "error"}.get(value, value),
     ),
     Counterpart("a", "sample_packing", "packing", bool),
+    Counterpart("h", "packing_strategy", None, note="`packing: true` packs rows by best fit"),
     Counterpart("l", "neat_packing", "packing", bool),
     Counterpart("t", "dataset.packed", "packing", bool),
     Counterpart(

@@ -196,9 +196,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Column = Literal[
     "messages",
     "conversations",
+    "system",
+    "history",
     "tools",
     "prompt",
     "completion",
+    "reasoning",
     "instruction",
     "input",
     "output",

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 from training.data.errors import RowError, check_text, json_type
@@ -25,13 +26,27 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
 _SYSTEM = ("system", "developer")
-_IN_LOSS = ("weight", "train", "trainable", "loss", "loss_mask")
+_CONTENTS = ("content", "value", "text")
+"""Names of a message's content."""
+_IN_LOSS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
 """Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
-_OUT_OF_LOSS = ("mask", "masked")
+_OUT_OF_LOSS = ("mask", "masked", "ignore")
 """Keys that say the opposite."""
+_LOSS_COLUMNS = (
+    *(*_IN_LOSS, "weights", "loss_weights", "sample_weight", "train_on_turn"),
+    *("assistant_mask", "assistant_masks", "completion_mask"),
+)
+"""Names of columns that say what is in the loss."""
+_FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+"""Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
+_RATINGS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
+"""Texts of a label that say how good an answer is; others may be a topic."""
 _TEXT_AND_CALLS = (
     *("role", "from", "content", "value", "text", "name"),
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
@@ -40,6 +55,7 @@ _KNOWN = {*_TEXT_AND_CALLS, *REASONING_KEYS, *_IN_LOSS, *_OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
 
@@ -124,7 +140,7 @@ def listed(value: Any, what: str) -> list[Any]:
 
 
 def turns_of(values: list[Any]) -> list[Any]:
-    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara).
+    """Return the messages of a chat column whose entries are texts (LIMA) or exchanges of `input` and `output` (Capybara, XTuner).
 
     Entries may also be messages as JSON texts, which tables have for messages of different types.
     """
@@ -137,7 +153,9 @@ def turns_of(values: list[Any]) -> list[Any]:
         return values
     messages: list[Any] = []
     for value in values:
-        others = {key: entry for key, entry in value.items() if key not in ("input", "output")}
+        others = {key: entry for key, entry in value.items() if key not in ("system", "input", "output")}
+        if value.get("system"):
+            messages.append({"role": "system", "content": value["system"]})
         messages.append({"role": "user", "content": value["input"]})
         messages.append({"role": "assistant", "content": value["output"], **others})
     return messages
@@ -195,13 +213,14 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
             f"message {position} has the role {short(said)} (keys found: {keys}). Known roles: {', '.join(_ROLES)}",
         )
     at = _at(position, role)
+    _check_written_once(value, at)
     message: Message = {"role": role}
     content = _written_content(value)
     given = [key for key in ("tool_calls", "function_call") if _calls_something(value.get(key))]
     if len(given) == 2:
         raise RowError("two calls", f"{at} has both `tool_calls` and `function_call`. Remove one of them")
     calls = value[given[0]] if given else None
-    if name == "function_call" and not calls:
+    if name in ("function_call", "tool_call") and not calls:
         calls, content = content, ""
     message["content"], thought = _content_of(content, role, at)
     reasoning = _reasoning_of(value, thought, role, at, reading)
@@ -213,7 +232,9 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if calls:
         if role != "assistant":
             raise RowError("role order", f"{at} has tool_calls, which only assistant messages may have")
-        message["tool_calls"] = read_calls(calls, f"message {position}: tool call", reading.tools)
+        message["tool_calls"] = read_calls(
+            calls, f"message {position}: tool call", reading.tools, reading.notes
+        )
     _read_functions(value, at, reading)
     if role == "assistant" and not _is_in_loss(value, at):
         reading.untrained.add(len(reading.messages))
@@ -226,13 +247,33 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
 
 def _written_role(message: dict[str, Any]) -> str:
     """Return the role as a row writes it, in the spelling of the table of roles; empty if it is no text."""
-    said = message.get("role") or message.get("from")
-    return said.lower().replace("-", "_") if isinstance(said, str) else ""
+    return _role_name(message.get("role") or message.get("from"))
+
+
+def _role_name(said: Any) -> str:
+    return said.strip().lower().replace("-", "_") if isinstance(said, str) else ""
 
 
 def _written_content(message: dict[str, Any]) -> Any:
-    """Return a message's content under one of its names, or None."""
-    return next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
+    """Return a message's content under one of its names, or None; a refusal of OpenAI's API is an answer's content."""
+    given = [message[key] for key in (*_CONTENTS, "refusal") if message.get(key) is not None]
+    return next((content for content in given if content not in ("", [])), given[0] if given else None)
+
+
+def _check_written_once(message: dict[str, Any], at: str) -> None:
+    """Reject a message that says its role or its content twice, differently."""
+    contents = [key for key in _CONTENTS if message.get(key) not in (None, "", [])]
+    if any(message[key] != message[contents[0]] for key in contents[1:]):
+        raise RowError(
+            "two contents",
+            f"{at} has different values in {' and '.join(f'`{key}`' for key in contents)}. Remove one of them",
+        )
+    roles = [_ROLES.get(_role_name(message[key])) for key in ("role", "from") if message.get(key)]
+    if len(roles) == 2 and roles[0] != roles[1]:
+        raise RowError(
+            "two roles",
+            f"{at} has the role {short(message['role'])}, but is from {short(message['from'])}. Remove one of them",
+        )
 
 
 def _calls_something(calls: Any) -> bool:
@@ -250,6 +291,8 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
         if content.strip():
             check_text(content, lambda: at)
         return content, ""
+    if role != "tool" and isinstance(content, list | tuple):
+        content = [_part_of(part) for part in content]
     is_parts = (
         isinstance(content, list | tuple)
         and bool(content)
@@ -265,12 +308,21 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
     )
 
 
+def _part_of(part: Any) -> Any:
+    """Return a text, or a text without a type, as a text part."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "text", **part} if isinstance(part, dict) and part.keys() == {"text"} else part
+
+
 def _join_parts(parts: Any, at: str) -> tuple[str, str]:
     texts, thoughts = [], []
     for part in parts:
         kind = part["type"]
         unread = [
-            key for key, entry in part.items() if key not in ("type", "text", "annotations", kind) and entry
+            key
+            for key, entry in part.items()
+            if key not in ("type", "text", "annotations", "cache_control", kind) and entry
         ]
         if unread and kind in ("text", "input_text", "output_text"):
             raise RowError(
@@ -336,6 +388,8 @@ def _is_in_loss(value: dict[str, Any], at: str) -> bool:
 
 def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
     for key, content in value.items():
+        if key == "refusal" and not any(value.get(name) for name in _CONTENTS):
+            continue
         if key in _KNOWN or content is None or content in ("", [], {}):
             continue
         if _MEDIA.fullmatch(key):
@@ -348,8 +402,8 @@ def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
         if is_quality_tag(key, content):
             raise RowError(
                 "quality tag",
-                f"{at} has `{key}` ({short(content)}), which says how good the message is, but every answer is trained. Remove the bad "
-                "messages and the key, or exclude them with weight: 0",
+                f"{at} has `{key}` ({short(content)}), which says how good the message is, but only a column rates an answer, with "
+                "preference_tuning_config: {loss: kto}. Remove the bad messages and the key, exclude them with weight: 0, or write the column",
             )
         reading.notes.append(f"`{key}` of messages is not used")
 
@@ -377,6 +431,12 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
         messages[-1] = {**previous, "tool_calls": message["tool_calls"]}
         return
     is_untrained = {index in reading.untrained for index in (len(messages) - 1, len(messages))}
+    are_calls = previous.keys() == message.keys() == {"role", "content", "tool_calls"}
+    if are_calls and not message["content"] and len(is_untrained) == 1:
+        reading.untrained.discard(len(messages))
+        messages[-1] = {**previous, "tool_calls": [*previous["tool_calls"], *message["tool_calls"]]}
+        reading.notes.append("consecutive calls are merged into one message")
+        return
     if set(message) | set(previous) != {"role", "content"} or len(is_untrained) > 1:
         raise RowError(
             "role order",
@@ -461,9 +521,20 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
     ]
 
 
+def as_context(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message that is not in the loss, unless it says itself whether it is."""
+    is_judged = any(message.get(key) is not None for key in (*_IN_LOSS, *_OUT_OF_LOSS))
+    return message if is_judged else {**message, "weight": 0}
+
+
 def is_answer(message: Any) -> bool:
     """Return whether a value is a message of the assistant, in any of its spellings."""
     return isinstance(message, dict) and _ROLES.get(_written_role(message)) == "assistant"
+
+
+def is_reply(message: Any) -> bool:
+    """Return whether a value is a message of the assistant or the result of a tool."""
+    return isinstance(message, dict) and _ROLES.get(_written_role(message)) in ("assistant", "tool")
 
 
 def is_message(value: Any) -> bool:
@@ -496,9 +567,30 @@ def read_history(value: Any, what: str) -> list[Message]:
     return messages
 
 
+def flag_of(value: Any) -> bool | None:
+    """Return the meaning of true, false, 1 or 0, also as text, or None for another value."""
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower())
+    return _FLAGS.get(value) if isinstance(value, Number) else None
+
+
 def is_quality_tag(key: str, value: Any) -> bool:
     """Return whether a column or a key of a message says how good an answer is."""
-    return key == "kto_tag" or (key in ("label", "score") and isinstance(value, bool | int | float))
+    if key == "kto_tag":
+        return True
+    if isinstance(value, str):
+        text = value.strip().lower()
+        value = value if flag_of(text) is None and text not in _RATINGS and not _NUMBER.fullmatch(text) else 0
+    return key in ("label", "score") and isinstance(value, Number)
+
+
+def excludes_something(key: str, value: Any) -> bool:
+    """Return whether a column says that something is excluded from the loss, or has a weight other than 1."""
+    if key not in (*_LOSS_COLUMNS, *_OUT_OF_LOSS, "masks"):
+        return False
+    included = key in _LOSS_COLUMNS
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(flag_of(each) is not included for each in values)
 
 
 def is_media(key: str) -> bool:

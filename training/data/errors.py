@@ -24,6 +24,16 @@ class RowError(ValueError):
         return RowError, (self.kind, str(self))  # pickle would call RowError(reason)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object (a hook of `json`); raise RowError if it has a key twice, of which Python would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RowError("key twice", f"has the key `{repeated[:40]}` twice in one object. Remove one of them")
+    return found
+
+
 def json_type(value: Any) -> str:
     """Return the JSON type of a value, as error messages name it."""
     names = {

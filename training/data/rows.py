@@ -8,10 +8,14 @@ from typing import Any, get_args
 
 from configs.schema import DataFormat
 from training.data.chats import (
+    as_context,
+    excludes_something,
+    flag_of,
     is_answer,
     is_media,
     is_message,
     is_quality_tag,
+    is_reply,
     listed,
     mapped,
     mask_messages,
@@ -55,10 +59,10 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 }
 """Required columns per format; the first format that matches a row is used. Tokens come first if a row says which are in the loss."""
 _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "preference": ("prompt", "system", "tools", "chat_template_kwargs"),
+    "preference": ("prompt", "history", "system", "tools", "chat_template_kwargs"),
     "messages": ("system", "tools", "loss_mask", "chat_template_kwargs"),
     "conversations": ("system", "tools", "loss_mask", "chat_template_kwargs"),
-    "instruction": ("input", "system", "history", "chat_template_kwargs", *REASONING_KEYS),
+    "instruction": ("input", "system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "prompt_completion": ("system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "classification": (),
     "text": (),
@@ -95,8 +99,6 @@ _UNPAIRED: tuple[DataFormat, ...] = ("messages", "conversations", "prompt_comple
 _CHATS = ("conversations", "messages")
 _RATINGS = ("label", "kto_tag")
 """Columns that say whether the response is good: of TRL, and of LLaMA-Factory."""
-_FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-"""Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,15 @@ def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: t
     for ours, theirs in columns.items():
         if ours in needed and theirs not in row:
             return f"has no column `{theirs}`, which `columns` maps to `{ours}` ({_found(row)})"
+    if is_message(row):
+        return f'is one message. Write one conversation per row: {{"messages": [...]}} ({_found(row)})'
+    lists = [
+        name
+        for name, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if len(row) == 1 and lists:
+        return f"has its rows in a list under `{lists[0]}`. Write the list alone, or one row per line ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
     return f"has no {expected} ({_found(row)}). If the columns have other names, map them, e.g. columns: {{prompt: question}}"
 
@@ -191,7 +202,15 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
     if reading.prompt_template is not None:
         filled = _fill(row, reading.prompt_template, reading.columns)
         names = {reading.columns.get(name, name) for name in places_of(reading.prompt_template)}
-        return replace(filled, notes=_judge_unread(row, names, reading.task))
+        for name in _OPTIONAL_COLUMNS["instruction"]:
+            theirs = reading.columns.get(name, name)
+            if theirs not in names and row.get(theirs) not in (None, "", [], {}):
+                raise RowError(
+                    "unused column",
+                    f"has a column `{theirs}`, which prompt_template does not name. Add {{{theirs}}} to prompt_template, or ignore the column "
+                    f"with ignore_columns: [{theirs}]",
+                )
+        return replace(filled, notes=_judge_unread(row, names, reading))
     example = _read_columns(row, reading)
     if isinstance(example, Chat | Pair) and row.get("chat_template_kwargs"):
         example = replace(example, variables=_variables_of(row["chat_template_kwargs"]))
@@ -240,6 +259,8 @@ def _variables_of(value: Any) -> dict[str, Any]:
 def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
     """Read a row by its format, and note or reject the columns that the format does not use."""
     known = ALL_COLUMNS[reading.data_format]
+    if reading.data_format == "prompt_completion" and reading.task == "instruction_tuning":
+        row = _with_prompt_as_context(row, reading.columns)
     if reading.task == "preference_tuning":
         is_pair = reading.data_format == "preference"
         known = known.union(_prompt_columns(row, reading.columns) if is_pair else _RATINGS)
@@ -247,8 +268,19 @@ def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
         return _READERS[reading.data_format](row, reading.columns)
     columns = _columns_of(row, reading.columns, reading.data_format)
     example = _READERS[reading.data_format](row, columns)
-    unread = _judge_unread(row, {columns.get(name, name) for name in known}, reading.task)
+    unread = _judge_unread(row, {columns.get(name, name) for name in known}, reading)
     return replace(example, notes=(*example.notes, *unread)) if unread else example
+
+
+def _with_prompt_as_context(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row whose prompt excludes its answers from the loss, unless they say that they are in it."""
+    name = _name_of(row, columns, "prompt")
+    if row.get(name) is None:
+        return row
+    messages = _side(row, "prompt", "user", {**columns, "prompt": name})
+    if not any(map(is_answer, messages)):
+        return row
+    return {**row, name: [as_context(message) if is_answer(message) else message for message in messages]}
 
 
 def _columns_of(
@@ -256,6 +288,15 @@ def _columns_of(
 ) -> Mapping[str, str]:
     """Return the mapping of columns, extended by the names of other tools that this row has."""
     found = {name: _name_of(row, columns, name) for name in ALL_COLUMNS[data_format]}
+    for name, theirs in found.items():
+        others = [
+            each for each in _OTHER_NAMES.get(name, ()) if row.get(each) not in (None, "", row.get(theirs))
+        ]
+        if name not in columns and theirs != name and others:
+            raise RowError(
+                "two columns",
+                f"has `{theirs}` and `{others[0]}`, which may both be the {name}. Choose one with columns: {{{name}: {others[0]}}}",
+            )
     return {**columns, **{name: theirs for name, theirs in found.items() if theirs != name}}
 
 
@@ -266,9 +307,10 @@ def _name_of(row: dict[str, Any], columns: Mapping[str, str], name: str) -> str:
     return next((each for each in (name, *_OTHER_NAMES.get(name, ())) if row.get(each) is not None), name)
 
 
-def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str, ...]:
+def _judge_unread(row: dict[str, Any], used: set[str], reading: RowSchema) -> tuple[str, ...]:
     """Return a note for each column that is not used; reject columns that change what should be learned."""
-    notes = []
+    task, notes = reading.task, []
+    standard = {theirs: ours for ours, theirs in reading.columns.items()}
     for name, value in row.items():
         if name in used or value is None or value in ("", [], {}):
             continue
@@ -277,23 +319,36 @@ def _judge_unread(row: dict[str, Any], used: set[str], task: Task) -> tuple[str,
                 "unsupported content",
                 f"has a column `{name}`. Only text is supported. If the text does not need it, set ignore_columns: [{name}]",
             )
-        if task == "instruction_tuning" and is_quality_tag(
-            name, value
-        ):  # the bad answers would be trained too
+        key = standard.get(name, name)
+        is_rated = is_quality_tag(key, value) and (reading.data_format != "text" or _is_verdict(key, value))
+        if task in ("instruction_tuning", "causal_lm") and is_rated:  # the bad answers would be trained too
             raise RowError(
                 "quality tag",
-                f"has a column `{name}` ({short(value)}), which says how good the answer is, but task: instruction_tuning trains every "
+                f"has a column `{name}` ({short(value)}), which says how good the answer is, but task: {task} trains every "
                 f"answer. Remove the bad rows and the column, ignore it with ignore_columns: [{name}], or use task: preference_tuning (true or "
                 "false needs preference_tuning_config: {loss: kto})",
             )
-        if name in ("weight", "loss_mask", "loss", "train", "trainable") and value not in (1, True):
+        if excludes_something(key, value):
+            advice = {
+                "tokens": "Write what it excludes as `labels`",
+                "messages": "Write what it excludes as `loss_mask`",
+            }
+            fix = advice.get(
+                reading.data_format.replace("conversations", "messages"),
+                "Remove it, and the rows that it excludes",
+            )
             raise RowError(
                 "wrong weight",
-                f"has a column `{name}`, which is not supported for this format. Remove it, and the rows that it excludes, or ignore it with "
-                f"ignore_columns: [{name}]",
+                f"has a column `{name}` ({short(value)}), which says what is in the loss, but is not read in this format. {fix}, or ignore it "
+                f"with ignore_columns: [{name}]",
             )
         notes.append(f"column `{name}` is not used")
     return tuple(notes)
+
+
+def _is_verdict(key: str, value: Any) -> bool:
+    """Return whether a column beside a plain text says that it is good or bad; a number is usually its class or a filter's score."""
+    return key in _RATINGS and str(value).strip().lower() in ("true", "false")
 
 
 def _rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
@@ -304,12 +359,18 @@ def _rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
 def _rated(chat: Chat, row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     """Return the last answer of a chat as the chosen or the rejected response, by the row's label."""
     rating = _rating_of(row, columns)
+    given = {name: value for name in _RATINGS if (value := mapped(row, columns, name)) is not None}
+    if len({flag_of(value) for value in given.values()}) > 1:
+        raise RowError(
+            "two labels",
+            f"has {' and '.join(f'{_called(name, columns)} ({short(value)})' for name, value in given.items())}. Remove one of them",
+        )
     if rating is None:
         raise RowError(
             "no label",
             "has neither `chosen` and `rejected` nor a `label` (or `kto_tag`) of true or false for its answer",
         )
-    is_good = _FLAGS.get(rating.strip().lower() if isinstance(rating, str) else rating)
+    is_good = flag_of(rating)
     if is_good is None:
         raise RowError(
             "wrong label", f"has the label {short(rating)}. Use true for a good answer, false for a bad one"
@@ -407,12 +468,11 @@ def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]
 
 
 def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    messages = [
-        *_history_of(row, columns),
-        *_side(row, "prompt", "user", columns),
-        *_side(row, "completion", "assistant", columns),
-    ]
-    messages[-1] = _with_reasoning(messages[-1], row)
+    prompt = _side(row, "prompt", "user", columns)
+    completion = _answer_side(row, "completion", [], columns)
+    _check_no_prefix(prompt, completion, "completion", columns)
+    messages = [*_history_of(row, columns), *prompt, *completion]
+    messages[-1] = _with_reasoning(messages[-1], row, columns)
     return read_chat(messages, "the row", _tools_of(row, columns), system=_system_of(row, columns))
 
 
@@ -421,22 +481,24 @@ def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
         *_history_of(row, columns),
         *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
     ]
-    messages[-1] = _with_reasoning(messages[-1], row)
-    return read_chat(messages, "the row", system=_system_of(row, columns))
+    messages[-1] = _with_reasoning(messages[-1], row, columns)
+    return read_chat(messages, "the row", _tools_of(row, columns, wrap=True), system=_system_of(row, columns))
 
 
 def _question_of(row: dict[str, Any], columns: Mapping[str, str]) -> str:
     """Return the instruction of a row, with its input if it has one."""
-    question = _text_of(row, "instruction", columns)
-    more = mapped(row, columns, "input")
+    question, more = mapped(row, columns, "instruction"), mapped(row, columns, "input")
     if more is None or (isinstance(more, str) and not more.strip()):
-        return question
-    return f"{question}\n\n{_text_of(row, 'input', columns)}"
+        return _text_of(row, "instruction", columns)
+    text = _text_of(row, "input", columns)
+    if isinstance(question, str) and not question.strip():
+        return text
+    return f"{_text_of(row, 'instruction', columns)}\n\n{text}"
 
 
-def _with_reasoning(answer: Any, row: dict[str, Any]) -> Any:
+def _with_reasoning(answer: Any, row: dict[str, Any], columns: Mapping[str, str]) -> Any:
     """Add the reasoning of columns beside the answer to it."""
-    reasoning = {key: row[key] for key in REASONING_KEYS if row.get(key)}
+    reasoning = {key: value for key in REASONING_KEYS if (value := mapped(row, columns, key))}
     return {**answer, **reasoning} if reasoning and isinstance(answer, dict) else answer
 
 
@@ -483,11 +545,61 @@ def _side(row: dict[str, Any], name: str, role: str, columns: Mapping[str, str])
     return [{"role": role, "content": _text_of(row, name, columns)}]
 
 
+def _answer_side(row: dict[str, Any], name: str, prompt: list[Any], columns: Mapping[str, str]) -> list[Any]:
+    """Convert an answer column into messages. A text is the answer, unless it holds the assistant's messages or repeats the prompt.
+
+    Args:
+        row: The row.
+        name: Standard name of the column.
+        prompt: The messages that the text may repeat.
+        columns: Standard column name -> column name in the file.
+    """
+    value = mapped(row, columns, name)
+    if isinstance(value, str):
+        messages = written_turns(value) or _written_messages(value)
+        is_continued = bool(messages) and is_answer(messages[0]) and all(map(is_reply, messages))
+        if not is_continued and not any(
+            same_words(message, each) for message in messages for each in prompt[-1:]
+        ):
+            return [{"role": "assistant", "content": _text_of(row, name, columns)}]
+    return _side(row, name, "assistant", columns)
+
+
+def _check_no_prefix(prompt: list[Any], answer: list[Any], name: str, columns: Mapping[str, str]) -> None:
+    """Reject a prompt that ends with the start of the answer: only a part of that message would be in the loss."""
+    if prompt and is_answer(prompt[-1]) and is_answer(answer[0]):
+        raise RowError(
+            "unfinished answer",
+            f"{_called('prompt', columns)} ends with an assistant message, which {_called(name, columns)} continues. Move its text to the start "
+            f"of {_called(name, columns)}, or end the prompt with a user message",
+        )
+
+
+def _joined(prompt: list[Any], side: list[Any], name: str, columns: Mapping[str, str]) -> list[Any]:
+    """Return the messages of a side of a pair after its prompt, of which the side may repeat the last messages or all."""
+    ends = [place for place, message in enumerate(side[:-1]) if prompt and same_words(message, prompt[-1])]
+    for end in ends:
+        repeated = min(len(prompt), end + 1)
+        if all(
+            same_words(mine, theirs)
+            for mine, theirs in zip(prompt[-repeated:], side[end + 1 - repeated : end + 1], strict=True)
+        ):
+            return [*prompt[:-repeated], *side]
+    if ends and not is_answer(side[0]):
+        raise RowError(
+            "two prompts",
+            f"repeats the last message of {_called('prompt', columns)}, but has other messages before it. Remove the prompt from "
+            f"{_called(name, columns)}",
+        )
+    _check_no_prefix(prompt, side, name, columns)
+    return [*prompt, *side]
+
+
 def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:
     """Return the messages before both answers of a pair."""
     match _prompt_columns(row, columns):
-        case ["prompt"]:
-            return _side(row, "prompt", "user", columns)
+        case ["prompt", *_]:
+            return [*_history_of(row, columns), *_side(row, "prompt", "user", columns)]
         case ["instruction", *_]:
             return [*_history_of(row, columns), {"role": "user", "content": _question_of(row, columns)}]
         case [name]:
@@ -505,7 +617,7 @@ def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any
 def _prompt_columns(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns that hold the prompt of a pair: `prompt`, or those that LLaMA-Factory has in its place."""
     if mapped(row, columns, "prompt") is not None:
-        return ("prompt",)
+        return ("prompt", "history")
     if mapped(row, columns, "instruction") is not None:
         return ("instruction", "input", "history")
     if _has_no_question(mapped(row, columns, "chosen")):
@@ -528,11 +640,9 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     tools, system = _tools_of(row, columns), _system_of(row, columns)
     chats: list[Chat] = []
     for name in ("chosen", "rejected"):
-        side = _side(row, name, "assistant", columns)
-        # Some data sets repeat the prompt, or all messages before the answer, in both responses.
-        repeats = bool(prompt) and any(same_words(message, prompt[-1]) for message in side[:-1])
+        side = _answer_side(row, name, prompt, columns) if prompt else _side(row, name, "assistant", columns)
         try:
-            messages = side if repeats else [*prompt, *side]
+            messages = _joined(prompt, side, name, columns)
             chats.append(read_chat(messages, _called(name, columns), tools, system=system))
         except RowError as error:
             raise RowError(error.kind, f"{_called(name, columns)}: {error}") from None
@@ -562,8 +672,10 @@ def _read_preference(row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
         )
     notes = tuple(dict.fromkeys(note for chat in chats for note in chat.notes))
     if any(
-        isinstance(text := mapped(row, columns, name), str) and written_turns(text)
-        for name in ("chosen", "rejected")
+        isinstance(text := mapped(row, columns, name), str)
+        and written_turns(text)
+        and messages[-1].get("content") != text
+        for name, messages in (("chosen", chosen), ("rejected", rejected))
     ):
         notes = (*notes, "texts with `Human:` and `Assistant:` are read as messages")
     return Pair(chosen[:same], chosen[same:], rejected[same:], chats[0].tools, notes=notes)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type
+from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type, unique_keys
 from training.data.hub import hub_errors, hub_version, is_hub_dataset, parse_hub_uri, parts_of, text_files
 from training.data.json_columns import rows_of_batch
 from utils.files import checksum
@@ -45,7 +45,9 @@ _NOT_READ = (".zip", ".xlsx", ".bz2", ".xz", ".tar", ".tgz", ".7z")
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
 _TABLES = {",": "CSV", "\t": "TSV"}
-_SPLIT = re.compile(r"(?:^|[/_.-])(train|training|valid|validation|val|dev|eval|test)(?=[/_.-]|$)")
+_SPLIT = re.compile(
+    r"(?:^|[/_.-])(train|training|valid|validation|val|dev|eval|evaluation|test|holdout|heldout|held_out)(?=[/_.-]|$)"
+)
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _PARQUET_ROWS = 1000
 _HEAD_BYTES = 64
@@ -128,15 +130,15 @@ def _files_at(place: str) -> list[tuple[str, str]]:
 
 
 def _reject_several_splits(uris: list[str], directory: str) -> None:
-    """Reject a directory with files of several splits, which would be trained together."""
+    """Reject a directory with files of several splits, which would be trained together; a file without a split's name may train."""
     by_split: dict[str, str] = {}
     for uri in uris:
-        if found := _SPLIT.search(uri.removeprefix(directory).lower()):
-            by_split.setdefault(_SAME_SPLIT.get(found[1], found[1]), uri)
+        found = _SPLIT.search(uri.removeprefix(directory).lower())
+        by_split.setdefault(_SAME_SPLIT.get(found[1], found[1]) if found else "train", uri)
     if len(by_split) > 1:
         raise DataError(
             f"{directory}: contains files of several splits ({', '.join(sorted(by_split.values()))}). Name the file, or a pattern such as "
-            f"{directory.rstrip('/')}/*train*."
+            f"{directory.rstrip('/')}/*train*; {directory.rstrip('/')}/**/* takes all of them."
         )
 
 
@@ -415,7 +417,10 @@ def _too_large(size: int) -> RowError:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        value = json.loads(line.decode("utf-8-sig" if line.startswith(codecs.BOM_UTF8) else "utf-8"))
+        text = line.decode("utf-8-sig" if line.startswith(codecs.BOM_UTF8) else "utf-8")
+        value = json.loads(text, object_pairs_hook=unique_keys)
+    except RowError as error:
+        return error
     except UnicodeDecodeError as error:
         return RowError("not UTF-8", f"is not valid UTF-8 (byte {error.start + 1}). Save the file as UTF-8")
     except ValueError as error:
@@ -428,7 +433,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 def _checked_object(value: Any, expected: str) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict | RowError):
         return value
     return RowError("no object", f"is {json_type(value)}. {expected}")
 
@@ -444,7 +449,7 @@ def _read_json(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]
 
 
 def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     text = _Characters(stream, uri)
     text.skip(" \t\r\n")
     in_array = text.take("[")
@@ -461,7 +466,8 @@ def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, A
             text.skip(" \t\r\n")
             if not text.at_end():
                 raise DataError(
-                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL."
+                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL "
+                    '(a line with a list of messages is {"messages": [...]}).'
                 )
             return
         if in_array and number and not text.take(","):
@@ -508,9 +514,13 @@ class _Characters:
         return True
 
     def value(self, decoder: json.JSONDecoder, number: int) -> Any:
+        fault: RowError | None = None
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._position)
+            except RowError as error:  # a key that stands twice: only the end of the value is needed now
+                decoder, fault = json.JSONDecoder(), error
+                continue
             except ValueError as error:
                 if len(self._text) - self._position > MAX_ROW_BYTES:
                     raise DataError(
@@ -529,7 +539,7 @@ class _Characters:
             if end == len(self._text) and self._grow():
                 continue  # a number may continue after the end of the window
             size, self._position = end - self._position, end
-            return _too_large(size) if size > MAX_ROW_BYTES else value
+            return _too_large(size) if size > MAX_ROW_BYTES else fault or value
 
 
 def _read_table(stream: io.BufferedReader, uri: str, separator: str) -> Iterator[tuple[int, Any]]:

@@ -137,6 +137,10 @@ class Tally:
                 f"{sources}: {self.too_long_rows:,} rows exceed the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
                 "Increase context_length, shorten these rows, or set long_rows to truncate or drop."
             )
+        if self.rows == 0 and not self.dropped:
+            raise DataError(
+                f"{sources}: no row is in this part of the split: with few rows, a share can be empty. Increase valid_split, or set valid_path."
+            )
         if self.rows == 0:
             advice = (
                 "Increase context_length."

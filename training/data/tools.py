@@ -4,9 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from training.data.errors import RowError, check_text, json_type
+from training.data.errors import RowError, check_text, json_type, unique_keys
 
 Tool = dict[str, Any]
+_NAMES_OF_ARGUMENTS = ("args", "argument", "input", "params", "parameter", "kwargs")
+"""Names that other tools have for the arguments of a call."""
 
 
 def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
@@ -25,13 +27,18 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
         value = parse_json(value, what) if value.strip() else None
     if not value:
         return None
+    if isinstance(value, dict) and ("function" in value or isinstance(value.get("name"), str)):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of JSON schemas")
     tools: list[Tool] = []
     for number, tool in enumerate(value, start=1):
+        is_written = is_text or isinstance(tool, str)
+        if isinstance(tool, str) and tool.lstrip().startswith("{"):
+            tool = parse_json(tool, f"tool {number} of {what}")
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
-        clean = tool if is_text else _without_filler(tool)  # Arrow fills in no nulls inside a text
+        clean = tool if is_written else _without_filler(tool)  # Arrow fills in no nulls inside a text
         is_bare = "function" not in clean and isinstance(clean.get("name"), str)
         tools.append({"type": "function", "function": clean} if wrap and is_bare else clean)
     check_json(tools, what)
@@ -65,13 +72,14 @@ def _allows_null(schema: Any) -> bool:
     )
 
 
-def read_calls(value: Any, what: str, tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+def read_calls(value: Any, what: str, tools: Sequence[Tool] | None, notes: list[str]) -> list[dict[str, Any]]:
     """Return the tool calls of a message, with their arguments as objects.
 
     Args:
         value: A list of calls, one call, or the JSON text of either.
         what: Name of the message and key in messages.
         tools: The row's tools, whose schemas tell which nulls are meant.
+        notes: Gets a note if null arguments are removed.
 
     Raises:
         RowError: A call has no name, or its arguments are not an object.
@@ -81,10 +89,10 @@ def read_calls(value: Any, what: str, tools: Sequence[Tool] | None) -> list[dict
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list")
-    return [_read_call(call, f"{what} {number}", tools) for number, call in enumerate(calls, 1)]
+    return [_read_call(call, f"{what} {number}", tools, notes) for number, call in enumerate(calls, 1)]
 
 
-def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, Any]:
+def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[str]) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
@@ -106,11 +114,13 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None) -> dict[str, 
         and key not in ("id", "type", "index", "function", "name", "arguments", "parameters")
     )
     if unknown:
-        raise RowError(
-            "unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. Remove it"
-        )
+        is_arguments = not given and unknown[0] in _NAMES_OF_ARGUMENTS
+        advice = "Rename it to `arguments`" if is_arguments else "Remove it"
+        raise RowError("unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. {advice}")
     if not is_text:  # Arrow fills in no nulls inside a text
-        arguments = _without_foreign_nulls(arguments, name, tools)
+        given_arguments, arguments = arguments, _without_foreign_nulls(arguments, name, tools)
+        if arguments != given_arguments:
+            notes.append("null arguments of calls are removed, unless the schema of the tool allows null")
     check_json([name, arguments], what)
     clean: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if isinstance(call.get("id"), str) and call["id"]:
@@ -122,24 +132,36 @@ def _without_foreign_nulls(
     arguments: dict[str, Any], name: str, tools: Sequence[Tool] | None
 ) -> dict[str, Any]:
     """Remove null arguments unless the tool's schema allows null there: Arrow adds the arguments of other calls."""
-    if None not in arguments.values():
-        return arguments
-    properties: dict[str, Any] = {}
+    schema: Any = None
     for tool in tools or ():
         function = tool.get("function", tool)
         if function.get("name") == name:
-            properties = (function.get("parameters") or {}).get("properties") or {}
+            schema = function.get("parameters")
+    return _without_nulls(arguments, schema)
+
+
+def _without_nulls(value: Any, schema: Any) -> Any:
+    """Remove the null keys of a value and of those inside it, unless the schema allows null there."""
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(entry, schema.get("items")) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    properties = schema.get("properties")
+    inner = properties if isinstance(properties, dict) else {}
     return {
-        key: value
-        for key, value in arguments.items()
-        if value is not None or _allows_null(properties.get(key))
+        key: _without_nulls(entry, inner.get(key))
+        for key, entry in value.items()
+        if entry is not None or _allows_null(inner.get(key))
     }
 
 
 def parse_json(value: str, what: str) -> Any:
     """Parse JSON text inside a row; raise RowError if it is invalid."""
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unique_keys)
+    except RowError as error:
+        raise RowError(error.kind, f"{what} {error}") from None
     except ValueError as error:
         raise RowError("not JSON", f"{what} is a string that is not valid JSON ({error})") from None
     except RecursionError:

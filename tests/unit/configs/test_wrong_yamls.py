@@ -38,6 +38,10 @@ CASES: list[tuple[str, str, str, str]] = [
     ("fp16: true", "`dtype: fp32`", "dtype: fp32", ""),
     ("load_in_8bit: true", "`load_in_4bit: true`", "load_in_4bit: true", "lora_config"),
     ("neftune_noise_alpha: 5", "remove it", "", ""),
+    ("max_rows: 100", "`max_train_rows`", "max_train_rows: 100", ""),
+    ("packing_strategy: bfd", "`packing: true`", "packing: true", ""),
+    ("eos_token: <|end|>", "remove it", "", ""),
+    ("system_prompt: Be brief.", "remove it, and write the system message into the rows", "", ""),
     ("max_samples: 100", "`max_train_rows: 100`", "max_train_rows: 100", ""),
     ("lora_r: 16", "`lora_config: {r: 16}`", "lora_config: {r: 16}", ""),
     (

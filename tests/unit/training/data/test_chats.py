@@ -1,5 +1,6 @@
 """Spellings of other tools are read as chats, and nothing that a row says is dropped without an error or a note."""
 
+import json
 from typing import Any
 
 import pytest
@@ -199,6 +200,9 @@ def test_reasoning_is_read_under_each_of_its_names(key: str):
         {"loss_mask": 0},
         {"mask": True},
         {"masked": True},
+        {"training": False},
+        {"loss_weight": 0},
+        {"ignore": True},
     ],
 )
 def test_each_key_that_excludes_a_turn_takes_it_out_of_the_loss(excluded: dict[str, Any]):
@@ -251,6 +255,7 @@ def test_nulls_that_arrow_adds_are_removed_and_others_stay():
     chat = read(
         {"tools": tools, "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [called]}]}
     )
+    assert any("null arguments" in note for note in chat.notes)
     assert chat.tools[0]["function"]["parameters"]["properties"] == {"x": {"type": "string"}, "z": nullable}
     assert chat.tools[1]["function"]["parameters"]["properties"] == {"y": {"enum": ["u", None]}}
     assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": "1", "z": None}
@@ -500,3 +505,80 @@ def test_a_tool_message_follows_a_call_that_is_written_as_text():
         read({"messages": [USER, CALLING, parts, ANSWER]}).messages[2]["content"]
         == '[{"type": "hotel", "name": "X"}]'
     )
+
+
+def test_nulls_inside_arguments_are_removed_unless_the_schema_allows_them():
+    """Parquet has one type for all values of a column, so JSON Lines and Parquet give the same call."""
+    inner = {"properties": {"c": {"type": ["string", "null"]}}}
+    parameters = {"properties": {"x": inner, "y": {"type": "array", "items": inner}}}
+    tools = [{"type": "function", "function": {"name": "a", "parameters": parameters}}]
+    arguments = {"x": {"a": 1, "b": None, "c": None}, "y": [{"a": {"d": None}, "c": None}, None]}
+    called = {"name": "a", "arguments": arguments}
+    chat = read({"tools": tools, "messages": [USER, {"role": "assistant", "tool_calls": [called]}]})
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {
+        "x": {"a": 1, "c": None},
+        "y": [{"a": {}, "c": None}, None],
+    }
+
+
+@pytest.mark.parametrize("key", ["args", "input"])
+def test_arguments_under_another_name_are_to_be_renamed(key: str):
+    with pytest.raises(RowError, match=f"`{key}`.*Rename it to `arguments`"):
+        read({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "a", key: {"x": 1}}]}]})
+
+
+def test_tools_may_be_texts_or_one_object():
+    tool = {"type": "function", "function": LOOK}
+    for tools in ([json.dumps(tool)], tool, [tool]):
+        assert read({"messages": [USER, CALLING], "tools": tools}).tools == [tool]
+    assert read({"instruction": "Hi", "output": "Hello", "tools": [LOOK]}).tools == [tool]
+
+
+@pytest.mark.parametrize(
+    ("message", "facts"),
+    [
+        ({"from": "human", "value": "Hi", "text": "Hello"}, ("message 1 (user)", "`value`", "`text`")),
+        ({"role": "user", "from": "gpt", "content": "Hi"}, ("message 1 (user)", "'user'", "'gpt'")),
+    ],
+)
+def test_a_message_that_says_two_things_is_rejected(message: dict[str, Any], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read({"messages": [message, ANSWER]})
+    assert_names(str(caught.value), *facts)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**ANSWER, "content": None, "refusal": "21 degrees"},
+        {**ANSWER, "content": "", "value": "21 degrees", "from": "gpt"},
+        {**ANSWER, "content": [{"text": "21 degrees"}]},
+        {**ANSWER, "content": ["21 ", "degrees"]},
+        {
+            **ANSWER,
+            "content": [{"type": "text", "text": "21 degrees", "cache_control": {"type": "ephemeral"}}],
+        },
+        {**ANSWER, "role": "Assistant "},
+    ],
+)
+def test_spellings_of_an_answer_are_read_as_one_text(message: dict[str, Any]):
+    chat = read({"messages": [USER, message]})
+    assert chat.messages == [USER, ANSWER]
+    assert chat.notes == ()
+
+
+def test_consecutive_calls_become_one_message():
+    """ShareGPT has one turn for each call."""
+    call = '{"name": "look", "arguments": {}}'
+    turns = [
+        {"from": "human", "value": "How warm is it?"},
+        {"from": "function_call", "value": call},
+        {"from": "tool_call", "value": call},
+        {"from": "tool_response", "value": "21"},
+        {"from": "ipython", "value": "21"},
+        {"from": "gpt", "value": "21 degrees"},
+    ]
+    chat = read({"conversations": turns})
+    calling = {**CALLING, "tool_calls": [CALL, CALL]}
+    assert chat.messages == [USER, calling, RESULT, RESULT, ANSWER]
+    assert chat.notes == ("consecutive calls are merged into one message",)

@@ -1,4 +1,5 @@
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -189,6 +190,168 @@ def test_preference_rows_become_pairs_with_a_common_prompt():
         read({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
 
 
+@pytest.mark.parametrize(
+    ("prompt", "side"),
+    [
+        ([SYSTEM, USER], [USER]),
+        ([SYSTEM, USER], [SYSTEM, USER]),
+        ([USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], []),
+    ],
+)
+def test_sides_of_a_pair_may_repeat_the_end_of_the_prompt(
+    prompt: list[dict[str, Any]], side: list[dict[str, Any]]
+):
+    five = {"role": "assistant", "content": "5"}
+    row = {"prompt": prompt, "chosen": [*side, ASSISTANT], "rejected": [*side, five]}
+    assert read(row, "preference_tuning") == Pair([SYSTEM, USER], [ASSISTANT], [five])
+    as_texts = {name: json.dumps(value) for name, value in row.items()}
+    assert read(as_texts, "preference_tuning") == read(row, "preference_tuning")
+
+
+def test_sides_of_a_pair_with_another_prompt_are_rejected():
+    other = {**SYSTEM, "content": "Be long."}
+    row = {"prompt": [SYSTEM, USER], "chosen": [other, USER, ASSISTANT], "rejected": "5"}
+    with pytest.raises(RowError, match=r"`chosen`: repeats the last message of `prompt`"):
+        read(row, "preference_tuning")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]),
+        '[{"from": "alice@x.com"}]',
+        '[{"role": "Agent"}]',
+        "\n\nHuman: Hi\n\nAssistant: Hello",
+    ],
+)
+def test_an_answer_that_looks_like_messages_is_a_text(answer: str):
+    message = {"role": "assistant", "content": answer}
+    assert read({"prompt": "2 + 2?", "completion": answer}) == Chat([USER, message])
+    pair = read({"prompt": "2 + 2?", "chosen": answer, "rejected": "4"}, "preference_tuning")
+    assert pair == Pair([USER], [message], [ASSISTANT])
+    assert isinstance(pair, Pair)
+    assert pair.notes == ()
+
+
+def test_an_answer_may_be_the_json_text_of_assistant_messages():
+    assert read({"prompt": "2 + 2?", "completion": json.dumps([ASSISTANT])}) == Chat([USER, ASSISTANT])
+
+
+@pytest.mark.parametrize("task", ["instruction_tuning", "causal_lm"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        *({"label": value} for value in (False, "false", "0", "bad", Decimal("0.1"), "0.5", 0.5)),
+        *({"score": value} for value in ("0.1", Decimal(1), "-3")),
+    ],
+    ids=str,
+)
+def test_a_quality_tag_is_rejected_in_each_spelling(task: Task, tag: dict[str, Any]):
+    with pytest.raises(RowError, match=rf"`{next(iter(tag))}`.*task: {task}"):
+        read({"prompt": "2 + 2?", "completion": "5", **tag}, task)
+
+
+def test_a_label_under_another_name_is_a_quality_tag():
+    with pytest.raises(RowError, match="`is_good`"):
+        read({"prompt": "2 + 2?", "completion": "5", "is_good": False}, columns={"label": "is_good"})
+
+
+def test_a_topic_or_a_class_is_no_quality_tag():
+    row = {"prompt": "2 + 2?", "completion": "4", "label": "maths"}
+    assert read(row) == Chat([USER, ASSISTANT])
+    for tag in ({"label": 1}, {"score": 3.2}):  # as AG News and FineWeb-Edu have them
+        assert read({"text": "2 + 2 = 4", **tag}, "causal_lm") == Text("2 + 2 = 4")
+    with pytest.raises(RowError, match="`label`"):
+        read({"text": "2 + 2 = 5", "label": "false"}, "causal_lm")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *({"mask": [0, 1]}, {"mask": 1}, {"masked": True}, {"loss_weight": 0}, {"weights": [0, 1]}),
+        *({"assistant_mask": [0, 1]}, {"sample_weight": 0.5}, {"training": False}, {"ignore": True}),
+    ],
+    ids=str,
+)
+def test_a_column_that_excludes_something_is_rejected(column: dict[str, Any]):
+    name = next(iter(column))
+    with pytest.raises(RowError, match=rf"`{name}`.*`loss_mask`"):
+        read({"messages": [USER, ASSISTANT] * 2, **column})
+    with pytest.raises(RowError, match=rf"`{name}`.*`labels`"):
+        read({"input_ids": [5, 6], "labels": [5, 6], **column})
+
+
+@pytest.mark.parametrize("column", [{"weight": "1"}, {"weights": [1, 1.0]}, {"mask": False}], ids=str)
+def test_a_column_that_excludes_nothing_is_noted(column: dict[str, Any]):
+    assert read({"prompt": "2 + 2?", "completion": "4", **column}) == Chat([USER, ASSISTANT])
+
+
+def test_answers_in_a_prompt_are_context():
+    """TRL trains the completion alone."""
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
+    assert read(row) == Chat([USER, ASSISTANT] * 2, untrained=(1,))
+    assert read({name: json.dumps(value) for name, value in row.items()}) == read(row)
+    assert read({**row, "system": "Be brief."}) == Chat([SYSTEM, *[USER, ASSISTANT] * 2], untrained=(2,))
+    assert read(row, "causal_lm") == Chat([USER, ASSISTANT] * 2)
+    for trained, untrained in (({"weight": 1}, ()), ({"train": True}, ()), ({"weight": None}, (1,))):
+        prompt = [USER, ASSISTANT | trained, USER]
+        assert read({**row, "prompt": prompt}) == Chat([USER, ASSISTANT] * 2, untrained=untrained)
+
+
+@pytest.mark.parametrize(
+    ("answer", "task"),
+    [
+        ({"completion": "4"}, "instruction_tuning"),
+        ({"completion": "4", "label": True}, "preference_tuning"),
+        ({"chosen": "4", "rejected": "5"}, "preference_tuning"),
+    ],
+)
+def test_a_prompt_that_begins_the_answer_is_rejected(answer: dict[str, Any], task: Task):
+    prompt = [USER, {"role": "assistant", "content": "It is "}]
+    with pytest.raises(RowError, match="`prompt` ends with an assistant message"):
+        read({"prompt": prompt, **answer}, task, unpaired=True)
+
+
+def test_two_labels_that_differ_are_rejected():
+    row = {"prompt": "2 + 2?", "completion": "4", "label": True}
+    with pytest.raises(RowError, match=r"`label` \(True\) and `kto_tag` \(False\)"):
+        read({**row, "kto_tag": False}, "preference_tuning", unpaired=True)
+    read({**row, "kto_tag": "true"}, "preference_tuning", unpaired=True)
+
+
+def test_a_pair_may_have_a_history():
+    five = {"role": "assistant", "content": "5"}
+    row = {"prompt": "2 + 2?", "history": [["2 + 2?", "4"]], "chosen": "4", "rejected": "5"}
+    assert read(row, "preference_tuning") == Pair([USER, ASSISTANT, USER], [ASSISTANT], [five])
+
+
+def test_an_empty_instruction_with_an_input_is_a_question():
+    assert read({"instruction": "", "input": "2 + 2?", "output": "4"}) == Chat([USER, ASSISTANT])
+
+
+def test_columns_may_map_system_history_and_reasoning():
+    row = {
+        "prompt": "2 + 2?",
+        "completion": "4",
+        "who": "Be brief.",
+        "past": [["2 + 2?", "4"]],
+        "why": "Sum.",
+    }
+    chat = read(row, columns={"system": "who", "history": "past", "reasoning": "why"})
+    reasoned = ASSISTANT | {"reasoning_content": "Sum."}
+    assert chat == Chat([SYSTEM, USER, ASSISTANT, USER, reasoned])
+
+
+@pytest.mark.parametrize("name", ["input", "system", "reasoning"])
+def test_a_column_that_the_prompt_template_does_not_name_is_rejected(name: str):
+    template = "{instruction} ### {output}"
+    row = {"instruction": "Add.", "output": "4", name: "2 + 2"}
+    with pytest.raises(RowError, match=rf"`{name}`.*prompt_template.*ignore_columns: \[{name}\]"):
+        read(row, prompt_template=template)
+    assert read({**row, name: ""}, prompt_template=template) == Filled("Add. ### ", "4")
+
+
 def test_labels_must_be_listed_in_the_yaml():
     labels = ("bad", "good")
     row = read({"text": "I like it", "label": "good"}, "classification", labels=labels)
@@ -223,6 +386,8 @@ def test_missing_column_raises_an_error_that_lists_the_present_ones():
     [
         ({}, ("`messages`", "nothing")),
         ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
+        (USER, ("one message", '{"messages": [...]}')),
+        ({"data": [{"prompt": "2 + 2?", "completion": "4"}]}, ("`data`", "one row per line")),
         ({"messages": "hello"}, ("`messages`", "string", "list")),
         ({"messages": []}, ("`messages`", "empty")),
         ({"messages": ["hello"]}, ("message 1 ", "role", "content")),

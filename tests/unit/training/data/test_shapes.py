@@ -66,6 +66,24 @@ def test_exchanges_of_input_and_output_are_turns():
         read(row)
 
 
+def test_an_exchange_may_have_a_system_text():
+    """XTuner."""
+    exchanges = [
+        {"system": "Be brief.", "input": "2 + 2?", "output": "4"},
+        {"input": "And 3 + 3?", "output": "6"},
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    assert read({"conversation": exchanges}) == Chat([system, USER, ANSWER, NEXT, SIX])
+
+
+def test_two_columns_for_the_answer_are_rejected():
+    """NuminaMath has a worked solution and its short answer."""
+    row = {"problem": "2 + 2?", "solution": "2 + 2 = 4", "answer": "4"}
+    with pytest.raises(RowError, match=r"`answer` and `solution`.*columns: \{completion: solution\}"):
+        read(row)
+    assert read({**row, "solution": "4"}) == Chat([USER, ANSWER])
+
+
 def test_texts_are_turns_of_user_and_assistant():
     """LIMA."""
     assert read({"conversations": ["2 + 2?", "4", "And 3 + 3?", "6"]}) == Chat([USER, ANSWER, NEXT, SIX])

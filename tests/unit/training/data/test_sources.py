@@ -296,6 +296,10 @@ def test_saved_dataset_is_read_without_its_description(tmp_path: Path):
         (("train.jsonl", "test.jsonl"), True),
         (("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"), True),
         (("train/a.jsonl", "dev/a.jsonl"), True),
+        (("data.jsonl", "eval_data.jsonl"), True),
+        (("a_train.jsonl", "a_holdout.jsonl"), True),
+        (("a.jsonl", "a.held_out.jsonl"), True),
+        (("evaluation.jsonl", "test.jsonl"), True),
         (("train-00000.jsonl", "train-00001.jsonl"), False),
         (("val.jsonl", "validation.jsonl"), False),
         (("a.jsonl", "train.jsonl"), False),
@@ -315,6 +319,16 @@ def test_directory_with_files_of_several_splits_raises_an_error(
         find_files(str(tmp_path), 0)
     assert_names(str(caught.value), *names, "*train*")
     assert len(find_files(f"{tmp_path}/**/*", 0)) == len(names), "a pattern says what is meant"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}'])
+def test_a_key_that_stands_twice_in_an_object_is_rejected(text: str, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text(f'{text}\n{{"c": 3}}\n')
+    (tmp_path / "rows.json").write_text(f'[{text},\n {{"c": 3}}]')
+    for name in ("rows.jsonl", "rows.json"):
+        (first, fault), second = read(tmp_path / name)
+        assert (first, second) == (1, (2, {"c": 3}))
+        assert_names(str(fault), "`a`", "twice")
 
 
 EXACT = [
