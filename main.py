@@ -52,6 +52,14 @@ except KeyboardInterrupt as stopped:
     sys.exit(128 + number)
 
 REJECTED = 2
+COMMANDS_OF_OTHERS = {
+    "preprocess": ["CONFIG.yaml", "--dry-run"],
+    "inference": ["chat", "RUN"],
+    "merge-lora": ["export", "RUN"],
+    "merge": ["export", "RUN"],
+    "eval": ["evaluate", "RUN", "--data", "FILE"],
+}
+"""Commands of Axolotl and LLaMA-Factory -> arguments of main.py."""
 
 _EXAMPLES = """\
 examples:
@@ -132,6 +140,12 @@ def run_command(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(describe_version())
         return 0
+    if other := COMMANDS_OF_OTHERS.get(arguments[0].replace("_", "-")):
+        print(
+            f"error: {arguments[0]}: a command of another tool. Here it is: {main_line(*other)}",
+            file=sys.stderr,
+        )
+        return REJECTED
     if meant := nearest_command(arguments[0], commands):
         print(
             f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?",

@@ -585,11 +585,11 @@ def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: 
     if entry.get("ranking"):
         conversion.put("data_format", "preference", key)
     renamed = (
-        {"prompt": "instruction", "query": "input", "response": "output"}
+        {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
         if entry.get("formatting", "alpaca") == "alpaca" and not entry.get("ranking")
         else {"messages": "conversations" if not entry.get("tags", {}).get("role_tag") else "messages"}
     )
-    for theirs, ours in renamed.items():
+    for theirs, ours in {**renamed, "system": "system"}.items():
         if columns.get(theirs) not in (None, ours):
             conversion.put(f"columns.{ours}", columns[theirs], f"{key}.columns.{theirs}")
     if "hf_hub_url" in entry:

@@ -82,8 +82,9 @@ def _if(setting: Any, otherwise: Any = None) -> Callable[[Any], Any]:
     return lambda value: setting if value else otherwise
 
 
-def _bf16(value: Any) -> str | None:
-    return "bf16" if value in (True, "auto", "true") else None
+def _bf16(value: Any) -> str:
+    """Return the dtype: without 16 bits these tools train in fp32, and ours would be bf16."""
+    return "bf16" if value in (True, "auto", "true") else "fp32"
 
 
 def _fp16(value: Any) -> None:
@@ -488,9 +489,10 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "early_stopping_steps", "early_stopping_patience"),
     # Precision and memory
     Counterpart("hal", "bf16", "dtype", _bf16),
-    Counterpart("l", "pure_bf16", "dtype", _bf16, "trainable weights stay in fp32"),
+    Counterpart("l", "pure_bf16", "dtype", _if("bf16"), "trainable weights stay in fp32"),
     Counterpart("hal", "fp16", "dtype", _fp16),
     Counterpart("a", "float16", "dtype", _fp16),
+    Counterpart("a", "float32", "dtype", _if("fp32")),
     Counterpart("hal", "tf32", None, note=_AUTOMATIC),
     Counterpart("ht", "dtype", "dtype", _dtype),
     Counterpart("h", "torch_dtype", "dtype", _dtype),

@@ -105,6 +105,8 @@ class RunDetails(RunSummary):
 
 def list_runs(storage: str) -> list[RunSummary]:
     """Return the runs directly below a storage path, the most recently active first."""
+    _reject_yaml(storage)
+    storage = open_store(storage).uri
     try:
         check_readable(storage)
     except NotFoundError as error:
@@ -166,23 +168,28 @@ def run_uri(name_or_uri: str) -> str:
         raise NotFoundError("run: has no name; write run:NAME")
     if name_or_uri.startswith("run:"):
         return join_uri(default_storage(), name_or_uri.removeprefix("run:"))
-    path = Path(name_or_uri)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        raise NotFoundError(_describe_yaml(path))
-    if "/" not in name_or_uri and not path.exists():
-        raise NotFoundError(f"{name_or_uri}: there is no such directory. Did you mean run:{name_or_uri}?")
+    _reject_yaml(name_or_uri)
+    if "/" not in name_or_uri and not Path(name_or_uri).exists():
+        raise NotFoundError(
+            f"{name_or_uri}: there is no such directory. Give the URI of a run; run:{name_or_uri} would be one in {default_storage()}."
+        )
     return open_store(name_or_uri).uri
 
 
-def _describe_yaml(path: Path) -> str:
-    """Return the error for a YAML that is given instead of a run that it trained."""
+def _reject_yaml(name_or_uri: str) -> None:
+    """Raise an error for a YAML that is given instead of a run that it trained, or of its storage path."""
+    path = Path(name_or_uri)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return
     try:
         config = load_config(path).config
-    except ConfigError:  # such as a YAML of another tool, or one that needs overrides
-        return f"{path}: is a YAML, not a run. Give the URI of a run, or run:NAME; `{main_line('runs')}` lists those in the default storage path"
+    except ConfigError as error:  # such as a YAML of another tool, or one that needs overrides
+        raise NotFoundError(
+            f"{path}: is a YAML, not a run. Give the URI of a run, or run:NAME; `{main_line('runs')}` lists those in the default storage path"
+        ) from error
     storage = open_store(config.storage_path or default_storage()).uri
     run = join_uri(storage, config.run_name or "NAME")
-    return (
+    raise NotFoundError(
         f"{path}: is a YAML, not a run. Give its run as {run}; `{main_line('runs', storage)}` lists the runs"
     )
 

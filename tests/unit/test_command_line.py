@@ -74,7 +74,7 @@ def test_train_as_a_command_names_the_line_that_works(tmp_path: Path, capsys: py
     assert line.endswith(main_line("convert", str(theirs), "--to", "NEW.yaml"))
 
 
-@pytest.mark.parametrize("command", ["chat", "export", "show", "stop"])
+@pytest.mark.parametrize("command", ["chat", "export", "runs", "show", "stop"])
 def test_yaml_in_place_of_a_run_raises_an_error_with_the_runs_storage(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -92,11 +92,21 @@ def test_yaml_in_place_of_a_run_raises_an_error_with_the_runs_storage(
     assert_names(error_in([command, str(theirs)], capsys), "is a YAML, not a run", f"`{main_line('runs')}`")
 
 
-@pytest.mark.parametrize("address", ["garbage", "head", "head:port", ":6379", "ray://head"])
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("merge-lora", ["export", "RUN"]), ("merge_lora", ["export", "RUN"]), ("inference", ["chat", "RUN"])],
+)
+def test_command_of_another_tool_gets_the_line_that_works(
+    command: str, line: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert_names(error_in([command, "x.yaml"], capsys), command, main_line(*line))
+
+
+@pytest.mark.parametrize("address", ["garbage", "head", "head:port", ":6379", "ray://head:10001"])
 def test_address_that_names_no_port_raises_an_error(address: str):
     with pytest.raises(ClusterError) as caught:
         check_address_answers(ClusterTarget(address))
-    assert_names(str(caught.value), "RAY_ADDRESS", address, "HOST:6379")
+    assert_names(str(caught.value), "RAY_ADDRESS", address, ":6379")
 
 
 def test_address_of_another_client_is_left_to_ray():

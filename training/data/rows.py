@@ -174,6 +174,15 @@ def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: t
     for ours, theirs in columns.items():
         if ours in needed and theirs not in row:
             return f"has no column `{theirs}`, which `columns` maps to `{ours}` ({_found(row)})"
+    if is_message(row):
+        return f'is one message. Write one conversation per row: {{"messages": [...]}} ({_found(row)})'
+    lists = [
+        name
+        for name, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if len(row) == 1 and lists:
+        return f"has its rows in a list under `{lists[0]}`. Write the list alone, or one row per line ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
     return f"has no {expected} ({_found(row)}). If the columns have other names, map them, e.g. columns: {{prompt: question}}"
 

@@ -466,7 +466,8 @@ def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, A
             text.skip(" \t\r\n")
             if not text.at_end():
                 raise DataError(
-                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL."
+                    f"{uri}:{number + 1}: unexpected content after the end of the JSON array. Write a single array, or JSONL "
+                    '(a line with a list of messages is {"messages": [...]}).'
                 )
             return
         if in_array and number and not text.take(","):
@@ -513,13 +514,11 @@ class _Characters:
         return True
 
     def value(self, decoder: json.JSONDecoder, number: int) -> Any:
-        fault: RowError | None = (
-            None  # a key that an object has twice; only the end of the value is needed then
-        )
+        fault: RowError | None = None
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._position)
-            except RowError as error:
+            except RowError as error:  # a key that stands twice: only the end of the value is needed now
                 decoder, fault = json.JSONDecoder(), error
                 continue
             except ValueError as error:

@@ -65,7 +65,7 @@ class Vitals:
 
     @classmethod
     def of(cls, target: ClusterTarget) -> "Vitals":
-        """Return the processes of the cluster that this process is connected to; none behind another client such as ray://."""
+        """Return the processes of the cluster that this process is connected to; none behind a client such as anyscale://."""
         if "://" in (target.address or ""):
             return cls([])
         context = ray.get_runtime_context()

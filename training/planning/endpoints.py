@@ -59,7 +59,7 @@ def set_ray_environment(target: ClusterTarget) -> None:
 
 
 def check_address_answers(target: ClusterTarget) -> None:
-    """Check that a gRPC server answers at RAY_ADDRESS; Ray itself would retry for minutes. Reject the URL of a job server."""
+    """Check that a gRPC server answers at RAY_ADDRESS; Ray itself would retry for minutes. Reject addresses of other servers."""
     address = target.address or ""
     if target.is_job_server:
         raise ClusterError(
@@ -68,13 +68,18 @@ def check_address_answers(target: ClusterTarget) -> None:
         )
     if not address:
         return
-    if "://" in address and not address.startswith("ray://"):
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"RAY_ADDRESS: {address} is an address for Ray Client, which Anneal does not support. Set RAY_ADDRESS=HEAD:6379 on a machine "
+            "of the cluster, or submit the run with --submit http://HEAD:8265."
+        )
+    if "://" in address:
         return  # the address of another client that Ray loads by its scheme, such as anyscale://
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(
-            f"RAY_ADDRESS: {address} is not the address of a cluster. Write HOST:6379, ray://HOST:10001, or auto for a cluster on this "
-            "machine; unset it to run without one."
+            f"RAY_ADDRESS: {address} is not the address of a cluster. Write HOST:6379, or auto for a cluster on this machine; unset it to "
+            "run without one."
         )
     advice = "Start the cluster, correct the address, or unset RAY_ADDRESS to run on this machine."
     check_answers("RAY_ADDRESS", address, host, int(port), advice)

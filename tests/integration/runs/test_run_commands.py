@@ -448,7 +448,7 @@ def test_unknown_run_or_checkpoint_raises_an_error_with_a_listing_command(
     run_command: RunCommand, storage: Store
 ):
     write_run(storage, "first", eval_losses(2.0), result=None)
-    assert_names(error_of(run_command("show", "first")), "first: ", "run:first?")
+    assert_names(error_of(run_command("show", "first")), "first: ", "run:first")
     assert_names(error_of(run_command("show", "run:")), "run:NAME")
     nope = storage.uri_of("nope")
     for command in (["show"], ["compare", storage.uri_of("first")], ["export"]):

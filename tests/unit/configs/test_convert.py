@@ -262,7 +262,9 @@ def test_written_file_loads_and_names_every_key(
             "test_datasets: [{path: valid.jsonl}]\nval_set_size: 0.1",
             {"valid_path": "valid.jsonl", "valid_split": None},
         ),
-        ("bf16: false\nfp16: true", {"dtype": None}),
+        ("bf16: false\nfp16: true", {"dtype": "fp32"}),
+        ("bf16: false\nfp16: false", {"dtype": "fp32"}),
+        ("bf16: true\nfp16: false", {"dtype": "bf16"}),
         ("attn_implementation: flash_attention_2", {"flash_attention_2": True}),
         (
             "context_parallel_size: 4\nattn_implementation: flash_attention_2",
@@ -357,11 +359,12 @@ def test_axolotl_datasets_are_translated(source: str, expected: dict[str, Any]):
 def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "dataset_info.json").write_text(
-        '{"one": {"file_name": "first.json", "columns": {"prompt": "q", "response": "a"}}, "two": {"hf_hub_url": "org/second"}}'
+        '{"one": {"file_name": "first.json", "columns": {"prompt": "q", "response": "a", "system": "s", "history": "h"}}, "two": {"hf_hub_url": "org/second"}}'
     )
     ours = converted(LLAMAFACTORY, tmp_path).ours
     assert ours["train_path"] == ["rows/first.json", "hf://datasets/org/second"]
     assert (ours["columns.instruction"], ours["columns.output"]) == ("q", "a")
+    assert (ours["columns.system"], ours["columns.history"]) == ("s", "h")
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,8 @@ def test_missing_column_raises_an_error_that_lists_the_present_ones():
     [
         ({}, ("`messages`", "nothing")),
         ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
+        (USER, ("one message", '{"messages": [...]}')),
+        ({"data": [{"prompt": "2 + 2?", "completion": "4"}]}, ("`data`", "one row per line")),
         ({"messages": "hello"}, ("`messages`", "string", "list")),
         ({"messages": []}, ("`messages`", "empty")),
         ({"messages": ["hello"]}, ("message 1 ", "role", "content")),
