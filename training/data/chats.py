@@ -1,5 +1,6 @@
 """Chats: validate messages, and convert the spellings of other tools into OpenAI's chat format."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from training.data.errors import RowError, check_text, json_type
 from training.data.records import REASONING_KEYS, Chat, Message
+from training.data.template_forms import split_thought
 from training.data.tools import Tool, check_json, parse_json, read_calls, read_tools
 
 _ROLES = {
@@ -51,9 +53,11 @@ _TEXT_AND_CALLS = (
     *("role", "from", "content", "value", "text", "name"),
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
 )
+_CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
 _KNOWN = {*_TEXT_AND_CALLS, *REASONING_KEYS, *_IN_LOSS, *_OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
+_JSON_CALL = re.compile(r"(<tool_call>\s*)(\{.*?\})(\s*</tool_call>)", re.DOTALL)
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
@@ -125,6 +129,8 @@ def _read_messages(messages: list[Any], tools: list[Tool] | None) -> _Reading:
     reading = _Reading(tools)
     for position, value in enumerate(messages, start=1):
         _append(_read_message(value, position, reading), position, reading)
+    if reading.messages and _is_thought_alone(reading.messages[-1]):
+        raise RowError("role order", _no_answer(len(messages)))
     return reading
 
 
@@ -186,7 +192,7 @@ def _is_usual(messages: list[Any]) -> bool:
     for position, message in enumerate(messages):
         if type(message) is not dict or len(message) != 2 or type(message.get("content")) is not str:
             return False
-        if message["content"].isspace() or not message["content"]:
+        if message["content"].isspace() or not message["content"] or "<tool_call>" in message["content"]:
             return False
         role = message.get("role")
         if role != expected and not (position == 0 and role == "system"):
@@ -223,8 +229,11 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if name in ("function_call", "tool_call") and not calls:
         calls, content = content, ""
     message["content"], thought = _content_of(content, role, at)
+    if role == "assistant" and "<tool_call>" in message["content"]:
+        message["content"] = _with_json_calls(message["content"], at, reading)
     reasoning = _reasoning_of(value, thought, role, at, reading)
     if reasoning:
+        message["content"] = _without_thought(message["content"], reasoning, at)
         message["reasoning_content"] = reasoning
     for key in ("name", "tool_call_id"):
         if value.get(key):
@@ -238,11 +247,55 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     _read_functions(value, at, reading)
     if role == "assistant" and not _is_in_loss(value, at):
         reading.untrained.add(len(reading.messages))
-    _note_unread(value, at, reading)
+    _note_unread(value, role, at, reading)
+    if role == "assistant" and isinstance(value.get("channel"), str):
+        message = _of_channel(message, value, at)
     is_empty = not message["content"].strip()
+    if is_empty and "reasoning_content" in message and value.get("channel") == "analysis":
+        return message  # the answer follows as another message
     if is_empty and "tool_calls" not in message and role not in (*_SYSTEM, "tool"):
-        raise RowError("empty content", f"{at} is empty")
+        raise RowError("empty content", f"{at} is empty. Write its content, or remove the message")
     return message
+
+
+def _with_json_calls(content: str, at: str, reading: _Reading) -> str:
+    """Return a content whose calls are JSON: some rows of Hermes have them as Python prints a dictionary."""
+
+    def as_json(found: re.Match[str]) -> str:
+        try:
+            json.loads(found[2])
+        except ValueError:
+            try:
+                call = ast.literal_eval(found[2])
+            except (ValueError, SyntaxError):
+                return found[0]  # another notation, such as Qwen3 Coder's
+            check_json(call, f"{at}: <tool_call>")
+            reading.notes.append("calls in <tool_call> that are written as Python are converted to JSON")
+            return f"{found[1]}{json.dumps(call, ensure_ascii=False)}{found[3]}"
+        return found[0]
+
+    return _JSON_CALL.sub(as_json, content)
+
+
+def _of_channel(message: Message, value: dict[str, Any], at: str) -> Message:
+    """Return an assistant message of a channel of gpt-oss: its analysis is the reasoning of the message that follows."""
+    channel, recipient = value["channel"], value.get("recipient")
+    is_call = "tool_calls" in message
+    if recipient not in (None, "", "all", "user") and not is_call:
+        raise RowError(
+            "unsupported content",
+            f"{at} is a call (recipient: {short(recipient)}). Write it under `tool_calls`",
+        )
+    if channel == "commentary" and not is_call:
+        raise RowError(
+            "unsupported content",
+            f"{at} has channel: commentary without a call, which no template renders. Put its text beside the call, or remove it",
+        )
+    if channel != "analysis" or is_call or not message["content"].strip():
+        return message
+    if "reasoning_content" in message:
+        raise RowError("two reasonings", f"{at} has channel: analysis and reasoning. Keep one of them")
+    return {"role": "assistant", "content": "", "reasoning_content": message["content"]}
 
 
 def _written_role(message: dict[str, Any]) -> str:
@@ -345,11 +398,24 @@ def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, readi
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
         raise RowError(
-            "two reasonings", f"{at} has different texts in {' and '.join(f'`{key}`' for key in given)}"
+            "two reasonings",
+            f"{at} has different texts in {' and '.join([f'`{key}`' for key in given] + ['a thinking part'] * bool(thought))}. Keep one of them",
         )
     if texts and role != "assistant":
         raise RowError("role order", f"{at} has reasoning, which only assistant messages may have")
     return next(iter(texts), "")
+
+
+def _without_thought(content: str, reasoning: str, at: str) -> str:
+    """Return the content of a message with reasoning, without the same reasoning in tags."""
+    own, rest = split_thought(content)
+    if rest == content:
+        return content
+    if own not in ("", reasoning.strip()):
+        raise RowError(
+            "two reasonings", f"{at} has another text in <think> than under its key. Keep one of them"
+        )
+    return rest.lstrip()
 
 
 def _read_functions(value: dict[str, Any], at: str, reading: _Reading) -> None:
@@ -386,11 +452,13 @@ def _is_in_loss(value: dict[str, Any], at: str) -> bool:
     return all(judged.values())
 
 
-def _note_unread(value: dict[str, Any], at: str, reading: _Reading) -> None:
+def _note_unread(value: dict[str, Any], role: str, at: str, reading: _Reading) -> None:
     for key, content in value.items():
         if key == "refusal" and not any(value.get(name) for name in _CONTENTS):
             continue
         if key in _KNOWN or content is None or content in ("", [], {}):
+            continue
+        if key in ("channel", "recipient") and role == "assistant" and value.get("channel") in _CHANNELS:
             continue
         if _MEDIA.fullmatch(key):
             raise RowError("unsupported content", f"{at} has `{key}`. Only text is supported")
@@ -414,6 +482,9 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
     if role in _SYSTEM and not message["content"].strip():
         return
     previous = messages[-1] if messages else None
+    if previous is not None and _is_thought_alone(previous):
+        _add_thought(message, position, reading)
+        return
     if role == "tool" and not _follows_a_call(messages):
         raise RowError(
             "role order",
@@ -437,14 +508,46 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
         messages[-1] = {**previous, "tool_calls": [*previous["tool_calls"], *message["tool_calls"]]}
         reading.notes.append("consecutive calls are merged into one message")
         return
-    if set(message) | set(previous) != {"role", "content"} or len(is_untrained) > 1:
+    others = sorted((set(message) | set(previous)) - {"role", "content"})
+    if others or len(is_untrained) > 1:
+        cause = f"of `{others[0]}`" if others else "only one of them is in the loss"
+        fix = "Write them as one message" if others else "Give both the same weight"
         raise RowError(
             "role order",
-            f"messages {position - 1} and {position} are both from the {role} and cannot be merged; roles must alternate",
+            f"messages {position - 1} and {position} are both from the {role} and cannot be merged, because {cause}. {fix}, or put a "
+            "message of another role between them",
         )
     reading.untrained.discard(len(messages))
     messages[-1] = {**previous, "content": f"{previous['content']}\n\n{message['content']}"}
     reading.notes.append(f"consecutive {role} messages are merged")
+
+
+def _is_thought_alone(message: Message) -> bool:
+    """Return whether a message is an analysis of gpt-oss, whose answer is the next message."""
+    return "reasoning_content" in message and not message["content"] and "tool_calls" not in message
+
+
+def _add_thought(message: Message, position: int, reading: _Reading) -> None:
+    """Add a message with the reasoning of the message before it."""
+    thought = reading.messages[-1]["reasoning_content"]
+    if message["role"] != "assistant":
+        raise RowError("role order", _no_answer(position - 1))
+    if "reasoning_content" in message:
+        raise RowError(
+            "two reasonings",
+            f"messages {position - 1} and {position} both have reasoning. Write it in one message",
+        )
+    if len(reading.untrained & {len(reading.messages) - 1, len(reading.messages)}) == 1:
+        raise RowError(
+            "wrong weight",
+            f"only one of messages {position - 1} and {position} is in the loss, but they are one turn. Give both the same weight",
+        )
+    reading.untrained.discard(len(reading.messages))
+    reading.messages[-1] = {**message, "reasoning_content": thought}
+
+
+def _no_answer(position: int) -> str:
+    return f"message {position} has channel: analysis, but no message of the assistant follows it. Add its answer, or remove it"
 
 
 def _follows_a_call(messages: list[Message]) -> bool:

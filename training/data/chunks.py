@@ -53,6 +53,8 @@ class ChunkResult:
     """(row, line of skipped_rows.jsonl) of each row that is not in the tokens."""
     notes: Counter[str] = field(default_factory=Counter)
     split_rows: int = 0
+    split_sequences: int = 0
+    """Sequences that the split rows became."""
     has_chats: bool = False
 
 
@@ -69,6 +71,7 @@ class ChunkTokenizer:
             variables=dict(request.chat_template_kwargs),
             today=date.fromisoformat(request.date) if request.date else None,
         )
+        self.renderer.reject_unknown_variables()
         encoder = Encoder(tokenizer, whole_text=request.task == "causal_lm")
         self._tokenizer = RowTokenizer(request, encoder)
 
@@ -127,7 +130,9 @@ class ChunkTokenizer:
                 only = int(bool(example.chosen)) if len(sequences) == 1 else None
                 yield RenderedRow(chunk.file, row, sequences, only)
                 continue
-            result.split_rows += len(sequences) > 1
+            if len(sequences) > 1:
+                result.split_rows += 1
+                result.split_sequences += len(sequences)
             for sequence in sequences:
                 yield RenderedRow(chunk.file, row, (sequence,), getattr(example, "label", None))
 

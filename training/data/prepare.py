@@ -234,6 +234,7 @@ class _Preparation:
             lost_tokens=tally.lost,
             dropped_rows=tally.dropped,
             split_rows=tally.split_rows,
+            split_sequences=tally.split_sequences,
             notes=dict(tally.notes.most_common()),
             skipped_rows=dict(tally.kinds.most_common()),
             first_skipped=tally.first_faults(request),

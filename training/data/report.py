@@ -129,7 +129,8 @@ def describe_rows(summary: DataSummary) -> str:
     """Describe rows, files and formats in one line."""
     formats = dict.fromkeys(FORMAT_NAMES[source.format] for source in summary.sources)
     files = f"{len(summary.files):,} files" if len(summary.files) > 1 else "1 file"
-    rows = "1 row" if summary.rows == 1 else f"{summary.rows:,} rows"
+    noun = "sequence" if summary.split_rows else "row"
+    rows = f"1 {noun}" if summary.rows == 1 else f"{summary.rows:,} {noun}s"
     return f"{rows} in {files}: {' and '.join(formats)}"
 
 
@@ -172,8 +173,11 @@ def describe_split(summary: DataSummary) -> str:
     """Describe in one line how many rows became several sequences."""
     if not summary.split_rows:
         return "none"
+    rows = "1 row" if summary.split_rows == 1 else f"{summary.split_rows:,} rows"
+    # Rows that an earlier version prepared have no number of sequences.
+    sequences = f"{summary.split_sequences:,}" if summary.split_sequences else "several"
     return (
-        f"{summary.split_rows:,} rows became several sequences, because the chat template renders earlier turns differently once others "
+        f"{rows} became {sequences} sequences, because the chat template renders earlier turns differently once others "
         "follow (turns: auto)"
     )
 

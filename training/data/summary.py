@@ -75,6 +75,8 @@ class DataSummary:
     """Example rows as (text, contributes to the loss) pieces."""
     split_rows: int = 0
     """Rows that became several sequences, because the chat template renders earlier turns differently once others follow."""
+    split_sequences: int = 0
+    """Sequences that these rows became; `rows` counts each of them."""
     date: str | None = None
     """Date that the chat template prints in these rows (ISO 8601); None if it prints none."""
     notes: dict[str, int] = field(default_factory=dict)
@@ -120,15 +122,14 @@ def example_rows(count: int) -> list[int]:
 
 
 def show_example(row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
-    """Return a row of data.arrow as text with its loss tokens marked."""
-    return _mark(tokenizer, *_ids_and_trained(row))
-
-
-def _ids_and_trained(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    if "prompt_ids" in row:
-        prompt, response = row["prompt_ids"], row["chosen_ids"] or row["rejected_ids"]
-        return prompt + response, [False] * len(prompt) + [True] * len(response)
-    return row["input_ids"], [label != IGNORED for label in row["labels"]]
+    """Return a row of data.arrow as text with its loss tokens marked; of a pair, both answers after the prompt."""
+    if "prompt_ids" not in row:
+        return _mark(tokenizer, row["input_ids"], [label != IGNORED for label in row["labels"]])
+    pieces = [(_shortened(tokenizer, row["prompt_ids"]), False)]
+    for name in ("chosen", "rejected"):
+        if ids := row[f"{name}_ids"]:
+            pieces += [(f" … {name}: … ", False), (_shortened(tokenizer, ids), True)]
+    return pieces
 
 
 def _mark(

@@ -11,6 +11,9 @@ from training.data.request import DataRequest
 from training.data.template_checks import DROPPED_TEXT
 
 _MAX_SHOWN = 5
+_TEMPLATE_KINDS = {"template", DROPPED_TEXT}
+_RENDERING_KINDS = {*_TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
+"""Faults of rows whose format was read."""
 _VARIES = re.compile(r"'[^']*'|\d+")
 
 Place = tuple[int, int]
@@ -31,6 +34,7 @@ class Tally:
     """Tokens removed by truncation or in dropped rows."""
     dropped: int = 0
     split_rows: int = 0
+    split_sequences: int = 0
     too_long_rows: int = 0
     lines: int = 0
     """Lines of a range of a JSONL file, whose rows are numbered from its start; 0 for other rows."""
@@ -52,6 +56,7 @@ class Tally:
         self.read += result.read
         self.taken += result.taken
         self.split_rows += result.split_rows
+        self.split_sequences += result.split_sequences
         self.has_chats |= result.has_chats
         self.notes.update(result.notes)
         for row, kind, message in result.faults:
@@ -76,7 +81,10 @@ class Tally:
             following: The other tally.
             lines_before: Number to add to its row numbers.
         """
-        for name in ("read", "taken", "rows", "truncated", "lost", "dropped", "split_rows", "too_long_rows"):
+        for name in (
+            *("read", "taken", "rows", "truncated", "lost", "dropped", "too_long_rows"),
+            *("split_rows", "split_sequences"),
+        ):
             setattr(self, name, getattr(self, name) + getattr(following, name))
         self.has_chats |= following.has_chats
         for name in ("lengths", "notes", "kinds", "alike"):
@@ -116,13 +124,16 @@ class Tally:
         ]
         if unseen:
             lines.append(f"… and {unseen:,} more rows")
-        if self.kinds.keys() & {"template", DROPPED_TEXT}:
+        if self.kinds.keys() & _TEMPLATE_KINDS:
             lines.append(f"The chat template is {template}.")
-        lines.append(
-            "Fix or remove these rows, or skip them with bad_rows: skip."
-            if count < self.read
-            else "No row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
-        )
+        if self.kinds.keys() <= _RENDERING_KINDS:
+            every = "No row can be rendered as it is: do what these errors say, or set chat_template."
+        else:
+            every = (
+                "No row fits the YAML: check task, data_format, columns and prompt_template, or fix the rows."
+            )
+        some = "Fix or remove these rows, or skip them with bad_rows: skip."
+        lines.append(some if count < self.read else every)
         raise DataError("\n".join(lines))
 
     def reject_long_rows(self, request: DataRequest) -> None:

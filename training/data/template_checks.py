@@ -1,6 +1,7 @@
 """Checks that every text of a row reaches the rendering: templates skip what they do not read, without an error."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from training.data.records import Message
 from training.data.template_forms import thought_of
 
 DROPPED_TEXT = "dropped text"
+_NUMBER = re.compile(r"message (\d+)")
 # Templates print the types of JSON schemas in their own spelling.
 _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
 
@@ -95,8 +97,17 @@ def drops_tool_texts(text: str, tools: Sequence[dict[str, Any]]) -> bool:
 
 
 def clearest(errors: list[RowError]) -> RowError:
-    """Return the error to report when no form of a row can be rendered: one that names a text, or else the first."""
-    return next((error for error in errors if error.kind == DROPPED_TEXT), errors[0])
+    """Return the error to report when no form of a row can be rendered.
+
+    It is one that names a text, of the form in which most messages are rendered, or else the first.
+    """
+    dropped = [error for error in errors if error.kind == DROPPED_TEXT]
+    return max(dropped, key=_message_of) if dropped else errors[0]
+
+
+def _message_of(error: RowError) -> int:
+    found = _NUMBER.match(str(error))
+    return int(found[1]) if found else 0
 
 
 def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:

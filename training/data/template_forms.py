@@ -69,10 +69,14 @@ def thought_of(message: Message) -> tuple[str, str]:
     """Return (reasoning, content) of an assistant turn; both texts are stripped of the tags around the reasoning."""
     if "reasoning_content" in message:
         return message["reasoning_content"], message["content"]
-    found = _THOUGHT.fullmatch(message["content"]) if "</think>" in message["content"] else None
-    if found and (found[3].strip() or "tool_calls" in message):
-        return (found[1] or found[2] or "").strip(), found[3]
-    return "", message["content"]
+    thought, content = split_thought(message["content"])
+    return (thought, content) if content.strip() or "tool_calls" in message else ("", message["content"])
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """Return (reasoning, rest) of a content that begins with reasoning in tags; without tags, the content is the rest."""
+    found = _THOUGHT.fullmatch(content) if "</think>" in content else None
+    return ((found[1] or found[2] or "").strip(), found[3]) if found else ("", content)
 
 
 def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | None) -> list[Message]:

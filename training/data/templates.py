@@ -4,11 +4,13 @@ The prompt of a turn is the template's rendering of the messages before it, with
 follows the prompt in the rendering that ends with the turn, end marker included.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
-from functools import cached_property, lru_cache
+from difflib import get_close_matches
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -41,8 +43,17 @@ _DIRECTIVES = (
     "/system_override",
 )  # in the order in which SmolLM3's template removes them
 _LOOP = frozenset(("first", "last", "index", "index0"))
+_WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+_MARK = re.compile(r"[<\[|]")  # what the markers of turns are written with, other than headings of plain text
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
+
+
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, AttributeError),
+    *(LookupError, ArithmeticError, RecursionError),
+)
+"""What the code of a template raises for a row."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,11 @@ class Renderer:
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
         self._bos = _text_of(tokenizer.bos_token)
+        self._answer_header = self._find_answer_header()
+        """Text that the template puts before each answer and no words hold; empty if it has no mark of its own."""
         self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
+        self._turn_opening = self._find_turn_opening()
+        """Mark with which the template begins each user turn; empty if it has none."""
         self._stops = tuple(
             {
                 stop
@@ -138,6 +153,7 @@ class Renderer:
             }
         )
         self._knows_developer = "developer" in self._source
+        self._wraps_results = "<tool_response>" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
         names = _names_in(self._source)
         self._switches = [
@@ -173,6 +189,7 @@ class Renderer:
             return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
         if isinstance(example, Pair):
             return self._pair(self._clean_pair(example))
+        self._reject_rendered(example)
         cleaned = self._clean(example.messages)
         if cleaned is not example.messages:
             example = replace(example, messages=cleaned)
@@ -200,12 +217,30 @@ class Renderer:
         """Return the number of token ids."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
+    def reject_unknown_variables(self) -> None:
+        """Raise DataError for a variable of the YAML that the template does not read: a misspelled one would change nothing."""
+        for name in self._variables if self._source else ():
+            if name not in self._known_variables:
+                raise DataError(f"chat_template_kwargs.{name}: {self._unknown(name)}")
+
+    @cached_property
+    def _known_variables(self) -> set[str]:
+        """Return the names in the template, or in the templates with and without tools."""
+        given = self._tokenizer.chat_template
+        return set().union(*map(_names_in, given.values() if isinstance(given, dict) else [self._source]))
+
+    def _unknown(self, name: str) -> str:
+        """Return what is said about a variable that the template does not read."""
+        near = get_close_matches(name, sorted(self._known_variables), n=1, cutoff=0.7)
+        return f"the chat template reads no such variable. {f'Did you mean {near[0]}?' if near else 'Remove it.'}"
+
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.
 
         Raises:
             RowError: The template rejects the messages, or a text of theirs does not reach the rendering.
         """
+        self._reject_rendered(chat)
         chat = replace(chat, messages=self._clean(chat.messages))
         said = self._said(chat.messages)
         errors: list[RowError] = []
@@ -256,23 +291,40 @@ class Renderer:
             notes.append("reasoning of earlier turns that are not in the loss is not in the rendering")
         if any("name" in m and m["name"] not in last.text for m in messages):
             notes.append("`name` of messages is not in the rendering of the chat template")
+        notes += [
+            f"`{name}` of chat_template_kwargs: {self._unknown(name)}"
+            for name in example.variables
+            if name not in self._known_variables
+        ]
         if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
 
-    def _clean(self, messages: list[Message]) -> list[Message]:
-        """Give developer messages the role that the template knows, and remove end tokens that answers bring themselves.
+    def _reject_rendered(self, chat: Chat) -> None:
+        """Raise RowError for words that the chat template, or another one, has rendered already."""
+        first = True
+        for index, message in enumerate(chat.messages):
+            begin = message["content"].lstrip()
+            is_answer = message["role"] == "assistant"
+            found = None
+            if not is_answer and first and self._bos and begin.startswith(self._bos):
+                found = f"begins with {self._bos}"
+            elif not is_answer and self._turn_opening and begin.startswith(self._turn_opening):
+                found = f"begins with {self._turn_opening}"
+            elif message["role"] != "tool" and self._answer_header and self._answer_header in begin:
+                found = f"contains {' '.join(self._answer_header.split())}"
+            if found:
+                raise RowError(
+                    "rendered already",
+                    f"{chat.name_of(index)} {found}, so it is rendered already and the chat template would wrap it again. Use the "
+                    "format `text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
+                )
+            first &= is_answer
 
-        Raises:
-            RowError: The prompt is rendered already.
-        """
-        first = next((message["content"] for message in messages if message["role"] != "assistant"), "")
-        if self._bos and first.lstrip().startswith(self._bos):
-            raise RowError(
-                "rendered already",
-                f"message 1 begins with {self._bos}, so it is rendered already and the chat template would wrap it again. Use the format "
-                "`text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
-            )
+    def _clean(self, messages: list[Message]) -> list[Message]:
+        """Give developer messages the role that the template knows, and remove tags of results and end tokens that the row brings."""
+        if self._wraps_results and any(_is_wrapped(message) for message in messages):
+            messages = [_unwrapped(message) if _is_wrapped(message) else message for message in messages]
         if not self._knows_developer and any(message["role"] == "developer" for message in messages):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
@@ -294,6 +346,8 @@ class Renderer:
         return {**message, "content": content[: -len(stop)]}
 
     def _clean_pair(self, pair: Pair) -> Pair:
+        for side in (pair.chosen, pair.rejected):
+            self._reject_rendered(Chat([*pair.prompt, *side]))
         return replace(
             pair,
             prompt=self._clean(pair.prompt),
@@ -431,6 +485,16 @@ class Renderer:
             check_parts(turn.text, messages)
         return turn
 
+    def _closes_the_thought(self, chat: Chat, index: int) -> str:
+        """Return the error for reasoning after a prompt that asks for none, with the variables that make the prompt do so."""
+        given = {**self._variables, **chat.variables}
+        shown = ", ".join(f"{key}: {json.dumps(value, default=str)}" for key, value in given.items())
+        cause = f"chat_template_kwargs {{{shown}}}" if shown else "the chat template"
+        return (
+            f"{chat.name_of(index)} has reasoning, but the prompt that {cause} gives asks for an answer without reasoning. Remove the "
+            f"reasoning, or {'change chat_template_kwargs' if shown else 'set chat_template'}"
+        )
+
     def _asked(self, renderings: "_Renderings", chat: Chat, *, thinks: bool) -> _Turn | None:
         """Return the turn after its generation prompt, or None if the rendering does not begin with that prompt.
 
@@ -465,6 +529,8 @@ class Renderer:
         prompts = list(map(renderings.prompt, self._settings_of_switches(chat, on=bool(reasoning))))
         opened = [prompt for prompt in prompts if prompt.rstrip().endswith("<think>")]
         prompt = opened[0] if reasoning and opened else prompts[0]
+        if reasoning and prompt.rstrip().endswith("</think>"):
+            raise RowError("reasoning", self._closes_the_thought(chat, len(messages) - 1))
         text = renderings.whole()
         is_open = prompt.rstrip().endswith("<think>")
         header = prompt[len(before) :] if prompt.startswith(before) else ""
@@ -571,33 +637,25 @@ class Renderer:
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
             template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
-            return template.render(
-                messages=messages,
-                tools=chat.tools,
-                documents=None,
-                strftime_now=self._now.strftime,
-                add_generation_prompt=prompt,
-                **self._special_tokens,
-                **{**self._variables, **chat.variables, **(switch or {})},
-            )
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template has a syntax error ({error}, template line {error.lineno}). Copy the tokenizer files again from the "
                 "original model, or fix chat_template."
             ) from error
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise RowError(
-                "template",
-                f"is rejected by the chat template ({error}). Use only roles and fields that the template supports",
-            ) from error
+        render = partial(
+            template.render,
+            tools=chat.tools,
+            documents=None,
+            strftime_now=self._now.strftime,
+            add_generation_prompt=prompt,
+            **self._special_tokens,
+            **{**self._variables, **chat.variables, **(switch or {})},
+        )
+        try:
+            return render(messages=messages)
+        except _TEMPLATE_ERRORS as error:
+            index = _rejected_message(render, messages, error)
+            raise RowError("template", _rejection(chat, index, error)) from error
 
     def _end_of_earlier_turns(self) -> str:
         """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
@@ -610,6 +668,39 @@ class Renderer:
             return ""
         found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
         return found[0] if found else ""
+
+    def _find_answer_header(self) -> str:
+        """Return what a generation prompt adds to a question, without a thought that it opens."""
+        asked, prompt = self._probe("user"), self._probe("user", prompt=True)
+        added = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        headers = (text.partition("<think>")[0].strip() for text in (added, prompt.rpartition(_QUESTION)[2]))
+        return next((header for header in headers if _MARK.search(header)), "")
+
+    def _find_turn_opening(self) -> str:
+        """Return the text before a later question, after the end marker and up to its first special token."""
+        between = self._probe("user", "assistant", "user").rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
+        between = between.strip()
+        if self.end_marker and between.startswith(self.end_marker.strip()):
+            opening = between.removeprefix(self.end_marker.strip()).lstrip()
+        else:
+            end = self._special.match(between)
+            opening = between[end.end() if end else 0 :].lstrip()
+        token = self._special.match(opening)
+        opening = token[0] if token else opening
+        return opening if _MARK.search(opening) else ""
+
+    def _probe(self, *roles: str, prompt: bool = False) -> str:
+        """Render a question and an answer by their roles, with content as text or as parts; empty if the template rejects both."""
+        texts = {"user": _QUESTION, "assistant": _ANSWER}
+        messages: list[Message] = [{"role": role, "content": texts[role]} for role in roles]
+        for form in (Form(), Form(parts=True)) if self._source else ():
+            try:
+                text = self._apply(adapted(messages, form, None), Chat([]), prompt=prompt)
+            except RowError:
+                continue
+            if _QUESTION in text:
+                return text
+        return ""
 
     def _surroundings(self) -> tuple[str, str]:
         """Return the text before and after an answer, or two empty strings if the template does more than append."""
@@ -626,6 +717,44 @@ class Renderer:
         if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
             return "", ""
         return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
+
+
+def _rejected_message(render: Callable[..., str], messages: list[Message], error: Exception) -> int | None:
+    """Return the index of the first message with which a template raises an error, or None if it does so without the messages."""
+    for count in range(len(messages) + 1):
+        try:
+            render(messages=messages[:count] or [{"role": "user", "content": _QUESTION}])
+        except _TEMPLATE_ERRORS as earlier:
+            if str(earlier) == str(error):
+                return count - 1 if count else None
+    return len(messages) - 1
+
+
+def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
+    """Return the error for a row that a template rejects, with the message and what to do about it."""
+    if index is None:
+        return f"cannot be rendered by the chat template, whatever the messages are ({error}). Set chat_template, or change `tools` or chat_template_kwargs"
+    if index >= len(chat.messages):
+        return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
+    message = chat.messages[index]
+    if message["role"] in ("system", "developer"):
+        fix = "Move its text into the first user message, or use a model whose template has system messages"
+    elif message["role"] == "tool" or "tool_calls" in message:
+        fix = "Use a model whose template renders tool calls, or set chat_template"
+    else:
+        fix = "Fix or remove the message, or set chat_template"
+    return f"{chat.name_of(index)} is rejected by the chat template ({error}). {fix}"
+
+
+def _is_wrapped(message: Message) -> bool:
+    """Return whether the result of a tool brings its own tags (Hermes)."""
+    return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
+
+
+def _unwrapped(message: Message) -> Message:
+    """Return a result without its outermost tags, which the template adds; several results in one message keep those between them."""
+    found = _WRAPPED_RESULT.fullmatch(message["content"])
+    return {**message, "content": found[1]} if found else message
 
 
 def _names(chat: Chat, count: int) -> list[str]:

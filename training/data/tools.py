@@ -118,7 +118,7 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[s
         advice = "Rename it to `arguments`" if is_arguments else "Remove it"
         raise RowError("unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. {advice}")
     if not is_text:  # Arrow fills in no nulls inside a text
-        given_arguments, arguments = arguments, _without_foreign_nulls(arguments, name, tools)
+        given_arguments, arguments = arguments, _without_foreign_nulls(arguments, _parameters_of(name, tools))
         if arguments != given_arguments:
             notes.append("null arguments of calls are removed, unless the schema of the tool allows null")
     check_json([name, arguments], what)
@@ -128,32 +128,39 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[s
     return clean
 
 
-def _without_foreign_nulls(
-    arguments: dict[str, Any], name: str, tools: Sequence[Tool] | None
-) -> dict[str, Any]:
-    """Remove null arguments unless the tool's schema allows null there: Arrow adds the arguments of other calls."""
-    schema: Any = None
-    for tool in tools or ():
-        function = tool.get("function", tool)
-        if function.get("name") == name:
-            schema = function.get("parameters")
-    return _without_nulls(arguments, schema)
+def _parameters_of(name: str, tools: Sequence[Tool] | None) -> Any:
+    """Return the schema of a tool's arguments, or None."""
+    functions = (tool.get("function", tool) for tool in tools or ())
+    return next((function.get("parameters") for function in functions if function.get("name") == name), None)
 
 
-def _without_nulls(value: Any, schema: Any) -> Any:
-    """Remove the null keys of a value and of those inside it, unless the schema allows null there."""
-    schema = schema if isinstance(schema, dict) else {}
+def _without_foreign_nulls(value: Any, schema: Any) -> Any:
+    """Remove null entries of objects unless the schema allows null there: Arrow adds the keys of other calls, at every depth."""
+    if isinstance(value, dict):
+        known = {
+            key: entry
+            for part in _variants(schema)
+            if isinstance(part.get("properties"), dict)
+            for key, entry in part["properties"].items()
+            if entry is not None
+        }
+        return {
+            key: _without_foreign_nulls(entry, known.get(key))
+            for key, entry in value.items()
+            if entry is not None or _allows_null(known.get(key))
+        }
     if isinstance(value, list | tuple):
-        return [_without_nulls(entry, schema.get("items")) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    properties = schema.get("properties")
-    inner = properties if isinstance(properties, dict) else {}
-    return {
-        key: _without_nulls(entry, inner.get(key))
-        for key, entry in value.items()
-        if entry is not None or _allows_null(inner.get(key))
-    }
+        items = next((part["items"] for part in _variants(schema) if part.get("items")), None)
+        return [_without_foreign_nulls(entry, items) for entry in value]
+    return value
+
+
+def _variants(schema: Any) -> list[dict[str, Any]]:
+    """Return a schema and the alternatives that it lists."""
+    if not isinstance(schema, dict):
+        return []
+    listed = [part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key) or ()]
+    return [schema, *(part for part in listed if isinstance(part, dict))]
 
 
 def parse_json(value: str, what: str) -> Any:

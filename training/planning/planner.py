@@ -871,7 +871,9 @@ def _warnings(
     yield from plan_warnings.template_warnings(config, model.tokenizer)
     yield from plan_warnings.tokenizer_warnings(model.tokenizer)
     yield from plan_warnings.column_warnings(config, data.train.summary)
-    yield from plan_warnings.data_warnings(data.train.summary, data.valid.summary if data.valid else None)
+    key = "valid_path" if config.valid_split is None else "valid_split"
+    valid = data.valid.summary if data.valid else None
+    yield from plan_warnings.data_warnings(data.train.summary, valid, key)
     for name, prepared in data.more_valid.items():
         yield from plan_warnings.row_warnings(f"valid_path.{name}", prepared.summary)
     yield from plan_warnings.length_warnings(config, batch.shape)

@@ -180,13 +180,19 @@ def column_warnings(config: FinetuneConfig, train: DataSummary) -> Iterator[str]
             yield f"columns.{name}: the format of the rows ({', '.join({s.format for s in train.sources})}) has no such column: remove it"
 
 
-def data_warnings(train: DataSummary, valid: DataSummary | None) -> Iterator[str]:
-    """Warn of truncated, excluded or duplicate rows, and of missing validation rows."""
+def data_warnings(train: DataSummary, valid: DataSummary | None, key: str) -> Iterator[str]:
+    """Warn of truncated, excluded or duplicate rows, and of missing validation rows.
+
+    Args:
+        train: The training rows.
+        valid: The validation rows.
+        key: The key of the YAML that the validation rows come from.
+    """
     yield from row_warnings("train_path", train)
     if valid is None:
         yield "no valid_path: there is no eval loss, and the latest checkpoint counts as the best"
     else:
-        yield from row_warnings("valid_path", valid)
+        yield from row_warnings(key, valid)
 
 
 def row_warnings(name: str, summary: DataSummary) -> Iterator[str]:

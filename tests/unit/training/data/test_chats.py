@@ -190,6 +190,23 @@ def test_reasoning_is_read_under_each_of_its_names(key: str):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "<think>\nThe sun shines.\n</think>\n\n21 degrees",
+        "The sun shines.\n</think>\n\n21 degrees",
+        "<think>\n\n</think>\n\n21 degrees",
+        [{"type": "text", "text": "<think>The sun shines.</think>21 degrees"}],
+    ],
+)
+def test_reasoning_under_a_key_and_in_the_content_is_read_once(content: Any):
+    answer = {**ANSWER, "content": content, "reasoning_content": "The sun shines."}
+    assert read({"messages": [USER, answer]}).messages == [
+        USER,
+        {**ANSWER, "reasoning_content": "The sun shines."},
+    ]
+
+
+@pytest.mark.parametrize(
     "excluded",
     [
         {"weight": 0},
@@ -259,6 +276,85 @@ def test_nulls_that_arrow_adds_are_removed_and_others_stay():
     assert chat.tools[0]["function"]["parameters"]["properties"] == {"x": {"type": "string"}, "z": nullable}
     assert chat.tools[1]["function"]["parameters"]["properties"] == {"y": {"enum": ["u", None]}}
     assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": "1", "z": None}
+    assert any("null arguments" in note for note in chat.notes)
+
+
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        (
+            [{**ANSWER, "reasoning": "a"}, ANSWER],
+            ("messages 2 and 3", "because of `reasoning_content`", "one"),
+        ),
+        ([{**ANSWER, "weight": 0}, ANSWER], ("messages 2 and 3", "in the loss", "same weight")),
+        ([{**ANSWER, "content": " "}], ("message 2", "empty", "Write its content")),
+    ],
+)
+def test_errors_of_messages_name_their_cause_and_fix(messages: list[dict[str, Any]], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, *messages]})
+    assert_names(str(caught.value), *facts)
+
+
+def test_an_analysis_of_gpt_oss_is_the_reasoning_of_the_next_message():
+    thought = {"role": "assistant", "channel": "analysis", "content": "The sun shines."}
+    called = {**CALLING, "channel": "commentary"}
+    said = {**ANSWER, "channel": "final"}
+    chat = read({"messages": [USER, thought, called, RESULT, thought, said]})
+    assert chat.messages == [
+        USER,
+        {**CALLING, "reasoning_content": "The sun shines."},
+        RESULT,
+        {**ANSWER, "reasoning_content": "The sun shines."},
+    ]
+    assert chat.notes == ()
+    left_out = read({"messages": [USER, {**thought, "weight": 0}, {**ANSWER, "weight": 0}, USER, ANSWER]})
+    assert left_out.untrained == (1,)
+
+
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        ([{"channel": "analysis"}], ("message 2", "channel: analysis", "Add its answer")),
+        ([{"channel": "analysis"}, USER, ANSWER], ("message 2", "channel: analysis", "Add its answer")),
+        ([{"channel": "analysis"}, {"reasoning": "b"}], ("messages 2 and 3", "reasoning")),
+        ([{"channel": "analysis"}, {"weight": 0}], ("messages 2 and 3", "same weight")),
+        ([{"channel": "commentary", "recipient": "functions.look"}], ("message 2", "`tool_calls`")),
+        ([{"channel": "commentary"}, {"channel": "final"}], ("message 2", "commentary")),
+    ],
+)
+def test_channels_without_their_answer_raise_an_error(messages: list[dict[str, Any]], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, *({**ANSWER, **message} for message in messages)]})
+    assert_names(str(caught.value), *facts)
+
+
+def test_calls_that_are_written_as_python_are_converted_to_json():
+    """Rows of Hermes print some calls as Python prints a dictionary. Other notations stay as they are."""
+    for written, expected in (
+        ("{'arguments': {'city': None}, 'name': 'look'}", '{"arguments": {"city": null}, "name": "look"}'),
+        ('{"name":"look"}', '{"name":"look"}'),
+        ("<function=look>\n</function>", "<function=look>\n</function>"),
+    ):
+        content = f"Wait.\n<tool_call>\n{written}\n</tool_call>"
+        chat = read({"messages": [USER, {**ANSWER, "content": content}]})
+        assert chat.messages[1]["content"] == f"Wait.\n<tool_call>\n{expected}\n</tool_call>"
+        assert any("Python" in note for note in chat.notes) == (written != expected)
+
+
+def test_nulls_inside_arguments_are_removed_at_every_depth():
+    """Parquet stores nested arguments with the keys of all rows, JSONL with their own."""
+    schema = {
+        "properties": {
+            "filter": {"anyOf": [{"properties": {"n": {"type": ["string", "null"]}}}, {"type": "null"}]}
+        }
+    }
+    tools = [{"type": "function", "function": {"name": "find", "parameters": schema}}]
+    stored = {"filter": {"a": 1, "b": None, "n": None}, "by": [{"c": 2, "d": None}, None]}
+    called = {"function": {"name": "find", "arguments": stored}}
+    chat = read({"tools": tools, "messages": [USER, {"role": "assistant", "tool_calls": [called]}]})
+    read_arguments = chat.messages[1]["tool_calls"][0]["function"]["arguments"]
+    assert read_arguments == {"filter": {"a": 1, "n": None}, "by": [{"c": 2}, None]}
 
 
 @pytest.mark.parametrize(
@@ -342,7 +438,11 @@ def test_empty_columns_are_neither_used_nor_noted():
         ({"messages": [SYSTEM, USER, ANSWER], "system": "Be kind."}, ("system",)),
         (
             {"messages": [USER, {**ANSWER, "reasoning": "a", "thinking": "b"}]},
-            ("message 2", "`reasoning` and `thinking`"),
+            ("message 2", "`reasoning` and `thinking`", "Keep one"),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "reasoning": "a", "content": "<think>b</think>21 degrees"}]},
+            ("message 2", "<think>", "Keep one"),
         ),
         ({"messages": [{**USER, "reasoning": "a"}, ANSWER]}, ("message 1", "reasoning", "assistant")),
         (
@@ -352,7 +452,7 @@ def test_empty_columns_are_neither_used_nor_noted():
                     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "args": {"a": 1}}}]},
                 ]
             },
-            ("tool call 1", "`args`"),
+            ("tool call 1", "`args`", "Rename it to `arguments`"),
         ),
         (
             {

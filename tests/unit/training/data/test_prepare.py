@@ -17,6 +17,7 @@ from tests.support.tiny_model import write_data
 from training.data.errors import DataError
 from training.data.prepare import prepare_data
 from training.data.prepared import SKIPPED_FILE, fetch_prepared, keep_prepared, verify_prepared
+from training.data.report import describe_rows, describe_split
 from training.data.row_index import DATA_FILE, IGNORED
 from training.data.summary import PIECE_TOKENS
 
@@ -378,7 +379,7 @@ def test_unpaired_rows_store_their_response_on_one_side(
     assert len(bad["prompt_ids"]) + len(bad["rejected_ids"]) == bad["tokens"] == 40
     assert bad["trained_tokens"] == len(bad["rejected_ids"])
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (1, 1)
-    assert prepared.summary.examples[0][-1] == ("4<|im_end|>", True)
+    assert prepared.summary.examples[0][-2:] == [(" … chosen: … ", False), ("4<|im_end|>", True)]
     with pytest.raises(DataError, match=r"(?s)3 of 3 rows.*loss: kto"):
         prepare(replace(data, unpaired=False), chatml, tiny_model, tmp_path / "cache")
 
@@ -466,6 +467,41 @@ def test_max_rows_takes_the_first_rows_of_each_source(
     assert [(row["file"], row["row"]) for row in rows_of(prepared)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
+def test_an_example_of_a_pair_shows_both_answers(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(tmp_path / "rows.jsonl", {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
+    prepared = prepare(request(path, task="preference_tuning"), chatml, tiny_model, tmp_path / "cache")
+    ((prompt, *answers),) = prepared.summary.examples
+    assert prompt[0].endswith("assistant\n")
+    assert answers == [
+        (" … chosen: … ", False),
+        ("4<|im_end|>", True),
+        (" … rejected: … ", False),
+        ("5<|im_end|>", True),
+    ]
+
+
+def test_a_misspelled_variable_of_the_template_raises_an_error(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    path = write(tmp_path / "rows.jsonl", GOOD[0])
+    data = request(path, chat_template_kwargs=(("add_generation_promt", True),))
+    with pytest.raises(DataError, match=r"chat_template_kwargs\.add_generation_promt.*add_generation_prompt"):
+        prepare(data, chatml, tiny_model, tmp_path / "cache")
+
+
+def test_rows_that_the_template_rejects_do_not_blame_the_format(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+    with pytest.raises(DataError) as caught:
+        prepare(request(write(tmp_path / "rows.jsonl", GOOD[0])), tokenizer, tiny_model, tmp_path / "cache")
+    assert "No row fits the YAML" not in str(caught.value)
+    assert_names(str(caught.value).splitlines()[-1], "No row can be rendered", "set chat_template")
+
+
 def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
     """The template gives every turn but the last another end, so a chat of two turns becomes two sequences."""
     turns = [*chat("2 + 2?", "4")["messages"], *chat("3 + 3?", "6")["messages"]]
@@ -478,7 +514,9 @@ def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_
     assert tokenizer.chat_template != chatml.chat_template
     prepared = prepare(request(path), tokenizer, tiny_model, tmp_path / "cache")
     assert [row["row"] for row in rows_of(prepared)] == [1, 1, 2]
-    assert prepared.summary.split_rows == 1
+    assert (prepared.summary.split_rows, prepared.summary.split_sequences) == (1, 2)
+    assert describe_split(prepared.summary).startswith("1 row became 2 sequences")
+    assert describe_rows(prepared.summary).startswith("3 sequences in 1 file")
     assert prepared.summary.notes == {
         "column `topic` is not used": 1,
         "user messages contain special tokens of the tokenizer": 1,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tests.support.tiny_model import make_tokenizer
-from training.data.errors import RowError
+from training.data.errors import DataError, RowError
 from training.data.prompting import stop_tokens
 from training.data.records import Chat, Pair
 from training.data.rendered import Rendered
@@ -269,6 +269,79 @@ def test_an_empty_thought_is_trained_only_if_the_row_writes_it(
     assert loss_texts(own) == ["<think>\n\n</think>\n\nAnswer with words 1.<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "facts"),
+    [
+        ("gemma", "system", (r"message 1 \(system\) is rejected", "first user message")),
+        ("mistral", "later system", (r"message 3 \(system\) is rejected", "first user message")),
+        ("mistral", "call", (r"message 2 \(assistant\) is rejected", "renders tool calls")),
+        ("undefined", "one answer", ("whatever the messages are", "nothing' is undefined", "chat_template")),
+        ("smolvlm", "reasoning in a later turn", (r"message 4 \(assistant\).*drops reasoning", "Remove it")),
+    ],
+)
+def test_errors_of_a_template_name_the_message_and_the_fix(
+    name: str, row: str, facts: tuple[str, ...], tokenizers: Tokenizers
+):
+    strict = (
+        "{% for message in messages %}{% if message.role not in ['user', 'assistant'] %}{{ raise_exception('only two roles') }}"
+        "{% endif %}{{ message.role }}{{ message.content + '' }}{% if message.tool_calls %}{{ message.tool_calls.x.y }}"
+        "{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    own = {"mistral": strict, "undefined": "{{ nothing.at_all }}"}
+    rows = {
+        **ROWS,
+        "later system": {"messages": [user(1), answer(1), SYSTEM, user(2), answer(2)]},
+        "reasoning in a later turn": {
+            "messages": [user(1), answer(1), user(2), answer(2, reasoning="A thought 2.")]
+        },
+    }
+    tokenizer = with_template(tokenizers, own[name]) if name in own else tokenizers[name]
+    with pytest.raises(RowError) as caught:
+        Renderer(tokenizer, whole_text=False).render(read(rows[row]))
+    assert all(re.search(fact, str(caught.value)) for fact in facts), caught.value
+
+
+def test_a_result_that_brings_its_tags_is_wrapped_once(tokenizers: Tokenizers):
+    """As in Hermes, whose results may hold several responses."""
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    two = "<tool_response>\nminus 3 degrees\n</tool_response>\n<tool_response>\nB\n</tool_response>"
+    for content in ("<tool_response>\nminus 3 degrees\n</tool_response>", two):
+        messages = [user(1), call(), {**RESULT, "content": content}, answer(1)]
+        text = renderer.render(read({"messages": messages, "tools": TOOLS}))[-1].text
+        assert f"<|im_start|>user\n{content}<|im_end|>" in text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendered_prompt_is_not_wrapped_again(name: str, tokenizers: Tokenizers):
+    """Also without a BOS token, in any message, and if the answer brings its own header."""
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    rendered = renderer.prompt(Chat([user(1)])).replace("<|bos|>", "")
+    question = {"role": "user", "content": rendered}
+    later = [user(1), answer(1), question, answer(2)]
+    for example in (Chat([question, answer(1)]), Chat(later), Pair([question], [answer(1)], [answer(2)])):
+        with pytest.raises(RowError, match=r"message [13] \(user\).*rendered already"):
+            renderer.render(example)
+
+
+def test_an_answer_that_brings_the_headers_of_turns_raises_an_error(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    said = {"role": "assistant", "content": "<|im_start|>assistant\nYes.<|im_end|>"}
+    for example in (Chat([user(1), said]), Pair([user(1)], [said], [answer(1)])):
+        with pytest.raises(RowError, match=r"message 2 \(assistant\).*<\|im_start\|>assistant.*rendered"):
+            renderer.render(example)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "nemotron_3_nano", "glm4moe"])
+def test_reasoning_after_a_prompt_that_asks_for_none_raises_an_error(name: str, tokenizers: Tokenizers):
+    off = {"enable_thinking": False}
+    row = read({**ROWS["reasoning"], "chat_template_kwargs": off})
+    pair = Pair(row.messages[:1], row.messages[1:], [answer(2)])
+    for variables, example in ((off, read(ROWS["reasoning"])), (off, pair), ({}, row)):
+        renderer = Renderer(tokenizers[name], whole_text=False, variables=variables)
+        with pytest.raises(RowError, match=r"message 2.*reasoning.*chat_template_kwargs.*enable_thinking"):
+            renderer.render(example)
+
+
 def test_chat_template_variables_reach_the_template(tokenizers: Tokenizers):
     chat = read(ROWS["one answer"])
     texts = [
@@ -294,6 +367,20 @@ def test_variables_of_a_row_reach_the_template(tokenizers: Tokenizers):
     ]
     with pytest.raises(RowError, match=r"chat_template_kwargs.*list"):
         read({**ROWS["one answer"], "chat_template_kwargs": ["low"]})
+
+
+def test_variables_that_the_template_does_not_read_are_named(tokenizers: Tokenizers):
+    """A misspelled one changes nothing: in the YAML it is an error, in a row a note."""
+    for name, fix in (("enable_thinkin", "Did you mean enable_thinking?"), ("persona", "Remove it.")):
+        variables = {name: False}
+        with pytest.raises(DataError, match=rf"chat_template_kwargs\.{name}: .*{re.escape(fix)}"):
+            Renderer(tokenizers["qwen3"], whole_text=False, variables=variables).reject_unknown_variables()
+        renderer = Renderer(tokenizers["qwen3"], whole_text=False, variables={"enable_thinking": True})
+        renderer.reject_unknown_variables()
+        chat = read({**ROWS["one answer"], "chat_template_kwargs": variables})
+        (note,) = renderer.notes(chat, renderer.render(chat))
+        assert note.startswith(f"`{name}` of chat_template_kwargs")
+        assert note.endswith(fix)
 
 
 def test_a_row_that_trains_the_last_turn_alone_does_not_decide_for_others(tiny_model: Path):

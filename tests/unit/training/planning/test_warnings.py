@@ -1,7 +1,7 @@
 """Warnings of a plan."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from tests.support.messages import assert_names
 from tests.support.tiny_model import make_tokenizer
 from training.data.batches import BatchShape
 from training.data.report import DataReport
+from training.data.summary import DataSummary
 from training.models.architecture import ModelShape
 from training.models.files import ModelFacts, read_model_facts
 from training.models.kernels import Device, Provider
 from training.models.tokenizer import load_tokenizer
 from training.planning.warnings import (
     accelerator_warnings,
+    data_warnings,
     dtype_warnings,
     expert_warnings,
     gpu_dtype_warnings,
@@ -254,6 +256,15 @@ def test_default_learning_rate_with_full_parameter_training_gives_a_warning(
     assert len(warnings) == warns
     for warning in warnings:
         assert_names(warning, "learning_rate ", f"{loaded.config.learning_rate:g}", "LoRA", "1e-5")
+
+
+def test_warnings_of_validation_rows_name_the_key_that_they_come_from():
+    zeros: dict[str, Any] = {field.name: 0 for field in fields(DataSummary)}
+    valid = DataSummary(**{**zeros, "notes": {}, "truncated_rows": 3})
+    train = replace(valid, truncated_rows=0)
+    for key in ("valid_path", "valid_split"):
+        (warning,) = data_warnings(train, valid, key)
+        assert warning.startswith(f"{key}: 3 rows")
 
 
 def test_validation_rows_that_are_training_rows_give_a_warning():
