@@ -40,6 +40,9 @@ _TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that subtract the initial adapter from the base weights, or quantize them."""
 
+_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva")
+"""Initializations that leave the base weights unchanged. MiCA trains one of the two matrices only."""
+
 
 @dataclass(frozen=True)
 class AdapterParameters:
@@ -111,7 +114,7 @@ def continued_adapter(
 
 
 def check_finite(file: Path, where: str) -> None:
-    """Check that all weights in an adapter's file are finite numbers.
+    """Check that all weights in an adapter's file are floating-point numbers of 16 bits or more, and finite.
 
     Args:
         file: Local copy of adapter_model.safetensors.
@@ -123,7 +126,12 @@ def check_finite(file: Path, where: str) -> None:
     with safe_open(file, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
             tensor = tensors.get_tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"{where}: the tensor {name} is stored as {dtype}, but weights must be bf16, fp16 or fp32. Save it in one of these."
+                )
+            if not torch.isfinite(tensor).all():
                 raise ModelError(
                     f"{where}: the tensor {name} contains NaN or infinite values. Use an earlier checkpoint of the run that trained it."
                 )
@@ -190,6 +198,11 @@ def _check_settings(adapter: AdapterFacts, where: str) -> None:
             "adapter without it."
         )
     start = str(lora.get("init_lora_weights", True)).lower()
+    if not start.startswith((*_REWRITES_BASE, *_STARTS)):
+        raise ModelError(
+            f"{where}: init_lora_weights: {start} is not an initialization whose adapters can be trained further. Write true if the "
+            "published base model with this adapter is what was trained."
+        )
     if start.startswith(_REWRITES_BASE):
         raise ModelError(
             f"{where}: init_lora_weights: {start} rewrites the base weights, so the adapter belongs to those weights and not to the "

@@ -181,6 +181,8 @@ def test_configuration_that_differs_from_the_tensors_is_rejected(
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "mica"}, "mica"),
+        ({"init_lora_weights": "foo"}, "foo"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"target_modules": ["nope"]}, "nope"),
     ],
@@ -210,6 +212,14 @@ def test_nan_and_infinite_weights_are_rejected(adapter: Path, value: float):
         adapter, lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor(3), value)}
     )
     with pytest.raises(ModelError, match=rf"the file: .*{name} .*NaN"):
+        check_finite(adapter / FILE, "the file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool], ids=str)
+def test_weights_that_are_not_floating_point_numbers_of_16_bits_are_rejected(adapter: Path, dtype: Any):
+    name = f"{LAYER}.lora_B.weight"
+    change_tensors(adapter, lambda tensors: tensors | {name: tensors[name].to(dtype)})
+    with pytest.raises(ModelError, match=rf"the file: .*{name} is stored as {str(dtype).split('.')[1]}"):
         check_finite(adapter / FILE, "the file")
 
 
