@@ -25,6 +25,9 @@ _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
 _SINGLE = "model.safetensors"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_COMPLETE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+_TOKENIZER_FILES = _COMPLETE_TOKENIZER | {"tokenizer.model", "vocab.json", CHAT_TEMPLATE_FILE}
 _MORE_TEMPLATES = "additional_chat_templates"
 """Directory of a tokenizer's chat templates beside the default one, such as tool_use.jinja."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
@@ -254,8 +257,13 @@ class AdapterFacts:
     """Content of adapter_config.json."""
     parameter_shapes: dict[str, tuple[int, ...]]
     """Name -> shape of each tensor in adapter_model.safetensors."""
-    has_tokenizer: bool
-    """True if a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
+    tokenizer_files: frozenset[str] = frozenset()
+    """Names of the tokenizer's files beside the adapter."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Return whether a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
+        return self.tokenizer_files >= _COMPLETE_TOKENIZER
 
     @property
     def base_revision(self) -> str | None:
@@ -298,7 +306,7 @@ def read_adapter_facts(source: str) -> AdapterFacts:
         base_model=config.get("base_model_name_or_path") or "",
         lora=config,
         parameter_shapes=shapes,
-        has_tokenizer={"tokenizer.json", "tokenizer_config.json"} <= names.keys(),
+        tokenizer_files=frozenset(names.keys() & _TOKENIZER_FILES),
     )
 
 

@@ -19,6 +19,7 @@ from training.models.adapter import AdapterParameters, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
+    CHAT_TEMPLATE_FILE,
     AdapterFacts,
     ModelError,
     ModelFacts,
@@ -28,6 +29,7 @@ from training.models.files import (
     without_strays,
 )
 from training.models.kernels import is_installed
+from training.models.new_tokens import rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
@@ -130,6 +132,49 @@ def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
         raise ModelError(
             f"adapter {source}: its tokenizer has {tokens:,} tokens, but the embedding of {facts.source} has {rows:,} rows. Write the "
             "model with the resized embedding that the adapter was trained on as model_id."
+        )
+
+
+def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> None:
+    """Check that the tokenizer beside an adapter is complete, so that its template and tokens are not dropped silently."""
+    found = adapter.tokenizer_files
+    is_replaced = config.chat_template is not None and found == {CHAT_TEMPLATE_FILE}
+    if found and not adapter.has_tokenizer and not is_replaced:
+        missing = sorted({"tokenizer.json", "tokenizer_config.json"} - found)
+        raise ModelError(
+            f"adapter {adapter.source}: has {', '.join(sorted(found))}, but {' and '.join(missing)} of its tokenizer is missing. Copy the "
+            "tokenizer that it was trained with beside it, or continue from a copy without these files. A template alone goes to chat_template."
+        )
+
+
+def check_token_indices(
+    config: FinetuneConfig, adapter: AdapterFacts | None, tokens: int, facts: ModelFacts
+) -> None:
+    """Check that the rows of `trainable_token_indices` exist, in the embedding or in the continued adapter's own tokenizer.
+
+    Args:
+        config: The YAML.
+        adapter: The adapter to continue.
+        tokens: Number of tokens of the tokenizer.
+        facts: The base model, without rows of tokens that are added.
+    """
+    lora = config.lora_config
+    where = f"adapter {adapter.source}: adapter_config.json" if adapter else "lora_config"
+    indices = (
+        adapter.lora.get("trainable_token_indices") if adapter else lora and lora.trainable_token_indices
+    )
+    needed = rows_needed(indices)
+    rows = vocabulary_rows(facts, needed)
+    if adapter and adapter.has_tokenizer:
+        rows = max(rows, tokens)
+    if needed > rows:
+        fix = (
+            "Copy the tokenizer that it was trained with, which has this token, beside it."
+            if adapter
+            else "Write ids below that, or add tokens with new_tokens."
+        )
+        raise ModelError(
+            f"{where}: trainable_token_indices has the id {needed - 1}, but {facts.source} has {rows:,} tokens. {fix}"
         )
 
 

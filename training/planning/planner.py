@@ -77,6 +77,7 @@ from training.planning import warnings as plan_warnings
 from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
 from training.planning.checks import (
     check_adapter,
+    check_adapter_tokenizer,
     check_batch,
     check_checkpoint_fits,
     check_disk,
@@ -85,6 +86,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_token_indices,
     check_token_rows,
     check_vocabulary,
     check_zero_3_adapter,
@@ -423,12 +425,15 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         check_export(config, facts)
     template = read_chat_template(config)
     source, tokenizer_directory = base, directory
+    if adapter_facts:
+        check_adapter_tokenizer(config, adapter_facts)
     if adapter_facts and adapter_facts.has_tokenizer:
         source = adapter_facts.source
         tokenizer_directory = fetch_model(source, storage.cache, is_tokenizer_file)
     tokenizer = load_tokenizer(
         tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
     )
+    check_token_indices(config, adapter_facts, len(tokenizer), facts)
     if source != base:
         assert adapter_facts is not None
         rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))

@@ -7,8 +7,15 @@ import pytest
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import FinetuneConfig
+from training.models.files import AdapterFacts, ModelError, ModelFacts
 from training.planning import checks
-from training.planning.checks import check_batch, check_checkpoint_fits, reject_missing_requirements
+from training.planning.checks import (
+    check_adapter_tokenizer,
+    check_batch,
+    check_checkpoint_fits,
+    check_token_indices,
+    reject_missing_requirements,
+)
 from training.planning.endpoints import ClusterTarget
 
 LOCAL = ClusterTarget(None)
@@ -47,3 +54,54 @@ def test_tracker_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: py
     with pytest.raises(ConfigError, match=r"^logger: "):
         reject_missing_requirements(loaded, LOCAL)
     reject_missing_requirements(loaded, ClusterTarget("http://head:8265"))
+
+
+TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json"})
+
+
+def adapter(*files: str, **lora: Any) -> AdapterFacts:
+    return AdapterFacts("adapter", "org/name", lora, {}, tokenizer_files=frozenset(files))
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        (["chat_template.jinja"], "tokenizer.json and tokenizer_config.json"),
+        (["chat_template.jinja", "tokenizer_config.json"], "tokenizer.json"),
+        (["chat_template.jinja", "tokenizer.json"], "tokenizer_config.json"),
+        (["tokenizer.json"], "tokenizer_config.json"),
+        (["tokenizer_config.json", "tokenizer.model"], "tokenizer.json"),
+    ],
+    ids=str,
+)
+def test_incomplete_tokenizer_beside_an_adapter_is_rejected(files: list[str], missing: str):
+    """Its template and tokens would be dropped."""
+    named = ", ".join(sorted(files))
+    with pytest.raises(
+        ModelError, match=rf"^adapter adapter: has {named}, but {missing} of its tokenizer is missing"
+    ):
+        check_adapter_tokenizer(config(), adapter(*files))
+
+
+def test_complete_absent_and_replaced_tokenizers_of_an_adapter_are_accepted():
+    check_adapter_tokenizer(config(), adapter())
+    check_adapter_tokenizer(config(), adapter(*TOKENIZER))
+    check_adapter_tokenizer(config(), adapter(*TOKENIZER, "chat_template.jinja"))
+    check_adapter_tokenizer(config(chat_template="{{ messages }}"), adapter("chat_template.jinja"))
+
+
+MODEL = ModelFacts("org/name", "A", {"model.embed_tokens.weight": (512, 64)}, 0, None, None, True)
+
+
+def test_token_indices_without_a_row_are_rejected():
+    new = config(lora_config={"trainable_token_indices": {"embed_tokens": [600, 1]}})
+    with pytest.raises(ModelError, match=r"^lora_config: .*\b600\b.*\b512 tokens.*new_tokens"):
+        check_token_indices(new, None, 512, MODEL)
+    check_token_indices(config(lora_config={"trainable_token_indices": [511]}), None, 512, MODEL)
+    check_token_indices(config(), None, 512, MODEL)
+    grown = {"trainable_token_indices": [512, 515]}
+    with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b512 tokens.*tokenizer"):
+        check_token_indices(config(), adapter(**grown), 512, MODEL)
+    with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b515 tokens"):
+        check_token_indices(config(), adapter(*TOKENIZER, **grown), 515, MODEL)
+    check_token_indices(config(), adapter(*TOKENIZER, **grown), 516, MODEL)
