@@ -334,6 +334,11 @@ class LoraConfig(Section):
                 conflicts.append(
                     (key, f"`{key}`: {value!r} is not a valid regular expression ({error}): correct it")
                 )
+        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            conflicts.append(
+                ("init_lora_weights", f"`init_lora_weights: orthogonal` requires even ranks, not {odd[0]}")
+            )
         if self.lora_bias and self.use_dora:
             conflicts.append(("lora_bias", "`lora_bias` and `use_dora` cannot be combined: remove one"))
         if self.lora_bias and isinstance(self.init_lora_weights, str):

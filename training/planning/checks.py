@@ -225,6 +225,14 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
     """Check that target_modules of a new adapter matches the model."""
     if targeted_modules(facts, lora):
         return
+    for key, without in (
+        ("layers_to_transform", {"layers_to_transform": None, "layers_pattern": None}),
+        ("exclude_modules", {"exclude_modules": None}),
+    ):
+        if targeted_modules(facts, lora.model_copy(update=without)):
+            raise ConfigError(
+                f"lora_config.{key}: {getattr(lora, key)} leaves no module of {facts.source} with an adapter. Correct it, or remove it."
+            )
     names = sorted({module.split(".")[-1] for module in facts.matrix_shapes})
     raise ConfigError(
         f"lora_config.target_modules: {lora.target_modules} matches no module of {facts.source}, which has: {', '.join(names)}. "
@@ -235,6 +243,12 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
 def check_new_adapter(config: FinetuneConfig, parameters: AdapterParameters, facts: ModelFacts) -> None:
     """Check that each name in lora_config matches the model, and that the adapter can be trained."""
     assert config.lora_config is not None
+    rows = config.lora_config.trainable_token_indices or []
+    for name in config.lora_config.modules_to_save or []:
+        if name in rows or (isinstance(rows, list) and rows and is_embedding(f"{name}.")):
+            raise ConfigError(
+                f"lora_config.modules_to_save: {name} is trained in full, so trainable_token_indices cannot train rows of it. Remove one."
+            )
     if unmatched := list(unmatched_keys(config.lora_config, parameters)):
         raise ConfigError(
             f"{unmatched[0]} of {facts.source}"

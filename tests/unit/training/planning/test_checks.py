@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import FinetuneConfig
+from configs.schema import FinetuneConfig, LoraConfig
+from training.models.adapter import AdapterParameters
 from training.models.files import AdapterFacts, ModelError, ModelFacts
 from training.planning import checks
 from training.planning.checks import (
     check_adapter_tokenizer,
     check_batch,
     check_checkpoint_fits,
+    check_new_adapter,
+    check_targets,
     check_token_indices,
     reject_missing_requirements,
 )
@@ -105,3 +108,29 @@ def test_token_indices_without_a_row_are_rejected():
     with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b515 tokens"):
         check_token_indices(config(), adapter(*TOKENIZER, **grown), 515, MODEL)
     check_token_indices(config(), adapter(*TOKENIZER, **grown), 516, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("lora", "key"),
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [5]}, "layers_to_transform"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"target_modules": ["q_porj"]}, "target_modules"),
+    ],
+    ids=str,
+)
+def test_key_that_leaves_no_module_with_an_adapter_is_named(lora: dict[str, Any], key: str):
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64)}
+    facts = ModelFacts("org/name", "A", shapes, 0, None, None, False)
+    with pytest.raises(ConfigError, match=rf"^lora_config\.{key}: "):
+        check_targets(LoraConfig(**lora), facts)
+
+
+@pytest.mark.parametrize("rows", [[3], {"embed_tokens": [3]}], ids=str)
+def test_rows_of_a_module_that_is_trained_in_full_are_rejected(rows: Any):
+    lora = {"trainable_token_indices": rows, "modules_to_save": ["embed_tokens"]}
+    parameters = AdapterParameters({}, {}, {}, {}, (), ("model.embed_tokens",), (), None)
+    with pytest.raises(
+        ConfigError, match=r"^lora_config\.modules_to_save: embed_tokens .*trainable_token_indices"
+    ):
+        check_new_adapter(config(lora_config=lora), parameters, MODEL)
