@@ -171,6 +171,7 @@ ModelUri = Annotated[Text, _uri(*_BUCKETS, "file"), AfterValidator(_without_slas
 DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
+NaturalInt = Annotated[int, Field(ge=0)]
 
 
 def _token(text: str) -> str:
@@ -284,7 +285,7 @@ class LoraConfig(Section):
     alpha_pattern: dict[Text, PositiveInt] = {}
     """Per-module scaling: module name or regular expression -> lora_alpha."""
 
-    trainable_token_indices: list[int] | dict[Text, list[int]] | None = None
+    trainable_token_indices: list[NaturalInt] | dict[Text, list[NaturalInt]] | None = None
     """Token ids whose embeddings are trained, without training the complete embedding matrix."""
 
     ensure_weight_tying: bool = False
@@ -322,6 +323,22 @@ class LoraConfig(Section):
                 conflicts.append(
                     (key, f"`{key}` is one text with commas: write the names as a list, `{key}: [{names}]`")
                 )
+        regular_expressions = [
+            *((key, getattr(self, key)) for key in ("target_modules", "exclude_modules")),
+            *((key, each) for key in ("rank_pattern", "alpha_pattern") for each in getattr(self, key)),
+        ]
+        for key, value in regular_expressions:
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as error:
+                conflicts.append(
+                    (key, f"`{key}`: {value!r} is not a valid regular expression ({error}): correct it")
+                )
+        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            conflicts.append(
+                ("init_lora_weights", f"`init_lora_weights: orthogonal` requires even ranks, not {odd[0]}")
+            )
         if self.lora_bias and self.use_dora:
             conflicts.append(("lora_bias", "`lora_bias` and `use_dora` cannot be combined: remove one"))
         if self.lora_bias and isinstance(self.init_lora_weights, str):

@@ -466,6 +466,13 @@ def test_new_tokens_samples_and_pushes_that_cannot_work_are_rejected(
         ({"modules_to_save": ["lm_heda"]}, "lora_config.modules_to_save: lm_heda ", "Correct the name"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lora_config: target_modules ", "modules_to_save"),
         ({"lora_bias": True}, "lora_config: lora_bias ", "Remove lora_bias"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "lora_config: PEFT ", "not supported"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0, 5]},
+            "lora_config.layers_to_transform: 5 ",
+            "Correct the name",
+        ),
+        ({"trainable_token_indices": [600]}, "lora_config: trainable_token_indices ", "new_tokens"),
     ],
     ids=str,
 )
@@ -505,6 +512,8 @@ def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, 
     assert "THE PARENT'S" in trained.output
     own = config_file(tmp_path, tiny_model, **initial, chat_template=template.replace("PARENT", "CHILD"))
     assert "THE CHILD'S" in run_main_quickly(own, "--dry-run").output
+    (adapter / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert_names(rejected(**initial), f"adapter {adapter}: ", "but tokenizer.json ")
     tokenizer.add_tokens([f"<added-{number}>" for number in range(3)])
     tokenizer.save_pretrained(adapter)
     assert_names(rejected(**initial), f"adapter {adapter}: ", "515 tokens", "512 rows", "model_id")

@@ -32,7 +32,7 @@ def _check_new(kind: str, models: dict[str, Path], **settings: Any) -> None:
 
 def _check_continued(kind: str, models: dict[str, Path], **settings: Any) -> None:
     name, lora = KINDS[kind]
-    adapter = AdapterFacts("adapter", name, {**lora, "init_lora_weights": True}, {}, has_tokenizer=False)
+    adapter = AdapterFacts("adapter", name, {**lora, "init_lora_weights": True}, {})
     config = FinetuneConfig.model_validate(
         {"model_id": "m", "train_path": "t", "initial_adapter_model_ckpt_path": "a", **settings}
     )

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from training.models.files import ADAPTER_FILE
 from training.models.torch_provider import attach_adapter
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def merge_adapter(model: "PreTrainedModel", base: Path, adapter: Path) -> "PreTr
         adapter: Local directory of the adapter.
     """
     dtype = model.dtype
-    stored = _StoredWeights(model, base)
+    stored = _StoredWeights(model, base, adapter)
     adapted: Any = attach_adapter(model, adapter)
     was_tied = _untie(adapted)
     with warnings.catch_warnings():
@@ -70,7 +71,7 @@ def _in_fp32(module: Any, name: str, stored: "_StoredWeights") -> Iterator[None]
     for each, value in weights.items():
         if value.dtype == torch.float32:
             continue
-        # An adapter may train the bias itself, but the weight is that of the base.
+        # An adapter may train the bias itself, but the weight is that of the files.
         original = stored.read(f"{name.replace('.base_layer', '')}.{each}") if each != "bias" else None
         is_same = original is not None and original.shape == value.shape
         value.data = (original if original is not None and is_same else value.data).to(torch.float32)
@@ -80,18 +81,21 @@ def _in_fp32(module: Any, name: str, stored: "_StoredWeights") -> Iterator[None]
 
 
 class _StoredWeights:
-    """The weights of a base model as its files store them, without rounding to the dtype in which it is loaded.
+    """The weights under an adapter as the files store them, without rounding to the dtype in which the base model is loaded.
+
+    PEFT saves an embedding that has an adapter with the adapter, and loads it over that of the base model.
 
     transformers loads some weights under other names, and fuses some: the experts of a layer, which most files store one by one,
     become one parameter. Its own conversions of this model are used here.
     """
 
-    def __init__(self, model: "PreTrainedModel", directory: Path):
+    def __init__(self, model: "PreTrainedModel", directory: Path, adapter: Path):
         """Find the tensors of each parameter.
 
         Args:
             model: The model that transformers has loaded from the files.
             directory: Local directory of its files.
+            adapter: Local directory of the adapter.
         """
         conversions = getattr(model, "_weight_conversions", None) or []
         renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -100,6 +104,14 @@ class _StoredWeights:
         parameters = model.state_dict()
         self._model = model
         self._files = dict(_files_of_tensors(directory))
+        self._adapter = adapter / ADAPTER_FILE
+        with safe_open(self._adapter, "pt") as tensors:
+            self._replaced = {
+                name.removeprefix(_PREFIX).replace(".base_layer", ""): name
+                for name in tensors.keys()  # noqa: SIM118
+                if name.endswith(".base_layer.weight")
+            }
+        """Parameter of the base model -> the adapter's tensor that replaces it."""
         self._sources: dict[str, list[tuple[str, str | None]]] = {}
         """Parameter -> its tensors in the files, each with the pattern of the conversion that matches it."""
         self._converters: dict[str, WeightConverter] = {}
@@ -119,6 +131,9 @@ class _StoredWeights:
 
     def read(self, parameter: str) -> torch.Tensor | None:
         """Return a parameter as stored, or None if it is not in the files, or quantized."""
+        if parameter in self._replaced:
+            with safe_open(self._adapter, "pt") as tensors:
+                return tensors.get_tensor(self._replaced[parameter])
         sources = self._sources.get(parameter, [])
         tensors = [self._tensor(stored) for stored, _ in sources]
         if not tensors or not all(tensor.is_floating_point() for tensor in tensors):

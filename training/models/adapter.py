@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
-from training.models.architecture import is_expert, is_router, model_on_meta_device
+from training.models.architecture import is_embedding, is_expert, is_head, is_router, model_on_meta_device
 from training.models.files import AdapterFacts, ModelError, first_line
 from training.models.new_tokens import rows_needed
 from utils.processes import importing
@@ -39,6 +39,9 @@ _TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types whose adapters have no head of their own. Some trainers write SEQ_2_SEQ_LM for every model."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that subtract the initial adapter from the base weights, or quantize them."""
+
+_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva")
+"""Initializations that leave the base weights unchanged. MiCA trains one of the two matrices only."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,13 @@ def new_adapter(
     """
     where = "lora_config"
     settings = lora.model_dump() | {"init_lora_weights": True}
-    return _parameters(_adapted(directory, source, settings, where, trust_remote_code))
+    parameters = _parameters(_adapted(directory, source, settings, where, trust_remote_code))
+    if lora.init_lora_weights == "orthogonal" and parameters.target_parameters:
+        raise ModelError(
+            f"{where}.init_lora_weights: orthogonal is not available for {parameters.target_parameters[0]} of {source}, which is a "
+            "parameter and not a layer. Write true or gaussian."
+        )
+    return parameters
 
 
 def continued_adapter(
@@ -106,12 +115,16 @@ def continued_adapter(
     settings = known | {"init_lora_weights": True, "task_type": "CAUSAL_LM"}
     adapted = _adapted(directory, source, settings, where, trust_remote_code)
     parameters = _parameters(adapted)
+    if unmatched := _unmatched_patterns(adapted.peft_config["default"].alpha_pattern, parameters):
+        raise ModelError(
+            f"{where}: alpha_pattern: {unmatched[0]} matches no module that has an adapter. Correct the name, or remove it."
+        )
     found = _as_loaded(adapted, adapter)
     return parameters, list(_differences(parameters, found))
 
 
 def check_finite(file: Path, where: str) -> None:
-    """Check that all weights in an adapter's file are finite numbers.
+    """Check that all weights in an adapter's file are floating-point numbers of 16 bits or more, and finite.
 
     Args:
         file: Local copy of adapter_model.safetensors.
@@ -123,7 +136,12 @@ def check_finite(file: Path, where: str) -> None:
     with safe_open(file, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
             tensor = tensors.get_tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"{where}: the tensor {name} is stored as {dtype}, but weights must be bf16, fp16 or fp32. Save it in one of these."
+                )
+            if not torch.isfinite(tensor).all():
                 raise ModelError(
                     f"{where}: the tensor {name} contains NaN or infinite values. Use an earlier checkpoint of the run that trained it."
                 )
@@ -158,13 +176,22 @@ def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[
         if not any(_ends_with(parameter, name) for parameter in parameters.target_parameters):
             yield f"lora_config.target_parameters: {name} matches no parameter"
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(lora, key):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-                yield f"lora_config.{key}: {pattern} matches no module that has an adapter"
+        for pattern in _unmatched_patterns(getattr(lora, key), parameters):
+            yield f"lora_config.{key}: {pattern} matches no module that has an adapter"
+    layers = lora.layers_to_transform
+    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
+        if not any(f".{layer}." in module for module in adapted):
+            yield f"lora_config.layers_to_transform: {layer} matches no layer"
     if isinstance(lora.trainable_token_indices, dict):
         for name in lora.trainable_token_indices:
-            if not any(_ends_with(module, name) for module in parameters.saved_modules):
-                yield f"lora_config.trainable_token_indices: {name} matches no module"
+            is_end = is_embedding(f"{name}.") or is_head(f"{name}.")
+            if not is_end or not any(_ends_with(module, name) for module in parameters.saved_modules):
+                yield f"lora_config.trainable_token_indices: {name} matches no embedding or LM head"
+
+
+def _unmatched_patterns(patterns: Iterable[str], parameters: AdapterParameters) -> list[str]:
+    adapted = parameters.targets
+    return [each for each in patterns if not any(re.match(rf"(.*\.)?({each})$", name) for name in adapted)]
 
 
 def _ends_with(module: str, name: str) -> bool:
@@ -190,6 +217,11 @@ def _check_settings(adapter: AdapterFacts, where: str) -> None:
             "adapter without it."
         )
     start = str(lora.get("init_lora_weights", True)).lower()
+    if not start.startswith((*_REWRITES_BASE, *_STARTS)):
+        raise ModelError(
+            f"{where}: init_lora_weights: {start} is not an initialization whose adapters can be trained further. Write true if the "
+            "published base model with this adapter is what was trained."
+        )
     if start.startswith(_REWRITES_BASE):
         raise ModelError(
             f"{where}: init_lora_weights: {start} rewrites the base weights, so the adapter belongs to those weights and not to the "
@@ -212,9 +244,30 @@ def _adapted(
         with torch.device("meta"), warnings.catch_warnings():
             # PEFT warns of pattern keys that match parameters, and of names that `unmatched_keys` reports.
             warnings.simplefilter("ignore")
-            return peft.get_peft_model(model, peft.LoraConfig(**settings))
+            adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ModelError(f"{where}: PEFT cannot add this adapter to {source}: {first_line(error)}") from error
+        fix = " Write lora_dropout: 0." if "lora_dropout" in str(error) else ""
+        raise ModelError(
+            f"{where}: PEFT cannot add this adapter to {source}: {first_line(error)}{fix}"
+        ) from error
+    _check_embeddings(adapted, source, where)
+    return adapted
+
+
+def _check_embeddings(adapted: Any, source: str, where: str) -> None:
+    """Reject adapters on embeddings that compute something else than a look-up, such as OPT's positions."""
+    from peft.tuners.lora import Embedding
+    from torch import nn
+
+    for name, module in adapted.named_modules():
+        if not isinstance(module, Embedding):
+            continue
+        base = module.get_base_layer()
+        # PEFT multiplies by embed_scale itself.
+        if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
+            raise ModelError(
+                f"{where}: target_modules: PEFT cannot train {name.removeprefix(_PREFIX)} of {source}, a {type(base).__name__}. Remove it."
+            )
 
 
 def _parameters(adapted: Any) -> AdapterParameters:

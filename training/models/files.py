@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.schema import LoraConfig
 from utils.errors import AnnealError
 from utils.storage.bucket import Store, is_remote, join_uri, open_store
@@ -23,10 +25,20 @@ _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
 _SINGLE = "model.safetensors"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_COMPLETE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+_TOKENIZER_FILES = _COMPLETE_TOKENIZER | {"tokenizer.model", "vocab.json", CHAT_TEMPLATE_FILE}
 _MORE_TEMPLATES = "additional_chat_templates"
 """Directory of a tokenizer's chat templates beside the default one, such as tool_use.jinja."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
-_BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+_BITS_OF_DTYPE = (
+    dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
+    | dict.fromkeys(("F32", "I32", "U32"), 32)
+    | dict.fromkeys(("BF16", "F16", "I16", "U16"), 16)
+    | dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8)
+    | {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+)
+"""The safetensors format's dtypes."""
 
 
 class ModelError(AnnealError):
@@ -179,7 +191,7 @@ def read_hub_facts(model_id: str) -> ModelFacts:
         for name, tensor in file.tensors.items()
     }
     weight_bytes = sum(
-        math.prod(tensor.shape) * _BYTES_OF_DTYPE.get(tensor.dtype, 1)
+        math.prod(tensor.shape) * _BITS_OF_DTYPE.get(tensor.dtype, 8) // 8
         for file in metadata.files_metadata.values()
         for tensor in file.tensors.values()
     )
@@ -245,8 +257,13 @@ class AdapterFacts:
     """Content of adapter_config.json."""
     parameter_shapes: dict[str, tuple[int, ...]]
     """Name -> shape of each tensor in adapter_model.safetensors."""
-    has_tokenizer: bool
-    """True if a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
+    tokenizer_files: frozenset[str] = frozenset()
+    """Names of the tokenizer's files beside the adapter."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Return whether a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
+        return self.tokenizer_files >= _COMPLETE_TOKENIZER
 
     @property
     def base_revision(self) -> str | None:
@@ -282,14 +299,48 @@ def read_adapter_facts(source: str) -> AdapterFacts:
         raise ModelError(
             f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
+    _check_values(config, f"adapter {source}: adapter_config.json")
     shapes = _read_shapes(store, ADAPTER_FILE, names[ADAPTER_FILE])
     return AdapterFacts(
         source=source,
         base_model=config.get("base_model_name_or_path") or "",
         lora=config,
         parameter_shapes=shapes,
-        has_tokenizer={"tokenizer.json", "tokenizer_config.json"} <= names.keys(),
+        tokenizer_files=frozenset(names.keys() & _TOKENIZER_FILES),
     )
+
+
+def _check_values(config: dict[str, Any], where: str) -> None:
+    """Check an adapter's settings as the YAML's lora_config is checked, with fractional alphas, which PEFT accepts."""
+    alphas = {"lora_alpha": config.get("lora_alpha", 8), **_mapping(config.get("alpha_pattern"))}
+    for key, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
+            raise ModelError(
+                f"{where}: the scaling factor {key} is {alpha}, but must be a number above 0. Write the value that it was trained with."
+            )
+    others = ("task_type", "init_lora_weights", "lora_alpha")
+    settings = {
+        name: value
+        for name, value in config.items()
+        if name in LoraConfig.model_fields and name not in others
+    }
+    if "alpha_pattern" in settings and isinstance(settings["alpha_pattern"], dict):
+        settings["alpha_pattern"] = dict.fromkeys(settings["alpha_pattern"], 1)
+    if not settings.get("layers_pattern"):  # some trainers write an empty list
+        settings.pop("layers_pattern", None)
+    try:
+        LoraConfig.model_validate(settings)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = f"{fault['loc'][0]}: " if fault["loc"] else ""
+        found = f" (found: {settings[str(fault['loc'][0])]!r})" if fault["loc"] else ""
+        raise ModelError(
+            f"{where}: {key}{fault['msg']}{found}. Restore the file as PEFT's save_pretrained wrote it."
+        ) from error
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
@@ -382,6 +433,7 @@ def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
         shapes = {key: tuple(value["shape"]) for key, value in tensors.items()}
+        _check_header(header)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{where}: the header cannot be parsed ({first_line(error)}). Upload it again."
@@ -393,9 +445,32 @@ def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...
     return shapes
 
 
+def _check_header(header: dict[str, Any]) -> None:
+    """Check what the safetensors library checks when it opens a file; raise ValueError otherwise."""
+    metadata = header.get("__metadata__") or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ has values that are not text")
+    tensors = [(name, value) for name, value in header.items() if name != "__metadata__"]
+    position = 0
+    for name, tensor in sorted(tensors, key=lambda entry: entry[1]["data_offsets"]):
+        start, end = tensor["data_offsets"]
+        if tensor["dtype"] not in _BITS_OF_DTYPE:
+            raise ValueError(f"{name} has the unknown dtype {tensor['dtype']}")
+        if not all(type(size) is int and size >= 0 for size in tensor["shape"]):
+            raise ValueError(f"{name} has the shape {tensor['shape']}")
+        if (
+            start != position
+            or 8 * (end - start) != math.prod(tensor["shape"]) * _BITS_OF_DTYPE[tensor["dtype"]]
+        ):
+            raise ValueError(
+                f"{name} has the data_offsets {start}, {end}, which do not fit its shape or its neighbors"
+            )
+        position = end
+
+
 def _read_json(store: Store, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(store.read(name))
+        value = json.loads(store.read(name).decode("utf-8"))  # transformers and PEFT read no other encoding
     except ValueError as error:
         raise ModelError(
             f"{join_uri(store.uri, name)}: not valid JSON ({first_line(error)}). Upload it again."

@@ -111,12 +111,8 @@ def with_token_rows(lora: LoraConfig, new: NewTokens | None) -> LoraConfig:
 
 def with_grown_vocabulary(facts: ModelFacts, rows: int) -> ModelFacts:
     """Return a model's facts with at least this many rows in the embedding and the LM head."""
-    ends = [
-        name
-        for name in facts.parameter_shapes
-        if (is_embedding(name) and not _POSITIONS.search(name)) or is_head(name)
-    ]
-    vocabulary = max((facts.parameter_shapes[name][0] for name in ends), default=rows)
+    ends = _ends(facts)
+    vocabulary = vocabulary_rows(facts, rows)
     if rows <= vocabulary:
         return facts
     grown = {
@@ -125,6 +121,19 @@ def with_grown_vocabulary(facts: ModelFacts, rows: int) -> ModelFacts:
         if facts.parameter_shapes[name][0] == vocabulary
     }
     return replace(facts, parameter_shapes=facts.parameter_shapes | grown)
+
+
+def vocabulary_rows(facts: ModelFacts, default: int) -> int:
+    """Return the rows of a model's embedding, or the default if its files do not name it."""
+    return max((facts.parameter_shapes[name][0] for name in _ends(facts)), default=default)
+
+
+def _ends(facts: ModelFacts) -> list[str]:
+    return [
+        name
+        for name in facts.parameter_shapes
+        if (is_embedding(name) and not _POSITIONS.search(name)) or is_head(name)
+    ]
 
 
 def rows_needed(indices: Sequence[int] | Mapping[str, Sequence[int]] | None) -> int:

@@ -19,6 +19,7 @@ from training.models.adapter import AdapterParameters, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
+    CHAT_TEMPLATE_FILE,
     AdapterFacts,
     ModelError,
     ModelFacts,
@@ -28,6 +29,7 @@ from training.models.files import (
     without_strays,
 )
 from training.models.kernels import is_installed
+from training.models.new_tokens import rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
@@ -133,6 +135,49 @@ def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
         )
 
 
+def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> None:
+    """Check that the tokenizer beside an adapter is complete, so that its template and tokens are not dropped silently."""
+    found = adapter.tokenizer_files
+    is_replaced = config.chat_template is not None and found == {CHAT_TEMPLATE_FILE}
+    if found and not adapter.has_tokenizer and not is_replaced:
+        missing = sorted({"tokenizer.json", "tokenizer_config.json"} - found)
+        raise ModelError(
+            f"adapter {adapter.source}: has {', '.join(sorted(found))}, but {' and '.join(missing)} of its tokenizer is missing. Copy the "
+            "tokenizer that it was trained with beside it, or continue from a copy without these files. A template alone goes to chat_template."
+        )
+
+
+def check_token_indices(
+    config: FinetuneConfig, adapter: AdapterFacts | None, tokens: int, facts: ModelFacts
+) -> None:
+    """Check that the rows of `trainable_token_indices` exist, in the embedding or in the continued adapter's own tokenizer.
+
+    Args:
+        config: The YAML.
+        adapter: The adapter to continue.
+        tokens: Number of tokens of the tokenizer.
+        facts: The base model, without rows of tokens that are added.
+    """
+    lora = config.lora_config
+    where = f"adapter {adapter.source}: adapter_config.json" if adapter else "lora_config"
+    indices = (
+        adapter.lora.get("trainable_token_indices") if adapter else lora and lora.trainable_token_indices
+    )
+    needed = rows_needed(indices)
+    rows = vocabulary_rows(facts, needed)
+    if adapter and adapter.has_tokenizer:
+        rows = max(rows, tokens)
+    if needed > rows:
+        fix = (
+            "Copy the tokenizer that it was trained with, which has this token, beside it."
+            if adapter
+            else "Write ids below that, or add tokens with new_tokens."
+        )
+        raise ModelError(
+            f"{where}: trainable_token_indices has the id {needed - 1}, but {facts.source} has {rows:,} tokens. {fix}"
+        )
+
+
 def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
     """Check that an adapter can train the rows of new tokens."""
     if zero_stage == 3:
@@ -180,6 +225,14 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
     """Check that target_modules of a new adapter matches the model."""
     if targeted_modules(facts, lora):
         return
+    for key, without in (
+        ("layers_to_transform", {"layers_to_transform": None, "layers_pattern": None}),
+        ("exclude_modules", {"exclude_modules": None}),
+    ):
+        if targeted_modules(facts, lora.model_copy(update=without)):
+            raise ConfigError(
+                f"lora_config.{key}: {getattr(lora, key)} leaves no module of {facts.source} with an adapter. Correct it, or remove it."
+            )
     names = sorted({module.split(".")[-1] for module in facts.matrix_shapes})
     raise ConfigError(
         f"lora_config.target_modules: {lora.target_modules} matches no module of {facts.source}, which has: {', '.join(names)}. "
@@ -190,6 +243,12 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
 def check_new_adapter(config: FinetuneConfig, parameters: AdapterParameters, facts: ModelFacts) -> None:
     """Check that each name in lora_config matches the model, and that the adapter can be trained."""
     assert config.lora_config is not None
+    rows = config.lora_config.trainable_token_indices or []
+    for name in config.lora_config.modules_to_save or []:
+        if name in rows or (isinstance(rows, list) and rows and is_embedding(f"{name}.")):
+            raise ConfigError(
+                f"lora_config.modules_to_save: {name} is trained in full, so trainable_token_indices cannot train rows of it. Remove one."
+            )
     if unmatched := list(unmatched_keys(config.lora_config, parameters)):
         raise ConfigError(
             f"{unmatched[0]} of {facts.source}"

@@ -60,6 +60,7 @@ from training.models.files import (
     read_hub_facts,
     read_model_facts,
     targeted_modules,
+    untargeted_names,
 )
 from training.models.generation import check_savable
 from training.models.hub import check_hub_access
@@ -77,6 +78,7 @@ from training.planning import warnings as plan_warnings
 from training.planning.batch_size import choose_batch_size, describe_batch, describe_packing
 from training.planning.checks import (
     check_adapter,
+    check_adapter_tokenizer,
     check_batch,
     check_checkpoint_fits,
     check_disk,
@@ -85,6 +87,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_token_indices,
     check_token_rows,
     check_vocabulary,
     check_zero_3_adapter,
@@ -423,12 +426,15 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         check_export(config, facts)
     template = read_chat_template(config)
     source, tokenizer_directory = base, directory
+    if adapter_facts:
+        check_adapter_tokenizer(config, adapter_facts)
     if adapter_facts and adapter_facts.has_tokenizer:
         source = adapter_facts.source
         tokenizer_directory = fetch_model(source, storage.cache, is_tokenizer_file)
     tokenizer = load_tokenizer(
         tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
     )
+    check_token_indices(config, adapter_facts, len(tokenizer), facts)
     if source != base:
         assert adapter_facts is not None
         rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))
@@ -539,8 +545,6 @@ def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:
     plain = LoraConfig(
         target_modules=lora.target_modules,
         exclude_modules=lora.exclude_modules,
-        layers_to_transform=lora.layers_to_transform,
-        layers_pattern=lora.layers_pattern,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -551,7 +555,9 @@ def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:
     has_other_layers = model.shape is None or model.shape.experts > 0 or lora.target_modules is None
     ends = [f"{name}." for name in targeted_modules(model.facts, lora)]
     names_head = isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules
-    return lora != plain or has_other_layers or names_head or any(is_embedding(n) or is_head(n) for n in ends)
+    names_other = bool(untargeted_names(model.facts, lora))  # PEFT rejects those that are no linear layers
+    has_ends = any(is_embedding(name) or is_head(name) for name in ends)
+    return lora != plain or has_other_layers or names_head or names_other or has_ends
 
 
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:

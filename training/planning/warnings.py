@@ -38,7 +38,7 @@ def model_warnings(
         for name in untargeted_names(facts, config.lora_config):
             yield f"lora_config.target_modules: {name} matches no module of {facts.source} and is ignored"
     if adapter and adapter.base_model not in ("", config.model_id, facts.source):
-        yield f"the adapter's base model is {adapter.base_model}, but this run trains it on {facts.source}, which has the same shapes"
+        yield f"the adapter's base model is {adapter.base_model}, but this run trains it on {facts.source}, whose adapted modules have the same shapes"
     if config.trains_adapter and config.initial_base_model_ckpt_path:
         yield (
             "this run trains a LoRA adapter on a full-parameter checkpoint, and serving the adapter needs that checkpoint too. This pays "

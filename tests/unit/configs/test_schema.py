@@ -321,6 +321,18 @@ def test_config_is_immutable():
         ({"eval_max_new_tokens": 64}, ("`eval_max_new_tokens`", "`eval_samples`")),
         ({"lora_config": {"layers_to_transform": [1]}}, ("`layers_to_transform`", "`target_modules`")),
         ({"lora_config": {"layers_pattern": "h"}}, ("`layers_pattern`", "`layers_to_transform`")),
+        (
+            {"lora_config": {"init_lora_weights": "orthogonal", "r": 3}},
+            ("`init_lora_weights: orthogonal`", "3"),
+        ),
+        (
+            {"lora_config": {"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 5}}},
+            ("`init_lora_weights: orthogonal`", "5"),
+        ),
+        ({"lora_config": {"target_modules": "(q_proj"}}, ("`target_modules`", "'(q_proj'")),
+        ({"lora_config": {"exclude_modules": "*q_proj"}}, ("`exclude_modules`", "'*q_proj'")),
+        ({"lora_config": {"rank_pattern": {"q_proj(": 2}}}, ("`rank_pattern`", "'q_proj('")),
+        ({"lora_config": {"alpha_pattern": {"[q": 2}}}, ("`alpha_pattern`", "'[q'")),
         ({"lora_config": {"lora_bias": True, "use_dora": True}}, ("`lora_bias`", "`use_dora`")),
     ],
 )

@@ -9,7 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.adapter_uses import table
-from tests.support.adapters import KINDS, large_adapter, logits_of, make_models
+from tests.support.adapters import (
+    KINDS,
+    PREFIX,
+    change_tensors,
+    large_adapter,
+    logits_of,
+    make_models,
+)
 from tests.support.jobs import PROJECT
 from tests.support.live_memory import LiveMemory
 from tests.support.tiny_model import make_model
@@ -70,6 +77,22 @@ def test_bf16_export_is_the_fp32_merge_rounded_once(
     large_adapter(model, **lora).save_pretrained(tmp_path / "adapter")
     exact = merged(model, tmp_path / "adapter", "fp32", tmp_path / "fp32").state_dict()
     rounded = merged(model, tmp_path / "adapter", "bf16", tmp_path / "bf16").state_dict()
+    for weight, value in exact.items():
+        assert torch.equal(rounded[weight], value.to(torch.bfloat16)), weight
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_bf16_export_takes_the_embedding_that_the_adapter_stores(
+    models: dict[str, Path], tmp_path: Path, name: str
+):
+    """PEFT saves an embedding that has an adapter, and other tools may have trained it as well."""
+    large_adapter(models[name], target_modules=["q_proj", "embed_tokens"]).save_pretrained(
+        tmp_path / "adapter"
+    )
+    own = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    change_tensors(tmp_path / "adapter", lambda tensors: tensors | {own: tensors[own] * 2 + 0.1})
+    exact = merged(models[name], tmp_path / "adapter", "fp32", tmp_path / "fp32").state_dict()
+    rounded = merged(models[name], tmp_path / "adapter", "bf16", tmp_path / "bf16").state_dict()
     for weight, value in exact.items():
         assert torch.equal(rounded[weight], value.to(torch.bfloat16)), weight
 

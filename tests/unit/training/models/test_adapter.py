@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from configs.schema import LoraConfig
 from tests.support.adapters import (
@@ -181,8 +181,11 @@ def test_configuration_that_differs_from_the_tensors_is_rejected(
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "mica"}, "mica"),
+        ({"init_lora_weights": "foo"}, "foo"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"target_modules": ["nope"]}, "nope"),
+        ({"alpha_pattern": {"q_porj": 2}}, "alpha_pattern: q_porj"),
     ],
     ids=str,
 )
@@ -213,6 +216,14 @@ def test_nan_and_infinite_weights_are_rejected(adapter: Path, value: float):
         check_finite(adapter / FILE, "the file")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool], ids=str)
+def test_weights_that_are_not_floating_point_numbers_of_16_bits_are_rejected(adapter: Path, dtype: Any):
+    name = f"{LAYER}.lora_B.weight"
+    change_tensors(adapter, lambda tensors: tensors | {name: tensors[name].to(dtype)})
+    with pytest.raises(ModelError, match=rf"the file: .*{name} is stored as {str(dtype).split('.')[1]}"):
+        check_finite(adapter / FILE, "the file")
+
+
 # --- New adapters ---------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +232,16 @@ def test_nan_and_infinite_weights_are_rejected(adapter: Path, value: float):
     [
         ("llama", {"modules_to_save": ["lm_heda"]}, "modules_to_save: lm_heda"),
         ("llama", {"rank_pattern": {"q_porj": 2}}, "rank_pattern: q_porj"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "layers_to_transform": [0, 5]},
+            "layers_to_transform: 5",
+        ),
+        (
+            "llama",
+            {"trainable_token_indices": {"q_proj": [3]}, "target_modules": ["v_proj"]},
+            "trainable_token_indices: q_proj",
+        ),
         ("llama", {"alpha_pattern": {"up_proj": 2}, "target_modules": ["q_proj"]}, "alpha_pattern: up_proj"),
         (
             "mixtral",
@@ -236,6 +257,38 @@ def test_name_that_matches_nothing_is_reported(
     parameters = new_adapter(models[name], name, settings, trust_remote_code=False)
     (error,) = unmatched_keys(settings, parameters)
     assert error.startswith(f"lora_config.{place} matches no ")
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "named"),
+    [
+        ("mixtral", {"init_lora_weights": "orthogonal"}, r"init_lora_weights: orthogonal .*mlp"),
+        ("llama", {"target_modules": ["q_proj", "input_layernorm"]}, "not supported"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+            "PEFT cannot add",
+        ),
+        ("mixtral", {"lora_dropout": 0.1}, r"Write lora_dropout: 0\."),
+        ("opt", {"target_modules": ["q_proj", "embed_positions"]}, "embed_positions"),
+    ],
+    ids=str,
+)
+def test_adapter_that_the_worker_could_not_build_is_rejected(
+    models: dict[str, Path], tmp_path: Path, name: str, lora: dict[str, Any], named: str
+):
+    directory = models.get(name, tmp_path)
+    if name == "opt":
+        OPTConfig(
+            vocab_size=512,
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            architectures=["OPTForCausalLM"],
+        ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"^lora_config.*{named}"):
+        new_adapter(directory, name, LoraConfig(**lora), trust_remote_code=False)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,13 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configs.schema import LoraConfig
+from tests.support.adapters import change_config
 from training.models.files import (
     ModelError,
     count_lora_parameters,
@@ -23,6 +27,18 @@ from training.models.files import (
     without_strays,
 )
 from training.models.torch_provider import peft_config
+
+DTYPES = [
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+]
 
 
 @pytest.fixture
@@ -162,6 +178,84 @@ def test_a_damaged_model_raises_an_error_that_names_the_file(
     damage(model)
     with pytest.raises(ModelError, match=pattern):
         read_model_facts(str(model))
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"a": tensor(), "b": tensor()}, "b has the data_offsets 0, 8"),
+        ({"a": tensor(shape=[3])}, "a has the data_offsets 0, 8"),
+        ({"a": tensor(data_offsets=[8, 16])}, "a has the data_offsets 8, 16"),
+        ({"a": tensor(dtype="F33")}, "unknown dtype F33"),
+        ({"a": tensor(), "__metadata__": {"format": 1}}, "__metadata__"),
+        ({"a": tensor(shape=[-2])}, r"a has the shape \[-2\]"),
+        ({"a": tensor(shape=["2"])}, r"a has the shape \['2'\]"),
+    ],
+    ids=str,
+)
+def test_header_that_the_safetensors_library_rejects_is_an_error(
+    adapter: Path, tmp_path: Path, content: dict[str, Any], named: str
+):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    start = header(content)
+    end = max(value["data_offsets"][1] for value in content.values() if "data_offsets" in value)
+    (copy / "adapter_model.safetensors").write_bytes(start + bytes(end))
+    with pytest.raises(SafetensorError):
+        load_file(copy / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=rf"adapter_model\.safetensors: the header .*{named}"):
+        read_adapter_facts(str(copy))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_each_dtype_are_accepted(adapter: Path, tmp_path: Path, dtype: Any):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    save_file({"a": torch.zeros(2, 3).to(dtype), "b": torch.zeros(5)}, copy / "adapter_model.safetensors")
+    assert read_adapter_facts(str(copy)).parameter_shapes == {"a": (2, 3), "b": (5,)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": -8}, "lora_alpha is -8"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"alpha_pattern": {"q_proj": 0}}, "q_proj is 0"),
+        ({"rank_pattern": None}, "rank_pattern: .*None"),
+        ({"r": "8"}, "r: .*'8'"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices: .*'1'"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices: .*-1"),
+        ({"target_modules": "(q_proj"}, "target_modules.*regular expression"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: .*'lm_head'"),
+    ],
+    ids=str,
+)
+def test_invalid_setting_of_an_adapter_is_named(
+    adapter: Path, tmp_path: Path, changes: dict[str, Any], named: str
+):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_config(copy, **changes)
+    with pytest.raises(ModelError, match=rf"adapter_config\.json: .*{named}"):
+        read_adapter_facts(str(copy))
+
+
+def test_fractional_alpha_and_empty_layers_pattern_are_accepted(adapter: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_config(copy, lora_alpha=22.6, alpha_pattern={"q_proj": 0.5}, layers_pattern=[])
+    assert read_adapter_facts(str(copy)).lora["lora_alpha"] == 22.6
+
+
+def test_config_in_utf_16_is_rejected(adapter: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    path = copy / "adapter_config.json"
+    path.write_text(path.read_text(), "utf-16")
+    with pytest.raises(ModelError, match=r"adapter_config\.json: not valid JSON"):
+        read_adapter_facts(str(copy))
 
 
 def test_empty_directory_raises_an_error_with_example_ids(tmp_path: Path):

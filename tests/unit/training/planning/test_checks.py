@@ -6,9 +6,19 @@ from typing import Any
 import pytest
 
 from configs.loading import ConfigError, LoadedConfig
-from configs.schema import FinetuneConfig
+from configs.schema import FinetuneConfig, LoraConfig
+from training.models.adapter import AdapterParameters
+from training.models.files import AdapterFacts, ModelError, ModelFacts
 from training.planning import checks
-from training.planning.checks import check_batch, check_checkpoint_fits, reject_missing_requirements
+from training.planning.checks import (
+    check_adapter_tokenizer,
+    check_batch,
+    check_checkpoint_fits,
+    check_new_adapter,
+    check_targets,
+    check_token_indices,
+    reject_missing_requirements,
+)
 from training.planning.endpoints import ClusterTarget
 
 LOCAL = ClusterTarget(None)
@@ -47,3 +57,80 @@ def test_tracker_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: py
     with pytest.raises(ConfigError, match=r"^logger: "):
         reject_missing_requirements(loaded, LOCAL)
     reject_missing_requirements(loaded, ClusterTarget("http://head:8265"))
+
+
+TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json"})
+
+
+def adapter(*files: str, **lora: Any) -> AdapterFacts:
+    return AdapterFacts("adapter", "org/name", lora, {}, tokenizer_files=frozenset(files))
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        (["chat_template.jinja"], "tokenizer.json and tokenizer_config.json"),
+        (["chat_template.jinja", "tokenizer_config.json"], "tokenizer.json"),
+        (["chat_template.jinja", "tokenizer.json"], "tokenizer_config.json"),
+        (["tokenizer.json"], "tokenizer_config.json"),
+        (["tokenizer_config.json", "tokenizer.model"], "tokenizer.json"),
+    ],
+    ids=str,
+)
+def test_incomplete_tokenizer_beside_an_adapter_is_rejected(files: list[str], missing: str):
+    """Its template and tokens would be dropped."""
+    named = ", ".join(sorted(files))
+    with pytest.raises(
+        ModelError, match=rf"^adapter adapter: has {named}, but {missing} of its tokenizer is missing"
+    ):
+        check_adapter_tokenizer(config(), adapter(*files))
+
+
+def test_complete_absent_and_replaced_tokenizers_of_an_adapter_are_accepted():
+    check_adapter_tokenizer(config(), adapter())
+    check_adapter_tokenizer(config(), adapter(*TOKENIZER))
+    check_adapter_tokenizer(config(), adapter(*TOKENIZER, "chat_template.jinja"))
+    check_adapter_tokenizer(config(chat_template="{{ messages }}"), adapter("chat_template.jinja"))
+
+
+MODEL = ModelFacts("org/name", "A", {"model.embed_tokens.weight": (512, 64)}, 0, None, None, True)
+
+
+def test_token_indices_without_a_row_are_rejected():
+    new = config(lora_config={"trainable_token_indices": {"embed_tokens": [600, 1]}})
+    with pytest.raises(ModelError, match=r"^lora_config: .*\b600\b.*\b512 tokens.*new_tokens"):
+        check_token_indices(new, None, 512, MODEL)
+    check_token_indices(config(lora_config={"trainable_token_indices": [511]}), None, 512, MODEL)
+    check_token_indices(config(), None, 512, MODEL)
+    grown = {"trainable_token_indices": [512, 515]}
+    with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b512 tokens.*tokenizer"):
+        check_token_indices(config(), adapter(**grown), 512, MODEL)
+    with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b515 tokens"):
+        check_token_indices(config(), adapter(*TOKENIZER, **grown), 515, MODEL)
+    check_token_indices(config(), adapter(*TOKENIZER, **grown), 516, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("lora", "key"),
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [5]}, "layers_to_transform"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"target_modules": ["q_porj"]}, "target_modules"),
+    ],
+    ids=str,
+)
+def test_key_that_leaves_no_module_with_an_adapter_is_named(lora: dict[str, Any], key: str):
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64)}
+    facts = ModelFacts("org/name", "A", shapes, 0, None, None, False)
+    with pytest.raises(ConfigError, match=rf"^lora_config\.{key}: "):
+        check_targets(LoraConfig(**lora), facts)
+
+
+@pytest.mark.parametrize("rows", [[3], {"embed_tokens": [3]}], ids=str)
+def test_rows_of_a_module_that_is_trained_in_full_are_rejected(rows: Any):
+    lora = {"trainable_token_indices": rows, "modules_to_save": ["embed_tokens"]}
+    parameters = AdapterParameters({}, {}, {}, {}, (), ("model.embed_tokens",), (), None)
+    with pytest.raises(
+        ConfigError, match=r"^lora_config\.modules_to_save: embed_tokens .*trainable_token_indices"
+    ):
+        check_new_adapter(config(lora_config=lora), parameters, MODEL)
