@@ -63,6 +63,16 @@ def generation_warnings(source: str, ignored: Sequence[str]) -> Iterator[str]:
         )
 
 
+def tensor_warnings(source: str, unused: Sequence[str]) -> Iterator[str]:
+    """Warn of tensors in the weight files that the model does not load."""
+    if unused:
+        more = f" and {len(unused) - 1} more tensors" if len(unused) > 1 else ""
+        yield (
+            f"{source}: its weight files have {unused[0]}{more} that config.json does not name. They are not loaded, and are not in "
+            "checkpoints and exports; check config.json if the model should use them"
+        )
+
+
 def attention_warnings(
     config: FinetuneConfig, facts: ModelFacts, attention: Attention, device: Device
 ) -> Iterator[str]:
