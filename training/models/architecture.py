@@ -182,7 +182,7 @@ def check_tensors(directory: Path, facts: ModelFacts, *, trust_remote_code: bool
     model = model_on_meta_device(directory, source, trust_remote_code)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in facts.parameter_shapes.items()}
     settings = LoadStateDictConfig(
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=get_model_conversion_mapping(model),  # pyright: ignore[reportArgumentType]
         device_map={"": "meta"},
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
@@ -199,7 +199,7 @@ def check_tensors(directory: Path, facts: ModelFacts, *, trust_remote_code: bool
     faults += [f"lack a tensor of {name}, or have one in another shape" for name in sorted(combined)]
     faults += [f"lack {name}" for name in missing_parameters(model, loaded.missing_keys - combined.keys())]
     if faults:
-        more = f" ({len(faults) - 1} more such faults)" if len(faults) > 1 else ""
+        more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ModelError(
             f"model {source}: its *.safetensors {faults[0]}, which config.json requires{more}. Copy the complete model again, or "
             "correct config.json."

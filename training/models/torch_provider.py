@@ -76,7 +76,8 @@ def load_weights(
     arguments: dict[str, Any] = {}
     if attention is None:
         attention = plain_attention(
-            AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code),
+            trust_remote_code=trust_remote_code,
         )
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -87,7 +88,7 @@ def load_weights(
         )
     if device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    found: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         output_loading_info=True,
         dtype=_DTYPES[dtype],
@@ -96,6 +97,7 @@ def load_weights(
         use_safetensors=True,
         **arguments,
     )
+    model, loaded = found
     if missing := missing_parameters(model, loaded["missing_keys"]):
         # transformers has initialized them at random.
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

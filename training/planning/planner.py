@@ -865,7 +865,7 @@ def _warnings(
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
     yield from plan_warnings.generation_warnings(model.facts.source, model.ignored_settings)
     yield from plan_warnings.tensor_warnings(model.facts.source, model.unused_tensors)
-    yield from plan_warnings.attention_warnings(config, model.facts, model.attention, device)
+    yield from plan_warnings.attention_warnings(config, model.facts, model.traits, model.attention, device)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)
     if settings.target.is_local:
