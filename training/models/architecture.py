@@ -1,12 +1,14 @@
 """Model architecture without weights: support in transformers, packing support, dimensions and parameter shapes."""
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from training.models.files import ModelError, first_line
+from training.models.files import ModelError, ModelFacts, first_line
 from utils.processes import importing
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
@@ -144,6 +146,84 @@ def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -
     """Return the name and shape of every parameter before quantization."""
     model = model_on_meta_device(directory, source, trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_tensors(directory: Path, facts: ModelFacts, *, trust_remote_code: bool) -> list[str]:
+    """Check that the weight files have every parameter in the shape that config.json requires.
+
+    The tensors are loaded without their values, so that transformers renames, combines and ties them as in training.
+
+    Args:
+        directory: Local directory with the model's config; weights are not needed.
+        facts: The model, with the shapes of its weight files; it must not be quantized.
+        trust_remote_code: True if code in the model directory may be executed.
+
+    Returns:
+        Names of the tensors that the model does not use, without those that transformers expects in some files.
+
+    Raises:
+        ModelError: A parameter is missing, or its tensor has another shape.
+    """
+    import torch
+
+    with importing():
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+    source = facts.source
+    if (
+        causal_model_class(
+            load_config(directory, source, trust_remote_code), trust_remote_code=trust_remote_code
+        )
+        is None
+    ):
+        return []  # custom code may load its weights in its own way
+    model = model_on_meta_device(directory, source, trust_remote_code)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in facts.parameter_shapes.items()}
+    settings = LoadStateDictConfig(
+        weight_mapping=get_model_conversion_mapping(model),  # pyright: ignore[reportArgumentType]
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+    )
+    with _without_progress_bar():
+        loaded, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+    model.tie_weights(missing_keys=loaded.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(loaded)
+    faults = [
+        f"have {name} in the shape {list(stored)} instead of {list(required)}"
+        for name, stored, required in sorted(loaded.mismatched_keys)
+    ]
+    combined = loaded.conversion_errors
+    faults += [f"lack a tensor of {name}, or have one in another shape" for name in sorted(combined)]
+    faults += [f"lack {name}" for name in missing_parameters(model, loaded.missing_keys - combined.keys())]
+    if faults:
+        more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ModelError(
+            f"model {source}: its *.safetensors {faults[0]}, which config.json requires{more}. Copy the complete model again, or "
+            "correct config.json."
+        )
+    return sorted(loaded.unexpected_keys)
+
+
+def missing_parameters(model: Any, missing: Iterable[str]) -> list[str]:
+    """Return the names that are parameters. A buffer that older files lack gets its constant initial value."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sorted(parameters.intersection(missing))
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def model_on_meta_device(

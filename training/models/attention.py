@@ -56,6 +56,8 @@ class AttentionTraits:
     """True if the loss of padded rows depends on the attention mask."""
     fits_varlen: bool
     """True if PyTorch's flash kernels for packed rows support the model."""
+    has_sdpa: bool = True
+    """False if transformers has no SDPA for the model; the flash-attn package does not support those models either."""
     divides_sequences: bool = False
     """True if workers can share sequences: tokens meet in attention only, and each takes its position from its position id."""
 
@@ -89,6 +91,7 @@ def read_traits(directory: Path, source: str, *, trust_remote_code: bool) -> Att
         has_softcapping=_has_softcapping(config),
         needs_mask=_needs_mask(config, trust_remote_code),
         fits_varlen=_fits_varlen(config),
+        has_sdpa=_has_sdpa(config, trust_remote_code),
         divides_sequences=_divides_sequences(config, trust_remote_code),
     )
 
@@ -153,9 +156,14 @@ def check_windows(attention: Attention, shape: ModelShape, longest: int, source:
         )
 
 
-def plain_attention(config: "PreTrainedConfig") -> Literal["sdpa", "eager"]:
-    """Return the implementation for any device and any batch; models with logit softcapping (Gemma 2) get eager attention."""
-    return "eager" if _has_softcapping(config) else "sdpa"
+def plain_attention(
+    config: "PreTrainedConfig", *, trust_remote_code: bool = False
+) -> Literal["sdpa", "eager"]:
+    """Return the implementation for any device and any batch.
+
+    Models with logit softcapping (Gemma 2) and those without SDPA in transformers (GPT-OSS) get eager attention.
+    """
+    return "sdpa" if _has_sdpa(config, trust_remote_code) and not _has_softcapping(config) else "eager"
 
 
 def _implementation(
@@ -164,15 +172,21 @@ def _implementation(
     if device == "cuda":
         if kernels == "unsloth":
             return "unsloth"
-        if config.flash_attention_2 and is_installed("flash_attn"):
+        if config.flash_attention_2 and traits.has_sdpa and is_installed("flash_attn"):
             return "flash_attention_2"
         if config.packing and config.dtype == "bf16" and traits.fits_varlen:
             return "torch_varlen"
-    return "eager" if traits.has_softcapping else "sdpa"
+    return "sdpa" if traits.has_sdpa and not traits.has_softcapping else "eager"
 
 
 def _has_softcapping(config: "PreTrainedConfig") -> bool:
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def _has_sdpa(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:
+    """Return whether transformers has SDPA for the model; custom code is loaded with SDPA and rejects it itself."""
+    model_class = causal_model_class(config, trust_remote_code=trust_remote_code)
+    return model_class is None or model_class._supports_sdpa
 
 
 def _needs_mask(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:

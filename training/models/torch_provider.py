@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, s
 
 from configs.schema import LoraConfig
 from training.models import sequence_parallel, varlen_attention
+from training.models.architecture import missing_parameters
 from training.models.attention import Implementation, plain_attention
+from training.models.files import ModelError
 from training.models.generation import remove_ignored
 from training.models.kernels import Device
 from training.models.new_tokens import grow_vocabulary, rows_needed, start_rows, with_token_rows
@@ -67,11 +69,15 @@ def load_weights(
     them; a GPU copies them tensor by tensor, so the host never holds the model.
 
     Without `attention`, the model gets `plain_attention`.
+
+    Raises:
+        ModelError: The weight files lack a parameter.
     """
     arguments: dict[str, Any] = {}
     if attention is None:
         attention = plain_attention(
-            AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code),
+            trust_remote_code=trust_remote_code,
         )
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -82,14 +88,23 @@ def load_weights(
         )
     if device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(
+    found: Any = AutoModelForCausalLM.from_pretrained(
         directory,
+        output_loading_info=True,
         dtype=_DTYPES[dtype],
         attn_implementation=attention,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         **arguments,
     )
+    model, loaded = found
+    if missing := missing_parameters(model, loaded["missing_keys"]):
+        # transformers has initialized them at random.
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{directory}: its *.safetensors lack {missing[0]}{more}, which config.json requires. Copy the complete model again, or "
+            "correct config.json."
+        )
     if model.generation_config is not None:
         remove_ignored(model.generation_config)
     if load_in_4bit and device == "cpu":

@@ -33,6 +33,7 @@ from training.models.architecture import (
     ModelShape,
     check_is_causal,
     check_packing,
+    check_tensors,
     is_embedding,
     is_head,
     model_shape,
@@ -185,6 +186,8 @@ class Model:
     attention: Attention
     ignored_settings: list[str]
     """Generation settings that have no effect and are not saved."""
+    unused_tensors: list[str]
+    """Tensors of the weight files that the model does not load."""
     directory: Path
     """Local directory with the base model's configs."""
     tokenizer_source: str
@@ -412,8 +415,9 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_sequence_parallel(config, traits, shape, base)
     if config.packing:
         check_packing(directory, base, trust_remote_code=trust)
-    if adapter_facts or facts.quantization or _matches_no_module(config, facts):
-        # The architecture names every module; weight files may be packed or use older names.
+    unused = [] if facts.quantization else check_tensors(directory, facts, trust_remote_code=trust)
+    if adapter_facts or facts.quantization or unused or _matches_no_module(config, facts):
+        # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
         shapes = parameter_shapes(directory, base, trust_remote_code=trust)
         facts = replace(facts, parameter_shapes=shapes)
     check_quantization(config, facts)
@@ -457,6 +461,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         traits=traits,
         attention=attention,
         ignored_settings=ignored,
+        unused_tensors=unused,
         directory=directory,
         tokenizer_source=source,
         tokenizer_directory=tokenizer_directory,
@@ -865,7 +870,8 @@ def _warnings(
     config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
     yield from plan_warnings.generation_warnings(model.facts.source, model.ignored_settings)
-    yield from plan_warnings.attention_warnings(config, model.facts, model.attention, device)
+    yield from plan_warnings.tensor_warnings(model.facts.source, model.unused_tensors)
+    yield from plan_warnings.attention_warnings(config, model.facts, model.traits, model.attention, device)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)
     if settings.target.is_local:

@@ -12,7 +12,7 @@ from training.data.rows import ALL_COLUMNS, places_of
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
 from training.models.architecture import ModelShape
-from training.models.attention import Attention
+from training.models.attention import Attention, AttentionTraits
 from training.models.files import AdapterFacts, ModelFacts, is_hub_id, untargeted_names
 from training.models.kernels import Device, Provider, is_installed
 from training.planning.accelerators import lacks_bf16, memory_of, named_accelerator, nearest_name
@@ -63,19 +63,31 @@ def generation_warnings(source: str, ignored: Sequence[str]) -> Iterator[str]:
         )
 
 
+def tensor_warnings(source: str, unused: Sequence[str]) -> Iterator[str]:
+    """Warn of tensors in the weight files that the model does not load."""
+    if unused:
+        more = f" and {len(unused) - 1} more tensors" if len(unused) > 1 else ""
+        yield (
+            f"{source}: its weight files have {unused[0]}{more} that config.json does not name. They are not loaded, and are not in "
+            "checkpoints and exports; check config.json if the model should use them"
+        )
+
+
 def attention_warnings(
-    config: FinetuneConfig, facts: ModelFacts, attention: Attention, device: Device
+    config: FinetuneConfig, facts: ModelFacts, traits: AttentionTraits, attention: Attention, device: Device
 ) -> Iterator[str]:
     """Warn of attention whose memory grows with the square of the sequence length."""
     if attention.implementation != "eager":
         return
-    text = (
-        f"{facts.source} uses attention logit softcapping, which torch's attention kernels do not support. transformers' eager attention "
-        "is used; its memory grows with the square of the sequence length"
+    cause = (
+        "uses attention logit softcapping, which torch's attention kernels do not support"
+        if traits.has_sdpa
+        else "has attention that transformers does not implement with torch's attention kernels"
     )
+    text = f"{facts.source} {cause}. transformers' eager attention is used; its memory grows with the square of the sequence length"
     yield (
         f"{text}. flash_attention_2: true needs less memory (install the package flash-attn)"
-        if device == "cuda" and not config.flash_attention_2
+        if device == "cuda" and not config.flash_attention_2 and traits.has_sdpa
         else text
     )
 

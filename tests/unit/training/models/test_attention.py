@@ -25,6 +25,7 @@ from training.models.kernels import Device, Provider
 PLAIN = AttentionTraits(has_softcapping=False, needs_mask=False, fits_varlen=True)
 CAPPED = AttentionTraits(has_softcapping=True, needs_mask=False, fits_varlen=False)
 MIXTURE = AttentionTraits(has_softcapping=False, needs_mask=True, fits_varlen=True)
+WITHOUT_SDPA = AttentionTraits(has_softcapping=False, needs_mask=True, fits_varlen=False, has_sdpa=False)
 PACKING = {"packing": True}
 FLASH = {"flash_attention_2": True}
 
@@ -49,6 +50,9 @@ FLASH = {"flash_attention_2": True}
         (FLASH, CAPPED, "cuda", "liger", "flash_attention_2", False),
         (FLASH, MIXTURE, "cuda", "liger", "flash_attention_2", True),
         (FLASH | PACKING, PLAIN, "cuda", "liger", "flash_attention_2", False),
+        ({}, WITHOUT_SDPA, "cpu", "torch", "eager", True),
+        ({}, WITHOUT_SDPA, "cuda", "liger", "eager", True),
+        (FLASH, WITHOUT_SDPA, "cuda", "torch", "eager", True),
         (FLASH, PLAIN, "cuda", "unsloth", "unsloth", True),
         (FLASH, PLAIN, "cpu", "torch", "sdpa", False),
     ],
@@ -107,6 +111,14 @@ def test_config_decides_whether_varlen_kernels_fit(
 def test_softcapping_is_read_from_the_config(kind: str, has_softcapping: bool, tmp_path: Path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     assert read_traits(tmp_path, "tiny", trust_remote_code=False).has_softcapping == has_softcapping
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_sdpa"), [("gpt_oss", False), ("bloom", False), ("llama", True), ("gpt2", True)]
+)
+def test_models_without_sdpa_in_transformers_are_recognized(kind: str, has_sdpa: bool, tmp_path: Path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert read_traits(tmp_path, "tiny", trust_remote_code=False).has_sdpa == has_sdpa
 
 
 def check(directory: Path, size: int, kind: str, **settings: Any) -> None:

@@ -44,6 +44,13 @@ def test_loaded_models_apply_softcapping(tmp_path: Path):
     assert (model(tokens).logits - logits).abs().max() > 0.1
 
 
+def test_models_without_sdpa_in_transformers_get_eager_attention(tmp_path: Path):
+    directory = save_model(tmp_path, "gpt_oss", num_local_experts=2, num_experts_per_tok=1, head_dim=8)
+    model: Any = load_weights(directory, dtype="fp32")
+    assert model.config._attn_implementation == "eager"
+    assert model(torch.arange(16)[None]).logits.isfinite().all()
+
+
 def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):
     mixture = save_model(tmp_path, "mixtral", num_local_experts=2)
     assert load_base(model_request(mixture)).get_experts_implementation() != {"": "eager"}

@@ -17,11 +17,13 @@ from training.data.batches import BatchShape
 from training.data.report import DataReport
 from training.data.summary import DataSummary
 from training.models.architecture import ModelShape
+from training.models.attention import Attention, AttentionTraits
 from training.models.files import ModelFacts, read_model_facts
 from training.models.kernels import Device, Provider
 from training.models.tokenizer import load_tokenizer
 from training.planning.warnings import (
     accelerator_warnings,
+    attention_warnings,
     data_warnings,
     dtype_warnings,
     expert_warnings,
@@ -31,6 +33,7 @@ from training.planning.warnings import (
     overlap_warnings,
     schedule_warnings,
     template_warnings,
+    tensor_warnings,
     tokenizer_warnings,
 )
 
@@ -288,3 +291,21 @@ def test_run_length_that_the_yaml_does_not_set_gives_a_warning(key: str):
     (warning,) = length_warnings(config(), shape)
     assert_names(warning, key, "9 epochs", "100 steps")
     assert not list(length_warnings(config(**{key: 1}), shape))
+
+
+@pytest.mark.parametrize(
+    ("has_sdpa", "cause", "hint"),
+    [(True, "softcapping", True), (False, "transformers does not implement", False)],
+)
+def test_eager_attention_warns_of_its_cause(has_sdpa: bool, cause: str, hint: bool, tiny_model: Path):
+    traits = AttentionTraits(has_softcapping=has_sdpa, needs_mask=False, fits_varlen=False, has_sdpa=has_sdpa)
+    facts = read_model_facts(str(tiny_model))
+    (text,) = attention_warnings(config(), facts, traits, Attention("eager", mask=False), "cuda")
+    assert cause in text
+    assert ("flash_attention_2: true" in text) == hint
+
+
+def test_tensors_that_are_not_loaded_are_named():
+    (text,) = tensor_warnings("a/tiny", ["a.weight", "b.weight", "c.weight"])
+    assert_names(text, "a/tiny", "a.weight and 2 more tensors", "config.json")
+    assert list(tensor_warnings("a/tiny", [])) == []
