@@ -32,7 +32,7 @@ from training.data.prepared import (
 )
 from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE, INDEX_FILE, INDEX_SCHEMA, RowIndex
-from training.data.row_pass import RowPass
+from training.data.row_pass import RowPass, Tally, reject_empty_shares
 from training.data.rows import RowSchema
 from training.data.shards import PARTS, Shard, ShardMap, ShardWorker, cut, prepare_shards
 from training.data.sources import Piece
@@ -44,7 +44,6 @@ from training.data.summary import (
     measure_lengths,
     show_example,
 )
-from training.data.tally import Tally, reject_empty_shares
 from training.data.token_files import read_row
 from utils.files import checksum, file_lock, write_atomically
 from utils.storage.bucket import is_remote, join_uri, open_store

@@ -19,10 +19,9 @@ import pyarrow as pa
 from training.data.chunks import ChunkTokenizer
 from training.data.request import DataRequest
 from training.data.row_index import INDEX_SCHEMA
-from training.data.row_pass import RowPass
+from training.data.row_pass import RowPass, Tally
 from training.data.rows import RowSchema
 from training.data.sources import Piece
-from training.data.tally import Tally
 from training.data.token_files import read_row
 from utils.files import checksum
 from utils.storage.bucket import open_store

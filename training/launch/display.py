@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from training.planning.report import PlanReport
 
 if TYPE_CHECKING:
-    from training.launch.submission import SubmittedJob
+    from training.launch.submitted_job import SubmittedJob
 
 _SECONDS_BETWEEN_LINES = 10
 _BAR_WIDTH = 40

@@ -17,6 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from runs.layout import CONFIG_FILE, RunResult
 from training.checkpoints.lease import check_not_held
 from training.launch.packaging import Package
+from training.launch.submitted_job import SubmittedJob
 from training.models.files import first_line
 from training.planning.endpoints import (
     TOKEN_ADVICE,
@@ -26,7 +27,7 @@ from training.planning.endpoints import (
 )
 from training.planning.planner import Progress, plan_submission
 from training.planning.report import CheckedSample, PlanReport
-from utils.command_line import COMMAND_VARIABLE, ray_command
+from utils.command_line import COMMAND_VARIABLE
 from utils.storage.bucket import BucketError, NotFoundError, is_remote, open_store
 
 # `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.
@@ -48,29 +49,6 @@ class JobEnd:
     """Result that the job printed with --json."""
     reason: str | None
     """Reason of the end, if the job's output does not contain it."""
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """A job that the job server has accepted."""
-
-    client: JobSubmissionClient
-    submission_id: str
-    address: str
-
-    def to_json(self) -> str:
-        """Return id and address as JSON."""
-        return json.dumps({"submission_id": self.submission_id, "address": self.address})
-
-    @property
-    def follow_command(self) -> list[str]:
-        """Return the command that prints the job's output from the start."""
-        return ray_command("job", "logs", "--follow", "--address", self.address, self.submission_id)
-
-    @property
-    def stop_command(self) -> list[str]:
-        """Return the command that stops the job after it has committed a checkpoint."""
-        return ray_command("job", "stop", "--address", self.address, self.submission_id)
 
 
 def check_from_here(
