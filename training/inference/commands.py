@@ -41,18 +41,18 @@ def export_command(
     as_json: bool,
 ) -> None:
     """Export the best checkpoint of a run, and push the export to the Hub if `push` names a repository."""
-    run_uri(run)  # reject a YAML or a misspelled name before libraries are imported
-    output, errors = open_consoles()
     if private and not push:
         raise ConfigError(
             "--private: only --push creates a repository. Add --push ORG/NAME, or remove --private."
         )
+    if gguf_type and not gguf:
+        raise ConfigError("--gguf-type: is the type of a GGUF file. Add --gguf, or remove --gguf-type.")
+    run_uri(run)  # reject a YAML or a misspelled name before libraries are imported
+    output, errors = open_consoles()
     if push:
         from training.models.hub import check_hub_access
 
         check_hub_access("--push")
-    if gguf_type and not gguf:
-        raise ConfigError("--gguf-type: is the type of a GGUF file. Add --gguf, or remove --gguf-type.")
     to = open_store(to).uri if to else None
     settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf, gguf_type=gguf_type, verify=verify)
     screen = errors if as_json else output
