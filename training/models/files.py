@@ -26,8 +26,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
 _SINGLE = "model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-_COMPLETE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-_TOKENIZER_FILES = _COMPLETE_TOKENIZER | {"tokenizer.model", "vocab.json", CHAT_TEMPLATE_FILE}
+COMPLETE_TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json"})
+"""Files without which a tokenizer beside an adapter is not used."""
+_TOKENIZER_FILES = COMPLETE_TOKENIZER | {"tokenizer.model", "vocab.json", CHAT_TEMPLATE_FILE}
 _MORE_TEMPLATES = "additional_chat_templates"
 """Directory of a tokenizer's chat templates beside the default one, such as tool_use.jinja."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
@@ -263,7 +264,7 @@ class AdapterFacts:
     @property
     def has_tokenizer(self) -> bool:
         """Return whether a tokenizer is stored beside the adapter, with the chat template and added tokens that it was trained with."""
-        return self.tokenizer_files >= _COMPLETE_TOKENIZER
+        return self.tokenizer_files >= COMPLETE_TOKENIZER
 
     @property
     def base_revision(self) -> str | None:

@@ -20,6 +20,7 @@ from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
     CHAT_TEMPLATE_FILE,
+    COMPLETE_TOKENIZER,
     AdapterFacts,
     ModelError,
     ModelFacts,
@@ -140,7 +141,7 @@ def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> No
     found = adapter.tokenizer_files
     is_replaced = config.chat_template is not None and found == {CHAT_TEMPLATE_FILE}
     if found and not adapter.has_tokenizer and not is_replaced:
-        missing = sorted({"tokenizer.json", "tokenizer_config.json"} - found)
+        missing = sorted(COMPLETE_TOKENIZER - found)
         raise ModelError(
             f"adapter {adapter.source}: has {', '.join(sorted(found))}, but {' and '.join(missing)} of its tokenizer is missing. Copy the "
             "tokenizer that it was trained with beside it, or continue from a copy without these files. A template alone goes to chat_template."

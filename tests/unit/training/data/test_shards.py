@@ -27,6 +27,7 @@ from training.data.prepared import (
     keep_prepared,
     verify_prepared,
 )
+from training.data.request import DataRequest
 from training.data.row_index import INDEX_FILE
 from training.data.shards import cut, prepare_shards
 
@@ -150,6 +151,12 @@ def test_files_of_shards_do_not_depend_on_the_number_of_processes(
     assert several.keys() > {INDEX_FILE, SKIPPED_FILE, SUMMARY_FILE, "data-00000.arrow", "data-00001.arrow"}
 
 
+def error_of(data: DataRequest, tokenizer: PreTrainedTokenizerFast, model: Path, cache: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(data, tokenizer, model, cache)
+    return str(caught.value)
+
+
 def test_faults_of_shards_are_reported_as_those_of_one_pass(
     chatml: PreTrainedTokenizerFast,
     tiny_model: Path,
@@ -160,17 +167,12 @@ def test_faults_of_shards_are_reported_as_those_of_one_pass(
     """The first fault of this file is in its third shard."""
     data = request(write(tmp_path / "faulty.jsonl", faulty=(60, 61, 99)), sources["groups"])
 
-    def error(cache: str) -> str:
-        with pytest.raises(DataError) as caught:
-            prepare(data, chatml, tiny_model, tmp_path / cache)
-        return str(caught.value)
-
-    once = error("once")
+    once = error_of(data, chatml, tiny_model, tmp_path / "once")
     small_shards()
     begins = [shard.pieces[0] for shard in cut(data)]
     text = (tmp_path / "faulty.jsonl").read_text()
     assert begins[2].begin < text.index("robot") < (begins[2].end or 0)
-    assert error("sharded") == once
+    assert error_of(data, chatml, tiny_model, tmp_path / "sharded") == once
     assert_names(once, "4 of 240 rows", f"{tmp_path}/faulty.jsonl:63: ", "robot", "3 more rows")
     assert [path.suffix for path in (tmp_path / "sharded" / "prepared").iterdir()] == [".lock"]
 
@@ -185,14 +187,9 @@ def test_long_rows_of_shards_are_reported_as_those_of_one_pass(
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     data = request(path, context_length=300, long_rows="error")
 
-    def error(cache: str) -> str:
-        with pytest.raises(DataError) as caught:
-            prepare(data, chatml, tiny_model, tmp_path / cache)
-        return str(caught.value)
-
-    once = error("once")
+    once = error_of(data, chatml, tiny_model, tmp_path / "once")
     small_shards()
-    assert error("sharded") == once
+    assert error_of(data, chatml, tiny_model, tmp_path / "sharded") == once
     assert_names(once, f"{path}:151: ", f"{path}:181: ")
 
 
