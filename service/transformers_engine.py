@@ -214,13 +214,12 @@ class TransformersEngine:
 
         def attach() -> None:
             batch = self._shared.batch
-            # PEFT adds its layers to the base model itself, which the batch keeps calling.
+            # PEFT adds its layers to the base model itself, which the batch keeps calling. Its low_cpu_mem_usage would replace a method
+            # of torch.nn.Module in all threads, and break a model that another thread is loading (0.21.2).
             if self._adapted is None:
-                self._adapted = peft.PeftModel.from_pretrained(
-                    batch.model, checkpoint.directory, name, low_cpu_mem_usage=True
-                )
+                self._adapted = peft.PeftModel.from_pretrained(batch.model, checkpoint.directory, name)
             else:
-                self._adapted.load_adapter(str(checkpoint.directory), name, low_cpu_mem_usage=True)
+                self._adapted.load_adapter(str(checkpoint.directory), name)
             batch.model.eval()
             apply_adapters_by_row(batch.model, batch.adapters)
 

@@ -1,11 +1,13 @@
 """The transformers engine: answers equal plain `generate`, whatever else is in the batch."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import MistralConfig, Qwen3NextConfig
 
 from service.engine import Delta
@@ -124,6 +126,29 @@ def test_seed_determines_an_answer_whatever_else_is_in_the_batch(
     assert alone == together
     assert alone != other
     assert len(set(alone)) == 3
+
+
+def test_adapters_load_beside_models_that_other_threads_build(
+    engine: TransformersEngine, runs: Path, tiny_model: Path
+):
+    """PEFT 0.21's low_cpu_mem_usage would leave modules of other threads without weights meanwhile."""
+    uris = [store_adapter(runs, f"beside-{number}", tiny_model) for number in range(8)]
+    is_answered, empty = threading.Event(), []
+
+    def build() -> None:
+        while not is_answered.is_set():
+            empty.append(torch.nn.Linear(2, 2).weight.is_meta)
+
+    building = threading.Thread(target=build)
+    building.start()
+    try:
+        for uri in uris:
+            run(answer(engine, chat_request(uri, QUESTIONS[0])))
+    finally:
+        is_answered.set()
+        building.join()
+    assert empty.count(False) > 0
+    assert empty.count(True) == 0
 
 
 @pytest.mark.slow

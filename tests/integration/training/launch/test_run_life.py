@@ -237,15 +237,12 @@ def observed(
                 proxy.faults += [
                     Fault("reject", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
                 ]
+                job.wait_for_line("step 1/")
+                written = _files_below(Path(ray_directory))  # a completed run removes them
                 finished = job.end()
             proxy.faults.clear()
             assert finished.exit_code == 0, finished.errors
-            written = {
-                str(path): path.read_bytes()
-                for root in (Path(ray_directory), directory)
-                for path in root.rglob("*")
-                if path.is_file()
-            }
+            written |= _files_below(Path(ray_directory)) | _files_below(directory)
         requests = list(proxy.requests)
         run = open_store(finished.result["run_uri"])
         written |= {item.key: run.read(item.key) for item in run.list()}
@@ -261,6 +258,10 @@ def test_training_continues_when_half_of_all_storage_requests_fail(observed: Obs
     assert sum(request.status == 503 for request in observed.requests) > 10
     assert observed.finished.result["train_steps"] == 3
     assert reading.survey(open_store(observed.finished.result["run_uri"]))[1] == []
+
+
+def _files_below(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
