@@ -141,6 +141,7 @@ def preference(number: int) -> dict[str, Any]:
     }
 
 
+@GRID
 @pytest.mark.slow
 def test_openai_client_fine_tunes_on_an_existing_cluster(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 8, "learning_rate": 1e-3}

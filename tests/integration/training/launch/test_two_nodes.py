@@ -205,6 +205,7 @@ def test_elastic_run_completes_when_a_node_is_lost(
     assert "num_devices: {'min': 1, 'max': 2} -> 1" in changed.errors
 
 
+@only_in_full_grid
 def test_lost_node_fails_a_run_without_retries_and_the_same_command_resumes(
     head: RayCluster, files: Path, tmp_path: Path
 ):

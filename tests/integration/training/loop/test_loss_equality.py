@@ -90,7 +90,6 @@ SAMPLE = [
     ("lora", "unsloth_ddp"),
     ("full", "zero_3"),
     ("packed", "ddp"),
-    ("dpo_lora", "zero_3"),
 ]
 FAST = SAMPLE[0]
 CELLS = ALL if os.environ.get("ALL_KERNELS") else SAMPLE
