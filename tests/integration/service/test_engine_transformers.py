@@ -128,10 +128,9 @@ def test_seed_determines_an_answer_whatever_else_is_in_the_batch(
     assert len(set(alone)) == 3
 
 
-def test_adapters_load_beside_models_that_other_threads_build(
-    engine: TransformersEngine, runs: Path, tiny_model: Path
-):
+def test_adapters_load_beside_models_that_other_threads_build(runs: Path, tiny_model: Path):
     """PEFT 0.21's low_cpu_mem_usage would leave modules of other threads without weights meanwhile."""
+    engine = start_engine(tiny_model, max_adapters=8)
     uris = [store_adapter(runs, f"beside-{number}", tiny_model) for number in range(8)]
     is_answered, empty = threading.Event(), []
 
@@ -147,6 +146,7 @@ def test_adapters_load_beside_models_that_other_threads_build(
     finally:
         is_answered.set()
         building.join()
+        engine.close()
     assert empty.count(False) > 0
     assert empty.count(True) == 0
 
