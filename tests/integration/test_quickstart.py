@@ -17,7 +17,6 @@ from tests.support.front_door import run_command_quickly, run_main_quickly
 from tests.support.jobs import PROJECT, command, environment
 from tests.support.shown_commands import QUICKSTART, QUICKSTART_README, quickstart_commands, run_commands
 from training.inference import commands as model_commands
-from training.planning.warnings import cpu_has_bf16
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket
 
@@ -30,8 +29,6 @@ COPY_SNIPPET = textwrap.dedent(
     COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
 )
 GIGABYTE = 10**9
-# The plan's warning recommends fp32 here: emulated bf16 would take a quarter of an hour.
-DTYPE = () if cpu_has_bf16() else ("dtype=fp32",)
 
 
 class ProcessTreeMemory:
@@ -82,7 +79,7 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
     assert prepared.returncode == 0, prepared.stderr
     process = subprocess.Popen(
         # Half of the quickstart's steps, in which the eval loss falls most.
-        command(YAML, "max_steps=16", *DTYPE, "--json"),
+        command(YAML, "max_steps=16", "--json"),
         cwd=PROJECT,
         env=variables,
         stdout=subprocess.PIPE,
