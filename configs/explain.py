@@ -326,8 +326,8 @@ def _choices_list(error: ErrorDetails) -> list[str]:
     return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
 
 
-_OTHER_NAMES: dict[KeyPath, str] = {
-    (name,): ours
+_OTHER_NAMES = {
+    name: ours
     for ours, names in {
         "learning_rate": "lr",
         "num_devices": "num_gpus n_gpus n_gpu gpus gpus_per_node nproc_per_node num_processes num_workers",
@@ -352,15 +352,16 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
     advice = None
     if len(path) == 1 and elsewhere != ["lora_config"]:
-        advice = _other_tools_key(key, value, data, as_overrides=origin.from_override)
+        advice = other_tools_key(key, value, data, as_overrides=origin.from_override)
+        advice = advice and f"`{key}` is {advice}"
     elif len(path) == 2:
         advice = _other_tools_key_in_section(path)
     if advice:
         return advice
     if path in (("system_prompt",), ("system_message",), ("system",)):
         return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
-    if path in _OTHER_NAMES:
-        return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[path]}`?"
+    if len(path) == 1 and key in _OTHER_NAMES:
+        return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[key]}`?"
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
@@ -375,26 +376,40 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     return f"`{dotted(path)}` is not a key: remove it"
 
 
-def _other_tools_key(key: str, value: Any, data: Mapping[str, Any], *, as_overrides: bool) -> str | None:
-    """Return the message for another tool's key; None if no tool has it."""
+def meant_key(name: str) -> str | None:
+    """Return the key that an unknown name probably stands for; None if none is close."""
+    near = difflib.get_close_matches(name.lower(), FinetuneConfig.model_fields, n=1)
+    return _OTHER_NAMES.get(name) or next(iter(near), None)
+
+
+def other_tools_key(
+    key: str, value: Any, data: Mapping[str, Any] = {}, *, as_overrides: bool = False
+) -> str | None:
+    """Return what another tool's key is called here; None if no tool has it.
+
+    Args:
+        key: the key.
+        value: its value.
+        data: the file, whose sections are not written again.
+        as_overrides: quote settings as `key=value`.
+    """
     row = other_tools.find(key)
     if row is None:
         return None
     note = f": {row.note}" if row.note else ""
     if row.ours is None or value is None:
-        return f"`{key}` is another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
+        return f"another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
+    counterpart = f"another tool's key: its counterpart is `{row.ours}`{note}"
     try:
         settings = row.settings(value)
     except other_tools.NoCounterpartError as error:
-        return f"`{key}` is another tool's key: {error}"
+        return f"another tool's key: {error}"
     except (TypeError, ValueError, AttributeError):
-        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
+        return counterpart
     text = written(settings, data, as_overrides=as_overrides)
     if text and not looks_secret(str(value)) and not isinstance(value, dict) and len(text) < 100:
-        return f"`{key}` is another tool's key: write {text}"
-    if text:
-        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
-    return f"`{key}` is another tool's key that needs nothing here: remove it"
+        return f"another tool's key: write {text}"
+    return counterpart if text else "another tool's key that needs nothing here: remove it"
 
 
 def _other_tools_key_in_section(path: KeyPath) -> str | None:
