@@ -13,6 +13,7 @@ Exit codes: 0 success; 1 failed after training started; 2 rejected before traini
 import argparse
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -121,7 +122,9 @@ class Parser(argparse.ArgumentParser):
         if nearest:
             return 0, f"{option}: did you mean --{nearest}?"
         if ours := meant_key(key):
-            setting = ours.replace(": ", "=") if ": " in ours else f"{ours}={value or 'VALUE'}"
+            setting = (
+                shlex.quote(ours.replace(": ", "=", 1)) if ": " in ours else f"{ours}={value or 'VALUE'}"
+            )
             return 1, f"{option}: did you mean {setting}? Keys of the YAML are written without dashes"
         return 3, option
 

@@ -458,8 +458,8 @@ def _axolotl_datasets(conversion: Conversion, rows: list[Any], path: Path, *, pr
         ("field", "columns.text"),
     ):
         natural = ours.partition(".")[2]
-        names = list(dict.fromkeys(item.get(theirs) or natural for item in items))
-        if len(names) > 1:
+        names = [item.get(theirs) or natural for item in items]
+        if any(name != names[0] for name in names):
             reason = "differs between sources, and `columns` holds for all: rename the column in the files"
             conversion.change(f"datasets.{theirs}", names, reason)
         elif names[0] not in (natural, "conversations"):

@@ -123,7 +123,9 @@ def _optimizer(value: Any) -> str:
         "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
         "bitsandbytes.optim.AdamW8bit": "adamw_8bit",
     }
-    name = same.get(str(value), str(value))
+    if isinstance(value, dict | list):
+        raise NoCounterpartError("write the name alone, such as `optim: adamw_torch_fused`")
+    name = same.get(str(value)) or same.get(str(value).lower(), str(value))
     if name not in _CHOICES["optim"]:
         raise NoCounterpartError(
             f"there is no optimizer {value}: write `optim: adamw_torch_fused`, or another of keys.md"
@@ -134,6 +136,8 @@ def _optimizer(value: Any) -> str:
 def _scheduler(value: Any) -> str:
     if value == "reduce_lr_on_plateau":
         raise NoCounterpartError("schedules that depend on eval losses are not supported: use `cosine`")
+    if isinstance(value, dict | list):
+        raise NoCounterpartError("write the name alone, such as `lr_scheduler_type: cosine`")
     name = str(value).rpartition(".")[2].removeprefix("get_").partition("_schedule")[0]
     if name not in _CHOICES["lr_scheduler_type"]:
         raise NoCounterpartError(
@@ -158,6 +162,8 @@ def deepspeed_setting(value: Any) -> Any:
         )
     if value in (1, 2, 3) or str(value) in ("1", "2", "3"):
         return f"zero_{value}"
+    if isinstance(value, int):
+        return None
     name = PurePosixPath(str(value)).stem.lower().replace("-", "_")
     if name in DEEPSPEED_PRESETS:
         return name
@@ -302,6 +308,14 @@ def _paths(value: Any) -> Any:
     return paths if len(paths) > 1 else paths[0]
 
 
+def _plugins(value: Any) -> Any:
+    if "liger" in str(value).lower():
+        return "liger"
+    if "cut_cross_entropy" in str(value).lower():
+        return None
+    raise NoCounterpartError("plugins are not supported")
+
+
 def _max_devices(value: Any) -> Any:
     return value if value and value > 1 else None
 
@@ -340,6 +354,8 @@ TABLE: tuple[Counterpart, ...] = (
         same=("main",),
     ),
     Counterpart("a", "tokenizer_config", None, note="the tokenizer is the model's own", differs=True),
+    Counterpart("h", "tokenizer_name_or_path", None, note="the tokenizer is the model's own", differs=True),
+    Counterpart("h", "tokenizer_name", None, note="the tokenizer is the model's own", differs=True),
     Counterpart("a", "tokens", "new_tokens"),
     Counterpart("l", "add_tokens", "new_tokens", _names),
     Counterpart("l", "add_special_tokens", "new_special_tokens", _names),
@@ -575,6 +591,7 @@ TABLE: tuple[Counterpart, ...] = (
         _fsdp,
         "DeepSpeed ZeRO-3 shards weights, gradients and optimizer as FSDP does",
     ),
+    Counterpart("a", "plugins", "kernels", _plugins),
     Counterpart("h", "use_liger_kernel", "kernels", _if("liger")),
     Counterpart("l", "enable_liger_kernel", "kernels", _if("liger")),
     Counterpart("l", "use_unsloth", "kernels", _if("unsloth")),
@@ -740,6 +757,7 @@ TABLE: tuple[Counterpart, ...] = (
 )
 
 NOT_NEEDED = {  # reason -> keys
+    "`num_devices` counts the devices of all nodes": "num_nodes nnodes num_machines",
     _ENVIRONMENT: "local_rank world_size ddp ddp_timeout ddp_find_unused_parameters device_map ddp_bucket_cap_mb ddp_backend ray_init_kwargs",
     "rows are tokenized once and cached with the run": (
         "dataset_prepared_path dataset_processes dataset_num_proc preprocessing_num_workers overwrite_cache dataloader_num_workers "
