@@ -287,6 +287,11 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
         conversion.put("train_path", _rows(name, path, config, split), "dataset_name")
         if evaluates and "valid_split" not in conversion.ours:
             conversion.put("valid_path", _rows(name, path, config, test), "dataset_test_split")
+    mixture = conversion.take("dataset_mixture", {})
+    if isinstance(items := conversion.take("datasets", mixture.get("datasets")), list):
+        _dataset_mixture(conversion, [item for item in items if isinstance(item, dict)], path)
+    if "test_split_size" in mixture:
+        conversion.theirs["test_split_size"] = mixture["test_split_size"]
     train_file, valid_file = conversion.take("train_file"), conversion.take("validation_file")
     if train_file:
         conversion.put("train_path", train_file, "train_file")
@@ -299,6 +304,25 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
             conversion.put("lora_config.target_modules", None, "lora_target_modules, the default there")
     _huggingface_loss(conversion)
     _settle_strategies(conversion)
+
+
+def _dataset_mixture(conversion: Conversion, items: list[dict[str, Any]], path: Path) -> None:
+    """Translate TRL's list of data sets, or that of the alignment handbook, which names a repository by `id`."""
+    paths = [
+        _rows(
+            str(item.get("id") or item.get("path")),
+            path,
+            item.get("config") or item.get("name"),
+            item.get("split"),
+        )
+        for item in items
+    ]
+    if paths:
+        conversion.put("train_path", paths if len(paths) > 1 else paths[0], "datasets")
+    weights = [item.get("weight") for item in items]
+    if any(weight not in (None, 1) for weight in weights):
+        reason = "all rows of each source are used; `{path: ..., weight: ...}` in `train_path` mixes sources"
+        conversion.change("datasets.weight", weights, reason)
 
 
 def _huggingface_loss(conversion: Conversion) -> None:
@@ -355,6 +379,10 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
             conversion.put("columns.text", item["text_column"], "pretraining_dataset.text_column")
     if theirs.get("tokenizer_config") == theirs.get("base_model") and conversion.take("tokenizer_config"):
         conversion.skip("tokenizer_config", SAME)
+    targets = conversion.theirs.get("lora_target_modules")
+    if theirs.get("lora_target_linear") and targets and not {"embed_tokens", "lm_head"} & set(targets):
+        conversion.take("lora_target_modules")
+        conversion.skip("lora_target_modules", "`lora_target_linear: true` includes them")
     adapter = conversion.take("adapter")
     if adapter in ("lora", "qlora"):
         conversion.put("lora_config", {}, "adapter")
@@ -786,6 +814,8 @@ def _settle(conversion: Conversion) -> None:
         drop("packing", "it does not work with preferences")
     if ours.get("load_in_4bit") is False:
         drop("load_in_4bit", "it is the default")
+    if not ours.get("push_to_hub"):
+        drop("hub_model_id", "nothing is pushed without `push_to_hub: true`")
     if "logger.provider" not in ours:
         for key in [key for key in ours if key.startswith("logger.")]:
             drop(key, "there is no tracker")

@@ -316,6 +316,12 @@ def _plugins(value: Any) -> Any:
     raise NoCounterpartError("plugins are not supported")
 
 
+def _new_tokens(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise NoCounterpartError("the special tokens are the model's own")
+    return value
+
+
 def _max_devices(value: Any) -> Any:
     return value if value and value > 1 else None
 
@@ -327,6 +333,7 @@ _SHARE_OF_STEPS = (
     "or shares of the steps, 1 / (times per epoch x num_epochs), in `eval_steps` and `save_steps`"
 )
 _SHUFFLED = "rows are shuffled by `seed` in each epoch"
+_KERNELS = "the kernels are chosen by `kernels`"
 _AUTOMATIC = "it is chosen automatically"
 _SAME_COMMAND = "run the same command again; a run resumes from its latest checkpoint"
 _NF4 = "4-bit weights are bitsandbytes' NF4 with double quantization, computed in `dtype`"
@@ -356,7 +363,12 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("a", "tokenizer_config", None, note="the tokenizer is the model's own", differs=True),
     Counterpart("h", "tokenizer_name_or_path", None, note="the tokenizer is the model's own", differs=True),
     Counterpart("h", "tokenizer_name", None, note="the tokenizer is the model's own", differs=True),
-    Counterpart("a", "tokens", "new_tokens"),
+    Counterpart(
+        "a",
+        "tokens",
+        "new_tokens",
+        _new_tokens,
+    ),
     Counterpart("l", "add_tokens", "new_tokens", _names),
     Counterpart("l", "add_special_tokens", "new_special_tokens", _names),
     Counterpart("l", "resize_vocab", None, note="the embedding grows if new tokens need it"),
@@ -422,6 +434,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("a", "pretraining_dataset", "train_path", note="with `task: causal_lm`"),
     Counterpart("h", "dataset_text_field", "columns.text"),
     Counterpart("a", "val_set_size", "valid_split", _share),
+    Counterpart("h", "test_split_size", "valid_split", _share),
     Counterpart("l", "val_size", "valid_split", _share),
     Counterpart("l", "max_samples", "max_train_rows", lambda value: value or None),
     Counterpart("h", "max_train_samples", "max_train_rows", lambda value: value or None),
@@ -459,7 +472,7 @@ TABLE: tuple[Counterpart, ...] = (
         None,
         note="`packing: true` packs rows by best fit",
         differs=True,
-        same=("bfd",),
+        same=("bfd", "ffd"),
     ),
     Counterpart("l", "neat_packing", "packing", bool),
     Counterpart("t", "dataset.packed", "packing", bool),
@@ -567,6 +580,14 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "quantization_type", None, note=_NF4, differs=True, same=("nf4",)),
     Counterpart("l", "quantization_method", None, note=_NF4, differs=True, same=("bnb", "bitsandbytes")),
     Counterpart("l", "double_quantization", None, note=_NF4, differs=True, same=(True,)),
+    Counterpart(
+        "a",
+        "bnb_config_kwargs",
+        None,
+        note=_NF4,
+        differs=True,
+        same=({"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},),
+    ),
     Counterpart("h", "bnb_4bit_quant_type", None, note=_NF4, differs=True, same=("nf4",)),
     Counterpart("h", "use_bnb_nested_quant", None, note=_NF4, differs=True, same=(True,)),
     Counterpart(
@@ -576,6 +597,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "disable_gradient_checkpointing", "gradient_checkpointing", lambda value: not value),
     Counterpart("t", "enable_activation_checkpointing", "gradient_checkpointing", bool),
     Counterpart("hal", "gradient_checkpointing_kwargs", None, note=_AUTOMATIC),
+    Counterpart("hal", "activation_offloading", None, note="`gradient_checkpointing` saves this memory"),
     Counterpart("hal", "deepspeed", "deepspeed", deepspeed_setting),
     Counterpart(
         "ha",
@@ -595,8 +617,11 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("h", "use_liger_kernel", "kernels", _if("liger")),
     Counterpart("l", "enable_liger_kernel", "kernels", _if("liger")),
     Counterpart("l", "use_unsloth", "kernels", _if("unsloth")),
-    Counterpart("hat", "torch_compile", None, note="the kernels are chosen by `kernels`"),
-    Counterpart("t", "compile", None, note="the kernels are chosen by `kernels`"),
+    Counterpart("hat", "torch_compile", None, note=_KERNELS),
+    Counterpart("t", "compile", None, note=_KERNELS),
+    Counterpart("a", "cut_cross_entropy", None, note=_KERNELS),
+    Counterpart("a", "fused_attn_kernel", None, note=_KERNELS),
+    Counterpart("a", "use_kernels", None, note=_KERNELS),
     # LoRA
     Counterpart(
         "a",
@@ -615,6 +640,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("hal", "lora_dropout", "lora_config.lora_dropout", float),
     Counterpart("ha", "lora_target_modules", "lora_config.target_modules", _names),
     Counterpart("l", "lora_target", "lora_config.target_modules", _names),
+    Counterpart("ha", "lora_target_parameters", "lora_config.target_parameters"),
     Counterpart("a", "lora_target_linear", "lora_config.target_modules", _if("all-linear")),
     Counterpart("ha", "lora_modules_to_save", "lora_config.modules_to_save"),
     Counterpart("h", "lora_task_type", "lora_config.task_type"),
@@ -758,7 +784,8 @@ TABLE: tuple[Counterpart, ...] = (
 
 NOT_NEEDED = {  # reason -> keys
     "`num_devices` counts the devices of all nodes": "num_nodes nnodes num_machines",
-    _ENVIRONMENT: "local_rank world_size ddp ddp_timeout ddp_find_unused_parameters device_map ddp_bucket_cap_mb ddp_backend ray_init_kwargs",
+    _ENVIRONMENT: "local_rank world_size ddp ddp_timeout ddp_find_unused_parameters device_map ddp_bucket_cap_mb ddp_backend dp_shard_size "
+    "dp_replicate_size ray_init_kwargs",
     "rows are tokenized once and cached with the run": (
         "dataset_prepared_path dataset_processes dataset_num_proc preprocessing_num_workers overwrite_cache dataloader_num_workers "
         "dataloader_pin_memory dataloader_prefetch_factor remove_unused_columns dataset_keep_in_memory tokenized_path"
@@ -773,7 +800,7 @@ NOT_NEEDED = {  # reason -> keys
     "logging_strategy include_tokens_per_second include_num_input_tokens_seen profiler metric_logger",
     "it is not used": "strict debug wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "
     "hf_use_auth_token xformers_attention lora_on_cpu fsdp_version low_cpu_mem_usage loss save_adapter_weights_only "
-    "enable_activation_offloading ray_scheduler eot_tokens greater_is_better dataloader_drop_last gc_steps",
+    "enable_activation_offloading ray_scheduler eot_tokens experimental_skip_move_to_device greater_is_better dataloader_drop_last gc_steps",
 }
 
 SAME_NAME = frozenset(

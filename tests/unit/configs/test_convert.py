@@ -285,6 +285,11 @@ def test_written_file_loads_and_names_every_key(
         ),
         ("wandb_project: p\nwandb_name: n", {"logger.provider": "wandb", "logger.name": "n"}),
         ("wandb_name: n", {"logger.name": None}),
+        (
+            "adapter: lora\nlora_target_modules: [q_proj]\nlora_target_linear: true\nlora_target_parameters: [a]",
+            {"lora_config.target_modules": "all-linear", "lora_config.target_parameters": ["a"]},
+        ),
+        ("tokens: {bos_token: x}", {"new_tokens": None}),
         ("lr_scheduler: constant", {"lr_scheduler_type": "constant", "warmup_ratio": None}),
         (
             "ray_num_workers: 4\nresources_per_worker: {GPU: 1, CPU: 8}",
@@ -314,6 +319,8 @@ def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
         ("assistant_only_loss: true", {"task": "instruction_tuning"}),
         ("assistant_only_loss: false", {"task": None}),
         ("eval_on_start: false", {"eval_first": False}),
+        ("hub_model_id: org/n", {"hub_model_id": None}),
+        ("hub_model_id: org/n\npush_to_hub: true", {"hub_model_id": "org/n"}),
         ("dtype: bfloat16\nuse_cpu: true", {"dtype": "bf16", "device": "cpu"}),
         ("lr_scheduler_type: reduce_lr_on_plateau", {"lr_scheduler_type": None}),
     ],
@@ -321,6 +328,19 @@ def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
 def test_trl_values_are_translated(lines: str, expected: dict[str, Any]):
     conversion = converted(f"model_name_or_path: org/m\ndataset_name: org/rows\n{lines}\n")
     assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+def test_mixtures_of_data_sets_are_translated():
+    items = "[{id: org/a, config: c, split: train_sft, weight: 0.5}, {id: org/b, weight: 1.0}]"
+    mixture = converted(
+        f"model_name_or_path: org/m\ndataset_mixture: {{datasets: {items}, test_split_size: 500}}\n"
+    )
+    assert mixture.ours["train_path"] == ["hf://datasets/org/a/c?split=train_sft", "hf://datasets/org/b"]
+    assert_names(
+        "\n".join(mixture.changes), "datasets.weight: [0.5, 1.0]", "test_split_size: 500", "valid_split"
+    )
+    trl = converted("model_name_or_path: org/m\ndatasets: [{path: org/a, name: c}]\ntest_split_size: 0.1\n")
+    assert (trl.ours["train_path"], trl.ours["valid_split"]) == ("hf://datasets/org/a/c", 0.1)
 
 
 def test_share_of_validation_rows_is_listed_as_a_change():
