@@ -13,6 +13,7 @@ Exit codes: 0 success; 1 failed after training started; 2 rejected before traini
 import argparse
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -28,9 +29,11 @@ try:
     if __name__ == "__main__":
         raise_signals()  # the other imports take seconds on a busy machine
     from configs import convert
+    from configs.explain import meant_key, other_tools_key
     from configs.loading import ConfigError, load_config
     from configs.other_tools import find
     from configs.schema import Column, FinetuneConfig
+    from configs.yaml_source import SECRETS_COME_FROM, looks_secret, names_secret, plain_scalar
     from runs import commands as run_commands
     from service import commands as service_commands
     from training import train
@@ -75,39 +78,55 @@ _A_RUN = "URI of a run, or run:NAME for a run in the default storage path"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line and suggests the closest option."""
+    """An argument parser that reports an error in one line and suggests the closest option."""
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         print(f"error: {message} (options: {self.prog} --help)", file=sys.stderr)
         sys.exit(REJECTED)
 
-    def reject_unknown(self, unknown: list[str], given: list[str]) -> None:
-        """Reject unknown arguments; name the override for a key of the YAML, or the closest option.
-
-        Args:
-            unknown: arguments that are no option.
-            given: the complete command line.
-        """
-        if not unknown:
+    def reject_unknown(self, given: list[str]) -> None:
+        """Reject unknown options, all in one message: first those that resemble an option, which decide what the command does."""
+        unknown = [place for place, argument in enumerate(given) if self._is_unknown(argument)]
+        if not unknown or {"-h", "--help"} & set(given):
             return
-        option, separator, value = unknown[0].partition("=")
-        key = option.removeprefix("--").replace("-", "_")
+        errors = [self._explain_unknown(given, place) for place in unknown]
+        ordered = dict.fromkeys(text for _, text in sorted(errors, key=lambda error: error[0]))
+        self.error("\n".join(f"unknown argument {text}" for text in ordered))
+
+    def _is_unknown(self, argument: str) -> bool:
+        is_option = re.fullmatch(r"--?[A-Za-z][^\s=]*(=.*)?", argument, re.DOTALL)
+        return is_option is not None and argument.partition("=")[0] not in self._option_string_actions
+
+    def _explain_unknown(self, given: list[str], place: int) -> tuple[int, str]:
+        """Return (rank of the error, the unknown option at this place of the command line with its fix)."""
+        option, separator, value = given[place].partition("=")
         if not separator:
-            value = next(iter(given[given.index(unknown[0]) + 1 :]), "")
-            value = "VALUE" if not value or value.startswith("-") or "=" in value else value
+            following = next(iter(given[place + 1 :]), "")
+            value = "" if following.startswith("-") or "=" in following else following
+        name = option.lstrip("-").replace("_", "-")
+        own = [known.removeprefix("--") for known in self._option_string_actions if known.startswith("--")]
+        nearest = next(iter(get_close_matches(name, own, n=1)), None)
+        if name in own or not self.prog.endswith(".yaml"):
+            return (0, f"{option}: did you mean --{nearest}?") if nearest else (3, option)
+        key = name.replace("-", "_")
+        if names_secret(key) or looks_secret(value):
+            return 0, f"{option}: {SECRETS_COME_FROM}"
+        if key == "config":
+            return 0, f"{option}: the path of the YAML needs no option: main.py {value}"
         if key in FinetuneConfig.model_fields:
-            self.error(
-                f"unknown argument {unknown[0]}: keys of the YAML are written without dashes: {key}={value}"
+            return 1, f"{option}: keys of the YAML are written without dashes: {key}={value or 'VALUE'}"
+        if row := find(key):
+            advice = other_tools_key(key, plain_scalar(value or "true"), as_overrides=True)
+            return 1 if row.ours else 2, f"{option}: {advice}"
+        if nearest:
+            return 0, f"{option}: did you mean --{nearest}?"
+        if ours := meant_key(key):
+            setting = (
+                shlex.quote(ours.replace(": ", "=", 1)) if ": " in ours else f"{ours}={value or 'VALUE'}"
             )
-        if self.prog.endswith(".yaml") and (row := find(key)):
-            instead = (
-                f"its counterpart is {row.ours}=VALUE" if row.ours else f"it has no counterpart ({row.note})"
-            )
-            self.error(f"unknown argument {unknown[0]}: another tool's key: {instead}")
-        known = sorted(set(re.findall(r"--[a-z-]+", self.format_help())))
-        nearest = get_close_matches(option, known, n=1)
-        self.error(f"unknown argument {unknown[0]}" + (f": did you mean {nearest[0]}?" if nearest else ""))
+            return 1, f"{option}: did you mean {setting}? Keys of the YAML are written without dashes"
+        return 3, option
 
 
 def main(arguments: list[str]) -> int:
@@ -162,9 +181,9 @@ def run_command(arguments: list[str]) -> int:
     name = arguments[0] if arguments[0] in commands else "train"
     command = commands[name]
     # Options may be mixed with positional arguments, which subparsers do not support.
-    options, unknown = command.parse_known_intermixed_args(arguments[name != "train" :])
-    command.reject_unknown(unknown, arguments)
-    values = vars(options)
+    given = arguments[name != "train" :]
+    command.reject_unknown(given)
+    values = vars(command.parse_intermixed_args(given))
     if name == "train":
         check_train_options(command, values)
         return train.run(train.Options(**values), began)

@@ -57,6 +57,7 @@ _LORA_DEFAULTS: dict[Tool, dict[str, Any]] = {
     "torchtune": {},
 }
 
+SAME = "same as here"
 _COLUMNS = 110
 
 _TORCHTUNE_DATASETS = {
@@ -102,7 +103,8 @@ class Conversion:
             )
             return
         self.ours[key] = value
-        self.sources.setdefault(key, []).append(source)
+        sources = self.sources.setdefault(key, [])
+        sources += [] if source in sources else [source]
 
     def skip(self, key: str, reason: str) -> None:
         """Note that a key needs no counterpart."""
@@ -126,7 +128,9 @@ class Conversion:
             self.skip(key, "it is off")
         elif row is None:
             self.change(key, value, "is not known here")
-        elif row.ours is None and row.differs and value not in (False, 0, "", [], {}):
+        elif row.ours is None and row.is_same(value):
+            self.skip(key, SAME)
+        elif row.ours is None and row.differs:
             self.change(key, value, row.note)
         elif row.ours is None:
             self.skip(key, row.note)
@@ -140,7 +144,7 @@ class Conversion:
             for ours, converted in settings.items():
                 self.put(ours, converted, source or key)
             if not settings:
-                self.skip(key, f"`{shown(value)}` needs no key")
+                self.skip(key, SAME if row.is_same(value) else row.note or SAME)
 
 
 def convert(text: str, path: Path) -> Conversion:
@@ -283,6 +287,11 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
         conversion.put("train_path", _rows(name, path, config, split), "dataset_name")
         if evaluates and "valid_split" not in conversion.ours:
             conversion.put("valid_path", _rows(name, path, config, test), "dataset_test_split")
+    mixture = conversion.take("dataset_mixture", {})
+    if isinstance(items := conversion.take("datasets", mixture.get("datasets")), list):
+        _dataset_mixture(conversion, [item for item in items if isinstance(item, dict)], path)
+    if "test_split_size" in mixture:
+        conversion.theirs["test_split_size"] = mixture["test_split_size"]
     train_file, valid_file = conversion.take("train_file"), conversion.take("validation_file")
     if train_file:
         conversion.put("train_path", train_file, "train_file")
@@ -297,6 +306,25 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
     _settle_strategies(conversion)
 
 
+def _dataset_mixture(conversion: Conversion, items: list[dict[str, Any]], path: Path) -> None:
+    """Translate TRL's list of data sets, or that of the alignment handbook, which names a repository by `id`."""
+    paths = [
+        _rows(
+            str(item.get("id") or item.get("path")),
+            path,
+            item.get("config") or item.get("name"),
+            item.get("split"),
+        )
+        for item in items
+    ]
+    if paths:
+        conversion.put("train_path", paths if len(paths) > 1 else paths[0], "datasets")
+    weights = [item.get("weight") for item in items]
+    if any(weight not in (None, 1) for weight in weights):
+        reason = "all rows of each source are used; `{path: ..., weight: ...}` in `train_path` mixes sources"
+        conversion.change("datasets.weight", weights, reason)
+
+
 def _huggingface_loss(conversion: Conversion) -> None:
     """Choose the task: DPO's settings mean preferences; TRL's supervised loss is on every token of a conversation."""
     theirs = conversion.theirs
@@ -309,9 +337,10 @@ def _huggingface_loss(conversion: Conversion) -> None:
         if "learning_rate" not in theirs:
             conversion.put("learning_rate", 1e-6, "learning_rate, DPOConfig's default there")
         return
-    if not theirs.keys() & {"assistant_only_loss", "completion_only_loss"}:
+    if not theirs.get("assistant_only_loss") and "completion_only_loss" not in theirs:
+        conversion.take("assistant_only_loss")
         conversion.changes.append(
-            "assistant_only_loss is not set: the loss is on the answers; TRL's is on every token of a conversation, as with "
+            "assistant_only_loss is not true: the loss is on the answers; TRL's is on every token of a conversation, as with "
             "`task: causal_lm`"
         )
 
@@ -336,6 +365,8 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
     preference = conversion.theirs.get("rl")
     if isinstance(rows := conversion.take("datasets"), list):
         _axolotl_datasets(conversion, rows, path, preference=bool(preference))
+        for item in rows:
+            _axolotl_rows(conversion, item if isinstance(item, dict) else {})
     if isinstance(tests := conversion.take("test_datasets"), list):
         paths = [_axolotl_path(item, path) for item in tests if isinstance(item, dict)]
         conversion.put("valid_path", paths if len(paths) > 1 else paths[0], "test_datasets")
@@ -346,6 +377,12 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
         conversion.put("task", "causal_lm", "pretraining_dataset")
         if item.get("text_column", "text") != "text":
             conversion.put("columns.text", item["text_column"], "pretraining_dataset.text_column")
+    if theirs.get("tokenizer_config") == theirs.get("base_model") and conversion.take("tokenizer_config"):
+        conversion.skip("tokenizer_config", SAME)
+    targets = conversion.theirs.get("lora_target_modules")
+    if theirs.get("lora_target_linear") and targets and not {"embed_tokens", "lm_head"} & set(targets):
+        conversion.take("lora_target_modules")
+        conversion.skip("lora_target_modules", "`lora_target_linear: true` includes them")
     adapter = conversion.take("adapter")
     if adapter in ("lora", "qlora"):
         conversion.put("lora_config", {}, "adapter")
@@ -386,11 +423,7 @@ def _axolotl_intervals(conversion: Conversion) -> None:
             conversion.put(ours, 0.999999, theirs) if share > 1 else conversion.skip(
                 theirs, "the last step always has one"
             )
-    conversion.theirs = {
-        key: value
-        for key, value in conversion.theirs.items()
-        if not (key in ("eval_strategy", "save_strategy") and value in ("steps", "epoch"))
-    }
+    _settle_strategies(conversion)
 
 
 def _axolotl_extras(conversion: Conversion) -> None:
@@ -408,7 +441,9 @@ def _axolotl_extras(conversion: Conversion) -> None:
         if conversion.take(key):
             conversion.put("kernels", "liger", key)
     template = conversion.take("chat_template")
-    if template not in (None, "tokenizer_default", "jinja"):
+    if template == "tokenizer_default":
+        conversion.skip("chat_template", SAME)
+    elif template not in (None, "jinja"):
         conversion.change(
             "chat_template",
             template,
@@ -437,7 +472,7 @@ def _axolotl_datasets(conversion: Conversion, rows: list[Any], path: Path, *, pr
             "datasets: types differ between sources; the format of each is detected from its columns"
         )
         return
-    item, kind = items[0], kinds[0]
+    kind = kinds[0]
     if isinstance(kind, dict):
         _axolotl_prompt(conversion, kind)
     elif preference:
@@ -448,20 +483,58 @@ def _axolotl_datasets(conversion: Conversion, rows: list[Any], path: Path, *, pr
         ("field_messages", "columns.messages"),
         ("field_chosen", "columns.chosen"),
         ("field_rejected", "columns.rejected"),
+        ("field", "columns.text"),
     ):
         natural = ours.partition(".")[2]
-        if item.get(theirs) not in (None, natural, "conversations"):
-            conversion.put(ours, item[theirs], f"datasets.{theirs}")
-    if item.get("field") not in (None, "text") and str(kind).startswith("completion"):
-        conversion.put("columns.text", item["field"], "datasets.field")
-    if item.get("train_on_eos") in ("none", "last") or item.get("roles_to_train") not in (
-        None,
-        ["assistant"],
-        ["gpt"],
-    ):
-        conversion.changes.append(
-            "datasets: roles_to_train and train_on_eos: the loss is on every assistant turn and its end marker"
-        )
+        names = [item.get(theirs) or natural for item in items]
+        if any(name != names[0] for name in names):
+            reason = "differs between sources, and `columns` holds for all: rename the column in the files"
+            conversion.change(f"datasets.{theirs}", names, reason)
+        elif names[0] not in (natural, "conversations"):
+            conversion.put(ours, names[0], f"datasets.{theirs}")
+
+
+_MESSAGE_KEYS = "a message has role and content, or from and value"
+_AXOLOTL_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "field_messages": (("messages", "conversations"), "`columns.messages` names the column"),
+    "field_chosen": (("chosen",), "`columns.chosen` names the column"),
+    "field_rejected": (("rejected",), "`columns.rejected` names the column"),
+    "field": (("text",), "`columns.text` names the column"),
+    "message_field_role": (("role", "from"), _MESSAGE_KEYS),
+    "message_field_content": (("content", "value"), _MESSAGE_KEYS),
+    "message_property_mappings": (
+        ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
+        _MESSAGE_KEYS,
+    ),
+    "chat_template": (("tokenizer_default",), "the model's own chat template is used"),
+    "train_on_eot": (("turn",), "the end marker of each assistant message is in the loss"),
+    "drop_system_message": ((False,), "system messages are rendered"),
+    "revision": (("main",), "download the revision and name its files in `train_path`"),
+    "shards": ((1,), "all rows are used; `max_train_rows` limits them"),
+}
+"""Settings of a data set -> (values that mean what this project does, how it differs with others)."""
+_AXOLOTL_DETECTED = {
+    "ds_type": "the format of a file is detected",
+    "roles": "the usual names of roles are recognized (docs/data.md)",
+}
+
+
+def _axolotl_rows(conversion: Conversion, item: Mapping[str, Any]) -> None:
+    """Note the settings of a data set that are not translated."""
+    translated = {source for sources in conversion.sources.values() for source in sources}
+    translated |= {change.partition(":")[0] for change in conversion.changes}
+    for key, value in item.items():
+        name = f"datasets.{key}"
+        row = find(key, conversion.tool)
+        same, note = _AXOLOTL_ROWS.get(key, ((False,), row.note if row else "is not known here"))
+        if value is None or name in translated or key in ("path", "type", "split", "name", "data_files"):
+            continue
+        if key in _AXOLOTL_DETECTED:
+            conversion.skip(name, _AXOLOTL_DETECTED[key])
+        elif value in (row.same if row and row.same else same):
+            conversion.skip(name, SAME)
+        else:
+            conversion.change(name, value, note)
 
 
 def _axolotl_type(conversion: Conversion, kind: str) -> None:
@@ -682,6 +755,8 @@ def _add_defaults(conversion: Conversion) -> None:
         "per_device_train_batch_size": "train_batch_size",
     }
     for key, value in defaults.items():
+        if key in conversion.theirs:
+            continue  # its value needs no key here
         row = find(key, conversion.tool)
         ours = row.ours if row and row.ours else key
         if (
@@ -739,6 +814,8 @@ def _settle(conversion: Conversion) -> None:
         drop("packing", "it does not work with preferences")
     if ours.get("load_in_4bit") is False:
         drop("load_in_4bit", "it is the default")
+    if not ours.get("push_to_hub"):
+        drop("hub_model_id", "nothing is pushed without `push_to_hub: true`")
     if "logger.provider" not in ours:
         for key in [key for key in ours if key.startswith("logger.")]:
             drop(key, "there is no tracker")

@@ -1,6 +1,7 @@
 """Explain validation errors: what is wrong with a value or a key, and what to write instead."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -26,6 +27,14 @@ from configs.yaml_writer import flow
 
 def field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
     """Yield pydantic's errors as problems: one per value, and none for a value that has a problem already."""
+    problems = list(_all_problems(document, errors))
+    meant = {name for problem in problems for name in re.findall(r"did you mean `([\w.]+)", problem.text)}
+    for problem in problems:
+        if not (problem.is_missing and dotted(problem.path) in meant):
+            yield problem
+
+
+def _all_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
     known = {problem.path for problem in document.problems}
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
@@ -77,7 +86,7 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
         yield Problem(
             path,
             origin,
-            "`deepspeed` has no preset and no file: write `deepspeed: zero_3`, or put these settings into a JSON file and write "
+            f"`deepspeed` has no preset and no file: write `deepspeed: zero_{_stage_of(document.data)}`, or put these settings into a JSON file and write "
             "`deepspeed: {config_path: FILE}`",
         )
     elif "missing" in kinds:
@@ -86,6 +95,7 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
             origin,
             f"`{dotted(path)}` is missing: {_to_write(_help(path))}",
             rank=1 if len(path) == 1 else 2,
+            is_missing=True,
         )
     elif "extra_forbidden" in kinds:
         value = kinds["extra_forbidden"]["input"]
@@ -93,10 +103,21 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
     elif of_key := [error for error in errors if error["loc"][-1] == "[key]"]:
         is_choice = of_key[0]["type"] == "literal_error"
         expected = f"one of {_choices(of_key[0])}" if is_choice else _phrase(of_key[0])
+        value = document.data.get(path[0], {}).get(path[-1]) if len(path) == 2 else None
+        if is_choice and isinstance(value, str) and value in _choices_list(of_key[0]):
+            expected = f"our name first: `{{{value}: {dotted(path[-1:])}}}`"
         yield Problem(path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use {expected}")
     else:
         value = errors[0]["input"]
         yield Problem(path, origin, f"`{dotted(path)}` is {shown(value)}: {_fix(path, value, errors)}")
+
+
+def _stage_of(data: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage of an inline DeepSpeed configuration; 3 if it has none."""
+    given = data["deepspeed"]
+    zero = given.get("zero_optimization")
+    stage = (zero if isinstance(zero, dict) else given).get("stage", given.get("zero_stage"))
+    return int(stage) if stage in (1, 2) else 3
 
 
 def _is_inline_deepspeed(data: Mapping[str, Any]) -> bool:
@@ -110,8 +131,16 @@ def _in_section(path: KeyPath, text: str) -> str:
     return f"{dotted(path)}: {text}" if path else text
 
 
-def _expected(errors: list[ErrorDetails]) -> str:
+_BETTER_PHRASES = {
+    "num_devices": ["the number of devices, such as 8", "`{min: 4, max: 8}`"],
+    "hub_model_id": ["ORG/NAME, a repository of the Hugging Face Hub"],
+}
+"""Key -> descriptions of its accepted values that say more than their types."""
+
+
+def _expected(path: KeyPath, errors: list[ErrorDetails]) -> str:
     phrases = list(dict.fromkeys(_phrase(error) for error in errors))
+    phrases = _BETTER_PHRASES.get(dotted(path), phrases)
     if "a number" in phrases and "an integer" in phrases:
         phrases.remove("an integer")
     return f"write {' or '.join(phrases)}"
@@ -170,7 +199,7 @@ def _fix(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
         return (
             _to_write(_help(path))
             if _is_required(path)
-            else f"{_expected(errors)}, or remove the key to use its default"
+            else f"{_expected(path, errors)}, or remove the key to use its default"
         )
     instead, reason = _other_tools_value(path, value)
     if instead:
@@ -180,13 +209,19 @@ def _fix(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
     kinds = {error["type"] for error in errors}
     if (sections := _sections_at(path)) and not kinds - {"dict_type", "model_type", "model_attributes_type"}:
         return _section_fix(path, value, sections)
-    return f"{_expected(errors)}{_hint(value, errors)}"
+    if path[-1] in ("train_path", "valid_path") and isinstance(value, dict):
+        return f"write a path, or a list of paths such as `{path[-1]}: [{{path: a.jsonl, weight: 2}}, {{path: b.jsonl, weight: 1}}]`"
+    return f"{_expected(path, errors)}{_hint(value, errors)}"
 
 
 def _hint(value: Any, errors: list[ErrorDetails]) -> str:
     kinds = {error["type"] for error in errors}
     if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off"):
         return f" ({value} is text in this YAML)"
+    if isinstance(value, str) and "bool_type" in kinds and value.lower() in ("true", "false"):
+        return " (without quotes)"
+    if isinstance(value, str) and "float_type" in kinds and re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?%", value):
+        return f": {float(value[:-1]) / 100:g}"
     if (
         isinstance(value, str)
         and kinds & {"int_type", "float_type"}
@@ -196,7 +231,7 @@ def _hint(value: Any, errors: list[ErrorDetails]) -> str:
     if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
         return f": {int(value)}"
     if isinstance(value, str) and "literal_error" in kinds:
-        choices = [choice.strip() for error in errors for choice in _choices_list(error)]
+        choices = [choice for error in errors for choice in _choices_list(error)]
         if value.lower() == "gpu" and "cuda" in choices:
             return " (use `cuda` for a GPU)"
         if near := difflib.get_close_matches(value.lower(), choices, n=1):
@@ -219,6 +254,8 @@ def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
         and not isinstance(value, bool)
     ):
         return f"write `{key}: {{unit: steps, frequency: {value}}}`", ""
+    if key == "deepspeed" and isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= 3:
+        return "write `deepspeed: zero_1`, `zero_2` or `zero_3`", ""
     theirs = _SAME_MEANING.get(key, key)
     row = next((row for row in other_tools.TABLE if (row.theirs, row.ours) == (theirs, key)), None)
     if row is None:
@@ -231,7 +268,7 @@ def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
         return "", ""
     if not settings:
         return ("remove the key" if isinstance(value, int | float) and value <= 0 else ""), ""
-    return (f"write {written(settings)}" if settings != {key: value} else ""), ""
+    return (f"write {written(settings)}" if settings.get(key) != value else ""), ""
 
 
 _SAME_MEANING = {"num_warmup_steps": "warmup_steps", "valid_split": "val_set_size"}
@@ -267,6 +304,8 @@ _OTHER_VALUES = {
         "resume_from_checkpoint",
         True,
     ): "remove the key and run the same command again: a run resumes from its latest checkpoint",
+    ("eval_steps", "epoch"): "remove the key: after each epoch is the default",
+    ("save_steps", "epoch"): "remove the key: after each epoch is the default",
     ("logger", "none"): "remove the key: without it, metrics are only in the run's own files",
     ("resume", True): "write `resume: auto`, the default",
     ("resume", False): "write `resume: never`",
@@ -323,17 +362,36 @@ def written(settings: Mapping[str, Any], data: Mapping[str, Any] = {}, *, as_ove
 
 
 def _choices_list(error: ErrorDetails) -> list[str]:
-    return _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
+    """Return the choices that pydantic lists for a value or a key."""
+    choices = _choices(error).replace(" or ", ",").split(",") if error["type"] == "literal_error" else []
+    return [choice.strip() for choice in choices]
 
 
-_OTHER_NAMES: dict[KeyPath, str] = {
-    (name,): ours
+_OTHER_NAMES = {
+    name: ours
     for ours, names in {
         "learning_rate": "lr",
-        "num_devices": "num_gpus n_gpus n_gpu gpus gpus_per_node nproc_per_node num_processes num_workers",
+        "num_devices": "num_gpus n_gpus n_gpu gpus gpus_per_node nproc_per_node num_processes num_workers devices",
+        "device": "accelerator",
         "device: cuda": "use_gpu",
+        "dtype": "precision mixed_precision",
+        "lora_config": "lora peft peft_args lora_args qlora qlora_config",
+        "lora_config.r": "rank lora_rank",
+        "load_in_4bit": "quantization quantize quantization_config bnb_config bnb_4bit use_4bit",
+        "kernels: unsloth": "unsloth",
+        "kernels: liger": "liger liger_rope liger_rms_norm liger_layer_norm liger_swiglu liger_glu_activation liger_cross_entropy "
+        "liger_fused_linear_cross_entropy",
+        "task: preference_tuning": "dpo",
+        "logger: {provider: wandb}": "wandb",
+        "logger: {provider: mlflow}": "mlflow",
+        "logger: {provider: tensorboard}": "tensorboard",
+        "train_batch_size_per_device": "per_device_batch_size batch_size_per_device device_batch_size per_gpu_train_batch_size",
+        "gradient_accumulation_steps": "grad_accum grad_acc grad_accumulation accumulation_steps accumulate_grad_batches",
+        "num_warmup_steps": "warmup n_warmup_steps",
+        "valid_split": "test_size validation_split eval_ratio",
         "model_id": "model model_name model_path base_model_name_or_path pretrained_model_name_or_path",
-        "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path",
+        "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path "
+        "dataset_mixer",
         "valid_path": "validation_file valid_file val_path eval_path eval_file eval_data validation_path",
         "max_train_rows": "max_rows num_rows",
         "context_length": "max_len block_size seq_length",
@@ -352,15 +410,21 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
     advice = None
     if len(path) == 1 and elsewhere != ["lora_config"]:
-        advice = _other_tools_key(key, value, data, as_overrides=origin.from_override)
+        advice = other_tools_key(key, value, data, as_overrides=origin.from_override)
+        advice = advice and f"`{key}` is {advice}"
     elif len(path) == 2:
         advice = _other_tools_key_in_section(path)
     if advice:
         return advice
     if path in (("system_prompt",), ("system_message",), ("system",)):
         return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
-    if path in _OTHER_NAMES:
-        return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[path]}`?"
+    if len(path) == 1 and isinstance(value, dict) and any(map(_is_known, value)):
+        names = ", ".join(dotted((name,)) for name in list(value)[:3])
+        return f"`{key}` is not a section: write its keys ({names}) at the top level"
+    if path[0] == "checkpoint_and_evaluation_frequency" and key in ("steps", "epochs"):
+        return f"`{dotted(path)}` is not a key: write `{path[0]}: {{unit: {key}, frequency: {shown(value)}}}`"
+    if len(path) == 1 and key in _OTHER_NAMES:
+        return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[key]}`?"
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
@@ -375,26 +439,46 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     return f"`{dotted(path)}` is not a key: remove it"
 
 
-def _other_tools_key(key: str, value: Any, data: Mapping[str, Any], *, as_overrides: bool) -> str | None:
-    """Return the message for another tool's key; None if no tool has it."""
+def _is_known(key: str) -> bool:
+    """Return whether a key belongs at the top level, here or in another tool's YAML."""
+    return key in FinetuneConfig.model_fields or key in _OTHER_NAMES or other_tools.find(key) is not None
+
+
+def meant_key(name: str) -> str | None:
+    """Return the key that an unknown name probably stands for; None if none is close."""
+    near = difflib.get_close_matches(name.lower(), FinetuneConfig.model_fields, n=1)
+    return _OTHER_NAMES.get(name) or next(iter(near), None)
+
+
+def other_tools_key(
+    key: str, value: Any, data: Mapping[str, Any] = {}, *, as_overrides: bool = False
+) -> str | None:
+    """Return what another tool's key is called here; None if no tool has it.
+
+    Args:
+        key: the key.
+        value: its value.
+        data: the file, whose sections are not written again.
+        as_overrides: quote settings as `key=value`.
+    """
     row = other_tools.find(key)
     if row is None:
         return None
     note = f": {row.note}" if row.note else ""
     if row.ours is None or value is None:
-        return f"`{key}` is another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
+        return f"another tool's key without a counterpart: remove it ({row.note or 'it is empty'})"
+    counterpart = f"another tool's key: its counterpart is `{row.ours}`{note}"
     try:
         settings = row.settings(value)
     except other_tools.NoCounterpartError as error:
-        return f"`{key}` is another tool's key: {error}"
+        return f"another tool's key: {error}"
     except (TypeError, ValueError, AttributeError):
-        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
+        return counterpart
     text = written(settings, data, as_overrides=as_overrides)
-    if text and not looks_secret(str(value)) and not isinstance(value, dict) and len(text) < 100:
-        return f"`{key}` is another tool's key: write {text}"
-    if text:
-        return f"`{key}` is another tool's key: its counterpart is `{row.ours}`{note}"
-    return f"`{key}` is another tool's key that needs nothing here: remove it"
+    is_copied_section = isinstance(value, dict) and value in settings.values()
+    if text and not looks_secret(str(value)) and not is_copied_section and len(text) < 100:
+        return f"another tool's key: write {text}"
+    return counterpart if text else "another tool's key that needs nothing here: remove it"
 
 
 def _other_tools_key_in_section(path: KeyPath) -> str | None:

@@ -53,6 +53,13 @@ class Counterpart:
     differs: bool = False
     """Whether training differs without a counterpart."""
 
+    same: tuple[Any, ...] = ()
+    """Values that mean what this project does anyway; empty: those that turn the setting off."""
+
+    def is_same(self, value: Any) -> bool:
+        """Return whether a value that gives no setting of ours means what this project does anyway."""
+        return value in (self.same or (_OFF if self.differs or self.ours else ()))
+
     def settings(self, value: Any) -> Ours:
         """Return our settings for a value; empty if there is nothing to write.
 
@@ -69,6 +76,7 @@ class Counterpart:
         return converted if isinstance(converted, Ours) else Ours({self.ours: converted})
 
 
+_OFF = (False, 0, "", "none", [], {})
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1 reads them so; here they are text
 
 NO_FP16 = "fp16 training is not supported: `dtype: bf16` needs an NVIDIA GPU since 2020 (A10G, A100, L4), `dtype: fp32` runs on any"
@@ -115,7 +123,9 @@ def _optimizer(value: Any) -> str:
         "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
         "bitsandbytes.optim.AdamW8bit": "adamw_8bit",
     }
-    name = same.get(str(value), str(value))
+    if isinstance(value, dict | list):
+        raise NoCounterpartError("write the name alone, such as `optim: adamw_torch_fused`")
+    name = same.get(str(value)) or same.get(str(value).lower(), str(value))
     if name not in _CHOICES["optim"]:
         raise NoCounterpartError(
             f"there is no optimizer {value}: write `optim: adamw_torch_fused`, or another of keys.md"
@@ -126,6 +136,8 @@ def _optimizer(value: Any) -> str:
 def _scheduler(value: Any) -> str:
     if value == "reduce_lr_on_plateau":
         raise NoCounterpartError("schedules that depend on eval losses are not supported: use `cosine`")
+    if isinstance(value, dict | list):
+        raise NoCounterpartError("write the name alone, such as `lr_scheduler_type: cosine`")
     name = str(value).rpartition(".")[2].removeprefix("get_").partition("_schedule")[0]
     if name not in _CHOICES["lr_scheduler_type"]:
         raise NoCounterpartError(
@@ -150,6 +162,8 @@ def deepspeed_setting(value: Any) -> Any:
         )
     if value in (1, 2, 3) or str(value) in ("1", "2", "3"):
         return f"zero_{value}"
+    if isinstance(value, int):
+        return None
     name = PurePosixPath(str(value)).stem.lower().replace("-", "_")
     if name in DEEPSPEED_PRESETS:
         return name
@@ -188,13 +202,11 @@ def _share(value: Any) -> Any:
 def _warmup(value: Any) -> Any:
     if isinstance(value, float) and 0 < value < 1:
         return Ours({"warmup_ratio": value})
-    return int(value) if value else None
+    return int(value)
 
 
 def _tracker(value: Any) -> Any:
-    names = [
-        name for name in (value if isinstance(value, list) else [value]) if name not in (None, "none", "all")
-    ]
+    names = [name for name in (value if isinstance(value, list) else [value]) if name not in (None, "none")]
     known = [name for name in names if name in ("wandb", "mlflow", "tensorboard")]
     if names and not known:
         raise NoCounterpartError(
@@ -296,6 +308,20 @@ def _paths(value: Any) -> Any:
     return paths if len(paths) > 1 else paths[0]
 
 
+def _plugins(value: Any) -> Any:
+    if "liger" in str(value).lower():
+        return "liger"
+    if "cut_cross_entropy" in str(value).lower():
+        return None
+    raise NoCounterpartError("plugins are not supported")
+
+
+def _new_tokens(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise NoCounterpartError("the special tokens are the model's own")
+    return value
+
+
 def _max_devices(value: Any) -> Any:
     return value if value and value > 1 else None
 
@@ -303,12 +329,14 @@ def _max_devices(value: Any) -> Any:
 _NO_8BIT = (
     "8-bit base weights are not supported: write `load_in_4bit: true`, or leave it out for 16-bit weights"
 )
-_ALWAYS = "it is always so"
 _SHARE_OF_STEPS = (
     "or shares of the steps, 1 / (times per epoch x num_epochs), in `eval_steps` and `save_steps`"
 )
+_SHUFFLED = "rows are shuffled by `seed` in each epoch"
+_KERNELS = "the kernels are chosen by `kernels`"
 _AUTOMATIC = "it is chosen automatically"
 _SAME_COMMAND = "run the same command again; a run resumes from its latest checkpoint"
+_NF4 = "4-bit weights are bitsandbytes' NF4 with double quantization, computed in `dtype`"
 _ENVIRONMENT = "the environment decides: the launcher is Ray"
 
 TABLE: tuple[Counterpart, ...] = (
@@ -322,6 +350,7 @@ TABLE: tuple[Counterpart, ...] = (
         None,
         note="download the revision and name its directory in `model_id`",
         differs=True,
+        same=("main",),
     ),
     Counterpart(
         "hl",
@@ -329,12 +358,20 @@ TABLE: tuple[Counterpart, ...] = (
         None,
         note="download the revision and name its directory in `model_id`",
         differs=True,
+        same=("main",),
     ),
     Counterpart("a", "tokenizer_config", None, note="the tokenizer is the model's own", differs=True),
-    Counterpart("a", "tokens", "new_tokens"),
+    Counterpart("h", "tokenizer_name_or_path", None, note="the tokenizer is the model's own", differs=True),
+    Counterpart("h", "tokenizer_name", None, note="the tokenizer is the model's own", differs=True),
+    Counterpart(
+        "a",
+        "tokens",
+        "new_tokens",
+        _new_tokens,
+    ),
     Counterpart("l", "add_tokens", "new_tokens", _names),
     Counterpart("l", "add_special_tokens", "new_special_tokens", _names),
-    Counterpart("l", "resize_vocab", None, note=_ALWAYS),
+    Counterpart("l", "resize_vocab", None, note="the embedding grows if new tokens need it"),
     Counterpart(
         "a", "special_tokens", None, note="the tokens are the model's own; padding is never in the loss"
     ),
@@ -348,21 +385,56 @@ TABLE: tuple[Counterpart, ...] = (
         None,
         note="PyTorch's attention computes the same; `flash_attention_2: true` uses flash-attn",
     ),
-    Counterpart("a", "sdp_attention", None, note=_ALWAYS),
+    Counterpart("a", "sdp_attention", None, note="PyTorch's attention is the default"),
     Counterpart("l", "rope_scaling", None, note="the context is the model's own", differs=True),
     # Rows
     Counterpart("h", "dataset_name", "train_path", lambda value: hub_dataset(value)),
     Counterpart("a", "datasets", "train_path", _paths),
     Counterpart("a", "test_datasets", "valid_path", _paths),
-    Counterpart("a", "roles_to_train", None, note="`turns` selects the assistant messages in the loss"),
+    Counterpart(
+        "a",
+        "roles_to_train",
+        None,
+        note="the loss is on every assistant message; `turns: last` selects the last one",
+        differs=True,
+        same=(["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
+    ),
     Counterpart("h", "eos_token", None, note="the chat template's end marker ends each answer", differs=True),
-    Counterpart("a", "train_on_eos", None, note="the end marker of each assistant message is in the loss"),
+    Counterpart(
+        "a",
+        "train_on_eos",
+        None,
+        note="the end marker of each assistant message is in the loss",
+        differs=True,
+        same=("turn",),
+    ),
+    Counterpart("a", "shuffle_merged_datasets", None, note=_SHUFFLED, differs=True, same=(True,)),
+    Counterpart("t", "shuffle", None, note=_SHUFFLED, differs=True, same=(True,)),
+    Counterpart("l", "disable_shuffling", None, note=_SHUFFLED, differs=True),
+    Counterpart("hal", "data_seed", None, note="`seed` also orders the rows"),
+    Counterpart(
+        "l",
+        "mix_strategy",
+        None,
+        note="sources are concatenated; `{path: ..., weight: ...}` in `train_path` mixes them",
+        differs=True,
+        same=("concat",),
+    ),
+    Counterpart(
+        "h",
+        "truncation_mode",
+        None,
+        note="a row that is too long keeps its start; `long_rows: drop` excludes it",
+        differs=True,
+        same=("keep_start",),
+    ),
     Counterpart("l", "dataset", "train_path"),
     Counterpart("l", "eval_dataset", "valid_path"),
     Counterpart("t", "dataset", "train_path"),
     Counterpart("a", "pretraining_dataset", "train_path", note="with `task: causal_lm`"),
     Counterpart("h", "dataset_text_field", "columns.text"),
     Counterpart("a", "val_set_size", "valid_split", _share),
+    Counterpart("h", "test_split_size", "valid_split", _share),
     Counterpart("l", "val_size", "valid_split", _share),
     Counterpart("l", "max_samples", "max_train_rows", lambda value: value or None),
     Counterpart("h", "max_train_samples", "max_train_rows", lambda value: value or None),
@@ -394,7 +466,14 @@ TABLE: tuple[Counterpart, ...] = (
         lambda value: {"raise": "error"}.get(value, value),
     ),
     Counterpart("a", "sample_packing", "packing", bool),
-    Counterpart("h", "packing_strategy", None, note="`packing: true` packs rows by best fit"),
+    Counterpart(
+        "h",
+        "packing_strategy",
+        None,
+        note="`packing: true` packs rows by best fit",
+        differs=True,
+        same=("bfd", "ffd"),
+    ),
     Counterpart("l", "neat_packing", "packing", bool),
     Counterpart("t", "dataset.packed", "packing", bool),
     Counterpart(
@@ -428,7 +507,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("t", "dataset.train_on_input", "task", _if("causal_lm", "instruction_tuning")),
     Counterpart("l", "mask_history", "turns", _if("last")),
     Counterpart("h", "completion_only_loss", "task", _if("instruction_tuning", "causal_lm")),
-    Counterpart("h", "assistant_only_loss", "task", _if("instruction_tuning")),
+    Counterpart("h", "assistant_only_loss", "task", _if("instruction_tuning", "causal_lm")),
     Counterpart("hal", "group_by_length", None, note="rows of similar length always share a step"),
     Counterpart("hal", "streaming", None, note="rows are tokenized once and memory-mapped"),
     # Length and batch
@@ -498,10 +577,27 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("h", "torch_dtype", "dtype", _dtype),
     Counterpart("hal", "load_in_8bit", "load_in_4bit", _8bit, differs=True),
     Counterpart("l", "quantization_bit", "load_in_4bit", _quantization_bit),
+    Counterpart("l", "quantization_type", None, note=_NF4, differs=True, same=("nf4",)),
+    Counterpart("l", "quantization_method", None, note=_NF4, differs=True, same=("bnb", "bitsandbytes")),
+    Counterpart("l", "double_quantization", None, note=_NF4, differs=True, same=(True,)),
+    Counterpart(
+        "a",
+        "bnb_config_kwargs",
+        None,
+        note=_NF4,
+        differs=True,
+        same=({"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},),
+    ),
+    Counterpart("h", "bnb_4bit_quant_type", None, note=_NF4, differs=True, same=("nf4",)),
+    Counterpart("h", "use_bnb_nested_quant", None, note=_NF4, differs=True, same=(True,)),
+    Counterpart(
+        "h", "bnb_4bit_compute_dtype", None, note=_NF4, differs=True, same=("bfloat16", "bf16", "auto")
+    ),
     Counterpart("hal", "gradient_checkpointing", "gradient_checkpointing", _checkpointing),
     Counterpart("l", "disable_gradient_checkpointing", "gradient_checkpointing", lambda value: not value),
     Counterpart("t", "enable_activation_checkpointing", "gradient_checkpointing", bool),
     Counterpart("hal", "gradient_checkpointing_kwargs", None, note=_AUTOMATIC),
+    Counterpart("hal", "activation_offloading", None, note="`gradient_checkpointing` saves this memory"),
     Counterpart("hal", "deepspeed", "deepspeed", deepspeed_setting),
     Counterpart(
         "ha",
@@ -517,11 +613,15 @@ TABLE: tuple[Counterpart, ...] = (
         _fsdp,
         "DeepSpeed ZeRO-3 shards weights, gradients and optimizer as FSDP does",
     ),
+    Counterpart("a", "plugins", "kernels", _plugins),
     Counterpart("h", "use_liger_kernel", "kernels", _if("liger")),
     Counterpart("l", "enable_liger_kernel", "kernels", _if("liger")),
     Counterpart("l", "use_unsloth", "kernels", _if("unsloth")),
-    Counterpart("hat", "torch_compile", None, note="the kernels are chosen by `kernels`"),
-    Counterpart("t", "compile", None, note="the kernels are chosen by `kernels`"),
+    Counterpart("hat", "torch_compile", None, note=_KERNELS),
+    Counterpart("t", "compile", None, note=_KERNELS),
+    Counterpart("a", "cut_cross_entropy", None, note=_KERNELS),
+    Counterpart("a", "fused_attn_kernel", None, note=_KERNELS),
+    Counterpart("a", "use_kernels", None, note=_KERNELS),
     # LoRA
     Counterpart(
         "a",
@@ -540,8 +640,10 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("hal", "lora_dropout", "lora_config.lora_dropout", float),
     Counterpart("ha", "lora_target_modules", "lora_config.target_modules", _names),
     Counterpart("l", "lora_target", "lora_config.target_modules", _names),
+    Counterpart("ha", "lora_target_parameters", "lora_config.target_parameters"),
     Counterpart("a", "lora_target_linear", "lora_config.target_modules", _if("all-linear")),
     Counterpart("ha", "lora_modules_to_save", "lora_config.modules_to_save"),
+    Counterpart("h", "lora_task_type", "lora_config.task_type"),
     Counterpart("l", "additional_target", "lora_config.modules_to_save", _names),
     Counterpart("a", "peft_use_dora", "lora_config.use_dora"),
     Counterpart("a", "peft_use_rslora", "lora_config.use_rslora"),
@@ -560,19 +662,14 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("h", "loss_type", "preference_tuning_config.loss", _loss),
     Counterpart("a", "orpo_alpha", "preference_tuning_config.beta", float),
     # Evaluation, checkpoints, results
+    Counterpart("hl", "eval_on_start", "eval_first", bool),
     Counterpart(
-        "h",
+        "hal",
         "eval_strategy",
         "eval_steps",
         _eval_strategy,
         "without `valid_path` or `valid_split` nothing is evaluated",
-    ),
-    Counterpart(
-        "l",
-        "eval_strategy",
-        "eval_steps",
-        _eval_strategy,
-        "without `valid_path` or `valid_split` nothing is evaluated",
+        same=("steps",),
     ),
     Counterpart(
         "hl",
@@ -580,8 +677,16 @@ TABLE: tuple[Counterpart, ...] = (
         "eval_steps",
         _eval_strategy,
         "without `valid_path` or `valid_split` nothing is evaluated",
+        same=("steps",),
     ),
-    Counterpart("hl", "save_strategy", "save_steps", _eval_strategy, "the last step always has a checkpoint"),
+    Counterpart(
+        "hal",
+        "save_strategy",
+        "save_steps",
+        _eval_strategy,
+        "the last step always has a checkpoint",
+        same=("steps",),
+    ),
     Counterpart("a", "evals_per_epoch", "checkpoint_and_evaluation_frequency", _per_epoch, _SHARE_OF_STEPS),
     Counterpart("a", "saves_per_epoch", "checkpoint_and_evaluation_frequency", _per_epoch, _SHARE_OF_STEPS),
     Counterpart(
@@ -594,8 +699,22 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart(
         "hal", "load_best_model_at_end", None, note="export, chat and evaluate use the best checkpoint"
     ),
-    Counterpart("hal", "metric_for_best_model", None, note="the best checkpoint has the lowest eval loss"),
-    Counterpart("hal", "resume_from_checkpoint", None, note=_SAME_COMMAND),
+    Counterpart(
+        "hal",
+        "metric_for_best_model",
+        None,
+        note="the best checkpoint has the lowest eval loss",
+        differs=True,
+        same=("loss", "eval_loss"),
+    ),
+    Counterpart(
+        "halt",
+        "resume_from_checkpoint",
+        None,
+        note="checkpoints of other tools cannot be resumed; a run resumes from its own latest one with the same command",
+        differs=True,
+        same=(True, False),
+    ),
     Counterpart("a", "auto_resume_from_checkpoints", None, note=_SAME_COMMAND),
     Counterpart(
         "halt",
@@ -619,7 +738,7 @@ TABLE: tuple[Counterpart, ...] = (
         "logger.entity",
         lambda value: Ours({"logger.provider": "wandb", "logger.entity": value}),
     ),
-    Counterpart("a", "wandb_name", None, note="the run's name is `run_name`"),
+    Counterpart("a", "wandb_name", "logger.name"),
     Counterpart(
         "a",
         "mlflow_tracking_uri",
@@ -638,7 +757,7 @@ TABLE: tuple[Counterpart, ...] = (
     ),
     Counterpart("hal", "hub_token", None, note="the token comes from HF_TOKEN in the environment"),
     Counterpart("h", "hub_strategy", None, note="the result is pushed once, after the run has completed"),
-    Counterpart("hal", "save_safetensors", None, note=_ALWAYS),
+    Counterpart("hal", "save_safetensors", None, note="weights are always stored as safetensors"),
     Counterpart("hal", "save_only_model", None, note="checkpoints are complete, so that a run can resume"),
     # Workers
     Counterpart("al", "ray_num_workers", "num_devices", _max_devices),
@@ -652,21 +771,24 @@ TABLE: tuple[Counterpart, ...] = (
     ),
     Counterpart("t", "device", "device", lambda value: "cpu" if value == "cpu" else None),
     Counterpart("hl", "use_cpu", "device", _if("cpu")),
-    Counterpart("a", "use_ray", None, note=_ALWAYS),
+    Counterpart("a", "use_ray", None, note="every run is a Ray job"),
     Counterpart("a", "context_parallel_size", "sequence_parallel_size", _max_devices),
     Counterpart(
         "a",
         "tensor_parallel_size",
         None,
         note="use `deepspeed: zero_3` for models that do not fit on one device",
+        same=(1,),
     ),
 )
 
 NOT_NEEDED = {  # reason -> keys
-    _ENVIRONMENT: "local_rank world_size ddp ddp_timeout ddp_find_unused_parameters device_map ddp_bucket_cap_mb ray_init_kwargs",
+    "`num_devices` counts the devices of all nodes": "num_nodes nnodes num_machines",
+    _ENVIRONMENT: "local_rank world_size ddp ddp_timeout ddp_find_unused_parameters device_map ddp_bucket_cap_mb ddp_backend dp_shard_size "
+    "dp_replicate_size ray_init_kwargs",
     "rows are tokenized once and cached with the run": (
         "dataset_prepared_path dataset_processes dataset_num_proc preprocessing_num_workers overwrite_cache dataloader_num_workers "
-        "dataloader_pin_memory dataloader_prefetch_factor remove_unused_columns shuffle dataset_keep_in_memory tokenized_path"
+        "dataloader_pin_memory dataloader_prefetch_factor remove_unused_columns dataset_keep_in_memory tokenized_path"
     ),
     "AutoModel and AutoTokenizer choose it": (
         "model_type tokenizer_type processor_type tokenizer_use_fast use_fast_tokenizer tokenizer_legacy is_llama_derived_model "
@@ -678,7 +800,7 @@ NOT_NEEDED = {  # reason -> keys
     "logging_strategy include_tokens_per_second include_num_input_tokens_seen profiler metric_logger",
     "it is not used": "strict debug wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "
     "hf_use_auth_token xformers_attention lora_on_cpu fsdp_version low_cpu_mem_usage loss save_adapter_weights_only "
-    "enable_activation_offloading ray_scheduler eot_tokens greater_is_better dataloader_drop_last gc_steps",
+    "enable_activation_offloading ray_scheduler eot_tokens experimental_skip_move_to_device greater_is_better dataloader_drop_last gc_steps",
 }
 
 SAME_NAME = frozenset(

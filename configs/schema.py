@@ -1454,6 +1454,16 @@ def _device_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield key, f"`{key}` is 0 with `device: cuda`: remove `GPU`, or write `device: cpu`"
     if gpus and config.device == "cpu":
         yield key, f"`{key}` is {gpus} with `device: cpu`: remove `GPU`, or write `device: cuda`"
+    for name in config.worker_resources:
+        if name.lower().removeprefix("num_").removesuffix("s") in ("gpu", "cpu") and name not in (
+            "GPU",
+            "CPU",
+        ):
+            meant = "GPU" if "gpu" in name.lower() else "CPU"
+            yield (
+                f"worker_resources.{name}",
+                f"`worker_resources.{name}` is not a resource of Ray: did you mean `{meant}`?",
+            )
     named = [name for name in config.worker_resources if name.startswith(ACCELERATOR)]
     if len(named) > 1:
         yield (

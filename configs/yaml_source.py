@@ -59,6 +59,8 @@ class Problem:
     text: str
     rank: int = 2
     """Importance: 0 comes first."""
+    is_missing: bool = False
+    """True for a required key that is not there."""
 
     def __str__(self) -> str:
         return f"{self.origin.label}: {self.text}"
@@ -243,6 +245,8 @@ def _advice(problem: str) -> str:
         return f'{problem}: quote text that contains `{{` or `}}` between braces, such as "${{NAME}}"'
     if "<block end>" in problem:
         return f"{problem}: check the indentation, the quotes and the `key: value` form of this line"
+    if "'\\t'" in problem:
+        return f"{problem}: replace the tab with spaces"
     if "cannot start any token" in problem:
         return f"{problem}: indent with spaces, and quote text that starts with a special character"
     if "end of stream" in problem:

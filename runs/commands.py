@@ -88,7 +88,10 @@ def stop_command(run: str, as_json: bool) -> None:
     if as_json:
         _print_json(output, stopped.model_dump_json())
     else:
-        output.print(f"{uri}: {display.describe_status(stopped)} at step {stopped.steps:,}", soft_wrap=True)
+        then = ". The command that started it resumes it" if stopped.status == "stopped" else ""
+        output.print(
+            f"{uri}: {display.describe_status(stopped)}, at step {stopped.steps:,}{then}", soft_wrap=True
+        )
 
 
 def remove_command(run: str, is_confirmed: bool) -> None:

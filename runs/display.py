@@ -1,5 +1,6 @@
 """Print runs to a console as tables and facts."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,25 +18,28 @@ from utils.files import format_bytes
 
 _NARROWEST = 20
 """Columns of a value below which wrapping would not help."""
+_WIDEST = 1000
 _SAMPLE_CHARACTERS = 300
 
 
 def show_runs(console: Console, runs: Sequence[RunSummary]) -> None:
-    """Print one line per run; on a terminal, truncate the reason to the available width."""
-    table = _table("run", "status", ">best eval loss", ">steps", ">last activity", "")
-    table.expand = console.is_terminal
-    table.columns[-1].ratio = 1  # the other columns keep their widths if possible
-    for run in runs:
-        reason = "" if run.status == "completed" else " ".join(run.reason.split())
-        table.add_row(
-            run.run_name,
-            run.status,
-            _loss(run.best_eval_loss),
-            f"{run.steps:,}",
-            _age(run.age_seconds),
-            Text(reason, no_wrap=True, overflow="ellipsis"),
-        )
-    _print_table(console, table)
+    """Print one line per run; on a terminal, its reason is a line of its own, truncated to the available width."""
+    table = _table("run", "status", ">best eval loss", ">steps", ">active", "")
+    reasons = ["" if run.status == "completed" else " ".join(run.reason.split()) for run in runs]
+    for run, reason in zip(runs, reasons, strict=True):
+        cells = (run.run_name, run.status, _loss(run.best_eval_loss), f"{run.steps:,}", _age(run.age_seconds))
+        table.add_row(*cells, "" if console.is_terminal else reason)
+    if not console.is_terminal:
+        _print_table(console, table)
+        return
+    # Wider than the terminal, because a name is copied as one line.
+    lines = console.render_lines(table, console.options.update(width=_WIDEST), pad=False)
+    for line, reason in zip(lines, ["", *reasons], strict=True):
+        text = Text.assemble(*((segment.text, segment.style or "") for segment in line))
+        text.rstrip()
+        console.print(text, soft_wrap=True)
+        if reason:
+            console.print(Text(f"  {reason}", style="dim"), no_wrap=True, overflow="ellipsis")
 
 
 def show_run(console: Console, run: RunDetails) -> None:
@@ -54,7 +58,7 @@ def show_run(console: Console, run: RunDetails) -> None:
                 f"{checkpoint.epoch:.2f}",
                 _loss(checkpoint.eval_loss),
                 format_bytes(checkpoint.size),
-                datetime.fromisoformat(checkpoint.created).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+                datetime.fromisoformat(checkpoint.created).astimezone(UTC).strftime("%Y-%m-%d %H:%M"),
                 checkpoint.uri.removeprefix(f"{run.run_uri}/"),
             )
         _print_table(console, table)
@@ -69,9 +73,9 @@ def show_run(console: Console, run: RunDetails) -> None:
         ),
         ("last activity", _age(run.age_seconds) + " ago" if run.age_seconds is not None else "unknown"),
         *(
-            (key, str(run.config[key]))
+            ("" if number else key, line)
             for key in ("model_id", "train_path", "valid_path")
-            if run.config.get(key)
+            for number, line in enumerate(_uris(run.config.get(key)))
         ),
     ]
     if run.result:
@@ -79,10 +83,22 @@ def show_run(console: Console, run: RunDetails) -> None:
         facts += [
             ("started from", run.result.parent or f"{run.config.get('model_id', 'the model')}, unchanged"),
             ("trained", describe_training(run) + is_older),
-            ("versions", " ".join(f"{name} {version}" for name, version in run.result.versions.items())),
+            ("versions", ", ".join(f"{name} {version}" for name, version in run.result.versions.items())),
             *log_facts(run.result.log_files),
         ]
     print_facts(console, [*facts, *(("damaged", line) for line in run.damage), *_next(run)])
+
+
+def _uris(value: Any) -> list[str]:
+    """Return the sources that a key names, one per line: a URI, a list of them, sources with weights, or named sources."""
+    if isinstance(value, dict) and "path" in value:
+        weight = value.get("weight")
+        return [value["path"] if weight is None else f"{value['path']} (weight {weight:g})"]
+    if isinstance(value, dict):
+        return [f"{name}: {uri}" for name, below in value.items() for uri in _uris(below)]
+    if isinstance(value, list):
+        return [uri for below in value for uri in _uris(below)]
+    return [str(value)] if value else []
 
 
 def describe_status(run: RunSummary) -> str:
@@ -210,8 +226,9 @@ def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Wrap text between words; return it as it is if a command follows a colon, since it is copied as one line."""
-    if "main.py" in text or width < _NARROWEST:
+    """Wrap text between words; return a text with a command, or a line of a YAML, as it is, since it is copied as one line."""
+    is_copied = re.search(r"python\S* \S*main\.py ", text) or re.fullmatch(r"\w+: \S+", text)
+    if is_copied or width < _NARROWEST:
         return [text]
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [text]
 
@@ -236,7 +253,7 @@ def short_name(figure: str) -> str:
 
 def _table(*columns: str) -> Table:
     """Create a table with these column headings; a heading that starts with > is right-aligned."""
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in columns:
         heading = column.removeprefix(">")
         table.add_column(Text(heading), justify="right" if column != heading else "left", overflow="fold")

@@ -27,11 +27,13 @@ from utils.command_line import main_line
         (["trian"], ("trian", "no such file or command", "runs", "evaluate")),
         (["exprot"], ("exprot", "main.py export")),
         (["help"], ("help", "no such file or command")),
-        (["run.yaml", "--learning_rate=3"], ("--learning_rate=3", " learning_rate=3 ")),
+        (["run.yaml", "--learning_rate=3"], ("--learning_rate:", " learning_rate=3 ")),
         (["run.yaml", "--max_steps", "20"], ("--max_steps", " max_steps=20 ")),
         (["run.yaml", "--max_steps", "--json"], ("--max_steps", " max_steps=VALUE ")),
-        (["run.yaml", "--num_train_epochs", "3"], ("--num_train_epochs", "num_epochs=VALUE")),
-        (["run.yaml", "--tf32", "true"], ("--tf32", "no counterpart")),
+        (["run.yaml", "--num_train_epochs", "3"], ("--num_train_epochs", "`num_epochs=3`")),
+        (["run.yaml", "--bf16"], ("--bf16", "`dtype=bf16`")),
+        (["run.yaml", "--hf_token=abc"], ("--hf_token: ", "environment (HF_TOKEN")),
+        (["run.yaml", "--tf32", "true"], ("--tf32", "without a counterpart")),
         (["train"], ("train: training needs no command: ", "main.py CONFIG.yaml")),
         (["train", "no.yaml"], ("training needs no command", "no.yaml", "no such file")),
         (["run.yaml", "--dry-rum"], ("--dry-rum", "--dry-run", "main.py CONFIG.yaml --help")),
@@ -51,6 +53,64 @@ def test_wrong_arguments_raise_an_error_in_one_line(
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 1
     assert_names(printed, *facts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            [
+                "run.yaml",
+                "--tf32",
+                "--lr",
+                "1e-4",
+                "--learning_rat=3",
+                "--foo",
+                "--max_steps",
+                "20",
+                "--dry-rum",
+            ],
+            (
+                ("--dry-rum", "--dry-run"),
+                ("--lr", " learning_rate=1e-4?"),
+                ("--learning_rat", " learning_rate=3?"),
+                ("--max_steps", " max_steps=20"),
+                ("--tf32", "without a counterpart"),
+                ("--foo",),
+            ),
+        ),
+        (
+            ["run.yaml", "--use_gpu", "--dry_run"],
+            (("--dry_run", "--dry-run"), ("--use_gpu", " device=cuda?")),
+        ),
+        (
+            ["evaluate", "run:x", "--dta", "f", "--num_devices", "2"],
+            (("--dta", "--data"), ("--num_devices", "--num-devices")),
+        ),
+        (["--config", "run.yaml"], (("--config", " main.py run.yaml"),)),
+        (["export", "--foo", "--dtyp", "bf16"], (("--dtyp", "--dtype"), ("--foo",))),
+    ],
+)
+def test_all_unknown_options_are_reported_at_once_the_most_important_first(
+    arguments: list[str], lines: tuple[tuple[str, ...], ...], capsys: pytest.CaptureFixture[str]
+):
+    """Also before a missing argument is reported: a misspelled option may be the reason."""
+    with pytest.raises(SystemExit) as caught:
+        main.main(arguments)
+    assert caught.value.code == main.REJECTED
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(lines)
+    for line, facts in zip(printed, lines, strict=True):
+        assert_names(line, "unknown argument", *facts)
+        assert len(line) <= 160
+    assert "--help)" in printed[-1]
+
+
+def test_text_of_an_option_may_start_with_dashes():
+    _, commands = main.build_parser()
+    given = ["run:x", "--prompt", "--verbose does what?"]
+    commands["chat"].reject_unknown(given)
+    assert commands["chat"].parse_intermixed_args(given).prompt == given[-1]
 
 
 def error_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -63,7 +63,7 @@ def show_plan(console: Console, report: "PlanReport") -> None:
         *key_figures(report),
         (
             "steps",
-            f"{report.steps:,} ({report.steps_per_epoch:,} per epoch, {report.sequences_per_step:,} {'packs' if report.packing else 'rows'} per step)",
+            f"{report.steps:,} ({report.steps_per_epoch:,} per epoch, {_describe_step(report)} per step)",
         ),
         ("device", report.device),
         ("parallelism", report.parallelism),
@@ -93,6 +93,11 @@ def show_plan(console: Console, report: "PlanReport") -> None:
         console.print()
     for warning in report.warnings:
         show_warning(console, warning)
+
+
+def _describe_step(report: "PlanReport") -> str:
+    count = report.sequences_per_step
+    return f"{count:,} {'pack' if report.packing else 'row'}{'s' if count > 1 else ''}"
 
 
 def _describe_memory(memory: "MemoryReport") -> str:
@@ -294,7 +299,8 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         facts += [
             ("next", f"chat with it: {main_line('chat', result.run_uri)}"),
             ("", f"export it for serving: {main_line('export', result.run_uri)}"),
-            ("", f"start a new run from it: {key}: run:{result.run_name}"),
+            ("", "start a new run from it with this line in its YAML:"),
+            ("", f"{key}: run:{result.run_name}"),
         ]
     elif result.last_checkpoint:
         facts.append(

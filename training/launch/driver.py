@@ -106,7 +106,7 @@ def run_job(
         held_lease(
             store,
             waiting=lambda owner: on_event(Phase(f"checking whether {owner} is still running")),
-            on_stop=lambda request: _stop_this_process(request, on_event),
+            on_stop=lambda request: _stop_this_process(request, state),
         ) as lease,
     ):
         with (
@@ -124,6 +124,7 @@ def run_job(
         attempt = Attempt(
             failure=failure,
             signals=signals,
+            stopped_by=state.stopped_by,
             model=state.model,
             checkpoint=state.checkpoint,
             restarts=state.restarts,
@@ -189,9 +190,10 @@ def _train(
     return signals, failure
 
 
-def _stop_this_process(request: StopRequest, on_event: Callable[[Event], None]) -> None:
+def _stop_this_process(request: StopRequest, state: "RunState") -> None:
     """Stop as on SIGTERM."""
-    on_event(Notice(f"{request.requested_by} requested this stop with main.py stop"))
+    state.stopped_by = request.requested_by
+    state.display(Notice(f"{request.requested_by} requested this stop with main.py stop"))
     os.kill(os.getpid(), SENT_AS_SIGTERM)
 
 
@@ -275,6 +277,8 @@ class RunState:
     last_step: int = 0
     most_workers: int = 0
     """The most workers that have run at once."""
+    stopped_by: str | None = None
+    """Who requested a stop with `main.py stop`."""
     is_waiting: bool = False
     """True while no worker group runs because the cluster lacks resources or has lost a node."""
 

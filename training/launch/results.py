@@ -52,6 +52,8 @@ class Attempt:
     """Reason of the failure, if the attempt failed."""
     signals: Sequence[int]
     """The signals that the driver received."""
+    stopped_by: str | None
+    """Who requested a stop with `main.py stop`; the driver then sends SIGTERM to itself."""
     model: ModelReady | None
     checkpoint: CheckpointCommitted | None
     """The latest checkpoint that this attempt committed or restored."""
@@ -72,7 +74,11 @@ class Ending:
 
 
 def ending_of(
-    failure: str | None, signals: Sequence[int], finished: bool, early_stop: str | None = None
+    failure: str | None,
+    signals: Sequence[int],
+    finished: bool,
+    early_stop: str | None = None,
+    stopped_by: str | None = None,
 ) -> Ending:
     """Return how an attempt ended.
 
@@ -81,15 +87,16 @@ def ending_of(
         signals: The signals that the driver received.
         finished: True if the last step is committed.
         early_stop: Reason for which training ended before the last step, if it did.
+        stopped_by: Who requested the stop with `main.py stop`, if anyone did.
     """
     if finished and failure is None:
         return Ending("completed", "all steps done")
     if early_stop and failure is None:
         return Ending("completed", early_stop)
     if signals:
-        name = signal.Signals(signals[0]).name
+        cause = f"by {stopped_by} with main.py stop" if stopped_by else signal.Signals(signals[0]).name
         return Ending(
-            "stopped", f"{name}; failed before stopping: {failure}" if failure else name, signals[0]
+            "stopped", f"{cause}; failed before stopping: {failure}" if failure else cause, signals[0]
         )
     assert failure is not None, "training ended early without an error"
     return Ending("failed", failure)
@@ -148,6 +155,7 @@ def _result_of(
         attempt.signals,
         bool(manifests) and steps >= plan.max_steps,
         _early_stop(plan, metrics, steps),
+        attempt.stopped_by,
     )
     # Exclude evaluations after the last checkpoint: their weights are lost.
     eval_losses = [loss for loss in eval_losses_of(metrics) if loss.step <= steps]

@@ -345,7 +345,7 @@ def _plan(
         flops=_flops(batch.job),
         scratch=str(storage.scratch),
     )
-    warnings = list(_warnings(loaded, settings, model, data, batch, checkpoints, memory, rows))
+    warnings = list(_warnings(loaded, settings, storage, model, data, batch, checkpoints, memory, rows))
     report = _report(plan, storage, model, adapter, batch, checkpoints, memory, rows, warnings)
     return plan, report, data.prepared
 
@@ -860,6 +860,7 @@ def _flops(job: Job | None) -> RowFlops | None:
 def _warnings(
     loaded: LoadedConfig,
     settings: Settings,
+    storage: Storage,
     model: Model,
     data: Data,
     batch: Batch,
@@ -878,6 +879,7 @@ def _warnings(
         has_bf16 = plan_warnings.cpu_has_bf16()
         yield from plan_warnings.dtype_warnings(config, model.facts, settings.device, has_bf16=has_bf16)
     yield from plan_warnings.gpu_dtype_warnings(config, accelerator_of(config, device, settings.target)[0])
+    yield from plan_warnings.storage_warnings(config, storage.uri)
     yield from plan_warnings.learning_rate_warnings(loaded)
     yield from plan_warnings.schedule_warnings(config, batch.shape.steps_per_epoch, batch.max_steps)
     yield from plan_warnings.template_warnings(config, model.tokenizer)

@@ -247,6 +247,20 @@ def overlap_warnings(report: DataReport) -> Iterator[str]:
         )
 
 
+def storage_warnings(config: FinetuneConfig, storage: str) -> Iterator[str]:
+    """Warn of an output_dir beside the default storage path: other tools write their results to it.
+
+    Args:
+        config: The YAML.
+        storage: URI that holds the runs.
+    """
+    if config.output_dir and config.storage_path is None:
+        yield (
+            f"output_dir: {config.output_dir} is only a scratch directory here. Checkpoints and results go to {storage}; to store them "
+            "elsewhere, write storage_path"
+        )
+
+
 def learning_rate_warnings(loaded: LoadedConfig) -> Iterator[str]:
     """Warn of a default learning rate that suits only LoRA."""
     config = loaded.config

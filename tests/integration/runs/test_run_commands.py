@@ -247,7 +247,7 @@ def test_show_prints_result_config_losses_checkpoints_and_damage(storage: Store,
     for part in (
         uri,
         "completed",
-        "1.5000   best",
+        "1.5000  best",
         "some/model",
         "12,345 tokens",
         "5 h ago",
@@ -319,7 +319,7 @@ def test_compare_reports_differing_keys_and_best_losses(
     assert both.startswith(PNG)
 
     output = run_command("compare", one, two, "--picture", str(picture)).output
-    rows = {line.split("   ")[0].strip(): line.split()[-2:] for line in output.splitlines() if line}
+    rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in output.splitlines() if line}
     assert rows["best eval loss"] == ["1.5000", "1.0000"]
     assert rows["lora_config.r"] == ["8", "16"]
     assert rows["curves"][-1] == str(picture)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import main
-from configs.convert import TOOL_NAMES, Conversion, convert
+from configs.convert import SAME, TOOL_NAMES, Conversion, convert
 from configs.loading import load_config
 from configs.other_tools import TABLE, detect, find, tools_of
 from configs.schema import FinetuneConfig, sections_of
@@ -276,6 +276,20 @@ def test_written_file_loads_and_names_every_key(
         ),
         ("context_parallel_size: 1", {"sequence_parallel_size": None, "num_devices": None}),
         ("lora_r: 8", {"lora_config.r": None}),
+        ("learning_rate: '2e-4'\nsave_strategy: epoch", {"learning_rate": 2e-4}),
+        ("warmup_steps: 0", {"num_warmup_steps": None, "warmup_ratio": None}),
+        ("warmup_ratio: 0.0", {"num_warmup_steps": None, "warmup_ratio": None}),
+        (
+            "save_strategy: epoch\nsave_steps: 10",
+            {"checkpoint_and_evaluation_frequency.unit": "epochs", "save_steps": None},
+        ),
+        ("wandb_project: p\nwandb_name: n", {"logger.provider": "wandb", "logger.name": "n"}),
+        ("wandb_name: n", {"logger.name": None}),
+        (
+            "adapter: lora\nlora_target_modules: [q_proj]\nlora_target_linear: true\nlora_target_parameters: [a]",
+            {"lora_config.target_modules": "all-linear", "lora_config.target_parameters": ["a"]},
+        ),
+        ("tokens: {bos_token: x}", {"new_tokens": None}),
         ("lr_scheduler: constant", {"lr_scheduler_type": "constant", "warmup_ratio": None}),
         (
             "ray_num_workers: 4\nresources_per_worker: {GPU: 1, CPU: 8}",
@@ -303,6 +317,10 @@ def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
         ),
         ("loss_type: nll", {"task": None, "learning_rate": 2e-5}),
         ("assistant_only_loss: true", {"task": "instruction_tuning"}),
+        ("assistant_only_loss: false", {"task": None}),
+        ("eval_on_start: false", {"eval_first": False}),
+        ("hub_model_id: org/n", {"hub_model_id": None}),
+        ("hub_model_id: org/n\npush_to_hub: true", {"hub_model_id": "org/n"}),
         ("dtype: bfloat16\nuse_cpu: true", {"dtype": "bf16", "device": "cpu"}),
         ("lr_scheduler_type: reduce_lr_on_plateau", {"lr_scheduler_type": None}),
     ],
@@ -310,6 +328,19 @@ def test_axolotl_values_are_translated(lines: str, expected: dict[str, Any]):
 def test_trl_values_are_translated(lines: str, expected: dict[str, Any]):
     conversion = converted(f"model_name_or_path: org/m\ndataset_name: org/rows\n{lines}\n")
     assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+def test_mixtures_of_data_sets_are_translated():
+    items = "[{id: org/a, config: c, split: train_sft, weight: 0.5}, {id: org/b, weight: 1.0}]"
+    mixture = converted(
+        f"model_name_or_path: org/m\ndataset_mixture: {{datasets: {items}, test_split_size: 500}}\n"
+    )
+    assert mixture.ours["train_path"] == ["hf://datasets/org/a/c?split=train_sft", "hf://datasets/org/b"]
+    assert_names(
+        "\n".join(mixture.changes), "datasets.weight: [0.5, 1.0]", "test_split_size: 500", "valid_split"
+    )
+    trl = converted("model_name_or_path: org/m\ndatasets: [{path: org/a, name: c}]\ntest_split_size: 0.1\n")
+    assert (trl.ours["train_path"], trl.ours["valid_split"]) == ("hf://datasets/org/a/c", 0.1)
 
 
 def test_share_of_validation_rows_is_listed_as_a_change():
@@ -320,8 +351,9 @@ def test_share_of_validation_rows_is_listed_as_a_change():
 
 
 def test_loss_and_devices_that_a_file_leaves_open_are_listed_as_changes():
-    changes = "\n".join(converted(TRL).changes)
-    assert_names(changes, "assistant_only_loss", "task: causal_lm", "num_devices: 8")
+    for text in (TRL, TRL + "assistant_only_loss: false\n"):
+        changes = "\n".join(converted(text).changes)
+        assert_names(changes, "assistant_only_loss", "task: causal_lm", "num_devices: 8")
     assert "num_devices" not in "\n".join(converted(LLAMAFACTORY).changes)
 
 
@@ -356,6 +388,65 @@ def test_axolotl_datasets_are_translated(source: str, expected: dict[str, Any]):
     assert {key: conversion.ours.get(key) for key in expected} == expected
 
 
+SAME_AS_HERE = {
+    "axolotl": (
+        "base_model: org/m",
+        "tokenizer_config: org/m, revision_of_model: main, chat_template: tokenizer_default, roles_to_train: [assistant], "
+        "train_on_eos: turn, shuffle_merged_datasets: true, metric_for_best_model: eval_loss, max_steps: -1, fsdp: [], fp16: false, "
+        "load_in_8bit: false, neftune_noise_alpha: 0, tensor_parallel_size: 1, eval_strategy: steps",
+    ),
+    "huggingface": (
+        "model_name_or_path: org/m",
+        "model_revision: main, packing_strategy: bfd, truncation_mode: keep_start, label_smoothing_factor: 0.0, report_to: none, "
+        "load_in_4bit: true, bnb_4bit_quant_type: nf4, use_bnb_nested_quant: true, bnb_4bit_compute_dtype: bfloat16",
+    ),
+    "llamafactory": (
+        "model_name_or_path: org/m\nfinetuning_type: full",
+        "mix_strategy: concat, quantization_type: nf4, double_quantization: true, quantization_method: bnb, mask_history: false, "
+        "train_on_prompt: false, val_size: 0, resume_from_checkpoint: false, loraplus_lr_ratio: 0, pure_bf16: false",
+    ),
+    "torchtune": ("model: {_component_: x}", "shuffle: true, resume_from_checkpoint: false"),
+}
+
+
+@pytest.mark.parametrize("tool", SAME_AS_HERE)
+def test_values_that_mean_what_we_do_anyway_are_listed_as_the_same(tool: str):
+    model, settings = SAME_AS_HERE[tool]
+    lines = settings.replace(", ", "\n")
+    conversion = converted(f"{model}\n{lines}\n")
+    assert conversion.tool == tool
+    given = {line.partition(":")[0] for line in lines.splitlines()} - {"load_in_4bit"}
+    assert set(conversion.unneeded[SAME]) == given
+    assert [change for change in conversion.changes if change.partition(":")[0] in given] == []
+
+
+def test_default_settings_of_axolotls_datasets_are_listed_as_the_same_and_others_as_changes():
+    same = (
+        "chat_template: tokenizer_default, field_messages: messages, message_field_role: from, message_field_content: value, "
+        "roles_to_train: [assistant], train_on_eos: turn, message_property_mappings: {role: role, content: content}"
+    )
+    conversion = converted(f"base_model: org/m\ndatasets: [{{path: a.jsonl, type: chat_template, {same}}}]\n")
+    assert len(conversion.unneeded[SAME]) == 7
+    assert not any(change.startswith("datasets") for change in conversion.changes)
+    other = (
+        "roles_to_train: [user], train_on_eos: all, shards: 10, split_thinking: true, message_field_role: who"
+    )
+    changes = "\n".join(
+        converted(f"base_model: org/m\ndatasets: [{{path: a.jsonl, {other}, ds_type: json}}]\n").changes
+    )
+    assert_names(
+        changes,
+        *(f"datasets.{key}:" for key in re.findall(r"(\w+):", other)),
+        "turns: last",
+        "max_train_rows",
+    )
+    differ = converted(
+        "base_model: org/m\ndatasets: [{path: a.jsonl, field_messages: chat}, {path: b.jsonl}]\n"
+    )
+    assert_names("\n".join(differ.changes), "datasets.field_messages:", "chat", "columns")
+    assert "columns.messages" not in differ.ours
+
+
 def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "dataset_info.json").write_text(
@@ -380,6 +471,9 @@ def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
         ("special_tokens: {eos_token: x}", ("special_tokens", "eos_token")),
         ("chat_template: llama3", ("chat_template", "model's own")),
         ("made_up: 3", ("made_up: 3", "not known")),
+        ("roles_to_train: [user, assistant]", ("roles_to_train", "turns: last")),
+        ("resume_from_checkpoint: out/checkpoint-9", ("out/checkpoint-9", "cannot be resumed")),
+        ("metric_for_best_model: accuracy", ("accuracy", "lowest eval loss")),
     ],
 )
 def test_what_has_no_counterpart_is_listed_as_a_change(lines: str, facts: tuple[str, ...]):

@@ -44,6 +44,7 @@ from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model, write_data
 from utils.command_line import main_line
 from utils.files import checksum
+from utils.processes import user_and_host
 from utils.storage.bucket import open_store, sync_to_node
 from utils.storage.embedded_bucket import EmbeddedBucket
 
@@ -402,12 +403,16 @@ def test_stop_command_commits_a_checkpoint_and_remove_deletes_the_run(files: Pat
     run = files / "runs" / "asked"
     with started(config) as job:
         job.wait_for_line("step 3/")
-        stopped = run_main(Path("stop"), str(run), "--json")
+        stopped = run_main(Path("stop"), str(run))
         finished = job.end()
     assert finished.exit_code == 128 + signal.SIGTERM, finished.errors
     assert stopped.exit_code == 0, stopped.errors
-    assert (stopped.result["status"], stopped.result["steps"]) == ("stopped", finished.result["train_steps"])
-    assert finished.result["last_checkpoint"].endswith(f"step-{stopped.result['steps']:06d}")
+    steps = finished.result["train_steps"]
+    status = f"stopped: by {user_and_host()} with main.py stop"
+    assert stopped.output.startswith(f"{run}: {status}, at step {steps}. ")
+    assert_names(stopped.output, "resumes it")
+    assert_names(run_main(Path("show"), str(run)).output, status, "the same command", "resumes it")
+    assert finished.result["last_checkpoint"].endswith(f"step-{steps:06d}")
     assert "main.py stop" in finished.errors
     assert not (run / "stop").exists()
     removed = run_main(Path("remove"), str(run), "--yes")

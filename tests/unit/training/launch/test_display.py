@@ -11,8 +11,9 @@ from runs.layout import RunResult, Speed
 from tests.support.messages import assert_names
 from tests.support.stored_runs import eval_losses, make_result
 from training.events import Evaluated, Event, Notice, StepDone
-from training.launch.display import Watch, _describe_memory, _describe_speed, show_result
+from training.launch.display import Watch, _describe_memory, _describe_speed, _describe_step, show_result
 from training.planning.memory import MemoryEstimate, MemoryReport
+from training.planning.report import PlanReport
 
 
 def printed(event: Event) -> str:
@@ -57,6 +58,23 @@ def result_lines(result: RunResult) -> list[str]:
     console = Console(file=StringIO(), width=1000)
     show_result(console, result, ["python", "main.py", "a.yaml"], trains_adapter=True)
     return console.file.getvalue().splitlines()
+
+
+def test_line_to_copy_from_a_result_is_not_broken_in_80_columns():
+    console = Console(file=StringIO(), width=80, force_terminal=True, color_system=None)
+    name = "a-run-with-a-name-of-some-length"
+    result = make_result(f"/runs/{name}", eval_losses(2.0))
+    show_result(console, result, ["python", "main.py", "a.yaml"], trains_adapter=True)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert f"initial_adapter_model_ckpt_path: run:{name}" in lines
+
+
+@pytest.mark.parametrize(
+    ("count", "packing", "text"),
+    [(1, None, "1 row"), (2, None, "2 rows"), (1, "1.5 rows per pack", "1 pack")],
+)
+def test_plan_counts_the_rows_or_packs_of_a_step(count: int, packing: str | None, text: str):
+    assert _describe_step(PlanReport.model_construct(sequences_per_step=count, packing=packing)) == text
 
 
 def test_result_names_best_and_last_checkpoint_or_only_the_latest():

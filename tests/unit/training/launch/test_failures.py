@@ -25,6 +25,8 @@ def reason_of(cause: Exception) -> str:
 
 def test_reason_of_a_stopped_run_includes_the_signal_and_the_failure():
     assert ending_of(None, [signal.SIGTERM], False).reason == "SIGTERM"
+    asked = ending_of(None, [signal.SIGTERM], False, stopped_by="ada@gpu-1")
+    assert (asked.reason, asked.stop_signal) == ("by ada@gpu-1 with main.py stop", signal.SIGTERM)
     failure = "s3://b/run: AccessDenied"
     ending = ending_of(failure, [signal.SIGTERM], False)
     assert (ending.status, ending.stop_signal) == ("stopped", signal.SIGTERM)

@@ -32,6 +32,7 @@ from training.planning.warnings import (
     length_warnings,
     overlap_warnings,
     schedule_warnings,
+    storage_warnings,
     template_warnings,
     tensor_warnings,
     tokenizer_warnings,
@@ -259,6 +260,13 @@ def test_default_learning_rate_with_full_parameter_training_gives_a_warning(
     assert len(warnings) == warns
     for warning in warnings:
         assert_names(warning, "learning_rate ", f"{loaded.config.learning_rate:g}", "LoRA", "1e-5")
+
+
+def test_output_dir_without_storage_path_names_the_place_of_the_results():
+    (warning,) = storage_warnings(config(output_dir="out"), "s3://anneal/runs")
+    assert_names(warning, "output_dir: out ", "scratch", " s3://anneal/runs;", "storage_path")
+    assert not list(storage_warnings(config(output_dir="out", storage_path="runs"), "/home/ada/runs"))
+    assert not list(storage_warnings(config(), "s3://anneal/runs"))
 
 
 def test_warnings_of_validation_rows_name_the_key_that_they_come_from():
