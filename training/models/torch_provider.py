@@ -1,5 +1,6 @@
 """The torch provider: plain transformers and PEFT, the reference for the other providers."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from training.models.generation import remove_ignored
 from training.models.kernels import Device
 from training.models.new_tokens import grow_vocabulary, rows_needed, start_rows, with_token_rows
 from training.models.request import REFERENCE_ADAPTER, ModelRequest
+from training.models.zero3_loading import experts_of_rank_0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,17 +36,19 @@ def load_base(request: ModelRequest) -> "PreTrainedModel":
     """Load the base model without an adapter; raise ModelError if its attention does not run on this worker's GPU."""
     if request.attention.implementation == varlen_attention.NAME:
         varlen_attention.check_gpu()
-    model = load_weights(
-        request.directory,
-        dtype=request.weights_dtype,
-        # ZeRO-3 partitions the weights while rank 0 loads them.
-        device="cpu" if request.zero_stage == 3 else request.device,
-        load_in_4bit=request.load_in_4bit,
-        attention=request.attention.implementation
-        if request.attention.sequence_parallel_size == 1
-        else sequence_parallel.NAME,
-        trust_remote_code=request.trust_remote_code,
-    )
+    reading = experts_of_rank_0() if request.zero_stage == 3 else nullcontext()
+    with reading:
+        model = load_weights(
+            request.directory,
+            dtype=request.weights_dtype,
+            # ZeRO-3 partitions the weights while rank 0 loads them.
+            device="cpu" if request.zero_stage == 3 else request.device,
+            load_in_4bit=request.load_in_4bit,
+            attention=request.attention.implementation
+            if request.attention.sequence_parallel_size == 1
+            else sequence_parallel.NAME,
+            trust_remote_code=request.trust_remote_code,
+        )
     model.config.use_cache = False
     if request.new_tokens is not None:
         start_rows(model, request.new_tokens)
