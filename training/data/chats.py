@@ -11,7 +11,15 @@ from typing import Any
 from training.data.errors import RowError, check_text, json_type
 from training.data.records import REASONING_KEYS, Chat, Message
 from training.data.template_forms import split_thought
-from training.data.tools import Tool, check_json, parse_json, read_calls, read_tools
+from training.data.tools import (
+    Tool,
+    as_function,
+    check_json,
+    parse_json,
+    read_calls,
+    read_tools,
+    without_foreign_nulls,
+)
 
 _ROLES = {
     "system": "system",
@@ -228,7 +236,7 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     calls = value[given[0]] if given else None
     if name in ("function_call", "tool_call") and not calls:
         calls, content = content, ""
-    message["content"], thought = _content_of(content, role, at)
+    message["content"], thought = _content_of(content, role, at, reading.notes)
     if role == "assistant" and "<tool_call>" in message["content"]:
         message["content"] = _with_json_calls(message["content"], at, reading)
     reasoning = _reasoning_of(value, thought, role, at, reading)
@@ -251,8 +259,8 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if role == "assistant" and isinstance(value.get("channel"), str):
         message = _of_channel(message, value, at)
     is_empty = not message["content"].strip()
-    if is_empty and "reasoning_content" in message and value.get("channel") == "analysis":
-        return message  # the answer follows as another message
+    if is_empty and "reasoning_content" in message and "tool_calls" not in message:
+        return {**message, "content": ""}  # the answer follows as another message
     if is_empty and "tool_calls" not in message and role not in (*_SYSTEM, "tool"):
         raise RowError("empty content", f"{at} is empty. Write its content, or remove the message")
     return message
@@ -336,15 +344,20 @@ def _calls_something(calls: Any) -> bool:
     return bool(calls) and calls != "null"
 
 
-def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
+def _content_of(content: Any, role: str, at: str, notes: list[str]) -> tuple[str, str]:
     """Return (text, reasoning) of a message's content: a string, text parts, or the result of a tool."""
-    if content is None:
+    if content is None or (content == [] and role != "tool"):
         return "", ""
     if isinstance(content, str):
         if content.strip():
             check_text(content, lambda: at)
         return content, ""
-    if role != "tool" and isinstance(content, list | tuple):
+    if role == "tool":
+        check_json(content, at)
+        given, content = content, without_foreign_nulls(content, at)
+        if content != given:
+            notes.append("null entries of objects in results of tools are removed")
+    elif isinstance(content, list | tuple):
         content = [_part_of(part) for part in content]
     is_parts = (
         isinstance(content, list | tuple)
@@ -354,7 +367,6 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
     if is_parts and not (role == "tool" and any(part["type"] != "text" for part in content)):
         return _join_parts(content, at)
     if role == "tool":
-        check_json(content, at)
         return json.dumps(content, ensure_ascii=False), ""
     raise RowError(
         "wrong type", f"{at}: content is {json_type(content)}, not a string or a list of text parts"
@@ -362,10 +374,13 @@ def _content_of(content: Any, role: str, at: str) -> tuple[str, str]:
 
 
 def _part_of(part: Any) -> Any:
-    """Return a text, or a text without a type, as a text part."""
+    """Return a text, or a text without a type, as a text part; Arrow fills in nulls for the keys of other parts."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    return {"type": "text", **part} if isinstance(part, dict) and part.keys() == {"text"} else part
+    if not isinstance(part, dict):
+        return part
+    keys = {key for key, value in part.items() if value is not None}
+    return {"type": "text", "text": part["text"]} if keys == {"text"} else part
 
 
 def _join_parts(parts: Any, at: str) -> tuple[str, str]:
@@ -424,11 +439,12 @@ def _read_functions(value: dict[str, Any], at: str, reading: _Reading) -> None:
         if not value.get(key):
             continue
         found = read_tools(value[key], f"{at}: `{key}`", wrap=True)
-        if reading.tools and found != reading.tools:
+        if not reading.tools:
+            reading.tools = found
+        elif found != [as_function(tool) for tool in reading.tools]:
             raise RowError(
-                "two tool lists", f"{at} has `{key}`, but the row has tools already. Keep one of them"
+                "two tool lists", f"{at} has `{key}`, but the row has other tools already. Keep one of them"
             )
-        reading.tools = found
 
 
 def _is_in_loss(value: dict[str, Any], at: str) -> bool:
@@ -523,19 +539,23 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
 
 
 def _is_thought_alone(message: Message) -> bool:
-    """Return whether a message is an analysis of gpt-oss, whose answer is the next message."""
+    """Return whether a message is reasoning whose answer is the next message, such as an analysis of gpt-oss."""
     return "reasoning_content" in message and not message["content"] and "tool_calls" not in message
 
 
 def _add_thought(message: Message, position: int, reading: _Reading) -> None:
     """Add a message with the reasoning of the message before it."""
-    thought = reading.messages[-1]["reasoning_content"]
+    previous = reading.messages[-1]
+    thought = previous["reasoning_content"]
     if message["role"] != "assistant":
         raise RowError("role order", _no_answer(position - 1))
-    if "reasoning_content" in message:
+    own = message.get("reasoning_content", thought)
+    if own != thought and _is_thought_alone(message):
+        thought = f"{thought}\n\n{own}"
+    elif own != thought:
         raise RowError(
             "two reasonings",
-            f"messages {position - 1} and {position} both have reasoning. Write it in one message",
+            f"messages {position - 1} and {position} have different reasoning. Write it in one message",
         )
     if len(reading.untrained & {len(reading.messages) - 1, len(reading.messages)}) == 1:
         raise RowError(
@@ -543,11 +563,14 @@ def _add_thought(message: Message, position: int, reading: _Reading) -> None:
             f"only one of messages {position - 1} and {position} is in the loss, but they are one turn. Give both the same weight",
         )
     reading.untrained.discard(len(reading.messages))
-    reading.messages[-1] = {**message, "reasoning_content": thought}
+    reading.messages[-1] = {**previous, **message, "reasoning_content": thought}
 
 
 def _no_answer(position: int) -> str:
-    return f"message {position} has channel: analysis, but no message of the assistant follows it. Add its answer, or remove it"
+    return (
+        f"message {position} has only reasoning (under its key, or with channel: analysis), but no message of the assistant follows it. "
+        "Add its answer, or remove it"
+    )
 
 
 def _follows_a_call(messages: list[Message]) -> bool:
@@ -563,14 +586,15 @@ def _add_system(system: str | None, reading: _Reading) -> None:
     if system is None:
         return
     first = reading.messages[0]
-    if first["role"] not in _SYSTEM:
-        reading.messages.insert(0, {"role": "system", "content": system})
-        reading.numbers.insert(0, 0)
-        reading.untrained = {index + 1 for index in reading.untrained}
-    elif first["content"].strip() != system.strip():
+    if first["role"] in _SYSTEM and first["content"].strip() == system.strip():
+        return
+    if first["role"] == "system":
         raise RowError(
             "two system texts", "has a system column and another system message. Remove one of them"
         )
+    reading.messages.insert(0, {"role": "system", "content": system})
+    reading.numbers.insert(0, 0)
+    reading.untrained = {index + 1 for index in reading.untrained}
 
 
 def _lists_tools(message: Message, tools: list[Tool]) -> bool:
@@ -583,19 +607,12 @@ def _lists_tools(message: Message, tools: list[Tool]) -> bool:
 
 
 def _cut(reading: _Reading) -> None:
-    """Remove messages after the last answer, and exclude a greeting before the first question from the loss."""
+    """Remove messages after the last answer."""
     messages = reading.messages
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
+    if not any(message["role"] == "assistant" for message in messages):
         raise RowError("nothing trained", "has no assistant message, so it has no loss tokens")
     while messages[-1]["role"] != "assistant":
         reading.notes.append(f"{messages.pop()['role']} messages after the last answer are removed")
-    for index, role in enumerate(roles):
-        if role == "user":
-            break
-        if role == "assistant":
-            reading.untrained.add(index)
-            reading.notes.append("assistant messages before the first user message are not in the loss")
 
 
 def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
@@ -633,6 +650,15 @@ def as_context(message: dict[str, Any]) -> dict[str, Any]:
 def is_answer(message: Any) -> bool:
     """Return whether a value is a message of the assistant, in any of its spellings."""
     return isinstance(message, dict) and _ROLES.get(_written_role(message)) == "assistant"
+
+
+def answers_to_questions(messages: list[Any]) -> list[int]:
+    """Return the positions of the assistant messages as written, without a greeting before the first question."""
+    roles = [
+        _ROLES.get(_written_role(message)) if isinstance(message, dict) else None for message in messages
+    ]
+    begin = roles.index("user") if "user" in roles else 0
+    return [place for place in range(begin, len(roles)) if roles[place] == "assistant"]
 
 
 def is_reply(message: Any) -> bool:

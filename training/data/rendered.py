@@ -1,6 +1,6 @@
 """A row rendered as text, with the spans that the loss is on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Span = tuple[int, int]
 
@@ -14,6 +14,8 @@ class Rendered:
     """Character ranges [begin, end) that contribute to the loss, in order."""
     ends_the_text: bool = False
     """True if the tokenizer adds its own BOS and EOS tokens, as for text without a chat template."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What was changed or left out to render the row, as the plan counts it."""
 
     @property
     def size(self) -> int:

@@ -4,10 +4,12 @@ import json
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any, get_args
 
 from configs.schema import DataFormat
 from training.data.chats import (
+    answers_to_questions,
     as_context,
     excludes_something,
     flag_of,
@@ -35,7 +37,8 @@ from training.data.pretokenized import (
     read_tokens,
 )
 from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text, Tokens
-from training.data.tools import Tool, check_json, parse_json, read_tools
+from training.data.template_forms import greeting_of
+from training.data.tools import Tool, check_json, parse_json, read_tools, without_foreign_nulls
 
 FORMAT_NAMES: dict[DataFormat, str] = {
     "messages": "chats (messages)",
@@ -60,8 +63,8 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 """Required columns per format; the first format that matches a row is used. Tokens come first if a row says which are in the loss."""
 _OPTIONAL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "preference": ("prompt", "history", "system", "tools", "chat_template_kwargs"),
-    "messages": ("system", "tools", "loss_mask", "chat_template_kwargs"),
-    "conversations": ("system", "tools", "loss_mask", "chat_template_kwargs"),
+    "messages": ("system", "tools", "loss_mask", "chat_template_kwargs", *REASONING_KEYS),
+    "conversations": ("system", "tools", "loss_mask", "chat_template_kwargs", *REASONING_KEYS),
     "instruction": ("input", "system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "prompt_completion": ("system", "history", "tools", "chat_template_kwargs", *REASONING_KEYS),
     "classification": (),
@@ -97,6 +100,13 @@ _FORMATS_OF_TASK: dict[Task, tuple[DataFormat, ...]] = {
 _UNPAIRED: tuple[DataFormat, ...] = ("messages", "conversations", "prompt_completion", "instruction")
 """Formats that preference tuning reads as one response with a label."""
 _CHATS = ("conversations", "messages")
+_SETTINGS = frozenset(
+    (
+        *("on", "off", "true", "false", "yes", "no", "none", "auto"),
+        *("minimal", "low", "medium", "high", "xhigh"),
+    )
+)
+"""Values of a column such as `reasoning` that say whether, or how much, a model is to reason."""
 _RATINGS = ("label", "kto_tag")
 """Columns that say whether the response is good: of TRL, and of LLaMA-Factory."""
 
@@ -218,6 +228,8 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
         check_loss(example, whole_text=reading.task == "causal_lm")
     if not isinstance(example, Chat):
         return example
+    if reading.task != "causal_lm":
+        example = _with_greeting_as_context(example)
     if reading.task == "preference_tuning":
         return _rated(example, row, reading.columns)
     if reading.task == "classification":
@@ -237,6 +249,15 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
     return example
 
 
+def _with_greeting_as_context(chat: Chat) -> Chat:
+    """Exclude assistant messages before the first question from the loss: the model is never asked for them."""
+    greeting = [index for index in greeting_of(chat.messages) if index not in chat.untrained]
+    if not greeting:
+        return chat
+    note = "assistant messages before the first user message are not in the loss"
+    return replace(chat, untrained=tuple(sorted((*chat.untrained, *greeting))), notes=(*chat.notes, note))
+
+
 def _with_input_as_columns(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of OpenAI's preference format with the fields of its `input` as columns; other rows unchanged."""
     given = row.get("input")
@@ -248,12 +269,15 @@ def _with_input_as_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 def _variables_of(value: Any) -> dict[str, Any]:
     """Return a row's variables of the chat template, without the nulls that Arrow adds."""
-    if isinstance(value, str):
-        value = parse_json(value, "`chat_template_kwargs`")
+    called = "`chat_template_kwargs`"
+    is_text = isinstance(value, str)
+    if is_text:
+        value = parse_json(value, called)
     if not isinstance(value, dict):
-        raise RowError("wrong type", f"`chat_template_kwargs` is {json_type(value)}, not an object")
-    check_json(value, "`chat_template_kwargs`")
-    return {name: entry for name, entry in value.items() if entry is not None}
+        raise RowError("wrong type", f"{called} is {json_type(value)}, not an object")
+    check_json(value, called)
+    given = {name: entry for name, entry in value.items() if entry is not None}
+    return given if is_text else without_foreign_nulls(given, called)  # Arrow fills in no nulls inside a text
 
 
 def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
@@ -264,12 +288,31 @@ def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
     if reading.task == "preference_tuning":
         is_pair = reading.data_format == "preference"
         known = known.union(_prompt_columns(row, reading.columns) if is_pair else _RATINGS)
-    if not reading.columns and row.keys() <= known:
+    settings = _settings_of(row, reading)
+    if not reading.columns and not settings and row.keys() <= known:
         return _READERS[reading.data_format](row, reading.columns)
     columns = _columns_of(row, reading.columns, reading.data_format)
-    example = _READERS[reading.data_format](row, columns)
-    unread = _judge_unread(row, {columns.get(name, name) for name in known}, reading)
+    read = {name: value for name, value in row.items() if name not in settings}
+    example = _READERS[reading.data_format](read, columns)
+    unread = _judge_unread(row, {columns.get(name, name) for name in known} - settings, reading)
     return replace(example, notes=(*example.notes, *unread)) if unread else example
+
+
+def _settings_of(row: dict[str, Any], reading: RowSchema) -> set[str]:
+    """Return the columns with a name of reasoning that are no reasoning of the answer: settings, and rationales of a label."""
+    names = [reading.columns.get(key, key) for key in REASONING_KEYS] if reading.columns else REASONING_KEYS
+    if row.keys().isdisjoint(names):
+        return set()
+    return {
+        name
+        for name in names
+        if (value := row.get(name)) is not None
+        and (
+            reading.task == "classification"
+            or isinstance(value, Number)
+            or (isinstance(value, str) and value.strip().lower() in _SETTINGS)
+        )
+    }
 
 
 def _with_prompt_as_context(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -463,6 +506,8 @@ def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]
     messages = turns_of(listed(messages, called))
     if mask is not None:
         messages = mask_messages(messages, mask, _called("loss_mask", columns))
+    if reasoning := _reasoning_of(row, columns):
+        messages = _with_reasoning_of_row(messages, reasoning, columns)
     tools = _tools_of(row, columns, wrap=name == "conversations")
     return read_chat(messages, called, tools, system=_system_of(row, columns))
 
@@ -472,7 +517,7 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
     completion = _answer_side(row, "completion", [], columns)
     _check_no_prefix(prompt, completion, "completion", columns)
     messages = [*_history_of(row, columns), *prompt, *completion]
-    messages[-1] = _with_reasoning(messages[-1], row, columns)
+    messages[-1] = _with_reasoning(messages[-1], _reasoning_of(row, columns), columns)
     return read_chat(messages, "the row", _tools_of(row, columns), system=_system_of(row, columns))
 
 
@@ -481,7 +526,7 @@ def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
         *_history_of(row, columns),
         *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
     ]
-    messages[-1] = _with_reasoning(messages[-1], row, columns)
+    messages[-1] = _with_reasoning(messages[-1], _reasoning_of(row, columns), columns)
     return read_chat(messages, "the row", _tools_of(row, columns, wrap=True), system=_system_of(row, columns))
 
 
@@ -496,10 +541,48 @@ def _question_of(row: dict[str, Any], columns: Mapping[str, str]) -> str:
     return f"{_text_of(row, 'instruction', columns)}\n\n{text}"
 
 
-def _with_reasoning(answer: Any, row: dict[str, Any], columns: Mapping[str, str]) -> Any:
+def _reasoning_of(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts of the row's reasoning columns by their standard names."""
+    found = {key: value for key in REASONING_KEYS if (value := mapped(row, columns, key))}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            theirs = columns.get(key, key)
+            raise RowError(
+                "wrong type",
+                f"`{theirs}` is {json_type(value)}, not a string. Write the reasoning of the answer as a text, or set ignore_columns: [{theirs}]",
+            )
+    return {key: value for key, value in found.items() if value.strip()}
+
+
+def _with_reasoning_of_row(
+    messages: list[Any], reasoning: dict[str, str], columns: Mapping[str, str]
+) -> list[Any]:
+    """Add the reasoning of columns beside a chat to its answer; reject a chat with several answers."""
+    answers = answers_to_questions(messages)
+    if len(answers) > 1:
+        theirs = columns.get(next(iter(reasoning)), next(iter(reasoning)))
+        raise RowError(
+            "several answers",
+            f"has a column `{theirs}`, but {len(answers)} assistant messages, and does not say which of them has this reasoning. Write it as "
+            f"`reasoning_content` of that message, or set ignore_columns: [{theirs}]",
+        )
+    return [
+        _with_reasoning(message, reasoning, columns) if place in answers else message
+        for place, message in enumerate(messages)
+    ]
+
+
+def _with_reasoning(answer: Any, reasoning: dict[str, str], columns: Mapping[str, str]) -> Any:
     """Add the reasoning of columns beside the answer to it."""
-    reasoning = {key: value for key in REASONING_KEYS if (value := mapped(row, columns, key))}
-    return {**answer, **reasoning} if reasoning and isinstance(answer, dict) else answer
+    if not reasoning or not isinstance(answer, dict):
+        return answer
+    for key, text in reasoning.items():
+        if answer.get(key) not in (None, "", text):
+            raise RowError(
+                "two reasonings",
+                f"has different texts in the column {_called(key, columns)} and in `{key}` of the answer. Keep one of them",
+            )
+    return {**answer, **reasoning}
 
 
 def _history_of(row: dict[str, Any], columns: Mapping[str, str]) -> list[Message]:

@@ -136,7 +136,8 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
         if spelling is None:
             raise RowError(
                 DROPPED_TEXT,
-                f"{reason} ({_shown(part)}). Remove it, use a model whose template renders it, or set chat_template",
+                f"{reason} ({_shown(part)}). Remove it (ignore_columns excludes a column), use a model whose template "
+                "renders it, or set chat_template",
             )
         text = text.replace(spelling, "\0", 1)
     return text

@@ -2,18 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product, takewhile
 from typing import Any
 
-from training.data.records import REASONING_KEYS, Chat, Message
+from training.data.records import REASONING_KEYS, Chat, Message, Pair
 from training.data.tools import Tool
 from utils.files import checksum_bytes
 
 # With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
 _TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
+_INSTRUCTIONS = {"system", "developer"}
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
 
 
@@ -38,6 +39,61 @@ class Form:
 def answers_of(messages: Sequence[Message]) -> list[int]:
     """Return the indices of the assistant messages."""
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def greeting_of(messages: Sequence[Message]) -> list[int]:
+    """Return the indices of the assistant messages before the first question."""
+    greeting: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "user":
+            break
+        if message["role"] == "assistant":
+            greeting.append(index)
+    return greeting
+
+
+def without_greeting(example: Chat | Pair) -> Chat | Pair | None:
+    """Return an example without the assistant's words before the first question; None if it has none, or they call tools."""
+    messages = context_of(example)
+    greeting = greeting_of(messages)
+    if not greeting:
+        return None
+    calls = any(m["role"] == "tool" or "tool_calls" in m for m in messages[: greeting[-1] + 2])
+    has_question = any(message["role"] == "user" for message in messages)
+    return _without(example, greeting) if has_question and not calls else None
+
+
+def with_one_instruction(example: Chat | Pair) -> Chat | Pair | None:
+    """Return an example whose system and developer messages at its beginning are one message; None if it has no two."""
+    messages = context_of(example)
+    if len(messages) < 2 or not {messages[0]["role"], messages[1]["role"]} <= _INSTRUCTIONS:
+        return None
+    count = len(list(takewhile(lambda message: message["role"] in _INSTRUCTIONS, messages)))
+    text = "\n\n".join(message["content"] for message in messages[:count])
+    joined = _without(example, range(1, count))
+    first = {**messages[0], "content": text}
+    if isinstance(joined, Pair):
+        return replace(joined, prompt=[first, *joined.prompt[1:]])
+    return replace(joined, messages=[first, *joined.messages[1:]])
+
+
+def context_of(example: Chat | Pair) -> list[Message]:
+    """Return the messages among which the first question is."""
+    return example.prompt if isinstance(example, Pair) else example.messages
+
+
+def _without(example: Chat | Pair, indices: Collection[int]) -> Chat | Pair:
+    """Return an example without the messages at some indices, which all precede the first question."""
+    kept = [index for index in range(len(context_of(example))) if index not in indices]
+    if isinstance(example, Pair):
+        return replace(example, prompt=[example.prompt[index] for index in kept])
+    numbers = example.numbers or range(1, len(example.messages) + 1)
+    return replace(
+        example,
+        messages=[example.messages[index] for index in kept],
+        untrained=tuple(kept.index(index) for index in example.untrained if index in kept),
+        numbers=tuple(numbers[index] for index in kept),
+    )
 
 
 def _has_calls(messages: Sequence[Message]) -> bool:

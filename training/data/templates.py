@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise, takewhile
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
 from jinja2.runtime import LoopContext
@@ -22,6 +22,7 @@ from training.data.errors import DataError, RowError
 from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
+    DROPPED_TEXT,
     check_answer,
     check_context,
     check_parts,
@@ -29,12 +30,24 @@ from training.data.template_checks import (
     clearest,
     drops_tool_texts,
 )
-from training.data.template_forms import Form, adapted, answers_of, features_of, possible_forms, thought_of
+from training.data.template_forms import (
+    Form,
+    adapted,
+    answers_of,
+    context_of,
+    features_of,
+    possible_forms,
+    thought_of,
+    with_one_instruction,
+    without_greeting,
+)
+from training.data.template_headers import Headers
+from training.data.tools import Tool, as_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_QUESTION, _ANSWER = "What is it?", "That is it."
+_QUESTION, _ANSWER, _PROBED_TOOL = "What is it?", "That is it.", "probed_tool"
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
 _DIRECTIVES = (
@@ -42,9 +55,9 @@ _DIRECTIVES = (
     "/think",
     "/system_override",
 )  # in the order in which SmolLM3's template removes them
+_GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
 _LOOP = frozenset(("first", "last", "index", "index0"))
 _WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
-_MARK = re.compile(r"[<\[|]")  # what the markers of turns are written with, other than headings of plain text
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
@@ -137,11 +150,7 @@ class Renderer:
         self.header, self.end_marker = self._surroundings()
         """Text before and after an answer; both are empty if the template does more than append."""
         self._bos = _text_of(tokenizer.bos_token)
-        self._answer_header = self._find_answer_header()
-        """Text that the template puts before each answer and no words hold; empty if it has no mark of its own."""
         self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
-        self._turn_opening = self._find_turn_opening()
-        """Mark with which the template begins each user turn; empty if it has none."""
         self._stops = tuple(
             {
                 stop
@@ -152,6 +161,7 @@ class Renderer:
                 if stop
             }
         )
+        self._headers = self._find_headers()
         self._knows_developer = "developer" in self._source
         self._wraps_results = "<tool_response>" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
@@ -187,9 +197,38 @@ class Renderer:
         if isinstance(example, Filled):
             text = example.prompt + example.answer
             return (self._plain(text, 0 if self._whole_text else len(example.prompt), len(text)),)
+        self._reject_rendered(example)
+        example, notes = self._as_read(example)
+        shorter = without_greeting(example)
+        try:
+            self._check_greeting(example)
+            sequences = self._conversation(example)
+        except RowError as error:
+            if shorter is None or error.kind not in ("template", DROPPED_TEXT):
+                raise
+            sequences = self._conversation(shorter)
+            notes = (*notes, _GREETING_LEFT_OUT)
+        return tuple(replace(sequence, notes=notes) for sequence in sequences) if notes else sequences
+
+    def _check_greeting(self, example: Chat | Pair) -> None:
+        """Check that the assistant's words before the first question are not rendered as the user's (Llama 3.1, beside tools)."""
+        if not example.tools or without_greeting(example) is None:
+            return
+        messages = self._clean(context_of(example))
+        question = next(index for index, message in enumerate(messages) if message["role"] == "user")
+        begin = messages[: question + 1]
+        asked = [{**m, "role": "user"} if m["role"] == "assistant" else m for m in begin]
+        chat = Chat([], example.tools, variables=example.variables)
+        if self._apply(begin, chat) == self._apply(asked, chat):
+            raise RowError(
+                "template",
+                "the chat template renders the assistant's first message as the user's words. Begin with a message of the user",
+            )
+
+    def _conversation(self, example: Chat | Pair) -> tuple[Rendered, ...]:
+        """Render a chat or a pair with the chat template."""
         if isinstance(example, Pair):
             return self._pair(self._clean_pair(example))
-        self._reject_rendered(example)
         cleaned = self._clean(example.messages)
         if cleaned is not example.messages:
             example = replace(example, messages=cleaned)
@@ -241,6 +280,8 @@ class Renderer:
             RowError: The template rejects the messages, or a text of theirs does not reach the rendering.
         """
         self._reject_rendered(chat)
+        chat = cast(Chat, self._as_read(chat)[0])
+        self._check_greeting(chat)
         chat = replace(chat, messages=self._clean(chat.messages))
         said = self._said(chat.messages)
         errors: list[RowError] = []
@@ -278,7 +319,7 @@ class Renderer:
         last = sequences[-1]
         if not isinstance(example, Chat | Pair) or not isinstance(last, Rendered):
             return []
-        notes = []
+        notes = list(last.notes)
         messages = example.messages if isinstance(example, Chat) else example.prompt
         writers = [
             m["role"] for m in messages if m["role"] != "assistant" and self._special.search(m["content"])
@@ -300,26 +341,72 @@ class Renderer:
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
 
-    def _reject_rendered(self, chat: Chat) -> None:
-        """Raise RowError for words that the chat template, or another one, has rendered already."""
-        first = True
-        for index, message in enumerate(chat.messages):
-            begin = message["content"].lstrip()
-            is_answer = message["role"] == "assistant"
-            found = None
-            if not is_answer and first and self._bos and begin.startswith(self._bos):
-                found = f"begins with {self._bos}"
-            elif not is_answer and self._turn_opening and begin.startswith(self._turn_opening):
-                found = f"begins with {self._turn_opening}"
-            elif message["role"] != "tool" and self._answer_header and self._answer_header in begin:
-                found = f"contains {' '.join(self._answer_header.split())}"
-            if found:
-                raise RowError(
-                    "rendered already",
-                    f"{chat.name_of(index)} {found}, so it is rendered already and the chat template would wrap it again. Use the "
-                    "format `text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
-                )
-            first &= is_answer
+    def _reject_rendered(self, example: Chat | Pair) -> None:
+        """Raise RowError for a message that the chat template, or another one, has rendered already."""
+        sides = (example.chosen, example.rejected) if isinstance(example, Pair) else ()
+        chats = [Chat([*example.prompt, *side]) for side in sides] if isinstance(example, Pair) else [example]
+        for chat in chats:
+            is_first = True
+            for index, message in enumerate(chat.messages):
+                if found := self._headers.found_in(message, is_first=is_first):
+                    raise RowError(
+                        "rendered already",
+                        f"{chat.name_of(index)} {found}, so it is rendered already and the chat template would wrap it again. Use the "
+                        "format `text` (task: causal_lm), a prompt_template, or messages without the template's tokens",
+                    )
+                is_first &= message["role"] == "assistant"
+
+    def _as_read(self, example: Chat | Pair) -> tuple[Chat | Pair, tuple[str, ...]]:
+        """Return an example with tools and instructions in the shape that the template reads, and notes about what was changed."""
+        if example.tools and (tools := self._readable_tools(example.tools)) != example.tools:
+            example = replace(example, tools=tools)
+        joined = with_one_instruction(example)
+        if joined is None or self._renders_two_instructions:
+            return example, ()
+        return joined, ("system and developer messages are merged",)
+
+    def _readable_tools(self, tools: list[Tool]) -> list[Tool]:
+        """Return tools in OpenAI's form, and with a description, if the template reads no others."""
+        if any("function" not in tool for tool in tools) and self._wraps_tools:
+            tools = [as_function(tool) for tool in tools]
+        if self._needs_descriptions:
+            tools = [
+                {**tool, "function": {"description": "", **tool["function"]}}
+                if isinstance(tool.get("function"), dict)
+                else tool
+                for tool in tools
+            ]
+        return tools
+
+    @cached_property
+    def _wraps_tools(self) -> bool:
+        """Return whether the template reads functions in OpenAI's form only."""
+        tool = {"name": _PROBED_TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
+        return not self._prints_tool(tool) and self._prints_tool(as_function(tool))
+
+    @cached_property
+    def _needs_descriptions(self) -> bool:
+        """Return whether the template rejects a function without a description."""
+        tool = {"name": _PROBED_TOOL, "parameters": {"type": "object", "properties": {}}}
+        return not self._prints_tool(as_function(tool)) and self._prints_tool(
+            as_function({**tool, "description": ""})
+        )
+
+    def _prints_tool(self, tool: Tool) -> bool:
+        try:
+            text = self._apply([{"role": "user", "content": _QUESTION}], Chat([], [tool]), prompt=True)
+        except RowError:
+            return False
+        return _PROBED_TOOL in text
+
+    @cached_property
+    def _renders_two_instructions(self) -> bool:
+        """Return whether the template renders a developer message after a system message."""
+        texts = ("Be brief.", "Be kind.")
+        roles = ("system", "developer" if self._knows_developer else "system")
+        return all(
+            text in self._probe(*zip(roles, texts, strict=True), ("user", _QUESTION)) for text in texts
+        )
 
     def _clean(self, messages: list[Message]) -> list[Message]:
         """Give developer messages the role that the template knows, and remove tags of results and end tokens that the row brings."""
@@ -346,8 +433,6 @@ class Renderer:
         return {**message, "content": content[: -len(stop)]}
 
     def _clean_pair(self, pair: Pair) -> Pair:
-        for side in (pair.chosen, pair.rejected):
-            self._reject_rendered(Chat([*pair.prompt, *side]))
         return replace(
             pair,
             prompt=self._clean(pair.prompt),
@@ -669,30 +754,31 @@ class Renderer:
         found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
         return found[0] if found else ""
 
-    def _find_answer_header(self) -> str:
-        """Return what a generation prompt adds to a question, without a thought that it opens."""
-        asked, prompt = self._probe("user"), self._probe("user", prompt=True)
-        added = prompt[len(asked) :] if prompt.startswith(asked) else ""
-        headers = (text.partition("<think>")[0].strip() for text in (added, prompt.rpartition(_QUESTION)[2]))
-        return next((header for header in headers if _MARK.search(header)), "")
+    def _find_headers(self) -> Headers:
+        """Find the headers of turns in renderings of a question and an answer."""
+        question, answer = ("user", _QUESTION), ("assistant", _ANSWER)
+        asked, prompt = self._probe(question), self._probe(question, prompt=True)
+        before, _, after = prompt.partition(_QUESTION)
+        between = self._probe(question, answer, question).rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
+        between = between.lstrip()
+        marker = self.end_marker.strip()
+        end = self._special.match(between)
+        if marker and between.startswith(marker):
+            between = between.removeprefix(marker)
+        elif end:
+            between = between[end.end() :]
+        return Headers(
+            before=before,
+            after=after,
+            asking=prompt[len(asked) :] if prompt.startswith(asked) else "",
+            between=between.lstrip(),
+            bos=self._bos,
+            stops=self._stops,
+        )
 
-    def _find_turn_opening(self) -> str:
-        """Return the text before a later question, after the end marker and up to its first special token."""
-        between = self._probe("user", "assistant", "user").rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
-        between = between.strip()
-        if self.end_marker and between.startswith(self.end_marker.strip()):
-            opening = between.removeprefix(self.end_marker.strip()).lstrip()
-        else:
-            end = self._special.match(between)
-            opening = between[end.end() if end else 0 :].lstrip()
-        token = self._special.match(opening)
-        opening = token[0] if token else opening
-        return opening if _MARK.search(opening) else ""
-
-    def _probe(self, *roles: str, prompt: bool = False) -> str:
-        """Render a question and an answer by their roles, with content as text or as parts; empty if the template rejects both."""
-        texts = {"user": _QUESTION, "assistant": _ANSWER}
-        messages: list[Message] = [{"role": role, "content": texts[role]} for role in roles]
+    def _probe(self, *said: tuple[str, str], prompt: bool = False) -> str:
+        """Render messages of roles and texts, with content as text or as parts; empty if the template rejects both."""
+        messages: list[Message] = [{"role": role, "content": text} for role, text in said]
         for form in (Form(), Form(parts=True)) if self._source else ():
             try:
                 text = self._apply(adapted(messages, form, None), Chat([]), prompt=prompt)

@@ -38,23 +38,35 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
             tool = parse_json(tool, f"tool {number} of {what}")
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
-        clean = tool if is_written else _without_filler(tool)  # Arrow fills in no nulls inside a text
-        is_bare = "function" not in clean and isinstance(clean.get("name"), str)
-        tools.append({"type": "function", "function": clean} if wrap and is_bare else clean)
+        clean = tool if is_written else _without_filler(tool, what)  # Arrow fills in no nulls inside a text
+        tools.append(as_function(clean) if wrap else clean)
     check_json(tools, what)
     return tools
 
 
-def _without_filler(schema: Any) -> Any:
+def as_function(tool: Tool) -> Tool:
+    """Return a bare function as OpenAI writes it, {"type": "function", "function": ...}; another tool as it is."""
+    is_bare = "function" not in tool and isinstance(tool.get("name"), str)
+    return {"type": "function", "function": tool} if is_bare else tool
+
+
+def _without_filler(tool: Tool, what: str) -> Tool:
     """Remove keys whose value is null: Arrow adds the keys of other rows. A null `default` stays if the type allows null."""
+    try:
+        return _without_empty_keys(tool)
+    except RecursionError:
+        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+
+
+def _without_empty_keys(schema: Any) -> Any:
     if isinstance(schema, dict):
         return {
-            key: _without_filler(value)
+            key: _without_empty_keys(value)
             for key, value in schema.items()
             if value is not None or (key == "default" and _allows_null(schema))
         }
     if isinstance(schema, list | tuple):
-        return [_without_filler(value) for value in schema]
+        return [_without_empty_keys(value) for value in schema]
     return schema
 
 
@@ -118,7 +130,8 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[s
         advice = "Rename it to `arguments`" if is_arguments else "Remove it"
         raise RowError("unknown key", f"{what} has the key `{unknown[0]}`, which no template reads. {advice}")
     if not is_text:  # Arrow fills in no nulls inside a text
-        given_arguments, arguments = arguments, _without_foreign_nulls(arguments, _parameters_of(name, tools))
+        given_arguments = arguments
+        arguments = without_foreign_nulls(arguments, f"{what}: arguments", _parameters_of(name, tools))
         if arguments != given_arguments:
             notes.append("null arguments of calls are removed, unless the schema of the tool allows null")
     check_json([name, arguments], what)
@@ -134,8 +147,21 @@ def _parameters_of(name: str, tools: Sequence[Tool] | None) -> Any:
     return next((function.get("parameters") for function in functions if function.get("name") == name), None)
 
 
-def _without_foreign_nulls(value: Any, schema: Any) -> Any:
-    """Remove null entries of objects unless the schema allows null there: Arrow adds the keys of other calls, at every depth."""
+def without_foreign_nulls(value: Any, what: str, schema: Any = None) -> Any:
+    """Remove null entries of objects unless the schema allows null there: Arrow adds the keys of other rows, at every depth.
+
+    Args:
+        value: A JSON value.
+        what: Name of the value in messages.
+        schema: Its JSON schema.
+    """
+    try:
+        return _without_nulls(value, schema)
+    except RecursionError:
+        raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+
+
+def _without_nulls(value: Any, schema: Any) -> Any:
     if isinstance(value, dict):
         known = {
             key: entry
@@ -145,13 +171,13 @@ def _without_foreign_nulls(value: Any, schema: Any) -> Any:
             if entry is not None
         }
         return {
-            key: _without_foreign_nulls(entry, known.get(key))
+            key: _without_nulls(entry, known.get(key))
             for key, entry in value.items()
             if entry is not None or _allows_null(known.get(key))
         }
     if isinstance(value, list | tuple):
         items = next((part["items"] for part in _variants(schema) if part.get("items")), None)
-        return [_without_foreign_nulls(entry, items) for entry in value]
+        return [_without_nulls(entry, items) for entry in value]
     return value
 
 

@@ -111,6 +111,17 @@ def test_text_that_the_template_drops_is_an_error(tokenizer: Any):
     assert "drops" in raised.value.message
 
 
+def test_words_that_quote_the_template_are_said_and_rendered_prompts_are_an_error(tokenizer: Any):
+    form = make_format(tokenizer, CHAT_TEMPLATE)
+    quote = "What does <|im_start|>assistant do?"
+    assert quote in tokenizer.decode(form.encode(asked([{"role": "user", "content": quote}])))
+    with pytest.raises(ApiError) as raised:
+        form.encode(
+            asked([{"role": "user", "content": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"}])
+        )
+    assert "rendered already" in raised.value.message
+
+
 def test_model_without_a_template_is_an_error(tokenizer: Any):
     with pytest.raises(ApiError) as raised:
         make_format(tokenizer, None).encode(asked([{"role": "user", "content": "Hi"}]))

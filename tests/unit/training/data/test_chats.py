@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tests.support.messages import assert_names
@@ -67,6 +68,13 @@ def read(row: dict[str, Any], task: Task = "instruction_tuning") -> Any:
         ({"instruction": "How warm is it?", "context": "", "response": "21 degrees"}, [USER, ANSWER]),
         ({"system": "Answer briefly.", "messages": [USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
         ({"system": " ", "messages": [USER, ANSWER]}, [USER, ANSWER]),
+        (
+            {
+                "system": "Answer briefly.",
+                "messages": [{"role": "developer", "content": "Be kind."}, USER, ANSWER],
+            },
+            [SYSTEM, {"role": "developer", "content": "Be kind."}, USER, ANSWER],
+        ),
         ({"system": "Answer briefly.", "messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
         (
             {"system": "Answer briefly.", "prompt": "How warm is it?", "completion": "21 degrees"},
@@ -113,7 +121,7 @@ def read(row: dict[str, Any], task: Task = "instruction_tuning") -> Any:
         ),
         (
             {"messages": [USER, CALLING, {**RESULT, "content": {"warm": 21, "wet": None}}, ANSWER]},
-            [USER, CALLING, {**RESULT, "content": '{"warm": 21, "wet": null}'}, ANSWER],
+            [USER, CALLING, {**RESULT, "content": '{"warm": 21}'}, ANSWER],
         ),
         (
             {
@@ -312,9 +320,37 @@ def test_an_analysis_of_gpt_oss_is_the_reasoning_of_the_next_message():
     assert left_out.untrained == (1,)
 
 
+def test_a_message_of_reasoning_alone_belongs_to_the_next_message():
+    """As in rows of gpt-oss without channels, in which a thought is a message of its own."""
+    thought = {"role": "assistant", "content": "", "thinking": "The sun shines."}
+    more = {**thought, "content": None, "thinking": "It is noon."}
+    part = {"role": "assistant", "content": [{"type": "thinking", "thinking": "The sun shines."}]}
+    expected = {**ANSWER, "reasoning_content": "The sun shines."}
+    for messages in (
+        [thought, ANSWER],
+        [part, ANSWER],
+        [thought, {**ANSWER, "reasoning": "The sun shines."}],
+    ):
+        assert read({"messages": [USER, *messages]}).messages == [USER, expected]
+    assert read({"messages": [USER, thought, CALLING, RESULT, thought, ANSWER]}).messages == [
+        *(USER, {**CALLING, "reasoning_content": "The sun shines."}, RESULT, expected)
+    ]
+    both = {**ANSWER, "reasoning_content": "The sun shines.\n\nIt is noon."}
+    assert read({"messages": [USER, thought, more, ANSWER]}).messages == [USER, both]
+    answers = [[thought, ANSWER], [thought, {**ANSWER, "content": "cold"}]]
+    pair = read({"prompt": [USER], "chosen": answers[0], "rejected": answers[1]}, "preference_tuning")
+    assert pair == Pair([USER], [expected], [{**expected, "content": "cold"}])
+
+
 @pytest.mark.parametrize(
     ("messages", "facts"),
     [
+        ([{"content": "", "thinking": "a"}], ("message 2", "only reasoning", "Add its answer")),
+        (
+            [{"content": " ", "thinking": "a"}, USER, ANSWER],
+            ("message 2", "only reasoning", "Add its answer"),
+        ),
+        ([{"content": "", "thinking": "a"}, {"thinking": "b"}], ("messages 2 and 3", "different reasoning")),
         ([{"channel": "analysis"}], ("message 2", "channel: analysis", "Add its answer")),
         ([{"channel": "analysis"}, USER, ANSWER], ("message 2", "channel: analysis", "Add its answer")),
         ([{"channel": "analysis"}, {"reasoning": "b"}], ("messages 2 and 3", "reasoning")),
@@ -394,7 +430,12 @@ def test_merged_messages_keep_both_texts():
 
 
 def test_a_greeting_is_context_and_not_in_the_loss():
-    assert read({"messages": [ANSWER, USER, ANSWER]}).untrained == (0,)
+    row = {"messages": [ANSWER, USER, ANSWER]}
+    assert read(row).untrained == (0,)
+    whole = read(row, "causal_lm")
+    assert (whole.untrained, whole.notes) == ((), ())
+    with pytest.raises(RowError, match=r"message 1 is excluded from the loss.*causal_lm"):
+        read({"messages": [{**ANSWER, "weight": 0}, USER, ANSWER]}, "causal_lm")
 
 
 def test_empty_columns_are_neither_used_nor_noted():
@@ -576,9 +617,82 @@ def test_words_and_a_call_in_two_sharegpt_turns_are_one_message():
     assert read({"conversations": turns}).messages == [USER, {**CALLING, "content": "Let me look."}]
 
 
-def test_reasoning_in_a_column_belongs_to_the_answer():
-    row = {"question": "How warm is it?", "answer": "21 degrees", "reasoning": "The sun shines."}
-    assert read(row).messages[1] == {**ANSWER, "reasoning_content": "The sun shines."}
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "How warm is it?", "answer": "21 degrees"},
+        {"instruction": "How warm is it?", "output": "21 degrees"},
+        {"messages": [USER, ANSWER]},
+        {"messages": [SYSTEM, ANSWER, USER, ANSWER]},
+        {
+            "conversations": [
+                {"from": "human", "value": "How warm is it?"},
+                {"from": "gpt", "value": "21 degrees"},
+            ]
+        },
+        {"messages": [USER, {**ANSWER, "content": "<think>The sun shines.</think>21 degrees"}]},
+    ],
+    ids=["prompt", "instruction", "messages", "greeting", "conversations", "written twice"],
+)
+def test_reasoning_in_a_column_belongs_to_the_answer(row: dict[str, Any], key: str):
+    chat = read({**row, key: "The sun shines."})
+    assert chat.messages[-1] == {**ANSWER, "reasoning_content": "The sun shines."}
+    assert "reasoning_content" not in chat.messages[-3:][0]
+    assert not any("is not used" in note for note in chat.notes)
+
+
+@pytest.mark.parametrize(
+    ("row", "facts"),
+    [
+        (
+            {"messages": [USER, ANSWER, USER, ANSWER], "reasoning": "a thought"},
+            ("`reasoning`", "2 assistant messages", "`reasoning_content`", "ignore_columns: [reasoning]"),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "thinking": "b"}], "thinking": "a thought"},
+            ("`thinking`", "different texts", "Keep one"),
+        ),
+        (
+            {"messages": [USER, ANSWER], "thinking": ["a thought"]},
+            ("`thinking`", "list", "ignore_columns: [thinking]"),
+        ),
+    ],
+)
+def test_reasoning_in_a_column_that_fits_no_answer_raises_an_error(
+    row: dict[str, Any], facts: tuple[str, ...]
+):
+    with pytest.raises(RowError) as caught:
+        read(row)
+    assert_names(str(caught.value), *facts)
+
+
+@pytest.mark.parametrize("value", ["on", "off", "High", True, False, 1])
+@pytest.mark.parametrize(
+    "row", [{"messages": [USER, ANSWER]}, {"prompt": "How warm is it?", "completion": "21 degrees"}]
+)
+def test_a_setting_of_reasoning_is_no_text_of_it(row: dict[str, Any], value: Any):
+    """Nemotron's post-training data has a column `reasoning` that says on or off."""
+    chat = read({**row, "reasoning": value})
+    assert chat.messages == [USER, ANSWER]
+    assert chat.notes == ("column `reasoning` is not used",)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, {**ANSWER, "content": "warm"}]},
+        {"prompt": "How warm is it?", "completion": "warm"},
+    ],
+)
+def test_a_rationale_of_a_label_is_not_trained(row: dict[str, Any]):
+    """The model is asked for the label alone."""
+    task: Task = "classification"
+    schema = RowSchema(task, recognise(row, {}, task), {}, None, ("warm",))
+    chat = read_row({**row, "reasoning": "The sun shines."}, schema)
+    assert isinstance(chat, Chat)
+    assert chat.messages == [USER, {**ANSWER, "content": "warm"}]
+    assert chat.notes == ("column `reasoning` is not used",)
 
 
 @pytest.mark.parametrize(
@@ -625,6 +739,71 @@ def test_nulls_inside_arguments_are_removed_unless_the_schema_allows_them():
 def test_arguments_under_another_name_are_to_be_renamed(key: str):
     with pytest.raises(RowError, match=f"`{key}`.*Rename it to `arguments`"):
         read({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "a", key: {"x": 1}}]}]})
+
+
+def test_tools_of_a_message_may_repeat_those_of_the_row():
+    for tools in ([LOOK], [{"type": "function", "function": LOOK}]):
+        chat = read({"messages": [{**SYSTEM, "tools": [LOOK]}, USER, CALLING], "tools": tools})
+        assert chat.tools == tools
+    with pytest.raises(RowError, match=r"message 1 \(system\) has `tools`, but the row has other tools"):
+        read({"messages": [{**SYSTEM, "tools": [{**LOOK, "name": "see"}]}, USER, CALLING], "tools": [LOOK]})
+
+
+def test_results_of_tools_are_equal_from_json_lines_and_parquet():
+    """Arrow gives each object the keys of all others, with null. Nulls inside a text are meant."""
+    question, said = ([{"type": "text", "text": text}] for text in ("How warm is it?", "21 degrees"))
+    results: list[Any] = [
+        [{"type": "text", "text": "21"}],
+        [{"warm": 21}],
+        [{"wet": True, "wind": {"from": "north"}}],
+        [{"wind": {"speed": 3}, "hours": [{"at": 1}, {"rain": "no"}]}],
+        None,
+    ]
+    turns = [{**USER, "content": question}, {**CALLING, "content": None}]
+    rows = [
+        {"messages": [*turns, {**RESULT, "content": result}, {**ANSWER, "content": said}]}
+        for result in results
+    ]
+    rows.append(
+        {"messages": [{**USER, "content": [{"text": "How warm is it?"}]}, {**ANSWER, "content": said}]}
+    )
+    stored = pa.Table.from_pylist(rows).to_pylist()
+    assert stored[1]["messages"][2]["content"][0]["wet"] is None
+    assert list(map(read, stored)) == list(map(read, rows))
+    assert [read(row).messages[2]["content"] for row in stored[:3]] == [
+        *("21", '[{"warm": 21}]', '[{"wet": true, "wind": {"from": "north"}}]')
+    ]
+    filled = read({"messages": [USER, CALLING, {**RESULT, "content": {"warm": 21, "wet": None}}, ANSWER]})
+    assert filled.notes == ("null entries of objects in results of tools are removed",)
+    text = '{"warm": 21, "wet": null}'
+    assert (
+        read({"messages": [USER, CALLING, {**RESULT, "content": text}, ANSWER]}).messages[2]["content"]
+        == text
+    )
+
+
+def test_nulls_inside_chat_template_kwargs_are_removed():
+    given = {"documents": [{"title": "A", "text": None}], "reasoning_effort": None}
+    row = {"messages": [USER, ANSWER], "chat_template_kwargs": given}
+    assert read(row).variables == {"documents": [{"title": "A"}]}
+    as_text = {**row, "chat_template_kwargs": json.dumps(given)}
+    assert read(as_text).variables == {"documents": [{"title": "A", "text": None}]}
+
+
+@pytest.mark.parametrize("place", ["result", "arguments", "tools"])
+def test_values_that_are_nested_too_deeply_raise_an_error(place: str):
+    deep: Any = 1
+    for _ in range(700):
+        deep = {"a": deep}
+    row: dict[str, Any] = {"messages": [USER, CALLING, RESULT, ANSWER]}
+    if place == "tools":
+        row["tools"] = [{"type": "function", "function": {**LOOK, "parameters": deep}}]
+    elif place == "result":
+        row["messages"][2] = {**RESULT, "content": deep}
+    else:
+        row["messages"][1] = {**CALLING, "tool_calls": [{"name": "look", "arguments": deep}]}
+    with pytest.raises(RowError, match="nested too deeply"):
+        read(row)
 
 
 def test_tools_may_be_texts_or_one_object():

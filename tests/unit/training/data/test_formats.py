@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.schema import DataFormat
-from tests.support.prepared import prepare, request
+from tests.support.prepared import prepare, request, rows_of
 from training.data.errors import DataError
 from training.data.prepared import PreparedData
 from training.data.records import Task
@@ -266,3 +266,26 @@ def test_sources_may_have_different_formats(
         pieces[0].removesuffix("<|im_end|>") for _, pieces in texts_and_loss_pieces(tokenizer, prepared)
     ]
     assert answers == ["It is 4.", "one", "two", "day 1", "day 2"]
+
+
+def test_results_of_tools_give_the_same_tokens_from_json_lines_and_parquet(
+    tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
+    """Parquet gives each object of a column the keys of all others."""
+
+    def said(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    begin = [said("user", "How warm is it?"), said("assistant", "[look(city=1)]")]
+    results = [[{"warm": 21}], [{"wet": True, "wind": {"from": "north"}}], [{"wind": {"speed": 3}}]]
+    rows = [
+        {"messages": [*begin, {"role": "tool", "content": result}, said("assistant", "Warm.")]}
+        for result in results
+    ]
+    lines, table = (
+        prepare(request(write(tmp_path / f"rows.{kind}", rows)), tokenizer, tiny_model, tmp_path / kind)
+        for kind in ("jsonl", "parquet")
+    )
+    assert rows_of(table) == rows_of(lines)
+    assert '[{"warm": 21}]' in texts_and_loss_pieces(tokenizer, table)[0][0]
+    assert table.summary.notes["null entries of objects in results of tools are removed"] == 3

@@ -45,7 +45,10 @@ class Rows:
         return f"wörd{self.words:04d}x"
 
     def text(self) -> str:
-        return self.random.choice(["{}", "{} ", "\n{}", "So: {}!", '"{}"', "a\n{}\nb"]).format(self.word())
+        quote = "Say <|im_start|>assistant {}"
+        return self.random.choice(["{}", "{} ", "\n{}", "So: {}!", '"{}"', "a\n{}\nb", quote]).format(
+            self.word()
+        )
 
     def chance(self, share: float) -> bool:
         return self.random.random() < share
@@ -71,6 +74,11 @@ class Rows:
         }
         return {"type": "function", "function": function, **({"id": self.word()} if self.chance(0.5) else {})}
 
+    def result(self) -> Any:
+        return self.random.choice(
+            [{"a": self.word()}, {"a": self.word(), "b": None}, [{"c": None, "d": self.word()}]]
+        )
+
     def message(self, role: str) -> dict[str, Any]:
         names = _USERS if role == "user" else _ASSISTANTS if role == "assistant" else (role,)
         message = {"role": self.random.choice(names), "content": self.content(), **self.extras(0.1)}
@@ -82,6 +90,10 @@ class Rows:
 
     def row(self) -> dict[str, Any]:
         messages = [self.message("system")] if self.chance(0.3) else []
+        if self.chance(0.1):
+            messages.append({"role": "developer", "content": self.text()})
+        if self.chance(0.1):
+            messages.append({"role": "assistant", "content": self.text()})
         for _ in range(self.random.randint(1, 3)):
             messages.append(self.message("user"))
             if self.chance(0.25):
@@ -89,14 +101,19 @@ class Rows:
                 called["content"] = self.random.choice([None, "", self.text()])
                 messages += [
                     called,
-                    {"role": "tool", "content": self.random.choice([self.text(), {"a": self.word()}, None])},
+                    {"role": "tool", "content": self.random.choice([self.text(), self.result(), None])},
                 ]
+            if self.chance(0.1):
+                thought = {self.random.choice(_REASONING): self.text()}
+                messages.append({"role": "assistant", "content": self.random.choice([None, ""]), **thought})
             messages.append(self.message("assistant"))
         if self.chance(0.1):
             messages.append(self.message("user"))
         row: dict[str, Any] = {"messages": messages, **self.extras(0.2)}
         if self.chance(0.15):
             row["system"] = self.text()
+        if self.chance(0.1):
+            row[self.random.choice(_REASONING)] = self.random.choice([self.text(), "on", [self.word()]])
         if self.chance(0.2):
             parameters = {
                 "type": "object",
@@ -143,6 +160,10 @@ def words_of(row: dict[str, Any], notes: list[str]) -> set[str]:
     messages = list(row["messages"])
     while any("after the last answer" in note for note in notes) and messages[-1]["role"] in _USERS:
         messages.pop()
+    roles = [message["role"] for message in messages]
+    if any("are left out" in note for note in notes):
+        begin = next(place for place, role in enumerate(roles) if role in _USERS)
+        messages = [m for place, m in enumerate(messages) if place >= begin or m["role"] != "assistant"]
     found: set[str] = set()
 
     def collect(value: Any) -> None:

@@ -174,17 +174,17 @@ _text = st.lists(
         ]
     )
     | st.sampled_from(
-        ["<|im_start|>tool\n", "<|im_end|>", "<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "</think>"]
+        ["<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "</think>"]
     ),
     min_size=1,
     max_size=5,
 ).map("".join)
-# A text that begins as the template's turns do or contains its answer header is rendered already, and an end token that an answer brings is removed.
+# A text that begins as the template's turns do, or ends one and begins an answer, is rendered already, and an end token that an answer brings is removed.
 _content = _text.filter(
     lambda text: (
         bool(text.strip())
         and not text.strip().startswith(("<|im_start|>", "[INST]"))
-        and "<|im_start|>assistant" not in text
+        and not ("<|im_end|>" in text and "<|im_start|>assistant" in text)
         and not text.strip().endswith(("<|im_end|>", "<|eot_id|>"))
     )
 )

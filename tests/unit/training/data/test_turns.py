@@ -323,12 +323,163 @@ def test_a_rendered_prompt_is_not_wrapped_again(name: str, tokenizers: Tokenizer
             renderer.render(example)
 
 
-def test_an_answer_that_brings_the_headers_of_turns_raises_an_error(tokenizers: Tokenizers):
-    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
-    said = {"role": "assistant", "content": "<|im_start|>assistant\nYes.<|im_end|>"}
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<|im_start|>assistant\nYes.<|im_end|>",
+        "Yes.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.",
+    ],
+)
+def test_an_answer_that_brings_the_headers_of_turns_raises_an_error(content: str, tokenizers: Tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["qwen3"])
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    renderer = Renderer(tokenizer, whole_text=False)
+    said = {"role": "assistant", "content": content}
     for example in (Chat([user(1), said]), Pair([user(1)], [said], [answer(1)])):
-        with pytest.raises(RowError, match=r"message 2 \(assistant\).*<\|im_start\|>assistant.*rendered"):
+        with pytest.raises(RowError, match=r"message 2 \(assistant\).*<\|im_start\|>.*rendered already"):
             renderer.render(example)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_words_that_quote_headers_of_turns_are_said(name: str, tokenizers: Tokenizers):
+    """A text about a template is no rendered prompt, whoever says it."""
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    prompt = renderer.prompt(Chat([user(1)]))
+    header = prompt.rpartition("?")[2].partition("<think>")[0].strip()
+    own_header = renderer.header.partition("<think>")[0].strip() or header
+    said = {"role": "assistant", "content": f"It is {own_header}!"}
+    for quote in (
+        f"What is {header}?",
+        f"Explain {header}",
+        f"Explain:\n{prompt.partition('<think>')[0]}\nPlease.",
+    ):
+        question = {"role": "user", "content": quote}
+        (sequence,) = renderer.render(Chat([question, said]))
+        assert quote in sequence.text
+        assert said["content"] in loss_texts([sequence])[0]
+        assert quote in renderer.prompt(Chat([question]))
+        check_turns(tokenizers[name], Chat([question, said, user(2), answer(2)]))
+
+
+@pytest.mark.parametrize("quote", ["<|im_start|>assistant begins what?", "<|im_start|> is which token?"])
+def test_words_that_begin_with_a_quote_are_said(quote: str, tokenizers: Tokenizers):
+    """The header of a turn ends with a line break."""
+    question = {"role": "user", "content": quote}
+    (sequence,) = Renderer(tokenizers["qwen3"], whole_text=False).render(Chat([question, answer(1)]))
+    assert quote in sequence.text
+
+
+def test_a_prompt_that_is_rendered_with_other_roles_is_not_wrapped_again(tokenizers: Tokenizers):
+    """The text begins with a system or developer turn, or ends with the generation prompt after plain system words."""
+    for name, content in (
+        ("qwen3", "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"),
+        ("phi3", "<|system|>\nBe kind.<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n"),
+        ("deepseekv3", "Be kind.<｜User｜>Why?<｜Assistant｜>"),  # noqa: RUF001
+        (
+            "gptoss",
+            "<|start|>developer<|message|># Instructions<|end|><|start|>user<|message|>Why?<|end|><|start|>assistant",
+        ),
+        ("llama3", "<|bos|>Why?"),
+    ):
+        renderer = Renderer(tokenizers[name], whole_text=False)
+        with pytest.raises(RowError, match=r"message 1 \(user\).*rendered already"):
+            renderer.render(Chat([{"role": "user", "content": content}, answer(1)]))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_greeting_is_rendered_or_left_out_with_a_note(name: str, tokenizers: Tokenizers):
+    """Some templates reject a conversation that the assistant begins, so the model is never asked after a greeting."""
+    greeting = {"role": "assistant", "content": "Welcome to the weather."}
+    turns = [user(1), answer(1), user(2), answer(2)]
+    chat = read({"messages": [greeting, *turns]})
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    sequences = renderer.render(chat)
+    trained = "".join(loss_texts(sequences))
+    assert ["words 1." in trained, "words 2." in trained, "weather" in trained] == [True, True, False]
+    is_left_out = any("are left out" in note for note in renderer.notes(chat, sequences))
+    assert is_left_out == (greeting["content"] not in sequences[-1].text)
+    if is_left_out:
+        assert sequences == renderer.render(read({"messages": turns}))
+    assert is_left_out or name not in ("gemma", "gemma3", "cohere")
+    pair = Pair([greeting, user(1)], [answer(1)], [answer(2)])
+    assert any("are left out" in note for note in renderer.notes(pair, renderer.render(pair))) == is_left_out
+    whole = Renderer(tokenizers[name], whole_text=True)
+    if name in ("gemma", "qwen3"):
+        assert any("are left out" in note for note in whole.notes(chat, whole.render(chat))) == is_left_out
+
+
+def test_a_greeting_beside_tools_is_not_rendered_as_the_words_of_the_user(tokenizers: Tokenizers):
+    """Llama 3.1 puts tools into the first message and takes it for the user's."""
+    greeting = {"role": "assistant", "content": "Welcome to the weather."}
+    chat = read({"messages": [greeting, user(1), call(), RESULT, answer(1)], "tools": TOOLS})
+    for name, is_left_out in (("llama3_1", True), ("qwen3", False)):
+        renderer = Renderer(tokenizers[name], whole_text=False)
+        sequences = renderer.render(chat)
+        assert any("are left out" in note for note in renderer.notes(chat, sequences)) == is_left_out
+        assert ("Welcome" in sequences[-1].text) != is_left_out
+    with pytest.raises(RowError, match=r"as the user's words.*Begin with a message of the user"):
+        Renderer(tokenizers["llama3_1"], whole_text=False).prompt(Chat([greeting, user(1)], TOOLS))
+
+
+def test_a_row_is_rejected_for_another_reason_than_its_greeting(tokenizers: Tokenizers):
+    greeting = {"role": "assistant", "content": "Welcome to the weather."}
+    for messages, fact in (
+        ([greeting, user(1), answer(1, reasoning="A thought 1.")], r"message 3 .*drops reasoning"),
+        ([SYSTEM, greeting, user(1), answer(1)], r"message 1 \(system\)"),
+    ):
+        with pytest.raises(RowError, match=fact):
+            Renderer(tokenizers["gemma"], whole_text=False).render(read({"messages": messages}))
+    first_excluded = [greeting, user(1), answer(1, weight=0), user(2), answer(2)]
+    (sequence,) = Renderer(tokenizers["gemma"], whole_text=False).render(read({"messages": first_excluded}))
+    assert loss_texts([sequence]) == ["Answer with words 2.<end_of_turn>"]
+
+
+DEVELOPER = {"role": "developer", "content": "Be kind."}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_system_and_developer_messages_of_one_row_are_both_rendered(name: str, tokenizers: Tokenizers):
+    """gpt-oss renders only the first of them, and other templates reject the second."""
+    if name in WITHOUT_SYSTEM:
+        return
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    chat = read({"messages": [SYSTEM, DEVELOPER, user(1), answer(1, weight=0), user(2), answer(2)]})
+    sequences = renderer.render(chat)
+    notes = renderer.notes(chat, sequences)
+    assert len(sequences) == 1
+    assert ["words 1." in loss_texts(sequences)[0], "words 2." in loss_texts(sequences)[0]] == [False, True]
+    for text in ("Answer in rhymes.", "Be kind."):
+        assert sequences[0].text.count(text) == 1
+    prompt = renderer.prompt(Chat([SYSTEM, DEVELOPER, user(1)]))
+    is_merged = "Answer in rhymes.\n\nBe kind." in prompt
+    if "system and developer messages are merged" in notes:
+        assert is_merged
+    assert "system and developer messages are merged" in notes or name not in ("gptoss", "qwen3_5_think")
+    pair = Pair([SYSTEM, DEVELOPER, user(1)], [answer(1)], [answer(2)])
+    assert all("Be kind." in sequence.text for sequence in renderer.render(pair))
+
+
+def test_gpt_oss_reads_tools_in_each_of_their_forms(tokenizers: Tokenizers):
+    """Its template reads functions in OpenAI's form only, and adds text to their descriptions."""
+    renderer = Renderer(tokenizers["gptoss"], whole_text=False)
+    bare = TOOLS[0]["function"]
+    undescribed = {key: value for key, value in bare.items() if key != "description"}
+    turns = [user(1), call(), RESULT, answer(1)]
+    expected = renderer.render(read({"messages": [SYSTEM, *turns], "tools": TOOLS}))
+    assert "// Find the weather.\ntype find_weather" in expected[0].text
+    for row in (
+        {"messages": [SYSTEM, *turns], "tools": [bare]},
+        {"messages": [{**SYSTEM, "tools": [bare]}, *turns]},
+        {"messages": [{**SYSTEM, "tools": json.dumps([bare])}, *turns], "tools": TOOLS},
+        {"messages": [{"role": "developer", "content": "", "tools": [bare]}, SYSTEM, *turns]},
+    ):
+        assert renderer.render(read(row)) == expected
+    for tool in (undescribed, {"type": "function", "function": undescribed}):
+        text = renderer.render(read({"messages": turns, "tools": [tool]}))[0].text
+        assert "type find_weather = " in text
+    as_written = {"messages": turns, "tools": [bare]}
+    qwen = Renderer(tokenizers["qwen3"], whole_text=False).render(read(as_written))
+    assert f"<tools>\n{json.dumps(bare)}\n</tools>" in qwen[0].text
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "nemotron_3_nano", "glm4moe"])
