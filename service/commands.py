@@ -18,6 +18,7 @@ from rich.console import Console
 
 from service.config import LoadedService, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
+from training.launch.answering import check_cluster_answers
 from training.planning.endpoints import (
     ClusterTarget,
     set_ray_environment,
@@ -62,11 +63,8 @@ def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) 
             f"the packages of the service are not installed ({', '.join(missing)}): run make setup-service"
         )
     target = target_cluster()
-    if not target.is_local:
-        set_ray_environment(target)
-        from training.launch.cluster import check_cluster_answers
-
-        check_cluster_answers(target)
+    set_ray_environment(target)
+    check_cluster_answers(target)
     output, progress = open_consoles()
     warn_about_address(service.config.host, progress)
     if target.is_local:
@@ -172,7 +170,6 @@ class _Run:
 
     def run(self) -> int:
         """Start the service, wait for a signal and stop it; return the exit code."""
-        set_ray_environment(self._target)
         config = self._service.config
         with _bucket(self._service):
             check_writable(config.storage_path)

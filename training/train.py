@@ -15,6 +15,7 @@ from rich.console import Console
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml, with_written
 from configs.schema import FinetuneConfig
 from training.inference import commands as model_commands
+from training.launch.answering import check_cluster_answers
 from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import (
     WRITTEN_VARIABLE,
@@ -191,10 +192,7 @@ def _reach_cluster_and_bucket(
     from training.planning.paths import needs_embedded_bucket
     from utils.storage.embedded_bucket import embedded_bucket
 
-    if not target.is_local:
-        from training.launch.cluster import check_cluster_answers
-
-        check_cluster_answers(target)
+    check_cluster_answers(target)
     if needs_embedded_bucket(loaded.config):
         watch.phase("starting the embedded bucket")
         stack.enter_context(embedded_bucket())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, MixtralConfig, Qwen2Config
 
 from main import main
@@ -362,6 +363,44 @@ def test_truncated_weights_in_a_bucket_raise_an_error_with_both_sizes(
     message = rejected(model_id=f"{bucket_uri}/model", storage_path=f"{bucket_uri}/runs")
     assert message.startswith(f"{bucket_uri}/model/model.safetensors: ")
     assert_names(message, f"{weights.stat().st_size} bytes", f"{weights.stat().st_size + 1000}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"vocab_size": 600}, ("lm_head.weight", "[600, 64]", "[512, 64]", "model.safetensors")),
+        ({"num_hidden_layers": 3}, ("model.layers.2.", "missing", "model.safetensors")),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ("quantization_config", "gptq", "16-bit"),
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, ("quantization_config", "8 bits", "16-bit")),
+        ({"quantization_config": {"load_in_4bit": True}}, ("4 bits", "load_in_4bit: true")),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
+            ("own.Own", "trust_remote_code: true"),
+        ),
+        ({"hidden_act": "nonesuch"}, ("config.json", "nonesuch")),
+    ],
+    ids=str,
+)
+def test_model_that_the_worker_could_not_load_is_rejected(
+    settings: dict[str, Any], facts: tuple[str, ...], rejected: Rejected, damaged_model: Path
+):
+    config = json.loads((damaged_model / "config.json").read_text())
+    (damaged_model / "config.json").write_text(json.dumps(config | settings))
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(message, *facts)
+
+
+def test_nan_in_the_base_model_is_rejected_with_file_and_tensor(rejected: Rejected, damaged_model: Path):
+    weights = damaged_model / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][5] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"{weights}: the tensor model.norm.weight contains NaN")
 
 
 def test_model_without_tokenizer_raises_an_error_with_the_expected_files(

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from configs.schema import FinetuneConfig, LoraConfig
 from tests.support.adapter_training import can_be_new, config_of
-from tests.support.adapters import KINDS
+from tests.support.adapters import KINDS, meta_model
 from training.models.adapter import AdapterParameters, new_adapter
 from training.models.files import AdapterFacts, read_model_facts
 from training.planning.checks import check_adapter, check_new_adapter, check_zero_3_adapter
@@ -22,7 +22,7 @@ def parameters_of(kind: str, models: dict[str, Path]) -> AdapterParameters:
     """Return the parameters of an adapter of a kind, also of one that only other trainers create."""
     name, lora = KINDS[kind]
     settings = LoraConfig(**{**lora, "init_lora_weights": True})
-    return new_adapter(models[name], name, settings, trust_remote_code=False)
+    return new_adapter(meta_model(models[name]), settings)
 
 
 def _check_new(kind: str, models: dict[str, Path], **settings: Any) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 
 from tests.support.tiny_model import make_model, make_tokenizer
+from training.models.architecture import MetaModel, build_on_meta_device
 from training.models.new_tokens import grow_vocabulary, rows_needed
 from training.models.torch_provider import prepare_token_rows
 
@@ -75,6 +76,11 @@ def make_models(directory: Path, tiny_model: Path) -> dict[str, Path]:
         "mixtral": make_model(directory / "mixtral", kind=MixtralConfig, num_local_experts=4),
         "gpt2": make_gpt2(directory / "gpt2"),
     }
+
+
+def meta_model(directory: Path) -> MetaModel:
+    """Return a model without weights, as the plan builds it."""
+    return build_on_meta_device(directory, str(directory), trust_remote_code=False)
 
 
 def large_adapter(model: Path, **lora: Any) -> Any:

@@ -14,8 +14,8 @@ import pytest
 import main
 from tests.support.jobs import PROJECT
 from tests.support.messages import assert_names
-from training.launch import cluster
-from training.launch.cluster import check_cluster_answers
+from training.launch.answering import check_cluster_answers
+from training.loop import ray_internals
 from training.planning import endpoints
 from training.planning.endpoints import ClusterError, ClusterTarget, check_address_answers, target_cluster
 from utils.command_line import main_line
@@ -215,9 +215,14 @@ def test_auto_without_a_cluster_raises_an_error(monkeypatch: pytest.MonkeyPatch)
     def find_none() -> str:
         raise ConnectionError
 
-    monkeypatch.setattr(cluster, "cluster_on_this_machine", find_none)  # other tests run clusters here
+    monkeypatch.setattr(ray_internals, "cluster_on_this_machine", find_none)  # other tests run clusters here
     with pytest.raises(ClusterError, match="RAY_ADDRESS: auto, but no Ray cluster"):
         check_cluster_answers(ClusterTarget("auto"))
+
+
+def test_a_local_run_is_checked_without_importing_ray():
+    check = "from training.launch.answering import *; check_cluster_answers(ClusterTarget(None)); import sys; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], cwd=PROJECT, check=True)
 
 
 def test_python_without_the_packages_raises_an_error_with_the_fix():

@@ -14,6 +14,7 @@ from runs.reading import best, read_config
 from training.checkpoints.store import describe_no_checkpoint, read_manifest, resolve_start
 from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
 from training.models.adapter import continued_adapter
+from training.models.architecture import build_on_meta_device
 from training.models.files import is_hub_id, is_model_file, is_tokenizer_file, read_adapter_facts
 from training.models.kernels import Device
 from training.models.tokenizer import load_tokenizer
@@ -171,9 +172,9 @@ def _base_of(
                 ) from error
         return adapter.base_model, adapter.base_revision
     base = named if is_hub_id(named) else absolute(named)
-    _, wrong = continued_adapter(
-        fetch_model(base, cache, is_tokenizer_file), base, adapter, trust_remote_code=config.trust_remote_code
-    )
+    directory = fetch_model(base, cache, is_tokenizer_file)
+    meta = build_on_meta_device(directory, base, trust_remote_code=config.trust_remote_code)
+    _, wrong = continued_adapter(meta, adapter)
     if wrong:
         raise ConfigError(f"--base: {base} does not fit the adapter {checkpoint}: {wrong[0]}")
     return base, None

@@ -164,6 +164,7 @@ def evaluate_command(
     run_uri(run)  # as for export
     from training.events import Phase
     from training.inference.checkpoint_model import trained_model
+    from training.launch.answering import check_cluster_answers
     from training.launch.display import Watch
     from training.planning.devices import choose_device
     from training.planning.endpoints import set_ray_environment, target_cluster
@@ -171,10 +172,7 @@ def evaluate_command(
     target = target_cluster()
     set_ray_environment(target)
     output, errors = open_consoles()
-    if not target.is_local:
-        from training.launch.cluster import check_cluster_answers
-
-        check_cluster_answers(target)
+    check_cluster_answers(target)
     with trained_model(run, data, base=base) as trained, _library_output_to_log(trained):
         config = trained.config
         overrides = {

@@ -16,20 +16,17 @@ import ray.exceptions
 from ray.util import placement_group_table
 
 from configs.schema import FinetuneConfig
+from training.launch.answering import cannot_connect
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
 from training.loop.ray_internals import (
     RAY_JOB_CONFIG_JSON_ENV_VAR,
-    ask_gcs,
     autoscaler_maximum,
-    cluster_on_this_machine,
     has_node_groups,
     lean_head_node,
     session_directory,
 )
-from training.models.files import first_line
 from training.models.kernels import Device
-from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget, check_address_answers
-from utils.console import library_output_in
+from training.planning.endpoints import ClusterError, ClusterTarget
 from utils.files import format_bytes
 from utils.processes import Stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
@@ -92,26 +89,6 @@ def workers_on(device: Device, config: FinetuneConfig, storage: str) -> Workers:
 def resources_of_device(device: Device) -> dict[str, float]:
     """Return the default Ray resources per worker."""
     return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-
-
-def check_cluster_answers(target: ClusterTarget) -> None:
-    """Check that a Ray cluster answers at RAY_ADDRESS and accepts this machine's token, without joining it."""
-    address = target.address
-    if address == "auto":
-        try:
-            address = cluster_on_this_machine()
-        except ConnectionError as error:
-            raise ClusterError(
-                "RAY_ADDRESS: auto, but no Ray cluster runs on this machine. Start one with `ray start --head`, write HOST:6379, or unset "
-                "RAY_ADDRESS to run without one."
-            ) from error
-    check_address_answers(ClusterTarget(address))
-    if address and "://" not in address:
-        try:
-            with library_output_in(Path(os.devnull)):  # the error contains what Ray prints
-                ask_gcs(address)
-        except ray.exceptions.RayError as error:
-            raise _cannot_connect(address, error) from error
 
 
 @dataclass
@@ -233,20 +210,7 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
     try:
         _connect(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        raise _cannot_connect(address, error) from error
-
-
-def _cannot_connect(address: str, error: Exception) -> ClusterError:
-    causes = f"{error} {error.__cause__}"
-    token = "AuthenticationError" in causes or isinstance(error, ray.exceptions.AuthenticationError)
-    return ClusterError(
-        f"RAY_ADDRESS: cannot connect to the cluster at {address} ({first_line(error)}). "
-        + (
-            TOKEN_ADVICE
-            if token
-            else "Check that the port is that of a Ray head (6379 by default), with the same versions of Ray and Python as this machine."
-        )
-    )
+        raise cannot_connect(address, error) from error
 
 
 def _runtime_environment(device: Device) -> dict[str, Any]:

@@ -3,20 +3,19 @@
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
-from training.models.architecture import is_embedding, is_expert, is_head, is_router, model_on_meta_device
+from training.models.architecture import MetaModel, Shape, is_embedding, is_expert, is_head, is_router
 from training.models.files import AdapterFacts, ModelError, first_line
-from training.models.new_tokens import rows_needed
+from training.models.new_tokens import grow_vocabulary, rows_needed
 from utils.processes import importing
 
 if TYPE_CHECKING:
     import torch
-
-Shape = tuple[int, ...]
 
 _PREFIX = "base_model.model."
 # Keys of adapter_config.json that do not change what the loaded adapter computes.
@@ -76,44 +75,36 @@ class AdapterParameters:
         return any(name.endswith(".bias") and ".lora_" not in name for name in self.trainable)
 
 
-def new_adapter(
-    directory: Path, source: str, lora: LoraConfig, *, trust_remote_code: bool
-) -> AdapterParameters:
+def new_adapter(base: MetaModel, lora: LoraConfig) -> AdapterParameters:
     """Return the parameters of a new adapter; raise ModelError if PEFT cannot add it to the model.
 
     Args:
-        directory: Local directory with the model's config; weights are not needed.
-        source: Name of the model in messages.
+        base: The base model.
         lora: The YAML's lora_config.
-        trust_remote_code: True if code in the model directory may be executed.
     """
     where = "lora_config"
     settings = lora.model_dump() | {"init_lora_weights": True}
-    parameters = _parameters(_adapted(directory, source, settings, where, trust_remote_code))
+    parameters = _parameters(_adapted(base, settings, where))
     if lora.init_lora_weights == "orthogonal" and parameters.target_parameters:
         raise ModelError(
-            f"{where}.init_lora_weights: orthogonal is not available for {parameters.target_parameters[0]} of {source}, which is a "
+            f"{where}.init_lora_weights: orthogonal is not available for {parameters.target_parameters[0]} of {base.source}, which is a "
             "parameter and not a layer. Write true or gaussian."
         )
     return parameters
 
 
-def continued_adapter(
-    directory: Path, source: str, adapter: AdapterFacts, *, trust_remote_code: bool
-) -> tuple[AdapterParameters, list[str]]:
+def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterParameters, list[str]]:
     """Return the parameters that PEFT builds from an adapter's own configuration, and the tensors of its file that differ.
 
     Args:
-        directory: Local directory with the model's config; weights are not needed.
-        source: Name of the model in messages.
+        base: The base model.
         adapter: The adapter's configuration and the shapes in its file.
-        trust_remote_code: True if code in the model directory may be executed.
     """
     where = f"adapter {adapter.source}: adapter_config.json"
     _check_settings(adapter, where)
     known = {name: value for name, value in adapter.lora.items() if name in LoraConfig.model_fields}
     settings = known | {"init_lora_weights": True, "task_type": "CAUSAL_LM"}
-    adapted = _adapted(directory, source, settings, where, trust_remote_code)
+    adapted = _adapted(base, settings, where)
     parameters = _parameters(adapted)
     if unmatched := _unmatched_patterns(adapted.peft_config["default"].alpha_pattern, parameters):
         raise ModelError(
@@ -230,16 +221,14 @@ def _check_settings(adapter: AdapterFacts, where: str) -> None:
         )
 
 
-def _adapted(
-    directory: Path, source: str, settings: dict[str, Any], where: str, trust_remote_code: bool
-) -> Any:
-    """Return the model with its adapter on the meta device. Initialization does not affect shapes."""
+def _adapted(base: MetaModel, settings: dict[str, Any], where: str) -> Any:
+    """Return a copy of the model with its adapter. Initialization does not affect shapes."""
     with importing():
         import peft
         import torch
 
-    rows = rows_needed(settings.get("trainable_token_indices"))
-    model = model_on_meta_device(directory, source, trust_remote_code, vocabulary=rows)
+    model: Any = deepcopy(base.model)  # PEFT changes it
+    grow_vocabulary(model, rows_needed(settings.get("trainable_token_indices")))
     try:
         with torch.device("meta"), warnings.catch_warnings():
             # PEFT warns of pattern keys that match parameters, and of names that `unmatched_keys` reports.
@@ -248,9 +237,9 @@ def _adapted(
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
         fix = " Write lora_dropout: 0." if "lora_dropout" in str(error) else ""
         raise ModelError(
-            f"{where}: PEFT cannot add this adapter to {source}: {first_line(error)}{fix}"
+            f"{where}: PEFT cannot add this adapter to {base.source}: {first_line(error)}{fix}"
         ) from error
-    _check_embeddings(adapted, source, where)
+    _check_embeddings(adapted, base.source, where)
     return adapted
 
 

@@ -1,18 +1,27 @@
 """Model architecture without weights: support in transformers, packing support, dimensions and parameter shapes."""
 
+import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training.models.files import ModelError, ModelFacts, first_line
+from training.models.files import ALL_WEIGHTS, ModelError, ModelFacts, first_line
 from utils.processes import importing
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shape = tuple[int, ...]
+
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-_MASKS_OF_THEIR_OWN = {"afmoe", "doge", "moshi", "opt"}  # they ignore position ids; found by testing
+_MASKS_WITHOUT_POSITIONS = {"afmoe", "doge", "gpt_oss", "moshi", "opt"}  # found by testing
+# Tensors that bitsandbytes stores beside a packed matrix, whose name theirs begin with.
+_PACKING = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|word_embeddings|embed_in|wte|wpe)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _EXPERT = re.compile(r"\.experts\.")
@@ -52,6 +61,20 @@ class ModelShape:
     experts_per_token: int
 
 
+@dataclass(frozen=True)
+class MetaModel:
+    """A base model on PyTorch's meta device: its modules and shapes before quantization, without weights."""
+
+    source: str
+    """Name of the model in messages."""
+    model: "PreTrainedModel"
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Return the name and shape of every parameter."""
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
+
 def is_embedding(parameter: str) -> bool:
     """Return whether the name is that of a token or position embedding."""
     return _EMBEDDING.search(parameter) is not None
@@ -88,6 +111,39 @@ def position(shape: ModelShape, parameter: str) -> tuple[int, int]:
     return (int(layer[1]), next(stages, MLP_INPUT))
 
 
+def check_custom_code(directory: Path, source: str, *, trust_remote_code: bool) -> None:
+    """Check that a model's own code is trusted if the model needs it, and that it is there if it is trusted.
+
+    Code is not downloaded with a model, so that what runs is what the user has reviewed. transformers downloads code that auto_map
+    names in another repository.
+
+    Args:
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        trust_remote_code: True if code in the model directory may be executed.
+    """
+    with importing():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    fields = json.loads((directory / "config.json").read_text("utf-8"))
+    named: dict[str, str] = fields.get("auto_map") or {}
+    kind = fields.get("model_type")
+    known = {"AutoConfig": CONFIG_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    for key in [key for key in known if key in named]:
+        if not trust_remote_code and kind not in known[key]:
+            raise ModelError(
+                f"model {source}: transformers does not know its type {kind}; auto_map in config.json names its own code, {named[key]}. "
+                "Review that code, then write trust_remote_code: true."
+            )
+        file = f"{named[key].rpartition('.')[0]}.py"
+        if trust_remote_code and "--" not in file and not (directory / file).exists():
+            raise ModelError(
+                f"model {source}: auto_map in config.json names {named[key]}, but {file} is missing, because code is not downloaded with a "
+                "model. Download the model yourself, review its code, and write the local directory as model_id."
+            )
+
+
 def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) -> None:
     """Check that the model is a causal language model with its own head; transformers would add a random head to others.
 
@@ -107,7 +163,8 @@ def check_is_causal(directory: Path, source: str, *, trust_remote_code: bool) ->
         looks_ahead = getattr(config, "is_decoder", None) is False
         is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         has_head = is_causal or not (looks_ahead or architecture.endswith(_OTHER_HEADS))
-    if config.is_encoder_decoder or not (has_head or _has_custom_code(config)):
+    has_head = has_head or (trust_remote_code and _has_custom_code(config))
+    if config.is_encoder_decoder or not has_head:
         raise ModelError(
             f"model {source}: not a causal language model, but {architecture or 'a model'} of type {config.model_type}. Use a "
             "model whose architecture is a …ForCausalLM class."
@@ -131,32 +188,31 @@ def check_packing(directory: Path, source: str, *, trust_remote_code: bool) -> N
         reason = "its code is not part of transformers, so it is unknown whether it separates packed rows"
     elif model_class._is_stateful or not layers <= _MASKED_LAYERS:
         reason = "its layers carry state from one packed row into the next"
-    elif config.model_type in _MASKS_OF_THEIR_OWN or getattr(config, "is_decoder", False):
-        reason = "it builds its own attention masks, so packed rows would attend to each other"
-    elif "position_ids" not in signature(model_class.forward).parameters or not (
-        model_class._supports_attention_backend and model_class._supports_sdpa
+    elif config.model_type in _MASKS_WITHOUT_POSITIONS or getattr(config, "is_decoder", False):
+        reason = (
+            "its attention masks are built without position ids, so packed rows would attend to each other"
+        )
+    elif (
+        "position_ids" not in signature(model_class.forward).parameters
+        or not model_class._supports_attention_backend
     ):
         reason = "its attention ignores position ids, so packed rows would attend to each other"
+    elif not model_class._supports_sdpa:
+        reason = "transformers has only eager attention for it, with which packed rows are not tested"
     else:
         return
     raise ModelError(f"packing: not supported by the model {source}: {reason}. Set packing: false.")
 
 
-def parameter_shapes(directory: Path, source: str, *, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every parameter before quantization."""
-    model = model_on_meta_device(directory, source, trust_remote_code)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def check_tensors(directory: Path, facts: ModelFacts, *, trust_remote_code: bool) -> list[str]:
+def check_tensors(base: MetaModel, facts: ModelFacts) -> list[str]:
     """Check that the weight files have every parameter in the shape that config.json requires.
 
-    The tensors are loaded without their values, so that transformers renames, combines and ties them as in training.
+    The tensors are loaded without their values, so that transformers renames, combines and ties them as in training. Not checked
+    are custom code that loads its weights in its own way, and quantized files with other names than the model's.
 
     Args:
-        directory: Local directory with the model's config; weights are not needed.
-        facts: The model, with the shapes of its weight files; it must not be quantized.
-        trust_remote_code: True if code in the model directory may be executed.
+        base: The model.
+        facts: The same model, with the tensors of its weight files; plain ones, or bitsandbytes' 4 bits.
 
     Returns:
         Names of the tensors that the model does not use, without those that transformers expects in some files.
@@ -171,16 +227,11 @@ def check_tensors(directory: Path, facts: ModelFacts, *, trust_remote_code: bool
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-    source = facts.source
-    if (
-        causal_model_class(
-            load_config(directory, source, trust_remote_code), trust_remote_code=trust_remote_code
-        )
-        is None
-    ):
-        return []  # custom code may load its weights in its own way
-    model = model_on_meta_device(directory, source, trust_remote_code)
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in facts.parameter_shapes.items()}
+    model = base.model
+    stored = _unpacked(facts, base.shapes) if facts.quantization else facts.parameter_shapes
+    if stored is None or _loads_in_its_own_way(type(model)):
+        return []
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
     settings = LoadStateDictConfig(
         weight_mapping=get_model_conversion_mapping(model),  # pyright: ignore[reportArgumentType]
         device_map={"": "meta"},
@@ -192,25 +243,71 @@ def check_tensors(directory: Path, facts: ModelFacts, *, trust_remote_code: bool
     model.tie_weights(missing_keys=loaded.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(loaded)
     faults = [
-        f"have {name} in the shape {list(stored)} instead of {list(required)}"
-        for name, stored, required in sorted(loaded.mismatched_keys)
+        f"{name} in the shape {list(required)}, but {facts.file_of(name)} has {list(found)}"
+        for name, found, required in sorted(loaded.mismatched_keys)
     ]
     combined = loaded.conversion_errors
-    faults += [f"lack a tensor of {name}, or have one in another shape" for name in sorted(combined)]
-    faults += [f"lack {name}" for name in missing_parameters(model, loaded.missing_keys - combined.keys())]
-    if faults:
-        more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ModelError(
-            f"model {source}: its *.safetensors {faults[0]}, which config.json requires{more}. Copy the complete model again, or "
-            "correct config.json."
-        )
+    faults += [
+        f"{name}, of which {facts.file_of(name)} lacks a tensor, or has one in another shape"
+        for name in sorted(combined)
+    ]
+    check_complete(
+        model, facts.source, loaded.missing_keys - combined.keys(), faults=faults, file_of=facts.file_of
+    )
     return sorted(loaded.unexpected_keys)
 
 
-def missing_parameters(model: Any, missing: Iterable[str]) -> list[str]:
-    """Return the names that are parameters. A buffer that older files lack gets its constant initial value."""
+def check_complete(
+    model: "PreTrainedModel",
+    source: str,
+    missing: Iterable[str],
+    *,
+    faults: Sequence[str] = (),
+    file_of: Callable[[str], str] = lambda _: ALL_WEIGHTS,
+) -> None:
+    """Check that no parameter is missing from the weight files. A buffer that older files lack gets its constant initial value.
+
+    Args:
+        model: The model.
+        source: Name of the model in messages.
+        missing: Names of parameters and buffers that transformers has not found in the files.
+        faults: Other parameters that the files do not have as required, each with the reason.
+        file_of: Returns the weight file that lacks a parameter, as messages name it.
+
+    Raises:
+        ModelError: A parameter is missing, or there are other faults.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return sorted(parameters.intersection(missing))
+    lacking = [
+        f"{name}, which is missing from {file_of(name)}" for name in sorted(parameters.intersection(missing))
+    ]
+    if wrong := [*faults, *lacking]:
+        more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ModelError(
+            f"model {source}: config.json requires {wrong[0]}{more}. Copy the complete model again, or correct config.json."
+        )
+
+
+def _loads_in_its_own_way(kind: type) -> bool:
+    """Return whether custom code has replaced the loading of transformers."""
+    return any(
+        "from_pretrained" in vars(each) and not each.__module__.startswith("transformers.")
+        for each in kind.__mro__
+    )
+
+
+def _unpacked(facts: ModelFacts, required: Mapping[str, Shape]) -> dict[str, Shape] | None:
+    """Return the shapes that bitsandbytes' 4-bit tensors have before quantization; None if they have other names than the model's."""
+    packed = {name for name in facts.tensors if f"{name}.absmax" in facts.tensors}
+    if not packed <= required.keys():
+        return None
+    return {
+        name: required[name]
+        if name in packed and (math.prod(required[name]) + 1) // 2 == tensor.size
+        else tensor.shape
+        for name, tensor in facts.tensors.items()
+        if not _PACKING.search(name)
+    }
 
 
 @contextmanager
@@ -226,10 +323,14 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def model_on_meta_device(
-    directory: Path, source: str, trust_remote_code: bool, *, vocabulary: int = 0
-) -> Any:
-    """Build the model on PyTorch's meta device, before quantization, with at least `vocabulary` rows in its embedding."""
+def build_on_meta_device(directory: Path, source: str, *, trust_remote_code: bool) -> MetaModel:
+    """Build a model without weights; raise ModelError if transformers or the model's own code cannot.
+
+    Args:
+        directory: Local directory with the model's config; weights are not needed.
+        source: Name of the model in messages.
+        trust_remote_code: True if code in the model directory may be executed.
+    """
     import torch
 
     with importing():
@@ -238,10 +339,15 @@ def model_on_meta_device(
     config = load_config(directory, source, trust_remote_code)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    text = config.get_text_config()
-    text.vocab_size = max(text.vocab_size, vocabulary)
-    with importing(), torch.device("meta"):  # this imports the model's module
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with importing(), torch.device("meta"):  # this imports the model's module
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each architecture fails in its own way, and so does custom code
+        raise ModelError(
+            f"model {source}: the model that its config.json describes cannot be built ({first_line(error)}). Copy config.json again from "
+            "the original model, or use a model that the installed transformers supports."
+        ) from error
+    return MetaModel(source, model)
 
 
 def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> ModelShape | None:

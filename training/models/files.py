@@ -4,10 +4,11 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,8 @@ _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
+ALL_WEIGHTS = "its *.safetensors"
+"""The weight files of a model in messages that cannot name one."""
 _SINGLE = "model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COMPLETE_TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json"})
@@ -40,10 +43,34 @@ _BITS_OF_DTYPE = (
     | {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 )
 """The safetensors format's dtypes."""
+_EXPONENTS = {
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F32": ("<u4", 0x7F80_0000),
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+}
+"""Dtype -> the integer of the same size, and the bits of the exponent, which are all 1 in NaN and infinity alone."""
+_BYTES_OF_DIRECTORY = 256 * 1024 * 1024
+_BYTES_OF_FILE_IN_BUCKET = 1024 * 1024
 
 
 class ModelError(AnnealError):
     """A fault in a model or adapter; the message names the source, the fault and the fix."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, as the file's header describes it."""
+
+    file: str
+    """Name of the file."""
+    dtype: str
+    """A key of `_BITS_OF_DTYPE`."""
+    shape: tuple[int, ...]
+    size: int
+    """Number of bytes."""
+    start: int | None
+    """Position of its first byte in the file; None for models on the Hub, whose weights are not read."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +86,10 @@ class ModelFacts:
     max_context: int | None
     """Longest supported sequence in tokens (`max_position_embeddings`)."""
     quantization: str | None
+    """Method by which the weights are quantized, as transformers names it; None for plain weights."""
     tie_word_embeddings: bool
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Name -> tensor of its weight files."""
 
     @property
     def parameters(self) -> int:
@@ -74,6 +104,13 @@ class ModelFacts:
             for name, shape in self.parameter_shapes.items()
             if len(shape) == 2 and name.endswith(".weight")
         }
+
+    def file_of(self, parameter: str) -> str:
+        """Return the weight file that has a parameter, or that lacks it if there is only one; else a pattern of all."""
+        if parameter in self.tensors:
+            return self.tensors[parameter].file
+        files = {tensor.file for tensor in self.tensors.values()}
+        return files.pop() if len(files) == 1 else ALL_WEIGHTS
 
 
 def is_model_file(key: str) -> bool:
@@ -156,27 +193,98 @@ def read_model_facts(source: str) -> ModelFacts:
                 f"model {source}: has both {_SINGLE} and {_INDEX}, and transformers would load the former. Delete the stale one."
             )
         weights = sorted(shards)
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in weights:
-        shapes.update(_read_shapes(store, name, names[name]))
-    return _facts(source, config, shapes, sum(names[name] for name in weights))
+        tensors.update(_read_header(store, name, names[name]))
+    return _facts(source, config, tensors, sum(names[name] for name in weights))
 
 
 def _facts(
-    source: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], weight_bytes: int
+    source: str, config: dict[str, Any], tensors: dict[str, StoredTensor], weight_bytes: int
 ) -> ModelFacts:
     text_config = config.get("text_config", config)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    quantization = config.get("quantization_config") or {}
     return ModelFacts(
         source=source,
         architecture=architectures[0],
-        parameter_shapes=shapes,
+        parameter_shapes={name: tensor.shape for name, tensor in tensors.items()},
         weight_bytes=weight_bytes,
         max_context=text_config.get("max_position_embeddings"),
-        quantization=quantization.get("quant_method"),
+        quantization=_quantization(
+            config.get("quantization_config") or text_config.get("quantization_config")
+        ),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tensors=tensors,
     )
+
+
+def _quantization(settings: dict[str, Any] | None) -> str | None:
+    """Return the quantization method of a config's quantization_config; bitsandbytes is that with 4 bits."""
+    if not settings:
+        return None
+    if settings.get("load_in_4bit"):
+        return "bitsandbytes"
+    if settings.get("load_in_8bit"):
+        return "bitsandbytes (8 bits)"
+    return settings.get("quant_method") or "a method that it does not name"
+
+
+def check_finite_weights(facts: ModelFacts, unused: Collection[str]) -> None:
+    """Check weights of a model for NaN and infinite values, without reading all of a large one.
+
+    - In a directory: the beginning of every tensor, 256 MiB in total, which is all of a small model.
+    - In a bucket: the first MiB of the weights in each file, with one request.
+    - On the Hub: none.
+
+    A run notices other values by the loss of its first step.
+
+    Args:
+        facts: The model.
+        unused: Names of the tensors that the model does not load.
+    """
+    store = open_store(facts.source)
+    checked = {
+        name: tensor
+        for name, tensor in facts.tensors.items()
+        if tensor.dtype in _EXPONENTS and tensor.size and name not in unused
+    }
+    beginnings = _beginnings_of_files if is_remote(facts.source) else _beginnings_of_tensors
+    for name, content in beginnings(store, checked):
+        if not _is_finite(content, checked[name].dtype):
+            raise ModelError(
+                f"{join_uri(store.uri, checked[name].file)}: the tensor {name} contains NaN or infinite values. Copy the file again, or "
+                "use an earlier checkpoint of the run that trained it."
+            )
+
+
+def _beginnings_of_tensors(store: Store, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the first bytes of each tensor."""
+    share = _BYTES_OF_DIRECTORY // max(len(tensors), 1)
+    for name, tensor in tensors.items():
+        if tensor.start is not None:
+            yield name, store.read_range(tensor.file, tensor.start, min(tensor.size, share))
+
+
+def _beginnings_of_files(store: Store, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the bytes of each tensor at the beginning of its file."""
+    places = sorted(
+        (tensor.file, tensor.start, name) for name, tensor in tensors.items() if tensor.start is not None
+    )
+    for file, group in groupby(places, key=lambda place: place[0]):
+        starts = {name: start for _, start, name in group}
+        first = min(starts.values())
+        content = store.read_range(file, first, _BYTES_OF_FILE_IN_BUCKET)
+        for name, start in starts.items():
+            yield name, content[start - first : start - first + tensors[name].size]
+
+
+def _is_finite(content: bytes, dtype: str) -> bool:
+    """Return whether floating-point numbers are finite; a last one that is not complete is not looked at."""
+    import numpy
+
+    kind, exponent = _EXPONENTS[dtype]
+    bits = numpy.frombuffer(content, kind, count=len(content) // numpy.dtype(kind).itemsize)
+    return not bool(((bits & exponent) == exponent).any())
 
 
 def read_hub_facts(model_id: str) -> ModelFacts:
@@ -186,17 +294,18 @@ def read_hub_facts(model_id: str) -> ModelFacts:
     with _hub_errors(model_id):
         config = json.loads(Path(huggingface_hub.hf_hub_download(model_id, "config.json")).read_text("utf-8"))
         metadata = huggingface_hub.get_safetensors_metadata(model_id)
-    shapes = {
-        name: tuple(tensor.shape)
-        for file in metadata.files_metadata.values()
-        for name, tensor in file.tensors.items()
+    tensors = {
+        name: StoredTensor(
+            file=file,
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            size=tensor.data_offsets[1] - tensor.data_offsets[0],
+            start=None,
+        )
+        for file, content in metadata.files_metadata.items()
+        for name, tensor in content.tensors.items()
     }
-    weight_bytes = sum(
-        math.prod(tensor.shape) * _BITS_OF_DTYPE.get(tensor.dtype, 8) // 8
-        for file in metadata.files_metadata.values()
-        for tensor in file.tensors.values()
-    )
-    return _facts(model_id, config, shapes, weight_bytes)
+    return _facts(model_id, config, tensors, sum(tensor.size for tensor in tensors.values()))
 
 
 def fetch_hub_model(model_id: str, wanted: Callable[[str], bool], revision: str | None = None) -> Path:
@@ -301,12 +410,12 @@ def read_adapter_facts(source: str) -> AdapterFacts:
             f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
     _check_values(config, f"adapter {source}: adapter_config.json")
-    shapes = _read_shapes(store, ADAPTER_FILE, names[ADAPTER_FILE])
+    tensors = _read_header(store, ADAPTER_FILE, names[ADAPTER_FILE])
     return AdapterFacts(
         source=source,
         base_model=config.get("base_model_name_or_path") or "",
         lora=config,
-        parameter_shapes=shapes,
+        parameter_shapes={name: tensor.shape for name, tensor in tensors.items()},
         tokenizer_files=frozenset(names.keys() & _TOKENIZER_FILES),
     )
 
@@ -420,7 +529,7 @@ def _rank(lora: LoraConfig, module: str) -> int:
     return next(ranks, lora.r)
 
 
-def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...]]:
+def _read_header(store: Store, name: str, size: int) -> dict[str, StoredTensor]:
     where = join_uri(store.uri, name)
     if size < 8:
         raise ModelError(f"{where}: {size} bytes is too short for a safetensors file. Upload it again.")
@@ -431,9 +540,8 @@ def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...
         )
     try:
         header = json.loads(store.read_range(name, 8, length))
-        tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-        end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-        shapes = {key: tuple(value["shape"]) for key, value in tensors.items()}
+        described = {key: value for key, value in header.items() if key != "__metadata__"}
+        end = max((value["data_offsets"][1] for value in described.values()), default=0)
         _check_header(header)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
@@ -443,7 +551,16 @@ def _read_shapes(store: Store, name: str, size: int) -> dict[str, tuple[int, ...
         raise ModelError(
             f"{where}: has {size} bytes, but its header requires {8 + length + end}; the file is truncated or corrupt. Upload it again."
         )
-    return shapes
+    return {
+        key: StoredTensor(
+            file=name,
+            dtype=value["dtype"],
+            shape=tuple(value["shape"]),
+            size=value["data_offsets"][1] - value["data_offsets"][0],
+            start=8 + length + value["data_offsets"][0],
+        )
+        for key, value in described.items()
+    }
 
 
 def _check_header(header: dict[str, Any]) -> None:

@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig, LoraConfig
-from training.models.architecture import is_embedding, is_head, model_on_meta_device
+from training.models.architecture import MetaModel, is_embedding, is_head
 from training.models.files import ModelFacts
 
 if TYPE_CHECKING:
@@ -71,23 +70,21 @@ def add_tokens(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", sou
     return NewTokens(tuple(ids), tuple(parts))
 
 
-def trained_ends(new: NewTokens, directory: Path, source: str, *, trust_remote_code: bool) -> NewTokens:
+def trained_ends(new: NewTokens, base: MetaModel) -> NewTokens:
     """Return the tokens with the modules whose rows an adapter trains.
 
     Args:
         new: The tokens.
-        directory: Local directory with the model's config; weights are not needed.
-        source: Name of the model in messages.
-        trust_remote_code: True if code in the model directory may be executed.
+        base: The base model.
 
     Raises:
         ConfigError: The LM head has a bias, which PEFT leaves out where it trains rows of the head.
     """
-    model = model_on_meta_device(directory, source, trust_remote_code)
+    model: Any = base.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(
-            f"new_tokens: the LM head of {source} has a bias, which PEFT leaves out where it trains the rows of tokens. Remove lora_config "
+            f"new_tokens: the LM head of {base.source} has a bias, which PEFT leaves out where it trains the rows of tokens. Remove lora_config "
             "to train all parameters, or choose another model."
         )
     is_tied = (

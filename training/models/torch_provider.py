@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, s
 
 from configs.schema import LoraConfig
 from training.models import sequence_parallel, varlen_attention
-from training.models.architecture import missing_parameters
+from training.models.architecture import check_complete
 from training.models.attention import Implementation, plain_attention
-from training.models.files import ModelError
 from training.models.generation import remove_ignored
 from training.models.kernels import Device
 from training.models.new_tokens import grow_vocabulary, rows_needed, start_rows, with_token_rows
@@ -102,13 +101,9 @@ def load_weights(
         **arguments,
     )
     model, loaded = found
-    if missing := missing_parameters(model, loaded["missing_keys"]):
-        # transformers has initialized them at random.
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(
-            f"{directory}: its *.safetensors lack {missing[0]}{more}, which config.json requires. Copy the complete model again, or "
-            "correct config.json."
-        )
+    check_complete(
+        model, str(directory), loaded["missing_keys"]
+    )  # transformers has initialized them at random
     if model.generation_config is not None:
         remove_ignored(model.generation_config)
     if load_in_4bit and device == "cpu":

@@ -212,8 +212,8 @@ def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
         return
     if facts.quantization != "bitsandbytes":
         raise ModelError(
-            f"model {facts.source}: its weights are quantized with {facts.quantization}, which cannot be trained. Name the original model, "
-            "or a bitsandbytes 4-bit copy."
+            f"model {facts.source}: quantization_config in config.json says that its weights are quantized with {facts.quantization}, "
+            "which is not supported. Name a 16-bit copy of the model, or a bitsandbytes copy with 4 bits."
         )
     if not config.load_in_4bit:
         raise ModelError(

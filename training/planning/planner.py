@@ -30,14 +30,16 @@ from training.models.adapter import (
     new_adapter,
 )
 from training.models.architecture import (
+    MetaModel,
     ModelShape,
+    build_on_meta_device,
+    check_custom_code,
     check_is_causal,
     check_packing,
     check_tensors,
     is_embedding,
     is_head,
     model_shape,
-    parameter_shapes,
 )
 from training.models.attention import (
     Attention,
@@ -51,6 +53,7 @@ from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
     ModelFacts,
+    check_finite_weights,
     count_lora_parameters,
     hub_revision,
     is_fully_trained,
@@ -180,6 +183,8 @@ class Model:
     """URI of the weights that the run continues; None for a plain model."""
     facts: ModelFacts
     adapter_facts: AdapterFacts | None
+    meta: MetaModel
+    """The base model without weights, which is built once."""
     shape: ModelShape | None
     """Dimensions; None for unsupported architectures."""
     traits: AttentionTraits
@@ -401,6 +406,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
     facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
+    check_quantization(config, facts)
     if runs_here(config, settings.device, settings.target):
         check_disk(base, facts, storage.scratch)
     adapter_facts = read_adapter_facts(adapter) if adapter else None
@@ -408,6 +414,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     trained_on = adapter_facts.base_revision if adapter_facts and adapter_facts.base_model == base else None
     directory = fetch_model(base, storage.cache, is_tokenizer_file, trained_on)
     trust = config.trust_remote_code
+    check_custom_code(directory, base, trust_remote_code=trust)
     check_is_causal(directory, base, trust_remote_code=trust)
     shape = model_shape(directory, base, trust_remote_code=trust)
     traits = read_traits(directory, base, trust_remote_code=trust)
@@ -415,12 +422,12 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_sequence_parallel(config, traits, shape, base)
     if config.packing:
         check_packing(directory, base, trust_remote_code=trust)
-    unused = [] if facts.quantization else check_tensors(directory, facts, trust_remote_code=trust)
+    meta = build_on_meta_device(directory, base, trust_remote_code=trust)
+    unused = check_tensors(meta, facts)
+    check_finite_weights(facts, unused)
     if adapter_facts or facts.quantization or unused or _matches_no_module(config, facts):
         # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
-        shapes = parameter_shapes(directory, base, trust_remote_code=trust)
-        facts = replace(facts, parameter_shapes=shapes)
-    check_quantization(config, facts)
+        facts = replace(facts, parameter_shapes=meta.shapes)
     ignored = (
         check_savable(directory, base, trust_remote_code=trust)
         if config.final_export or not config.trains_adapter
@@ -450,13 +457,14 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         shape = shape and replace(shape, vocabulary=max(shape.vocabulary, new.rows))
         if config.trains_adapter:
             check_token_rows(config, settings.execution.zero_stage)
-            new = trained_ends(new, directory, base, trust_remote_code=trust)
+            new = trained_ends(new, meta)
     return Model(
         base=base,
         adapter=adapter,
         parent=parent,
         facts=facts,
         adapter_facts=adapter_facts,
+        meta=meta,
         shape=shape,
         traits=traits,
         attention=attention,
@@ -486,7 +494,7 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
     elif config.lora_config:
         check_targets(config.lora_config, model.facts)
         if _only_peft_can_count(config.lora_config, model):
-            parameters = _new_adapter(config, model)
+            parameters = new_adapter(model.meta, config.lora_config)
             check_new_adapter(config, parameters, model.facts)
     if parameters and settings.execution.zero_stage == 3:
         check_zero_3_adapter(parameters)
@@ -510,13 +518,11 @@ def _continued_adapter(
     config: FinetuneConfig, storage: Storage, model: Model, facts: AdapterFacts
 ) -> AdapterParameters:
     """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
-    parameters, wrong = continued_adapter(
-        model.directory, model.base, facts, trust_remote_code=config.trust_remote_code
-    )
+    parameters, wrong = continued_adapter(model.meta, facts)
     check_adapter(config, facts, parameters, wrong, model.facts)
     if config.lora_config:
         given = "target_modules" in config.lora_config.model_fields_set
-        asked = _new_adapter(config, model).targets if given else parameters.targets
+        asked = new_adapter(model.meta, config.lora_config).targets if given else parameters.targets
         check_same_adapter(facts, config.lora_config, parameters.targets, asked)
     directory = fetch_model(facts.source, storage.cache, is_model_file)
     check_finite(directory / ADAPTER_FILE, f"adapter {facts.source}/{ADAPTER_FILE}")
@@ -533,16 +539,6 @@ def _stored_adapter(
     if parameters is None:
         return lora, ()
     return {**lora, "target_parameters": parameters.target_parameters}, parameters.stored
-
-
-def _new_adapter(config: FinetuneConfig, model: Model) -> AdapterParameters:
-    assert config.lora_config is not None
-    return new_adapter(
-        model.directory,
-        model.base,
-        config.lora_config,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from configs.loading import ConfigError
 from configs.schema import ExportConfig
 from runs.layout import Export
+from tests.support.adapters import meta_model
 from tests.support.hub import TOKEN, Hub, running_hub
 from tests.support.messages import assert_names
 from tests.support.trained_runs import store_adapter_run, store_full_run
@@ -78,7 +79,7 @@ def test_adapter_is_read_from_the_hub(hub: Hub, tiny_model: Path, tmp_path: Path
     pushed(run, ExportConfig(merge=False, verify=False))
     adapter = read_adapter_facts(REPOSITORY)
     assert (adapter.source, adapter.has_tokenizer) == (REPOSITORY, True)
-    _, wrong = continued_adapter(tiny_model, "tiny", adapter, trust_remote_code=False)
+    _, wrong = continued_adapter(meta_model(tiny_model), adapter)
     assert wrong == []
     directory = fetch_model(REPOSITORY, tmp_path / "cache", is_model_file)
     checkpoint = Path(run) / "checkpoints" / "step-000010"

@@ -203,8 +203,10 @@ def test_batch_without_loss_tokens_has_zero_loss(tiny_model: Path):
         ({"model_type": "lfm2", "full_attn_idxs": [2, 5]}, "layers"),
         ({"model_type": "bloom"}, "position ids"),
         ({"model_type": "mpt"}, "position ids"),
-        ({"model_type": "opt"}, "masks"),
-        ({"model_type": "roberta", "is_decoder": True}, "masks"),
+        ({"model_type": "opt"}, "masks are built without position ids"),
+        ({"model_type": "gpt_oss"}, "masks are built without position ids"),
+        ({"model_type": "roberta", "is_decoder": True}, "masks are built without position ids"),
+        ({"model_type": "granite_swa"}, "only eager attention"),
     ],
 )
 def test_packing_raises_an_error_for_models_that_would_mix_rows(
@@ -213,6 +215,25 @@ def test_packing_raises_an_error_for_models_that_would_mix_rows(
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=rf"packing: .*\bmixing\b.*{reason}.*packing: false"):
         check_packing(tmp_path, "mixing", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("opt", "sdpa"), ("gpt_oss", "eager")])
+@torch.no_grad()
+def test_packed_rows_of_models_with_masks_without_position_ids_attend_to_each_other(
+    kind: str, attention: str, rows: list[dict[str, Any]]
+):
+    """If this fails for a model, transformers separates its packed rows, and the plan need not reject it."""
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "gpt_oss" else {}
+    other = {"ffn_dim": 64, "word_embed_proj_dim": 32} if kind == "opt" else {}
+    config = AutoConfig.for_model(kind, **SMALL | experts | other)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
+    collate = without_mask(DataCollatorForLanguageModeling(PAD, return_position_ids=True))
+    packed, _ = token_losses(model, collate([TokenSequences(rows, PAD, [[0, 1]])[0]]))
+    alone = [
+        token_losses(model, {name: torch.tensor([ids]) for name, ids in row.items()})[0] for row in rows[:2]
+    ]
+    assert (packed - torch.cat(alone)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral"])

@@ -20,6 +20,7 @@ from tests.support.adapters import (
     large_adapter,
     logits_of,
     make_models,
+    meta_model,
     write_adapter,
 )
 from training.models.adapter import (
@@ -29,7 +30,6 @@ from training.models.adapter import (
     new_adapter,
     unmatched_keys,
 )
-from training.models.architecture import parameter_shapes
 from training.models.files import ModelError, read_adapter_facts
 from training.models.torch_provider import attach_adapter
 
@@ -55,7 +55,7 @@ def adapter(plain: Path, tmp_path: Path) -> Path:
 
 def differences(model: Path, adapter: Path) -> list[str]:
     facts = read_adapter_facts(str(adapter))
-    return continued_adapter(model, str(model), facts, trust_remote_code=False)[1]
+    return continued_adapter(meta_model(model), facts)[1]
 
 
 # --- Adapters of PEFT are accepted, and their parameters counted ----------------------------------------------------
@@ -71,7 +71,7 @@ def test_adapter_of_peft_is_accepted_and_loads_as_the_same_model(
     adapted = large_adapter(model, **lora)
     adapted.save_pretrained(tmp_path)
     facts = read_adapter_facts(str(tmp_path))
-    parameters, wrong = continued_adapter(model, name, facts, trust_remote_code=False)
+    parameters, wrong = continued_adapter(meta_model(model), facts)
     assert wrong == []
     trainable = {
         name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad
@@ -254,7 +254,7 @@ def test_name_that_matches_nothing_is_reported(
     models: dict[str, Path], name: str, lora: dict[str, Any], place: str
 ):
     settings = LoraConfig(**lora)
-    parameters = new_adapter(models[name], name, settings, trust_remote_code=False)
+    parameters = new_adapter(meta_model(models[name]), settings)
     (error,) = unmatched_keys(settings, parameters)
     assert error.startswith(f"lora_config.{place} matches no ")
 
@@ -288,7 +288,7 @@ def test_adapter_that_the_worker_could_not_build_is_rejected(
             architectures=["OPTForCausalLM"],
         ).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=rf"^lora_config.*{named}"):
-        new_adapter(directory, name, LoraConfig(**lora), trust_remote_code=False)
+        new_adapter(meta_model(directory), LoraConfig(**lora))
 
 
 @pytest.mark.parametrize(
@@ -313,9 +313,8 @@ def test_adapter_that_the_worker_could_not_build_is_rejected(
 def test_adapter_of_a_mixture_is_described(
     models: dict[str, Path], name: str, lora: dict[str, Any], described: str | None
 ):
-    parameters = new_adapter(models[name], name, LoraConfig(**lora), trust_remote_code=False)
-    names = parameter_shapes(models[name], name, trust_remote_code=False)
-    found = describe_mixture(parameters, names)
+    parameters = new_adapter(meta_model(models[name]), LoraConfig(**lora))
+    found = describe_mixture(parameters, meta_model(models[name]).shapes)
     assert found == (described and f"changes {described}")
 
 
@@ -326,5 +325,5 @@ def test_names_that_match_are_not_reported(models: dict[str, Path]):
         target_modules=["q_proj"],
         target_parameters=["mlp.experts.gate_up_proj"],
     )
-    parameters = new_adapter(models["mixtral"], "mixtral", settings, trust_remote_code=False)
+    parameters = new_adapter(meta_model(models["mixtral"]), settings)
     assert list(unmatched_keys(settings, parameters)) == []

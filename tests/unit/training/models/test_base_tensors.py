@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 
-from tests.support.adapters import make_gpt2
+from tests.support.adapters import make_gpt2, meta_model
 from tests.support.tiny_model import make_model
 from training.models.architecture import check_tensors
 from training.models.files import ModelError, read_model_facts
@@ -43,7 +43,7 @@ def changed(model: Path, copy: Path, change: Callable[[Tensors], Tensors], **set
 
 
 def unused(model: Path) -> list[str]:
-    return check_tensors(model, read_model_facts(str(model)), trust_remote_code=False)
+    return check_tensors(meta_model(model), read_model_facts(str(model)))
 
 
 def unchanged(tensors: Tensors) -> Tensors:
@@ -88,14 +88,24 @@ def test_models_that_transformers_loads_completely_are_accepted(
 @pytest.mark.parametrize(
     ("kind", "change", "settings", "pattern"),
     [
-        ("llama", without(UP), {}, rf"lack {re.escape(UP)},"),
-        ("llama", without("lm_head"), {}, r"lack lm_head\.weight,"),
-        ("llama", unchanged, {"num_hidden_layers": 3}, r"lack model\.layers\.2\..*8 more"),
-        ("llama", shortened(re.escape(UP)), {}, rf"{re.escape(UP)} in the shape \[100, 64\].* \[128, 64\]"),
-        ("llama", unchanged, {"vocab_size": 600}, r"\[512, 64\] instead of \[600, 64\].*1 more"),
-        ("mixtral", without(r"layers\.1\..*experts"), {}, r"lack model\.layers\.1\.mlp\.experts\."),
-        ("mixtral", without(r"layers\.1\..*experts\.3\."), {}, r"layers\.1\..*\[3, .*\[4, "),
-        ("mixtral", without(r"layers\.1\..*experts\.3\.w1"), {}, r"lack a tensor of model\.layers\.1\."),
+        ("llama", without(UP), {}, rf"{re.escape(UP)}, which is missing from FILE"),
+        ("llama", without("lm_head"), {}, r"lm_head\.weight, which is missing from FILE\."),
+        ("llama", unchanged, {"num_hidden_layers": 3}, r"model\.layers\.2\..* FILE \(8 more\)"),
+        (
+            "llama",
+            shortened(re.escape(UP)),
+            {},
+            rf"{re.escape(UP)} in .*\[128, 64\], but FILE has \[100, 64\]",
+        ),
+        ("llama", unchanged, {"vocab_size": 600}, r"\[600, 64\], but FILE has \[512, 64\] \(1 more\)"),
+        (
+            "mixtral",
+            without(r"layers\.1\..*experts"),
+            {},
+            r"model\.layers\.1\.mlp\.experts\..* missing from FILE",
+        ),
+        ("mixtral", without(r"layers\.1\..*experts\.3\."), {}, r"layers\.1\..*\[4, .*FILE has \[3, "),
+        ("mixtral", without(r"layers\.1\..*experts\.3\.w1"), {}, r"model\.layers\.1\..* FILE lacks a tensor"),
     ],
 )
 def test_incomplete_models_raise_an_error_with_the_tensor_in_the_plan_and_on_loading(
@@ -107,11 +117,49 @@ def test_incomplete_models_raise_an_error_with_the_tensor_in_the_plan_and_on_loa
     tmp_path: Path,
 ):
     model = changed(models[kind], tmp_path / "model", change, **settings)
-    with pytest.raises(ModelError, match=rf"{tmp_path}/model: its \*\.safetensors .*{pattern}.*config\.json"):
+    named = pattern.replace("FILE", r"model\.safetensors")
+    with pytest.raises(ModelError, match=rf"{tmp_path}/model: config\.json requires .*{named}.*config\.json"):
         unused(model)
     # transformers itself rejects other shapes.
-    with pytest.raises((ModelError, RuntimeError), match=r"lack|ignore_mismatched_sizes|conversion"):
+    with pytest.raises((ModelError, RuntimeError), match=r"missing|ignore_mismatched_sizes|conversion"):
         load_weights(model, dtype="bf16")
+
+
+def test_shard_with_another_shape_is_named(models: dict[str, Path], tmp_path: Path):
+    model = shutil.copytree(models["llama"], tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(models["llama"]).save_pretrained(model, max_shard_size="200KB")
+    shard = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][UP]
+    save_file(shortened(re.escape(UP))(load_file(shard)), shard, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{re.escape(UP)} in .*, but {shard.name} has \[100, 64\]"):
+        unused(model)
+    save_file(without(re.escape(UP))(load_file(shard)), shard, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{re.escape(UP)}, which is missing from its \*\.safetensors"):
+        unused(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (unchanged, None),
+        (without(re.escape(UP)), rf"{re.escape(UP)}, which is missing"),
+        (without("input_layernorm"), r"input_layernorm\.weight, which is missing"),
+        (shortened(rf"{re.escape(UP)}$"), rf"{re.escape(UP)} in .*\[128, 64\], but .* has \[100, 1\]"),
+    ],
+)
+def test_4_bit_models_are_compared_with_config_json(
+    change: Callable[[Tensors], Tensors], pattern: str | None, models: dict[str, Path], tmp_path: Path
+):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(models["llama"], quantization_config=quantization)
+    directory = shutil.copytree(models["llama"], tmp_path / "4bit")
+    loaded.save_pretrained(directory)
+    model = changed(directory, tmp_path / "model", change)
+    if pattern is None:
+        assert unused(model) == []
+        return
+    with pytest.raises(ModelError, match=pattern):
+        unused(model)
 
 
 def test_tensors_that_the_model_does_not_use_are_returned(models: dict[str, Path], tmp_path: Path):

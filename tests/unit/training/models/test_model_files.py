@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from configs.schema import LoraConfig
 from tests.support.adapters import change_config
+from training.models import files
 from training.models.files import (
     ModelError,
+    ModelFacts,
+    check_finite_weights,
     count_lora_parameters,
     is_hub_id,
     is_model_file,
@@ -27,7 +30,11 @@ from training.models.files import (
     without_strays,
 )
 from training.models.torch_provider import peft_config
+from utils.storage.bucket import open_store, upload_directory
+from utils.storage.s3 import S3Store
 
+HEAD = "lm_head.weight"  # the first tensor of the file
+NORM = "model.norm.weight"  # the last one
 DTYPES = [
     torch.float64,
     torch.bfloat16,
@@ -178,6 +185,89 @@ def test_a_damaged_model_raises_an_error_that_names_the_file(
     damage(model)
     with pytest.raises(ModelError, match=pattern):
         read_model_facts(str(model))
+
+
+def with_value(model: Path, name: str, place: int, value: float, dtype: torch.dtype = torch.float32) -> str:
+    """Write a value into a tensor of a model whose weights have this dtype; return the URI of the model."""
+    tensors = {key: each.to(dtype) for key, each in load_file(model / "model.safetensors").items()}
+    tensors[name].view(-1)[place] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return str(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_and_infinite_weights_raise_an_error_with_file_and_tensor(model: Path, dtype: torch.dtype):
+    check_finite_weights(read_model_facts(with_value(model, HEAD, -1, torch.finfo(dtype).max, dtype)), [])
+    for value in (float("nan"), float("inf"), float("-inf")):
+        facts = read_model_facts(with_value(model, HEAD, -1, value, dtype))
+        with pytest.raises(ModelError, match=rf"^{model}/model\.safetensors: the tensor {HEAD} .*NaN"):
+            check_finite_weights(facts, [])
+        check_finite_weights(facts, [HEAD])
+
+
+def test_of_a_large_directory_the_beginning_of_every_tensor_is_checked(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(files, "_BYTES_OF_DIRECTORY", 21 * 64)  # 64 bytes for each of 21 tensors
+    assert len(read_model_facts(str(model)).tensors) == 21
+    check_finite_weights(read_model_facts(with_value(model, HEAD, 16, float("nan"))), [])
+    for name in (NORM, HEAD):
+        with pytest.raises(ModelError, match=name):
+            check_finite_weights(read_model_facts(with_value(model, name, 15, float("nan"))), [])
+        with_value(model, name, 15, 1.0)
+
+
+def test_of_a_bucket_the_beginning_of_every_file_is_checked_with_one_request(
+    model: Path, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    read_range, requests = S3Store.read_range, []
+
+    def counted(store: S3Store, *arguments: Any) -> bytes:
+        requests.append(arguments)
+        return read_range(store, *arguments)
+
+    def facts_with(name: str) -> ModelFacts:
+        with_value(model, name, 0, float("nan"))
+        upload_directory(model, open_store(bucket_uri), "", ["model.safetensors"])
+        with_value(model, name, 0, 1.0)
+        return read_model_facts(bucket_uri)
+
+    upload_directory(model, open_store(bucket_uri), "", [path.name for path in model.iterdir()])
+    monkeypatch.setattr(S3Store, "read_range", counted)
+    with pytest.raises(ModelError, match=rf"^{bucket_uri}/model\.safetensors: the tensor {NORM} "):
+        check_finite_weights(facts_with(NORM), [])
+    monkeypatch.setattr(files, "_BYTES_OF_FILE_IN_BUCKET", 1000)
+    far = facts_with(NORM)
+    requests.clear()
+    check_finite_weights(far, [])
+    assert len(requests) == 1
+    with pytest.raises(ModelError, match=rf"the tensor {HEAD} "):
+        check_finite_weights(facts_with(HEAD), [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        (None, None),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes (8 bits)"),
+        ({"bits": 4}, "a method that it does not name"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["", "of the text model"])
+def test_quantization_is_read_from_config_json(
+    settings: dict[str, Any] | None, method: str | None, nested: bool, model: Path
+):
+    config = json.loads((model / "config.json").read_text())
+    quantized = {"quantization_config": settings}
+    (model / "config.json").write_text(
+        json.dumps(config | ({"text_config": quantized} if nested else quantized))
+    )
+    assert read_model_facts(str(model)).quantization == method
 
 
 def tensor(**changes: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig, LoraConfig
+from tests.support.adapters import meta_model
 from tests.support.messages import assert_names
 from tests.support.model_requests import model_request
 from tests.support.prepared import prepare, request, rows_of
@@ -43,7 +44,7 @@ def config(**keys: Any) -> FinetuneConfig:
 def new_of(model: Path) -> NewTokens:
     new = add_tokens(config(), AutoTokenizer.from_pretrained(model), str(model))
     assert new is not None
-    return trained_ends(new, model, "tiny", trust_remote_code=False)
+    return trained_ends(new, meta_model(model))
 
 
 def load(model: Path) -> Any:
@@ -169,8 +170,8 @@ def test_a_head_with_a_bias_is_rejected(tmp_path: Path):
     )
     settings.save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        trained_ends(NewTokens((64,), ((1,),)), tmp_path, "org/phi", trust_remote_code=False)
-    assert_names(str(caught.value), "new_tokens", "org/phi", "bias")
+        trained_ends(NewTokens((64,), ((1,),)), meta_model(tmp_path))
+    assert_names(str(caught.value), "new_tokens", str(tmp_path), "bias")
 
 
 def test_growing_does_not_shrink(tiny_model: Path):

@@ -21,6 +21,7 @@ from transformers import (
 
 import tests.support.varlen_on_cpu  # noqa: F401  # registers torch's varlen kernels for CPU
 from configs.schema import FinetuneConfig, LoraConfig
+from tests.support.adapters import meta_model
 from tests.support.architectures import write_model_files
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
@@ -370,7 +371,7 @@ def test_estimated_peak_is_close_for_other_architectures(
     model = make_model(tmp_path / "model", layers=3, positions=longest, kind=config, **settings)
     job = make_job(model, longest=longest, gradient_checkpointing=gradient_checkpointing, **METHODS[method])
     if lora := job.config.lora_config:
-        job = replace(job, parameters=new_adapter(model, "tiny", lora, trust_remote_code=False))
+        job = replace(job, parameters=new_adapter(meta_model(model), lora))
     peak = peak_of_a_step(job)
     assert 0.99 * peak <= estimate_memory(job).total <= 1.25 * peak
 
@@ -393,7 +394,7 @@ def test_estimated_peak_includes_the_copies_of_trained_rows(is_tied: bool, tmp_p
         job,
         facts=facts,
         shape=replace(job.shape, vocabulary=tokens.rows),
-        parameters=new_adapter(model, "tiny", lora, trust_remote_code=False),
+        parameters=new_adapter(meta_model(model), lora),
     )
     peak = peak_of_a_step(job, tokens)
     assert 0.95 * peak <= estimate_memory(job).total <= 1.15 * peak
@@ -418,7 +419,7 @@ def test_trainable_parameters_of_an_adapter_equal_pefts(lora: dict[str, Any], tm
     model = make_model(tmp_path / "model", kind=MixtralConfig, num_local_experts=4)
     job = make_job(model, lora_config={"r": 4, **lora})
     assert job.config.lora_config is not None
-    shapes = new_adapter(model, "tiny", job.config.lora_config, trust_remote_code=False).trainable
+    shapes = new_adapter(meta_model(model), job.config.lora_config).trainable
     trained = {
         name: tuple(entry.shape) for name, entry in build(job).named_parameters() if entry.requires_grad
     }
