@@ -21,7 +21,7 @@ def experts_of_rank_0() -> Iterator[None]:
         return
     convert = deepspeed._apply_weight_conversions_to_state_dict
 
-    def described(model: Any, weights: dict[str, torch.Tensor], mapping: Any) -> dict[str, torch.Tensor]:
+    def described(model: Any, weights: dict[str, torch.Tensor], mapping: Any) -> dict[str, Any]:
         """Return the weights, which are mapped from their files; converted ones have a shape and no data."""
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
         mapped = {id(shape): weights[name] for name, shape in shapes.items()}
