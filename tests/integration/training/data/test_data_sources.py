@@ -315,6 +315,7 @@ def test_tables_on_the_hub_keep_the_texts_of_their_cells(
     ]
 
 
+@pytest.mark.slow
 def test_hub_dataset_is_read_online_and_then_from_the_cache(tiny_model: Path, tmp_path: Path):
     """If the hub is unreachable, the error advises HF_HUB_OFFLINE=1, which reads the cache."""
     settings = {

@@ -300,6 +300,7 @@ def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
     assert f"{to}/tokenizer.json: " in error_of(run_command("export", run, "--to", str(to)))
 
 
+@pytest.mark.slow
 def test_interrupted_export_is_completed_by_a_rerun(run_command: RunCommand, run: str, tmp_path: Path):
     to = tmp_path / "exported"
     complete = parse_export(run_command("export", run, "--to", str(to), "--json"))

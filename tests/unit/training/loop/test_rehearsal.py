@@ -81,7 +81,11 @@ class TrainedRun:
 
 @pytest.mark.parametrize(
     ("task", "with_adapter"),
-    [("instruction_tuning", True), ("instruction_tuning", False), ("preference_tuning", True)],
+    [
+        ("instruction_tuning", True),
+        pytest.param("instruction_tuning", False, marks=pytest.mark.slow),
+        pytest.param("preference_tuning", True, marks=pytest.mark.slow),
+    ],
 )
 def test_rehearsal_does_not_change_weights_optimizer_states_or_log(
     task: str, with_adapter: bool, tiny_model: Path, tmp_path: Path
