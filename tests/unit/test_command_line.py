@@ -7,12 +7,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 import main
-from tests.support.jobs import PROJECT
+from tests.support.jobs import PROJECT, environment
 from tests.support.messages import assert_names
 from training.launch.answering import check_cluster_answers
 from training.loop import ray_internals
@@ -209,6 +210,89 @@ def test_server_that_is_no_ray_head_raises_an_error_at_once():
         server.stop(None)
     assert_names(str(caught.value), "RAY_ADDRESS", address, "6379")
     assert time.monotonic() - began < 10
+
+
+class _DenyAccess(grpc.ServerInterceptor):
+    """Answers as a Ray head with another token does."""
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(
+            lambda _, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+        )
+
+
+_CHECK_ADDRESS = """
+import sys
+from training.launch.answering import check_cluster_answers
+from training.planning.endpoints import ClusterError, ClusterTarget
+try:
+    check_cluster_answers(ClusterTarget(sys.argv[1]))
+except ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow  # each process imports Ray
+@pytest.mark.parametrize(
+    ("variables", "token", "facts"),
+    [
+        ({}, True, ("requires a token: set RAY_AUTH_MODE=token.", "~/.ray/auth_token")),
+        ({"RAY_AUTH_MODE": "token"}, True, ("has none or another one: copy ~/.ray/auth_token",)),
+        ({"RAY_AUTH_MODE": "token"}, False, ("has none or another one: copy ~/.ray/auth_token",)),
+    ],
+)
+def test_denied_access_gets_one_line_that_starts_with_the_fix(
+    variables: dict[str, str], token: bool, facts: tuple[str, ...], tmp_path: Path
+):
+    """Without Ray's own text of six lines. A missing token does not terminate the process either."""
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("a" * 64)
+    server = grpc.server(ThreadPoolExecutor(1), interceptors=[_DenyAccess()])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHECK_ADDRESS, address],
+            cwd=PROJECT,
+            env=environment() | {"HOME": str(tmp_path)} | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        server.stop(None)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"RAY_ADDRESS: the cluster at {address} requires a token")
+    assert_names(line, *facts)
+    assert len(line) <= 240
+
+
+_FIND_CLUSTER = """
+import os
+from contextlib import suppress
+from training.loop.ray_internals import cluster_on_this_machine
+with suppress(ConnectionError):
+    cluster_on_this_machine()
+print(os.environ.get("RAY_AUTH_MODE"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variables", "mode"), [({}, "token"), ({"RAY_AUTH_MODE": "disabled"}, "disabled")])
+def test_auto_uses_the_token_of_this_machine(variables: dict[str, str], mode: str, tmp_path: Path):
+    """`ray start --head` has used it without RAY_AUTH_MODE."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("a" * 64)
+    done = subprocess.run(
+        [sys.executable, "-c", _FIND_CLUSTER],
+        cwd=PROJECT,
+        env=environment() | {"HOME": str(tmp_path)} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [mode]
 
 
 def test_auto_without_a_cluster_raises_an_error(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,12 @@ import os
 from pathlib import Path
 
 from training.models.files import first_line
-from training.planning.endpoints import TOKEN_ADVICE, ClusterError, ClusterTarget, check_address_answers
+from training.planning.endpoints import (
+    ClusterError,
+    ClusterTarget,
+    check_address_answers,
+    describe_missing_token,
+)
 from utils.console import library_output_in
 
 
@@ -42,12 +47,9 @@ def cannot_connect(address: str, error: Exception) -> ClusterError:
     from ray.exceptions import AuthenticationError
 
     causes = f"{error} {error.__cause__}"
-    token = "AuthenticationError" in causes or isinstance(error, AuthenticationError)
+    if "AuthenticationError" in causes or isinstance(error, AuthenticationError):
+        return ClusterError(f"RAY_ADDRESS: the cluster at {address} {describe_missing_token()}")
     return ClusterError(
-        f"RAY_ADDRESS: cannot connect to the cluster at {address} ({first_line(error)}). "
-        + (
-            TOKEN_ADVICE
-            if token
-            else "Check that the port is that of a Ray head (6379 by default), with the same versions of Ray and Python as this machine."
-        )
+        f"RAY_ADDRESS: cannot connect to the cluster at {address} ({first_line(error)}). Check that the port is that of a Ray head (6379 "
+        "by default), with the same versions of Ray and Python as this machine."
     )

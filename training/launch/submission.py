@@ -20,10 +20,10 @@ from training.launch.packaging import Package
 from training.launch.submitted_job import SubmittedJob
 from training.models.files import first_line
 from training.planning.endpoints import (
-    TOKEN_ADVICE,
     WRITTEN_VARIABLE,
     ClusterError,
     ClusterTarget,
+    describe_missing_token,
 )
 from training.planning.planner import Progress, plan_submission
 from training.planning.report import CheckedSample, PlanReport
@@ -100,7 +100,7 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ClusterError(f"--submit: {address} denied access. {TOKEN_ADVICE}") from error
+        raise ClusterError(f"--submit: {address} {describe_missing_token()}") from error
     except (*_UNREACHABLE, ValueError, KeyError) as error:
         raise ClusterError(
             f"--submit: {address} is not a Ray job server ({first_line(error)}). Use the address of the head node's dashboard, such as "

@@ -15,6 +15,12 @@ import ray.exceptions
 # ray.init starts a head node with this class, and has no option for what it starts beside the GCS and the raylet.
 from ray._private import node as _node
 
+# ray.init uses the token file by itself for RAY_ADDRESS=auto. GcsClient terminates the process if RAY_AUTH_MODE=token lacks a token.
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
+
 # The variable through which Ray's job server passes its runtime environment to the driver: Ray rejects a key that is set twice.
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
@@ -299,12 +305,17 @@ def session_directory() -> Path | None:
 
 
 def cluster_on_this_machine() -> str:
-    """Return the address of the cluster that `RAY_ADDRESS=auto` names; raise ConnectionError if there is none."""
+    """Return the address of the cluster that `RAY_ADDRESS=auto` names; raise ConnectionError if there is none.
+
+    Use this machine's token for it, as ray.init does; for any other address, Ray sends no token unless RAY_AUTH_MODE=token.
+    """
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return canonicalize_bootstrap_address_or_die("auto")
 
 
 def ask_gcs(address: str) -> None:
     """Ask a GCS for the ID of its cluster; raise a RayError if it is no GCS or denies access. ray.init would retry for 20 s."""
+    ensure_token_if_auth_enabled(create_token_if_missing=False)
     GcsClient(address=address)
 
 

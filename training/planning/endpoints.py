@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from utils.errors import AnnealError
 
-TOKEN_ADVICE = "It requires a token: set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
 WRITTEN_VARIABLE = "ANNEAL_YAML_AS_WRITTEN"
 """In a submitted job: the path of the YAML with the paths that the user wrote."""
 
@@ -109,6 +108,19 @@ def check_job_server_answers(address: str) -> None:
         )
     host, port = match[1], int(match[2] or (443 if address.startswith("https") else 80))
     check_answers("--submit", address, host, port, "Start the cluster, or correct the address.")
+
+
+def describe_missing_token() -> str:
+    """Return what a cluster requires that denied access, with the fix; as Ray, this looks at RAY_AUTH_MODE."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return (
+            "requires a token, and this machine has none or another one: copy ~/.ray/auth_token from the head, or name a copy in "
+            "RAY_AUTH_TOKEN_PATH."
+        )
+    return (
+        "requires a token: set RAY_AUTH_MODE=token. Ray then reads the token from ~/.ray/auth_token, a copy of the head's, or from the "
+        "file that RAY_AUTH_TOKEN_PATH names."
+    )
 
 
 def check_answers(said: str, address: str, host: str, port: int, advice: str) -> None:
