@@ -8,6 +8,7 @@ from pathlib import Path
 from runs.curve import Line, draw_svg, eval_line
 from runs.layout import DATA_PAGE_FILE, EvalSample, Manifest, MetricsLine, RunResult, checkpoint_uri
 from runs.reading import eval_losses_of, overall_speed
+from utils.command_line import ADDRESS_VARIABLE
 from utils.files import format_bytes
 from utils.page import render_page
 from utils.storage.bucket import is_remote, local_path, uses_embedded_bucket
@@ -153,7 +154,9 @@ def _commands(report: RunReport) -> list[tuple[str, str]]:
 
 
 def _commands_on_the_model(report: RunReport, checkpoint: str) -> list[tuple[str, str]]:
-    result, main = report.result, report.command[:2]  # the Python and main.py that trained the run
+    result = report.result
+    # the Python and main.py that trained the run
+    main = [word for word in report.command if not word.startswith(f"{ADDRESS_VARIABLE}=")][:2]
     export = shlex.join([*main, "export", result.run_uri, "--to", "exported"])
     purpose = (
         f"Merge the {result.chosen} adapter into its base model"

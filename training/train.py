@@ -23,7 +23,7 @@ from training.planning.endpoints import (
     set_ray_environment,
     target_cluster,
 )
-from utils.command_line import COMMAND_VARIABLE, main_command
+from utils.command_line import ADDRESS_VARIABLE, COMMAND_VARIABLE, main_command
 from utils.console import Output, library_output_in, open_consoles
 from utils.errors import AnnealError
 from utils.processes import Stopped, importing, raise_signals, record_signals, run_in_own_session
@@ -59,7 +59,10 @@ class Options:
         if submitted := os.environ.get(COMMAND_VARIABLE):
             return json.loads(submitted)
         submit = ["--submit", self.job_server] if self.job_server else []
-        return main_command(str(self.config), *self.overrides, *submit)
+        address = None if self.job_server else target_cluster().address
+        # In a shell without the variable, the command would start a local cluster.
+        variable = [f"{ADDRESS_VARIABLE}={address}"] if address else []
+        return [*variable, *main_command(str(self.config), *self.overrides, *submit)]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Errors of the command line: one line, the fix, and exit code 2."""
 
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from training.launch.answering import check_cluster_answers
 from training.loop import ray_internals
 from training.planning import endpoints
 from training.planning.endpoints import ClusterError, ClusterTarget, check_address_answers, target_cluster
+from training.train import Options
 from utils.command_line import main_line
 
 
@@ -161,6 +163,28 @@ def test_command_of_another_tool_gets_the_line_that_works(
     command: str, line: list[str], capsys: pytest.CaptureFixture[str]
 ):
     assert_names(error_in([command, "x.yaml"], capsys), command, main_line(*line))
+
+
+@pytest.mark.parametrize(
+    ("address", "job_server", "variable"),
+    [
+        ("head:6379", None, "RAY_ADDRESS=head:6379 "),
+        ("local", None, ""),
+        (None, None, ""),
+        ("head:6379", "http://head:8265", ""),
+    ],
+)
+def test_command_that_resumes_a_run_names_its_cluster(
+    address: str | None, job_server: str | None, variable: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In a shell without the variable, the command alone would start a local cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    submit = ["--submit", job_server] if job_server else []
+    _, commands = main.build_parser()
+    options = Options(**vars(commands["train"].parse_args(["run.yaml", *submit])))
+    assert shlex.join(options.command) == variable + main_line("run.yaml", *submit)
 
 
 @pytest.mark.parametrize("address", ["garbage", "head", "head:port", ":6379", "ray://head:10001"])

@@ -167,6 +167,14 @@ def test_user_text_is_escaped():
     assert "script" not in _Elements(page).names
 
 
+def test_only_the_command_that_trains_names_the_cluster():
+    trains = ["RAY_ADDRESS=head:6379", "python", "main.py", "a.yaml"]
+    stopped = make_result("/runs/a", eval_losses(2.0), status="stopped")
+    page = to_html(report(result=stopped, command=trains))
+    assert ">RAY_ADDRESS=head:6379 python main.py a.yaml<" in page
+    assert ">python main.py chat /runs/a<" in page
+
+
 def sample(step: int, **changes: Any) -> EvalSample:
     texts = {"prompt": "2 + 2?", "completion": f"answer {step}", "reference": "4"}
     return EvalSample(
