@@ -64,6 +64,8 @@ from training.planning.report import PlanReport
 from utils.processes import SENT_AS_SIGTERM, record_signals
 from utils.storage.bucket import BucketError, Store, is_remote, local_path, open_store
 
+STOPPING = Notice("stopping after the next checkpoint; a second signal stops at once")
+
 _SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
 _WAIT_FOR_LOST_NODES_SECONDS = 20
 _RESOURCE_POLL_SECONDS = 1.0
@@ -363,7 +365,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
             if not state.has_uncommitted_steps:
                 return
             asked = True
-            state.on_event(Phase("stopping after the next checkpoint; a second signal stops at once"))
+            state.on_event(STOPPING)
             mailbox.request_stop.remote()
         answered, _ = ray.wait([news], timeout=_SIGNAL_POLL_SECONDS)
         if not answered:

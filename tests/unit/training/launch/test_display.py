@@ -12,6 +12,7 @@ from tests.support.messages import assert_names
 from tests.support.stored_runs import eval_losses, make_result
 from training.events import Evaluated, Event, Notice, StepDone
 from training.launch.display import Watch, _describe_memory, _describe_speed, _describe_step, show_result
+from training.launch.driver import STOPPING
 from training.planning.memory import MemoryEstimate, MemoryReport
 from training.planning.report import PlanReport
 
@@ -37,6 +38,15 @@ def test_evaluation_prints_step_epoch_eval_loss_and_metrics():
 
 def test_notice_is_printed_as_a_warning():
     assert printed(Notice("running with 2 of 3 workers")) == "warning: running with 2 of 3 workers\n"
+
+
+def test_stop_is_announced_in_full_in_80_columns():
+    """Beside the progress bar, its end would be cut: that a second signal stops at once."""
+    terminal = StringIO()
+    with Watch(Console(file=terminal, width=80, force_terminal=True, color_system=None)) as watch:
+        watch.on_event(StepDone(3, 10, 0.5, 1.25, 12345.6, 0.4567, 5 * 2**29, {}))
+        watch.on_event(STOPPING)
+    assert f"warning: {STOPPING.text}\n" in terminal.getvalue().replace("\r", "")
 
 
 def test_progress_bar_is_off_the_terminal_while_another_console_prints():
