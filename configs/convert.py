@@ -180,7 +180,7 @@ def convert(text: str, path: Path) -> Conversion:
 def convert_command(source: Path, target: Path | None) -> None:
     """Write the converted YAML to a new file, or to standard output, and a summary to standard error."""
     if target is not None and target.exists():
-        raise ConfigError(f"{target}: exists already: name a new file after --to")
+        raise ConfigError(f"{target}: exists already. Remove it, or name a new file after --to")
     conversion = convert(read_text(source), source)
     text = "\n".join([*_header(conversion, source), "", *_body(conversion)]) + "\n"
     shown_as = target or Path("converted.yaml")
@@ -453,7 +453,10 @@ def _axolotl_extras(conversion: Conversion) -> None:
     if isinstance(tokens, dict) and set(tokens) - {"pad_token"}:
         conversion.take("special_tokens")
         conversion.change(
-            "special_tokens", sorted(set(tokens) - {"pad_token"}), "the tokens are the model's own"
+            "special_tokens",
+            {name: token for name, token in tokens.items() if name != "pad_token"},
+            "the model's own are used; if they differ, edit tokenizer_config.json in a copy of the model, and list tokens that it lacks "
+            "in `new_special_tokens`",
         )
     for key in [key for key in conversion.theirs if key.startswith("lora_") and key.endswith("_kernel")]:
         conversion.take(key)

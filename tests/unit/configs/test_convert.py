@@ -468,7 +468,15 @@ def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
         ("optimizer: muon", ("muon", "adamw_torch_fused")),
         ("rl: grpo", ("grpo", "dpo")),
         ("val_set_size: 500", ("val_set_size: 500", "valid_split")),
-        ("special_tokens: {eos_token: x}", ("special_tokens", "eos_token")),
+        (
+            "special_tokens: {eos_token: x, pad_token: y}",
+            (
+                'special_tokens: {"eos_token": "x"}: ',
+                "if they differ",
+                "tokenizer_config.json",
+                "`new_special_tokens`",
+            ),
+        ),
         ("chat_template: llama3", ("chat_template", "model's own")),
         ("made_up: 3", ("made_up: 3", "not known")),
         ("roles_to_train: [user, assistant]", ("roles_to_train", "turns: last")),
@@ -517,7 +525,7 @@ def test_columns_and_template_variables_are_written(tmp_path: Path):
 def test_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "other.yaml").write_text(AXOLOTL)
     assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "other.yaml")]) == 2
-    assert_names(capsys.readouterr().err, "other.yaml", "exists", "--to")
+    assert_names(capsys.readouterr().err, "other.yaml", "exists already. Remove it", "--to")
     assert (tmp_path / "other.yaml").read_text() == AXOLOTL
 
 
