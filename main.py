@@ -63,6 +63,8 @@ COMMANDS_OF_OTHERS = {
     "eval": ["evaluate", "RUN", "--data", "FILE"],
 }
 """Commands of Axolotl and LLaMA-Factory -> arguments of main.py."""
+TAKES_SURPLUS = {"chat": "--prompt", "convert": "--to", "export": "--to"}
+"""Command -> option for a text or a path that follows its argument without an option."""
 
 _EXAMPLES = """\
 examples:
@@ -165,6 +167,12 @@ def run_command(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return REJECTED
+    if meant := behind_its_argument(arguments, commands):
+        print(
+            f"error: {meant[0]}: a command goes before its arguments: did you mean {main_line(*meant)}?",
+            file=sys.stderr,
+        )
+        return REJECTED
     if meant := nearest_command(arguments[0], commands):
         print(
             f"error: {arguments[0]}: no such file or command: did you mean main.py {meant}?",
@@ -183,7 +191,10 @@ def run_command(arguments: list[str]) -> int:
     # Options may be mixed with positional arguments, which subparsers do not support.
     given = arguments[name != "train" :]
     command.reject_unknown(given)
-    values = vars(command.parse_intermixed_args(given))
+    parsed, surplus = command.parse_known_intermixed_args(given)
+    if surplus:
+        command.error(describe_surplus(name, given, surplus))
+    values = vars(parsed)
     if name == "train":
         check_train_options(command, values)
         return train.run(train.Options(**values), began)
@@ -245,6 +256,29 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _add_evaluate_arguments(commands["evaluate"])
     _add_service_arguments(commands["serve"], commands["keys"])
     return parser, commands
+
+
+def behind_its_argument(arguments: list[str], commands: dict[str, Parser]) -> list[str] | None:
+    """Return the arguments in the right order if a command follows its run or YAML; None if they are in order."""
+    first, *others = arguments
+    name = next((word for word in others if word in commands), None)
+    if name is None or first in commands or first.startswith("-"):
+        return None
+    others.remove(name)
+    if name == "train":
+        return [first, *others]
+    if Path(first).suffix in (".yaml", ".yml") and name not in ("convert", "serve"):
+        first = "STORAGE_PATH" if name == "runs" else "RUN"
+    return [name, first, *others]
+
+
+def describe_surplus(name: str, given: list[str], surplus: list[str]) -> str:
+    """Return the error of arguments that a command does not take, with the option that takes them."""
+    option = TAKES_SURPLUS.get(name)
+    if option is None or option in given:
+        return f"unrecognized arguments: {' '.join(surplus)}"
+    kept = [argument for argument in given if argument not in surplus]
+    return f"{surplus[0]}: did you mean {main_line(name, *kept, option, ' '.join(surplus))}?"
 
 
 def nearest_command(word: str, commands: dict[str, Parser]) -> str | None:

@@ -43,6 +43,8 @@ __all__ = ["ConfigError", "LoadedConfig", "flat", "load_config", "load_text", "t
 MAX_PROBLEMS = 50
 """Maximum number of lines in a report; a file with more errors is probably not a configuration."""
 
+_DATA_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+
 # Lines of a file come first in a report, then the overrides in order.
 _AFTER_ALL_LINES = MAX_BYTES + 1
 
@@ -83,6 +85,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         path: the YAML file.
         overrides: `key=value`, with dotted keys (`lora_config.r=16`) and values as in the YAML; `key=null` unsets a key.
     """
+    if path.suffix in _DATA_FILES:
+        raise ConfigError(
+            f"{path}: is a data file, and training takes a YAML. Set its train_path: {main_line('CONFIG.yaml', f'train_path={path}')}"
+        )
     return load_text(read_text(path), path, overrides)
 
 

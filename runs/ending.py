@@ -15,7 +15,7 @@ from runs.layout import (
     run_of,
     stop_key,
 )
-from runs.listing import RunSummary, check_run, latest_lease, lives, summarize
+from runs.listing import RunSummary, check_run, latest_lease, lives, no_run, summarize
 from runs.reading import read_config, read_result
 from utils.command_line import main_line
 from utils.errors import AnnealError
@@ -71,7 +71,7 @@ def find_run(uri: str) -> RunSummary:
     check_run(uri)
     found = summarize(open_store(uri), "")
     if found is None:
-        raise NotFoundError(f"{uri}: there is no run. Give the URI of a run, or run:NAME")
+        raise no_run(open_store(uri))
     return found
 
 

@@ -4,6 +4,7 @@ The number of requests does not depend on the number of checkpoints: one for a c
 five if it has a lease. Requests for several runs are sent in parallel.
 """
 
+import glob
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -134,9 +135,7 @@ def read_run(uri: str) -> RunDetails:
     store = open_store(uri)
     summary = summarize(store, "")
     if summary is None:
-        raise NotFoundError(
-            f"{uri}: there is no run, neither a {RESULT_FILE} nor a {CONFIG_FILE}. Give the URI of a run, or run:NAME."
-        )
+        raise no_run(store)
     if summary.status == "damaged":
         raise DamagedError(RESULT_FILE, summary.reason)
     result = read_result(store)
@@ -171,9 +170,29 @@ def run_uri(name_or_uri: str) -> str:
     _reject_yaml(name_or_uri)
     if "/" not in name_or_uri and not Path(name_or_uri).exists():
         raise NotFoundError(
-            f"{name_or_uri}: there is no such directory. Give the URI of a run; run:{name_or_uri} would be one in {default_storage()}."
+            f"{name_or_uri}: there is no such directory. run:{name_or_uri} would be a run in the default storage path, "
+            f"{default_storage()}. {_name_by_path(name_or_uri)}"
         )
     return open_store(name_or_uri).uri
+
+
+def _name_by_path(name: str) -> str:
+    """Return how to name a run that is not in the default storage path."""
+    found = sorted(Path().glob(f"outputs/*/{glob.escape(name)}/{CONFIG_FILE}"))
+    if found:
+        return f"Did you mean {found[0].parent}?"
+    return f"A run elsewhere is named by its path; `{main_line('runs', 'outputs/tiny')}` lists those of a directory"
+
+
+def no_run(store: Store) -> NotFoundError:
+    """Return the error of a location that exists and is no run: it may be the storage path of runs."""
+    if any(summarize(store, name) for name in store.directories()):
+        return NotFoundError(
+            f"{store.uri}: is a storage path, not a run; list its runs with: {main_line('runs', store.uri)}"
+        )
+    return NotFoundError(
+        f"{store.uri}: there is no run, neither a {RESULT_FILE} nor a {CONFIG_FILE}. Give the URI of a run, or run:NAME."
+    )
 
 
 def _reject_yaml(name_or_uri: str) -> None:
@@ -208,8 +227,13 @@ def check_run(uri: str) -> None:
                 f"{uri}: there is no such checkpoint; `{main_line('show', run)}` lists the existing ones"
             ) from error
         if place.strip("/") and not place.endswith("/"):
+            elsewhere = (
+                f". run:NAME is a run in this default storage path. {_name_by_path(uri.rpartition('/')[2])}"
+                if place == default_storage()
+                else ""
+            )
             raise NotFoundError(
-                f"{uri}: there is no such run; `{main_line('runs', place)}` lists the existing ones"
+                f"{uri}: there is no such run; `{main_line('runs', place)}` lists the existing ones{elsewhere}"
             ) from error
         raise
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ import grpc
 import pytest
 
 import main
+from runs.ending import find_run
+from runs.listing import read_run
 from tests.support.jobs import PROJECT, environment
 from tests.support.messages import assert_names
+from tests.support.stored_runs import write_run
+from training.inference.checkpoint_model import trained_model
 from training.launch.answering import check_cluster_answers
 from training.loop import ray_internals
 from training.planning import endpoints
 from training.planning.endpoints import ClusterError, ClusterTarget, check_address_answers, target_cluster
 from training.train import Options
 from utils.command_line import main_line
+from utils.storage.bucket import NotFoundError, open_store
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,20 @@ from utils.command_line import main_line
         (["run.yaml", "--detach"], ("--detach", "--submit")),
         (["run.yaml", "--print-config", "--dry-run"], ("--dry-run", "--print-config")),
         ([""], ("empty",)),
+        (
+            ["outputs/tiny/a", "export", "--no-merge"],
+            ("did you mean", "main.py export outputs/tiny/a --no-merge?"),
+        ),
+        (["run:a", "chat"], ("main.py chat run:a?",)),
+        (["run.yaml", "export"], ("main.py export RUN?",)),
+        (["run.yaml", "--dry-run", "runs"], ("main.py runs STORAGE_PATH --dry-run?",)),
+        (["other.yaml", "convert", "--to", "new.yaml"], ("main.py convert other.yaml --to new.yaml?",)),
+        (["run.yaml", "train", "a=1"], ("main.py run.yaml a=1?",)),
+        (["chat", "run:a", "hello", "you"], ("main.py chat run:a --prompt 'hello you'?",)),
+        (["convert", "other.yaml", "new.yaml"], ("main.py convert other.yaml --to new.yaml?",)),
+        (["chat", "run:a", "b", "--prompt", "c"], ("unrecognized arguments: b",)),
+        (["show", "run:a", "b"], ("unrecognized arguments: b",)),
+        (["rows/train.jsonl"], ("is a data file", "main.py CONFIG.yaml train_path=rows/train.jsonl")),
     ],
 )
 def test_wrong_arguments_raise_an_error_in_one_line(
@@ -153,6 +173,33 @@ def test_yaml_in_place_of_a_run_raises_an_error_with_the_runs_storage(
     ours.write_text(f"{settings}run_name: mine\n")
     assert f" {tmp_path}/runs/mine; " in error_in([command, str(ours)], capsys)
     assert_names(error_in([command, str(theirs)], capsys), "is a YAML, not a run", f"`{main_line('runs')}`")
+
+
+def test_run_outside_of_the_default_storage_path_is_found_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANYSCALE_ARTIFACT_STORAGE", f"{tmp_path}/default")
+    write_run(open_store(f"{tmp_path}/outputs/tiny"), "mine", [], result=None)
+    for name in ("mine", "run:mine"):
+        line = error_in(["show", name], capsys)
+        assert_names(line, f"{tmp_path}/default/anneal", "default storage path")
+        assert line.endswith("Did you mean outputs/tiny/mine?")
+    for name in ("other", "run:other"):
+        assert_names(
+            error_in(["show", name], capsys), "by its path", f"`{main_line('runs', 'outputs/tiny')}`"
+        )
+
+
+@pytest.mark.parametrize("read", [read_run, find_run, lambda uri: trained_model(uri).__enter__()])
+def test_storage_path_in_place_of_a_run_names_the_command_that_lists_it(
+    read: Callable[[str], object], tmp_path: Path
+):
+    """In show and compare, in stop and remove, and in chat, export and evaluate."""
+    write_run(open_store(f"{tmp_path}/runs"), "mine", [], result=None)
+    with pytest.raises(NotFoundError) as caught:
+        read(f"{tmp_path}/runs")
+    assert_names(str(caught.value), "is a storage path, not a run", main_line("runs", f"{tmp_path}/runs"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import CONFIG_FILE, MANIFEST_FILE, Manifest, default_storage, run_of
-from runs.listing import check_run, run_uri
+from runs.listing import check_run, no_run, run_uri
 from runs.reading import best, read_config
 from training.checkpoints.store import describe_no_checkpoint, read_manifest, resolve_start
 from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
@@ -130,9 +130,7 @@ def _checkpoint(run: str, uri: str) -> str:
     if run_of(uri) and store.read_if_exists(MANIFEST_FILE) is not None:
         return uri.rstrip("/")
     if store.read_if_exists(CONFIG_FILE) is None:
-        raise NotFoundError(
-            f"{uri}: no run found, because {CONFIG_FILE} is missing. Use the URI of a run, run:NAME, or the URI of a checkpoint."
-        )
+        raise no_run(store)
     checkpoint = resolve_start(uri, default_storage(), choose=best)
     if not run_of(checkpoint):
         raise ConfigError(f"{run}: {describe_no_checkpoint(store)}")
