@@ -27,7 +27,7 @@ from training.planning.endpoints import (
 from training.planning.paths import needs_embedded_bucket
 from utils.console import open_consoles
 from utils.errors import AnnealError
-from utils.processes import handle_signals, restore_handlers, run_in_own_session
+from utils.processes import record_signals, restore_handlers, run_in_own_session
 from utils.storage.bucket import check_writable
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, state_directory
 from utils.storage.s3 import S3Store
@@ -180,8 +180,7 @@ class _Run:
             from service.app import APP_NAME, build
 
             _connect(self._target, self._service)
-            received: list[int] = []
-            handle_signals(lambda number: (received.append(number), self._stop.set()))
+            received = record_signals(then=self._stop.set)
             try:
                 is_local = self._target.is_local
                 location: Any = "Disabled" if is_local else "EveryNode"

@@ -1,5 +1,7 @@
 """Console output: keep our own lines on the screen and send library output to a log file."""
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -9,8 +11,30 @@ from pathlib import Path
 from rich.console import Console
 
 
+class _Stream(io.TextIOWrapper):
+    """A text stream that reports a closed terminal as a closed pipe."""
+
+    def write(self, text: str, /) -> int:
+        with _closed_terminal_as_pipe():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _closed_terminal_as_pipe():
+            super().flush()
+
+
+@contextmanager
+def _closed_terminal_as_pipe() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise BrokenPipeError from error
+        raise
+
+
 class Output(Console):
-    """A console that survives a closed pipe, as with `| head`: it drops further output and the process continues."""
+    """A console that survives a closed pipe or terminal, as with `| head`: it drops further output and the process continues."""
 
     def write(self, text: str) -> None:
         """Write text unchanged and flush it."""
@@ -32,7 +56,8 @@ def open_consoles() -> tuple[Output, Output]:
 
 
 def _on_copy_of(descriptor: int) -> Output:
-    file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
+    binary = os.fdopen(os.dup(descriptor), "wb")
+    file = _Stream(binary, encoding="utf-8", errors="replace", line_buffering=True)
     # In a file or a pipe, do not wrap lines.
     width = None if file.isatty() else 100_000
     return Output(

@@ -15,7 +15,12 @@ from types import FrameType
 
 import psutil
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]),
+)
+"""The signals that stop a process. SIGHUP, which a closed terminal sends, does not if it is ignored, as under nohup."""
 
 SENT_AS_SIGTERM = signal.SIGRTMIN + 1
 """The signal that a process of this project sends to itself or to its child instead of SIGTERM.
@@ -28,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Stopped(KeyboardInterrupt):
-    """A SIGINT or SIGTERM that this process received before there was something to save."""
+    """A SIGINT, SIGTERM or SIGHUP that this process received before there was something to save."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -46,14 +51,25 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_signals() -> None:
-    """Raise `Stopped` in the main thread on each SIGINT and SIGTERM from now on, except while code cleans up after a `Stopped`."""
+    """Raise `Stopped` in the main thread on each of the FORWARDED signals from now on, except while code cleans up after a `Stopped`."""
     handle_signals(_raise_stopped)
 
 
-def record_signals() -> list[int]:
-    """Append each SIGINT and SIGTERM from now on to the returned list; nothing is interrupted."""
+def record_signals(then: Callable[[], object] | None = None) -> list[int]:
+    """Append each of the FORWARDED signals from now on to the returned list; nothing is interrupted.
+
+    A SIGHUP after another signal is not appended: a shell and the kernel both send it when a terminal closes, and a second signal
+    stops at once. `then` is called after each signal.
+    """
     received: list[int] = []
-    handle_signals(received.append)
+
+    def record(number: int) -> None:
+        if number != signal.SIGHUP or not received:
+            received.append(number)
+        if then:
+            then()
+
+    handle_signals(record)
     return received
 
 
@@ -64,7 +80,7 @@ def restore_handlers() -> None:
 
 
 def handle_signals(handler: Callable[[int], object]) -> None:
-    """Call `handler` in the main thread with the number of each SIGINT and SIGTERM from now on."""
+    """Call `handler` in the main thread with the number of each of the FORWARDED signals from now on."""
 
     def on_signal(number: int, _: FrameType | None) -> None:
         handler(signal.SIGTERM if number == SENT_AS_SIGTERM else number)
@@ -74,7 +90,7 @@ def handle_signals(handler: Callable[[int], object]) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM until this process has exited, since its exit code is decided.
+    """Ignore the FORWARDED signals until this process has exited, since its exit code is decided.
 
     While the interpreter shuts down, Python replaces all other handlers by the default, which would terminate the process with
     another code. Blocking the signals would not help: threads of libraries receive them as well.
@@ -125,7 +141,7 @@ def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None
     """Run `work` in a child process with its own session and return its exit code; 128 + number for a signal.
 
     A signal to the process group (Ctrl-C, `timeout`, a service manager) then reaches only this process, which
-    forwards SIGINT and SIGTERM to the child. Processes started by the child keep running until the child stops them.
+    sends the FORWARDED signals to the child. Processes started by the child keep running until the child stops them.
     Call this after `raise_signals`, while the process has a single thread.
 
     Args:

@@ -111,6 +111,39 @@ def test_signal_after_the_work_changes_no_exit_code(number: signal.Signals):
     assert (code, output) == (3, "")
 
 
+def test_closed_terminal_stops_a_child_in_its_own_session_once():
+    """The shell and the kernel both send SIGHUP; a second signal would stop at once."""
+    code, output = _run("""
+        import os, signal, sys, time
+        from utils.processes import raise_signals, record_signals, run_in_own_session
+
+        def work():
+            received = record_signals()
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getppid(), number)
+                time.sleep(0.2)
+            print(*(signal.Signals(number).name for number in received), flush=True)
+            return 5
+
+        raise_signals()
+        sys.exit(run_in_own_session(work, on_lost=print))
+    """)
+    assert (code, output) == (5, "SIGHUP SIGTERM\n")
+
+
+def test_closed_terminal_stops_nothing_under_nohup():
+    code, output = _run("""
+        import os, signal
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        from utils.processes import raise_signals
+
+        raise_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        print("continues")
+    """)
+    assert (code, output) == (0, "continues\n")
+
+
 def test_child_in_its_own_session_receives_the_signals_of_its_parent():
     code, output = _run("""
         import os, signal, sys, time
