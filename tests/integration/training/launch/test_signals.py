@@ -4,8 +4,10 @@
 """
 
 import os
+import pty
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.jobs import Job, started, tiny_settings, write_yaml
+from runs.listing import read_run
+from tests.support.jobs import PROJECT, Job, command, environment, started, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model_and_data
 
 pytestmark = pytest.mark.timeout(400)
@@ -112,5 +115,46 @@ def test_signal_ends_the_run_with_its_code_and_one_line(phase: str, sent: str, f
     if "config.yaml" not in left:  # training had not started
         assert not run.exists(), f"left behind: {left}"
     assert not [path for path in left if path.startswith("claim")], "the lease is held"
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_run_whose_terminal_closes_commits_a_checkpoint(files: Path, tmp_path: Path):
+    settings = {
+        "run_name": "closed",
+        "num_devices": 1,
+        "train_batch_size_per_device": 4,
+        "max_steps": 10_000,
+        "valid_path": None,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 10_000},
+    }
+    config = write_yaml(tmp_path / "run.yaml", tiny_settings(files) | settings)
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *command(config)],
+        cwd=PROJECT,
+        env=environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    try:
+        shown = b""
+        while b"tokens/s" not in shown:  # after the first step
+            shown += os.read(controller, 65_536)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        os.close(controller)  # the kernel sends SIGHUP
+        process.send_signal(signal.SIGHUP)  # and so does the shell
+        assert process.wait(120) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+        process.wait()
+    result = read_run(str(files / "runs" / "closed")).result
+    assert result is not None
+    assert (result.status, result.reason) == ("stopped", "SIGHUP")
+    assert result.train_steps >= 1
+    assert result.last_checkpoint
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
