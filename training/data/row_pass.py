@@ -13,13 +13,12 @@ from training.data.errors import DataError
 from training.data.request import DataRequest
 from training.data.rows import RowSchema
 from training.data.sources import Piece, StoredBatch, open_file
-from training.data.template_checks import DROPPED_TEXT
+from training.data.template_checks import TEMPLATE_KINDS
 from training.data.token_files import TokenWriter
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2_000_000
 _MAX_SHOWN = 5
-_TEMPLATE_KINDS = {"template", DROPPED_TEXT}
-_RENDERING_KINDS = {*_TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
+_RENDERING_KINDS = {*TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
 """Faults of rows whose format was read."""
 _VARIES = re.compile(r"'[^']*'|\d+")
 
@@ -224,7 +223,7 @@ class Tally:
         ]
         if unseen:
             lines.append(f"… and {unseen:,} more rows")
-        if self.kinds.keys() & _TEMPLATE_KINDS:
+        if self.kinds.keys() & TEMPLATE_KINDS:
             lines.append(f"The chat template is {template}.")
         if self.kinds.keys() <= _RENDERING_KINDS:
             every = "No row can be rendered as it is: do what these errors say, or set chat_template."

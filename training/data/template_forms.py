@@ -13,6 +13,7 @@ from utils.files import checksum_bytes
 
 # With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
 _INSTRUCTIONS = {"system", "developer"}
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
@@ -75,6 +76,25 @@ def with_one_instruction(example: Chat | Pair) -> Chat | Pair | None:
     if isinstance(joined, Pair):
         return replace(joined, prompt=[first, *joined.prompt[1:]])
     return replace(joined, messages=[first, *joined.messages[1:]])
+
+
+def without_empty_thoughts(example: Chat | Pair) -> Chat | Pair | None:
+    """Return an example whose answers do not begin with an empty thought in tags; None if none does."""
+
+    def clean(messages: list[Message]) -> list[Message]:
+        return [
+            {**m, "content": EMPTY_THOUGHT.sub("", m["content"], count=1).lstrip()}
+            if m["role"] == "assistant" and EMPTY_THOUGHT.match(m["content"])
+            else m
+            for m in messages
+        ]
+
+    if isinstance(example, Chat):
+        shorter = replace(example, messages=clean(example.messages))
+    else:
+        sides = map(clean, (example.prompt, example.chosen, example.rejected))
+        shorter = replace(example, **dict(zip(("prompt", "chosen", "rejected"), sides, strict=True)))
+    return shorter if shorter != example else None
 
 
 def context_of(example: Chat | Pair) -> list[Message]:

@@ -19,10 +19,11 @@ from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
 from jinja2.runtime import LoopContext
 
 from training.data.errors import DataError, RowError
-from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
+from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
-    DROPPED_TEXT,
+    OTHER_CONTEXT,
+    TEMPLATE_KINDS,
     check_answer,
     check_context,
     check_parts,
@@ -31,14 +32,17 @@ from training.data.template_checks import (
     drops_tool_texts,
 )
 from training.data.template_forms import (
+    EMPTY_THOUGHT,
     Form,
     adapted,
     answers_of,
     context_of,
     features_of,
     possible_forms,
+    split_thought,
     thought_of,
     with_one_instruction,
+    without_empty_thoughts,
     without_greeting,
 )
 from training.data.template_headers import Headers
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _QUESTION, _ANSWER, _PROBED_TOOL = "What is it?", "That is it.", "probed_tool"
+_THOUGHT = "Let me think."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
 _DIRECTIVES = (
@@ -58,7 +63,6 @@ _DIRECTIVES = (
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
 _LOOP = frozenset(("first", "last", "index", "index0"))
 _WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
 
@@ -161,8 +165,9 @@ class Renderer:
                 if stop
             }
         )
+        self.next_headers = self._first_tokens_of_next_turns()
+        """Role -> special token with which a turn of that role ends the answer before it; empty if answers have an end marker."""
         self._headers = self._find_headers()
-        self._knows_developer = "developer" in self._source
         self._wraps_results = "<tool_response>" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
         names = _names_in(self._source)
@@ -204,7 +209,7 @@ class Renderer:
             self._check_greeting(example)
             sequences = self._conversation(example)
         except RowError as error:
-            if shorter is None or error.kind not in ("template", DROPPED_TEXT):
+            if shorter is None or error.kind not in TEMPLATE_KINDS:
                 raise
             sequences = self._conversation(shorter)
             notes = (*notes, _GREETING_LEFT_OUT)
@@ -326,6 +331,7 @@ class Renderer:
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
+        notes += self._notes_of_answers(example)
         thoughts = (thought_of(m)[0].strip() for m in messages if m["role"] == "assistant")
         texts = [sequence.text for sequence in sequences if isinstance(sequence, Rendered)]
         if any(thought and not any(thought in text for text in texts) for thought in thoughts):
@@ -339,6 +345,25 @@ class Renderer:
         ]
         if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
+        return notes
+
+    def _notes_of_answers(self, example: Chat | Pair) -> list[str]:
+        """Return what the plan counts about special tokens in the words of the assistant."""
+        messages = example.messages if isinstance(example, Chat) else [*example.chosen, *example.rejected]
+        written = [m for m in messages if m["role"] == "assistant" and self._special.search(m["content"])]
+        if not written:
+            return []
+        kept = [self._without_stop(message) for message in written]
+        found = {token for message in kept for token in self._special.findall(message["content"])}
+        notes = []
+        if kept != written:
+            notes.append("end tokens at the end of assistant messages are removed")
+        if stops := sorted(found.intersection(self._stops)):
+            notes.append(
+                f"assistant messages contain the end token {stops[0]} before their end, so the model learns to write on after it"
+            )
+        elif found:
+            notes.append("assistant messages contain special tokens of the tokenizer")
         return notes
 
     def _reject_rendered(self, example: Chat | Pair) -> None:
@@ -360,10 +385,32 @@ class Renderer:
         """Return an example with tools and instructions in the shape that the template reads, and notes about what was changed."""
         if example.tools and (tools := self._readable_tools(example.tools)) != example.tools:
             example = replace(example, tools=tools)
+        notes: tuple[str, ...] = ()
+        if (shorter := without_empty_thoughts(example)) is not None and self._has_own_thoughts:
+            example = shorter
+            notes = (
+                "empty thoughts in <think> are removed, because the chat template writes thoughts in another form",
+            )
         joined = with_one_instruction(example)
         if joined is None or self._renders_two_instructions:
-            return example, ()
-        return joined, ("system and developer messages are merged",)
+            return example, notes
+        return joined, (*notes, "system and developer messages are merged")
+
+    @cached_property
+    def _has_own_thoughts(self) -> bool:
+        """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4)."""
+        if "</think>" in self._source:
+            return False
+        question: Message = {"role": "user", "content": _QUESTION}
+        for key in REASONING_KEYS:
+            answer: Message = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
+            try:
+                text = self._apply([question, answer], Chat([]))
+            except RowError:
+                continue
+            if _THOUGHT in text:
+                return True
+        return False
 
     def _readable_tools(self, tools: list[Tool]) -> list[Tool]:
         """Return tools in OpenAI's form, and with a description, if the template reads no others."""
@@ -398,6 +445,12 @@ class Renderer:
         except RowError:
             return False
         return _PROBED_TOOL in text
+
+    @cached_property
+    def _knows_developer(self) -> bool:
+        """Return whether the template renders developer messages; some only have the word (Cohere 2)."""
+        text = "Be kind."
+        return "developer" in self._source and text in self._probe(("developer", text), ("user", _QUESTION))
 
     @cached_property
     def _renders_two_instructions(self) -> bool:
@@ -554,7 +607,7 @@ class Renderer:
         answer = chat.messages[index]
         reasoning = thought_of(answer)[0]
         # A row may write an empty thought itself; in a pair of which one answer has reasoning, the other is an answer without.
-        keeps_empty_thought = bool(thinks) or _EMPTY_THOUGHT.match(answer["content"]) is not None
+        keeps_empty_thought = bool(thinks) or EMPTY_THOUGHT.match(answer["content"]) is not None
         if thinks is None:
             thinks = bool(reasoning) or keeps_empty_thought
         renderings = _Renderings(self._apply, messages, chat)
@@ -568,6 +621,9 @@ class Renderer:
         check_answer(turn.completion, answer, chat.name_of(index))
         if form.parts:
             check_parts(turn.text, messages)
+        if end := self.next_headers.get("tool" if "tool_calls" in answer else "user"):
+            text = turn.text[: turn.end] + end  # what the model is to write after its answer
+            return _Turn(text, turn.begin, len(text))
         return turn
 
     def _closes_the_thought(self, chat: Chat, index: int) -> str:
@@ -626,12 +682,12 @@ class Renderer:
             header = prompt.rpartition(question.strip())[2].strip()
         place = _place_after(prompt.rpartition(header)[0], header, text) if header else -1
         if place < 0:
-            raise RowError("template", _not_a_prefix(len(messages) - 1))
+            raise RowError(OTHER_CONTEXT, _not_a_prefix(len(messages) - 1))
         completion = text[place + len(header) :]
         writes_thoughts = is_open or "</think>" in self._template_for(chat.tools)
         if is_open or (writes_thoughts and reasoning and reasoning.strip() not in completion):
             opening = "" if is_open else "<think>\n"
-            answer = completion.lstrip().removeprefix("</think>").lstrip()
+            answer = split_thought(completion)[1].lstrip().removeprefix("</think>").lstrip()
             completion = f"{opening}{reasoning.strip()}\n</think>\n\n{answer}"
         whole = prompt + completion
         return _Turn(whole, len(prompt), len(whole.rstrip()))
@@ -753,6 +809,29 @@ class Renderer:
             return ""
         found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
         return found[0] if found else ""
+
+    def _first_tokens_of_next_turns(self) -> dict[str, str]:
+        """Return the special tokens that follow an answer without an end marker (GLM-4.5), by the role of the next turn."""
+        if not self.header or self.end_marker:
+            return {}
+        question: Message = {"role": "user", "content": _QUESTION}
+        arguments = {"name": _ANSWER}
+        call: Message = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": _PROBED_TOOL, "arguments": arguments}}],
+        }
+        found: dict[str, str] = {}
+        for role, answer in (("user", {"role": "assistant", "content": _ANSWER}), ("tool", call)):
+            try:
+                asked = self._apply([question, answer], Chat([])).rstrip()
+                whole = self._apply([question, answer, {"role": role, "content": _QUESTION}], Chat([]))
+            except RowError:
+                continue
+            token = self._special.match(whole.removeprefix(asked).lstrip())
+            if whole.startswith(asked) and token and token[0] != self._bos:
+                found[role] = token[0]
+        return found
 
     def _find_headers(self) -> Headers:
         """Find the headers of turns in renderings of a question and an answer."""
@@ -901,7 +980,7 @@ def _place_after(before: str, header: str, text: str) -> int:
 def _without_empty_thought(turn: _Turn, content: str) -> _Turn:
     """Move an empty thought that the template inserts from the completion to the prompt: the model is not asked for it."""
     is_open = turn.prompt.rstrip().endswith("<think>")
-    found = (_END_OF_EMPTY_THOUGHT if is_open else _EMPTY_THOUGHT).match(turn.text, turn.begin, turn.end)
+    found = (_END_OF_EMPTY_THOUGHT if is_open else EMPTY_THOUGHT).match(turn.text, turn.begin, turn.end)
     if found is None or found.end() >= turn.end:
         return turn
     begin = turn.text.find(content, found.end(), turn.end)  # the answer keeps its own whitespace

@@ -154,7 +154,7 @@ def template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFas
     if config.prompt_template is not None or config.task not in ("instruction_tuning", "preference_tuning"):
         return
     renderer = Renderer(tokenizer, whole_text=False)
-    if renderer.header and not renderer.end_marker:
+    if renderer.header and not renderer.end_marker and "user" not in renderer.next_headers:
         yield "the chat template puts no end token after a response, so the model does not learn to stop; set chat_template to one that does"
     marker = renderer.end_marker.strip()
     if marker and not end_of_turn(tokenizer):
