@@ -30,7 +30,7 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """
     renderer = Renderer(tokenizer, whole_text=False)
     if renderer.next_headers:
-        return [tokenizer.convert_tokens_to_ids(token) for token in renderer.next_headers.values()]
+        return [tokenizer.get_vocab()[token] for token in renderer.next_headers.values()]
     end = renderer.end_marker
     tokens = tokenizer.encode(end, add_special_tokens=False) if end else []
     special = [*tokenizer.added_tokens_decoder, tokenizer.eos_token_id]

@@ -138,6 +138,7 @@ class Tally:
     lines: int = 0
     """Lines of a range of a JSONL file, whose rows are numbered from its start; 0 for other rows."""
     has_chats: bool = False
+    has_reasoning: bool = False
     lengths: Counter[int] = field(default_factory=Counter)
     """Tokens per row, before the limit -> number of rows."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -157,6 +158,7 @@ class Tally:
         self.split_rows += result.split_rows
         self.split_sequences += result.split_sequences
         self.has_chats |= result.has_chats
+        self.has_reasoning |= result.has_reasoning
         self.notes.update(result.notes)
         for row, kind, message in result.faults:
             same = _VARIES.sub("", message)
@@ -186,6 +188,7 @@ class Tally:
         ):
             setattr(self, name, getattr(self, name) + getattr(following, name))
         self.has_chats |= following.has_chats
+        self.has_reasoning |= following.has_reasoning
         for name in ("lengths", "notes", "kinds", "alike"):
             getattr(self, name).update(getattr(following, name))
         for same, ((file, row), message) in following.shown.items():

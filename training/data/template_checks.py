@@ -139,10 +139,12 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     for reason, part in sorted(parts, key=lambda entry: -len(entry[1])):
         spelling = next((spelling for spelling in _spellings(part) if spelling in text), None)
         if spelling is None:
+            # Reasoning may stand in a column, too; the content of a message does not.
+            is_column = reason.startswith(("`tools`", "the system column")) or reason.endswith("reasoning")
+            how = " (ignore_columns excludes a column)" if is_column else ""
             raise RowError(
                 DROPPED_TEXT,
-                f"{reason} ({_shown(part)}). Remove it (ignore_columns excludes a column), use a model whose template "
-                "renders it, or set chat_template",
+                f"{reason} ({_shown(part)}). Remove it{how}, use a model whose template renders it, or set chat_template",
             )
         text = text.replace(spelling, "\0", 1)
     return text

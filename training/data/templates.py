@@ -38,10 +38,14 @@ from training.data.template_forms import (
     answers_of,
     context_of,
     features_of,
+    is_wrapped,
+    messages_of,
     possible_forms,
     split_thought,
     thought_of,
+    unwrapped,
     with_one_instruction,
+    with_structured_calls,
     without_empty_thoughts,
     without_greeting,
 )
@@ -62,7 +66,7 @@ _DIRECTIVES = (
 )  # in the order in which SmolLM3's template removes them
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
 _LOOP = frozenset(("first", "last", "index", "index0"))
-_WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+_JSON_IN_TAGS = re.compile(r"<tool_call>\s*\{")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
 
@@ -278,6 +282,23 @@ class Renderer:
         near = get_close_matches(name, sorted(self._known_variables), n=1, cutoff=0.7)
         return f"the chat template reads no such variable. {f'Did you mean {near[0]}?' if near else 'Remove it.'}"
 
+    def switch_of_plain_answers(self) -> str | None:
+        """Return the variable of thinking that must be false for chat to ask as answers without reasoning are trained, or None."""
+        question: Message = {"role": "user", "content": _QUESTION}
+        chat = Chat([question, {"role": "assistant", "content": _ANSWER}])
+        try:
+            if not self._switches or self._turn(chat, 1, Form()).prompt == self._apply(
+                [question], chat, prompt=True
+            ):
+                return None
+            for name in self._switches:
+                prompt = self._apply([question], chat, prompt=True, switch={name: False})
+                if prompt.rstrip().endswith("</think>"):
+                    return name
+        except RowError:
+            pass  # the template does not render this chat; rows of another shape have their own errors
+        return None
+
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.
 
@@ -326,6 +347,8 @@ class Renderer:
             return []
         notes = list(last.notes)
         messages = example.messages if isinstance(example, Chat) else example.prompt
+        if isinstance(example, Chat) and len(messages) - 1 in example.untrained:
+            notes.append("messages after the last answer in the loss are removed")
         writers = [
             m["role"] for m in messages if m["role"] != "assistant" and self._special.search(m["content"])
         ]
@@ -391,10 +414,56 @@ class Renderer:
             notes = (
                 "empty thoughts in <think> are removed, because the chat template writes thoughts in another form",
             )
+        called = with_structured_calls(example)
+        if called and self._has_own_calls and (example.tools or self._rejects_written_calls):
+            has_words = any("tool_calls" in m and m["content"] for m in messages_of(called))
+            # Where words beside a call would be dropped, calls stay text if the template renders their results.
+            if not has_words or self._rejects_written_calls or self._renders_words_beside_calls:
+                example = called
+                notes = (
+                    *notes,
+                    "calls in <tool_call> are read as tool_calls, because the chat template writes calls in another form",
+                )
         joined = with_one_instruction(example)
         if joined is None or self._renders_two_instructions:
             return example, notes
         return joined, (*notes, "system and developer messages are merged")
+
+    @cached_property
+    def _has_own_calls(self) -> bool:
+        """Return whether the template renders calls, but not as JSON in <tool_call> tags."""
+        text = self._probe_call("")
+        return bool(text) and _JSON_IN_TAGS.search(text) is None
+
+    @cached_property
+    def _renders_words_beside_calls(self) -> bool:
+        """Return whether the template renders a message with words and calls."""
+        return bool(self._probe_call(_ANSWER))
+
+    def _probe_call(self, words: str) -> str:
+        """Render a call with words beside it, in the first form in which they and the call are rendered; empty if none is."""
+        argument = "Tromsø"
+        function = {"name": _PROBED_TOOL, "arguments": {"name": argument}}
+        call: Message = {
+            "role": "assistant",
+            "content": words,
+            "tool_calls": [{"type": "function", "function": function}],
+        }
+        chat = Chat([{"role": "user", "content": _QUESTION}, call])
+        for form in possible_forms(chat, self._source):
+            try:
+                text = self._apply(adapted(chat.messages, form, None), chat)
+            except RowError:
+                continue
+            if all(part in text for part in (_PROBED_TOOL, argument, words)):
+                return text
+        return ""
+
+    @cached_property
+    def _rejects_written_calls(self) -> bool:
+        """Return whether the template renders no result of a call that stands in the text of an answer."""
+        said = (("user", _QUESTION), ("assistant", "<tool_call>"), ("tool", _ANSWER), ("assistant", _THOUGHT))
+        return _ANSWER not in self._probe(*said)
 
     @cached_property
     def _has_own_thoughts(self) -> bool:
@@ -463,8 +532,8 @@ class Renderer:
 
     def _clean(self, messages: list[Message]) -> list[Message]:
         """Give developer messages the role that the template knows, and remove tags of results and end tokens that the row brings."""
-        if self._wraps_results and any(_is_wrapped(message) for message in messages):
-            messages = [_unwrapped(message) if _is_wrapped(message) else message for message in messages]
+        if self._wraps_results and any(is_wrapped(message) for message in messages):
+            messages = [unwrapped(message) if is_wrapped(message) else message for message in messages]
         if not self._knows_developer and any(message["role"] == "developer" for message in messages):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
@@ -902,24 +971,19 @@ def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
     if index >= len(chat.messages):
         return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
     message = chat.messages[index]
-    if message["role"] in ("system", "developer"):
+    if (
+        index
+        and message["role"] in ("system", "developer")
+        and chat.messages[0]["role"] in ("system", "developer")
+    ):
+        fix = f"Move its text into {chat.name_of(0)}"
+    elif message["role"] in ("system", "developer"):
         fix = "Move its text into the first user message, or use a model whose template has system messages"
     elif message["role"] == "tool" or "tool_calls" in message:
         fix = "Use a model whose template renders tool calls, or set chat_template"
     else:
         fix = "Fix or remove the message, or set chat_template"
     return f"{chat.name_of(index)} is rejected by the chat template ({error}). {fix}"
-
-
-def _is_wrapped(message: Message) -> bool:
-    """Return whether the result of a tool brings its own tags (Hermes)."""
-    return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
-
-
-def _unwrapped(message: Message) -> Message:
-    """Return a result without its outermost tags, which the template adds; several results in one message keep those between them."""
-    found = _WRAPPED_RESULT.fullmatch(message["content"])
-    return {**message, "content": found[1]} if found else message
 
 
 def _names(chat: Chat, count: int) -> list[str]:

@@ -375,6 +375,79 @@ def test_the_error_of_a_form_that_the_template_reads_is_raised(tokenizers: Token
         Renderer(tokenizers["deepseekv3"], whole_text=False).render(read({"messages": messages}))
 
 
+@pytest.mark.parametrize(
+    ("name", "converted"),
+    [("gptoss", True), ("gemma4_v5", True), ("llama3_1", True), ("glm4moe", True), ("qwen3", False)],
+)
+def test_calls_in_tags_become_calls_where_the_template_writes_another_form(
+    name: str, converted: bool, tokenizers: Tokenizers
+):
+    text = '<tool_call>\n{"name": "find_weather", "arguments": {"city": "Tromsø"}}\n</tool_call>'
+    result = {"role": "tool", "content": "<tool_response>\nminus 3 degrees\n</tool_response>"}
+    written = read({"messages": [user(1), answer(1) | {"content": text}, result, answer(2)], "tools": TOOLS})
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    sequences = renderer.render(written)
+    structured = read(
+        {
+            "messages": [user(1), call(), {"role": "tool", "content": "minus 3 degrees"}, answer(2)],
+            "tools": TOOLS,
+        }
+    )
+    assert loss_texts(sequences) == loss_texts(renderer.render(structured))
+    assert any("read as tool_calls" in note for note in renderer.notes(written, sequences)) == converted
+    if converted:
+        assert '<tool_call>\n{"name"' not in sequences[-1].text
+        assert "</tool_response>\n</tool_response>" not in sequences[-1].text
+
+
+def test_calls_in_tags_stay_text_where_the_template_drops_the_words_beside_them(tokenizers: Tokenizers):
+    text = 'Wait.\n<tool_call>\n{"name": "find_weather", "arguments": {}}\n</tool_call>'
+    chat = read({"messages": [user(1), answer(1) | {"content": text}, RESULT, answer(2)], "tools": TOOLS})
+    assert text in loss_texts(Renderer(tokenizers["llama3_1"], whole_text=False).render(chat))[0]
+
+
+def test_messages_after_the_last_trained_turn_are_counted(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    chat = read({"messages": [user(1), answer(1), user(2), answer(2, train=False)]})
+    assert renderer.notes(chat, renderer.render(chat)) == [
+        "messages after the last answer in the loss are removed"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        *(
+            ("qwen3", "enable_thinking"),
+            ("glm4moe", "enable_thinking"),
+            ("nemotron_3_nano", "enable_thinking"),
+        ),
+        *(("llama3_1", None), ("deepseek_r1_distill", None), ("qwen3_instruct_2507", None)),
+    ],
+)
+def test_switch_of_plain_answers_is_found(name: str, switch: str | None, tokenizers: Tokenizers):
+    assert Renderer(tokenizers[name], whole_text=False).switch_of_plain_answers() == switch
+    off = Renderer(tokenizers[name], whole_text=False, variables={"enable_thinking": False})
+    assert off.switch_of_plain_answers() is None
+
+
+def test_a_later_system_message_is_moved_to_the_first_one(tokenizers: Tokenizers):
+    messages = [SYSTEM, user(1), answer(1), SYSTEM, user(2), answer(2)]
+    with pytest.raises(RowError, match=r"message 4 \(system\).*into message 1 \(system\)"):
+        Renderer(tokenizers["gemma3"], whole_text=False).render(read({"messages": messages}))
+
+
+def test_a_dropped_message_is_not_said_to_be_a_column(tokenizers: Tokenizers):
+    chats = {
+        "content": [user(1), call("Words."), RESULT, answer(1)],
+        "reasoning": [user(1), answer(1, thinking="A thought.")],
+    }
+    for what, messages in chats.items():
+        with pytest.raises(RowError, match=f"drops {what}") as caught:
+            Renderer(tokenizers["llama3_1"], whole_text=False).render(read({"messages": messages}))
+        assert ("ignore_columns" in str(caught.value)) == (what == "reasoning")
+
+
 def test_a_developer_message_is_a_system_message_to_a_template_without_that_role(tokenizers: Tokenizers):
     developer = {"role": "developer", "content": "Be kind."}
     (sequence,) = Renderer(tokenizers["cohere2"], whole_text=False).render(
