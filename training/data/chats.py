@@ -57,12 +57,24 @@ _FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": Fals
 """Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
 _RATINGS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
 """Texts of a label that say how good an answer is; others may be a topic."""
+_IS_GOOD = re.compile(r"(is_)?(good|correct|helpful|accepted|acceptable|approved)")
+_IS_BAD = re.compile(r"(is_)?(bad|wrong|incorrect|unhelpful)")
+_VERDICT = re.compile(r"((response|answer|user|human)_)?(quality|feedback|rating|verdict|vote|thumbs?)")
+"""Names of other verdicts about an answer."""
+_BAD = frozenset(
+    (
+        *("bad", "poor", "low", "wrong", "incorrect", "negative", "rejected", "unhelpful"),
+        *("thumbsdown", "down", "downvote", "dislike", "👎", "false"),
+    )
+)
 _TEXT_AND_CALLS = (
     *("role", "from", "content", "value", "text", "name"),
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
 )
 _CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
-_KNOWN = {*_TEXT_AND_CALLS, *REASONING_KEYS, *_IN_LOSS, *_OUT_OF_LOSS}
+_REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
+"""Keys of a message that hold its reasoning."""
+_KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *_IN_LOSS, *_OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
 _JSON_CALL = re.compile(r"(<tool_call>\s*)(\{.*?\})(\s*</tool_call>)", re.DOTALL)
@@ -255,6 +267,10 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     _read_functions(value, at, reading)
     if role == "assistant" and not _is_in_loss(value, at):
         reading.untrained.add(len(reading.messages))
+    if role != "assistant" and any(flag_of(value.get(key)) for key in _IN_LOSS):
+        reading.notes.append(
+            f"the weight of {role} messages is not used: only assistant messages are in the loss"
+        )
     _note_unread(value, role, at, reading)
     if role == "assistant" and isinstance(value.get("channel"), str):
         message = _of_channel(message, value, at)
@@ -409,7 +425,9 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
 
 
 def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, reading: _Reading) -> str:
-    given = [key for key in REASONING_KEYS if value.get(key) not in (None, "")]
+    if value.get("reasoning_details"):
+        value = {**value, "reasoning_details": _text_of_details(value, at)}
+    given = [key for key in _REASONING if value.get(key) not in (None, "")]
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
         raise RowError(
@@ -419,6 +437,21 @@ def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, readi
     if texts and role != "assistant":
         raise RowError("role order", f"{at} has reasoning, which only assistant messages may have")
     return next(iter(texts), "")
+
+
+def _text_of_details(value: dict[str, Any], at: str) -> str:
+    """Return the text of `reasoning_details` (OpenRouter); empty if it holds other details of reasoning that stands under its key."""
+    details = value["reasoning_details"]
+    parts = [part for part in details if isinstance(part, dict)] if isinstance(details, list | tuple) else []
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    if len(texts) == len(details) > 0:
+        return "".join(texts)
+    if any(value.get(key) for key in _REASONING if key != "reasoning_details"):
+        return ""
+    raise RowError(
+        "unsupported content",
+        f"{at} has `reasoning_details` without plain text. Write the reasoning as `reasoning_content`, or remove the key",
+    )
 
 
 def _without_thought(content: str, reasoning: str, at: str) -> str:
@@ -707,10 +740,27 @@ def is_quality_tag(key: str, value: Any) -> bool:
     """Return whether a column or a key of a message says how good an answer is."""
     if key == "kto_tag":
         return True
+    if _says_bad(key, value):
+        return True
     if isinstance(value, str):
         text = value.strip().lower()
         value = value if flag_of(text) is None and text not in _RATINGS and not _NUMBER.fullmatch(text) else 0
     return key in ("label", "score") and isinstance(value, Number)
+
+
+def _says_bad(key: str, value: Any) -> bool:
+    """Return whether a verdict about an answer under another name than `label` is a bad one; a plain rating may have any scale."""
+    if not isinstance(value, str | int | float):
+        return False
+    if _IS_GOOD.fullmatch(key):
+        return flag_of(value) is False
+    if _IS_BAD.fullmatch(key):
+        return flag_of(value) is True
+    if isinstance(value, str):
+        is_bad = re.sub(r"[\s_-]+", "", value.lower()) in _BAD or value.strip() == "-1"
+    else:
+        is_bad = value is False or (isinstance(value, int | float) and value < 0)
+    return is_bad and _VERDICT.fullmatch(key) is not None
 
 
 def excludes_something(key: str, value: Any) -> bool:

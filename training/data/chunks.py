@@ -13,6 +13,7 @@ from training.data.records import Chat, Example, Pair
 from training.data.request import DataRequest
 from training.data.rows import FORMAT_NAMES, RowSchema, read_row, recognise
 from training.data.sources import parse_rows
+from training.data.template_forms import has_reasoning
 from training.data.templates import Renderer
 from training.data.token_files import RenderedRow, RowTokenizer, TokenizedRows, digest_of
 
@@ -56,6 +57,8 @@ class ChunkResult:
     split_sequences: int = 0
     """Sequences that the split rows became."""
     has_chats: bool = False
+    has_reasoning: bool = False
+    """True if an answer has reasoning, or an empty thought that the row writes."""
 
 
 class ChunkTokenizer:
@@ -126,6 +129,7 @@ class ChunkTokenizer:
             result.notes.update(f"column `{name}` is ignored (ignore_columns)" for name in ignored)
             result.taken += 1
             result.has_chats |= isinstance(example, Chat | Pair)
+            result.has_reasoning |= isinstance(example, Chat | Pair) and has_reasoning(example)
             if isinstance(example, Pair):
                 only = int(bool(example.chosen)) if len(sequences) == 1 else None
                 yield RenderedRow(chunk.file, row, sequences, only)

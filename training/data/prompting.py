@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def stop_tokens(settings: "GenerationConfig | None", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the ids of the stop tokens: EOS of model and tokenizer, and the chat template's end-of-turn token.
+    """Return the ids of the stop tokens: EOS of model and tokenizer, and the chat template's end-of-turn tokens.
 
     Args:
         settings: The model's generation config.
@@ -24,8 +24,14 @@ def stop_tokens(settings: "GenerationConfig | None", tokenizer: "PreTrainedToken
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the id of the special token with which the chat template ends a turn; empty if it ends turns with other text."""
-    end = Renderer(tokenizer, whole_text=False).end_marker
+    """Return the ids of the special tokens with which the chat template ends a turn; empty if it ends turns with other text.
+
+    It is one token, or the first ones of the turns that may follow (GLM-4.5).
+    """
+    renderer = Renderer(tokenizer, whole_text=False)
+    if renderer.next_headers:
+        return [tokenizer.get_vocab()[token] for token in renderer.next_headers.values()]
+    end = renderer.end_marker
     tokens = tokenizer.encode(end, add_special_tokens=False) if end else []
     special = [*tokenizer.added_tokens_decoder, tokenizer.eos_token_id]
     return [token for token in tokens if token in special][:1]

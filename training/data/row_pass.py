@@ -13,13 +13,12 @@ from training.data.errors import DataError
 from training.data.request import DataRequest
 from training.data.rows import RowSchema
 from training.data.sources import Piece, StoredBatch, open_file
-from training.data.template_checks import DROPPED_TEXT
+from training.data.template_checks import TEMPLATE_KINDS
 from training.data.token_files import TokenWriter
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2_000_000
 _MAX_SHOWN = 5
-_TEMPLATE_KINDS = {"template", DROPPED_TEXT}
-_RENDERING_KINDS = {*_TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
+_RENDERING_KINDS = {*TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
 """Faults of rows whose format was read."""
 _VARIES = re.compile(r"'[^']*'|\d+")
 
@@ -139,6 +138,7 @@ class Tally:
     lines: int = 0
     """Lines of a range of a JSONL file, whose rows are numbered from its start; 0 for other rows."""
     has_chats: bool = False
+    has_reasoning: bool = False
     lengths: Counter[int] = field(default_factory=Counter)
     """Tokens per row, before the limit -> number of rows."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -158,6 +158,7 @@ class Tally:
         self.split_rows += result.split_rows
         self.split_sequences += result.split_sequences
         self.has_chats |= result.has_chats
+        self.has_reasoning |= result.has_reasoning
         self.notes.update(result.notes)
         for row, kind, message in result.faults:
             same = _VARIES.sub("", message)
@@ -187,6 +188,7 @@ class Tally:
         ):
             setattr(self, name, getattr(self, name) + getattr(following, name))
         self.has_chats |= following.has_chats
+        self.has_reasoning |= following.has_reasoning
         for name in ("lengths", "notes", "kinds", "alike"):
             getattr(self, name).update(getattr(following, name))
         for same, ((file, row), message) in following.shown.items():
@@ -224,7 +226,7 @@ class Tally:
         ]
         if unseen:
             lines.append(f"… and {unseen:,} more rows")
-        if self.kinds.keys() & _TEMPLATE_KINDS:
+        if self.kinds.keys() & TEMPLATE_KINDS:
             lines.append(f"The chat template is {template}.")
         if self.kinds.keys() <= _RENDERING_KINDS:
             every = "No row can be rendered as it is: do what these errors say, or set chat_template."

@@ -38,7 +38,14 @@ from training.data.pretokenized import (
 )
 from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text, Tokens
 from training.data.template_forms import greeting_of
-from training.data.tools import Tool, check_json, parse_json, read_tools, without_foreign_nulls
+from training.data.tools import (
+    Tool,
+    check_json,
+    has_input_schema,
+    parse_json,
+    read_tools,
+    without_foreign_nulls,
+)
 
 FORMAT_NAMES: dict[DataFormat, str] = {
     "messages": "chats (messages)",
@@ -80,6 +87,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "problem", "input.messages"),
     "completion": ("answer", "response", "solution"),
     "system": ("system_prompt",),
+    "reasoning_content": ("cot", "thought", "thinking_trajectories"),
     "tools": ("functions", "input.tools"),
     "chosen": ("preferred_output",),
     "rejected": ("non_preferred_output",),
@@ -222,6 +230,8 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
                 )
         return replace(filled, notes=_judge_unread(row, names, reading))
     example = _read_columns(row, reading)
+    if isinstance(example, Chat | Pair) and has_input_schema(mapped(row, reading.columns, "tools")):
+        example = replace(example, notes=(*example.notes, "`input_schema` of tools is read as `parameters`"))
     if isinstance(example, Chat | Pair) and row.get("chat_template_kwargs"):
         example = replace(example, variables=_variables_of(row["chat_template_kwargs"]))
     if isinstance(example, Tokens):
@@ -300,7 +310,7 @@ def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
 
 def _settings_of(row: dict[str, Any], reading: RowSchema) -> set[str]:
     """Return the columns with a name of reasoning that are no reasoning of the answer: settings, and rationales of a label."""
-    names = [reading.columns.get(key, key) for key in REASONING_KEYS] if reading.columns else REASONING_KEYS
+    names = [reading.columns.get(key, key) for key in (*REASONING_KEYS, *_OTHER_NAMES["reasoning_content"])]
     if row.keys().isdisjoint(names):
         return set()
     return {
@@ -543,15 +553,22 @@ def _question_of(row: dict[str, Any], columns: Mapping[str, str]) -> str:
 
 def _reasoning_of(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
     """Return the texts of the row's reasoning columns by their standard names."""
-    found = {key: value for key in REASONING_KEYS if (value := mapped(row, columns, key))}
-    for key, value in found.items():
+    found: dict[str, str] = {}
+    for key in REASONING_KEYS:
+        value = mapped(row, columns, key)
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]  # s1's `thinking_trajectories`
+        if not value:
+            continue
         if not isinstance(value, str):
             theirs = columns.get(key, key)
             raise RowError(
                 "wrong type",
                 f"`{theirs}` is {json_type(value)}, not a string. Write the reasoning of the answer as a text, or set ignore_columns: [{theirs}]",
             )
-    return {key: value for key, value in found.items() if value.strip()}
+        if value.strip():
+            found[key] = value
+    return found
 
 
 def _with_reasoning_of_row(

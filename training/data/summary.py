@@ -77,6 +77,8 @@ class DataSummary:
     """Rows that became several sequences, because the chat template renders earlier turns differently once others follow."""
     split_sequences: int = 0
     """Sequences that these rows became; `rows` counts each of them."""
+    has_reasoning: bool = True
+    """False if the rows are chats and no answer has reasoning, or an empty thought that the row writes."""
     date: str | None = None
     """Date that the chat template prints in these rows (ISO 8601); None if it prints none."""
     notes: dict[str, int] = field(default_factory=dict)

@@ -10,6 +10,9 @@ from training.data.records import Message
 from training.data.template_forms import thought_of
 
 DROPPED_TEXT = "dropped text"
+OTHER_CONTEXT = "other context"
+TEMPLATE_KINDS = {"template", DROPPED_TEXT, OTHER_CONTEXT}
+"""Faults of rows that another chat template would render."""
 _NUMBER = re.compile(r"message (\d+)")
 # Templates print the types of JSON schemas in their own spelling.
 _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
@@ -99,10 +102,12 @@ def drops_tool_texts(text: str, tools: Sequence[dict[str, Any]]) -> bool:
 def clearest(errors: list[RowError]) -> RowError:
     """Return the error to report when no form of a row can be rendered.
 
-    It is one that names a text, of the form in which most messages are rendered, or else the first.
+    It is one that names a text, of the form in which most messages are rendered, or else one of a form that the template reads, or
+    else the first.
     """
     dropped = [error for error in errors if error.kind == DROPPED_TEXT]
-    return max(dropped, key=_message_of) if dropped else errors[0]
+    read = [error for error in errors if error.kind == OTHER_CONTEXT]
+    return max(dropped, key=_message_of) if dropped else [*read, *errors][0]
 
 
 def _message_of(error: RowError) -> int:
@@ -134,10 +139,12 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     for reason, part in sorted(parts, key=lambda entry: -len(entry[1])):
         spelling = next((spelling for spelling in _spellings(part) if spelling in text), None)
         if spelling is None:
+            # Reasoning may stand in a column, too; the content of a message does not.
+            is_column = reason.startswith(("`tools`", "the system column")) or reason.endswith("reasoning")
+            how = " (ignore_columns excludes a column)" if is_column else ""
             raise RowError(
                 DROPPED_TEXT,
-                f"{reason} ({_shown(part)}). Remove it (ignore_columns excludes a column), use a model whose template "
-                "renders it, or set chat_template",
+                f"{reason} ({_shown(part)}). Remove it{how}, use a model whose template renders it, or set chat_template",
             )
         text = text.replace(spelling, "\0", 1)
     return text

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, takewhile
 from typing import Any
@@ -13,6 +13,10 @@ from utils.files import checksum_bytes
 
 # With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+_TAGGED_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_TAGGED_CALLS = re.compile(r"(.*?)((?:\s*<tool_call>\s*\{.*?\}\s*</tool_call>)+)\s*", re.DOTALL)
+_WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
 _INSTRUCTIONS = {"system", "developer"}
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
@@ -75,6 +79,81 @@ def with_one_instruction(example: Chat | Pair) -> Chat | Pair | None:
     if isinstance(joined, Pair):
         return replace(joined, prompt=[first, *joined.prompt[1:]])
     return replace(joined, messages=[first, *joined.messages[1:]])
+
+
+def without_empty_thoughts(example: Chat | Pair) -> Chat | Pair | None:
+    """Return an example whose answers do not begin with an empty thought in tags; None if none does."""
+
+    def shortened(message: Message) -> Message:
+        found = EMPTY_THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+        return {**message, "content": message["content"][found.end() :].lstrip()} if found else message
+
+    shorter = _changed(example, shortened)
+    return shorter if shorter != example else None
+
+
+def messages_of(example: Chat | Pair) -> list[Message]:
+    """Return all messages of an example."""
+    if isinstance(example, Chat):
+        return example.messages
+    return [*example.prompt, *example.chosen, *example.rejected]
+
+
+def has_reasoning(example: Chat | Pair) -> bool:
+    """Return whether an answer of an example has reasoning, or an empty thought that the row writes."""
+    return any(
+        message["role"] == "assistant"
+        and ("reasoning_content" in message or "</think>" in message["content"])
+        for message in messages_of(example)
+    )
+
+
+def with_structured_calls(example: Chat | Pair) -> Chat | Pair | None:
+    """Return an example whose calls in <tool_call> tags (Hermes) are `tool_calls`, and whose results have no tags; None if it has none."""
+    called = _changed(example, _with_calls)
+    return _changed(called, unwrapped) if called != example else None
+
+
+def _with_calls(message: Message) -> Message:
+    """Return an assistant message that ends with calls in tags with them as `tool_calls`; other messages unchanged."""
+    if message["role"] != "assistant" or "tool_calls" in message or "<tool_call>" not in message["content"]:
+        return message
+    found = _TAGGED_CALLS.fullmatch(message["content"])
+    if found is None:
+        return message
+    calls: list[dict[str, Any]] = []
+    for text in _TAGGED_CALL.findall(found[2]):
+        try:
+            call = json.loads(text)
+        except ValueError:
+            return message  # another notation
+        if set(call) != {"name", "arguments"} or not isinstance(call["name"], str):
+            return message
+        if not isinstance(call["arguments"], dict):
+            return message
+        calls.append({"type": "function", "function": call})
+    return {**message, "content": found[1].rstrip(), "tool_calls": calls}
+
+
+def is_wrapped(message: Message) -> bool:
+    """Return whether the result of a tool brings its own tags (Hermes)."""
+    return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
+
+
+def unwrapped(message: Message) -> Message:
+    """Return a result without its outermost tags; several results in one message keep those between them. Other messages unchanged."""
+    found = _WRAPPED_RESULT.fullmatch(message["content"]) if message["role"] == "tool" else None
+    return {**message, "content": found[1]} if found else message
+
+
+def _changed(example: Chat | Pair, change: Callable[[Message], Message]) -> Chat | Pair:
+    """Return an example with a change to each message."""
+    if isinstance(example, Chat):
+        return replace(example, messages=list(map(change, example.messages)))
+    prompt, chosen, rejected = (
+        list(map(change, part)) for part in (example.prompt, example.chosen, example.rejected)
+    )
+    return replace(example, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def context_of(example: Chat | Pair) -> list[Message]:

@@ -19,10 +19,11 @@ from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
 from jinja2.runtime import LoopContext
 
 from training.data.errors import DataError, RowError
-from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
+from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
-    DROPPED_TEXT,
+    OTHER_CONTEXT,
+    TEMPLATE_KINDS,
     check_answer,
     check_context,
     check_parts,
@@ -31,14 +32,21 @@ from training.data.template_checks import (
     drops_tool_texts,
 )
 from training.data.template_forms import (
+    EMPTY_THOUGHT,
     Form,
     adapted,
     answers_of,
     context_of,
     features_of,
+    is_wrapped,
+    messages_of,
     possible_forms,
+    split_thought,
     thought_of,
+    unwrapped,
     with_one_instruction,
+    with_structured_calls,
+    without_empty_thoughts,
     without_greeting,
 )
 from training.data.template_headers import Headers
@@ -48,6 +56,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _QUESTION, _ANSWER, _PROBED_TOOL = "What is it?", "That is it.", "probed_tool"
+_THOUGHT = "Let me think."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
 _DIRECTIVES = (
@@ -57,8 +66,7 @@ _DIRECTIVES = (
 )  # in the order in which SmolLM3's template removes them
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
 _LOOP = frozenset(("first", "last", "index", "index0"))
-_WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+_JSON_IN_TAGS = re.compile(r"<tool_call>\s*\{")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
 
@@ -161,8 +169,9 @@ class Renderer:
                 if stop
             }
         )
+        self.next_headers = self._first_tokens_of_next_turns()
+        """Role -> special token with which a turn of that role ends the answer before it; empty if answers have an end marker."""
         self._headers = self._find_headers()
-        self._knows_developer = "developer" in self._source
         self._wraps_results = "<tool_response>" in self._source
         self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
         names = _names_in(self._source)
@@ -204,7 +213,7 @@ class Renderer:
             self._check_greeting(example)
             sequences = self._conversation(example)
         except RowError as error:
-            if shorter is None or error.kind not in ("template", DROPPED_TEXT):
+            if shorter is None or error.kind not in TEMPLATE_KINDS:
                 raise
             sequences = self._conversation(shorter)
             notes = (*notes, _GREETING_LEFT_OUT)
@@ -273,6 +282,23 @@ class Renderer:
         near = get_close_matches(name, sorted(self._known_variables), n=1, cutoff=0.7)
         return f"the chat template reads no such variable. {f'Did you mean {near[0]}?' if near else 'Remove it.'}"
 
+    def switch_of_plain_answers(self) -> str | None:
+        """Return the variable of thinking that must be false for chat to ask as answers without reasoning are trained, or None."""
+        question: Message = {"role": "user", "content": _QUESTION}
+        chat = Chat([question, {"role": "assistant", "content": _ANSWER}])
+        try:
+            if not self._switches or self._turn(chat, 1, Form()).prompt == self._apply(
+                [question], chat, prompt=True
+            ):
+                return None
+            for name in self._switches:
+                prompt = self._apply([question], chat, prompt=True, switch={name: False})
+                if prompt.rstrip().endswith("</think>"):
+                    return name
+        except RowError:
+            pass  # the template does not render this chat; rows of another shape have their own errors
+        return None
+
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.
 
@@ -321,11 +347,14 @@ class Renderer:
             return []
         notes = list(last.notes)
         messages = example.messages if isinstance(example, Chat) else example.prompt
+        if isinstance(example, Chat) and len(messages) - 1 in example.untrained:
+            notes.append("messages after the last answer in the loss are removed")
         writers = [
             m["role"] for m in messages if m["role"] != "assistant" and self._special.search(m["content"])
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
+        notes += self._notes_of_answers(example)
         thoughts = (thought_of(m)[0].strip() for m in messages if m["role"] == "assistant")
         texts = [sequence.text for sequence in sequences if isinstance(sequence, Rendered)]
         if any(thought and not any(thought in text for text in texts) for thought in thoughts):
@@ -339,6 +368,25 @@ class Renderer:
         ]
         if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
+        return notes
+
+    def _notes_of_answers(self, example: Chat | Pair) -> list[str]:
+        """Return what the plan counts about special tokens in the words of the assistant."""
+        messages = example.messages if isinstance(example, Chat) else [*example.chosen, *example.rejected]
+        written = [m for m in messages if m["role"] == "assistant" and self._special.search(m["content"])]
+        if not written:
+            return []
+        kept = [self._without_stop(message) for message in written]
+        found = {token for message in kept for token in self._special.findall(message["content"])}
+        notes = []
+        if kept != written:
+            notes.append("end tokens at the end of assistant messages are removed")
+        if stops := sorted(found.intersection(self._stops)):
+            notes.append(
+                f"assistant messages contain the end token {stops[0]} before their end, so the model learns to write on after it"
+            )
+        elif found:
+            notes.append("assistant messages contain special tokens of the tokenizer")
         return notes
 
     def _reject_rendered(self, example: Chat | Pair) -> None:
@@ -360,10 +408,78 @@ class Renderer:
         """Return an example with tools and instructions in the shape that the template reads, and notes about what was changed."""
         if example.tools and (tools := self._readable_tools(example.tools)) != example.tools:
             example = replace(example, tools=tools)
+        notes: tuple[str, ...] = ()
+        if (shorter := without_empty_thoughts(example)) is not None and self._has_own_thoughts:
+            example = shorter
+            notes = (
+                "empty thoughts in <think> are removed, because the chat template writes thoughts in another form",
+            )
+        called = with_structured_calls(example)
+        if called and self._has_own_calls and (example.tools or self._rejects_written_calls):
+            has_words = any("tool_calls" in m and m["content"] for m in messages_of(called))
+            # Where words beside a call would be dropped, calls stay text if the template renders their results.
+            if not has_words or self._rejects_written_calls or self._renders_words_beside_calls:
+                example = called
+                notes = (
+                    *notes,
+                    "calls in <tool_call> are read as tool_calls, because the chat template writes calls in another form",
+                )
         joined = with_one_instruction(example)
         if joined is None or self._renders_two_instructions:
-            return example, ()
-        return joined, ("system and developer messages are merged",)
+            return example, notes
+        return joined, (*notes, "system and developer messages are merged")
+
+    @cached_property
+    def _has_own_calls(self) -> bool:
+        """Return whether the template renders calls, but not as JSON in <tool_call> tags."""
+        text = self._probe_call("")
+        return bool(text) and _JSON_IN_TAGS.search(text) is None
+
+    @cached_property
+    def _renders_words_beside_calls(self) -> bool:
+        """Return whether the template renders a message with words and calls."""
+        return bool(self._probe_call(_ANSWER))
+
+    def _probe_call(self, words: str) -> str:
+        """Render a call with words beside it, in the first form in which they and the call are rendered; empty if none is."""
+        argument = "Tromsø"
+        function = {"name": _PROBED_TOOL, "arguments": {"name": argument}}
+        call: Message = {
+            "role": "assistant",
+            "content": words,
+            "tool_calls": [{"type": "function", "function": function}],
+        }
+        chat = Chat([{"role": "user", "content": _QUESTION}, call])
+        for form in possible_forms(chat, self._source):
+            try:
+                text = self._apply(adapted(chat.messages, form, None), chat)
+            except RowError:
+                continue
+            if all(part in text for part in (_PROBED_TOOL, argument, words)):
+                return text
+        return ""
+
+    @cached_property
+    def _rejects_written_calls(self) -> bool:
+        """Return whether the template renders no result of a call that stands in the text of an answer."""
+        said = (("user", _QUESTION), ("assistant", "<tool_call>"), ("tool", _ANSWER), ("assistant", _THOUGHT))
+        return _ANSWER not in self._probe(*said)
+
+    @cached_property
+    def _has_own_thoughts(self) -> bool:
+        """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4)."""
+        if "</think>" in self._source:
+            return False
+        question: Message = {"role": "user", "content": _QUESTION}
+        for key in REASONING_KEYS:
+            answer: Message = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
+            try:
+                text = self._apply([question, answer], Chat([]))
+            except RowError:
+                continue
+            if _THOUGHT in text:
+                return True
+        return False
 
     def _readable_tools(self, tools: list[Tool]) -> list[Tool]:
         """Return tools in OpenAI's form, and with a description, if the template reads no others."""
@@ -400,6 +516,12 @@ class Renderer:
         return _PROBED_TOOL in text
 
     @cached_property
+    def _knows_developer(self) -> bool:
+        """Return whether the template renders developer messages; some only have the word (Cohere 2)."""
+        text = "Be kind."
+        return "developer" in self._source and text in self._probe(("developer", text), ("user", _QUESTION))
+
+    @cached_property
     def _renders_two_instructions(self) -> bool:
         """Return whether the template renders a developer message after a system message."""
         texts = ("Be brief.", "Be kind.")
@@ -410,8 +532,8 @@ class Renderer:
 
     def _clean(self, messages: list[Message]) -> list[Message]:
         """Give developer messages the role that the template knows, and remove tags of results and end tokens that the row brings."""
-        if self._wraps_results and any(_is_wrapped(message) for message in messages):
-            messages = [_unwrapped(message) if _is_wrapped(message) else message for message in messages]
+        if self._wraps_results and any(is_wrapped(message) for message in messages):
+            messages = [unwrapped(message) if is_wrapped(message) else message for message in messages]
         if not self._knows_developer and any(message["role"] == "developer" for message in messages):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
@@ -554,7 +676,7 @@ class Renderer:
         answer = chat.messages[index]
         reasoning = thought_of(answer)[0]
         # A row may write an empty thought itself; in a pair of which one answer has reasoning, the other is an answer without.
-        keeps_empty_thought = bool(thinks) or _EMPTY_THOUGHT.match(answer["content"]) is not None
+        keeps_empty_thought = bool(thinks) or EMPTY_THOUGHT.match(answer["content"]) is not None
         if thinks is None:
             thinks = bool(reasoning) or keeps_empty_thought
         renderings = _Renderings(self._apply, messages, chat)
@@ -568,6 +690,9 @@ class Renderer:
         check_answer(turn.completion, answer, chat.name_of(index))
         if form.parts:
             check_parts(turn.text, messages)
+        if end := self.next_headers.get("tool" if "tool_calls" in answer else "user"):
+            text = turn.text[: turn.end] + end  # what the model is to write after its answer
+            return _Turn(text, turn.begin, len(text))
         return turn
 
     def _closes_the_thought(self, chat: Chat, index: int) -> str:
@@ -626,12 +751,12 @@ class Renderer:
             header = prompt.rpartition(question.strip())[2].strip()
         place = _place_after(prompt.rpartition(header)[0], header, text) if header else -1
         if place < 0:
-            raise RowError("template", _not_a_prefix(len(messages) - 1))
+            raise RowError(OTHER_CONTEXT, _not_a_prefix(len(messages) - 1))
         completion = text[place + len(header) :]
         writes_thoughts = is_open or "</think>" in self._template_for(chat.tools)
         if is_open or (writes_thoughts and reasoning and reasoning.strip() not in completion):
             opening = "" if is_open else "<think>\n"
-            answer = completion.lstrip().removeprefix("</think>").lstrip()
+            answer = split_thought(completion)[1].lstrip().removeprefix("</think>").lstrip()
             completion = f"{opening}{reasoning.strip()}\n</think>\n\n{answer}"
         whole = prompt + completion
         return _Turn(whole, len(prompt), len(whole.rstrip()))
@@ -754,6 +879,29 @@ class Renderer:
         found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
         return found[0] if found else ""
 
+    def _first_tokens_of_next_turns(self) -> dict[str, str]:
+        """Return the special tokens that follow an answer without an end marker (GLM-4.5), by the role of the next turn."""
+        if not self.header or self.end_marker:
+            return {}
+        question: Message = {"role": "user", "content": _QUESTION}
+        arguments = {"name": _ANSWER}
+        call: Message = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": _PROBED_TOOL, "arguments": arguments}}],
+        }
+        found: dict[str, str] = {}
+        for role, answer in (("user", {"role": "assistant", "content": _ANSWER}), ("tool", call)):
+            try:
+                asked = self._apply([question, answer], Chat([])).rstrip()
+                whole = self._apply([question, answer, {"role": role, "content": _QUESTION}], Chat([]))
+            except RowError:
+                continue
+            token = self._special.match(whole.removeprefix(asked).lstrip())
+            if whole.startswith(asked) and token and token[0] != self._bos:
+                found[role] = token[0]
+        return found
+
     def _find_headers(self) -> Headers:
         """Find the headers of turns in renderings of a question and an answer."""
         question, answer = ("user", _QUESTION), ("assistant", _ANSWER)
@@ -823,24 +971,19 @@ def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
     if index >= len(chat.messages):
         return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
     message = chat.messages[index]
-    if message["role"] in ("system", "developer"):
+    if (
+        index
+        and message["role"] in ("system", "developer")
+        and chat.messages[0]["role"] in ("system", "developer")
+    ):
+        fix = f"Move its text into {chat.name_of(0)}"
+    elif message["role"] in ("system", "developer"):
         fix = "Move its text into the first user message, or use a model whose template has system messages"
     elif message["role"] == "tool" or "tool_calls" in message:
         fix = "Use a model whose template renders tool calls, or set chat_template"
     else:
         fix = "Fix or remove the message, or set chat_template"
     return f"{chat.name_of(index)} is rejected by the chat template ({error}). {fix}"
-
-
-def _is_wrapped(message: Message) -> bool:
-    """Return whether the result of a tool brings its own tags (Hermes)."""
-    return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
-
-
-def _unwrapped(message: Message) -> Message:
-    """Return a result without its outermost tags, which the template adds; several results in one message keep those between them."""
-    found = _WRAPPED_RESULT.fullmatch(message["content"])
-    return {**message, "content": found[1]} if found else message
 
 
 def _names(chat: Chat, count: int) -> list[str]:
@@ -901,7 +1044,7 @@ def _place_after(before: str, header: str, text: str) -> int:
 def _without_empty_thought(turn: _Turn, content: str) -> _Turn:
     """Move an empty thought that the template inserts from the completion to the prompt: the model is not asked for it."""
     is_open = turn.prompt.rstrip().endswith("<think>")
-    found = (_END_OF_EMPTY_THOUGHT if is_open else _EMPTY_THOUGHT).match(turn.text, turn.begin, turn.end)
+    found = (_END_OF_EMPTY_THOUGHT if is_open else EMPTY_THOUGHT).match(turn.text, turn.begin, turn.end)
     if found is None or found.end() >= turn.end:
         return turn
     begin = turn.text.find(content, found.end(), turn.end)  # the answer keeps its own whitespace

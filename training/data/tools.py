@@ -39,9 +39,26 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
         clean = tool if is_written else _without_filler(tool, what)  # Arrow fills in no nulls inside a text
+        clean = _with_parameters(clean)
         tools.append(as_function(clean) if wrap else clean)
     check_json(tools, what)
     return tools
+
+
+def has_input_schema(value: Any) -> bool:
+    """Return whether a column of tools has them as Anthropic writes them, with `input_schema`."""
+    if isinstance(value, str):
+        return '"input_schema"' in value
+    return isinstance(value, list | tuple) and any(
+        isinstance(tool, dict) and tool.get("input_schema") for tool in value
+    )
+
+
+def _with_parameters(tool: Tool) -> Tool:
+    """Return a tool of Anthropic's API with its `input_schema` as `parameters`; another tool as it is."""
+    if not isinstance(tool.get("input_schema"), dict) or "parameters" in tool:
+        return tool
+    return {"parameters" if key == "input_schema" else key: value for key, value in tool.items()}
 
 
 def as_function(tool: Tool) -> Tool:

@@ -72,4 +72,9 @@ def describe_packing(config: FinetuneConfig, train: DataSummary, shape: BatchSha
     """Describe how many sequences the rows are packed into, and how full the sequences are."""
     capacity = config.context_length or train.longest
     fill = train.tokens / (shape.sequences * capacity)
-    return f"{train.rows:,} rows in {shape.sequences:,} sequences of {capacity:,} tokens, {fill:.1%} full"
+    rows, sequences = _counted(train.rows, "row"), _counted(shape.sequences, "sequence")
+    return f"{rows} in {sequences} of {capacity:,} tokens, {fill:.1%} full"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -878,7 +878,9 @@ def _warnings(
     yield from plan_warnings.storage_warnings(config, storage.uri)
     yield from plan_warnings.learning_rate_warnings(loaded)
     yield from plan_warnings.schedule_warnings(config, batch.shape.steps_per_epoch, batch.max_steps)
-    yield from plan_warnings.template_warnings(config, model.tokenizer)
+    yield from plan_warnings.template_warnings(
+        config, model.tokenizer, has_reasoning=data.train.summary.has_reasoning
+    )
     yield from plan_warnings.tokenizer_warnings(model.tokenizer)
     yield from plan_warnings.column_warnings(config, data.train.summary)
     key = "valid_path" if config.valid_split is None else "valid_split"

@@ -149,12 +149,25 @@ def cpu_has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def template_warnings(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:
-    """Warn of chat templates that do not mark the end of a response, or mark it by text that does not stop generation."""
+def template_warnings(
+    config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", *, has_reasoning: bool = True
+) -> Iterator[str]:
+    """Warn of chat templates that do not mark the end of a response, mark it by text that does not stop generation, or ask otherwise.
+
+    Args:
+        config: The run's YAML.
+        tokenizer: The model's tokenizer.
+        has_reasoning: False if no answer has reasoning.
+    """
     if config.prompt_template is not None or config.task not in ("instruction_tuning", "preference_tuning"):
         return
-    renderer = Renderer(tokenizer, whole_text=False)
-    if renderer.header and not renderer.end_marker:
+    renderer = Renderer(tokenizer, whole_text=False, variables=config.chat_template_kwargs)
+    if not has_reasoning and (switch := renderer.switch_of_plain_answers()):
+        yield (
+            "no row has reasoning, but the default prompt of the chat template asks for it, so chat, evaluation and servers would ask "
+            f"otherwise than the rows. Set chat_template_kwargs: {{{switch}: false}}, also where the model is served"
+        )
+    if renderer.header and not renderer.end_marker and "user" not in renderer.next_headers:
         yield "the chat template puts no end token after a response, so the model does not learn to stop; set chat_template to one that does"
     marker = renderer.end_marker.strip()
     if marker and not end_of_turn(tokenizer):

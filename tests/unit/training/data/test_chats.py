@@ -654,7 +654,7 @@ def test_reasoning_in_a_column_belongs_to_the_answer(row: dict[str, Any], key: s
             ("`thinking`", "different texts", "Keep one"),
         ),
         (
-            {"messages": [USER, ANSWER], "thinking": ["a thought"]},
+            {"messages": [USER, ANSWER], "thinking": ["a thought", "another"]},
             ("`thinking`", "list", "ignore_columns: [thinking]"),
         ),
     ],
@@ -844,6 +844,95 @@ def test_spellings_of_an_answer_are_read_as_one_text(message: dict[str, Any]):
     chat = read({"messages": [USER, message]})
     assert chat.messages == [USER, ANSWER]
     assert chat.notes == ()
+
+
+@pytest.mark.parametrize("key", ["train", "weight"])
+def test_a_user_message_that_is_put_in_the_loss_is_counted(key: str):
+    (note,) = read({"messages": [{**USER, key: 1}, ANSWER]}).notes
+    assert_names(note, "user", "only assistant messages")
+    assert read({"messages": [{**USER, key: 0}, ANSWER]}).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good"),
+    [
+        ("is_good", False, True),
+        ("quality", "bad", "good"),
+        ("feedback", "thumbs_down", "thumbs_up"),
+        ("rating", -1, 4),
+        ("rating", "-1", "1"),
+    ],
+)
+def test_a_bad_verdict_under_another_name_raises_an_error(key: str, bad: Any, good: Any):
+    for row in ({"messages": [USER, ANSWER]}, {"prompt": "Hi", "completion": "Hello"}):
+        with pytest.raises(RowError, match=key) as caught:
+            read({**row, key: bad})
+        assert caught.value.kind == "quality tag"
+        assert read({**row, key: good}).notes == (f"column `{key}` is not used",)
+    with pytest.raises(RowError, match=key):
+        read({"messages": [USER, {**ANSWER, key: bad}]})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, {**ANSWER, "thought": "Look."}]},
+        {"messages": [USER, {**ANSWER, "reasoning_details": [{"type": "reasoning.text", "text": "Look."}]}]},
+        {
+            "messages": [
+                USER,
+                {
+                    **ANSWER,
+                    "reasoning": "Look.",
+                    "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}],
+                },
+            ]
+        },
+        {"instruction": "How warm is it?", "output": "21 degrees", "cot": "Look."},
+        {"question": "How warm is it?", "answer": "21 degrees", "thinking_trajectories": ["Look."]},
+    ],
+)
+def test_other_names_of_reasoning_are_read(row: dict[str, Any]):
+    assert read(row).messages == [USER, {**ANSWER, "reasoning_content": "Look."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "facts"),
+    [
+        (
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
+                ]
+            },
+            ("message 2", "reasoning_details", "reasoning_content"),
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello", "thinking_trajectories": ["A", "B"]},
+            ("ignore_columns: [thinking_trajectories]",),
+        ),
+        (
+            {"messages": [USER, ANSWER, USER, ANSWER], "cot": "Look."},
+            ("2 assistant messages", "ignore_columns: [cot]"),
+        ),
+    ],
+)
+def test_reasoning_that_is_no_text_of_one_answer_raises_an_error(row: dict[str, Any], facts: tuple[str, ...]):
+    with pytest.raises(RowError) as caught:
+        read(row)
+    assert_names(str(caught.value), *facts)
+
+
+def test_tools_of_anthropic_are_converted():
+    schema = {"type": "object", "properties": {}}
+    for given in (
+        [{"name": "look", "input_schema": schema}],
+        json.dumps([{"name": "look", "input_schema": schema}]),
+    ):
+        chat = read({"messages": [USER, CALLING], "tools": given})
+        assert chat.tools == [{"name": "look", "parameters": schema}]
+        assert chat.notes == ("`input_schema` of tools is read as `parameters`",)
 
 
 def test_consecutive_calls_become_one_message():

@@ -193,7 +193,7 @@ def test_templates_of_training_train_the_same_tokens_as_those_of_the_models(
     compared = 0
     for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja")):
         name = path.stem.removesuffix("_training")
-        # DeepSeek's training templates leave the opened thought out; GLM's trains the next user marker as an end token.
+        # DeepSeek's training templates leave the opened thought out; GLM's needs its own special tokens (see below).
         if name not in tokenizers or name.startswith(("deepseek", "glm4moe")):
             continue
         marked = copy.deepcopy(tokenizers[name])
@@ -299,6 +299,161 @@ def test_errors_of_a_template_name_the_message_and_the_fix(
     with pytest.raises(RowError) as caught:
         Renderer(tokenizer, whole_text=False).render(read(rows[row]))
     assert all(re.search(fact, str(caught.value)) for fact in facts), caught.value
+
+
+def test_end_tokens_in_an_answer_are_said(tokenizers: Tokenizers):
+    """One at the end is removed; one before the end stays, since the answer may be about it."""
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    for content, fact, text in (
+        (
+            "it is <|im_end|> or so",
+            "the end token <|im_end|> before their end",
+            "it is <|im_end|> or so<|im_end|>",
+        ),
+        ("Yes.<|im_end|>", "end tokens at the end", "Yes.<|im_end|>"),
+        ("Yes<|endoftext|>.", "special tokens", "Yes<|endoftext|>.<|im_end|>"),
+    ):
+        chat = read({"messages": [user(1), answer(1) | {"content": content}]})
+        sequences = renderer.render(chat)
+        assert loss_texts(sequences) == [text]
+        (note,) = renderer.notes(chat, sequences)
+        assert fact in note
+        assert renderer.notes(Pair([user(1)], chat.messages[1:], [answer(2)]), sequences) == [note]
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_once(tokenizers: Tokenizers):
+    """Nemotron 3 renders an answer without reasoning after an empty thought of its own."""
+    renderer = Renderer(tokenizers["nemotron_3_nano"], whole_text=False)
+    reasoned, plain = renderer.render(
+        Pair([user(1)], [answer(1, reasoning_content="A thought.")], [answer(2)])
+    )
+    assert loss_texts([plain]) == ["\n</think>\n\nAnswer with words 2.<|im_end|>"]
+    assert reasoned.text.partition("A thought.")[0] + loss_texts([plain])[0] == plain.text
+    (asked,) = renderer.render(Chat([user(1), answer(2)], variables={"enable_thinking": True}))
+    assert (asked.text.rstrip(), loss_texts([asked])) == (plain.text, ["Answer with words 2.<|im_end|>"])
+
+
+@pytest.mark.parametrize("name", ["gptoss", "gemma4_v5"])
+def test_an_empty_thought_in_another_form_than_the_templates_is_removed(name: str, tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    written = answer(1) | {"content": "<think>\n\n</think>\n\nAnswer with words 1."}
+    sequences = renderer.render(read({"messages": [user(1), written]}))
+    assert loss_texts(sequences) == loss_texts(renderer.render(read(ROWS["one answer"])))
+    assert "empty thoughts" in sequences[0].notes[0]
+    pair = renderer.render(Pair([user(1)], [written], [answer(2)]))
+    assert "think>" not in pair[0].text
+    plain = Renderer(tokenizers["llama3_1"], whole_text=False).render(read({"messages": [user(1), written]}))
+    assert "</think>" in loss_texts(plain)[0]
+
+
+def test_an_answer_without_an_end_marker_ends_with_the_header_of_the_next_turn(tokenizers: Tokenizers):
+    """GLM-4.5 stops at the next header, which its generation config lists."""
+    tokenizer = copy.deepcopy(tokenizers["glm4moe"])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|observation|>"]}
+    )
+    renderer = Renderer(tokenizer, whole_text=False)
+    row = {"messages": [user(1), call(), RESULT, answer(1), user(2), answer(2)], "tools": TOOLS}
+    sequences = renderer.render(read(row))
+    ends = [text.rpartition("<")[2] for text in loss_texts(sequences)]
+    assert ends == ["|observation|>", "|user|>", "|user|>"]
+    assert len(sequences) == 1
+    assert "<|user|><|user|>" not in sequences[0].text
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = (Path(trl.__file__).parent / "chat_templates/glm4moe_training.jinja").read_text()
+    theirs = Renderer(marked, whole_text=False).render(read(ROWS["one answer"]))
+    assert theirs == renderer.render(read(ROWS["one answer"]))
+    assert stop_tokens(None, tokenizer) == sorted(
+        tokenizer.convert_tokens_to_ids(["<|eos|>", "<|user|>", "<|observation|>"])
+    )
+
+
+def test_the_error_of_a_form_that_the_template_reads_is_raised(tokenizers: Tokenizers):
+    """DeepSeek V3's template reads arguments as text, and renders a second step with calls in another context."""
+    messages = [user(1), call(), RESULT, call(), RESULT, answer(1)]
+    with pytest.raises(RowError, match="message 4 directly after its generation prompt"):
+        Renderer(tokenizers["deepseekv3"], whole_text=False).render(read({"messages": messages}))
+
+
+@pytest.mark.parametrize(
+    ("name", "converted"),
+    [("gptoss", True), ("gemma4_v5", True), ("llama3_1", True), ("glm4moe", True), ("qwen3", False)],
+)
+def test_calls_in_tags_become_calls_where_the_template_writes_another_form(
+    name: str, converted: bool, tokenizers: Tokenizers
+):
+    text = '<tool_call>\n{"name": "find_weather", "arguments": {"city": "Tromsø"}}\n</tool_call>'
+    result = {"role": "tool", "content": "<tool_response>\nminus 3 degrees\n</tool_response>"}
+    written = read({"messages": [user(1), answer(1) | {"content": text}, result, answer(2)], "tools": TOOLS})
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    sequences = renderer.render(written)
+    structured = read(
+        {
+            "messages": [user(1), call(), {"role": "tool", "content": "minus 3 degrees"}, answer(2)],
+            "tools": TOOLS,
+        }
+    )
+    assert loss_texts(sequences) == loss_texts(renderer.render(structured))
+    assert any("read as tool_calls" in note for note in renderer.notes(written, sequences)) == converted
+    if converted:
+        assert '<tool_call>\n{"name"' not in sequences[-1].text
+        assert "</tool_response>\n</tool_response>" not in sequences[-1].text
+
+
+def test_calls_in_tags_stay_text_where_the_template_drops_the_words_beside_them(tokenizers: Tokenizers):
+    text = 'Wait.\n<tool_call>\n{"name": "find_weather", "arguments": {}}\n</tool_call>'
+    chat = read({"messages": [user(1), answer(1) | {"content": text}, RESULT, answer(2)], "tools": TOOLS})
+    assert text in loss_texts(Renderer(tokenizers["llama3_1"], whole_text=False).render(chat))[0]
+
+
+def test_messages_after_the_last_trained_turn_are_counted(tokenizers: Tokenizers):
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    chat = read({"messages": [user(1), answer(1), user(2), answer(2, train=False)]})
+    assert renderer.notes(chat, renderer.render(chat)) == [
+        "messages after the last answer in the loss are removed"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        *(
+            ("qwen3", "enable_thinking"),
+            ("glm4moe", "enable_thinking"),
+            ("nemotron_3_nano", "enable_thinking"),
+        ),
+        *(("llama3_1", None), ("deepseek_r1_distill", None), ("qwen3_instruct_2507", None)),
+    ],
+)
+def test_switch_of_plain_answers_is_found(name: str, switch: str | None, tokenizers: Tokenizers):
+    assert Renderer(tokenizers[name], whole_text=False).switch_of_plain_answers() == switch
+    off = Renderer(tokenizers[name], whole_text=False, variables={"enable_thinking": False})
+    assert off.switch_of_plain_answers() is None
+
+
+def test_a_later_system_message_is_moved_to_the_first_one(tokenizers: Tokenizers):
+    messages = [SYSTEM, user(1), answer(1), SYSTEM, user(2), answer(2)]
+    with pytest.raises(RowError, match=r"message 4 \(system\).*into message 1 \(system\)"):
+        Renderer(tokenizers["gemma3"], whole_text=False).render(read({"messages": messages}))
+
+
+def test_a_dropped_message_is_not_said_to_be_a_column(tokenizers: Tokenizers):
+    chats = {
+        "content": [user(1), call("Words."), RESULT, answer(1)],
+        "reasoning": [user(1), answer(1, thinking="A thought.")],
+    }
+    for what, messages in chats.items():
+        with pytest.raises(RowError, match=f"drops {what}") as caught:
+            Renderer(tokenizers["llama3_1"], whole_text=False).render(read({"messages": messages}))
+        assert ("ignore_columns" in str(caught.value)) == (what == "reasoning")
+
+
+def test_a_developer_message_is_a_system_message_to_a_template_without_that_role(tokenizers: Tokenizers):
+    developer = {"role": "developer", "content": "Be kind."}
+    (sequence,) = Renderer(tokenizers["cohere2"], whole_text=False).render(
+        Chat([developer, user(1), answer(1)])
+    )
+    assert "Be kind." in sequence.text
 
 
 def test_a_result_that_brings_its_tags_is_wrapped_once(tokenizers: Tokenizers):

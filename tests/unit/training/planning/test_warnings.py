@@ -204,6 +204,14 @@ WITHOUT_END_TOKEN = (
 )
 
 
+EMPTY_THOUGHTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if loop.last and message['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+
+
 @pytest.mark.parametrize("task", ["instruction_tuning", "preference_tuning"])
 def test_chat_template_without_an_end_token_gives_a_warning(task: str):
     tokenizer = make_tokenizer()
@@ -211,6 +219,16 @@ def test_chat_template_without_an_end_token_gives_a_warning(task: str):
     tokenizer.chat_template = WITHOUT_END_TOKEN
     (warning,) = template_warnings(config(task=task), tokenizer)
     assert_names(warning, "chat template", "end token", "set chat_template")
+
+
+def test_rows_without_reasoning_for_a_template_that_asks_for_it_give_a_warning():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = EMPTY_THOUGHTS
+    (warning,) = template_warnings(config(), tokenizer, has_reasoning=False)
+    assert_names(warning, "no row has reasoning", "chat_template_kwargs: {enable_thinking: false}")
+    assert not list(template_warnings(config(), tokenizer))
+    off = config(chat_template_kwargs={"enable_thinking": False})
+    assert not list(template_warnings(off, tokenizer, has_reasoning=False))
 
 
 @pytest.mark.parametrize(
