@@ -257,6 +257,31 @@ def check_finite_weights(facts: ModelFacts, unused: Collection[str]) -> None:
             )
 
 
+def check_dtypes(facts: ModelFacts, parameters: Collection[str], unused: Collection[str]) -> None:
+    """Check that no weight of a plain model is quantized: transformers would cast the raw integers or fp8 numbers.
+
+    Args:
+        facts: The model.
+        parameters: Names of the model's parameters. Buffers, such as masks in older files, may be integers.
+        unused: Names of the tensors that the model does not load.
+    """
+    if facts.quantization is not None:
+        return
+    for name, tensor in facts.tensors.items():
+        is_weight = name in parameters or name.endswith(".weight")
+        if is_weight and name not in unused and tensor.dtype not in _EXPONENTS:
+            raise ModelError(
+                f"{join_uri(facts.source, tensor.file)}: the tensor {name} is stored as {_dtype_name(tensor.dtype)}, but weights must be "
+                "bf16, fp16 or fp32. Save it in one of these."
+            )
+
+
+def _dtype_name(dtype: str) -> str:
+    """Return torch's name of a safetensors dtype, such as int8 or float8_e4m3."""
+    kinds = {"I": "int", "U": "uint", "F": "float", "C": "complex"}
+    return re.sub(r"^([IUFC])(?=\d)", lambda kind: kinds[kind[1]], dtype).lower()
+
+
 def _beginnings_of_tensors(store: Store, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the first bytes of each tensor."""
     share = _BYTES_OF_DIRECTORY // max(len(tensors), 1)

@@ -53,6 +53,7 @@ from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
     ModelFacts,
+    check_dtypes,
     check_finite_weights,
     count_lora_parameters,
     hub_revision,
@@ -424,6 +425,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         check_packing(directory, base, trust_remote_code=trust)
     meta = build_on_meta_device(directory, base, trust_remote_code=trust)
     unused = check_tensors(meta, facts)
+    check_dtypes(facts, meta.shapes, unused)
     check_finite_weights(facts, unused)
     if adapter_facts or facts.quantization or unused or _matches_no_module(config, facts):
         # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
