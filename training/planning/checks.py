@@ -34,7 +34,7 @@ from training.models.new_tokens import rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
-from utils.storage.bucket import is_remote, missing_bytes
+from utils.storage.bucket import is_remote, join_uri, missing_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -145,6 +145,29 @@ def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> No
         raise ModelError(
             f"adapter {adapter.source}: has {', '.join(sorted(found))}, but {' and '.join(missing)} of its tokenizer is missing. Copy the "
             "tokenizer that it was trained with beside it, or continue from a copy without these files. A template alone goes to chat_template."
+        )
+
+
+def check_token_ids(
+    adapter: AdapterFacts, tokenizer: "PreTrainedTokenizerFast", base: "PreTrainedTokenizerFast"
+) -> None:
+    """Check that the tokenizer beside an adapter gives the base model's tokens their ids, unless the adapter has its own embedding.
+
+    Args:
+        adapter: The adapter to continue.
+        tokenizer: The tokenizer beside it. It may have more or fewer tokens, or other names for reserved ids.
+        base: The base model's tokenizer.
+    """
+    if any(is_embedding(f"{name}.") for name in adapter.lora.get("modules_to_save") or []):
+        return
+    ids, base_ids = tokenizer.get_vocab(), base.get_vocab()
+    moved = [token for token in base_ids if ids.get(token, base_ids[token]) != base_ids[token]]
+    if moved:
+        token = min(moved, key=lambda each: base_ids[each])
+        raise ModelError(
+            f"{join_uri(adapter.source, 'tokenizer.json')}: the token {token!r} has the id {ids[token]:,}, but {base_ids[token]:,} in the "
+            f"base model's tokenizer ({len(moved):,} tokens differ), so the adapter's tokenizer is that of another model. Copy the tokenizer "
+            "that it was trained with beside it, or remove the tokenizer files to use the base model's."
         )
 
 

@@ -92,6 +92,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_token_ids,
     check_token_indices,
     check_token_rows,
     check_vocabulary,
@@ -450,6 +451,12 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_token_indices(config, adapter_facts, len(tokenizer), facts)
     if source != base:
         assert adapter_facts is not None
+        if not _have_same_content("tokenizer.json", directory, tokenizer_directory):
+            check_token_ids(
+                adapter_facts,
+                tokenizer,
+                load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=None),
+            )
         rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))
         facts = with_grown_vocabulary(facts, rows)
         check_vocabulary(len(tokenizer), source, facts)
@@ -479,6 +486,11 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         new_tokens=new,
         chat_template=template,
     )
+
+
+def _have_same_content(name: str, *directories: Path) -> bool:
+    files = [directory / name for directory in directories]
+    return all(file.exists() for file in files) and len({file.read_bytes() for file in files}) == 1
 
 
 def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
@@ -940,6 +952,7 @@ def _report(
         packing=describe_packing(config, rows.train, batch.shape) if config.packing else None,
         resumes_from=checkpoints.own_checkpoint,
         starts_from=plan.parent,
+        tokenizer=model.tokenizer_source if model.tokenizer_source != model.base else None,
         memory=memory,
         completed=checkpoints.completed,
         warnings=warnings,
