@@ -15,7 +15,7 @@ from configs.schema import (
 from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
-from training.models.adapter import AdapterParameters, unmatched_keys
+from training.models.adapter import AdapterParameters, Mismatch, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
@@ -286,7 +286,7 @@ def check_adapter(
     config: FinetuneConfig,
     adapter: AdapterFacts,
     parameters: AdapterParameters,
-    wrong: Sequence[str],
+    wrong: Mismatch | None,
     facts: ModelFacts,
 ) -> None:
     """Check that a continued adapter's file fits its configuration and the model, and that it can be trained.
@@ -295,16 +295,15 @@ def check_adapter(
         config: The YAML.
         adapter: The adapter.
         parameters: What PEFT builds from its configuration.
-        wrong: The tensors of its file that differ from that.
+        wrong: How its file differs from that.
         facts: The base model.
     """
     file = f"{adapter.source}/{ADAPTER_FILE}"
     if wrong:
-        more = [f"… and {len(wrong) - 3} more"] if len(wrong) > 3 else []
+        more = [f"… and {len(wrong.lines) - 3} more"] if len(wrong.lines) > 3 else []
         raise ModelError(
             f"initial_adapter_model_ckpt_path: {file} (trained on {adapter.base_model or 'an unnamed model'}) does not fit its "
-            f"adapter_config.json on the model {facts.source}:\n{listed([*wrong[:3], *more])}\nWrite the model that it was trained on "
-            "as model_id, or restore both files as PEFT's save_pretrained wrote them."
+            f"adapter_config.json on the model {facts.source}:\n{listed([*wrong.lines[:3], *more])}\n{wrong.fix}"
         )
     _check_trainable(config, parameters, f"adapter {adapter.source}", facts)
     _check_reference(config, adapter, parameters)
