@@ -9,6 +9,7 @@ import json
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -232,6 +233,10 @@ class Section(BaseModel):
     )
 
 
+LARGEST_ALPHA = 3e38
+"""Scaling factors above it are infinite in fp32."""
+
+
 class LoraConfig(Section):
     """The fields of PEFT's LoraConfig that are plain data and leave the base weights unchanged."""
 
@@ -339,6 +344,21 @@ class LoraConfig(Section):
             conflicts.append(
                 ("init_lora_weights", f"`init_lora_weights: orthogonal` requires even ranks, not {odd[0]}")
             )
+        for key, alphas in (
+            ("lora_alpha", [self.lora_alpha]),
+            ("alpha_pattern", self.alpha_pattern.values()),
+        ):
+            if any(alpha > LARGEST_ALPHA for alpha in alphas):
+                conflicts.append((key, f"`{key}` has a value that fp32 cannot hold: write a smaller one"))
+        rows = self.trainable_token_indices or []
+        for each in rows.values() if isinstance(rows, dict) else [rows]:
+            if repeated := [row for row, count in Counter(each).items() if count > 1]:
+                conflicts.append(
+                    (
+                        "trainable_token_indices",
+                        f"`trainable_token_indices` lists {repeated[0]} twice: remove one",
+                    )
+                )
         if self.lora_bias and self.use_dora:
             conflicts.append(("lora_bias", "`lora_bias` and `use_dora` cannot be combined: remove one"))
         if self.lora_bias and isinstance(self.init_lora_weights, str):

@@ -36,7 +36,7 @@ def _check_continued(kind: str, models: dict[str, Path], **settings: Any) -> Non
     config = FinetuneConfig.model_validate(
         {"model_id": "m", "train_path": "t", "initial_adapter_model_ckpt_path": "a", **settings}
     )
-    check_adapter(config, adapter, parameters_of(kind, models), [], read_model_facts(str(models[name])))
+    check_adapter(config, adapter, parameters_of(kind, models), None, read_model_facts(str(models[name])))
 
 
 def _check_zero_3(kind: str, models: dict[str, Path]) -> None:

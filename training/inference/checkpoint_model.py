@@ -174,5 +174,5 @@ def _base_of(
     meta = build_on_meta_device(directory, base, trust_remote_code=config.trust_remote_code)
     _, wrong = continued_adapter(meta, adapter)
     if wrong:
-        raise ConfigError(f"--base: {base} does not fit the adapter {checkpoint}: {wrong[0]}")
+        raise ConfigError(f"--base: {base} does not fit the adapter {checkpoint}: {wrong.lines[0]}")
     return base, None

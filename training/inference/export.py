@@ -33,6 +33,7 @@ from training.models.files import (
 )
 from training.models.hub import push_directory
 from training.planning.exportable import (
+    FROM_COMMAND,
     GGUF_TOOL,
     check_mergeable,
     check_vllm_adapter,
@@ -200,8 +201,9 @@ def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
         _check_memory_and_disk(read_model_facts(trained.checkpoint), planned, trained.cache)
     elif planned.kind == "adapter":
         adapter = read_adapter_facts(trained.checkpoint)
-        check_vllm_base(_base_facts(trained.base))
-        check_vllm_adapter(adapter.lora, adapter.parameter_shapes)
+        # The plan has checked an export that the YAML describes.
+        check_vllm_base(_base_facts(trained.base), FROM_COMMAND)
+        check_vllm_adapter(adapter.lora, adapter.parameter_shapes, FROM_COMMAND)
     else:
         facts = _base_facts(trained.base)
         check_mergeable(facts)
@@ -311,11 +313,11 @@ def _set_stop_tokens(settings: "GenerationConfig", trained: "TrainedModel") -> N
 
 def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
     """Copy the adapter, and write the base model's generation config beside it, which a server then reads."""
-    from training.models.generation import read_generation_config, remove_ignored
+    from training.models.generation import correct, read_generation_config
 
     weights = trained.weights()
     generation = read_generation_config(trained.fetch_base(is_tokenizer_file))
-    remove_ignored(generation)
+    correct(generation)
     _set_stop_tokens(generation, trained)
     generation.save_pretrained(directory)
     shutil.copyfile(weights / "adapter_model.safetensors", directory / "adapter_model.safetensors")

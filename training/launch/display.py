@@ -76,6 +76,8 @@ def show_plan(console: Console, report: "PlanReport") -> None:
         rows.append(("packing", report.packing))
     if report.starts_from:
         rows.append(("starts from", report.starts_from))
+    if report.tokenizer:
+        rows.append(("tokenizer", f"that of {report.tokenizer}, not of the base model"))
     if report.resumes_from:
         rows.append(("resumes from", report.resumes_from))
     if report.cluster:

@@ -4,13 +4,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
 from training.models.architecture import MetaModel, Shape, is_embedding, is_expert, is_head, is_router
-from training.models.files import AdapterFacts, ModelError, first_line
+from training.models.files import AdapterFacts, ModelError, ModelFacts, first_line
 from training.models.new_tokens import grow_vocabulary, rows_needed
 from utils.processes import importing
 
@@ -63,6 +63,8 @@ class AdapterParameters:
     """Modules with an adapter that have no bias."""
     head: str | None
     """Module of the LM head."""
+    unmatched_patterns: tuple[str, ...] = ()
+    """Keys of rank_pattern and alpha_pattern that match no module, which PEFT ignores."""
 
     @property
     def targets(self) -> list[str]:
@@ -73,6 +75,15 @@ class AdapterParameters:
     def trains_biases(self) -> bool:
         """Return whether biases of the base model are trained."""
         return any(name.endswith(".bias") and ".lora_" not in name for name in self.trainable)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Differences between an adapter's file and what PEFT builds from its configuration."""
+
+    lines: list[str]
+    """A line per tensor: one that is missing, one that is too many, one with another shape, and the rest."""
+    fix: str
 
 
 def new_adapter(base: MetaModel, lora: LoraConfig) -> AdapterParameters:
@@ -93,8 +104,8 @@ def new_adapter(base: MetaModel, lora: LoraConfig) -> AdapterParameters:
     return parameters
 
 
-def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterParameters, list[str]]:
-    """Return the parameters that PEFT builds from an adapter's own configuration, and the tensors of its file that differ.
+def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterParameters, Mismatch | None]:
+    """Return the parameters that PEFT builds from an adapter's own configuration, and how its file differs from them.
 
     Args:
         base: The base model.
@@ -106,12 +117,47 @@ def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterPa
     settings = known | {"init_lora_weights": True, "task_type": "CAUSAL_LM"}
     adapted = _adapted(base, settings, where)
     parameters = _parameters(adapted)
-    if unmatched := _unmatched_patterns(adapted.peft_config["default"].alpha_pattern, parameters):
-        raise ModelError(
-            f"{where}: alpha_pattern: {unmatched[0]} matches no module that has an adapter. Correct the name, or remove it."
-        )
-    found = _as_loaded(adapted, adapter)
-    return parameters, list(_differences(parameters, found))
+    built = adapted.peft_config["default"]
+    unmatched = [
+        f"{key}: {pattern}"
+        for key in ("rank_pattern", "alpha_pattern")
+        for pattern in _unmatched_patterns(getattr(built, key), parameters)
+    ]
+    parameters = replace(parameters, unmatched_patterns=tuple(unmatched))
+    return parameters, _mismatch(parameters, _as_loaded(adapted, adapter))
+
+
+def without_base_weights(adapter: AdapterFacts, file: Path, base: ModelFacts) -> AdapterFacts:
+    """Return an adapter without the embeddings in its file that equal the base model's, as save_embedding_layers writes them.
+
+    Args:
+        adapter: The adapter.
+        file: Local copy of its adapter_model.safetensors.
+        base: The base model. Embeddings are compared only if its weights are in a local directory.
+    """
+    import torch
+    from safetensors import safe_open
+
+    equal = set()
+    for name in adapter.parameter_shapes:
+        stored = base.tensors.get(name.removeprefix(_PREFIX))
+        if stored is None or not (is_embedding(name) or is_head(name)):
+            continue
+        weights = Path(base.source) / stored.file
+        if not weights.exists():
+            continue
+        with safe_open(file, "pt") as ours, safe_open(weights, "pt") as theirs:
+            saved, original = ours.get_tensor(name), theirs.get_tensor(name.removeprefix(_PREFIX))
+        if saved.shape == original.shape and torch.equal(saved.float(), original.float()):
+            equal.add(name)
+    # The trained modules of modules_to_save have the same names, and may still equal the base model.
+    saved_modules = adapter.lora.get("modules_to_save") or []
+    shapes = {
+        name: shape
+        for name, shape in adapter.parameter_shapes.items()
+        if name not in equal or any(f".{module}." in name for module in saved_modules)
+    }
+    return replace(adapter, parameter_shapes=shapes)
 
 
 def check_finite(file: Path, where: str) -> None:
@@ -315,15 +361,36 @@ def _as_loaded(adapted: Any, adapter: AdapterFacts) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
 
 
-def _differences(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Iterator[str]:
+def _mismatch(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Mismatch | None:
     expected = {**parameters.stored_embeddings, **parameters.stored}
-    for name in sorted(parameters.stored.keys() - found.keys()):
-        yield f"{name} is missing from the file"
-    for name in sorted(found.keys() - expected.keys()):
-        yield f"{name} is in the file, but not in its configuration"
-    for name in sorted(found.keys() & expected.keys()):
-        if found[name] != expected[name]:
-            yield f"{name} is {_shown(found[name])} in the file, but must be {_shown(expected[name])}"
+    missing = sorted(parameters.stored.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    kinds = [
+        [f"{name} is missing from the file" for name in missing],
+        [f"{name} is in the file, but not in its configuration" for name in extra],
+        [
+            f"{name} is {_shown(found[name])} in the file, but must be {_shown(expected[name])}"
+            for name in sorted(found.keys() & expected.keys())
+            if found[name] != expected[name]
+        ],
+    ]
+    lines = [kind[0] for kind in kinds if kind] + [line for kind in kinds for line in kind[1:]]
+    return Mismatch(lines, _fix(missing, extra)) if lines else None
+
+
+def _fix(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """Return how to make an adapter's file fit; a common cause is a file that was not written by save_pretrained."""
+    for name in extra:
+        plain = name.replace(".default.", ".")  # the adapter's name in the PEFT model
+        meant = next((each for each in missing if _ends_with(each, plain) or _ends_with(plain, each)), None)
+        if meant:
+            return f"Its tensors have other names than PEFT's save_pretrained writes. Rename each as this one: {name} to {meant}."
+    if extra and not missing and all(is_embedding(name) or is_head(name) for name in extra):
+        return (
+            "Remove these tensors from the file if they equal the base model's (PEFT writes them with save_embedding_layers), or write the "
+            "model that it was trained on as model_id."
+        )
+    return "Write the model that it was trained on as model_id, or restore both files as PEFT's save_pretrained wrote them."
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -343,11 +343,24 @@ def build_on_meta_device(directory: Path, source: str, *, trust_remote_code: boo
         with importing(), torch.device("meta"):  # this imports the model's module
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # each architecture fails in its own way, and so does custom code
+        fields = json.loads((directory / "config.json").read_text("utf-8"))
+        key = _key_of(fields, error.args[0]) if isinstance(error, KeyError) else None
+        reason = f"{key}: {error.args[0]} is unknown" if key else first_line(error)
         raise ModelError(
-            f"model {source}: the model that its config.json describes cannot be built ({first_line(error)}). Copy config.json again from "
+            f"model {source}: the model that its config.json describes cannot be built ({reason}). Copy config.json again from "
             "the original model, or use a model that the installed transformers supports."
         ) from error
     return MetaModel(source, model)
+
+
+def _key_of(fields: Mapping[str, Any], value: object) -> str | None:
+    """Return the key of a config.json that has a value, with those of the objects around it; None if there is none."""
+    for key, found in fields.items():
+        if found == value:
+            return key
+        if isinstance(found, dict) and (inner := _key_of(found, value)):
+            return f"{key}.{inner}"
+    return None
 
 
 def model_shape(directory: Path, source: str, *, trust_remote_code: bool) -> ModelShape | None:
@@ -414,11 +427,19 @@ def _has_custom_code(config: Any) -> bool:
 def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
     """Return the config of transformers; raise ModelError if transformers cannot read it."""
     with importing():
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
     try:
         with importing():  # this imports the model's configuration, and with it much of torch
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        reason = (
+            str(error).strip().splitlines()[-1].strip()
+        )  # the first line names a function of transformers
+        raise ModelError(
+            f"model {source}: config.json is invalid ({reason}). Correct it in a copy of the model, or copy it again from the original model."
+        ) from error
     except Exception as error:  # each architecture checks its fields in its own way
         raise ModelError(
             f"model {source}: transformers cannot read its config.json ({first_line(error)}). Use a model that the installed "

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs.schema import LoraConfig
+from configs.schema import LARGEST_ALPHA, LoraConfig
 from utils.errors import AnnealError
 from utils.storage.bucket import Store, is_remote, join_uri, open_store
 
@@ -162,7 +162,7 @@ def read_model_facts(source: str) -> ModelFacts:
         hint = (
             " It contains a LoRA adapter; set initial_adapter_model_ckpt_path to it instead."
             if "adapter_config.json" in names
-            else ""
+            else " Copy it there from the original model."
         )
         raise ModelError(f"model {source}: config.json is missing (found: {_some(names)}).{hint}")
     weights = sorted(name for name in names if name.endswith(".safetensors"))
@@ -255,6 +255,31 @@ def check_finite_weights(facts: ModelFacts, unused: Collection[str]) -> None:
                 f"{join_uri(store.uri, checked[name].file)}: the tensor {name} contains NaN or infinite values. Copy the file again, or "
                 "use an earlier checkpoint of the run that trained it."
             )
+
+
+def check_dtypes(facts: ModelFacts, parameters: Collection[str], unused: Collection[str]) -> None:
+    """Check that no weight of a plain model is quantized: transformers would cast the raw integers or fp8 numbers.
+
+    Args:
+        facts: The model.
+        parameters: Names of the model's parameters. Buffers, such as masks in older files, may be integers.
+        unused: Names of the tensors that the model does not load.
+    """
+    if facts.quantization is not None:
+        return
+    for name, tensor in facts.tensors.items():
+        is_weight = name in parameters or name.endswith(".weight")
+        if is_weight and name not in unused and tensor.dtype not in _EXPONENTS:
+            raise ModelError(
+                f"{join_uri(facts.source, tensor.file)}: the tensor {name} is stored as {_dtype_name(tensor.dtype)}, but weights must be "
+                "bf16, fp16 or fp32. Save it in one of these."
+            )
+
+
+def _dtype_name(dtype: str) -> str:
+    """Return torch's name of a safetensors dtype, such as int8 or float8_e4m3."""
+    kinds = {"I": "int", "U": "uint", "F": "float", "C": "complex"}
+    return re.sub(r"^([IUFC])(?=\d)", lambda kind: kinds[kind[1]], dtype).lower()
 
 
 def _beginnings_of_tensors(store: Store, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, bytes]]:
@@ -391,13 +416,16 @@ class AdapterFacts:
 def read_adapter_facts(source: str) -> AdapterFacts:
     """Read an adapter's config and shapes. An adapter on the Hub is downloaded, since it is small."""
     store = open_store(str(fetch_hub_model(source, is_model_file)) if is_hub_id(source) else source)
-    names = {stored.key: stored.size for stored in store.list() if "/" not in stored.key}
+    stored_sizes = {stored.key: stored.size for stored in store.list()}
+    names = {key: size for key, size in stored_sizes.items() if "/" not in key}
     if "adapter_config.json" not in names:
-        hint = (
-            " It contains a full model; set initial_base_model_ckpt_path to it instead."
-            if "config.json" in names
-            else " Use the path of a checkpoint (…/checkpoints/step-000120) or of a completed run."
-        )
+        nested = sorted(key for key in stored_sizes if re.fullmatch(r"[^/]+/adapter_config\.json", key))
+        if "config.json" in names:
+            hint = " It contains a full model; set initial_base_model_ckpt_path to it instead."
+        elif nested:  # PEFT saves an adapter that is not named default in a subdirectory
+            hint = f" It is in a subdirectory: use {join_uri(source, nested[0].rpartition('/')[0])}."
+        else:
+            hint = " Use the path of a checkpoint (…/checkpoints/step-000120) or of a completed run."
         raise ModelError(f"adapter {source}: adapter_config.json is missing (found: {_some(names)}).{hint}")
     if ADAPTER_FILE not in names:
         raise ModelError(
@@ -424,9 +452,10 @@ def _check_values(config: dict[str, Any], where: str) -> None:
     """Check an adapter's settings as the YAML's lora_config is checked, with fractional alphas, which PEFT accepts."""
     alphas = {"lora_alpha": config.get("lora_alpha", 8), **_mapping(config.get("alpha_pattern"))}
     for key, alpha in alphas.items():
-        if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
+        if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_ALPHA:
             raise ModelError(
-                f"{where}: the scaling factor {key} is {alpha}, but must be a number above 0. Write the value that it was trained with."
+                f"{where}: the scaling factor {key} is {alpha!r}, but must be a number above 0 that fp32 can hold. Write the value that it "
+                "was trained with."
             )
     others = ("task_type", "init_lora_weights", "lora_alpha")
     settings = {

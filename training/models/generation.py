@@ -1,9 +1,12 @@
-"""Generation settings of a base model, which transformers loads as they are but does not save if some have no effect."""
+"""Generation settings of a base model, which transformers loads as they are but may not save, or may not generate with."""
 
+import json
 import re
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.models.architecture import load_config
 from training.models.files import ModelError, first_line
@@ -12,6 +15,33 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _FILE = "generation_config.json"
+_ACCEPTED: dict[str, Callable[[float], bool]] = {
+    "temperature": lambda value: value > 0,
+    "top_p": lambda value: 0 < value <= 1,
+    "top_k": lambda value: isinstance(value, int) and value >= 0,
+    "min_p": lambda value: 0 <= value <= 1,
+    "top_h": lambda value: 0 < value <= 1,
+    "typical_p": lambda value: value > 0,
+    "repetition_penalty": lambda value: value > 0,
+    "encoder_repetition_penalty": lambda value: value > 0,
+}
+"""Setting -> whether `generate` and servers accept its value. transformers checks these only when it generates."""
+_GREEDY = {"temperature", "top_p"}
+"""Settings whose values of 0 and below mean greedy decoding in other programs."""
+_FOR_SAMPLING = _ACCEPTED.keys() - {"repetition_penalty", "encoder_repetition_penalty"}
+_NUMBERS = _ACCEPTED.keys() | {
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "num_return_sequences",
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IGNORED = re.compile(r"^- `(\w+)`: ", re.MULTILINE)
 
 
@@ -25,13 +55,47 @@ def read_generation_config(directory: Path) -> "GenerationConfig":
     )
 
 
-def remove_ignored(settings: "GenerationConfig") -> list[str]:
-    """Reset settings that `generate` ignores, such as a temperature without do_sample, and return their names.
+@dataclass(frozen=True)
+class Corrections:
+    """Generation settings that are changed, because transformers would reject the model when it saves it or generates with it."""
 
-    `save_pretrained` rejects them. Other settings and the generated tokens stay the same.
+    ignored: tuple[str, ...] = ()
+    """Settings that `generate` ignores."""
+    rejected: tuple[str, ...] = ()
+    """Settings that `generate` rejects, with their values."""
+
+
+def correct(settings: "GenerationConfig") -> Corrections:
+    """Reset the generation settings that `save_pretrained` or `generate` rejects, and return them.
 
     Raises:
         ValueError: Other settings are invalid.
+    """
+    rejected = _reset_rejected(settings)
+    return Corrections(tuple(_reset_ignored(settings)), tuple(rejected))
+
+
+def _reset_rejected(settings: "GenerationConfig") -> list[str]:
+    """Reset settings whose values `generate` rejects; a temperature or top_p of 0 and below becomes greedy decoding."""
+    from transformers import GenerationConfig
+
+    given = {name: value for name in _ACCEPTED if (value := getattr(settings, name, None)) is not None}
+    used = {name: value for name, value in given.items() if settings.do_sample or name not in _FOR_SAMPLING}
+    rejected = {name: value for name, value in used.items() if not _ACCEPTED[name](value)}
+    for name, value in rejected.items():
+        if name in _GREEDY and not value > 0:
+            settings.do_sample = False
+        # 0 disables top_k, but None is 50.
+        setattr(settings, name, 0 if name == "top_k" else getattr(GenerationConfig(), name))
+    for name in used.keys() - rejected.keys() - {"top_k"}:
+        setattr(settings, name, float(used[name]))  # `generate` rejects integers
+    return [f"{name}: {value}" for name, value in rejected.items()]
+
+
+def _reset_ignored(settings: "GenerationConfig") -> list[str]:
+    """Reset settings that `generate` ignores, such as a temperature without do_sample, and return their names.
+
+    Other settings and the generated tokens stay the same.
     """
     from transformers import GenerationConfig
 
@@ -43,12 +107,50 @@ def remove_ignored(settings: "GenerationConfig") -> list[str]:
             raise
         for name in ignored:
             setattr(settings, name, getattr(GenerationConfig(), name))
-        return ignored + remove_ignored(settings)
+        return ignored + _reset_ignored(settings)
     return []
 
 
-def check_savable(directory: Path, source: str, *, trust_remote_code: bool) -> list[str]:
-    """Check that transformers can save the model's configs, and return the generation settings that it ignores.
+def check_generation(directory: Path, source: str, rows: int) -> None:
+    """Check the file of a model's generation settings: valid JSON, numbers where numbers belong, and token ids that exist.
+
+    Args:
+        directory: Local directory with the model's configs.
+        source: Name of the model in messages.
+        rows: Number of rows of the model's embedding.
+    """
+    file = _FILE if (directory / _FILE).exists() else "config.json"
+    where = f"model {source}: {file}"
+    try:
+        settings = json.loads((directory / file).read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{where}: not valid JSON ({first_line(error)}). Copy the file again, or remove it."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ModelError(
+            f"{where}: contains {type(settings).__name__}, not a JSON object. Copy the file again, or remove it."
+        )
+    for name in sorted(_NUMBERS & settings.keys()):
+        if settings[name] is not None and not _is_number(settings[name]):
+            raise ModelError(
+                f"{where}: {name} is {settings[name]!r}, but must be a number. Correct it in a copy of the model."
+            )
+    for name in _TOKENS:
+        value = settings.get(name)
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(token) is not int or token >= rows:
+                raise ModelError(
+                    f"{where}: {name} has the value {token!r}, but the model has {rows:,} tokens. Correct it in a copy of the model."
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_savable(directory: Path, source: str, *, trust_remote_code: bool) -> Corrections:
+    """Check that transformers can save the model's configs, and return the generation settings that are changed for it.
 
     Args:
         directory: Local directory with the model's configs; weights are not needed.
@@ -62,7 +164,7 @@ def check_savable(directory: Path, source: str, *, trust_remote_code: bool) -> l
     file = _FILE if (directory / _FILE).exists() else "config.json"
     try:
         settings = read_generation_config(directory)
-        ignored = remove_ignored(settings)
+        corrections = correct(settings)
         with tempfile.TemporaryDirectory() as scratch:
             settings.save_pretrained(scratch)
             file = "config.json"
@@ -72,4 +174,4 @@ def check_savable(directory: Path, source: str, *, trust_remote_code: bool) -> l
             f"model {source}: {file} can be loaded but not saved with a checkpoint or an export ({first_line(error)}). Correct it in a "
             "copy of the model."
         ) from error
-    return ignored
+    return corrections

@@ -14,7 +14,7 @@ from configs.schema import LoraConfig
 from training.models import sequence_parallel, varlen_attention
 from training.models.architecture import check_complete
 from training.models.attention import Implementation, plain_attention
-from training.models.generation import remove_ignored
+from training.models.generation import correct
 from training.models.kernels import Device
 from training.models.new_tokens import grow_vocabulary, rows_needed, start_rows, with_token_rows
 from training.models.request import REFERENCE_ADAPTER, ModelRequest
@@ -105,7 +105,7 @@ def load_weights(
         model, str(directory), loaded["missing_keys"]
     )  # transformers has initialized them at random
     if model.generation_config is not None:
-        remove_ignored(model.generation_config)
+        correct(model.generation_config)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, set_seed
 from training.models import torch_provider
 from training.models.architecture import count_experts
 from training.models.files import ModelError, first_line
-from training.models.generation import remove_ignored
+from training.models.generation import correct
 from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
 from training.models.request import ModelRequest
 
@@ -110,7 +110,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
             ) from error
         raise
     if model.generation_config is not None:
-        remove_ignored(model.generation_config)
+        correct(model.generation_config)
     model.config.use_cache = False  # evaluation would fill the KV cache of every layer
     if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
         # Unsloth silently falls back to 16 bits.

@@ -15,7 +15,7 @@ from configs.schema import (
 from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
-from training.models.adapter import AdapterParameters, unmatched_keys
+from training.models.adapter import AdapterParameters, Mismatch, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
@@ -34,7 +34,7 @@ from training.models.new_tokens import rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
-from utils.storage.bucket import is_remote, missing_bytes
+from utils.storage.bucket import is_remote, join_uri, missing_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -145,6 +145,29 @@ def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> No
         raise ModelError(
             f"adapter {adapter.source}: has {', '.join(sorted(found))}, but {' and '.join(missing)} of its tokenizer is missing. Copy the "
             "tokenizer that it was trained with beside it, or continue from a copy without these files. A template alone goes to chat_template."
+        )
+
+
+def check_token_ids(
+    adapter: AdapterFacts, tokenizer: "PreTrainedTokenizerFast", base: "PreTrainedTokenizerFast"
+) -> None:
+    """Check that the tokenizer beside an adapter gives the base model's tokens their ids, unless the adapter has its own embedding.
+
+    Args:
+        adapter: The adapter to continue.
+        tokenizer: The tokenizer beside it. It may have more or fewer tokens, or other names for reserved ids.
+        base: The base model's tokenizer.
+    """
+    if any(is_embedding(f"{name}.") for name in adapter.lora.get("modules_to_save") or []):
+        return
+    ids, base_ids = tokenizer.get_vocab(), base.get_vocab()
+    moved = [token for token in base_ids if ids.get(token, base_ids[token]) != base_ids[token]]
+    if moved:
+        token = min(moved, key=lambda each: base_ids[each])
+        raise ModelError(
+            f"{join_uri(adapter.source, 'tokenizer.json')}: the token {token!r} has the id {ids[token]:,}, but {base_ids[token]:,} in the "
+            f"base model's tokenizer ({len(moved):,} tokens differ), so the adapter's tokenizer is that of another model. Copy the tokenizer "
+            "that it was trained with beside it, or remove the tokenizer files to use the base model's."
         )
 
 
@@ -263,7 +286,7 @@ def check_adapter(
     config: FinetuneConfig,
     adapter: AdapterFacts,
     parameters: AdapterParameters,
-    wrong: Sequence[str],
+    wrong: Mismatch | None,
     facts: ModelFacts,
 ) -> None:
     """Check that a continued adapter's file fits its configuration and the model, and that it can be trained.
@@ -272,16 +295,15 @@ def check_adapter(
         config: The YAML.
         adapter: The adapter.
         parameters: What PEFT builds from its configuration.
-        wrong: The tensors of its file that differ from that.
+        wrong: How its file differs from that.
         facts: The base model.
     """
     file = f"{adapter.source}/{ADAPTER_FILE}"
     if wrong:
-        more = [f"… and {len(wrong) - 3} more"] if len(wrong) > 3 else []
+        more = [f"… and {len(wrong.lines) - 3} more"] if len(wrong.lines) > 3 else []
         raise ModelError(
             f"initial_adapter_model_ckpt_path: {file} (trained on {adapter.base_model or 'an unnamed model'}) does not fit its "
-            f"adapter_config.json on the model {facts.source}:\n{listed([*wrong[:3], *more])}\nWrite the model that it was trained on "
-            "as model_id, or restore both files as PEFT's save_pretrained wrote them."
+            f"adapter_config.json on the model {facts.source}:\n{listed([*wrong.lines[:3], *more])}\n{wrong.fix}"
         )
     _check_trainable(config, parameters, f"adapter {adapter.source}", facts)
     _check_reference(config, adapter, parameters)

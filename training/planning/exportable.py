@@ -77,21 +77,33 @@ def check_mergeable(base: ModelFacts) -> None:
         )
 
 
-def check_vllm_base(base: ModelFacts) -> None:
-    """Reject a base model on which vLLM serves no adapters."""
+_WRITTEN = "Write export: {merge: true}"
+"""Fix of an export that the YAML describes."""
+FROM_COMMAND = "Leave out --no-merge"
+"""Fix of an export that a command describes."""
+
+
+def check_vllm_base(base: ModelFacts, fix: str = _WRITTEN) -> None:
+    """Reject a base model on which vLLM serves no adapters.
+
+    Args:
+        base: The base model.
+        fix: How to export a merged model instead.
+    """
     if base.architecture in _WITHOUT_LORA_IN_VLLM:
         raise ConfigError(
-            f"merge: false (the default of push_to_hub) exports an adapter for vLLM, which serves no adapters of {base.architecture}. "
-            "Write export: {merge: true}, or load the checkpoint itself with PEFT."
+            f"{_asked(fix)} exports an adapter for vLLM, which serves no adapters of {base.architecture}. {fix}, or load the checkpoint "
+            "itself with PEFT."
         )
 
 
-def check_vllm_adapter(lora: Mapping[str, Any], tensors: Iterable[str]) -> None:
+def check_vllm_adapter(lora: Mapping[str, Any], tensors: Iterable[str], fix: str = _WRITTEN) -> None:
     """Reject an adapter that vLLM does not load, or computes differently.
 
     Args:
         lora: The adapter's configuration.
         tensors: Names of the tensors in its file.
+        fix: How to export a merged model instead.
     """
     said = [key for key in _NOT_IN_VLLM if lora.get(key)]
     if lora.get("bias", "none") != "none":
@@ -100,6 +112,10 @@ def check_vllm_adapter(lora: Mapping[str, Any], tensors: Iterable[str]) -> None:
         said.append("an adapter on embeddings or the LM head")
     if said:
         raise ConfigError(
-            f"merge: false (the default of push_to_hub) exports an adapter for vLLM, which does not support {', '.join(said)}. Write "
-            "export: {merge: true}, or load the checkpoint itself with PEFT."
+            f"{_asked(fix)} exports an adapter for vLLM, which does not support {', '.join(said)}. {fix}, or load the checkpoint itself "
+            "with PEFT."
         )
+
+
+def _asked(fix: str) -> str:
+    return "--no-merge" if fix == FROM_COMMAND else "merge: false (the default of push_to_hub)"

@@ -4,6 +4,7 @@
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from training.models.adapter import (
     continued_adapter,
     describe_mixture,
     new_adapter,
+    without_base_weights,
 )
 from training.models.architecture import (
     MetaModel,
@@ -53,6 +55,7 @@ from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
     ModelFacts,
+    check_dtypes,
     check_finite_weights,
     count_lora_parameters,
     hub_revision,
@@ -66,7 +69,7 @@ from training.models.files import (
     targeted_modules,
     untargeted_names,
 )
-from training.models.generation import check_savable
+from training.models.generation import Corrections, check_generation, check_savable
 from training.models.hub import check_hub_access
 from training.models.kernels import Device
 from training.models.new_tokens import (
@@ -74,6 +77,7 @@ from training.models.new_tokens import (
     add_tokens,
     rows_needed,
     trained_ends,
+    vocabulary_rows,
     with_grown_vocabulary,
     with_token_rows,
 )
@@ -91,6 +95,7 @@ from training.planning.checks import (
     check_same_adapter,
     check_targets,
     check_template,
+    check_token_ids,
     check_token_indices,
     check_token_rows,
     check_vocabulary,
@@ -189,8 +194,8 @@ class Model:
     """Dimensions; None for unsupported architectures."""
     traits: AttentionTraits
     attention: Attention
-    ignored_settings: list[str]
-    """Generation settings that have no effect and are not saved."""
+    corrections: Corrections
+    """Generation settings that are not saved, because they have no effect or no valid value."""
     unused_tensors: list[str]
     """Tensors of the weight files that the model does not load."""
     directory: Path
@@ -350,7 +355,9 @@ def _plan(
         flops=_flops(batch.job),
         scratch=str(storage.scratch),
     )
-    warnings = list(_warnings(loaded, settings, storage, model, data, batch, checkpoints, memory, rows))
+    warnings = list(
+        _warnings(loaded, settings, storage, model, adapter, data, batch, checkpoints, memory, rows)
+    )
     report = _report(plan, storage, model, adapter, batch, checkpoints, memory, rows, warnings)
     return plan, report, data.prepared
 
@@ -424,14 +431,16 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         check_packing(directory, base, trust_remote_code=trust)
     meta = build_on_meta_device(directory, base, trust_remote_code=trust)
     unused = check_tensors(meta, facts)
+    check_dtypes(facts, meta.shapes, unused)
     check_finite_weights(facts, unused)
     if adapter_facts or facts.quantization or unused or _matches_no_module(config, facts):
         # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
         facts = replace(facts, parameter_shapes=meta.shapes)
-    ignored = (
+    check_generation(directory, base, vocabulary_rows(facts, default=sys.maxsize))
+    corrections = (
         check_savable(directory, base, trust_remote_code=trust)
         if config.final_export or not config.trains_adapter
-        else []
+        else Corrections()
     )
     with about_key("export"):
         check_export(config, facts)
@@ -448,6 +457,12 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     check_token_indices(config, adapter_facts, len(tokenizer), facts)
     if source != base:
         assert adapter_facts is not None
+        if not _have_same_content("tokenizer.json", directory, tokenizer_directory):
+            check_token_ids(
+                adapter_facts,
+                tokenizer,
+                load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=None),
+            )
         rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))
         facts = with_grown_vocabulary(facts, rows)
         check_vocabulary(len(tokenizer), source, facts)
@@ -468,7 +483,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         shape=shape,
         traits=traits,
         attention=attention,
-        ignored_settings=ignored,
+        corrections=corrections,
         unused_tensors=unused,
         directory=directory,
         tokenizer_source=source,
@@ -477,6 +492,11 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         new_tokens=new,
         chat_template=template,
     )
+
+
+def _have_same_content(name: str, *directories: Path) -> bool:
+    files = [directory / name for directory in directories]
+    return all(file.exists() for file in files) and len({file.read_bytes() for file in files}) == 1
 
 
 def _matches_no_module(config: FinetuneConfig, facts: ModelFacts) -> bool:
@@ -518,14 +538,15 @@ def _continued_adapter(
     config: FinetuneConfig, storage: Storage, model: Model, facts: AdapterFacts
 ) -> AdapterParameters:
     """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
+    file = fetch_model(facts.source, storage.cache, is_model_file) / ADAPTER_FILE
+    facts = without_base_weights(facts, file, model.facts)
     parameters, wrong = continued_adapter(model.meta, facts)
     check_adapter(config, facts, parameters, wrong, model.facts)
     if config.lora_config:
         given = "target_modules" in config.lora_config.model_fields_set
         asked = new_adapter(model.meta, config.lora_config).targets if given else parameters.targets
         check_same_adapter(facts, config.lora_config, parameters.targets, asked)
-    directory = fetch_model(facts.source, storage.cache, is_model_file)
-    check_finite(directory / ADAPTER_FILE, f"adapter {facts.source}/{ADAPTER_FILE}")
+    check_finite(file, f"adapter {facts.source}/{ADAPTER_FILE}")
     return parameters
 
 
@@ -858,6 +879,7 @@ def _warnings(
     settings: Settings,
     storage: Storage,
     model: Model,
+    adapter: Adapter,
     data: Data,
     batch: Batch,
     checkpoints: FoundCheckpoints,
@@ -866,7 +888,8 @@ def _warnings(
 ) -> Iterator[str]:
     config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
-    yield from plan_warnings.generation_warnings(model.facts.source, model.ignored_settings)
+    yield from plan_warnings.adapter_warnings(model.adapter, adapter.parameters)
+    yield from plan_warnings.generation_warnings(model.facts.source, model.corrections)
     yield from plan_warnings.tensor_warnings(model.facts.source, model.unused_tensors)
     yield from plan_warnings.attention_warnings(config, model.facts, model.traits, model.attention, device)
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
@@ -940,6 +963,7 @@ def _report(
         packing=describe_packing(config, rows.train, batch.shape) if config.packing else None,
         resumes_from=checkpoints.own_checkpoint,
         starts_from=plan.parent,
+        tokenizer=model.tokenizer_source if model.tokenizer_source != model.base else None,
         memory=memory,
         completed=checkpoints.completed,
         warnings=warnings,

@@ -31,6 +31,8 @@ class PlanReport(DataReport):
     """Number of packed sequences, and how full they are; None without packing."""
     resumes_from: str | None
     starts_from: str | None
+    tokenizer: str | None
+    """The continued adapter whose own tokenizer is used; None: the base model's is used."""
     memory: MemoryReport | None
     """The memory estimate; None for unsupported architectures."""
     completed: RunResult | None

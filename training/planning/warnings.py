@@ -11,9 +11,11 @@ from training.data.report import DataReport, describe_split
 from training.data.rows import ALL_COLUMNS, places_of
 from training.data.summary import DataSummary
 from training.data.templates import Renderer
+from training.models.adapter import AdapterParameters
 from training.models.architecture import ModelShape
 from training.models.attention import Attention, AttentionTraits
 from training.models.files import AdapterFacts, ModelFacts, is_hub_id, untargeted_names
+from training.models.generation import Corrections
 from training.models.kernels import Device, Provider, is_installed
 from training.planning.accelerators import lacks_bf16, memory_of, named_accelerator, nearest_name
 from training.planning.memory import MemoryReport, describe_savings
@@ -54,12 +56,28 @@ def model_warnings(
         yield "flash_attention_2: the package flash-attn is not installed, so torch's scaled_dot_product_attention is used"
 
 
-def generation_warnings(source: str, ignored: Sequence[str]) -> Iterator[str]:
-    """Warn of generation settings that are not in the saved model, because they have no effect."""
-    if ignored:
+def adapter_warnings(source: str | None, parameters: AdapterParameters | None) -> Iterator[str]:
+    """Warn of patterns of a continued adapter that match nothing; those of a new one are errors.
+
+    Args:
+        source: Path of the continued adapter; None for a new one.
+        parameters: The adapter's parameters, if PEFT counted them.
+    """
+    if source and parameters and (unmatched := parameters.unmatched_patterns):
+        yield f"adapter {source}: adapter_config.json: {', '.join(unmatched)} matches no module that has an adapter; PEFT ignores it"
+
+
+def generation_warnings(source: str, corrections: Corrections) -> Iterator[str]:
+    """Warn of generation settings that are not in the saved model, because they have no effect or no valid value."""
+    if corrections.ignored:
         yield (
-            f"{source}: its generation config sets {', '.join(ignored)}, which generate() ignores and transformers does not save (sampling "
-            "needs do_sample: true). Checkpoints and exports are saved without; answers stay the same"
+            f"{source}: its generation config sets {', '.join(corrections.ignored)}, which generate() ignores and transformers does not save "
+            "(sampling needs do_sample: true). Checkpoints and exports are saved without; answers stay the same"
+        )
+    if corrections.rejected:
+        yield (
+            f"{source}: its generation config sets {', '.join(corrections.rejected)}, which generate() rejects. Checkpoints and exports are "
+            "saved without; a temperature or top_p of 0 or below becomes greedy decoding"
         )
 
 

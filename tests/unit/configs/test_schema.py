@@ -334,6 +334,9 @@ def test_config_is_immutable():
         ({"lora_config": {"rank_pattern": {"q_proj(": 2}}}, ("`rank_pattern`", "'q_proj('")),
         ({"lora_config": {"alpha_pattern": {"[q": 2}}}, ("`alpha_pattern`", "'[q'")),
         ({"lora_config": {"lora_bias": True, "use_dora": True}}, ("`lora_bias`", "`use_dora`")),
+        ({"lora_config": {"lora_alpha": 10**40}}, ("`lora_alpha`", "fp32")),
+        ({"lora_config": {"alpha_pattern": {"q_proj": 10**40}}}, ("`alpha_pattern`", "fp32")),
+        ({"lora_config": {"trainable_token_indices": [5, 6, 5]}}, ("`trainable_token_indices`", "5")),
     ],
 )
 def test_conflicting_settings_raise_an_error_that_names_them(

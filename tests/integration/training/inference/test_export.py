@@ -370,7 +370,9 @@ def test_no_merge_of_an_adapter_that_vllm_cannot_load_is_an_error(
     run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
 ):
     run = store_adapter_run(storage, "run", tiny_model, {**LORA, "use_dora": True}, **scratch)
-    assert_names(error_of(run_command("export", run, "--no-merge")), "vLLM", "use_dora")
+    message = error_of(run_command("export", run, "--no-merge"))
+    assert_names(message, "vLLM", "use_dora", "Leave out --no-merge")
+    assert "push_to_hub" not in message
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from configs.schema import LoraConfig
@@ -29,9 +30,11 @@ from training.models.adapter import (
     describe_mixture,
     new_adapter,
     unmatched_keys,
+    without_base_weights,
 )
-from training.models.files import ModelError, read_adapter_facts
+from training.models.files import ModelError, read_adapter_facts, read_model_facts
 from training.models.torch_provider import attach_adapter
+from training.planning.warnings import adapter_warnings
 
 LAYER = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
@@ -55,7 +58,8 @@ def adapter(plain: Path, tmp_path: Path) -> Path:
 
 def differences(model: Path, adapter: Path) -> list[str]:
     facts = read_adapter_facts(str(adapter))
-    return continued_adapter(meta_model(model), facts)[1]
+    wrong = continued_adapter(meta_model(model), facts)[1]
+    return wrong.lines if wrong else []
 
 
 # --- Adapters of PEFT are accepted, and their parameters counted ----------------------------------------------------
@@ -72,7 +76,7 @@ def test_adapter_of_peft_is_accepted_and_loads_as_the_same_model(
     adapted.save_pretrained(tmp_path)
     facts = read_adapter_facts(str(tmp_path))
     parameters, wrong = continued_adapter(meta_model(model), facts)
-    assert wrong == []
+    assert wrong is None
     trainable = {
         name: tuple(entry.shape) for name, entry in adapted.named_parameters() if entry.requires_grad
     }
@@ -151,6 +155,61 @@ def test_tensor_that_differs_from_the_configuration_is_named(
     assert any(line.startswith(f"{tensor} ") and problem in line for line in wrong), wrong
 
 
+def renamed_file(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (PREFIX, ""),
+        (PREFIX, f"{PREFIX}{PREFIX}"),
+        (PREFIX, "model."),
+        (".weight", ".default.weight"),
+        (f"{PREFIX}model.", ""),
+    ],
+)
+def test_tensors_with_other_prefixes_are_renamed_by_the_fix(
+    models: dict[str, Path], adapter: Path, old: str, new: str
+):
+    first = f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight"
+    change_tensors(adapter, renamed_file(old, new))
+    wrong = continued_adapter(meta_model(models["llama"]), read_adapter_facts(str(adapter)))[1]
+    assert wrong is not None
+    assert f"{first.replace(old, new)} to {first}." in wrong.fix
+    assert [line.partition(" ")[0] for line in wrong.lines[:2]] == [first, first.replace(old, new)]
+
+
+def test_patterns_of_a_continued_adapter_that_match_nothing_are_returned(
+    models: dict[str, Path], adapter: Path
+):
+    """PEFT ignored them in training, too."""
+    change_config(adapter, rank_pattern={"q_porj": 2}, alpha_pattern={"v_porj": 2, "v_proj": 8})
+    parameters, wrong = continued_adapter(meta_model(models["llama"]), read_adapter_facts(str(adapter)))
+    assert wrong is None
+    assert parameters.unmatched_patterns == ("rank_pattern: q_porj", "alpha_pattern: v_porj")
+    (warning,) = adapter_warnings("DIR", parameters)
+    assert "rank_pattern: q_porj, alpha_pattern: v_porj" in warning
+    assert not list(adapter_warnings(None, parameters))
+
+
+@pytest.mark.parametrize("change", [0, 1], ids=["equal", "other"])
+def test_saved_embeddings_are_accepted_if_they_equal_the_base_model(
+    models: dict[str, Path], adapter: Path, change: float
+):
+    name = "model.embed_tokens.weight"
+    rows = load_file(models["llama"] / "model.safetensors")[name]
+    change_tensors(adapter, lambda tensors: tensors | {f"{PREFIX}{name}": rows + change})
+    base = read_model_facts(str(models["llama"]))
+    facts = without_base_weights(read_adapter_facts(str(adapter)), adapter / FILE, base)
+    wrong = continued_adapter(meta_model(models["llama"]), facts)[1]
+    if change:
+        assert wrong is not None
+        assert wrong.fix.startswith("Remove these tensors from the file if they equal the base model's")
+    else:
+        assert wrong is None
+
+
 @pytest.mark.parametrize(
     ("changes", "tensor"),
     [
@@ -185,7 +244,6 @@ def test_configuration_that_differs_from_the_tensors_is_rejected(
         ({"init_lora_weights": "foo"}, "foo"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"target_modules": ["nope"]}, "nope"),
-        ({"alpha_pattern": {"q_porj": 2}}, "alpha_pattern: q_porj"),
     ],
     ids=str,
 )

@@ -185,3 +185,21 @@ def test_config_whose_model_cannot_be_built_is_an_error(tmp_path: Path):
     write_config(tmp_path, {"model_type": "llama", "hidden_act": "nonesuch"})
     with pytest.raises(ModelError, match=re.compile(r"^model mine: .*config\.json.*nonesuch", re.DOTALL)):
         build_on_meta_device(tmp_path, "mine", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_attention_heads": 3}, r"hidden size \(64\) is not a multiple of .* heads \(3\)"),
+        ({"num_attention_heads": "four"}, r"num_attention_heads|four"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "new", "factor": 2}}, r"rope_scaling\.type: new"),
+    ],
+    ids=str,
+)
+def test_config_with_an_invalid_value_raises_an_error_with_the_reason(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+):
+    write_config(tmp_path, json.loads((tiny_model / "config.json").read_text()) | changes)
+    with pytest.raises(ModelError, match=f"^model mine: .*{reason}") as error:
+        build_on_meta_device(tmp_path, "mine", trust_remote_code=False)
+    assert "trust_remote_code" not in str(error.value)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 from tests.support.adapters import make_gpt2, meta_model
 from tests.support.tiny_model import make_model
 from training.models.architecture import check_tensors
-from training.models.files import ModelError, read_model_facts
+from training.models.files import ModelError, check_dtypes, read_model_facts
 from training.models.torch_provider import load_weights
 
 Tensors = dict[str, torch.Tensor]
@@ -179,3 +179,22 @@ def test_the_comparison_prints_nothing(
     with caplog.at_level(logging.WARNING), pytest.raises(ModelError):
         unused(model)
     assert (capfd.readouterr(), caplog.records) == (("", ""), [])
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "int8"), (torch.float8_e4m3fn, "float8_e4m3")])
+def test_weights_that_are_quantized_without_a_config_raise_an_error(
+    models: dict[str, Path], tmp_path: Path, dtype: torch.dtype, name: str
+):
+    quantized = changed(
+        models["llama"], tmp_path / "model", lambda tensors: tensors | {UP: tensors[UP].to(dtype)}
+    )
+    message = rf"model\.safetensors: the tensor {UP} is stored as {name}, but weights must be bf16"
+    with pytest.raises(ModelError, match=message):
+        check_dtypes(read_model_facts(str(quantized)), meta_model(quantized).shapes, ())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_integer_buffers_of_older_files_are_accepted(models: dict[str, Path], tmp_path: Path, kind: str):
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}
+    older = changed(models[kind], tmp_path / "model", lambda tensors: tensors | mask)
+    check_dtypes(read_model_facts(str(older)), meta_model(older).shapes, ())

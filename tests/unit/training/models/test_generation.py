@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from training.models.files import ModelError
-from training.models.generation import check_savable
+from training.models.generation import Corrections, check_generation, check_savable
 from training.models.torch_provider import load_weights
 
 UNUSED = {"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0, "min_p": 0.1}
@@ -38,15 +38,15 @@ def test_model_with_ignored_settings_is_saved_and_generates_the_same(tiny_model:
 
 
 def test_ignored_settings_are_reported(tiny_model: Path, tmp_path: Path):
-    assert check_savable(tiny_model, "tiny", trust_remote_code=False) == []
+    assert check_savable(tiny_model, "tiny", trust_remote_code=False) == Corrections()
     directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **UNUSED)
-    assert set(check_savable(directory, "tiny", trust_remote_code=False)) == UNUSED.keys()
+    assert set(check_savable(directory, "tiny", trust_remote_code=False).ignored) == UNUSED.keys()
 
 
 def test_sampling_settings_are_kept(tiny_model: Path, tmp_path: Path):
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **sampling)
-    assert check_savable(directory, "tiny", trust_remote_code=False) == []
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections()
     load_weights(directory, dtype="fp32").save_pretrained(tmp_path / "saved")
     assert GenerationConfig.from_pretrained(tmp_path / "saved").to_dict().items() >= sampling.items()
 
@@ -63,5 +63,73 @@ def test_invalid_settings_raise_an_error_with_the_file(
 def test_settings_of_old_models_in_config_json_are_reported(tiny_model: Path, tmp_path: Path):
     directory = with_settings(tiny_model, tmp_path / "model", "config.json", temperature=0.6)
     (directory / "generation_config.json").unlink()
-    assert check_savable(directory, "tiny", trust_remote_code=False) == ["temperature"]
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections(("temperature",))
     load_weights(directory, dtype="fp32").save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_sampled"),
+    [
+        ({"temperature": 0}, False),
+        ({"temperature": -1.0, "top_p": 0.9}, False),
+        ({"top_p": 0.0}, False),
+        ({"top_p": 1.5}, True),
+        ({"top_k": -1}, True),
+        ({"min_p": 2.0}, True),
+        ({"typical_p": 0.0}, True),
+        ({"repetition_penalty": 0}, True),
+        ({"repetition_penalty": -2.0, "do_sample": False}, False),
+    ],
+    ids=str,
+)
+def test_values_that_generate_rejects_are_removed_and_reported(
+    tiny_model: Path, tmp_path: Path, settings: dict[str, Any], is_sampled: bool
+):
+    directory = with_settings(
+        tiny_model, tmp_path / "model", "generation_config.json", **{"do_sample": True} | settings
+    )
+    name, value = next(iter(settings.items()))
+    assert check_savable(directory, "tiny", trust_remote_code=False).rejected == (f"{name}: {value}",)
+    model: Any = load_weights(directory, dtype="fp32")
+    model.save_pretrained(tmp_path / "saved")
+    saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    saved.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    assert saved.generation_config.do_sample is is_sampled
+
+
+def test_integers_that_generate_rejects_become_floats(tiny_model: Path, tmp_path: Path):
+    settings = {"do_sample": True, "temperature": 2, "repetition_penalty": 2}
+    directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **settings)
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections()
+    model: Any = load_weights(directory, dtype="fp32")
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"a":', "not valid JSON"),
+        ("[]", "contains list"),
+        ('{"max_new_tokens": "ten"}', "max_new_tokens is 'ten', but must be a number"),
+        ('{"temperature": [0.6]}', r"temperature is \[0.6\], but must be a number"),
+        ('{"eos_token_id": 99999}', "eos_token_id has the value 99999, but the model has 512 tokens"),
+        ('{"eos_token_id": [2, 512]}', "eos_token_id has the value 512"),
+        ('{"pad_token_id": 512}', "pad_token_id has the value 512"),
+        ('{"bos_token_id": "<s>"}', "bos_token_id has the value '<s>'"),
+    ],
+)
+def test_faulty_generation_config_raises_an_error_with_file_and_key(
+    tiny_model: Path, tmp_path: Path, content: str, fault: str
+):
+    directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json")
+    check_generation(directory, "tiny", 512)
+    (directory / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=rf"^model tiny: generation_config\.json: {fault}"):
+        check_generation(directory, "tiny", 512)
+
+
+def test_token_ids_of_old_models_in_config_json_are_checked(tiny_model: Path, tmp_path: Path):
+    directory = with_settings(tiny_model, tmp_path / "model", "config.json", eos_token_id=512)
+    (directory / "generation_config.json").unlink()
+    with pytest.raises(ModelError, match=r"^model tiny: config\.json: eos_token_id has the value 512"):
+        check_generation(directory, "tiny", 512)

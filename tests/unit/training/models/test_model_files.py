@@ -313,6 +313,11 @@ def test_tensors_of_each_dtype_are_accepted(adapter: Path, tmp_path: Path, dtype
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": 1e40}, "lora_alpha is 1e\\+40"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"alpha_pattern": {"q_proj": 10**40}}, "q_proj is 10"),
+        ({"trainable_token_indices": [5, 6, 5]}, "trainable_token_indices.* lists 5 twice"),
+        ({"trainable_token_indices": {"embed_tokens": [5, 5]}}, "trainable_token_indices.* lists 5 twice"),
         ({"lora_alpha": -8}, "lora_alpha is -8"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"alpha_pattern": {"q_proj": 0}}, "q_proj is 0"),
@@ -370,6 +375,12 @@ def test_a_swapped_model_or_adapter_raises_an_error_with_the_right_key(tiny_mode
         read_model_facts(str(adapter))
     with pytest.raises(ModelError, match=r"model.*initial_base_model_ckpt_path"):
         read_adapter_facts(str(tiny_model))
+
+
+def test_adapter_in_a_subdirectory_is_named(adapter: Path, tmp_path: Path):
+    shutil.copytree(adapter, tmp_path / "saved" / "default")
+    with pytest.raises(ModelError, match=rf"use {tmp_path}/saved/default\.$"):
+        read_adapter_facts(str(tmp_path / "saved"))
 
 
 def test_an_adapter_that_cannot_be_trained_further_raises_an_error(adapter: Path, tmp_path: Path):

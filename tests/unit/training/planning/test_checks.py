@@ -1,14 +1,19 @@
 """Checks of batch size, disks and packages, made before a cluster is started."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import FinetuneConfig, LoraConfig
 from training.models.adapter import AdapterParameters
 from training.models.files import AdapterFacts, ModelError, ModelFacts
+from training.models.tokenizer import load_tokenizer
 from training.planning import checks
 from training.planning.checks import (
     check_adapter_tokenizer,
@@ -16,6 +21,7 @@ from training.planning.checks import (
     check_checkpoint_fits,
     check_new_adapter,
     check_targets,
+    check_token_ids,
     check_token_indices,
     reject_missing_requirements,
 )
@@ -108,6 +114,27 @@ def test_token_indices_without_a_row_are_rejected():
     with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b515 tokens"):
         check_token_indices(config(), adapter(*TOKENIZER, **grown), 515, MODEL)
     check_token_indices(config(), adapter(*TOKENIZER, **grown), 516, MODEL)
+
+
+@pytest.mark.parametrize("more", [[], ["<new>"]], ids=["as many tokens", "one more token"])
+def test_adapter_tokenizer_with_other_ids_is_rejected(tiny_model: Path, tmp_path: Path, more: list[str]):
+    base = load_tokenizer(tiny_model, trust_remote_code=False, chat_template=None)
+    content = json.loads((tiny_model / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    first, second = list(vocab)[100:102]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    swapped.add_tokens(more)
+    named = rf"^adapter/tokenizer\.json: the token {re.escape(repr(first))} has the id .*2 tokens differ"
+    with pytest.raises(ModelError, match=named):
+        check_token_ids(adapter(*TOKENIZER), swapped, base)
+    check_token_ids(adapter(*TOKENIZER, modules_to_save=["embed_tokens"]), swapped, base)
+
+
+def test_adapter_tokenizer_with_added_tokens_is_accepted(tiny_model: Path):
+    base, grown = (load_tokenizer(tiny_model, trust_remote_code=False, chat_template=None) for _ in range(2))
+    grown.add_tokens(["<new>"])
+    check_token_ids(adapter(*TOKENIZER), grown, base)
 
 
 @pytest.mark.parametrize(
