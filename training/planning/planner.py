@@ -445,24 +445,12 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     with about_key("export"):
         check_export(config, facts)
     template = read_chat_template(config)
-    source, tokenizer_directory = base, directory
-    if adapter_facts:
-        check_adapter_tokenizer(config, adapter_facts)
-    if adapter_facts and adapter_facts.has_tokenizer:
-        source = adapter_facts.source
-        tokenizer_directory = fetch_model(source, storage.cache, is_tokenizer_file)
-    tokenizer = load_tokenizer(
-        tokenizer_directory, trust_remote_code=trust, source=source, chat_template=template
+    source, tokenizer_directory, tokenizer = _load_tokenizer(
+        config, base, directory, adapter_facts, storage.cache, template
     )
     check_token_indices(config, adapter_facts, len(tokenizer), facts)
     if source != base:
         assert adapter_facts is not None
-        if not _have_same_content("tokenizer.json", directory, tokenizer_directory):
-            check_token_ids(
-                adapter_facts,
-                tokenizer,
-                load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=None),
-            )
         rows = rows_needed(adapter_facts.lora.get("trainable_token_indices"))
         facts = with_grown_vocabulary(facts, rows)
         check_vocabulary(len(tokenizer), source, facts)
@@ -492,6 +480,35 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         new_tokens=new,
         chat_template=template,
     )
+
+
+def _load_tokenizer(
+    config: FinetuneConfig,
+    base: str,
+    directory: Path,
+    adapter: AdapterFacts | None,
+    cache: Path,
+    template: str | None,
+) -> tuple[str, Path, "PreTrainedTokenizerFast"]:
+    """Return (where the tokenizer comes from, its local directory, the tokenizer): the adapter's own if it has one, else the base's."""
+    trust = config.trust_remote_code
+    if adapter:
+        check_adapter_tokenizer(config, adapter)
+    if adapter is None or not adapter.has_tokenizer:
+        return (
+            base,
+            directory,
+            load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template),
+        )
+    own = fetch_model(adapter.source, cache, is_tokenizer_file)
+    tokenizer = load_tokenizer(own, trust_remote_code=trust, source=adapter.source, chat_template=template)
+    if not _have_same_content("tokenizer.json", directory, own):
+        check_token_ids(
+            adapter,
+            tokenizer,
+            load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=None),
+        )
+    return adapter.source, own, tokenizer
 
 
 def _have_same_content(name: str, *directories: Path) -> bool:
