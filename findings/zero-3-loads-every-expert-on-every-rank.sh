@@ -67,7 +67,7 @@ PYTHON
 "$directory/venv/bin/python" "$directory/make.py" "$directory" 2>/dev/null
 peak() { # peak MODEL: private memory of rank 1 while it loads its half of the model, in sizes of the model
   # Freed memory returns to the system at once, so that the peak counts what is in use.
-  MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 DS_ACCELERATOR=cpu timeout 300 "$directory/venv/bin/python" \
+  MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 DS_ACCELERATOR=cpu timeout 900 "$directory/venv/bin/python" \
     -m torch.distributed.run --standalone --nproc-per-node 2 "$directory/load.py" "$directory/$1" 2>/dev/null | awk '/^RESULT/ {print $2}'
 }
 dense=$(peak dense)
