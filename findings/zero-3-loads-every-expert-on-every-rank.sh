@@ -45,7 +45,8 @@ def private_memory() -> int:
 
 
 deepspeed.init_distributed("gloo")
-kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+settings = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
+kept = HfDeepSpeedConfig(settings)
 before, samples, loaded = private_memory(), [0], threading.Event()
 
 
@@ -67,8 +68,8 @@ PYTHON
 "$directory/venv/bin/python" "$directory/make.py" "$directory" 2>/dev/null
 peak() { # peak MODEL: private memory of rank 1 while it loads its half of the model, in sizes of the model
   # Freed memory returns to the system at once, so that the peak counts what is in use.
-  MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 DS_ACCELERATOR=cpu timeout 900 "$directory/venv/bin/python" \
-    -m torch.distributed.run --standalone --nproc-per-node 2 "$directory/load.py" "$directory/$1" 2>/dev/null | awk '/^RESULT/ {print $2}'
+  TORCH_EXTENSIONS_DIR="$directory/extensions" MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 DS_ACCELERATOR=cpu \
+    timeout 600 "$directory/venv/bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 "$directory/load.py" "$directory/$1" 2>/dev/null | awk '/^RESULT/ {print $2}'
 }
 dense=$(peak dense)
 mixture=$(peak mixture)
