@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from tests.support.jobs import PROJECT, environment
+from tests.support.process_memory import anonymous_memory
 
 WORKERS = 2
 _SECONDS_BETWEEN_SAMPLES = 0.005
@@ -36,11 +37,6 @@ def loading_memory(model: Path, directory: Path) -> list[tuple[int, float]]:
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(WORKERS)]
 
 
-def _anonymous_memory() -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
-    return int(line.split()[1]) * 1024
-
-
 def _load(model: Path, directory: Path) -> None:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
@@ -51,18 +47,18 @@ def _load(model: Path, directory: Path) -> None:
     deepspeed.init_distributed("gloo")
     settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
     kept = HfDeepSpeedConfig(settings)  # transformers holds a weak reference to it
-    samples, is_loaded = [_anonymous_memory()], threading.Event()
+    samples, is_loaded = [anonymous_memory()], threading.Event()
 
     def sample() -> None:
         while not is_loaded.wait(_SECONDS_BETWEEN_SAMPLES):
-            samples.append(_anonymous_memory())
+            samples.append(anonymous_memory())
 
     sampling = threading.Thread(target=sample)
     sampling.start()
     loaded = load_base(model_request(model, zero_stage=3, weights_dtype="bf16"))
     is_loaded.set()
     sampling.join()
-    extra = max(samples) - _anonymous_memory()
+    extra = max(samples) - anonymous_memory()
     total = 0.0
     for weight in loaded.parameters():
         with deepspeed.zero.GatheredParameters([weight]):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
 from tests.support.model_requests import model_request
+from tests.support.process_memory import anonymous_memory
 from training.models import varlen_attention
 from training.models.attention import Attention
 from training.models.files import ModelError
@@ -89,18 +90,17 @@ class _DeviceInAFile(TorchFunctionMode):
             return func(*args, **named)
         named["device"] = "cpu"
         moved = func(*args, **named)
-        self.most_bytes_of_host = max(self.most_bytes_of_host, anonymous_memory())
+        self.most_bytes_of_host = max(self.most_bytes_of_host, memory_in_use())
         self.transfers += 1
         storage = torch.UntypedStorage.from_file(str(self._file), shared=True, nbytes=moved.nbytes)
         self._file.unlink()
         return torch.empty(0, dtype=moved.dtype).set_(storage).view(moved.shape).copy_(moved)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def anonymous_memory() -> int:
+def memory_in_use() -> int:
     """Return the bytes of this process that no file backs, without freed ones."""
     ctypes.CDLL(None).malloc_trim(0)
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
-    return int(line.split()[1]) * 1024
+    return anonymous_memory()
 
 
 def test_weights_reach_a_gpu_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -114,7 +114,7 @@ def test_weights_reach_a_gpu_one_tensor_at_a_time(tmp_path: Path, monkeypatch: p
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the mode is one of this thread
-    before = anonymous_memory()
+    before = memory_in_use()
     with _DeviceInAFile(tmp_path / "gpu") as gpu:
         model = load_weights(directory, dtype="bf16", device="cuda")
     assert gpu.transfers >= len(list(model.parameters()))
