@@ -30,6 +30,7 @@ from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
 from training.loop.memory_errors import out_of_memory_line
+from training.loop.operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import first_line, is_hub_id, is_model_file
@@ -182,6 +183,7 @@ def prepare_process(plan: RunPlan, world: World) -> None:
         if plan.device == "cpu":
             # Compiling its shared-memory collectives with g++ takes two minutes; gloo works without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        load_offload_operators(plan.deepspeed, plan.config.optim)
         deepspeed.init_distributed(
             dist_backend="gloo" if plan.device == "cpu" else "nccl", auto_mpi_discovery=False
         )
