@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import textwrap
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +176,16 @@ def convert(text: str, path: Path) -> Conversion:
     _add_defaults(conversion)
     _settle(conversion)
     return conversion
+
+
+def add_arguments(commands: Mapping[str, ArgumentParser]) -> None:
+    """Add the command's arguments to its parser."""
+    command = commands["convert"]
+    command.set_defaults(run_command=convert_command)
+    command.add_argument("source", type=Path, metavar="OTHER.yaml", help="the other tool's YAML")
+    command.add_argument(
+        "--to", dest="target", type=Path, metavar="FILE", help="new file to write; default: standard output"
+    )
 
 
 def convert_command(source: Path, target: Path | None) -> None:

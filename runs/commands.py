@@ -1,7 +1,8 @@
 """The `runs`, `show`, `compare`, `stop` and `remove` commands."""
 
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from runs.comparison import compare_runs, draw
 from runs.ending import check_removable, find_run, remove_run, stop_run
 from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
+from utils.arguments import add_json_option
 from utils.command_line import main_line
 from utils.console import open_consoles
 from utils.files import write_atomically
@@ -30,6 +32,38 @@ COMMANDS = {
 """Help text of each command. A YAML file with such a name must be given with a path, such as ./runs."""
 
 PICTURE = "comparison.png"
+A_RUN = "URI of a run, or run:NAME for a run in the default storage path"
+
+
+def add_arguments(commands: Mapping[str, ArgumentParser]) -> None:
+    """Add the commands' arguments to their parsers."""
+    listing, showing, comparing = commands["runs"], commands["show"], commands["compare"]
+    listing.set_defaults(run_command=list_command)
+    listing.add_argument(
+        "storage_path",
+        nargs="?",
+        metavar="STORAGE_PATH",
+        help="bucket prefix or directory of the runs; default: the default storage path",
+    )
+    showing.set_defaults(run_command=show_command)
+    showing.add_argument("run", metavar="RUN", help=A_RUN)
+    comparing.set_defaults(run_command=compare_command)
+    comparing.add_argument("runs", nargs="+", metavar="RUN", help=A_RUN)
+    comparing.add_argument(
+        "--picture",
+        type=Path,
+        default=Path(PICTURE),
+        metavar="FILE.png",
+        help="write the eval loss curves to this file; default: %(default)s in the working directory",
+    )
+    stopping, removing = commands["stop"], commands["remove"]
+    stopping.set_defaults(run_command=stop_command)
+    stopping.add_argument("run", metavar="RUN", help=A_RUN)
+    removing.set_defaults(run_command=remove_command)
+    removing.add_argument("run", metavar="RUN", help=A_RUN)
+    removing.add_argument("--yes", dest="is_confirmed", action="store_true", help="do not ask")
+    for command in (listing, showing, comparing, stopping):
+        add_json_option(command)
 
 
 def list_command(storage_path: str | None, as_json: bool) -> None:

@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from training.planning.endpoints import (
     target_cluster,
 )
 from training.planning.paths import needs_embedded_bucket
+from utils.arguments import add_json_option, positive
 from utils.console import open_consoles
 from utils.errors import AnnealError
 from utils.processes import record_signals, restore_handlers, run_in_own_session
@@ -45,6 +47,38 @@ _STOP_SECONDS = 600
 
 class ServiceError(AnnealError):
     """An error before the service is ready."""
+
+
+def add_arguments(commands: Mapping[str, ArgumentParser]) -> None:
+    """Add the commands' arguments to their parsers."""
+    serving, keys = commands["serve"], commands["keys"]
+    serving.set_defaults(run_command=serve_command)
+    serving.add_argument("config", type=Path, metavar="SERVICE.yaml")
+    serving.add_argument(
+        "--port", type=_port, metavar="PORT", help="port to listen on; default: the service YAML's"
+    )
+    serving.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the service YAML, the bucket, the models and the memory of jobs, and exit",
+    )
+    add_json_option(serving)
+    keys.set_defaults(run_command=keys_command)
+    keys.add_argument("action", choices=("create", "list", "revoke"))
+    keys.add_argument(
+        "project", metavar="PROJECT", help="project whose files, jobs and models the key accesses"
+    )
+    keys.add_argument(
+        "--id", dest="key_id", metavar="KEY_ID", help="with revoke: the only key to revoke; default: all"
+    )
+    keys.add_argument(
+        "--service",
+        type=Path,
+        default=DEFAULT_SERVICE,
+        metavar="SERVICE.yaml",
+        help="service YAML, which names the bucket; default: %(default)s",
+    )
+    add_json_option(keys)
 
 
 def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) -> int:
@@ -271,3 +305,10 @@ def _stop_drivers(signals: list[int]) -> None:
 
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _port(text: str) -> int:
+    port = positive(text)
+    if port > 65535:
+        raise ArgumentTypeError(f"{text}: the highest port is 65535")
+    return port

@@ -1,18 +1,23 @@
 """The `export`, `chat` and `evaluate` commands."""
 
 import os
+import re
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rich.console import Console
 
 from configs.loading import ConfigError
-from configs.schema import ExportConfig
+from configs.schema import Column, ExportConfig
+from runs.commands import A_RUN
 from runs.layout import Export
 from runs.listing import run_uri
+from utils.arguments import add_json_option, positive
 from utils.console import library_output_in, open_consoles
 from utils.storage.bucket import open_store
 
@@ -25,6 +30,13 @@ COMMANDS = {
     "evaluate": "generate answers to held-out rows on Ray workers and report exact match",
 }
 """Help text of each command. A YAML file with the name of a command needs a path, such as ./export."""
+
+
+def add_arguments(commands: Mapping[str, ArgumentParser]) -> None:
+    """Add the commands' arguments to their parsers."""
+    _add_export_arguments(commands["export"])
+    _add_chat_arguments(commands["chat"])
+    _add_evaluate_arguments(commands["evaluate"])
 
 
 def export_command(
@@ -211,3 +223,141 @@ def _library_output_to_log(trained: "TrainedModel") -> AbstractContextManager[No
     """Redirect library output to a log file of this process."""
     log = trained.cache.parent / "logs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
     return library_output_in(log)
+
+
+def _add_export_arguments(command: ArgumentParser) -> None:
+    command.set_defaults(run_command=export_command)
+    _add_checkpoint(command)
+    command.add_argument(
+        "--to",
+        metavar="URI",
+        help="empty bucket prefix or directory to export to; default: exports/ in the run",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="dtype of the weights; default: %(default)s",
+    )
+    form = command.add_mutually_exclusive_group()
+    form.add_argument(
+        "--no-merge",
+        dest="merge",
+        action="store_false",
+        help="export only the adapter, in the format that vLLM loads",
+    )
+    form.add_argument(
+        "--gguf",
+        action="store_true",
+        help="also write a GGUF file with llama.cpp's converter (make setup-gguf)",
+    )
+    command.add_argument(
+        "--gguf-type",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="type of the weights in the GGUF file; default: that of --dtype",
+    )
+    command.add_argument(
+        "--verify",
+        action=BooleanOptionalAction,
+        help="compare the export with the model as trained before it is published; default: if memory suffices",
+    )
+    command.add_argument(
+        "--push",
+        type=_hub_id,
+        metavar="ORG/NAME",
+        help="push the export to this model repository of the Hugging Face Hub; HF_TOKEN needs write access",
+    )
+    command.add_argument(
+        "--private", action="store_true", help="make a repository that --push creates private"
+    )
+    add_json_option(command)
+
+
+def _add_chat_arguments(command: ArgumentParser) -> None:
+    command.set_defaults(run_command=chat_command)
+    _add_checkpoint(command)
+    command.add_argument("--prompt", metavar="TEXT", help="answer this prompt and exit")
+    _add_max_new_tokens(command)
+
+
+def _add_evaluate_arguments(command: ArgumentParser) -> None:
+    command.set_defaults(run_command=evaluate_command)
+    _add_checkpoint(command)
+    command.add_argument(
+        "--data", required=True, metavar="URI", help="held-out rows in the format of the training data"
+    )
+    command.add_argument(
+        "--match",
+        choices=("number", "text"),
+        help="compare the final number (GSM8K: #### 18) or the complete text; default: number, or text for classification",
+    )
+    command.add_argument(
+        "--column",
+        dest="columns",
+        action="append",
+        type=_column,
+        default=[],
+        metavar="OURS=THEIRS",
+        help="map our column to the file's column, such as prompt=question; repeatable; default: the run's columns",
+    )
+    command.add_argument(
+        "--name",
+        type=_name,
+        metavar="NAME",
+        help="write evaluations/NAME.jsonl in the run; default: name of the data file and the step",
+    )
+    command.add_argument(
+        "--num-devices",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="number of Ray workers, with one device per worker; default: 1",
+    )
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: the run's device")
+    command.add_argument(
+        "--batch-size",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="rows per batch on each worker; default: 8",
+    )
+    _add_max_new_tokens(command)
+    add_json_option(command)
+
+
+def _add_checkpoint(command: ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help=f"{A_RUN}, or the URI of one of its checkpoints")
+    command.add_argument(
+        "--base",
+        metavar="URI",
+        help="base model of the adapter, if it is no longer where the run was trained: hub id, directory or URI",
+    )
+
+
+def _add_max_new_tokens(command: ArgumentParser) -> None:
+    command.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="maximum number of tokens per answer; default: %(default)s",
+    )
+
+
+def _column(text: str) -> tuple[str, str]:
+    ours, separator, theirs = text.partition("=")
+    if not separator or not theirs or ours not in get_args(Column):
+        raise ArgumentTypeError(f"{text}: write OURS=THEIRS, with OURS one of {', '.join(get_args(Column))}")
+    return ours, theirs
+
+
+def _hub_id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text):
+        raise ArgumentTypeError(f"{text}: write ORG/NAME, a model repository of the Hugging Face Hub")
+    return text
+
+
+def _name(text: str) -> str:
+    if not text.replace("-", "").replace("_", "").replace(".", "").isalnum() or text.startswith("."):
+        raise ArgumentTypeError(f"{text}: use letters, digits, '.', '_' and '-', without a leading '.'")
+    return text
