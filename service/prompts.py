@@ -10,7 +10,7 @@ from service.errors import ApiError
 from training.data.errors import DataError, RowError
 from training.data.prompting import encode_prompt
 from training.data.records import Chat
-from training.data.templates import Renderer
+from training.data.renderer import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -121,7 +121,7 @@ class ChatFormat:
             found = _json_at(completion, place) if character in "[{" else None
             if found and [call.name for call in _calls_in(found[0])] == [_PROBE]:
                 closing = completion[found[1] :].strip()
-                end = self._renderer.end_marker.strip()
+                end = self._renderer.traits.end_marker.strip()
                 return CallForm(completion[:place].strip(), closing.removesuffix(end).strip())
         return None
 

@@ -10,9 +10,9 @@ from training.data.encoding import Encoder
 from training.data.prepare import prepare_data
 from training.data.prepared import PreparedData
 from training.data.records import Example, Pair, Task
+from training.data.renderer import Renderer
 from training.data.request import DataRequest
 from training.data.sources import find_files
-from training.data.templates import Renderer
 from training.data.token_files import RenderedRow, RowTokenizer
 
 

@@ -5,10 +5,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Number
 from typing import Any
 
-from training.data.errors import RowError, check_text, json_type
+from training.data.errors import RowError, check_text, json_type, short
+from training.data.flags import IN_LOSS, OUT_OF_LOSS, flag_of, is_in_loss, is_quality_tag
 from training.data.records import REASONING_KEYS, Chat, Message
 from training.data.template_forms import split_thought
 from training.data.tools import (
@@ -44,29 +44,6 @@ _ROLES = {
 _SYSTEM = ("system", "developer")
 _CONTENTS = ("content", "value", "text")
 """Names of a message's content."""
-_IN_LOSS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
-"""Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
-_OUT_OF_LOSS = ("mask", "masked", "ignore")
-"""Keys that say the opposite."""
-_LOSS_COLUMNS = (
-    *(*_IN_LOSS, "weights", "loss_weights", "sample_weight", "train_on_turn"),
-    *("assistant_mask", "assistant_masks", "completion_mask"),
-)
-"""Names of columns that say what is in the loss."""
-_FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-"""Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
-_RATINGS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
-"""Texts of a label that say how good an answer is; others may be a topic."""
-_IS_GOOD = re.compile(r"(is_)?(good|correct|helpful|accepted|acceptable|approved)")
-_IS_BAD = re.compile(r"(is_)?(bad|wrong|incorrect|unhelpful)")
-_VERDICT = re.compile(r"((response|answer|user|human)_)?(quality|feedback|rating|verdict|vote|thumbs?)")
-"""Names of other verdicts about an answer."""
-_BAD = frozenset(
-    (
-        *("bad", "poor", "low", "wrong", "incorrect", "negative", "rejected", "unhelpful"),
-        *("thumbsdown", "down", "downvote", "dislike", "👎", "false"),
-    )
-)
 _TEXT_AND_CALLS = (
     *("role", "from", "content", "value", "text", "name"),
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
@@ -74,12 +51,11 @@ _TEXT_AND_CALLS = (
 _CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
 _REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
 """Keys of a message that hold its reasoning."""
-_KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *_IN_LOSS, *_OUT_OF_LOSS}
+_KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *IN_LOSS, *OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
 _JSON_CALL = re.compile(r"(<tool_call>\s*)(\{.*?\})(\s*</tool_call>)", re.DOTALL)
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
 
@@ -265,9 +241,9 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
             calls, f"message {position}: tool call", reading.tools, reading.notes
         )
     _read_functions(value, at, reading)
-    if role == "assistant" and not _is_in_loss(value, at):
+    if role == "assistant" and not is_in_loss(value, at):
         reading.untrained.add(len(reading.messages))
-    if role != "assistant" and any(flag_of(value.get(key)) for key in _IN_LOSS):
+    if role != "assistant" and any(flag_of(value.get(key)) for key in IN_LOSS):
         reading.notes.append(
             f"the weight of {role} messages is not used: only assistant messages are in the loss"
         )
@@ -480,27 +456,6 @@ def _read_functions(value: dict[str, Any], at: str, reading: _Reading) -> None:
             )
 
 
-def _is_in_loss(value: dict[str, Any], at: str) -> bool:
-    judged = {}
-    for key in (*_IN_LOSS, *_OUT_OF_LOSS):
-        flag = value.get(key)
-        if flag is None:
-            continue
-        if flag not in (0, 1):  # True and False are 1 and 0
-            raise RowError(
-                "wrong weight",
-                f"{at} has {key} {short(flag)}. Use 1 or true to include the message in the loss, 0 or false to exclude it"
-                if key in _IN_LOSS
-                else f"{at} has {key} {short(flag)}. Use true to exclude the message from the loss, or false",
-            )
-        judged[key] = bool(flag) == (key in _IN_LOSS)
-    if len(set(judged.values())) > 1:
-        raise RowError(
-            "wrong weight", f"{at}: {' and '.join(judged)} contradict each other. Keep one of them"
-        )
-    return all(judged.values())
-
-
 def _note_unread(value: dict[str, Any], role: str, at: str, reading: _Reading) -> None:
     for key, content in value.items():
         if key == "refusal" and not any(value.get(name) for name in _CONTENTS):
@@ -676,7 +631,7 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
 
 def as_context(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message that is not in the loss, unless it says itself whether it is."""
-    is_judged = any(message.get(key) is not None for key in (*_IN_LOSS, *_OUT_OF_LOSS))
+    is_judged = any(message.get(key) is not None for key in (*IN_LOSS, *OUT_OF_LOSS))
     return message if is_judged else {**message, "weight": 0}
 
 
@@ -729,58 +684,9 @@ def read_history(value: Any, what: str) -> list[Message]:
     return messages
 
 
-def flag_of(value: Any) -> bool | None:
-    """Return the meaning of true, false, 1 or 0, also as text, or None for another value."""
-    if isinstance(value, str):
-        return _FLAGS.get(value.strip().lower())
-    return _FLAGS.get(value) if isinstance(value, Number) else None
-
-
-def is_quality_tag(key: str, value: Any) -> bool:
-    """Return whether a column or a key of a message says how good an answer is."""
-    if key == "kto_tag":
-        return True
-    if _says_bad(key, value):
-        return True
-    if isinstance(value, str):
-        text = value.strip().lower()
-        value = value if flag_of(text) is None and text not in _RATINGS and not _NUMBER.fullmatch(text) else 0
-    return key in ("label", "score") and isinstance(value, Number)
-
-
-def _says_bad(key: str, value: Any) -> bool:
-    """Return whether a verdict about an answer under another name than `label` is a bad one; a plain rating may have any scale."""
-    if not isinstance(value, str | int | float):
-        return False
-    if _IS_GOOD.fullmatch(key):
-        return flag_of(value) is False
-    if _IS_BAD.fullmatch(key):
-        return flag_of(value) is True
-    if isinstance(value, str):
-        is_bad = re.sub(r"[\s_-]+", "", value.lower()) in _BAD or value.strip() == "-1"
-    else:
-        is_bad = value is False or (isinstance(value, int | float) and value < 0)
-    return is_bad and _VERDICT.fullmatch(key) is not None
-
-
-def excludes_something(key: str, value: Any) -> bool:
-    """Return whether a column says that something is excluded from the loss, or has a weight other than 1."""
-    if key not in (*_LOSS_COLUMNS, *_OUT_OF_LOSS, "masks"):
-        return False
-    included = key in _LOSS_COLUMNS
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(flag_of(each) is not included for each in values)
-
-
 def is_media(key: str) -> bool:
     """Return whether a column's name is that of images, audio or video."""
     return _MEDIA.fullmatch(key) is not None
-
-
-def short(value: Any) -> str:
-    """Return a value as messages show it, at most 40 characters."""
-    shown = repr(value) if isinstance(value, str | int | float | None) else json_type(value)
-    return shown if len(shown) <= 40 else shown[:40] + "…"
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> Any:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from training.data.encoding import Encoder
 from training.data.errors import RowError
 from training.data.records import Chat, Example, Pair
+from training.data.renderer import Renderer
 from training.data.request import DataRequest
 from training.data.rows import FORMAT_NAMES, RowSchema, read_row, recognise
 from training.data.sources import parse_rows
 from training.data.template_forms import has_reasoning
-from training.data.templates import Renderer
 from training.data.token_files import RenderedRow, RowTokenizer, TokenizedRows, digest_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ChunkTokenizer:
             variables=dict(request.chat_template_kwargs),
             today=date.fromisoformat(request.date) if request.date else None,
         )
-        self.renderer.reject_unknown_variables()
+        self.renderer.template.reject_unknown_variables()
         encoder = Encoder(tokenizer, whole_text=request.task == "causal_lm")
         self._tokenizer = RowTokenizer(request, encoder)
 

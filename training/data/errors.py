@@ -50,6 +50,12 @@ def json_type(value: Any) -> str:
     )  # Parquet also has bytes, dates and other types
 
 
+def short(value: Any) -> str:
+    """Return a value as messages show it, at most 40 characters."""
+    shown = repr(value) if isinstance(value, str | int | float | None) else json_type(value)
+    return shown if len(shown) <= 40 else shown[:40] + "…"
+
+
 def check_text(text: Any, what: Callable[[], str] | str) -> str:
     """Return a text that can be tokenized; raise RowError if it is blank, too large or not valid Unicode.
 

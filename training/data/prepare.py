@@ -155,7 +155,7 @@ class _Preparation:
     @property
     def _dated(self) -> DataRequest:
         """The request with the date that the chat template prints, which is the same on all nodes."""
-        return replace(self._request, date=self._chunks.renderer.date)
+        return replace(self._request, date=self._chunks.renderer.template.date)
 
     def _in_one_pass(self, staging: Path, cache: Path) -> _Rows:
         request = self._request
@@ -256,7 +256,7 @@ class _Preparation:
             files=[file.uri for file in request.files],
             fingerprint=fingerprint_of(rows.checksums, index_file),
             examples=[show_example(row, self._tokenizer) for row in examples],
-            date=self._chunks.renderer.date if tally.has_chats else None,
+            date=self._chunks.renderer.template.date if tally.has_chats else None,
         )
         write_atomically(staging / SUMMARY_FILE, json.dumps(asdict(summary)).encode())
 

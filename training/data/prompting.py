@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.data.templates import Renderer
+from training.data.chat_template import ChatTemplate
+from training.data.template_traits import TemplateTraits
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -28,10 +29,10 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
 
     It is one token, or the first ones of the turns that may follow (GLM-4.5).
     """
-    renderer = Renderer(tokenizer, whole_text=False)
-    if renderer.next_headers:
-        return [tokenizer.get_vocab()[token] for token in renderer.next_headers.values()]
-    end = renderer.end_marker
+    traits = TemplateTraits(ChatTemplate(tokenizer), tokenizer)
+    if traits.next_headers:
+        return [tokenizer.get_vocab()[token] for token in traits.next_headers.values()]
+    end = traits.end_marker
     tokens = tokenizer.encode(end, add_special_tokens=False) if end else []
     special = [*tokenizer.added_tokens_decoder, tokenizer.eos_token_id]
     return [token for token in tokens if token in special][:1]

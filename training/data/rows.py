@@ -11,12 +11,9 @@ from configs.schema import DataFormat
 from training.data.chats import (
     answers_to_questions,
     as_context,
-    excludes_something,
-    flag_of,
     is_answer,
     is_media,
     is_message,
-    is_quality_tag,
     is_reply,
     listed,
     mapped,
@@ -24,11 +21,11 @@ from training.data.chats import (
     read_chat,
     read_history,
     same_words,
-    short,
     turns_of,
     written_turns,
 )
-from training.data.errors import RowError, check_text, json_type
+from training.data.errors import RowError, check_text, json_type, short
+from training.data.flags import excludes_something, flag_of, is_quality_tag
 from training.data.pretokenized import (
     LOSS_COLUMNS,
     OTHER_COLUMNS,

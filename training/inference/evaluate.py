@@ -20,9 +20,9 @@ from training.data.errors import DataError, RowError
 from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
 from training.data.prompting import encode_prompt, stop_tokens
 from training.data.records import Chat, Example, Filled, Tokens
+from training.data.renderer import Renderer
 from training.data.rows import RowSchema, read_row, recognise
 from training.data.sources import find_files, open_file
-from training.data.templates import Renderer
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel

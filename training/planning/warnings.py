@@ -7,10 +7,10 @@ from configs.loading import LoadedConfig
 from configs.schema import DEFAULT_MIN_UPDATE_STEPS, FinetuneConfig
 from training.data.batches import BatchShape
 from training.data.prompting import end_of_turn
+from training.data.renderer import Renderer
 from training.data.report import DataReport, describe_split
 from training.data.rows import ALL_COLUMNS, places_of
 from training.data.summary import DataSummary
-from training.data.templates import Renderer
 from training.models.adapter import AdapterParameters
 from training.models.architecture import ModelShape
 from training.models.attention import Attention, AttentionTraits
@@ -185,9 +185,13 @@ def template_warnings(
             "no row has reasoning, but the default prompt of the chat template asks for it, so chat, evaluation and servers would ask "
             f"otherwise than the rows. Set chat_template_kwargs: {{{switch}: false}}, also where the model is served"
         )
-    if renderer.header and not renderer.end_marker and "user" not in renderer.next_headers:
+    if (
+        renderer.traits.header
+        and not renderer.traits.end_marker
+        and "user" not in renderer.traits.next_headers
+    ):
         yield "the chat template puts no end token after a response, so the model does not learn to stop; set chat_template to one that does"
-    marker = renderer.end_marker.strip()
+    marker = renderer.traits.end_marker.strip()
     if marker and not end_of_turn(tokenizer):
         count = len(tokenizer.encode(marker, add_special_tokens=False))
         yield (

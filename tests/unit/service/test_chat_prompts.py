@@ -11,7 +11,7 @@ from service.models import ServedModel
 from service.prompts import CallForm, ChatFormat, split_calls
 from tests.support.tiny_model import CHAT_TEMPLATE, make_tokenizer
 from training.data.chats import read_chat, read_question
-from training.data.templates import Renderer
+from training.data.renderer import Renderer
 
 HERMES = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"

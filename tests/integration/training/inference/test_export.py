@@ -26,7 +26,7 @@ from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.checkpoints.weights import fetch_weights
 from training.data.records import Chat
-from training.data.templates import Renderer
+from training.data.renderer import Renderer
 from training.models.files import is_tokenizer_file
 from training.models.tokenizer import load_tokenizer
 from training.planning import exportable

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import training.data.templates
+import training.data.chat_template
 from configs.loading import load_config
 from runs.layout import DATA_REPORT_FILE
 from tests.support.jobs import tiny_settings, write_yaml
@@ -37,7 +37,7 @@ def on_day(monkeypatch: pytest.MonkeyPatch) -> Any:
             def now(cls, tz: Any = None) -> "Clock":
                 return cls(day.year, day.month, day.day, tzinfo=tz)
 
-        monkeypatch.setattr(training.data.templates, "datetime", Clock)
+        monkeypatch.setattr(training.data.chat_template, "datetime", Clock)
 
     return set_day
 

@@ -11,8 +11,8 @@ import trl
 from transformers import AutoTokenizer
 
 from training.data.errors import RowError
+from training.data.renderer import Renderer
 from training.data.rows import RowSchema, read_row, recognise
-from training.data.templates import Renderer
 
 ROWS = int(os.environ.get("FUZZ_FILES", "0")) or 600
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.data.errors import RowError
 from training.data.records import Chat, Example, Pair, Task
+from training.data.renderer import Renderer
 from training.data.rows import RowSchema, read_row, recognise
-from training.data.templates import Renderer
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}

@@ -19,8 +19,8 @@ from training.data.errors import DataError, RowError
 from training.data.prompting import stop_tokens
 from training.data.records import Chat, Pair
 from training.data.rendered import Rendered
+from training.data.renderer import Renderer
 from training.data.rows import RowSchema, read_row, recognise
-from training.data.templates import Renderer
 
 TEMPLATES = {
     path.stem: path.read_text()
@@ -501,7 +501,7 @@ def test_words_that_quote_headers_of_turns_are_said(name: str, tokenizers: Token
     renderer = Renderer(tokenizers[name], whole_text=False)
     prompt = renderer.prompt(Chat([user(1)]))
     header = prompt.rpartition("?")[2].partition("<think>")[0].strip()
-    own_header = renderer.header.partition("<think>")[0].strip() or header
+    own_header = renderer.traits.header.partition("<think>")[0].strip() or header
     said = {"role": "assistant", "content": f"It is {own_header}!"}
     for quote in (
         f"What is {header}?",
@@ -680,9 +680,11 @@ def test_variables_that_the_template_does_not_read_are_named(tokenizers: Tokeniz
     for name, fix in (("enable_thinkin", "Did you mean enable_thinking?"), ("persona", "Remove it.")):
         variables = {name: False}
         with pytest.raises(DataError, match=rf"chat_template_kwargs\.{name}: .*{re.escape(fix)}"):
-            Renderer(tokenizers["qwen3"], whole_text=False, variables=variables).reject_unknown_variables()
+            Renderer(
+                tokenizers["qwen3"], whole_text=False, variables=variables
+            ).template.reject_unknown_variables()
         renderer = Renderer(tokenizers["qwen3"], whole_text=False, variables={"enable_thinking": True})
-        renderer.reject_unknown_variables()
+        renderer.template.reject_unknown_variables()
         chat = read({**ROWS["one answer"], "chat_template_kwargs": variables})
         (note,) = renderer.notes(chat, renderer.render(chat))
         assert note.startswith(f"`{name}` of chat_template_kwargs")
@@ -884,7 +886,7 @@ def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
     renderer = Renderer(tokenizers["gptoss"], whole_text=False, today=date(2026, 1, 2))
     (sequence,) = renderer.render(read(ROWS["one answer"]))
     assert "Current date: 2026-01-02" in sequence.text
-    assert renderer.date == "2026-01-02"
+    assert renderer.template.date == "2026-01-02"
     assert Renderer(tokenizers["qwen3"], whole_text=False).date is None
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: render each assistant turn in the context in which the model will be asked for it.
+"""Rendering of rows: each assistant turn in the context in which the model will be asked for it.
 
 The prompt of a turn is the template's rendering of the messages before it, with the generation prompt. The completion is what
 follows the prompt in the rendering that ends with the turn, end marker included.
@@ -8,18 +8,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, time
-from difflib import get_close_matches
-from functools import cached_property, lru_cache, partial
-from itertools import pairwise, takewhile
+from datetime import date
+from functools import cached_property
+from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
-from jinja2.runtime import LoopContext
-
-from training.data.errors import DataError, RowError
-from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
+from training.data.chat_template import ChatTemplate
+from training.data.errors import RowError
+from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
     OTHER_CONTEXT,
@@ -49,32 +46,17 @@ from training.data.template_forms import (
     without_empty_thoughts,
     without_greeting,
 )
-from training.data.template_headers import Headers
+from training.data.template_traits import TemplateTraits
 from training.data.tools import Tool, as_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_QUESTION, _ANSWER, _PROBED_TOOL = "What is it?", "That is it.", "probed_tool"
-_THOUGHT = "Let me think."
+_QUESTION, _ANSWER = "What is it?", "That is it."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
-_DIRECTIVES = (
-    "/no_think",
-    "/think",
-    "/system_override",
-)  # in the order in which SmolLM3's template removes them
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
-_LOOP = frozenset(("first", "last", "index", "index0"))
-_JSON_IN_TAGS = re.compile(r"<tool_call>\s*\{")
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
-
-
-_TEMPLATE_ERRORS = (
-    *(TemplateError, TypeError, ValueError, AttributeError),
-    *(LookupError, ArithmeticError, RecursionError),
-)
-"""What the code of a template raises for a row."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +121,7 @@ class Renderer:
         variables: dict[str, Any] | None = None,
         today: date | None = None,
     ):
-        """Detect the text that the chat template puts around an answer.
+        """Find out what the chat template reads and prints.
 
         Args:
             tokenizer: Tokenizer with its chat template.
@@ -149,37 +131,11 @@ class Renderer:
             today: Date that the template prints, if it prints one; None: the date of this call.
         """
         self._tokenizer = tokenizer
-        self._now = datetime.combine(today, time()) if today else datetime.now()
-        self._special_tokens = dict(tokenizer.special_tokens_map)
         self._whole_text = whole_text
         self._turns = turns
-        self._variables = variables or {}
-        self._source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
-        self.header, self.end_marker = self._surroundings()
-        """Text before and after an answer; both are empty if the template does more than append."""
-        self._bos = _text_of(tokenizer.bos_token)
-        self._special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
-        self._stops = tuple(
-            {
-                stop
-                for stop in (
-                    *(_text_of(tokenizer.eos_token), self.end_marker.strip(), self._end_of_earlier_turns()),
-                    *self.end_marker.split(),
-                )
-                if stop
-            }
-        )
-        self.next_headers = self._first_tokens_of_next_turns()
-        """Role -> special token with which a turn of that role ends the answer before it; empty if answers have an end marker."""
-        self._headers = self._find_headers()
-        self._wraps_results = "<tool_response>" in self._source
-        self._adds_bos = bool(self._bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-        names = _names_in(self._source)
-        self._switches = [
-            name for name in ("enable_thinking", "thinking") if name in names and name not in self._variables
-        ]
-        """Variables that turn thinking on and off, which the template reads and the YAML does not set."""
-        self._directives = [word for word in _DIRECTIVES if re.search(rf"['\"]{word}['\"]", self._source)]
+        self.template = ChatTemplate(tokenizer, variables or {}, today)
+        self.traits = TemplateTraits(self.template, tokenizer)
+        self._adds_bos = bool(self.traits.bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
         self._forms: dict[tuple[bool, ...], Form] = {}
         """Features of a chat -> the form that rendered the last such chat."""
         self._appends: dict[tuple[Any, ...], bool] = {}
@@ -228,7 +184,7 @@ class Renderer:
         begin = messages[: question + 1]
         asked = [{**m, "role": "user"} if m["role"] == "assistant" else m for m in begin]
         chat = Chat([], example.tools, variables=example.variables)
-        if self._apply(begin, chat) == self._apply(asked, chat):
+        if self.template.render(begin, chat) == self.template.render(asked, chat):
             raise RowError(
                 "template",
                 "the chat template renders the assistant's first message as the user's words. Begin with a message of the user",
@@ -265,34 +221,17 @@ class Renderer:
         """Return the number of token ids."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
-    def reject_unknown_variables(self) -> None:
-        """Raise DataError for a variable of the YAML that the template does not read: a misspelled one would change nothing."""
-        for name in self._variables if self._source else ():
-            if name not in self._known_variables:
-                raise DataError(f"chat_template_kwargs.{name}: {self._unknown(name)}")
-
-    @cached_property
-    def _known_variables(self) -> set[str]:
-        """Return the names in the template, or in the templates with and without tools."""
-        given = self._tokenizer.chat_template
-        return set().union(*map(_names_in, given.values() if isinstance(given, dict) else [self._source]))
-
-    def _unknown(self, name: str) -> str:
-        """Return what is said about a variable that the template does not read."""
-        near = get_close_matches(name, sorted(self._known_variables), n=1, cutoff=0.7)
-        return f"the chat template reads no such variable. {f'Did you mean {near[0]}?' if near else 'Remove it.'}"
-
     def switch_of_plain_answers(self) -> str | None:
         """Return the variable of thinking that must be false for chat to ask as answers without reasoning are trained, or None."""
         question: Message = {"role": "user", "content": _QUESTION}
         chat = Chat([question, {"role": "assistant", "content": _ANSWER}])
         try:
-            if not self._switches or self._turn(chat, 1, Form()).prompt == self._apply(
+            if not self.traits.switches or self._turn(chat, 1, Form()).prompt == self.template.render(
                 [question], chat, prompt=True
             ):
                 return None
-            for name in self._switches:
-                prompt = self._apply([question], chat, prompt=True, switch={name: False})
+            for name in self.traits.switches:
+                prompt = self.template.render([question], chat, prompt=True, switch={name: False})
                 if prompt.rstrip().endswith("</think>"):
                     return name
         except RowError:
@@ -311,10 +250,10 @@ class Renderer:
         chat = replace(chat, messages=self._clean(chat.messages))
         said = self._said(chat.messages)
         errors: list[RowError] = []
-        for form in possible_forms(chat, self._template_for(chat.tools)):
+        for form in possible_forms(chat, self.template.source_for(chat.tools)):
             messages = adapted(chat.messages, form, chat.tools)
             try:
-                text = self._apply(messages, chat, prompt=True)
+                text = self.template.render(messages, chat, prompt=True)
                 check_context(text, said, _names(chat, len(said)))
                 check_tools(text, said, chat.tools)
                 if form.parts:
@@ -327,15 +266,10 @@ class Renderer:
 
     def _plain(self, text: str, begin: int, end: int) -> Rendered:
         """Return text that is tokenized without a chat template, without the BOS token that the tokenizer adds."""
-        if self._adds_bos and text.startswith(self._bos):
-            cut = len(self._bos)
+        if self._adds_bos and text.startswith(self.traits.bos):
+            cut = len(self.traits.bos)
             text, begin, end = text[cut:], max(0, begin - cut), end - cut
         return Rendered(text, ((begin, end),), ends_the_text=True)
-
-    @property
-    def date(self) -> str | None:
-        """Return the date that the template prints (ISO 8601), or None if it prints none."""
-        return self._now.date().isoformat() if "strftime_now" in self._source else None
 
     def notes(self, example: Example, sequences: Sequence[Rendered | Tokens]) -> list[str]:
         """Return what the plan counts about a rendered row: special tokens that a user wrote, and texts of tools that are not used.
@@ -350,7 +284,9 @@ class Renderer:
         if isinstance(example, Chat) and len(messages) - 1 in example.untrained:
             notes.append("messages after the last answer in the loss are removed")
         writers = [
-            m["role"] for m in messages if m["role"] != "assistant" and self._special.search(m["content"])
+            m["role"]
+            for m in messages
+            if m["role"] != "assistant" and self.traits.special.search(m["content"])
         ]
         if writers:
             notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
@@ -362,9 +298,9 @@ class Renderer:
         if any("name" in m and m["name"] not in last.text for m in messages):
             notes.append("`name` of messages is not in the rendering of the chat template")
         notes += [
-            f"`{name}` of chat_template_kwargs: {self._unknown(name)}"
+            f"`{name}` of chat_template_kwargs: {self.template.explain_unknown(name)}"
             for name in example.variables
-            if name not in self._known_variables
+            if name not in self.template.known_variables
         ]
         if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
@@ -373,15 +309,17 @@ class Renderer:
     def _notes_of_answers(self, example: Chat | Pair) -> list[str]:
         """Return what the plan counts about special tokens in the words of the assistant."""
         messages = example.messages if isinstance(example, Chat) else [*example.chosen, *example.rejected]
-        written = [m for m in messages if m["role"] == "assistant" and self._special.search(m["content"])]
+        written = [
+            m for m in messages if m["role"] == "assistant" and self.traits.special.search(m["content"])
+        ]
         if not written:
             return []
         kept = [self._without_stop(message) for message in written]
-        found = {token for message in kept for token in self._special.findall(message["content"])}
+        found = {token for message in kept for token in self.traits.special.findall(message["content"])}
         notes = []
         if kept != written:
             notes.append("end tokens at the end of assistant messages are removed")
-        if stops := sorted(found.intersection(self._stops)):
+        if stops := sorted(found.intersection(self.traits.stops)):
             notes.append(
                 f"assistant messages contain the end token {stops[0]} before their end, so the model learns to write on after it"
             )
@@ -396,7 +334,7 @@ class Renderer:
         for chat in chats:
             is_first = True
             for index, message in enumerate(chat.messages):
-                if found := self._headers.found_in(message, is_first=is_first):
+                if found := self.traits.headers.found_in(message, is_first=is_first):
                     raise RowError(
                         "rendered already",
                         f"{chat.name_of(index)} {found}, so it is rendered already and the chat template would wrap it again. Use the "
@@ -409,83 +347,31 @@ class Renderer:
         if example.tools and (tools := self._readable_tools(example.tools)) != example.tools:
             example = replace(example, tools=tools)
         notes: tuple[str, ...] = ()
-        if (shorter := without_empty_thoughts(example)) is not None and self._has_own_thoughts:
+        if (shorter := without_empty_thoughts(example)) is not None and self.traits.has_own_thoughts:
             example = shorter
             notes = (
                 "empty thoughts in <think> are removed, because the chat template writes thoughts in another form",
             )
         called = with_structured_calls(example)
-        if called and self._has_own_calls and (example.tools or self._rejects_written_calls):
+        if called and self.traits.has_own_calls and (example.tools or self.traits.rejects_written_calls):
             has_words = any("tool_calls" in m and m["content"] for m in messages_of(called))
             # Where words beside a call would be dropped, calls stay text if the template renders their results.
-            if not has_words or self._rejects_written_calls or self._renders_words_beside_calls:
+            if not has_words or self.traits.rejects_written_calls or self.traits.renders_words_beside_calls:
                 example = called
                 notes = (
                     *notes,
                     "calls in <tool_call> are read as tool_calls, because the chat template writes calls in another form",
                 )
         joined = with_one_instruction(example)
-        if joined is None or self._renders_two_instructions:
+        if joined is None or self.traits.renders_two_instructions:
             return example, notes
         return joined, (*notes, "system and developer messages are merged")
 
-    @cached_property
-    def _has_own_calls(self) -> bool:
-        """Return whether the template renders calls, but not as JSON in <tool_call> tags."""
-        text = self._probe_call("")
-        return bool(text) and _JSON_IN_TAGS.search(text) is None
-
-    @cached_property
-    def _renders_words_beside_calls(self) -> bool:
-        """Return whether the template renders a message with words and calls."""
-        return bool(self._probe_call(_ANSWER))
-
-    def _probe_call(self, words: str) -> str:
-        """Render a call with words beside it, in the first form in which they and the call are rendered; empty if none is."""
-        argument = "Tromsø"
-        function = {"name": _PROBED_TOOL, "arguments": {"name": argument}}
-        call: Message = {
-            "role": "assistant",
-            "content": words,
-            "tool_calls": [{"type": "function", "function": function}],
-        }
-        chat = Chat([{"role": "user", "content": _QUESTION}, call])
-        for form in possible_forms(chat, self._source):
-            try:
-                text = self._apply(adapted(chat.messages, form, None), chat)
-            except RowError:
-                continue
-            if all(part in text for part in (_PROBED_TOOL, argument, words)):
-                return text
-        return ""
-
-    @cached_property
-    def _rejects_written_calls(self) -> bool:
-        """Return whether the template renders no result of a call that stands in the text of an answer."""
-        said = (("user", _QUESTION), ("assistant", "<tool_call>"), ("tool", _ANSWER), ("assistant", _THOUGHT))
-        return _ANSWER not in self._probe(*said)
-
-    @cached_property
-    def _has_own_thoughts(self) -> bool:
-        """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4)."""
-        if "</think>" in self._source:
-            return False
-        question: Message = {"role": "user", "content": _QUESTION}
-        for key in REASONING_KEYS:
-            answer: Message = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
-            try:
-                text = self._apply([question, answer], Chat([]))
-            except RowError:
-                continue
-            if _THOUGHT in text:
-                return True
-        return False
-
     def _readable_tools(self, tools: list[Tool]) -> list[Tool]:
         """Return tools in OpenAI's form, and with a description, if the template reads no others."""
-        if any("function" not in tool for tool in tools) and self._wraps_tools:
+        if any("function" not in tool for tool in tools) and self.traits.wraps_tools:
             tools = [as_function(tool) for tool in tools]
-        if self._needs_descriptions:
+        if self.traits.needs_descriptions:
             tools = [
                 {**tool, "function": {"description": "", **tool["function"]}}
                 if isinstance(tool.get("function"), dict)
@@ -494,53 +380,17 @@ class Renderer:
             ]
         return tools
 
-    @cached_property
-    def _wraps_tools(self) -> bool:
-        """Return whether the template reads functions in OpenAI's form only."""
-        tool = {"name": _PROBED_TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
-        return not self._prints_tool(tool) and self._prints_tool(as_function(tool))
-
-    @cached_property
-    def _needs_descriptions(self) -> bool:
-        """Return whether the template rejects a function without a description."""
-        tool = {"name": _PROBED_TOOL, "parameters": {"type": "object", "properties": {}}}
-        return not self._prints_tool(as_function(tool)) and self._prints_tool(
-            as_function({**tool, "description": ""})
-        )
-
-    def _prints_tool(self, tool: Tool) -> bool:
-        try:
-            text = self._apply([{"role": "user", "content": _QUESTION}], Chat([], [tool]), prompt=True)
-        except RowError:
-            return False
-        return _PROBED_TOOL in text
-
-    @cached_property
-    def _knows_developer(self) -> bool:
-        """Return whether the template renders developer messages; some only have the word (Cohere 2)."""
-        text = "Be kind."
-        return "developer" in self._source and text in self._probe(("developer", text), ("user", _QUESTION))
-
-    @cached_property
-    def _renders_two_instructions(self) -> bool:
-        """Return whether the template renders a developer message after a system message."""
-        texts = ("Be brief.", "Be kind.")
-        roles = ("system", "developer" if self._knows_developer else "system")
-        return all(
-            text in self._probe(*zip(roles, texts, strict=True), ("user", _QUESTION)) for text in texts
-        )
-
     def _clean(self, messages: list[Message]) -> list[Message]:
         """Give developer messages the role that the template knows, and remove tags of results and end tokens that the row brings."""
-        if self._wraps_results and any(is_wrapped(message) for message in messages):
+        if self.traits.wraps_results and any(is_wrapped(message) for message in messages):
             messages = [unwrapped(message) if is_wrapped(message) else message for message in messages]
-        if not self._knows_developer and any(message["role"] == "developer" for message in messages):
+        if not self.traits.knows_developer and any(message["role"] == "developer" for message in messages):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
                 for message in messages
             ]
         if not any(
-            m["role"] == "assistant" and m["content"].rstrip().endswith(self._stops) for m in messages
+            m["role"] == "assistant" and m["content"].rstrip().endswith(self.traits.stops) for m in messages
         ):
             return messages
         return [
@@ -549,7 +399,7 @@ class Renderer:
 
     def _without_stop(self, message: Message) -> Message:
         content = message["content"].rstrip()
-        stop = next((stop for stop in self._stops if content.endswith(stop)), None)
+        stop = next((stop for stop in self.traits.stops if content.endswith(stop)), None)
         if stop is None or content == stop:
             return message
         return {**message, "content": content[: -len(stop)]}
@@ -619,21 +469,21 @@ class Renderer:
 
         The result counts only for templates and kinds of chats for which it equals that of `_split`.
         """
-        if not (self.header and self.end_marker):
+        if not (self.traits.header and self.traits.end_marker):
             return None
         try:
-            whole = self._apply(chat.messages, chat)
+            whole = self.template.render(chat.messages, chat)
         except RowError:
             return None
         answers = answers_of(chat.messages)
         # The count makes sure that message content is never mistaken for a header.
-        if whole.count(self.header) != len(answers) or any(mark in whole for mark in _RULES_DEPEND_ON):
+        if whole.count(self.traits.header) != len(answers) or any(mark in whole for mark in _RULES_DEPEND_ON):
             return None
         spans: list[Span] = []
         cursor = 0
         for index in answers:
-            begin = whole.index(self.header, cursor) + len(self.header)
-            end = _end_of(whole, begin, chat.messages[index], self.end_marker)
+            begin = whole.index(self.traits.header, cursor) + len(self.traits.header)
+            end = _end_of(whole, begin, chat.messages[index], self.traits.end_marker)
             if end is None:
                 return None
             if index in trained:
@@ -649,7 +499,7 @@ class Renderer:
         features = features_of(chat)
         errors: list[RowError] = []
         known = self._forms.get(features)
-        forms = [form for form in possible_forms(chat, self._template_for(chat.tools)) if form != known]
+        forms = [form for form in possible_forms(chat, self.template.source_for(chat.tools)) if form != known]
         for form in [known, *forms] if known else forms:
             try:
                 turns = [self._turn(chat, index, form) for index in trained]
@@ -679,7 +529,7 @@ class Renderer:
         keeps_empty_thought = bool(thinks) or EMPTY_THOUGHT.match(answer["content"]) is not None
         if thinks is None:
             thinks = bool(reasoning) or keeps_empty_thought
-        renderings = _Renderings(self._apply, messages, chat)
+        renderings = _Renderings(self.template.render, messages, chat)
         turn = self._asked(renderings, chat, thinks=thinks)
         if turn is None or (
             reasoning and reasoning.strip() not in turn.completion and form.reasoning is None
@@ -690,14 +540,14 @@ class Renderer:
         check_answer(turn.completion, answer, chat.name_of(index))
         if form.parts:
             check_parts(turn.text, messages)
-        if end := self.next_headers.get("tool" if "tool_calls" in answer else "user"):
+        if end := self.traits.next_headers.get("tool" if "tool_calls" in answer else "user"):
             text = turn.text[: turn.end] + end  # what the model is to write after its answer
             return _Turn(text, turn.begin, len(text))
         return turn
 
     def _closes_the_thought(self, chat: Chat, index: int) -> str:
         """Return the error for reasoning after a prompt that asks for none, with the variables that make the prompt do so."""
-        given = {**self._variables, **chat.variables}
+        given = {**self.template.variables, **chat.variables}
         shown = ", ".join(f"{key}: {json.dumps(value, default=str)}" for key, value in given.items())
         cause = f"chat_template_kwargs {{{shown}}}" if shown else "the chat template"
         return (
@@ -728,7 +578,7 @@ class Renderer:
 
     def _settings_of_switches(self, chat: Chat, *, on: bool) -> list[dict[str, bool]]:
         """Return the template's default, and each switch of thinking that the row leaves open."""
-        return [{}, *({name: on} for name in self._switches if name not in chat.variables)]
+        return [{}, *({name: on} for name in self.traits.switches if name not in chat.variables)]
 
     def _continued(self, renderings: "_Renderings", chat: Chat, reasoning: str) -> _Turn:
         """Return a turn whose rendering does not begin with its generation prompt: what stands after its header, after the prompt.
@@ -753,7 +603,7 @@ class Renderer:
         if place < 0:
             raise RowError(OTHER_CONTEXT, _not_a_prefix(len(messages) - 1))
         completion = text[place + len(header) :]
-        writes_thoughts = is_open or "</think>" in self._template_for(chat.tools)
+        writes_thoughts = is_open or "</think>" in self.template.source_for(chat.tools)
         if is_open or (writes_thoughts and reasoning and reasoning.strip() not in completion):
             opening = "" if is_open else "<think>\n"
             answer = split_thought(completion)[1].lstrip().removeprefix("</think>").lstrip()
@@ -763,10 +613,10 @@ class Renderer:
 
     def _said(self, messages: list[Message]) -> list[Message]:
         """Return messages without the words of a system message that the template reads as a switch (SmolLM3)."""
-        if not self._directives or not messages or messages[0]["role"] != "system":
+        if not self.traits.directives or not messages or messages[0]["role"] != "system":
             return messages
         content = messages[0]["content"]
-        for directive in self._directives:
+        for directive in self.traits.directives:
             content = content.replace(directive, "")
         return [{**messages[0], "content": content}, *messages[1:]]
 
@@ -775,10 +625,10 @@ class Renderer:
     def _whole(self, chat: Chat) -> Rendered:
         """Render a chat that is trained on every token."""
         errors: list[RowError] = []
-        for form in possible_forms(chat, self._template_for(chat.tools)):
+        for form in possible_forms(chat, self.template.source_for(chat.tools)):
             messages = adapted(chat.messages, form, chat.tools)
             try:
-                whole = self._apply(messages, chat)
+                whole = self.template.render(messages, chat)
                 check_context(whole, self._said(chat.messages), _names(chat, len(chat.messages)))
                 check_tools(whole, self._said(chat.messages), chat.tools)
                 if form.parts:
@@ -806,7 +656,8 @@ class Renderer:
         thinks = any(thought_of(chat.messages[index])[0] for chat in chats)
         errors: list[RowError] = []
         for form in possible_forms(
-            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools), self._template_for(pair.tools)
+            Chat([*pair.prompt, *pair.chosen, *pair.rejected], pair.tools),
+            self.template.source_for(pair.tools),
         ):
             try:
                 turns = [self._turn(chat, index, form, thinks=thinks or None) for chat in chats]
@@ -829,201 +680,10 @@ class Renderer:
             return tuple(Rendered(turn.text[: turn.end], ((turn.begin, turn.end),)) for turn in turns)
         raise clearest(errors)
 
-    # --- The template ---
-
-    def _template_for(self, tools: list[dict[str, Any]] | None) -> str:
-        """Return the template of rows with or without tools; models may have one for each."""
-        return str(self._tokenizer.get_chat_template(None, tools)) if self._tokenizer.chat_template else ""
-
-    def _apply(
-        self,
-        messages: list[Message],
-        chat: Chat,
-        *,
-        prompt: bool = False,
-        switch: Mapping[str, bool] | None = None,
-    ) -> str:
-        """Render messages with the tools and the variables of a chat."""
-        try:
-            # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
-            template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template has a syntax error ({error}, template line {error.lineno}). Copy the tokenizer files again from the "
-                "original model, or fix chat_template."
-            ) from error
-        render = partial(
-            template.render,
-            tools=chat.tools,
-            documents=None,
-            strftime_now=self._now.strftime,
-            add_generation_prompt=prompt,
-            **self._special_tokens,
-            **{**self._variables, **chat.variables, **(switch or {})},
-        )
-        try:
-            return render(messages=messages)
-        except _TEMPLATE_ERRORS as error:
-            index = _rejected_message(render, messages, error)
-            raise RowError("template", _rejection(chat, index, error)) from error
-
-    def _end_of_earlier_turns(self) -> str:
-        """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
-        if not self._source:
-            return ""
-        question: Message = {"role": "user", "content": _QUESTION}
-        try:
-            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}, question], Chat([]))
-        except RowError:
-            return ""
-        found = self._special.match(whole.rpartition(_ANSWER)[2].lstrip())
-        return found[0] if found else ""
-
-    def _first_tokens_of_next_turns(self) -> dict[str, str]:
-        """Return the special tokens that follow an answer without an end marker (GLM-4.5), by the role of the next turn."""
-        if not self.header or self.end_marker:
-            return {}
-        question: Message = {"role": "user", "content": _QUESTION}
-        arguments = {"name": _ANSWER}
-        call: Message = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": _PROBED_TOOL, "arguments": arguments}}],
-        }
-        found: dict[str, str] = {}
-        for role, answer in (("user", {"role": "assistant", "content": _ANSWER}), ("tool", call)):
-            try:
-                asked = self._apply([question, answer], Chat([])).rstrip()
-                whole = self._apply([question, answer, {"role": role, "content": _QUESTION}], Chat([]))
-            except RowError:
-                continue
-            token = self._special.match(whole.removeprefix(asked).lstrip())
-            if whole.startswith(asked) and token and token[0] != self._bos:
-                found[role] = token[0]
-        return found
-
-    def _find_headers(self) -> Headers:
-        """Find the headers of turns in renderings of a question and an answer."""
-        question, answer = ("user", _QUESTION), ("assistant", _ANSWER)
-        asked, prompt = self._probe(question), self._probe(question, prompt=True)
-        before, _, after = prompt.partition(_QUESTION)
-        between = self._probe(question, answer, question).rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
-        between = between.lstrip()
-        marker = self.end_marker.strip()
-        end = self._special.match(between)
-        if marker and between.startswith(marker):
-            between = between.removeprefix(marker)
-        elif end:
-            between = between[end.end() :]
-        return Headers(
-            before=before,
-            after=after,
-            asking=prompt[len(asked) :] if prompt.startswith(asked) else "",
-            between=between.lstrip(),
-            bos=self._bos,
-            stops=self._stops,
-        )
-
-    def _probe(self, *said: tuple[str, str], prompt: bool = False) -> str:
-        """Render messages of roles and texts, with content as text or as parts; empty if the template rejects both."""
-        messages: list[Message] = [{"role": role, "content": text} for role, text in said]
-        for form in (Form(), Form(parts=True)) if self._source else ():
-            try:
-                text = self._apply(adapted(messages, form, None), Chat([]), prompt=prompt)
-            except RowError:
-                continue
-            if _QUESTION in text:
-                return text
-        return ""
-
-    def _surroundings(self) -> tuple[str, str]:
-        """Return the text before and after an answer, or two empty strings if the template does more than append."""
-        if not self._source:
-            return "", ""
-        question: Message = {"role": "user", "content": _QUESTION}
-        try:
-            asked = self._apply([question], Chat([]))
-            prompt = self._apply([question], Chat([]), prompt=True)
-            whole = self._apply([question, {"role": "assistant", "content": _ANSWER}], Chat([]))
-        except RowError:
-            return "", ""
-        answer = whole.find(_ANSWER, len(prompt))
-        if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
-            return "", ""
-        return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
-
-
-def _rejected_message(render: Callable[..., str], messages: list[Message], error: Exception) -> int | None:
-    """Return the index of the first message with which a template raises an error, or None if it does so without the messages."""
-    for count in range(len(messages) + 1):
-        try:
-            render(messages=messages[:count] or [{"role": "user", "content": _QUESTION}])
-        except _TEMPLATE_ERRORS as earlier:
-            if str(earlier) == str(error):
-                return count - 1 if count else None
-    return len(messages) - 1
-
-
-def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
-    """Return the error for a row that a template rejects, with the message and what to do about it."""
-    if index is None:
-        return f"cannot be rendered by the chat template, whatever the messages are ({error}). Set chat_template, or change `tools` or chat_template_kwargs"
-    if index >= len(chat.messages):
-        return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
-    message = chat.messages[index]
-    if (
-        index
-        and message["role"] in ("system", "developer")
-        and chat.messages[0]["role"] in ("system", "developer")
-    ):
-        fix = f"Move its text into {chat.name_of(0)}"
-    elif message["role"] in ("system", "developer"):
-        fix = "Move its text into the first user message, or use a model whose template has system messages"
-    elif message["role"] == "tool" or "tool_calls" in message:
-        fix = "Use a model whose template renders tool calls, or set chat_template"
-    else:
-        fix = "Fix or remove the message, or set chat_template"
-    return f"{chat.name_of(index)} is rejected by the chat template ({error}). {fix}"
-
 
 def _names(chat: Chat, count: int) -> list[str]:
     """Return the names of the first messages of a chat in errors."""
     return [chat.name_of(index) for index in range(count)]
-
-
-def _text_of(token: Any) -> str:
-    return token if isinstance(token, str) else ""
-
-
-def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """Return the texts of the special tokens, longest first."""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted(special, key=len, reverse=True)
-
-
-def _names_in(source: str) -> set[str]:
-    """Return the names that a template reads as variables, which are not those of attributes, strings and comments."""
-    tokens = [
-        (kind, text) for _, kind, text in Environment(autoescape=True).lex(source) if kind != "whitespace"
-    ]
-    return {text for (_, before), (kind, text) in pairwise(tokens) if kind == "name" and before != "."}
-
-
-@lru_cache
-def _compiled(chat_template: str) -> Template:
-    """Compile a template with transformers' sandbox and globals, merged once; Jinja would merge them for every row."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    environment = _compile_jinja_template(chat_template).environment
-    checked = environment.getattr
-
-    def get(obj: Any, attribute: str) -> Any:
-        # The sandbox takes a tenth of a row's time to find that the numbers of a loop are safe.
-        is_safe = type(obj) is LoopContext and attribute in _LOOP
-        return getattr(obj, attribute) if is_safe else checked(obj, attribute)
-
-    environment.getattr = get  # pyright: ignore[reportAttributeAccessIssue]
-    return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
 
 
 def _place_after(before: str, header: str, text: str) -> int:

@@ -13,8 +13,8 @@ from configs.prompt_format import to_chat_template
 from tests.support.prepared import encode, encode_all
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Filled, Message, Pair, Task, Text
+from training.data.renderer import Renderer
 from training.data.row_index import IGNORED
-from training.data.templates import Renderer
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -193,7 +193,8 @@ _content = _text.filter(
 def _without_markers(renderer: Renderer) -> Renderer:
     """Return a copy without the detected markers, which locates each turn by rendering the turns before it."""
     slow = copy.copy(renderer)
-    slow.header = slow.end_marker = ""
+    slow.traits = copy.copy(renderer.traits)
+    slow.traits.header = slow.traits.end_marker = ""
     return slow
 
 

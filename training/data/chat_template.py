@@ -1,0 +1,170 @@
+"""A chat template: renders messages with the tokenizer's special tokens, the variables of the YAML and the date of the run."""
+
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time
+from difflib import get_close_matches
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
+from jinja2.runtime import LoopContext
+
+from training.data.errors import DataError, RowError
+from training.data.records import Chat, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_QUESTION = "What is it?"
+_LOOP = frozenset(("first", "last", "index", "index0"))
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, AttributeError),
+    *(LookupError, ArithmeticError, RecursionError),
+)
+"""What the code of a template raises for a row."""
+
+
+class ChatTemplate:
+    """The chat template of a model, or of a model without one: then it renders nothing."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        variables: Mapping[str, Any] = {},
+        today: date | None = None,
+    ):
+        """Read the template.
+
+        Args:
+            tokenizer: Tokenizer with its chat template.
+            variables: Variables of the template (`chat_template_kwargs`).
+            today: Date that the template prints, if it prints one; None: the date of this call.
+        """
+        self._tokenizer = tokenizer
+        self._now = datetime.combine(today, time()) if today else datetime.now()
+        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self.variables = variables
+        self.source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
+        """The template of rows without tools; empty if the model has none."""
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Return the names that the template of rows without tools reads as variables."""
+        return _names_in(self.source)
+
+    @property
+    def date(self) -> str | None:
+        """Return the date that the template prints (ISO 8601), or None if it prints none."""
+        return self._now.date().isoformat() if "strftime_now" in self.source else None
+
+    def source_for(self, tools: list[dict[str, Any]] | None) -> str:
+        """Return the template of rows with or without tools; models may have one for each."""
+        return str(self._tokenizer.get_chat_template(None, tools)) if self._tokenizer.chat_template else ""
+
+    def render(
+        self,
+        messages: list[Message],
+        chat: Chat,
+        *,
+        prompt: bool = False,
+        switch: Mapping[str, bool] | None = None,
+    ) -> str:
+        """Render messages with the tools and the variables of a chat."""
+        try:
+            # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
+            template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template has a syntax error ({error}, template line {error.lineno}). Copy the tokenizer files again from the "
+                "original model, or fix chat_template."
+            ) from error
+        render = partial(
+            template.render,
+            tools=chat.tools,
+            documents=None,
+            strftime_now=self._now.strftime,
+            add_generation_prompt=prompt,
+            **self._special_tokens,
+            **{**self.variables, **chat.variables, **(switch or {})},
+        )
+        try:
+            return render(messages=messages)
+        except _TEMPLATE_ERRORS as error:
+            index = _rejected_message(render, messages, error)
+            raise RowError("template", _rejection(chat, index, error)) from error
+
+    def reject_unknown_variables(self) -> None:
+        """Raise DataError for a variable of the YAML that the template does not read: a misspelled one would change nothing."""
+        for name in self.variables if self.source else ():
+            if name not in self.known_variables:
+                raise DataError(f"chat_template_kwargs.{name}: {self.explain_unknown(name)}")
+
+    @cached_property
+    def known_variables(self) -> set[str]:
+        """Return the names in the template, or in the templates with and without tools."""
+        given = self._tokenizer.chat_template
+        return set().union(*map(_names_in, given.values() if isinstance(given, dict) else [self.source]))
+
+    def explain_unknown(self, name: str) -> str:
+        """Return what is said about a variable that the template does not read."""
+        near = get_close_matches(name, sorted(self.known_variables), n=1, cutoff=0.7)
+        return f"the chat template reads no such variable. {f'Did you mean {near[0]}?' if near else 'Remove it.'}"
+
+
+@lru_cache
+def _compiled(chat_template: str) -> Template:
+    """Compile a template with transformers' sandbox and globals, merged once; Jinja would merge them for every row."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(chat_template).environment
+    checked = environment.getattr
+
+    def get(obj: Any, attribute: str) -> Any:
+        # The sandbox takes a tenth of a row's time to find that the numbers of a loop are safe.
+        is_safe = type(obj) is LoopContext and attribute in _LOOP
+        return getattr(obj, attribute) if is_safe else checked(obj, attribute)
+
+    environment.getattr = get  # pyright: ignore[reportAttributeAccessIssue]
+    return Template.from_code(environment, environment.compile(chat_template), dict(environment.globals))
+
+
+def _names_in(source: str) -> set[str]:
+    """Return the names that a template reads as variables, which are not those of attributes, strings and comments."""
+    tokens = [
+        (kind, text) for _, kind, text in Environment(autoescape=True).lex(source) if kind != "whitespace"
+    ]
+    return {text for (_, before), (kind, text) in pairwise(tokens) if kind == "name" and before != "."}
+
+
+def _rejected_message(render: Callable[..., str], messages: list[Message], error: Exception) -> int | None:
+    """Return the index of the first message with which a template raises an error, or None if it does so without the messages."""
+    for count in range(len(messages) + 1):
+        try:
+            render(messages=messages[:count] or [{"role": "user", "content": _QUESTION}])
+        except _TEMPLATE_ERRORS as earlier:
+            if str(earlier) == str(error):
+                return count - 1 if count else None
+    return len(messages) - 1
+
+
+def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
+    """Return the error for a row that a template rejects, with the message and what to do about it."""
+    if index is None:
+        return f"cannot be rendered by the chat template, whatever the messages are ({error}). Set chat_template, or change `tools` or chat_template_kwargs"
+    if index >= len(chat.messages):
+        return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
+    message = chat.messages[index]
+    if (
+        index
+        and message["role"] in ("system", "developer")
+        and chat.messages[0]["role"] in ("system", "developer")
+    ):
+        fix = f"Move its text into {chat.name_of(0)}"
+    elif message["role"] in ("system", "developer"):
+        fix = "Move its text into the first user message, or use a model whose template has system messages"
+    elif message["role"] == "tool" or "tool_calls" in message:
+        fix = "Use a model whose template renders tool calls, or set chat_template"
+    else:
+        fix = "Fix or remove the message, or set chat_template"
+    return f"{chat.name_of(index)} is rejected by the chat template ({error}). {fix}"

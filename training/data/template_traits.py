@@ -1,0 +1,256 @@
+"""What a chat template reads and prints, found by rendering probes with it."""
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from training.data.chat_template import ChatTemplate
+from training.data.errors import RowError
+from training.data.records import REASONING_KEYS, Chat, Message
+from training.data.template_forms import Form, adapted, possible_forms
+from training.data.template_headers import Headers
+from training.data.tools import Tool, as_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_QUESTION, _ANSWER, _PROBED_TOOL = "What is it?", "That is it.", "probed_tool"
+_THOUGHT = "Let me think."
+_DIRECTIVES = (
+    "/no_think",
+    "/think",
+    "/system_override",
+)  # in the order in which SmolLM3's template removes them
+_JSON_IN_TAGS = re.compile(r"<tool_call>\s*\{")
+
+
+class TemplateTraits:
+    """The texts that a chat template puts around messages, and the kinds of messages that it renders."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: "PreTrainedTokenizerFast"):
+        """Detect the texts around an answer.
+
+        Args:
+            template: The template.
+            tokenizer: Its tokenizer.
+        """
+        self._template = template
+        self.header, self.end_marker = self._surroundings()
+        """Text before and after an answer; both are empty if the template does more than append."""
+        self.bos = _text_of(tokenizer.bos_token)
+        self.special = re.compile("|".join(map(re.escape, _special_tokens(tokenizer))) or "(?!)")
+        """Pattern of the special tokens."""
+        self.stops = tuple(
+            {
+                stop
+                for stop in (
+                    *(_text_of(tokenizer.eos_token), self.end_marker.strip(), self._end_of_earlier_turns()),
+                    *self.end_marker.split(),
+                )
+                if stop
+            }
+        )
+        """Texts that end an answer."""
+        self.next_headers = self._first_tokens_of_next_turns()
+        """Role -> special token with which a turn of that role ends the answer before it; empty if answers have an end marker."""
+        self.headers = self._find_headers()
+        self.wraps_results = "<tool_response>" in template.source
+        self.switches = [
+            name
+            for name in ("enable_thinking", "thinking")
+            if name in template.names and name not in template.variables
+        ]
+        """Variables that turn thinking on and off, which the template reads and the YAML does not set."""
+        self.directives = [word for word in _DIRECTIVES if re.search(rf"['\"]{word}['\"]", template.source)]
+        """Words of a system message that the template reads as switches."""
+
+    @cached_property
+    def has_own_calls(self) -> bool:
+        """Return whether the template renders calls, but not as JSON in <tool_call> tags."""
+        text = self._probe_call("")
+        return bool(text) and _JSON_IN_TAGS.search(text) is None
+
+    @cached_property
+    def renders_words_beside_calls(self) -> bool:
+        """Return whether the template renders a message with words and calls."""
+        return bool(self._probe_call(_ANSWER))
+
+    @cached_property
+    def rejects_written_calls(self) -> bool:
+        """Return whether the template renders no result of a call that stands in the text of an answer."""
+        said = (("user", _QUESTION), ("assistant", "<tool_call>"), ("tool", _ANSWER), ("assistant", _THOUGHT))
+        return _ANSWER not in self._probe(*said)
+
+    @cached_property
+    def has_own_thoughts(self) -> bool:
+        """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4)."""
+        if "</think>" in self._template.source:
+            return False
+        question: Message = {"role": "user", "content": _QUESTION}
+        for key in REASONING_KEYS:
+            answer: Message = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
+            try:
+                text = self._template.render([question, answer], Chat([]))
+            except RowError:
+                continue
+            if _THOUGHT in text:
+                return True
+        return False
+
+    @cached_property
+    def wraps_tools(self) -> bool:
+        """Return whether the template reads functions in OpenAI's form only."""
+        tool = {"name": _PROBED_TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
+        return not self._prints_tool(tool) and self._prints_tool(as_function(tool))
+
+    @cached_property
+    def needs_descriptions(self) -> bool:
+        """Return whether the template rejects a function without a description."""
+        tool = {"name": _PROBED_TOOL, "parameters": {"type": "object", "properties": {}}}
+        return not self._prints_tool(as_function(tool)) and self._prints_tool(
+            as_function({**tool, "description": ""})
+        )
+
+    @cached_property
+    def knows_developer(self) -> bool:
+        """Return whether the template renders developer messages; some only have the word (Cohere 2)."""
+        text = "Be kind."
+        return "developer" in self._template.source and text in self._probe(
+            ("developer", text), ("user", _QUESTION)
+        )
+
+    @cached_property
+    def renders_two_instructions(self) -> bool:
+        """Return whether the template renders a developer message after a system message."""
+        texts = ("Be brief.", "Be kind.")
+        roles = ("system", "developer" if self.knows_developer else "system")
+        return all(
+            text in self._probe(*zip(roles, texts, strict=True), ("user", _QUESTION)) for text in texts
+        )
+
+    def _prints_tool(self, tool: Tool) -> bool:
+        try:
+            text = self._template.render(
+                [{"role": "user", "content": _QUESTION}], Chat([], [tool]), prompt=True
+            )
+        except RowError:
+            return False
+        return _PROBED_TOOL in text
+
+    def _probe_call(self, words: str) -> str:
+        """Render a call with words beside it, in the first form in which they and the call are rendered; empty if none is."""
+        argument = "Tromsø"
+        function = {"name": _PROBED_TOOL, "arguments": {"name": argument}}
+        call: Message = {
+            "role": "assistant",
+            "content": words,
+            "tool_calls": [{"type": "function", "function": function}],
+        }
+        chat = Chat([{"role": "user", "content": _QUESTION}, call])
+        for form in possible_forms(chat, self._template.source):
+            try:
+                text = self._template.render(adapted(chat.messages, form, None), chat)
+            except RowError:
+                continue
+            if all(part in text for part in (_PROBED_TOOL, argument, words)):
+                return text
+        return ""
+
+    def _surroundings(self) -> tuple[str, str]:
+        """Return the text before and after an answer, or two empty strings if the template does more than append."""
+        if not self._template.source:
+            return "", ""
+        question: Message = {"role": "user", "content": _QUESTION}
+        try:
+            asked = self._template.render([question], Chat([]))
+            prompt = self._template.render([question], Chat([]), prompt=True)
+            whole = self._template.render([question, {"role": "assistant", "content": _ANSWER}], Chat([]))
+        except RowError:
+            return "", ""
+        answer = whole.find(_ANSWER, len(prompt))
+        if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
+            return "", ""
+        return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
+
+    def _end_of_earlier_turns(self) -> str:
+        """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
+        if not self._template.source:
+            return ""
+        question: Message = {"role": "user", "content": _QUESTION}
+        try:
+            whole = self._template.render(
+                [question, {"role": "assistant", "content": _ANSWER}, question], Chat([])
+            )
+        except RowError:
+            return ""
+        found = self.special.match(whole.rpartition(_ANSWER)[2].lstrip())
+        return found[0] if found else ""
+
+    def _first_tokens_of_next_turns(self) -> dict[str, str]:
+        """Return the special tokens that follow an answer without an end marker (GLM-4.5), by the role of the next turn."""
+        if not self.header or self.end_marker:
+            return {}
+        question: Message = {"role": "user", "content": _QUESTION}
+        arguments = {"name": _ANSWER}
+        call: Message = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": _PROBED_TOOL, "arguments": arguments}}],
+        }
+        found: dict[str, str] = {}
+        for role, answer in (("user", {"role": "assistant", "content": _ANSWER}), ("tool", call)):
+            try:
+                asked = self._template.render([question, answer], Chat([])).rstrip()
+                whole = self._template.render(
+                    [question, answer, {"role": role, "content": _QUESTION}], Chat([])
+                )
+            except RowError:
+                continue
+            token = self.special.match(whole.removeprefix(asked).lstrip())
+            if whole.startswith(asked) and token and token[0] != self.bos:
+                found[role] = token[0]
+        return found
+
+    def _find_headers(self) -> Headers:
+        """Find the headers of turns in renderings of a question and an answer."""
+        question, answer = ("user", _QUESTION), ("assistant", _ANSWER)
+        asked, prompt = self._probe(question), self._probe(question, prompt=True)
+        before, _, after = prompt.partition(_QUESTION)
+        between = self._probe(question, answer, question).rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
+        between = between.lstrip()
+        marker = self.end_marker.strip()
+        end = self.special.match(between)
+        if marker and between.startswith(marker):
+            between = between.removeprefix(marker)
+        elif end:
+            between = between[end.end() :]
+        return Headers(
+            before=before,
+            after=after,
+            asking=prompt[len(asked) :] if prompt.startswith(asked) else "",
+            between=between.lstrip(),
+            bos=self.bos,
+            stops=self.stops,
+        )
+
+    def _probe(self, *said: tuple[str, str], prompt: bool = False) -> str:
+        """Render messages of roles and texts, with content as text or as parts; empty if the template rejects both."""
+        messages: list[Message] = [{"role": role, "content": text} for role, text in said]
+        for form in (Form(), Form(parts=True)) if self._template.source else ():
+            try:
+                text = self._template.render(adapted(messages, form, None), Chat([]), prompt=prompt)
+            except RowError:
+                continue
+            if _QUESTION in text:
+                return text
+        return ""
+
+
+def _text_of(token: Any) -> str:
+    return token if isinstance(token, str) else ""
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Return the texts of the special tokens, longest first."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(special, key=len, reverse=True)
