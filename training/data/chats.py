@@ -1,6 +1,5 @@
 """Chats: validate messages, and convert the spellings of other tools into OpenAI's chat format."""
 
-import ast
 import json
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from training.data.tools import (
     as_function,
     check_json,
     parse_json,
+    python_value,
     read_calls,
     read_tools,
     without_foreign_nulls,
@@ -38,6 +38,9 @@ _ROLES = {
     "observation": "tool",
     "ipython": "tool",
     "tool_response": "tool",
+    "function_response": "tool",
+    "tool_result": "tool",
+    "function_result": "tool",
     "function_call": "assistant",
     "tool_call": "assistant",
 }
@@ -52,8 +55,8 @@ _CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
 _REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
 """Keys of a message that hold its reasoning."""
 _KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *IN_LOSS, *OUT_OF_LOSS}
-# Calls that a model writes as text: Hermes, Granite, ToolACE's [name(key=value)].
-_WRITTEN_CALL = re.compile(r"tool_call|\[\s*[\w][\w .:/-]*\(")
+# Calls that a model writes as text: Hermes, Granite, Glaive, ToolACE's [name(key=value)].
+_WRITTEN_CALL = re.compile(r"tool_call|<functioncall>|\[\s*[\w][\w .:/-]*\(")
 _JSON_CALL = re.compile(r"(<tool_call>\s*)(\{.*?\})(\s*</tool_call>)", re.DOTALL)
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
@@ -264,13 +267,12 @@ def _with_json_calls(content: str, at: str, reading: _Reading) -> str:
     def as_json(found: re.Match[str]) -> str:
         try:
             json.loads(found[2])
-        except ValueError:
-            try:
-                call = ast.literal_eval(found[2])
-            except (ValueError, SyntaxError):
+        except (ValueError, RecursionError):
+            call = python_value(found[2])
+            if call is None:
                 return found[0]  # another notation, such as Qwen3 Coder's
             check_json(call, f"{at}: <tool_call>")
-            reading.notes.append("calls in <tool_call> that are written as Python are converted to JSON")
+            reading.notes.append("calls that are written as Python are converted to JSON")
             return f"{found[1]}{json.dumps(call, ensure_ascii=False)}{found[3]}"
         return found[0]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -36,18 +36,19 @@ from training.data.template_forms import (
     context_of,
     features_of,
     is_wrapped,
+    map_messages,
     messages_of,
     possible_forms,
     split_thought,
     thought_of,
     unwrapped,
     with_one_instruction,
-    with_structured_calls,
     without_empty_thoughts,
     without_greeting,
 )
 from training.data.template_traits import TemplateTraits
 from training.data.tools import Tool, as_function
+from training.data.written_calls import with_tool_calls, writes_calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,6 +57,10 @@ _QUESTION, _ANSWER = "What is it?", "That is it."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
+_CALLS_READ = "calls in the text of answers are read as tool_calls, because the chat template writes calls in another form"
+_CALLS_LEFT = (
+    "calls in the text of answers are left as text, although the chat template writes calls in another form"
+)
 _END_OF_EMPTY_THOUGHT = re.compile(r"\s*</think>")
 
 
@@ -352,20 +357,62 @@ class Renderer:
             notes = (
                 "empty thoughts in <think> are removed, because the chat template writes thoughts in another form",
             )
-        called = with_structured_calls(example)
-        if called and self.traits.has_own_calls and (example.tools or self.traits.rejects_written_calls):
-            has_words = any("tool_calls" in m and m["content"] for m in messages_of(called))
-            # Where words beside a call would be dropped, calls stay text if the template renders their results.
-            if not has_words or self.traits.rejects_written_calls or self.traits.renders_words_beside_calls:
-                example = called
-                notes = (
-                    *notes,
-                    "calls in <tool_call> are read as tool_calls, because the chat template writes calls in another form",
-                )
+        example, of_calls = self._with_calls_as_read(example)
+        notes += of_calls
         joined = with_one_instruction(example)
         if joined is None or self.traits.renders_two_instructions:
             return example, notes
         return joined, (*notes, "system and developer messages are merged")
+
+    def _with_calls_as_read(self, example: Chat | Pair) -> tuple[Chat | Pair, tuple[str, ...]]:
+        """Return an example whose calls in text are `tool_calls` where the template writes calls in another form, and notes about it.
+
+        Raises:
+            RowError: Calls must stay text, but the template renders no results of such calls.
+        """
+        written = [message for message in messages_of(example) if writes_calls(message)]
+        traits = self.traits
+        if not written or not traits.renders_calls or not (example.tools or traits.rejects_written_calls):
+            return example, ()
+        if all(traits.writes_calls_as(message["content"]) for message in written):
+            return example, ()
+        notes: list[str] = []
+        faults: dict[str, str] = {}
+
+        def called(message: Message) -> Message:
+            if not writes_calls(message):
+                return message
+            try:
+                return with_tool_calls(self._without_stop(message), example.tools, notes)
+            except RowError as error:
+                faults[message["content"]] = str(error)
+                return message
+
+        structured = map_messages(example, called)
+        if traits.rejects_written_calls:
+            self._reject_results_of(faults, example)
+        # Where words beside a call would be dropped, calls stay text if the template renders their results.
+        if structured != example and (
+            traits.rejects_written_calls or all(map(traits.renders_beside_calls, messages_of(structured)))
+        ):
+            example = map_messages(structured, unwrapped)
+        left = [message["content"] for message in messages_of(example) if writes_calls(message)]
+        if len(left) < len(written):
+            notes.append(_CALLS_READ)
+        if any(not traits.writes_calls_as(content) for content in left):
+            notes.append(_CALLS_LEFT)
+        return example, tuple(notes)
+
+    def _reject_results_of(self, faults: Mapping[str, str], example: Chat | Pair) -> None:
+        """Raise RowError for a call that cannot be read and has a result."""
+        chat = Chat(context_of(example)) if isinstance(example, Pair) else example
+        for index, (message, following) in enumerate(pairwise(chat.messages)):
+            fault = faults.get(message["content"])
+            if fault and following["role"] == "tool":
+                raise RowError(
+                    "template",
+                    f"{chat.name_of(index)}: {fault}. The chat template renders only results of `tool_calls`",
+                )
 
     def _readable_tools(self, tools: list[Tool]) -> list[Tool]:
         """Return tools in OpenAI's form, and with a description, if the template reads no others."""
@@ -540,7 +587,12 @@ class Renderer:
         check_answer(turn.completion, answer, chat.name_of(index))
         if form.parts:
             check_parts(turn.text, messages)
-        if end := self.traits.next_headers.get("tool" if "tool_calls" in answer else "user"):
+        calls = (
+            "tool_calls" in answer
+            or answer["content"].rstrip().endswith("</tool_call>")
+            or any(message["role"] == "tool" for message in chat.messages[index + 1 : index + 2])
+        )
+        if end := self.traits.next_headers.get("tool" if calls else "user"):
             text = turn.text[: turn.end] + end  # what the model is to write after its answer
             return _Turn(text, turn.begin, len(text))
         return turn

@@ -14,8 +14,6 @@ from utils.files import checksum_bytes
 # With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
-_TAGGED_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-_TAGGED_CALLS = re.compile(r"(.*?)((?:\s*<tool_call>\s*\{.*?\}\s*</tool_call>)+)\s*", re.DOTALL)
 _WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
 _INSTRUCTIONS = {"system", "developer"}
@@ -88,7 +86,7 @@ def without_empty_thoughts(example: Chat | Pair) -> Chat | Pair | None:
         found = EMPTY_THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
         return {**message, "content": message["content"][found.end() :].lstrip()} if found else message
 
-    shorter = _changed(example, shortened)
+    shorter = map_messages(example, shortened)
     return shorter if shorter != example else None
 
 
@@ -108,33 +106,6 @@ def has_reasoning(example: Chat | Pair) -> bool:
     )
 
 
-def with_structured_calls(example: Chat | Pair) -> Chat | Pair | None:
-    """Return an example whose calls in <tool_call> tags (Hermes) are `tool_calls`, and whose results have no tags; None if it has none."""
-    called = _changed(example, _with_calls)
-    return _changed(called, unwrapped) if called != example else None
-
-
-def _with_calls(message: Message) -> Message:
-    """Return an assistant message that ends with calls in tags with them as `tool_calls`; other messages unchanged."""
-    if message["role"] != "assistant" or "tool_calls" in message or "<tool_call>" not in message["content"]:
-        return message
-    found = _TAGGED_CALLS.fullmatch(message["content"])
-    if found is None:
-        return message
-    calls: list[dict[str, Any]] = []
-    for text in _TAGGED_CALL.findall(found[2]):
-        try:
-            call = json.loads(text)
-        except ValueError:
-            return message  # another notation
-        if set(call) != {"name", "arguments"} or not isinstance(call["name"], str):
-            return message
-        if not isinstance(call["arguments"], dict):
-            return message
-        calls.append({"type": "function", "function": call})
-    return {**message, "content": found[1].rstrip(), "tool_calls": calls}
-
-
 def is_wrapped(message: Message) -> bool:
     """Return whether the result of a tool brings its own tags (Hermes)."""
     return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
@@ -146,7 +117,7 @@ def unwrapped(message: Message) -> Message:
     return {**message, "content": found[1]} if found else message
 
 
-def _changed(example: Chat | Pair, change: Callable[[Message], Message]) -> Chat | Pair:
+def map_messages(example: Chat | Pair, change: Callable[[Message], Message]) -> Chat | Pair:
     """Return an example with a change to each message."""
     if isinstance(example, Chat):
         return replace(example, messages=list(map(change, example.messages)))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from training.data.chat_template import ChatTemplate
 from training.data.errors import RowError
 from training.data.records import REASONING_KEYS, Chat, Message
-from training.data.template_forms import Form, adapted, possible_forms
+from training.data.template_forms import Form, adapted, possible_forms, thought_of
 from training.data.template_headers import Headers
 from training.data.tools import Tool, as_function
+from training.data.written_calls import is_plain_json, notation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,7 +22,6 @@ _DIRECTIVES = (
     "/think",
     "/system_override",
 )  # in the order in which SmolLM3's template removes them
-_JSON_IN_TAGS = re.compile(r"<tool_call>\s*\{")
 
 
 class TemplateTraits:
@@ -64,16 +64,36 @@ class TemplateTraits:
         self.directives = [word for word in _DIRECTIVES if re.search(rf"['\"]{word}['\"]", template.source)]
         """Words of a system message that the template reads as switches."""
 
-    @cached_property
-    def has_own_calls(self) -> bool:
-        """Return whether the template renders calls, but not as JSON in <tool_call> tags."""
-        text = self._probe_call("")
-        return bool(text) and _JSON_IN_TAGS.search(text) is None
+    @property
+    def renders_calls(self) -> bool:
+        """Return whether the template renders calls."""
+        return bool(self._call)
 
     @cached_property
-    def renders_words_beside_calls(self) -> bool:
-        """Return whether the template renders a message with words and calls."""
+    def _call(self) -> str:
+        """Return the rendering of a call, or an empty text."""
+        return self._probe_call("")
+
+    def writes_calls_as(self, content: str) -> bool:
+        """Return whether a content writes its calls as the template does."""
+        notation = notation_of(content)
+        return notation == notation_of(self._call) and (notation != "json" or is_plain_json(content))
+
+    def renders_beside_calls(self, message: Message) -> bool:
+        """Return whether the template renders the words and the reasoning of a message beside its calls."""
+        thought, words = thought_of(message)
+        return "tool_calls" not in message or (
+            (not words.strip() or self._renders_words_beside_calls)
+            and (not thought or self._renders_thoughts_beside_calls)
+        )
+
+    @cached_property
+    def _renders_words_beside_calls(self) -> bool:
         return bool(self._probe_call(_ANSWER))
+
+    @cached_property
+    def _renders_thoughts_beside_calls(self) -> bool:
+        return bool(self._probe_call(f"<think>\n{_THOUGHT}\n</think>"))
 
     @cached_property
     def rejects_written_calls(self) -> bool:
@@ -138,8 +158,8 @@ class TemplateTraits:
         return _PROBED_TOOL in text
 
     def _probe_call(self, words: str) -> str:
-        """Render a call with words beside it, in the first form in which they and the call are rendered; empty if none is."""
-        argument = "Tromsø"
+        """Render a call with words, or reasoning in tags, beside it, in the first form that renders all; empty if none does."""
+        argument, said = "Tromsø", thought_of({"content": words, "tool_calls": []})
         function = {"name": _PROBED_TOOL, "arguments": {"name": argument}}
         call: Message = {
             "role": "assistant",
@@ -152,7 +172,7 @@ class TemplateTraits:
                 text = self._template.render(adapted(chat.messages, form, None), chat)
             except RowError:
                 continue
-            if all(part in text for part in (_PROBED_TOOL, argument, words)):
+            if all(part in text for part in (_PROBED_TOOL, argument, *said)):
                 return text
         return ""
 

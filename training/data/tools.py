@@ -1,6 +1,8 @@
 """Tools and tool calls: validate them and convert other spellings into OpenAI's form."""
 
+import ast
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from training.data.errors import RowError, check_text, json_type, unique_keys
 Tool = dict[str, Any]
 _NAMES_OF_ARGUMENTS = ("args", "argument", "input", "params", "parameter", "kwargs")
 """Names that other tools have for the arguments of a call."""
+_QUOTED_ARGUMENTS = re.compile(r"""\{\s*"name":\s*"([^"]+)",\s*"arguments":\s*'(.*)'\s*\}""", re.DOTALL)
+"""A call of Glaive, whose arguments are JSON in single quotes."""
 
 
 def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
@@ -105,23 +109,59 @@ def read_calls(value: Any, what: str, tools: Sequence[Tool] | None, notes: list[
     """Return the tool calls of a message, with their arguments as objects.
 
     Args:
-        value: A list of calls, one call, or the JSON text of either.
+        value: A list of calls, one call, or the text of either: JSON, or as Python prints it.
         what: Name of the message and key in messages.
         tools: The row's tools, whose schemas tell which nulls are meant.
-        notes: Gets a note if null arguments are removed.
+        notes: Gets a note if null arguments are removed, or calls are converted from Python.
 
     Raises:
         RowError: A call has no name, or its arguments are not an object.
     """
-    if isinstance(value, str):
-        value = parse_json(value, what)
+    is_text = isinstance(value, str)
+    if is_text:
+        value = _parse_calls(value, what, notes)
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list")
-    return [_read_call(call, f"{what} {number}", tools, notes) for number, call in enumerate(calls, 1)]
+    return [
+        _read_call(call, f"{what} {number}" if len(calls) > 1 or not is_text else what, tools, notes, is_text)
+        for number, call in enumerate(calls, 1)
+    ]
 
 
-def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[str]) -> dict[str, Any]:
+def _parse_calls(text: str, what: str, notes: list[str]) -> Any:
+    """Parse calls that are written as JSON, as JSON with arguments in single quotes (Glaive), or as Python prints them."""
+    try:
+        return parse_json(text, what)
+    except RowError as error:
+        found = _QUOTED_ARGUMENTS.fullmatch(text.strip())
+        is_quoted = found is not None and _is_json(found[2])
+        value = {"name": found[1], "arguments": found[2]} if found and is_quoted else python_value(text)
+        if error.kind != "not JSON" or value is None:
+            raise
+        notes.append("calls that are written as Python are converted to JSON")
+        return value
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def python_value(text: str) -> Any:
+    """Return the value that a text holds as Python prints it, or None if it holds none."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _read_call(
+    call: Any, what: str, tools: Sequence[Tool] | None, notes: list[str], is_text: bool
+) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
@@ -130,8 +170,8 @@ def _read_call(call: Any, what: str, tools: Sequence[Tool] | None, notes: list[s
     if len(given) == 2:
         raise RowError("wrong type", f"{what} has both `arguments` and `parameters`. Remove one of them")
     arguments = function[given[0]] if given else {}
-    is_text = isinstance(arguments, str)
-    if is_text:
+    if isinstance(arguments, str):
+        is_text = True
         arguments = parse_json(arguments, f"{what}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise RowError("wrong type", f"{what}: arguments is {json_type(arguments)}, not an object")

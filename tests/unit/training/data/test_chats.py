@@ -378,6 +378,30 @@ def test_calls_that_are_written_as_python_are_converted_to_json():
         assert any("Python" in note for note in chat.notes) == (written != expected)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        """{"name": "find", "arguments": '{"title": "Joe's List", "rank": 1}'}""",
+        r"""{"name": "find", "arguments": '{"title": "Joe\'s List", "rank": 1}'}""",
+        """{'name': 'find', 'arguments': {'title': "Joe's List", 'rank': 1}}""",
+        """[{'name': 'find', 'arguments': {'title': "Joe's List", 'rank': 1}}]""",
+    ],
+)
+def test_calls_of_glaive_and_python_are_read(written: str):
+    row = [{"from": "human", "value": "Go"}, {"from": "function_call", "value": written}]
+    rows = [*row, {"from": "function-response", "value": "found"}, {"from": "gpt", "value": "Done"}]
+    chat = read({"conversations": rows})
+    (call,) = chat.messages[1]["tool_calls"]
+    assert call["function"] == {"name": "find", "arguments": {"title": "Joe's List", "rank": 1}}
+    assert chat.messages[2]["role"] == "tool"
+    assert chat.notes == ("calls that are written as Python are converted to JSON",)
+
+
+def test_a_result_follows_a_call_of_glaive():
+    chat = read({"messages": [USER, {**ANSWER, "content": '<functioncall> {"name": "f"}'}, RESULT, ANSWER]})
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "assistant"]
+
+
 def test_nulls_inside_arguments_are_removed_at_every_depth():
     """Parquet stores nested arguments with the keys of all rows, JSONL with their own."""
     schema = {

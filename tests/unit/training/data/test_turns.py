@@ -406,6 +406,130 @@ def test_calls_in_tags_stay_text_where_the_template_drops_the_words_beside_them(
     assert text in loss_texts(Renderer(tokenizers["llama3_1"], whole_text=False).render(chat))[0]
 
 
+CALL_TEXT = '<tool_call>\n{"name": "find_weather", "arguments": {"city": "Tromsø"}}\n</tool_call>'
+LEFT, READ = "are left as text", "are read as tool_calls"
+
+
+def calling(content: str, *more: dict[str, Any], **columns: Any) -> Chat:
+    """Return a chat whose answer has calls in its text, beside a column of tools."""
+    row = {"messages": [user(1), answer(1) | {"content": content}, *more], "tools": TOOLS}
+    return read({name: value for name, value in {**row, **columns}.items() if value})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{CALL_TEXT}\nNow the coldest town.\n{CALL_TEXT}",
+        f"Wait.\n{CALL_TEXT}\nNow the coldest town.\n{CALL_TEXT}",
+        f"<think>\nTwo towns.\n</think>\n{CALL_TEXT}\nNow the coldest town.\n{CALL_TEXT}",
+        f"{CALL_TEXT}\nNow the coldest town.",
+    ],
+)
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_words_between_and_after_calls_in_tags_are_trained_or_the_row_is_rejected(
+    content: str, tools: Any, tokenizers: Tokenizers
+):
+    trained = 0
+    for name, tokenizer in tokenizers.items():
+        renderer = Renderer(tokenizer, whole_text=False)
+        for results in ([], [RESULT, RESULT, answer(2)]):
+            chat = calling(content, *results, tools=tools)
+            try:
+                sequences = renderer.render(chat)
+            except RowError:
+                continue
+            trained += 1
+            assert "Now the coldest town." in loss_texts(sequences)[0], name
+            is_own = renderer.traits.writes_calls_as(CALL_TEXT) or not renderer.traits.renders_calls
+            notes = renderer.notes(chat, sequences)
+            assert any(LEFT in note for note in notes) == (bool(tools) and not is_own) or not tools, name
+            assert not any(READ in note for note in notes), name
+    assert trained > len(TEMPLATES)
+
+
+def test_words_between_calls_of_a_pair_are_trained(tokenizers: Tokenizers):
+    text = f"{CALL_TEXT}\nNow the coldest town.\n{CALL_TEXT}"
+    row = {"prompt": "What is it?", "chosen": text, "rejected": "No.", "tools": TOOLS}
+    pair = read_row(row, RowSchema("preference_tuning", "preference", {}, None, ()))
+    assert isinstance(pair, Pair)
+    assert text in Renderer(tokenizers["qwen3_6"], whole_text=False).render(pair)[0].text
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '<tool_call>{"name": "find_weather", "arguments": "{\\"city\\": \\"Tromsø\\"}"}</tool_call>',
+        '<tool_call>{"name": "find_weather", "parameters": {"city": "Tromsø"}}</tool_call>',
+        '<tool_call>{"id": 7, "name": "find_weather", "arguments": {"city": "Tromsø"}}</tool_call>',
+        '<tool_call>{"type": "function", "function": {"name": "find_weather", "arguments": {"city": "Tromsø"}}}</tool_call>',
+        f"{CALL_TEXT}<|eos|>",
+        '<functioncall> {"name": "find_weather", "arguments": \'{"city": "Tromsø"}\'} <|endoftext|>',
+    ],
+)
+def test_spellings_of_calls_in_tags_are_read_as_tool_calls(written: str, tokenizers: Tokenizers):
+    for name in ("gptoss", "gemma4_v5", "llama3_1", "glm4moe", "qwen3_6", "muse_glimmer", "lfm2_v2", "qwen3"):
+        renderer = Renderer(tokenizers[name], whole_text=False)
+        chat = calling(written, RESULT, answer(2))
+        sequences = renderer.render(chat)
+        structured = read({"messages": [user(1), call(), RESULT, answer(2)], "tools": TOOLS})
+        assert loss_texts(sequences) == loss_texts(renderer.render(structured)), name
+        is_plain = name == "qwen3" and written.startswith(CALL_TEXT)
+        assert any(READ in note for note in renderer.notes(chat, sequences)) != is_plain, name
+
+
+def test_reasoning_before_a_call_in_tags_is_kept_beside_the_call(tokenizers: Tokenizers):
+    chat = calling(f"<think>\nA town.\n</think>\n{CALL_TEXT}", RESULT, answer(2))
+    called = loss_texts(Renderer(tokenizers["muse_glimmer"], whole_text=False).render(chat))[0]
+    assert "A town." in called
+    assert '<atem:invoke name="find_weather">' in called
+    for name in ("llama3_1", "llama3_2"):  # without reasoning
+        renderer = Renderer(tokenizers[name], whole_text=False)
+        sequences = renderer.render(chat)
+        assert CALL_TEXT in loss_texts(sequences)[0]
+        assert any(LEFT in note for note in renderer.notes(chat, sequences))
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (f"{CALL_TEXT}\nOne moment.", r"message 2 \(assistant\): words stand between or after the calls"),
+        (CALL_TEXT.replace('"Tromsø"', "Tromsø"), r"message 2 \(assistant\): call 1 .* not valid JSON"),
+        (CALL_TEXT.removesuffix("</tool_call>"), "not JSON between <tool_call> and </tool_call>"),
+        (CALL_TEXT.replace('{"name"', '{"mood": "calm", "name"'), "the key `mood`"),
+    ],
+)
+def test_calls_that_cannot_be_read_are_named_where_the_template_drops_their_results(
+    content: str, cause: str, tokenizers: Tokenizers
+):
+    chat = calling(content, RESULT, answer(2))
+    for name in ("gptoss", "gemma4_v5"):
+        with pytest.raises(RowError, match=cause):
+            Renderer(tokenizers[name], whole_text=False).render(chat)
+
+
+def test_a_call_in_text_ends_as_a_call_does(tokenizers: Tokenizers):
+    """GLM-4.5 ends an answer with the first token of the next turn."""
+    tokenizer = copy.deepcopy(tokenizers["glm4moe"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|observation|>"]})
+    renderer = Renderer(tokenizer, whole_text=False)
+    broken = CALL_TEXT.replace('"Tromsø"', "Tromsø")
+    for chat in (calling(f"{CALL_TEXT}\nOne moment.", RESULT, answer(2)), calling(broken)):
+        assert loss_texts(renderer.render(chat))[0].endswith("<|observation|>")
+    assert loss_texts(renderer.render(calling(f"{CALL_TEXT}\nOne moment.")))[0].endswith("moment.<|user|>")
+
+
+def test_calls_in_the_form_of_the_template_are_not_counted(tokenizers: Tokenizers):
+    for name, written in (
+        ("qwen3_6", "<tool_call>\n<function=find_weather>\n</function>\n</tool_call>"),
+        ("glm4moe", "<tool_call>find_weather\n<arg_key>city</arg_key>\n</tool_call>"),
+        ("qwen3", f"{CALL_TEXT}\nOne moment."),
+        ("qwen3_6", "I write <tool_call> when I call."),
+    ):
+        renderer = Renderer(tokenizers[name], whole_text=False)
+        chat = calling(written)
+        assert not renderer.notes(chat, renderer.render(chat)), name
+
+
 def test_messages_after_the_last_trained_turn_are_counted(tokenizers: Tokenizers):
     renderer = Renderer(tokenizers["qwen3"], whole_text=False)
     chat = read({"messages": [user(1), answer(1), user(2), answer(2, train=False)]})
@@ -887,7 +1011,7 @@ def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
     (sequence,) = renderer.render(read(ROWS["one answer"]))
     assert "Current date: 2026-01-02" in sequence.text
     assert renderer.template.date == "2026-01-02"
-    assert Renderer(tokenizers["qwen3"], whole_text=False).date is None
+    assert Renderer(tokenizers["qwen3"], whole_text=False).template.date is None
 
 
 @pytest.mark.parametrize(("weight", "noted"), [(0, True), (1, False)])
