@@ -12,6 +12,7 @@ from jinja2.runtime import LoopContext
 
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Message
+from training.data.template_checks import only_one_call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,8 +92,7 @@ class ChatTemplate:
         try:
             return render(messages=messages)
         except _TEMPLATE_ERRORS as error:
-            index = _rejected_message(render, messages, error)
-            raise RowError("template", _rejection(chat, index, error)) from error
+            raise RowError("template", _rejection(chat, messages, render, error)) from error
 
     def reject_unknown_variables(self) -> None:
         """Raise DataError for a variable of the YAML that the template does not read: a misspelled one would change nothing."""
@@ -148,12 +148,31 @@ def _rejected_message(render: Callable[..., str], messages: list[Message], error
     return len(messages) - 1
 
 
-def _rejection(chat: Chat, index: int | None, error: Exception) -> str:
-    """Return the error for a row that a template rejects, with the message and what to do about it."""
+def _fails(render: Callable[..., str], **changes: Any) -> bool:
+    """Return whether a template raises an error."""
+    try:
+        render(**changes)
+    except _TEMPLATE_ERRORS:
+        return True
+    return False
+
+
+def _rejection(chat: Chat, messages: list[Message], render: Callable[..., str], error: Exception) -> str:
+    """Return the error for a row that a template rejects, with the message or the tool and what to do about it."""
+    index = _rejected_message(render, messages, error)
     if index is None:
+        for number, tool in enumerate(chat.tools or (), start=1):
+            if _fails(render, messages=[{"role": "user", "content": _QUESTION}], tools=[tool]):
+                keys = ", ".join(tool.get("function", tool))
+                return f"tool {number} of `tools` (keys: {keys}) cannot be rendered by the chat template ({error}). Fix the tool, or set chat_template"
         return f"cannot be rendered by the chat template, whatever the messages are ({error}). Set chat_template, or change `tools` or chat_template_kwargs"
     if index >= len(chat.messages):
         return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
+    calls = messages[index].get("tool_calls", ())
+    if len(calls) > 1 and not _fails(
+        render, messages=[*messages[:index], {**messages[index], "tool_calls": calls[:1]}]
+    ):
+        return only_one_call(chat.name_of(index), len(calls))
     message = chat.messages[index]
     if (
         index

@@ -415,12 +415,12 @@ class Renderer:
                 )
 
     def _readable_tools(self, tools: list[Tool]) -> list[Tool]:
-        """Return tools in OpenAI's form, and with a description, if the template reads no others."""
+        """Return tools in OpenAI's form, and with a description and parameters, if the template reads no others."""
         if any("function" not in tool for tool in tools) and self.traits.wraps_tools:
             tools = [as_function(tool) for tool in tools]
-        if self.traits.needs_descriptions:
+        if needed := self.traits.needed_of_functions:
             tools = [
-                {**tool, "function": {"description": "", **tool["function"]}}
+                {**tool, "function": {**needed, **tool["function"]}}
                 if isinstance(tool.get("function"), dict)
                 else tool
                 for tool in tools

@@ -32,17 +32,50 @@ def check_answer(text: str, message: Message, name: str) -> None:
         _strike(text, [(f"{drops} reasoning", reasoning)])
         text = text.partition(reasoning.strip())[2]  # the answer follows
     parts = [(f"{drops} content", content)]
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        arguments = function["arguments"]
-        parts.append((f"{drops} the name of a tool call", function["name"]))
-        parts += [(f"{drops} an argument of a tool call", leaf) for leaf in _leaves(arguments)]
+    calls = message.get("tool_calls", ())
+    for call in calls:
+        arguments = call["function"]["arguments"]
         if arguments and repr(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
             raise RowError(
                 "template",
                 f"{name}: the chat template prints the arguments of a tool call as Python, not as JSON. Set chat_template",
             )
-    _strike(text, parts)
+        parts += _parts_of(call, drops)
+    try:
+        _strike(text, parts)
+    except RowError:
+        if len(calls) > 1 and _is_only_first(text, calls):
+            raise RowError(DROPPED_TEXT, only_one_call(name, len(calls))) from None
+        raise
+
+
+def _parts_of(call: dict[str, Any], drops: str) -> list[tuple[str, str]]:
+    """Return the texts of a call that its rendering must have, with the error for each."""
+    function = call["function"]
+    leaves = [(f"{drops} an argument of a tool call", leaf) for leaf in _leaves(function["arguments"])]
+    return [(f"{drops} the name of a tool call", function["name"]), *leaves]
+
+
+def _is_only_first(text: str, calls: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a text has the first of several calls, and no other."""
+    try:
+        rest = _strike(text, _parts_of(calls[0], ""))
+    except RowError:
+        return False
+    return not any(call["function"]["name"] in rest for call in calls[1:])
+
+
+def only_one_call(name: str, count: int) -> str:
+    """Return the error for a message with several calls where a template renders one.
+
+    Args:
+        name: Name of the message.
+        count: Number of its calls.
+    """
+    return (
+        f"{name} has {count} calls, but the chat template renders only one per message. Write each call in a message of its own, followed "
+        "by its result"
+    )
 
 
 def check_parts(text: str, messages: Sequence[Message]) -> None:
@@ -128,7 +161,7 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     parts = [(reason, part.strip()) for reason, part in parts if part.strip()]
     rest, cursor = [], 0
     for _, part in parts:
-        places = [(text.find(spelling, cursor), len(spelling)) for spelling in _spellings(part)]
+        places = ((text.find(spelling, cursor), len(spelling)) for spelling in _spellings(part))
         place, length = next((found for found in places if found[0] >= 0), (-1, 0))
         if place < 0:
             break
@@ -150,9 +183,16 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     return text
 
 
-def _spellings(part: str) -> tuple[str, ...]:
+def _spellings(part: str) -> Iterator[str]:
+    """Yield how templates write a text: as it is, as a JSON string, or as a Python string in single quotes (LFM2)."""
+    yield part
     escaped = json.dumps(part, ensure_ascii=False)[1:-1]
-    return (part,) if escaped == part and part.isascii() else (part, escaped, json.dumps(part)[1:-1])
+    if escaped != part or not part.isascii():
+        yield escaped
+        yield json.dumps(part)[1:-1]
+    if any(character in part for character in "'\\\n\r"):
+        quoted = part.replace("\\", "\\\\").replace("'", "\\'")
+        yield quoted.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _leaves(value: Any, *, keys: bool = True) -> Iterator[str]:

@@ -124,12 +124,19 @@ class TemplateTraits:
         return not self._prints_tool(tool) and self._prints_tool(as_function(tool))
 
     @cached_property
-    def needs_descriptions(self) -> bool:
-        """Return whether the template rejects a function without a description."""
-        tool = {"name": _PROBED_TOOL, "parameters": {"type": "object", "properties": {}}}
-        return not self._prints_tool(as_function(tool)) and self._prints_tool(
-            as_function({**tool, "description": ""})
-        )
+    def needed_of_functions(self) -> dict[str, Any]:
+        """Return the keys without which the template rejects a function, with the value that it gets in their place."""
+        usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        function = {"name": _PROBED_TOOL, **usual}
+        if not self._prints_tool(as_function(function)):
+            return {}
+        return {
+            key: value
+            for key, value in usual.items()
+            if not self._prints_tool(
+                as_function({name: entry for name, entry in function.items() if name != key})
+            )
+        }
 
     @cached_property
     def knows_developer(self) -> bool:

@@ -530,6 +530,64 @@ def test_calls_in_the_form_of_the_template_are_not_counted(tokenizers: Tokenizer
         assert not renderer.notes(chat, renderer.render(chat)), name
 
 
+@pytest.mark.parametrize("text", ["Joe's Diner", "'q'", '^\\d+"$', "two\nlines\r", 'a\\b "c"', "\ttab"])
+def test_arguments_in_single_quotes_are_trained(text: str, tokenizers: Tokenizers):
+    asked = call()
+    asked["tool_calls"][0]["function"]["arguments"] = {"city": text, "more": {"nested": [text]}}
+    chat = read({"messages": [user(1), asked, RESULT, answer(1)], "tools": TOOLS})
+    for name in ("lfm2_v2", "lfm2_2_5_vl", "lfm2_2_5", "qwen3"):
+        assert "find_weather" in loss_texts(Renderer(tokenizers[name], whole_text=False).render(chat))[0]
+
+
+@pytest.mark.parametrize("name", ["gptoss", "llama3_1", "llama3_2"])
+def test_a_template_of_one_call_per_message_is_named(name: str, tokenizers: Tokenizers):
+    first, second = call(), call()
+    second["tool_calls"][0]["function"]["arguments"] = {"city": "Bodø"}
+    both = {**first, "tool_calls": [*first["tool_calls"], *second["tool_calls"]]}
+    renderer = Renderer(tokenizers[name], whole_text=False)
+    for calls in (both, {**first, "tool_calls": first["tool_calls"] * 2}):
+        with pytest.raises(RowError) as caught:
+            renderer.render(read({"messages": [user(1), calls, RESULT, RESULT, answer(1)], "tools": TOOLS}))
+        assert "message 2 (assistant) has 2 calls, but the chat template renders only one" in str(
+            caught.value
+        )
+        assert "in a message of its own, followed by its result" in str(caught.value)
+    apart = {"messages": [user(1), first, RESULT, second, RESULT, answer(1)], "tools": TOOLS}
+    assert "Bodø" in "".join(loss_texts(renderer.render(read(apart))))
+
+
+def test_a_template_without_calls_is_not_said_to_render_one(tokenizers: Tokenizers):
+    both = {**call(), "tool_calls": call()["tool_calls"] * 2}
+    for name in ("phi3", "cohere2"):
+        with pytest.raises(RowError) as caught:
+            Renderer(tokenizers[name], whole_text=False).render(read({"messages": [user(1), both]}))
+        assert "only one" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "function", [{"name": "find_weather"}, {"name": "find_weather", "description": "Find the weather."}]
+)
+def test_a_tool_without_parameters_is_rendered(function: dict[str, Any], tokenizers: Tokenizers):
+    written = {"messages": [user(1), answer(1)], "tools": json.dumps([{**TOOLS[0], "function": function}])}
+    filled = {"description": "", "parameters": {"type": "object", "properties": {}}, **function}
+    for name in ("muse_glimmer", "qwen3", "gptoss"):
+        texts = loss_texts(Renderer(tokenizers[name], whole_text=False).render(read(written)))
+        assert texts == loss_texts(
+            Renderer(tokenizers[name], whole_text=False).render(read(ROWS["one answer"]))
+        )
+    (sequence,) = Renderer(tokenizers["muse_glimmer"], whole_text=False).render(read(written))
+    full = read({**written, "tools": [{**TOOLS[0], "function": filled}]})
+    assert Renderer(tokenizers["muse_glimmer"], whole_text=False).render(full)[0].text == sequence.text
+
+
+def test_a_tool_that_the_template_cannot_render_is_named(tokenizers: Tokenizers):
+    tools = [TOOLS[0], {"type": "code_interpreter"}]
+    with pytest.raises(RowError, match=r"tool 2 of `tools` \(keys: type\) cannot be rendered"):
+        Renderer(tokenizers["muse_glimmer"], whole_text=False).render(
+            read({"messages": [user(1), answer(1)], "tools": tools})
+        )
+
+
 def test_messages_after_the_last_trained_turn_are_counted(tokenizers: Tokenizers):
     renderer = Renderer(tokenizers["qwen3"], whole_text=False)
     chat = read({"messages": [user(1), answer(1), user(2), answer(2, train=False)]})
