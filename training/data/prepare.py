@@ -234,7 +234,7 @@ class _Preparation:
             dropped_rows=tally.dropped,
             split_rows=tally.split_rows,
             split_sequences=tally.split_sequences,
-            has_reasoning=tally.has_reasoning or not tally.has_chats,
+            has_reasoning=tally.has_reasoning if tally.has_chats else None,
             notes=dict(tally.notes.most_common()),
             skipped_rows=dict(tally.kinds.most_common()),
             first_skipped=tally.first_faults(request),

@@ -53,7 +53,7 @@ from training.data.written_calls import with_tool_calls, writes_calls
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_QUESTION, _ANSWER = "What is it?", "That is it."
+_QUESTION, _ANSWER, _REASONING = "What is it?", "That is it.", "Let me think."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
@@ -242,6 +242,23 @@ class Renderer:
         except RowError:
             pass  # the template does not render this chat; rows of another shape have their own errors
         return None
+
+    def switch_of_reasoning(self) -> str | None:
+        """Return the variable of thinking that must be true for chat to ask as answers with reasoning are trained, or None."""
+        question: Message = {"role": "user", "content": _QUESTION}
+        answer: Message = {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASONING}
+        chat = Chat([question, answer])
+        try:
+            trained = self._turns_of(chat, [1])[0].prompt if self.traits.switches else ""
+            prompts = {
+                name: self.template.render([question], chat, prompt=True, switch={name: True})
+                for name in self.traits.switches
+            }
+            if trained == self.template.render([question], chat, prompt=True):
+                return None
+        except RowError:
+            return None  # the template renders no reasoning; rows that have it have their own errors
+        return next((name for name, prompt in prompts.items() if prompt == trained), None)
 
     def prompt(self, chat: Chat) -> str:
         """Render the messages of a chat with the generation prompt for the turn that follows them.

@@ -168,22 +168,27 @@ def cpu_has_bf16() -> bool:
 
 
 def template_warnings(
-    config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", *, has_reasoning: bool = True
+    config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", *, has_reasoning: bool | None = None
 ) -> Iterator[str]:
     """Warn of chat templates that do not mark the end of a response, mark it by text that does not stop generation, or ask otherwise.
 
     Args:
         config: The run's YAML.
         tokenizer: The model's tokenizer.
-        has_reasoning: False if no answer has reasoning.
+        has_reasoning: Whether an answer has reasoning; None: the rows are no chats.
     """
     if config.prompt_template is not None or config.task not in ("instruction_tuning", "preference_tuning"):
         return
     renderer = Renderer(tokenizer, whole_text=False, variables=config.chat_template_kwargs)
-    if not has_reasoning and (switch := renderer.switch_of_plain_answers()):
+    if has_reasoning is False and (switch := renderer.switch_of_plain_answers()):
         yield (
             "no row has reasoning, but the default prompt of the chat template asks for it, so chat, evaluation and servers would ask "
             f"otherwise than the rows. Set chat_template_kwargs: {{{switch}: false}}, also where the model is served"
+        )
+    if has_reasoning and (switch := renderer.switch_of_reasoning()):
+        yield (
+            "rows have reasoning, but the default prompt of the chat template asks for answers without it, so chat, evaluation and servers "
+            f"would ask otherwise than these rows. Set chat_template_kwargs: {{{switch}: true}}, also where the model is served"
         )
     if (
         renderer.traits.header

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -229,6 +230,20 @@ def test_rows_without_reasoning_for_a_template_that_asks_for_it_give_a_warning()
     assert not list(template_warnings(config(), tokenizer))
     off = config(chat_template_kwargs={"enable_thinking": False})
     assert not list(template_warnings(off, tokenizer, has_reasoning=False))
+
+
+def test_rows_with_reasoning_for_a_template_that_asks_for_none_give_a_warning():
+    tokenizer = make_tokenizer()
+    path = Path(trl.__file__).parent / "chat_templates/qwen3_5_nothink.jinja"
+    tokenizer.chat_template = path.read_text()
+    (warning,) = template_warnings(config(), tokenizer, has_reasoning=True)
+    assert_names(warning, "rows have reasoning", "chat_template_kwargs: {enable_thinking: true}")
+    assert not list(template_warnings(config(), tokenizer, has_reasoning=False))
+    assert not list(template_warnings(config(), tokenizer))
+    on = config(chat_template_kwargs={"enable_thinking": True})
+    assert not list(template_warnings(on, tokenizer, has_reasoning=True))
+    tokenizer.chat_template = path.with_name("qwen3_5_think.jinja").read_text()
+    assert not list(template_warnings(config(), tokenizer, has_reasoning=True))
 
 
 @pytest.mark.parametrize(
