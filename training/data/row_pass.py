@@ -171,9 +171,11 @@ class Tally:
             self.lost += rows.lost
             self.dropped += len(rows.left_out)
             self.lengths.update(rows.lengths.tolist())
-            self.too_long_rows += len(rows.too_long)
-            places = [((file, row), tokens) for file, row, tokens in rows.too_long]
-            self.too_long = [*self.too_long, *places][:_MAX_SHOWN]
+            longest: dict[Place, int] = {}  # a row may have several sequences
+            for file, row, tokens in rows.too_long:
+                longest[file, row] = max(tokens, longest.get((file, row), 0))
+            self.too_long_rows += len(longest)
+            self.too_long = [*self.too_long, *longest.items()][:_MAX_SHOWN]
 
     def merge(self, following: "Tally", lines_before: int) -> None:
         """Add the rows of another tally, which follow those of this one.
@@ -245,9 +247,9 @@ class Tally:
             more = self.too_long_rows - len(self.too_long)
             shown = "\n".join(
                 f"{request.files[file].uri}:{row}: {tokens} tokens" for (file, row), tokens in self.too_long
-            ) + (f"\n… and {more:,} more rows" if more else "")
+            ) + (f"\n… and {_rows(more)} more" if more else "")
             raise DataError(
-                f"{sources}: {self.too_long_rows:,} rows exceed the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
+                f"{sources}: {_rows(self.too_long_rows)} above the limit of {request.limit} tokens (long_rows: error):\n{shown}\n"
                 "Increase context_length, shorten these rows, or set long_rows to truncate or drop."
             )
         if self.rows == 0 and not self.dropped:
@@ -261,8 +263,12 @@ class Tally:
                 else "This is the model's maximum context, so shorten the rows."
             )
             raise DataError(
-                f"{sources}: no row has a loss token within {request.limit} tokens ({self.dropped:,} rows dropped). {advice}"
+                f"{sources}: no row has a loss token within {request.limit} tokens ({_rows(self.taken)} dropped). {advice}"
             )
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def reject_empty_shares(request: DataRequest, rows: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.messages import assert_names
@@ -113,6 +114,25 @@ def test_long_rows_are_dropped_and_counted(
     assert [row["row"] for row in rows_of(prepared)] == [1]
     assert (prepared.summary.truncated_rows, prepared.summary.dropped_rows) == (0, 2)
     assert prepared.summary.lengths.longest >= long, "lengths are measured before rows are dropped"
+
+
+def test_a_row_of_several_sequences_is_counted_once_by_the_errors_of_long_rows(
+    tiny_model: Path, chatml: PreTrainedTokenizerFast, tmp_path: Path
+):
+    """Qwen3's template renders an earlier turn otherwise once another follows."""
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
+    path = tmp_path / "rows.jsonl"
+    messages = [{"role": role, "content": "many words " * 20} for role in ("user", "assistant") * 2]
+    path.write_text(json.dumps({"messages": messages}))
+    data = request(path, context_length=40, long_rows="error")
+    with pytest.raises(DataError) as caught:
+        prepare(data, tokenizer, tiny_model, tmp_path / "cache")
+    assert "1 row above the limit of 40 tokens" in str(caught.value)
+    assert str(caught.value).count(f"{path}:1:") == 1
+    for long_rows in ("truncate", "drop"):
+        with pytest.raises(DataError, match=r"\(1 row dropped\)"):
+            prepare(replace(data, long_rows=long_rows), tokenizer, tiny_model, tmp_path / "cache")
 
 
 def test_long_rows_raise_an_error_that_names_them(
