@@ -136,10 +136,24 @@ def _reject_several_splits(uris: list[str], directory: str) -> None:
         found = _SPLIT.search(uri.removeprefix(directory).lower())
         by_split.setdefault(_SAME_SPLIT.get(found[1], found[1]) if found else "train", uri)
     if len(by_split) > 1:
+        chosen = _path_of_split(by_split.get("train", uris[0]), directory)
         raise DataError(
-            f"{directory}: contains files of several splits ({', '.join(sorted(by_split.values()))}). Name the file, or a pattern such as "
-            f"{directory.rstrip('/')}/*train*; {directory.rstrip('/')}/**/* takes all of them."
+            f"{directory}: contains files of several splits ({', '.join(sorted(by_split.values()))}). Name the files of one, such as "
+            f"{chosen}; {directory.rstrip('/')}/**/* takes all of them."
         )
+
+
+def _path_of_split(uri: str, directory: str) -> str:
+    """Return a path that names the files of a file's split: their folder, a pattern of their names, or the file itself."""
+    start = len(directory.rstrip("/"))
+    found = _SPLIT.search(uri[start:].lower())
+    if found is None:
+        return uri
+    begin, end = start + found.start(1), start + found.end(1)
+    folder, slash, _ = uri[end:].partition("/")
+    if slash:
+        return uri[:end] + folder
+    return f"{uri[:begin].rpartition('/')[0]}/*{uri[begin:end]}*"
 
 
 def _is_glob(place: str) -> bool:
@@ -166,6 +180,7 @@ def _matches(pattern: str) -> list[tuple[str, str]]:
             f"{pattern}: invalid glob pattern ({error}). `**` must stand alone between two slashes."
         ) from error
     found = [item for item in find_objects(directory or "/") if matches(item[0])]
+    found = [item for item in found if not _is_description(item[0])] or found
     if not _is_hidden(pattern, directory):
         found = [item for item in found if not _is_hidden(item[0], directory)]
     if not found:
@@ -175,9 +190,12 @@ def _matches(pattern: str) -> list[tuple[str, str]]:
     return found
 
 
+def _is_description(uri: str) -> bool:
+    return PurePosixPath(uri).name in _DESCRIPTIONS
+
+
 def _is_data_file(uri: str, directory: str) -> bool:
-    is_description = PurePosixPath(uri).name in _DESCRIPTIONS
-    return not is_description and not _is_hidden(uri, directory) and _kind_of(uri)[0] in _KINDS.values()
+    return not _is_description(uri) and not _is_hidden(uri, directory) and _kind_of(uri)[0] in _KINDS.values()
 
 
 def _is_hidden(uri: str, directory: str) -> bool:

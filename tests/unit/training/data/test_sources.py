@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from tests.support.messages import assert_names
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError
@@ -290,6 +290,23 @@ def test_saved_dataset_is_read_without_its_description(tmp_path: Path):
     assert read(Path(file.uri)) == [(1, rows[0]), (2, rows[1])]
 
 
+def test_a_saved_dict_of_datasets_is_read_by_the_folders_of_its_splits(tmp_path: Path):
+    """As `DatasetDict.save_to_disk` writes it."""
+    rows = [{"prompt": "a", "completion": "b"}]
+    folder = tmp_path / "saved"
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows)}).save_to_disk(str(folder))
+    with pytest.raises(DataError, match=f"such as {folder}/train;"):
+        find_files(str(folder), 0)
+    arrow = [str(path) for path in (folder / "train").glob("*.arrow")]
+    for path in ("train", "train/*", "*/data*", "train/**/*"):
+        assert arrow[0] in [file.uri for file in find_files(f"{folder}/{path}", 0)]
+        assert all(file.uri.endswith(".arrow") for file in find_files(f"{folder}/{path}", 0))
+    states = tmp_path / "states"
+    states.mkdir()
+    (states / "state.json").write_text("[]")
+    assert len(find_files(f"{states}/*.json", 0)) == 1, "a pattern of descriptions alone says what is meant"
+
+
 @pytest.mark.parametrize(
     ("names", "are_mixed"),
     [
@@ -300,6 +317,8 @@ def test_saved_dataset_is_read_without_its_description(tmp_path: Path):
         (("a_train.jsonl", "a_holdout.jsonl"), True),
         (("a.jsonl", "a.held_out.jsonl"), True),
         (("evaluation.jsonl", "test.jsonl"), True),
+        (("data/Train-1.jsonl", "data/test-1.jsonl"), True),
+        (("parts/train-v2/a/a.jsonl", "parts/test/a.jsonl"), True),
         (("train-00000.jsonl", "train-00001.jsonl"), False),
         (("val.jsonl", "validation.jsonl"), False),
         (("a.jsonl", "train.jsonl"), False),
@@ -310,14 +329,16 @@ def test_directory_with_files_of_several_splits_raises_an_error(
     names: tuple[str, ...], are_mixed: bool, tmp_path: Path
 ):
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     if not are_mixed:
         assert len(find_files(str(tmp_path), 0)) == len(names)
         return
     with pytest.raises(DataError) as caught:
         find_files(str(tmp_path), 0)
-    assert_names(str(caught.value), *names, "*train*")
+    assert_names(str(caught.value), *names)
+    advised = str(caught.value).partition("such as ")[2].partition(";")[0]
+    assert [file.uri for file in find_files(advised, 0)] == [str(tmp_path / names[0])]
     assert len(find_files(f"{tmp_path}/**/*", 0)) == len(names), "a pattern says what is meant"
 
 
