@@ -6,17 +6,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from training.data.class_names import class_names, with_names
 from training.data.errors import RowError
 
 _Decoder = Callable[[Any], Any]
 
 
 def rows_of_batch(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
-    """Yield the rows of a batch, with JSON columns as the values that they hold."""
+    """Yield the rows of a batch, with JSON columns as the values that they hold, and numbers of classes with their names."""
+    names = class_names(batch.schema.metadata)
     decoders = {
         field.name: decoder for field in batch.schema if (decoder := _decoder(field.type)) is not None
     }
     for row in batch.to_pylist():
+        if names:
+            row = with_names(row, names)
         yield _decoded(row, decoders) if decoders else row
 
 

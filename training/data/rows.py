@@ -24,6 +24,7 @@ from training.data.chats import (
     turns_of,
     written_turns,
 )
+from training.data.class_names import ClassNumber
 from training.data.errors import RowError, check_text, json_type, short
 from training.data.flags import excludes_something, flag_of, is_quality_tag
 from training.data.pretokenized import (
@@ -160,6 +161,7 @@ def recognise(
         name
         for name, needed in _COLUMNS.items()
         if all(row.get(_name_of(row, columns, column)) is not None for column in needed)
+        and not (name in _CHATS and name not in columns and name in columns.values())
     ]
     allowed = (*_FORMATS_OF_TASK[task], *(_UNPAIRED if unpaired else ()))
     if "tokens" in found and "tokens" in allowed and has_loss_column(row):
@@ -196,6 +198,11 @@ def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: t
         for name, value in row.items()
         if isinstance(value, list) and value and isinstance(value[0], dict)
     ]
+    chats = [(name, row[name][0]) for name in lists if is_message(row[name][0])]
+    if chats and "messages" in allowed:
+        name, message = chats[0]
+        standard = "messages" if "role" in message else "conversations"
+        return f"has messages in the column `{name}`. Set columns: {{{standard}: {name}}} ({_found(row)})"
     if len(row) == 1 and lists:
         return f"has its rows in a list under `{lists[0]}`. Write the list alone, or one row per line ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
@@ -214,6 +221,8 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
         RowError: The row cannot be trained on.
     """
     row = _with_input_as_columns(row)
+    if reading.task == "classification":
+        row = _with_class_names(row, reading)
     if reading.prompt_template is not None:
         filled = _fill(row, reading.prompt_template, reading.columns)
         names = {reading.columns.get(name, name) for name in places_of(reading.prompt_template)}
@@ -254,6 +263,16 @@ def read_row(row: dict[str, Any], reading: RowSchema) -> Example:
             "has only assistant messages that are excluded from the loss (weight 0, or before the first user message)",
         )
     return example
+
+
+def _with_class_names(row: dict[str, Any], reading: RowSchema) -> dict[str, Any]:
+    """Return a row with the names of classes in place of numbers that are no labels (`datasets.ClassLabel`)."""
+    names = {
+        column: value.name
+        for column, value in row.items()
+        if isinstance(value, ClassNumber) and str(value) not in reading.labels
+    }
+    return {**row, **names} if names else row
 
 
 def _with_greeting_as_context(chat: Chat) -> Chat:
@@ -445,9 +464,10 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
     answer = str(chat.messages[-1].get("content", "")).strip()
     if answer not in labels:
         known = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
+        fix = "Write the text of the class instead of its number" if answer.isdigit() else "Fix the label"
         raise RowError(
             "unknown label",
-            f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known})",
+            f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known}). {fix}, or add it there",
         )
     messages = [*chat.messages[:-1], {**chat.messages[-1], "content": answer}]
     return replace(chat, messages=messages, label=labels.index(answer))
@@ -516,7 +536,23 @@ def _read_chat_column(name: str, row: dict[str, Any], columns: Mapping[str, str]
     if reasoning := _reasoning_of(row, columns):
         messages = _with_reasoning_of_row(messages, reasoning, columns)
     tools = _tools_of(row, columns, wrap=name == "conversations")
-    return read_chat(messages, called, tools, system=_system_of(row, columns))
+    try:
+        return read_chat(messages, called, tools, system=_system_of(row, columns))
+    except RowError as error:
+        if error.kind == "nothing trained":
+            raise RowError(error.kind, f"{error}. {_place_of_answer(row, called)}") from None
+        raise
+
+
+def _place_of_answer(row: dict[str, Any], called: str) -> str:
+    """Return what to do about messages without an answer, which a column beside them may hold."""
+    named = ("completion", "output", *_OTHER_NAMES["completion"])
+    for name, value in row.items():
+        if isinstance(value, str) and (name in named or "answer" in name):
+            return (
+                f"If `{name}` is the answer, set columns: {{prompt: {called.strip('`')}, completion: {name}}}"
+            )
+    return "End the messages with the answer"
 
 
 def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:

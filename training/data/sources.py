@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from training.data.class_names import with_names
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError, json_type, unique_keys
 from training.data.hub import hub_errors, hub_version, is_hub_dataset, parse_hub_uri, parts_of, text_files
 from training.data.json_columns import rows_of_batch
@@ -699,13 +700,18 @@ def _open_hub(file: DataFile, cache: Path) -> OpenFile:
     revision = None if constants.HF_HUB_OFFLINE else file.version
     with hub_errors(file.uri):
         dataset = datasets.load_dataset(name, config, split=split, revision=revision)
+    names = {
+        column: feature.names
+        for column, feature in dataset.features.items()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        if isinstance(feature, datasets.ClassLabel)
+    }
     read = 0
 
     def rows() -> Iterator[tuple[int, Any]]:
         nonlocal read
         for row in dataset:
             read += 1
-            yield read, row
+            yield read, with_names(row, names)  # pyright: ignore[reportArgumentType]
 
     return OpenFile(rows(), lambda: read / max(len(dataset), 1))  # pyright: ignore[reportArgumentType]
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.messages import assert_names
+from training.data.class_names import with_names
 from training.data.errors import RowError
 from training.data.records import Chat, Example, Filled, Pair, Task, Text
 from training.data.rows import RowSchema, read_row, recognise
@@ -365,6 +366,35 @@ def test_labels_must_be_listed_in_the_yaml():
         read({"text": "I like it", "label": "fine"}, "classification", labels=labels)
 
 
+@pytest.mark.parametrize("name", ["dialog", "chat", "turns", "data"])
+def test_a_chat_is_read_under_the_name_that_columns_give(name: str):
+    assert read({name: [USER, ASSISTANT]}, columns={"messages": name}) == Chat([USER, ASSISTANT])
+
+
+def test_an_answer_beside_the_messages_is_read_as_columns_say():
+    """Dolphin-R1."""
+    row = {"messages": [SYSTEM, USER], "reasoning": "Two twos.", "answer": "4", "model": "x"}
+    columns = {"prompt": "messages", "completion": "answer"}
+    chat = read(row, columns=columns)
+    assert chat == Chat([SYSTEM, USER, ASSISTANT | {"reasoning_content": "Two twos."}])
+    assert isinstance(chat, Chat)
+    assert chat.notes == ("column `model` is not used",)
+
+
+def test_a_number_of_a_class_is_read_by_its_name():
+    """As `datasets` stores a ClassLabel."""
+    number = with_names({"text": "I like it", "label": 1}, {"label": ["bad", "good"]})
+    labels = {("bad", "good"): "good", ("good", "bad"): "good", ("0", "1"): "1"}
+    for known, expected in labels.items():
+        chat = read(number, "classification", labels=known)
+        assert isinstance(chat, Chat)
+        assert chat.messages[-1]["content"] == expected
+        assert chat.label == known.index(expected)
+    with pytest.raises(RowError, match=r"'1'.*label_tokens \(bad, good\).*text of the class instead"):
+        read({"text": "I like it", "label": 1}, "classification", labels=("bad", "good"))
+    assert with_names({"label": -1}, {"label": ["bad"]}) == {"label": -1}
+
+
 def test_a_prompt_template_formats_columns():
     template = "### Instruction: {instruction} {input}\n### Response: {output}\n"
     row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
@@ -388,6 +418,18 @@ def test_missing_column_raises_an_error_that_lists_the_present_ones():
         ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
         (USER, ("one message", '{"messages": [...]}')),
         ({"data": [{"prompt": "2 + 2?", "completion": "4"}]}, ("`data`", "one row per line")),
+        ({"dialog": [USER, ASSISTANT]}, ("`dialog`", "columns: {messages: dialog}", "found: dialog")),
+        ({"id": 7, "msgs": [USER, ASSISTANT]}, ("`msgs`", "columns: {messages: msgs}")),
+        ({"history": [{"from": "human", "value": "a"}]}, ("columns: {conversations: history}",)),
+        ({"messages": [USER], "id": 7}, ("no assistant", "End the messages with the answer")),
+        (
+            {"messages": [SYSTEM, USER], "model": "x", "answer": "4"},
+            ("no assistant", "`answer`", "columns: {prompt: messages, completion: answer}"),
+        ),
+        (
+            {"conversations": [USER], "reference_answer": "4"},
+            ("columns: {prompt: conversations, completion: reference_answer}",),
+        ),
         ({"messages": "hello"}, ("`messages`", "string", "list")),
         ({"messages": []}, ("`messages`", "empty")),
         ({"messages": ["hello"]}, ("message 1 ", "role", "content")),

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from tests.support.messages import assert_names
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError
@@ -288,6 +288,19 @@ def test_saved_dataset_is_read_without_its_description(tmp_path: Path):
     (file,) = find_files(str(tmp_path / "saved"), 0)
     assert file.uri.endswith(".arrow")
     assert read(Path(file.uri)) == [(1, rows[0]), (2, rows[1])]
+
+
+def test_numbers_of_classes_are_read_with_their_names(tmp_path: Path):
+    """The names are in the metadata of Arrow and Parquet files that `datasets` writes."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    dataset = Dataset.from_list([{"text": "fine", "label": 1}, {"text": "?", "label": -1}], features)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    (arrow,) = find_files(str(tmp_path / "saved"), 0)
+    for path in (Path(arrow.uri), tmp_path / "rows.parquet"):
+        named, unknown = (row["label"] for _, row in read(path))
+        assert (named, named.name, unknown) == (1, "good", -1)
+        assert not hasattr(unknown, "name")
 
 
 def test_a_saved_dict_of_datasets_is_read_by_the_folders_of_its_splits(tmp_path: Path):
