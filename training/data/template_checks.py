@@ -13,6 +13,7 @@ DROPPED_TEXT = "dropped text"
 OTHER_CONTEXT = "other context"
 TEMPLATE_KINDS = {"template", DROPPED_TEXT, OTHER_CONTEXT}
 """Faults of rows that another chat template would render."""
+_ARGUMENT = "an argument of a tool call"
 _NUMBER = re.compile(r"message (\d+)")
 # Templates print the types of JSON schemas in their own spelling.
 _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
@@ -52,7 +53,7 @@ def check_answer(text: str, message: Message, name: str) -> None:
 def _parts_of(call: dict[str, Any], drops: str) -> list[tuple[str, str]]:
     """Return the texts of a call that its rendering must have, with the error for each."""
     function = call["function"]
-    leaves = [(f"{drops} an argument of a tool call", leaf) for leaf in _leaves(function["arguments"])]
+    leaves = [(f"{drops} {_ARGUMENT}", leaf) for leaf in _leaves(function["arguments"])]
     return [(f"{drops} the name of a tool call", function["name"]), *leaves]
 
 
@@ -160,8 +161,8 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     """
     parts = [(reason, part.strip()) for reason, part in parts if part.strip()]
     rest, cursor = [], 0
-    for _, part in parts:
-        places = ((text.find(spelling, cursor), len(spelling)) for spelling in _spellings(part))
+    for reason, part in parts:
+        places = ((text.find(spelling, cursor), len(spelling)) for spelling in _spellings(part, reason))
         place, length = next((found for found in places if found[0] >= 0), (-1, 0))
         if place < 0:
             break
@@ -170,7 +171,7 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     else:
         return "\0".join([*rest, text[cursor:]])
     for reason, part in sorted(parts, key=lambda entry: -len(entry[1])):
-        spelling = next((spelling for spelling in _spellings(part) if spelling in text), None)
+        spelling = next((spelling for spelling in _spellings(part, reason) if spelling in text), None)
         if spelling is None:
             # Reasoning may stand in a column, too; the content of a message does not.
             is_column = reason.startswith(("`tools`", "the system column")) or reason.endswith("reasoning")
@@ -183,14 +184,14 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
     return text
 
 
-def _spellings(part: str) -> Iterator[str]:
-    """Yield how templates write a text: as it is, as a JSON string, or as a Python string in single quotes (LFM2)."""
+def _spellings(part: str, reason: str = "") -> Iterator[str]:
+    """Yield how templates write a text: as it is, as a JSON string, or, of an argument, as Python writes it in single quotes (LFM2)."""
     yield part
     escaped = json.dumps(part, ensure_ascii=False)[1:-1]
     if escaped != part or not part.isascii():
         yield escaped
         yield json.dumps(part)[1:-1]
-    if any(character in part for character in "'\\\n\r"):
+    if reason.endswith(_ARGUMENT):
         quoted = part.replace("\\", "\\\\").replace("'", "\\'")
         yield quoted.replace("\n", "\\n").replace("\r", "\\r")
 
