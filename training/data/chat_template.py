@@ -163,12 +163,13 @@ def _rejection(chat: Chat, messages: list[Message], render: Callable[..., str], 
     if index is None:
         for number, tool in enumerate(chat.tools or (), start=1):
             if _fails(render, messages=[{"role": "user", "content": _QUESTION}], tools=[tool]):
-                keys = ", ".join(tool.get("function", tool))
+                function = tool.get("function")
+                keys = ", ".join(function if isinstance(function, dict) else tool)
                 return f"tool {number} of `tools` (keys: {keys}) cannot be rendered by the chat template ({error}). Fix the tool, or set chat_template"
         return f"cannot be rendered by the chat template, whatever the messages are ({error}). Set chat_template, or change `tools` or chat_template_kwargs"
     if index >= len(chat.messages):
         return f"is rejected by the chat template ({error}). Set chat_template, or fix the row"
-    calls = messages[index].get("tool_calls", ())
+    calls = messages[index].get("tool_calls", ()) if messages else ()
     if len(calls) > 1 and not _fails(
         render, messages=[*messages[:index], {**messages[index], "tool_calls": calls[:1]}]
     ):
