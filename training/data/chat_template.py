@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
 from jinja2.runtime import LoopContext
 
-from training.data.errors import DataError, RowError
+from training.data.errors import DataError, RowError, only_one_call
 from training.data.records import Chat, Message
-from training.data.template_checks import only_one_call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

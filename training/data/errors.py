@@ -56,6 +56,19 @@ def short(value: Any) -> str:
     return shown if len(shown) <= 40 else shown[:40] + "…"
 
 
+def only_one_call(name: str, count: int) -> str:
+    """Return the error for a message with several calls where a template renders one.
+
+    Args:
+        name: Name of the message.
+        count: Number of its calls.
+    """
+    return (
+        f"{name} has {count} calls, but the chat template renders only one per message. Write each call in a message of its own, followed "
+        "by its result"
+    )
+
+
 def check_text(text: Any, what: Callable[[], str] | str) -> str:
     """Return a text that can be tokenized; raise RowError if it is blank, too large or not valid Unicode.
 

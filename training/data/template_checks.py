@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from training.data.errors import RowError
+from training.data.errors import RowError, only_one_call
 from training.data.records import Message
 from training.data.template_forms import thought_of
 
@@ -64,19 +64,6 @@ def _is_only_first(text: str, calls: Sequence[dict[str, Any]]) -> bool:
     except RowError:
         return False
     return not any(call["function"]["name"] in rest for call in calls[1:])
-
-
-def only_one_call(name: str, count: int) -> str:
-    """Return the error for a message with several calls where a template renders one.
-
-    Args:
-        name: Name of the message.
-        count: Number of its calls.
-    """
-    return (
-        f"{name} has {count} calls, but the chat template renders only one per message. Write each call in a message of its own, followed "
-        "by its result"
-    )
 
 
 def check_parts(text: str, messages: Sequence[Message]) -> None:
