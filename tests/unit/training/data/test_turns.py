@@ -887,7 +887,7 @@ def test_the_date_of_a_template_is_fixed(tokenizers: Tokenizers):
     (sequence,) = renderer.render(read(ROWS["one answer"]))
     assert "Current date: 2026-01-02" in sequence.text
     assert renderer.template.date == "2026-01-02"
-    assert Renderer(tokenizers["qwen3"], whole_text=False).date is None
+    assert Renderer(tokenizers["qwen3"], whole_text=False).template.date is None
 
 
 @pytest.mark.parametrize(("weight", "noted"), [(0, True), (1, False)])
