@@ -185,7 +185,7 @@ def test_bad_files_raise_an_error_with_the_line(write, text: str | bytes, facts:
 
 
 def test_errors_are_limited_to_50_lines(write):
-    path = write("".join(f"key{number}: 1\n" for number in range(20_000)))
+    path = write("".join(f"key{number}: 1\n" for number in range(1000)))
     assert len(error_message(path).splitlines()) == 50
 
 

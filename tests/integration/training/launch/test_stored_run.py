@@ -19,6 +19,7 @@ RUN = Path("runs", "stored")
 """Path of the run in its home directory: `storage_path: runs`, `run_name: stored`."""
 
 
+@pytest.mark.slow
 def test_run_of_an_earlier_version_resumes_to_the_same_weights(tmp_path: Path):
     home = tmp_path / "home"
     shutil.copytree(STORED, home)
