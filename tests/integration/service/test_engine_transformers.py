@@ -1,6 +1,7 @@
 """The transformers engine: answers equal plain `generate`, whatever else is in the batch."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support.engines import (
     store_full,
 )
 from tests.support.tiny_model import make_model
+from training.models.files import ModelError
 
 QUESTIONS = [
     "Ada has 3 apples and buys 4. How many?",
@@ -326,3 +328,11 @@ def test_answer_without_max_tokens_ends_at_the_context(engine: TransformersEngin
         return last
 
     run(ask())
+
+
+def test_a_base_model_with_an_adapter_beside_it_raises_an_error(tiny_model: Path, tmp_path: Path):
+    """transformers would load the adapter into the base model without a word."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=rf"^model {model}: has an adapter beside the model"):
+        start_engine(model)
