@@ -107,7 +107,7 @@ def load_weights(
         model, str(directory), loaded["missing_keys"]
     )  # transformers has initialized them at random
     if model.generation_config is not None:
-        correct(model.generation_config)
+        correct(model.generation_config, model.config)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model

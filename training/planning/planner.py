@@ -437,11 +437,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
         facts = replace(facts, parameter_shapes=meta.shapes)
     check_generation(directory, base, vocabulary_rows(facts, default=sys.maxsize))
-    corrections = (
-        check_savable(directory, base, trust_remote_code=trust)
-        if config.final_export or not config.trains_adapter
-        else Corrections()
-    )
+    corrections = check_savable(directory, base, trust_remote_code=trust)
     with about_key("export"):
         check_export(config, facts)
     template = read_chat_template(config)
