@@ -552,7 +552,7 @@ def _continued_adapter(
 ) -> AdapterParameters:
     """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
     file = fetch_model(facts.source, storage.cache, is_model_file) / ADAPTER_FILE
-    facts = without_base_weights(facts, file, model.facts)
+    facts = without_base_weights(facts, file, model.facts, model.meta.model)
     parameters, wrong = continued_adapter(model.meta, facts)
     check_adapter(config, facts, parameters, wrong, model.facts)
     if config.lora_config:
