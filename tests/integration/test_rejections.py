@@ -591,8 +591,9 @@ def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error
     (warning,) = [line for line in finished.result["warnings"] if "generation config" in line]
     assert_names(warning, str(damaged_model), "temperature", "do_sample")
     file.write_text(json.dumps(settings | {"num_return_sequences": 2}))
-    message = rejected(model_id=str(damaged_model))
-    assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
+    for changes in ({}, {"lora_config": {"r": 4}}):
+        message = rejected(model_id=str(damaged_model), **changes)
+        assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
 
 
 def test_preference_tuning_without_a_right_reference_raises_an_error(rejected: Rejected, tmp_path: Path):

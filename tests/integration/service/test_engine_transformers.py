@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import MistralConfig, Qwen3NextConfig
 
-from service.engine import Delta
+from configs.schema import FinetuneConfig
+from service.checkpoints import base_checkpoint
+from service.engine import Delta, EngineSettings
 from service.transformers_engine import TransformersEngine
 from tests.support.engines import (
     Reference,
@@ -24,6 +26,7 @@ from tests.support.engines import (
 )
 from tests.support.tiny_model import make_model
 from training.models.files import ModelError
+from utils.storage.bucket import open_store, upload_directory
 
 QUESTIONS = [
     "Ada has 3 apples and buys 4. How many?",
@@ -330,9 +333,15 @@ def test_answer_without_max_tokens_ends_at_the_context(engine: TransformersEngin
     run(ask())
 
 
-def test_a_base_model_with_an_adapter_beside_it_raises_an_error(tiny_model: Path, tmp_path: Path):
+def test_a_base_model_with_an_adapter_beside_it_raises_an_error_with_its_uri(
+    tiny_model: Path, tmp_path: Path, bucket_uri: str
+):
     """transformers would load the adapter into the base model without a word."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=rf"^model {model}: has an adapter beside the model"):
-        start_engine(model)
+    upload_directory(model, open_store(bucket_uri), "", [path.name for path in model.iterdir()])
+    config = FinetuneConfig(
+        model_id=bucket_uri, train_path="rows.jsonl", output_dir=str(tmp_path / "scratch")
+    )
+    with pytest.raises(ModelError, match=rf"^model {bucket_uri}: has an adapter beside the model"):
+        base_checkpoint(EngineSettings("tiny", bucket_uri, config, 1, threads=1))
