@@ -16,6 +16,7 @@ from training.checkpoints.weights import fetch_model, verify_local_weights
 from training.inference.checkpoint_model import TrainedModel, trained_model
 from training.models.files import (
     AdapterFacts,
+    check_no_adapter,
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
@@ -60,6 +61,7 @@ def base_checkpoint(settings: EngineSettings) -> Checkpoint:
         directory = fetch_model(uri, make_scratch_directory(config) / "cache", is_model_file)
         if not is_hub_id(uri):
             verify_local_weights(uri, directory, is_model_file)
+    check_no_adapter(uri, [path.name for path in directory.iterdir()])
     tokenizer = load_tokenizer(
         directory,
         source=uri,

@@ -381,6 +381,10 @@ def test_truncated_weights_in_a_bucket_raise_an_error_with_both_sizes(
             ("own.Own", "trust_remote_code: true"),
         ),
         ({"hidden_act": "nonesuch"}, ("config.json", "nonesuch")),
+        ({"quantization_config": {}}, ("quantization_config", "does not name", "remove quantization_config")),
+        ({"return_dict": False}, ("config.json: return_dict", "Remove return_dict")),
+        ({"text_config": {"hidden_size": 5}}, ("config.json: text_config", "Remove text_config")),
+        ({"architectures": 5}, ("config.json", "architectures")),
     ],
     ids=str,
 )
@@ -392,6 +396,24 @@ def test_model_that_the_worker_could_not_load_is_rejected(
     message = rejected(model_id=str(damaged_model))
     assert message.startswith(f"model {damaged_model}: ")
     assert_names(message, *facts)
+
+
+def test_index_without_shards_is_rejected_with_its_key(rejected: Rejected, damaged_model: Path):
+    index = damaged_model / "model.safetensors.index.json"
+    index.write_text("{}")
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"{index}: weight_map ")
+
+
+def test_adapter_beside_the_base_model_is_rejected(rejected: Rejected, damaged_model: Path, tmp_path: Path):
+    adapter = write_adapter(tmp_path / "adapter", damaged_model)
+    for file in adapter.iterdir():
+        shutil.copy(file, damaged_model)
+    message = rejected(model_id=str(damaged_model))
+    assert message.startswith(f"model {damaged_model}: ")
+    assert_names(
+        message, "adapter_config.json", "adapter_model.safetensors", "initial_adapter_model_ckpt_path"
+    )
 
 
 def test_nan_in_the_base_model_is_rejected_with_file_and_tensor(rejected: Rejected, damaged_model: Path):
@@ -569,8 +591,9 @@ def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error
     (warning,) = [line for line in finished.result["warnings"] if "generation config" in line]
     assert_names(warning, str(damaged_model), "temperature", "do_sample")
     file.write_text(json.dumps(settings | {"num_return_sequences": 2}))
-    message = rejected(model_id=str(damaged_model))
-    assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
+    for changes in ({}, {"lora_config": {"r": 4}}):
+        message = rejected(model_id=str(damaged_model), **changes)
+        assert_names(message, f"model {damaged_model}: generation_config.json ", "num_return_sequences")
 
 
 def test_preference_tuning_without_a_right_reference_raises_an_error(rejected: Rejected, tmp_path: Path):

@@ -313,11 +313,14 @@ def _set_stop_tokens(settings: "GenerationConfig", trained: "TrainedModel") -> N
 
 def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
     """Copy the adapter, and write the base model's generation config beside it, which a server then reads."""
+    from training.models.architecture import load_config
     from training.models.generation import correct, read_generation_config
 
     weights = trained.weights()
-    generation = read_generation_config(trained.fetch_base(is_tokenizer_file))
-    correct(generation)
+    assert trained.base is not None
+    base = trained.fetch_base(is_tokenizer_file)
+    generation = read_generation_config(base)
+    correct(generation, load_config(base, trained.base, trained.config.trust_remote_code))
     _set_stop_tokens(generation, trained)
     generation.save_pretrained(directory)
     shutil.copyfile(weights / "adapter_model.safetensors", directory / "adapter_model.safetensors")

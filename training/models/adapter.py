@@ -16,6 +16,7 @@ from utils.processes import importing
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
 # Keys of adapter_config.json that do not change what the loaded adapter computes.
@@ -127,29 +128,38 @@ def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterPa
     return parameters, _mismatch(parameters, _as_loaded(adapted, adapter))
 
 
-def without_base_weights(adapter: AdapterFacts, file: Path, base: ModelFacts) -> AdapterFacts:
+def without_base_weights(
+    adapter: AdapterFacts, file: Path, base: ModelFacts, model: "PreTrainedModel"
+) -> AdapterFacts:
     """Return an adapter without the embeddings in its file that equal the base model's, as save_embedding_layers writes them.
 
     Args:
         adapter: The adapter.
         file: Local copy of its adapter_model.safetensors.
         base: The base model. Embeddings are compared only if its weights are in a local directory.
+        model: The base model without weights.
     """
     import torch
     from safetensors import safe_open
 
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head is None or head.weight is embedding.weight
+    # Files of a base model may name its ends otherwise than the model does, and have a tied one only once.
+    ends = [name for name in base.tensors if is_embedding(name) or is_head(name)]
     equal = set()
-    for name in adapter.parameter_shapes:
-        stored = base.tensors.get(name.removeprefix(_PREFIX))
-        if stored is None or not (is_embedding(name) or is_head(name)):
+    for name, shape in adapter.parameter_shapes.items():
+        if not (is_embedding(name) or is_head(name)):
             continue
-        weights = Path(base.source) / stored.file
-        if not weights.exists():
-            continue
-        with safe_open(file, "pt") as ours, safe_open(weights, "pt") as theirs:
-            saved, original = ours.get_tensor(name), theirs.get_tensor(name.removeprefix(_PREFIX))
-        if saved.shape == original.shape and torch.equal(saved.float(), original.float()):
-            equal.add(name)
+        for end in ends:
+            stored = base.tensors[end]
+            weights = Path(base.source) / stored.file
+            is_same_end = is_tied or is_head(end) == is_head(name)
+            if not (is_same_end and stored.shape == shape and weights.exists()):
+                continue
+            with safe_open(file, "pt") as ours, safe_open(weights, "pt") as theirs:
+                saved, original = ours.get_tensor(name), theirs.get_tensor(end)
+            if torch.equal(saved.float(), original.float()):
+                equal.add(name)
     # The trained modules of modules_to_save have the same names, and may still equal the base model.
     saved_modules = adapter.lora.get("modules_to_save") or []
     shapes = {

@@ -38,6 +38,15 @@ _STAGES = (
     re.compile(r"\.(down_proj|mlp\.c_proj|dense_4h_to_h|w2)\."),
 )
 _OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
+_TEXT_CONFIGS = ("text_encoder", "decoder", "generator", "text_config")
+"""Keys of a config.json that transformers takes for the config of a language model."""
+_CALLER_SETTINGS = {
+    "return_dict": True,
+    "output_attentions": False,
+    "fusion_config": None,
+    "distributed_config": None,
+}
+"""Keys of a config.json that only a caller should set, with the values that training needs."""
 ATTENTION_OUTPUT, MLP_INPUT = 2, 3
 """Stages of a layer, as returned by `position`."""
 
@@ -136,7 +145,7 @@ def check_custom_code(directory: Path, source: str, *, trust_remote_code: bool) 
                 f"model {source}: transformers does not know its type {kind}; auto_map in config.json names its own code, {named[key]}. "
                 "Review that code, then write trust_remote_code: true."
             )
-        file = f"{named[key].rpartition('.')[0]}.py"
+        file = f"{str(named[key]).rpartition('.')[0]}.py"
         if trust_remote_code and "--" not in file and not (directory / file).exists():
             raise ModelError(
                 f"model {source}: auto_map in config.json names {named[key]}, but {file} is missing, because code is not downloaded with a "
@@ -425,14 +434,15 @@ def _has_custom_code(config: Any) -> bool:
 
 
 def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
-    """Return the config of transformers; raise ModelError if transformers cannot read it."""
+    """Return the config of transformers; raise ModelError if transformers cannot read it, or load the model with it."""
     with importing():
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
 
     try:
         with importing():  # this imports the model's configuration, and with it much of torch
-            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            text = config.get_text_config()
     except StrictDataclassError as error:
         reason = (
             str(error).strip().splitlines()[-1].strip()
@@ -445,3 +455,18 @@ def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
             f"model {source}: transformers cannot read its config.json ({first_line(error)}). Use a model that the installed "
             "transformers supports. A model with custom code also needs trust_remote_code: true."
         ) from error
+    where = f"model {source}: config.json"
+    if not isinstance(text, PreTrainedConfig):
+        key = next(key for key in _TEXT_CONFIGS if getattr(config, key, None) is text)
+        raise ModelError(
+            f"{where}: {key} is {text!r}, but {config.model_type} has no such part. Remove {key} in a copy of the model."
+        )
+    for part in (config, text):
+        for key, usual in _CALLER_SETTINGS.items():
+            value = getattr(part, key, usual)
+            if value not in (usual, None):
+                raise ModelError(
+                    f"{where}: {key} is {value!r}, but the training decides how the model is loaded and what it returns. Remove "
+                    f"{key} in a copy of the model."
+                )
+    return config

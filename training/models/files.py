@@ -4,7 +4,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,7 @@ _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
+_ADAPTER_CONFIG = "adapter_config.json"
 ALL_WEIGHTS = "its *.safetensors"
 """The weight files of a model in messages that cannot name one."""
 _SINGLE = "model.safetensors"
@@ -133,11 +134,11 @@ def without_strays(source: str, wanted: Callable[[str], bool]) -> Callable[[str]
         source: Directory or URI of a model or an adapter.
         wanted: Returns whether a file is needed.
     """
-    index = open_store(source).read_if_exists(_INDEX)
-    if index is None:
+    store = open_store(source)
+    if store.read_if_exists(_INDEX) is None:
         return wanted
-    shards = set(json.loads(index)["weight_map"].values())
-    return lambda key: wanted(key) and (not key.endswith(".safetensors") or key in shards)
+    listed = _read_index(store) | {ADAPTER_FILE}
+    return lambda key: wanted(key) and (not key.endswith(".safetensors") or key in listed)
 
 
 def is_hub_id(model_id: str) -> bool:
@@ -161,10 +162,11 @@ def read_model_facts(source: str) -> ModelFacts:
     if "config.json" not in names:
         hint = (
             " It contains a LoRA adapter; set initial_adapter_model_ckpt_path to it instead."
-            if "adapter_config.json" in names
+            if _ADAPTER_CONFIG in names
             else " Copy it there from the original model."
         )
         raise ModelError(f"model {source}: config.json is missing (found: {_some(names)}).{hint}")
+    check_no_adapter(source, names)
     weights = sorted(name for name in names if name.endswith(".safetensors"))
     if not weights:
         pickled = sorted(name for name in names if name.endswith(_PICKLED_WEIGHTS))
@@ -181,29 +183,86 @@ def read_model_facts(source: str) -> ModelFacts:
         raise ModelError(
             f"model {source}: no tokenizer (tokenizer.json or tokenizer.model) next to config.json. Copy it there from the original model."
         )
-    if _INDEX in names:
-        shards = set(_read_json(store, _INDEX).get("weight_map", {}).values())
-        missing = shards - names.keys()
-        if missing:
-            raise ModelError(
-                f"model {source}: {_INDEX} lists missing weight files ({_some(missing)}). Copy them there, or use another path."
-            )
-        if _SINGLE in names.keys() - shards and not is_remote(source):
-            raise ModelError(
-                f"model {source}: has both {_SINGLE} and {_INDEX}, and transformers would load the former. Delete the stale one."
-            )
-        weights = sorted(shards)
+    weights = _loaded_weights(store, source, config, weights)
     tensors: dict[str, StoredTensor] = {}
     for name in weights:
         tensors.update(_read_header(store, name, names[name]))
     return _facts(source, config, tensors, sum(names[name] for name in weights))
 
 
+def check_no_adapter(source: str, names: Iterable[str]) -> None:
+    """Check that no adapter is stored beside a model: transformers would load it into the model without a word.
+
+    Args:
+        source: Name of the model in messages.
+        names: Names of the model's files.
+    """
+    if _ADAPTER_CONFIG in names:
+        raise ModelError(
+            f"model {source}: has an adapter beside the model ({_ADAPTER_CONFIG}), which transformers would load with it. Use a copy of the "
+            f"model without {_ADAPTER_CONFIG} and {ADAPTER_FILE}. To continue the adapter, write its directory as "
+            "initial_adapter_model_ckpt_path."
+        )
+
+
+def _loaded_weights(store: Store, source: str, config: dict[str, Any], found: list[str]) -> list[str]:
+    """Return the weight files that transformers loads: model.safetensors, or the shards that the index lists.
+
+    Args:
+        store: The model's files.
+        source: Name of the model in messages.
+        config: Content of config.json.
+        found: Names of all weight files.
+    """
+    named = config.get("transformers_weights")
+    if named not in (None, _SINGLE, _INDEX):
+        raise ModelError(
+            f"model {source}: config.json names {named!r} as transformers_weights, but only {_SINGLE} and {_INDEX} are supported. Rename "
+            "the file in a copy of the model, and remove transformers_weights."
+        )
+    if store.read_if_exists(_INDEX) is None:
+        if _SINGLE in found:
+            return [_SINGLE]
+        raise ModelError(
+            f"model {source}: has neither {_SINGLE} nor {_INDEX}, so transformers does not load {_some(found)}. Copy the index from the "
+            f"original model, or rename a file that has all weights to {_SINGLE}."
+        )
+    shards = _read_index(store)
+    if missing := shards - set(found):
+        raise ModelError(
+            f"model {source}: {_INDEX} lists missing weight files ({_some(missing)}). Copy them there, or use another path."
+        )
+    if _SINGLE in set(found) - shards and not is_remote(source):
+        raise ModelError(
+            f"model {source}: has both {_SINGLE} and {_INDEX}, and transformers would load the former. Delete the stale one."
+        )
+    return sorted(shards)
+
+
+def _read_index(store: Store) -> set[str]:
+    """Return the weight files that the index of a model lists; raise ModelError if transformers cannot read it."""
+    index = _read_json(store, _INDEX)
+    where, files = join_uri(store.uri, _INDEX), index.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise ModelError(
+            f"{where}: weight_map must be a JSON object with the weight file of each tensor. Copy the index again from the original model."
+        )
+    if not isinstance(index.get("metadata"), dict):
+        raise ModelError(
+            f'{where}: metadata must be a JSON object, or transformers cannot read the index. Add "metadata": {{}} in a copy of the model.'
+        )
+    return set(files.values())
+
+
 def _facts(
     source: str, config: dict[str, Any], tensors: dict[str, StoredTensor], weight_bytes: int
 ) -> ModelFacts:
-    text_config = config.get("text_config", config)
-    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    # load_config rejects values of other types.
+    text_config = _mapping(config.get("text_config")) or config
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        architectures = [config.get("model_type", "unknown")]
+    quantization = config.get("quantization_config")
     return ModelFacts(
         source=source,
         architecture=architectures[0],
@@ -211,17 +270,18 @@ def _facts(
         weight_bytes=weight_bytes,
         max_context=text_config.get("max_position_embeddings"),
         quantization=_quantization(
-            config.get("quantization_config") or text_config.get("quantization_config")
+            text_config.get("quantization_config") if quantization is None else quantization
         ),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         tensors=tensors,
     )
 
 
-def _quantization(settings: dict[str, Any] | None) -> str | None:
+def _quantization(settings: Any) -> str | None:
     """Return the quantization method of a config's quantization_config; bitsandbytes is that with 4 bits."""
-    if not settings:
+    if settings is None:
         return None
+    settings = _mapping(settings)
     if settings.get("load_in_4bit"):
         return "bitsandbytes"
     if settings.get("load_in_8bit"):
@@ -317,6 +377,11 @@ def read_hub_facts(model_id: str) -> ModelFacts:
     import huggingface_hub
 
     with _hub_errors(model_id):
+        info = huggingface_hub.model_info(model_id)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        check_no_adapter(model_id, names)
+        if _INDEX in names:
+            _read_index(open_store(str(Path(huggingface_hub.hf_hub_download(model_id, _INDEX)).parent)))
         config = json.loads(Path(huggingface_hub.hf_hub_download(model_id, "config.json")).read_text("utf-8"))
         metadata = huggingface_hub.get_safetensors_metadata(model_id)
     tensors = {

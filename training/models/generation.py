@@ -1,8 +1,11 @@
 """Generation settings of a base model, which transformers loads as they are but may not save, or may not generate with."""
 
+import copy
 import json
+import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from training.models.architecture import load_config
 from training.models.files import ModelError, first_line
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
 _FILE = "generation_config.json"
 _ACCEPTED: dict[str, Callable[[float], bool]] = {
@@ -42,7 +45,15 @@ _NUMBERS = _ACCEPTED.keys() | {
     "num_return_sequences",
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_IGNORED = re.compile(r"^- `(\w+)`: ", re.MULTILINE)
+_NEEDING_MORE = {"cache_config", "cache_implementation", "stop_strings", "token_healing"}
+"""Settings for which `generate` needs a GPU or the argument `tokenizer`."""
+_CHECKED = {
+    *(*_ACCEPTED, *_TOKENS),
+    *("do_sample", "max_length", "max_new_tokens", "transformers_version", "use_cache"),
+}
+"""Settings that need no trial: `generate` accepts each value, or it is checked otherwise."""
+_IGNORED = re.compile(r"^- `(\w+)`: [^`]*`(\w+)`", re.MULTILINE)
+"""A line of transformers' error: the setting, and the one that it needs."""
 
 
 def read_generation_config(directory: Path) -> "GenerationConfig":
@@ -60,19 +71,26 @@ class Corrections:
     """Generation settings that are changed, because transformers would reject the model when it saves it or generates with it."""
 
     ignored: tuple[str, ...] = ()
-    """Settings that `generate` ignores."""
+    """Settings that `generate` ignores, with the setting that they need."""
     rejected: tuple[str, ...] = ()
     """Settings that `generate` rejects, with their values."""
 
 
-def correct(settings: "GenerationConfig") -> Corrections:
+def correct(settings: "GenerationConfig", config: "PreTrainedConfig") -> Corrections:
     """Reset the generation settings that `save_pretrained` or `generate` rejects, and return them.
+
+    Args:
+        settings: The model's generation config.
+        config: The model's config.
 
     Raises:
         ValueError: Other settings are invalid.
     """
     rejected = _reset_rejected(settings)
-    return Corrections(tuple(_reset_ignored(settings)), tuple(rejected))
+    ignored = _reset_ignored(settings)
+    rejected += _reset_failing(settings, config)
+    ignored += _reset_ignored(settings)  # some need a setting that was rejected
+    return Corrections(tuple(ignored), tuple(rejected))
 
 
 def _reset_rejected(settings: "GenerationConfig") -> list[str]:
@@ -93,7 +111,7 @@ def _reset_rejected(settings: "GenerationConfig") -> list[str]:
 
 
 def _reset_ignored(settings: "GenerationConfig") -> list[str]:
-    """Reset settings that `generate` ignores, such as a temperature without do_sample, and return their names.
+    """Reset settings that `generate` ignores, such as a temperature without do_sample, and return them.
 
     Other settings and the generated tokens stay the same.
     """
@@ -105,10 +123,66 @@ def _reset_ignored(settings: "GenerationConfig") -> list[str]:
         ignored = _IGNORED.findall(str(error))
         if not ignored:
             raise
-        for name in ignored:
+        for name, _ in ignored:
             setattr(settings, name, getattr(GenerationConfig(), name))
-        return ignored + _reset_ignored(settings)
+        reasons = [
+            f"{name} (needs {needed})" if needed != name else f"{name} (invalid)" for name, needed in ignored
+        ]
+        return reasons + _reset_ignored(settings)
     return []
+
+
+def _reset_failing(settings: "GenerationConfig", config: "PreTrainedConfig") -> list[str]:
+    """Reset the settings with which `generate` raises an error, and return them.
+
+    Each is tried, beside those that work, with a tiny model that has the vocabulary of the real one. Random states stay unchanged.
+    """
+    import torch
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    tried = settings.to_diff_dict().keys() - _CHECKED - _NEEDING_MORE
+    if not tried:
+        return []
+    small: dict[str, Any] = {"n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1}
+    no_tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    size = GPT2Config(vocab_size=config.get_text_config().vocab_size, **small, **no_tokens)
+    default, working, rejected = GenerationConfig(), copy.deepcopy(settings), []
+    for name in tried | _NEEDING_MORE:
+        setattr(working, name, getattr(default, name, None))
+    with torch.random.fork_rng([]):
+        model = GPT2LMHeadModel(size)
+        for name in sorted(tried, key=lambda name: (name != "num_beams", name)):  # others need num_beams
+            value = getattr(settings, name)
+            setattr(working, name, value)
+            if not _generates(model, working):
+                for each in (working, settings):
+                    setattr(each, name, getattr(default, name, None))
+                rejected.append(f"{name}: {value}")
+    return rejected
+
+
+def _generates(model: Any, settings: "GenerationConfig") -> bool:
+    """Return whether `generate` accepts settings; its warnings are hidden."""
+    import torch
+    from transformers.utils.logging import get_verbosity, set_verbosity
+
+    few = copy.deepcopy(settings)
+    few.max_length, few.max_new_tokens = None, 2
+    for name in ("num_beams", "num_return_sequences"):  # many would take much memory
+        if isinstance(count := getattr(few, name), int):
+            setattr(few, name, min(count, 2))
+    prompt, level = torch.tensor([[0]]), get_verbosity()
+    arguments: Any = {"attention_mask": torch.ones_like(prompt), "synced_gpus": False}
+    set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.generate(prompt, generation_config=few, **arguments)
+    except Exception:  # noqa: BLE001 - each setting fails in its own way
+        return False
+    finally:
+        set_verbosity(level)
+    return True
 
 
 def check_generation(directory: Path, source: str, rows: int) -> None:
@@ -138,7 +212,7 @@ def check_generation(directory: Path, source: str, rows: int) -> None:
             )
     for name in _TOKENS:
         value = settings.get(name)
-        for token in value if isinstance(value, list) else [] if value is None else [value]:
+        for token in value if isinstance(value, list) and value else [] if value is None else [value]:
             if type(token) is not int or token >= rows:
                 raise ModelError(
                     f"{where}: {name} has the value {token!r}, but the model has {rows:,} tokens. Correct it in a copy of the model."
@@ -164,7 +238,7 @@ def check_savable(directory: Path, source: str, *, trust_remote_code: bool) -> C
     file = _FILE if (directory / _FILE).exists() else "config.json"
     try:
         settings = read_generation_config(directory)
-        corrections = correct(settings)
+        corrections = correct(settings, config)
         with tempfile.TemporaryDirectory() as scratch:
             settings.save_pretrained(scratch)
             file = "config.json"

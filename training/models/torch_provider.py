@@ -14,6 +14,7 @@ from configs.schema import LoraConfig
 from training.models import sequence_parallel, varlen_attention
 from training.models.architecture import check_complete
 from training.models.attention import Implementation, plain_attention
+from training.models.files import check_no_adapter
 from training.models.generation import correct
 from training.models.kernels import Device
 from training.models.new_tokens import grow_vocabulary, rows_needed, start_rows, with_token_rows
@@ -74,8 +75,9 @@ def load_weights(
     Without `attention`, the model gets `plain_attention`.
 
     Raises:
-        ModelError: The weight files lack a parameter.
+        ModelError: The weight files lack a parameter, or an adapter is stored beside them.
     """
+    check_no_adapter(str(directory), [path.name for path in directory.iterdir()])
     arguments: dict[str, Any] = {}
     if attention is None:
         attention = plain_attention(
@@ -105,7 +107,7 @@ def load_weights(
         model, str(directory), loaded["missing_keys"]
     )  # transformers has initialized them at random
     if model.generation_config is not None:
-        correct(model.generation_config)
+        correct(model.generation_config, model.config)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model

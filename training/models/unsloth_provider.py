@@ -110,7 +110,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
             ) from error
         raise
     if model.generation_config is not None:
-        correct(model.generation_config)
+        correct(model.generation_config, model.config)
     model.config.use_cache = False  # evaluation would fill the KV cache of every layer
     if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
         # Unsloth silently falls back to 16 bits.

@@ -236,7 +236,8 @@ def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
     if facts.quantization != "bitsandbytes":
         raise ModelError(
             f"model {facts.source}: quantization_config in config.json says that its weights are quantized with {facts.quantization}, "
-            "which is not supported. Name a 16-bit copy of the model, or a bitsandbytes copy with 4 bits."
+            "which is not supported. Name a 16-bit copy of the model, or a bitsandbytes copy with 4 bits; if the weights are plain, remove "
+            "quantization_config in a copy."
         )
     if not config.load_in_4bit:
         raise ModelError(

@@ -437,11 +437,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
         # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
         facts = replace(facts, parameter_shapes=meta.shapes)
     check_generation(directory, base, vocabulary_rows(facts, default=sys.maxsize))
-    corrections = (
-        check_savable(directory, base, trust_remote_code=trust)
-        if config.final_export or not config.trains_adapter
-        else Corrections()
-    )
+    corrections = check_savable(directory, base, trust_remote_code=trust)
     with about_key("export"):
         check_export(config, facts)
     template = read_chat_template(config)
@@ -556,7 +552,7 @@ def _continued_adapter(
 ) -> AdapterParameters:
     """Compare the continued adapter with what PEFT builds from its configuration, and read its weights."""
     file = fetch_model(facts.source, storage.cache, is_model_file) / ADAPTER_FILE
-    facts = without_base_weights(facts, file, model.facts)
+    facts = without_base_weights(facts, file, model.facts, model.meta.model)
     parameters, wrong = continued_adapter(model.meta, facts)
     check_adapter(config, facts, parameters, wrong, model.facts)
     if config.lora_config:

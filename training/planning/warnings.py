@@ -71,8 +71,8 @@ def generation_warnings(source: str, corrections: Corrections) -> Iterator[str]:
     """Warn of generation settings that are not in the saved model, because they have no effect or no valid value."""
     if corrections.ignored:
         yield (
-            f"{source}: its generation config sets {', '.join(corrections.ignored)}, which generate() ignores and transformers does not save "
-            "(sampling needs do_sample: true). Checkpoints and exports are saved without; answers stay the same"
+            f"{source}: its generation config sets {', '.join(corrections.ignored)}, which generate() ignores and transformers does not save. "
+            "Checkpoints and exports are saved without; answers stay the same"
         )
     if corrections.rejected:
         yield (

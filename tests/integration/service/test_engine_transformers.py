@@ -1,6 +1,7 @@
 """The transformers engine: answers equal plain `generate`, whatever else is in the batch."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import MistralConfig, Qwen3NextConfig
 
-from service.engine import Delta
+from configs.schema import FinetuneConfig
+from service.checkpoints import base_checkpoint
+from service.engine import Delta, EngineSettings
 from service.transformers_engine import TransformersEngine
 from tests.support.engines import (
     Reference,
@@ -22,6 +25,8 @@ from tests.support.engines import (
     store_full,
 )
 from tests.support.tiny_model import make_model
+from training.models.files import ModelError
+from utils.storage.bucket import open_store, upload_directory
 
 QUESTIONS = [
     "Ada has 3 apples and buys 4. How many?",
@@ -326,3 +331,17 @@ def test_answer_without_max_tokens_ends_at_the_context(engine: TransformersEngin
         return last
 
     run(ask())
+
+
+def test_a_base_model_with_an_adapter_beside_it_raises_an_error_with_its_uri(
+    tiny_model: Path, tmp_path: Path, bucket_uri: str
+):
+    """transformers would load the adapter into the base model without a word."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "adapter_config.json").write_text("{}")
+    upload_directory(model, open_store(bucket_uri), "", [path.name for path in model.iterdir()])
+    config = FinetuneConfig(
+        model_id=bucket_uri, train_path="rows.jsonl", output_dir=str(tmp_path / "scratch")
+    )
+    with pytest.raises(ModelError, match=rf"^model {bucket_uri}: has an adapter beside the model"):
+        base_checkpoint(EngineSettings("tiny", bucket_uri, config, 1, threads=1))

@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, OPTConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 
 from configs.schema import LoraConfig
 from tests.support.adapters import (
@@ -24,7 +32,9 @@ from tests.support.adapters import (
     meta_model,
     write_adapter,
 )
+from tests.support.tiny_model import make_model
 from training.models.adapter import (
+    Mismatch,
     check_finite,
     continued_adapter,
     describe_mixture,
@@ -32,8 +42,9 @@ from training.models.adapter import (
     unmatched_keys,
     without_base_weights,
 )
+from training.models.architecture import check_tensors, is_embedding, is_head
 from training.models.files import ModelError, read_adapter_facts, read_model_facts
-from training.models.torch_provider import attach_adapter
+from training.models.torch_provider import attach_adapter, load_weights
 from training.planning.warnings import adapter_warnings
 
 LAYER = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -193,21 +204,74 @@ def test_patterns_of_a_continued_adapter_that_match_nothing_are_returned(
     assert not list(adapter_warnings(None, parameters))
 
 
-@pytest.mark.parametrize("change", [0, 1], ids=["equal", "other"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("model.embed_tokens.weight", 0), ("model.embed_tokens.weight", 1), ("lm_head.weight", 0)],
+    ids=["equal", "other", "the embedding as a head that is not tied"],
+)
 def test_saved_embeddings_are_accepted_if_they_equal_the_base_model(
-    models: dict[str, Path], adapter: Path, change: float
+    models: dict[str, Path], adapter: Path, name: str, change: float
 ):
-    name = "model.embed_tokens.weight"
-    rows = load_file(models["llama"] / "model.safetensors")[name]
+    rows = load_file(models["llama"] / "model.safetensors")["model.embed_tokens.weight"]
     change_tensors(adapter, lambda tensors: tensors | {f"{PREFIX}{name}": rows + change})
     base = read_model_facts(str(models["llama"]))
-    facts = without_base_weights(read_adapter_facts(str(adapter)), adapter / FILE, base)
-    wrong = continued_adapter(meta_model(models["llama"]), facts)[1]
-    if change:
+    meta = meta_model(models["llama"])
+    facts = without_base_weights(read_adapter_facts(str(adapter)), adapter / FILE, base, meta.model)
+    wrong = continued_adapter(meta, facts)[1]
+    if change or is_head(name):
         assert wrong is not None
         assert wrong.fix.startswith("Remove these tensors from the file if they equal the base model's")
     else:
         assert wrong is None
+
+
+def named_as_on_the_hub(tensors: Tensors) -> Tensors:
+    return {name.removeprefix("transformer."): value for name, value in tensors.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "settings", "change"),
+    [
+        (LlamaConfig, {"tie_word_embeddings": True}, None),
+        (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 16}, None),
+        (GemmaConfig, {"tie_word_embeddings": True, "head_dim": 16}, None),
+        (OPTConfig, {"tie_word_embeddings": True, "ffn_dim": 128, "word_embed_proj_dim": 64}, None),
+        (GPT2Config, {"tie_word_embeddings": True}, None),
+        (GPT2Config, {"tie_word_embeddings": True}, named_as_on_the_hub),
+        (GPTNeoXConfig, {}, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_embeddings_that_peft_saves_are_accepted_on_tied_and_renamed_bases(
+    kind: Any, settings: dict[str, Any], change: Callable[[Tensors], Tensors] | None, tmp_path: Path
+):
+    """PEFT writes a tied head, too. The files of GPT-NeoX have embed_out for lm_head."""
+    model = make_model(tmp_path / "model", kind=kind, **settings)
+    weights = model / "model.safetensors"
+    stored = load_file(weights)
+    if change:
+        save_file(change(stored), weights, {"format": "pt"})
+    adapted = large_adapter(model, target_modules="all-linear")
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter, save_embedding_layers=True)
+    saved = [name for name in load_file(adapter / FILE) if is_embedding(name) or is_head(name)]
+    assert any(map(is_head, saved)) and any(map(is_embedding, saved))
+    meta, base = meta_model(model), read_model_facts(str(model))
+    check_tensors(meta, base)
+
+    def wrong() -> Mismatch | None:
+        facts = without_base_weights(read_adapter_facts(str(adapter)), adapter / FILE, base, meta.model)
+        return continued_adapter(meta, facts)[1]
+
+    assert wrong() is None
+    loaded = attach_adapter(load_weights(model, dtype="fp32"), adapter)
+    assert torch.equal(logits_of(loaded), logits_of(adapted))
+    head = next(filter(is_head, saved))
+    change_tensors(adapter, lambda tensors: tensors | {head: tensors[head] + 1})
+    different = wrong()
+    assert different is not None
+    assert different.lines == [f"{head} is in the file, but not in its configuration"]
 
 
 @pytest.mark.parametrize(

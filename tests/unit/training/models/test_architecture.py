@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
@@ -16,8 +18,10 @@ from training.models.architecture import (
     check_custom_code,
     check_is_causal,
     check_tensors,
+    load_config,
 )
 from training.models.files import ModelError, read_model_facts
+from training.models.torch_provider import load_weights
 
 
 def write_config(directory: Path, fields: dict[str, Any]) -> None:
@@ -67,6 +71,56 @@ def test_causal_models_are_accepted_and_their_encoder_variants_rejected(
     )
     with pytest.raises(ModelError):
         check_is_causal(tmp_path, "mine", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (
+            {"text_config": {"hidden_size": 5}},
+            r"text_config is \{'hidden_size': 5\}, but llama has no such part",
+        ),
+        ({"text_config": []}, r"text_config is \[\], but llama"),
+        ({"decoder": {"a": 1}}, r"decoder is \{'a': 1\}, but llama"),
+        ({"generator": 5}, "generator is 5, but llama"),
+        ({"output_attentions": True}, "output_attentions is True"),
+        ({"return_dict": False}, "return_dict is False"),
+        ({"fusion_config": {"a": 1}}, r"fusion_config is \{'a': 1\}"),
+        ({"distributed_config": {}}, r"distributed_config is \{\}"),
+    ],
+    ids=str,
+)
+def test_settings_with_which_a_model_cannot_be_loaded_or_called_raise_an_error_with_the_key(
+    settings: dict[str, Any], fault: str, tiny_model: Path, tmp_path: Path
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    write_config(model, json.loads((model / "config.json").read_text()) | settings)
+    with pytest.raises((AttributeError, StrictDataclassError, ValueError)):
+        loaded: Any = load_weights(model, dtype="fp32")
+        loaded(torch.tensor([[5, 6]]))
+        loaded.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ModelError, match=rf"^model mine: config\.json: {fault}.* Remove .* in a copy"):
+        load_config(model, "mine", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text_config": None},
+        {"output_attentions": None},
+        {"return_dict": None},
+        {"output_hidden_states": True},
+    ],
+    ids=str,
+)
+def test_settings_without_effect_on_loading_are_accepted(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    write_config(model, json.loads((model / "config.json").read_text()) | settings)
+    load_config(model, "mine", trust_remote_code=False)
+    load_weights(model, dtype="fp32")(torch.tensor([[5, 6]]))
+    assert read_model_facts(str(model)).max_context == 512
 
 
 # --- Code of the model's own ----------------------------------------------------------------------------------------

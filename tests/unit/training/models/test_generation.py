@@ -40,7 +40,31 @@ def test_model_with_ignored_settings_is_saved_and_generates_the_same(tiny_model:
 def test_ignored_settings_are_reported(tiny_model: Path, tmp_path: Path):
     assert check_savable(tiny_model, "tiny", trust_remote_code=False) == Corrections()
     directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **UNUSED)
-    assert set(check_savable(directory, "tiny", trust_remote_code=False).ignored) == UNUSED.keys()
+    assert set(check_savable(directory, "tiny", trust_remote_code=False).ignored) == {
+        "temperature (needs do_sample)",
+        "top_p (needs do_sample)",
+        "min_p (needs do_sample)",
+        "length_penalty (needs num_beams)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "ignored"),
+    [
+        ({"early_stopping": True}, "early_stopping (needs num_beams)"),
+        ({"output_scores": True}, "output_scores (needs return_dict_in_generate)"),
+        ({"output_attentions": True}, "output_attentions (needs return_dict_in_generate)"),
+        ({"pad_token_id": -1}, "pad_token_id (invalid)"),
+        ({"use_cache": False, "cache_implementation": "static"}, "cache_implementation (needs use_cache)"),
+    ],
+    ids=str,
+)
+def test_the_setting_that_an_ignored_one_needs_is_reported(
+    tiny_model: Path, tmp_path: Path, settings: dict[str, Any], ignored: str
+):
+    directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **settings)
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections((ignored,))
+    load_weights(directory, dtype="fp32").save_pretrained(tmp_path / "saved")
 
 
 def test_sampling_settings_are_kept(tiny_model: Path, tmp_path: Path):
@@ -63,7 +87,9 @@ def test_invalid_settings_raise_an_error_with_the_file(
 def test_settings_of_old_models_in_config_json_are_reported(tiny_model: Path, tmp_path: Path):
     directory = with_settings(tiny_model, tmp_path / "model", "config.json", temperature=0.6)
     (directory / "generation_config.json").unlink()
-    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections(("temperature",))
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections(
+        ("temperature (needs do_sample)",)
+    )
     load_weights(directory, dtype="fp32").save_pretrained(tmp_path / "saved")
 
 
@@ -79,6 +105,22 @@ def test_settings_of_old_models_in_config_json_are_reported(tiny_model: Path, tm
         ({"typical_p": 0.0}, True),
         ({"repetition_penalty": 0}, True),
         ({"repetition_penalty": -2.0, "do_sample": False}, False),
+        ({"num_beams": 0}, True),
+        ({"num_beams": 2.5}, True),
+        ({"no_repeat_ngram_size": 2.5}, True),
+        ({"bad_words_ids": []}, True),
+        ({"bad_words_ids": [[99999]]}, True),
+        ({"forced_eos_token_id": 99999}, True),
+        ({"forced_bos_token_id": 512}, True),
+        ({"suppress_tokens": list(range(512))}, True),
+        ({"sequence_bias": {}}, True),
+        ({"min_length": 2.5}, True),
+        ({"exponential_decay_length_penalty": [1]}, True),
+        ({"guidance_scale": "x"}, True),
+        ({"max_time": "x"}, True),
+        ({"dola_layers": "low", "do_sample": False}, False),
+        ({"num_return_sequences": 2.5}, True),
+        ({"is_assistant": True, "num_beams": 3, "no_repeat_ngram_size": 2}, True),
     ],
     ids=str,
 )
@@ -95,6 +137,32 @@ def test_values_that_generate_rejects_are_removed_and_reported(
     saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     saved.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
     assert saved.generation_config.do_sample is is_sampled
+
+
+def test_a_setting_whose_need_is_rejected_is_ignored(tiny_model: Path, tmp_path: Path):
+    settings = {"num_beams": 0, "early_stopping": True}
+    directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **settings)
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections(
+        ("early_stopping (needs num_beams)",), ("num_beams: 0",)
+    )
+    load_weights(directory, dtype="fp32").save_pretrained(tmp_path / "saved")
+
+
+def test_settings_that_generate_accepts_are_kept(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    settings = {
+        **{"num_beams": 4, "num_return_sequences": 4, "min_length": 40, "forced_eos_token_id": 2},
+        **{"stop_strings": ["a"], "token_healing": True, "cache_implementation": "offloaded"},
+    }
+    directory = with_settings(tiny_model, tmp_path / "model", "generation_config.json", **settings)
+    before = torch.random.get_rng_state()
+    assert check_savable(directory, "tiny", trust_remote_code=False) == Corrections()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not caplog.records
+    load_weights(directory, dtype="fp32").save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in settings} == settings
 
 
 def test_integers_that_generate_rejects_become_floats(tiny_model: Path, tmp_path: Path):
@@ -115,6 +183,7 @@ def test_integers_that_generate_rejects_become_floats(tiny_model: Path, tmp_path
         ('{"eos_token_id": 99999}', "eos_token_id has the value 99999, but the model has 512 tokens"),
         ('{"eos_token_id": [2, 512]}', "eos_token_id has the value 512"),
         ('{"pad_token_id": 512}', "pad_token_id has the value 512"),
+        ('{"eos_token_id": []}', r"eos_token_id has the value \[\]"),
         ('{"bos_token_id": "<s>"}', "bos_token_id has the value '<s>'"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.schema import LoraConfig
 from tests.support.adapters import change_config
+from tests.support.hub import Repository, running_hub
 from training.models import files
 from training.models.files import (
     ModelError,
@@ -26,10 +28,11 @@ from training.models.files import (
     is_model_file,
     is_tokenizer_file,
     read_adapter_facts,
+    read_hub_facts,
     read_model_facts,
     without_strays,
 )
-from training.models.torch_provider import peft_config
+from training.models.torch_provider import load_weights, peft_config
 from utils.storage.bucket import open_store, upload_directory
 from utils.storage.s3 import S3Store
 
@@ -187,6 +190,91 @@ def test_a_damaged_model_raises_an_error_that_names_the_file(
         read_model_facts(str(model))
 
 
+METADATA: dict[str, Any] = {"metadata": {"total_size": 1}}
+LISTED = {"weight_map": {"lm_head.weight": "weights.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ({}, "weight_map must be a JSON object"),
+        *(
+            (METADATA | {"weight_map": value}, "weight_map must be a JSON object")
+            for value in ([], None, {}, 5, "x", {HEAD: 5}, {HEAD: ["weights.safetensors"]}, {HEAD: {}})
+        ),
+        (LISTED, r'metadata must be .*Add "metadata": \{\}'),
+        (LISTED | {"metadata": None}, "metadata must be"),
+        (LISTED | {"metadata": []}, "metadata must be"),
+        ([], "contains list, not a JSON object"),
+    ],
+    ids=str,
+)
+def test_an_index_that_transformers_cannot_read_raises_an_error_with_the_key(
+    index: Any, fault: str, model: Path
+):
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((LookupError, TypeError, AttributeError, OSError)):
+        load_weights(model, dtype="fp32")
+    where = rf"^{model}/model\.safetensors\.index\.json: "
+    with pytest.raises(ModelError, match=where + fault):
+        read_model_facts(str(model))
+    with pytest.raises(ModelError, match=where + fault):
+        without_strays(str(model), is_model_file)
+    (model / "model.safetensors.index.json").write_text(json.dumps(METADATA | LISTED))
+    assert read_model_facts(str(model)).tensors[HEAD].file == "weights.safetensors"
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "model-00001-of-00002.safetensors"])
+def test_weight_files_that_transformers_does_not_load_raise_an_error_with_their_names(file: str, model: Path):
+    (model / "model.safetensors").rename(model / file)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
+    names = (
+        rf"^model {model}: has neither model\.safetensors nor model\.safetensors\.index\.json.*{file}\. Copy "
+    )
+    with pytest.raises(ModelError, match=names):
+        read_model_facts(str(model))
+
+
+def test_only_the_file_that_transformers_loads_counts(tiny_model: Path, model: Path):
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    (model / "broken.safetensors").write_bytes(b"x")
+    assert read_model_facts(str(model)).weight_bytes == read_model_facts(str(tiny_model)).weight_bytes
+    config = json.loads((model / "config.json").read_text())
+    named = config | {"transformers_weights": "consolidated.safetensors"}
+    (model / "config.json").write_text(json.dumps(named))
+    with pytest.raises(
+        ModelError, match=r"config\.json names 'consolidated\.safetensors' as transformers_weights"
+    ):
+        read_model_facts(str(model))
+
+
+def test_an_adapter_beside_the_model_raises_an_error_with_its_files(
+    model: Path, adapter: Path, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers would load it into the model without a word."""
+    shutil.copy(adapter / "adapter_config.json", model)
+    message = r"has an adapter beside the model \(adapter_config\.json\).*initial_adapter_model_ckpt_path"
+    with pytest.raises(ModelError, match=f"^model {model}: {message}"):
+        read_model_facts(str(model))
+    with pytest.raises(ModelError, match=f"^model {model}: {message}"):
+        load_weights(model, dtype="fp32")
+    upload_directory(model, open_store(bucket_uri), "", [path.name for path in model.iterdir()])
+    with pytest.raises(ModelError, match=f"^model {bucket_uri}: {message}"):
+        read_model_facts(bucket_uri)
+    shutil.copy(adapter / "adapter_model.safetensors", model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+    with running_hub() as hub:
+        files = {path.name: path.read_bytes() for path in model.iterdir()}
+        hub.repositories["models/org/base"] = Repository(files)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        with pytest.raises(ModelError, match=f"^model org/base: {message}"):
+            read_hub_facts("org/base")
+
+
 def with_value(model: Path, name: str, place: int, value: float, dtype: torch.dtype = torch.float32) -> str:
     """Write a value into a tensor of a model whose weights have this dtype; return the URI of the model."""
     tensors = {key: each.to(dtype) for key, each in load_file(model / "model.safetensors").items()}
@@ -255,13 +343,13 @@ def test_of_a_bucket_the_beginning_of_every_file_is_checked_with_one_request(
         ({"load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes (8 bits)"),
         ({"bits": 4}, "a method that it does not name"),
+        ({}, "a method that it does not name"),
+        ("gptq", "a method that it does not name"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("nested", [False, True], ids=["", "of the text model"])
-def test_quantization_is_read_from_config_json(
-    settings: dict[str, Any] | None, method: str | None, nested: bool, model: Path
-):
+def test_quantization_is_read_from_config_json(settings: Any, method: str | None, nested: bool, model: Path):
     config = json.loads((model / "config.json").read_text())
     quantized = {"quantization_config": settings}
     (model / "config.json").write_text(
