@@ -65,6 +65,14 @@ def test_merged_model_computes_what_the_adapter_computes(models: dict[str, Path]
         pytest.param("llama", torch.float32, {"modules_to_save": ["lm_head"]}, marks=pytest.mark.slow),
         ("mixtral", torch.float32, {}),
         pytest.param("gpt2", torch.float32, {"fan_in_fan_out": True}, marks=pytest.mark.slow),
+        ("biased", torch.float32, {"target_modules": ["q_proj"], "lora_bias": True}),
+        pytest.param(
+            "biased",
+            torch.float32,
+            {"lora_bias": True, "bias": "all", "target_modules": ["q_proj"]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("biased", torch.float32, {"bias": "all"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
