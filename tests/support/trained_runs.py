@@ -54,7 +54,7 @@ def _store(storage: Store, name: str, model: Path, trained: Any, **settings: Any
         "dtype": "fp32",
         **settings,
     }
-    store.write(CONFIG_FILE, yaml.safe_dump(config).encode())
+    store.write(CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
     lines = [loss.model_dump(exclude={"figures"}) for loss in losses]
     store.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
     with tempfile.TemporaryDirectory() as directory:
