@@ -124,7 +124,7 @@ def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterPa
     ]
     _check_fused_patterns(unmatched, adapter, where)
     parameters = replace(parameters, unmatched_patterns=tuple(unmatched))
-    return parameters, _mismatch(parameters, _as_loaded(adapted, adapter))
+    return parameters, _mismatch(parameters, _as_loaded(adapted, adapter), adapter)
 
 
 def without_base_weights(adapter: AdapterFacts, file: Path, base: ModelFacts) -> AdapterFacts:
@@ -455,7 +455,9 @@ def _as_loaded(adapted: Any, adapter: AdapterFacts) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
 
 
-def _mismatch(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Mismatch | None:
+def _mismatch(
+    parameters: AdapterParameters, found: Mapping[str, Shape], adapter: AdapterFacts
+) -> Mismatch | None:
     expected = {**parameters.stored_embeddings, **parameters.stored}
     missing = sorted(parameters.stored.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
@@ -469,6 +471,12 @@ def _mismatch(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Mism
         ],
     ]
     lines = [kind[0] for kind in kinds if kind] + [line for kind in kinds for line in kind[1:]]
+    if extra and not missing and all(map(is_head, extra)) and adapter.lora.get("ensure_weight_tying"):
+        # PEFT removes a tied head from the list, and does not tie the embeddings of GPT-2 and BLOOM again.
+        return Mismatch(
+            lines,
+            "Add lm_head to modules_to_save in adapter_config.json, so that PEFT ties it to the embedding.",
+        )
     return Mismatch(lines, _fix(missing, extra)) if lines else None
 
 

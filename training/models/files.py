@@ -460,6 +460,9 @@ def _check_values(config: dict[str, Any], where: str) -> None:
             raise ModelError(
                 f"{where}: {key} is {config[key]!r}, but must be text. Write that of the model that it was trained on, or null."
             )
+    for key in ("eva_config", "corda_config", "lora_ga_config"):
+        if not isinstance(config.get(key), dict | None):
+            raise ModelError(f"{where}: {key} is {config[key]!r}, but must be a JSON object. Write null.")
     alphas = {"lora_alpha": config.get("lora_alpha", 8), **_mapping(config.get("alpha_pattern"))}
     for key, alpha in alphas.items():
         if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_ALPHA:

@@ -459,6 +459,19 @@ def test_patterns_whose_values_depend_on_their_order_are_rejected(
         continued_adapter(meta_model(models[name]), AdapterFacts("DIR", "", settings, {}))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_that_peft_would_not_tie_again_is_rejected_with_the_name_to_add(
+    models: dict[str, Path], tmp_path: Path
+):
+    """PEFT 0.21.2 removes lm_head from modules_to_save, and ties the embedding wte of GPT-2 only with it."""
+    write_adapter(tmp_path, models["gpt2"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    wrong = continued_adapter(meta_model(models["gpt2"]), read_adapter_facts(str(tmp_path)))[1]
+    assert wrong is not None
+    assert wrong.fix.startswith("Add lm_head to modules_to_save in adapter_config.json")
+    change_config(tmp_path, modules_to_save=["lm_head", "wte"])
+    assert differences(models["gpt2"], tmp_path) == []
+
+
 def test_ensure_weight_tying_that_ties_nothing_is_rejected(models: dict[str, Path]):
     """PEFT 0.21.2 looks for modules_to_save with the names embed_tokens and lm_head only."""
     base = meta_model(models["gpt2"])

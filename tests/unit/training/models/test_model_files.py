@@ -337,6 +337,7 @@ def test_tensors_of_each_dtype_are_accepted(adapter: Path, tmp_path: Path, dtype
         ({"modules_to_save": ["("]}, "modules_to_save.*regular expression"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
         ({"revision": 7}, "revision is 7"),
+        ({"eva_config": 7}, "eva_config is 7"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: .*'lm_head'"),
     ],
     ids=str,
