@@ -328,9 +328,13 @@ class LoraConfig(Section):
                 conflicts.append(
                     (key, f"`{key}` is one text with commas: write the names as a list, `{key}: [{names}]`")
                 )
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
         regular_expressions = [
             *((key, getattr(self, key)) for key in ("target_modules", "exclude_modules")),
             *((key, each) for key in ("rank_pattern", "alpha_pattern") for each in getattr(self, key)),
+            # PEFT reads the names in these lists as regular expressions, too.
+            *(("layers_pattern", each) for each in layers),
+            *(("modules_to_save", each) for each in self.modules_to_save or []),
         ]
         for key, value in regular_expressions:
             try:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, MixtralConfig, Qwen2Config
+from transformers import Gemma2Config, GPTNeoXConfig, MixtralConfig, Qwen2Config
 
 from main import main
 from tests.support.adapters import change_tensors, write_adapter
@@ -241,6 +241,28 @@ def test_one_misspelt_target_module_is_a_warning(tiny_model: Path, tmp_path: Pat
     finished = run_main_quickly(changed, "--dry-run", "--json")
     assert finished.exit_code == 0
     assert sum("v_porj" in warning for warning in finished.result["warnings"]) == 1
+
+
+def test_excluded_module_that_does_not_exist_is_a_warning(tiny_model: Path, tmp_path: Path):
+    lora = {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["qproj", "v_proj"]}
+    changed = config_file(tmp_path, tiny_model, lora_config=lora)
+    finished = run_main_quickly(changed, "--dry-run", "--json")
+    assert finished.exit_code == 0
+    (warning,) = [each for each in finished.result["warnings"] if "exclude_modules" in each]
+    assert warning.startswith("lora_config.exclude_modules: qproj matches no module ")
+
+
+def test_adapter_on_the_head_is_an_error_however_it_is_named(rejected: Rejected, tmp_path: Path):
+    """GPT-NeoX's files call the head embed_out, and transformers calls it lm_head. The files of a tied model have no head."""
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    neox = make_model(tmp_path / "neox", kind=GPTNeoXConfig)
+    for model, module in ((tied, "q_proj"), (neox, "query_key_value")):
+        for targets in ([module, "lm_head"], f".*({module}|lm_head)"):
+            message = rejected(model_id=str(model), lora_config={"target_modules": targets})
+            assert_names(message, "lora_config: target_modules ", "lm_head, the LM head", "modules_to_save")
+    changed = config_file(tmp_path, neox, lora_config={"target_modules": ["query_key_value", "embed_out"]})
+    finished = run_main_quickly(changed, "--dry-run", "--json")
+    assert sum("embed_out matches no module" in warning for warning in finished.result["warnings"]) == 1
 
 
 def test_step_larger_than_the_data_is_a_warning(tiny_model: Path, tmp_path: Path):
@@ -534,6 +556,12 @@ def test_new_tokens_samples_and_pushes_that_cannot_work_are_rejected(
             "Correct the name",
         ),
         ({"trainable_token_indices": [600]}, "lora_config: trainable_token_indices ", "new_tokens"),
+        ({"exclude_modules": ["mlp"]}, "lora_config.exclude_modules: ['mlp'] does not exclude ", "list"),
+        (
+            {"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 64, "layers.0.self_attn.q_proj": 2}},
+            "lora_config: alpha_pattern: q_proj and layers.0.self_attn.q_proj ",
+            "different modules",
+        ),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configs.schema import LoraConfig
 from runs.layout import CONFIG_FILE, METRICS_FILE, RESULT_FILE
 from tests.support.stored_runs import eval_losses, make_manifest, make_result
 from training.checkpoints import store as checkpoints
@@ -22,9 +23,8 @@ def store_adapter_run(storage: Store, name: str, model: Path, lora: dict[str, An
     """Write a run with an adapter for the model in a directory; return the run's URI."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = peft.get_peft_model(
-        base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
-    )
+    written: dict[str, Any] = LoraConfig(**lora).model_dump() | {"init_lora_weights": False}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**written))
     for parameter in adapted.parameters():
         # Change all trained weights, also those outside the adapter, by enough to change the outputs.
         if parameter.requires_grad:
@@ -54,7 +54,7 @@ def _store(storage: Store, name: str, model: Path, trained: Any, **settings: Any
         "dtype": "fp32",
         **settings,
     }
-    store.write(CONFIG_FILE, yaml.safe_dump(config).encode())
+    store.write(CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
     lines = [loss.model_dump(exclude={"figures"}) for loss in losses]
     store.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
     with tempfile.TemporaryDirectory() as directory:

@@ -71,8 +71,7 @@ def _in_fp32(module: Any, name: str, stored: "_StoredWeights") -> Iterator[None]
     for each, value in weights.items():
         if value.dtype == torch.float32:
             continue
-        # An adapter may train the bias itself, but the weight is that of the files.
-        original = stored.read(f"{name.replace('.base_layer', '')}.{each}") if each != "bias" else None
+        original = stored.read(f"{name.replace('.base_layer', '')}.{each}")
         is_same = original is not None and original.shape == value.shape
         value.data = (original if original is not None and is_same else value.data).to(torch.float32)
     yield
@@ -83,7 +82,7 @@ def _in_fp32(module: Any, name: str, stored: "_StoredWeights") -> Iterator[None]
 class _StoredWeights:
     """The weights under an adapter as the files store them, without rounding to the dtype in which the base model is loaded.
 
-    PEFT saves an embedding that has an adapter with the adapter, and loads it over that of the base model.
+    PEFT saves trained biases, and an embedding that has an adapter, with the adapter, and loads them over those of the base model.
 
     transformers loads some weights under other names, and fuses some: the experts of a layer, which most files store one by one,
     become one parameter. Its own conversions of this model are used here.
@@ -109,7 +108,7 @@ class _StoredWeights:
             self._replaced = {
                 name.removeprefix(_PREFIX).replace(".base_layer", ""): name
                 for name in tensors.keys()  # noqa: SIM118
-                if name.endswith(".base_layer.weight")
+                if name.endswith((".base_layer.weight", ".base_layer.bias"))
             }
         """Parameter of the base model -> the adapter's tensor that replaces it."""
         self._sources: dict[str, list[tuple[str, str | None]]] = {}

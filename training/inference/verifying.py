@@ -1,21 +1,25 @@
 """Verification of an export: the base model with its adapter as trained, against the export as plain libraries load it."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
 import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import log_softmax
 
+from configs.schema import LoraConfig
 from runs.layout import Export, Verification
 from training.data.prepared import PREPARED, SUMMARY_FILE, fetch_prepared
 from training.data.row_index import IGNORED
+from training.models.architecture import build_on_meta_device
 from training.models.files import ModelError
-from training.models.torch_provider import attach_adapter, load_weights
+from training.models.torch_provider import attach_adapter, load_weights, peft_config
 from utils.storage.bucket import join_uri, open_store
 
 if TYPE_CHECKING:
@@ -83,6 +87,8 @@ def verify_export(
     model: Any = load_weights(base or weights, dtype="fp32", trust_remote_code=trust)
     if base is not None:
         model = attach_adapter(model, weights)
+        if trained.config.lora_config and not trained.config.initial_adapter_model_ckpt_path:
+            _restore_scaling(model, trained.config.lora_config, base, trust_remote_code=trust)
     expected = _outputs(model, rows)
     dtype = _DTYPES[planned.dtype or "fp32"]
     _round_weights(model, dtype)
@@ -117,6 +123,28 @@ def verify_export(
             "and report this."
         )
     return verification
+
+
+def _restore_scaling(adapted: Any, lora: LoraConfig, base: Path, *, trust_remote_code: bool) -> None:
+    """Give an adapter the scaling factors that it was trained with. PEFT computes those of its file in another order of the patterns.
+
+    Args:
+        adapted: The model with the adapter as its file describes it.
+        lora: The lora_config of the run.
+        base: Local directory of the base model.
+        trust_remote_code: True if code in that directory may be executed.
+    """
+    model = build_on_meta_device(base, str(base), trust_remote_code=trust_remote_code).model
+    plain = lora.model_copy(update={"init_lora_weights": True, "trainable_token_indices": None})
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plan reports what PEFT warns of
+        built = peft.get_peft_model(model, peft_config(plain))
+    trained = {
+        name: module.scaling for name, module in built.named_modules() if isinstance(module, LoraLayer)
+    }
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            module.scaling |= trained.get(name, {})
 
 
 def _is_rounding(difference: torch.Tensor, rounding: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -441,7 +441,9 @@ class FineTuningTrainer(SFTTrainer):
             self.clock.timed("saving", Trainer._save_checkpoint)(self, model, trial)
             adapter = directory / "adapter_config.json"
             if self.args.should_save and adapter.exists():
-                write_same_everywhere(adapter, self.base_model, self.base_revision)
+                adapted: Any = self.accelerator.unwrap_model(self.model)
+                tied = getattr(adapted.peft_config["default"], "modules_to_tie", None) or ()
+                write_same_everywhere(adapter, self.base_model, self.base_revision, tied)
 
 
 def targets_of(inputs: dict[str, Any]) -> torch.Tensor:
@@ -468,10 +470,22 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def write_same_everywhere(adapter_config: Path, base_model: str, base_revision: str | None) -> None:
-    """Make PEFT's config file reproducible: replace the node's local base path and sort the lists that come from sets."""
+def write_same_everywhere(
+    adapter_config: Path, base_model: str, base_revision: str | None, tied: Iterable[str]
+) -> None:
+    """Make PEFT's config file reproducible: replace the node's local base path and sort the lists that come from sets.
+
+    Args:
+        adapter_config: The file.
+        base_model: Hub id, directory or URI of the base model.
+        base_revision: Commit of a base model on the Hub.
+        tied: Modules of modules_to_save that PEFT ties to the embedding. It removes them from the list, but ties the embeddings of GPT-2
+            and BLOOM again only if the list has lm_head.
+    """
     base = {"base_model_name_or_path": base_model, "revision": base_revision}
     settings = json.loads(adapter_config.read_text("utf-8")) | base
+    if tied:
+        settings["modules_to_save"] = sorted({*settings["modules_to_save"], *tied})
     for name in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(settings.get(name), list):
             settings[name].sort()

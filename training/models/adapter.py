@@ -54,8 +54,10 @@ class AdapterParameters:
     """Name -> shape of each tensor that adapter_model.safetensors must contain."""
     stored_embeddings: Mapping[str, Shape]
     """Name -> shape of the base weights that PEFT also saves if an embedding has an adapter."""
+    targets: tuple[str, ...]
+    """Modules and parameters of the base model that have an adapter, sorted."""
     ranks: Mapping[str, int]
-    """Module of the base model -> rank of its adapter."""
+    """Module of the base model, or the one that holds adapted parameters -> rank of its adapter."""
     target_parameters: tuple[str, ...]
     """Parameters of the base model that have an adapter themselves, such as fused experts."""
     saved_modules: tuple[str, ...]
@@ -66,11 +68,6 @@ class AdapterParameters:
     """Module of the LM head."""
     unmatched_patterns: tuple[str, ...] = ()
     """Keys of rank_pattern and alpha_pattern that match no module, which PEFT ignores."""
-
-    @property
-    def targets(self) -> list[str]:
-        """Return the modules and parameters that have an adapter, sorted."""
-        return sorted({*self.ranks, *self.target_parameters})
 
     @property
     def trains_biases(self) -> bool:
@@ -96,7 +93,9 @@ def new_adapter(base: MetaModel, lora: LoraConfig) -> AdapterParameters:
     """
     where = "lora_config"
     settings = lora.model_dump() | {"init_lora_weights": True}
-    parameters = _parameters(_adapted(base, settings, where))
+    adapted = _adapted(base, settings, where)
+    _check_tying(adapted, base.source)
+    parameters = _parameters(adapted)
     if lora.init_lora_weights == "orthogonal" and parameters.target_parameters:
         raise ModelError(
             f"{where}.init_lora_weights: orthogonal is not available for {parameters.target_parameters[0]} of {base.source}, which is a "
@@ -124,8 +123,9 @@ def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterPa
         for key in ("rank_pattern", "alpha_pattern")
         for pattern in _unmatched_patterns(getattr(built, key), parameters)
     ]
+    _check_fused_patterns(unmatched, adapter, where)
     parameters = replace(parameters, unmatched_patterns=tuple(unmatched))
-    return parameters, _mismatch(parameters, _as_loaded(adapted, adapter))
+    return parameters, _mismatch(parameters, _as_loaded(adapted, adapter), adapter)
 
 
 def without_base_weights(
@@ -223,8 +223,11 @@ def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[
         if not any(_ends_with(parameter, name) for parameter in parameters.target_parameters):
             yield f"lora_config.target_parameters: {name} matches no parameter"
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in _unmatched_patterns(getattr(lora, key), parameters):
+        patterns = getattr(lora, key)
+        for pattern in _unmatched_patterns(patterns, parameters):
             yield f"lora_config.{key}: {pattern} matches no module that has an adapter"
+        for pattern in _hidden_patterns(patterns, parameters):
+            yield f"lora_config.{key}: {pattern} follows a key that matches the same modules"
     layers = lora.layers_to_transform
     for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if not any(f".{layer}." in module for module in adapted):
@@ -237,8 +240,31 @@ def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[
 
 
 def _unmatched_patterns(patterns: Iterable[str], parameters: AdapterParameters) -> list[str]:
-    adapted = parameters.targets
-    return [each for each in patterns if not any(re.match(rf"(.*\.)?({each})$", name) for name in adapted)]
+    return [each for each in patterns if not any(_matches_pattern(each, name) for name in parameters.targets)]
+
+
+def _hidden_patterns(patterns: Iterable[str], parameters: AdapterParameters) -> list[str]:
+    """Return the patterns that PEFT never uses, because each module that they match also matches an earlier one."""
+    matching = [[each for each in patterns if _matches_pattern(each, name)] for name in parameters.targets]
+    used, matched = {found[0] for found in matching if found}, {each for found in matching for each in found}
+    return [each for each in patterns if each in matched - used]
+
+
+def _check_fused_patterns(unmatched: Iterable[str], adapter: AdapterFacts, where: str) -> None:
+    """Reject patterns for single experts of an older release, which PEFT drops where it fuses the experts."""
+    modules = {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in adapter.parameter_shapes}
+    for entry in unmatched:
+        key, _, pattern = entry.partition(": ")
+        if any(_matches_pattern(pattern, module) for module in modules):
+            raise ModelError(
+                f"{where}: {key}: {pattern} matches experts that transformers now fuses, and PEFT drops it. Merge the adapter with the release "
+                "that trained it, and write the merged model as model_id."
+            )
+
+
+def _matches_pattern(pattern: str, name: str) -> bool:
+    """Return whether a key of rank_pattern or alpha_pattern matches a module, as PEFT does."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _ends_with(module: str, name: str) -> bool:
@@ -289,30 +315,97 @@ def _adapted(base: MetaModel, settings: dict[str, Any], where: str) -> Any:
         with torch.device("meta"), warnings.catch_warnings():
             # PEFT warns of pattern keys that match parameters, and of names that `unmatched_keys` reports.
             warnings.simplefilter("ignore")
-            adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+            adapted = peft.get_peft_model(model, peft.LoraConfig(**deepcopy(settings)))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
         fix = " Write lora_dropout: 0." if "lora_dropout" in str(error) else ""
         raise ModelError(
             f"{where}: PEFT cannot add this adapter to {base.source}: {first_line(error)}{fix}"
         ) from error
-    _check_embeddings(adapted, base.source, where)
+    _check_modules(adapted, base.source, where)
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_order(adapted, key, settings.get(key) or {}, base.source, where)
     return adapted
 
 
-def _check_embeddings(adapted: Any, source: str, where: str) -> None:
-    """Reject adapters on embeddings that compute something else than a look-up, such as OPT's positions."""
+def _check_modules(adapted: Any, source: str, where: str) -> None:
+    """Reject modules that PEFT adds, but that fail in training or compute something else."""
     from peft.tuners.lora import Embedding
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
     from torch import nn
 
     for name, module in adapted.named_modules():
-        if not isinstance(module, Embedding):
-            continue
-        base = module.get_base_layer()
-        # PEFT multiplies by embed_scale itself.
-        if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
+        base_name = name.removeprefix(_PREFIX).replace(".token_adapter.base_layer", "")
+        if isinstance(module, Embedding):
+            base = module.get_base_layer()
+            # An embedding that computes something else than a look-up, such as OPT's positions. PEFT multiplies by embed_scale itself.
+            if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
+                raise ModelError(
+                    f"{where}: target_modules: PEFT cannot train {base_name} of {source}, a {type(base).__name__}. Remove it."
+                )
+        elif isinstance(module, ModulesToSaveWrapper) and ".token_adapter." in name:
             raise ModelError(
-                f"{where}: target_modules: PEFT cannot train {name.removeprefix(_PREFIX)} of {source}, a {type(base).__name__}. Remove it."
+                f"{where}: modules_to_save trains {base_name} in full, but trainable_token_indices trains rows of the embedding, to which "
+                f"{source} ties it. Remove one of the two."
             )
+        elif isinstance(module, TrainableTokensWrapper) and (
+            getattr(module.token_adapter.get_base_layer(), "bias", None) is not None
+        ):
+            raise ModelError(
+                f"{where}: trainable_token_indices: {base_name} of {source} has a bias, which PEFT leaves out where it trains the rows of "
+                f"tokens. Write modules_to_save: [{base_name}] instead, or remove it."
+            )
+
+
+def _check_tying(adapted: Any, source: str) -> None:
+    """Reject ensure_weight_tying where PEFT changes the embedding or the LM head, but does not tie them."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model = adapted.get_base_model()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    changed = [isinstance(end, LoraLayer | AuxiliaryTrainingWrapper) for end in ends]
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    if adapted.peft_config["default"].ensure_weight_tying and is_tied and changed[0] != changed[1]:
+        raise ModelError(
+            f"lora_config.ensure_weight_tying: PEFT would train an embedding of {source} without its tied LM head, because it knows tied "
+            "embeddings by the names embed_tokens and lm_head. Write modules_to_save: [lm_head], or remove ensure_weight_tying."
+        )
+
+
+def _check_order(adapted: Any, key: str, given: Mapping[str, float], source: str, where: str) -> None:
+    """Reject patterns whose values depend on their order: PEFT takes the first that matches, and sorts them when it saves.
+
+    Args:
+        adapted: The model with its adapter.
+        key: rank_pattern or alpha_pattern.
+        given: The patterns of the configuration. For fused experts, PEFT adds a pattern, or replaces one.
+        source: Name of the base model in messages.
+        where: Name of the configuration in messages.
+    """
+    used = getattr(adapted.peft_config["default"], key)
+    for name in _targets(adapted):
+        matching = [pattern for pattern in used if _matches_pattern(pattern, name)]
+        ours = [pattern for pattern in matching if pattern in given]
+        if not ours:
+            continue
+        first, saved_first = matching[0], min(matching)
+        if used[ours[0]] != given[ours[0]] or (
+            used[first] != used[saved_first] and len(ours) < len(matching)
+        ):
+            raise ModelError(
+                f"{where}: {key}: {ours[0]} matches {name} of {source}, but PEFT sets a value of its own for experts of target_modules. Write "
+                "target_modules as a list without the experts, and target_parameters with them."
+            )
+        if used[first] != used[saved_first]:
+            raise ModelError(
+                f"{where}: {key}: {first} and {saved_first} both match {name} of {source}. PEFT trains with the first key, but sorts the keys "
+                "when it saves, so the saved adapter would be another one. Write keys that match different modules."
+            )
+
+
+def _targets(adapted: Any) -> list[str]:
+    """Return the modules and parameters that have an adapter, with their names in the base model."""
+    return [*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names]
 
 
 def _parameters(adapted: Any) -> AdapterParameters:
@@ -348,6 +441,7 @@ def _parameters(adapted: Any) -> AdapterParameters:
         },
         stored=stored,
         stored_embeddings={name: shape for name, shape in everything.items() if name not in stored},
+        targets=tuple(sorted(_targets(adapted))),
         ranks=ranks,
         target_parameters=tuple(adapted.base_model.targeted_parameter_names),
         saved_modules=tuple(saved),
@@ -371,7 +465,9 @@ def _as_loaded(adapted: Any, adapter: AdapterFacts) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
 
 
-def _mismatch(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Mismatch | None:
+def _mismatch(
+    parameters: AdapterParameters, found: Mapping[str, Shape], adapter: AdapterFacts
+) -> Mismatch | None:
     expected = {**parameters.stored_embeddings, **parameters.stored}
     missing = sorted(parameters.stored.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
@@ -385,6 +481,12 @@ def _mismatch(parameters: AdapterParameters, found: Mapping[str, Shape]) -> Mism
         ],
     ]
     lines = [kind[0] for kind in kinds if kind] + [line for kind in kinds for line in kind[1:]]
+    if extra and not missing and all(map(is_head, extra)) and adapter.lora.get("ensure_weight_tying"):
+        # PEFT removes a tied head from the list, and does not tie the embeddings of GPT-2 and BLOOM again.
+        return Mismatch(
+            lines,
+            "Add lm_head to modules_to_save in adapter_config.json, so that PEFT ties it to the embedding.",
+        )
     return Mismatch(lines, _fix(missing, extra)) if lines else None
 
 

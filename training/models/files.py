@@ -492,6 +492,11 @@ def read_adapter_facts(source: str) -> AdapterFacts:
         else:
             hint = " Use the path of a checkpoint (…/checkpoints/step-000120) or of a completed run."
         raise ModelError(f"adapter {source}: adapter_config.json is missing (found: {_some(names)}).{hint}")
+    if ADAPTER_FILE not in names and any(name.startswith("adapter_model-") for name in names):
+        raise ModelError(
+            f"adapter {source}: its weights are in several files (found: {_some(names)}), which PEFT does not load. Join them in one "
+            f"{ADAPTER_FILE}, with safetensors' load_file and save_file."
+        )
     if ADAPTER_FILE not in names:
         raise ModelError(
             f"adapter {source}: {ADAPTER_FILE} is missing (found: {_some(names)}). Pickled adapters (.bin) are "
@@ -515,6 +520,14 @@ def read_adapter_facts(source: str) -> AdapterFacts:
 
 def _check_values(config: dict[str, Any], where: str) -> None:
     """Check an adapter's settings as the YAML's lora_config is checked, with fractional alphas, which PEFT accepts."""
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise ModelError(
+                f"{where}: {key} is {config[key]!r}, but must be text. Write that of the model that it was trained on, or null."
+            )
+    for key in ("eva_config", "corda_config", "lora_ga_config"):
+        if not isinstance(config.get(key), dict | None):
+            raise ModelError(f"{where}: {key} is {config[key]!r}, but must be a JSON object. Write null.")
     alphas = {"lora_alpha": config.get("lora_alpha", 8), **_mapping(config.get("alpha_pattern"))}
     for key, alpha in alphas.items():
         if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_ALPHA:
@@ -569,7 +582,7 @@ def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
 
 def targeted_modules(facts: ModelFacts, lora: LoraConfig) -> list[str]:
     """Return the modules that get an adapter."""
-    return [module for module in facts.matrix_shapes if _targets(lora, module)]
+    return [module for module in facts.matrix_shapes if is_targeted(lora, module)]
 
 
 def lora_ranks(facts: ModelFacts, lora: LoraConfig) -> dict[str, int]:
@@ -589,13 +602,14 @@ def untargeted_names(facts: ModelFacts, lora: LoraConfig) -> list[str]:
     return [
         name
         for name in lora.target_modules
-        if not any(_named([name], module) for module in facts.matrix_shapes)
+        if not any(is_named([name], module) for module in facts.matrix_shapes)
         and not (name == "lm_head" and facts.tie_word_embeddings)
     ]
 
 
-def _targets(lora: LoraConfig, module: str) -> bool:
-    if lora.exclude_modules and _named(lora.exclude_modules, module):
+def is_targeted(lora: LoraConfig, module: str) -> bool:
+    """Return whether a module gets an adapter, if it is a layer that can have one."""
+    if lora.exclude_modules and is_named(lora.exclude_modules, module):
         return False
     if lora.layers_to_transform is not None:
         layer = re.match(r".*\.[^.]*\.(\d+)\.", module)
@@ -608,10 +622,10 @@ def _targets(lora: LoraConfig, module: str) -> bool:
             return False
     if lora.target_modules == "all-linear" or lora.target_modules is None:
         return not re.search(r"(embed|wte|wpe|lm_head|norm|embed_out)", module.split(".")[-1])
-    return _named(lora.target_modules, module)
+    return is_named(lora.target_modules, module)
 
 
-def _named(names: list[str] | str, module: str) -> bool:
+def is_named(names: list[str] | str, module: str) -> bool:
     """Match a module as PEFT does: a regular expression for the full name, or a list of name suffixes."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None

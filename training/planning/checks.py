@@ -1,6 +1,6 @@
 """Checks that reject a run before training starts: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from training.models.files import (
     ModelFacts,
     is_hub_id,
     is_model_file,
+    is_named,
     targeted_modules,
     without_strays,
 )
@@ -263,6 +264,24 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
         f"lora_config.target_modules: {lora.target_modules} matches no module of {facts.source}, which has: {', '.join(names)}. "
         "Name some of these, or write all-linear."
     )
+
+
+def check_exclusions(lora: LoraConfig, targets: Iterable[str], facts: ModelFacts) -> None:
+    """Check that exclude_modules excludes what it names: PEFT compares it with modules, not with their parts and not with parameters.
+
+    Args:
+        lora: The YAML's lora_config.
+        targets: Modules and parameters that have an adapter.
+        facts: The base model.
+    """
+    for target in targets if lora.exclude_modules else ():
+        parts = target.split(".")
+        around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        if any(is_named(lora.exclude_modules or [], each) for each in around):
+            raise ConfigError(
+                f"lora_config.exclude_modules: {lora.exclude_modules} does not exclude {target} of {facts.source}: PEFT excludes layers by "
+                "their own names, and no experts or routers. Write these names, or target_modules as a list without it."
+            )
 
 
 def check_new_adapter(config: FinetuneConfig, parameters: AdapterParameters, facts: ModelFacts) -> None:

@@ -40,6 +40,7 @@ from training.models.architecture import (
     check_packing,
     check_tensors,
     is_embedding,
+    is_expert,
     is_head,
     model_shape,
 )
@@ -62,12 +63,12 @@ from training.models.files import (
     is_fully_trained,
     is_hub_id,
     is_model_file,
+    is_targeted,
     is_tokenizer_file,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
     targeted_modules,
-    untargeted_names,
 )
 from training.models.generation import Corrections, check_generation, check_savable
 from training.models.hub import check_hub_access
@@ -90,6 +91,7 @@ from training.planning.checks import (
     check_batch,
     check_checkpoint_fits,
     check_disk,
+    check_exclusions,
     check_new_adapter,
     check_quantization,
     check_same_adapter,
@@ -433,7 +435,9 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     unused = check_tensors(meta, facts)
     check_dtypes(facts, meta.shapes, unused)
     check_finite_weights(facts, unused)
-    if adapter_facts or facts.quantization or unused or _matches_no_module(config, facts):
+    is_mixture = any(map(is_expert, meta.shapes))
+    renames = _matches_no_module(config, facts) if is_mixture else config.trains_adapter
+    if adapter_facts or facts.quantization or unused or renames:
         # The architecture names every module; weight files may be packed, use older names or have tensors that are not loaded.
         facts = replace(facts, parameter_shapes=meta.shapes)
     check_generation(directory, base, vocabulary_rows(facts, default=sys.maxsize))
@@ -526,9 +530,12 @@ def _count_trainable(config: FinetuneConfig, settings: Settings, storage: Storag
         parameters = _continued_adapter(config, storage, model, model.adapter_facts)
     elif config.lora_config:
         check_targets(config.lora_config, model.facts)
+        targets: Sequence[str] = targeted_modules(model.facts, config.lora_config)
         if _only_peft_can_count(config.lora_config, model):
             parameters = new_adapter(model.meta, config.lora_config)
             check_new_adapter(config, parameters, model.facts)
+            targets = parameters.targets
+        check_exclusions(config.lora_config, targets, model.facts)
     if parameters and settings.execution.zero_stage == 3:
         check_zero_3_adapter(parameters)
     if config.final_export and not config.final_export.merge:
@@ -588,11 +595,12 @@ def _only_peft_can_count(lora: LoraConfig, model: Model) -> bool:
         init_lora_weights=lora.init_lora_weights,
     )
     has_other_layers = model.shape is None or model.shape.experts > 0 or lora.target_modules is None
-    ends = [f"{name}." for name in targeted_modules(model.facts, lora)]
-    names_head = isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules
-    names_other = bool(untargeted_names(model.facts, lora))  # PEFT rejects those that are no linear layers
-    has_ends = any(is_embedding(name) or is_head(name) for name in ends)
-    return lora != plain or has_other_layers or names_head or names_other or has_ends
+    if lora != plain or has_other_layers or lora.target_modules == "all-linear":
+        return lora != plain or has_other_layers
+    targets = {name for name, _ in model.meta.model.named_modules() if is_targeted(lora, name)}
+    has_ends = any(is_embedding(f"{name}.") or is_head(f"{name}.") for name in targets)
+    # Modules without a matrix of their own: a tied LM head, and what PEFT rejects.
+    return has_ends or targets != set(targeted_modules(model.facts, lora))
 
 
 def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
@@ -902,6 +910,8 @@ def _warnings(
     config, device, provider = batch.config, settings.device, settings.execution.kernels.provider
     yield from plan_warnings.model_warnings(config, model.facts, model.adapter_facts, provider)
     yield from plan_warnings.adapter_warnings(model.adapter, adapter.parameters)
+    if config.lora_config and not model.adapter:
+        yield from plan_warnings.exclusion_warnings(config.lora_config, model.meta)
     yield from plan_warnings.generation_warnings(model.facts.source, model.corrections)
     yield from plan_warnings.tensor_warnings(model.facts.source, model.unused_tensors)
     yield from plan_warnings.attention_warnings(config, model.facts, model.traits, model.attention, device)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from configs.loading import LoadedConfig
-from configs.schema import DEFAULT_MIN_UPDATE_STEPS, FinetuneConfig
+from configs.schema import DEFAULT_MIN_UPDATE_STEPS, FinetuneConfig, LoraConfig
 from training.data.batches import BatchShape
 from training.data.prompting import end_of_turn
 from training.data.renderer import Renderer
@@ -12,9 +12,9 @@ from training.data.report import DataReport, describe_split
 from training.data.rows import ALL_COLUMNS, places_of
 from training.data.summary import DataSummary
 from training.models.adapter import AdapterParameters
-from training.models.architecture import ModelShape
+from training.models.architecture import MetaModel, ModelShape
 from training.models.attention import Attention, AttentionTraits
-from training.models.files import AdapterFacts, ModelFacts, is_hub_id, untargeted_names
+from training.models.files import AdapterFacts, ModelFacts, is_hub_id, is_named, untargeted_names
 from training.models.generation import Corrections
 from training.models.kernels import Device, Provider, is_installed
 from training.planning.accelerators import lacks_bf16, memory_of, named_accelerator, nearest_name
@@ -65,6 +65,21 @@ def adapter_warnings(source: str | None, parameters: AdapterParameters | None) -
     """
     if source and parameters and (unmatched := parameters.unmatched_patterns):
         yield f"adapter {source}: adapter_config.json: {', '.join(unmatched)} matches no module that has an adapter; PEFT ignores it"
+
+
+def exclusion_warnings(lora: LoraConfig, base: MetaModel) -> Iterator[str]:
+    """Warn of exclude_modules of a new adapter that match no module.
+
+    Args:
+        lora: The YAML's lora_config.
+        base: The base model.
+    """
+    names = [lora.exclude_modules] if isinstance(lora.exclude_modules, str) else lora.exclude_modules or []
+    modules = [module for module, _ in base.model.named_modules()] if names else []
+    for name in names:
+        pattern = name if isinstance(lora.exclude_modules, str) else [name]
+        if not any(is_named(pattern, module) for module in modules):
+            yield f"lora_config.exclude_modules: {name} matches no module of {base.source} and is ignored"
 
 
 def generation_warnings(source: str, corrections: Corrections) -> Iterator[str]:

@@ -65,6 +65,14 @@ def test_merged_model_computes_what_the_adapter_computes(models: dict[str, Path]
         pytest.param("llama", torch.float32, {"modules_to_save": ["lm_head"]}, marks=pytest.mark.slow),
         ("mixtral", torch.float32, {}),
         pytest.param("gpt2", torch.float32, {"fan_in_fan_out": True}, marks=pytest.mark.slow),
+        ("biased", torch.float32, {"target_modules": ["q_proj"], "lora_bias": True}),
+        pytest.param(
+            "biased",
+            torch.float32,
+            {"lora_bias": True, "bias": "all", "target_modules": ["q_proj"]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("biased", torch.float32, {"bias": "all"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -73,7 +81,11 @@ def test_bf16_export_is_the_fp32_merge_rounded_once(
 ):
     """Files store the experts of the Mixtral one by one, and transformers fuses them."""
     model = Path(shutil.copytree(models[name], tmp_path / "model"))
-    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(stored).save_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for weight, value in base.named_parameters():
+        if weight.endswith(".bias"):  # 0 in a new model
+            value.data.normal_()
+    base.to(stored).save_pretrained(model)
     large_adapter(model, **lora).save_pretrained(tmp_path / "adapter")
     exact = merged(model, tmp_path / "adapter", "fp32", tmp_path / "fp32").state_dict()
     rounded = merged(model, tmp_path / "adapter", "bf16", tmp_path / "bf16").state_dict()

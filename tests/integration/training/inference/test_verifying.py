@@ -107,6 +107,23 @@ def test_rounding_includes_what_a_merge_loses_of_a_small_adapter(tiny_model: Pat
         torch.testing.assert_close(module.weight, expected, atol=1e-7, rtol=1e-6)
 
 
+def test_adapter_whose_file_has_another_scaling_than_in_training_is_not_published(
+    tiny_model: Path, tmp_path: Path
+):
+    """PEFT 0.21.2 trains with the first pattern that matches, and saves the patterns sorted."""
+    lora = {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "alpha_pattern": {"q_proj": 64, "layers.0.self_attn.q_proj": 2},
+    }
+    storage = open_store(str(tmp_path / "runs"))
+    run = store_adapter_run(storage, "run", tiny_model, lora, output_dir=str(tmp_path / "scratch"))
+    with pytest.raises(ModelError, match=r"does not compute what was trained.* layer 0\."):
+        export(run, dtype="fp32")
+    with pytest.raises(ModelError, match=r"does not compute what was trained.* layer 0\."):
+        export(run, merge=False)
+
+
 def test_dropped_tensor_of_an_exported_adapter_is_found(run: str, monkeypatch: pytest.MonkeyPatch):
     copy = exporting._copy_adapter
 

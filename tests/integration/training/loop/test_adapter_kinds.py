@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from configs.schema import LoraConfig
 from tests.support.adapter_training import (
     Run,
     can_be_new,
@@ -21,7 +22,10 @@ from tests.support.adapter_training import (
     train_under_zero_3,
 )
 from tests.support.adapter_uses import rejection
-from tests.support.adapters import FILE, KINDS, logits_of, make_models
+from tests.support.adapters import FILE, KINDS, logits_of, make_models, meta_model
+from tests.support.model_requests import model_request
+from training.models.adapter import continued_adapter
+from training.models.files import read_adapter_facts
 from training.models.torch_provider import attach_adapter, load_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -74,6 +78,27 @@ def test_resumed_adapter_equals_the_uninterrupted_one(kind: str, models: dict[st
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in run.weights.items())
     assert len(resumed.moments) == len(run.moments)
     assert all(map(torch.equal, resumed.moments, run.moments))
+
+
+@pytest.mark.parametrize("saved", [["lm_head", "wte"], ["lm_head"]], ids=str)
+def test_checkpoint_of_tied_modules_of_gpt2_is_continued_tied(
+    saved: list[str], models: dict[str, Path], tmp_path: Path
+):
+    """PEFT 0.21.2 saves modules_to_save without lm_head, and ties the embedding wte only with it."""
+    lora = LoraConfig(
+        target_modules=["c_attn"], modules_to_save=saved, ensure_weight_tying=True, fan_in_fan_out=True
+    )
+    run = Run(model_request(models["gpt2"], lora=lora), tmp_path / "run")
+    facts = read_adapter_facts(str(run.checkpoint))
+    parameters, wrong = continued_adapter(meta_model(models["gpt2"]), facts)
+    assert wrong is None
+    assert parameters.trainable.keys() == set(run.trainable)
+    continued = Run(model_request(models["gpt2"], adapter_directory=run.checkpoint), tmp_path / "continued")
+    assert continued.trainable == run.trainable
+    loaded = attach_adapter(
+        AutoModelForCausalLM.from_pretrained(models["gpt2"], dtype=torch.float32), continued.last
+    )
+    torch.testing.assert_close(logits_of(loaded), logits_of(continued.model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", kinds("an adapter on the embedding"))

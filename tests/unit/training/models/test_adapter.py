@@ -1,5 +1,6 @@
 """Adapters compared with what PEFT builds from their configuration: accepted with the right counts, or rejected by tensor."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    PhiConfig,
     Qwen3Config,
 )
 
@@ -43,7 +45,7 @@ from training.models.adapter import (
     without_base_weights,
 )
 from training.models.architecture import check_tensors, is_embedding, is_head
-from training.models.files import ModelError, read_adapter_facts, read_model_facts
+from training.models.files import AdapterFacts, ModelError, read_adapter_facts, read_model_facts
 from training.models.torch_provider import attach_adapter, load_weights
 from training.planning.warnings import adapter_warnings
 
@@ -120,6 +122,9 @@ def test_adapter_with_a_module_per_expert_is_accepted(models: dict[str, Path], t
     assert differences(models["mixtral"], tmp_path) == []
     change_tensors(tmp_path, lambda tensors: dict(list(tensors.items())[:-1]))
     assert differences(models["mixtral"], tmp_path)
+    change_config(tmp_path, alpha_pattern={"w1": 2})
+    with pytest.raises(ModelError, match=r"adapter_config\.json: alpha_pattern: w1 matches experts "):
+        differences(models["mixtral"], tmp_path)
 
 
 # --- Tensors that do not fit are named ------------------------------------------------------------------------------
@@ -365,6 +370,12 @@ def test_weights_that_are_not_floating_point_numbers_of_16_bits_are_rejected(ada
             "trainable_token_indices: q_proj",
         ),
         ("llama", {"alpha_pattern": {"up_proj": 2}, "target_modules": ["q_proj"]}, "alpha_pattern: up_proj"),
+        ("mixtral", {"alpha_pattern": {"mlp.experts": 2}}, "alpha_pattern: mlp.experts"),
+        (
+            "llama",
+            {"alpha_pattern": {"q_proj": 2, "self_attn.q_proj": 4}},
+            "alpha_pattern: self_attn.q_proj follows",
+        ),
         (
             "mixtral",
             {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up"]},
@@ -378,7 +389,8 @@ def test_name_that_matches_nothing_is_reported(
     settings = LoraConfig(**lora)
     parameters = new_adapter(meta_model(models[name]), settings)
     (error,) = unmatched_keys(settings, parameters)
-    assert error.startswith(f"lora_config.{place} matches no ")
+    assert error.startswith(f"lora_config.{place}")
+    assert "matches no " in error or "follows a key that matches the same modules" in error
 
 
 @pytest.mark.parametrize(
@@ -411,6 +423,128 @@ def test_adapter_that_the_worker_could_not_build_is_rejected(
         ).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=rf"^lora_config.*{named}"):
         new_adapter(meta_model(directory), LoraConfig(**lora))
+
+
+HEAD_AND_ROWS = "modules_to_save trains lm_head in full, but trainable_token_indices"
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "named"),
+    [
+        (
+            "phi",
+            {"trainable_token_indices": {"lm_head": [2]}},
+            "trainable_token_indices: lm_head .* has a bias",
+        ),
+        (
+            "tied",
+            {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [4]}},
+            HEAD_AND_ROWS,
+        ),
+        ("tied", {"modules_to_save": ["lm_head"], "trainable_token_indices": [4]}, HEAD_AND_ROWS),
+        ("gpt2", {"modules_to_save": ["lm_head"], "trainable_token_indices": {"wte": [4]}}, HEAD_AND_ROWS),
+    ],
+    ids=str,
+)
+def test_trained_rows_that_fail_or_change_the_head_are_rejected(
+    models: dict[str, Path], tmp_path: Path, name: str, lora: dict[str, Any], named: str
+):
+    """PEFT 0.21.2 builds them, but the first step fails, or the head loses its bias."""
+    model = meta_model(models.get(name) or make_model(tmp_path, kind=PhiConfig))
+    with pytest.raises(ModelError, match=rf"^lora_config: {named}"):
+        new_adapter(model, LoraConfig(**lora))
+    with pytest.raises(ModelError, match=rf"^adapter DIR: adapter_config\.json: {named}"):
+        continued_adapter(model, AdapterFacts("DIR", "", {"target_modules": "all-linear", **lora}, {}))
+
+
+ANY_ORDER = [
+    ("llama", {"alpha_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 64}}),
+    ("llama", {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 8}}),
+    ("llama", {"alpha_pattern": {"q_proj": 64, "layers.0.self_attn.q_proj": 64, "v_proj": 3}}),
+    (
+        "mixtral",
+        {
+            "alpha_pattern": {"q_proj": 2, "down_proj": 64},
+            "rank_pattern": {"down_proj": 3, "gate_up_proj": 8},
+        },
+    ),
+    (
+        "mixtral",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "alpha_pattern": {"gate_up_proj": 64},
+            "rank_pattern": {"gate_up_proj": 2},
+        },
+    ),
+]
+ONE_ORDER = [
+    ("llama", {"alpha_pattern": {"q_proj": 64, "layers.0.self_attn.q_proj": 2}}, "layers.0.self_attn.q_proj"),
+    ("llama", {"rank_pattern": {"self_attn.q_proj": 2, "q_proj": 8}}, "self_attn.q_proj and q_proj"),
+    ("mixtral", {"alpha_pattern": {"gate_up_proj": 64}}, "gate_up_proj"),
+    ("mixtral", {"rank_pattern": {"gate_up_proj": 2}}, "gate_up_proj"),
+    ("mixtral", {"alpha_pattern": {r".*\.gate_up_proj": 64}}, "gate_up_proj"),
+    (
+        "mixtral",
+        {"target_modules": ["gate", "w1", "w2", "w3"], "rank_pattern": {".*experts.*": 64}},
+        "experts",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "lora"), ANY_ORDER, ids=str)
+def test_patterns_that_mean_the_same_in_any_order_are_saved_as_trained(
+    models: dict[str, Path], tmp_path: Path, name: str, lora: dict[str, Any]
+):
+    parameters = new_adapter(meta_model(models[name]), LoraConfig(r=4, **lora))
+    adapted = large_adapter(models[name], **lora)
+    adapted.save_pretrained(tmp_path)
+    assert {
+        name for name, entry in adapted.named_parameters() if entry.requires_grad
+    } == parameters.trainable.keys()
+    assert differences(models[name], tmp_path) == []
+    loaded = attach_adapter(AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32), tmp_path)
+    torch.testing.assert_close(logits_of(loaded), logits_of(adapted), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "lora", "pattern"), ONE_ORDER, ids=str)
+def test_patterns_whose_values_depend_on_their_order_are_rejected(
+    models: dict[str, Path], name: str, lora: dict[str, Any], pattern: str
+):
+    """PEFT 0.21.2 trains with the first pattern that matches, and saves the patterns sorted."""
+    key = next(key for key in lora if key.endswith("pattern"))
+    with pytest.raises(ModelError, match=rf"^lora_config: {key}: .*{re.escape(pattern)}.* of {models[name]}"):
+        new_adapter(meta_model(models[name]), LoraConfig(**lora))
+    with pytest.raises(
+        ModelError, match=rf"^adapter DIR: adapter_config\.json: {key}: .*{re.escape(pattern)}"
+    ):
+        settings = {"target_modules": "all-linear", **lora}
+        continued_adapter(meta_model(models[name]), AdapterFacts("DIR", "", settings, {}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_that_peft_would_not_tie_again_is_rejected_with_the_name_to_add(
+    models: dict[str, Path], tmp_path: Path
+):
+    """PEFT 0.21.2 removes lm_head from modules_to_save, and ties the embedding wte of GPT-2 only with it."""
+    write_adapter(tmp_path, models["gpt2"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    wrong = continued_adapter(meta_model(models["gpt2"]), read_adapter_facts(str(tmp_path)))[1]
+    assert wrong is not None
+    assert wrong.fix.startswith("Add lm_head to modules_to_save in adapter_config.json")
+    change_config(tmp_path, modules_to_save=["lm_head", "wte"])
+    assert differences(models["gpt2"], tmp_path) == []
+
+
+def test_ensure_weight_tying_that_ties_nothing_is_rejected(models: dict[str, Path]):
+    """PEFT 0.21.2 looks for modules_to_save with the names embed_tokens and lm_head only."""
+    base = meta_model(models["gpt2"])
+    with pytest.raises(
+        ModelError, match=r"^lora_config\.ensure_weight_tying: .*modules_to_save: \[lm_head\]"
+    ):
+        new_adapter(base, LoraConfig(modules_to_save=["wte"], ensure_weight_tying=True))
+    tied = new_adapter(base, LoraConfig(modules_to_save=["lm_head"], ensure_weight_tying=True))
+    assert tied.saved_modules == ("transformer.wte", "lm_head")
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,18 @@ def test_tensors_of_each_dtype_are_accepted(adapter: Path, tmp_path: Path, dtype
         ({"trainable_token_indices": "1"}, "trainable_token_indices: .*'1'"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices: .*-1"),
         ({"target_modules": "(q_proj"}, "target_modules.*regular expression"),
+        (
+            {"layers_to_transform": [0], "target_modules": ["q_proj"], "layers_pattern": "("},
+            "layers_pattern.*regular",
+        ),
+        (
+            {"layers_to_transform": [0], "target_modules": ["q_proj"], "layers_pattern": ["h", "("]},
+            "layers_pattern.*regular",
+        ),
+        ({"modules_to_save": ["("]}, "modules_to_save.*regular expression"),
+        ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
+        ({"revision": 7}, "revision is 7"),
+        ({"eva_config": 7}, "eva_config is 7"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: .*'lm_head'"),
     ],
     ids=str,
@@ -469,6 +481,14 @@ def test_adapter_in_a_subdirectory_is_named(adapter: Path, tmp_path: Path):
     shutil.copytree(adapter, tmp_path / "saved" / "default")
     with pytest.raises(ModelError, match=rf"use {tmp_path}/saved/default\.$"):
         read_adapter_facts(str(tmp_path / "saved"))
+
+
+def test_adapter_in_several_files_is_an_error_that_names_them(adapter: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (copy / "adapter_model.safetensors").rename(copy / "adapter_model-00001-of-00001.safetensors")
+    with pytest.raises(ModelError, match=r"several files \(found: .*adapter_model-00001-of-00001") as error:
+        read_adapter_facts(str(copy))
+    assert "ickle" not in str(error.value)
 
 
 def test_an_adapter_that_cannot_be_trained_further_raises_an_error(adapter: Path, tmp_path: Path):

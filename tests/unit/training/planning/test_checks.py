@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from training.planning.checks import (
     check_adapter_tokenizer,
     check_batch,
     check_checkpoint_fits,
+    check_exclusions,
     check_new_adapter,
     check_targets,
     check_token_ids,
@@ -153,10 +155,35 @@ def test_key_that_leaves_no_module_with_an_adapter_is_named(lora: dict[str, Any]
         check_targets(LoraConfig(**lora), facts)
 
 
+@pytest.mark.parametrize(
+    ("excluded", "targets", "named"),
+    [
+        (["gate"], ["model.layers.0.mlp.gate.weight"], "model.layers.0.mlp.gate.weight"),
+        (["experts"], ["model.layers.0.mlp.experts.down_proj"], "model.layers.0.mlp.experts.down_proj"),
+        (["down_proj"], ["model.layers.0.mlp.experts.down_proj"], "model.layers.0.mlp.experts.down_proj"),
+        (".*experts.*", ["model.layers.0.mlp.experts.down_proj"], "model.layers.0.mlp.experts.down_proj"),
+        (["mlp"], ["model.layers.0.q_proj", "model.layers.0.mlp.up_proj"], "model.layers.0.mlp.up_proj"),
+        (["q_proj", "lm_head"], ["model.layers.0.v_proj", "model.layers.0.mlp.up_proj"], None),
+        (["proj"], ["model.layers.0.v_proj"], None),
+        (None, ["model.layers.0.v_proj"], None),
+    ],
+    ids=str,
+)
+def test_module_that_is_excluded_but_adapted_is_rejected(
+    excluded: Any, targets: list[str], named: str | None
+):
+    lora = LoraConfig(exclude_modules=excluded)
+    error = pytest.raises(
+        ConfigError, match=rf"^lora_config\.exclude_modules: .* does not exclude {named} of "
+    )
+    with error if named else nullcontext():
+        check_exclusions(lora, targets, MODEL)
+
+
 @pytest.mark.parametrize("rows", [[3], {"embed_tokens": [3]}], ids=str)
 def test_rows_of_a_module_that_is_trained_in_full_are_rejected(rows: Any):
     lora = {"trainable_token_indices": rows, "modules_to_save": ["embed_tokens"]}
-    parameters = AdapterParameters({}, {}, {}, {}, (), ("model.embed_tokens",), (), None)
+    parameters = AdapterParameters({}, {}, {}, (), {}, (), ("model.embed_tokens",), (), None)
     with pytest.raises(
         ConfigError, match=r"^lora_config\.modules_to_save: embed_tokens .*trainable_token_indices"
     ):
