@@ -23,6 +23,7 @@ def store_adapter_run(storage: Store, name: str, model: Path, lora: dict[str, An
     """Write a run with an adapter for the model in a directory; return the run's URI."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lora = {"lora_alpha": 8, **lora}
     written: dict[str, Any] = LoraConfig(**lora).model_dump() | {"init_lora_weights": False}
     adapted = peft.get_peft_model(base, peft.LoraConfig(**written))
     for parameter in adapted.parameters():
