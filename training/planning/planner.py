@@ -56,18 +56,16 @@ from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
     ModelFacts,
+    base_model_facts,
     check_dtypes,
     check_finite_weights,
     count_lora_parameters,
     hub_revision,
     is_fully_trained,
-    is_hub_id,
     is_model_file,
     is_targeted,
     is_tokenizer_file,
     read_adapter_facts,
-    read_hub_facts,
-    read_model_facts,
     targeted_modules,
 )
 from training.models.generation import Corrections, check_generation, check_savable
@@ -414,7 +412,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     """Read the facts of the base model and the adapter, and load the tokenizer; reject models that cannot be trained."""
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
-    facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
+    facts = base_model_facts(base)
     check_quantization(config, facts)
     if runs_here(config, settings.device, settings.target):
         check_disk(base, facts, storage.scratch)
@@ -502,7 +500,7 @@ def _load_tokenizer(
         )
     own = fetch_model(adapter.source, cache, is_tokenizer_file)
     tokenizer = load_tokenizer(own, trust_remote_code=trust, source=adapter.source, chat_template=template)
-    if not _have_same_content("tokenizer.json", directory, own):
+    if not _have_same_tokenizer(directory, own):
         check_token_ids(
             adapter,
             tokenizer,
@@ -511,8 +509,8 @@ def _load_tokenizer(
     return adapter.source, own, tokenizer
 
 
-def _have_same_content(name: str, *directories: Path) -> bool:
-    files = [directory / name for directory in directories]
+def _have_same_tokenizer(*directories: Path) -> bool:
+    files = [directory / "tokenizer.json" for directory in directories]
     return all(file.exists() for file in files) and len({file.read_bytes() for file in files}) == 1
 
 
