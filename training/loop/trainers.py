@@ -34,6 +34,7 @@ from training.data.batches import (
 )
 from training.data.row_index import IGNORED
 from training.loop.throughput import Throughput
+from training.models.adapter import base_of
 from training.models.attention import Attention
 from training.planning.plan import RunPlan
 
@@ -143,7 +144,7 @@ class FineTuningTrainer(SFTTrainer):
         *,
         config: FinetuneConfig,
         base_model: str,
-        base_revision: str | None = None,
+        base_revision: str | None,
         rows: TrainingRows,
         model: Any,
         args: SFTConfig,
@@ -463,11 +464,6 @@ def count_correct(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     counted = targets != IGNORED
     correct = logits.detach()[counted].argmax(-1) == targets[counted]
     return torch.stack([correct.sum(), counted.sum()]).double()
-
-
-def base_of(model: Any) -> Any:
-    """Return the base model under an adapter, or the model itself if it has no adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def write_same_everywhere(

@@ -213,6 +213,11 @@ def describe_mixture(parameters: AdapterParameters, names: Iterable[str]) -> str
     return "changes neither the experts nor the router"
 
 
+def base_of(model: Any) -> Any:
+    """Return the base model under an adapter, or the model itself if it has no adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[str]:
     """Yield an error for each name in a new adapter's settings that matches nothing, and would therefore train nothing."""
     adapted = parameters.targets
