@@ -145,6 +145,10 @@ class Progress(Protocol):
     def __call__(self, what: str, fraction: float | None = None, figures: str = "") -> None: ...  # noqa: D102
 
 
+def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Settings:
     """Decisions that the YAML and this machine determine, before anything is read."""
@@ -276,7 +280,7 @@ def make_plan(
     loaded: LoadedConfig,
     *,
     target: ClusterTarget,
-    progress: Progress,
+    progress: Progress = _ignore_progress,
     on_cluster: ShardMap | None = None,
 ) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
     """Check everything, cheapest first: settings, storage, model, adapter, data, batch, resume. Only large data may need the cluster.
