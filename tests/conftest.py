@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from utils.storage.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucket
+from utils.storage.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, EmbeddedBucket, embedded_bucket
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it on import; no test contacts the Hub
 
@@ -87,7 +87,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBucket]
 @pytest.fixture
 def bucket_uri(bucket: EmbeddedBucket) -> str:
     """Return an empty `s3://` prefix for one test."""
-    return f"s3://{bucket.bucket}/test-{secrets.token_hex(6)}"
+    return f"s3://{EMBEDDED_BUCKET}/test-{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="session")
