@@ -330,8 +330,6 @@ def _integrations_of(body: CreateJobBody) -> list[dict[str, Any]] | None:
 
 def update_if(
     store: S3Store, project: str, job_id: str, statuses: tuple[str, ...], change: Callable[[Record], Record]
-) -> Record | None:
-    """Change a job that still has one of these statuses; return it as it is afterwards."""
-    return jobs_of(store, project).update(
-        job_id, lambda job: change(job) if job["status"] in statuses else None
-    )
+) -> None:
+    """Change a job that still has one of these statuses."""
+    jobs_of(store, project).update(job_id, lambda job: change(job) if job["status"] in statuses else None)
