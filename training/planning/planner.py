@@ -298,7 +298,7 @@ def make_plan(
     settings, storage, model, adapter = _check_run(loaded, target, progress)
     if _nodes_read_and_write(loaded.config, storage):
         storage = replace(storage, on_cluster=on_cluster)
-    return _plan(loaded, target, progress, settings, storage, model, adapter)
+    return _plan(loaded, progress, settings, storage, model, adapter)
 
 
 def _nodes_read_and_write(config: FinetuneConfig, storage: Storage) -> bool:
@@ -308,7 +308,6 @@ def _nodes_read_and_write(config: FinetuneConfig, storage: Storage) -> bool:
 
 def _plan(
     loaded: LoadedConfig,
-    target: ClusterTarget,
     progress: Progress,
     settings: Settings,
     storage: Storage,
@@ -319,10 +318,10 @@ def _plan(
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(settings, batch, storage, data, progress)
-    if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, target):
+    if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, settings.target):
         check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch)
     memory = (
-        report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
+        report_memory(batch.job, *accelerator_of(batch.config, settings.device, settings.target))
         if batch.job
         else None
     )
@@ -334,7 +333,7 @@ def _plan(
         run_uri=data.run_uri,
         device=settings.device,
         resolved=Resolved(
-            target=target,
+            target=settings.target,
             zero_stage=settings.execution.zero_stage,
             kernels=settings.execution.kernels,
             attention=model.attention,
@@ -380,7 +379,7 @@ def plan_submission(
     if rows := _sample_rows(loaded, storage, model, progress):
         run_name = loaded.config.run_name
         return CheckedSample(rows, join_uri(storage.uri, run_name) if run_name else None)
-    return _plan(loaded, target, progress, settings, storage, model, adapter)[1]
+    return _plan(loaded, progress, settings, storage, model, adapter)[1]
 
 
 def _check_run(
