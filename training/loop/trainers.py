@@ -378,14 +378,9 @@ class FineTuningTrainer(SFTTrainer):
 
     def evaluated(self, sequences: Any) -> dict[str, float]:
         """Return the metrics of a validation set."""
-        return self.figures(self.added_up(sequences, self.sums, self.on_eval_progress).tolist())
+        return self.figures(self.added_up(sequences, self.sums).tolist())
 
-    def added_up(
-        self,
-        sequences: Any,
-        sums: Callable[[Any, dict[str, Any]], torch.Tensor],
-        on_progress: Callable[[float], None],
-    ) -> torch.Tensor:
+    def added_up(self, sequences: Any, sums: Callable[[Any, dict[str, Any]], torch.Tensor]) -> torch.Tensor:
         """Return the sums over all batches and workers, computed without gradients or dropout."""
         mine = eval_batches(
             len(sequences),
@@ -404,7 +399,7 @@ class FineTuningTrainer(SFTTrainer):
                 inputs = self._prepare_inputs(self.rows.collate([sequences[index] for index in batch]))
                 with self.compute_loss_context_manager():
                     parts.append(sums(model, inputs))
-                on_progress(position / len(mine))
+                self.on_eval_progress(position / len(mine))
         model.train(was_training)
         self.aux_loss_enabled = balances
         return self.of_all_workers(torch.stack(parts).sum(0))
