@@ -1,4 +1,4 @@
-"""LoRA adapters without weights: what PEFT builds from a configuration, compared with the tensors of an adapter file."""
+"""LoRA adapters: what PEFT builds from a configuration, without weights, compared with the tensors of an adapter file."""
 
 import re
 import warnings
