@@ -6,7 +6,6 @@ in rotating order; ratios are taken within a round. Counts (bytes that reach a n
 measured once.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from runs.layout import MANIFEST_FILE, checkpoint_key, checkpoint_uri
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from tests.support.own_buckets import aws_variables
@@ -48,9 +47,7 @@ SYNC = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    rounds = rounds_parser(__doc__, 7).parse_args().rounds
     # Hide the warnings about damaged downloads.
     logging.getLogger("utils.storage.transfer").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
@@ -65,15 +62,15 @@ def main() -> None:
         races = {
             "large_down_shaped": (
                 ("ray", "boto3", "s5cmd", "anneal"),
-                lambda name: race("down", name, f"s3://{BUCKET}/large", directory, shaped),
+                lambda name: race_down(name, f"s3://{BUCKET}/large", directory, shaped),
             ),
             "large_down": (
                 ("s5cmd", "anneal"),
-                lambda name: race("down", name, f"s3://{BUCKET}/large", directory, server.endpoint),
+                lambda name: race_down(name, f"s3://{BUCKET}/large", directory, server.endpoint),
             ),
             "small_down_shaped": (
                 ("ray", "anneal"),
-                lambda name: race("down", name, f"s3://{BUCKET}/small", directory, shaped),
+                lambda name: race_down(name, f"s3://{BUCKET}/small", directory, shaped),
             ),
             "small_up_shaped": (("ray", "anneal"), lambda name: race_up(name, small, directory, shaped)),
         }
@@ -116,12 +113,12 @@ def run_round(
     return {name: run(name) for name in names[start:] + names[:start]}
 
 
-def race(transfer: str, name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
+def race_down(name: str, uri: str, directory: Path, endpoint: str) -> dict[str, float]:
     """Time one download into an empty directory."""
     target = directory / "target"
     target.mkdir()
     try:
-        cost = _run_transfer(transfer, name, uri, target, endpoint)
+        cost = _run_transfer("down", name, uri, target, endpoint)
         cost["bytes"] = sum(path.stat().st_size for path in target.iterdir())
     finally:
         shutil.rmtree(target)

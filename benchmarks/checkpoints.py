@@ -7,7 +7,6 @@ same CPU, unlike in production. Steps run on one thread. Writing the files to th
 200 small checkpoints are committed in a row, and the process's resources after the 20th and the last are compared.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from runs import reading
 from runs.layout import Speed
 from tests.support.bucket_proxy import bucket_proxy
@@ -48,9 +47,7 @@ ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, node_rank=
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    rounds = rounds_parser(__doc__, 7).parse_args().rounds
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(
         ignore_cleanup_errors=True

@@ -25,7 +25,7 @@ import psutil
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from cookbooks.quickstart import prepare as quickstart
 from training.models.files import is_tokenizer_file
 from utils.storage.bucket import sync_to_node
@@ -48,8 +48,7 @@ _SYLLABLES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = rounds_parser(__doc__)
     parser.add_argument("--megabytes", type=float, default=40, help="size of the chats")
     parser.add_argument("--short-rows", type=int, default=1_000_000)
     parser.add_argument("--gigabytes", type=float, help="only prepare one file of this size")

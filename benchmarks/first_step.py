@@ -8,7 +8,6 @@
 Each round runs all of them one after the other, in rotating order; ratios are taken within a round.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.cpu_time import cpu_time
 from benchmarks.overhead import BATCH_SIZE, WORKERS, run_peer, write_config
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from tests.support.tiny_model import make_model
@@ -51,8 +50,7 @@ _RATIOS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = rounds_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the earlier version")
     parser.add_argument("--part", choices=list(_RATIOS), action="append", help="default: all")
     options = parser.parse_args()

@@ -47,11 +47,7 @@ def plan(settings: dict[str, Any]) -> None:
     from training.planning.endpoints import ClusterTarget
     from training.planning.planner import make_plan
 
-    run_plan, report, _ = make_plan(
-        load_config(Path(settings["yaml"])),
-        target=ClusterTarget(None),
-        progress=lambda *_: None,  # pyright: ignore[reportArgumentType]
-    )
+    run_plan, report, _ = make_plan(load_config(Path(settings["yaml"])), target=ClusterTarget(None))
     Path(settings["plan"]).write_text(run_plan.model_dump_json())
     Path(settings["estimate"]).write_text(json.dumps(report.memory and report.memory.total))
 

@@ -109,7 +109,7 @@ class Bench:
         config, name = self._config(workload, **changes)
         estimated_bytes = self._plan(config, name)[1] if estimates else None
         self._run([sys.executable, "main.py", str(config), "--json"], name)
-        return self._measured(name, self.workloads[workload], estimated_bytes)
+        return self._measured(name, workload, estimated_bytes)
 
     def killed(self, workload: str, **changes: Any) -> Measured:
         """Run main.py, kill it and its workers with SIGKILL after the first checkpoint, and rerun the command."""
@@ -123,7 +123,7 @@ class Bench:
         if finished or len([*checkpoints.glob("*/MANIFEST.json")]) > 1:
             raise gpu_processes.ContestantFailedError("the run finished before it could be killed")
         self._run(command, name)
-        return self._measured(name, self.workloads[workload], None)
+        return self._measured(name, workload, None)
 
     def used(self, workload: str, **changes: Any) -> Measured:
         """Run main.py on chats, and chat with its checkpoint, evaluate it and export it as a user would."""
@@ -137,7 +137,7 @@ class Bench:
             ["export", run, "--verify"],
         ):
             self._run([sys.executable, "main.py", *arguments], name)
-        return self._measured(name, self.workloads[workload], None)
+        return self._measured(name, workload, None)
 
     def alone(self, workload: str, **changes: Any) -> Measured:
         """Run our trainer under torchrun: no Ray, no bucket, no checkpoints."""
@@ -251,12 +251,12 @@ class Bench:
             **options,
         )
 
-    def _measured(self, name: str, workload: Workload, estimated_bytes: int | None) -> Measured:
+    def _measured(self, name: str, workload: str, estimated_bytes: int | None) -> Measured:
         """Return the measurements in metrics.jsonl of a finished run."""
         run = self.directory / "runs" / name
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         steps = [line for line in lines if "loss" in line]
-        after_warm_up = steps[workload.warm_up :]
+        after_warm_up = steps[self.workloads[workload].warm_up :]
         manifest = max((run / "checkpoints").glob("*/MANIFEST.json"))
         adapter = manifest.with_name("adapter_model.safetensors")
         mfu = [line["mfu"] for line in after_warm_up if "mfu" in line]

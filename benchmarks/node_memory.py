@@ -4,7 +4,6 @@ Four workers on CPU train a model of 1.3 GB with DDP. The figure is the peak of 
 processes share as 1/n in each. Each round runs both checkouts, in alternating order; the ratio is taken within a round.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from tests.support.tiny_model import make_tokenizer, write_data
 
 WORKERS, STEPS = 4, 2
@@ -37,9 +36,8 @@ _SECONDS_BETWEEN_SAMPLES = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = rounds_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the other checkout")
-    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     checkouts = {"now": PROJECT, "before": arguments.base.resolve()}
     measured: list[dict[str, Any]] = []

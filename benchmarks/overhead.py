@@ -3,7 +3,6 @@
 Each round runs both one after the other, in alternating order; the ratio is taken within a round.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from utils.storage.bucket import sync_to_node
@@ -29,9 +28,7 @@ LEARNING_RATE = 5e-4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    rounds = rounds_parser(__doc__).parse_args().rounds
     prepare.main()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)

@@ -1,5 +1,6 @@
 """Reports of benchmarks: median and range on the screen, all raw results in benchmarks/results/."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -64,6 +65,13 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def rounds_parser(docstring: str | None, rounds: int = 5) -> argparse.ArgumentParser:
+    """Return a parser of `--rounds`, described by the first line of a docstring."""
+    parser = argparse.ArgumentParser(description=docstring and docstring.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median and range."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
@@ -74,12 +82,10 @@ def write_report(
     summary: Mapping[str, Mapping[str, float]],
     rounds: Sequence[Mapping[str, Any]],
     counts: Mapping[str, float] | None = None,
-    directory: Path = RESULTS,
 ) -> None:
-    """Write the raw rounds to a directory, and print their summary; `counts` are not measured per round."""
+    """Write the raw rounds, and print their summary; `counts` are not measured per round."""
     report = {"machine": machine(), "summary": summary, "counts": counts or {}, "rounds": rounds}
-    directory.mkdir(exist_ok=True)
-    write_whole(directory / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    write_whole(RESULTS / f"{name}.json", json.dumps(report, indent=2) + "\n")
     for figure, values in summary.items():
         print(
             f"{figure}: median {values['median']:.3f} (range {values['lowest']:.3f} to {values['highest']:.3f}, {values.get('rounds', len(rounds))} rounds)"

@@ -5,7 +5,6 @@ same command. The ratio is taken within a round, for LoRA and for full-parameter
 the node in both cases. There is no evaluation, which only a fresh start would run.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from cookbooks.quickstart import prepare
 from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import embedded_bucket
@@ -35,9 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    rounds = rounds_parser(__doc__).parse_args().rounds
     prepare.main()
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, embedded_bucket():

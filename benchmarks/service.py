@@ -10,14 +10,13 @@ Each round measures all of them one after the other, in rotating order; ratios a
 not part of the figures.
 """
 
-import argparse
 import asyncio
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ sys.path.insert(0, str(PROJECT))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from benchmarks.report import spread, write_report
+from benchmarks.report import rounds_parser, spread, write_report
 from configs.schema import FinetuneConfig
 from cookbooks.quickstart import prepare
 from runs.layout import checkpoint_uri
@@ -46,9 +45,7 @@ QUESTIONS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    rounds = rounds_parser(__doc__).parse_args().rounds
     prepare.main()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -82,43 +79,23 @@ async def measure(directory: Path, model: Path, rounds: int) -> list[dict[str, A
     )
     warm, *cold = adapters
 
-    async def warm_adapter() -> float:
-        return await first_token(engine, warm)
-
-    async def cold_adapter() -> float:
-        return await first_token(engine, cold.pop())
-
-    async def generate() -> float:
-        return await asyncio.to_thread(generate_speed, plain, tokenizer)
-
-    async def forward_of_one() -> float:
-        return await asyncio.to_thread(forward_seconds, plain, 1)
-
-    async def forward_of_eight() -> float:
-        return await asyncio.to_thread(forward_seconds, plain, STREAMS)
-
-    async def one_stream() -> float:
-        return await speed(engine, 1)
-
-    async def eight_streams() -> float:
-        return await speed(engine, STREAMS)
-
-    figures: list[Callable[[], Coroutine[Any, Any, float]]] = [
-        generate,
-        one_stream,
-        forward_of_one,
-        forward_of_eight,
-        eight_streams,
-        warm_adapter,
-        cold_adapter,
-    ]
-    for figure in (generate, one_stream, warm_adapter):
-        await figure()
+    figures: dict[str, Callable[[], Awaitable[float]]] = {
+        "generate": lambda: asyncio.to_thread(generate_speed, plain, tokenizer),
+        "one_stream": lambda: speed(engine, 1),
+        "forward_of_one": lambda: asyncio.to_thread(forward_seconds, plain, 1),
+        "forward_of_eight": lambda: asyncio.to_thread(forward_seconds, plain, STREAMS),
+        "eight_streams": lambda: speed(engine, STREAMS),
+        "warm_adapter": lambda: first_token(engine, warm),
+        "cold_adapter": lambda: first_token(engine, cold.pop()),
+    }
+    for name in ("generate", "one_stream", "warm_adapter"):
+        await figures[name]()
+    names = list(figures)
     measured: list[dict[str, Any]] = []
     for number in range(rounds):
-        order = figures[number % len(figures) :] + figures[: number % len(figures)]
-        await warm_adapter()  # so that the other adapter leaves for the cold one
-        measured.append({figure.__name__: await figure() for figure in order})
+        begin = number % len(names)
+        await figures["warm_adapter"]()  # so that the other adapter leaves for the cold one
+        measured.append({name: await figures[name]() for name in names[begin:] + names[:begin]})
         print(json.dumps(measured[-1]), flush=True)
     engine.close()
     return measured

@@ -450,9 +450,7 @@ def meant_key(name: str) -> str | None:
     return _OTHER_NAMES.get(name) or next(iter(near), None)
 
 
-def other_tools_key(
-    key: str, value: Any, data: Mapping[str, Any] = {}, *, as_overrides: bool = False
-) -> str | None:
+def other_tools_key(key: str, value: Any, data: Mapping[str, Any] = {}, *, as_overrides: bool) -> str | None:
     """Return what another tool's key is called here; None if no tool has it.
 
     Args:

@@ -26,7 +26,7 @@ class Line:
 
 
 def draw_eval_curve(
-    run_name: str, eval_losses: Sequence[EvalLoss], parent_losses: Sequence[EvalLoss] = ()
+    run_name: str, eval_losses: Sequence[EvalLoss], parent_losses: Sequence[EvalLoss]
 ) -> bytes:
     """Draw a PNG of eval loss over epochs. The run's epochs follow the parent's."""
     begin = parent_losses[-1].epoch if parent_losses else 0.0

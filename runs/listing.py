@@ -259,10 +259,10 @@ def summarize(store: Store, name: str) -> RunSummary | None:
 
 
 def _standing(store: Store, name: str, uri: str) -> RunSummary | None:
-    result = read_result(store, join_uri(name, RESULT_FILE) if name else RESULT_FILE)
+    prefix = f"{name}/" if name else ""
+    result = read_result(store, f"{prefix}{RESULT_FILE}")
     if result is not None and result.status == "completed":
         return _of_result(uri, result)
-    prefix = f"{name}/" if name else ""
     lease, lease_age = latest_lease(store, prefix)
     is_running = lease is not None and lives(lease, lease_age)
     if result is not None and not is_running and not _was_left_after(result, lease):

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from service.answers import Answer, Sampled
 from service.engine import Delta, Sampling
+from training.models.adapter import base_of
 
 BASE = "__base__"
 """The adapter of rows without one."""
@@ -131,11 +132,11 @@ class Batch:
         self.max_rows = max_rows if self._is_batched else 1
         self.max_tokens = max_tokens
         self._cache = self._new_cache()
-        accepted = signature(_innermost(model).forward).parameters
+        accepted = signature(base_of(model).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def has_room(self, rows: Sequence[Row], joining: Sequence[Row] = ()) -> bool:
+    def has_room(self, rows: Sequence[Row], joining: Sequence[Row]) -> bool:
         """Return whether the rows of a request may join now, after others that join."""
         before = [*self.rows, *joining]
         everyone = [*before, *rows]
@@ -336,10 +337,6 @@ def _forward_by_row(layer: Any, adapters: Adapters, inputs: torch.Tensor) -> tor
 def _by_row(states: torch.Tensor, adapters: Adapters) -> torch.Tensor:
     """Return a view of shape (rows, tokens, size): the experts that all tokens share get the tokens of all rows in one dimension."""
     return states if states.dim() > 2 else states.unflatten(0, adapters.shape)
-
-
-def _innermost(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def cache_bytes_per_token(model: Any) -> int:

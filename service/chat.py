@@ -16,8 +16,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from service.engine import Accepted, ChatRequest, Delta, Event, Failed, Sampling, TokenLogprob, ToolCall
-from service.errors import ApiError, error_body
+from service.errors import ApiError, error_body, invalid
 from service.models import ServedModel
+from service.requests import reject_constant
 from training.data.chats import read_question
 from training.data.errors import RowError
 from training.data.records import REASONING_KEYS, Chat
@@ -139,7 +140,7 @@ async def _json_of(request: Request) -> Any:
                 message=f"The request body exceeds {MAX_BODY_BYTES:,} bytes. Shorten the messages.",
             )
     try:
-        return json.loads(content, parse_constant=_reject_constant)
+        return json.loads(content, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(
             status=400,
@@ -147,18 +148,14 @@ async def _json_of(request: Request) -> Any:
         ) from error
 
 
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _read_body(value: Any) -> _Body:
     """Validate the parameters; reject those that would change the answer but are not supported."""
     if not isinstance(value, dict):
-        raise _invalid("The request body must be a JSON object.", None)
+        raise invalid("The request body must be a JSON object.")
     given = {key: entry for key, entry in value.items() if entry is not None and key not in _WITHOUT_EFFECT}
     for key, neutral in _NEUTRAL.items():
         if key in given and given.pop(key) not in neutral:
-            raise _invalid(
+            raise invalid(
                 f"{key}: this value is not supported. Remove `{key}`.", key, "unsupported_parameter"
             )
     try:
@@ -167,14 +164,14 @@ def _read_body(value: Any) -> _Body:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])[:100] if first["loc"] else None
         if first["type"] == "extra_forbidden":
-            raise _invalid(
+            raise invalid(
                 f"Unrecognized request argument supplied: {key}. Remove it.", key, "unknown_parameter"
             ) from error
-        raise _invalid(f"{key}: {first['msg']}.", key) from error
+        raise invalid(f"{key}: {first['msg']}.", key) from error
     if body.top_logprobs and not body.logprobs:
-        raise _invalid("top_logprobs: set logprobs: true, or remove top_logprobs.", "top_logprobs")
+        raise invalid("top_logprobs: set logprobs: true, or remove top_logprobs.", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens):
-        raise _invalid("max_tokens: remove it, because max_completion_tokens is set.", "max_tokens")
+        raise invalid("max_tokens: remove it, because max_completion_tokens is set.", "max_tokens")
     return body
 
 
@@ -203,26 +200,22 @@ def _question(body: _Body) -> Chat:
         keys = message if isinstance(message, dict) else {}
         unknown = [key for key, entry in keys.items() if entry and key not in _MESSAGE_KEYS]
         if unknown:
-            raise _invalid(
+            raise invalid(
                 f"messages: message {position} has `{unknown[0][:100]}`, which is not supported. Remove it.",
                 "messages",
             )
     try:
         tools = read_tools(body.tools, "tools", wrap=False) if body.tool_choice == "auto" else None
     except RowError as error:
-        raise _invalid(f"{error}.", "tools") from error
+        raise invalid(f"{error}.", "tools") from error
     for number, tool in enumerate(tools or (), start=1):
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
-            raise _invalid(f"tools: tool {number} is not a function with a name.", "tools")
+            raise invalid(f"tools: tool {number} is not a function with a name.", "tools")
     try:
-        return read_question(body.messages, "messages", tools)
+        return read_question(body.messages, tools)
     except RowError as error:
-        raise _invalid(f"messages: {error}.", "messages") from error
-
-
-def _invalid(message: str, param: str | None, code: str | None = None) -> ApiError:
-    return ApiError(status=400, message=message, param=param, code=code)
+        raise invalid(f"messages: {error}.", "messages") from error
 
 
 # --- Answers ---

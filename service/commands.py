@@ -1,6 +1,5 @@
 """The commands `serve` and `keys`."""
 
-import importlib.util
 import ipaddress
 import json
 import math
@@ -20,6 +19,7 @@ from rich.console import Console
 from service.config import LoadedService, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
 from training.launch.answering import check_cluster_answers
+from training.models.kernels import is_installed
 from training.planning.endpoints import (
     ClusterTarget,
     set_ray_environment,
@@ -91,7 +91,7 @@ def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) 
         as_json: Print one line of JSON when the service is ready.
     """
     service = load_service(config, port)
-    missing = [name for name in ("fastapi", "grpc_reflection", "python_multipart") if not _is_installed(name)]
+    missing = [name for name in ("fastapi", "grpc_reflection", "python_multipart") if not is_installed(name)]
     if missing:
         raise ServiceError(
             f"the packages of the service are not installed ({', '.join(missing)}): run make setup-service"
@@ -301,10 +301,6 @@ def _stop_drivers(signals: list[int]) -> None:
             continue
         drivers = [actor for actor, state in states if state is not None and state.exit_code is None]
         time.sleep(0.2)
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _port(text: str) -> int:

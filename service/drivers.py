@@ -72,7 +72,7 @@ def check_job(config: str, job_id: str, address: str) -> Checked:
         path.write_text(config, "utf-8")
         loaded = load_config(path)
     try:
-        plan, _, prepared = make_plan(loaded, target=target, progress=_ignore_progress)
+        plan, _, prepared = make_plan(loaded, target=target)
     except (DataError, ConfigError) as error:
         in_validation = loaded.config.valid_path is not None and str(loaded.config.valid_path) in str(error)
         return Checked(None, 0, str(error), "validation_file" if in_validation else "training_file")
@@ -80,10 +80,6 @@ def check_job(config: str, job_id: str, address: str) -> Checked:
         keep_prepared(rows, plan.prepared)
     workers = workers_of(plan)
     return Checked(Needs(workers.each, workers.least), plan.max_steps, "", None)
-
-
-def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
-    pass
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,8 @@ def _plan(
     paths = {"train": str(rows), "valid": str(valid), "storage": str(directory / "runs"), "publish": None}
     yaml = directory / "job.yaml"
     yaml.write_text(to_yaml(training_config(job, base.config, paths)), "utf-8")
-    _, report, _ = make_plan(load_config(yaml), target=target, progress=_ignore_progress)
+    _, report, _ = make_plan(load_config(yaml), target=target)
     return report
-
-
-def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
-    pass
 
 
 def _chat(number: int) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -326,12 +326,3 @@ def _integrations_of(body: CreateJobBody) -> list[dict[str, Any]] | None:
     if not os.environ.get("WANDB_API_KEY"):
         raise invalid("The service has no Weights & Biases key, so it cannot log there.", "integrations")
     return [integration.model_dump() for integration in body.integrations]
-
-
-def update_if(
-    store: S3Store, project: str, job_id: str, statuses: tuple[str, ...], change: Callable[[Record], Record]
-) -> Record | None:
-    """Change a job that still has one of these statuses; return it as it is afterwards."""
-    return jobs_of(store, project).update(
-        job_id, lambda job: change(job) if job["status"] in statuses else None
-    )

@@ -31,10 +31,13 @@ def active_key(project: str, job_id: str = "") -> str:
     return f"active/{project}/{job_id}"
 
 
-def job_of_marker(key: str) -> tuple[str, str]:
-    """Return (project, job id) of a marker."""
-    _, project, job_id = key.split("/")
-    return project, job_id
+def active_jobs(store: S3Store) -> dict[str, list[str]]:
+    """Return project -> ids of the jobs that have a marker."""
+    found: dict[str, list[str]] = {}
+    for item in store.list("active/"):
+        _, project, job_id = item.key.split("/")
+        found.setdefault(project, []).append(job_id)
+    return found
 
 
 def config_key(project: str, job_id: str) -> str:

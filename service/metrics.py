@@ -5,7 +5,7 @@ from collections import Counter as Count
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from service.jobs import PAUSED, QUEUED, RUNNING, VALIDATING
-from service.layout import job_of_marker, jobs_of
+from service.layout import active_jobs, jobs_of
 from utils.storage.s3 import S3Store
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,13 +38,9 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus' format; reads the unfinished jobs from the bucket."""
-        job_ids: dict[str, list[str]] = {}
-        for item in self._store.list("active/"):
-            project, job_id = job_of_marker(item.key)
-            job_ids.setdefault(project, []).append(job_id)
         found = Count(
             job["status"]
-            for project, ids in job_ids.items()
+            for project, ids in active_jobs(self._store).items()
             for job in jobs_of(self._store, project).get_many(ids).values()
         )
         for status in (VALIDATING, QUEUED, RUNNING, PAUSED):

@@ -24,20 +24,20 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """Return the body of a request; raise an ApiError if it is larger than `limit` bytes."""
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request; raise an ApiError if it is too large."""
     body = bytearray()
     async for block in request.stream():
         body += block
-        if len(body) > limit:
-            raise ApiError(status=413, message=f"The request body is larger than {limit:,} bytes.")
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(status=413, message=f"The request body is larger than {MAX_BODY_BYTES:,} bytes.")
     return bytes(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Return the JSON object in a body."""
     try:
-        parsed = json.loads(body, parse_constant=_reject_constant)
+        parsed = json.loads(body, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise invalid(f"We could not parse the JSON body of your request: {reason[:200]}") from error
@@ -60,7 +60,8 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
         raise invalid(f"Invalid value for '{param}': {first['msg'][:300]}", param, code) from error
 
 
-def _reject_constant(name: str) -> None:
+def reject_constant(name: str) -> None:
+    """Raise the error for NaN or Infinity, which Python's parser would accept; for `parse_constant`."""
     raise ValueError(f"{name} is not JSON")
 
 

@@ -12,7 +12,7 @@ continues. A lease in the bucket ensures that one at a time acts.
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,15 +43,14 @@ from service.jobs import (
     SUCCEEDED,
     UNFINISHED,
     VALIDATING,
-    update_if,
     with_message,
 )
 from service.layout import (
+    active_jobs,
     active_key,
     config_key,
     content_key,
     files_of,
-    job_of_marker,
     jobs_of,
     model_key,
     run_uri,
@@ -155,12 +154,8 @@ class Scheduler:
                 _log.warning("job %s: %s", job["id"], error)
 
     def _active_jobs(self) -> list[tuple[str, Record]]:
-        markers: dict[str, list[str]] = {}
-        for item in self._store.list("active/"):
-            project, job_id = job_of_marker(item.key)
-            markers.setdefault(project, []).append(job_id)
         found = []
-        for project, job_ids in markers.items():
+        for project, job_ids in active_jobs(self._store).items():
             jobs = jobs_of(self._store, project).get_many(job_ids)
             found += [(project, job) for job in jobs.values()]
             for job_id in set(job_ids) - set(jobs):
@@ -209,13 +204,15 @@ class Scheduler:
         step = max(self._progress.steps(project, job["id"]), default=0)
         if step > (job["marks"][-1][0] if job["marks"] else 0):
             mark = [step, int(time.time())]
-            update_if(
-                self._store,
-                project,
-                job["id"],
-                (RUNNING,),
-                lambda found: found | {"marks": [*found["marks"], mark]},
-            )
+            self._update(project, job, (RUNNING,), lambda found: found | {"marks": [*found["marks"], mark]})
+
+    def _update(
+        self, project: str, job: Record, statuses: tuple[str, ...], change: Callable[[Record], Record]
+    ) -> None:
+        """Change a job that still has one of these statuses."""
+        jobs_of(self._store, project).update(
+            job["id"], lambda found: change(found) if found["status"] in statuses else None
+        )
 
     # --- Checking the files ------------------------------------------------------------------------------------------
 
@@ -245,10 +242,9 @@ class Scheduler:
             self._fail(project, job, "invalid_file", message, checked.param)
             return
         needs = asdict(checked.needs)
-        update_if(
-            self._store,
+        self._update(
             project,
-            job_id,
+            job,
             (VALIDATING,),
             lambda found: with_message(
                 found | {"status": QUEUED, "needs": needs, "total_steps": checked.steps},
@@ -305,10 +301,9 @@ class Scheduler:
             self._set_running(project, job)
 
     def _set_running(self, project: str, job: Record) -> None:
-        update_if(
-            self._store,
+        self._update(
             project,
-            job["id"],
+            job,
             (QUEUED,),
             lambda found: with_message(
                 found | {"status": RUNNING, "started_at": found["started_at"] or int(time.time())},
@@ -322,7 +317,7 @@ class Scheduler:
             return found if waits else with_message(found, message)
 
         if job["messages"][-1][2] != message:
-            update_if(self._store, project, job["id"], (QUEUED,), change)
+            self._update(project, job, (QUEUED,), change)
 
     def _finish(self, project: str, job: Record, state: DriverState | None) -> bool:
         """End a job whose run has completed or failed; return whether it has."""
@@ -379,10 +374,9 @@ class Scheduler:
             "checkpoint": result.best_checkpoint,
             "trained_tokens": result.tokens,
         }
-        update_if(
-            self._store,
+        self._update(
             project,
-            job["id"],
+            job,
             (QUEUED, RUNNING),
             lambda found: with_message(
                 with_message(found | done, f"New fine-tuned model created: {model}"),
@@ -406,10 +400,9 @@ class Scheduler:
 
     def _fail(self, project: str, job: Record, code: str, message: str, param: str | None = None) -> None:
         error = {"code": code, "message": message, "param": param}
-        update_if(
-            self._store,
+        self._update(
             project,
-            job["id"],
+            job,
             (VALIDATING, QUEUED, RUNNING),
             lambda found: with_message(
                 found | {"status": FAILED, "error": error, "finished_at": int(time.time())}, message, "error"

@@ -257,12 +257,12 @@ class TransformersEngine:
             self._changed.notify()
         self._thread.join()
 
-    async def _between_steps(self, call: Callable[[], Any]) -> Any:
+    async def _between_steps(self, call: Callable[[], Any]) -> None:
         done: Future[Any] = Future()
         with self._changed:
             self._calls.append((call, done))
             self._changed.notify()
-        return await asyncio.wrap_future(done)
+        await asyncio.wrap_future(done)
 
     def _submit(self, model: _Model, request: Request) -> None:
         with self._changed:

@@ -7,11 +7,17 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from utils.storage.embedded_bucket import STATE_VARIABLE, EmbeddedBucket, embedded_bucket
+from utils.storage.embedded_bucket import EMBEDDED_BUCKET, STATE_VARIABLE, EmbeddedBucket, embedded_bucket
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.support.front_door import RunCommand
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it on import; no test contacts the Hub
 # Ray lowers the priority of workers by 15: beside another test, they would train at a tenth of their speed.
@@ -89,7 +95,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBucket]
 @pytest.fixture
 def bucket_uri(bucket: EmbeddedBucket) -> str:
     """Return an empty `s3://` prefix for one test."""
-    return f"s3://{bucket.bucket}/test-{secrets.token_hex(6)}"
+    return f"s3://{EMBEDDED_BUCKET}/test-{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +104,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.tiny_model import make_model  # imports torch, which most tests do not need
 
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def chatml(tiny_model: Path) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of the tiny model, which all tests share: a test that changes it works on a copy."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def run_command(tmp_path: Path) -> "RunCommand":
+    """Return a function that runs main.py with its arguments."""
+    from tests.support.front_door import run_command_quickly
+
+    return lambda *arguments, **variables: run_command_quickly(
+        arguments, tmp_path / "command.txt", variables=variables
+    )

@@ -141,8 +141,8 @@ class BucketProxy:
         """Return how many bytes of object content the proxy has sent to clients."""
         return sum(request.sent for request in self.downloads(bucket))
 
-    def expire(self, access_key: str | None) -> None:
-        """Respond with ExpiredToken to requests signed with this key; None stops this."""
+    def expire(self, access_key: str) -> None:
+        """Respond with ExpiredToken to requests signed with this key."""
         self._expired_key = access_key
 
     def close(self) -> None:

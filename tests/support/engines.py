@@ -61,13 +61,11 @@ def store_full(directory: Path, name: str, model: Path) -> str:
     return checkpoint_uri(run, STEP)
 
 
-def chat_request(
-    checkpoint: str | None, question: str, *, tools: list[dict[str, Any]] | None = None, **sampling: Any
-) -> ChatRequest:
+def chat_request(checkpoint: str | None, question: str, **sampling: Any) -> ChatRequest:
     """Return a greedy request for at most 12 tokens, unless `sampling` overrides it."""
     settings = Sampling(**{"temperature": 0.0, "max_tokens": 12} | sampling)
     messages = [{"role": "user", "content": question}]
-    return ChatRequest(ServedModel(checkpoint or BASE, BASE, checkpoint), messages, tools, {}, settings)
+    return ChatRequest(ServedModel(checkpoint or BASE, BASE, checkpoint), messages, None, {}, settings)
 
 
 async def answer(engine: Engine, request: ChatRequest) -> list[str]:

@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.support.jobs import CompletedCommand, environment
+
+RunCommand = Callable[..., CompletedCommand]
 
 # One server process imports the modules of a dry run and of a small model, and each call forks it. It has run nothing of them.
 fork_server = multiprocessing.get_context("forkserver")

@@ -88,11 +88,10 @@ class RayCluster:
         if job_server:
             _wait_until(lambda: _is_listening("127.0.0.1", self._job_server_port), "job server")
 
-    def start_node(self, cpus: int, *, within: NetworkNamespace | None = None) -> str:
-        """Start a worker node, wait until it has joined, and return its ID.
+    def start_node(self, *, within: NetworkNamespace | None = None) -> str:
+        """Start a worker node with one CPU, wait until it has joined, and return its ID.
 
         Args:
-            cpus: CPUs of the node.
             within: The network namespace to start it in; None: this machine's network.
         """
         before = set(self.worker_node_ids())  # a node that was just killed may still be listed
@@ -101,7 +100,7 @@ class RayCluster:
         # Ray treats nodes with one address as one node: one of its workers would wait for files that the other never fetches.
         address = within.address if within else f"127.0.0.{len(self._raylets) + 1}"
         self._start(
-            f"--num-cpus={cpus}",
+            "--num-cpus=1",
             f"--address={self.address}",
             f"--node-ip-address={address}",
             f"--temp-dir={directory}",

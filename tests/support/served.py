@@ -30,7 +30,7 @@ class Served:
     key: str | None
     errors: Path
 
-    def descendants(self, name: str = "") -> list[psutil.Process]:
+    def descendants(self, name: str) -> list[psutil.Process]:
         """Return the processes of the service whose command line contains a name."""
         found = []
         with suppress(psutil.NoSuchProcess):

@@ -82,12 +82,10 @@ class Api:
         options = {"data": {"purpose": purpose}, "files": {"file": ("rows.jsonl", content)}}
         return self._json("POST", "/v1/files", status, options)
 
-    def create_job(
-        self, file_id: str, status: int = 200, headers: dict[str, str] | None = None, **keys: Any
-    ) -> Any:
+    def create_job(self, file_id: str, headers: dict[str, str] | None = None, **keys: Any) -> Any:
         """Create a job; see `get`."""
         body = {"model": "tiny", "training_file": file_id, **keys}
-        return self.post("/v1/fine_tuning/jobs", body, status, headers=headers or {})
+        return self.post("/v1/fine_tuning/jobs", body, headers=headers or {})
 
     def _json(self, method: str, path: str, status: int, options: dict[str, Any]) -> Any:
         answer = self.request(method, path, **options)

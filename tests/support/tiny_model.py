@@ -45,7 +45,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(
     directory: Path,
     *,
-    seed: int = 0,
     layers: int = 2,
     positions: int = 512,
     kind: Callable[..., PreTrainedConfig] = LlamaConfig,
@@ -56,14 +55,13 @@ def make_model(
 
     Args:
         directory: The directory to write.
-        seed: The seed of the weights.
         layers: The number of layers.
         positions: The maximum number of positions.
         kind: The configuration class.
         tokenizer: The tokenizer; None: that of `make_tokenizer`.
         settings: Settings that only this class has.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = tokenizer or make_tokenizer()
     config = kind(
         vocab_size=len(tokenizer),
@@ -108,7 +106,7 @@ def write_preference_pairs(
     return train, valid
 
 
-def write_unpaired_rows(pairs: Path, path: Path) -> Path:
+def write_unpaired_rows(pairs: Path, path: Path) -> None:
     """Write one response of each pair with its label, as TRL's KTOTrainer reads them; every third one is not desirable."""
     rows = []
     for number, line in enumerate(pairs.read_text().splitlines()):
@@ -117,4 +115,3 @@ def write_unpaired_rows(pairs: Path, path: Path) -> Path:
         answer = pair["chosen" if is_good else "rejected"]
         rows.append({"prompt": pair["prompt"], "completion": answer, "label": is_good})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path

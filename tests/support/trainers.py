@@ -57,6 +57,7 @@ def make_trainer(
         **of_preferences,
         config=settings,
         base_model=base_model,
+        base_revision=None,
         rows=rows,
         model=model,
         args=arguments,

@@ -1,1 +1,1 @@
-"""Checkpoints in the bucket: store, committer, restore, lease."""
+"""Checkpoints in the bucket: store, committer, restore, resharding, weights to start from, lease."""

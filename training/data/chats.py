@@ -75,7 +75,7 @@ class _Reading:
     """What was changed or not used, as counted in the plan."""
 
 
-def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system: str | None = None) -> Chat:
+def read_chat(values: Any, what: str, tools: list[Tool] | None, *, system: str | None = None) -> Chat:
     """Validate a list of messages.
 
     Args:
@@ -109,18 +109,17 @@ def read_chat(values: Any, what: str, tools: list[Tool] | None = None, *, system
     )
 
 
-def read_question(values: Any, what: str, tools: list[Tool] | None = None) -> Chat:
+def read_question(values: Any, tools: list[Tool] | None) -> Chat:
     """Validate messages that ask for an answer, by the rules of `read_chat`; none of them is removed.
 
     Args:
         values: The messages.
-        what: Name of the list in messages.
         tools: The tools that the answer may call.
 
     Raises:
         RowError: The messages cannot be rendered.
     """
-    reading = _read_messages(listed(values, what), tools)
+    reading = _read_messages(listed(values, "messages"), tools)
     return Chat(reading.messages, reading.tools, notes=tuple(reading.notes))
 
 

@@ -73,6 +73,17 @@ def find_prepared(key: str, cache: Path, bucket: str | None) -> PreparedData | N
     return open_prepared(key, directory)
 
 
+def rows_of_run(run_uri: str, fingerprint: str) -> tuple[str, str] | None:
+    """Return (key, URI of the prepared data beside the run) of rows that a run used; None if they were deleted."""
+    bucket = join_uri(run_uri.rpartition("/")[0], PREPARED)
+    store = open_store(bucket)
+    for key in store.directories():
+        summary = store.read_if_exists(f"{key}/{SUMMARY_FILE}")
+        if summary and json.loads(summary)["fingerprint"] == fingerprint:
+            return key, bucket
+    return None
+
+
 def keep_prepared(prepared: PreparedData, bucket: str) -> None:
     """Upload prepared data to the bucket, its summary last, unless it is already there."""
     store = open_store(join_uri(bucket, prepared.key))

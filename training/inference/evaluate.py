@@ -1,6 +1,5 @@
 """Evaluation of a trained model on held-out rows: Ray workers generate answers, which are scored by exact match."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from ray.util import ActorPool
 from runs.layout import evaluation_key, run_of
 from training.checkpoints.store import CheckpointError, read_manifest
 from training.data.errors import DataError, RowError
-from training.data.prepared import PREPARED, SUMMARY_FILE, find_prepared
+from training.data.prepared import find_prepared, rows_of_run
 from training.data.prompting import encode_prompt, stop_tokens
 from training.data.records import Chat, Example, Filled, Tokens
 from training.data.renderer import Renderer
@@ -30,7 +29,7 @@ from training.launch.cluster import Workers, cluster, resources_of_device
 from training.launch.failures import causes_of, classify
 from training.models.kernels import Device
 from training.planning.endpoints import ClusterTarget
-from utils.storage.bucket import BucketError, join_uri, open_store
+from utils.storage.bucket import BucketError, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -282,16 +281,14 @@ def _trained_digests(trained: TrainedModel) -> set[int] | None:
 
 def _digests_of(run_uri: str, fingerprint: str, cache: Path) -> set[int] | None:
     """Return the digests of a run's prepared rows; None if the rows were deleted, are preference pairs or were pretokenised."""
-    prepared = join_uri(run_uri.rpartition("/")[0], PREPARED)
-    store = open_store(prepared)
-    for key in store.directories():
-        summary = store.read_if_exists(f"{key}/{SUMMARY_FILE}")
-        if summary and json.loads(summary)["fingerprint"] == fingerprint:
-            rows = find_prepared(key, cache, prepared)
-            assert rows is not None, "the summary was just read"
-            has_no_texts = any(source.format in ("preference", "tokens") for source in rows.summary.sources)
-            return None if has_no_texts else set(rows.index.digest.tolist())
-    return None
+    stored = rows_of_run(run_uri, fingerprint)
+    if stored is None:
+        return None
+    key, bucket = stored
+    rows = find_prepared(key, cache, bucket)
+    assert rows is not None, "the summary was just read"
+    has_no_texts = any(source.format in ("preference", "tokens") for source in rows.summary.sources)
+    return None if has_no_texts else set(rows.index.digest.tolist())
 
 
 # --- Answers ------------------------------------------------------------------------------------------------------

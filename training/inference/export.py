@@ -25,10 +25,9 @@ from training.inference.model_card import Card
 from training.models.files import (
     ModelError,
     ModelFacts,
-    is_hub_id,
+    base_model_facts,
     is_tokenizer_file,
     read_adapter_facts,
-    read_hub_facts,
     read_model_facts,
 )
 from training.models.hub import push_directory
@@ -202,16 +201,12 @@ def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
     elif planned.kind == "adapter":
         adapter = read_adapter_facts(trained.checkpoint)
         # The plan has checked an export that the YAML describes.
-        check_vllm_base(_base_facts(trained.base), FROM_COMMAND)
+        check_vllm_base(base_model_facts(trained.base), FROM_COMMAND)
         check_vllm_adapter(adapter.lora, adapter.parameter_shapes, FROM_COMMAND)
     else:
-        facts = _base_facts(trained.base)
+        facts = base_model_facts(trained.base)
         check_mergeable(facts)
         _check_memory_and_disk(facts, planned, trained.cache)
-
-
-def _base_facts(source: str) -> ModelFacts:
-    return read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)
 
 
 def _check_memory_and_disk(facts: ModelFacts, planned: Export, cache: Path) -> None:
@@ -245,7 +240,7 @@ def _verified(
     if settings.verify is False:
         return planned
     source = trained.base or trained.checkpoint
-    facts = _base_facts(source)
+    facts = base_model_facts(source)
     reason = None
     if facts.quantization is not None:
         reason = f"a base model in 16 bits or more, but {source} is stored in 4 bits"

@@ -1,6 +1,5 @@
 """Verification of an export: the base model with its adapter as trained, against the export as plain libraries load it."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from torch.nn.functional import log_softmax
 
 from configs.schema import LoraConfig
 from runs.layout import Export, Verification
-from training.data.prepared import PREPARED, SUMMARY_FILE, fetch_prepared
+from training.data.prepared import fetch_prepared, rows_of_run
 from training.data.row_index import IGNORED
 from training.models.architecture import build_on_meta_device
 from training.models.files import ModelError
 from training.models.torch_provider import attach_adapter, load_weights, peft_config
-from utils.storage.bucket import join_uri, open_store
 
 if TYPE_CHECKING:
     from training.inference.checkpoint_model import TrainedModel
@@ -216,14 +214,12 @@ def _rows(trained: "TrainedModel") -> tuple[list[Row], str]:
 
 
 def _prepared_rows(trained: "TrainedModel", fingerprint: str) -> list[dict[str, Any]] | None:
-    prepared = join_uri(trained.run_uri.rpartition("/")[0], PREPARED)
-    store = open_store(prepared)
-    for key in store.directories():
-        summary = store.read_if_exists(f"{key}/{SUMMARY_FILE}")
-        if summary and json.loads(summary)["fingerprint"] == fingerprint:
-            rows = fetch_prepared(key, trained.cache, prepared).dataset()
-            return [rows[index] for index in range(min(_ROWS, len(rows)))]
-    return None
+    stored = rows_of_run(trained.run_uri, fingerprint)
+    if stored is None:
+        return None
+    key, bucket = stored
+    rows = fetch_prepared(key, trained.cache, bucket).dataset()
+    return [rows[index] for index in range(min(_ROWS, len(rows)))]
 
 
 def _end_of(row: dict[str, Any]) -> Row:

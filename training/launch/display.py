@@ -42,11 +42,9 @@ from utils.command_line import main_line
 from utils.files import format_bytes
 
 if TYPE_CHECKING:
+    from training.launch.submitted_job import SubmittedJob
     from training.planning.memory import MemoryReport
     from training.planning.report import PlanReport
-
-if TYPE_CHECKING:
-    from training.launch.submitted_job import SubmittedJob
 
 _SECONDS_BETWEEN_LINES = 10
 _BAR_WIDTH = 40

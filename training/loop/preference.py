@@ -202,7 +202,7 @@ class PreferenceTrainer(FineTuningTrainer):
     def evaluated(self, sequences: Any) -> dict[str, float]:
         """Return the metrics as in FineTuningTrainer, with kto's divergence computed over all rows of the set."""
         if self.settings.loss == "kto":
-            totals = self.added_up(sequences, self._divergence_sums, self.on_eval_progress)
+            totals = self.added_up(sequences, self._divergence_sums)
             self._divergence = _mean_divergence(totals)
         figures = super().evaluated(sequences)
         self._divergence = None

@@ -13,7 +13,7 @@ from runs.layout import EvalSample
 from training.data.prepared import PreparedData
 from training.data.prompting import stop_tokens
 from training.data.row_index import IGNORED
-from training.loop.trainers import base_of
+from training.models.adapter import base_of
 from training.models.attention import plain_attention
 from training.models.varlen_attention import NAME as VARLEN
 from training.world import World

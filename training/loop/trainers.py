@@ -34,6 +34,7 @@ from training.data.batches import (
 )
 from training.data.row_index import IGNORED
 from training.loop.throughput import Throughput
+from training.models.adapter import base_of
 from training.models.attention import Attention
 from training.planning.plan import RunPlan
 
@@ -143,7 +144,7 @@ class FineTuningTrainer(SFTTrainer):
         *,
         config: FinetuneConfig,
         base_model: str,
-        base_revision: str | None = None,
+        base_revision: str | None,
         rows: TrainingRows,
         model: Any,
         args: SFTConfig,
@@ -377,14 +378,9 @@ class FineTuningTrainer(SFTTrainer):
 
     def evaluated(self, sequences: Any) -> dict[str, float]:
         """Return the metrics of a validation set."""
-        return self.figures(self.added_up(sequences, self.sums, self.on_eval_progress).tolist())
+        return self.figures(self.added_up(sequences, self.sums).tolist())
 
-    def added_up(
-        self,
-        sequences: Any,
-        sums: Callable[[Any, dict[str, Any]], torch.Tensor],
-        on_progress: Callable[[float], None],
-    ) -> torch.Tensor:
+    def added_up(self, sequences: Any, sums: Callable[[Any, dict[str, Any]], torch.Tensor]) -> torch.Tensor:
         """Return the sums over all batches and workers, computed without gradients or dropout."""
         mine = eval_batches(
             len(sequences),
@@ -403,7 +399,7 @@ class FineTuningTrainer(SFTTrainer):
                 inputs = self._prepare_inputs(self.rows.collate([sequences[index] for index in batch]))
                 with self.compute_loss_context_manager():
                     parts.append(sums(model, inputs))
-                on_progress(position / len(mine))
+                self.on_eval_progress(position / len(mine))
         model.train(was_training)
         self.aux_loss_enabled = balances
         return self.of_all_workers(torch.stack(parts).sum(0))
@@ -463,11 +459,6 @@ def count_correct(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     counted = targets != IGNORED
     correct = logits.detach()[counted].argmax(-1) == targets[counted]
     return torch.stack([correct.sum(), counted.sum()]).double()
-
-
-def base_of(model: Any) -> Any:
-    """Return the base model under an adapter, or the model itself if it has no adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def write_same_everywhere(

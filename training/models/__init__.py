@@ -1,4 +1,4 @@
-"""Models: one module per kernel provider with one interface; a provider is imported only when selected."""
+"""Models: files, architecture, adapters, tokenizer, and one module per kernel provider, which is imported only when selected."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""LoRA adapters without weights: what PEFT builds from a configuration, compared with the tensors of an adapter file."""
+"""LoRA adapters: what PEFT builds from a configuration, without weights, compared with the tensors of an adapter file."""
 
 import re
 import warnings
@@ -211,6 +211,11 @@ def describe_mixture(parameters: AdapterParameters, names: Iterable[str]) -> str
         part, other = ("experts", "router") if experts else ("router", "experts")
         return f"changes the {part}, but not the {other}"
     return "changes neither the experts nor the router"
+
+
+def base_of(model: Any) -> Any:
+    """Return the base model under an adapter, or the model itself if it has no adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[str]:

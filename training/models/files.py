@@ -83,7 +83,6 @@ class ModelFacts:
     architecture: str
     parameter_shapes: dict[str, tuple[int, ...]]
     """Shapes as stored, where 4-bit weights are packed two per byte. See architecture.py for the real shapes."""
-    weight_bytes: int
     max_context: int | None
     """Longest supported sequence in tokens (`max_position_embeddings`)."""
     quantization: str | None
@@ -150,6 +149,11 @@ def is_hub_id(model_id: str) -> bool:
     )
 
 
+def base_model_facts(source: str) -> ModelFacts:
+    """Read the facts of a base model: a Hub id, a directory or a URI."""
+    return read_hub_facts(source) if is_hub_id(source) else read_model_facts(source)
+
+
 def read_model_facts(source: str) -> ModelFacts:
     """Read a model's config and the headers of its safetensors files."""
     store = open_store(source)
@@ -187,7 +191,7 @@ def read_model_facts(source: str) -> ModelFacts:
     tensors: dict[str, StoredTensor] = {}
     for name in weights:
         tensors.update(_read_header(store, name, names[name]))
-    return _facts(source, config, tensors, sum(names[name] for name in weights))
+    return _facts(source, config, tensors)
 
 
 def check_no_adapter(source: str, names: Iterable[str]) -> None:
@@ -254,9 +258,7 @@ def _read_index(store: Store) -> set[str]:
     return set(files.values())
 
 
-def _facts(
-    source: str, config: dict[str, Any], tensors: dict[str, StoredTensor], weight_bytes: int
-) -> ModelFacts:
+def _facts(source: str, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> ModelFacts:
     # load_config rejects values of other types.
     text_config = _mapping(config.get("text_config")) or config
     architectures = config.get("architectures")
@@ -267,7 +269,6 @@ def _facts(
         source=source,
         architecture=architectures[0],
         parameter_shapes={name: tensor.shape for name, tensor in tensors.items()},
-        weight_bytes=weight_bytes,
         max_context=text_config.get("max_position_embeddings"),
         quantization=_quantization(
             text_config.get("quantization_config") if quantization is None else quantization
@@ -395,7 +396,7 @@ def read_hub_facts(model_id: str) -> ModelFacts:
         for file, content in metadata.files_metadata.items()
         for name, tensor in content.tensors.items()
     }
-    return _facts(model_id, config, tensors, sum(tensor.size for tensor in tensors.values()))
+    return _facts(model_id, config, tensors)
 
 
 def fetch_hub_model(model_id: str, wanted: Callable[[str], bool], revision: str | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 import importlib.util
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal, get_args
 
 from configs.schema import FinetuneConfig, LoraConfig
@@ -194,17 +193,6 @@ def _modules_to_save_without_unsloth(config: FinetuneConfig) -> list[str]:
         for name in named
         if name.split(".")[-1] not in ("embed_tokens", "lm_head") and not name.endswith("norm")
     ]
-
-
-def compatibility_as_markdown() -> str:
-    """Return the table for docs/kernels.md: methods with equal cells share a row, and a dash marks an error."""
-    rejected = "–"  # noqa: RUF001
-    lines = [f"| kernels | device | method | {' | '.join(SPREADS)} |", "|---" * (3 + len(SPREADS)) + "|"]
-    for (provider, device), methods in COMPATIBILITY.items():
-        for cells, alike in groupby(methods, key=lambda method: methods[method]):
-            shown = " | ".join(cell if cell in _WORKS else rejected for cell in cells)
-            lines.append(f"| {provider} | {device} | {', '.join(alike)} | {shown} |")
-    return "\n".join(lines)
 
 
 def is_installed(package: str) -> bool:

@@ -56,18 +56,16 @@ from training.models.files import (
     ADAPTER_FILE,
     AdapterFacts,
     ModelFacts,
+    base_model_facts,
     check_dtypes,
     check_finite_weights,
     count_lora_parameters,
     hub_revision,
     is_fully_trained,
-    is_hub_id,
     is_model_file,
     is_targeted,
     is_tokenizer_file,
     read_adapter_facts,
-    read_hub_facts,
-    read_model_facts,
     targeted_modules,
 )
 from training.models.generation import Corrections, check_generation, check_savable
@@ -145,6 +143,10 @@ class Progress(Protocol):
     """Called with the current check; for slow checks also with the fraction done (0 to 1) and a figure."""
 
     def __call__(self, what: str, fraction: float | None = None, figures: str = "") -> None: ...  # noqa: D102
+
+
+def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def make_plan(
     loaded: LoadedConfig,
     *,
     target: ClusterTarget,
-    progress: Progress,
+    progress: Progress = _ignore_progress,
     on_cluster: ShardMap | None = None,
 ) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
     """Check everything, cheapest first: settings, storage, model, adapter, data, batch, resume. Only large data may need the cluster.
@@ -296,7 +298,7 @@ def make_plan(
     settings, storage, model, adapter = _check_run(loaded, target, progress)
     if _nodes_read_and_write(loaded.config, storage):
         storage = replace(storage, on_cluster=on_cluster)
-    return _plan(loaded, target, progress, settings, storage, model, adapter)
+    return _plan(loaded, progress, settings, storage, model, adapter)
 
 
 def _nodes_read_and_write(config: FinetuneConfig, storage: Storage) -> bool:
@@ -306,7 +308,6 @@ def _nodes_read_and_write(config: FinetuneConfig, storage: Storage) -> bool:
 
 def _plan(
     loaded: LoadedConfig,
-    target: ClusterTarget,
     progress: Progress,
     settings: Settings,
     storage: Storage,
@@ -317,10 +318,10 @@ def _plan(
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(settings, batch, storage, data, progress)
-    if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, target):
+    if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, settings.target):
         check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch)
     memory = (
-        report_memory(batch.job, *accelerator_of(batch.config, settings.device, target))
+        report_memory(batch.job, *accelerator_of(batch.config, settings.device, settings.target))
         if batch.job
         else None
     )
@@ -332,7 +333,7 @@ def _plan(
         run_uri=data.run_uri,
         device=settings.device,
         resolved=Resolved(
-            target=target,
+            target=settings.target,
             zero_stage=settings.execution.zero_stage,
             kernels=settings.execution.kernels,
             attention=model.attention,
@@ -378,7 +379,7 @@ def plan_submission(
     if rows := _sample_rows(loaded, storage, model, progress):
         run_name = loaded.config.run_name
         return CheckedSample(rows, join_uri(storage.uri, run_name) if run_name else None)
-    return _plan(loaded, target, progress, settings, storage, model, adapter)[1]
+    return _plan(loaded, progress, settings, storage, model, adapter)[1]
 
 
 def _check_run(
@@ -414,7 +415,7 @@ def _read_model(config: FinetuneConfig, settings: Settings, storage: Storage, pr
     """Read the facts of the base model and the adapter, and load the tokenizer; reject models that cannot be trained."""
     progress("model")
     base, adapter, parent = starting_weights(config, storage.uri)
-    facts = read_hub_facts(base) if is_hub_id(base) else read_model_facts(base)
+    facts = base_model_facts(base)
     check_quantization(config, facts)
     if runs_here(config, settings.device, settings.target):
         check_disk(base, facts, storage.scratch)
@@ -502,7 +503,7 @@ def _load_tokenizer(
         )
     own = fetch_model(adapter.source, cache, is_tokenizer_file)
     tokenizer = load_tokenizer(own, trust_remote_code=trust, source=adapter.source, chat_template=template)
-    if not _have_same_content("tokenizer.json", directory, own):
+    if not _have_same_tokenizer(directory, own):
         check_token_ids(
             adapter,
             tokenizer,
@@ -511,8 +512,8 @@ def _load_tokenizer(
     return adapter.source, own, tokenizer
 
 
-def _have_same_content(name: str, *directories: Path) -> bool:
-    files = [directory / name for directory in directories]
+def _have_same_tokenizer(*directories: Path) -> bool:
+    files = [directory / "tokenizer.json" for directory in directories]
     return all(file.exists() for file in files) and len({file.read_bytes() for file in files}) == 1
 
 

@@ -50,7 +50,6 @@ class EmbeddedBucket:
     endpoint: str
     access_key: str
     secret_key: str = field(repr=False)
-    bucket: str = EMBEDDED_BUCKET
 
 
 def state_directory() -> Path:

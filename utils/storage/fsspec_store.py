@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import BucketError
-from utils.storage.store import AlreadyExistsError, NotFoundError, StoredObject, explain_os_error, join_uri
+from utils.storage.store import AlreadyExistsError, Store, StoredObject, explain_os_error, join_uri
 from utils.storage.transfer import LARGE_THREADS, Take, download_all
 
 PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}  # scheme -> package
@@ -28,7 +28,7 @@ _EXCLUSIVE = {"az": {"overwrite": False}, "abfs": {"overwrite": False}}  # other
 _BLOCK_BYTES = 8 * 1024 * 1024
 
 
-class FsspecStore:
+class FsspecStore(Store):
     """A prefix of an fsspec file system as a store; the file system finds its own credentials."""
 
     def __init__(self, uri: str):
@@ -84,10 +84,6 @@ class FsspecStore:
         )
         return sorted(names)
 
-    def first(self, prefix: str) -> StoredObject | None:
-        """See Store."""
-        return next(iter(self.list(prefix)), None)
-
     def stat(self, key: str) -> StoredObject:
         """See Store."""
         with self._errors("read", key):
@@ -101,13 +97,6 @@ class FsspecStore:
         """See Store."""
         with self._errors("read", key):
             return self._files.cat_file(self._path(key))
-
-    def read_if_exists(self, key: str) -> bytes | None:
-        """See Store."""
-        try:
-            return self.read(key)
-        except NotFoundError:
-            return None
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
@@ -137,10 +126,6 @@ class FsspecStore:
                     raise
                 raise AlreadyExistsError(f"cannot write {self.uri_of(key)}: it already exists") from error
 
-    def download(self, key: str, path: Path) -> None:
-        """See Store."""
-        self.download_many({self.stat(key): path})
-
     def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
         """See Store."""
         with self._errors("download from"):
@@ -168,10 +153,6 @@ class FsspecStore:
     def abort_stale_uploads(self, prefix: str = "") -> int:
         """See Store. Always 0: fsspec cannot list unfinished uploads."""
         return 0
-
-    def uri_of(self, key: str) -> str:
-        """See Store."""
-        return join_uri(self.uri, key)
 
     def read_into(self, item: StoredObject, start: int, length: int, take: Take) -> bool:
         """See transfer.Source. fsspec pins no version: a change during the download is detected afterwards by the ETag."""

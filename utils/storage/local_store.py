@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.files import PARTIAL_SUFFIX, checksum, copy_atomically, safe_join, write_atomically
-from utils.storage.store import DamagedError, NotFoundError, StoredObject, explained, join_uri
+from utils.storage.store import DamagedError, Store, StoredObject, explained
 
 
-class LocalStore:
+class LocalStore(Store):
     """A directory as a store; each object is a file."""
 
     def __init__(self, root: Path):
@@ -40,10 +40,6 @@ class LocalStore:
                 return []
             return sorted(path.name for path in self.root.iterdir() if path.is_dir())
 
-    def first(self, prefix: str) -> StoredObject | None:
-        """See Store."""
-        return next(iter(self.list(prefix)), None)
-
     def stat(self, key: str) -> StoredObject:
         """See Store."""
         path = safe_join(self.root, key)
@@ -54,13 +50,6 @@ class LocalStore:
         """See Store."""
         with explained("read", self.uri_of(key)):
             return safe_join(self.root, key).read_bytes()
-
-    def read_if_exists(self, key: str) -> bytes | None:
-        """See Store."""
-        try:
-            return self.read(key)
-        except NotFoundError:
-            return None
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
@@ -126,10 +115,6 @@ class LocalStore:
             for path in unfinished:
                 path.unlink(missing_ok=True)
         return len(unfinished)
-
-    def uri_of(self, key: str) -> str:
-        """See Store."""
-        return join_uri(self.uri, key)
 
     def _files(self, prefix: str) -> Sequence[Path]:
         start = safe_join(self.root, prefix.rpartition("/")[0]) if "/" in prefix else self.root

@@ -43,6 +43,7 @@ from utils.storage.store import (
     ChangedError,
     DamagedError,
     NotFoundError,
+    Store,
     StoredObject,
     explain_os_error,
     join_uri,
@@ -71,7 +72,7 @@ _TOKEN_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 _DELETE_BATCH = 1000  # maximum number of keys per S3 request
 
 
-class S3Store:
+class S3Store(Store):
     """A prefix of a bucket as a store. Create one per process; each process looks up its own credentials."""
 
     def __init__(self, uri: str, retry_policy: RetryPolicy = WORK):
@@ -142,13 +143,6 @@ class S3Store:
         """See Store."""
         return self._get(key, Range=f"bytes={start}-{start + length - 1}")
 
-    def read_if_exists(self, key: str) -> bytes | None:
-        """See Store."""
-        try:
-            return self.read(key)
-        except NotFoundError:
-            return None
-
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
         """See Store."""
         with self._errors("write", key):
@@ -199,10 +193,6 @@ class S3Store:
                     raise ChangedError(
                         f"cannot write {self.uri_of(key)}: it has changed since it was read"
                     ) from rejected
-
-    def download(self, key: str, path: Path) -> None:
-        """See Store."""
-        self.download_many({self.stat(key): path})
 
     def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
         """See Store. Every range request carries the listed ETag, so that all ranges belong to one version."""

@@ -46,7 +46,7 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """A store of objects. Every method raises BucketError when storage rejects a request or fails."""
+    """A store of objects, and what stores have in common. Every method raises BucketError when storage rejects a request or fails."""
 
     uri: str
 
@@ -65,7 +65,7 @@ class Store(Protocol):
 
     def first(self, prefix: str) -> StoredObject | None:
         """Return the first object whose key starts with `prefix`, or None."""
-        ...
+        return next(iter(self.list(prefix)), None)
 
     def stat(self, key: str) -> StoredObject:
         """Return the metadata of one object; requires permission to read it. Raises NotFoundError."""
@@ -77,7 +77,10 @@ class Store(Protocol):
 
     def read_if_exists(self, key: str) -> bytes | None:
         """Return the content of an object, or None if it does not exist."""
-        ...
+        try:
+            return self.read(key)
+        except NotFoundError:
+            return None
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes (at least 1) from byte `start`. Raises NotFoundError."""
@@ -93,7 +96,7 @@ class Store(Protocol):
 
     def download(self, key: str, path: Path) -> None:
         """Download one object to `path` atomically. Raises NotFoundError."""
-        ...
+        self.download_many({self.stat(key): path})
 
     def download_many(self, targets: Mapping[StoredObject, Path]) -> dict[str, str]:
         """Download listed objects to paths, in parallel and each atomically. Return key -> checksum.
@@ -121,7 +124,7 @@ class Store(Protocol):
 
     def uri_of(self, key: str) -> str:
         """Return the full URI of an object."""
-        ...
+        return join_uri(self.uri, key)
 
 
 def join_uri(uri: str, *parts: str) -> str:

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from io import StringIO
@@ -34,8 +33,8 @@ from runs.layout import (
 )
 from runs.listing import list_runs, read_run
 from tests.support.bucket_proxy import bucket_proxy
-from tests.support.front_door import run_command_quickly
-from tests.support.jobs import PROJECT, CompletedCommand, environment, error_of, write_yaml
+from tests.support.front_door import RunCommand
+from tests.support.jobs import PROJECT, environment, error_of, write_yaml
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket, unreachable_endpoint
 from tests.support.stored_runs import (
@@ -55,15 +54,6 @@ REMOTE_COMMANDS = [
     ["show", "s3://some-bucket/runs/a"],
     ["compare", "s3://some-bucket/runs/a", "s3://some-bucket/runs/b"],
 ]
-RunCommand = Callable[..., CompletedCommand]
-
-
-@pytest.fixture
-def run_command(tmp_path: Path) -> RunCommand:
-    """Return a function that runs main.py with its arguments."""
-    return lambda *arguments, **variables: run_command_quickly(
-        arguments, tmp_path / "command.txt", variables=variables
-    )
 
 
 @pytest.fixture(params=["s3", "local"])

@@ -14,6 +14,7 @@ import pytest
 
 from service.config import load_service
 from tests.support.service import Api, rows, running_api, write_service
+from utils.storage.bucket import EMBEDDED_BUCKET
 
 REQUESTS = 10_000 if os.environ.get("SERVICE_GRID") else 300
 CONNECTIONS = 1000 if os.environ.get("SERVICE_GRID") else 50
@@ -23,7 +24,7 @@ MAX_GROWTH_BYTES = 300_000_000
 
 @pytest.fixture(scope="module")
 def apis(tmp_path_factory: pytest.TempPathFactory, bucket: Any) -> Iterator[list[Api]]:
-    storage = f"s3://{bucket.bucket}/fuzz-{random.randrange(10**9)}"
+    storage = f"s3://{EMBEDDED_BUCKET}/fuzz-{random.randrange(10**9)}"
     limits = {"requests_per_minute": 10**6, "jobs": 10**6}
     path = write_service(tmp_path_factory.mktemp("fuzz"), storage, limits=limits)
     with running_api(load_service(path), ["red", "blue"]) as found:

@@ -26,7 +26,7 @@ from runs.reading import best, committed
 from service.layout import run_uri
 from tests.support.served import OPENAI, Served, free_port, served
 from tests.support.service import write_service
-from utils.storage.bucket import open_store
+from utils.storage.bucket import EMBEDDED_BUCKET, open_store
 from utils.storage.s3 import S3Store
 
 GRID = bool(os.environ.get("SERVICE_GRID"))
@@ -207,7 +207,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, bucket: Any, tiny_model: Path) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("kills")
-    storage = f"s3://{bucket.bucket}/kills-{time.time_ns()}"
+    storage = f"s3://{EMBEDDED_BUCKET}/kills-{time.time_ns()}"
     base = {
         "output_dir": str(directory / "scratch"),
         "train_batch_size_per_device": 8,

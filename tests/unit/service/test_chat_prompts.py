@@ -46,7 +46,7 @@ def make_format(tokenizer: Any, template: str | None, **variables: Any) -> ChatF
 def asked(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
 ) -> ChatRequest:
-    question = read_question(messages, "messages", tools)
+    question = read_question(messages, tools)
     return ChatRequest(
         ServedModel("m", "m", None), question.messages, tools, variables, Sampling(max_tokens=5)
     )

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from configs.loading import ConfigError
 from runs.layout import EXPORT_FILE, Export
 from tests.support.bucket_proxy import bucket_proxy
-from tests.support.front_door import run_command_quickly
+from tests.support.front_door import RunCommand
 from tests.support.jobs import CompletedCommand, error_of
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
@@ -36,15 +35,6 @@ from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-RunCommand = Callable[..., CompletedCommand]
-
-
-@pytest.fixture
-def run_command(tmp_path: Path) -> RunCommand:
-    """Return a function that runs main.py with its arguments."""
-    return lambda *arguments, **variables: run_command_quickly(
-        arguments, tmp_path / "command.txt", variables=variables
-    )
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Tests of the errors of main.py export, chat and evaluate: one message, exit code 2, nothing on standard output."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runs.layout import CONFIG_FILE
-from tests.support.front_door import run_command_quickly
-from tests.support.jobs import CompletedCommand, error_of
+from tests.support.front_door import RunCommand
+from tests.support.jobs import error_of
 from tests.support.messages import assert_names
 from tests.support.own_buckets import unreachable_endpoint
 from tests.support.stored_runs import eval_losses, make_result, write_run
@@ -15,15 +14,6 @@ from utils.storage.bucket import open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 COMMANDS = (["export"], ["chat", "--prompt", "2 + 2?"], ["evaluate", "--data", "rows.jsonl"])
-RunCommand = Callable[..., CompletedCommand]
-
-
-@pytest.fixture
-def run_command(tmp_path: Path) -> RunCommand:
-    """Return a function that runs main.py with its arguments."""
-    return lambda *arguments, **variables: run_command_quickly(
-        arguments, tmp_path / "command.txt", variables=variables
-    )
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_job_waits_for_the_cluster_to_scale_up(files: Path, tmp_path: Path):
         dry_run = run_main(yaml, "--dry-run", "--json", variables=cluster.variables)
         with started(yaml, cluster.variables) as job:
             job.wait_for_line("waiting for the cluster to scale up: CPU 2 (has 1)")
-            cluster.start_node(cpus=1)
+            cluster.start_node()
             finished = job.end()
     assert dry_run.exit_code == 0, dry_run.errors
     assert_names(dry_run.result["cluster"], "scale up", "CPU 2 (has 1)")

@@ -92,7 +92,7 @@ def test_lost_node_costs_its_shards_only_and_the_files_are_those_of_one_machine(
     def uploaded() -> int:
         return sum("/data-" in item.key for item in store.list("prepared/"))
 
-    lost = cluster.start_node(cpus=1)
+    lost = cluster.start_node()
     with started(config, cluster.variables | small | own_cache) as job:
         job.wait_until(lambda: uploaded() >= 4, "shards in the bucket")
         cluster.kill(lost)

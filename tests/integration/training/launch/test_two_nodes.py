@@ -72,7 +72,7 @@ def two_nodes(files: Path, bucket: EmbeddedBucket) -> Iterator[TwoNodes]:
         # Without it, Gloo resolves the same host name on both nodes.
         gloo_interface = {"GLOO_SOCKET_IFNAME": namespace.interface}
         with ray_cluster(cpus=1, host=namespace.host, variables=gloo_interface) as cluster:
-            cluster.start_node(cpus=1, within=namespace)
+            cluster.start_node(within=namespace)
             yield TwoNodes(cluster, bucket_uri)
 
 
@@ -179,7 +179,7 @@ def test_elastic_run_completes_when_a_node_is_lost(
     config = write_long_config(
         files, tmp_path / "elastic.yaml", name, num_devices=RANGE, max_failures=1, **more
     )
-    lost = head.start_node(cpus=1)
+    lost = head.start_node()
     with started(config, head.variables | own_cache) as job:
         job.wait_for_line("step 50/")
         head.kill(lost)
@@ -220,7 +220,7 @@ def test_lost_node_fails_a_run_without_retries_and_the_same_command_resumes(
         checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 5},
     )
     variables = head.variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    lost = head.start_node(cpus=1)
+    lost = head.start_node()
     with started(config, variables) as job:
         job.wait_for_line("step 12/")
         head.kill_raylet(lost)
@@ -230,7 +230,7 @@ def test_lost_node_fails_a_run_without_retries_and_the_same_command_resumes(
     assert_names(line, "worker lost", "node")
     assert_names(finished.errors, "resume from the last checkpoint with the same command")
     assert "Traceback" not in finished.errors
-    head.start_node(cpus=1)
+    head.start_node()
     recovered = run_main(config, "--json", variables=variables)
     assert recovered.exit_code == 0, recovered.errors
     assert recovered.result["train_steps"] == steps
@@ -245,13 +245,13 @@ def test_run_that_needs_both_nodes_waits_for_a_lost_node(files: Path, tmp_path: 
     )
     waiting = "CPU 2 (has 1)"
     with ray_cluster(cpus=1) as cluster:
-        lost = cluster.start_node(cpus=1)
+        lost = cluster.start_node()
         with started(config, cluster.variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")}) as job:
             job.wait_for_line("checkpoint ")
             cluster.kill(lost)
             job.wait_for_line(waiting)
             errors_before = job.errors
-            lost = cluster.start_node(cpus=1)
+            lost = cluster.start_node()
             job.wait_until(
                 lambda: "checkpoint " in job.errors[len(errors_before) :], "a checkpoint of both nodes"
             )
@@ -282,7 +282,7 @@ def test_joining_node_is_used_after_an_extra_checkpoint(files: Path, tmp_path: P
     with ray_cluster(cpus=1) as cluster, started(config, cluster.variables | own_cache) as job:
         job.wait_for_line("step 10/")
         errors_of_one_node = job.errors
-        cluster.start_node(cpus=1)
+        cluster.start_node()
         job.wait_for_line("… making room for more workers")
         length_before = len(job.errors)
         job.wait_until(
@@ -314,10 +314,10 @@ def test_preempted_node_is_replaced_after_a_checkpoint(files: Path, tmp_path: Pa
     )
     own_cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
     with ray_cluster(cpus=1) as cluster:
-        preempted = cluster.start_node(cpus=1)
+        preempted = cluster.start_node()
         with started(config, cluster.variables | own_cache) as job:
             job.wait_for_line("step 10/")
-            cluster.start_node(cpus=1)
+            cluster.start_node()
             cluster.preempt(preempted, seconds=8)
             finished = job.end()
     assert finished.exit_code == 0, finished.errors

@@ -28,9 +28,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "learning_rate": 0.01,
     }
     config = write_yaml(files / "config.yaml", tiny_settings(files) | settings)
-    run_plan, _, _ = make_plan(
-        load_config(config), target=ClusterTarget(None), progress=lambda what, fraction=None, figures="": None
-    )
+    run_plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None))
     (files / "plan.json").write_text(run_plan.model_dump_json())
     return files / "plan.json"
 

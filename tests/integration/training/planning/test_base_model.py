@@ -39,7 +39,7 @@ def test_base_model_is_built_once(continued: bool, tmp_path: Path, builds: list[
         changes = {"lora_config": LORA, "initial_adapter_model_ckpt_path": str(adapter)}
     builds.clear()
     config = write_yaml(files / "run.yaml", tiny_settings(files) | changes)
-    _, report, _ = make_plan(load_config(config), target=ClusterTarget(None), progress=lambda *_: None)
+    _, report, _ = make_plan(load_config(config), target=ClusterTarget(None))
     assert len(builds) == 1
     # Rank 4 in two layers of 64 x 64, and a row of 64 for the token in the embedding and in the head.
     assert report.trainable_parameters == 2 * 4 * (64 + 64) + (0 if continued else 2 * 64)

@@ -40,7 +40,7 @@ def dry_run(files: Path, name: str, **changes: Any) -> dict[str, Any]:
 def plan_of(files: Path, name: str, **changes: Any) -> RunPlan:
     """Plan a run in this process, without its command line."""
     config = write_yaml(files / f"{name}.yaml", tiny_settings(files) | {"run_name": name} | changes)
-    plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None), progress=lambda *_: None)
+    plan, _, _ = make_plan(load_config(config), target=ClusterTarget(None))
     return plan
 
 

@@ -46,9 +46,7 @@ def plan_of(files: Path, **changes: Any) -> tuple[RunPlan, str | None]:
     """Plan a run and return it with the date in its rows, after writing what a started run writes about its rows."""
     settings = tiny_settings(files) | {"chat_template": TEMPLATE} | changes
     config = write_yaml(files / "dated.yaml", settings)
-    plan, report, (train, valid) = make_plan(
-        load_config(config), target=ClusterTarget(None), progress=lambda *_: None
-    )
+    plan, report, (train, valid) = make_plan(load_config(config), target=ClusterTarget(None))
     assert train.summary.date == valid.summary.date
     figures = report.model_dump_json(include=set(DataReport.model_fields)).encode()
     open_store(plan.run_uri).write(DATA_REPORT_FILE, figures)

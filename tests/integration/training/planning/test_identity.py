@@ -68,7 +68,7 @@ def pack_into(directory: Path, loaded: LoadedConfig) -> Package:
 def plan(loaded: LoadedConfig, directory: Path = Path()) -> tuple[RunPlan, PlanReport]:
     """Return the plan of a run that starts in a directory."""
     with chdir(directory):
-        return make_plan(loaded, target=HERE, progress=lambda *_: None)[:2]
+        return make_plan(loaded, target=HERE)[:2]
 
 
 def load_in_job(package: Package, *, written: bool = True) -> LoadedConfig:

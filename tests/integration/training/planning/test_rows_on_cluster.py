@@ -42,10 +42,6 @@ def settings(
     }
 
 
-def ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
-    pass
-
-
 def plan(tmp_path: Path, settings: dict[str, Any]) -> tuple[list[str], str, Any]:
     """Plan a run, with tasks that run in this process; return the work that they did, the error and the plan."""
     calls: list[str] = []
@@ -57,7 +53,7 @@ def plan(tmp_path: Path, settings: dict[str, Any]) -> tuple[list[str], str, Any]
 
     loaded = load_config(write_yaml(tmp_path / "run.yaml", settings))
     try:
-        made, *_ = make_plan(loaded, target=CLUSTER, progress=ignore_progress, on_cluster=run)
+        made, *_ = make_plan(loaded, target=CLUSTER, on_cluster=run)
     except AnnealError as error:
         return calls, str(error), None
     return calls, "", made

@@ -69,7 +69,7 @@ def test_few_rows_are_planned_completely(run: Callable[..., LoadedConfig], few: 
 
 @pytest.mark.slow
 def test_prepared_rows_are_planned_completely(run: Callable[..., LoadedConfig]):
-    plan, expected, prepared = make_plan(run(), target=JOB_SERVER, progress=lambda *_: None)
+    plan, expected, prepared = make_plan(run(), target=JOB_SERVER)
     for rows in prepared:
         keep_prepared(rows, plan.prepared)
     report = check(run())

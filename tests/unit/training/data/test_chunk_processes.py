@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request
@@ -19,11 +19,6 @@ from training.data.prepared import SKIPPED_FILE, SUMMARY_FILE
 from training.data.row_index import DATA_FILE, INDEX_FILE
 
 ROWS = 120
-
-
-@pytest.fixture(scope="session")
-def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 @pytest.fixture

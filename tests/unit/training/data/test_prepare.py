@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trl
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
@@ -23,11 +23,6 @@ from training.data.row_index import DATA_FILE, IGNORED
 from training.data.summary import PIECE_TOKENS
 
 Turns = list[tuple[str, str]]
-
-
-@pytest.fixture(scope="session")
-def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:

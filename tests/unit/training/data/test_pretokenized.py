@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
@@ -21,11 +21,6 @@ from training.data.rows import RowSchema, read_row, recognise
 IDS = [5, 6, 7, 8]
 LABELS = [IGNORED, IGNORED, 7, 8]
 CHAT = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 def read(row: dict[str, Any], task: Task = "instruction_tuning") -> Tokens:
@@ -119,13 +114,11 @@ def test_preference_tuning_names_the_tasks_of_pretokenised_rows():
     assert_names(str(wrong.value), "input_ids", "instruction_tuning", "preference_tuning")
 
 
-def tokenized(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+def tokenized(chatml: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
     """Return rows as `apply_chat_template` makes them, and one with special tokens that no template writes."""
     rows = []
     for answer in ("One.", "One and two.", "One, two and three."):
-        ids = tokenizer.encode(
-            f"<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
-        )
+        ids = chatml.encode(f"<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
         mask = [0] * (len(ids) - 4) + [1] * 4
         labels = [token if flag else IGNORED for token, flag in zip(ids, mask, strict=True)]
         rows.append({"input_ids": ids, "labels": labels})
@@ -152,10 +145,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "saved"])
 def test_tokens_and_labels_are_stored_as_the_row_has_them(
-    name: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+    name: str, chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
-    rows = tokenized(tokenizer)
-    prepared = prepare(request(write(tmp_path / name, rows)), tokenizer, tiny_model, tmp_path / "cache")
+    rows = tokenized(chatml)
+    prepared = prepare(request(write(tmp_path / name, rows)), chatml, tiny_model, tmp_path / "cache")
     stored = rows_of(prepared)
     assert [row["input_ids"] for row in stored] == [row["input_ids"] for row in rows]
     assert [row["labels"] for row in stored] == [row["labels"] for row in rows]
@@ -165,15 +158,15 @@ def test_tokens_and_labels_are_stored_as_the_row_has_them(
 
 
 def test_long_rows_and_duplicates_are_treated_as_those_of_other_formats(
-    tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
     rows = [{"input_ids": IDS * 3, "labels": IDS * 3}, {"input_ids": IDS, "labels": LABELS}]
     path = write(tmp_path / "a.jsonl", [*rows, rows[0]])
-    cut = prepare(request(path, context_length=6), tokenizer, tiny_model, tmp_path / "cache")
+    cut = prepare(request(path, context_length=6), chatml, tiny_model, tmp_path / "cache")
     assert [row["input_ids"] for row in rows_of(cut)] == [[*IDS, 5, 6], IDS, [*IDS, 5, 6]]
     assert (cut.summary.truncated_rows, cut.summary.lost_tokens, cut.summary.duplicates) == (2, 12, 1)
     with pytest.raises(DataError) as long:
-        prepare(request(path, context_length=6, long_rows="error"), tokenizer, tiny_model, tmp_path / "cache")
+        prepare(request(path, context_length=6, long_rows="error"), chatml, tiny_model, tmp_path / "cache")
     assert_names(str(long.value), f"{path}:1", "12 tokens", "long_rows")
 
 
@@ -189,11 +182,11 @@ def test_long_rows_and_duplicates_are_treated_as_those_of_other_formats(
 def test_rows_of_another_format_or_vocabulary_are_rejected_with_their_place(
     rows: list[dict[str, Any]],
     facts: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerFast,
+    chatml: PreTrainedTokenizerFast,
     tiny_model: Path,
     tmp_path: Path,
 ):
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as wrong:
-        prepare(request(path), tokenizer, tiny_model, tmp_path / "cache")
+        prepare(request(path), chatml, tiny_model, tmp_path / "cache")
     assert_names(str(wrong.value), str(path), *facts)

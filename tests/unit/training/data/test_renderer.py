@@ -1,13 +1,12 @@
 """Loss tokens decode to the assistant turns and end markers that each chat template renders."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from configs.prompt_format import to_chat_template
 from tests.support.prepared import encode, encode_all
@@ -67,11 +66,6 @@ THREE_TURNS = [("2 + 2?", "4"), ("And 3 more?", "It is 7.\n\nSure."), ("Über 7?
 
 
 Turns = list[tuple[str, str]]
-
-
-@pytest.fixture(scope="session")
-def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 def with_template(

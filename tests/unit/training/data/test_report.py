@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
@@ -13,11 +13,6 @@ from training.data.batches import BatchPlan, BatchShape
 from training.data.prepared import PreparedData
 from training.data.report import DataReport, describe_loss, describe_rows, key_figures, make_report
 from training.data.report_page import to_html
-
-
-@pytest.fixture(scope="session")
-def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 def report_of(train: PreparedData, valid: PreparedData | None = None, **changes: Any) -> DataReport:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
@@ -32,11 +32,6 @@ from training.data.row_index import INDEX_FILE
 from training.data.shards import cut, prepare_shards
 
 ROWS = 120
-
-
-@pytest.fixture(scope="session")
-def chatml(tiny_model: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 @pytest.fixture

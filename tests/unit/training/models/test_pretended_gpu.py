@@ -131,11 +131,7 @@ class Runs:
         for key in settings.keys() & {"model_id", "initial_adapter_model_ckpt_path"}:
             settings[key] = str(self._directory / settings[key])
         (directory / "config.yaml").write_text(yaml.safe_dump(settings))
-        plan, _, _ = make_plan(
-            load_config(directory / "config.yaml"),
-            target=ClusterTarget(None),
-            progress=lambda what, fraction=None, figures="": None,
-        )
+        plan, _, _ = make_plan(load_config(directory / "config.yaml"), target=ClusterTarget(None))
         (directory / "plan.json").write_text(plan.model_dump_json())
 
     def __getitem__(self, provider: str) -> dict[str, Any]:
