@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it on import; no test contacts the Hub
 # Ray lowers the priority of workers by 15: beside another test, they would train at a tenth of their speed.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
 
 # How long an example takes depends on the machine.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
