@@ -89,7 +89,8 @@ test-resume: setup-dev  ## kill and resume runs at each stage, for each method a
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, every kind of adapter in each use, and every part of bench-gpu; `make test-all` runs a sample
 	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/integration/training/loop/test_adapter_kinds.py \
-		tests/integration/training/loop/test_sequence_parallel.py tests/unit/training/models/test_pretended_gpu.py \
+		tests/integration/training/loop/test_sequence_parallel.py tests/integration/training/loop/test_compiled_step.py \
+		tests/unit/training/models/test_pretended_gpu.py \
 		tests/unit/training/planning/test_memory.py \
 		tests/integration/test_gpu_benchmark.py
 
