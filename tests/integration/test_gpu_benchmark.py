@@ -519,7 +519,7 @@ def test_measurements_of_a_run_exclude_the_warm_up(tmp_path: Path):
     lines = [{"eval_loss": 1.0, "step": 0}, *steps]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     bench = Bench(ON_CPU, tmp_path, tmp_path)
-    measured = bench._measured("lora-1", ON_CPU.workloads["lora"], 90)
+    measured = bench._measured("lora-1", "lora", 90)
     assert measured.step_seconds == 3 * 5
     assert measured.every_step_seconds == (5, 10, 15, 20)
     assert (measured.tokens_per_second, measured.peak_memory_bytes, measured.mfu) == (
