@@ -25,9 +25,8 @@ COOKBOOK = QUICKSTART_README.read_text("utf-8")
 COMMANDS = (*run_records.COMMANDS, *model_commands.COMMANDS)
 REJECTED = {"stop": "nothing to stop", "remove": "--yes"}
 """What the commands that change a run say of this one: it is completed, and its removal is not confirmed."""
-COPY_SNIPPET = textwrap.dedent(
-    COOKBOOK.partition("Bring a checkpoint out of it:")[2].partition("python -c '")[2].partition("'\n")[0]
-)
+COPY_SNIPPET = textwrap.dedent(COOKBOOK.partition("python -c '")[2].partition("'\n")[0])
+"""The first snippet of Python in the quickstart's README, which copies a checkpoint out of the embedded bucket."""
 GIGABYTE = 10**9
 
 
