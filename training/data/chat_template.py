@@ -16,7 +16,8 @@ from training.data.records import Chat, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_QUESTION = "What is it?"
+QUESTION = "What is it?"
+"""A question with which templates are probed."""
 _LOOP = frozenset(("first", "last", "index", "index0"))
 _TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, AttributeError),
@@ -140,7 +141,7 @@ def _rejected_message(render: Callable[..., str], messages: list[Message], error
     """Return the index of the first message with which a template raises an error, or None if it does so without the messages."""
     for count in range(len(messages) + 1):
         try:
-            render(messages=messages[:count] or [{"role": "user", "content": _QUESTION}])
+            render(messages=messages[:count] or [{"role": "user", "content": QUESTION}])
         except _TEMPLATE_ERRORS as earlier:
             if str(earlier) == str(error):
                 return count - 1 if count else None
@@ -161,7 +162,7 @@ def _rejection(chat: Chat, messages: list[Message], render: Callable[..., str], 
     index = _rejected_message(render, messages, error)
     if index is None:
         for number, tool in enumerate(chat.tools or (), start=1):
-            if _fails(render, messages=[{"role": "user", "content": _QUESTION}], tools=[tool]):
+            if _fails(render, messages=[{"role": "user", "content": QUESTION}], tools=[tool]):
                 function = tool.get("function")
                 keys = ", ".join(function if isinstance(function, dict) else tool)
                 return f"tool {number} of `tools` (keys: {keys}) cannot be rendered by the chat template ({error}). Fix the tool, or set chat_template"

@@ -14,7 +14,7 @@ from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from training.data.chat_template import ChatTemplate
+from training.data.chat_template import QUESTION, ChatTemplate
 from training.data.errors import RowError
 from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
@@ -46,14 +46,13 @@ from training.data.template_forms import (
     without_empty_thoughts,
     without_greeting,
 )
-from training.data.template_traits import TemplateTraits
+from training.data.template_traits import ANSWER, THOUGHT, TemplateTraits
 from training.data.tools import Tool, as_function
 from training.data.written_calls import with_tool_calls, writes_calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_QUESTION, _ANSWER, _REASONING = "What is it?", "That is it.", "Let me think."
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
 _GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
@@ -228,8 +227,8 @@ class Renderer:
 
     def switch_of_plain_answers(self) -> str | None:
         """Return the variable of thinking that must be false for chat to ask as answers without reasoning are trained, or None."""
-        question: Message = {"role": "user", "content": _QUESTION}
-        chat = Chat([question, {"role": "assistant", "content": _ANSWER}])
+        question: Message = {"role": "user", "content": QUESTION}
+        chat = Chat([question, {"role": "assistant", "content": ANSWER}])
         try:
             if not self.traits.switches or self._turn(chat, 1, Form()).prompt == self.template.render(
                 [question], chat, prompt=True
@@ -245,8 +244,8 @@ class Renderer:
 
     def switch_of_reasoning(self) -> str | None:
         """Return the variable of thinking that must be true for chat to ask as answers with reasoning are trained, or None."""
-        question: Message = {"role": "user", "content": _QUESTION}
-        answer: Message = {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASONING}
+        question: Message = {"role": "user", "content": QUESTION}
+        answer: Message = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
         chat = Chat([question, answer])
         try:
             trained = self._turns_of(chat, [1])[0].prompt if self.traits.switches else ""

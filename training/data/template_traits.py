@@ -4,7 +4,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from training.data.chat_template import ChatTemplate
+from training.data.chat_template import QUESTION, ChatTemplate
 from training.data.errors import RowError
 from training.data.records import REASONING_KEYS, Chat, Message
 from training.data.template_forms import Form, adapted, possible_forms, thought_of
@@ -15,8 +15,7 @@ from training.data.written_calls import is_plain_json, notation_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_QUESTION, _ANSWER, _PROBED_TOOL = "What is it?", "That is it.", "probed_tool"
-_THOUGHT = "Let me think."
+ANSWER, THOUGHT, _PROBED_TOOL = "That is it.", "Let me think.", "probed_tool"
 _DIRECTIVES = (
     "/no_think",
     "/think",
@@ -89,31 +88,31 @@ class TemplateTraits:
 
     @cached_property
     def _renders_words_beside_calls(self) -> bool:
-        return bool(self._probe_call(_ANSWER))
+        return bool(self._probe_call(ANSWER))
 
     @cached_property
     def _renders_thoughts_beside_calls(self) -> bool:
-        return bool(self._probe_call(f"<think>\n{_THOUGHT}\n</think>"))
+        return bool(self._probe_call(f"<think>\n{THOUGHT}\n</think>"))
 
     @cached_property
     def rejects_written_calls(self) -> bool:
         """Return whether the template renders no result of a call that stands in the text of an answer."""
-        said = (("user", _QUESTION), ("assistant", "<tool_call>"), ("tool", _ANSWER), ("assistant", _THOUGHT))
-        return _ANSWER not in self._probe(*said)
+        said = (("user", QUESTION), ("assistant", "<tool_call>"), ("tool", ANSWER), ("assistant", THOUGHT))
+        return ANSWER not in self._probe(*said)
 
     @cached_property
     def has_own_thoughts(self) -> bool:
         """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4)."""
         if "</think>" in self._template.source:
             return False
-        question: Message = {"role": "user", "content": _QUESTION}
+        question: Message = {"role": "user", "content": QUESTION}
         for key in REASONING_KEYS:
-            answer: Message = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
+            answer: Message = {"role": "assistant", "content": ANSWER, key: THOUGHT}
             try:
                 text = self._template.render([question, answer], Chat([]))
             except RowError:
                 continue
-            if _THOUGHT in text:
+            if THOUGHT in text:
                 return True
         return False
 
@@ -143,7 +142,7 @@ class TemplateTraits:
         """Return whether the template renders developer messages; some only have the word (Cohere 2)."""
         text = "Be kind."
         return "developer" in self._template.source and text in self._probe(
-            ("developer", text), ("user", _QUESTION)
+            ("developer", text), ("user", QUESTION)
         )
 
     @cached_property
@@ -151,14 +150,12 @@ class TemplateTraits:
         """Return whether the template renders a developer message after a system message."""
         texts = ("Be brief.", "Be kind.")
         roles = ("system", "developer" if self.knows_developer else "system")
-        return all(
-            text in self._probe(*zip(roles, texts, strict=True), ("user", _QUESTION)) for text in texts
-        )
+        return all(text in self._probe(*zip(roles, texts, strict=True), ("user", QUESTION)) for text in texts)
 
     def _prints_tool(self, tool: Tool) -> bool:
         try:
             text = self._template.render(
-                [{"role": "user", "content": _QUESTION}], Chat([], [tool]), prompt=True
+                [{"role": "user", "content": QUESTION}], Chat([], [tool]), prompt=True
             )
         except RowError:
             return False
@@ -173,7 +170,7 @@ class TemplateTraits:
             "content": words,
             "tool_calls": [{"type": "function", "function": function}],
         }
-        chat = Chat([{"role": "user", "content": _QUESTION}, call])
+        chat = Chat([{"role": "user", "content": QUESTION}, call])
         for form in possible_forms(chat, self._template.source):
             try:
                 text = self._template.render(adapted(chat.messages, form, None), chat)
@@ -187,49 +184,49 @@ class TemplateTraits:
         """Return the text before and after an answer, or two empty strings if the template does more than append."""
         if not self._template.source:
             return "", ""
-        question: Message = {"role": "user", "content": _QUESTION}
+        question: Message = {"role": "user", "content": QUESTION}
         try:
             asked = self._template.render([question], Chat([]))
             prompt = self._template.render([question], Chat([]), prompt=True)
-            whole = self._template.render([question, {"role": "assistant", "content": _ANSWER}], Chat([]))
+            whole = self._template.render([question, {"role": "assistant", "content": ANSWER}], Chat([]))
         except RowError:
             return "", ""
-        answer = whole.find(_ANSWER, len(prompt))
+        answer = whole.find(ANSWER, len(prompt))
         if not (prompt.startswith(asked) and whole.startswith(prompt) and answer >= 0):
             return "", ""
-        return prompt[len(asked) :], whole[answer + len(_ANSWER) :].rstrip()
+        return prompt[len(asked) :], whole[answer + len(ANSWER) :].rstrip()
 
     def _end_of_earlier_turns(self) -> str:
         """Return the special token after an answer that another turn follows: of gpt-oss, another one than after the last answer."""
         if not self._template.source:
             return ""
-        question: Message = {"role": "user", "content": _QUESTION}
+        question: Message = {"role": "user", "content": QUESTION}
         try:
             whole = self._template.render(
-                [question, {"role": "assistant", "content": _ANSWER}, question], Chat([])
+                [question, {"role": "assistant", "content": ANSWER}, question], Chat([])
             )
         except RowError:
             return ""
-        found = self.special.match(whole.rpartition(_ANSWER)[2].lstrip())
+        found = self.special.match(whole.rpartition(ANSWER)[2].lstrip())
         return found[0] if found else ""
 
     def _first_tokens_of_next_turns(self) -> dict[str, str]:
         """Return the special tokens that follow an answer without an end marker (GLM-4.5), by the role of the next turn."""
         if not self.header or self.end_marker:
             return {}
-        question: Message = {"role": "user", "content": _QUESTION}
-        arguments = {"name": _ANSWER}
+        question: Message = {"role": "user", "content": QUESTION}
+        arguments = {"name": ANSWER}
         call: Message = {
             "role": "assistant",
             "content": "",
             "tool_calls": [{"type": "function", "function": {"name": _PROBED_TOOL, "arguments": arguments}}],
         }
         found: dict[str, str] = {}
-        for role, answer in (("user", {"role": "assistant", "content": _ANSWER}), ("tool", call)):
+        for role, answer in (("user", {"role": "assistant", "content": ANSWER}), ("tool", call)):
             try:
                 asked = self._template.render([question, answer], Chat([])).rstrip()
                 whole = self._template.render(
-                    [question, answer, {"role": role, "content": _QUESTION}], Chat([])
+                    [question, answer, {"role": role, "content": QUESTION}], Chat([])
                 )
             except RowError:
                 continue
@@ -240,10 +237,10 @@ class TemplateTraits:
 
     def _find_headers(self) -> Headers:
         """Find the headers of turns in renderings of a question and an answer."""
-        question, answer = ("user", _QUESTION), ("assistant", _ANSWER)
+        question, answer = ("user", QUESTION), ("assistant", ANSWER)
         asked, prompt = self._probe(question), self._probe(question, prompt=True)
-        before, _, after = prompt.partition(_QUESTION)
-        between = self._probe(question, answer, question).rpartition(_ANSWER)[2].rpartition(_QUESTION)[0]
+        before, _, after = prompt.partition(QUESTION)
+        between = self._probe(question, answer, question).rpartition(ANSWER)[2].rpartition(QUESTION)[0]
         between = between.lstrip()
         marker = self.end_marker.strip()
         end = self.special.match(between)
@@ -268,7 +265,7 @@ class TemplateTraits:
                 text = self._template.render(adapted(messages, form, None), Chat([]), prompt=prompt)
             except RowError:
                 continue
-            if _QUESTION in text:
+            if QUESTION in text:
                 return text
         return ""
 
