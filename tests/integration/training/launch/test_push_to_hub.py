@@ -1,5 +1,6 @@
 """Runs that push their result to a Hub on this machine, also after a failure or a kill, and are continued from there."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ from utils.storage.bucket import open_store
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.skipif(not os.environ.get("RESUME_GRID"), reason="`make test-resume` runs it")
 def test_failed_push_is_repeated_and_the_adapter_continued(tmp_path: Path):
     make_model_and_data(tmp_path)
     settings = tiny_settings(tmp_path) | {

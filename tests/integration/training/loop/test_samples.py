@@ -1,6 +1,10 @@
-"""Runs that answer validation prompts at each evaluation, on two workers with sharded weights."""
+"""Runs that answer validation prompts at each evaluation, on two workers with sharded weights.
+
+`make test-kernels` runs it (ALL_KERNELS=1).
+"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,10 @@ from tests.support.jobs import PROJECT, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 from utils.files import checksum
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it"),
+]
 
 
 def test_samples_of_a_sharded_model_do_not_change_its_weights(tmp_path: Path):
