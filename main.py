@@ -129,10 +129,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         title="commands", metavar="COMMAND", parser_class=Parser, prog="main.py"
     )
     commands = {"train": _train_parser()}
-    for room in (convert, run_commands, model_commands, service_commands):
-        for name, text in room.COMMANDS.items():
+    for module in (convert, run_commands, model_commands, service_commands):
+        for name, text in module.COMMANDS.items():
             commands[name] = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-        room.add_arguments(commands)
+        module.add_arguments(commands)
     return parser, commands
 
 

@@ -91,8 +91,8 @@ def test_imports_in_python_blocks_resolve():
 
 @pytest.mark.parametrize("page", LINKED_PAGES, ids=name)
 def test_paths_in_backticks_exist(page: Path):
-    rooms = "benchmarks|configs|cookbooks|runs|tests|training|utils"
-    paths = re.findall(rf"`((?:{rooms})/[\w./-]*)`", "\n".join(split_code(page)[1]))
+    packages = "benchmarks|configs|cookbooks|runs|tests|training|utils"
+    paths = re.findall(rf"`((?:{packages})/[\w./-]*)`", "\n".join(split_code(page)[1]))
     assert [path for path in paths if not (PROJECT / path).exists()] == []
 
 

@@ -111,7 +111,10 @@ def test_other_names_are_not_private_ray_names(source: str):
 
 
 def test_ray_private_names_are_imported_in_one_file():
-    rooms = ("service", "training", "runs", "configs", "utils")
-    files = [PROJECT / "main.py", *(file for room in rooms for file in (PROJECT / room).rglob("*.py"))]
+    packages = ("service", "training", "runs", "configs", "utils")
+    files = [
+        PROJECT / "main.py",
+        *(file for package in packages for file in (PROJECT / package).rglob("*.py")),
+    ]
     found = [str(file.relative_to(PROJECT)) for file in files if private_ray_names(file.read_text("utf-8"))]
     assert found == ["training/loop/ray_internals.py"]

@@ -141,11 +141,11 @@ def test_image_installs_the_locks_and_runs_as_a_non_root_user():
     assert users and re.fullmatch(r"[1-9]\d*(:\d+)?", users[-1])
 
 
-def test_image_contains_every_room():
+def test_image_contains_every_package():
     dockerfile, ignored = read("Dockerfile"), read(".dockerignore").splitlines()
-    for room in tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["root_packages"]:
-        assert f"COPY {room} {room}" in dockerfile
-        assert f"!{room}/" in ignored
+    for package in tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["root_packages"]:
+        assert f"COPY {package} {package}" in dockerfile
+        assert f"!{package}/" in ignored
 
 
 def test_cookbooks_exist():

@@ -68,7 +68,7 @@ def test_package_contains_only_the_code_and_the_yaml(pack_run):
 
 
 def test_packed_code_starts_without_the_project(pack_run):
-    """A job's entrypoint is main.py in the package's directory, which imports every room."""
+    """A job's entrypoint is main.py in the package's directory, which imports every package."""
     directory = pack_run().directory
     done = subprocess.run(
         [sys.executable, "main.py", "config.yaml", "--print-config"],
