@@ -5,6 +5,7 @@ and lines are before it, so the driver adds these numbers to its index and its f
 """
 
 import json
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from training.data.chunks import ChunkTokenizer
+from training.data.errors import DataError
 from training.data.request import DataRequest
 from training.data.row_index import INDEX_SCHEMA
 from training.data.row_pass import RowPass, Tally
@@ -156,12 +158,18 @@ class ShardWorker:
 
     @contextmanager
     def _directory(self) -> Iterator[Path]:
-        """Yield the output directory, or a temporary one if the output is in a bucket."""
+        """Yield the output directory, or a temporary one of this node if the output is in a bucket."""
         if self.cache is not None:
             yield Path(self.output)
             return
-        with tempfile.TemporaryDirectory(prefix="anneal-shard-", dir=self.scratch) as directory:
-            yield Path(directory)
+        try:
+            with tempfile.TemporaryDirectory(prefix="anneal-shard-", dir=self.scratch) as directory:
+                yield Path(directory)
+        except OSError as error:
+            raise DataError(
+                f"{', '.join(self.request.paths)}: tokens cannot be written on node {socket.gethostname()} ({error}). Free disk space "
+                "there, or set output_dir to another disk."
+            ) from error
 
 
 @dataclass(frozen=True)

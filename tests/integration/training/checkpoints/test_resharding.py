@@ -130,7 +130,9 @@ RUNS = [("lora", 3, 2, 1)] + (
     [
         cell
         for cell in (
-            (method, stage, *change) for method, stage, change in product(METHODS, (1, 2, 3), CHANGES[:2])
+            *((method, stage, *change) for method, stage, change in product(METHODS, (1, 2, 3), CHANGES[:2])),
+            ("lora", 2, 2, 4),
+            ("full", 3, 4, 2),
         )
         if cell != ("lora", 3, 2, 1)
     ]

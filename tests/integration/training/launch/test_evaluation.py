@@ -51,7 +51,8 @@ def test_run_stops_once_the_first_validation_set_stops_improving(files: Path):
     for loss in losses:
         assert loss["figures"]["math_loss"] == loss["eval_loss"] != loss["figures"]["chat_loss"]
     best = min(losses, key=lambda loss: loss["eval_loss"])
-    assert result["best_checkpoint"].endswith(f"checkpoint-{best['step']}") or best["step"] == 0
+    assert best["step"] > 0
+    assert result["best_checkpoint"].endswith(f"/checkpoints/step-{best['step']:06d}")
 
     # A driver that is lost before it writes the result leaves the same checkpoints; the command trains no further step.
     (files / "runs" / "stopped" / "result.json").unlink()

@@ -1,7 +1,9 @@
 """A plan lets the cluster prepare large sources only after all cheap checks, and only rows that every node can read."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 
 from configs.loading import load_config
 from tests.support.jobs import tiny_settings, write_yaml
+from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model_and_data
 from training.data import shards
-from training.data.prepared import data_files, fetch_prepared
+from training.data.prepared import PREPARED, data_files, fetch_prepared
 from training.launch.row_tasks import rows_on_cluster
 from training.planning.endpoints import ClusterTarget
 from training.planning.planner import make_plan
@@ -42,14 +45,25 @@ def settings(
     }
 
 
-def plan(tmp_path: Path, settings: dict[str, Any]) -> tuple[list[str], str, Any]:
-    """Plan a run, with tasks that run in this process; return the work that they did, the error and the plan."""
+def plan(
+    tmp_path: Path, settings: dict[str, Any], lost_disk: str | None = None
+) -> tuple[list[str], str, Any]:
+    """Plan a run, with tasks that run in this process; return the work that they did, the error and the plan.
+
+    Args:
+        tmp_path: Directory for the YAML.
+        settings: The YAML.
+        lost_disk: Directory for temporary files of the node that prepares the third shard; None: the system's.
+    """
     calls: list[str] = []
 
-    def run(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        for item in items:
+    def run(work: Any, items: Sequence[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
             calls.append(work.__name__)
-            yield work(item)
+            on_node = work
+            if lost_disk and work.__name__ == "prepare" and number == 2:
+                on_node = replace(work.__self__, scratch=Path(lost_disk)).prepare
+            yield on_node(item)
 
     loaded = load_config(write_yaml(tmp_path / "run.yaml", settings))
     try:
@@ -82,6 +96,14 @@ def test_leftovers_of_a_killed_driver_are_replaced(settings: dict[str, Any], tmp
     shutil.rmtree(tmp_path / "scratch")
     assert "prepare" in plan(tmp_path, settings)[0]
     assert {item.key: store.read(item.key) for item in store.list()} == expected
+
+
+def test_node_that_cannot_write_is_named_and_its_shards_are_removed(settings: dict[str, Any], tmp_path: Path):
+    calls, error, _ = plan(tmp_path, settings, lost_disk=str(tmp_path / "lost"))
+    assert calls.count("prepare") == 3
+    assert_names(error, settings["train_path"], socket.gethostname(), str(tmp_path / "lost"), "output_dir")
+    store = open_store(f"{settings['storage_path']}/{PREPARED}")
+    assert [item.key for item in store.list() if item.key.endswith(".arrow")] == []
 
 
 @pytest.mark.parametrize(
