@@ -103,7 +103,7 @@ def test_nightly_workflow_runs_every_target_that_the_other_workflow_leaves_out()
     targets = yaml.safe_load(read(".github/workflows/nightly.yml"))["jobs"]["grid"]["strategy"]["matrix"][
         "target"
     ]
-    # test-image needs a Docker daemon and downloads the packages of the image.
+    # test-image installs the packages of the image anew: 3 GB.
     others = re.findall(r"^(test-[a-z]+|fuzz):", read("Makefile"), re.M)
     assert {*targets, "test-all", "test-image"} == set(others)
 
