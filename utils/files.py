@@ -102,6 +102,25 @@ def checksum_text(value: int, algorithm: str = "crc64nvme") -> str:
     return f"{algorithm}:{value:0{16 if algorithm == 'crc64nvme' else 8}x}"
 
 
+class FilesInUse:
+    """Files that stay open until the process ends, to notice that they are written to while it maps or reads them.
+
+    A file that is replaced by another one of its name does not change: its readers keep the old content.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self._open = {path: os.open(path, os.O_RDONLY) for path in paths}
+        self._states = self._read_states()
+
+    def changed(self) -> list[Path]:
+        """Return the files that were written to since they were opened here."""
+        return [path for path, state in self._read_states().items() if state != self._states[path]]
+
+    def _read_states(self) -> dict[Path, tuple[int, int]]:
+        found = {path: os.fstat(descriptor) for path, descriptor in self._open.items()}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
 def free_bytes(path: Path) -> int:
     """Return the bytes that an unprivileged user can still write to the file system of `path`, which need not exist."""
     return shutil.disk_usage(nearest_existing(path)).free

@@ -15,6 +15,8 @@ from runs.early_stopping import stopping_step
 from runs.layout import eval_figures
 from training.events import DivergedError, Evaluated, Event, StepDone
 from training.loop.throughput import PhaseClock
+from training.models.files import ModelError
+from utils.files import FilesInUse
 
 _RECORD_EVERY_SECONDS = 30.0
 _RECORDED_LINES_A_SECOND = 100
@@ -270,6 +272,31 @@ class Recording(TrainerCallback):
             lines_take = len(state.log_history) / _RECORDED_LINES_A_SECOND
             self.due = time.monotonic() + max(_RECORD_EVERY_SECONDS, lines_take)
             self.record(list(state.log_history))
+
+
+class UnchangedWeights(TrainerCallback):
+    """A callback that fails the run before it commits a checkpoint, once a file that weights are mapped from has changed.
+
+    Args:
+        files: The weight files.
+        last_good: Returns the URI of the latest committed checkpoint, if any.
+    """
+
+    def __init__(self, files: FilesInUse, last_good: Callable[[], str | None]):
+        self.files = files
+        self.last_good = last_good
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Check the files."""
+        if changed := self.files.changed():
+            left = self.last_good()
+            raise ModelError(
+                f"step {state.global_step}: {changed[0]} was written to while the run trained from it, so this step is not committed. "
+                + (f"The last good checkpoint is {left}. " if left else "No checkpoint was committed. ")
+                + "Restore the file and run the same command again; write a new model to another directory."
+            )
 
 
 class Committing(TrainerCallback):

@@ -44,7 +44,7 @@ from training.planning.plan import RunPlan
 from training.world import World, exclude_frozen_weights_from_sync
 from utils.console import library_output_in
 from utils.errors import AnnealError
-from utils.files import is_disk_full, nearest_existing
+from utils.files import FilesInUse, is_disk_full, nearest_existing
 from utils.processes import importing
 from utils.storage.bucket import Store, open_store
 
@@ -225,6 +225,8 @@ class Inputs:
     scratch: Path
     """Local directory of this run."""
     model_directory: Path
+    mapped: FilesInUse
+    """The files of weights that stay mapped while the run trains: frozen ones on CPU."""
     adapter_directory: Path | None
     tokenizer: "PreTrainedTokenizerFast"
     train: PreparedData
@@ -311,6 +313,8 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
     driver.emit(Phase("syncing the model to the node"))
     model_directory = fetch_model(plan.base_model, plan.cache, is_model_file, plan.base_revision)
     adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
+    stays_mapped = plan.device == "cpu" and plan.config.trains_adapter
+    mapped = FilesInUse(model_directory.glob("*.safetensors") if stays_mapped else ())
     if world.local_rank == 0:
         for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
             if start and directory and not is_hub_id(start):
@@ -341,7 +345,16 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
     step, log = _progress_of(restored) if restored else (0, [])
     resume = Resume(restoring.committed, restoring.uri, restored, restoring.manifest, step, log)
     return Inputs(
-        store, scratch, model_directory, adapter_directory, tokenizer, train, valid, more_valid, resume
+        store,
+        scratch,
+        model_directory,
+        mapped,
+        adapter_directory,
+        tokenizer,
+        train,
+        valid,
+        more_valid,
+        resume,
     )
 
 
@@ -413,6 +426,7 @@ def _callbacks(
         Recording,
         Schedule,
         Stopping,
+        UnchangedWeights,
     )
     from training.loop.ray_internals import is_node_preempted
 
@@ -424,6 +438,7 @@ def _callbacks(
     if not plan.resolved.target.is_local:
         callbacks.append(Preempted(is_node_preempted, world.broadcast))
     callbacks += [
+        UnchangedWeights(inputs.mapped, committer.latest_checkpoint),
         Committing(committer.save, committer.check, built.throughput.clock),
         built.throughput,
         ProgressReporter(driver.emit),

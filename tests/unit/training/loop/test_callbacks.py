@@ -9,9 +9,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from configs.schema import FinetuneConfig
 from runs.early_stopping import stopping_step
+from tests.support.messages import assert_names
 from training.events import DivergedError
 from training.loop import callbacks
-from training.loop.callbacks import EarlyStopping, LossWatchdog, Recording
+from training.loop.callbacks import EarlyStopping, LossWatchdog, Recording, UnchangedWeights
+from training.models.files import ModelError
+from utils.files import FilesInUse
 
 
 def test_interval_between_recordings_grows_with_the_number_of_losses(
@@ -116,3 +119,30 @@ def test_evaluations_and_checkpoints_have_their_own_intervals(
     settings: dict[str, Any], evaluated: list[int], saved: list[int]
 ):
     assert due_steps(settings, steps_per_epoch=10, steps=25) == (evaluated, saved)
+
+
+@pytest.mark.parametrize("change", ["written to", "truncated", "replaced", "removed"])
+def test_step_is_not_committed_once_a_mapped_weight_file_has_changed(change: str, tmp_path: Path):
+    """A mapping shows what is written to its file. It keeps the content of a file that is replaced or removed."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(100))
+    checked = UnchangedWeights(FilesInUse([weights]), lambda: "s3://b/run/checkpoints/step-000002")
+    arguments: Any = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    state = TrainerState(global_step=4)
+    checked.on_save(arguments, state, TrainerControl())
+
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"x" * 100)
+    if change == "replaced":
+        other.replace(weights)
+    elif change == "removed":
+        weights.unlink()
+    else:
+        with weights.open("r+b") as file:
+            file.truncate(50) if change == "truncated" else file.write(b"x")
+    if change in ("replaced", "removed"):
+        checked.on_save(arguments, state, TrainerControl())
+        return
+    with pytest.raises(ModelError) as raised:
+        checked.on_save(arguments, state, TrainerControl())
+    assert_names(str(raised.value), "step 4", str(weights), "step-000002", "same command")

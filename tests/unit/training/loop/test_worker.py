@@ -11,6 +11,7 @@ from training.loop.callbacks import Preempted
 from training.loop.worker import _callbacks
 from training.planning.endpoints import ClusterTarget
 from training.world import World
+from utils.files import FilesInUse
 
 
 @pytest.mark.parametrize(("address", "watches"), [(None, False), ("head:6379", True)])
@@ -22,6 +23,6 @@ def test_preemption_notices_are_checked_only_on_a_remote_cluster(address: str | 
         max_steps=20,
         resolved=SimpleNamespace(target=ClusterTarget(address)),
     )
-    inputs: Any = SimpleNamespace(valid=None, resume=SimpleNamespace(directory=None))
+    inputs: Any = SimpleNamespace(valid=None, mapped=FilesInUse(()), resume=SimpleNamespace(directory=None))
     callbacks = _callbacks(plan, inputs, MagicMock(), World(1, 1, 2, 2, 0), MagicMock(), MagicMock())
     assert any(isinstance(callback, Preempted) for callback in callbacks) == watches
