@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, TemperatureLogitsWarper, TopPLogit
 from transformers.cache_utils import DynamicLayer
 
 from service.answers import Answer, Sampled
-from service.engine import Delta, Sampling
+from service.engine import Delta, Failed, Sampling
 from training.models.adapter import base_of
 
 BASE = "__base__"
@@ -21,6 +21,8 @@ BASE = "__base__"
 
 _ROOM = 128
 """Tokens by which the cache grows at a time."""
+_LEAST_TEMPERATURE = 1e-5
+"""Below it, the most likely token is chosen, as vLLM does: logits divided by less overflow."""
 _JOINING_TOKENS = 512
 """Most tokens of prompts, padding included, that are computed between two steps; a longer prompt joins alone."""
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -94,7 +96,7 @@ class Row:
     """PEFT's name of its adapter, or BASE."""
     end: int
     """Longest possible length in tokens, prompt included."""
-    emit: Callable[[Delta], None]
+    emit: Callable[[Delta | Failed], None]
     length: int = 0
     """Tokens in the cache."""
     token: int = 0
@@ -252,8 +254,14 @@ class Batch:
         return output.logits[:, -1]
 
     def _push(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
-        likeliest = logits.argmax(-1).tolist()
-        for row, scores, best in zip(rows, logits, likeliest, strict=True):
+        largest, likeliest = logits.max(-1)
+        # A maximum is NaN or infinite if no token can be drawn: that row fails alone, since its neighbours are other requests.
+        drawable = largest.isfinite().tolist()
+        for row, scores, best, is_drawable in zip(rows, logits, likeliest.tolist(), drawable, strict=True):
+            if not is_drawable:
+                row.is_cancelled = True
+                row.emit(Failed(500, "The model computed logits that are not finite.", "server_error"))
+                continue
             sampled = _sample(row, scores, best)
             row.token = sampled.token
             if (delta := row.answer.push(sampled)) is not None:
@@ -273,7 +281,7 @@ def _sample(row: Row, logits: torch.Tensor, likeliest: int) -> Sampled:
         likeliest: Index of the largest logit.
     """
     settings, token = row.sampling, likeliest
-    if settings.temperature > 0:
+    if settings.temperature >= _LEAST_TEMPERATURE:
         scores = TemperatureLogitsWarper(settings.temperature)(None, logits[None].float())  # pyright: ignore
         if settings.top_p < 1:
             scores = TopPLogitsWarper(settings.top_p)(None, scores)  # pyright: ignore
@@ -292,7 +300,7 @@ def _sample(row: Row, logits: torch.Tensor, likeliest: int) -> Sampled:
 
 def generator_of(sampling: Sampling, choice: int, device: torch.device) -> torch.Generator | None:
     """Return the random numbers of one choice: determined by `seed` alone, whatever else is in the batch."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _LEAST_TEMPERATURE:
         return None
     generator = torch.Generator(device=device)
     if sampling.seed is None:
