@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from service.engine import Accepted, ChatRequest, Delta, Event, Failed, Sampling, TokenLogprob, ToolCall
 from service.errors import ApiError, error_body, invalid
 from service.models import ServedModel
-from service.requests import reject_constant
+from service.requests import check_value, reject_constant
 from training.data.chats import read_question
 from training.data.errors import RowError
 from training.data.records import REASONING_KEYS, Chat
@@ -46,6 +46,26 @@ _WITHOUT_EFFECT = {
     *("safety_identifier", "service_tier", "store", "user"),
 }
 """Parameters that do not change the answer."""
+_RESERVED_VARIABLES = {
+    *(
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "documents",
+        "messages",
+    ),
+    *(
+        "chat_template",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+    ),
+    *("max_length", "tokenizer_kwargs", "tools", "truncation"),
+}
+"""Variables of chat templates and arguments of transformers that the service sets itself; special tokens too."""
 _MESSAGE_KEYS = {
     *("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight"),
     *REASONING_KEYS,
@@ -140,12 +160,14 @@ async def _json_of(request: Request) -> Any:
                 message=f"The request body exceeds {MAX_BODY_BYTES:,} bytes. Shorten the messages.",
             )
     try:
-        return json.loads(content, parse_constant=reject_constant)
+        parsed = json.loads(content, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(
             status=400,
             message=f"We could not parse the JSON body of your request ({type(error).__name__}: {str(error)[:200]}).",
         ) from error
+    check_value(parsed)
+    return parsed
 
 
 def _read_body(value: Any) -> _Body:
@@ -168,6 +190,12 @@ def _read_body(value: Any) -> _Body:
                 f"Unrecognized request argument supplied: {key}. Remove it.", key, "unknown_parameter"
             ) from error
         raise invalid(f"{key}: {first['msg']}.", key) from error
+    for name in body.chat_template_kwargs:
+        if name in _RESERVED_VARIABLES or name.endswith("_token"):
+            raise invalid(
+                f"chat_template_kwargs: {name[:100]!r} is set by the service. Remove it.",
+                "chat_template_kwargs",
+            )
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs: set logprobs: true, or remove top_logprobs.", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens):

@@ -43,7 +43,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise invalid(f"We could not parse the JSON body of your request: {reason[:200]}") from error
     if not isinstance(parsed, dict):
         raise invalid("The JSON body of your request must be an object.")
-    _check_value(parsed, 0)
+    check_value(parsed)
     return parsed
 
 
@@ -65,7 +65,7 @@ def reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_value(value: Any, depth: int) -> None:
+def check_value(value: Any, depth: int = 0) -> None:
     """Reject values that could not be stored as JSON in UTF-8."""
     if depth > _MAX_DEPTH:
         raise invalid("We could not parse the JSON body of your request: nested too deeply")
@@ -74,11 +74,11 @@ def _check_value(value: Any, depth: int) -> None:
             raise invalid("The JSON body contains text that is not valid Unicode, or a NUL character.")
     elif isinstance(value, dict):
         for name, below in value.items():
-            _check_value(name, depth + 1)
-            _check_value(below, depth + 1)
+            check_value(name, depth + 1)
+            check_value(below, depth + 1)
     elif isinstance(value, list):
         for below in value:
-            _check_value(below, depth + 1)
+            check_value(below, depth + 1)
 
 
 def _is_unicode(text: str) -> bool:

@@ -51,6 +51,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"tools": "f"}, "tools", "list"),
         ({"top_k": 5}, "top_k", "Remove"),
         ({"stream_options": {"include_all": True}}, "stream_options", "Remove"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "tools"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs", "Remove"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs", "bos_token"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages", "wizard"),
@@ -83,3 +86,11 @@ def test_large_body_is_rejected(client: httpx.Client):
 def test_unknown_model_is_not_found(client: httpx.Client):
     response = client.post("/v1/chat/completions", json={"model": "other", "messages": [USER]})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("message", [{"\ud800": 1}, {"content": "\ud800"}, {"content": "\x00"}])
+def test_text_that_is_not_unicode_is_rejected(client: httpx.Client, message: dict[str, Any]):
+    body = json.dumps({"model": BASE, "messages": [USER | message]})
+    response = client.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    assert "Unicode" in response.json()["error"]["message"]
