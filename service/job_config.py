@@ -3,8 +3,11 @@
 import math
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings
+from utils.errors import AnnealError
 
 CHECKPOINTS_OF_JOB = 3
 """Checkpoints that a job retains besides the latest one."""
@@ -24,7 +27,18 @@ _DATA_KEYS: dict[str, Any] = {
     "resume_from_checkpoint": None,
     "export": None,
     "logger": None,
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": None,
+    "eval_samples": None,
+    "eval_max_new_tokens": 128,
 }
+
+
+class JobConfigError(AnnealError):
+    """An error for a job whose settings do not make a valid training configuration."""
+
+
 _WITHOUT_VALIDATION: dict[str, Any] = {"early_stopping_patience": None, "early_stopping_threshold": 0.0}
 
 
@@ -97,7 +111,13 @@ def training_config(
         }
     if paths["publish"]:
         keys["export"] = {"merge": False, "to": paths["publish"]}
-    return FinetuneConfig.model_validate(keys)
+    try:
+        return FinetuneConfig.model_validate(keys)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise JobConfigError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg'][:300]}".lstrip(": ")
+        ) from error
 
 
 def _epochs(base: FinetuneConfig) -> int:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from service.config import LoadedService
 from service.errors import ApiError, invalid, not_found
-from service.job_config import resolve_hyperparameters
+from service.job_config import JobConfigError, resolve_hyperparameters, training_config
 from service.keys import Caller
 from service.layout import FILE_PREFIX, active_key, files_of, jobs_of
 from service.models import Models
@@ -71,8 +71,8 @@ class WandbBody(RequestBody):
     """Settings of Weights & Biases."""
 
     project: Annotated[str, Field(min_length=1, max_length=200)]
-    name: Annotated[str, Field(max_length=200)] | None = None
-    entity: Annotated[str, Field(max_length=200)] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    entity: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)] | None = (
         None
     )
@@ -152,6 +152,13 @@ class Jobs:
             ],
             "marks": [],
         }
+
+        paths: dict[str, str | None] = {"train": "s3://files/train", "storage": "s3://runs", "publish": None}
+        paths["valid"] = "s3://files/valid" if body.validation_file else None
+        try:
+            training_config({"id": "ftjob-new", **record}, base, paths)
+        except JobConfigError as error:
+            raise invalid(f"The job's settings are not valid: {error}", _param_of(error)) from error
 
         marked: set[str] = set()
 
@@ -288,6 +295,12 @@ def job_body(job: Record, project: str) -> dict[str, Any]:
 
 def _no_job(job_id: str) -> ApiError:
     return not_found("fine-tuning job", job_id, "fine_tuning_job_id")
+
+
+def _param_of(error: JobConfigError) -> str | None:
+    return (
+        "hyperparameters" if str(error).startswith(("learning_rate", "train_batch", "num_epochs")) else None
+    )
 
 
 def _method_of(body: CreateJobBody) -> tuple[str, dict[str, Any]]:

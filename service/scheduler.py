@@ -34,7 +34,7 @@ from service.drivers import (
     start_driver,
 )
 from service.files import RESULTS_PURPOSE
-from service.job_config import training_config
+from service.job_config import JobConfigError, training_config
 from service.jobs import (
     FAILED,
     PAUSED,
@@ -150,6 +150,8 @@ class Scheduler:
         for project, job in sorted(jobs, key=lambda each: (each[1]["created_at"], each[1]["id"])):
             try:
                 self._act(project, job, drivers[job["id"]], room)
+            except JobConfigError as error:
+                self._fail(project, job, "invalid_configuration", str(error))
             except (BucketError, ray.exceptions.RayError) as error:
                 _log.warning("job %s: %s", job["id"], error)
 

@@ -3,6 +3,7 @@
 import io
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from service import scheduler
 from service.commands import ServiceError, serve_command, warn_about_address
 from service.config import load_service
 from service.drivers import Needs
+from service.job_config import JobConfigError
 from service.jobs import with_message
 from tests.support.service import write_service
 
@@ -94,3 +96,27 @@ def test_port_in_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_missing_service_yaml_is_an_error(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         load_service(tmp_path / "none.yaml")
+
+
+def test_job_whose_config_is_invalid_does_not_stop_the_round(monkeypatch: pytest.MonkeyPatch):
+    failed: list[tuple[Any, ...]] = []
+    jobs = [("p", {"id": name, "created_at": 0, "needs": None}) for name in ("a", "b")]
+    acted: list[str] = []
+
+    def act(project: str, job: Any, driver: Any, room: Any) -> None:
+        acted.append(job["id"])
+        if job["id"] == "a":
+            raise JobConfigError("learning_rate: too small")
+
+    target = scheduler.Scheduler.__new__(scheduler.Scheduler)
+    monkeypatch.setattr(scheduler, "find_driver", lambda job_id: None)
+    monkeypatch.setattr(scheduler, "_Room", lambda *_: None)
+    monkeypatch.setattr(target, "_service", None, raising=False)
+    monkeypatch.setattr(target, "_active_jobs", lambda: jobs)
+    monkeypatch.setattr(target, "_act", act)
+    monkeypatch.setattr(
+        target, "_fail", lambda project, job, code, message: failed.append((job["id"], message))
+    )
+    target.round()
+    assert acted == ["a", "b"]
+    assert failed == [("a", "learning_rate: too small")]

@@ -9,7 +9,7 @@ import yaml
 from configs.loading import ConfigError, load_config
 from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings, load_service
-from service.job_config import resolve_hyperparameters, training_config
+from service.job_config import JobConfigError, resolve_hyperparameters, training_config
 from tests.support.jobs import PROJECT
 from tests.support.service import write_service
 
@@ -197,3 +197,23 @@ def _trains(path: Path) -> bool:
     keys = yaml.safe_load(path.read_text())
     trains_chats = keys.get("task", "instruction_tuning") == "instruction_tuning"
     return "train_path" in keys and trains_chats and "sequence_parallel_size" not in keys
+
+
+def test_job_does_not_inherit_the_push_or_samples_of_its_base():
+    base = base_config(
+        push_to_hub=True,
+        hub_model_id="org/repository",
+        hub_private_repo=True,
+        valid_split=0.1,
+        eval_samples=2,
+        eval_max_new_tokens=9,
+    )
+    config = training_config(job(), base, PATHS)
+    assert (config.push_to_hub, config.hub_model_id, config.hub_private_repo) == (False, None, None)
+    assert (config.eval_samples, config.eval_max_new_tokens) == (None, 128)
+
+
+def test_job_with_an_invalid_setting_raises_one_error():
+    hyperparameters = job()["hyperparameters"] | {"learning_rate_multiplier": 5e-324}
+    with pytest.raises(JobConfigError, match="learning_rate"):
+        training_config(job(hyperparameters=hyperparameters), base_config(), PATHS)
