@@ -157,7 +157,7 @@ def driver_state(actor: Any, timeout: float) -> DriverState | None:
     """
     try:
         return ray.get(actor.state.remote(), timeout=timeout)
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.ActorDiedError:
         return None
 
 
