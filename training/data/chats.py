@@ -419,7 +419,9 @@ def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, readi
 def _text_of_details(value: dict[str, Any], at: str) -> str:
     """Return the text of `reasoning_details` (OpenRouter); empty if it holds other details of reasoning that stands under its key."""
     details = value["reasoning_details"]
-    parts = [part for part in details if isinstance(part, dict)] if isinstance(details, list | tuple) else []
+    if not isinstance(details, list | tuple):
+        raise RowError("wrong type", f"{at}: `reasoning_details` is {json_type(details)}, not a list")
+    parts = [part for part in details if isinstance(part, dict)]
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
     if len(texts) == len(details) > 0:
         return "".join(texts)
@@ -676,6 +678,8 @@ def read_history(value: Any, what: str) -> list[Message]:
     """Convert Alpaca's history, a list of [question, answer] pairs, into messages."""
     if isinstance(value, str):
         value = parse_json(value, what) if value.strip() else []
+    if value and not isinstance(value, list | tuple):
+        raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of pairs")
     messages: list[Message] = []
     for number, pair in enumerate(value or (), start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:

@@ -43,6 +43,9 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
         clean = tool if is_written else _without_filler(tool, what)  # Arrow fills in no nulls inside a text
+        if "function" in clean and not isinstance(clean["function"], dict):
+            kind = json_type(clean["function"])
+            raise RowError("wrong type", f"tool {number} of {what}: `function` is {kind}, not an object")
         clean = _with_parameters(clean)
         tools.append(as_function(clean) if wrap else clean)
     check_json(tools, what)
@@ -91,16 +94,22 @@ def _without_empty_keys(schema: Any) -> Any:
     return schema
 
 
+def _list_of(schema: dict[str, Any], key: str) -> Sequence[Any]:
+    """Return the list under a key of a schema; empty if the key holds none."""
+    value = schema.get(key)
+    return value if isinstance(value, list | tuple) else ()
+
+
 def _allows_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return False
     kinds = schema.get("type")
-    variants = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
+    variants = [*_list_of(schema, "anyOf"), *_list_of(schema, "oneOf")]
     return (
         bool(schema.get("nullable"))
         or kinds == "null"
         or (isinstance(kinds, list | tuple) and "null" in kinds)
-        or None in (schema.get("enum") or ())
+        or None in _list_of(schema, "enum")
         or any(map(_allows_null, variants))
     )
 
@@ -162,7 +171,7 @@ def python_value(text: str) -> Any:
 def _read_call(
     call: Any, what: str, tools: Sequence[Tool] | None, notes: list[str], is_text: bool
 ) -> dict[str, Any]:
-    function = call.get("function") or call if isinstance(call, dict) else None
+    function = _function_of(call, what)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError("wrong type", f"{what} is not an object with function.name and function.arguments")
     name = check_text(function["name"], f"{what}: name")
@@ -196,6 +205,23 @@ def _read_call(
     if isinstance(call.get("id"), str) and call["id"]:
         clean["id"] = call["id"]
     return clean
+
+
+def _function_of(call: Any, what: str) -> Any:
+    """Return the function of a call, with what stands beside `function` instead of inside it."""
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict) or function is call:
+        return function
+    function = dict(function)
+    for key in ("name", "arguments", "parameters"):
+        if call.get(key) in (None, "", {}):
+            continue
+        if function.get(key) not in (None, call[key]):
+            raise RowError(
+                "wrong type", f"{what} has different `{key}` inside and beside `function`. Remove one of them"
+            )
+        function[key] = call[key]
+    return function
 
 
 def _parameters_of(name: str, tools: Sequence[Tool] | None) -> Any:
@@ -242,7 +268,7 @@ def _variants(schema: Any) -> list[dict[str, Any]]:
     """Return a schema and the alternatives that it lists."""
     if not isinstance(schema, dict):
         return []
-    listed = [part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key) or ()]
+    listed = [part for key in ("anyOf", "oneOf", "allOf") for part in _list_of(schema, key)]
     return [schema, *(part for part in listed if isinstance(part, dict))]
 
 

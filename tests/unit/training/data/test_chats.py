@@ -974,3 +974,43 @@ def test_consecutive_calls_become_one_message():
     calling = {**CALLING, "tool_calls": [CALL, CALL]}
     assert chat.messages == [USER, calling, RESULT, RESULT, ANSWER]
     assert chat.notes == ("consecutive calls are merged into one message",)
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_arguments_beside_the_function_of_a_call_are_read(key: str):
+    call = {"function": {"name": "look", "arguments": None}, key: {"city": "Oslo"}}
+    chat = read({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert chat.messages[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "find"), ("arguments", {"city": "Rome"})])
+def test_a_call_with_two_different_values_is_rejected(key: str, value: Any):
+    call = {"function": {"name": "look", "arguments": {"city": "Oslo"}}, key: value}
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert_names(str(caught.value), f"`{key}`", "function", "Remove one")
+
+
+def test_a_tool_whose_function_is_no_object_is_rejected():
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, CALLING], "tools": [{"function": "look"}]})
+    assert_names(str(caught.value), "tool 1", "`function`", "object")
+
+
+@pytest.mark.parametrize("schema", [{"anyOf": 5}, {"enum": 5}])
+def test_numbers_in_place_of_alternatives_are_no_crash(schema: dict[str, Any]):
+    parameters = {"type": "object", "properties": {"city": schema}}
+    call = {"function": {"name": "look", "arguments": {"city": None, "size": {"width": 1}}}}
+    row = {
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"name": "look", "parameters": parameters}],
+    }
+    assert read(row).messages[1]["tool_calls"][0]["function"]["name"] == "look"
+
+
+@pytest.mark.parametrize("value", [5, True])
+def test_numbers_in_place_of_lists_are_rejected(value: Any):
+    with pytest.raises(RowError, match="reasoning_details"):
+        read({"messages": [USER, {**ANSWER, "reasoning_details": value}]})
+    with pytest.raises(RowError, match="history"):
+        read({"instruction": "How warm is it?", "output": "21 degrees", "history": value})
