@@ -297,7 +297,8 @@ def _stop_drivers(signals: list[int]) -> None:
     while drivers and len(signals) < 2 and time.monotonic() < deadline:
         try:
             states = [(actor, driver_state(actor, 5)) for actor in drivers]
-        except ray.exceptions.GetTimeoutError:
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+            time.sleep(0.2)
             continue
         drivers = [actor for actor, state in states if state is not None and state.exit_code is None]
         time.sleep(0.2)

@@ -320,11 +320,12 @@ def _rejected(content: bytes) -> ApiError:
 
 
 def _max_rank(config: FinetuneConfig) -> int:
-    wanted = config.lora_config.r if config.lora_config else _RANKS[1]
+    lora = config.lora_config
+    wanted = max([lora.r, *(lora.rank_pattern or {}).values()]) if lora else _RANKS[1]
     rank = next((rank for rank in _RANKS if rank >= wanted), None)
     if rank is None:
         raise ConfigError(
-            f"engine: vllm: lora_config.r is {wanted}, but vLLM supports at most {_RANKS[-1]}. Use engine: transformers."
+            f"engine: vllm: the largest rank of lora_config is {wanted}, but vLLM supports at most {_RANKS[-1]}. Use engine: transformers."
         )
     return rank
 

@@ -585,6 +585,14 @@ def test_adapter_that_vllm_does_not_load_raises_an_error_before_training(rejecte
         model_id=str(model), initial_adapter_model_ckpt_path=str(adapter), export={"merge": False}
     )
     assert_names(message, "merge: false ", "modules_to_save")
+    adapter = write_adapter(tmp_path / "dora", model, r=4, target_modules=["q_proj"], use_dora=True)
+    message = rejected(
+        model_id=str(model),
+        initial_adapter_model_ckpt_path=str(adapter),
+        lora_config={"r": 4},
+        export={"merge": False},
+    )
+    assert_names(message, "merge: false ", "use_dora")
 
 
 def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, tmp_path: Path):

@@ -88,7 +88,7 @@ def read_chat(values: Any, what: str, tools: list[Tool] | None, *, system: str |
         RowError: The messages cannot be trained on.
     """
     messages = listed(values, what)
-    if system is None and _is_usual(messages):
+    if system is None and _is_usual(messages) and not (tools and "<tools>" in messages[0]["content"]):
         for position, message in enumerate(messages, start=1):
             check_text(
                 message["content"], lambda position=position, role=message["role"]: _at(position, role)

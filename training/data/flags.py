@@ -6,15 +6,14 @@ from typing import Any
 
 from training.data.errors import RowError, short
 
-IN_LOSS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
-"""Keys of a message that say whether its tokens are in the loss: false or 0 excludes them."""
-OUT_OF_LOSS = ("mask", "masked", "ignore")
-"""Keys that say the opposite."""
-_LOSS_COLUMNS = (
-    *(*IN_LOSS, "weights", "loss_weights", "sample_weight", "train_on_turn"),
+IN_LOSS = (
+    *("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask"),
+    *("weights", "loss_weights", "sample_weight", "train_on_turn"),
     *("assistant_mask", "assistant_masks", "completion_mask"),
 )
-"""Names of columns that say what is in the loss."""
+"""Keys of a message, and columns, that say whether its tokens are in the loss: false or 0 excludes them."""
+OUT_OF_LOSS = ("mask", "masked", "ignore")
+"""Keys that say the opposite."""
 _FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 """Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
 _RATINGS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
@@ -37,7 +36,7 @@ def is_in_loss(value: dict[str, Any], at: str) -> bool:
     judged = {}
     for key in (*IN_LOSS, *OUT_OF_LOSS):
         flag = value.get(key)
-        if flag is None:
+        if flag is None or flag == []:
             continue
         if flag not in (0, 1):  # True and False are 1 and 0
             raise RowError(
@@ -90,8 +89,8 @@ def _says_bad(key: str, value: Any) -> bool:
 
 def excludes_something(key: str, value: Any) -> bool:
     """Return whether a column says that something is excluded from the loss, or has a weight other than 1."""
-    if key not in (*_LOSS_COLUMNS, *OUT_OF_LOSS, "masks"):
+    if key not in (*IN_LOSS, *OUT_OF_LOSS, "masks"):
         return False
-    included = key in _LOSS_COLUMNS
+    included = key in IN_LOSS
     values = value if isinstance(value, list | tuple) else [value]
     return any(flag_of(each) is not included for each in values)

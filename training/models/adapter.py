@@ -72,7 +72,10 @@ class AdapterParameters:
     @property
     def trains_biases(self) -> bool:
         """Return whether biases of the base model are trained."""
-        return any(name.endswith(".bias") and ".lora_" not in name for name in self.trainable)
+        others = (".lora_", ".modules_to_save.")
+        return any(
+            name.endswith(".bias") and not any(part in name for part in others) for name in self.trainable
+        )
 
 
 @dataclass(frozen=True)

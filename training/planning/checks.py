@@ -127,9 +127,7 @@ def check_template(request: DataRequest, tokenizer: "PreTrainedTokenizerFast", b
 
 def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
     """Check that the model has an embedding for each token of an adapter's own tokenizer."""
-    rows = min(
-        (shape[0] for name, shape in facts.parameter_shapes.items() if is_embedding(name)), default=tokens
-    )
+    rows = vocabulary_rows(facts, tokens)
     if tokens > rows:
         raise ModelError(
             f"adapter {source}: its tokenizer has {tokens:,} tokens, but the embedding of {facts.source} has {rows:,} rows. Write the "

@@ -52,6 +52,10 @@ def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
         gguf_converter()
     if config.trains_adapter and export.merge:
         check_mergeable(base)
+    elif config.trains_adapter and export.verify and base.quantization is not None:
+        raise ModelError(
+            f"verify: requires a base model in 16 bits or more, but {base.source} is stored in 4 bits. Remove verify: true."
+        )
 
 
 def gguf_converter() -> list[str]:

@@ -327,9 +327,13 @@ def _stored_adapter(
     config: FinetuneConfig, model: Model, parameters: AdapterParameters | None
 ) -> tuple[Mapping[str, Any], Iterable[str]]:
     """Return the configuration and the names of the tensors that the run's checkpoints will contain."""
-    lora = model.adapter_facts.lora if model.adapter_facts else {}
-    if config.lora_config:
-        lora = {**lora, **config.lora_config.model_dump()}
+    lora: Mapping[str, Any] = {}
+    if model.adapter_facts:
+        lora = (
+            model.adapter_facts.lora
+        )  # a continued adapter keeps its settings, and lora_config has defaults
+    elif config.lora_config:
+        lora = config.lora_config.model_dump()
     if parameters is None:
         return lora, ()
     return {**lora, "target_parameters": parameters.target_parameters}, parameters.stored

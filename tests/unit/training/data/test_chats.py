@@ -1014,3 +1014,16 @@ def test_numbers_in_place_of_lists_are_rejected(value: Any):
         read({"messages": [USER, {**ANSWER, "reasoning_details": value}]})
     with pytest.raises(RowError, match="history"):
         read({"instruction": "How warm is it?", "output": "21 degrees", "history": value})
+
+
+@pytest.mark.parametrize("key", ["train_on_turn", "sample_weight", "weights", "loss_weights"])
+def test_every_loss_key_of_a_message_is_obeyed(key: str):
+    chat = read({"messages": [USER, {**ANSWER, key: 0}, USER, ANSWER]})
+    assert (chat.untrained, chat.notes) == ((1,), ())
+    with pytest.raises(RowError, match=key):
+        read({"messages": [USER, {**ANSWER, key: [0, 1]}]})
+
+
+def test_a_plain_chat_whose_system_message_lists_the_tools_has_them_once():
+    system = {"role": "system", "content": '<tools>[{"name": "look"}]</tools>'}
+    assert read({"messages": [system, USER, ANSWER], "tools": [LOOK]}).tools is None

@@ -583,3 +583,13 @@ def test_names_that_match_are_not_reported(models: dict[str, Path]):
     )
     parameters = new_adapter(meta_model(models["mixtral"]), settings)
     assert list(unmatched_keys(settings, parameters)) == []
+
+
+def test_biases_of_modules_trained_in_full_do_not_count_as_biases_of_the_base(models: dict[str, Path]):
+    """PEFT restores these modules where it disables the adapter."""
+    base = meta_model(models["gpt2"])
+    lora = LoraConfig(target_modules=["c_attn"], modules_to_save=["ln_f"], fan_in_fan_out=True)
+    parameters = new_adapter(base, lora)
+    assert any(name.endswith(".bias") for name in parameters.trainable)
+    assert not parameters.trains_biases
+    assert new_adapter(base, lora.model_copy(update={"bias": "lora_only"})).trains_biases

@@ -25,9 +25,11 @@ from training.planning.checks import (
     check_targets,
     check_token_ids,
     check_token_indices,
+    check_vocabulary,
     reject_missing_requirements,
 )
 from training.planning.endpoints import ClusterTarget
+from training.planning.exportable import check_export
 
 LOCAL = ClusterTarget(None)
 
@@ -116,6 +118,23 @@ def test_token_indices_without_a_row_are_rejected():
     with pytest.raises(ModelError, match=r"^adapter adapter: .*\b515\b.*\b515 tokens"):
         check_token_indices(config(), adapter(*TOKENIZER, **grown), 515, MODEL)
     check_token_indices(config(), adapter(*TOKENIZER, **grown), 516, MODEL)
+
+
+@pytest.mark.parametrize("positions", ["transformer.wpe.weight", "model.decoder.embed_positions.weight"])
+def test_position_embeddings_do_not_count_as_rows_of_tokens(positions: str):
+    shapes = {"transformer.wte.weight": (512, 64), positions: (64, 64)}
+    facts = ModelFacts("org/name", "A", shapes, 0, None, None, True)
+    check_vocabulary(512, "adapter", facts)
+    with pytest.raises(ModelError, match=r"513 tokens.*512 rows"):
+        check_vocabulary(513, "adapter", facts)
+
+
+def test_verification_of_an_adapter_on_a_4_bit_base_is_rejected_before_training():
+    stored = ModelFacts("org/name", "A", {}, 0, "bitsandbytes", None, True)
+    keys: dict[str, Any] = {"lora_config": {}, "load_in_4bit": True}
+    with pytest.raises(ModelError, match=r"^verify: .*org/name is stored in 4 bits.*Remove verify: true"):
+        check_export(config(**keys, export={"merge": False, "verify": True}), stored)
+    check_export(config(**keys, export={"merge": False}), stored)
 
 
 @pytest.mark.parametrize("more", [[], ["<new>"]], ids=["as many tokens", "one more token"])
