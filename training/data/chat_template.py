@@ -26,6 +26,10 @@ _TEMPLATE_ERRORS = (
 """What the code of a template raises for a row."""
 
 
+_SET_BY_RENDERING = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now"})
+_IS_SET = "it is set for each rendering. Remove it."
+
+
 class ChatTemplate:
     """The chat template of a model, or of a model without one: then it renders nothing."""
 
@@ -46,6 +50,8 @@ class ChatTemplate:
         self._now = datetime.combine(today, time()) if today else datetime.now()
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self.variables = variables
+        for name in _SET_BY_RENDERING & self.variables.keys():
+            raise DataError(f"chat_template_kwargs.{name}: {_IS_SET}")
         self.source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
         """The template of rows without tools; empty if the model has none."""
 
@@ -72,6 +78,8 @@ class ChatTemplate:
         switch: Mapping[str, bool] | None = None,
     ) -> str:
         """Render messages with the tools and the variables of a chat."""
+        for name in _SET_BY_RENDERING & chat.variables.keys():
+            raise RowError("template", f"chat_template_kwargs.{name}: {_IS_SET}")
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.
             template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
@@ -83,11 +91,15 @@ class ChatTemplate:
         render = partial(
             template.render,
             tools=chat.tools,
-            documents=None,
             strftime_now=self._now.strftime,
             add_generation_prompt=prompt,
-            **self._special_tokens,
-            **{**self.variables, **chat.variables, **(switch or {})},
+            **{
+                "documents": None,
+                **self._special_tokens,
+                **self.variables,
+                **chat.variables,
+                **(switch or {}),
+            },
         )
         try:
             return render(messages=messages)

@@ -1136,3 +1136,22 @@ def test_arguments_are_spelled_as_the_template_spells_them_in_earlier_turns(toke
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo", "now": true}'
     (sequence,) = Renderer(tokenizers["qwen3_5_think"], whole_text=False).render(read(row))
     assert "<parameter=now>\nTrue\n</parameter>" in loss_texts([sequence])[0]
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "strftime_now"])
+def test_variables_that_each_rendering_sets_are_rejected(name: str, tokenizers: Tokenizers):
+    with pytest.raises(DataError, match=rf"chat_template_kwargs\.{name}"):
+        Renderer(tokenizers["qwen3"], whole_text=False, variables={name: True})
+    with pytest.raises(RowError, match=rf"chat_template_kwargs\.{name}"):
+        Renderer(tokenizers["qwen3"], whole_text=False).render(
+            read({**ROWS["one answer"], "chat_template_kwargs": {name: True}})
+        )
+
+
+def test_documents_and_special_tokens_may_be_variables(tokenizers: Tokenizers):
+    """transformers' apply_chat_template takes them as keyword arguments, too."""
+    template = "{{ bos_token }}{{ documents[0].title }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = with_template(tokenizers, template)
+    variables = {"documents": [{"title": "A note."}], "bos_token": "<<"}
+    row = {**ROWS["one answer"], "chat_template_kwargs": variables}
+    assert Renderer(tokenizer, whole_text=False).render(read(row))[0].text.startswith("<<A note.")
