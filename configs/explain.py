@@ -470,7 +470,13 @@ def other_tools_key(key: str, value: Any, data: Mapping[str, Any] = {}, *, as_ov
         settings = row.settings(value)
     except other_tools.NoCounterpartError as error:
         return f"another tool's key: {error}"
-    except (TypeError, ValueError, AttributeError):
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+    ):  # the value is not one of that tool's
         return counterpart
     text = written(settings, data, as_overrides=as_overrides)
     is_copied_section = isinstance(value, dict) and value in settings.values()

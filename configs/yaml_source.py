@@ -184,6 +184,9 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 
+_SECRET_VARIABLE = re.compile(r"(token|pass|pwd)$", re.IGNORECASE)
+"""Variables that hold a secret, beyond the names of keys: GITLAB_TOKEN and DB_PASS, while the key pad_token is none."""
+
 _VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
@@ -374,7 +377,7 @@ class _Builder:
                     path,
                     f"{_name(path)} uses ${{{name}}}, which is {state}: set it, or write ${{{name}:-DEFAULT}}",
                 )
-            elif names_secret(name) or looks_secret(value):
+            elif names_secret(name) or _SECRET_VARIABLE.search(name) or looks_secret(value):
                 self._document.complain(
                     path, f"{_name(path)} uses ${{{name}}}, which is a secret: {SECRETS_COME_FROM}"
                 )

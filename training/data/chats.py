@@ -331,10 +331,10 @@ def _check_written_once(message: dict[str, Any], at: str) -> None:
 
 
 def _calls_something(calls: Any) -> bool:
-    """Return whether a value holds calls; Arrow fills absent ones with nulls."""
+    """Return whether a value holds calls; Arrow fills absent ones with nulls, and tables have texts."""
     if isinstance(calls, dict):
         return any(value is not None for value in calls.values())
-    return bool(calls) and calls != "null"
+    return bool(calls) and calls not in ("null", "[]", "{}")
 
 
 def _content_of(content: Any, role: str, at: str, notes: list[str]) -> tuple[str, str]:
@@ -359,6 +359,10 @@ def _content_of(content: Any, role: str, at: str, notes: list[str]) -> tuple[str
     )
     if is_parts and not (role == "tool" and any(part["type"] != "text" for part in content)):
         return _join_parts(content, at)
+    if is_parts and (media := next(filter(_MEDIA.fullmatch, (str(part["type"]) for part in content)), None)):
+        raise RowError(
+            "unsupported content", f"{at} has a part of type {short(media)}. Only text is supported"
+        )
     if role == "tool":
         return json.dumps(content, ensure_ascii=False), ""
     raise RowError(
@@ -393,6 +397,11 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
             text = part.get("text")
             texts.append(check_text(text, f"{at}: text part") if text != "" else "")
         elif kind in ("thinking", "reasoning"):
+            if part.get(kind) and part.get("text") and part[kind] != part["text"]:
+                raise RowError(
+                    "two reasonings",
+                    f"{at} has a {kind} part with different texts in `{kind}` and `text`. Keep one of them",
+                )
             thoughts.append(check_text(part.get(kind) or part.get("text"), f"{at}: {kind} part"))
         else:
             raise RowError(
@@ -404,7 +413,7 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
 def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, reading: _Reading) -> str:
     if value.get("reasoning_details"):
         value = {**value, "reasoning_details": _text_of_details(value, at)}
-    given = [key for key in _REASONING if value.get(key) not in (None, "")]
+    given = [key for key in _REASONING if value.get(key) is not None and str(value[key]).strip()]
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
         raise RowError(

@@ -20,7 +20,8 @@ _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2_000_000
 _MAX_SHOWN = 5
 _RENDERING_KINDS = {*TEMPLATE_KINDS, "reasoning", "rendered already", "several contexts"}
 """Faults of rows whose format was read."""
-_VARIES = re.compile(r"'[^']*'|\d+")
+_VARIES = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
+"""Parts of an error that differ between rows with the same fault: Python writes texts with an apostrophe in double quotes."""
 
 Place = tuple[int, int]
 """(index in `DataRequest.files`, row)."""
@@ -228,7 +229,7 @@ class Tally:
         ]
         if unseen:
             lines.append(f"… and {unseen:,} more rows")
-        if self.kinds.keys() & TEMPLATE_KINDS:
+        if self.kinds.keys() & _RENDERING_KINDS:
             lines.append(f"The chat template is {template}.")
         if self.kinds.keys() <= _RENDERING_KINDS:
             every = "No row can be rendered as it is: do what these errors say, or set chat_template."

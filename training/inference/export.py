@@ -74,7 +74,7 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
     store = open_store(planned.uri)
     check_writable(planned.uri)
     if (written := _read_export(store)) is not None:
-        return _reuse(written, planned, store)
+        return _reuse(written, planned, store, must_be_verified=settings.verify is True)
     _check_empty(store)
     _check_tools_and_weights(trained, planned)
     scratch = trained.cache.parent / "exports"
@@ -161,7 +161,7 @@ def _read_export(store: Store) -> Export | None:
         ) from error
 
 
-def _reuse(written: Export, planned: Export, store: Store) -> Export:
+def _reuse(written: Export, planned: Export, store: Store, *, must_be_verified: bool) -> Export:
     """Return the existing export if it matches the planned one and is complete; raise an error otherwise."""
     if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
         raise ConfigError(
@@ -172,6 +172,10 @@ def _reuse(written: Export, planned: Export, store: Store) -> Export:
     if wrong := [file.path for file in written.files if stored.get(file.path) != file.size]:
         raise ConfigError(
             f"{store.uri_of(wrong[0])}: changed since the export. Delete {planned.uri}, or choose another destination."
+        )
+    if must_be_verified and written.verification is None:
+        raise ConfigError(
+            f"{planned.uri}: this export was not verified when it was written. Delete it, or choose another destination."
         )
     return written
 

@@ -452,7 +452,10 @@ def test_environment_variables_in_values_are_replaced(
     [
         ("output_dir: ${ABSENT}\n", (":3: `output_dir`", "${ABSENT}", "not set", "${ABSENT:-DEFAULT}")),
         ("output_dir: ${EMPTY}\n", (":3: `output_dir`", "${EMPTY}", "empty")),
-        ("output_dir: ${HF_TOKEN}\n", (":3: `output_dir`", "${HF_TOKEN}", "secret", "environment")),
+        *(
+            (f"output_dir: ${{{name}}}\n", (":3: `output_dir`", f"${{{name}}}", "secret", "environment"))
+            for name in ("HF_TOKEN", "GITLAB_TOKEN", "DB_PASS")
+        ),
         ("output_dir: x/${HARMLESS}\n", (":3: `output_dir`", "${HARMLESS}", "secret", "environment")),
         ("max_steps: ${WORD}\n", (":3: `max_steps`", "'twenty'", "integer")),
         ("logger: {provider: mlflow, tracking_uri: ${WORD}}\n", (":3: ", "quote", '"${NAME}"')),
@@ -462,7 +465,9 @@ def test_bad_environment_variables_raise_an_error_without_their_secrets(
     write, monkeypatch: pytest.MonkeyPatch, text: str, facts: tuple[str, ...]
 ):
     """A secret never gets into the configuration, so it is in no config.yaml, no log and no message."""
-    for name, setting in {"HF_TOKEN": "hush", "HARMLESS": TOKEN, "EMPTY": "", "WORD": "twenty"}.items():
+    settings = {"HF_TOKEN": "hush", "GITLAB_TOKEN": "hush", "DB_PASS": "hush"}
+    settings |= {"HARMLESS": TOKEN, "EMPTY": "", "WORD": "twenty"}
+    for name, setting in settings.items():
         monkeypatch.setenv(name, setting)
     monkeypatch.delenv("ABSENT", raising=False)
     message = error_message(write(BASE + text))

@@ -269,3 +269,10 @@ def test_every_message_of_the_cases_stays_below_two_lines(tmp_path: Path):
     lines = [lines for lines, *_ in CASES if "\n" not in lines]
     by_key = {line.partition(":")[0]: line for line in lines}
     assert first_line(tmp_path / "run.yaml", lines_with("\n".join(by_key.values())))
+
+
+@pytest.mark.parametrize("lines", ["datasets: []", "datasets: [{type: alpaca}]", "warmup_steps: .inf"])
+def test_values_that_the_other_tool_has_not_either_are_errors_of_their_line(tmp_path: Path, lines: str):
+    message = first_line(tmp_path / "run.yaml", lines_with(lines))
+    assert f"`{lines.partition(':')[0]}`" in message
+    assert "another tool's key" in message

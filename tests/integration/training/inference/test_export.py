@@ -290,6 +290,12 @@ def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
     assert f"{to}/tokenizer.json: " in error_of(run_command("export", run, "--to", str(to)))
 
 
+def test_unverified_export_is_not_taken_for_a_verified_one(run_command: RunCommand, run: str, tmp_path: Path):
+    to = str(tmp_path / "unverified")
+    assert parse_export(run_command("export", run, "--to", to, "--no-verify", "--json")).verification is None
+    assert_names(error_of(run_command("export", run, "--to", to, "--verify")), to, "not verified", "Delete")
+
+
 @pytest.mark.slow
 def test_interrupted_export_is_completed_by_a_rerun(run_command: RunCommand, run: str, tmp_path: Path):
     to = tmp_path / "exported"

@@ -1027,3 +1027,26 @@ def test_every_loss_key_of_a_message_is_obeyed(key: str):
 def test_a_plain_chat_whose_system_message_lists_the_tools_has_them_once():
     system = {"role": "system", "content": '<tools>[{"name": "look"}]</tools>'}
     assert read({"messages": [system, USER, ANSWER], "tools": [LOOK]}).tools is None
+
+
+@pytest.mark.parametrize("calls", ["[]", "{}", "null"])
+def test_texts_that_hold_no_calls_are_no_calls(calls: str):
+    """Tables have lists as texts."""
+    chat = read({"messages": [{**USER, "tool_calls": calls}, {**ANSWER, "tool_calls": calls}]})
+    assert chat.messages == [USER, ANSWER]
+
+
+def test_blank_reasoning_is_none():
+    assert read({"messages": [USER, {**ANSWER, "reasoning_content": "\n"}]}).messages == [USER, ANSWER]
+
+
+def test_media_in_results_of_tools_is_rejected():
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with pytest.raises(RowError, match=r"message 3.*image_url"):
+        read({"messages": [USER, CALLING, {**RESULT, "content": [picture]}, ANSWER]})
+
+
+def test_thinking_part_with_two_texts_is_rejected():
+    part = {"type": "thinking", "thinking": "A", "text": "B"}
+    with pytest.raises(RowError, match=r"thinking part.*`text`"):
+        read({"messages": [USER, {**ANSWER, "content": [part, {"type": "text", "text": "yes"}]}]})

@@ -541,7 +541,8 @@ def test_notes_and_split_rows_are_counted(chatml: PreTrainedTokenizerFast, tiny_
 def test_rows_with_the_same_fault_are_shown_once_with_their_number(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
-    faulty = [{"messages": [{"role": f"narrator{number}", "content": "4"}]} for number in range(12)]
+    roles = [f"narrator{number}" if number % 2 == 0 else f"it's {number}" for number in range(12)]
+    faulty = [{"messages": [{"role": role, "content": "4"}]} for role in roles]
     path = write(tmp_path / "rows.jsonl", *faulty, b"{bad", GOOD[0])
     with pytest.raises(DataError) as caught:
         prepare(request(path), chatml, tiny_model, tmp_path / "cache")
