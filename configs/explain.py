@@ -470,14 +470,8 @@ def other_tools_key(key: str, value: Any, data: Mapping[str, Any] = {}, *, as_ov
         settings = row.settings(value)
     except other_tools.NoCounterpartError as error:
         return f"another tool's key: {error}"
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-    ):  # the value is not one of that tool's
-        return counterpart
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+        return counterpart  # the value is not one that the other tool takes
     text = written(settings, data, as_overrides=as_overrides)
     is_copied_section = isinstance(value, dict) and value in settings.values()
     if text and not looks_secret(str(value)) and not is_copied_section and len(text) < 100:

@@ -357,12 +357,10 @@ def _content_of(content: Any, role: str, at: str, notes: list[str]) -> tuple[str
         and bool(content)
         and all(isinstance(part, dict) and "type" in part for part in content)
     )
-    if is_parts and not (role == "tool" and any(part["type"] != "text" for part in content)):
+    kinds = {str(part["type"]) for part in content} if is_parts else set()
+    # Results of tools are any JSON: objects with a `type` need not be parts of a message.
+    if is_parts and (role != "tool" or kinds == {"text"} or any(map(_MEDIA.fullmatch, kinds))):
         return _join_parts(content, at)
-    if is_parts and (media := next(filter(_MEDIA.fullmatch, (str(part["type"]) for part in content)), None)):
-        raise RowError(
-            "unsupported content", f"{at} has a part of type {short(media)}. Only text is supported"
-        )
     if role == "tool":
         return json.dumps(content, ensure_ascii=False), ""
     raise RowError(

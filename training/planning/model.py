@@ -1,4 +1,4 @@
-"""What a plan decides before it reads rows: where the run computes and writes, its base model and its adapter."""
+"""Decisions of a plan before rows are read: where the run computes and writes, its base model and its adapter."""
 
 import math
 import sys
