@@ -237,7 +237,7 @@ class Scheduler:
         try:
             checked: Checked = ray.get(running)
         except ray.exceptions.RayError as error:
-            self._failed_attempt(project, job, f"the files could not be checked: {_first_line(error)}")
+            self._failed_attempt(project, job, f"the files could not be checked: {_last_line(error)}")
             return
         if checked.needs is None:
             message = self._with_file_ids(project, job, checked.error)
@@ -460,7 +460,7 @@ def _sum(amounts: Any) -> dict[str, float]:
     return total
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[
         :500
     ]

@@ -18,7 +18,6 @@ from runs.layout import CONFIG_FILE, RunResult
 from training.checkpoints.lease import check_not_held
 from training.launch.packaging import Package
 from training.launch.submitted_job import SubmittedJob
-from training.models.files import first_line
 from training.planning.endpoints import (
     WRITTEN_VARIABLE,
     ClusterError,
@@ -28,6 +27,7 @@ from training.planning.endpoints import (
 from training.planning.planner import Progress, plan_submission
 from training.planning.report import CheckedSample, PlanReport
 from utils.command_line import COMMAND_VARIABLE
+from utils.errors import first_line
 from utils.storage.bucket import BucketError, NotFoundError, is_remote, open_store
 
 # `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.

@@ -33,7 +33,7 @@ from training.loop.memory_errors import out_of_memory_line
 from training.loop.operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
-from training.models.files import first_line, is_hub_id, is_model_file
+from training.models.files import is_hub_id, is_model_file
 from training.models.kernels import is_installed
 from training.models.libraries import set_environment, unused_packages, withhold
 from training.models.new_tokens import add_tokens
@@ -43,7 +43,7 @@ from training.planning.accelerators import peak_flops_of
 from training.planning.plan import RunPlan
 from training.world import World, exclude_frozen_weights_from_sync
 from utils.console import library_output_in
-from utils.errors import AnnealError
+from utils.errors import AnnealError, first_line
 from utils.files import FilesInUse, is_disk_full, nearest_existing
 from utils.processes import importing
 from utils.storage.bucket import Store, open_store

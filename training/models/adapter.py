@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
 from training.models.architecture import MetaModel, Shape, is_embedding, is_expert, is_head, is_router
-from training.models.files import AdapterFacts, ModelError, ModelFacts, first_line
+from training.models.files import AdapterFacts, ModelError, ModelFacts
 from training.models.new_tokens import grow_vocabulary, rows_needed
+from utils.errors import first_line
 from utils.processes import importing
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.models.files import ALL_WEIGHTS, ModelError, ModelFacts, first_line
+from training.models.files import ALL_WEIGHTS, ModelError, ModelFacts
+from utils.errors import first_line
 from utils.processes import importing
 
 if TYPE_CHECKING:
