@@ -24,6 +24,7 @@ from training.launch.packaging import PROJECT
 from training.planning.endpoints import ClusterTarget, set_ray_environment
 from training.planning.paths import make_scratch_directory
 from training.planning.planner import make_plan
+from utils.command_line import ADDRESS_VARIABLE
 from utils.processes import die_with
 
 NAMESPACE = "fine-tuning-service"
@@ -177,4 +178,4 @@ def _environment(inherited: Mapping[str, str], address: str) -> dict[str, str]:
     environment = {name: value for name, value in inherited.items() if name != "OMP_NUM_THREADS"}
     if environment.get("CUDA_VISIBLE_DEVICES") == "":
         del environment["CUDA_VISIBLE_DEVICES"]
-    return environment | {"RAY_ADDRESS": address}
+    return environment | {ADDRESS_VARIABLE: address}

@@ -153,6 +153,7 @@ def overridden_private_methods(extended: type) -> set[str]:
     return (own & of_ray) - {"_abc_impl"}  # every abstract class has this one
 
 
+@pytest.mark.slow
 def test_ray_private_methods_are_overridden_in_one_file():
     names = {
         ".".join(file.relative_to(PROJECT).with_suffix("").parts)

@@ -360,7 +360,7 @@ def _check_modules(adapted: Any, source: str, where: str) -> None:
             getattr(module.token_adapter.get_base_layer(), "bias", None) is not None
         ):
             raise ModelError(
-                f"{where}: trainable_token_indices: {base_name} of {source} has a bias, which PEFT leaves out where it trains the rows of "
+                f"{where}: trainable_token_indices: {base_name} of {source} has a bias, which PEFT drops where it trains the rows of "
                 f"tokens. Write modules_to_save: [{base_name}] instead, or remove it."
             )
 

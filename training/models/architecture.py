@@ -471,3 +471,8 @@ def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
                     f"{key} in a copy of the model."
                 )
     return config
+
+
+def most_positions(config: Any) -> int | None:
+    """Return the maximum context in tokens of a model's configuration, or None if it has none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

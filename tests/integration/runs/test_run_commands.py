@@ -554,7 +554,7 @@ def test_remove_deletes_only_the_confirmed_run(run_command: RunCommand, storage:
     assert_names(error_of(run_command("remove", uri, "--yes")), uri, "no such run")
 
 
-def test_run_that_others_need_is_not_removed(tmp_path: Path):
+def test_run_that_other_runs_need_is_not_removed(tmp_path: Path):
     storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
     for name in ("running", "marked", "parent", "named", "free"):
         write_run(storage, name, losses, result=None)
