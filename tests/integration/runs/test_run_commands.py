@@ -189,6 +189,7 @@ def test_unreadable_lease_marks_the_run_as_damaged(tmp_path: Path):
     assert "delete" in run.reason
 
 
+@pytest.mark.slow
 def test_listing_sends_one_request_per_completed_run(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
     """Checkpoints add no requests; an unfinished run adds a few."""
     completed, unfinished, leased = 1000, 10, 5
