@@ -56,12 +56,12 @@ def main() -> None:
     write_report("node_memory", {"pss_of_workers_ratio": spread(ratios)}, measured)
 
 
-def make_files(directory: Path) -> None:
-    """Write a model of 1.3 GB with random weights, and rows."""
+def make_files(directory: Path, max_shard_size: str = "50GB") -> None:
+    """Write a model of 1.3 GB with random weights, in files of at most a size, and rows."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(directory / "model")
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **SHAPE))
-    model.save_pretrained(directory / "model")
+    model.save_pretrained(directory / "model", max_shard_size=max_shard_size)
     size = sum(parameter.nbytes for parameter in model.parameters())
     print(f"model: {size / 1e9:.2f} GB in {next(model.parameters()).dtype}")
     assert 1.2e9 < size < 1.4e9
