@@ -29,7 +29,7 @@ from training.checkpoints.weights import begin_fetch, fetch_model, verify_local_
 from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
-from training.loop.memory_errors import out_of_memory_line
+from training.loop.memory_errors import out_of_memory_line, shared_memory_message
 from training.loop.operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
@@ -142,6 +142,8 @@ def train_worker(settings: dict[str, Any]) -> None:
                     f"{plan.scratch}: the disk of a worker is full ({first_line(error)}). Free some space, or set output_dir to a larger "
                     "disk, and rerun the same command."
                 )
+            elif message := shared_memory_message(error):
+                driver.reject(message)
             elif driver.fails_again(error):
                 driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
             raise
