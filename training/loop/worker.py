@@ -33,7 +33,7 @@ from training.loop.memory_errors import out_of_memory_line, shared_memory_messag
 from training.loop.operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
-from training.models.files import first_line, is_hub_id, is_model_file
+from training.models.files import check_weight_files, first_line, is_hub_id, is_model_file
 from training.models.kernels import is_installed
 from training.models.libraries import set_environment, unused_packages, withhold
 from training.models.new_tokens import add_tokens
@@ -327,6 +327,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
 
     driver.emit(Phase("syncing the model to the node"))
     model_directory = model()
+    check_weight_files(model_directory)
     adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     stays_mapped = plan.device == "cpu" and plan.config.trains_adapter
     mapped = FilesInUse(model_directory.glob("*.safetensors") if stays_mapped else ())

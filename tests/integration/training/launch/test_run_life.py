@@ -726,3 +726,22 @@ def test_run_fails_once_a_mapped_weight_file_is_written_to(
     assert_names(message, f"step-{committed[-1]:06}", "same command")
     assert committed[-1] < int(found[1])
     assert finished.result["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_run_names_a_mapped_weight_file_that_was_truncated(files: Path, tmp_path: Path):
+    """The kernel kills a process that reads a mapped page beyond the end of its file, so only the next attempt can name it."""
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    config = write_yaml(
+        tmp_path / "truncated.yaml",
+        settings(files, lora_config={"r": 4}, num_devices=1, num_epochs=1000, save_steps=10, max_failures=1)
+        | {"storage_path": str(tmp_path / "runs"), "run_name": "truncated", "model_id": str(model)},
+    )
+    with started(config) as job:
+        job.wait_for_line("step 10  checkpoint")
+        os.truncate(model / "model.safetensors", 100_000)
+        finished = job.end()
+    assert finished.exit_code == 1, finished.errors
+    message = finished.errors.partition("error: ")[2]
+    assert_names(message, f"{model}/model.safetensors: has 100000 bytes", "truncated")
