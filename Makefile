@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-gguf setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-vllm test-gguf test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-checkpoints bench-gpu bench-service setup-vllm clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-gguf setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-vllm test-gguf test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-model-fetch bench-checkpoints bench-gpu bench-service setup-vllm clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -152,6 +152,9 @@ bench-checkpoints: setup-dev  ## measure the time that checkpoints take from tra
 
 bench-bucket: setup $(STAMPS)/bench  ## measure bucket transfers against other clients
 	$(BIN)/python benchmarks/bucket.py
+
+bench-model-fetch: setup-dev  ## measure the time from the bucket to the built model against an earlier version: BASE=DIRECTORY
+	$(BIN)/python benchmarks/model_fetch.py --base $(BASE)
 
 bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's and TRL's own scripts (16 minutes, by estimate)
 	$(BIN)/python benchmarks/gpu.py

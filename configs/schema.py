@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from configs import sequence_parallel
+
 DEFAULT_MIN_UPDATE_STEPS = 100
 """Minimum number of optimizer steps when the YAML does not set the length of the run."""
 
@@ -1269,7 +1271,7 @@ def _token_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 
 
 def _sequence_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
-    key, size = "sequence_parallel_size", config.sequence_parallel_size
+    key, size = sequence_parallel.KEY, config.sequence_parallel_size
     if size == 1:
         return
     for devices in dict.fromkeys((config.fewest_devices, config.most_devices)):
@@ -1280,21 +1282,14 @@ def _sequence_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
                 f"`{key}` is {size}, which does not divide `num_devices` ({devices}): use {' or '.join(usable)}, or a multiple of "
                 f"{size} as `num_devices`",
             )
-    if config.task in ("preference_tuning", "classification"):
-        yield (
-            key,
-            f"`{key}` does not work with `task: {config.task}`, which scores complete answers: remove `{key}`",
-        )
+    if config.task == "preference_tuning":
+        yield key, sequence_parallel.error_with("`task: preference_tuning`")
+    if config.task == "classification":
+        yield key, sequence_parallel.error_with("`task: classification`")
     if config.eval_samples is not None:
-        yield (
-            key,
-            f"`{key}` does not work with `eval_samples`, since each worker generates answers of its own: remove one of them",
-        )
+        yield key, sequence_parallel.error_with("`eval_samples`")
     if config.flash_attention_2:
-        yield (
-            key,
-            f"`{key}` does not work with `flash_attention_2`: remove it, and PyTorch's own flash kernels are used",
-        )
+        yield key, sequence_parallel.error_with("`flash_attention_2`")
 
 
 def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:

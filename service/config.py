@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from configs.loading import ConfigError, LoadedConfig, load_config
 from configs.schema import PositiveInt, Resources, Section, StorageUri, Text
+from configs.sequence_parallel import error_with
 from configs.yaml_source import Document, Origin, dotted, parse_yaml, shown
 from training.models.files import is_hub_id
 from training.planning.paths import absolute
@@ -174,10 +175,7 @@ def _load_base(where: str, name: str, path: Path) -> LoadedConfig:
             f"{where}: `models.{name}.config`: {path} must train chats: set task: instruction_tuning and remove prompt_template"
         )
     if config.sequence_parallel_size > 1:
-        raise ConfigError(
-            f"{where}: `models.{name}.config`: {path} sets sequence_parallel_size, but jobs also do preference tuning, which does not support "
-            "it: remove sequence_parallel_size"
-        )
+        raise ConfigError(f"{where}: `models.{name}.config`: {path}: {error_with('`models` of the service')}")
     if is_hub_id(config.model_id):
         return loaded
     # Jobs run in another directory.

@@ -1,6 +1,8 @@
 """The weights that a run starts from: downloaded once per node, and verified against their manifest."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from runs.layout import MANIFEST_FILE
@@ -22,6 +24,23 @@ def fetch_model(source: str, cache: Path, wanted: Callable[[str], bool], revisio
     if is_hub_id(source):
         return fetch_hub_model(source, wanted, revision)
     return fetch_weights(source, cache, wanted)
+
+
+def begin_fetch(
+    source: str, cache: Path, wanted: Callable[[str], bool], revision: str | None = None
+) -> Callable[[], Path]:
+    """Start `fetch_model` in the background, and return a function that waits for its result.
+
+    A model on the Hub is downloaded only by that function: the libraries that the caller imports meanwhile import huggingface_hub,
+    and its modules, which import each other, cannot be imported by two threads at a time.
+    """
+    fetch = partial(fetch_model, source, cache, wanted, revision)
+    if is_hub_id(source):
+        return fetch
+    thread = ThreadPoolExecutor(1, thread_name_prefix="fetch-model")
+    running = thread.submit(fetch)
+    thread.shutdown(wait=False)
+    return running.result
 
 
 def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:

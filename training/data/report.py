@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from training.data.prepared import PreparedData
+from training.data.row_index import contains
 from training.data.rows import FORMAT_NAMES
 from training.data.summary import DataSummary
 
@@ -84,7 +85,8 @@ def make_report(
 
 
 def _in_both(train: PreparedData, valid: PreparedData) -> tuple[int, list[str]]:
-    same = np.flatnonzero(np.isin(valid.index.digest, train.index.digest))
+    both = contains(np.unique(valid.index.digest), train.index.digest)
+    same = np.flatnonzero(np.isin(valid.index.digest, train.index.digest[both]))
     first = [
         f"{valid.place(row)} is the same as {train.place(int(np.argmax(train.index.digest == valid.index.digest[row])))}"
         for row in same[:_MAX_SHOWN]

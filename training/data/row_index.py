@@ -1,9 +1,11 @@
 """The index of prepared rows: one line per row of an epoch."""
 
+import numpy as np
 import pyarrow as pa
 
 IGNORED = -100  # ignore_index of PyTorch's cross-entropy
 
+_BLOCK_ROWS = 1_000_000
 
 DATA_FILE, INDEX_FILE = "data.arrow", "index.arrow"
 
@@ -44,3 +46,15 @@ class RowIndex:
 
     def __len__(self) -> int:
         return len(self.position)
+
+
+def contains(ordered: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Return for each digest whether a sorted array contains it. Unlike np.isin, this copies no array of many rows."""
+    found = np.zeros(len(digests), dtype=bool)
+    if not len(ordered):
+        return found
+    for begin in range(0, len(digests), _BLOCK_ROWS):
+        block = digests[begin : begin + _BLOCK_ROWS]
+        places = np.minimum(np.searchsorted(ordered, block), len(ordered) - 1)
+        found[begin : begin + _BLOCK_ROWS] = ordered[places] == block
+    return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs.schema import DataFormat
-from training.data.row_index import IGNORED, RowIndex
+from training.data.row_index import IGNORED, RowIndex, contains
 from training.data.sources import DataFile
 
 if TYPE_CHECKING:
@@ -109,11 +109,17 @@ def measure_lengths(rows_of_length: Mapping[int, int]) -> Lengths:
 
 def find_duplicates(index: RowIndex, files: Sequence[DataFile]) -> tuple[int, list[str]]:
     """Return the number of rows with the same text as an earlier row, and descriptions of the first ones."""
-    _, first, inverse = np.unique(index.digest, return_index=True, return_inverse=True)
-    repeated = np.flatnonzero(first[inverse] != np.arange(len(index)))
+    # The driver holds the digests of all rows. One sorted copy of them takes a sixth of the memory of np.unique with positions.
+    ordered = np.sort(index.digest)
+    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    alike = np.flatnonzero(contains(several, index.digest))
+    _, first, inverse = np.unique(index.digest[alike], return_index=True, return_inverse=True)
+    is_first = first[inverse] == np.arange(len(alike))
+    repeated, earlier_ones = alike[~is_first], alike[first[inverse]][~is_first]
     shown = [
         f"{files[index.file[row]].uri}:{index.row[row]} repeats {files[index.file[earlier]].uri}:{index.row[earlier]}"
-        for row, earlier in ((row, first[inverse[row]]) for row in repeated[:_MAX_SHOWN])
+        for row, earlier in zip(repeated[:_MAX_SHOWN], earlier_ones[:_MAX_SHOWN], strict=True)
     ]
     return len(repeated), shown
 

@@ -275,7 +275,9 @@ class Recording(TrainerCallback):
 
 
 class UnchangedWeights(TrainerCallback):
-    """A callback that fails the run before it commits a checkpoint, once a file that weights are mapped from has changed.
+    """A callback that fails the run once a file that weights are mapped from has changed, before the step is logged or committed.
+
+    It must be called before `Diverging`, which would blame the rows and the learning rate for the loss of changed weights.
 
     Args:
         files: The weight files.
@@ -286,10 +288,19 @@ class UnchangedWeights(TrainerCallback):
         self.files = files
         self.last_good = last_good
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Check the files after a step."""
+        self._check(state)
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Check the files."""
+        """Check the files after an evaluation."""
+        self._check(state)
+
+    def _check(self, state: TrainerState) -> None:
         if changed := self.files.changed():
             left = self.last_good()
             raise ModelError(

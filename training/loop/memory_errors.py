@@ -1,13 +1,19 @@
-"""Recognition of out-of-memory errors, without importing torch."""
+"""Recognition of errors for want of memory or shared memory, without importing torch."""
 
 import re
+from pathlib import Path
 
 from utils.errors import first_line
+from utils.files import format_bytes, free_bytes
 
 # torch 2.x raises OutOfMemoryError only from its CUDA allocator. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
 _TORCH_OUT_OF_MEMORY = re.compile(
     r"^.*(?:DefaultCPUAllocator: can't allocate memory|CUDA.*out of memory|Cuda failure.*out of memory).*$",
     re.MULTILINE,
+)
+# NCCL's misc/shmutils.cc; torch's DistBackendError contains it. Older versions of NCCL do not name the error.
+_NO_SHARED_MEMORY = re.compile(
+    r"Error while creating shared memory segment (\S+) \(size (\d+)\)(?!, error: (?!No space left))"
 )
 
 
@@ -26,3 +32,16 @@ def out_of_memory_line(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and (failed := _TORCH_OUT_OF_MEMORY.search(text)):
         return failed[0].strip()
     return None
+
+
+def shared_memory_message(error: BaseException) -> str | None:
+    """Return the message for an error of NCCL for want of shared memory, with this node's free bytes; None for any other error."""
+    found = _NO_SHARED_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    place, needed = Path(found[1]).parent, int(found[2])
+    return (
+        f"{place}: shared memory is full on the node of a worker: NCCL needs {needed:,} bytes more ({format_bytes(needed)}), "
+        f"and {free_bytes(place):,} are free. Remove leftover files there, or enlarge it on every node (docker run --shm-size=8g; on "
+        "Kubernetes, mount an emptyDir with medium: Memory), and rerun the same command."
+    )

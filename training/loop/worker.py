@@ -25,15 +25,15 @@ from training.checkpoints.committer import CheckpointCommitter, CommitContext
 from training.checkpoints.resharding import reshard
 from training.checkpoints.restore import Restoring
 from training.checkpoints.store import CheckpointError
-from training.checkpoints.weights import fetch_model, verify_local_weights
+from training.checkpoints.weights import begin_fetch, fetch_model, verify_local_weights
 from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
-from training.loop.memory_errors import out_of_memory_line
+from training.loop.memory_errors import out_of_memory_line, shared_memory_message
 from training.loop.operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
-from training.models.files import is_hub_id, is_model_file
+from training.models.files import check_weight_files, is_hub_id, is_model_file
 from training.models.kernels import COLLECTIVE_BACKENDS, is_installed
 from training.models.libraries import set_environment, unused_packages, withhold
 from training.models.new_tokens import add_tokens
@@ -142,6 +142,8 @@ def train_worker(settings: dict[str, Any]) -> None:
                     f"{plan.scratch}: the disk of a worker is full ({first_line(error)}). Free some space, or set output_dir to a larger "
                     "disk, and rerun the same command."
                 )
+            elif message := shared_memory_message(error):
+                driver.reject(message)
             elif driver.fails_again(error):
                 driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
             raise
@@ -301,6 +303,8 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
     patient = world.with_patient_group()
     restoring = Restoring(store, lease, plan.restore_from, scratch / "trainer" / "restored", patient)
 
+    model = begin_fetch(plan.base_model, plan.cache, is_model_file, plan.base_revision)
+
     driver.emit(Phase("loading libraries"))
     with importing():
         import training.loop.callbacks
@@ -308,8 +312,20 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         import training.loop.trainer_factory
         import training.loop.trainers  # noqa: F401
 
+    driver.emit(Phase("fetching the prepared rows"))
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
+    more_valid = {
+        name: fetch_prepared(key, plan.cache, plan.prepared) for name, key in plan.more_valid.items()
+    }
+    if world.local_rank == 0:
+        for prepared in (train, valid, *more_valid.values()):
+            if prepared:
+                verify_prepared(prepared)
+
     driver.emit(Phase("syncing the model to the node"))
-    model_directory = fetch_model(plan.base_model, plan.cache, is_model_file, plan.base_revision)
+    model_directory = model()
+    check_weight_files(model_directory)
     adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     stays_mapped = plan.device == "cpu" and plan.config.trains_adapter
     mapped = FilesInUse(model_directory.glob("*.safetensors") if stays_mapped else ())
@@ -325,17 +341,6 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         chat_template=plan.chat_template,
     )
     add_tokens(plan.config, tokenizer, plan.tokenizer)
-
-    driver.emit(Phase("fetching the prepared rows"))
-    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
-    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
-    more_valid = {
-        name: fetch_prepared(key, plan.cache, plan.prepared) for name, key in plan.more_valid.items()
-    }
-    if world.local_rank == 0:
-        for prepared in (train, valid, *more_valid.values()):
-            if prepared:
-                verify_prepared(prepared)
 
     if restoring.committed or plan.restore_from:
         driver.emit(Phase("restoring the trainer state"))

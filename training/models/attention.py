@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import FinetuneConfig
+from configs.sequence_parallel import KEY, Excluded, error_with
 from training.models.architecture import ModelShape, causal_model_class, load_config
 from training.models.files import ModelError
 from training.models.kernels import Device, Provider, is_installed
@@ -58,8 +59,8 @@ class AttentionTraits:
     """True if PyTorch's flash kernels for packed rows support the model."""
     has_sdpa: bool = True
     """False if transformers has no SDPA for the model; the flash-attn package does not support those models either."""
-    divides_sequences: bool = False
-    """True if workers can share sequences: tokens meet in attention only, and each takes its position from its position id."""
+    undivided: Excluded | None = "other architectures"
+    """Why workers cannot share sequences; None if they can: tokens meet in attention only, and each has its position id."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read_traits(directory: Path, source: str, *, trust_remote_code: bool) -> Att
         needs_mask=_needs_mask(config, trust_remote_code),
         fits_varlen=_fits_varlen(config),
         has_sdpa=_has_sdpa(config, trust_remote_code),
-        divides_sequences=_divides_sequences(config, trust_remote_code),
+        undivided=_undivided(config, trust_remote_code),
     )
 
 
@@ -116,18 +117,18 @@ def check_sequence_parallel(
         shape: The model's dimensions, or None if they are unknown.
         source: Name of the model in messages.
     """
-    key, size = "sequence_parallel_size", config.sequence_parallel_size
+    size = config.sequence_parallel_size
     if size == 1:
         return
-    if shape is None or not traits.divides_sequences:
+    if shape is None or traits.undivided:
         raise ModelError(
-            f"{key}: not supported by the model {source}, since workers that have a part of a sequence would compute something else. Remove "
-            f"{key}, or use one of these architectures: {', '.join(sorted(SEQUENCE_PARALLEL))}."
+            f"model {source}: {error_with(traits.undivided or 'other architectures')}. Supported architectures: "
+            f"{', '.join(sorted(SEQUENCE_PARALLEL))}."
         )
     if not _shares_heads(shape, size):
         usable = [str(number) for number in range(1, shape.heads + 1) if _shares_heads(shape, number)]
         raise ModelError(
-            f"{key}: {size} workers cannot share the {shape.heads} heads and {shape.key_value_heads} key-value heads of {source} equally. "
+            f"model {source}: `{KEY}`: {size} workers cannot share {shape.heads} heads and {shape.key_value_heads} key-value heads equally. "
             f"Write {' or '.join(usable)}, a number that also divides num_devices."
         )
 
@@ -150,9 +151,8 @@ def check_windows(attention: Attention, shape: ModelShape, longest: int, source:
     windows = [window for window in shape.windows if window is not None and window < longest]
     if attention.sequence_parallel_size > 1 and attention.implementation == "sdpa" and windows:
         raise ModelError(
-            f"sequence_parallel_size: {source} has a sliding window of {min(windows):,} tokens, but rows have up to {longest:,}. With this "
-            "attention, workers that share sequences would need a mask of all pairs of tokens. Remove sequence_parallel_size, or write "
-            f"context_length: {min(windows)}. On a GPU, packing: true with dtype: bf16 needs no mask."
+            f"model {source}: has a sliding window of {min(windows):,} tokens, but rows have up to {longest:,}. "
+            f"{error_with('a sliding window shorter than the rows')}."
         )
 
 
@@ -208,15 +208,18 @@ def _needs_mask(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:
     )
 
 
-def _divides_sequences(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:
+def _undivided(config: "PreTrainedConfig", trust_remote_code: bool) -> Excluded | None:
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
-    return (
-        config.model_type in SEQUENCE_PARALLEL
-        and not kinds & _ROPE_BY_LENGTH
-        and not _has_softcapping(config)
-        and not _needs_mask(config, trust_remote_code)
-    )
+    if _has_softcapping(config):
+        return "logit softcapping"
+    if kinds & _ROPE_BY_LENGTH:
+        return "RoPE that depends on the length"
+    is_custom = causal_model_class(config, trust_remote_code=trust_remote_code) is None
+    if is_custom or hasattr(config.get_text_config(), "output_router_logits"):
+        return "mixtures of experts and custom code"
+    is_tested = config.model_type in SEQUENCE_PARALLEL and not _needs_mask(config, trust_remote_code)
+    return None if is_tested else "other architectures"
 
 
 def _fits_varlen(config: "PreTrainedConfig") -> bool:

@@ -638,6 +638,13 @@ def _rank(lora: LoraConfig, module: str) -> int:
     return next(ranks, lora.r)
 
 
+def check_weight_files(directory: Path) -> None:
+    """Check the sizes and headers of a model's local weight files, since a run may start again after a file has changed."""
+    store = open_store(str(directory))
+    for path in sorted(directory.glob("*.safetensors")):
+        _read_header(store, path.name, path.stat().st_size)
+
+
 def _read_header(store: Store, name: str, size: int) -> dict[str, StoredTensor]:
     where = join_uri(store.uri, name)
     if size < 8:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from configs.schema import FinetuneConfig, LoraConfig
+from configs.sequence_parallel import EXCLUSIONS, KEY
 from training.models.files import ModelError
 
 Device = Literal["cuda", "cpu"]
@@ -23,7 +24,7 @@ TESTED, ON_GPU, UNTESTED = _WORKS = "T", "G", "·"
 _NO_GPU = "its Triton kernels need a GPU, but the run is on CPU"
 _UNSHARDED = "Unsloth does not shard weights (ZeRO-3)"
 _4BIT = "ZeRO-3 cannot shard 4-bit weights"
-_ATTENTION = "Unsloth's attention does not divide sequences (sequence_parallel_size)"
+_ATTENTION = f"{EXCLUSIONS['`kernels: unsloth`'].reason} ({KEY})"
 
 # For each method and spread: tested (on CPU), compared with CPU on a GPU (part `step` of the GPU benchmark), untested on a GPU, or the
 # reason for the error.

@@ -64,7 +64,7 @@ def test_wrong_service_yaml_names_file_line_and_key(
     ("base", "fix"),
     [
         ({"task": "causal_lm"}, "instruction_tuning"),
-        ({"num_devices": 2, "sequence_parallel_size": 2}, "remove sequence_parallel_size"),
+        ({"num_devices": 2, "sequence_parallel_size": 2}, "remove `sequence_parallel_size`"),
     ],
 )
 def test_base_model_must_train_every_kind_of_job(base: dict[str, Any], fix: str, tmp_path: Path):

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -689,3 +690,58 @@ def test_second_driver_of_a_run_raises_an_error_with_the_owner(files: Path, tmp_
     assert not (files / "runs" / "one" / "claim").exists() or not list(
         (files / "runs" / "one" / "claim").iterdir()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["directory", "node cache"])
+def test_run_fails_once_a_mapped_weight_file_is_written_to(
+    place: str, files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path
+):
+    """The frozen base of a LoRA run stays mapped. The loss of the changed weights, here infinite, is not blamed on the rows."""
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    changes: dict[str, Any] = {"model_id": str(model)}
+    if place == "node cache":
+        open_store(f"{bucket_uri}/model").upload_many({path.name: path for path in model.iterdir()})
+        changes = {"model_id": f"{bucket_uri}/model", "output_dir": str(tmp_path / "scratch")}
+        model = tmp_path / "scratch" / "cache" / "models"
+    config = write_yaml(
+        tmp_path / "changed.yaml",
+        settings(files, lora_config={"r": 4}, num_devices=1, num_epochs=1000, save_steps=10, eval_steps=10)
+        | {"storage_path": str(tmp_path / "runs"), "run_name": "changed", **changes},
+    )
+    with started(config) as job:
+        job.wait_for_line("step 10  checkpoint")
+        (weights,) = model.rglob("model.safetensors")
+        with weights.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        finished = job.end()
+    assert finished.exit_code == 1, finished.errors
+    message = finished.errors.partition("error: ")[2]
+    found = re.match(r"step (\d+): (\S+) was written to", message)
+    assert found, finished.errors
+    assert found[2] == str(weights)
+    committed = [manifest.step for manifest in reading.committed(open_store(str(tmp_path / "runs/changed")))]
+    assert_names(message, f"step-{committed[-1]:06}", "same command")
+    assert committed[-1] < int(found[1])
+    assert finished.result["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_run_names_a_mapped_weight_file_that_was_truncated(files: Path, tmp_path: Path):
+    """The kernel kills a process that reads a mapped page beyond the end of its file, so only the next attempt can name it."""
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    config = write_yaml(
+        tmp_path / "truncated.yaml",
+        settings(files, lora_config={"r": 4}, num_devices=1, num_epochs=1000, save_steps=10, max_failures=1)
+        | {"storage_path": str(tmp_path / "runs"), "run_name": "truncated", "model_id": str(model)},
+    )
+    with started(config) as job:
+        job.wait_for_line("step 10  checkpoint")
+        os.truncate(model / "model.safetensors", 100_000)
+        finished = job.end()
+    assert finished.exit_code == 1, finished.errors
+    message = finished.errors.partition("error: ")[2]
+    assert_names(message, f"{model}/model.safetensors: has 100000 bytes", "truncated")

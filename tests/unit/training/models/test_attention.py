@@ -139,21 +139,32 @@ def test_workers_can_share_the_sequences_of_tested_architectures(kind: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
+    ("kind", "settings", "reason"),
     [
-        ("gpt2", {}),  # positions are learned, and its attention takes no kernel arguments
-        ("gemma2", {}),  # softcapping
-        ("mixtral", {}),  # the load-balancing loss counts tokens
-        ("mamba", {}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        # Positions are learned, and its attention takes no kernel arguments.
+        ("gpt2", {}, "other architectures"),
+        ("gemma2", {}, "logit softcapping"),
+        ("mixtral", {}, "mixtures of experts"),
+        ("mamba", {}, "other architectures"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "RoPE that depends on the length",
+        ),
     ],
 )
 def test_models_whose_parts_of_a_sequence_compute_something_else_are_rejected(
-    kind: str, settings: dict[str, Any], tmp_path: Path
+    kind: str, settings: dict[str, Any], reason: str, tmp_path: Path
 ):
     with pytest.raises(ModelError) as error:
         check(tmp_path, 2, kind, **settings)
-    assert_names(str(error.value), "sequence_parallel_size", "a/tiny", "llama", "Remove")
+    assert_names(
+        str(error.value),
+        "model a/tiny",
+        f"`sequence_parallel_size` does not work with {reason}",
+        "llama",
+        "remove",
+    )
 
 
 @pytest.mark.parametrize(

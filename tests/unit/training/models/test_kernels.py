@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from configs.schema import FinetuneConfig
+from configs.sequence_parallel import EXCLUSIONS, Excluded
 from tests.support.messages import assert_names
 from training.models import kernels
 from training.models.files import ModelError
@@ -21,6 +22,8 @@ from training.models.kernels import (
     Provider,
     choose_kernels,
 )
+
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "kernels.md"
 
 
 def config(**keys: Any) -> FinetuneConfig:
@@ -170,8 +173,16 @@ def test_docs_contain_the_compatibility_table():
             shown = " | ".join(cell if cell in (TESTED, ON_GPU, UNTESTED) else "–" for cell in cells)  # noqa: RUF001
             lines.append(f"| {provider} | {device} | {', '.join(alike)} | {shown} |")
     table = "\n".join(lines)
-    page = (Path(__file__).resolve().parents[4] / "docs" / "kernels.md").read_text("utf-8")
-    assert f"\n\n{table}\n\n" in page
+    assert f"\n\n{table}\n\n" in PAGE.read_text("utf-8")
+
+
+def test_docs_contain_the_table_of_what_does_not_work_with_sequence_parallel_size():
+    rows = [f"| {excluded} | {why.reason} | {why.fix} |" for excluded, why in EXCLUSIONS.items()]
+    table = "\n".join(
+        ["| not with `sequence_parallel_size: N` | because | instead |", "|---|---|---|", *rows]
+    )
+    assert f"\n\n{table}\n\n" in PAGE.read_text("utf-8")
+    assert len(EXCLUSIONS) == len(get_args(Excluded))
 
 
 def rejection_reason(provider: Provider, device: Device, method: Method, strategy: str) -> str | None:
