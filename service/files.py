@@ -2,6 +2,7 @@
 
 import queue
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ _QUEUED_BLOCKS = 8
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
 _READ_BYTES = 4 * 1024 * 1024
+_ORPHAN_SECONDS = 3600.0
+"""Age at which a content without a record is an orphan: much longer than a request waits for the bucket."""
 
 
 @cache
@@ -102,8 +105,17 @@ class Files:
         for start in range(0, record["bytes"], _READ_BYTES):
             yield self._store.read_range(key, start, min(_READ_BYTES, record["bytes"] - start))
 
-    def delete(self, project: str, file_id: str) -> None:
-        """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it."""
+    def delete(self, project: str, file_id: str, *, is_retry: bool) -> None:
+        """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it.
+
+        Args:
+            project: The caller's project.
+            file_id: Id of the file.
+            is_retry: The client repeats a request whose answer it lost, so the file may have been deleted already.
+        """
+        records = files_of(self._store, project)
+        if is_retry and records.is_id(file_id) and records.get(file_id) is None:
+            return
         self.get(project, file_id)
         prefix = active_key(project)
         active = [item.key.removeprefix(prefix) for item in self._store.list(prefix)]
@@ -112,7 +124,7 @@ class Files:
                 raise invalid(
                     f"The file is used by the unfinished job {job['id']}. Cancel the job first.", "file_id"
                 )
-        record = files_of(self._store, project).remove(file_id)
+        record = records.remove(file_id)
         if record is not None:
             self._store.delete([content_key(project, record["content"])])
 
@@ -133,6 +145,18 @@ class Files:
             message=f"The file is larger than the limit of {self._limits.file_bytes:,} bytes.",
             param="file",
         )
+
+
+def delete_orphans(store: S3Store) -> None:
+    """Delete contents without a record, which killed uploads and deletions have left."""
+    contents: dict[str, list[str]] = {}
+    for item in store.list("content/"):
+        contents.setdefault(item.key.split("/")[1], []).append(item.key)
+    for project, keys in contents.items():
+        found = files_of(store, project).slice(after=None, limit=sys.maxsize)
+        known = {content_key(project, record["content"]) for record in found.records} if found else set()
+        orphans = [key for key in keys if key not in known]
+        store.delete([key for key in orphans if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
 
 
 def file_body(record: Record) -> dict[str, Any]:

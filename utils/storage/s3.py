@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
 from itertools import chain
@@ -80,13 +80,18 @@ class S3Store(Store):
         self.uri = join_uri(f"s3://{self.bucket}", self.prefix)
         self._start = f"{self.prefix}/" if self.prefix else ""  # prefix of every key in the bucket
         self._retry_policy = retry_policy
-        self._made_client: Any = None
-        self._making_client = Lock()
+        self._connection = _Connection()
 
     @property
     def identity(self) -> str:
         """See Store. The identity of the embedded bucket does not change when it restarts on another port."""
         return str(state_directory()) if self.bucket == EMBEDDED_BUCKET else self._client().meta.endpoint_url
+
+    def below(self, key: str) -> "S3Store":
+        """Return the store of a prefix in this store; both use the same client."""
+        store = S3Store(self.uri_of(key), self._retry_policy)
+        store._connection = self._connection
+        return store
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """See Store."""
@@ -470,10 +475,11 @@ class S3Store(Store):
     # --- Requests ------------------------------------------------------------------------------------------------
 
     def _client(self) -> Any:
-        with self._making_client:
-            if self._made_client is None:
-                self._made_client = self._make_client()
-            return self._made_client
+        connection = self._connection
+        with connection.lock:
+            if connection.client is None:
+                connection.client = self._make_client()
+            return connection.client
 
     def _make_client(self) -> Any:
         # botocore is slow to import: only users of a bucket should pay for it.
@@ -537,9 +543,9 @@ class S3Store(Store):
                 raise _RejectedError(error, repeated=attempts.failed > 0) from error
             raise error
         if isinstance(error, ClientError) and error_code(error) in EXPIRED:
-            with self._making_client:
-                if self._made_client is client:  # another thread may have replaced it already
-                    self._made_client = None
+            with self._connection.lock:
+                if self._connection.client is client:  # another thread may have replaced it already
+                    self._connection.client = None
         attempts.wait()
 
     @contextmanager
@@ -566,6 +572,14 @@ class S3Store(Store):
                     f"{where}: cannot read the token file {_TOKEN_VARIABLE} ({error})"
                 ) from error
             raise explain_os_error(error, action, self.uri_of(key)) from error
+
+
+@dataclass
+class _Connection:
+    """The client that stores of one bucket share; None until the first request and after expired credentials."""
+
+    client: Any = None
+    lock: Lock = field(default_factory=Lock)
 
 
 class _Attempts:
