@@ -25,7 +25,7 @@ from runs.reading import read_result
 from service.config import load_service
 from service.keys import create_key
 from service.layout import run_uri
-from tests.support.jobs import PROJECT, error_of, run_main
+from tests.support.jobs import PROJECT, environment, error_of, run_main
 from tests.support.ray_cluster import ray_cluster
 from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
 from tests.support.service import Api, write_service
@@ -151,6 +151,45 @@ def test_openai_client_fine_tunes_on_an_existing_cluster(tmp_path: Path, bucket_
     with ray_cluster(3) as cluster, served(config, variables=cluster.variables) as service:
         assert service.key
         check(run_client(service.base_url, service.key, str(rows), "tiny"), "tiny")
+
+
+OTHER_APPLICATION = """
+import sys
+import ray
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Other:
+    def answer(self):
+        return "still here"
+
+ray.init(log_to_driver=False)
+if sys.argv[1] == "start":
+    serve.start(proxy_location="Disabled")
+    serve.run(Other.bind(), name="other", route_prefix="/other")
+print(sorted(serve.status().applications), serve.get_app_handle("other").answer.remote().result())
+"""
+
+
+@pytest.mark.slow
+def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+
+    def other(action: str) -> str:
+        command = [sys.executable, "-c", OTHER_APPLICATION, action]
+        variables = environment() | cluster.variables
+        done = subprocess.run(
+            command, env=variables, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return done.stdout.splitlines()[-1]
+
+    with ray_cluster(3) as cluster:
+        assert other("start") == "['other'] still here"
+        with served(config, variables=cluster.variables) as service:
+            assert other("ask") == "['fine-tuning', 'other'] still here"
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(120) == 128 + signal.SIGTERM
+        assert other("ask") == "['other'] still here"
 
 
 @pytest.mark.slow
