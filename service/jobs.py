@@ -11,7 +11,7 @@ from pydantic import Field
 
 from service.config import LoadedService
 from service.errors import ApiError, invalid, not_found
-from service.job_config import JobConfigError, resolve_hyperparameters, training_config
+from service.job_config import JobConfigError, check_settings, resolve_hyperparameters
 from service.keys import Caller
 from service.layout import FILE_PREFIX, active_key, files_of, jobs_of
 from service.models import Models
@@ -76,10 +76,10 @@ class MethodBody(RequestBody):
 
 
 class WandbBody(RequestBody):
-    """Settings of Weights & Biases."""
+    """Settings of Weights & Biases, with its own limits: a run that it rejects would fail after it was accepted."""
 
-    project: Annotated[str, Field(min_length=1, max_length=200)]
-    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")]
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     entity: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)] | None = (
         None
@@ -161,10 +161,8 @@ class Jobs:
             "marks": [],
         }
 
-        paths: dict[str, str | None] = {"train": "s3://files/train", "storage": "s3://runs", "publish": None}
-        paths["valid"] = "s3://files/valid" if body.validation_file else None
         try:
-            training_config({"id": "ftjob-new", **record}, base, paths)
+            check_settings(record, base)
         except JobConfigError as error:
             raise invalid(f"The job's settings are not valid: {error}", _param_of(error)) from error
 

@@ -177,6 +177,7 @@ def test_job_reports_resolved_hyperparameters(apis: list[Api]):
         ({"metadata": {"a": 1}}, 400, "metadata.a"),
         ({"unknown": 1}, 400, "unknown"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, 400, "integrations"),
+        ({"hyperparameters": {"learning_rate_multiplier": 5e-324}}, 400, "hyperparameters"),
     ],
 )
 def test_wrong_job_is_rejected_with_its_parameter(
@@ -186,6 +187,32 @@ def test_wrong_job_is_rejected_with_its_parameter(
     body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]} | changes
     error = apis[0].post("/v1/fine_tuning/jobs", body, status)["error"]
     assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("wandb", "param"),
+    [
+        ({"project": "p" * 128, "name": "n" * 128, "tags": ["t" * 64] * 16}, None),
+        ({"project": "p" * 129}, "project"),
+        ({"project": "a/b"}, "project"),
+        ({"project": "p", "name": "n" * 129}, "name"),
+        ({"project": "p", "name": ""}, "name"),
+        ({"project": "p", "tags": ["t"] * 17}, "tags"),
+        ({"project": "p", "tags": ["t" * 65]}, "tags.0"),
+        ({"project": "p", "tags": [""]}, "tags.0"),
+    ],
+)
+def test_wandb_settings_have_the_limits_of_wandb(
+    apis: list[Api], monkeypatch: pytest.MonkeyPatch, wandb: dict[str, Any], param: str | None
+):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]}
+    body |= {"integrations": [{"type": "wandb", "wandb": wandb}]}
+    answer = apis[0].post("/v1/fine_tuning/jobs", body, 400 if param else 200)
+    if param:
+        assert answer["error"]["param"] == f"integrations.0.wandb.{param}"
+    else:
+        assert answer["integrations"][0]["wandb"]["name"] == "n" * 128
 
 
 def test_repeated_create_is_one_job(apis: list[Api], store: S3Store):

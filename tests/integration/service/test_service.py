@@ -200,7 +200,8 @@ def test_dry_run_checks_bucket_models_and_memory(tmp_path: Path, bucket_uri: str
     )
     assert checked.exit_code == 0, checked.errors
     assert f"storage_path: {bucket_uri} is writable" in checked.output
-    assert "models.tiny" in checked.output
+    assert "models.tiny: supervised: " in checked.output
+    assert "models.tiny: dpo: " in checked.output
     assert "per device" in checked.output
     assert S3Store(bucket_uri).list() == []
     missing = run_main(
