@@ -69,6 +69,15 @@ def check(received: dict[str, Any], model: str) -> None:
     assert job["fine_tuned_model"].startswith(f"ft:{model}:default:first:")
     assert received["models"] == [model, job["fine_tuned_model"]]
     assert received["retrieved"] == [job["fine_tuned_model"], newest["fine_tuned_model_checkpoint"]]
+    base, tuned, step = received["chats"]
+    assert base["logprobs"] != tuned["logprobs"]
+    tuned_id, step_id = received["retrieved"]
+    for chat, asked in ((base, model), (tuned, tuned_id), (step, step_id)):
+        assert chat["models"] == [asked]
+        assert chat["streamed"] == chat["text"]
+        assert chat["streamed_usage"] == chat["usage"]
+        assert chat["usage"]["completion_tokens"] == len(chat["logprobs"]) <= 8
+        assert chat["finish_reason"] in ("stop", "length")
     assert received["deleted"]
     assert received["models_after"] == [model]
     assert set(received["files_after"]) == {received["file"], job["result_files"][0]}
