@@ -276,7 +276,7 @@ class Scheduler:
             paths: dict[str, str | None] = {
                 "train": self._content_uri(project, job["training_file"]),
                 "storage": runs_uri(self._store, project),
-                "publish": join_uri(publish, job["id"]) if publish else None,
+                "publish": join_uri(publish, job["base"], job["id"]) if publish else None,
             }
             paths["valid"] = (
                 self._content_uri(project, job["validation_file"]) if job["validation_file"] else None

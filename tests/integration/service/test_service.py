@@ -94,7 +94,8 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
         received = run_client(service.base_url, service.key, str(rows), "tiny")
         check(received, "tiny")
         assert {
-            f"{received['job']['id']}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")
+            f"tiny/{received['job']['id']}/{name}"
+            for name in ("adapter_config.json", "adapter_model.safetensors")
         } <= {item.key for item in S3Store(published).list()}
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
