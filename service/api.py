@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from service.chat import chat_router
 from service.config import LoadedService
-from service.errors import ApiError, invalid, storage_error
+from service.errors import ApiError, invalid, server_error, storage_error
 from service.files import Files
 from service.jobs import Jobs
 from service.keys import Keyring
@@ -90,7 +90,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return answer_error(storage_error())
 
     async def other_error(request: Request, error: Exception) -> Any:
-        return answer_error(ApiError(status=500, message="The server had an error.", type="server_error"))
+        return answer_error(server_error())
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(Exception, other_error)

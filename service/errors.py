@@ -51,6 +51,11 @@ def storage_error() -> ApiError:
     )
 
 
+def server_error() -> ApiError:
+    """Return the error for a request that an unexpected error ended."""
+    return ApiError(status=500, message="The server had an error.", type="server_error")
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the error for a request with a wrong value."""
     return ApiError(status=400, message=message, param=param, code=code)

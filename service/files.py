@@ -234,7 +234,8 @@ class _Upload:
             while len(self._rest) >= UPLOAD_PART_BYTES:
                 if len(running) == _PARTS_AT_A_TIME:
                     await running.popleft()
-                part = bytes(self._rest[:UPLOAD_PART_BYTES])
+                with memoryview(self._rest) as view:  # a slice would copy the part twice
+                    part = bytes(view[:UPLOAD_PART_BYTES])
                 del self._rest[:UPLOAD_PART_BYTES]
                 running.append(asyncio.create_task(_in_upload_thread(upload.put, number, part)))
                 number += 1

@@ -12,7 +12,7 @@ import anyio.to_thread
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ApiError, error_body, storage_error
+from service.errors import ApiError, error_body, server_error, storage_error
 from service.keys import Caller, Keyring
 from service.metrics import Metrics
 from utils.storage.bucket import BucketError
@@ -89,6 +89,10 @@ class Gate:
             except BucketError as error:
                 _log.error("the bucket does not answer: %s", error)
                 await answer_error(storage_error())(scope, receive, send)
+                return
+            except Exception:  # noqa: BLE001
+                _log.exception("the key of a request cannot be read")
+                await answer_error(server_error())(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)

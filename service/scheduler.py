@@ -142,8 +142,8 @@ class Scheduler:
             check_lease(lease_store, lease)
             self.round()
             if time.monotonic() > self._memory.next_sweep:
-                delete_orphans(self._store)
                 self._memory.next_sweep = time.monotonic() + _SWEEP_SECONDS
+                delete_orphans(self._store)
             self._stop.wait(TICK_SECONDS)
 
     def round(self) -> None:
@@ -427,7 +427,8 @@ class Scheduler:
         """Write the marker of an ended job's model, and delete the marker of the job."""
         if model := job["fine_tuned_model"]:
             marker = model_key(project, model, job["created_at"])
-            self._store.write(marker, b"")
+            if not job["model_deleted"]:
+                self._store.write(marker, b"")
             # A request may have deleted the model after the job was read here.
             again = jobs_of(self._store, project).get(job["id"])
             if again is None or again["model_deleted"]:

@@ -15,7 +15,7 @@ from service import files, scheduler
 from service.api import create_app
 from service.config import LoadedService, load_service
 from service.jobs import with_mark
-from service.layout import active_key, content_key, files_of, jobs_of, run_store
+from service.layout import active_key, content_key, files_of, jobs_of, model_key, run_store
 from service.records import Record
 from service.scheduler import Scheduler
 from tests.support.served import free_port
@@ -104,6 +104,9 @@ def test_model_is_listed_exactly_while_it_can_be_retrieved(
         scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
     assert store.list(active_key("red")) == []
     red.delete(f"/v1/models/{model}")
+    # A scheduler may have been killed before it saw the deletion.
+    marker = model_key("red", model, job_of(store, job_id)["created_at"])
+    store.write(marker, b"")
     scheduling._retire("red", job_of(store, job_id))
     assert models(red) == ["tiny"]
 
@@ -245,6 +248,12 @@ def test_bucket_that_does_not_answer_is_503(tmp_path: Path, monkeypatch: pytest.
     assert answer.headers["retry-after"]
     assert answer.headers["x-request-id"]
     assert time.monotonic() - began < 30
+
+
+def test_damaged_record_of_a_key_has_an_error_object(red: Api, store: S3Store):
+    (key,) = store.list("keys/")
+    store.write(key.key, b"{")
+    assert red.get("/v1/models", 500)["error"]["type"] == "server_error"
 
 
 def test_all_stores_of_a_service_use_one_client(store: S3Store):
