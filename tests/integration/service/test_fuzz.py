@@ -49,6 +49,7 @@ def odd_value(chance: random.Random, depth: int = 0) -> Any:
         "auto",
         "../" * chance.randrange(1, 9),
         "\x00",
+        "\ud800",
         "a" * chance.choice([10, 1000, 100_000]),
         "".join(chance.choices(string.printable + "äß漢🙂\u202e", k=12)),
     ]
@@ -229,7 +230,7 @@ def odd_chat(chance: random.Random) -> bytes:
         body[name] = options[name] if chance.random() < 0.6 else odd_value(chance)
     if chance.random() < 0.2:
         body[chance.choice(["model", "messages", "max_completion_tokens", "x"])] = odd_value(chance)
-    text = json.dumps(body).encode()
+    text = json.dumps(body if chance.random() < 0.95 else odd_value(chance)).encode()
     return text if chance.random() < 0.95 else text[: chance.randrange(len(text))]
 
 
