@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from service.chat import chat_router
 from service.config import LoadedService
-from service.errors import ApiError, invalid
+from service.errors import ApiError, invalid, server_error, storage_error
 from service.files import Files
 from service.jobs import Jobs
 from service.keys import Keyring
@@ -36,7 +36,7 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
         service: The service YAML.
         handles: Base model -> handle of its engine.
     """
-    store = S3Store(service.config.storage_path)
+    store, checks = S3Store(service.config.storage_path), S3Store(service.config.storage_path, CHECK)
     limits = service.config.limits
     models = Models(store, service, int(time.time()))
     metrics = Metrics(store)
@@ -53,14 +53,15 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        await run_in_threadpool(S3Store(service.config.storage_path, CHECK).first, "keys/")
+        await run_in_threadpool(checks.first, "keys/")
         return Response("ok\n", media_type="text/plain")
 
     @app.get("/metrics")
     def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    return Gate(app, Keyring(store), RequestRates(limits.requests_per_minute), metrics)
+    # A request waits for its key before anything else: an error is better than a wait of minutes.
+    return Gate(app, Keyring(checks), RequestRates(limits.requests_per_minute), metrics)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -86,17 +87,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def bucket_error(request: Request, error: Exception) -> Any:
         _log.error("the bucket does not answer: %s", error)
-        return answer_error(
-            ApiError(
-                status=503,
-                message="The storage does not answer.",
-                type="server_error",
-                headers={"Retry-After": "5"},
-            )
-        )
+        return answer_error(storage_error())
 
     async def other_error(request: Request, error: Exception) -> Any:
-        return answer_error(ApiError(status=500, message="The server had an error.", type="server_error"))
+        return answer_error(server_error())
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(Exception, other_error)

@@ -121,9 +121,14 @@ def chat_router(resolve: Callable[[str, Request], ServedModel], handles: Mapping
 
     @router.post("/v1/chat/completions")
     async def create(request: Request) -> Response:
-        body = _read_body(await _json_of(request))
-        model = await run_in_threadpool(resolve, body.model, request)
-        asked = _chat_request(body, model)
+        content = await _content_of(request)
+
+        def read() -> tuple[_Body, ChatRequest]:
+            body = _read_body(_parsed(content))
+            return body, _chat_request(body, resolve(body.model, request))
+
+        body, asked = await run_in_threadpool(read)
+        model = asked.model
         events = _events(handles[model.base], asked)
         try:
             first = await anext(events)
@@ -150,7 +155,7 @@ def chat_router(resolve: Callable[[str, Request], ServedModel], handles: Mapping
 # --- Requests ---
 
 
-async def _json_of(request: Request) -> Any:
+async def _content_of(request: Request) -> bytearray:
     content = bytearray()
     async for part in request.stream():
         content += part
@@ -159,6 +164,10 @@ async def _json_of(request: Request) -> Any:
                 status=413,
                 message=f"The request body exceeds {MAX_BODY_BYTES:,} bytes. Shorten the messages.",
             )
+    return content
+
+
+def _parsed(content: bytearray) -> Any:
     try:
         parsed = json.loads(content, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:

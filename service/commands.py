@@ -208,6 +208,7 @@ class _Run:
             self._write("starting Ray and the service")
             import ray
             from ray import serve
+            from ray.serve.schema import ServeStatus
 
             from service.app import APP_NAME, build
 
@@ -215,13 +216,16 @@ class _Run:
             received = record_signals(then=self._stop.set)
             try:
                 is_local = self._target.is_local
+                was_running = serve.status() != ServeStatus()
                 location: Any = "Disabled" if is_local else "EveryNode"
                 serve.start(proxy_location=location, http_options={"host": config.host, "port": config.port})
                 serve.run(build(self._service, behind_proxies=not is_local), name=APP_NAME, route_prefix="/")
                 self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
                 self._stop.wait()
                 self._write("stopping: running jobs commit a checkpoint; the same command continues them")
-                serve.shutdown()
+                serve.delete(APP_NAME)
+                if not was_running and not serve.status().applications:
+                    serve.shutdown()
                 _stop_drivers(received)
             finally:
                 ray.shutdown()

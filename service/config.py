@@ -109,8 +109,8 @@ class ServiceConfig(Section):
     """Name of the base model -> its settings. Requests name models by this name."""
 
     publish_path: Annotated[StorageUri, AfterValidator(_in_s3)] | None = None
-    """Bucket prefix to which the adapter of each job is exported, in a folder with the job's id: what Ray Serve LLM expects at
-    its `dynamic_lora_loading_path`; null: do not export."""
+    """Bucket prefix to which the adapter of each job is exported, in the folder `BASE/JOB`. So `publish_path/BASE` is what Ray
+    Serve LLM expects as the `dynamic_lora_loading_path` of this base model; null: do not export."""
 
     host: Text = "127.0.0.1"
     """Address to listen on."""

@@ -3,12 +3,13 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from configs.loading import LoadedConfig, load_config, to_yaml
 from service.config import LoadedService
-from service.job_config import resolve_hyperparameters, training_config
+from service.job_config import JobConfigError, check_settings, resolve_hyperparameters, training_config
 from training.planning.endpoints import ClusterTarget, set_ray_environment
 from training.planning.planner import make_plan
 from training.planning.report import PlanReport
@@ -32,34 +33,53 @@ def check_service(service: LoadedService, target: ClusterTarget, console: Consol
     lines = [f"storage_path: {service.config.storage_path} is writable"]
     with tempfile.TemporaryDirectory(prefix="anneal-") as directory:
         for name, base in service.bases.items():
-            try:
-                report = _plan(name, service, base, target, Path(directory))
-            except AnnealError as error:
-                raise DryRunError(f"models.{name}: {error}") from error
-            size = f"{report.parameters:,} parameters, {report.trainable_parameters:,} trainable"
-            lines.append(f"models.{name}: {report.model} ({size}), {_memory(report)}")
-            lines += [f"warning: models.{name}: {warning}" for warning in report.warnings]
+            for method in ("supervised", "dpo"):
+                lines += _lines_of(name, method, service, base, target, Path(directory))
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _plan(
-    name: str, service: LoadedService, base: LoadedConfig, target: ClusterTarget, directory: Path
-) -> PlanReport:
-    """Plan a job of short rows: one step."""
+def _lines_of(
+    name: str,
+    method: str,
+    service: LoadedService,
+    base: LoadedConfig,
+    target: ClusterTarget,
+    directory: Path,
+) -> list[str]:
+    """Return what jobs of one method need, or why this base model has none."""
     settings = service.config.models[name]
-    hyperparameters = resolve_hyperparameters("supervised", {}, settings, base.config)
     job = {
         "id": "dry-run",
         "seed": 0,
-        "method": "supervised",
-        "hyperparameters": hyperparameters,
+        "method": method,
+        "hyperparameters": resolve_hyperparameters(method, {}, settings, base.config),
+        "validation_file": "valid.jsonl",
         "parent_checkpoint": None,
         "integrations": None,
     }
+    if method == "dpo":
+        try:
+            check_settings(job, base.config)
+        except JobConfigError as error:
+            return [f"models.{name}: dpo jobs are rejected: {error}"]
+    try:
+        report = _plan(job, base, target, directory)
+    except AnnealError as error:
+        raise DryRunError(f"models.{name}: {error}") from error
+    size = f"{report.parameters:,} parameters, {report.trainable_parameters:,} trainable"
+    return [
+        f"models.{name}: {method}: {report.model} ({size}), {_memory(report)}",
+        *(f"warning: models.{name}: {method}: {warning}" for warning in report.warnings),
+    ]
+
+
+def _plan(job: dict[str, Any], base: LoadedConfig, target: ClusterTarget, directory: Path) -> PlanReport:
+    """Plan a job of short rows: one step."""
+    count, row = job["hyperparameters"]["batch_size"], _pair if job["method"] == "dpo" else _chat
     rows, valid = directory / "rows.jsonl", directory / "valid.jsonl"
-    rows.write_text("".join(_chat(number) for number in range(hyperparameters["batch_size"])), "utf-8")
-    valid.write_text(_chat(hyperparameters["batch_size"]), "utf-8")
+    rows.write_text("".join(row(number) for number in range(count)), "utf-8")
+    valid.write_text(row(count), "utf-8")
     paths = {"train": str(rows), "valid": str(valid), "storage": str(directory / "runs"), "publish": None}
     yaml = directory / "job.yaml"
     yaml.write_text(to_yaml(training_config(job, base.config, paths)), "utf-8")
@@ -74,6 +94,16 @@ def _chat(number: int) -> str:
         {"role": "assistant", "content": "A number."},
     ]
     return json.dumps({"messages": messages}) + "\n"
+
+
+def _pair(number: int) -> str:
+    """Return a short row of preferences."""
+    answers = {
+        name: [{"role": "assistant", "content": text}]
+        for name, text in (("preferred_output", "A number."), ("non_preferred_output", "No."))
+    }
+    question = {"messages": [{"role": "user", "content": f"What is {number}?"}]}
+    return json.dumps({"input": question, **answers}) + "\n"
 
 
 def _memory(report: PlanReport) -> str:

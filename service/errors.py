@@ -41,6 +41,21 @@ def not_found(kind: str, identifier: str, param: str = "id") -> ApiError:
     )
 
 
+def storage_error() -> ApiError:
+    """Return the error for a request during which the bucket did not answer."""
+    return ApiError(
+        status=503,
+        message="The storage does not answer.",
+        type="server_error",
+        headers={"Retry-After": "5"},
+    )
+
+
+def server_error() -> ApiError:
+    """Return the error for a request that an unexpected error ended."""
+    return ApiError(status=500, message="The server had an error.", type="server_error")
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the error for a request with a wrong value."""
     return ApiError(status=400, message=message, param=param, code=code)

@@ -1,9 +1,11 @@
 """Files: records, content in the bucket, and uploads that are streamed."""
 
-import queue
+import asyncio
 import secrets
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,19 +22,21 @@ from service.keys import Caller
 from service.layout import active_key, content_key, files_of, jobs_of
 from service.records import Record, Slice
 from service.requests import PageQuery
-from utils.storage.s3 import S3Store
+from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store, StreamedUpload
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
-_BLOCK_BYTES = 1024 * 1024
-_QUEUED_BLOCKS = 8
+_PARTS_AT_A_TIME = 3
+_SILENCE_SECONDS = 60.0
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
 _READ_BYTES = 4 * 1024 * 1024
+_ORPHAN_SECONDS = 3600.0
+"""Age at which a content without a record is an orphan: much longer than a request waits for the bucket."""
 
 
 @cache
 def _upload_threads() -> anyio.CapacityLimiter:
-    """Return the limiter of upload threads: slow uploads must not take the threads that answer other requests."""
+    """Return the limiter of threads that write parts: a slow bucket must not take the threads that answer other requests."""
     return anyio.CapacityLimiter(64)
 
 
@@ -102,8 +106,17 @@ class Files:
         for start in range(0, record["bytes"], _READ_BYTES):
             yield self._store.read_range(key, start, min(_READ_BYTES, record["bytes"] - start))
 
-    def delete(self, project: str, file_id: str) -> None:
-        """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it."""
+    def delete(self, project: str, file_id: str, *, is_retry: bool) -> None:
+        """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it.
+
+        Args:
+            project: The caller's project.
+            file_id: Id of the file.
+            is_retry: The client repeats a request whose answer it lost, so the file may have been deleted already.
+        """
+        records = files_of(self._store, project)
+        if is_retry and records.is_id(file_id) and records.get(file_id) is None:
+            return
         self.get(project, file_id)
         prefix = active_key(project)
         active = [item.key.removeprefix(prefix) for item in self._store.list(prefix)]
@@ -112,7 +125,7 @@ class Files:
                 raise invalid(
                     f"The file is used by the unfinished job {job['id']}. Cancel the job first.", "file_id"
                 )
-        record = files_of(self._store, project).remove(file_id)
+        record = records.remove(file_id)
         if record is not None:
             self._store.delete([content_key(project, record["content"])])
 
@@ -133,6 +146,22 @@ class Files:
             message=f"The file is larger than the limit of {self._limits.file_bytes:,} bytes.",
             param="file",
         )
+
+
+def delete_orphans(store: S3Store) -> None:
+    """Delete contents without a record, which killed uploads and deletions have left."""
+    contents: dict[str, list[str]] = {}
+    for item in store.list("content/"):
+        contents.setdefault(item.key.split("/")[1], []).append(item.key)
+    for project, keys in contents.items():
+        found = files_of(store, project).slice(after=None, limit=sys.maxsize)
+        known = {content_key(project, record["content"]) for record in found.records} if found else set()
+        orphans = [key for key in keys if key not in known]
+        store.delete([key for key in orphans if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
+
+
+async def _in_upload_thread(call: Callable[..., None], *arguments: Any) -> None:
+    await anyio.to_thread.run_sync(call, *arguments, limiter=_upload_threads())
 
 
 def file_body(record: Record) -> dict[str, Any]:
@@ -172,72 +201,65 @@ class _Upload:
         self._request, self._limit, self._too_large = request, limit, too_large
         self._part = _Part()
         self._parts = 0
-        self._has_file = self._is_complete = self._is_abandoned = False
-        self._block = bytearray()
-        self._blocks: queue.Queue[bytes | Exception | None] = queue.Queue(_QUEUED_BLOCKS)
+        self._has_file = self._is_complete = False
+        self._rest = bytearray()
+        """Content that is not uploaded yet."""
 
     async def stream_to(self, store: S3Store, key: str) -> "_Upload":
-        """Parse the form while another thread uploads the file; return this object with its fields and size."""
-        parser = self._parser()
-        failed: list[Exception] = []  # a task group would wrap an exception
-        end: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._store, store, key, failed)
-            try:
-                async for block in self._request.stream():
-                    if failed:
-                        break
-                    parser.write(block)
-                    if len(self._block) >= _BLOCK_BYTES:
-                        await self._send(bytes(self._block), failed)
-                        self._block.clear()
-                self._check_complete()
-                await self._send(bytes(self._block), failed)
-            except (ApiError, ClientDisconnect) as error:
-                end = error
-            except FormParserError as error:
-                end = invalid(f"The multipart form cannot be parsed: {str(error)[:200]}")
-            except UnicodeDecodeError:
-                end = invalid("The multipart form has a part whose name or value is not UTF-8 text.")
-            except BaseException:
-                self._is_abandoned = True
-                raise
-            await self._send(end, failed)
-        for error in [end, *failed]:
+        """Parse the form and upload the file part by part; return this object with its fields and size.
+
+        A thread is needed only while a part is written, so slow clients take none.
+        """
+        upload = store.streamed_upload(key)
+        running: deque[asyncio.Task[None]] = deque()
+        try:
+            await self._send_parts(upload, running)
+        except BaseException as error:
+            await asyncio.gather(*running, return_exceptions=True)
+            await _in_upload_thread(upload.abort)
+            if isinstance(error, FormParserError):
+                raise invalid(f"The multipart form cannot be parsed: {str(error)[:200]}") from error
+            if isinstance(error, UnicodeDecodeError):
+                message = "The multipart form has a part whose name or value is not UTF-8 text."
+                raise invalid(message) from error
             if isinstance(error, ClientDisconnect):
                 raise ApiError(status=499, message="The client closed the connection.") from error
-            if error is not None:
-                raise error
+            raise
         return self
 
-    async def _store(self, store: S3Store, key: str, failed: list[Exception]) -> None:
-        def blocks() -> Iterator[bytes]:
-            while (block := self._next_block()) is not None:
-                if isinstance(block, Exception):
-                    raise block
-                yield block
+    async def _send_parts(self, upload: StreamedUpload, running: deque[asyncio.Task[None]]) -> None:
+        parser, number = self._parser(), 0
+        async for block in self._blocks():
+            parser.write(block)
+            while len(self._rest) >= UPLOAD_PART_BYTES:
+                if len(running) == _PARTS_AT_A_TIME:
+                    await running.popleft()
+                with memoryview(self._rest) as view:  # a slice would copy the part twice
+                    part = bytes(view[:UPLOAD_PART_BYTES])
+                del self._rest[:UPLOAD_PART_BYTES]
+                running.append(asyncio.create_task(_in_upload_thread(upload.put, number, part)))
+                number += 1
+        self._check_complete()
+        while running:
+            await running.popleft()
+        await _in_upload_thread(upload.complete, bytes(self._rest))
 
-        try:
-            await anyio.to_thread.run_sync(store.upload_stream, blocks(), key, limiter=_upload_threads())
-        except Exception as error:  # noqa: BLE001
-            failed.append(error)
-
-    def _next_block(self) -> bytes | Exception | None:
+    async def _blocks(self) -> AsyncIterator[bytes]:
+        """Yield the body; raise an ApiError if the client is silent for too long."""
+        stream = self._request.stream()
         while True:
             try:
-                return self._blocks.get(timeout=1)
-            except queue.Empty:
-                if self._is_abandoned:
-                    raise ConnectionAbortedError("the request was cancelled") from None
-
-    async def _send(self, block: bytes | Exception | None, failed: list[Exception]) -> None:
-        """Hand a block to the uploading thread; wait while its queue is full."""
-        while not failed:
-            try:
-                self._blocks.put_nowait(block)
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    block = await anext(stream)
+            except StopAsyncIteration:
                 return
-            except queue.Full:
-                await anyio.sleep(0.005)
+            except TimeoutError as error:
+                raise ApiError(
+                    status=408,
+                    message=f"The client sent nothing for {_SILENCE_SECONDS:.0f} s. Upload the file again.",
+                    headers={"Connection": "close"},
+                ) from error
+            yield block
 
     def _check_complete(self) -> None:
         if not self._is_complete:
@@ -305,7 +327,7 @@ class _Upload:
         self.size += end - start
         if self.size > self._limit:
             raise self._too_large()
-        self._block += data[start:end]
+        self._rest += data[start:end]
 
     def _on_part_end(self) -> None:
         part = self._part

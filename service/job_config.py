@@ -72,21 +72,43 @@ def training_config(
         base: The base model's training YAML.
         paths: URIs: `train`, `valid` (or None), `storage`, and where to export the adapter, `publish` (or None).
     """
-    keys = base.model_dump(mode="json") | _DATA_KEYS
-    hyperparameters = job["hyperparameters"]
-    keys |= _batches(base, hyperparameters["batch_size"])
+    keys = _settings(job, base, validates=bool(paths["valid"]))
     keys |= {
         "train_path": paths["train"],
         "valid_path": paths["valid"],
         "storage_path": paths["storage"],
         "run_name": job["id"],
+    }
+    if paths["publish"]:
+        keys["export"] = {"merge": False, "to": paths["publish"]}
+    return _validated(keys)
+
+
+def check_settings(job: dict[str, Any], base: FinetuneConfig) -> None:
+    """Raise a JobConfigError if a job's settings do not make a valid training configuration, whatever its files are.
+
+    Args:
+        job: The job's record; it need not have an id yet.
+        base: The base model's training YAML.
+    """
+    validates = job["validation_file"] is not None
+    valid_path = (base.valid_path or base.train_path) if validates else None
+    _validated(_settings(job, base, validates=validates) | {"valid_path": valid_path})
+
+
+def _settings(job: dict[str, Any], base: FinetuneConfig, *, validates: bool) -> dict[str, Any]:
+    """Return the keys of a job's run, with the base's files and places."""
+    keys = base.model_dump(mode="json") | _DATA_KEYS
+    hyperparameters = job["hyperparameters"]
+    keys |= _batches(base, hyperparameters["batch_size"])
+    keys |= {
         "seed": job["seed"],
         "num_epochs": float(hyperparameters["n_epochs"]),
         "learning_rate": base.learning_rate * hyperparameters["learning_rate_multiplier"],
         "data_format": "messages",
         "num_checkpoints_to_keep": max(base.num_checkpoints_to_keep, CHECKPOINTS_OF_JOB),
     }
-    if not paths["valid"]:
+    if not validates:
         keys |= _WITHOUT_VALIDATION
     if job["method"] == "dpo":
         keys |= {
@@ -109,8 +131,10 @@ def training_config(
             "name": wandb.get("name"),
             "tags": wandb.get("tags") or [],
         }
-    if paths["publish"]:
-        keys["export"] = {"merge": False, "to": paths["publish"]}
+    return keys
+
+
+def _validated(keys: dict[str, Any]) -> FinetuneConfig:
     try:
         return FinetuneConfig.model_validate(keys)
     except ValidationError as error:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from service.config import LoadedService
 from service.errors import ApiError, invalid, not_found
-from service.job_config import JobConfigError, resolve_hyperparameters, training_config
+from service.job_config import JobConfigError, check_settings, resolve_hyperparameters
 from service.keys import Caller
 from service.layout import FILE_PREFIX, active_key, files_of, jobs_of
 from service.models import Models
@@ -23,7 +23,15 @@ VALIDATING, QUEUED, RUNNING, PAUSED = "validating_files", "queued", "running", "
 SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 UNFINISHED = (VALIDATING, QUEUED, RUNNING, PAUSED)
 _REPEAT_SECONDS, _RETRY_SECONDS = 5, 600
-_MAX_MESSAGES = 200
+_MAX_MESSAGES, _MAX_MARKS = 200, 200
+
+Action = Literal["cancel", "pause", "resume"]
+_ACTIONS: dict[Action, tuple[tuple[str, ...], str, str]] = {
+    "cancel": (UNFINISHED, CANCELLED, "The job was cancelled"),
+    "pause": ((VALIDATING, QUEUED, RUNNING), PAUSED, "The job was paused"),
+    "resume": ((PAUSED,), VALIDATING, "The job was resumed"),
+}
+"""Action -> statuses that allow it, the new status, and the event's message."""
 
 Auto = Literal["auto"]
 Suffix = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -68,10 +76,10 @@ class MethodBody(RequestBody):
 
 
 class WandbBody(RequestBody):
-    """Settings of Weights & Biases."""
+    """Settings of Weights & Biases, with its own limits: a run that it rejects would fail after it was accepted."""
 
-    project: Annotated[str, Field(min_length=1, max_length=200)]
-    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")]
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     entity: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)] | None = (
         None
@@ -153,21 +161,18 @@ class Jobs:
             "marks": [],
         }
 
-        paths: dict[str, str | None] = {"train": "s3://files/train", "storage": "s3://runs", "publish": None}
-        paths["valid"] = "s3://files/valid" if body.validation_file else None
         try:
-            training_config({"id": "ftjob-new", **record}, base, paths)
+            check_settings(record, base)
         except JobConfigError as error:
             raise invalid(f"The job's settings are not valid: {error}", _param_of(error)) from error
 
-        marked: set[str] = set()
+        marked: list[str] = []
 
         def make(identifier: str) -> Record:
-            if not marked:
-                self._check_unfinished(caller.project)
-            # The scheduler finds jobs by their markers, so the marker exists before the job does.
-            self._store.write(active_key(caller.project, identifier), b"")
-            marked.add(identifier)
+            # Another request has taken the place of the last id.
+            self._store.delete([active_key(caller.project, each) for each in marked])
+            marked[:] = [identifier]
+            self._mark_unfinished(caller.project, identifier)
             return {"id": identifier, **record}
 
         def is_the_same(other: Record) -> bool:
@@ -177,8 +182,7 @@ class Jobs:
         created = jobs_of(self._store, caller.project).append(make, is_the_same)
         # Between the marker and the record, a scheduler may have taken this request for dead.
         self._store.write(active_key(caller.project, created["id"]), b"")
-        # Ids that another request has taken the place of.
-        self._store.delete([active_key(caller.project, each) for each in marked - {created["id"]}])
+        self._store.delete([active_key(caller.project, each) for each in marked if each != created["id"]])
         return created
 
     def get(self, project: str, job_id: str) -> Record:
@@ -199,41 +203,40 @@ class Jobs:
             after=query.after, limit=query.limit, ascending=query.ascending, wanted=wanted
         )
 
-    def cancel(self, project: str, job_id: str) -> Record:
-        """Stop a job for good. Its committed checkpoints stay."""
-        return self._change(project, job_id, "cancel", UNFINISHED, CANCELLED, "The job was cancelled")
+    def change(self, project: str, job_id: str, action: Action, *, is_retry: bool) -> Record:
+        """Cancel, pause or resume a job, or return it if the same request has done so already.
 
-    def pause(self, project: str, job_id: str) -> Record:
-        """Stop a job after a checkpoint; `resume` continues it from there."""
-        allowed = (VALIDATING, QUEUED, RUNNING)
-        return self._change(project, job_id, "pause", allowed, PAUSED, "The job was paused")
+        A cancelled job keeps its committed checkpoints. A paused job stops after a checkpoint, and resumes from there.
 
-    def resume(self, project: str, job_id: str) -> Record:
-        """Queue a paused job again."""
-        return self._change(project, job_id, "resume", (PAUSED,), VALIDATING, "The job was resumed")
+        Args:
+            project: The caller's project.
+            job_id: Id of the job.
+            action: What to do.
+            is_retry: The client says that it repeats a request whose answer it lost.
+        """
+        allowed, status, message = _ACTIONS[action]
 
-    def _change(
-        self, project: str, job_id: str, action: str, allowed: tuple[str, ...], status: str, message: str
-    ) -> Record:
         def change(job: Record) -> Record | None:
+            if is_retry and _last_action(job) == message:
+                return None
             if job["status"] == status and action != "resume":
-                return None  # a repeated request
+                return None
             if job["status"] not in allowed:
                 raise invalid(
                     f"Cannot {action} job {job_id}: its status is '{job['status']}'.", code="invalid_status"
                 )
+            if action == "resume":
+                self._check_resumed(project, job_id)
+                # Earlier versions deleted the markers of paused jobs.
+                self._store.write(active_key(project, job_id), b"")
             finished = {"finished_at": int(time.time())} if status == CANCELLED else {}
             # After a validation, a resumed job does not need another.
             resumed = {"status": QUEUED if status == VALIDATING and job["needs"] else status}
             return with_message(job | finished | resumed, message)
 
-        self.get(project, job_id)
-        self._store.write(active_key(project, job_id), b"")
         record = jobs_of(self._store, project).update(job_id, change)
         if record is None:
             raise _no_job(job_id)
-        # The scheduler may have removed the marker of a paused job before it could see the new status.
-        self._store.write(active_key(project, job_id), b"")
         return record
 
     def _check_files(self, project: str, body: CreateJobBody) -> None:
@@ -248,16 +251,47 @@ class Jobs:
                     "file_not_found",
                 )
 
-    def _check_unfinished(self, project: str) -> None:
-        limit = self._service.config.limits.jobs
-        if len(self._store.list(active_key(project))) >= limit:
-            raise ApiError(
-                status=429,
-                message=f"The project has {limit} unfinished jobs, which is its limit. Wait until one has finished.",
-                type="rate_limit_error",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "60"},
-            )
+    def _mark_unfinished(self, project: str, job_id: str) -> None:
+        """Write the marker of a new job; raise an ApiError if earlier jobs use up the project's limit.
+
+        The scheduler finds jobs by their markers, so the marker exists before the job does. Requests of all replicas see each
+        other's markers, and ids sort by their time.
+        """
+        marker = active_key(project, job_id)
+        self._store.write(marker, b"")
+        if sum(item.key < marker for item in self._store.list(active_key(project))) >= self._limit:
+            self._store.delete([marker])
+            raise self._too_many_jobs()
+
+    def _check_resumed(self, project: str, job_id: str) -> None:
+        """Raise an ApiError if jobs that are not paused use up the project's limit."""
+        others = [item.key.rpartition("/")[2] for item in self._store.list(active_key(project))]
+        found = jobs_of(self._store, project).get_many([each for each in others if each != job_id])
+        if sum(job["status"] in (VALIDATING, QUEUED, RUNNING) for job in found.values()) >= self._limit:
+            raise self._too_many_jobs()
+
+    @property
+    def _limit(self) -> int:
+        return self._service.config.limits.jobs
+
+    def _too_many_jobs(self) -> ApiError:
+        return ApiError(
+            status=429,
+            message=f"The project has {self._limit} unfinished jobs, which is its limit. Wait until one has finished.",
+            type="rate_limit_error",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": "60"},
+        )
+
+
+def with_mark(job: Record, step: int) -> Record:
+    """Return a job with the time at which metrics up to a step became visible.
+
+    Of the older half of too many marks, every second one is removed: its steps get the time of the next one.
+    """
+    marks = [*job["marks"], [step, int(time.time())]]
+    half = len(marks) // 2
+    return job | {"marks": marks if len(marks) <= _MAX_MARKS else marks[:half][1::2] + marks[half:]}
 
 
 def with_message(job: Record, message: str, level: str = "info") -> Record:
@@ -291,6 +325,13 @@ def job_body(job: Record, project: str) -> dict[str, Any]:
         "metadata": job["metadata"],
         "method": {"type": job["method"], job["method"]: {"hyperparameters": job["hyperparameters"]}},
     }
+
+
+def _last_action(job: Record) -> str | None:
+    """Return the message of the last cancel, pause or resume within the time of retries."""
+    since, messages = time.time() - _RETRY_SECONDS, {message for _, _, message in _ACTIONS.values()}
+    asked = [text for at, _, text, _ in job["messages"] if text in messages and at >= since]
+    return asked[-1] if asked else None
 
 
 def _no_job(job_id: str) -> ApiError:

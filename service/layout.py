@@ -27,12 +27,12 @@ def content_key(project: str, name: str = "") -> str:
 
 
 def active_key(project: str, job_id: str = "") -> str:
-    """Return the key of the marker of a job that the scheduler has to act on."""
+    """Return the key of the marker of an unfinished job, which the scheduler has to act on."""
     return f"active/{project}/{job_id}"
 
 
 def active_jobs(store: S3Store) -> dict[str, list[str]]:
-    """Return project -> ids of the jobs that have a marker."""
+    """Return project -> ids of the jobs that have a marker: all unfinished ones, and some that have just ended."""
     found: dict[str, list[str]] = {}
     for item in store.list("active/"):
         _, project, job_id = item.key.split("/")
@@ -46,7 +46,7 @@ def config_key(project: str, job_id: str) -> str:
 
 
 def model_key(project: str, model_id: str, created_at: int) -> str:
-    """Return the key of the marker of a fine-tuned model; a listing of markers contains all that /v1/models answers."""
+    """Return the key of the marker of a fine-tuned model; it is written after the job has succeeded."""
     return f"models/{project}/{quote(model_id, safe='')}@{created_at}"
 
 
@@ -64,6 +64,11 @@ def runs_uri(store: S3Store, project: str) -> str:
 def run_uri(store: S3Store, project: str, job_id: str) -> str:
     """Return the URI of a job's run."""
     return store.uri_of(f"runs/{project}/{job_id}")
+
+
+def run_store(store: S3Store, project: str, job_id: str) -> S3Store:
+    """Return the store of a job's run."""
+    return store.below(f"runs/{project}/{job_id}")
 
 
 def metrics_key(project: str, job_id: str) -> str:

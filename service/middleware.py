@@ -12,15 +12,16 @@ import anyio.to_thread
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ApiError, error_body
+from service.errors import ApiError, error_body, server_error, storage_error
 from service.keys import Caller, Keyring
 from service.metrics import Metrics
+from utils.storage.bucket import BucketError
 
 _OPEN_PATHS = ("/healthz", "/metrics")
 _MAX_KEYS = 10_000
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 
-_log = logging.getLogger("service.access")
+_log, _access_log = logging.getLogger("service"), logging.getLogger("service.access")
 
 
 class RequestRates:
@@ -85,6 +86,14 @@ class Gate:
             except ApiError as error:
                 await answer_error(error)(scope, receive, send)
                 return
+            except BucketError as error:
+                _log.error("the bucket does not answer: %s", error)
+                await answer_error(storage_error())(scope, receive, send)
+                return
+            except Exception:  # noqa: BLE001
+                _log.exception("the key of a request cannot be read")
+                await answer_error(server_error())(scope, receive, send)
+                return
             scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
 
@@ -103,7 +112,7 @@ class Gate:
             "project": caller.project if caller else None,
             "key": caller.key_id if caller else None,
         }
-        _log.info(json.dumps(line))
+        _access_log.info(json.dumps(line))
 
 
 def answer_error(error: ApiError) -> Callable[[Scope, Receive, Send], Awaitable[Any]]:

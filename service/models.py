@@ -7,9 +7,8 @@ from typing import Any
 from runs.layout import MANIFEST_FILE, checkpoint_key, checkpoint_uri
 from service.config import LoadedService
 from service.errors import ApiError
-from service.layout import JOB_PREFIX, jobs_of, model_key, model_of_marker, run_uri
+from service.layout import JOB_PREFIX, active_key, jobs_of, model_key, model_of_marker, run_store
 from service.records import Record
-from utils.storage.bucket import open_store
 from utils.storage.s3 import S3Store
 
 _FINE_TUNED = re.compile(
@@ -55,8 +54,16 @@ class Models:
     def list(self, project: str) -> list[dict[str, Any]]:
         """Return the base models and the project's fine-tuned models as the API answers them."""
         bases = [_body(name, self._started_at, "system") for name in self._service.config.models]
-        markers = (model_of_marker(item.key) for item in self._store.list(f"models/{project}/"))
-        return [*bases, *(_body(model_id, created_at, project) for model_id, created_at in markers)]
+        # Markers are written after the status, so those of the newest models may be missing. These jobs are still active.
+        active = [item.key.rpartition("/")[2] for item in self._store.list(active_key(project))]
+        found = dict(model_of_marker(item.key) for item in self._store.list(f"models/{project}/"))
+        for job in jobs_of(self._store, project).get_many(active).values():
+            if job["fine_tuned_model"] and not job["model_deleted"]:
+                found[job["fine_tuned_model"]] = job["created_at"]
+        return [
+            *bases,
+            *(_body(model_id, created_at, project) for model_id, created_at in sorted(found.items())),
+        ]
 
     def get(self, model_id: str, project: str) -> dict[str, Any]:
         """Return a model as the API answers it; raise an ApiError if the project has no such model."""
@@ -65,8 +72,16 @@ class Models:
             return _body(model_id, self._started_at, "system")
         return _body(model_id, self._job_of(model_id, project)["created_at"], project)
 
-    def delete(self, model_id: str, project: str) -> None:
-        """Withdraw a fine-tuned model. The run with its checkpoints stays in the bucket."""
+    def delete(self, model_id: str, project: str, *, is_retry: bool) -> None:
+        """Withdraw a fine-tuned model. The run with its checkpoints stays in the bucket.
+
+        Args:
+            model_id: Id of the model.
+            project: The caller's project.
+            is_retry: The client repeats a request whose answer it lost, so the model may have been deleted already.
+        """
+        if is_retry and self._is_deleted(model_id, project):
+            return
         if self.resolve(model_id, project).checkpoint is None:
             raise ApiError(
                 status=403,
@@ -90,11 +105,16 @@ class Models:
             raise model_not_found(model_id)
         return job
 
+    def _is_deleted(self, model_id: str, project: str) -> bool:
+        match = _FINE_TUNED.fullmatch(model_id)
+        job = jobs_of(self._store, project).get(f"{JOB_PREFIX}{match['job']}") if match else None
+        return job is not None and job["model_deleted"] and fine_tuned_id(job, project) == model_id
+
     def _checkpoint(self, project: str, job: Record, step: int) -> str | None:
-        run = run_uri(self._store, project, job["id"])
-        if open_store(run).read_if_exists(checkpoint_key(step, MANIFEST_FILE)) is None:
+        run = run_store(self._store, project, job["id"])
+        if run.read_if_exists(checkpoint_key(step, MANIFEST_FILE)) is None:
             return None
-        return checkpoint_uri(run, step)
+        return checkpoint_uri(run.uri, step)
 
 
 def fine_tuned_id(job: Record, project: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 
 from runs.layout import MetricsLine
 from runs.reading import committed, parse_metrics
-from service.layout import JOB_PREFIX, metrics_key, run_uri
+from service.layout import JOB_PREFIX, metrics_key, run_store
 from service.models import fine_tuned_id
 from service.records import Record
-from utils.storage.bucket import NotFoundError, open_store
+from utils.storage.bucket import NotFoundError
 from utils.storage.s3 import S3Store
 
 _CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -77,7 +77,7 @@ class Progress:
                 "metrics": {"step": manifest.step, **steps.get(manifest.step, {})},
                 "step_number": manifest.step,
             }
-            for manifest in reversed(committed(open_store(run_uri(self._store, project, job["id"]))))
+            for manifest in reversed(committed(run_store(self._store, project, job["id"])))
         ]
 
     def metrics_csv(self, project: str, job: Record) -> bytes:

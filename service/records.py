@@ -56,6 +56,10 @@ class Records:
         number = self._page_of(identifier)
         return None if number is None else _find(self._read(number)[0], identifier)
 
+    def is_id(self, identifier: str) -> bool:
+        """Return whether a record may have this id, or may have had it."""
+        return self._page_of(identifier) is not None
+
     def get_many(self, identifiers: Sequence[str]) -> dict[str, Record]:
         """Return the records that exist, by id, with one request per page."""
         numbers = {number for each in identifiers if (number := self._page_of(each)) is not None}
@@ -163,10 +167,19 @@ class Records:
             page = self._store.read_if_exists(self._key(number))
             if page is None:
                 break
-            records = sorted(json.loads(page), key=lambda record: self._place_of(record["id"]))[::step]
+            # `insert` and `append` may give two records the same place, so the id decides between them.
+            records = sorted(json.loads(page), key=lambda record: self._order_of(record["id"]))[::step]
             if after is not None:
-                place, after = self._place_of(after), None
-                records = [each for each in records if (self._place_of(each["id"]) - place) * step > 0]
+                order, after = self._order_of(after), None
+                records = [
+                    each
+                    for each in records
+                    if (
+                        self._order_of(each["id"]) > order
+                        if ascending
+                        else self._order_of(each["id"]) < order
+                    )
+                ]
             found += [record for record in records if wanted(record)]
             if len(found) > limit:
                 break
@@ -195,6 +208,9 @@ class Records:
     def _place_of(self, identifier: str) -> int:
         match = self._id.fullmatch(identifier)
         return int(match[2], 16) if match else 0
+
+    def _order_of(self, identifier: str) -> tuple[int, str]:
+        return self._place_of(identifier), identifier
 
     def _page_of(self, identifier: str) -> int | None:
         match = self._id.fullmatch(identifier)

@@ -89,6 +89,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def is_retry(request: Request) -> bool:
+    """Return whether the client says that it repeats a request whose answer it lost."""
+    return request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+
+
 @dataclass(frozen=True)
 class PageQuery:
     """The position and length of a list."""

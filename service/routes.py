@@ -7,11 +7,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from service.files import Files, file_body
-from service.jobs import CreateJobBody, Jobs, job_body
+from service.jobs import Action, CreateJobBody, Jobs, job_body
 from service.keys import Caller
 from service.models import Models
 from service.progress import Progress
 from service.requests import (
+    is_retry,
     list_body,
     list_of,
     metadata_filter,
@@ -59,7 +60,7 @@ def file_router(files: Files) -> APIRouter:
 
     @router.delete("/{file_id}")
     def delete(request: Request, file_id: str) -> dict[str, Any]:
-        files.delete(caller_of(request).project, file_id)
+        files.delete(caller_of(request).project, file_id, is_retry=is_retry(request))
         return {"id": file_id, "object": "file", "deleted": True}
 
     return router
@@ -73,8 +74,7 @@ def job_router(jobs: Jobs, progress: Progress) -> APIRouter:
     async def create(request: Request) -> dict[str, Any]:
         caller = caller_of(request)
         body = parse_body(await read_body(request), CreateJobBody)
-        is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
-        created = await run_in_threadpool(jobs.create, caller, body, is_retry=is_retry)
+        created = await run_in_threadpool(jobs.create, caller, body, is_retry=is_retry(request))
         return job_body(created, caller.project)
 
     @router.get("")
@@ -90,18 +90,20 @@ def job_router(jobs: Jobs, progress: Progress) -> APIRouter:
 
     @router.post("/{job_id}/cancel")
     def cancel(request: Request, job_id: str) -> dict[str, Any]:
-        project = caller_of(request).project
-        return job_body(jobs.cancel(project, job_id), project)
+        return change(request, job_id, "cancel")
 
     @router.post("/{job_id}/pause")
     def pause(request: Request, job_id: str) -> dict[str, Any]:
-        project = caller_of(request).project
-        return job_body(jobs.pause(project, job_id), project)
+        return change(request, job_id, "pause")
 
     @router.post("/{job_id}/resume")
     def resume(request: Request, job_id: str) -> dict[str, Any]:
+        return change(request, job_id, "resume")
+
+    def change(request: Request, job_id: str, action: Action) -> dict[str, Any]:
         project = caller_of(request).project
-        return job_body(jobs.resume(project, job_id), project)
+        changed = jobs.change(project, job_id, action, is_retry=is_retry(request))
+        return job_body(changed, project)
 
     @router.get("/{job_id}/events")
     def events(request: Request, job_id: str) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def model_router(models: Models) -> APIRouter:
 
     @router.delete("/{model_id:path}")
     def delete(request: Request, model_id: str) -> dict[str, Any]:
-        models.delete(model_id, caller_of(request).project)
+        models.delete(model_id, caller_of(request).project, is_retry=is_retry(request))
         return {"id": model_id, "object": "model", "deleted": True}
 
     return router

@@ -7,6 +7,7 @@ continues. A lease in the bucket ensures that one at a time acts.
     queued            when the cluster has the resources: start the driver, then `running`
     running           without a driver: read the run's result, or start the driver again. It continues the same run.
     paused, cancelled with a driver: ask it to commit a checkpoint and exit
+    succeeded         add the model to the list of models
 """
 
 import logging
@@ -33,7 +34,7 @@ from service.drivers import (
     find_driver,
     start_driver,
 )
-from service.files import RESULTS_PURPOSE
+from service.files import RESULTS_PURPOSE, delete_orphans
 from service.job_config import JobConfigError, training_config
 from service.jobs import (
     FAILED,
@@ -41,8 +42,8 @@ from service.jobs import (
     QUEUED,
     RUNNING,
     SUCCEEDED,
-    UNFINISHED,
     VALIDATING,
+    with_mark,
     with_message,
 )
 from service.layout import (
@@ -53,7 +54,7 @@ from service.layout import (
     files_of,
     jobs_of,
     model_key,
-    run_uri,
+    run_store,
     runs_uri,
 )
 from service.models import fine_tuned_id
@@ -68,6 +69,7 @@ TICK_SECONDS = 1.0
 _DRIVER_ANSWERS_SECONDS = 30.0
 _ORPHAN_SECONDS = 120.0
 _METRICS_SECONDS = 3.0
+_SWEEP_SECONDS = 3600.0
 _MAX_ATTEMPTS = 8
 _LONGEST_DELAY_SECONDS = 60.0
 
@@ -96,6 +98,8 @@ class _Memory:
     orphans: dict[str, float] = field(default_factory=dict)
     """Marker without a job -> when it was first seen."""
     metrics_read: dict[str, float] = field(default_factory=dict)
+    next_sweep: float = 0.0
+    """When contents without a record are deleted next."""
 
 
 class Scheduler:
@@ -125,6 +129,8 @@ class Scheduler:
                 _log.info("waiting for the lease: %s", error)
             except BucketError as error:
                 _log.warning("the bucket does not answer: %s", error)
+            except Exception:  # noqa: BLE001
+                _log.exception("a round failed; the scheduler continues with the next one")
             self._stop.wait(TICK_SECONDS)
 
     def stop(self) -> None:
@@ -135,6 +141,9 @@ class Scheduler:
         while not self._stop.is_set():
             check_lease(lease_store, lease)
             self.round()
+            if time.monotonic() > self._memory.next_sweep:
+                self._memory.next_sweep = time.monotonic() + _SWEEP_SECONDS
+                delete_orphans(self._store)
             self._stop.wait(TICK_SECONDS)
 
     def round(self) -> None:
@@ -154,6 +163,9 @@ class Scheduler:
                 self._fail(project, job, "invalid_configuration", str(error))
             except (BucketError, ray.exceptions.RayError) as error:
                 _log.warning("job %s: %s", job["id"], error)
+            except Exception as error:  # noqa: BLE001
+                _log.exception("job %s", job["id"])
+                self._failed_attempt(project, job, f"the scheduler failed: {type(error).__name__}")
 
     def _active_jobs(self) -> list[tuple[str, Record]]:
         found = []
@@ -172,6 +184,8 @@ class Scheduler:
             del self._memory.orphans[marker]
 
     def _act(self, project: str, job: Record, driver: Any, free: "_FreeResources") -> None:
+        if job["status"] != VALIDATING and (check := self._memory.checks.pop(job["id"], None)) is not None:
+            ray.cancel(check)
         state = driver_state(driver, _DRIVER_ANSWERS_SECONDS) if driver is not None else None
         if driver is not None and state is not None and state.exit_code is None:
             self._follow(project, job, driver, state)
@@ -184,7 +198,7 @@ class Scheduler:
             self._check(project, job)
         elif job["status"] in (QUEUED, RUNNING):
             self._start(project, job, free)
-        else:
+        elif job["status"] != PAUSED:
             self._retire(project, job)
 
     def _follow(self, project: str, job: Record, driver: Any, state: DriverState) -> None:
@@ -205,8 +219,7 @@ class Scheduler:
         """Record when metrics up to a step became visible, so that events keep their times."""
         step = max(self._progress.steps(project, job["id"]), default=0)
         if step > (job["marks"][-1][0] if job["marks"] else 0):
-            mark = [step, int(time.time())]
-            self._update(project, job, (RUNNING,), lambda found: found | {"marks": [*found["marks"], mark]})
+            self._update(project, job, (RUNNING,), lambda found: with_mark(found, step))
 
     def _update(
         self, project: str, job: Record, statuses: tuple[str, ...], change: Callable[[Record], Record]
@@ -263,7 +276,7 @@ class Scheduler:
             paths: dict[str, str | None] = {
                 "train": self._content_uri(project, job["training_file"]),
                 "storage": runs_uri(self._store, project),
-                "publish": join_uri(publish, job["id"]) if publish else None,
+                "publish": join_uri(publish, job["base"], job["id"]) if publish else None,
             }
             paths["valid"] = (
                 self._content_uri(project, job["validation_file"]) if job["validation_file"] else None
@@ -323,7 +336,7 @@ class Scheduler:
 
     def _finish(self, project: str, job: Record, state: DriverState | None) -> bool:
         """End a job whose run has completed or failed; return whether it has."""
-        result = read_result(S3Store(run_uri(self._store, project, job["id"])))
+        result = read_result(run_store(self._store, project, job["id"]))
         if result is not None and result.status == "completed" and self._is_published(project, job):
             self._succeed(project, job, result)
             return True
@@ -345,7 +358,7 @@ class Scheduler:
         return export is None or S3Store(export["to"]).read_if_exists(EXPORT_FILE) is not None
 
     def _succeed(self, project: str, job: Record, result: RunResult) -> None:
-        """Write the result file and the model's marker, then the status. Each step may be repeated."""
+        """Write the result file, then the status. Each step may be repeated."""
         files, jobs = files_of(self._store, project), jobs_of(self._store, project)
         result_file = job["result_file"]
         if result_file is None:
@@ -367,7 +380,6 @@ class Scheduler:
         }
         files.insert({"id": result_file, "content": name, **record})
         model = fine_tuned_id(job, project)
-        self._store.write(model_key(project, model, job["created_at"]), b"")
         self._mark_progress(project, job)
         done = {
             "status": SUCCEEDED,
@@ -412,14 +424,18 @@ class Scheduler:
         )
 
     def _retire(self, project: str, job: Record) -> None:
-        """Delete the marker of a job that needs nothing more."""
+        """Write the marker of an ended job's model, and delete the marker of the job."""
+        if model := job["fine_tuned_model"]:
+            marker = model_key(project, model, job["created_at"])
+            if not job["model_deleted"]:
+                self._store.write(marker, b"")
+            # A request may have deleted the model after the job was read here.
+            again = jobs_of(self._store, project).get(job["id"])
+            if again is None or again["model_deleted"]:
+                self._store.delete([marker])
         self._store.delete([active_key(project, job["id"])])
         self._memory.attempts.pop(job["id"], None)
-        self._memory.checks.pop(job["id"], None)
-        # A request may have resumed the job after it was read here.
-        again = jobs_of(self._store, project).get(job["id"])
-        if again and again["status"] in UNFINISHED and again["status"] != PAUSED:
-            self._store.write(active_key(project, job["id"]), b"")
+        self._memory.metrics_read.pop(job["id"], None)
 
 
 class _FreeResources:

@@ -115,7 +115,7 @@ class TransformersEngine:
         try:
             uri = request.model.checkpoint
             checkpoint = self._base if uri is None else await self._checkpoints.get(uri)
-            prompt = checkpoint.format.encode(request)
+            prompt = await asyncio.to_thread(checkpoint.format.encode, request)
             async with aclosing(self._generate(request, checkpoint, prompt)) as events:
                 async for event in events:
                     yield event

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -54,6 +55,7 @@ def main(base_url: str, rows: str, model: str) -> None:
     models = [each.id for each in client.models.list()]
     retrieved = client.models.retrieve(str(job.fine_tuned_model)).id
     step = client.models.retrieve(checkpoints[0].fine_tuned_model_checkpoint).id
+    chats = [chat(client, named) for named in (model, str(job.fine_tuned_model), step)]
     deleted = client.models.delete(str(job.fine_tuned_model)).deleted
     client.files.delete(bad.id)
     received = {
@@ -73,11 +75,38 @@ def main(base_url: str, rows: str, model: str) -> None:
         "unknown": unknown,
         "models": models,
         "retrieved": [retrieved, step],
+        "chats": chats,
         "deleted": deleted,
         "models_after": [each.id for each in client.models.list()],
         "files_after": [each.id for each in client.files.list()],
     }
     print(json.dumps(received))
+
+
+def chat(client: openai.OpenAI, model: str) -> dict[str, Any]:
+    """Ask a model once for a complete answer and once for a stream."""
+
+    def ask(**how: Any) -> Any:
+        return client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Ada has 3 apples and buys 4. How many?"}],
+            max_completion_tokens=8,
+            temperature=0,
+            **how,
+        )
+
+    answer = ask(logprobs=True)
+    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
+    (choice,) = answer.choices
+    return {
+        "models": sorted({answer.model, *(chunk.model for chunk in chunks)}),
+        "text": choice.message.content,
+        "finish_reason": choice.finish_reason,
+        "logprobs": [token.logprob for token in choice.logprobs.content],
+        "usage": answer.usage.model_dump(),
+        "streamed": "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices),
+        "streamed_usage": chunks[-1].usage.model_dump(),
+    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,23 @@ def rows(*chats: Any) -> bytes:
 
 
 @contextmanager
-def running_api(service: LoadedService, projects: Sequence[str] = ("red",)) -> Iterator[list[Api]]:
-    """Serve the API within the block; yield a client of each project."""
+def running_api(
+    service: LoadedService, projects: Sequence[str] = ("red",), handles: Mapping[str, Any] | None = None
+) -> Iterator[list[Api]]:
+    """Serve the API within the block; yield a client of each project.
+
+    Args:
+        service: The service YAML.
+        projects: Names of the projects.
+        handles: Base model -> handle of its engine; None: no engines.
+    """
     store = S3Store(service.config.storage_path)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()  # a request before the server runs waits
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(
-            create_app(service, {}), log_config=None, access_log=False, timeout_graceful_shutdown=1
+            create_app(service, handles or {}), log_config=None, access_log=False, timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)

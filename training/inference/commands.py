@@ -15,11 +15,11 @@ from rich.console import Console
 from configs.loading import ConfigError
 from configs.schema import Column, ExportConfig
 from runs.commands import A_RUN
-from runs.layout import Export
+from runs.layout import Export, run_of
 from runs.listing import run_uri
 from utils.arguments import add_json_option, positive
 from utils.console import library_output_in, open_consoles
-from utils.storage.bucket import open_store
+from utils.storage.bucket import is_remote, join_uri, open_store
 
 if TYPE_CHECKING:
     from training.inference.checkpoint_model import TrainedModel
@@ -45,6 +45,7 @@ def export_command(
     to: str | None,
     dtype: Literal["bf16", "fp16", "fp32"],
     merge: bool,
+    layout: Literal["ray-serve-llm"] | None,
     gguf: bool,
     gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None,
     verify: bool | None,
@@ -65,14 +66,27 @@ def export_command(
         from training.models.hub import check_hub_access
 
         check_hub_access("--push")
-    to = open_store(to).uri if to else None
-    settings = ExportConfig(merge=merge, dtype=dtype, to=to, gguf=gguf, gguf_type=gguf_type, verify=verify)
+    to = _folder_for_ray_serve_llm(run, to) if layout else open_store(to).uri if to else None
+    settings = ExportConfig(
+        merge=merge and not layout, dtype=dtype, to=to, gguf=gguf, gguf_type=gguf_type, verify=verify
+    )
     screen = errors if as_json else output
     exported = export_run(run, settings, screen, errors, base=base)
     if push:
         push_export(exported, push, private or None, screen, errors)
     if as_json:
         output.print(exported.model_dump_json(), soft_wrap=True)
+
+
+def _folder_for_ray_serve_llm(run: str, to: str | None) -> str:
+    """Return the folder below `to` that Ray Serve LLM takes for one adapter: it has the run's name."""
+    if to is None or not is_remote(to):
+        raise ConfigError(
+            "--layout ray-serve-llm: needs the bucket prefix from which Ray Serve LLM loads adapters. Add --to URI with its "
+            "`dynamic_lora_loading_path`, such as s3://my-bucket/loras"
+        )
+    uri = run_uri(run).rstrip("/")
+    return join_uri(open_store(to).uri, (run_of(uri) or uri).rpartition("/")[2])
 
 
 def export_run(
@@ -245,6 +259,11 @@ def _add_export_arguments(command: ArgumentParser) -> None:
         dest="merge",
         action="store_false",
         help="export only the adapter, in the format that vLLM loads",
+    )
+    form.add_argument(
+        "--layout",
+        choices=("ray-serve-llm",),
+        help="export only the adapter, to the folder of --to that Ray Serve LLM loads: --to is its dynamic_lora_loading_path",
     )
     form.add_argument(
         "--gguf",

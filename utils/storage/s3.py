@@ -14,14 +14,12 @@ import os
 import random
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -66,8 +64,7 @@ CHECK = RetryPolicy(silence=5, failing=2)  # a check answers within about 10 sec
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 BLOCK_BYTES = 256 * 1024  # read size for response bodies; larger blocks leave the CPU cache and are slower
-_UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
-_STREAM_THREADS = 3
+UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
 _TOKEN_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 _DELETE_BATCH = 1000  # maximum number of keys per S3 request
 
@@ -80,13 +77,18 @@ class S3Store(Store):
         self.uri = join_uri(f"s3://{self.bucket}", self.prefix)
         self._start = f"{self.prefix}/" if self.prefix else ""  # prefix of every key in the bucket
         self._retry_policy = retry_policy
-        self._made_client: Any = None
-        self._making_client = Lock()
+        self._connection = _Connection()
 
     @property
     def identity(self) -> str:
         """See Store. The identity of the embedded bucket does not change when it restarts on another port."""
         return str(state_directory()) if self.bucket == EMBEDDED_BUCKET else self._client().meta.endpoint_url
+
+    def below(self, key: str) -> "S3Store":
+        """Return the store of a prefix in this store; both use the same client."""
+        store = S3Store(self.uri_of(key), self._retry_policy)
+        store._connection = self._connection
+        return store
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """See Store."""
@@ -217,19 +219,9 @@ class S3Store(Store):
                 files.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def upload_stream(self, blocks: Iterable[bytes], key: str) -> int:
-        """Upload an object from blocks of any size as they arrive, and return its size in bytes.
-
-        At most 4 parts of 8 MB are in memory. An error of `blocks` aborts the upload, and the object does not exist.
-        """
-        parts = _parts_of(blocks)
-        first = next(parts, b"")
-        second = next(parts, None)
-        with self._errors("upload to", key):
-            if second is None:
-                self._put(key, first)
-                return len(first)
-            return self._upload_parts_of_stream(chain((first, second), parts), key)
+    def streamed_upload(self, key: str) -> "StreamedUpload":
+        """Return an upload of an object whose content arrives in parts."""
+        return StreamedUpload(self, key)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See Store."""
@@ -352,14 +344,14 @@ class S3Store(Store):
             size = path.stat().st_size
             if size <= SMALL_BYTES:
                 self._put(key, path.read_bytes())
-            elif size <= _UPLOAD_PART_BYTES:
+            elif size <= UPLOAD_PART_BYTES:
                 pool.submit(lambda: self._put(key, path.read_bytes())).result()
             else:
                 self._upload_in_parts(path, size, key, pool)
 
     def _upload_in_parts(self, path: Path, size: int, key: str, pool: ThreadPoolExecutor) -> None:
         where = self._begin_upload(key)
-        length = max(_UPLOAD_PART_BYTES, -(-size // _MOST_UPLOAD_PARTS))
+        length = max(UPLOAD_PART_BYTES, -(-size // _MOST_UPLOAD_PARTS))
         tasks = [
             pool.submit(self._upload_part, path, where, index, length) for index in range(-(-size // length))
         ]
@@ -371,26 +363,6 @@ class S3Store(Store):
             wait(tasks)  # a part that arrives after the abort would stay in the bucket
             self._abort(where["Key"], where["UploadId"])
             raise
-
-    def _upload_parts_of_stream(self, parts: Iterable[bytes], key: str) -> int:
-        where = self._begin_upload(key)
-        done: list[dict[str, Any]] = []
-        running: deque[Future[dict[str, Any]]] = deque()
-        size = 0
-        with ThreadPoolExecutor(_STREAM_THREADS, thread_name_prefix="upload-part") as pool:
-            try:
-                for index, data in enumerate(parts):
-                    size += len(data)
-                    if len(running) == _STREAM_THREADS:
-                        done.append(running.popleft().result())
-                    running.append(pool.submit(self._put_part, where, index, data))
-                done += [task.result() for task in running]
-                self._complete(where, done, key)
-            except BaseException:
-                wait(running)  # a part that arrives after the abort would stay in the bucket
-                self._abort(where["Key"], where["UploadId"])
-                raise
-        return size
 
     def _begin_upload(self, key: str) -> dict[str, str]:
         where = {"Bucket": self.bucket, "Key": self._start + key}
@@ -470,10 +442,11 @@ class S3Store(Store):
     # --- Requests ------------------------------------------------------------------------------------------------
 
     def _client(self) -> Any:
-        with self._making_client:
-            if self._made_client is None:
-                self._made_client = self._make_client()
-            return self._made_client
+        connection = self._connection
+        with connection.lock:
+            if connection.client is None:
+                connection.client = self._make_client()
+            return connection.client
 
     def _make_client(self) -> Any:
         # botocore is slow to import: only users of a bucket should pay for it.
@@ -537,9 +510,9 @@ class S3Store(Store):
                 raise _RejectedError(error, repeated=attempts.failed > 0) from error
             raise error
         if isinstance(error, ClientError) and error_code(error) in EXPIRED:
-            with self._making_client:
-                if self._made_client is client:  # another thread may have replaced it already
-                    self._made_client = None
+            with self._connection.lock:
+                if self._connection.client is client:  # another thread may have replaced it already
+                    self._connection.client = None
         attempts.wait()
 
     @contextmanager
@@ -566,6 +539,52 @@ class S3Store(Store):
                     f"{where}: cannot read the token file {_TOKEN_VARIABLE} ({error})"
                 ) from error
             raise explain_os_error(error, action, self.uri_of(key)) from error
+
+
+class StreamedUpload:
+    """An upload of an object whose content arrives in parts of UPLOAD_PART_BYTES, the last one of any size.
+
+    The object exists after `complete`. Several threads may call `put` at a time.
+    """
+
+    def __init__(self, store: S3Store, key: str):
+        self._store, self._key = store, key
+        self._where: dict[str, str] | None = None
+        self._beginning = Lock()
+        self._done: dict[int, dict[str, Any]] = {}
+
+    def put(self, index: int, data: bytes) -> None:
+        """Upload a part; the first one has the index 0."""
+        with self._store._errors("upload to", self._key):
+            with self._beginning:
+                if self._where is None:
+                    self._where = self._store._begin_upload(self._key)
+            self._done[index] = self._store._put_part(self._where, index, data)
+
+    def complete(self, last: bytes) -> None:
+        """Upload the last part, which may be empty, and create the object."""
+        if self._where is not None and last:
+            self.put(len(self._done), last)
+        with self._store._errors("upload to", self._key):
+            if self._where is None:
+                self._store._put(self._key, last)
+            else:
+                parts = [part for _, part in sorted(self._done.items())]
+                self._store._complete(self._where, parts, self._key)
+
+    def abort(self) -> None:
+        """Delete the parts. No `put` may be running: its part would stay in the bucket."""
+        if self._where is not None:
+            with self._store._errors("abort the upload to", self._key):
+                self._store._abort(self._where["Key"], self._where["UploadId"])
+
+
+@dataclass
+class _Connection:
+    """The client that stores of one bucket share; None until the first request and after expired credentials."""
+
+    client: Any = None
+    lock: Lock = field(default_factory=Lock)
 
 
 class _Attempts:
@@ -599,18 +618,6 @@ class _RejectedError(Exception):
     def __init__(self, error: Any, *, repeated: bool):
         super().__init__(str(error))
         self.error, self.code, self.repeated = error, error_code(error), repeated
-
-
-def _parts_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the bytes of `blocks` in parts of the size that uploads use; the last part may be smaller."""
-    part = bytearray()
-    for block in blocks:
-        part += block
-        while len(part) >= _UPLOAD_PART_BYTES:
-            yield bytes(part[:_UPLOAD_PART_BYTES])
-            del part[:_UPLOAD_PART_BYTES]
-    if part:
-        yield bytes(part)
 
 
 @cache

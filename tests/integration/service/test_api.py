@@ -1,9 +1,11 @@
 """Files, jobs, models, keys and limits of the API, against a real bucket."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from service.config import LoadedService, load_service
 from service.keys import KeysError, create_key, list_keys, revoke_keys
 from service.layout import active_key, files_of, jobs_of, metrics_key
 from tests.support.service import CHAT, Api, rows, running_api, write_service
-from utils.storage.s3 import S3Store
+from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store
 
 
 @pytest.fixture
@@ -58,6 +60,53 @@ def test_upload_is_streamed_in_parts(apis: list[Api], store: S3Store):
     assert len(content) > 16_000_000
     file = apis[0].upload(content)
     assert apis[0].request("GET", f"/v1/files/{file['id']}/content").content == content
+
+
+@pytest.mark.parametrize("size", [UPLOAD_PART_BYTES, UPLOAD_PART_BYTES + 1])
+def test_upload_of_complete_parts_is_stored(apis: list[Api], size: int):
+    content = b"x" * size
+    file = apis[0].upload(content)
+    assert file["bytes"] == size
+    assert apis[0].request("GET", f"/v1/files/{file['id']}/content").content == content
+
+
+def begin_upload(api: Api, content: bytes) -> socket.socket:
+    """Send the begin of a large upload."""
+    host, port = api.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.key}\r\n"
+        "Content-Type: multipart/form-data; boundary=B\r\nContent-Length: 100000000\r\n\r\n"
+        '--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    )
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def test_slow_uploads_do_not_delay_other_uploads(apis: list[Api]):
+    with ExitStack() as stack:
+        for _ in range(80):
+            stack.enter_context(begin_upload(apis[0], b"x" * 1000))
+        answer = apis[0].request("GET", "/v1/files")
+        assert answer.status_code == 200
+        began = time.monotonic()
+        apis[0].upload(rows())
+        assert time.monotonic() - began < 20
+
+
+def test_silent_upload_is_ended_and_leaves_nothing(
+    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("service.files._SILENCE_SECONDS", 1.0)
+    with (
+        begin_upload(apis[0], b"x" * (UPLOAD_PART_BYTES + 10)) as connection,
+        connection.makefile("rb") as file,
+    ):
+        answer = file.read()  # to the end: the service closes the connection
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"error":{' in answer
+    assert store.list("content/") == store.list("projects/") == []
+    assert store.abort_stale_uploads() == 0
 
 
 @pytest.mark.parametrize(
@@ -128,6 +177,7 @@ def test_job_reports_resolved_hyperparameters(apis: list[Api]):
         ({"metadata": {"a": 1}}, 400, "metadata.a"),
         ({"unknown": 1}, 400, "unknown"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, 400, "integrations"),
+        ({"hyperparameters": {"learning_rate_multiplier": 5e-324}}, 400, "hyperparameters"),
     ],
 )
 def test_wrong_job_is_rejected_with_its_parameter(
@@ -137,6 +187,32 @@ def test_wrong_job_is_rejected_with_its_parameter(
     body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]} | changes
     error = apis[0].post("/v1/fine_tuning/jobs", body, status)["error"]
     assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("wandb", "param"),
+    [
+        ({"project": "p" * 128, "name": "n" * 128, "tags": ["t" * 64] * 16}, None),
+        ({"project": "p" * 129}, "project"),
+        ({"project": "a/b"}, "project"),
+        ({"project": "p", "name": "n" * 129}, "name"),
+        ({"project": "p", "name": ""}, "name"),
+        ({"project": "p", "tags": ["t"] * 17}, "tags"),
+        ({"project": "p", "tags": ["t" * 65]}, "tags.0"),
+        ({"project": "p", "tags": [""]}, "tags.0"),
+    ],
+)
+def test_wandb_settings_have_the_limits_of_wandb(
+    apis: list[Api], monkeypatch: pytest.MonkeyPatch, wandb: dict[str, Any], param: str | None
+):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]}
+    body |= {"integrations": [{"type": "wandb", "wandb": wandb}]}
+    answer = apis[0].post("/v1/fine_tuning/jobs", body, 400 if param else 200)
+    if param:
+        assert answer["error"]["param"] == f"integrations.0.wandb.{param}"
+    else:
+        assert answer["integrations"][0]["wandb"]["name"] == "n" * 128
 
 
 def test_repeated_create_is_one_job(apis: list[Api], store: S3Store):

@@ -13,7 +13,8 @@ from transformers import MistralConfig, Qwen3NextConfig
 
 from configs.schema import FinetuneConfig
 from service.checkpoints import base_checkpoint
-from service.engine import Delta, EngineSettings
+from service.engine import ChatRequest, Delta, EngineSettings
+from service.prompts import ChatFormat
 from service.transformers_engine import TransformersEngine
 from tests.support.engines import (
     Reference,
@@ -91,6 +92,42 @@ def test_greedy_answers_equal_generate_alone_and_in_a_mixed_batch(
     alone, together = run(ask())
     assert alone == expected
     assert together == expected
+
+
+def test_long_prompt_does_not_stop_other_answers(
+    engine: TransformersEngine, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encode, began, may_end = ChatFormat.encode, threading.Event(), threading.Event()
+
+    def slow(self: ChatFormat, request: ChatRequest) -> list[int]:
+        if request.messages[0]["content"] == "slow":
+            began.set()
+            assert may_end.wait(30)
+        return encode(self, request)
+
+    monkeypatch.setattr(ChatFormat, "encode", slow)
+
+    async def ask() -> list[str]:
+        waiting = asyncio.create_task(answer(engine, chat_request(None, "slow")))
+        await asyncio.to_thread(began.wait, 30)
+        answered = await answer(engine, chat_request(None, QUESTIONS[0]))
+        assert not waiting.done()
+        may_end.set()
+        await waiting
+        return answered
+
+    assert run(ask()) == [Reference(tiny_model).answer(QUESTIONS[0])]
+
+
+def test_prompts_that_are_encoded_at_the_same_moment_equal_those_alone(engine: TransformersEngine):
+    requests = [chat_request(None, f"{number} " * (number % 50 + 1)) for number in range(200)]
+    encode = engine._base.format.encode
+    alone = [encode(request) for request in requests]
+
+    async def ask() -> list[list[int]]:
+        return await asyncio.gather(*(asyncio.to_thread(encode, request) for request in requests))
+
+    assert run(ask()) == alone
 
 
 def test_requests_join_and_leave_between_tokens(

@@ -5,14 +5,17 @@ import os
 import random
 import socket
 import string
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from service.config import load_service
+from tests.support.engines import LocalHandle, start_engine
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import EMBEDDED_BUCKET
 
@@ -23,12 +26,14 @@ MAX_GROWTH_BYTES = 300_000_000
 
 
 @pytest.fixture(scope="module")
-def apis(tmp_path_factory: pytest.TempPathFactory, bucket: Any) -> Iterator[list[Api]]:
+def apis(tmp_path_factory: pytest.TempPathFactory, bucket: Any, tiny_model: Path) -> Iterator[list[Api]]:
     storage = f"s3://{EMBEDDED_BUCKET}/fuzz-{random.randrange(10**9)}"
     limits = {"requests_per_minute": 10**6, "jobs": 10**6}
     path = write_service(tmp_path_factory.mktemp("fuzz"), storage, limits=limits)
-    with running_api(load_service(path), ["red", "blue"]) as found:
+    engine = start_engine(tiny_model)
+    with running_api(load_service(path), ["red", "blue"], {"tiny": LocalHandle(engine)}) as found:
         yield found
+    engine.close()
 
 
 def odd_value(chance: random.Random, depth: int = 0) -> Any:
@@ -44,6 +49,7 @@ def odd_value(chance: random.Random, depth: int = 0) -> Any:
         "auto",
         "../" * chance.randrange(1, 9),
         "\x00",
+        "\ud800",
         "a" * chance.choice([10, 1000, 100_000]),
         "".join(chance.choices(string.printable + "äß漢🙂\u202e", k=12)),
     ]
@@ -177,6 +183,77 @@ def test_no_generated_request_is_answered_with_a_server_error(apis: list[Api]):
     assert psutil.Process().memory_info().rss - before < MAX_GROWTH_BYTES
     assert blue.get(f"/v1/fine_tuning/jobs/{job_of_blue}")["status"] == "validating_files"
     assert blue.request("GET", f"/v1/files/{of_blue}/content").content == rows()
+
+
+def odd_message(chance: random.Random) -> Any:
+    """Return a message of a chat: about half of them are valid."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message: dict[str, Any] = chance.choice(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "4"},
+        ]
+    )
+    if chance.random() < 0.4:
+        message = message | {chance.choice(["role", "content", "tool_calls", "name", "x"]): odd_value(chance)}
+    return message if chance.random() < 0.95 else odd_value(chance)
+
+
+def odd_chat(chance: random.Random) -> bytes:
+    """Return the body of a chat request."""
+    body: dict[str, Any] = {
+        "model": chance.choice(["tiny", "tiny", "tiny", "ft:tiny:blue::00", "none"]),
+        "messages": [odd_message(chance) for _ in range(chance.randrange(1, 4))],
+        "max_tokens": chance.randrange(1, 4),
+    }
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    options: dict[str, Any] = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "stop": ["4", "a" * chance.choice([1, 1000])],
+        "temperature": chance.choice([0, 1e-9, 1.5, 2]),
+        "top_p": chance.choice([1e-12, 0.5, 1]),
+        "seed": chance.choice([0, -1, 2**62]),
+        "n": chance.choice([1, 2, 128]),
+        "logprobs": True,
+        "top_logprobs": chance.choice([0, 20]),
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": chance.choice(["auto", "none", "required"]),
+        "chat_template_kwargs": {"enable_thinking": False},
+        "response_format": {"type": "text"},
+        "user": "a",
+    }
+    for name in chance.sample(sorted(options), chance.randrange(4)):
+        body[name] = options[name] if chance.random() < 0.6 else odd_value(chance)
+    if chance.random() < 0.2:
+        body[chance.choice(["model", "messages", "max_completion_tokens", "x"])] = odd_value(chance)
+    text = json.dumps(body if chance.random() < 0.95 else odd_value(chance)).encode()
+    return text if chance.random() < 0.95 else text[: chance.randrange(len(text))]
+
+
+def test_no_generated_chat_is_answered_with_a_server_error(apis: list[Api]):
+    red = apis[0]
+    answered: Counter[int] = Counter()
+
+    def send(seed: int) -> None:
+        content = odd_chat(random.Random(seed))
+        answer = red.request("POST", "/v1/chat/completions", data=content)
+        answered[answer.status_code] += 1
+        assert answer.status_code < 500, (seed, content[:2000], answer.text)
+        assert '"server_error"' not in answer.text, (seed, content[:2000], answer.text)
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, (seed, answer.text)
+        elif answer.headers["content-type"].startswith("text/event-stream"):
+            assert answer.text.endswith("data: [DONE]\n\n") or '"error"' in answer.text, (seed, answer.text)
+        else:
+            assert answer.json()["choices"], (seed, answer.text)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(send, range(REQUESTS)))
+    assert min(answered[200], answered[400], answered[404]) > REQUESTS // 100
 
 
 def test_slow_and_cut_uploads_do_not_block_others(apis: list[Api]):

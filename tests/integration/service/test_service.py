@@ -25,7 +25,7 @@ from runs.reading import read_result
 from service.config import load_service
 from service.keys import create_key
 from service.layout import run_uri
-from tests.support.jobs import PROJECT, error_of, run_main
+from tests.support.jobs import PROJECT, environment, error_of, run_main
 from tests.support.ray_cluster import ray_cluster
 from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
 from tests.support.service import Api, write_service
@@ -69,6 +69,15 @@ def check(received: dict[str, Any], model: str) -> None:
     assert job["fine_tuned_model"].startswith(f"ft:{model}:default:first:")
     assert received["models"] == [model, job["fine_tuned_model"]]
     assert received["retrieved"] == [job["fine_tuned_model"], newest["fine_tuned_model_checkpoint"]]
+    base, tuned, step = received["chats"]
+    assert base["logprobs"] != tuned["logprobs"]
+    tuned_id, step_id = received["retrieved"]
+    for chat, asked in ((base, model), (tuned, tuned_id), (step, step_id)):
+        assert chat["models"] == [asked]
+        assert chat["streamed"] == chat["text"]
+        assert chat["streamed_usage"] == chat["usage"]
+        assert chat["usage"]["completion_tokens"] == len(chat["logprobs"]) <= 8
+        assert chat["finish_reason"] in ("stop", "length")
     assert received["deleted"]
     assert received["models_after"] == [model]
     assert set(received["files_after"]) == {received["file"], job["result_files"][0]}
@@ -85,7 +94,8 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
         received = run_client(service.base_url, service.key, str(rows), "tiny")
         check(received, "tiny")
         assert {
-            f"{received['job']['id']}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")
+            f"tiny/{received['job']['id']}/{name}"
+            for name in ("adapter_config.json", "adapter_model.safetensors")
         } <= {item.key for item in S3Store(published).list()}
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
@@ -153,6 +163,45 @@ def test_openai_client_fine_tunes_on_an_existing_cluster(tmp_path: Path, bucket_
         check(run_client(service.base_url, service.key, str(rows), "tiny"), "tiny")
 
 
+OTHER_APPLICATION = """
+import sys
+import ray
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Other:
+    def answer(self):
+        return "still here"
+
+ray.init(log_to_driver=False)
+if sys.argv[1] == "start":
+    serve.start(proxy_location="Disabled")
+    serve.run(Other.bind(), name="other", route_prefix="/other")
+print(sorted(serve.status().applications), serve.get_app_handle("other").answer.remote().result())
+"""
+
+
+@pytest.mark.slow
+def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+
+    def other(action: str) -> str:
+        command = [sys.executable, "-c", OTHER_APPLICATION, action]
+        variables = environment() | cluster.variables
+        done = subprocess.run(
+            command, env=variables, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return done.stdout.splitlines()[-1]
+
+    with ray_cluster(3) as cluster:
+        assert other("start") == "['other'] still here"
+        with served(config, variables=cluster.variables) as service:
+            assert other("ask") == "['fine-tuning', 'other'] still here"
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(120) == 128 + signal.SIGTERM
+        assert other("ask") == "['other'] still here"
+
+
 @pytest.mark.slow
 def test_dry_run_checks_bucket_models_and_memory(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     base = {"output_dir": str(tmp_path / "scratch")}
@@ -161,7 +210,8 @@ def test_dry_run_checks_bucket_models_and_memory(tmp_path: Path, bucket_uri: str
     )
     assert checked.exit_code == 0, checked.errors
     assert f"storage_path: {bucket_uri} is writable" in checked.output
-    assert "models.tiny" in checked.output
+    assert "models.tiny: supervised: " in checked.output
+    assert "models.tiny: dpo: " in checked.output
     assert "per device" in checked.output
     assert S3Store(bucket_uri).list() == []
     missing = run_main(

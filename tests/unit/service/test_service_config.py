@@ -9,7 +9,7 @@ import yaml
 from configs.loading import ConfigError, load_config
 from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings, load_service
-from service.job_config import JobConfigError, resolve_hyperparameters, training_config
+from service.job_config import JobConfigError, check_settings, resolve_hyperparameters, training_config
 from tests.support.jobs import PROJECT
 from tests.support.service import write_service
 
@@ -215,5 +215,36 @@ def test_job_does_not_inherit_the_push_or_samples_of_its_base():
 
 def test_job_with_an_invalid_setting_raises_one_error():
     hyperparameters = job()["hyperparameters"] | {"learning_rate_multiplier": 5e-324}
+    record = job(hyperparameters=hyperparameters, validation_file=None)
     with pytest.raises(JobConfigError, match="learning_rate"):
-        training_config(job(hyperparameters=hyperparameters), base_config(), PATHS)
+        training_config(record, base_config(), PATHS)
+    with pytest.raises(JobConfigError, match="learning_rate"):
+        check_settings(record, base_config())
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+@pytest.mark.parametrize("valid", [None, "s3://b/valid.jsonl"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"early_stopping_patience": 2, "valid_path": "v.jsonl"},
+        {"kernels": "unsloth"},
+        {"packing": True, "context_length": 64},
+        {"lora_config": None},
+        {"valid_split": 0.1},
+    ],
+)
+def test_settings_are_accepted_exactly_if_the_job_has_a_configuration(
+    keys: dict[str, Any], valid: str | None, method: str
+):
+    base = base_config(**keys)
+    record = job(method=method, validation_file="file-1" if valid else None)
+    try:
+        training_config(record, base, PATHS | {"valid": valid})
+    except JobConfigError as error:
+        with pytest.raises(JobConfigError) as raised:
+            check_settings(record, base)
+        assert str(raised.value) == str(error)
+    else:
+        check_settings(record, base)

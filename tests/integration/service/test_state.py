@@ -1,0 +1,315 @@
+"""State in the bucket after kills, lost answers and requests at the same moment, against a real bucket."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from runs.layout import RunResult
+from service import files, scheduler
+from service.api import create_app
+from service.config import LoadedService, load_service
+from service.jobs import with_mark
+from service.layout import active_key, content_key, files_of, jobs_of, model_key, run_store
+from service.records import Record
+from service.scheduler import Scheduler
+from tests.support.served import free_port
+from tests.support.service import Api, rows, running_api, write_service
+from utils.storage.bucket import BucketError
+from utils.storage.s3 import S3Store
+
+RETRY = {"x-stainless-retry-count": "1"}
+RESULT = {
+    "status": "completed",
+    "reason": "",
+    "run_name": "run",
+    "run_uri": "s3://runs/run",
+    "best_checkpoint": "s3://runs/run/checkpoints/step-1",
+    "last_checkpoint": "s3://runs/run/checkpoints/step-1",
+    "eval_losses": [],
+    "train_steps": 1,
+    "tokens": 10,
+    "trained_tokens": 5,
+    "tokens_per_second": 1.0,
+    "elapsed_seconds": 1.0,
+    "parent": None,
+    "trainable_parameters": 1,
+    "log_files": [],
+    "versions": {},
+}
+
+
+@pytest.fixture
+def service(tmp_path: Path, bucket_uri: str) -> LoadedService:
+    return load_service(write_service(tmp_path, bucket_uri, limits={"jobs": 3}))
+
+
+@pytest.fixture
+def store(service: LoadedService) -> S3Store:
+    return S3Store(service.config.storage_path)
+
+
+@pytest.fixture
+def red(service: LoadedService) -> Iterator[Api]:
+    with running_api(service) as (api,):
+        yield api
+
+
+@pytest.fixture
+def scheduling(service: LoadedService, store: S3Store) -> Scheduler:
+    return Scheduler(store, service, "")
+
+
+def job_of(store: S3Store, job_id: str) -> Record:
+    job = jobs_of(store, "red").get(job_id)
+    assert job
+    return job
+
+
+def set_status(store: S3Store, job_id: str, status: str) -> Record:
+    job = jobs_of(store, "red").update(job_id, lambda found: found | {"status": status})
+    assert job
+    return job
+
+
+def models(api: Api) -> list[str]:
+    return [model["id"] for model in api.get("/v1/models")["data"]]
+
+
+def test_model_is_listed_exactly_while_it_can_be_retrieved(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    running = set_status(store, job_id, "running")
+    result = RunResult.model_validate(RESULT)
+
+    def killed(*_: Any) -> None:
+        raise BucketError("killed before the status was written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduling, "_update", killed)
+        with pytest.raises(BucketError):
+            scheduling._succeed("red", running, result)
+    assert models(red) == ["tiny"]
+    scheduling._succeed("red", job_of(store, job_id), result)
+    model = job_of(store, job_id)["fine_tuned_model"]
+    for _ in range(2):  # before and after the scheduler's next round
+        assert models(red) == ["tiny", model]
+        assert red.get(f"/v1/models/{model}")["id"] == model
+        scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
+    assert store.list(active_key("red")) == []
+    red.delete(f"/v1/models/{model}")
+    # A scheduler may have been killed before it saw the deletion.
+    marker = model_key("red", model, job_of(store, job_id)["created_at"])
+    store.write(marker, b"")
+    scheduling._retire("red", job_of(store, job_id))
+    assert models(red) == ["tiny"]
+
+
+def test_list_has_both_records_that_got_the_same_place(store: S3Store):
+    records = files_of(store, "red")
+    reserved = records.reserve()
+    ids = [records.append(lambda identifier: {"id": identifier})["id"] for _ in range(2)]
+    records.insert({"id": reserved})
+    for ascending in (False, True):
+        found, after = [], None
+        while page := records.slice(after=after, limit=1, ascending=ascending):
+            found += [record["id"] for record in page.records]
+            if not page.has_more:
+                break
+            after = found[-1]
+        assert sorted(found) == sorted([reserved, *ids])
+
+
+def test_paused_job_keeps_its_files_and_is_counted(red: Api, store: S3Store, scheduling: Scheduler):
+    file = red.upload(rows())["id"]
+    job_id = red.create_job(file)["id"]
+    red.post(f"/v1/fine_tuning/jobs/{job_id}/pause")
+    scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
+    assert job_id in red.delete(f"/v1/files/{file}", 400)["error"]["message"]
+    text = red.request("GET", "/metrics").text
+    assert 'anneal_jobs{status="paused"} 1.0' in text
+    red.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
+    assert store.list(active_key("red")) == []
+    assert red.delete(f"/v1/files/{file}")["deleted"]
+
+
+def test_repeated_action_is_answered_as_the_first(red: Api, store: S3Store):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    path = f"/v1/fine_tuning/jobs/{job_id}"
+    for action in ("pause", "resume", "cancel"):
+        if action == "cancel":
+            set_status(store, job_id, "running")
+        first = red.post(f"{path}/{action}")
+        assert red.post(f"{path}/{action}", headers=RETRY) == first
+    assert len(job_of(store, job_id)["messages"]) == 5
+    # The resumed job went on before the request was repeated.
+    jobs_of(store, "red").update(
+        job_id, lambda job: job | {"status": "running", "messages": job["messages"][:-1]}
+    )
+    assert red.post(f"{path}/resume", headers=RETRY)["status"] == "running"
+    red.post(f"{path}/resume", status=400)
+    red.post(f"{path}/pause")
+    assert red.post(f"{path}/resume", headers=RETRY)["status"] == "validating_files"
+
+
+def test_repeated_deletion_is_answered_as_the_first(red: Api, store: S3Store, scheduling: Scheduler):
+    file = red.upload(rows())["id"]
+    job_id = red.create_job(file)["id"]
+    scheduling._succeed("red", set_status(store, job_id, "running"), RunResult.model_validate(RESULT))
+    job = job_of(store, job_id)
+    scheduling._retire("red", job)
+    for path in (f"/v1/files/{file}", f"/v1/models/{job['fine_tuned_model']}"):
+        first = red.delete(path)
+        assert red.request("DELETE", path, headers=RETRY).json() == first
+        red.delete(path, 404)
+    for path in ("/v1/files/file-none", "/v1/models/ft:tiny:red::00"):
+        assert red.request("DELETE", path, headers=RETRY).status_code == 404
+
+
+def test_contents_without_a_record_are_deleted_once_they_are_old(
+    red: Api, store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    file = red.upload(rows())
+    store.write(content_key("red", "killed-upload.jsonl"), b"x" * 100)
+    store.write(content_key("blue", "killed-upload.jsonl"), b"x" * 100)
+    files.delete_orphans(store)
+    assert len(store.list("content/")) == 3
+    monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
+    files.delete_orphans(store)
+    assert [item.size for item in store.list("content/")] == [file["bytes"]]
+
+
+def test_marks_of_a_long_job_have_a_limit_and_keep_their_order():
+    job: Record = {"marks": []}
+    for step in range(1, 5001):
+        job = with_mark(job, step)
+    steps = [step for step, _ in job["marks"]]
+    assert len(steps) <= 200
+    assert steps == sorted(set(steps))
+    assert steps[-100:] == list(range(4901, 5001))
+
+
+def test_jobs_at_a_time_are_limited_in_all_requests(red: Api, store: S3Store):
+    file = red.upload(rows())["id"]
+    body = {"model": "tiny", "training_file": file}
+
+    def create(seed: int) -> int:
+        return red.request("POST", "/v1/fine_tuning/jobs", json=body | {"seed": seed}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(create, range(8)))
+    # Of requests at the same moment, fewer than the limit may be accepted, but never more.
+    assert 1 <= statuses.count(200) <= 3
+    statuses += [create(seed) for seed in range(8, 16)]
+    assert statuses.count(200) == 3
+    assert set(statuses) == {200, 429}
+    markers = [item.key.rpartition("/")[2] for item in store.list(active_key("red"))]
+    assert len(markers) == 3
+    assert len(jobs_of(store, "red").get_many(markers)) == 3
+
+
+def test_resume_waits_for_the_limit_of_jobs(red: Api, store: S3Store):
+    file = red.upload(rows())["id"]
+    ids = [red.create_job(file, seed=seed)["id"] for seed in range(3)]
+    red.post(f"/v1/fine_tuning/jobs/{ids[0]}/pause")
+    store.delete([active_key("red", ids[0])])  # as earlier versions did
+    red.create_job(file, seed=3)
+    answer = red.request("POST", f"/v1/fine_tuning/jobs/{ids[0]}/resume")
+    assert answer.status_code == 429
+    assert 0 < int(answer.headers["retry-after"]) <= 120
+    red.post(f"/v1/fine_tuning/jobs/{ids[1]}/cancel")
+    assert red.post(f"/v1/fine_tuning/jobs/{ids[0]}/resume")["status"] == "validating_files"
+    assert active_key("red", ids[0]) in [item.key for item in store.list(active_key("red"))]
+
+
+@pytest.mark.slow
+def test_bucket_that_does_not_answer_is_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    app = create_app(load_service(write_service(tmp_path, "s3://gone/service")), {})
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60) as client:
+            return await client.get("/v1/models", headers={"Authorization": "Bearer sk-x"})
+
+    began = time.monotonic()
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["retry-after"]
+    assert answer.headers["x-request-id"]
+    assert time.monotonic() - began < 30
+
+
+def test_damaged_record_of_a_key_has_an_error_object(red: Api, store: S3Store):
+    (key,) = store.list("keys/")
+    store.write(key.key, b"{")
+    assert red.get("/v1/models", 500)["error"]["type"] == "server_error"
+
+
+def test_all_stores_of_a_service_use_one_client(store: S3Store):
+    run = run_store(store, "red", "ftjob-1")
+    run.write("result.json", b"{}")
+    assert store.read("runs/red/ftjob-1/result.json") == b"{}"
+    assert run._client() is store._client()
+
+
+def test_check_of_a_cancelled_job_is_cancelled(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    cancelled: list[str] = []
+    monkeypatch.setattr(scheduler.ray, "cancel", cancelled.append)
+    for seed, action in enumerate(("pause", "cancel")):
+        job_id = red.create_job(red.upload(rows())["id"], seed=seed)["id"]
+        scheduling._memory.checks[job_id] = f"check of {action}"
+        red.post(f"/v1/fine_tuning/jobs/{job_id}/{action}")
+        scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
+    assert cancelled == ["check of pause", "check of cancel"]
+
+
+def test_unexpected_error_in_one_job_ends_only_that_job(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    file = red.upload(rows())["id"]
+    broken, other = (red.create_job(file, seed=seed)["id"] for seed in range(2))
+    acted = []
+
+    def act(project: str, job: Record, driver: Any, room: Any) -> None:
+        acted.append(job["id"])
+        if job["id"] == broken:
+            raise KeyError("a bug")
+
+    monkeypatch.setattr(scheduling, "_act", act)
+    monkeypatch.setattr(scheduler, "find_driver", lambda job_id: None)
+    for _ in range(scheduler._MAX_ATTEMPTS):
+        scheduling.round()
+    assert acted.count(other) == scheduler._MAX_ATTEMPTS
+    assert job_of(store, broken)["status"] == "failed"
+    assert "KeyError" in job_of(store, broken)["error"]["message"]
+    assert job_of(store, other)["status"] == "validating_files"
+
+
+@pytest.mark.timeout(60)
+def test_scheduler_continues_after_an_unexpected_error(
+    scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    rounds = []
+
+    def fail() -> None:
+        rounds.append(1)
+        if len(rounds) == 2:
+            scheduling.stop()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(scheduling, "round", fail)
+    scheduling.run()
+    assert len(rounds) == 2
