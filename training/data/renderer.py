@@ -205,8 +205,19 @@ class Renderer:
             return (self._whole(example),)
         if example.label is not None:
             last_only = replace(example, untrained=tuple(answers_of(example.messages)[:-1]))
-            return (_up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
+            return (self._up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
         return self._chat(example)
+
+    def _up_to_label(self, rendered: Rendered, label: str) -> Rendered:
+        """Cut a sequence after the label that ends it, which alone is trained."""
+        begin, end = rendered.spans[-1]
+        completion = rendered.text[begin:end].removesuffix(self.traits.end_marker)
+        # Special tokens may hold the label's text ("end" in <|im_end|>), and so may what the template writes before it.
+        hidden = self.traits.special.sub(
+            lambda found: found[0] if found[0] in label else "\0" * len(found[0]), completion
+        )
+        begin += hidden.rindex(label)
+        return Rendered(rendered.text[: begin + len(label)], ((begin, begin + len(label)),))
 
     def _checked(self, tokens: Tokens) -> Tokens:
         """Check that the tokenizer has all tokens of a row."""
@@ -791,13 +802,6 @@ def _end_of(whole: str, begin: int, message: Message, marker: str) -> int | None
         if whole.startswith(text + marker, begin):
             return begin + len(text) + len(marker)
     return None
-
-
-def _up_to_label(rendered: Rendered, label: str) -> Rendered:
-    """Cut a sequence after the label that ends it, which alone is trained."""
-    begin = rendered.text.find(label, *rendered.spans[-1])
-    end = begin + len(label)
-    return Rendered(rendered.text[:end], ((begin, end),))
 
 
 def _not_a_prefix(index: int) -> str:

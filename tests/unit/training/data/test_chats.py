@@ -720,6 +720,23 @@ def test_a_rationale_of_a_label_is_not_trained(row: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        {**ANSWER, "content": "warm", "reasoning_content": "Is it warm? The sun shines."},
+        {**ANSWER, "content": "<think>Is it warm? The sun shines.</think>\n\nwarm"},
+        {**ANSWER, "content": [{"type": "thinking", "thinking": "Is it warm?"}, {"type": "text", "text": "warm"}]},
+    ],
+)
+def test_reasoning_in_the_message_of_a_label_is_not_trained(answer: dict[str, Any]):
+    row = {"messages": [USER, answer]}
+    schema = RowSchema("classification", recognise(row, {}, "classification"), {}, None, ("warm",))
+    chat = read_row(row, schema)
+    assert isinstance(chat, Chat)
+    assert chat.messages == [USER, {**ANSWER, "content": "warm"}]
+    assert chat.notes == ("reasoning of labels is not used",)
+
+
+@pytest.mark.parametrize(
     ("message", "facts"),
     [
         ({**ANSWER, "label": False}, ("message 2", "`label`", "weight: 0")),
