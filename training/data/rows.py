@@ -474,7 +474,10 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
     last = {key: value for key, value in chat.messages[-1].items() if key != "reasoning_content"}
     notes = (*chat.notes, "reasoning of labels is not used") if reasoning else chat.notes
     return replace(
-        chat, messages=[*chat.messages[:-1], {**last, "content": answer}], label=labels.index(answer), notes=notes
+        chat,
+        messages=[*chat.messages[:-1], {**last, "content": answer}],
+        label=labels.index(answer),
+        notes=notes,
     )
 
 

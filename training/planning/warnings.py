@@ -273,8 +273,8 @@ def row_warnings(name: str, summary: DataSummary) -> Iterator[str]:
         yield f"{name}: {sum(summary.skipped_rows.values()):,} rows are excluded (bad_rows: skip): {kinds}; first: {summary.first_skipped[0]}"
     if summary.date:
         yield (
-            f"{name}: the chat template prints the date, {summary.date} in these rows (the day of their first preparation); evaluation and "
-            "chat print the day on which they run"
+            f"{name}: the chat template prints the date, {summary.date} in these rows (the day of the run's beginning) and in its evaluations; "
+            "chat prints the day on which it runs"
         )
     for note, count in summary.notes.items():
         yield f"{name}: {note} ({count:,} {'row' if count == 1 else 'rows'})"

@@ -724,7 +724,10 @@ def test_a_rationale_of_a_label_is_not_trained(row: dict[str, Any]):
     [
         {**ANSWER, "content": "warm", "reasoning_content": "Is it warm? The sun shines."},
         {**ANSWER, "content": "<think>Is it warm? The sun shines.</think>\n\nwarm"},
-        {**ANSWER, "content": [{"type": "thinking", "thinking": "Is it warm?"}, {"type": "text", "text": "warm"}]},
+        {
+            **ANSWER,
+            "content": [{"type": "thinking", "thinking": "Is it warm?"}, {"type": "text", "text": "warm"}],
+        },
     ],
 )
 def test_reasoning_in_the_message_of_a_label_is_not_trained(answer: dict[str, Any]):

@@ -414,7 +414,9 @@ def test_both_responses_of_a_pair_follow_one_prompt(styles: dict[str, PreTrained
 def test_a_label_is_found_among_the_texts_of_the_template(chatml: PreTrainedTokenizerFast, label: str):
     """The template writes a channel before the answer, as gpt-oss does, and an end token that contains two of the labels."""
     channel = "{{ 'final<|message|>' if message['role'] == 'assistant' else '' }}{{ message['content'] + '<|im_end|>"
-    template = SMOLLM2.replace("message['role'] + '\n' + message['content'] + '<|im_end|>", "message['role'] + '\n' }}" + channel)
+    template = SMOLLM2.replace(
+        "message['role'] + '\n' + message['content'] + '<|im_end|>", "message['role'] + '\n' }}" + channel
+    )
     tokenizer = with_template(chatml, template, "<|message|>", "<|good|>")
     ids, labels = encode(tokenizer, chat([("I like it", label)], label=1), "classification")
     assert tokenizer.decode([token for token in labels if token != IGNORED]) == label
