@@ -172,7 +172,7 @@ def recognise(
     has_empty_columns = any(
         all(columns.get(column, column) in row for column in _COLUMNS[name]) for name in allowed
     )
-    if found and task == "preference_tuning" and _rating_of(row, columns) is not None:
+    if found and task == "preference_tuning" and rating_of(row, columns) is not None:
         raise RowError(
             "wrong format",
             "has one response with a label, not a pair of chosen and rejected, which only loss: kto trains on. Set "
@@ -420,14 +420,14 @@ def _is_verdict(key: str, value: Any) -> bool:
     return key in _RATINGS and str(value).strip().lower() in ("true", "false")
 
 
-def _rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
+def rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
     """Return the label of an unpaired row under one of its names, or None."""
     return next((value for name in _RATINGS if (value := mapped(row, columns, name)) is not None), None)
 
 
 def _rated(chat: Chat, row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     """Return the last answer of a chat as the chosen or the rejected response, by the row's label."""
-    rating = _rating_of(row, columns)
+    rating = rating_of(row, columns)
     given = {name: value for name in _RATINGS if (value := mapped(row, columns, name)) is not None}
     if len({flag_of(value) for value in given.values()}) > 1:
         raise RowError(
