@@ -20,6 +20,7 @@ from training.data.tools import (
     read_tools,
     without_foreign_nulls,
 )
+from training.data.written_calls import calls_in
 
 _ROLES = {
     "system": "system",
@@ -57,7 +58,6 @@ _REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
 _KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *IN_LOSS, *OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, Glaive, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|<functioncall>|\[\s*[\w][\w .:/-]*\(")
-_JSON_CALL = re.compile(r"(<tool_call>\s*)(\{.*?\})(\s*</tool_call>)", re.DOTALL)
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
@@ -263,19 +263,19 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
 def _with_json_calls(content: str, at: str, reading: _Reading) -> str:
     """Return a content whose calls are JSON: some rows of Hermes have them as Python prints a dictionary."""
 
-    def as_json(found: re.Match[str]) -> str:
+    parts, cursor = [], 0
+    for written in calls_in(content):
         try:
-            json.loads(found[2])
+            json.loads(written.text)
         except (ValueError, RecursionError):
-            call = python_value(found[2])
-            if call is None:
-                return found[0]  # another notation, such as Qwen3 Coder's
+            call = python_value(written.text)
+            if call is None or written.tag != "tool_call":
+                continue  # another notation, such as Qwen3 Coder's
             check_json(call, f"{at}: <tool_call>")
             reading.notes.append("calls that are written as Python are converted to JSON")
-            return f"{found[1]}{json.dumps(call, ensure_ascii=False)}{found[3]}"
-        return found[0]
-
-    return _JSON_CALL.sub(as_json, content)
+            parts += [content[cursor : written.begin], json.dumps(call, ensure_ascii=False)]
+            cursor = written.begin + len(written.text)
+    return "".join([*parts, content[cursor:]])
 
 
 def _of_channel(message: Message, value: dict[str, Any], at: str) -> Message:
@@ -572,12 +572,12 @@ def _no_answer(position: int) -> str:
 
 
 def _follows_a_call(messages: list[Message]) -> bool:
-    for message in reversed(messages):
-        if message["role"] != "tool":
-            return message["role"] == "assistant" and (
-                "tool_calls" in message or _WRITTEN_CALL.search(message["content"]) is not None
-            )
-    return False
+    previous = messages[-1] if messages else {"role": ""}
+    if previous["role"] == "tool":
+        return True  # it follows one itself
+    return previous["role"] == "assistant" and (
+        "tool_calls" in previous or _WRITTEN_CALL.search(previous["content"]) is not None
+    )
 
 
 def _add_system(system: str | None, reading: _Reading) -> None:

@@ -10,6 +10,8 @@ from tests.support.messages import assert_names
 from training.data.errors import RowError
 from training.data.records import Chat, Pair, Task
 from training.data.rows import RowSchema, read_row, recognise
+from training.data.template_forms import is_wrapped, split_thought, thought_of
+from training.data.written_calls import calls_in, is_plain_json, notation_of
 
 USER = {"role": "user", "content": "How warm is it?"}
 ANSWER = {"role": "assistant", "content": "21 degrees"}
@@ -752,6 +754,59 @@ def test_what_a_message_says_beside_its_text_raises_an_error(message: dict[str, 
     with pytest.raises(RowError) as caught:
         read({"messages": [USER, message]})
     assert_names(str(caught.value), *facts)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{**ANSWER, "content": "<tool_call>{" * 300_000}],
+        [{**ANSWER, "content": "<functioncall>{" * 300_000}],
+        [{**ANSWER, "content": f"{' ' * 2_000_000}x</think>y"}],
+        [CALLING, {**RESULT, "content": f"<tool_response>{' ' * 2_000_000}x"}, ANSWER],
+        [CALLING, *[RESULT] * 40_000, ANSWER],
+    ],
+    ids=["calls", "calls of Glaive", "thought", "result", "results"],
+)
+def test_the_time_to_read_a_chat_is_linear(messages: list[dict[str, Any]]):
+    """Quadratic steps on these chats would take minutes."""
+    chat = read({"messages": [USER, *messages]})
+    assert chat.messages[-1]["role"] == "assistant"
+    for message in chat.messages[-2:]:
+        assert not is_plain_json(message["content"]) or notation_of(message["content"]) is None
+        assert thought_of(message)[1].strip()
+        assert not is_wrapped(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('<tool_call>{"a": {}} </tool_call>', ['{"a": {}}']),
+        ("<tool_call>{a</tool_call> }</tool_call>", ["{a</tool_call> }"]),
+        ("<tool_call>{a} <functioncall> {b}", ["{b}"]),
+        ("<functioncall> {a} <|endoftext|> <tool_call>\n{b}\n</tool_call>{c}", ["{a}", "{b}"]),
+        ("<tool_call>{a}</tool_call><tool_call>{b", ["{a}"]),
+    ],
+)
+def test_calls_are_found_in_texts(content: str, texts: list[str]):
+    found = list(calls_in(content))
+    assert [call.text for call in found] == texts
+    assert [content[call.begin :][: len(call.text)] for call in found] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("<think>a</think>b", ("a", "b")),
+        ("\n <think>\na\n</think>\n\nb", ("a", "\n\nb")),
+        ("<think>a<think>b</think>c</think>", ("a<think>b", "c</think>")),
+        ("a\n</think>\nb", ("a", "\nb")),
+        ("\n</think>\nb", ("", "\nb")),
+        ("a</think>b\n</think>\n\nc", ("a</think>b", "\n\nc")),
+        *((same, ("", same)) for same in ("a</think>b", "a <think>b\n</think>\nc", "a\n</think>", "a")),
+    ],
+)
+def test_thoughts_are_split_from_answers(content: str, parts: tuple[str, str]):
+    assert split_thought(content) == parts
 
 
 def test_a_tool_message_follows_a_call_that_is_written_as_text():
