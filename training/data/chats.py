@@ -360,7 +360,7 @@ def _content_of(content: Any, role: str, at: str, notes: list[str]) -> tuple[str
     kinds = {str(part["type"]) for part in content} if is_parts else set()
     # Results of tools are any JSON: objects with a `type` need not be parts of a message.
     if is_parts and (role != "tool" or kinds == {"text"} or any(map(_MEDIA.fullmatch, kinds))):
-        return _join_parts(content, at)
+        return _join_parts(content, at, notes)
     if role == "tool":
         return json.dumps(content, ensure_ascii=False), ""
     raise RowError(
@@ -378,20 +378,19 @@ def _part_of(part: Any) -> Any:
     return {"type": "text", "text": part["text"]} if keys == {"text"} else part
 
 
-def _join_parts(parts: Any, at: str) -> tuple[str, str]:
+def _join_parts(parts: Any, at: str, notes: list[str]) -> tuple[str, str]:
     texts, thoughts = [], []
     for part in parts:
         kind = part["type"]
-        unread = [
-            key
-            for key, entry in part.items()
-            if key not in ("type", "text", "annotations", "cache_control", kind) and entry
-        ]
-        if unread and kind in ("text", "input_text", "output_text"):
-            raise RowError(
-                "unsupported content", f"{at} has a text part with `{unread[0]}`. Only text is supported"
-            )
-        if kind in ("text", "input_text", "output_text"):
+        unread = [key for key, entry in part.items() if key not in ("type", "text", kind) and entry]
+        is_text = kind in ("text", "input_text", "output_text")
+        for key in unread:
+            if is_text and key not in ("annotations", "cache_control"):
+                raise RowError(
+                    "unsupported content", f"{at} has a text part with `{key}`. Only text is supported"
+                )
+            notes.append(f"`{key}` of {'text' if is_text else kind} parts is not used")
+        if is_text:
             text = part.get("text")
             texts.append(check_text(text, f"{at}: text part") if text != "" else "")
         elif kind in ("thinking", "reasoning"):
@@ -410,7 +409,7 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
 
 def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, reading: _Reading) -> str:
     if value.get("reasoning_details"):
-        value = {**value, "reasoning_details": _text_of_details(value, at)}
+        value = {**value, "reasoning_details": _text_of_details(value, at, reading.notes)}
     given = [key for key in _REASONING if value.get(key) is not None and str(value[key]).strip()]
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
@@ -423,17 +422,19 @@ def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, readi
     return next(iter(texts), "")
 
 
-def _text_of_details(value: dict[str, Any], at: str) -> str:
-    """Return the text of `reasoning_details` (OpenRouter); empty if it holds other details of reasoning that stands under its key."""
+def _text_of_details(value: dict[str, Any], at: str, notes: list[str]) -> str:
+    """Return the text of `reasoning_details` (OpenRouter); empty if it holds only other details of reasoning that stands under its key."""
     details = value["reasoning_details"]
     if not isinstance(details, list | tuple):
         raise RowError("wrong type", f"{at}: `reasoning_details` is {json_type(details)}, not a list")
     parts = [part for part in details if isinstance(part, dict)]
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-    if len(texts) == len(details) > 0:
+    unread = {
+        key: True for part in parts for key, entry in part.items() if key not in ("type", "text") and entry
+    }
+    if len(texts) == len(details) or any(value.get(key) for key in _REASONING if key != "reasoning_details"):
+        notes += [f"`{key}` of `reasoning_details` is not used" for key in unread]
         return "".join(texts)
-    if any(value.get(key) for key in _REASONING if key != "reasoning_details"):
-        return ""
     raise RowError(
         "unsupported content",
         f"{at} has `reasoning_details` without plain text. Write the reasoning as `reasoning_content`, or remove the key",

@@ -741,6 +741,50 @@ def test_reasoning_in_the_message_of_a_label_is_not_trained(answer: dict[str, An
     assert chat.notes == ("reasoning of labels is not used",)
 
 
+TEXT_PART = {"type": "text", "text": "21 degrees"}
+SUMMARY = {"type": "reasoning.summary", "summary": "It is warm."}
+
+
+@pytest.mark.parametrize(
+    ("keys", "notes"),
+    [
+        ({"content": [{**TEXT_PART, "annotations": [{"url": "a"}]}]}, ("`annotations` of text parts",)),
+        ({"content": [{**TEXT_PART, "cache_control": {"type": "a"}}]}, ("`cache_control` of text parts",)),
+        ({"content": [{**TEXT_PART, "annotations": [], "cache_control": None}]}, ()),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": "Sun.", "signature": "x", "summary": "S"},
+                    TEXT_PART,
+                ]
+            },
+            ("`signature` of thinking parts", "`summary` of thinking parts"),
+        ),
+        (
+            {
+                "reasoning_details": [
+                    {"type": "reasoning.text", "text": "Sun.", "signature": "x", "format": None}
+                ]
+            },
+            ("`signature` of `reasoning_details`",),
+        ),
+        ({"reasoning": "Sun.", "reasoning_details": [SUMMARY]}, ("`summary` of `reasoning_details`",)),
+    ],
+)
+def test_keys_of_parts_and_of_details_that_are_not_used_are_noted(
+    keys: dict[str, Any], notes: tuple[str, ...]
+):
+    chat = read({"messages": [USER, {**ANSWER, **keys}]})
+    assert chat.notes == tuple(f"{note} is not used" for note in notes)
+    assert chat.messages[1]["content"] == "21 degrees"
+
+
+def test_a_text_of_details_beside_another_reasoning_raises_an_error():
+    details = [{"type": "reasoning.text", "text": "Clouds."}, SUMMARY]
+    with pytest.raises(RowError, match=r"different texts in `reasoning` and `reasoning_details`"):
+        read({"messages": [USER, {**ANSWER, "reasoning": "Sun.", "reasoning_details": details}]})
+
+
 @pytest.mark.parametrize(
     ("message", "facts"),
     [
@@ -932,10 +976,6 @@ def test_a_message_that_says_two_things_is_rejected(message: dict[str, Any], fac
         {**ANSWER, "content": "", "value": "21 degrees", "from": "gpt"},
         {**ANSWER, "content": [{"text": "21 degrees"}]},
         {**ANSWER, "content": ["21 ", "degrees"]},
-        {
-            **ANSWER,
-            "content": [{"type": "text", "text": "21 degrees", "cache_control": {"type": "ephemeral"}}],
-        },
         {**ANSWER, "role": "Assistant "},
     ],
 )
