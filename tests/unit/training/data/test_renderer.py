@@ -421,7 +421,7 @@ def test_a_label_is_found_among_the_texts_of_the_template(chatml: PreTrainedToke
     tokenizer = with_template(chatml, template, "<|message|>", "<|good|>")
     ids, labels = encode(tokenizer, chat([("I like it", label)], label=1), "classification")
     assert tokenizer.decode([token for token in labels if token != IGNORED]) == label
-    assert tokenizer.decode(ids).endswith(f"assistant\nfinal<|message|>{label}")
+    assert str(tokenizer.decode(ids)).endswith(f"assistant\nfinal<|message|>{label}")
 
 
 FOREIGN = "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
