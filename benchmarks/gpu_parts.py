@@ -72,7 +72,7 @@ class Part:
 
     @property
     def timed(self) -> bool:
-        """Whether times of its contestants are measured."""
+        """Return whether times of its contestants are measured."""
         return self.together is None
 
     @property

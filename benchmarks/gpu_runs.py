@@ -60,7 +60,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the contestants run."""
+    """The machine or simulation on which the contestants run."""
 
     shapes: Shapes
     device: Literal["cuda", "cpu"]
@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def simulated(self) -> bool:
-        """Whether the GPU is simulated, which only runs without Ray and without the peers' scripts can use."""
+        """Return whether the GPU is simulated, which only runs without Ray and without the peers' scripts can use."""
         return self.shapes == "simulated"
 
 

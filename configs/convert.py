@@ -79,7 +79,7 @@ class Conversion:
 
     tool: Tool
     theirs: dict[str, Any]
-    """Their keys and values; dotted for torchtune. Keys without a value are left out."""
+    """Their keys and values; dotted for torchtune. Keys without a value are excluded."""
 
     ours: dict[str, Any] = field(default_factory=dict)
     """Our dotted keys and values."""
@@ -88,7 +88,7 @@ class Conversion:
     """Our dotted key -> the keys that it was translated from."""
 
     changes: list[str] = field(default_factory=list)
-    """Where training differs from the other tool's; one sentence each."""
+    """Differences from training with the other tool; one sentence each."""
 
     lost: set[str] = field(default_factory=set)
     """Our keys for whose values there is no counterpart: our defaults apply."""
@@ -224,7 +224,7 @@ def _header(conversion: Conversion, source: Path) -> Iterator[str]:
     unneeded = [f"{', '.join(keys)}: {reason}" for reason, keys in conversion.unneeded.items()]
     for title, items in (
         ("What changes:", conversion.changes),
-        ("Left out, because nothing is needed:", unneeded),
+        ("Omitted, because nothing is needed:", unneeded),
     ):
         if items:
             yield from ("#", f"# {title}")

@@ -69,7 +69,7 @@ class LoadedConfig:
     defaults."""
 
     written: Mapping[str, Any] = field(default_factory=dict)
-    """In a submitted job: the values that the user wrote, of the keys whose files were packed. They identify the run."""
+    """Values that the user of a submitted job wrote for the keys whose files were packed. They identify the run."""
 
     def as_written(self, config: FinetuneConfig) -> FinetuneConfig:
         """Return a configuration of this run with the values that the user wrote."""
@@ -135,7 +135,7 @@ def to_yaml(config: FinetuneConfig, *, only_given: bool = False) -> str:
 
     Args:
         config: The configuration.
-        only_given: Leave out keys that have their value by default.
+        only_given: Omit keys that have their default value.
     """
     return dump(without_variables(config.model_dump(mode="json", exclude_unset=only_given)))
 
@@ -299,7 +299,7 @@ def _validate(data: dict[str, Any]) -> tuple[FinetuneConfig | None, list[ErrorDe
 def _conflicts_beside(document: Document, errors: list[ErrorDetails]) -> list[Problem]:
     """Return the conflicts between keys that other errors hide: those that the file still has without its wrong values.
 
-    A conflict that names a wrong key is left out, because the right value may resolve it.
+    A conflict that names a wrong key is not reported, because the right value may resolve it.
     """
     wrong = {path_in_data(document.data, error) for error in errors} | {
         problem.path for problem in document.problems

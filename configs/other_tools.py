@@ -33,7 +33,7 @@ class Ours(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What replaces one key of another tool."""
+    """The replacement of one key of another tool."""
 
     tools: str
     """First letters of the tools that have the key with this meaning: h, a, l, t."""
@@ -48,10 +48,10 @@ class Counterpart:
     """Returns the value of our key, or Ours; None: nothing to write. Raises NoCounterpartError."""
 
     note: str = ""
-    """What differs, or why there is no counterpart."""
+    """The difference, or the reason why there is no counterpart."""
 
     differs: bool = False
-    """Whether training differs without a counterpart."""
+    """True if training differs without a counterpart."""
 
     same: tuple[Any, ...] = ()
     """Values that mean what this project does anyway; empty: those that turn the setting off."""

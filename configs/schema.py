@@ -263,7 +263,7 @@ class LoraConfig(Section):
     """Modules trained in full alongside the adapter and saved with it."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which bias parameters are trained."""
+    """Bias parameters to train."""
 
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (rsLoRA)."""
@@ -411,7 +411,7 @@ def _one_spelling(frequency: object) -> object:
 
 
 class CheckpointFrequency(Section):
-    """How often to write a checkpoint and evaluate the validation set."""
+    """Interval at which a checkpoint is written and the validation set is evaluated."""
 
     unit: Literal["epochs", "steps"] = "epochs"
     """Unit of frequency: epochs, or optimizer steps."""
@@ -696,7 +696,7 @@ class FinetuneConfig(Section):
     rows that their text had before, and are trained, also with lora_config."""
 
     new_special_tokens: list[NewToken] = []
-    """As new_tokens; answers are shown without these."""
+    """Like new_tokens, but answers are shown without these."""
 
     turns: Literal["auto", "last", "all"] = "auto"
     """Assistant messages in the loss. auto: all, each in the context in which the model will be asked for it, in several
@@ -851,7 +851,7 @@ class FinetuneConfig(Section):
     """Settings of task classification; required for it."""
 
     checkpoint_and_evaluation_frequency: CheckpointFrequency = CheckpointFrequency()
-    """How often to checkpoint and evaluate, together."""
+    """Interval of checkpoints and evaluations, together."""
 
     eval_steps: Interval | None = None
     """Optimizer steps between two evaluations, if they have an interval of their own; a number below 1 is a share of the steps
@@ -902,7 +902,7 @@ class FinetuneConfig(Section):
     """Run Python code that is shipped with the model. Gated models need HF_TOKEN in the environment."""
 
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often to restart the run after a worker or a node is lost."""
+    """Number of restarts of the run after a worker or a node is lost."""
 
     logger: (
         Annotated[WandbLogger | MlflowLogger | TensorboardLogger, Field(discriminator="provider")] | None
@@ -920,7 +920,7 @@ class FinetuneConfig(Section):
     """Model repository to push to, ORG/NAME; it is created if it does not exist. Required by push_to_hub."""
 
     hub_private_repo: bool | None = None
-    """Whether a new repository is private; null: the default of the account."""
+    """true makes a new repository private, false public; null: the default of the account."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

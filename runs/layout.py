@@ -159,7 +159,7 @@ class Manifest(_Record):
     world_size: int
     zero_stage: int
     offload: list[str] | None = None
-    """What DeepSpeed offloads, and where to: `optimizer: cpu`, `param: cpu`; None in older manifests."""
+    """States that DeepSpeed offloads, and their destinations: `optimizer: cpu`, `param: cpu`; None in older manifests."""
     config_hash: str
     hash_without_devices: str | None = None
     """The hash of all settings but DEVICE_KEYS; None in older manifests."""
@@ -179,7 +179,7 @@ class Verification(_Record):
     rows: int
     tokens: int
     source: str
-    """What the rows are."""
+    """Kind of the rows."""
     mean_difference: float
     """Mean absolute difference of the log-probabilities."""
     largest_difference: float
@@ -269,13 +269,13 @@ class EvalSample(_Record):
     prompt: str
     """End of the prompt as it was rendered, with the generation prompt."""
     completion: str
-    """What the model wrote, without the stop token."""
+    """Text that the model generated, without the stop token."""
     reference: str
     """The row's own answer; empty if it has none."""
     tokens: int
     """Generated tokens, including the stop token."""
     ended: bool
-    """Whether the model wrote a stop token within eval_max_new_tokens."""
+    """True if the model generated a stop token within eval_max_new_tokens."""
 
 
 class MetricsLine(BaseModel):

@@ -64,11 +64,11 @@ class StoredConfig:
     """A run's config.yaml."""
 
     keys: dict[str, Any]
-    """As it is stored; empty where it is damaged."""
+    """The stored text; empty where it is damaged."""
     config: FinetuneConfig | None
     """None where it is damaged, or of a version with other keys."""
     damage: str | None
-    """Why it is no configuration of any version."""
+    """Reason why no version accepts it."""
 
 
 def read_config(store: Store) -> StoredConfig | None:

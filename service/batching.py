@@ -29,7 +29,7 @@ _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values in buffers with spare room, because appending with `torch.cat` copies all of them for every token.
+    """Keys and values in buffers with spare capacity, because appending with `torch.cat` copies all of them for every token.
 
     Rows end at the same position: shorter ones are padded with zeros on the left, which the attention mask excludes.
     """
@@ -138,7 +138,7 @@ class Batch:
         self._takes_positions = "position_ids" in accepted
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def has_room(self, rows: Sequence[Row], joining: Sequence[Row]) -> bool:
+    def fits(self, rows: Sequence[Row], joining: Sequence[Row]) -> bool:
         """Return whether the rows of a request may join now, after others that join."""
         before = [*self.rows, *joining]
         everyone = [*before, *rows]
@@ -153,7 +153,7 @@ class Batch:
             joining = [row for request in taken for row in request.rows]
             if taken and (len(taken) + 1) * longest > _JOINING_TOKENS:
                 break
-            if not self.has_room(waiting[0].rows, joining):
+            if not self.fits(waiting[0].rows, joining):
                 break
             taken.append(waiting.popleft())
         return taken

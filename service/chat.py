@@ -251,7 +251,7 @@ def _question(body: _Body) -> Chat:
 
 @dataclass
 class _Completion:
-    """What the chunks of an answer have in common."""
+    """Fields that all chunks of an answer have."""
 
     model: str
     prompt_tokens: int

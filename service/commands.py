@@ -40,8 +40,6 @@ COMMANDS = {
 }
 DEFAULT_SERVICE = Path("cookbooks/fine_tuning_service/service.yaml")
 DEFAULT_PROJECT = "default"
-_CODE = ("main.py", "configs", "utils", "runs", "training", "service")
-_PROJECT_ROOT = Path(__file__).resolve().parents[1]
 _STOP_SECONDS = 600
 
 
@@ -256,6 +254,8 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
 
     import ray
 
+    from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
+
     if target.is_local:
         engines = sum(base.engine_resources["CPU"] for base in service.config.models.values())
         cores = os.cpu_count() or 1
@@ -267,13 +267,7 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
             num_cpus=cores + math.ceil(engines),
         )
     else:
-        excludes = [
-            "/[!.]*",
-            "/.?*",
-            *(f"!/{pattern}" for name in _CODE for pattern in (name, f"{name}/**")),
-            "__pycache__",
-        ]
-        environment = {"working_dir": str(_PROJECT_ROOT), "excludes": excludes}
+        environment = {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
         environment |= {"env_vars": {STATE_VARIABLE: str(state_directory())}}
         ray.init(
             address=target.address,

@@ -20,13 +20,14 @@ from configs.schema import FinetuneConfig
 from training.data.errors import DataError
 from training.data.prepared import keep_prepared
 from training.launch.cluster import workers_of
+from training.launch.packaging import PROJECT
 from training.planning.endpoints import ClusterTarget, set_ray_environment
 from training.planning.paths import make_scratch_directory
 from training.planning.planner import make_plan
+from utils.command_line import ADDRESS_VARIABLE
 from utils.processes import die_with
 
 NAMESPACE = "fine-tuning-service"
-_PROJECT = Path(__file__).resolve().parents[1]
 _TAIL_BYTES = 4000
 
 
@@ -106,8 +107,8 @@ class JobDriver:
         self._is_stopping = False
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(_PROJECT / "main.py"), str(path), "--json"],
-                cwd=_PROJECT,
+                [sys.executable, str(PROJECT / "main.py"), str(path), "--json"],
+                cwd=PROJECT,
                 env=_environment(os.environ, address),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -177,4 +178,4 @@ def _environment(inherited: Mapping[str, str], address: str) -> dict[str, str]:
     environment = {name: value for name, value in inherited.items() if name != "OMP_NUM_THREADS"}
     if environment.get("CUDA_VISIBLE_DEVICES") == "":
         del environment["CUDA_VISIBLE_DEVICES"]
-    return environment | {"RAY_ADDRESS": address}
+    return environment | {ADDRESS_VARIABLE: address}

@@ -21,7 +21,7 @@ MAX_ONGOING_REQUESTS = 512
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen, and where it ends."""
+    """Sampling settings of an answer, and where it ends."""
 
     max_tokens: int | None = None
     """Tokens of each choice; None: up to the end of the context."""

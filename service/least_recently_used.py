@@ -1,4 +1,4 @@
-"""A limited number of loaded values: the least recently used one that no request uses makes room for the next."""
+"""A limited number of loaded values: the least recently used one that no request uses is removed for the next."""
 
 import asyncio
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What a job's run has left in the bucket: events, checkpoints and the CSV of step metrics."""
+"""Progress of a job's run, read from the bucket: events, checkpoints and the CSV of step metrics."""
 
 import bisect
 import csv

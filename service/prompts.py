@@ -60,7 +60,7 @@ class ChatFormat:
         """Render and tokenize the prompt of a request.
 
         Raises:
-            ApiError: The template rejects the messages, or the prompt leaves no room for an answer.
+            ApiError: The template rejects the messages, or the prompt fills the context.
         """
         if not self.tokenizer.chat_template:
             raise ApiError(

@@ -88,7 +88,7 @@ class _Attempts:
 
 @dataclass
 class _Memory:
-    """What a scheduler remembers between two rounds; all of it may be lost."""
+    """State of a scheduler between two rounds; all of it may be lost."""
 
     checks: dict[str, Any] = field(default_factory=dict)
     """Job id -> reference of the running check."""
@@ -146,10 +146,10 @@ class Scheduler:
             for _, job in jobs
             if drivers[job["id"]] is not None and job["needs"]
         )
-        room = _Room(self._service, taken)
+        free = _FreeResources(self._service, taken)
         for project, job in sorted(jobs, key=lambda each: (each[1]["created_at"], each[1]["id"])):
             try:
-                self._act(project, job, drivers[job["id"]], room)
+                self._act(project, job, drivers[job["id"]], free)
             except JobConfigError as error:
                 self._fail(project, job, "invalid_configuration", str(error))
             except (BucketError, ray.exceptions.RayError) as error:
@@ -171,7 +171,7 @@ class Scheduler:
             self._store.delete([marker])
             del self._memory.orphans[marker]
 
-    def _act(self, project: str, job: Record, driver: Any, room: "_Room") -> None:
+    def _act(self, project: str, job: Record, driver: Any, free: "_FreeResources") -> None:
         state = driver_state(driver, _DRIVER_ANSWERS_SECONDS) if driver is not None else None
         if driver is not None and state is not None and state.exit_code is None:
             self._follow(project, job, driver, state)
@@ -183,7 +183,7 @@ class Scheduler:
         if job["status"] == VALIDATING:
             self._check(project, job)
         elif job["status"] in (QUEUED, RUNNING):
-            self._start(project, job, room)
+            self._start(project, job, free)
         else:
             self._retire(project, job)
 
@@ -237,7 +237,7 @@ class Scheduler:
         try:
             checked: Checked = ray.get(running)
         except ray.exceptions.RayError as error:
-            self._failed_attempt(project, job, f"the files could not be checked: {_first_line(error)}")
+            self._failed_attempt(project, job, f"the files could not be checked: {_last_line(error)}")
             return
         if checked.needs is None:
             message = self._with_file_ids(project, job, checked.error)
@@ -289,15 +289,15 @@ class Scheduler:
 
     # --- Running -----------------------------------------------------------------------------------------------------
 
-    def _start(self, project: str, job: Record, room: "_Room") -> None:
+    def _start(self, project: str, job: Record, free: "_FreeResources") -> None:
         if not self._may_try(job["id"]):
             return
         needs = Needs(**job["needs"])
-        lacking = room.lacking(job["id"], needs)
+        lacking = free.lacking(job["id"], needs)
         if lacking:
             self._say_once(project, job, f"Waiting for resources: {lacking}")
             return
-        room.take(needs)
+        free.take(needs)
         start_driver(self._config_of(project, job), job["id"], self._address)
         if job["status"] == QUEUED:
             self._set_running(project, job)
@@ -422,7 +422,7 @@ class Scheduler:
             self._store.write(active_key(project, job["id"]), b"")
 
 
-class _Room:
+class _FreeResources:
     """The resources that a round may still give to jobs."""
 
     def __init__(self, service: LoadedService, taken: Mapping[str, float]):
@@ -460,7 +460,7 @@ def _sum(amounts: Any) -> dict[str, float]:
     return total
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[
         :500
     ]

@@ -36,7 +36,7 @@ from service.engine import Accepted, ChatRequest, Delta, EngineSettings, Event, 
 from service.errors import ApiError
 from service.least_recently_used import LeastRecentlyUsed
 from training.data.prompting import stop_tokens
-from training.models.kernels import Device
+from training.models.kernels import Device, device_here
 from training.models.torch_provider import load_weights
 
 MAX_ROWS = 64
@@ -78,12 +78,12 @@ class TransformersEngine:
 
     def __init__(self, settings: EngineSettings):
         """Load the base model on the first GPU if there is one, else on the CPU."""
+        self._device: Device = device_here()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        elif not torch.cuda.is_available():
+        elif self._device == "cpu":
             torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
         self._settings = settings
-        self._device: Device = "cuda" if torch.cuda.is_available() else "cpu"
         self._base = base_checkpoint(settings)
         model = load_weights(
             self._base.directory,
@@ -170,10 +170,10 @@ class TransformersEngine:
     ) -> list[Row]:
         """Return one row per choice; raise ApiError if they do not fit into memory together."""
         sampling, batch = request.sampling, loaded.model.batch
-        room = min(checkpoint.format.context, batch.max_tokens // sampling.n)
-        wanted = sampling.max_tokens or min(_DEFAULT_MAX_TOKENS, room - prompt_tokens)
+        most_tokens = min(checkpoint.format.context, batch.max_tokens // sampling.n)
+        wanted = sampling.max_tokens or min(_DEFAULT_MAX_TOKENS, most_tokens - prompt_tokens)
         end = prompt_tokens + wanted
-        if wanted < 1 or end > room or sampling.n > batch.max_rows:
+        if wanted < 1 or end > most_tokens or sampling.n > batch.max_rows:
             raise ApiError(
                 status=400,
                 message=f"n: this model generates at most {batch.max_rows} choices with {batch.max_tokens} tokens in all at a "

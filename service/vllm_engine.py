@@ -229,7 +229,7 @@ class VllmEngine:
                     return  # a stop text ended it: closing the connection frees its place
 
     def _sampled(self, choice: dict[str, Any], answer: Answer, top_logprobs: int | None) -> Iterator[Sampled]:
-        """Yield the tokens of a chunk; vLLM may leave out the stop token that ended the answer."""
+        """Yield the tokens of a chunk; vLLM may omit the stop token that ended the answer."""
         tokens = choice.get("token_ids") or []
         logprobs = choice.get("logprobs")
         for place, token in enumerate(tokens):

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +52,8 @@ class Options:
     """URL of the job server to submit to."""
     detach: bool
     as_json: bool
+    target: ClusterTarget = field(default_factory=target_cluster)
+    """Where a run trains that is not submitted."""
 
     @property
     def command(self) -> list[str]:
@@ -59,7 +61,7 @@ class Options:
         if submitted := os.environ.get(COMMAND_VARIABLE):
             return json.loads(submitted)
         submit = ["--submit", self.job_server] if self.job_server else []
-        address = None if self.job_server else target_cluster().address
+        address = None if self.job_server else self.target.address
         # In a shell without the variable, the command would start a local cluster.
         variable = [f"{ADDRESS_VARIABLE}={address}"] if address else []
         return [*variable, *main_command(str(self.config), *self.overrides, *submit)]
@@ -103,13 +105,12 @@ def run(options: Options, began: float) -> int:
         return DONE
     if options.job_server:
         return submit(loaded, options, options.job_server, screen)
-    target = target_cluster()
-    if options.dry_run or not target.is_local:
-        return plan_and_train(loaded, options, target, screen, began)
+    if options.dry_run or not options.target.is_local:
+        return plan_and_train(loaded, options, screen, began)
     # A signal to the process group must not terminate the local cluster before the checkpoint is committed. It does not reach a
     # remote cluster, and a job server signals each process of a job separately.
     return run_in_own_session(
-        lambda: plan_and_train(loaded, options, target, screen, began),
+        lambda: plan_and_train(loaded, options, screen, began),
         on_lost=lambda how: _report_lost_driver(loaded, options, screen, how),
     )
 
@@ -127,10 +128,9 @@ def _report_lost_driver(loaded: LoadedConfig, options: Options, screen: Screen, 
     )
 
 
-def plan_and_train(
-    loaded: LoadedConfig, options: Options, target: ClusterTarget, screen: Screen, began: float
-) -> int:
+def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began: float) -> int:
     """Plan the run, train it unless this is a dry run, and print the result; return the exit code."""
+    target = options.target
     set_ray_environment(target)
     withhold(unused_packages(loaded.config))
     with importing():
@@ -276,8 +276,6 @@ def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", options: Options,
 def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Screen) -> int:
     """Check the run locally, submit it as a job and follow it; return the exit code of the job's main.py."""
     target = ClusterTarget(job_server)
-    os.environ["RAY_ADDRESS"] = job_server  # Ray's client prefers the variable to its address argument
-    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     set_ray_environment(target)
     from training.launch import submission
     from training.launch.display import Watch, show_completed, show_error, show_submitted, show_warning

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 COMMAND_VARIABLE = "ANNEAL_COMMAND"
-"""In a submitted job: the command, as a JSON list, that submitted it and resumes its run."""
+"""The variable of a submitted job with the command, as a JSON list, that submitted it and resumes its run."""
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 """The variable that names the cluster; a command that trains on one starts with it."""
 

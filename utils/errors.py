@@ -11,3 +11,8 @@ class AnnealError(Exception):
 
     exit_code: ClassVar[int] = 2
     """2: rejected before training. Subclasses for failures after training has started set 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -29,7 +29,9 @@ from rich.table import Table
 from configs.loading import ConfigError, load_config
 from runs.layout import EvalLoss
 from runs.reading import eval_losses_of, read_metrics
+from training.planning.endpoints import target_cluster
 from training.planning.paths import needs_embedded_bucket, storage_path
+from utils.command_line import ADDRESS_VARIABLE
 from utils.storage.bucket import join_uri, open_store
 from utils.storage.embedded_bucket import embedded_bucket
 
@@ -96,7 +98,7 @@ def _environment(address: str | None) -> dict[str, str]:
     """Return this process's environment without Ray's variables for the trial, plus the shared cluster's address."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     kept = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
-    return ours | kept | ({"RAY_ADDRESS": address} if address else {})
+    return ours | kept | ({ADDRESS_VARIABLE: address} if address else {})
 
 
 def _format(value: object) -> str:
@@ -125,7 +127,7 @@ def main(arguments: list[str]) -> int:
         )
         return 2
     search = f"{options.config.stem}-search-{time.strftime('%Y%m%d-%H%M%S')}"
-    address = os.environ.get("RAY_ADDRESS")
+    address = target_cluster().address
     with ExitStack() as stack:
         if needs_embedded_bucket(config):
             stack.enter_context(embedded_bucket())

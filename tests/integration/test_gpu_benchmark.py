@@ -297,7 +297,7 @@ def test_damaged_or_foreign_results_are_rejected(content: str, tmp_path: Path):
         ("echo 'NVIDIA H200'; echo 'NVIDIA H200'", None),
     ],
 )
-def test_only_a_listed_gpu_counts(
+def test_gpu_is_found_only_if_nvidia_smi_lists_it(
     script: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     command = tmp_path / "nvidia-smi"
@@ -402,7 +402,7 @@ def test_only_figures_of_a_gpu_reach_the_pages(change: dict, runs: FakeRuns):
     assert generated("docs/performance.md", runs.results).count("Not measured") == 1
 
 
-def test_failures_alone_are_no_run_on_a_gpu(runs: FakeRuns):
+def test_failed_contestants_do_not_count_as_a_run_on_a_gpu(runs: FakeRuns):
     def fail() -> Measured:
         raise ContestantFailedError("out of memory")
 
@@ -432,7 +432,7 @@ def test_figures_have_all_digits_before_the_point(value: float, text: str):
         (Target(0.9, 1.1), "0.9 to 1.1", 1.0, 0.89),
     ],
 )
-def test_targets_are_ranges(target: Target, text: str, inside: float, outside: float):
+def test_targets_include_the_values_of_their_range(target: Target, text: str, inside: float, outside: float):
     assert str(target) == text
     assert target.includes(inside)
     assert not target.includes(outside)

@@ -178,7 +178,7 @@ def test_list_is_written_after_success_only_and_without_urls(
     assert "2 packages, 0.0 MiB" in capsys.readouterr().out
 
 
-def test_only_what_is_missing_is_brought(monkeypatch: pytest.MonkeyPatch):
+def test_only_missing_packages_are_downloaded(monkeypatch: pytest.MonkeyPatch):
     def compile_requirements(command: list[str], **_: object) -> None:
         output = Path(command[-1])
         preferred = parse_pins(output.read_text().splitlines())

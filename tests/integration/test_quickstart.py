@@ -77,8 +77,8 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
     )
     assert prepared.returncode == 0, prepared.stderr
     process = subprocess.Popen(
-        # A quarter of the quickstart's steps.
-        command(YAML, "max_steps=8", "--json"),
+        # A quarter of the quickstart's steps and half of its validation rows.
+        command(YAML, "max_steps=8", "max_valid_rows=16", "--json"),
         cwd=PROJECT,
         env=variables,
         stdout=subprocess.PIPE,

@@ -130,7 +130,7 @@ def test_unpacked_mapping_may_have_the_required_argument():
         ("engine: DeepSpeedEngine = made\nengine.step()", "deepspeed.DeepSpeedEngine.step()"),
     ],
 )
-def test_calls_are_found(line: str, call: str):
+def test_cuda_calls_of_a_line_are_found(line: str, call: str):
     text = f"import torch\nfrom deepspeed import DeepSpeedEngine\n{line}\n"
     assert call in {found.text for found in calls_of("ours.py", text)}
 

@@ -74,7 +74,7 @@ def test_broken_links_are_found(tmp_path: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_pages_stay_short(page: Path):
+def test_pages_have_at_most_their_number_of_lines(page: Path):
     lines = page.read_text("utf-8").splitlines()
     assert len(lines) <= MAX_LINES[page]
     wide = [number for number, line in enumerate(lines, 1) if len(line) > MAX_WIDTH and line[:1] != "|"]

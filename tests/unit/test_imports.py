@@ -1,6 +1,7 @@
 """The import graph: import-linter's contracts, and limits that they do not state."""
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 
 from tests.support.jobs import PROJECT
 
+RAY_INTERNALS = "training.loop.ray_internals"
 MAX_LEVELS = 12
 """Modules on the longest import chain in training/, which a reader has to know to understand the top one."""
 
@@ -110,11 +112,58 @@ def test_other_names_are_not_private_ray_names(source: str):
     assert not private_ray_names(source)
 
 
-def test_ray_private_names_are_imported_in_one_file():
+def product_files() -> list[Path]:
     packages = ("service", "training", "runs", "configs", "utils")
-    files = [
+    return [
         PROJECT / "main.py",
         *(file for package in packages for file in (PROJECT / package).rglob("*.py")),
     ]
-    found = [str(file.relative_to(PROJECT)) for file in files if private_ray_names(file.read_text("utf-8"))]
+
+
+def test_ray_private_names_are_imported_in_one_file():
+    found = [
+        str(file.relative_to(PROJECT))
+        for file in product_files()
+        if private_ray_names(file.read_text("utf-8"))
+    ]
     assert found == ["training/loop/ray_internals.py"]
+
+
+def extends_ray(source: str) -> bool:
+    """Return whether a module has a class whose base it imports from Ray or from ray_internals."""
+    tree = ast.parse(source)
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("ray.", RAY_INTERNALS))
+        for alias in node.names
+    }
+    return any(
+        isinstance(base, ast.Name) and base.id in imported
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+    )
+
+
+def overridden_private_methods(extended: type) -> set[str]:
+    """Return the private methods of Ray's classes that a class overrides itself."""
+    of_ray = {name for base in extended.__mro__ if base.__module__.startswith("ray.") for name in vars(base)}
+    own = {name for name in vars(extended) if name.startswith("_") and not name.endswith("__")}
+    return (own & of_ray) - {"_abc_impl"}  # every abstract class has this one
+
+
+@pytest.mark.slow
+def test_ray_private_methods_are_overridden_in_one_file():
+    names = {
+        ".".join(file.relative_to(PROJECT).with_suffix("").parts)
+        for file in product_files()
+        if extends_ray(file.read_text("utf-8"))
+    }
+    found: dict[str, set[str]] = {}
+    for module in map(importlib.import_module, names):
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                found.setdefault(module.__name__, set()).update(overridden_private_methods(value))
+    assert [name for name, methods in found.items() if methods] == [RAY_INTERNALS]
+    assert {"training.launch.elastic", "training.launch.trainer"} <= found.keys()

@@ -99,7 +99,7 @@ def test_workflow_pins_actions_by_commit_and_has_read_only_permissions(workflow)
     assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
 
 
-def test_nightly_workflow_runs_every_target_that_the_other_workflow_leaves_out():
+def test_nightly_workflow_runs_every_target_that_the_other_workflow_does_not_run():
     targets = yaml.safe_load(read(".github/workflows/nightly.yml"))["jobs"]["grid"]["strategy"]["matrix"][
         "target"
     ]

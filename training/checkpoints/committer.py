@@ -61,7 +61,7 @@ class CommitContext:
     world: World
     """This worker."""
     keep: int
-    """How many of the best checkpoints to retain."""
+    """Number of the best checkpoints to retain."""
     describe: "Callable[[Path, TrainerState], SavedCheckpoint]"
     """See `describe_saved`."""
     report: Callable[[CheckpointCommitted], None]

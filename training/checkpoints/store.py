@@ -55,14 +55,14 @@ def staging(directory: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error, directory.parent):
             raise
-        room = free_bytes(directory.parent)
+        available = free_bytes(directory.parent)
         for path in directory.rglob("*"):
             if path.is_file():  # directories are kept: other workers of the node may still be writing
                 with suppress(FileNotFoundError):  # another worker deleted it
-                    room += path.stat().st_size
+                    available += path.stat().st_size
                     path.unlink()
         raise CheckpointError(
-            f"{directory}: the disk is full: a checkpoint needs more than the available {format_bytes(room)}. Free some space, or "
+            f"{directory}: the disk is full: a checkpoint needs more than the available {format_bytes(available)}. Free some space, or "
             "set output_dir to a larger disk, and rerun the same command: the run resumes from its latest committed checkpoint."
         ) from error
 

@@ -23,7 +23,7 @@ _TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, AttributeError),
     *(LookupError, ArithmeticError, RecursionError),
 )
-"""What the code of a template raises for a row."""
+"""Exceptions that the code of a template raises for a row."""
 
 
 _SET_BY_RENDERING = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now"})

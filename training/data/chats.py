@@ -72,7 +72,7 @@ class _Reading:
     """Position of each message in the row; several may have been merged into it."""
     untrained: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
-    """What was changed or not used, as counted in the plan."""
+    """Parts that were changed or not used, as counted in the plan."""
 
 
 def read_chat(values: Any, what: str, tools: list[Tool] | None, *, system: str | None = None) -> Chat:

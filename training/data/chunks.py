@@ -32,7 +32,7 @@ class Chunk:
     stored: list[tuple[int, Any]]
     """(line or record number, what is stored there); see `OpenFile.stored`."""
     schema: RowSchema | None
-    """How the rows of their source are read; None if none of its rows so far has a known format."""
+    """Schema of the rows of their source; None if none of its rows so far has a known format."""
     only_faults: bool = False
     """True if an earlier row stops the run, so that only further faults are collected."""
     max_rows: int | None = None
@@ -41,7 +41,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class ChunkResult:
-    """What became of the rows of a chunk."""
+    """The outcome of the rows of a chunk."""
 
     file: int
     read: int = 0

@@ -104,7 +104,7 @@ class _Rows:
     rows: list[int]
     """Rows of each source within the token limit."""
     schemas: list[RowSchema | None]
-    """How the rows of each source were read."""
+    """Schema with which the rows of each source were read."""
     checksums: list[str]
     """Checksums of the files of tokens."""
     read: Callable[[Sequence[int]], list[dict[str, Any]]]

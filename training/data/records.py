@@ -14,7 +14,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 Task = Literal["instruction_tuning", "causal_lm", "preference_tuning", "classification"]
 Turns = Literal["auto", "last", "all"]
-"""Which turns of a chat are trained, and in which contexts; see the key `turns`."""
+"""Turns of a chat that are trained, and their contexts; see the key `turns`."""
 
 
 @dataclass(frozen=True, slots=True)

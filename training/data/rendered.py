@@ -15,7 +15,7 @@ class Rendered:
     ends_the_text: bool = False
     """True if the tokenizer adds its own BOS and EOS tokens, as for text without a chat template."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What was changed or left out to render the row, as the plan counts it."""
+    """Parts that were changed or excluded to render the row, as counted in the plan."""
 
     @property
     def size(self) -> int:

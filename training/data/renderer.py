@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 # A row whose text contains these may be rendered by other rules than a row of the same roles without them.
 _RULES_DEPEND_ON = ("think>", "<tool_", "[TOOL_")
-_GREETING_LEFT_OUT = "assistant messages before the first user message are left out, because the chat template does not render them"
+_EXCLUDED_GREETING = "assistant messages before the first user message are excluded, because the chat template does not render them"
 _CALLS_READ = "calls in the text of answers are read as tool_calls, because the chat template writes calls in another form"
 _CALLS_LEFT = (
     "calls in the text of answers are left as text, although the chat template writes calls in another form"
@@ -177,7 +177,7 @@ class Renderer:
             if shorter is None or error.kind not in TEMPLATE_KINDS:
                 raise
             sequences = self._conversation(shorter)
-            notes = (*notes, _GREETING_LEFT_OUT)
+            notes = (*notes, _EXCLUDED_GREETING)
         return tuple(replace(sequence, notes=notes) for sequence in sequences) if notes else sequences
 
     def _check_greeting(self, example: Chat | Pair) -> None:

@@ -33,7 +33,7 @@ class RowPass:
     def __init__(self, request: DataRequest, tokenizer: ChunkTokenizer):
         self.tally = Tally()
         self.schema: RowSchema | None = None
-        """How the rows of the current source are read; None until a row has a known format."""
+        """Return the schema of the rows of the current source; None until a row has a known format."""
         self._request = request
         self._tokenizer = tokenizer
         self._taken_before = 0
@@ -122,7 +122,7 @@ def _chunked(stored: Iterator[tuple[int, Any]]) -> Iterator[tuple[list[tuple[int
 
 @dataclass
 class Tally:
-    """What became of rows. Its size depends on the kinds of faults and lengths, not on the number of rows."""
+    """The outcome of rows. Its size depends on the kinds of faults and lengths, not on the number of rows."""
 
     read: int = 0
     taken: int = 0

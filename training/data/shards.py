@@ -52,7 +52,7 @@ class Shard:
     pieces: tuple[Piece, ...]
     bytes: int
     schema: RowSchema | None = None
-    """How its rows are read; None if no row before them has a known format."""
+    """Schema of its rows; None if no row before them has a known format."""
 
     def takes_another_file(self, source: int) -> bool:
         """Return whether a file of a source belongs to this shard, too."""
@@ -106,7 +106,7 @@ def cut(request: DataRequest) -> list[Shard]:
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """What a shard returns: all else it writes to storage."""
+    """The result that a shard returns; everything else is written to storage."""
 
     tally: Tally
     schema: RowSchema | None
@@ -123,7 +123,7 @@ class ShardWorker:
     output: str
     """Directory, or on a cluster URI, for the tokens and indexes."""
     cache: Path | None
-    """Where copies of files in a bucket are kept; None on a cluster: each node reads its own ranges of them."""
+    """Directory for copies of files in a bucket; None on a cluster: each node reads its own ranges of them."""
     scratch: Path | None = None
     """Directory of the node for temporary files; None: the system's."""
 

@@ -78,7 +78,7 @@ class DataSummary:
     split_sequences: int = 0
     """Sequences that these rows became; `rows` counts each of them."""
     has_reasoning: bool | None = None
-    """Whether an answer has reasoning, or an empty thought that the row writes; None: the rows are no chats."""
+    """True if an answer has reasoning, or an empty thought that the row writes; None if the rows are no chats."""
     date: str | None = None
     """Date that the chat template prints in these rows (ISO 8601); None if it prints none."""
     notes: dict[str, int] = field(default_factory=dict)

@@ -19,7 +19,7 @@ _ID_CHARACTERS = 9  # Mistral's templates reject other ids
 
 @dataclass(frozen=True)
 class Form:
-    """How messages are handed to a template: templates read different keys."""
+    """The form in which messages are passed to a template: templates read different keys."""
 
     reasoning: str | None = None
     """Key of a turn's reasoning; None: inside the content, as written."""

@@ -1,4 +1,4 @@
-"""What a chat template reads and prints, found by rendering probes with it."""
+"""The traits of a chat template: the keys that it reads and the texts that it prints, found by rendering probes."""
 
 import re
 from functools import cached_property

@@ -35,7 +35,7 @@ class RenderedRow:
     row: int
     sequences: tuple[Rendered | Tokens, ...]
     label: int | None
-    """Of classification: index of the label. Of an unpaired row: 1 if its response is the chosen one, 0 if the rejected one."""
+    """Index of the label in classification. In an unpaired row: 1 if its response is the chosen one, 0 if the rejected one."""
 
 
 def digest_of(sequences: Sequence[Rendered | Tokens], seed: int = 0) -> int:

@@ -9,6 +9,7 @@ from training.data.prompting import encode_prompt, stop_tokens
 from training.data.records import Filled, Message
 from training.data.rows import RowSchema, places_of, read_row
 from training.inference.checkpoint_model import TrainedModel
+from training.models.kernels import device_here
 from utils.processes import importing
 
 
@@ -24,13 +25,11 @@ class Conversation:
 
     def __init__(self, trained: TrainedModel):
         """Load the model on the first GPU if there is one, else on the CPU."""
-        import torch
-
         self._trained = trained
         self._tokenizer = trained.tokenizer()
         self._messages: list[Message] = []
         _ = self._render("probe")  # report errors before loading the weights
-        self._model: Any = trained.load("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = trained.load(device_here())
 
     def answer(self, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int) -> str:
         """Generate the answer to a prompt and return it.

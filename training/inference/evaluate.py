@@ -273,6 +273,7 @@ def _max_tokens(trained: TrainedModel) -> int | None:
     from transformers import AutoConfig
 
     from training.checkpoints.weights import fetch_model
+    from training.models.architecture import most_positions
     from training.models.files import is_tokenizer_file
 
     directory = (
@@ -281,7 +282,7 @@ def _max_tokens(trained: TrainedModel) -> int | None:
         else fetch_model(trained.checkpoint, trained.cache, is_tokenizer_file)
     )
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trained.config.trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most_positions(config)
 
 
 def _trained_digests(trained: TrainedModel) -> set[int] | None:

@@ -18,13 +18,12 @@ from training.data.prepared import fetch_prepared, rows_of_run
 from training.data.row_index import IGNORED
 from training.models.architecture import build_on_meta_device
 from training.models.files import ModelError
-from training.models.torch_provider import attach_adapter, load_weights, peft_config
+from training.models.torch_provider import DTYPES, attach_adapter, load_weights, peft_config
 
 if TYPE_CHECKING:
     from training.inference.checkpoint_model import TrainedModel
 
 _ROWS, _TOKENS = 4, 64
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FEWEST_NATS = 1e-5  # rounding of fp32 itself, which depends on the order of a sum
 _MEAN_LIMIT, _LARGEST_LIMIT = 2, 8
 _NO_POWER_OF_TWO = 4 / 3
@@ -88,7 +87,7 @@ def verify_export(
         if trained.config.lora_config and not trained.config.initial_adapter_model_ckpt_path:
             _restore_scaling(model, trained.config.lora_config, base, trust_remote_code=trust)
     expected = _outputs(model, rows)
-    dtype = _DTYPES[planned.dtype or "fp32"]
+    dtype = DTYPES[planned.dtype or "fp32"]
     _round_weights(model, dtype)
     rounded = _outputs(model, rows)
     del model

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from training.models.files import first_line
 from training.planning.endpoints import (
     ClusterError,
     ClusterTarget,
@@ -11,6 +10,7 @@ from training.planning.endpoints import (
     describe_missing_token,
 )
 from utils.console import library_output_in
+from utils.errors import first_line
 
 
 def check_cluster_answers(target: ClusterTarget) -> None:

@@ -58,6 +58,7 @@ from training.launch.trainer import LeanTorchTrainer
 from training.launch.vitals import ClusterLostError, Vitals
 from training.loop.ray_internals import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, LocalWorkers
 from training.loop.worker import train_worker, worker_log
+from training.models.kernels import COLLECTIVE_BACKENDS
 from training.planning.memory import Saving
 from training.planning.plan import RunPlan
 from training.planning.report import PlanReport
@@ -280,7 +281,7 @@ class RunState:
     most_workers: int = 0
     """The most workers that have run at once."""
     stopped_by: str | None = None
-    """Who requested a stop with `main.py stop`."""
+    """Requester of a stop with `main.py stop`."""
     is_waiting: bool = False
     """True while no worker group runs because the cluster lacks resources or has lost a node."""
 
@@ -455,7 +456,7 @@ def _trainer(
             "lease": lease.model_dump(mode="json"),
             "mailbox": mailbox,
         },
-        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend=COLLECTIVE_BACKENDS[plan.device]),
         scaling_config=scaling,
         scaling_policy=GroupSizes(scaling, config.device_counts, mailbox) if is_range else None,
         run_config=RunConfig(

@@ -9,8 +9,8 @@ import ray.train
 from training.events import FailureCause, FailureKind
 from training.loop.memory_errors import out_of_memory_line
 from training.loop.ray_internals import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
-from training.models.files import first_line
 from training.planning.memory import Saving, describe_savings
+from utils.errors import first_line
 
 _MAX_REASON_CHARACTERS = 400
 

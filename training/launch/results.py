@@ -53,7 +53,7 @@ class Attempt:
     signals: Sequence[int]
     """The signals that the driver received."""
     stopped_by: str | None
-    """Who requested a stop with `main.py stop`; the driver then sends SIGTERM to itself."""
+    """Requester of a stop with `main.py stop`; the driver then sends SIGTERM to itself."""
     model: ModelReady | None
     checkpoint: CheckpointCommitted | None
     """The latest checkpoint that this attempt committed or restored."""

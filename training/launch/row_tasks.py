@@ -16,10 +16,10 @@ from configs.schema import FinetuneConfig
 from training.data.shards import ShardMap, ShardWorker
 from training.launch.cluster import disconnect, join_cluster
 from training.launch.vitals import Vitals
-from training.models.files import first_line
 from training.planning.devices import choose_device
 from training.planning.endpoints import ClusterError, ClusterTarget
 from training.planning.paths import make_scratch_directory
+from utils.errors import first_line
 from utils.processes import record_signals
 
 _COLLECTED = 50_000  # objects between garbage collections, as in training.data.chunk_processes

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from runs.layout import CONFIG_FILE, RunResult
 from training.checkpoints.lease import check_not_held
 from training.launch.packaging import Package
 from training.launch.submitted_job import SubmittedJob
-from training.models.files import first_line
 from training.planning.endpoints import (
     WRITTEN_VARIABLE,
     ClusterError,
@@ -27,7 +27,8 @@ from training.planning.endpoints import (
 )
 from training.planning.planner import Progress, plan_submission
 from training.planning.report import CheckedSample, PlanReport
-from utils.command_line import COMMAND_VARIABLE
+from utils.command_line import ADDRESS_VARIABLE, COMMAND_VARIABLE
+from utils.errors import first_line
 from utils.storage.bucket import BucketError, NotFoundError, is_remote, open_store
 
 # `ray job stop` sends SIGTERM, then SIGKILL after this time. In between, the driver commits a checkpoint.
@@ -97,6 +98,8 @@ def _has_records_here(packed: Package) -> bool:
 
 def connect(address: str) -> JobSubmissionClient:
     """Return a client that is connected to the job server."""
+    os.environ[ADDRESS_VARIABLE] = address  # Ray's client prefers the variable to its argument
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

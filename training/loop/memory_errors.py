@@ -2,7 +2,7 @@
 
 import re
 
-from training.models.files import first_line
+from utils.errors import first_line
 
 # torch 2.x raises OutOfMemoryError only from its CUDA allocator. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
 _TORCH_OUT_OF_MEMORY = re.compile(

@@ -27,7 +27,7 @@ _SUMS = (
     *("loss", "rows", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("chosen responses", "rejected responses", "pairs"),
 )
-"""What an evaluation and a step sum up, in this order."""
+"""Quantities that an evaluation and a step sum up, in this order."""
 _LARGEST_FIRST_REWARD = 0.01  # rounding; a wrong reference gives rewards of the order of 1
 
 

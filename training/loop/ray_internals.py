@@ -1,4 +1,4 @@
-"""Ray's private names that Anneal uses (Ray 2.60.0), each with the reason; other modules import them from here.
+"""Ray's private names that Anneal imports or overrides (Ray 2.60.0), each with the reason; other modules import them from here.
 
 Check this file when Ray is upgraded. It imports no torch, so that a local cluster can start before the driver imports it.
 """
@@ -26,11 +26,21 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 # ray.init finds the cluster of RAY_ADDRESS=auto with this function.
 from ray._private.services import canonicalize_bootstrap_address_or_die
+
+# The maximum that an autoscaler may scale up to; ray.cluster_resources counts only nodes that have joined.
 from ray._private.state import state as _state
+
+# The directories of Ray's logs and session, which no public function returns.
 from ray._private.worker import global_worker as _global_worker
+
+# The GCS answers a client at once, while ray.init retries for 20 s.
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
+
+# Which nodes an autoscaler or KubeRay has created; ray.nodes does not say.
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.train import ScalingConfig
+
+# The callbacks that `LeanTrainer` omits. TorchTrainer has no option for them.
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
@@ -42,10 +52,14 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 
 # The only callback that sees the controller's states: workers waiting, started, failed. UserCallback sees exceptions only.
 from ray.train.v2._internal.execution.callback import ControllerCallback
+
+# The only way to read a preemption notice without a barrier; see `is_node_preempted`.
 from ray.train.v2._internal.execution.context import get_train_context
 
 # A local cluster has a controller and worker groups of its own: `LocalController` and `LocalWorkers` say what differs.
 from ray.train.v2._internal.execution.controller import TrainController
+
+# The states that a ControllerCallback receives.
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     ReschedulingState,
@@ -65,6 +79,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
     ScalingDecision,
 )
+
+# The actors of `LocalWorkers` and the group that takes them over; Ray's own group always starts new actors.
 from ray.train.v2._internal.execution.worker_group import (
     RayTrainWorker,
     Worker,
@@ -76,7 +92,12 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
     DefaultPlacementGroupHandle,
     PlacementGroupHandle,
 )
+
+# A group's resources as arguments of ray.remote, so that `LocalWorkers` requests the same as Ray's own group.
 from ray.train.v2._internal.util import bundle_to_remote_args
+
+# The base class of TorchTrainer, which does not import torch.
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -86,9 +107,8 @@ __all__ = [
     "ControllerCallback",
     "DatasetsCallback",
     "ElasticPolicy",
-    "FixedSize",
     "InitializingState",
-    "LocalController",
+    "LeanTrainer",
     "LocalWorkers",
     "NoopDecision",
     "PlacementGroupCleanerCallback",
@@ -181,6 +201,7 @@ class _LocalWorkerGroup(WorkerGroup):
     """The resources of the actors; without them, the actors end."""
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
+        # Ray's method would reserve the same resources again beside those of the actors that have started.
         if self.placement is None:
             self.placement = super()._create_placement_group(scaling_config, worker_group_context)
         return self.placement
@@ -188,6 +209,7 @@ class _LocalWorkerGroup(WorkerGroup):
     def _create_workers(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, num_workers: int, placement_group: Any, resources_per_worker: Any, **rest: Any
     ) -> Any:
+        # Ray's method always starts new actors.
         if self.started is None:
             return super()._create_workers(num_workers, placement_group, resources_per_worker, **rest)
         try:
@@ -243,6 +265,7 @@ class LocalController(TrainController):
         return group
 
     async def _step(self) -> Any:
+        # `run` calls this between its waits; Ray has no other way to stop a controller that is no actor.
         if self._is_stopped:
             raise asyncio.CancelledError
         return await super()._step()
@@ -280,6 +303,7 @@ class ElasticPolicy(ElasticScalingPolicy):
         return possible
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
+        # Ray's decisions for a running group and for one that waits both call this.
         return self.allowed_workers(super()._count_possible_workers(reserved_resources))
 
     def _get_reserved_resources(self) -> Any:
@@ -290,6 +314,69 @@ class ElasticPolicy(ElasticScalingPolicy):
             return ray.get(answer, timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S)
         except ray.exceptions.RayError:
             return None  # unknown for now; Ray retries
+
+
+class LeanTrainer(DataParallelTrainer):
+    """The base of a TorchTrainer with an optional scaling policy, and without what a local cluster or Anneal does not need.
+
+    - `DatasetsCallback` serves Ray Data, which is not used.
+    - `PlacementGroupCleanerCallback` removes placement groups after the driver is lost. A local cluster ends with its driver,
+      which would wait up to 12 s for the cleaner.
+    - With a fixed number of workers on a local cluster, the controller runs in the driver and not in an actor, and nothing asks
+      an autoscaler.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        is_local: bool,
+        scaling_policy: ElasticPolicy | None = None,
+        local_workers: LocalWorkers | None = None,
+        **keywords: Any,
+    ):
+        super().__init__(*arguments, **keywords)
+        self._is_local = is_local
+        self._scaling_policy = scaling_policy
+        self._local_workers = local_workers
+        self._controller: LocalController | None = None
+        self._is_stopped = False
+
+    @property
+    def runs_in_driver(self) -> bool:
+        """Return whether the controller runs in this process."""
+        return self._is_local and self._scaling_policy is None
+
+    def stop(self, *, terminate_workers: bool) -> None:
+        """Let `fit` raise CancelledError if its controller runs in this process; otherwise do nothing.
+
+        Args:
+            terminate_workers: True to terminate the workers that the controller may wait for; False if their cluster is lost.
+        """
+        self._is_stopped = True
+        if self._controller is not None:
+            self._controller.stop()
+            if terminate_workers:
+                self._controller.terminate_workers()
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # The only method in which Ray starts the controller, always as an actor, and with its own scaling policy.
+        if self._scaling_policy is not None:
+            arguments["scaling_policy"] = self._scaling_policy
+        if not self.runs_in_driver:
+            return super()._initialize_and_run_controller(**arguments)
+        arguments["scaling_policy"] = FixedSize(self.scaling_config)
+        self._controller = LocalController(local_workers=self._local_workers, **arguments)
+        if self._is_stopped:
+            self._controller.stop()
+        asyncio.run(self._controller.run())
+        return self._controller.get_result()
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray adds its callbacks in this method only, and accepts none that replaces them.
+        needless: list[type] = [DatasetsCallback]
+        if self._is_local:
+            needless.append(PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(needless))]
 
 
 def ray_logs() -> Path:

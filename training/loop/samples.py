@@ -14,6 +14,7 @@ from training.data.prepared import PreparedData
 from training.data.prompting import stop_tokens
 from training.data.row_index import IGNORED
 from training.models.adapter import base_of
+from training.models.architecture import most_positions
 from training.models.attention import plain_attention
 from training.models.varlen_attention import NAME as VARLEN
 from training.world import World
@@ -150,14 +151,16 @@ class Sampling(TrainerCallback):
         """Return the token ids that the model generates, including the stop token."""
         tokens = torch.tensor([prompt.tokens], device=device)
         limit = most_positions(base.config)
-        room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt.tokens))
+        most_new = (
+            self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt.tokens))
+        )
         generated = base.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
             num_beams=1,
             use_cache=True,  # the model's own setting is off in training
-            max_new_tokens=room,
+            max_new_tokens=most_new,
             eos_token_id=stop_tokens(base.generation_config, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
             synced_gpus=self.is_sharded and self.world.world_size > 1,
@@ -176,11 +179,6 @@ class Sampling(TrainerCallback):
             tokens=len(answer),
             ended=ended,
         )
-
-
-def most_positions(config: Any) -> int | None:
-    """Return the maximum context in tokens of a model's configuration, or None if it has none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from configs.schema import MlflowLogger, TensorboardLogger, WandbLogger
 from runs.layout import TENSORBOARD, is_metric, run_digest
 from training.events import Event, Notice
-from training.models.files import first_line
+from utils.errors import first_line
 from utils.storage.bucket import Store, join_uri
 
 Logger = WandbLogger | MlflowLogger | TensorboardLogger

@@ -33,8 +33,8 @@ from training.loop.memory_errors import out_of_memory_line
 from training.loop.operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
-from training.models.files import first_line, is_hub_id, is_model_file
-from training.models.kernels import is_installed
+from training.models.files import is_hub_id, is_model_file
+from training.models.kernels import COLLECTIVE_BACKENDS, is_installed
 from training.models.libraries import set_environment, unused_packages, withhold
 from training.models.new_tokens import add_tokens
 from training.models.request import ModelRequest
@@ -43,7 +43,7 @@ from training.planning.accelerators import peak_flops_of
 from training.planning.plan import RunPlan
 from training.world import World, exclude_frozen_weights_from_sync
 from utils.console import library_output_in
-from utils.errors import AnnealError
+from utils.errors import AnnealError, first_line
 from utils.files import FilesInUse, is_disk_full, nearest_existing
 from utils.processes import importing
 from utils.storage.bucket import Store, open_store
@@ -184,9 +184,7 @@ def prepare_process(plan: RunPlan, world: World) -> None:
             # Compiling its shared-memory collectives with g++ takes two minutes; gloo works without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         load_offload_operators(plan.deepspeed, plan.config.optim)
-        deepspeed.init_distributed(
-            dist_backend="gloo" if plan.device == "cpu" else "nccl", auto_mpi_discovery=False
-        )
+        deepspeed.init_distributed(dist_backend=COLLECTIVE_BACKENDS[plan.device], auto_mpi_discovery=False)
 
 
 def _import_wandb(directory: Path) -> None:
@@ -520,7 +518,7 @@ def _run(
         driver.emit(Phase("committing the last checkpoint"))
     stopped_early = trainer.state.global_step < plan.max_steps
     if stopped_early and world.broadcast(driver.requests_regroup()):
-        driver.emit(Phase("making room for more workers"))
+        driver.emit(Phase("restarting with more workers"))
         driver.pause()
         threading.Event().wait()  # Ray's controller terminates this process and restarts all workers from the checkpoint
 
@@ -534,7 +532,8 @@ def _sampling(
     committer: CheckpointCommitter,
     accelerator: Any,
 ) -> "TrainerCallback":
-    from training.loop.samples import Sampling, choose_prompts, most_positions
+    from training.loop.samples import Sampling, choose_prompts
+    from training.models.architecture import most_positions
 
     config = plan.config
     assert config.eval_samples is not None

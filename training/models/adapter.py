@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
 from training.models.architecture import MetaModel, Shape, is_embedding, is_expert, is_head, is_router
-from training.models.files import AdapterFacts, ModelError, ModelFacts, first_line
+from training.models.files import AdapterFacts, ModelError, ModelFacts
 from training.models.new_tokens import grow_vocabulary, rows_needed
+from utils.errors import first_line
 from utils.processes import importing
 
 if TYPE_CHECKING:
@@ -359,7 +360,7 @@ def _check_modules(adapted: Any, source: str, where: str) -> None:
             getattr(module.token_adapter.get_base_layer(), "bias", None) is not None
         ):
             raise ModelError(
-                f"{where}: trainable_token_indices: {base_name} of {source} has a bias, which PEFT leaves out where it trains the rows of "
+                f"{where}: trainable_token_indices: {base_name} of {source} has a bias, which PEFT drops where it trains the rows of "
                 f"tokens. Write modules_to_save: [{base_name}] instead, or remove it."
             )
 

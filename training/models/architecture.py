@@ -10,7 +10,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.models.files import ALL_WEIGHTS, ModelError, ModelFacts, first_line
+from training.models.files import ALL_WEIGHTS, ModelError, ModelFacts
+from utils.errors import first_line
 from utils.processes import importing
 
 if TYPE_CHECKING:
@@ -470,3 +471,8 @@ def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
                     f"{key} in a copy of the model."
                 )
     return config
+
+
+def most_positions(config: Any) -> int | None:
+    """Return the maximum context in tokens of a model's configuration, or None if it has none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs.schema import LARGEST_ALPHA, LoraConfig
-from utils.errors import AnnealError
+from utils.errors import AnnealError, first_line
 from utils.storage.bucket import Store, is_remote, join_uri, open_store
 
 # Every file type that from_pretrained reads; excludes pickle, optimizer state and other frameworks' weights.
@@ -731,8 +731,3 @@ def _read_json(store: Store, name: str) -> dict[str, Any]:
 def _some(names) -> str:
     listed = sorted(names)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "nothing"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

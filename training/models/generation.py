@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.models.architecture import load_config
-from training.models.files import ModelError, first_line
+from training.models.files import ModelError
+from utils.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig

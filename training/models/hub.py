@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.loading import ConfigError
-from training.models.files import ModelError, first_line
+from training.models.files import ModelError
+from utils.errors import first_line
 
 _TOO_MANY_REQUESTS = 429
 _SHOWN_CHARACTERS = 300

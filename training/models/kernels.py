@@ -8,6 +8,9 @@ from configs.schema import FinetuneConfig, LoraConfig
 from training.models.files import ModelError
 
 Device = Literal["cuda", "cpu"]
+COLLECTIVE_BACKENDS: dict[Device, str] = {"cuda": "nccl", "cpu": "gloo"}
+"""torch.distributed's backend on each device."""
+
 Provider = Literal["unsloth", "liger", "torch"]
 WeightsDtype = Literal["bf16", "fp32"]
 Method = Literal["LoRA", "QLoRA", "full"]
@@ -85,6 +88,13 @@ class KernelChoice:
 
     provider: Provider
     reason: str
+
+
+def device_here() -> Device:
+    """Return the device on which a model runs in this process: the first GPU if there is one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_kernels(

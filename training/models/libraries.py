@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from configs.schema import FinetuneConfig
 
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "paged_", "lion_")
-"""How the names of optimizers that bitsandbytes implements begin."""
+"""Prefixes of the names of optimizers that bitsandbytes implements."""
 
 
 def unused_packages(config: FinetuneConfig) -> list[str]:

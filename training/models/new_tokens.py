@@ -78,13 +78,13 @@ def trained_ends(new: NewTokens, base: MetaModel) -> NewTokens:
         base: The base model.
 
     Raises:
-        ConfigError: The LM head has a bias, which PEFT leaves out where it trains rows of the head.
+        ConfigError: The LM head has a bias, which PEFT drops where it trains rows of the head.
     """
     model: Any = base.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(
-            f"new_tokens: the LM head of {base.source} has a bias, which PEFT leaves out where it trains the rows of tokens. Remove lora_config "
+            f"new_tokens: the LM head of {base.source} has a bias, which PEFT drops where it trains the rows of tokens. Remove lora_config "
             "to train all parameters, or choose another model."
         )
     is_tied = (

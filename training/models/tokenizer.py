@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
-from training.models.files import ModelError, first_line
+from training.models.files import ModelError
+from utils.errors import first_line
 from utils.processes import importing
 
 if TYPE_CHECKING:

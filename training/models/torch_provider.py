@@ -24,7 +24,7 @@ from training.models.zero3_loading import experts_of_rank_0
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build(request: ModelRequest) -> "PreTrainedModel":
@@ -89,14 +89,14 @@ def load_weights(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_DTYPES[dtype],
+            bnb_4bit_compute_dtype=DTYPES[dtype],
         )
     if device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
     found: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         output_loading_info=True,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         attn_implementation=attention,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,

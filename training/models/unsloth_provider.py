@@ -13,10 +13,11 @@ from transformers import AutoConfig, GenerationConfig, set_seed
 
 from training.models import torch_provider
 from training.models.architecture import count_experts
-from training.models.files import ModelError, first_line
+from training.models.files import ModelError
 from training.models.generation import correct
 from training.models.kernels import UNSLOTH_LORA_FIELDS, offloads_activations
 from training.models.request import ModelRequest
+from utils.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,10 +5,11 @@ import re
 import socket
 from dataclasses import dataclass
 
+from utils.command_line import ADDRESS_VARIABLE
 from utils.errors import AnnealError
 
 WRITTEN_VARIABLE = "ANNEAL_YAML_AS_WRITTEN"
-"""In a submitted job: the path of the YAML with the paths that the user wrote."""
+"""The variable of a submitted job with the path of the YAML as the user wrote it."""
 
 _REACH_SECONDS = 10
 _HIGHEST_PORT = 65535
@@ -42,7 +43,7 @@ class ClusterTarget:
 
 def target_cluster() -> ClusterTarget:
     """Return the cluster that RAY_ADDRESS names; entry points call this once and pass the result on."""
-    address = os.environ.get("RAY_ADDRESS") or None
+    address = os.environ.get(ADDRESS_VARIABLE) or None
     return ClusterTarget(None if address == "local" else address)
 
 

@@ -83,7 +83,7 @@ def check_mergeable(base: ModelFacts) -> None:
 
 _WRITTEN = "Write export: {merge: true}"
 """Fix of an export that the YAML describes."""
-FROM_COMMAND = "Leave out --no-merge"
+FROM_COMMAND = "Omit --no-merge"
 """Fix of an export that a command describes."""
 
 

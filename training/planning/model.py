@@ -102,7 +102,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the run writes."""
+    """The locations to which the run writes."""
 
     uri: str
     """The directory or prefix that holds the runs."""
@@ -150,7 +150,7 @@ class Model:
     """Hub id, directory or URI whose tokenizer is used: the adapter's if it has one, else the base model's."""
     tokenizer_directory: Path
     tokenizer: "PreTrainedTokenizerFast"
-    """With the new tokens of the YAML."""
+    """It includes the new tokens of the YAML."""
     new_tokens: NewTokens | None
     chat_template: str | None
 

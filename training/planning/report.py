@@ -21,7 +21,7 @@ class PlanReport(DataReport):
     parameters: int
     trainable_parameters: int
     mixture: str | None
-    """Whether the adapter of a mixture of experts changes the experts and the router; None without an adapter or experts."""
+    """States whether the adapter of a mixture of experts changes the experts and the router; None without an adapter or experts."""
     device: str
     kernels: str
     parallelism: str

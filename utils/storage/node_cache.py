@@ -148,7 +148,7 @@ def _download(copy: NodeCopy) -> None:
                     checksums[item.key] = known
         wanted = {item: path for item, path in targets.items() if item.key not in checksums}
         needed = sum(item.size for item in wanted)
-        _make_room(copy, needed)
+        _free_space(copy, needed)
         _log.info("downloading %s: %d objects, %s", copy.uri, len(wanted), format_bytes(needed))
         checksums |= copy.store.download_many(wanted)
         _write_ready(partial, _look_at(copy, partial, checksums))
@@ -250,7 +250,7 @@ def written_cache_limit() -> int | None:
         raise BucketError(f"{LIMIT_VARIABLE}={written}: {error}") from error
 
 
-def _make_room(copy: NodeCopy, needed: int) -> None:
+def _free_space(copy: NodeCopy, needed: int) -> None:
     """Evict the least recently used versions without a lock until `needed` bytes fit into the limit and the disk."""
     cache_dir = copy.place.parent
     limit = cache_limit(cache_dir)

@@ -189,6 +189,7 @@ def test_unreadable_lease_marks_the_run_as_damaged(tmp_path: Path):
     assert "delete" in run.reason
 
 
+@pytest.mark.slow
 def test_listing_sends_one_request_per_completed_run(bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch):
     """Checkpoints add no requests; an unfinished run adds a few."""
     completed, unfinished, leased = 1000, 10, 5
@@ -554,7 +555,7 @@ def test_remove_deletes_only_the_confirmed_run(run_command: RunCommand, storage:
     assert_names(error_of(run_command("remove", uri, "--yes")), uri, "no such run")
 
 
-def test_run_that_others_need_is_not_removed(tmp_path: Path):
+def test_run_that_other_runs_need_is_not_removed(tmp_path: Path):
     storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
     for name in ("running", "marked", "parent", "named", "free"):
         write_run(storage, name, losses, result=None)

@@ -153,7 +153,7 @@ def test_repeated_create_is_one_job(apis: list[Api], store: S3Store):
     assert len(store.list(active_key("red"))) >= 3
 
 
-def test_status_changes_only_where_it_may(apis: list[Api], store: S3Store):
+def test_job_status_changes_only_by_allowed_transitions(apis: list[Api], store: S3Store):
     red = apis[0]
     job = red.create_job(red.upload(rows())["id"])["id"]
     path = f"/v1/fine_tuning/jobs/{job}"

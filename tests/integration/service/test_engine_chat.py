@@ -158,7 +158,7 @@ def test_parameters_without_effect_are_accepted(client: httpx.Client):
     assert ask(client, **neutral)["choices"] == ask(client)["choices"]
 
 
-def test_disconnected_client_frees_its_place(client: httpx.Client, handle: LocalHandle):
+def test_disconnected_client_frees_its_slot(client: httpx.Client, handle: LocalHandle):
     before = handle.cancelled
     with client.stream("POST", PATH, json=body(max_tokens=450, stream=True)) as response:
         next(response.iter_lines())

@@ -231,7 +231,7 @@ def test_other_attention_answers_as_generate(tmp_path: Path, kind: Any, settings
         engine.close()
 
 
-def test_least_recently_used_adapter_leaves_but_none_in_use(tiny_model: Path, adapters: dict[str, str]):
+def test_least_recently_used_adapter_is_removed_unless_in_use(tiny_model: Path, adapters: dict[str, str]):
     """With one place, a second adapter waits for the answer that uses the first; the base does not wait."""
     engine = start_engine(tiny_model, max_adapters=1)
     order: list[str] = []

@@ -79,7 +79,7 @@ def test_base_beside_an_adapter_in_one_batch(engine: VllmEngine, model: Path, ad
     assert run(ask()) == expected
 
 
-def test_adapter_that_takes_the_place_of_another_keeps_none_of_its_cache(
+def test_adapter_in_a_reused_slot_starts_with_an_empty_cache(
     engine: VllmEngine, model: Path, adapters: list[str]
 ):
     """vLLM continues an adapter under a known name and path from cached keys and values of the earlier files."""
@@ -136,7 +136,7 @@ def test_complete_model_is_rejected(engine: VllmEngine, model: Path):
     assert (failed.status, failed.code) == (400, "unsupported_model")
 
 
-def test_stop_logprobs_and_choices(engine: VllmEngine, model: Path):
+def test_stop_texts_logprobs_and_choices_are_read_from_tokens(engine: VllmEngine, model: Path):
     """Stop texts, log probabilities and several choices are read from vLLM's tokens."""
     text = Reference(model).answer(QUESTIONS[0], 20)
     stop = text[4:6]

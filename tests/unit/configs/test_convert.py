@@ -222,7 +222,7 @@ def test_documented_shape_of_each_tool_is_translated(tool: str, tmp_path: Path):
 def test_written_file_loads_and_names_every_key(
     tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Each of their keys stands in the file: as the comment of a line, or in the list of what was left out or changes."""
+    """Each of their keys stands in the file: as the comment of a line, or in the list of omitted keys and changes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.yaml").write_text(EXPECTED[tool][0])
     assert main.main(["convert", "other.yaml", "--to", "ours.yaml"]) == 0
@@ -350,7 +350,7 @@ def test_share_of_validation_rows_is_listed_as_a_change():
     assert "val_set_size" not in "\n".join(converted(replaced).changes)
 
 
-def test_loss_and_devices_that_a_file_leaves_open_are_listed_as_changes():
+def test_loss_and_devices_that_a_file_does_not_set_are_listed_as_changes():
     for text in (TRL, TRL + "assistant_only_loss: false\n"):
         changes = "\n".join(converted(text).changes)
         assert_names(changes, "assistant_only_loss", "task: causal_lm", "num_devices: 8")
@@ -410,7 +410,7 @@ SAME_AS_HERE = {
 
 
 @pytest.mark.parametrize("tool", SAME_AS_HERE)
-def test_values_that_mean_what_we_do_anyway_are_listed_as_the_same(tool: str):
+def test_values_that_match_our_behavior_are_listed_as_the_same(tool: str):
     model, settings = SAME_AS_HERE[tool]
     lines = settings.replace(", ", "\n")
     conversion = converted(f"{model}\n{lines}\n")
@@ -484,7 +484,7 @@ def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
         ("metric_for_best_model: accuracy", ("accuracy", "lowest eval loss")),
     ],
 )
-def test_what_has_no_counterpart_is_listed_as_a_change(lines: str, facts: tuple[str, ...]):
+def test_keys_without_a_counterpart_are_listed_as_changes(lines: str, facts: tuple[str, ...]):
     conversion = converted(f"base_model: org/m\ndatasets: [{{path: rows.jsonl}}]\n{lines}\n")
     assert_names("\n".join(conversion.changes), *facts)
 

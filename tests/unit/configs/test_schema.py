@@ -627,7 +627,7 @@ def test_weighted_sources_are_uri_fields():
         ("/", "/"),
     ],
 )
-def test_slash_at_the_end_of_a_model_is_no_other_model(written: str, same: str):
+def test_trailing_slash_of_a_model_does_not_change_the_run(written: str, same: str):
     """A run's name is derived from this value."""
     one, other = (
         FinetuneConfig.model_validate({"model_id": model, "train_path": "a.jsonl"})

@@ -249,7 +249,7 @@ def first_line(path: Path, text: str) -> str:
     return ""
 
 
-def test_cases_differ():
+def test_cases_of_wrong_yamls_are_unique():
     assert len({lines for lines, *_ in CASES}) == len(CASES)
 
 
@@ -272,7 +272,9 @@ def test_every_message_of_the_cases_stays_below_two_lines(tmp_path: Path):
 
 
 @pytest.mark.parametrize("lines", ["datasets: []", "datasets: [{type: alpaca}]", "warmup_steps: .inf"])
-def test_values_that_the_other_tool_has_not_either_are_errors_of_their_line(tmp_path: Path, lines: str):
+def test_values_that_are_invalid_in_the_other_tool_too_raise_an_error_with_their_line(
+    tmp_path: Path, lines: str
+):
     message = first_line(tmp_path / "run.yaml", lines_with(lines))
     assert f"`{lines.partition(':')[0]}`" in message
     assert "another tool's key" in message

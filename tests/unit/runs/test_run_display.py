@@ -40,7 +40,7 @@ def test_long_reason_is_a_line_of_its_own_truncated_to_the_terminal_width():
     assert len(reason) == 80
 
 
-def test_run_name_is_never_folded():
+def test_run_name_is_not_wrapped_in_a_narrow_table():
     """It is copied into the next command."""
     name = "a-run-with-" + "a-long-name-" * 6
     console = Console(file=StringIO(), width=80, force_terminal=True, color_system=None)

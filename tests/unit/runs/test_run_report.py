@@ -95,7 +95,7 @@ def test_page_is_self_contained_and_complete():
         assert part in unescape(page), part
 
 
-def test_local_checkpoint_is_a_link():
+def test_report_links_a_local_checkpoint():
     page = to_html(report(result=make_result("/my runs/a", eval_losses(2.0, 1.25))))
     assert "file:///my%20runs/a/checkpoints/step-000010" in _Elements(page).addresses
     assert "aws s3" not in page

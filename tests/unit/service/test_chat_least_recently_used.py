@@ -43,7 +43,7 @@ class Recorder:
                 self.in_use.remove(key)
 
 
-def test_least_recently_used_leaves():
+def test_least_recently_used_value_is_removed():
     async def run() -> list[str]:
         recorder = Recorder(2)
         for key in ("a", "b", "a", "c", "a", "b"):
@@ -94,7 +94,7 @@ def test_waiting_request_is_not_starved():
     asyncio.run(run())
 
 
-def test_failed_load_is_reported_and_leaves_the_place_free():
+def test_failed_load_is_reported_and_frees_its_slot():
     async def run() -> None:
         recorder = Recorder(1)
         with pytest.raises(ValueError, match="bad"):

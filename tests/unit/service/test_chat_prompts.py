@@ -111,7 +111,7 @@ def test_text_that_the_template_drops_is_an_error(tokenizer: Any):
     assert "drops" in raised.value.message
 
 
-def test_words_that_quote_the_template_are_said_and_rendered_prompts_are_an_error(tokenizer: Any):
+def test_words_that_quote_the_template_are_reported_and_rendered_prompts_are_an_error(tokenizer: Any):
     form = make_format(tokenizer, CHAT_TEMPLATE)
     quote = "What does <|im_start|>assistant do?"
     assert quote in tokenizer.decode(form.encode(asked([{"role": "user", "content": quote}])))

@@ -20,7 +20,7 @@ from tests.support.service import write_service
 TWO_CPUS = Needs({"CPU": 1.0}, 2)
 
 
-def room(
+def free_resources(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     has: dict[str, float],
@@ -28,29 +28,29 @@ def room(
     taken: dict[str, float] | None = None,
     *,
     grows: bool = False,
-) -> scheduler._Room:
-    """Return the room of a cluster with these resources; the engine of the service takes one CPU."""
+) -> scheduler._FreeResources:
+    """Return what is free in a cluster with these resources; the engine of the service takes one CPU."""
     monkeypatch.setattr(scheduler.ray, "cluster_resources", lambda: has)
     monkeypatch.setattr(scheduler, "autoscaler_maximum", lambda: most or {})
     monkeypatch.setattr(scheduler, "has_node_groups", lambda: grows)
-    return scheduler._Room(load_service(write_service(tmp_path, "s3://bucket/service")), taken or {})
+    return scheduler._FreeResources(load_service(write_service(tmp_path, "s3://bucket/service")), taken or {})
 
 
 def test_job_starts_when_its_resources_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = room(tmp_path, monkeypatch, {"CPU": 5.0}, taken={"CPU": 2.0})
+    found = free_resources(tmp_path, monkeypatch, {"CPU": 5.0}, taken={"CPU": 2.0})
     assert found.lacking("a", TWO_CPUS) == ""
     found.take(TWO_CPUS)
     assert found.lacking("b", TWO_CPUS) == "CPU 2 (0 of 5 free)"
 
 
 def test_smaller_job_does_not_overtake_a_waiting_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = room(tmp_path, monkeypatch, {"CPU": 3.0}, taken={"CPU": 1.0})
+    found = free_resources(tmp_path, monkeypatch, {"CPU": 3.0}, taken={"CPU": 1.0})
     assert found.lacking("a", TWO_CPUS) == "CPU 2 (1 of 3 free)"
     assert "a is before it" in found.lacking("b", Needs({"CPU": 1.0}, 1))
 
 
 def test_job_larger_than_the_cluster_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = room(tmp_path, monkeypatch, {"CPU": 3.0})
+    found = free_resources(tmp_path, monkeypatch, {"CPU": 3.0})
     assert found.lacking("a", Needs({"CPU": 1.0, "GPU": 1.0}, 1)) == "GPU 1 (0 of 0 free)"
     assert found.lacking("b", TWO_CPUS) == ""
 
@@ -59,7 +59,7 @@ def test_job_larger_than_the_cluster_does_not_stop_others(tmp_path: Path, monkey
 def test_job_starts_if_the_cluster_can_scale_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: dict[str, float], grows: bool
 ):
-    found = room(tmp_path, monkeypatch, {"CPU": 1.0}, most, grows=grows)
+    found = free_resources(tmp_path, monkeypatch, {"CPU": 1.0}, most, grows=grows)
     assert found.lacking("a", Needs({"CPU": 1.0, "GPU": 1.0}, 4)) == ""
 
 
@@ -103,14 +103,14 @@ def test_job_whose_config_is_invalid_does_not_stop_the_round(monkeypatch: pytest
     jobs = [("p", {"id": name, "created_at": 0, "needs": None}) for name in ("a", "b")]
     acted: list[str] = []
 
-    def act(project: str, job: Any, driver: Any, room: Any) -> None:
+    def act(project: str, job: Any, driver: Any, free: Any) -> None:
         acted.append(job["id"])
         if job["id"] == "a":
             raise JobConfigError("learning_rate: too small")
 
     target = scheduler.Scheduler.__new__(scheduler.Scheduler)
     monkeypatch.setattr(scheduler, "find_driver", lambda job_id: None)
-    monkeypatch.setattr(scheduler, "_Room", lambda *_: None)
+    monkeypatch.setattr(scheduler, "_FreeResources", lambda *_: None)
     monkeypatch.setattr(target, "_service", None, raising=False)
     monkeypatch.setattr(target, "_active_jobs", lambda: jobs)
     monkeypatch.setattr(target, "_act", act)

@@ -34,7 +34,7 @@ def test_submitted_job_prints_commands_for_the_machine_that_submitted_it(monkeyp
     assert main_line("chat", "s3://b/run") == "python ../main.py chat s3://b/run"
 
 
-def test_ray_is_that_of_this_python(monkeypatch: pytest.MonkeyPatch):
+def test_ray_command_belongs_to_the_environment_of_this_python(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir("/")
     program, *arguments = ray_command("job", "logs")
     assert Path("/", program) == Path(sys.executable).with_name("ray")

@@ -248,6 +248,7 @@ def calls() -> bytes:
     return "".join(lines).encode()
 
 
+@pytest.mark.slow
 def test_json_files_on_the_hub_keep_dates_and_numbers(
     tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):
@@ -289,7 +290,9 @@ TABLE = [
 """Cells that pandas turns into datetimes, numbers and missing values."""
 
 
-@pytest.mark.parametrize(("name", "separator"), [("train.tsv", "\t"), ("train.csv", ",")])
+@pytest.mark.parametrize(
+    ("name", "separator"), [pytest.param("train.tsv", "\t", marks=pytest.mark.slow), ("train.csv", ",")]
+)
 def test_tables_on_the_hub_keep_the_texts_of_their_cells(
     name: str, separator: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):

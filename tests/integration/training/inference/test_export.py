@@ -367,7 +367,7 @@ def test_no_merge_of_an_adapter_that_vllm_cannot_load_is_an_error(
 ):
     run = store_adapter_run(storage, "run", tiny_model, {**LORA, "use_dora": True}, **scratch)
     message = error_of(run_command("export", run, "--no-merge"))
-    assert_names(message, "vLLM", "use_dora", "Leave out --no-merge")
+    assert_names(message, "vLLM", "use_dora", "Omit --no-merge")
     assert "push_to_hub" not in message
 
 

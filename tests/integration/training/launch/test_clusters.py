@@ -20,7 +20,7 @@ from tests.support.messages import assert_names
 from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model_and_data
 from training.launch.trainer import LeanTorchTrainer
-from training.loop.ray_internals import DatasetsCallback, PlacementGroupCleanerCallback
+from training.loop.ray_internals import DatasetsCallback, LeanTrainer, PlacementGroupCleanerCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 only_in_full_grid = pytest.mark.skipif(not os.environ.get("ALL_NODES"), reason="`make test-nodes` runs it")
@@ -56,9 +56,7 @@ def test_trainer_omits_ray_callbacks_that_would_delay_the_start(is_local: bool, 
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="any", failure_config=FailureConfig()),
     )
-    ray_callbacks = [
-        type(callback) for callback in super(LeanTorchTrainer, trainer)._create_default_callbacks()
-    ]
+    ray_callbacks = [type(callback) for callback in super(LeanTrainer, trainer)._create_default_callbacks()]
     assert omitted <= set(ray_callbacks)
     callbacks = [type(callback) for callback in trainer._create_default_callbacks()]
     assert callbacks == [callback for callback in ray_callbacks if callback not in omitted]

@@ -35,7 +35,7 @@ def test_rejected_rows_leave_no_process_and_no_run(tmp_path: Path):
     assert not alive
 
 
-def test_existing_cluster_is_asked_for_nothing_before_the_plan():
+def test_existing_cluster_receives_no_request_before_the_plan():
     config = FinetuneConfig.model_validate({"model_id": "m", "train_path": "rows.jsonl", "device": "cpu"})
     with head_start(config, ClusterTarget("192.0.2.1:6379")) as workers:
         assert workers is None

@@ -588,7 +588,7 @@ def test_storage_that_fills_up_raises_an_error_and_a_rerun_resumes(files: Path, 
 
 
 @pytest.mark.slow
-def test_disk_without_room_for_a_checkpoint_is_rejected_in_the_plan(files: Path, tmp_path: Path):
+def test_disk_too_small_for_a_checkpoint_is_rejected_in_the_plan(files: Path, tmp_path: Path):
     require_small_disks(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()

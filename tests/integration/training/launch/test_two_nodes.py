@@ -283,7 +283,7 @@ def test_joining_node_is_used_after_an_extra_checkpoint(files: Path, tmp_path: P
         job.wait_for_line("step 10/")
         errors_of_one_node = job.errors
         cluster.start_node()
-        job.wait_for_line("… making room for more workers")
+        job.wait_for_line("… restarting with more workers")
         length_before = len(job.errors)
         job.wait_until(
             lambda: re.search(r"^step \d+/", job.errors[length_before:], re.M) is not None,

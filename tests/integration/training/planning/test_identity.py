@@ -112,7 +112,7 @@ def test_job_has_the_name_that_its_yaml_has_here(files: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("submitted_first", [True, False])
-def test_run_continues_on_the_other_side(files: Path, tmp_path: Path, submitted_first: bool):
+def test_run_started_as_a_job_resumes_here_and_vice_versa(files: Path, tmp_path: Path, submitted_first: bool):
     loaded = load(files, run_name="sub-a")
     package = pack_into(tmp_path / "job", loaded)
     sides = [(load_in_job(package), package.directory), (loaded, files)]
@@ -122,7 +122,7 @@ def test_run_continues_on_the_other_side(files: Path, tmp_path: Path, submitted_
 
 
 @pytest.mark.parametrize("name", [{"run_name": "moved"}, {"run_name": "moved", "valid_path": None}])
-def test_equal_rows_in_another_place_are_the_same_run(files: Path, name: dict[str, Any]):
+def test_equal_rows_at_another_path_are_the_same_run(files: Path, name: dict[str, Any]):
     original = plan(load(files, **name))[0]
     commit_plan(original)
     shutil.copyfile(files / "train.jsonl", files / "copy.jsonl")

@@ -444,7 +444,7 @@ def test_nulls_inside_arguments_are_removed_at_every_depth():
         ),
     ],
 )
-def test_what_is_changed_or_not_used_is_noted(row: dict[str, Any], roles: str, note: str):
+def test_changed_and_unused_parts_of_a_chat_are_noted(row: dict[str, Any], roles: str, note: str):
     chat = read(row)
     assert [message["role"] for message in chat.messages] == roles.split()
     assert any(note in found for found in chat.notes)
@@ -539,7 +539,7 @@ def test_empty_columns_are_neither_used_nor_noted():
         ),
     ],
 )
-def test_what_changes_the_result_raises_an_error(row: dict[str, Any], facts: tuple[str, ...]):
+def test_keys_that_would_change_the_result_raise_an_error(row: dict[str, Any], facts: tuple[str, ...]):
     with pytest.raises(RowError) as caught:
         read(row)
     assert_names(str(caught.value), *facts)
@@ -794,7 +794,7 @@ def test_a_text_of_details_beside_another_reasoning_raises_an_error():
         ({**CALLING, "function_call": {"name": "look", "arguments": "{}"}}, ("message 2", "`function_call`")),
     ],
 )
-def test_what_a_message_says_beside_its_text_raises_an_error(message: dict[str, Any], facts: tuple[str, ...]):
+def test_message_parts_that_cannot_be_trained_raise_an_error(message: dict[str, Any], facts: tuple[str, ...]):
     with pytest.raises(RowError) as caught:
         read({"messages": [USER, message]})
     assert_names(str(caught.value), *facts)
@@ -1113,7 +1113,7 @@ def test_a_tool_whose_function_is_no_object_is_rejected():
 
 
 @pytest.mark.parametrize("schema", [{"anyOf": 5}, {"enum": 5}])
-def test_numbers_in_place_of_alternatives_are_no_crash(schema: dict[str, Any]):
+def test_schemas_with_numbers_instead_of_alternatives_are_accepted(schema: dict[str, Any]):
     parameters = {"type": "object", "properties": {"city": schema}}
     call = {"function": {"name": "look", "arguments": {"city": None, "size": {"width": 1}}}}
     row = {

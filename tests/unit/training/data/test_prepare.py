@@ -465,7 +465,9 @@ def test_a_split_takes_whole_rows_by_seed_and_keeps_equal_rows_together(
     assert taken((0.0, 0.2), seed=1) != valid
 
 
-def test_an_empty_share_of_a_split_says_so(chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path):
+def test_an_empty_share_of_a_split_raises_an_error(
+    chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
+):
     path = write(tmp_path / "rows.jsonl", chat("2 + 2?", "4"))
     with pytest.raises(DataError, match=r"part of the split.*valid_split, or set valid_path"):
         prepare(request(path, share=(0.0, 1e-9)), chatml, tiny_model, tmp_path / "cache")

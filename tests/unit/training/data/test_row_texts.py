@@ -232,7 +232,7 @@ def words_of(row: dict[str, Any], notes: list[str]) -> set[str]:
     while any("after the last answer" in note for note in notes) and messages[-1]["role"] in _USERS:
         messages.pop()
     roles = [message["role"] for message in messages]
-    if messages and any("are left out" in note for note in notes):
+    if messages and any("are excluded" in note for note in notes):
         begin = next(place for place, role in enumerate(roles) if role in _USERS)
         messages = [m for place, m in enumerate(messages) if place >= begin or m["role"] != "assistant"]
     found: set[str] = set()

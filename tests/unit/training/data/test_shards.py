@@ -274,7 +274,7 @@ def test_prepared_shards_are_read_from_the_bucket(
         verify_prepared(first)
 
 
-def test_what_the_driver_receives_does_not_grow_with_the_rows(
+def test_messages_to_the_driver_do_not_grow_with_the_rows(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Four times the rows in as many shards return as many bytes; the index, which the driver reads later, is apart from this."""

@@ -303,7 +303,7 @@ def test_errors_of_a_template_name_the_message_and_the_fix(
     assert all(re.search(fact, str(caught.value)) for fact in facts), caught.value
 
 
-def test_end_tokens_in_an_answer_are_said(tokenizers: Tokenizers):
+def test_end_tokens_in_an_answer_are_reported(tokenizers: Tokenizers):
     """One at the end is removed; one before the end stays, since the answer may be about it."""
     renderer = Renderer(tokenizers["qwen3"], whole_text=False)
     for content, fact, text in (
@@ -558,7 +558,7 @@ def test_a_template_of_one_call_per_message_is_named(name: str, tokenizers: Toke
     assert "Bodø" in "".join(loss_texts(renderer.render(read(apart))))
 
 
-def test_a_template_without_calls_is_not_said_to_render_one(tokenizers: Tokenizers):
+def test_a_template_without_calls_is_not_reported_to_render_one(tokenizers: Tokenizers):
     both = {**call(), "tool_calls": call()["tool_calls"] * 2}
     for name in ("phi3", "cohere2"):
         with pytest.raises(RowError) as caught:
@@ -621,7 +621,7 @@ def test_a_later_system_message_is_moved_to_the_first_one(tokenizers: Tokenizers
         Renderer(tokenizers["gemma3"], whole_text=False).render(read({"messages": messages}))
 
 
-def test_a_dropped_message_is_not_said_to_be_a_column(tokenizers: Tokenizers):
+def test_a_dropped_message_is_not_reported_as_a_column(tokenizers: Tokenizers):
     chats = {
         "content": [user(1), call("Words."), RESULT, answer(1)],
         "reasoning": [user(1), answer(1, thinking="A thought.")],
@@ -680,7 +680,7 @@ def test_an_answer_that_brings_the_headers_of_turns_raises_an_error(content: str
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_words_that_quote_headers_of_turns_are_said(name: str, tokenizers: Tokenizers):
+def test_words_that_quote_headers_of_turns_are_reported(name: str, tokenizers: Tokenizers):
     """A text about a template is no rendered prompt, whoever says it."""
     renderer = Renderer(tokenizers[name], whole_text=False)
     prompt = renderer.prompt(Chat([user(1)]))
@@ -701,7 +701,7 @@ def test_words_that_quote_headers_of_turns_are_said(name: str, tokenizers: Token
 
 
 @pytest.mark.parametrize("quote", ["<|im_start|>assistant begins what?", "<|im_start|> is which token?"])
-def test_words_that_begin_with_a_quote_are_said(quote: str, tokenizers: Tokenizers):
+def test_words_that_begin_with_a_quote_are_reported(quote: str, tokenizers: Tokenizers):
     """The header of a turn ends with a line break."""
     question = {"role": "user", "content": quote}
     (sequence,) = Renderer(tokenizers["qwen3"], whole_text=False).render(Chat([question, answer(1)]))
@@ -726,7 +726,7 @@ def test_a_prompt_that_is_rendered_with_other_roles_is_not_wrapped_again(tokeniz
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_greeting_is_rendered_or_left_out_with_a_note(name: str, tokenizers: Tokenizers):
+def test_a_greeting_is_rendered_or_excluded_with_a_note(name: str, tokenizers: Tokenizers):
     """Some templates reject a conversation that the assistant begins, so the model is never asked after a greeting."""
     greeting = {"role": "assistant", "content": "Welcome to the weather."}
     turns = [user(1), answer(1), user(2), answer(2)]
@@ -735,27 +735,27 @@ def test_a_greeting_is_rendered_or_left_out_with_a_note(name: str, tokenizers: T
     sequences = renderer.render(chat)
     trained = "".join(loss_texts(sequences))
     assert ["words 1." in trained, "words 2." in trained, "weather" in trained] == [True, True, False]
-    is_left_out = any("are left out" in note for note in renderer.notes(chat, sequences))
-    assert is_left_out == (greeting["content"] not in sequences[-1].text)
-    if is_left_out:
+    is_excluded = any("are excluded" in note for note in renderer.notes(chat, sequences))
+    assert is_excluded == (greeting["content"] not in sequences[-1].text)
+    if is_excluded:
         assert sequences == renderer.render(read({"messages": turns}))
-    assert is_left_out or name not in ("gemma", "gemma3", "cohere")
+    assert is_excluded or name not in ("gemma", "gemma3", "cohere")
     pair = Pair([greeting, user(1)], [answer(1)], [answer(2)])
-    assert any("are left out" in note for note in renderer.notes(pair, renderer.render(pair))) == is_left_out
+    assert any("are excluded" in note for note in renderer.notes(pair, renderer.render(pair))) == is_excluded
     whole = Renderer(tokenizers[name], whole_text=True)
     if name in ("gemma", "qwen3"):
-        assert any("are left out" in note for note in whole.notes(chat, whole.render(chat))) == is_left_out
+        assert any("are excluded" in note for note in whole.notes(chat, whole.render(chat))) == is_excluded
 
 
 def test_a_greeting_beside_tools_is_not_rendered_as_the_words_of_the_user(tokenizers: Tokenizers):
     """Llama 3.1 puts tools into the first message and takes it for the user's."""
     greeting = {"role": "assistant", "content": "Welcome to the weather."}
     chat = read({"messages": [greeting, user(1), call(), RESULT, answer(1)], "tools": TOOLS})
-    for name, is_left_out in (("llama3_1", True), ("qwen3", False)):
+    for name, is_excluded in (("llama3_1", True), ("qwen3", False)):
         renderer = Renderer(tokenizers[name], whole_text=False)
         sequences = renderer.render(chat)
-        assert any("are left out" in note for note in renderer.notes(chat, sequences)) == is_left_out
-        assert ("Welcome" in sequences[-1].text) != is_left_out
+        assert any("are excluded" in note for note in renderer.notes(chat, sequences)) == is_excluded
+        assert ("Welcome" in sequences[-1].text) != is_excluded
     with pytest.raises(RowError, match=r"as the user's words.*Begin with a message of the user"):
         Renderer(tokenizers["llama3_1"], whole_text=False).prompt(Chat([greeting, user(1)], TOOLS))
 

@@ -202,6 +202,6 @@ def test_base_model_of_an_adapter_is_uploaded_to_the_storage_path(
     )
 
 
-def test_base_model_of_an_adapter_needs_a_place_that_stays(pack_run, local_files: Path):
+def test_base_model_of_an_adapter_must_exist_after_the_job(pack_run, local_files: Path):
     with pytest.raises(ConfigError, match=r"^model_id: .*after the job.*file:///"):
         pack_run(model_id=str(local_files / "model"), storage_path="/mnt/shared", lora_config={"r": 4})

@@ -75,7 +75,7 @@ def test_each_second_is_attributed_to_one_phase(clock: SimulatedClock):
     assert phases.seconds()["saving"] == 65
 
 
-def test_an_error_ends_its_phase(clock: SimulatedClock):
+def test_phase_ends_when_its_function_raises_an_error(clock: SimulatedClock):
     phases = PhaseClock(HostTimeline())
 
     def fail() -> None:

@@ -81,7 +81,7 @@ def test_auto_selects_the_fastest_kernels_that_work_and_gives_the_reason(
     assert reason in choice.reason
 
 
-def test_unsloth_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+def test_unsloth_of_a_submitted_run_is_not_required_on_this_machine(monkeypatch: pytest.MonkeyPatch):
     """The job checks its own environment."""
     monkeypatch.setattr(kernels, "is_installed", lambda package: False)
     requested = config(kernels="unsloth")

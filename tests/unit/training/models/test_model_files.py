@@ -323,7 +323,7 @@ def test_nan_and_infinite_weights_raise_an_error_with_file_and_tensor(model: Pat
         check_finite_weights(facts, [HEAD])
 
 
-def test_of_a_large_directory_the_beginning_of_every_tensor_is_checked(
+def test_beginning_of_every_tensor_in_a_large_directory_is_checked(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(files, "_BYTES_OF_DIRECTORY", 21 * 64)  # 64 bytes for each of 21 tensors
@@ -335,7 +335,7 @@ def test_of_a_large_directory_the_beginning_of_every_tensor_is_checked(
         with_value(model, name, 15, 1.0)
 
 
-def test_of_a_bucket_the_beginning_of_every_file_is_checked_with_one_request(
+def test_beginning_of_every_file_in_a_bucket_is_checked_with_one_request(
     model: Path, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
 ):
     read_range, requests = S3Store.read_range, []

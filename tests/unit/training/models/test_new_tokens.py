@@ -51,7 +51,7 @@ def load(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-def test_added_tokens_have_one_id_each_and_special_ones_are_left_out_of_answers(tiny_model: Path):
+def test_added_tokens_have_one_id_each_and_special_ones_are_excluded_from_answers(tiny_model: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     parts = [tokenizer.encode(token) for token in ("<work>", "<result>")]
     new = add_tokens(config(), tokenizer, "tiny")
@@ -174,7 +174,7 @@ def test_a_head_with_a_bias_is_rejected(tmp_path: Path):
     assert_names(str(caught.value), "new_tokens", str(tmp_path), "bias")
 
 
-def test_growing_does_not_shrink(tiny_model: Path):
+def test_grow_vocabulary_keeps_a_larger_vocabulary(tiny_model: Path):
     model = load(tiny_model)
     grow_vocabulary(model, 3)
     assert model.config.vocab_size == 512

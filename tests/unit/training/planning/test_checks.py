@@ -59,7 +59,7 @@ def test_checkpoint_that_fits_on_no_disk_is_rejected(tmp_path: Path, monkeypatch
         check_checkpoint_fits(1, "s3://bucket/runs", scratch)
 
 
-def test_tracker_of_a_submitted_run_is_not_asked_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+def test_tracker_of_a_submitted_run_is_not_required_on_this_machine(monkeypatch: pytest.MonkeyPatch):
     """The job checks its own environment."""
     monkeypatch.setattr(checks, "is_installed", lambda package: False)
     tracked = config(logger={"provider": "wandb", "project": "p"})
