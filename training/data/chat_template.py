@@ -63,7 +63,7 @@ class ChatTemplate:
     @property
     def date(self) -> str | None:
         """Return the date that the template prints (ISO 8601), or None if it prints none."""
-        return self._now.date().isoformat() if "strftime_now" in self.source else None
+        return self._now.date().isoformat() if "strftime_now" in str(self._tokenizer.chat_template) else None
 
     def source_for(self, tools: list[dict[str, Any]] | None) -> str:
         """Return the template of rows with or without tools; models may have one for each."""

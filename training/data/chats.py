@@ -20,6 +20,7 @@ from training.data.tools import (
     read_tools,
     without_foreign_nulls,
 )
+from training.data.written_calls import calls_in
 
 _ROLES = {
     "system": "system",
@@ -57,7 +58,6 @@ _REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
 _KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *IN_LOSS, *OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, Glaive, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|<functioncall>|\[\s*[\w][\w .:/-]*\(")
-_JSON_CALL = re.compile(r"(<tool_call>\s*)(\{.*?\})(\s*</tool_call>)", re.DOTALL)
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
 
@@ -263,19 +263,19 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
 def _with_json_calls(content: str, at: str, reading: _Reading) -> str:
     """Return a content whose calls are JSON: some rows of Hermes have them as Python prints a dictionary."""
 
-    def as_json(found: re.Match[str]) -> str:
+    parts, cursor = [], 0
+    for written in calls_in(content):
         try:
-            json.loads(found[2])
+            json.loads(written.text)
         except (ValueError, RecursionError):
-            call = python_value(found[2])
-            if call is None:
-                return found[0]  # another notation, such as Qwen3 Coder's
+            call = python_value(written.text)
+            if call is None or written.tag != "tool_call":
+                continue  # another notation, such as Qwen3 Coder's
             check_json(call, f"{at}: <tool_call>")
             reading.notes.append("calls that are written as Python are converted to JSON")
-            return f"{found[1]}{json.dumps(call, ensure_ascii=False)}{found[3]}"
-        return found[0]
-
-    return _JSON_CALL.sub(as_json, content)
+            parts += [content[cursor : written.begin], json.dumps(call, ensure_ascii=False)]
+            cursor = written.begin + len(written.text)
+    return "".join([*parts, content[cursor:]])
 
 
 def _of_channel(message: Message, value: dict[str, Any], at: str) -> Message:
@@ -360,7 +360,7 @@ def _content_of(content: Any, role: str, at: str, notes: list[str]) -> tuple[str
     kinds = {str(part["type"]) for part in content} if is_parts else set()
     # Results of tools are any JSON: objects with a `type` need not be parts of a message.
     if is_parts and (role != "tool" or kinds == {"text"} or any(map(_MEDIA.fullmatch, kinds))):
-        return _join_parts(content, at)
+        return _join_parts(content, at, notes)
     if role == "tool":
         return json.dumps(content, ensure_ascii=False), ""
     raise RowError(
@@ -378,20 +378,19 @@ def _part_of(part: Any) -> Any:
     return {"type": "text", "text": part["text"]} if keys == {"text"} else part
 
 
-def _join_parts(parts: Any, at: str) -> tuple[str, str]:
+def _join_parts(parts: Any, at: str, notes: list[str]) -> tuple[str, str]:
     texts, thoughts = [], []
     for part in parts:
         kind = part["type"]
-        unread = [
-            key
-            for key, entry in part.items()
-            if key not in ("type", "text", "annotations", "cache_control", kind) and entry
-        ]
-        if unread and kind in ("text", "input_text", "output_text"):
-            raise RowError(
-                "unsupported content", f"{at} has a text part with `{unread[0]}`. Only text is supported"
-            )
-        if kind in ("text", "input_text", "output_text"):
+        unread = [key for key, entry in part.items() if key not in ("type", "text", kind) and entry]
+        is_text = kind in ("text", "input_text", "output_text")
+        for key in unread:
+            if is_text and key not in ("annotations", "cache_control"):
+                raise RowError(
+                    "unsupported content", f"{at} has a text part with `{key}`. Only text is supported"
+                )
+            notes.append(f"`{key}` of {'text' if is_text else kind} parts is not used")
+        if is_text:
             text = part.get("text")
             texts.append(check_text(text, f"{at}: text part") if text != "" else "")
         elif kind in ("thinking", "reasoning"):
@@ -410,7 +409,7 @@ def _join_parts(parts: Any, at: str) -> tuple[str, str]:
 
 def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, reading: _Reading) -> str:
     if value.get("reasoning_details"):
-        value = {**value, "reasoning_details": _text_of_details(value, at)}
+        value = {**value, "reasoning_details": _text_of_details(value, at, reading.notes)}
     given = [key for key in _REASONING if value.get(key) is not None and str(value[key]).strip()]
     texts = {check_text(value[key], lambda key=key: f"{at}: `{key}`") for key in given} | ({thought} - {""})
     if len(texts) > 1:
@@ -423,17 +422,19 @@ def _reasoning_of(value: dict[str, Any], thought: str, role: str, at: str, readi
     return next(iter(texts), "")
 
 
-def _text_of_details(value: dict[str, Any], at: str) -> str:
-    """Return the text of `reasoning_details` (OpenRouter); empty if it holds other details of reasoning that stands under its key."""
+def _text_of_details(value: dict[str, Any], at: str, notes: list[str]) -> str:
+    """Return the text of `reasoning_details` (OpenRouter); empty if it holds only other details of reasoning that stands under its key."""
     details = value["reasoning_details"]
     if not isinstance(details, list | tuple):
         raise RowError("wrong type", f"{at}: `reasoning_details` is {json_type(details)}, not a list")
     parts = [part for part in details if isinstance(part, dict)]
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-    if len(texts) == len(details) > 0:
+    unread = {
+        key: True for part in parts for key, entry in part.items() if key not in ("type", "text") and entry
+    }
+    if len(texts) == len(details) or any(value.get(key) for key in _REASONING if key != "reasoning_details"):
+        notes += [f"`{key}` of `reasoning_details` is not used" for key in unread]
         return "".join(texts)
-    if any(value.get(key) for key in _REASONING if key != "reasoning_details"):
-        return ""
     raise RowError(
         "unsupported content",
         f"{at} has `reasoning_details` without plain text. Write the reasoning as `reasoning_content`, or remove the key",
@@ -572,12 +573,12 @@ def _no_answer(position: int) -> str:
 
 
 def _follows_a_call(messages: list[Message]) -> bool:
-    for message in reversed(messages):
-        if message["role"] != "tool":
-            return message["role"] == "assistant" and (
-                "tool_calls" in message or _WRITTEN_CALL.search(message["content"]) is not None
-            )
-    return False
+    previous = messages[-1] if messages else {"role": ""}
+    if previous["role"] == "tool":
+        return True  # it follows one itself
+    return previous["role"] == "assistant" and (
+        "tool_calls" in previous or _WRITTEN_CALL.search(previous["content"]) is not None
+    )
 
 
 def _add_system(system: str | None, reading: _Reading) -> None:

@@ -80,6 +80,7 @@ class Encoder:
         self._backend.no_padding()
         self._whole_text = whole_text
         self._end_of_text: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self._adds_eos = self._backend.encode("a").ids[-1:] == [self._end_of_text]
         self._bytes_of = _bytes_of_tokens(tokenizer)
         self._normalizes = "NFC" in _steps(self._backend.normalizer)
         self._pieces = (
@@ -142,7 +143,12 @@ class Encoder:
         return _marked(np.concatenate(rows), lengths, np.stack([first, lengths], 1), owners)
 
     def _with_end(self, ids: np.ndarray) -> np.ndarray:
-        if self._end_of_text is None or ids[-1:].tolist() == [self._end_of_text]:
+        """Return the ids of a text with one EOS token at the end, which the text or the tokenizer may bring."""
+        if self._end_of_text is None:
+            return ids
+        if self._adds_eos and ids[-2:].tolist() == [self._end_of_text] * 2:
+            return ids[:-1]
+        if ids[-1:].tolist() == [self._end_of_text]:
             return ids
         return np.append(ids, np.int32(self._end_of_text))
 

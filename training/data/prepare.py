@@ -238,7 +238,7 @@ class _Preparation:
             has_reasoning=tally.has_reasoning if tally.has_chats else None,
             notes=dict(tally.notes.most_common()),
             skipped_rows=dict(tally.kinds.most_common()),
-            first_skipped=tally.first_faults(request),
+            first_skipped=tally.first_faults(request.files),
             duplicates=duplicates,
             first_duplicates=first_duplicates,
             lengths=measure_lengths(tally.lengths),

@@ -6,7 +6,7 @@ follows the prompt in the rendering that ends with the turn, end marker included
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -46,6 +46,7 @@ from training.data.template_forms import (
     without_empty_thoughts,
     without_greeting,
 )
+from training.data.template_headers import headers_in
 from training.data.template_traits import ANSWER, THOUGHT, TemplateTraits
 from training.data.tools import Tool, as_function
 from training.data.written_calls import with_tool_calls, writes_calls
@@ -205,8 +206,19 @@ class Renderer:
             return (self._whole(example),)
         if example.label is not None:
             last_only = replace(example, untrained=tuple(answers_of(example.messages)[:-1]))
-            return (_up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
+            return (self._up_to_label(self._chat(last_only)[-1], str(example.messages[-1]["content"])),)
         return self._chat(example)
+
+    def _up_to_label(self, rendered: Rendered, label: str) -> Rendered:
+        """Cut a sequence after the label that ends it, which alone is trained."""
+        begin, end = rendered.spans[-1]
+        completion = rendered.text[begin:end].removesuffix(self.traits.end_marker)
+        # Special tokens may hold the label's text ("end" in <|im_end|>), and so may what the template writes before it.
+        hidden = self.traits.special.sub(
+            lambda found: found[0] if found[0] in label else "\0" * len(found[0]), completion
+        )
+        begin += hidden.rindex(label)
+        return Rendered(rendered.text[: begin + len(label)], ((begin, begin + len(label)),))
 
     def _checked(self, tokens: Tokens) -> Tokens:
         """Check that the tokenizer has all tokens of a row."""
@@ -298,9 +310,14 @@ class Renderer:
         Special tokens in the words of a user are tokenized as such.
         """
         last = sequences[-1]
-        if not isinstance(example, Chat | Pair) or not isinstance(last, Rendered):
+        if not isinstance(last, Rendered):
             return []
-        notes = list(last.notes)
+        if not isinstance(example, Chat | Pair):
+            return self._notes_of_headers([last.text], "the text")
+        notes = [
+            *last.notes,
+            *self._notes_of_headers([m["content"] for m in messages_of(example)], "messages"),
+        ]
         messages = example.messages if isinstance(example, Chat) else example.prompt
         if isinstance(example, Chat) and len(messages) - 1 in example.untrained:
             notes.append("messages after the last answer in the loss are removed")
@@ -326,6 +343,15 @@ class Renderer:
         if example.tools and drops_tool_texts(last.text, example.tools):
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
+
+    def _notes_of_headers(self, texts: Iterable[str], what: str) -> list[str]:
+        """Return what the plan counts about texts that another chat template has rendered."""
+        for header in (header for text in texts for header in headers_in(text)):
+            if header not in self.template.source and not self.traits.special.fullmatch(header):
+                return [
+                    f"{header} in {what} begins a turn of another chat template, and is plain text for this model"
+                ]
+        return []
 
     def _notes_of_answers(self, example: Chat | Pair) -> list[str]:
         """Return what the plan counts about special tokens in the words of the assistant."""
@@ -791,13 +817,6 @@ def _end_of(whole: str, begin: int, message: Message, marker: str) -> int | None
         if whole.startswith(text + marker, begin):
             return begin + len(text) + len(marker)
     return None
-
-
-def _up_to_label(rendered: Rendered, label: str) -> Rendered:
-    """Cut a sequence after the label that ends it, which alone is trained."""
-    begin = rendered.text.find(label, *rendered.spans[-1])
-    end = begin + len(label)
-    return Rendered(rendered.text[:end], ((begin, end),))
 
 
 def _not_a_prefix(index: int) -> str:

@@ -12,7 +12,7 @@ from training.data.chunks import Chunk, ChunkResult, ChunkTokenizer
 from training.data.errors import DataError
 from training.data.request import DataRequest
 from training.data.rows import RowSchema
-from training.data.sources import Piece, StoredBatch, open_file
+from training.data.sources import DataFile, Piece, StoredBatch, open_file
 from training.data.template_checks import TEMPLATE_KINDS
 from training.data.token_files import TokenWriter
 
@@ -203,10 +203,10 @@ class Tally:
         if len(self.shown) < _MAX_SHOWN:
             self.shown.setdefault(same, (place, message))
 
-    def first_faults(self, request: DataRequest) -> list[str]:
+    def first_faults(self, files: Sequence[DataFile]) -> list[str]:
         """Return the first messages, each with its file and row and the number of rows that have the same."""
         return [
-            f"{request.files[file].uri}:{row}: {message}"
+            f"{files[file].uri}:{row}: {message}"
             + (f" (and {self.alike[same] - 1:,} more rows)" if self.alike[same] > 1 else "")
             for same, ((file, row), message) in self.shown.items()
         ]
@@ -221,16 +221,7 @@ class Tally:
         count = self.kinds.total()
         if not count or (request.bad_rows == "skip" and self.rows):
             return
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.kinds.most_common())
-        unseen = count - sum(self.alike[same] for same in self.shown)
-        lines = [
-            f"{count:,} of {self.read:,} rows cannot be trained on ({kinds}):",
-            *self.first_faults(request),
-        ]
-        if unseen:
-            lines.append(f"… and {unseen:,} more rows")
-        if self.kinds.keys() & _RENDERING_KINDS:
-            lines.append(f"The chat template is {template}.")
+        lines = self.describe_faults(request.files, "trained on", template)
         if self.kinds.keys() <= _RENDERING_KINDS:
             every = "No row can be rendered as it is: do what these errors say, or set chat_template."
         else:
@@ -240,6 +231,23 @@ class Tally:
         some = "Fix or remove these rows, or skip them with bad_rows: skip."
         lines.append(some if count < self.read else every)
         raise DataError("\n".join(lines))
+
+    def describe_faults(self, files: Sequence[DataFile], use: str, template: str) -> list[str]:
+        """Return the lines of an error about rejected rows: their number by kind, the first messages, and the chat template.
+
+        Args:
+            files: The files of the rows.
+            use: What the rows cannot be used for.
+            template: Where the chat template comes from.
+        """
+        count = self.kinds.total()
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.kinds.most_common())
+        lines = [f"{count:,} of {self.read:,} rows cannot be {use} ({kinds}):", *self.first_faults(files)]
+        if unseen := count - sum(self.alike[same] for same in self.shown):
+            lines.append(f"… and {unseen:,} more rows")
+        if self.kinds.keys() & _RENDERING_KINDS:
+            lines.append(f"The chat template is {template}.")
+        return lines
 
     def reject_long_rows(self, request: DataRequest) -> None:
         """Raise an error for rows that exceed the limit with `long_rows: error`, or if no rows are left."""

@@ -35,7 +35,7 @@ from training.data.pretokenized import (
     read_tokens,
 )
 from training.data.records import REASONING_KEYS, Chat, Example, Filled, Message, Pair, Task, Text, Tokens
-from training.data.template_forms import greeting_of
+from training.data.template_forms import greeting_of, thought_of
 from training.data.tools import (
     Tool,
     check_json,
@@ -172,7 +172,7 @@ def recognise(
     has_empty_columns = any(
         all(columns.get(column, column) in row for column in _COLUMNS[name]) for name in allowed
     )
-    if found and task == "preference_tuning" and _rating_of(row, columns) is not None:
+    if found and task == "preference_tuning" and rating_of(row, columns) is not None:
         raise RowError(
             "wrong format",
             "has one response with a label, not a pair of chosen and rejected, which only loss: kto trains on. Set "
@@ -420,14 +420,14 @@ def _is_verdict(key: str, value: Any) -> bool:
     return key in _RATINGS and str(value).strip().lower() in ("true", "false")
 
 
-def _rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
+def rating_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
     """Return the label of an unpaired row under one of its names, or None."""
     return next((value for name in _RATINGS if (value := mapped(row, columns, name)) is not None), None)
 
 
 def _rated(chat: Chat, row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
     """Return the last answer of a chat as the chosen or the rejected response, by the row's label."""
-    rating = _rating_of(row, columns)
+    rating = rating_of(row, columns)
     given = {name: value for name in _RATINGS if (value := mapped(row, columns, name)) is not None}
     if len({flag_of(value) for value in given.values()}) > 1:
         raise RowError(
@@ -461,7 +461,9 @@ def _rated(chat: Chat, row: dict[str, Any], columns: Mapping[str, str]) -> Pair:
 
 
 def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
-    answer = str(chat.messages[-1].get("content", "")).strip()
+    """Return a chat that ends with its label, which alone is trained, without the reasoning of the label."""
+    reasoning, content = thought_of(chat.messages[-1])
+    answer = content.strip()
     if answer not in labels:
         known = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
         fix = "Write the text of the class instead of its number" if answer.isdigit() else "Fix the label"
@@ -469,8 +471,14 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
             "unknown label",
             f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known}). {fix}, or add it there",
         )
-    messages = [*chat.messages[:-1], {**chat.messages[-1], "content": answer}]
-    return replace(chat, messages=messages, label=labels.index(answer))
+    last = {key: value for key, value in chat.messages[-1].items() if key != "reasoning_content"}
+    notes = (*chat.notes, "reasoning of labels is not used") if reasoning else chat.notes
+    return replace(
+        chat,
+        messages=[*chat.messages[:-1], {**last, "content": answer}],
+        label=labels.index(answer),
+        notes=notes,
+    )
 
 
 # --- prompt_template --------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -132,16 +133,33 @@ def _files_at(place: str) -> list[tuple[str, str]]:
 
 def _reject_several_splits(uris: list[str], directory: str) -> None:
     """Reject a directory with files of several splits, which would be trained together; a file without a split's name may train."""
-    by_split: dict[str, str] = {}
-    for uri in uris:
-        found = _SPLIT.search(uri.removeprefix(directory).lower())
-        by_split.setdefault(_SAME_SPLIT.get(found[1], found[1]) if found else "train", uri)
+    by_split = _by_split(uris, directory)
     if len(by_split) > 1:
-        chosen = _path_of_split(by_split.get("train", uris[0]), directory)
+        first = {split: files[0] for split, files in by_split.items()}
+        chosen = _path_of_split(first.get("train", uris[0]), directory)
         raise DataError(
-            f"{directory}: contains files of several splits ({', '.join(sorted(by_split.values()))}). Name the files of one, such as "
+            f"{directory}: contains files of several splits ({', '.join(sorted(first.values()))}). Name the files of one, such as "
             f"{chosen}; {directory.rstrip('/')}/**/* takes all of them."
         )
+
+
+def files_of_other_splits(uris: Sequence[str]) -> list[str]:
+    """Return the files of a pattern that belong to another split than its training files, or than its first; empty for one split."""
+    if len(uris) < 2:
+        return []
+    by_split = _by_split(uris, os.path.commonpath([uri.rpartition("/")[0] for uri in uris]))
+    kept = "train" if "train" in by_split else next(iter(by_split))
+    return [uri for split, files in by_split.items() if split != kept for uri in files]
+
+
+def _by_split(uris: Sequence[str], directory: str) -> dict[str, list[str]]:
+    """Return split -> its files; a file without a split's name may train."""
+    by_split: dict[str, list[str]] = {}
+    for uri in uris:
+        found = _SPLIT.search(uri.removeprefix(directory).lower())
+        split = _SAME_SPLIT.get(found[1], found[1]) if found else "train"
+        by_split.setdefault(split, []).append(uri)
+    return by_split
 
 
 def _path_of_split(uri: str, directory: str) -> str:
@@ -158,13 +176,12 @@ def _path_of_split(uri: str, directory: str) -> str:
 
 
 def _is_glob(place: str) -> bool:
-    """Return whether a path is a pattern; a file or an object may have `[` or `?` in its name."""
+    """Return whether a path is a pattern; a file, an object or a prefix may have `[` or `?` in its name."""
     if not any(character in place for character in "*?["):
         return False
     if is_remote(place) and any(character in place.split("/")[2] for character in "*?["):
         return True  # no bucket has such a name
-    exists = any(uri == place for uri, _ in find_objects(place)) if is_remote(place) else Path(place).exists()
-    return not exists
+    return not (find_objects(place) if is_remote(place) else Path(place).exists())
 
 
 def _matches(pattern: str) -> list[tuple[str, str]]:

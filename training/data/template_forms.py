@@ -11,10 +11,7 @@ from training.data.records import REASONING_KEYS, Chat, Message, Pair
 from training.data.tools import Tool
 from utils.files import checksum_bytes
 
-# With the tag that opens it, or as a model continues a prompt that ends with the tag: then the closing tag is a line of its own.
-_THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>|(?!.*<think>)(.*?)\n</think>(?=\n))(.*)", re.DOTALL)
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
-_WRAPPED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
 _INSTRUCTIONS = {"system", "developer"}
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
@@ -108,13 +105,22 @@ def has_reasoning(example: Chat | Pair) -> bool:
 
 def is_wrapped(message: Message) -> bool:
     """Return whether the result of a tool brings its own tags (Hermes)."""
-    return message["role"] == "tool" and _WRAPPED_RESULT.fullmatch(message["content"]) is not None
+    return _result_in_tags(message) is not None
 
 
 def unwrapped(message: Message) -> Message:
     """Return a result without its outermost tags; several results in one message keep those between them. Other messages unchanged."""
-    found = _WRAPPED_RESULT.fullmatch(message["content"]) if message["role"] == "tool" else None
-    return {**message, "content": found[1]} if found else message
+    result = _result_in_tags(message)
+    return message if result is None else {**message, "content": result}
+
+
+def _result_in_tags(message: Message) -> str | None:
+    """Return the text between the outermost tags of a result, or None."""
+    opening, closing = "<tool_response>", "</tool_response>"
+    content = message["content"].strip() if message["role"] == "tool" else ""
+    if not content.startswith(opening) or not content.endswith(closing):
+        return None
+    return content[len(opening) : -len(closing)].strip()
 
 
 def map_messages(example: Chat | Pair, change: Callable[[Message], Message]) -> Chat | Pair:
@@ -180,9 +186,18 @@ def thought_of(message: Message) -> tuple[str, str]:
 
 
 def split_thought(content: str) -> tuple[str, str]:
-    """Return (reasoning, rest) of a content that begins with reasoning in tags; without tags, the content is the rest."""
-    found = _THOUGHT.fullmatch(content) if "</think>" in content else None
-    return ((found[1] or found[2] or "").strip(), found[3]) if found else ("", content)
+    """Return (reasoning, rest) of a content that begins with reasoning in tags; without tags, the content is the rest.
+
+    The opening tag may be missing, as where a model continues a prompt that ends with it: then the closing tag is a line of its own.
+    """
+    closing = "</think>"
+    if closing not in content:
+        return "", content
+    if (text := content.lstrip()).startswith("<think>"):
+        thought, _, rest = text.removeprefix("<think>").partition(closing)
+        return thought.strip(), rest
+    thought, found, rest = content.partition(f"\n{closing}\n")
+    return (thought.strip(), f"\n{rest}") if found and "<think>" not in content else ("", content)
 
 
 def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | None) -> list[Message]:
@@ -204,7 +219,9 @@ def _with_ids(messages: Sequence[Message]) -> list[Message]:
         if "tool_calls" in message:
             results = [
                 m.get("tool_call_id")
-                for m in takewhile(lambda m: m["role"] == "tool", messages[number + 1 :])
+                for m in takewhile(
+                    lambda m: m["role"] == "tool", map(messages.__getitem__, range(number + 1, len(messages)))
+                )
             ]
             ids = [
                 call.get("id") or next(iter(results[place : place + 1]), None) or f"{number} {place}"

@@ -1,7 +1,7 @@
 """Headers of turns: the texts by which a message shows that a chat template has rendered it already."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from training.data.records import Message
 
@@ -9,6 +9,21 @@ _MARK = re.compile(r"[<\[|]")  # what the markers of turns are written with, oth
 _LAST_MARK = re.compile(r".*[>\]|]\n?")
 _ROLE = re.compile("user|system", re.IGNORECASE)
 _ANY_ROLE = "(?i:system|developer|user|human|assistant|model|chatbot|tool|function|observation|ipython)"
+
+_BEGINNINGS = ("<|", "<\uff5c", "[INST]", "<start_of_turn>")
+"""With which all of the following begin: quicker to look for."""
+_KNOWN = re.compile(
+    r"<\|im_start\|>(?=system|user|assistant)|<\|start\|>(?=system|developer|user|assistant)|<\|start_header_id\|>|<\|header_start\|>"
+    r"|<\|(?:system|user|assistant)\|>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>|<\|turn>|<\uff5c(?:User|Assistant)\uff5c>"
+    r"|<start_of_turn>|\[INST\]"
+)
+"""Headers of turns of widespread chat templates: of ChatML, gpt-oss, Llama, Phi, Cohere, Granite, Gemma, DeepSeek and Mistral."""
+
+
+def headers_in(text: str) -> Iterator[str]:
+    """Yield the headers of widespread chat templates that stand in a text."""
+    if any(beginning in text for beginning in _BEGINNINGS):
+        yield from (found[0] for found in _KNOWN.finditer(text))
 
 
 class Headers:

@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from training.data.errors import RowError
 from training.data.records import Message
+from training.data.rendered import Span
 from training.data.tools import Tool, read_calls
 
 Notation = Literal["json", "xml", "keys", "glaive"]
@@ -16,10 +18,38 @@ Notation = Literal["json", "xml", "keys", "glaive"]
 _BEGIN = re.compile(
     r"<tool_call>\s*(?:(?P<json>\{)|(?P<xml><\w)|(?P<keys>[\w.-]+\s*<))|<functioncall>\s*(?P<glaive>\{)"
 )
-_CALL = re.compile(
-    r"<tool_call>\s*(\{.*?\})\s*</tool_call>|<functioncall>\s*(\{.*?\})\s*(?:</functioncall>|<\|endoftext\|>|\Z)",
-    re.DOTALL,
-)
+_OPENING = re.compile(r"<(tool_call|functioncall)>\s*(?=\{)")
+_CLOSING = {
+    "tool_call": re.compile(r"\}\s*</tool_call>"),
+    "functioncall": re.compile(r"\}\s*(?:</functioncall>|<\|endoftext\|>|\Z)"),
+}
+
+
+@dataclass(frozen=True)
+class WrittenCall:
+    """A call as JSON, or as Python prints it, in a text."""
+
+    tag: str
+    text: str
+    """The call without its tags."""
+    place: Span
+    """Place of the call with its tags."""
+    begin: int
+    """Place of the call's text."""
+
+
+def calls_in(content: str) -> Iterator[WrittenCall]:
+    """Yield the calls that stand between braces in a content. The time is linear in its length: one regular expression's is not."""
+    cursor, unclosed = 0, set[str]()
+    while opening := _OPENING.search(content, cursor):
+        tag, begin = opening[1], opening.end()
+        closing = None if tag in unclosed else _CLOSING[tag].search(content, begin)
+        if closing is None:
+            unclosed.add(tag)
+            cursor = begin
+            continue
+        cursor = closing.end()
+        yield WrittenCall(tag, content[begin : closing.start() + 1], (opening.start(), cursor), begin)
 
 
 def notation_of(text: str) -> Notation | None:
@@ -41,13 +71,15 @@ def writes_calls(message: Message) -> bool:
 
 def is_plain_json(content: str) -> bool:
     """Return whether all calls of a content are JSON in tags with a name and an object of arguments, as most templates write them."""
-    found = list(_CALL.finditer(content))
-    return len(found) == len(_BEGIN.findall(content)) and all(_is_plain(call[1]) for call in found)
+    found = list(calls_in(content))
+    return len(found) == len(_BEGIN.findall(content)) and all(map(_is_plain, found))
 
 
-def _is_plain(text: str | None) -> bool:
+def _is_plain(written: WrittenCall) -> bool:
+    if written.tag != "tool_call":
+        return False
     try:
-        call = json.loads(text or "")
+        call = json.loads(written.text)
     except (ValueError, RecursionError):
         return False
     return (
@@ -70,11 +102,11 @@ def with_tool_calls(message: Message, tools: Sequence[Tool] | None, notes: list[
         RowError: A call cannot be read, or words stand between the calls or after them, which `tool_calls` cannot say.
     """
     content = message["content"]
-    found = list(_CALL.finditer(content))
-    words = content[: found[0].start()] if found else content
+    found = list(calls_in(content))
+    words = content[: found[0].place[0]] if found else content
     if notation_of(words):
         raise RowError("template", "a call in its text is not JSON between <tool_call> and </tool_call>")
-    places = [*(place for call in found for place in call.span()), len(content)]
+    places = [*(place for call in found for place in call.place), len(content)]
     if any(content[end:begin].strip() for end, begin in [*pairwise(places)][1::2]):
         raise RowError(
             "template", "words stand between or after the calls in its text. Move them before the calls"
@@ -82,6 +114,6 @@ def with_tool_calls(message: Message, tools: Sequence[Tool] | None, notes: list[
     calls = [
         call
         for number, each in enumerate(found, start=1)
-        for call in read_calls(each[1] or each[2], f"call {number} in its text", tools, notes)
+        for call in read_calls(each.text, f"call {number} in its text", tools, notes)
     ]
     return {**message, "content": words.rstrip(), "tool_calls": calls}

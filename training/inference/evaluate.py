@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +14,17 @@ import ray.exceptions
 from pydantic import BaseModel, ConfigDict
 from ray.util import ActorPool
 
+from configs.schema import FinetuneConfig
 from runs.layout import evaluation_key, run_of
 from training.checkpoints.store import CheckpointError, read_manifest
+from training.data.chunks import ChunkResult
 from training.data.errors import DataError, RowError
 from training.data.prepared import find_prepared, rows_of_run
 from training.data.prompting import encode_prompt, stop_tokens
-from training.data.records import Chat, Example, Filled, Tokens
+from training.data.records import Chat, Example, Filled, Pair, Task, Tokens
 from training.data.renderer import Renderer
-from training.data.rows import RowSchema, read_row, recognise
+from training.data.row_pass import Tally
+from training.data.rows import RowSchema, rating_of, read_row, recognise
 from training.data.sources import find_files, open_file
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
@@ -28,6 +32,8 @@ from training.inference.checkpoint_model import TrainedModel
 from training.launch.cluster import Workers, cluster, resources_of_device
 from training.launch.failures import causes_of, classify
 from training.models.kernels import Device
+from training.models.tokenizer import describe_template
+from training.planning.earlier_rows import read_rows
 from training.planning.endpoints import ClusterTarget
 from utils.storage.bucket import BucketError, open_store
 
@@ -36,7 +42,6 @@ if TYPE_CHECKING:
 
 Match = Literal["number", "text"]
 
-_MAX_LISTED = 5
 _NUMBER = r"(?:(?<![\w.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _MARKED = re.compile(rf"####\s*({_NUMBER})")
 
@@ -164,41 +169,43 @@ def read_questions(
     data: str, trained: TrainedModel, tokenizer: "PreTrainedTokenizerFast", settings: EvaluationSettings
 ) -> list[Question]:
     """Read the rows and render their prompts as in training. Raise an error that lists rows that cannot be evaluated."""
-    variables = trained.config.chat_template_kwargs
-    renderer = Renderer(tokenizer, whole_text=False, turns="last", variables=variables)
+    dated = read_rows(trained.run_uri)
+    renderer = Renderer(
+        tokenizer,
+        whole_text=False,
+        turns="last",
+        variables=trained.config.chat_template_kwargs,
+        today=date.fromisoformat(dated.day) if dated else None,
+    )
     limit = _max_tokens(trained)
     questions: list[Question] = []
-    errors: list[str] = []
-    for location, row in _rows(data, trained):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            question = _question(location, row, trained, tokenizer, renderer, settings)
-            if limit and len(question.tokens) + settings.max_new_tokens > limit:
-                raise RowError(
-                    "too long",
-                    f"the prompt has {len(question.tokens):,} tokens, which with --max-new-tokens {settings.max_new_tokens:,} exceeds the "
-                    f"model's limit of {limit:,} tokens",
-                )
-            questions.append(question)
-        except RowError as error:
-            errors.append(f"{location}: {error}")
-    if errors:
-        more = f"\n… and {len(errors) - _MAX_LISTED:,} more rows" if len(errors) > _MAX_LISTED else ""
+    files, tally = find_files(data, 0), Tally()
+    for index, file in enumerate(files):
+        result = ChunkResult(index)
+        for number, row in open_file(file, trained.cache / "data").rows:
+            result.read += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                question = _question(f"{file.uri}:{number}", row, trained, tokenizer, renderer, settings)
+                if limit and len(question.tokens) + settings.max_new_tokens > limit:
+                    raise RowError(
+                        "too long",
+                        f"the prompt has {len(question.tokens):,} tokens, which with --max-new-tokens {settings.max_new_tokens:,} exceeds the "
+                        f"model's limit of {limit:,} tokens",
+                    )
+                questions.append(question)
+            except RowError as error:
+                result.faults.append((number, error.kind, str(error)))
+        tally.add(result)
+    if tally.kinds:
+        template = describe_template(trained.config, trained.base or trained.config.model_id)
         raise DataError(
-            f"{len(errors):,} of {len(errors) + len(questions):,} rows cannot be evaluated:\n"
-            + "\n".join(errors[:_MAX_LISTED])
-            + f"{more}\nFix or remove these rows."
+            "\n".join([*tally.describe_faults(files, "evaluated", template), "Fix or remove these rows."])
         )
     if not questions:
         raise DataError(f"{data}: contains no rows. Use a file with at least one row.")
     return questions
-
-
-def _rows(data: str, trained: TrainedModel) -> Iterator[tuple[str, Any]]:
-    for file in find_files(data, 0):
-        for number, row in open_file(file, trained.cache / "data").rows:
-            yield f"{file.uri}:{number}", row
 
 
 def _question(
@@ -209,11 +216,8 @@ def _question(
     renderer: Renderer,
     settings: EvaluationSettings,
 ) -> Question:
-    config = trained.config
-    task = "classification" if config.task == "classification" else "instruction_tuning"
-    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
-    data_format = recognise(row, settings.columns, task, config.prompt_template)
-    example = read_row(row, RowSchema(task, data_format, settings.columns, config.prompt_template, labels))
+    row = {name: value for name, value in row.items() if name not in trained.config.ignore_columns}
+    example = read_row(row, _schema_of(row, trained.config, settings.columns))
     if isinstance(example, Chat) and not tokenizer.chat_template:
         raise RowError("template", "conversations need a chat template, but the model has none")
     if isinstance(example, Tokens):
@@ -227,20 +231,39 @@ def _question(
             "no number",
             f"the answer contains no number ({expected[:40]!r}); compare complete texts with --match text",
         )
-    (rendered,) = renderer.render(replace(example, untrained=()) if isinstance(example, Chat) else example)
+    sequences = renderer.render(replace(example, untrained=()) if isinstance(example, Chat) else example)
+    rendered = sequences[0]  # of a pair, its chosen answer
     prompt = rendered.text[: rendered.spans[-1][0]]
     return Question(
         location=location,
         prompt=prompt,
         tokens=encode_prompt(tokenizer, prompt, is_rendered=not rendered.ends_the_text),
         expected=expected,
-        digest=digest_of((rendered,)),
+        digest=digest_of(sequences),
     )
+
+
+def _schema_of(row: dict[str, Any], config: FinetuneConfig, columns: Mapping[str, str]) -> RowSchema:
+    """Return how a row is read: as in training, but a run of preference tuning also answers rows without a rating."""
+    task: Task = "classification" if config.task == "classification" else "instruction_tuning"
+    labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    if config.task == "preference_tuning":
+        found = recognise(row, columns, config.task, config.prompt_template, unpaired=True)
+        if found == "preference" or rating_of(row, columns) is not None:
+            return RowSchema(config.task, found, columns, config.prompt_template, labels, unpaired=True)
+    found = recognise(row, columns, task, config.prompt_template)
+    return RowSchema(task, found, columns, config.prompt_template, labels)
 
 
 def _expected(example: Example) -> str:
     if isinstance(example, Filled):
         return example.answer
+    if isinstance(example, Pair):
+        if not example.chosen:
+            raise RowError(
+                "bad answer", "has a label that says that its answer is bad, so no answer is expected"
+            )
+        return str(example.chosen[-1]["content"])
     assert isinstance(example, Chat), "other formats do not have exactly one answer"
     return str(example.messages[-1]["content"])
 

@@ -5,9 +5,10 @@ import math
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +30,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 ALL_WEIGHTS = "its *.safetensors"
 """The weight files of a model in messages that cannot name one."""
 _SINGLE = "model.safetensors"
+_REQUESTS = 16  # to the Hub at a time
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COMPLETE_TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json"})
 """Files without which a tokenizer beside an adapter is not used."""
@@ -218,12 +220,7 @@ def _loaded_weights(store: Store, source: str, config: dict[str, Any], found: li
         config: Content of config.json.
         found: Names of all weight files.
     """
-    named = config.get("transformers_weights")
-    if named not in (None, _SINGLE, _INDEX):
-        raise ModelError(
-            f"model {source}: config.json names {named!r} as transformers_weights, but only {_SINGLE} and {_INDEX} are supported. Rename "
-            "the file in a copy of the model, and remove transformers_weights."
-        )
+    _check_named_weights(source, config)
     if store.read_if_exists(_INDEX) is None:
         if _SINGLE in found:
             return [_SINGLE]
@@ -231,16 +228,32 @@ def _loaded_weights(store: Store, source: str, config: dict[str, Any], found: li
             f"model {source}: has neither {_SINGLE} nor {_INDEX}, so transformers does not load {_some(found)}. Copy the index from the "
             f"original model, or rename a file that has all weights to {_SINGLE}."
         )
-    shards = _read_index(store)
-    if missing := shards - set(found):
-        raise ModelError(
-            f"model {source}: {_INDEX} lists missing weight files ({_some(missing)}). Copy them there, or use another path."
-        )
+    shards = _read_shards(store, source, found)
     if _SINGLE in set(found) - shards and not is_remote(source):
         raise ModelError(
             f"model {source}: has both {_SINGLE} and {_INDEX}, and transformers would load the former. Delete the stale one."
         )
     return sorted(shards)
+
+
+def _check_named_weights(source: str, config: dict[str, Any]) -> None:
+    """Raise ModelError if config.json names a weight file of its own."""
+    named = config.get("transformers_weights")
+    if named not in (None, _SINGLE, _INDEX):
+        raise ModelError(
+            f"model {source}: config.json names {named!r} as transformers_weights, but only {_SINGLE} and {_INDEX} are supported. Rename "
+            "the file in a copy of the model, and remove transformers_weights."
+        )
+
+
+def _read_shards(store: Store, source: str, found: Collection[str]) -> set[str]:
+    """Return the weight files that the index of a model lists; raise ModelError if one is missing."""
+    shards = _read_index(store)
+    if missing := shards.difference(found):
+        raise ModelError(
+            f"model {source}: {_INDEX} lists missing weight files ({_some(missing)}). Copy them there, or use another path."
+        )
+    return shards
 
 
 def _read_index(store: Store) -> set[str]:
@@ -381,10 +394,16 @@ def read_hub_facts(model_id: str) -> ModelFacts:
         info = huggingface_hub.model_info(model_id)
         names = [sibling.rfilename for sibling in info.siblings or []]
         check_no_adapter(model_id, names)
-        if _INDEX in names:
-            _read_index(open_store(str(Path(huggingface_hub.hf_hub_download(model_id, _INDEX)).parent)))
         config = json.loads(Path(huggingface_hub.hf_hub_download(model_id, "config.json")).read_text("utf-8"))
-        metadata = huggingface_hub.get_safetensors_metadata(model_id)
+        _check_named_weights(model_id, config)
+        if _INDEX in names:  # the Hub's function would read a stale model.safetensors beside it
+            index = Path(huggingface_hub.hf_hub_download(model_id, _INDEX))
+            shards = sorted(_read_shards(open_store(str(index.parent)), model_id, names))
+            with ThreadPoolExecutor(_REQUESTS) as threads:
+                read = partial(huggingface_hub.parse_safetensors_file_metadata, model_id)
+                contents = dict(zip(shards, threads.map(read, shards), strict=True))
+        else:
+            contents = huggingface_hub.get_safetensors_metadata(model_id).files_metadata
     tensors = {
         name: StoredTensor(
             file=file,
@@ -393,7 +412,7 @@ def read_hub_facts(model_id: str) -> ModelFacts:
             size=tensor.data_offsets[1] - tensor.data_offsets[0],
             start=None,
         )
-        for file, content in metadata.files_metadata.items()
+        for file, content in contents.items()
         for name, tensor in content.tensors.items()
     }
     return _facts(model_id, config, tensors)

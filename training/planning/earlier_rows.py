@@ -28,8 +28,6 @@ def find_earlier_rows(
     storage: str,
     stem: str,
     name_of: Callable[[EarlierRows], str],
-    *,
-    are_prepared: bool,
 ) -> EarlierRows | None:
     """Return the rows of the run that this configuration resumes, or None if no template printed a date in them.
 
@@ -38,15 +36,14 @@ def find_earlier_rows(
         storage: URI that holds the runs.
         stem: Beginning of the names of runs of this configuration without a run_name.
         name_of: Returns the name that a run of this configuration derives from its rows.
-        are_prepared: True if rows of this configuration are prepared, so that a run without a run_name takes those.
     """
     for run_uri in _runs(config, storage):
-        if rows := _rows_of(run_uri):
+        if rows := read_rows(run_uri):
             return rows
-    if config.run_name or are_prepared:
+    if config.run_name:
         return None
     names = [name for name in open_store(storage).directories() if name.startswith(f"{stem}-")]
-    found = ((name, _rows_of(join_uri(storage, name))) for name in names)
+    found = ((name, read_rows(join_uri(storage, name))) for name in names)
     return max(
         (rows for name, rows in found if rows and name_of(rows) == name),
         key=lambda rows: rows.day,
@@ -64,7 +61,8 @@ def _runs(config: FinetuneConfig, storage: str) -> Iterator[str]:
             yield run_uri
 
 
-def _rows_of(run_uri: str) -> EarlierRows | None:
+def read_rows(run_uri: str) -> EarlierRows | None:
+    """Return the rows of a run, or None if no template printed a date in them."""
     report = open_store(run_uri).read_if_exists(DATA_REPORT_FILE)
     if report is None:
         return None

@@ -13,6 +13,7 @@ from configs.schema import DataSource, FinetuneConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
 from training.data.batches import BatchPlan, BatchShape
+from training.data.chat_template import ChatTemplate
 from training.data.prepare import prepare_data
 from training.data.prepared import PreparedData, find_prepared
 from training.data.report import DataReport, make_report
@@ -338,10 +339,8 @@ def _prepare_train_rows(
         progress: Called with each check.
         name_of: Returns the name of a run with these rows.
     """
-    if "strftime_now" in str(model.tokenizer.chat_template):
+    if _request("train", loaded, model).date:
         config = loaded.config
-        request = _request("train", loaded, model)
-        cached = find_prepared(request.key(model.tokenizer_directory), storage.cache, storage.prepared)
         earlier = find_earlier_rows(
             config,
             storage.uri,
@@ -352,24 +351,30 @@ def _prepare_train_rows(
                     valid=_fingerprint_of(dict(zip(config.valid_sets, rows.valid, strict=False))),
                 )
             ),
-            are_prepared=cached is not None,
         )
-        if earlier and not (cached and cached.summary.fingerprint == earlier.train):
+        if earlier:
             train = _prepare("train", loaded, storage, model, progress, day=earlier.day)
             if train.summary.fingerprint == earlier.train:
                 return train  # otherwise the rows have changed since, and a new run prints today's date
     return _prepare("train", loaded, storage, model, progress)
 
 
-def _request(part: Part, loaded: LoadedConfig, model: Model, name: str = "") -> DataRequest:
-    """Return the request for the rows of a part or of one validation set, after checking that they can be rendered."""
+def _request(
+    part: Part, loaded: LoadedConfig, model: Model, name: str = "", day: str | None = None
+) -> DataRequest:
+    """Return the request for the rows of a part or of one validation set, after checking that they can be rendered.
+
+    Its date is the day, or today's date, if the chat template renders the rows and prints a date.
+    """
     config = loaded.config
     with about_key(_key_of(part, config, name)):
         sources = _sources(part, config, name)
         request = data_request(config, part, sources, model.facts, model.chat_template)
     check_template(request, model.tokenizer, model.tokenizer_source)
     written = _sources(part, loaded.as_written(config), name)
-    return replace(request, paths=tuple(source.path for source in written))
+    is_rendered = not request.prompt_template and request.data_format not in ("text", "tokens")
+    today = ChatTemplate(model.tokenizer).date if is_rendered else None
+    return replace(request, paths=tuple(source.path for source in written), date=today and (day or today))
 
 
 def _sources(part: Part, config: FinetuneConfig, name: str) -> Sequence[DataSource]:
@@ -402,14 +407,14 @@ def _prepare(
         model: The model with its tokenizer.
         progress: Called with each check.
         name: Name of the validation set, if it has one.
-        day: Date that the chat template prints; None: that of the first preparation.
+        day: Date that the chat template prints; None: today's.
         max_rows: Rows to take from each source; None: as the YAML says.
     """
     key = _key_of(part, loaded.config, name)
     progress(f"rows of {key}")
-    request = _request(part, loaded, model, name)
+    request = _request(part, loaded, model, name, day)
     return prepare_data(
-        replace(request, date=day, max_rows=max_rows or request.max_rows),
+        replace(request, max_rows=max_rows or request.max_rows),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,

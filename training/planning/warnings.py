@@ -10,6 +10,7 @@ from training.data.prompting import end_of_turn
 from training.data.renderer import Renderer
 from training.data.report import DataReport, describe_split
 from training.data.rows import ALL_COLUMNS, places_of
+from training.data.sources import files_of_other_splits
 from training.data.summary import DataSummary
 from training.models.adapter import AdapterParameters
 from training.models.architecture import MetaModel, ModelShape
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # A smaller model takes no noticeable time on any CPU.
 _NOTICEABLE_PARAMETERS = 10_000_000
+_SHOWN_FILES = 5
 
 
 def model_warnings(
@@ -263,7 +265,16 @@ def data_warnings(train: DataSummary, valid: DataSummary | None, key: str) -> It
 
 
 def row_warnings(name: str, summary: DataSummary) -> Iterator[str]:
-    """Warn of truncated, excluded, changed or duplicate rows of one key."""
+    """Warn of rows of several splits, and of truncated, excluded, changed or duplicate rows, of one key."""
+    begin = 0
+    for source in summary.sources:
+        files, begin = summary.files[begin : begin + source.files], begin + source.files
+        if others := files_of_other_splits(files):
+            more = f" and {len(others) - _SHOWN_FILES:,} more" if len(others) > _SHOWN_FILES else ""
+            yield (
+                f"{name}: {source.path} matches files of several splits, and all of them are used: {', '.join(others[:_SHOWN_FILES])}{more}. "
+                "If they should not be, write a pattern without them"
+            )
     if summary.truncated_rows:
         yield f"{name}: {summary.truncated_rows:,} rows exceed the context length and are truncated (long_rows: truncate)"
     if summary.dropped_rows:
@@ -273,8 +284,8 @@ def row_warnings(name: str, summary: DataSummary) -> Iterator[str]:
         yield f"{name}: {sum(summary.skipped_rows.values()):,} rows are excluded (bad_rows: skip): {kinds}; first: {summary.first_skipped[0]}"
     if summary.date:
         yield (
-            f"{name}: the chat template prints the date, {summary.date} in these rows (the day of their first preparation); evaluation and "
-            "chat print the day on which they run"
+            f"{name}: the chat template prints the date, {summary.date} in these rows (the day of the run's beginning) and in its evaluations; "
+            "chat prints the day on which it runs"
         )
     for note, count in summary.notes.items():
         yield f"{name}: {note} ({count:,} {'row' if count == 1 else 'rows'})"

@@ -50,6 +50,7 @@ OBJECTS = {
     "rows-of-others/d.jsonl": jsonl("six"),
     "day-1/e.csv": b"prompt,completion\nWhat is seven?,seven\n",
     "day-2/e.csv": b"prompt,completion\nWhat is eight?,eight\n",
+    "one[1]/f.jsonl": jsonl("seven"),
 }
 
 
@@ -75,6 +76,8 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
         ("rows/**/*.gz", ["rows/deep/er/b.jsonl.gz"]),
         ("row*/?.jsonl", ["rows-of-others/d.jsonl", "rows/a.jsonl"]),
         ("day-[12]/*", ["day-1/e.csv", "day-2/e.csv"]),
+        ("one[1]", ["one[1]/f.jsonl"]),
+        ("one[1]/", ["one[1]/f.jsonl"]),
         ("rows/_temporary/*", ["rows/_temporary/c.jsonl"]),
     ],
 )

@@ -18,7 +18,7 @@ from training.planning.plan import RunPlan
 from training.planning.planner import make_plan
 from utils.storage.bucket import open_store
 
-FIRST, LATER = date(2026, 11, 29), date(2026, 12, 3)
+FIRST, LATER, AFTER = date(2026, 11, 29), date(2026, 12, 3), date(2026, 12, 5)
 TEMPLATE = "Today is {{ strftime_now('%Y-%m-%d') }}.\n" + CHAT_TEMPLATE
 
 
@@ -82,6 +82,20 @@ def test_rows_of_another_day_are_not_taken_for_those_of_a_named_run(files: Path,
     again, day = plan_of(files, run_name="first")
     assert (again.data, day) == (first.data, FIRST.isoformat())
     assert again.data != other.data
+
+
+@pytest.mark.parametrize("named", [{"run_name": "second"}, {}], ids=["run_name", "derived name"])
+def test_a_new_run_reuses_no_rows_of_another_day(named: dict[str, str], files: Path, on_day: Any):
+    """Prepared rows are on the disk and in the bucket, but the run of that day has another name, or was never started."""
+    on_day(FIRST)
+    _, day = plan_of(files, run_name="first")
+    assert day == FIRST.isoformat()
+    on_day(LATER)
+    second, day = plan_of(files, **named)
+    assert day == LATER.isoformat()
+    on_day(AFTER)
+    again, day = plan_of(files, **named)
+    assert (again.run_name, again.data, day) == (second.run_name, second.data, LATER.isoformat())
 
 
 def test_changed_rows_of_a_new_run_have_the_day_of_their_preparation(files: Path, on_day: Any):

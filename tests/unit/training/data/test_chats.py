@@ -10,6 +10,8 @@ from tests.support.messages import assert_names
 from training.data.errors import RowError
 from training.data.records import Chat, Pair, Task
 from training.data.rows import RowSchema, read_row, recognise
+from training.data.template_forms import is_wrapped, split_thought, thought_of
+from training.data.written_calls import calls_in, is_plain_json, notation_of
 
 USER = {"role": "user", "content": "How warm is it?"}
 ANSWER = {"role": "assistant", "content": "21 degrees"}
@@ -720,6 +722,70 @@ def test_a_rationale_of_a_label_is_not_trained(row: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        {**ANSWER, "content": "warm", "reasoning_content": "Is it warm? The sun shines."},
+        {**ANSWER, "content": "<think>Is it warm? The sun shines.</think>\n\nwarm"},
+        {
+            **ANSWER,
+            "content": [{"type": "thinking", "thinking": "Is it warm?"}, {"type": "text", "text": "warm"}],
+        },
+    ],
+)
+def test_reasoning_in_the_message_of_a_label_is_not_trained(answer: dict[str, Any]):
+    row = {"messages": [USER, answer]}
+    schema = RowSchema("classification", recognise(row, {}, "classification"), {}, None, ("warm",))
+    chat = read_row(row, schema)
+    assert isinstance(chat, Chat)
+    assert chat.messages == [USER, {**ANSWER, "content": "warm"}]
+    assert chat.notes == ("reasoning of labels is not used",)
+
+
+TEXT_PART = {"type": "text", "text": "21 degrees"}
+SUMMARY = {"type": "reasoning.summary", "summary": "It is warm."}
+
+
+@pytest.mark.parametrize(
+    ("keys", "notes"),
+    [
+        ({"content": [{**TEXT_PART, "annotations": [{"url": "a"}]}]}, ("`annotations` of text parts",)),
+        ({"content": [{**TEXT_PART, "cache_control": {"type": "a"}}]}, ("`cache_control` of text parts",)),
+        ({"content": [{**TEXT_PART, "annotations": [], "cache_control": None}]}, ()),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": "Sun.", "signature": "x", "summary": "S"},
+                    TEXT_PART,
+                ]
+            },
+            ("`signature` of thinking parts", "`summary` of thinking parts"),
+        ),
+        (
+            {
+                "reasoning_details": [
+                    {"type": "reasoning.text", "text": "Sun.", "signature": "x", "format": None}
+                ]
+            },
+            ("`signature` of `reasoning_details`",),
+        ),
+        ({"reasoning": "Sun.", "reasoning_details": [SUMMARY]}, ("`summary` of `reasoning_details`",)),
+    ],
+)
+def test_keys_of_parts_and_of_details_that_are_not_used_are_noted(
+    keys: dict[str, Any], notes: tuple[str, ...]
+):
+    chat = read({"messages": [USER, {**ANSWER, **keys}]})
+    assert chat.notes == tuple(f"{note} is not used" for note in notes)
+    assert chat.messages[1]["content"] == "21 degrees"
+
+
+def test_a_text_of_details_beside_another_reasoning_raises_an_error():
+    details = [{"type": "reasoning.text", "text": "Clouds."}, SUMMARY]
+    with pytest.raises(RowError, match=r"different texts in `reasoning` and `reasoning_details`"):
+        read({"messages": [USER, {**ANSWER, "reasoning": "Sun.", "reasoning_details": details}]})
+
+
+@pytest.mark.parametrize(
     ("message", "facts"),
     [
         ({**ANSWER, "label": False}, ("message 2", "`label`", "weight: 0")),
@@ -732,6 +798,59 @@ def test_message_parts_that_cannot_be_trained_raise_an_error(message: dict[str, 
     with pytest.raises(RowError) as caught:
         read({"messages": [USER, message]})
     assert_names(str(caught.value), *facts)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{**ANSWER, "content": "<tool_call>{" * 300_000}],
+        [{**ANSWER, "content": "<functioncall>{" * 300_000}],
+        [{**ANSWER, "content": f"{' ' * 2_000_000}x</think>y"}],
+        [CALLING, {**RESULT, "content": f"<tool_response>{' ' * 2_000_000}x"}, ANSWER],
+        [CALLING, *[RESULT] * 40_000, ANSWER],
+    ],
+    ids=["calls", "calls of Glaive", "thought", "result", "results"],
+)
+def test_the_time_to_read_a_chat_is_linear(messages: list[dict[str, Any]]):
+    """Quadratic steps on these chats would take minutes."""
+    chat = read({"messages": [USER, *messages]})
+    assert chat.messages[-1]["role"] == "assistant"
+    for message in chat.messages[-2:]:
+        assert not is_plain_json(message["content"]) or notation_of(message["content"]) is None
+        assert thought_of(message)[1].strip()
+        assert not is_wrapped(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('<tool_call>{"a": {}} </tool_call>', ['{"a": {}}']),
+        ("<tool_call>{a</tool_call> }</tool_call>", ["{a</tool_call> }"]),
+        ("<tool_call>{a} <functioncall> {b}", ["{b}"]),
+        ("<functioncall> {a} <|endoftext|> <tool_call>\n{b}\n</tool_call>{c}", ["{a}", "{b}"]),
+        ("<tool_call>{a}</tool_call><tool_call>{b", ["{a}"]),
+    ],
+)
+def test_calls_are_found_in_texts(content: str, texts: list[str]):
+    found = list(calls_in(content))
+    assert [call.text for call in found] == texts
+    assert [content[call.begin :][: len(call.text)] for call in found] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("<think>a</think>b", ("a", "b")),
+        ("\n <think>\na\n</think>\n\nb", ("a", "\n\nb")),
+        ("<think>a<think>b</think>c</think>", ("a<think>b", "c</think>")),
+        ("a\n</think>\nb", ("a", "\nb")),
+        ("\n</think>\nb", ("", "\nb")),
+        ("a</think>b\n</think>\n\nc", ("a</think>b", "\n\nc")),
+        *((same, ("", same)) for same in ("a</think>b", "a <think>b\n</think>\nc", "a\n</think>", "a")),
+    ],
+)
+def test_thoughts_are_split_from_answers(content: str, parts: tuple[str, str]):
+    assert split_thought(content) == parts
 
 
 def test_a_tool_message_follows_a_call_that_is_written_as_text():
@@ -857,10 +976,6 @@ def test_a_message_that_says_two_things_is_rejected(message: dict[str, Any], fac
         {**ANSWER, "content": "", "value": "21 degrees", "from": "gpt"},
         {**ANSWER, "content": [{"text": "21 degrees"}]},
         {**ANSWER, "content": ["21 ", "degrees"]},
-        {
-            **ANSWER,
-            "content": [{"type": "text", "text": "21 degrees", "cache_control": {"type": "ephemeral"}}],
-        },
         {**ANSWER, "role": "Assistant "},
     ],
 )

@@ -175,6 +175,28 @@ def test_texts_get_the_special_tokens_of_the_tokenizer(
     assert fast.trained.tolist() == slow.trained.tolist()
 
 
+@pytest.mark.parametrize("ending", ["", "<|endoftext|>", "<|endoftext|><|endoftext|>"])
+@pytest.mark.parametrize("by_lengths", [True, False])
+@pytest.mark.parametrize("whole_text", [True, False])
+def test_a_text_that_ends_with_eos_gets_no_second_one(ending: str, by_lengths: bool, whole_text: bool):
+    """Some tokenizers append EOS themselves; a text's own EOS tokens are retained."""
+    tokenizer = copy.deepcopy(make_tokenizer())
+    eos = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<|im_start|> $A {tokenizer.eos_token}",
+        special_tokens=[("<|im_start|>", tokenizer.bos_token_id), (str(tokenizer.eos_token), eos)],
+    )
+    encoder = Encoder(tokenizer, whole_text=whole_text)
+    if not by_lengths:
+        encoder._around = None
+    ending = ending.replace("<|endoftext|>", str(tokenizer.eos_token))
+    text = "It is 4" + ending
+    encoded = encoder.encode([Rendered(text, ((6, len(text)),), ends_the_text=True)])
+    own = tokenizer.encode(text, add_special_tokens=False)
+    assert encoded.ids.tolist() == [tokenizer.bos_token_id, *own, *([] if ending else [eos])]
+    assert encoded.trained[-1] and encoded.lengths.sum() == len(encoded.trained)
+
+
 def prefix_with_space(backend: Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 

@@ -61,6 +61,7 @@ ALL_TEMPLATE_FEATURES = (
     "{% endfor %}{{ range(2) | list }}"
 )
 
+ANSWER_4, ANSWER_5 = ({"role": "assistant", "content": text} for text in ("4", "5"))
 ONE_TURN = [("Ada buys 3 apples for $2 each.", "3 * 2 = $6.\n#### 6")]
 THREE_TURNS = [("2 + 2?", "4"), ("And 3 more?", "It is 7.\n\nSure."), ("Über 7? 🍎", "  8, naïvely 🍏")]
 
@@ -408,6 +409,44 @@ def test_both_responses_of_a_pair_follow_one_prompt(styles: dict[str, PreTrained
         full_text = tokenizer.apply_chat_template([*prompt, *messages], tokenize=False).rstrip()
         assert row[0] + row[side] == tokenizer(full_text, add_special_tokens=False)["input_ids"]
         assert [tokenizer.decode(row[side])] == expected_answers(style, [str(messages[0]["content"])])
+
+
+@pytest.mark.parametrize("label", ["end", "final", "im", "<|good|>"])
+def test_a_label_is_found_among_the_texts_of_the_template(chatml: PreTrainedTokenizerFast, label: str):
+    """The template writes a channel before the answer, as gpt-oss does, and an end token that contains two of the labels."""
+    channel = "{{ 'final<|message|>' if message['role'] == 'assistant' else '' }}{{ message['content'] + '<|im_end|>"
+    template = SMOLLM2.replace(
+        "message['role'] + '\n' + message['content'] + '<|im_end|>", "message['role'] + '\n' }}" + channel
+    )
+    tokenizer = with_template(chatml, template, "<|message|>", "<|good|>")
+    ids, labels = encode(tokenizer, chat([("I like it", label)], label=1), "classification")
+    assert tokenizer.decode([token for token in labels if token != IGNORED]) == label
+    assert str(tokenizer.decode(ids)).endswith(f"assistant\nfinal<|message|>{label}")
+
+
+FOREIGN = "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    ("example", "header"),
+    [
+        (Text(FOREIGN), "<|start_header_id|>"),
+        (Filled("Q: ", "[INST] 2 + 2? [/INST] 4"), "[INST]"),
+        (chat([(FOREIGN, "4")]), "<|start_header_id|>"),
+        (chat([("2 + 2?", "<start_of_turn>model\n4")]), "<start_of_turn>"),
+        (Pair([{"role": "user", "content": FOREIGN}], [ANSWER_4], [ANSWER_5]), "<|start_header_id|>"),
+        (Text("<|im_start|>user\n2 + 2?<|im_end|>\n"), ""),
+        (chat([("What are <|im_start|> and <|user|x|>?", "4")]), ""),
+    ],
+)
+def test_headers_of_another_template_are_noted(
+    chatml: PreTrainedTokenizerFast, example: Chat | Text | Filled | Pair, header: str
+):
+    """Those of the model's own template are its tokens."""
+    renderer = Renderer(chatml, whole_text=False)
+    notes = [note for note in renderer.notes(example, renderer.render(example)) if "another chat" in note]
+    assert len(notes) == bool(header)
+    assert not header or notes[0].startswith(f"{header} in ")
 
 
 def test_classification_trains_only_its_label(chatml: PreTrainedTokenizerFast):

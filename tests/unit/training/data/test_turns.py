@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Sequence
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tests.support.tiny_model import make_tokenizer
+from training.data.encoding import Encoder
 from training.data.errors import DataError, RowError
 from training.data.prompting import stop_tokens
 from training.data.records import Chat, Pair
@@ -1011,6 +1013,24 @@ def check_turns(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> None:
                 assert called["function"]["name"] in completion
                 assert all(value in completion for value in called["function"]["arguments"].values())
     assert sorted(found) == answers
+    check_ids(tokenizer, sequences)
+
+
+def check_ids(tokenizer: PreTrainedTokenizerFast, sequences: Sequence[Rendered]) -> None:
+    """Check that the loss tokens of each turn are those of its completion, after those of its prompt."""
+    for sequence in sequences:
+        encoded = Encoder(tokenizer, whole_text=False).encode([sequence])
+        ids = encoded.ids.tolist()
+        expected = [False] * len(ids)
+        for begin, end in sequence.spans:
+            prompt, completion = (
+                tokenizer.encode(text, add_special_tokens=False)
+                for text in (sequence.text[:begin], sequence.text[begin:end])
+            )
+            first, last = len(prompt), len(prompt) + len(completion)
+            assert (ids[:first], ids[first:last]) == (prompt, completion)
+            expected[first:last] = [True] * len(completion)
+        assert encoded.trained.tolist() == expected
 
 
 def possible_prompts(tokenizer: PreTrainedTokenizerFast, chat: Chat, index: int) -> set[str]:

@@ -24,6 +24,7 @@ from training.models.files import (
     ModelFacts,
     check_finite_weights,
     count_lora_parameters,
+    fetch_hub_model,
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
@@ -271,6 +272,36 @@ def test_an_adapter_beside_the_model_raises_an_error_with_its_files(
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
         with pytest.raises(ModelError, match=f"^model org/base: {message}"):
+            read_hub_facts("org/base")
+
+
+def test_shards_on_the_hub_are_counted_by_their_index(
+    tiny_model: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stale single file beside the shards is neither counted nor downloaded."""
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(model, max_shard_size="200KB")
+    save_file({"stale": torch.zeros(3)}, model / "model.safetensors", {"format": "pt"})
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    with running_hub() as hub:
+        repository = hub.repositories["models/org/base"] = Repository(dict(files))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+        served = template.replace(huggingface_hub.constants.ENDPOINT, hub.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", served)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        assert (
+            read_hub_facts("org/base").parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
+        )
+        assert not (fetch_hub_model("org/base", is_model_file) / "model.safetensors").exists()
+        config = json.dumps(json.loads(files["config.json"]) | {"transformers_weights": "other.safetensors"})
+        repository.commit({"config.json": config.encode()}, "name another file")
+        with pytest.raises(ModelError, match=r"^model org/base: config\.json names 'other\.safetensors'"):
+            read_hub_facts("org/base")
+        repository.commit({"config.json": files["config.json"]}, "name no file")
+        repository.files = {name: content for name, content in files.items() if "-00002-" not in name}
+        with pytest.raises(ModelError, match=r"^model org/base: .*lists missing weight files \(model-00002-"):
             read_hub_facts("org/base")
 
 

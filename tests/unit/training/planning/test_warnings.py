@@ -16,7 +16,7 @@ from tests.support.messages import assert_names
 from tests.support.tiny_model import make_tokenizer
 from training.data.batches import BatchShape
 from training.data.report import DataReport
-from training.data.summary import DataSummary
+from training.data.summary import DataSummary, SourceSummary
 from training.models.architecture import ModelShape
 from training.models.attention import Attention, AttentionTraits
 from training.models.files import ModelFacts, read_model_facts
@@ -32,6 +32,7 @@ from training.planning.warnings import (
     learning_rate_warnings,
     length_warnings,
     overlap_warnings,
+    row_warnings,
     schedule_warnings,
     storage_warnings,
     template_warnings,
@@ -46,8 +47,35 @@ def large_model(tiny_model: Path) -> ModelFacts:
     return replace(facts, parameter_shapes={"model.embed_tokens.weight": (50_000, 576)})
 
 
+def empty_summary() -> DataSummary:
+    zeros: dict[str, Any] = {field.name: 0 for field in fields(DataSummary)}
+    return DataSummary(**{**zeros, "notes": {}, "sources": [], "files": []})
+
+
 def config(**keys: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl", **keys})
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (("data/a.jsonl", "data/test.jsonl", "data/val-1.jsonl"), ("data/test.jsonl", "data/val-1.jsonl")),
+        (("s3://b/x/train/1.jsonl", "s3://b/x/test/1.jsonl"), ("s3://b/x/test/1.jsonl",)),
+        (("test/a.jsonl", "test/b.jsonl"), ()),
+        (("test.jsonl",), ()),
+        (("test-1.jsonl", "test-2.jsonl"), ()),
+    ],
+)
+def test_files_of_several_splits_under_one_pattern_give_a_warning(
+    files: tuple[str, ...], named: tuple[str, ...]
+):
+    source = SourceSummary("data/*.jsonl", "messages", len(files), 5, 5)
+    first = SourceSummary("first.jsonl", "messages", 1, 5, 5)
+    read = replace(empty_summary(), sources=[first, source], files=["first.jsonl", *files])
+    found = [warning for warning in row_warnings("train_path", read) if "splits" in warning]
+    assert bool(found) == bool(named)
+    if named:
+        assert_names(found[0], "train_path: data/*.jsonl", f": {', '.join(named)}. ", "pattern")
 
 
 def test_emulated_bf16_gives_a_warning(large_model: ModelFacts):
@@ -303,9 +331,8 @@ def test_output_dir_without_storage_path_names_the_place_of_the_results():
 
 
 def test_warnings_of_validation_rows_name_the_key_that_they_come_from():
-    zeros: dict[str, Any] = {field.name: 0 for field in fields(DataSummary)}
-    valid = DataSummary(**{**zeros, "notes": {}, "truncated_rows": 3})
-    train = replace(valid, truncated_rows=0)
+    train = empty_summary()
+    valid = replace(train, truncated_rows=3)
     for key in ("valid_path", "valid_split"):
         (warning,) = data_warnings(train, valid, key)
         assert warning.startswith(f"{key}: 3 rows")
