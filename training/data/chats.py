@@ -399,7 +399,10 @@ def _join_parts(parts: Any, at: str, notes: list[str]) -> tuple[str, str]:
                     "two reasonings",
                     f"{at} has a {kind} part with different texts in `{kind}` and `text`. Keep one of them",
                 )
-            thoughts.append(check_text(part.get(kind) or part.get("text"), f"{at}: {kind} part"))
+            thought = part.get(kind) or part.get("text")
+            if isinstance(thought, list | tuple):  # of text parts, as in mistral_common's ThinkChunk
+                thought = "".join(_content_of(thought, "assistant", f"{at}: {kind} part", notes))
+            thoughts.append(check_text(thought, f"{at}: {kind} part"))
         else:
             raise RowError(
                 "unsupported content", f"{at} has a part of type {short(kind)}. Only text is supported"
