@@ -595,6 +595,19 @@ def test_adapter_that_vllm_does_not_load_raises_an_error_before_training(rejecte
     assert_names(message, "merge: false ", "use_dora")
 
 
+def test_kernels_are_chosen_after_the_continued_adapter_is_read(
+    rejected: Rejected, tiny_model: Path, tmp_path: Path
+):
+    gpu = {"device": "auto", "worker_resources": {"accelerator_type:H100": 0.001}}
+    for name, provider in (("use_rslora", "unsloth"), ("use_dora", "liger")):
+        adapter = write_adapter(tmp_path / name, tiny_model, target_modules=["q_proj"], **{name: True})
+        config = config_file(tmp_path, tiny_model, initial_adapter_model_ckpt_path=str(adapter), **gpu)
+        planned = run_main_quickly(config, "--dry-run", "--json", variables={"CUDA_VISIBLE_DEVICES": ""})
+        assert planned.result["kernels"].startswith(f"{provider} (auto: "), planned.result["kernels"]
+    message = rejected(initial_adapter_model_ckpt_path=str(tmp_path / "use_dora"), kernels="unsloth")
+    assert_names(message, "kernels: unsloth: ", "the continued adapter's use_dora", "kernels: auto")
+
+
 def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, tmp_path: Path):
     """Its chat template is that of the training before; the YAML's replaces it."""
     adapter = write_adapter(tmp_path / "adapter", tiny_model, target_modules=["q_proj"])

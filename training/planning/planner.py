@@ -45,7 +45,15 @@ from training.planning.earlier_rows import find_earlier_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
-from training.planning.model import Adapter, Model, Settings, Storage, count_trainable, read_model
+from training.planning.model import (
+    Adapter,
+    Model,
+    Settings,
+    Storage,
+    count_trainable,
+    read_model,
+    read_start,
+)
 from training.planning.paths import about_key, needs_embedded_bucket, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import CheckedSample, PlanReport
@@ -243,14 +251,20 @@ def _check_run(
         check_hub_access("push_to_hub")
     storage = _check_storage(loaded.config, progress)
     progress("model")
-    model = read_model(loaded.config, settings, storage)
+    start = read_start(loaded.config, storage)
+    if start.adapter_facts:  # its settings decide which kernels can train it
+        settings = _resolve_settings(loaded.config, target, start.adapter_facts.lora)
+    model = read_model(loaded.config, settings, storage, start)
     adapter = count_trainable(loaded.config, settings, storage, model)
     return settings, storage, model, adapter
 
 
-def _resolve_settings(config: FinetuneConfig, target: ClusterTarget) -> Settings:
+def _resolve_settings(
+    config: FinetuneConfig, target: ClusterTarget, continued: Mapping[str, Any] | None = None
+) -> Settings:
     device = choose_device(config, target)
-    return Settings(target, device, resolve_execution(config, device, elsewhere=target.is_job_server))
+    execution = resolve_execution(config, device, continued=continued, elsewhere=target.is_job_server)
+    return Settings(target, device, execution)
 
 
 def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
@@ -469,7 +483,7 @@ def _plan_batches(
         config=config,
         shape=model.shape,
         facts=model.facts,
-        continues_adapter=model.adapter is not None,
+        continued=model.adapter_facts.lora if model.adapter_facts else None,
         device=settings.device,
         longest=_longest_sequence(config, train),
         execution=settings.execution,
