@@ -629,6 +629,42 @@ def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, 
     assert_names(rejected(**initial), f"adapter {adapter}: ", "515 tokens", "512 rows", "model_id")
 
 
+def with_rows(model: Path, rows: int) -> None:
+    """Change a model to the first rows of its vocabulary."""
+    tensors = load_file(model / "model.safetensors")
+    ends = {name: tensors[name][:rows].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors | ends, model / "model.safetensors", {"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"vocab_size": rows}))
+
+
+def test_rows_with_token_ids_beyond_the_embedding_raise_an_error_with_the_tensor(
+    rejected: Rejected, damaged_model: Path, tmp_path: Path
+):
+    """A tokenizer may have more tokens than the embedding has rows, as long as no row uses them."""
+    with_rows(damaged_model, 400)
+    message = rejected(model_id=str(damaged_model))
+    assert_names(
+        message,
+        f"model {damaged_model}: model.safetensors: model.embed_tokens.weight ",
+        "400 rows",
+        "train_path",
+    )
+    assert_names(message, "the token id 511 (")
+    keys = {"model_id": str(damaged_model), "data_format": "tokens", "valid_path": None}
+    used = write_rows(tmp_path, *[json.dumps({"input_ids": [1, 399, 2], "labels": [1, 399, 2]})] * 8)
+    config = config_file(tmp_path, damaged_model, **keys, train_path=used)
+    finished = run_main_quickly(config, "--dry-run")
+    assert finished.exit_code == 0, finished.errors
+    beyond = write_rows(tmp_path, *[json.dumps({"input_ids": [1, 450, 2], "labels": [1, 450, 2]})] * 8)
+    assert_names(rejected(**keys, train_path=beyond), "embed_tokens.weight ", "the token id 450 (")
+    used = write_rows(tmp_path, *[json.dumps({"input_ids": [1, 399, 2], "labels": [1, 399, 2]})] * 8)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(450)
+    tokenizer.save_pretrained(damaged_model)
+    assert_names(rejected(**keys, train_path=used), "the tokenizer pads rows with the token id 450 (")
+
+
 def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error(
     rejected: Rejected, damaged_model: Path, tmp_path: Path
 ):

@@ -15,6 +15,7 @@ from configs.schema import (
 from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
+from training.data.summary import DataSummary
 from training.models.adapter import AdapterParameters, Mismatch, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
@@ -31,7 +32,7 @@ from training.models.files import (
     without_strays,
 )
 from training.models.kernels import is_installed
-from training.models.new_tokens import rows_needed, vocabulary_rows
+from training.models.new_tokens import embedding_tensor, rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
@@ -133,6 +134,36 @@ def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
             f"adapter {source}: its tokenizer has {tokens:,} tokens, but the embedding of {facts.source} has {rows:,} rows. Write the "
             "model with the resized embedding that the adapter was trained on as model_id."
         )
+
+
+def check_ids_of_rows(
+    key: str, summary: DataSummary, tokenizer: "PreTrainedTokenizerFast", facts: ModelFacts
+) -> None:
+    """Check that the model has an embedding for each token of the rows, and for the token that pads them.
+
+    Args:
+        key: Key of the YAML that names the rows.
+        summary: The prepared rows.
+        tokenizer: The tokenizer, which may have more tokens than the rows use.
+        facts: The base model, with rows for tokens that are added.
+    """
+    if summary.largest_id is None:
+        return
+    padding = tokenizer.pad_token_id
+    assert isinstance(padding, int)
+    largest = max(summary.largest_id, padding)
+    rows = vocabulary_rows(facts, largest + 1)
+    if largest < rows:
+        return
+    user = f"the rows of {key} have" if largest == summary.largest_id else "the tokenizer pads rows with"
+    token = tokenizer.convert_ids_to_tokens(largest)
+    named = f" ({token!r})" if token else ""
+    tensor = embedding_tensor(facts)
+    raise ModelError(
+        f"model {facts.source}: {facts.file_of(tensor)}: {tensor} has {rows:,} rows (ids 0 to {rows - 1:,}), but {user} the token id "
+        f"{largest:,}{named}. Use the model's own tokenizer, or a copy of the model whose embedding "
+        "was resized to it (resize_token_embeddings)."
+    )
 
 
 def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> None:

@@ -30,6 +30,7 @@ from training.planning.batch_size import choose_batch_size, describe_batch, desc
 from training.planning.checks import (
     check_batch,
     check_checkpoint_fits,
+    check_ids_of_rows,
     check_template,
     reject_missing_requirements,
 )
@@ -422,7 +423,7 @@ def _prepare(
     key = _key_of(part, loaded.config, name)
     progress(f"rows of {key}")
     request = _request(part, loaded, model, name)
-    return prepare_data(
+    prepared = prepare_data(
         replace(request, date=day, max_rows=max_rows or request.max_rows),
         model.tokenizer,
         model.tokenizer_directory,
@@ -432,6 +433,8 @@ def _prepare(
         template=describe_template(loaded.as_written(loaded.config), model.base),
         progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
     )
+    check_ids_of_rows(key, prepared.summary, model.tokenizer, model.facts)
+    return prepared
 
 
 def data_request(
