@@ -608,6 +608,25 @@ def test_kernels_are_chosen_after_the_continued_adapter_is_read(
     assert_names(message, "kernels: unsloth: ", "the continued adapter's use_dora", "kernels: auto")
 
 
+@pytest.mark.parametrize("lora", [{}, {"bias": "all"}], ids=["embedding", "bias"])
+def test_base_weights_beside_a_continued_adapter_are_an_error_under_zero_3(
+    rejected: Rejected, tmp_path: Path, lora: dict[str, Any]
+):
+    """PEFT saves biases with an adapter, and embeddings that equal the base model's with save_embedding_layers."""
+    model = make_model(tmp_path / "biased", kind=Qwen2Config)
+    adapter = write_adapter(tmp_path / "adapter", model, target_modules=["q_proj"], **lora)
+    tensor = ".bias, which"
+    if not lora:
+        tensor = "base_model.model.model.embed_tokens.weight"
+        embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+        change_tensors(adapter, lambda tensors: tensors | {tensor: embedding})
+    keys = {"model_id": str(model), "initial_adapter_model_ckpt_path": str(adapter)}
+    message = rejected(**keys, deepspeed="zero_3")
+    assert_names(message, f"{adapter}/adapter_model.safetensors ", tensor, "ZeRO-3", "deepspeed: zero_2")
+    config = config_file(tmp_path, model, **keys, deepspeed="zero_2")
+    assert run_main_quickly(config, "--dry-run").exit_code == 0
+
+
 def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, tmp_path: Path):
     """Its chat template is that of the training before; the YAML's replaces it."""
     adapter = write_adapter(tmp_path / "adapter", tiny_model, target_modules=["q_proj"])

@@ -43,6 +43,12 @@ def _check_zero_3(kind: str, models: dict[str, Path]) -> None:
     check_zero_3_adapter(parameters_of(kind, models))
 
 
+def _check_zero_3_continued(kind: str, models: dict[str, Path]) -> None:
+    parameters = parameters_of(kind, models)
+    file = {**parameters.stored, **parameters.stored_embeddings}
+    check_zero_3_adapter(parameters, AdapterFacts("adapter", "m", {}, file))
+
+
 def _check_vllm(kind: str, models: dict[str, Path]) -> None:
     parameters = parameters_of(kind, models)
     check_vllm_base(read_model_facts(str(models[KINDS[kind][0]])))
@@ -64,6 +70,7 @@ USES: dict[str, Callable[[str, dict[str, Path]], None]] = {
     "merge": lambda kind, models: None,
     "vLLM": _check_vllm,
     "ZeRO-3": _check_zero_3,
+    "ZeRO-3, continued": _check_zero_3_continued,
     "4 bits": lambda kind, models: _check_start(kind, models, load_in_4bit=True),
 }
 """Use -> the checks of the plan."""

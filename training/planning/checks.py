@@ -16,7 +16,7 @@ from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
 from training.data.summary import DataSummary
-from training.models.adapter import AdapterParameters, Mismatch, unmatched_keys
+from training.models.adapter import AdapterParameters, Mismatch, is_bias_of_base, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
@@ -251,12 +251,27 @@ def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
             )
 
 
-def check_zero_3_adapter(parameters: AdapterParameters) -> None:
-    """Check that an adapter can be trained under ZeRO-3."""
+def check_zero_3_adapter(parameters: AdapterParameters, continued: AdapterFacts | None = None) -> None:
+    """Check that an adapter can be trained under ZeRO-3, and that PEFT can load a continued one there.
+
+    Args:
+        parameters: The adapter's parameters.
+        continued: The adapter to continue, with all tensors of its file.
+    """
     if any(".trainable_tokens_delta." in name for name in parameters.trainable):
         raise ConfigError(
             f"trainable_token_indices: {_NEEDS_COMPLETE_EMBEDDING}. Write deepspeed: zero_2, or modules_to_save with the embedding instead."
         )
+    for name in continued.parameter_shapes if continued else ():
+        # Matrices of single experts have other names than PEFT's.
+        is_own = ".lora_" in name or name in parameters.stored
+        if not is_own or (parameters.trains_biases and is_bias_of_base(name)):
+            assert continued is not None
+            raise ConfigError(
+                f"initial_adapter_model_ckpt_path: {continued.source}/{ADAPTER_FILE} has the base model's tensor {name}, which PEFT cannot "
+                "load into weights that ZeRO-3 shards. Write deepspeed: zero_2, or merge the adapter with main.py export and write the merged "
+                "model as model_id."
+            )
 
 
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:

@@ -308,7 +308,7 @@ def count_trainable(config: FinetuneConfig, settings: Settings, storage: Storage
             targets = parameters.targets
         check_exclusions(config.lora_config, targets, model.facts)
     if parameters and settings.execution.zero_stage == 3:
-        check_zero_3_adapter(parameters)
+        check_zero_3_adapter(parameters, model.adapter_facts)
     if config.final_export and not config.final_export.merge:
         check_vllm_base(model.facts)
         check_vllm_adapter(*_stored_adapter(config, model, parameters))
