@@ -342,9 +342,12 @@ def write_earlier_rope_keys(file: Path) -> None:
     scaling = dict(settings.get("rope_parameters") or {})
     if "rope_theta" not in scaling:
         return
-    settings["rope_theta"] = scaling.pop("rope_theta")
+    # GPT-NeoX has names of its own, which llama.cpp's converter reads too.
+    is_neox = settings.get("model_type") == "gpt_neox"
+    base, part = ("rotary_emb_base", "rotary_pct") if is_neox else ("rope_theta", "partial_rotary_factor")
+    settings[base] = scaling.pop("rope_theta")
     if "partial_rotary_factor" in scaling:
-        settings["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+        settings[part] = scaling.pop("partial_rotary_factor")
     settings["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
