@@ -1118,6 +1118,7 @@ def _conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     yield from _scheduler_conflicts(config)
     yield from _batch_conflicts(config)
     yield from _task_conflicts(config)
+    yield from _initialization_conflicts(config)
     yield from _data_conflicts(config)
     yield from _device_conflicts(config)
     yield from _range_conflicts(config)
@@ -1332,6 +1333,33 @@ def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield (
             "gradient_accumulation_steps",
             "`gradient_accumulation_steps` is computed from `train_batch_size` with `train_batch_size_per_device: auto`: remove it",
+        )
+
+
+def _initialization_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
+    """Yield initializations of a new adapter that fail, or do not start at the reference of a preference loss, the base model."""
+    if config.lora_config is None or config.initial_adapter_model_ckpt_path:
+        return
+    start, key = config.lora_config.init_lora_weights, "lora_config.init_lora_weights"
+    if start == "orthogonal" and config.load_in_4bit:
+        yield (
+            key,
+            f"`{key}: orthogonal` does not work with `load_in_4bit` in PEFT: write `true` or `gaussian`",
+        )
+    settings = config.preference_tuning_config or PreferenceTuningConfig()
+    if config.task != "preference_tuning" or not settings.needs_reference:
+        return
+    if start is False:
+        yield (
+            key,
+            f"`{key}: false` starts from a randomly changed model, but the reference of `loss: {settings.loss}` is the unchanged base: "
+            "write `true`, or `loss: orpo`",
+        )
+    if start == "orthogonal" and config.dtype == "bf16":
+        yield (
+            key,
+            f"`{key}: orthogonal` starts from the base model only up to the rounding of `dtype: bf16`, but the reference of "
+            f"`loss: {settings.loss}` is the base itself: write `true`, or `dtype: fp32`",
         )
 
 

@@ -595,6 +595,38 @@ def test_adapter_that_vllm_does_not_load_raises_an_error_before_training(rejecte
     assert_names(message, "merge: false ", "use_dora")
 
 
+def test_kernels_are_chosen_after_the_continued_adapter_is_read(
+    rejected: Rejected, tiny_model: Path, tmp_path: Path
+):
+    gpu = {"device": "auto", "worker_resources": {"accelerator_type:H100": 0.001}}
+    for name, provider in (("use_rslora", "unsloth"), ("use_dora", "liger")):
+        adapter = write_adapter(tmp_path / name, tiny_model, target_modules=["q_proj"], **{name: True})
+        config = config_file(tmp_path, tiny_model, initial_adapter_model_ckpt_path=str(adapter), **gpu)
+        planned = run_main_quickly(config, "--dry-run", "--json", variables={"CUDA_VISIBLE_DEVICES": ""})
+        assert planned.result["kernels"].startswith(f"{provider} (auto: "), planned.result["kernels"]
+    message = rejected(initial_adapter_model_ckpt_path=str(tmp_path / "use_dora"), kernels="unsloth")
+    assert_names(message, "kernels: unsloth: ", "the continued adapter's use_dora", "kernels: auto")
+
+
+@pytest.mark.parametrize("lora", [{}, {"bias": "all"}], ids=["embedding", "bias"])
+def test_base_weights_beside_a_continued_adapter_are_an_error_under_zero_3(
+    rejected: Rejected, tmp_path: Path, lora: dict[str, Any]
+):
+    """PEFT saves biases with an adapter, and embeddings that equal the base model's with save_embedding_layers."""
+    model = make_model(tmp_path / "biased", kind=Qwen2Config)
+    adapter = write_adapter(tmp_path / "adapter", model, target_modules=["q_proj"], **lora)
+    tensor = ".bias, which"
+    if not lora:
+        tensor = "base_model.model.model.embed_tokens.weight"
+        embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+        change_tensors(adapter, lambda tensors: tensors | {tensor: embedding})
+    keys = {"model_id": str(model), "initial_adapter_model_ckpt_path": str(adapter)}
+    message = rejected(**keys, deepspeed="zero_3")
+    assert_names(message, f"{adapter}/adapter_model.safetensors ", tensor, "ZeRO-3", "deepspeed: zero_2")
+    config = config_file(tmp_path, model, **keys, deepspeed="zero_2")
+    assert run_main_quickly(config, "--dry-run").exit_code == 0
+
+
 def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, tmp_path: Path):
     """Its chat template is that of the training before; the YAML's replaces it."""
     adapter = write_adapter(tmp_path / "adapter", tiny_model, target_modules=["q_proj"])
@@ -614,6 +646,42 @@ def test_tokenizer_of_the_adapter_is_used(rejected: Rejected, tiny_model: Path, 
     tokenizer.add_tokens([f"<added-{number}>" for number in range(3)])
     tokenizer.save_pretrained(adapter)
     assert_names(rejected(**initial), f"adapter {adapter}: ", "515 tokens", "512 rows", "model_id")
+
+
+def with_rows(model: Path, rows: int) -> None:
+    """Change a model to the first rows of its vocabulary."""
+    tensors = load_file(model / "model.safetensors")
+    ends = {name: tensors[name][:rows].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors | ends, model / "model.safetensors", {"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"vocab_size": rows}))
+
+
+def test_rows_with_token_ids_beyond_the_embedding_raise_an_error_with_the_tensor(
+    rejected: Rejected, damaged_model: Path, tmp_path: Path
+):
+    """A tokenizer may have more tokens than the embedding has rows, as long as no row uses them."""
+    with_rows(damaged_model, 400)
+    message = rejected(model_id=str(damaged_model))
+    assert_names(
+        message,
+        f"model {damaged_model}: model.safetensors: model.embed_tokens.weight ",
+        "400 rows",
+        "train_path",
+    )
+    assert_names(message, "the token id 511 (")
+    keys = {"model_id": str(damaged_model), "data_format": "tokens", "valid_path": None}
+    used = write_rows(tmp_path, *[json.dumps({"input_ids": [1, 399, 2], "labels": [1, 399, 2]})] * 8)
+    config = config_file(tmp_path, damaged_model, **keys, train_path=used)
+    finished = run_main_quickly(config, "--dry-run")
+    assert finished.exit_code == 0, finished.errors
+    beyond = write_rows(tmp_path, *[json.dumps({"input_ids": [1, 450, 2], "labels": [1, 450, 2]})] * 8)
+    assert_names(rejected(**keys, train_path=beyond), "embed_tokens.weight ", "the token id 450 (")
+    used = write_rows(tmp_path, *[json.dumps({"input_ids": [1, 399, 2], "labels": [1, 399, 2]})] * 8)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(450)
+    tokenizer.save_pretrained(damaged_model)
+    assert_names(rejected(**keys, train_path=used), "the tokenizer pads rows with the token id 450 (")
 
 
 def test_generation_settings_that_cannot_be_saved_are_reported_or_raise_an_error(

@@ -1,6 +1,6 @@
 """Training of a tiny model with an adapter of any kind for a few steps on one worker, built and saved as in a run.
 
-As a program, it trains under ZeRO-3, which takes over a process: the arguments are a directory and the kinds.
+As a program, it trains under ZeRO-3, which takes over a process: the arguments are a directory, `new` or `continued`, and the kinds.
 """
 
 import json
@@ -168,17 +168,27 @@ def _rows(task: str, vocabulary: int, pad: int) -> TrainingRows:
 # --- ZeRO-3, in a process of its own ------------------------------------------------------------------------------
 
 
-def train_under_zero_3(directory: Path, models: dict[str, Path], kinds: list[str]) -> dict[str, str]:
+def train_under_zero_3(
+    directory: Path, models: dict[str, Path], kinds: list[str], *, continued: bool = False
+) -> dict[str, str]:
     """Train an adapter of each kind under ZeRO-3; return the error of each kind that failed.
 
     Args:
         directory: Each kind is trained in `directory / slug(kind)`.
         models: The models of `make_models`.
         kinds: Keys of KINDS.
+        continued: Whether to continue an adapter of each kind, also of those that a run can start with.
     """
     (directory / "models.json").write_text(json.dumps({name: str(path) for name, path in models.items()}))
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.support.adapter_training", str(directory), *kinds],
+        [
+            sys.executable,
+            "-m",
+            "tests.support.adapter_training",
+            str(directory),
+            "continued" if continued else "new",
+            *kinds,
+        ],
         cwd=PROJECT,
         env=environment() | {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
@@ -212,10 +222,11 @@ def main() -> None:
     assert settings is not None
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition every parameter
     errors = {}
-    for kind in sys.argv[2:]:
+    for kind in sys.argv[3:]:
         name, _ = KINDS[kind]
-        make = request_of if can_be_new(kind) else continued_request
-        extra = () if can_be_new(kind) else (directory / f"{slug(kind)}-adapter",)
+        is_new = sys.argv[2] == "new" and can_be_new(kind)
+        make = request_of if is_new else continued_request
+        extra = () if is_new else (directory / f"{slug(kind)}-adapter",)
         try:
             request = make(kind, Path(models[name]), *extra, zero_stage=3)  # type: ignore[operator]
             own = json.loads(json.dumps(settings))

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from configs.schema import FinetuneConfig, LoraConfig
 from tests.support.adapter_training import can_be_new, config_of
-from tests.support.adapters import KINDS, meta_model
-from training.models.adapter import AdapterParameters, new_adapter
+from tests.support.adapters import KINDS, REJECTED_STARTS, meta_model
+from training.models.adapter import AdapterParameters, continued_adapter, new_adapter
 from training.models.files import AdapterFacts, read_model_facts
 from training.planning.checks import check_adapter, check_new_adapter, check_zero_3_adapter
 from training.planning.exportable import check_vllm_adapter, check_vllm_base
@@ -43,6 +43,12 @@ def _check_zero_3(kind: str, models: dict[str, Path]) -> None:
     check_zero_3_adapter(parameters_of(kind, models))
 
 
+def _check_zero_3_continued(kind: str, models: dict[str, Path]) -> None:
+    parameters = parameters_of(kind, models)
+    file = {**parameters.stored, **parameters.stored_embeddings}
+    check_zero_3_adapter(parameters, AdapterFacts("adapter", "m", {}, file))
+
+
 def _check_vllm(kind: str, models: dict[str, Path]) -> None:
     parameters = parameters_of(kind, models)
     check_vllm_base(read_model_facts(str(models[KINDS[kind][0]])))
@@ -64,6 +70,7 @@ USES: dict[str, Callable[[str, dict[str, Path]], None]] = {
     "merge": lambda kind, models: None,
     "vLLM": _check_vllm,
     "ZeRO-3": _check_zero_3,
+    "ZeRO-3, continued": _check_zero_3_continued,
     "4 bits": lambda kind, models: _check_start(kind, models, load_in_4bit=True),
 }
 """Use -> the checks of the plan."""
@@ -78,6 +85,21 @@ def rejection(kind: str, use: str, models: dict[str, Path]) -> str | None:
     return None
 
 
+def start_rejections(start: str, models: dict[str, Path]) -> list[str]:
+    """Return the errors for a new and for a continued adapter with this initialization."""
+    errors = []
+    adapter = AdapterFacts("adapter", "llama", {"init_lora_weights": start}, {})
+    for check in (
+        lambda: LoraConfig.model_validate({"init_lora_weights": start}),
+        lambda: continued_adapter(meta_model(models["llama"]), adapter),
+    ):
+        try:
+            check()
+        except (AnnealError, ValidationError) as error:
+            errors.append(str(error))
+    return errors
+
+
 def table(models: dict[str, Path]) -> Iterator[str]:
     """Yield the lines of the table in docs/adapters.md."""
     yield f"| feature | {' | '.join(USES)} |"
@@ -85,3 +107,7 @@ def table(models: dict[str, Path]) -> Iterator[str]:
     for kind in KINDS:
         cells = ("rejected" if rejection(kind, use, models) else "works" for use in USES)
         yield f"| {kind} | {' | '.join(cells)} |"
+    for start in REJECTED_STARTS:
+        # Every other use has such an adapter, new or continued.
+        cells = ["rejected" if len(start_rejections(start, models)) == 2 else "works"] * len(USES)
+        yield f"| init_lora_weights: {start} | {' | '.join(cells)} |"

@@ -22,6 +22,9 @@ PREFIX = "base_model.model."
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "all linear layers": ("llama", {}),
+    "init_lora_weights: gaussian": ("llama", {"init_lora_weights": "gaussian"}),
+    "init_lora_weights: orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "init_lora_weights: false": ("llama", {"init_lora_weights": False}),
     "init_lora_weights: eva": ("llama", {"init_lora_weights": "eva"}),
     "use_dora": ("llama", {"use_dora": True}),
     "use_rslora, rank_pattern, alpha_pattern": (
@@ -65,6 +68,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fan_in_fan_out (GPT-2)": ("gpt2", {"fan_in_fan_out": True}),
 }
 """Feature -> (model of `make_models`, settings of the adapter)."""
+
+REJECTED_STARTS = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Values of init_lora_weights that no run trains."""
 
 
 def make_models(directory: Path, tiny_model: Path) -> dict[str, Path]:

@@ -236,6 +236,7 @@ class _Preparation:
             split_rows=tally.split_rows,
             split_sequences=tally.split_sequences,
             has_reasoning=tally.has_reasoning if tally.has_chats else None,
+            largest_id=tally.largest_id,
             notes=dict(tally.notes.most_common()),
             skipped_rows=dict(tally.kinds.most_common()),
             first_skipped=tally.first_faults(request.files),

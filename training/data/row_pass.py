@@ -129,6 +129,8 @@ class Tally:
     """Rows that can be trained on, before the token limit."""
     rows: int = 0
     """Rows within the token limit."""
+    largest_id: int = -1
+    """Largest token id of these rows."""
     truncated: int = 0
     lost: int = 0
     """Tokens removed by truncation or in dropped rows."""
@@ -168,6 +170,7 @@ class Tally:
             self._show(same, (result.file, row), message)
         if rows := result.tokenized:
             self.rows += rows.data.num_rows
+            self.largest_id = max(self.largest_id, rows.largest_id)
             self.truncated += rows.truncated
             self.lost += rows.lost
             self.dropped += len(rows.left_out)
@@ -190,6 +193,7 @@ class Tally:
             *("split_rows", "split_sequences"),
         ):
             setattr(self, name, getattr(self, name) + getattr(following, name))
+        self.largest_id = max(self.largest_id, following.largest_id)
         self.has_chats |= following.has_chats
         self.has_reasoning |= following.has_reasoning
         for name in ("lengths", "notes", "kinds", "alike"):

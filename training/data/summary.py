@@ -81,6 +81,8 @@ class DataSummary:
     """True if an answer has reasoning, or an empty thought that the row writes; None if the rows are no chats."""
     date: str | None = None
     """Date that the chat template prints in these rows (ISO 8601); None if it prints none."""
+    largest_id: int | None = None
+    """Largest token id of the rows; None: an earlier release prepared them."""
     notes: dict[str, int] = field(default_factory=dict)
     """Changed or unused parts of rows -> number of rows."""
 

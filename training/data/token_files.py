@@ -57,6 +57,8 @@ class TokenizedRows:
     """int64 [rows]: characters, or tokens of pretokenised rows."""
     lengths: np.ndarray
     """int64 [rows]: tokens of the longest sequence, before the limit."""
+    largest_id: int
+    """Largest token id of the retained rows; -1 without rows."""
     truncated: int
     lost: int
     """Tokens removed by truncation or in dropped rows."""
@@ -106,6 +108,7 @@ class RowTokenizer:
             kept=kept,
             sizes=np.array([sum(sequence.size for sequence in row.sequences) for row in rows], np.int64),
             lengths=lengths,
+            largest_id=int(encoded.ids.max(initial=-1)),
             truncated=int((too_long & kept).sum()),
             lost=lost + int(tokens[dropped].sum()),
             too_long=[

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +21,7 @@ from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
 from training.data.prompting import stop_tokens
-from training.inference.model_card import Card
+from training.inference.model_card import Card, describe_sampling
 from training.models.files import (
     ModelError,
     ModelFacts,
@@ -39,7 +39,7 @@ from training.planning.exportable import (
     check_vllm_base,
     gguf_converter,
 )
-from utils.files import checksum, format_bytes, free_bytes
+from utils.files import checksum, checksum_bytes, format_bytes, free_bytes
 from utils.storage.bucket import (
     Store,
     check_writable,
@@ -58,12 +58,16 @@ if TYPE_CHECKING:
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
+_CARD = "README.md"
+_NOT_VERIFIED = "The export was not verified"
+_SERVED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+"""Settings of a generation config that vLLM uses for requests without them."""
 # The config file that every program needs to load an export.
 _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
 
 
 def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
-    """Write an export atomically, or return an identical existing export unchanged.
+    """Write an export atomically, or return an identical existing export, verified in place if that is asked for.
 
     Args:
         trained: The checkpoint to export.
@@ -74,7 +78,10 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
     store = open_store(planned.uri)
     check_writable(planned.uri)
     if (written := _read_export(store)) is not None:
-        return _reuse(written, planned, store, must_be_verified=settings.verify is True)
+        _check_same(written, planned, store)
+        if settings.verify and written.verification is None:
+            return _verify_in_place(trained, written, settings, store, progress)
+        return written
     _check_empty(store)
     _check_tools_and_weights(trained, planned)
     scratch = trained.cache.parent / "exports"
@@ -88,11 +95,13 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
             progress("loading the weights")
             _write_model(trained, planned, staged, progress)
         trained.tokenizer().save_pretrained(staged)
+        sampling = _sampling_settings(staged)
+        planned = planned.model_copy(update={"notes": [*planned.notes, *_sampling_notes(sampling)]})
         planned = _verified(trained, planned, settings, staged, progress)
         if planned.gguf:
             progress("writing the GGUF file")
             _write_gguf(planned, settings, staged)
-        (staged / "README.md").write_text(_card(trained, planned).to_markdown(), "utf-8")
+        (staged / _CARD).write_text(_card(trained, planned, sampling).to_markdown(), "utf-8")
         progress(f"writing to {planned.uri}")
         return _publish(store, planned, staged)
 
@@ -107,10 +116,15 @@ def push(exported: Export, cache: Path, repository: str, *, private: bool | None
         private: Whether a new repository is private; None: the default of the account.
     """
     files = [file.path for file in exported.files]
-    checksums = {file.path: file.checksum for file in exported.files}
-    directory = sync_to_node(exported.uri, cache / "exports", lambda key: key in checksums, checksums)
+    directory = _fetch(exported, cache)
     message = f"Upload {describe(exported)} of {exported.checkpoint.split('/')[-3]}"
     return push_directory(directory, files, repository, private=private, message=message)
+
+
+def _fetch(exported: Export, cache: Path) -> Path:
+    """Return a directory of this node with the files of an export, checked against its record."""
+    checksums = {file.path: file.checksum for file in exported.files}
+    return sync_to_node(exported.uri, cache / "exports", lambda key: key in checksums, checksums)
 
 
 def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
@@ -149,6 +163,21 @@ def _notes(trained: "TrainedModel", kind: str) -> Iterator[str]:
         yield "The adapter was trained on the base model in 4 bits (bitsandbytes NF4, double quantization)."
 
 
+def _sampling_settings(directory: Path) -> dict[str, float]:
+    """Return the settings of an export's generation config that change what a vLLM server answers."""
+    file = directory / "generation_config.json"
+    settings = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return {name: settings[name] for name in _SERVED if settings.get(name) is not None}
+
+
+def _sampling_notes(sampling: Mapping[str, float]) -> Iterator[str]:
+    if sampling:
+        yield (
+            f"The base model's generation config sets {describe_sampling(sampling)}. vLLM uses this for requests that do not set it; "
+            "`vllm serve` with `--generation-config vllm` does not."
+        )
+
+
 def _read_export(store: Store) -> Export | None:
     content = store.read_if_exists(EXPORT_FILE)
     if content is None:
@@ -161,8 +190,8 @@ def _read_export(store: Store) -> Export | None:
         ) from error
 
 
-def _reuse(written: Export, planned: Export, store: Store, *, must_be_verified: bool) -> Export:
-    """Return the existing export if it matches the planned one and is complete; raise an error otherwise."""
+def _check_same(written: Export, planned: Export, store: Store) -> None:
+    """Check that an existing export is the planned one, and complete."""
     if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
         raise ConfigError(
             f"{planned.uri} already contains another export: {describe(written)} of {written.checkpoint}. Choose another destination, "
@@ -173,11 +202,27 @@ def _reuse(written: Export, planned: Export, store: Store, *, must_be_verified: 
         raise ConfigError(
             f"{store.uri_of(wrong[0])}: changed since the export. Delete {planned.uri}, or choose another destination."
         )
-    if must_be_verified and written.verification is None:
-        raise ConfigError(
-            f"{planned.uri}: this export was not verified when it was written. Delete it, or choose another destination."
-        )
-    return written
+
+
+def _verify_in_place(
+    trained: "TrainedModel",
+    written: Export,
+    settings: ExportConfig,
+    store: Store,
+    progress: Callable[[str], None],
+) -> Export:
+    """Verify an existing export, and add the result to its record and its model card."""
+    progress("reading the export")
+    directory = _fetch(written, trained.cache)
+    notes = [note for note in written.notes if not note.startswith(_NOT_VERIFIED)]
+    verified = _verified(trained, written.model_copy(update={"notes": notes}), settings, directory, progress)
+    card = _card(trained, verified, _sampling_settings(directory)).to_markdown().encode()
+    record = FileRecord(path=_CARD, size=len(card), checksum=checksum_bytes(card))
+    files = [record if file.path == _CARD else file for file in written.files]
+    exported = verified.model_copy(update={"files": files})
+    store.write(_CARD, card)
+    store.write(EXPORT_FILE, exported.model_dump_json(indent=2).encode())
+    return exported
 
 
 def _check_empty(store: Store) -> None:
@@ -255,7 +300,7 @@ def _verified(
             raise ModelError(
                 f"verify: requires {reason}. Remove verify: true, or run main.py export where this is available."
             )
-        note = f"The export was not verified, which requires {reason}."
+        note = f"{_NOT_VERIFIED}, which requires {reason}."
         return planned.model_copy(update={"notes": [*planned.notes, note]})
     verification = verify_export(trained, planned, directory, progress=progress)
     return planned.model_copy(update={"verification": verification})
@@ -297,9 +342,12 @@ def write_earlier_rope_keys(file: Path) -> None:
     scaling = dict(settings.get("rope_parameters") or {})
     if "rope_theta" not in scaling:
         return
-    settings["rope_theta"] = scaling.pop("rope_theta")
+    # GPT-NeoX has names of its own, which llama.cpp's converter reads too.
+    is_neox = settings.get("model_type") == "gpt_neox"
+    base, part = ("rotary_emb_base", "rotary_pct") if is_neox else ("rope_theta", "partial_rotary_factor")
+    settings[base] = scaling.pop("rope_theta")
     if "partial_rotary_factor" in scaling:
-        settings["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+        settings[part] = scaling.pop("partial_rotary_factor")
     settings["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -346,7 +394,7 @@ def _write_gguf(planned: Export, settings: ExportConfig, directory: Path) -> Non
         )
 
 
-def _card(trained: "TrainedModel", planned: Export) -> Card:
+def _card(trained: "TrainedModel", planned: Export, sampling: Mapping[str, float]) -> Card:
     run = open_store(trained.run_uri)
     return Card(
         export=planned,
@@ -354,6 +402,7 @@ def _card(trained: "TrainedModel", planned: Export) -> Card:
         revision=trained.base_revision,
         config=trained.config,
         manifest=trained.manifest,
+        sampling=sampling,
         rank=read_adapter_facts(trained.checkpoint).largest_rank if trained.base else 0,
         result=read_result(run),
         metrics=read_metrics(run),

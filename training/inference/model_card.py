@@ -1,6 +1,6 @@
 """Model card (README.md) of an export: base model, training, evaluation and usage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ class Card:
     config: FinetuneConfig
     manifest: Manifest
     """Manifest of the checkpoint."""
+    sampling: Mapping[str, float]
+    """Settings of the generation config that change what a vLLM server answers."""
     rank: int
     """Largest LoRA rank of an adapter; 0 for a full-parameter model."""
     result: RunResult | None
@@ -140,6 +142,19 @@ class Card:
         chosen = {key: values[key] for key in (*_SETTINGS, "lora_config") if values[key] is not None}
         return list(flat(chosen).items())
 
+    def _sampling_usage(self, also: str) -> list[str]:
+        """Return how to turn off the settings of the generation config, if it has any.
+
+        Args:
+            also: What the same flag turns off.
+        """
+        if not self.sampling:
+            return []
+        return [
+            f"By default, the server samples with {describe_sampling(self.sampling)}, from `generation_config.json`. "
+            f"`--generation-config vllm` turns this off{also}.\n"
+        ]
+
     def _usage(self) -> list[str]:
         if self.export.kind == "adapter":
             most = next((rank for rank in _VLLM_RANKS if rank >= self.rank), self.rank)
@@ -150,16 +165,23 @@ class Card:
                 f"--tokenizer DIRECTORY --generation-config DIRECTORY --dtype {_VLLM_DTYPES[self.config.dtype]}\n",
                 "`--tokenizer` gives the chat template and added tokens of this adapter, and `--generation-config` its end tokens: "
                 "without them, vLLM takes those of the base model.\n",
+                *self._sampling_usage(", but also the end tokens of this adapter"),
                 "or, in Python:\n",
                 f"    base = AutoModelForCausalLM.from_pretrained(BASE{python_commit})",
                 "    model = PeftModel.from_pretrained(base, DIRECTORY)",
             ]
         return [
             "    vllm serve DIRECTORY\n",
+            *self._sampling_usage(""),
             "or, in Python:\n",
             "    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)",
             "    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
         ]
+
+
+def describe_sampling(sampling: Mapping[str, float]) -> str:
+    """Return the settings of a generation config as one text."""
+    return ", ".join(f"{name}: {value}" for name, value in sampling.items())
 
 
 def describe_verification(verified: Verification) -> str:

@@ -116,8 +116,8 @@ def verify_export(
             f"the export of {trained.checkpoint} does not compute what was trained: log-probabilities differ by "
             f"{verification.mean_difference:.2g} nats on average (at most {verification.largest_difference:.2g}), but rounding to "
             f"{planned.dtype or 'fp32'} explains {verification.mean_rounding:.2g} (at most {verification.largest_rounding:.2g}). The first "
-            f"part that differs is {_first_part(expected, rounded, outputs)}. Nothing was exported. Use the checkpoint itself with PEFT, "
-            "and report this."
+            f"part that differs is {_first_part(expected, rounded, outputs)}. Do not use the export, but the checkpoint itself with PEFT, and "
+            "report this."
         )
     return verification
 

@@ -73,10 +73,7 @@ class AdapterParameters:
     @property
     def trains_biases(self) -> bool:
         """Return whether biases of the base model are trained."""
-        others = (".lora_", ".modules_to_save.")
-        return any(
-            name.endswith(".bias") and not any(part in name for part in others) for name in self.trainable
-        )
+        return any(map(is_bias_of_base, self.trainable))
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,11 @@ class Mismatch:
     lines: list[str]
     """A line per tensor: one that is missing, one that is too many, one with another shape, and the rest."""
     fix: str
+
+
+def is_bias_of_base(name: str) -> bool:
+    """Return whether a trained parameter is a bias of the base model, neither of LoRA nor of a module that is trained in full."""
+    return name.endswith(".bias") and not any(part in name for part in (".lora_", ".modules_to_save."))
 
 
 def new_adapter(base: MetaModel, lora: LoraConfig) -> AdapterParameters:

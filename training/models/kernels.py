@@ -1,8 +1,9 @@
 """Choice of kernels: a compatibility table, from which `auto` chooses and which docs/kernels.md shows."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from configs.schema import FinetuneConfig, LoraConfig
 from configs.sequence_parallel import EXCLUSIONS, KEY
@@ -73,6 +74,17 @@ UNSLOTH_LORA_FIELDS = frozenset(
     }
 )
 """Keys of lora_config that Unsloth's loader accepts; other keys are an error."""
+_READ_BY_PEFT = frozenset(
+    {
+        "init_lora_weights",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    }
+)
+"""Keys of a continued adapter that only select its matrices and their scales. PEFT reads them when Unsloth loads the adapter."""
 
 # Unsloth uses the first that is installed, without deterministic gradients.
 _ATTENTION_OF_UNSLOTH = ("flash_attn", "xformers")
@@ -99,17 +111,27 @@ def device_here() -> Device:
 
 
 def choose_kernels(
-    config: FinetuneConfig, device: Device, stage: int, *, elsewhere: bool = False
+    config: FinetuneConfig,
+    device: Device,
+    stage: int,
+    *,
+    continued: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
 ) -> KernelChoice:
-    """Resolve `kernels` for this run, device and ZeRO stage (0 without ZeRO); reject kernels that cannot train the run.
+    """Resolve `kernels` for this run; reject kernels that cannot train it.
 
-    With `elsewhere`, the run trains in another environment, and a package that is missing here is no error.
+    Args:
+        config: The YAML.
+        device: The device to train on.
+        stage: ZeRO stage; 0 without ZeRO.
+        continued: The configuration of the adapter to continue, once it has been read.
+        elsewhere: Whether the run trains in another environment, where a package that is missing here is no error.
     """
     asked = config.kernels
     if asked == "auto":
-        return _choose(config, device, stage)
-    if reason := _why_not(asked, config, device, stage):
-        others = [name for name in get_args(Provider) if not _why_not(name, config, device, stage)]
+        return _choose(config, device, stage, continued)
+    if reason := _why_not(asked, config, device, stage, continued):
+        others = [name for name in get_args(Provider) if not _why_not(name, config, device, stage, continued)]
         advice = (
             f"kernels: auto or {' or '.join(others)}"
             if others
@@ -124,10 +146,12 @@ def choose_kernels(
     return KernelChoice(asked, "set by `kernels`" + (", in its CPU mode" if in_cpu_mode else ""))
 
 
-def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
+def _choose(
+    config: FinetuneConfig, device: Device, stage: int, continued: Mapping[str, Any] | None
+) -> KernelChoice:
     skipped = []
     for provider, advantage in _PREFERRED[device]:
-        reason = _why_not(provider, config, device, stage)
+        reason = _why_not(provider, config, device, stage, continued)
         if reason is None and provider == "unsloth" and not is_installed("unsloth"):
             reason = "Unsloth is not installed (make setup-unsloth)"
         if reason is None:
@@ -136,7 +160,13 @@ def _choose(config: FinetuneConfig, device: Device, stage: int) -> KernelChoice:
     raise ModelError(f"kernels: auto: {skipped[-1]}. Write deepspeed: zero_2, or load_in_4bit: false.")
 
 
-def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: int) -> str | None:
+def _why_not(
+    provider: Provider,
+    config: FinetuneConfig,
+    device: Device,
+    stage: int,
+    continued: Mapping[str, Any] | None,
+) -> str | None:
     method: Method = "QLoRA" if config.load_in_4bit else "LoRA" if config.trains_adapter else "full"
     spread = f"ZeRO-{stage}" if stage else "DDP" if config.most_devices > 1 else "one worker"
     spreads = [spread, *(["sequence parallel"] if config.sequence_parallel_size > 1 else [])]
@@ -144,15 +174,14 @@ def _why_not(provider: Provider, config: FinetuneConfig, device: Device, stage: 
         cell = COMPATIBILITY[provider, device][method][SPREADS.index(spread)]
         if cell not in _WORKS:
             return cell
-    if provider == "unsloth" and (unknown := _keys_without_unsloth(config)):
-        return (
-            f"Anneal does not support {' and '.join(f'lora_config.{name}' for name in unknown)} with Unsloth"
-        )
+    where = "lora_config." if continued is None else "the continued adapter's "
+    if provider == "unsloth" and (unknown := _keys_without_unsloth(config, continued)):
+        return f"Anneal does not support {' and '.join(f'{where}{name}' for name in unknown)} with Unsloth"
     if provider == "unsloth" and device == "cuda" and config.dtype == "fp32":
         # Unsloth's trainer enables autocast if neither bf16 nor fp16 is set.
         return "Unsloth computes in 16 bits on a GPU, also with dtype: fp32"
-    if provider == "unsloth" and (others := _modules_to_save_without_unsloth(config)):
-        return f"Unsloth does not train {' and '.join(others)} of lora_config.modules_to_save, only embed_tokens, lm_head and norms"
+    if provider == "unsloth" and (others := _modules_to_save_without_unsloth(config, continued)):
+        return f"Unsloth does not train {' and '.join(others)} of {where}modules_to_save, only embed_tokens, lm_head and norms"
     packages = [package for package in _ATTENTION_OF_UNSLOTH if is_installed(package)]
     if provider == "unsloth" and device == "cuda" and config.deterministic and packages:
         return f"Unsloth's attention would use {packages[0]}, whose gradients are not deterministic"
@@ -187,23 +216,32 @@ def offloads_activations(
     )
 
 
-def _keys_without_unsloth(config: FinetuneConfig) -> list[str]:
-    if config.initial_adapter_model_ckpt_path:
-        return []  # the adapter is loaded unchanged
-    lora = config.lora_config
+def _keys_without_unsloth(config: FinetuneConfig, continued: Mapping[str, Any] | None) -> list[str]:
+    """Return the settings of the adapter that Unsloth's loader does not take, or whose weights it leaves untrained."""
+    settings = _adapter_settings(config, continued)
     others = LoraConfig.model_fields.keys() - UNSLOTH_LORA_FIELDS - {"task_type"}
-    return sorted(
-        name for name in others if lora and getattr(lora, name) != LoraConfig.model_fields[name].default
-    )
+    if continued is not None:
+        others -= _READ_BY_PEFT
+    defaults = {name: LoraConfig.model_fields[name].default for name in others}
+    return sorted(name for name in others if settings.get(name) and settings[name] != defaults[name])
 
 
-def _modules_to_save_without_unsloth(config: FinetuneConfig) -> list[str]:
-    named = (config.lora_config.modules_to_save if config.lora_config else None) or []
+def _modules_to_save_without_unsloth(
+    config: FinetuneConfig, continued: Mapping[str, Any] | None
+) -> list[str]:
+    named = _adapter_settings(config, continued).get("modules_to_save") or []
     return [
         name
         for name in named
         if name.split(".")[-1] not in ("embed_tokens", "lm_head") and not name.endswith("norm")
     ]
+
+
+def _adapter_settings(config: FinetuneConfig, continued: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the adapter's settings: its own if it is continued, whatever the YAML's lora_config has as defaults."""
+    if continued is not None or config.initial_adapter_model_ckpt_path:
+        return continued or {}
+    return config.lora_config.model_dump() if config.lora_config else {}
 
 
 def is_installed(package: str) -> bool:

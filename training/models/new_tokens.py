@@ -125,12 +125,18 @@ def vocabulary_rows(facts: ModelFacts, default: int) -> int:
     return max((facts.parameter_shapes[name][0] for name in _ends(facts)), default=default)
 
 
+def embedding_tensor(facts: ModelFacts) -> str:
+    """Return the name of the token embedding's weight, as the model's files or else its architecture name it."""
+    names = [*facts.tensors, *facts.parameter_shapes]
+    return next((name for name in names if _is_token_embedding(name)), "the token embedding")
+
+
 def _ends(facts: ModelFacts) -> list[str]:
-    return [
-        name
-        for name in facts.parameter_shapes
-        if (is_embedding(name) and not _POSITIONS.search(name)) or is_head(name)
-    ]
+    return [name for name in facts.parameter_shapes if _is_token_embedding(name) or is_head(name)]
+
+
+def _is_token_embedding(name: str) -> bool:
+    return is_embedding(name) and not _POSITIONS.search(name)
 
 
 def rows_needed(indices: Sequence[int] | Mapping[str, Sequence[int]] | None) -> int:

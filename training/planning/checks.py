@@ -15,7 +15,8 @@ from configs.schema import (
 from runs.layout import MODELS
 from training.data.prepared import PREPARED
 from training.data.request import DataRequest
-from training.models.adapter import AdapterParameters, Mismatch, unmatched_keys
+from training.data.summary import DataSummary
+from training.models.adapter import AdapterParameters, Mismatch, is_bias_of_base, unmatched_keys
 from training.models.architecture import is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
@@ -31,7 +32,7 @@ from training.models.files import (
     without_strays,
 )
 from training.models.kernels import is_installed
-from training.models.new_tokens import rows_needed, vocabulary_rows
+from training.models.new_tokens import embedding_tensor, rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
 from utils.files import format_bytes, free_bytes
@@ -135,6 +136,36 @@ def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
         )
 
 
+def check_ids_of_rows(
+    key: str, summary: DataSummary, tokenizer: "PreTrainedTokenizerFast", facts: ModelFacts
+) -> None:
+    """Check that the model has an embedding for each token of the rows, and for the token that pads them.
+
+    Args:
+        key: Key of the YAML that names the rows.
+        summary: The prepared rows.
+        tokenizer: The tokenizer, which may have more tokens than the rows use.
+        facts: The base model, with rows for tokens that are added.
+    """
+    if summary.largest_id is None:
+        return
+    padding = tokenizer.pad_token_id
+    assert isinstance(padding, int)
+    largest = max(summary.largest_id, padding)
+    rows = vocabulary_rows(facts, largest + 1)
+    if largest < rows:
+        return
+    user = f"the rows of {key} have" if largest == summary.largest_id else "the tokenizer pads rows with"
+    token = tokenizer.convert_ids_to_tokens(largest)
+    named = f" ({token!r})" if token else ""
+    tensor = embedding_tensor(facts)
+    raise ModelError(
+        f"model {facts.source}: {facts.file_of(tensor)}: {tensor} has {rows:,} rows (ids 0 to {rows - 1:,}), but {user} the token id "
+        f"{largest:,}{named}. Use the model's own tokenizer, or a copy of the model whose embedding "
+        "was resized to it (resize_token_embeddings)."
+    )
+
+
 def check_adapter_tokenizer(config: FinetuneConfig, adapter: AdapterFacts) -> None:
     """Check that the tokenizer beside an adapter is complete, so that its template and tokens are not dropped silently."""
     found = adapter.tokenizer_files
@@ -220,12 +251,27 @@ def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
             )
 
 
-def check_zero_3_adapter(parameters: AdapterParameters) -> None:
-    """Check that an adapter can be trained under ZeRO-3."""
+def check_zero_3_adapter(parameters: AdapterParameters, continued: AdapterFacts | None = None) -> None:
+    """Check that an adapter can be trained under ZeRO-3, and that PEFT can load a continued one there.
+
+    Args:
+        parameters: The adapter's parameters.
+        continued: The adapter to continue, with all tensors of its file.
+    """
     if any(".trainable_tokens_delta." in name for name in parameters.trainable):
         raise ConfigError(
             f"trainable_token_indices: {_NEEDS_COMPLETE_EMBEDDING}. Write deepspeed: zero_2, or modules_to_save with the embedding instead."
         )
+    for name in continued.parameter_shapes if continued else ():
+        # Matrices of single experts have other names than PEFT's.
+        is_own = ".lora_" in name or name in parameters.stored
+        if not is_own or (parameters.trains_biases and is_bias_of_base(name)):
+            assert continued is not None
+            raise ConfigError(
+                f"initial_adapter_model_ckpt_path: {continued.source}/{ADAPTER_FILE} has the base model's tensor {name}, which PEFT cannot "
+                "load into weights that ZeRO-3 shards. Write deepspeed: zero_2, or merge the adapter with main.py export and write the merged "
+                "model as model_id."
+            )
 
 
 def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:

@@ -41,19 +41,26 @@ class Execution:
     """The dtype in which the base model is loaded."""
 
 
-def resolve_execution(config: FinetuneConfig, device: Device, *, elsewhere: bool = False) -> Execution:
+def resolve_execution(
+    config: FinetuneConfig,
+    device: Device,
+    *,
+    continued: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
+) -> Execution:
     """Read the DeepSpeed configuration and choose the kernels.
 
     Args:
         config: The YAML.
         device: The device to train on.
+        continued: The configuration of the adapter to continue, once it has been read.
         elsewhere: Whether the run trains in another environment, whose packages are unknown here.
     """
     settings = deepspeed_settings(config)
     stage = cast("ZeroStage", settings.get("zero_optimization", {}).get("stage", 0) if settings else 0)
     # Full-parameter training without DeepSpeed uses fp32 master weights and autocast.
     in_16_bits = config.dtype == "bf16" and (config.trains_adapter or stage > 0)
-    kernels = choose_kernels(config, device, stage, elsewhere=elsewhere)
+    kernels = choose_kernels(config, device, stage, continued=continued, elsewhere=elsewhere)
     return Execution(settings, stage, kernels, "bf16" if in_16_bits else "fp32")
 
 

@@ -47,8 +47,8 @@ class Job:
     config: FinetuneConfig
     shape: ModelShape
     facts: ModelFacts
-    continues_adapter: bool
-    """True if the run continues an adapter."""
+    continued: Mapping[str, Any] | None
+    """The configuration of the adapter that the run continues."""
     device: Device
     longest: int
     """Tokens of the longest sequence in a batch."""
@@ -64,7 +64,7 @@ class Job:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """Module -> rank of its adapter, for modules whose weight is a matrix."""
-        if self.continues_adapter and self.parameters:
+        if self.continued and self.parameters:
             matrices = self.facts.matrix_shapes
             return {module: rank for module, rank in self.parameters.ranks.items() if module in matrices}
         return lora_ranks(self.facts, self.config.lora_config) if self.config.lora_config else {}
@@ -195,7 +195,7 @@ def _weights(job: Job, held: _Held) -> float:
         # The reference: a second model, the initial adapter, or the base model itself.
         base, adapter = (
             base * (1 if config.trains_adapter else 2),
-            adapter * (2 if job.continues_adapter else 1),
+            adapter * (2 if job.continued else 1),
         )
     if held.stage < 3:
         return base + adapter + copies + _copies_of_rows(job, held)
@@ -292,7 +292,7 @@ def _saved(job: Job, held: _Held) -> float:
         layers = shape.layers * tokens * _layer(job, held)
     elif held.provider == "unsloth" and offloads_activations(
         job.config.gradient_checkpointing,
-        None if job.continues_adapter else job.config.lora_config,
+        None if job.continued else job.config.lora_config,
         padded_length(job.config.context_length or job.longest, 8),
     ):
         layers = 0
@@ -583,7 +583,7 @@ def _changed(job: Job, changes: dict[str, Any]) -> Job | None:
         config = FinetuneConfig.model_validate(job.config.model_dump(exclude_unset=True) | changes)
     except ValidationError:
         return None
-    execution = resolve_execution(config, job.device)
+    execution = resolve_execution(config, job.device, continued=job.continued)
     return replace(
         job,
         config=config,

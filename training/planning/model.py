@@ -123,6 +123,19 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The weights that a run starts from."""
+
+    base: str
+    """Hub id, absolute directory or URI of the base model."""
+    adapter: str | None
+    """Directory or URI of the adapter to continue."""
+    parent: str | None
+    """URI of the weights that the run continues; None for a plain model."""
+    adapter_facts: AdapterFacts | None
+
+
+@dataclass(frozen=True)
 class Model:
     """The base model, and the adapter that the run continues."""
 
@@ -164,14 +177,19 @@ class Adapter:
     trainable_parameters: int
 
 
-def read_model(config: FinetuneConfig, settings: Settings, storage: Storage) -> Model:
-    """Read the facts of the base model and the adapter, and load the tokenizer; reject models that cannot be trained."""
+def read_start(config: FinetuneConfig, storage: Storage) -> Start:
+    """Find the weights to start from, and read the configuration of the adapter to continue."""
     base, adapter, parent = starting_weights(config, storage.uri)
+    return Start(base, adapter, parent, read_adapter_facts(adapter) if adapter else None)
+
+
+def read_model(config: FinetuneConfig, settings: Settings, storage: Storage, start: Start) -> Model:
+    """Read the facts of the base model, and load the tokenizer; reject models that cannot be trained."""
+    base, adapter_facts = start.base, start.adapter_facts
     facts = base_model_facts(base)
     check_quantization(config, facts)
     if runs_here(config, settings.device, settings.target):
         check_disk(base, facts, storage.scratch)
-    adapter_facts = read_adapter_facts(adapter) if adapter else None
     # A continued adapter is trained on the commit of its base model, not on a later one.
     trained_on = adapter_facts.base_revision if adapter_facts and adapter_facts.base_model == base else None
     directory = fetch_model(base, storage.cache, is_tokenizer_file, trained_on)
@@ -216,8 +234,8 @@ def read_model(config: FinetuneConfig, settings: Settings, storage: Storage) -> 
             new = trained_ends(new, meta)
     return Model(
         base=base,
-        adapter=adapter,
-        parent=parent,
+        adapter=start.adapter,
+        parent=start.parent,
         facts=facts,
         adapter_facts=adapter_facts,
         meta=meta,
@@ -290,7 +308,7 @@ def count_trainable(config: FinetuneConfig, settings: Settings, storage: Storage
             targets = parameters.targets
         check_exclusions(config.lora_config, targets, model.facts)
     if parameters and settings.execution.zero_stage == 3:
-        check_zero_3_adapter(parameters)
+        check_zero_3_adapter(parameters, model.adapter_facts)
     if config.final_export and not config.final_export.merge:
         check_vllm_base(model.facts)
         check_vllm_adapter(*_stored_adapter(config, model, parameters))

@@ -31,6 +31,7 @@ from training.planning.batch_size import choose_batch_size, describe_batch, desc
 from training.planning.checks import (
     check_batch,
     check_checkpoint_fits,
+    check_ids_of_rows,
     check_template,
     reject_missing_requirements,
 )
@@ -46,7 +47,15 @@ from training.planning.earlier_rows import find_earlier_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
-from training.planning.model import Adapter, Model, Settings, Storage, count_trainable, read_model
+from training.planning.model import (
+    Adapter,
+    Model,
+    Settings,
+    Storage,
+    count_trainable,
+    read_model,
+    read_start,
+)
 from training.planning.paths import about_key, needs_embedded_bucket, scratch_directory, storage_path
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import CheckedSample, PlanReport
@@ -244,14 +253,20 @@ def _check_run(
         check_hub_access("push_to_hub")
     storage = _check_storage(loaded.config, progress)
     progress("model")
-    model = read_model(loaded.config, settings, storage)
+    start = read_start(loaded.config, storage)
+    if start.adapter_facts:  # its settings decide which kernels can train it
+        settings = _resolve_settings(loaded.config, target, start.adapter_facts.lora)
+    model = read_model(loaded.config, settings, storage, start)
     adapter = count_trainable(loaded.config, settings, storage, model)
     return settings, storage, model, adapter
 
 
-def _resolve_settings(config: FinetuneConfig, target: ClusterTarget) -> Settings:
+def _resolve_settings(
+    config: FinetuneConfig, target: ClusterTarget, continued: Mapping[str, Any] | None = None
+) -> Settings:
     device = choose_device(config, target)
-    return Settings(target, device, resolve_execution(config, device, elsewhere=target.is_job_server))
+    execution = resolve_execution(config, device, continued=continued, elsewhere=target.is_job_server)
+    return Settings(target, device, execution)
 
 
 def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
@@ -413,7 +428,7 @@ def _prepare(
     key = _key_of(part, loaded.config, name)
     progress(f"rows of {key}")
     request = _request(part, loaded, model, name, day)
-    return prepare_data(
+    prepared = prepare_data(
         replace(request, max_rows=max_rows or request.max_rows),
         model.tokenizer,
         model.tokenizer_directory,
@@ -423,6 +438,8 @@ def _prepare(
         template=describe_template(loaded.as_written(loaded.config), model.base),
         progress=lambda rows, fraction: progress(f"rows of {key}", fraction, f"{rows:,} rows"),
     )
+    check_ids_of_rows(key, prepared.summary, model.tokenizer, model.facts)
+    return prepared
 
 
 def data_request(
@@ -474,7 +491,7 @@ def _plan_batches(
         config=config,
         shape=model.shape,
         facts=model.facts,
-        continues_adapter=model.adapter is not None,
+        continued=model.adapter_facts.lora if model.adapter_facts else None,
         device=settings.device,
         longest=_longest_sequence(config, train),
         execution=settings.execution,

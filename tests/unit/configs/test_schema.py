@@ -335,6 +335,18 @@ def test_config_is_immutable():
         ({"lora_config": {"alpha_pattern": {"[q": 2}}}, ("`alpha_pattern`", "'[q'")),
         ({"lora_config": {"lora_bias": True, "use_dora": True}}, ("`lora_bias`", "`use_dora`")),
         ({"lora_config": {"lora_alpha": 10**40}}, ("`lora_alpha`", "fp32")),
+        (
+            {"load_in_4bit": True, "lora_config": {"init_lora_weights": "orthogonal"}},
+            ("`lora_config.init_lora_weights: orthogonal`", "`load_in_4bit`", "`gaussian`"),
+        ),
+        (
+            {"task": "preference_tuning", "lora_config": {"init_lora_weights": False}},
+            ("`lora_config.init_lora_weights: false`", "`loss: dpo`", "`loss: orpo`"),
+        ),
+        (
+            {"task": "preference_tuning", "lora_config": {"init_lora_weights": "orthogonal"}},
+            ("`lora_config.init_lora_weights: orthogonal`", "`loss: dpo`", "`dtype: fp32`"),
+        ),
         ({"lora_config": {"alpha_pattern": {"q_proj": 10**40}}}, ("`alpha_pattern`", "fp32")),
         ({"lora_config": {"trainable_token_indices": [5, 6, 5]}}, ("`trainable_token_indices`", "5")),
     ],
@@ -359,6 +371,12 @@ def test_conflicting_settings_raise_an_error_that_names_them(
         {"worker_resources": {"anyscale/accelerator_shape:4xA10G": 0.001}},
         {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}},
         {"num_devices": {"min": 1, "max": 3}, "task": "preference_tuning"},
+        {
+            "task": "preference_tuning",
+            "lora_config": {"init_lora_weights": False},
+            "preference_tuning_config": {"loss": "orpo"},
+        },
+        {"task": "preference_tuning", "lora_config": {"init_lora_weights": "gaussian"}},
         {"num_devices": {"min": 1, "max": 2}, "deepspeed": "zero_3"},
         {"num_devices": {"min": 3, "max": 4}, "gradient_accumulation_steps": 3},
         {"initial_adapter_model_ckpt_path": "run:first", **LORA},

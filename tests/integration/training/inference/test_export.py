@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from configs.loading import ConfigError
@@ -290,10 +291,66 @@ def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
     assert f"{to}/tokenizer.json: " in error_of(run_command("export", run, "--to", str(to)))
 
 
-def test_unverified_export_is_not_taken_for_a_verified_one(run_command: RunCommand, run: str, tmp_path: Path):
-    to = str(tmp_path / "unverified")
-    assert parse_export(run_command("export", run, "--to", to, "--no-verify", "--json")).verification is None
-    assert_names(error_of(run_command("export", run, "--to", to, "--verify")), to, "not verified", "Delete")
+@pytest.mark.parametrize("merge", ["--dtype=bf16", "--no-merge"])
+def test_unverified_export_is_verified_in_place(
+    run_command: RunCommand, run: str, tmp_path: Path, merge: str
+):
+    to = tmp_path / "unverified"
+    command = ("export", run, "--to", str(to), merge, "--json")
+    unverified = parse_export(run_command(*command, "--no-verify"))
+    assert unverified.verification is None
+    before = {path.name: path.stat().st_mtime_ns for path in to.iterdir()}
+    verified = parse_export(run_command(*command, "--verify"))
+    assert verified.verification is not None
+    assert Export.model_validate_json((to / EXPORT_FILE).read_text()) == verified
+    assert "verified in fp32" in (to / "README.md").read_text()
+    changed = {path.name for path in to.iterdir() if path.stat().st_mtime_ns != before.get(path.name)}
+    assert changed == {EXPORT_FILE, "README.md"}
+    assert parse_export(run_command(*command, "--verify")) == verified, "the record fits the new card"
+    (to / "README.md").write_text("another card")
+    assert f"{to}/README.md: " in error_of(run_command(*command, "--verify"))
+
+
+def test_wrong_export_is_not_verified_in_place(run_command: RunCommand, run: str, tmp_path: Path):
+    to = tmp_path / "wrong"
+    exported = parse_export(run_command("export", run, "--to", str(to), "--no-verify", "--json"))
+    tensors = load_file(to / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name] * 2}, to / "model.safetensors", {"format": "pt"})
+    record = {file.path: file for file in exported.files}["model.safetensors"]
+    files = [
+        file.model_copy(update={"checksum": checksum(to / file.path)}) if file is record else file
+        for file in exported.files
+    ]
+    content = exported.model_copy(update={"files": files}).model_dump_json()
+    (to / EXPORT_FILE).write_text(content)
+    message = error_of(run_command("export", run, "--to", str(to), "--verify"))
+    assert_names(message, "does not compute what was trained", "layer 1")
+    assert (to / EXPORT_FILE).read_text() == content
+
+
+@pytest.mark.parametrize("merge", ["--dtype=fp32", "--no-merge"])
+def test_sampling_settings_that_reach_a_server_are_reported(
+    run_command: RunCommand,
+    storage: Store,
+    tiny_model: Path,
+    tmp_path: Path,
+    scratch: dict[str, str],
+    merge: str,
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    run = store_adapter_run(storage, "run", model, LORA, **scratch)
+    exported = parse_export(run_command("export", run, merge, "--no-verify", "--json"))
+    (note,) = exported.notes
+    facts = ("temperature: 0.6", "top_p: 0.9", "max_new_tokens: 7", "--generation-config vllm")
+    assert_names(note, *facts)
+    usage = (Path(exported.uri) / "README.md").read_text().partition("## Usage")[2]
+    assert_names(usage, *facts)
+    screen = run_command("export", run, merge, "--no-verify")
+    assert "--generation-config vllm" in " ".join((screen.output + screen.errors).split())
 
 
 @pytest.mark.slow

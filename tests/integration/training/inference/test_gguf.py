@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -55,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama 3.1": {"kind": LlamaConfig, "rope_parameters": SCALED},
     "SmolLM2": {"kind": LlamaConfig, "tie_word_embeddings": True},
     "Qwen3": {"kind": Qwen3Config, "head_dim": 32, "tie_word_embeddings": True},
+    "Mistral": {"kind": MistralConfig},
 }
 
 

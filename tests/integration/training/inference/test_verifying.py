@@ -1,6 +1,7 @@
 """Exports are compared with the model as trained: the differences are recorded, and a wrong export is not published."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export
+from tests.support.adapters import FILE, change_config, change_tensors
 from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.inference import export as exporting
-from training.inference import verifying
+from training.inference import merging, verifying
 from training.inference.checkpoint_model import trained_model
 from training.models.files import ModelError
 from utils.storage.bucket import open_store
@@ -86,6 +88,49 @@ def test_wrong_merge_is_not_published(run: str, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(ModelError, match=r"does not compute what was trained.* layer [01]\."):
         export(run, dtype="bf16")
     assert not (Path(run) / "exports").exists()
+
+
+WITHOUT_SCALE: dict[str, Any] = {"lora_alpha": 4, "use_rslora": False}
+DOUBLED: dict[str, Any] = {"lora_alpha": 16}
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "layers.1.mlp.up_proj.lora_magnitude_vector"),
+    "rsLoRA": ({"use_rslora": True}, "layers.1.mlp.up_proj.lora_B.weight"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+    "token indices": ({"trainable_token_indices": list(range(256))}, "trainable_tokens_delta"),
+}
+"""Kind -> (its settings, the end of the name of a tensor that only this kind has, or whose scale it changes)."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "sabotage", [WITHOUT_SCALE, DOUBLED, "dropped"], ids=["no scale", "doubled", "dropped"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_merge_of_each_kind_is_not_published(
+    kind: str, sabotage: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings, tensor = KINDS[kind]
+    storage = open_store(str(tmp_path / "runs"))
+    scratch = str(tmp_path / "scratch")
+    run = store_adapter_run(storage, "run", tiny_model, {**LORA, **settings}, output_dir=scratch)
+    merge = merging.merge_adapter
+
+    def merge_wrongly(model: Any, base: Path, adapter: Path) -> Any:
+        wrong = Path(shutil.copytree(adapter, tmp_path / "wrong"))
+        if sabotage == "dropped":
+            names = [name for name in load_file(wrong / FILE) if name.endswith(tensor)]
+            assert len(names) == 1, names
+            change_tensors(wrong, lambda tensors: tensors | {names[0]: torch.zeros_like(tensors[names[0]])})
+        else:
+            change_config(wrong, **sabotage)
+        return merge(model, base, wrong)
+
+    monkeypatch.setattr(merging, "merge_adapter", merge_wrongly)
+    with pytest.raises(ModelError, match=r"does not compute what was trained"):
+        export(run, dtype="fp32")
+    monkeypatch.setattr(merging, "merge_adapter", merge)
+    assert export(run, dtype="fp32").verification is not None
 
 
 def test_rounding_includes_what_a_merge_loses_of_a_small_adapter(tiny_model: Path):

@@ -37,6 +37,7 @@ def kinds(sample: str) -> list[str]:
 
 
 ZERO_3_KINDS = kinds("fused experts (all-linear)")
+CONTINUED_KINDS = kinds("modules_to_save")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,30 @@ def test_adapter_on_a_4_bit_base_computes_what_was_trained(
 
 
 @pytest.fixture(scope="module")
+def continued_under_zero_3(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
+    directory = tmp_path_factory.mktemp("zero_3_continued")
+    supported = [kind for kind in CONTINUED_KINDS if rejection(kind, "ZeRO-3, continued", models) is None]
+    return directory, train_under_zero_3(directory, models, supported, continued=True)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", CONTINUED_KINDS)
+def test_continued_adapter_under_zero_3_equals_that_of_one_worker(
+    kind: str,
+    models: dict[str, Path],
+    tmp_path: Path,
+    continued_under_zero_3: tuple[Path, dict[str, str]],
+):
+    skip_if_rejected(kind, "ZeRO-3, continued", models)
+    directory, errors = continued_under_zero_3
+    assert kind not in errors, errors[kind]
+    request = continued_request(kind, models[KINDS[kind][0]], tmp_path / "adapter")
+    check_equal(Run(request, tmp_path / "run", optim="sgd"), directory / slug(kind) / "last" / FILE)
+
+
+@pytest.fixture(scope="module")
 def under_zero_3(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, str]]:
@@ -151,7 +176,12 @@ def test_adapter_under_zero_3_equals_that_of_one_worker(
     directory, errors = under_zero_3
     assert kind not in errors, errors[kind]
     run = Run(started(kind, models, tmp_path), tmp_path / "run", optim="sgd")
-    expected, found = load_file(run.last / FILE), load_file(directory / slug(kind) / "last" / FILE)
+    check_equal(run, directory / slug(kind) / "last" / FILE)
+
+
+def check_equal(run: Run, file: Path) -> None:
+    """Check that the trained weights of one worker equal those in the file of a run under ZeRO-3."""
+    expected, found = load_file(run.last / FILE), load_file(file)
     # PEFT adds the weight of an embedding that has an adapter, which is that of the base model; not under ZeRO-3.
     trained = {name: tensor for name, tensor in expected.items() if ".base_layer.weight" not in name}
     assert found.keys() == trained.keys()

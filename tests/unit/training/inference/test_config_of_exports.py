@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, PhiConfig, PreTrainedConfig
+from transformers import AutoConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedConfig
 
 from training.inference.export import write_earlier_rope_keys
 
@@ -40,6 +40,13 @@ def test_base_and_scaling_are_also_stored_under_the_keys_of_transformers_4(
 
 def test_partial_rotary_factor_is_also_stored_at_the_top(tmp_path: Path):
     assert written(PhiConfig(partial_rotary_factor=0.25), tmp_path)["partial_rotary_factor"] == 0.25
+
+
+def test_gpt_neox_also_has_its_own_names_of_base_and_rotated_part(tmp_path: Path):
+    """Transformers 4 and llama.cpp's converter read only these."""
+    parameters = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    settings = written(GPTNeoXConfig(rope_parameters=parameters), tmp_path)
+    assert (settings["rotary_pct"], settings["rotary_emb_base"]) == (0.5, 5000.0)
 
 
 def test_parameters_per_kind_of_layer_are_left_alone(tmp_path: Path):

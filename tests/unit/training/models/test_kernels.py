@@ -42,8 +42,44 @@ def test_adapter_settings_that_unsloth_ignores_select_liger_or_raise_an_error(
         choose_kernels(config(lora_config={"use_dora": True}, kernels="unsloth"), "cpu", 0)
     supported = config(lora_config={"r": 4, "lora_alpha": 8, "use_rslora": True, "use_dora": False})
     assert choose_kernels(supported, "cuda", 0).provider == "unsloth"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"trainable_token_indices": [1, 5]},
+        {"modules_to_save": ["gate_proj"]},
+    ],
+    ids=str,
+)
+def test_continued_adapter_that_unsloth_does_not_train_selects_liger(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
+    continued = config(initial_adapter_model_ckpt_path="run:a")
+    choice = choose_kernels(continued, "cuda", 0, continued=settings)
+    assert choice.provider == "liger"
+    assert_names(choice.reason, "auto: ", "Unsloth", f"the continued adapter's {next(iter(settings))}")
+    forced = config(initial_adapter_model_ckpt_path="run:a", kernels="unsloth")
+    with pytest.raises(ModelError, match=r"kernels: unsloth: .*the continued adapter's"):
+        choose_kernels(forced, "cpu", 0, continued=settings)
+
+
+def test_continued_adapter_has_its_own_settings_in_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     continued = config(lora_config={"use_dora": True}, initial_adapter_model_ckpt_path="run:a")
-    assert choose_kernels(continued, "cuda", 0).provider == "unsloth", "a loaded adapter has its own settings"
+    settings = {
+        "r": 4,
+        "init_lora_weights": "gaussian",
+        "use_dora": False,
+        "rank_pattern": {"q_proj": 8},
+        "modules_to_save": ["lm_head"],
+        "layers_pattern": [],
+    }
+    assert choose_kernels(continued, "cuda", 0, continued=settings).provider == "unsloth"
 
 
 @pytest.mark.parametrize("module", ["gate_proj", "model.layers.0.mlp"])

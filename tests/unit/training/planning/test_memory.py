@@ -92,7 +92,7 @@ def make_job(model: Path, *, device: Device = "cpu", longest: int = LONGEST, **k
         config,
         shape,
         read_model_facts(str(model)),
-        continues_adapter=False,
+        continued=None,
         device=device,
         longest=longest,
         execution=execution,
