@@ -1563,6 +1563,21 @@ def _uris_below(section: Section, above: str) -> Iterator[UriField]:
                 yield UriField(key, kind, item)
 
 
+def uri_keys(*kinds: UriKind) -> tuple[str, ...]:
+    """Return the top-level keys whose values hold URIs of these kinds, by the types of their fields."""
+    return tuple(
+        key for key in FinetuneConfig.model_fields if set(kinds) & set(_kinds_of(FinetuneConfig, key))
+    )
+
+
+def _kinds_of(section: type[Section], key: str) -> Iterator[UriKind]:
+    field = section.model_fields[key]
+    yield from _uri_kinds(*field.metadata, field.annotation)
+    for below in sections_of(field.annotation):
+        for name in below.model_fields:
+            yield from _kinds_of(below, name)
+
+
 def _items(value: Any) -> Iterator[Any]:
     """Yield the items of a list, of the values of a mapping, or the value itself."""
     if isinstance(value, dict):
