@@ -168,6 +168,8 @@ def _phrase(error: ErrorDetails) -> str:
             return f"a number above {limits['gt']:g}"
         case "greater_than_equal":
             return f"a number of at least {limits['ge']:g}"
+        case "less_than_equal":
+            return f"a number of at most {limits['le']:,}"
         case "less_than":
             return f"a number below {limits['lt']:g}"
         case "finite_number":

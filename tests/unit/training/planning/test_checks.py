@@ -39,10 +39,17 @@ def config(**keys: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate(defaults | keys)
 
 
-@pytest.mark.parametrize("key", ["train_batch_size_per_device", "gradient_accumulation_steps", "num_devices"])
-def test_step_of_far_more_rows_than_the_data_is_rejected(key: str):
-    with pytest.raises(ConfigError, match=rf"^{key}: .*100,000,000,000,000.*\b40\b.*Lower"):
-        check_batch(config(**{key: 10**14}), rows=40)
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("train_batch_size_per_device", {"train_batch_size_per_device": 10**14}),
+        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 10**14}),
+        ("num_devices", {"num_devices": 100_000, "gradient_accumulation_steps": 11}),
+    ],
+)
+def test_step_of_far_more_rows_than_the_data_is_rejected(key: str, settings: dict[str, int]):
+    with pytest.raises(ConfigError, match=rf"^{key}: .*{settings[key]:,}.*\b40\b.*Lower"):
+        check_batch(config(**settings), rows=40)
     check_batch(config(**{key: 1000}), rows=40)
 
 
