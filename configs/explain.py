@@ -264,6 +264,8 @@ def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
         return "", ""
     try:
         settings = row.settings(value)
+    except other_tools.NotNumberError:
+        return counterpart
     except other_tools.NoCounterpartError as error:
         return "", "" if _is_near_a_choice(path, value) else str(error)
     except (TypeError, ValueError, AttributeError):
@@ -470,6 +472,8 @@ def other_tools_key(key: str, value: Any, data: Mapping[str, Any] = {}, *, as_ov
     counterpart = f"another tool's key: its counterpart is `{row.ours}`{note}"
     try:
         settings = row.settings(value)
+    except other_tools.NotNumberError:
+        return counterpart
     except other_tools.NoCounterpartError as error:
         return f"another tool's key: {error}"
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):

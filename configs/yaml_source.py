@@ -120,6 +120,11 @@ def without_variables(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value if key in TEMPLATES else _escaped(value) for key, value in settings.items()}
 
 
+def has_variable(value: Any) -> bool:
+    """Return true for text that contains `${NAME}`."""
+    return isinstance(value, str) and _VARIABLE.search(value) is not None
+
+
 def unescaped(value: Any) -> Any:
     """Return data that was read without variables as parsing returns it: `$${NAME}` becomes `${NAME}`, except in templates."""
     if isinstance(value, dict):
