@@ -110,7 +110,7 @@ class Counterpart:
 _OFF = (False, 0, "", "none", [], {})
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1 reads them so; here they are text
 
-NO_FP16 = "fp16 training is not supported: `dtype: bf16` needs an NVIDIA GPU since 2020 (A10G, A100, L4), `dtype: fp32` runs on any"
+NO_FP16 = "fp16 is not supported: write `dtype: bf16` (NVIDIA GPUs since 2020) or `dtype: fp32`"
 _CHOICES: dict[str, tuple[str, ...]] = {
     key: get_args(FinetuneConfig.model_fields[key].annotation) for key in ("optim", "lr_scheduler_type")
 }
