@@ -400,10 +400,10 @@ def _start_workers(
 ) -> ActorPool:
     """Reserve the resources of the workers, which report meanwhile what they wait for, and start at most `count` workers."""
     group = placement_group([workers.each] * min(workers.count, count))
-    since = ""
-    while not group.wait(timeout_seconds=_POLL_SECONDS):
+    since, reserved = "", group.ready()
+    while not ray.wait([reserved], timeout=_POLL_SECONDS)[0]:
         _check_cluster(vitals)
-        if waits_for := lacking(workers):
+        if vitals.is_answering and (waits_for := lacking(workers)):
             since = since or f"{datetime.now():%H:%M:%S}"
             progress(f"{waits_for}, since {since}", 0)
     progress("starting the workers", 0)
