@@ -415,7 +415,7 @@ def _start_workers(
     return ActorPool([actor.remote(trained, settings) for _ in group.bundle_specs])
 
 
-def _answer_rows(worker: Any, batch: tuple[list[int], list[list[int]]]) -> Any:
+def _answer_rows(worker: Any, batch: tuple[list[int], list[Sequence[int]]]) -> Any:
     return worker.answer.remote(*batch)
 
 
